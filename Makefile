@@ -1,0 +1,42 @@
+# Everything runs in .venv, which `setup` makes; it is a no-op when up to date.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: setup demo app test check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/circuits demo $(ARGS)
+
+app: $(STAMP)
+	$(BIN)/circuits app $(ARGS)
+
+# Two workers with one thread each: as fast as it gets on two cores, and the same everywhere.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not browser" $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+clean:
+	rm -rf $(VENV) artifacts

@@ -1,0 +1,199 @@
+"""The parts of a unit's page (layer 7)."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import streamlit as st
+from PIL import Image, ImageDraw
+
+from apps import session
+from circuits.featurevis.render import visualize
+from circuits.harvesting import Inputs
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.receptive import ReceptiveField
+from circuits.models.topology import INPUT
+from circuits.plots import histogram_figure, kernels_figure, predictions_figure
+from circuits.stimuli.sources import ImageSource
+from circuits.store import TOP, ActivationStore, Example
+from circuits.units import Unit
+from circuits.weights import Connection
+
+PICTURE_STEPS, PICTURE_WIDTH = 128, 260
+
+
+def picture_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
+    """The unit's feature visualization, or a button that makes it."""
+    st.subheader("What excites it most")
+    if not isinstance(model.input, ImageInput):
+        st.caption("Feature visualization needs image inputs; this model takes tokens.")
+        return
+    place = session.workspace()
+    found = place.pictures(model_hash, unit)
+    if found:
+        _show_picture(found[0])
+        return
+    st.caption("No picture yet.")
+    if st.button("Make the picture", key="make-picture"):
+        bar = st.progress(0.0, f"{PICTURE_STEPS} steps of gradient ascent")
+        picture = visualize(
+            model,
+            unit,
+            steps=PICTURE_STEPS,
+            progress=lambda done, total: bar.progress(done / total),
+        )
+        path = place.picture_path(model_hash, unit, PICTURE_STEPS, picture.image.shape[-1], 0)
+        picture.save(path)
+        bar.empty()
+        _show_picture(path)
+
+
+def _show_picture(path: Path) -> None:
+    with Image.open(path) as image:
+        facts = json.loads(getattr(image, "text", {}).get("circuits", "{}"))
+        st.image(image.resize((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS))
+    if facts:
+        st.caption(
+            f"Mean activation {facts['activation']:.3g}; the random start gave "
+            f"{facts['start_activation']:.3g}. {facts['steps']} steps, seed {facts['seed']}."
+        )
+
+
+def statistics_panel(store: ActivationStore, unit: Unit) -> None:
+    """How active the unit is over the dataset."""
+    s, p = store.statistics(unit), store.provenance
+    st.subheader("How active it is")
+    st.plotly_chart(histogram_figure(s), key="histogram", config={"displayModeBar": False})
+    st.caption(
+        f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
+        f"largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of positions."
+    )
+
+
+def examples_panel(
+    model: HookedModel, store: ActivationStore, unit: Unit, inputs: Inputs, model_hash: str
+) -> None:
+    """The examples with the unit's largest activations, cut to what it sees there."""
+    st.subheader("Examples that excite it most")
+    examples = store.top_examples(unit, 9)
+    if isinstance(model.input, TokenInput):
+        for example in examples:
+            st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
+        return
+    whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
+    field = session.field_of(model, unit.site, model_hash)
+    columns = st.columns(9)
+    for column, example in zip(columns, examples, strict=False):
+        column.image(_excerpt(model.input, inputs, example, field, whole), width="stretch")
+        column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
+
+
+def _excerpt(
+    spec: ImageInput, inputs: Inputs, example: Example, field: ReceptiveField, whole: bool
+) -> Image.Image:
+    """An example's image as the model sees it: the excited part, or all of it with a box around that."""
+    assert isinstance(inputs.source, ImageSource), "image models are harvested on images"
+    image = spec.fit(inputs.source.image(example.index).convert("RGB"))
+    top, left, bottom, right = field.at(example.position)
+    if not whole:
+        return image.crop((left, top, right, bottom)).resize((128, 128), Image.Resampling.BICUBIC)
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), outline="#D55E00", width=2)
+    return image
+
+
+def _marked_tokens(tokens: list[int], example: Example, spec: TokenInput) -> str:
+    """A text with the token where the unit is most active set off."""
+    at = example.position[0] if example.position else -1
+    words = [html.escape(spec.word(t)).replace("\n", "⏎") for t in tokens]
+    gap = "" if spec.vocabulary else " "
+    marked = gap.join(
+        f"<mark title='{example.value:.3g}'>{w}</mark>" if i == at else w
+        for i, w in enumerate(words)
+    )
+    return f"<div style='font-family:monospace'>{example.value:.3g}&emsp;{marked}</div>"
+
+
+def weights_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
+    """The strongest weights in and out, each with a way to the unit at its other end."""
+    built_from, builds = session.connections_of(model, unit, model_hash)
+    for title, connections, end in (
+        ("Built from", built_from, "source"),
+        ("Builds", builds, "target"),
+    ):
+        st.subheader(title)
+        if not connections:
+            st.caption("No weights connect it to another site on this side.")
+            continue
+        kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
+        if kernels:
+            st.plotly_chart(kernels_figure(kernels, end), key=f"kernels-{end}")
+        for column, connection in zip(st.columns(len(connections)), connections, strict=True):
+            with column:
+                _connection(model, connection, end)
+    st.caption("Strength is the norm of the kernel; “typical” the median norm of those beside it.")
+
+
+def _connection(model: HookedModel, connection: Connection, end: str) -> None:
+    other: Unit = getattr(connection, end)
+    st.button(
+        _written(model, other),
+        help=_written(model, other),
+        key=f"go-{end}-{connection.layer}-{other}",
+        on_click=session.go_to,
+        args=(other,),
+        disabled=other.site == INPUT,  # the model's input has no page
+    )
+    st.caption(_in_words(connection, heads=model.site(connection.target.site).kind == "head"))
+
+
+def _in_words(connection: Connection, heads: bool) -> str:
+    """What a connection does, in a line."""
+    strength = f"strength {connection.norm:.3g} (typical {connection.typical:.3g})"
+    if heads:
+        q, k, v = connection.kernel.tolist()
+        return f"composition Q {q:.2g}, K {k:.2g}, V {v:.2g}; {strength}"
+    sign = "excites" if connection.total > 0 else "inhibits"
+    via = f" through {', '.join(connection.through)}" if connection.through else ""
+    return f"{sign}, {strength}{via}"
+
+
+def _written(model: HookedModel, unit: Unit) -> str:
+    """A unit with what it is known to be: a class, or what it was written to detect."""
+    names = model.unit_names.get(unit.site, ())
+    if unit.site != INPUT and model.site(unit.site).kind == "logit":
+        names = model.classes
+    return f"{unit} · {names[unit.index]}" if names else str(unit)
+
+
+def ablation_panel(
+    model: HookedModel, store: ActivationStore, unit: Unit, inputs: Inputs, model_hash: str
+) -> None:
+    """A switch that removes the unit, and what the model's predictions become."""
+    st.subheader("What it does")
+    names = store.provenance.examples
+    best = [e.index for e in store.top_examples(unit, TOP)]
+    order = best + [i for i in range(len(names)) if i not in set(best)]
+    example = st.selectbox(
+        "Example (strongest first)", order, format_func=lambda i: names[i], key=f"example-{unit}"
+    )
+    removed = st.toggle("Ablate this unit", key="ablate", help="Sets it to zero everywhere.")
+    if isinstance(inputs.source, ImageSource):
+        st.image(inputs.source.image(example), width=160)
+    before = session.intact(model, inputs, example, model_hash)
+    if not removed:
+        st.plotly_chart(predictions_figure({"intact": before}), key="predictions")
+        return
+    ablated = session.ablated(model, unit, inputs, example, model_hash)
+    figure = predictions_figure({"intact": before, f"{unit} removed": ablated.predictions})
+    st.plotly_chart(figure, key="predictions")
+    report = ablated.report
+    baseline = sorted(e.kl for e in report.random)
+    st.caption(
+        f"KL from the intact prediction: {report.effect.kl:.3g} nats; removing each of "
+        f"{len(baseline)} random units of the site instead: {baseline[0]:.3g} to {baseline[-1]:.3g} "
+        f"(seed {report.seed}). Undone afterwards: "
+        f"{'identical to the bit' if report.restored else 'NOT restored'}."
+    )

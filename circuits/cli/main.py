@@ -1,0 +1,362 @@
+"""The `circuits` command (layer 7): the library's verbs for a shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from circuits.cli.output import errors, progress_bar, say, show_json, show_table
+from circuits.cli.serving import serve_app
+from circuits.workspace import ModelRecord, Workspace
+
+app = typer.Typer(
+    name="circuits",
+    help="Reverse-engineer neural networks: look at units, at the weights between them, and edit them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
+]
+UnitArgument = Annotated[str, typer.Argument(help="A unit, SITE:INDEX, e.g. mixed3b:335.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="The model's weights file (.safetensors or .pt).")
+]
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option("--workspace", help="Folder for results [default: $CIRCUITS_WORKSPACE or cache]."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="photos, curves, shapes, repeats, folder:PATH (images) or tokens:PATH (text).",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+@app.command()
+def models(json: JsonOption = False) -> None:
+    """List the models that can be loaded."""
+    from circuits.models.loading import MODELS
+
+    if json:
+        show_json(
+            [{"name": e.name, "builtin": e.builtin, "summary": e.summary} for e in MODELS.values()]
+        )
+        return
+    show_table(
+        ("model", "comes with", "what it is"),
+        [(e.name, "the package" if e.builtin else "", e.summary) for e in MODELS.values()],
+    )
+
+
+@app.command()
+def sites(model: ModelArgument, weights: WeightsOption = None, json: JsonOption = False) -> None:
+    """List a model's sites: the places where its tensors can be read and changed."""
+    from circuits.models.loading import load_model
+
+    loaded = load_model(model, weights)
+    if json:
+        show_json([{**asdict(s), "n_units": s.n_units} for s in loaded.sites])
+        return
+    show_table(
+        ("site", "kind", "units", "shape of one example", "unit axis", "also called"),
+        [
+            (s.name, s.kind, s.n_units, " x ".join(map(str, s.shape)), s.axes[s.unit_axis], ", ".join(s.aliases))
+            for s in loaded.sites
+        ],
+    )  # fmt: skip
+
+
+@app.command()
+def harvest(
+    model: ModelArgument,
+    data: DataOption,
+    sites: Annotated[str, typer.Option("--sites", help="Sites, separated by commas.")],
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 16,
+    json: JsonOption = False,
+) -> None:
+    """Record what units do on every example of a dataset. Run it again to resume."""
+    from circuits.harvesting import harvest as run
+    from circuits.models.loading import load_model
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace).writable()
+    loaded = load_model(model, weights)
+    source = open_source(data)
+    record = _record(model, weights, loaded.hash)
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    with progress_bar(f"harvest {model} on {data}", quiet=json) as progress:
+        store = run(loaded, source, names, place, record, batch, progress)
+    if json:
+        show_json(_store_facts(store))
+        return
+    say(f"{len(store.provenance.examples)} examples of {store.provenance.data} in {store.folder}")
+    rows = []
+    for site in store.provenance.sites:
+        summary = store.summary(site.name)
+        density = summary.positive / summary.count
+        rows.append((site.name, site.n_units, float(summary.maximum.max()), float(density.mean())))
+    show_table(("site", "units", "largest activation", "mean share above 0"), rows)
+
+
+def _record(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
+    """How to load the model again, from any folder."""
+    scheme, _, rest = spec.partition(":")
+    path = Path(rest.partition(":")[0])
+    if rest and path.exists():  # a file of their own, or a local model folder
+        spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
+    return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
+
+
+def _store_facts(store: Any) -> dict[str, Any]:
+    p = store.provenance
+    return {
+        "folder": str(store.folder),
+        "model": p.model,
+        "model_hash": p.model_hash,
+        "data": p.data,
+        "data_hash": p.data_hash,
+        "examples": len(p.examples),
+        "sites": [s.name for s in p.sites],
+    }
+
+
+@app.command()
+def visualize(
+    model: ModelArgument,
+    unit: UnitArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The PNG to write [default: into the workspace].")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of optimisation.")] = 256,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels along each side [default: the model's].")
+    ] = None,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make the image that excites a unit most."""
+    from circuits.featurevis.render import visualize as run
+    from circuits.files import check_writable
+    from circuits.models.loading import load_model
+
+    place = Workspace.default(workspace)
+    check_writable(out.parent if out else place.root, "folder")
+    loaded = load_model(model, weights)
+    with progress_bar(f"visualize {unit}", quiet=json) as progress:
+        picture = run(loaded, unit, steps=steps, size=size, seed=seed, progress=progress)
+    if out is None:
+        place.register(_record(model, weights, loaded.hash))
+        pixels = picture.image.shape[-1]
+        out = place.picture_path(loaded.hash, picture.unit, steps, pixels, seed)
+    picture.save(out)
+    if json:
+        show_json({"out": str(out), **picture.metadata()})
+        return
+    say(
+        f"{picture.unit}: mean activation {picture.activation:.4g} after {steps} steps "
+        f"(start: {picture.start:.4g}, seed {seed}) -> {out}"
+    )
+
+
+@app.command()
+def weights(
+    model: ModelArgument,
+    unit: UnitArgument,
+    top: Annotated[int, typer.Option(help="How many each way.")] = 10,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the strongest weights into a unit and out of it."""
+    from circuits.models.loading import load_model
+    from circuits.weights import incoming, outgoing
+
+    loaded = load_model(model, weights)
+    built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
+    if json:
+        facts = {"unit": str(loaded.unit(unit)), "model_hash": loaded.hash}
+        show_json(
+            facts
+            | {
+                "incoming": [c.to_dict() for c in built_from],
+                "outgoing": [c.to_dict() for c in builds],
+            }
+        )
+        return
+    columns = ("unit", "norm", "typical norm", "sum", "kernel", "through")
+    for title, connections, end in (
+        (f"{unit} is built from", built_from, "source"),
+        (f"{unit} builds", builds, "target"),
+    ):
+        rows = []
+        for c in connections:
+            kernel = " x ".join(map(str, c.kernel.shape)) or "1"
+            rows.append((getattr(c, end), c.norm, c.typical, c.total, kernel, ", ".join(c.through)))
+        show_table(columns, rows, title=title)
+        if not rows:
+            say("  nothing: no weights connect it to another site on this side")
+
+
+@app.command()
+def edit(
+    model: ModelArgument,
+    zero: Annotated[
+        list[str] | None, typer.Option(help="A unit to remove; may be repeated.")
+    ] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(help="UNIT=FACTOR, to multiply a unit; may be repeated.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file to apply first.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save the edits as a recipe.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="What to measure on [default: photos, or repeats].")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Examples to measure on.")] = 64,
+    note: Annotated[str, typer.Option(help="Why, kept in the recipe.")] = "",
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Edit units, measure what the model then does, beside the same edit of random units, and undo."""
+    from circuits.edits.effects import measure
+    from circuits.edits.operators import scale as scaled
+    from circuits.edits.operators import zero as zeroed
+    from circuits.edits.recipes import Recipe
+    from circuits.harvesting import Inputs
+    from circuits.models.inputs import ImageInput
+    from circuits.models.loading import load_model
+    from circuits.stimuli.sources import open_source
+
+    edits = [zeroed(unit) for unit in zero or []]
+    edits += [scaled(unit, factor) for unit, factor in map(_unit_and_factor, scale or [])]
+    loaded = load_model(model, weights)
+    if recipe is not None:
+        base = Recipe.load(recipe)
+        base.check(loaded)
+        edits = [*base.edits, *edits]
+    if not edits:
+        raise ValueError("nothing to edit: give --zero UNIT, --scale UNIT=FACTOR or --recipe FILE")
+    planned = Recipe.of(loaded, edits, note)
+    source = open_source(data or ("photos" if isinstance(loaded.input, ImageInput) else "repeats"))
+    examples = Inputs(loaded, source).first(limit)
+    report = measure(loaded, planned, examples, source.spec, seed=seed)
+    if save is not None:
+        planned.save(save)
+    if json:
+        show_json(report.to_dict())
+        return
+    rows = [("this edit", *asdict(report.effect).values())]
+    rows += [(f"random units, {i}", *asdict(e).values()) for i, e in enumerate(report.random, 1)]
+    title = f"{model}, {report.n_examples} examples of {report.data}, seed {seed}"
+    show_table(("", "KL (nats)", "top-1 changed", "mean |logit change|"), rows, title=title)
+    say(f"undone: output {'identical to the bit' if report.restored else 'NOT restored'}")
+
+
+def _unit_and_factor(text: str) -> tuple[str, float]:
+    unit, _, factor = text.partition("=")
+    try:
+        return unit, float(factor)
+    except ValueError:
+        raise ValueError(
+            f"--scale {text!r} is not of the form UNIT=FACTOR, e.g. mixed3b:335=2"
+        ) from None
+
+
+@app.command()
+def demo(
+    workspace: WorkspaceOption = None,
+    port: Annotated[int, typer.Option(help="Port of the app.")] = 8501,
+    serve: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="Start the app at the end.")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """Build the workspace of the built-in models, without a network, and open the app on it."""
+    from circuits.demo import build
+
+    place = Workspace.default(workspace).writable()
+    with progress_bar("demo", quiet=json) as progress:
+        rows = build(place, progress)
+    if json:
+        show_json([asdict(row) for row in rows])
+    else:
+        show_table(
+            ("model", "what", "result", "where"),
+            [(r.model, r.what, r.result, r.where) for r in rows],
+        )
+    if serve:
+        serve_app(place.root, port)
+
+
+@app.command(name="app")
+def open_app(
+    workspace: WorkspaceOption = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Start the app on a workspace."""
+
+    serve_app(Workspace.default(workspace).writable().root, port, host)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2.
+
+    With `CIRCUITS_DEBUG=1` in the environment errors keep their traceback.
+    """
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        app(
+            args=None if arguments is None else list(arguments),
+            prog_name="circuits",
+            standalone_mode=False,
+        )
+    except Exit as exit_:
+        return exit_.exit_code
+    except (Abort, KeyboardInterrupt):
+        return _fail("stopped; run the same command again to go on", 130)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TyperException as error:
+        return _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("CIRCUITS_DEBUG"):
+            raise
+        return _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    errors.print(f"circuits: {line}", markup=False, highlight=False, style="red")
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Starting the app (layer 7)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from circuits.cli.output import say
+from circuits.workspace import ROOT
+
+
+def app_file() -> Path:
+    """The app's entry page.
+
+    Raises:
+        FileNotFoundError: if the package was installed without it.
+    """
+    spec = importlib.util.find_spec("apps")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    if folder is None or not (folder / "workbench.py").is_file():
+        raise FileNotFoundError("the app's pages (package `apps`) are not installed")
+    return folder / "workbench.py"
+
+
+def serve_app(workspace: Path, port: int, host: str = "127.0.0.1") -> None:
+    """Run the app until it is stopped.
+
+    Raises:
+        ValueError: if there is no such port.
+        OSError: if the port is taken.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port {port} is not valid: expected 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
+            ) from error
+    say(f"app: http://{host}:{port}  (Ctrl-C stops it)")
+    command = [
+        sys.executable, "-P", "-m", "streamlit", "run", str(app_file()),
+        "--server.address", host, "--server.port", str(port), "--server.headless", "true",
+        "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
+        "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal",
+    ]  # fmt: skip
+    environment = {**os.environ, ROOT: str(workspace.resolve())}
+    try:
+        subprocess.run(command, env=environment, check=False)
+    except KeyboardInterrupt:
+        say("app stopped")

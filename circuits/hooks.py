@@ -1,0 +1,217 @@
+"""Record and intervene: context managers over torch forward hooks (layer 2).
+
+A `Tap` says where a tensor is: the output of a module, which of its calls, which part of a nested
+output. `record` reads any number of taps in one forward pass and can stop the pass early; `intervene`
+changes any number of them. Each removes exactly its own hooks, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Change = Callable[[Tensor], Tensor]
+"""Takes the tensor at a tap and returns the one to put in its place; never works in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where a tensor is in a model.
+
+    Attributes:
+        module: the module whose output holds it.
+        call: which call of the module within one forward pass, counted from 0.
+        path: where in a nested output: indices of tuples and lists, keys of mappings.
+        convert: from the module's layout to the site's (TransformerLens splits heads this way).
+        revert: back again.
+        overwritten: a later step of the model changes the tensor in place, so a record must copy it.
+    """
+
+    module: nn.Module
+    call: int = 0
+    path: tuple[Hashable, ...] = ()
+    convert: Change | None = None
+    revert: Change | None = None
+    overwritten: bool = False
+
+    def read(self, output: Any) -> Tensor:
+        """The tensor at this tap in a module's output."""
+        for key in self.path:
+            output = output[key]
+        return output if self.convert is None else self.convert(output)
+
+    def write(self, output: Any, value: Tensor) -> Any:
+        """The module's output with `value` at this tap; the rest is shared."""
+        return _replaced(output, self.path, value if self.revert is None else self.revert(value))
+
+
+def _replaced(output: Any, path: tuple[Hashable, ...], value: Tensor) -> Any:
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    inner = _replaced(output[key], rest, value)
+    if isinstance(output, Mapping):
+        # model outputs of Hugging Face are mappings that only their own constructor builds rightly
+        return type(output)(**{**dict(output), str(key): inner})
+    items = [inner if i == key else item for i, item in enumerate(output)]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once the last tap that was asked for has been read."""
+
+
+Visit = Callable[[Any], Any]
+"""Sees a module's output; returns a new one, or None to leave it."""
+
+
+@contextmanager
+def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[None]:
+    """Call each visit at its tap's module and call, in forward passes of `root`."""
+    by_module: dict[nn.Module, list[tuple[Tap, Visit]]] = {}
+    for tap, visit in visits:
+        by_module.setdefault(tap.module, []).append((tap, visit))
+    calls: Counter[nn.Module] = Counter()
+
+    def restart(module: nn.Module, args: Any) -> None:
+        calls.clear()
+
+    def visit_output(module: nn.Module, args: Any, output: Any) -> Any:
+        call = calls[module]
+        calls[module] += 1
+        for tap, visit in by_module[module]:
+            if tap.call == call:
+                changed = visit(output)
+                output = output if changed is None else changed
+        return output
+
+    handles: list[RemovableHandle] = []
+    try:
+        handles.append(root.register_forward_pre_hook(restart))
+        handles.extend(module.register_forward_hook(visit_output) for module in by_module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record(
+    root: nn.Module, taps: Mapping[str, Tap], until: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Record the tensors at `taps` during forward passes of `root` inside the block.
+
+    Args:
+        root: the model.
+        taps: what to read, by name.
+        until: a name of `taps`: the forward pass ends as soon as it is read, and so does the block.
+
+    Yields:
+        A dict that fills up by name; each pass overwrites it. Tensors keep their autograd history.
+
+    Raises:
+        KeyError: if `until` is not one of `taps`.
+    """
+    if until is not None and until not in taps:
+        raise KeyError(f"until {until!r} is not among the taps to record")
+    found: dict[str, Tensor] = {}
+    stop = _StopForwardError(until)
+
+    def reader(name: str, tap: Tap) -> Visit:
+        def read(output: Any) -> None:
+            value = tap.read(output)
+            found[name] = value.clone() if tap.overwritten else value
+            if name == until:
+                raise stop
+
+        return read
+
+    # `until` comes last among the visits of its module: the others have been read by then
+    order = sorted(taps.items(), key=lambda item: item[0] == until)
+    with _attached(root, [(tap, reader(name, tap)) for name, tap in order]):
+        try:
+            yield found
+        except _StopForwardError as error:
+            if error is not stop:
+                raise
+
+
+@contextmanager
+def intervene(root: nn.Module, changes: Iterable[tuple[Tap, Change]]) -> Iterator[None]:
+    """Change the tensors at taps during forward passes of `root` inside the block.
+
+    Changes at one tap apply in the order given. A record made inside the block sees the changed
+    tensor, as everything downstream does.
+    """
+
+    def writer(tap: Tap, change: Change) -> Visit:
+        return lambda output: tap.write(output, change(tap.read(output)))
+
+    with _attached(root, [(tap, writer(tap, change)) for tap, change in changes]):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One tensor seen in a traced forward pass."""
+
+    tap: Tap
+    name: str
+    value: Tensor
+
+
+def trace(
+    root: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]
+) -> list[Trace]:
+    """Run `forward` once and list every tensor that `modules` put out, in order of execution.
+
+    A module called several times gives `name@0`, `name@1`, …; a nested output gives `name[0]`,
+    `name[key]`, …. Tensors that a later step overwrites in place are marked on their taps.
+    """
+    seen: list[tuple[str, Tap, Tensor, int]] = []
+    calls: Counter[str] = Counter()
+
+    def visitor(name: str, module: nn.Module) -> Callable[..., None]:
+        def visit(_module: nn.Module, _args: Any, output: Any) -> None:
+            for path, value in _leaves(output):
+                tap = Tap(module, calls[name], path)
+                seen.append((name, tap, value, value._version))
+            calls[name] += 1
+
+        return visit
+
+    handles = [m.register_forward_hook(visitor(n, m)) for n, m in modules.items()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = Counter((name, tap.call) for name, tap, _, _ in seen)
+    traces = []
+    for name, tap, value, version in seen:
+        label = name if calls[name] == 1 else f"{name}@{tap.call}"
+        if parts[name, tap.call] > 1:
+            label += "".join(f"[{key}]" for key in tap.path)
+        overwritten = value._version != version
+        traces.append(Trace(replace(tap, overwritten=overwritten), label, value))
+    return traces
+
+
+def _leaves(
+    output: Any, path: tuple[Hashable, ...] = ()
+) -> Iterator[tuple[tuple[Hashable, ...], Tensor]]:
+    """Every tensor in a nested output, with the path to it."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, item in output.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(output, list | tuple):
+        for index, item in enumerate(output):
+            yield from _leaves(item, (*path, index))

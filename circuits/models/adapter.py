@@ -1,0 +1,235 @@
+"""`HookedModel`: one way to list, read and change the tensors of any model (layer 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.hooks import Change, Tap, intervene, record
+from circuits.models.inputs import ImageInput, ModelInput, TokenInput
+from circuits.models.sites import TRACE_BATCH, evaluating, find_sites, is_bridge, main_output
+from circuits.models.topology import WeightLayer, bridge_layers, find_weight_layers
+from circuits.units import Site, Unit, unknown
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """The tensors of one run, by site name (aliases work too), and the model's output.
+
+    Attributes:
+        output: what the model returned; None if the pass was stopped before its end.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], output: Any = None
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._aliases = aliases
+        self.output = output
+
+    def __getitem__(self, name: str | Site) -> Tensor:
+        key = name.name if isinstance(name, Site) else self._aliases.get(name, name)
+        if key not in self._tensors:
+            raise unknown("recorded site", str(name), self._tensors)
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class HookedModel:
+    """Any `nn.Module` with its sites: places where a tensor can be read and changed.
+
+    Sites are found by tracing one forward pass: every module's output is one, and so is each call of
+    a module that is called several times (`name@0`, `name@1`). The model always runs in evaluation
+    mode and is never changed: whatever a run or an intervention sets up is undone at its end. Runs
+    and interventions hold `lock`, so threads that share a model do not see each other's changes.
+
+    Args:
+        module: the model. It is used as it is, not copied.
+        input: what it takes; `(channels, height, width)` is short for a plain `ImageInput`.
+        name: how it is called in reports and file names.
+        aliases: other names for sites, alias -> site name.
+        classes: names of the outputs, if it is a classifier.
+        unit_names: what units are known to be, by site: only where that is true by construction.
+
+    Attributes:
+        sites: all sites, in order of execution.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input: ModelInput | tuple[int, int, int],
+        name: str = "",
+        aliases: Mapping[str, str] | None = None,
+        classes: Sequence[str] = (),
+        unit_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.module = module
+        self.input: ModelInput = ImageInput(*input) if isinstance(input, tuple) else input
+        self.name = name or type(module).__name__
+        self.classes = tuple(classes)
+        self.unit_names = dict(unit_names or {})
+        self.lock = threading.RLock()
+        found = find_sites(module, self.input.example(TRACE_BATCH).to(self.device))
+        declared = aliases or {}
+        self.sites: tuple[Site, ...] = tuple(
+            replace(
+                site, aliases=(*site.aliases, *(a for a in declared if declared[a] == site.name))
+            )
+            for site, _ in found
+        )
+        self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
+        self._by_name = {site.name: site for site in self.sites}
+        self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
+
+    # --- sites and units -----------------------------------------------------------------------
+
+    def site(self, name: str | Site) -> Site:
+        """The site called `name`, or of which `name` is an alias.
+
+        Raises:
+            KeyError: if there is none; the message offers the nearest names.
+        """
+        key = name.name if isinstance(name, Site) else self._aliases.get(name, name)
+        if key not in self._by_name:
+            raise unknown(f"site of {self.name}", key, [*self._by_name, *self._aliases])
+        return self._by_name[key]
+
+    def unit(self, unit: str | Unit) -> Unit:
+        """The unit that `unit` names, under its site's own name.
+
+        Raises:
+            KeyError: if the site is unknown.
+            ValueError: if it is not of the form `site:index` or the site has no such unit.
+        """
+        parsed = Unit.parse(unit) if isinstance(unit, str) else unit
+        return self.site(parsed.site).unit(parsed.index)
+
+    def last(self, names: Iterable[str | Site]) -> Site:
+        """The site among `names` that is computed last."""
+        order = {site.name: i for i, site in enumerate(self.sites)}
+        return max((self.site(n) for n in names), key=lambda site: order[site.name])
+
+    # --- running -------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def run(
+        self,
+        inputs: Tensor,
+        *,
+        read: Iterable[str | Site] = (),
+        edits: Mapping[str, Change] | None = None,
+        until: str | Site | None = None,
+        grad: bool = False,
+    ) -> ActivationCache:
+        """Run the model once, reading some sites and changing others on the way.
+
+        Args:
+            inputs: as the model takes them (`input.normalize` makes them from images in 0..1).
+            read: the sites to keep.
+            edits: site name -> function from its tensor to the tensor to use instead.
+            until: stop the pass after this site; `output` is then None.
+            grad: keep the autograd history back to `inputs` (parameters are held fixed).
+
+        Raises:
+            KeyError: if a site is unknown, or the pass did not reach one of `read`.
+            ValueError: if `inputs` do not fit the model.
+        """
+        self.check(inputs)
+        sites = [self.site(name) for name in read]
+        stop = None if until is None else self.site(until)
+        names = list(dict.fromkeys([s.name for s in sites] + ([stop.name] if stop else [])))
+        taps = {name: self._taps[name] for name in names}
+        output = None
+        with (
+            self.intervening(edits or {}),
+            evaluating(self.module),
+            torch.set_grad_enabled(grad),
+            record(self.module, taps, stop.name if stop else None) as found,
+        ):
+            output = self.module(inputs.to(self.device))
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise KeyError(
+                f"site {missing[0]!r} was not reached in this forward pass of {self.name}"
+            )
+        return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
+
+    def logits(self, inputs: Tensor, edits: Mapping[str, Change] | None = None) -> Tensor:
+        """The model's main output: logits of classes (batch x class) or tokens (… x token)."""
+        return main_output(self.run(inputs, edits=edits).output)
+
+    @contextmanager
+    def intervening(self, edits: Mapping[str, Change]) -> Iterator[None]:
+        """Hold changes at sites in place for every forward pass inside the block.
+
+        Raises:
+            KeyError: if a site is unknown; nothing has been changed then.
+        """
+        changes = [(self._taps[self.site(name).name], change) for name, change in edits.items()]
+        with self.lock, intervene(self.module, changes):
+            yield
+
+    def check(self, inputs: Tensor) -> None:
+        """Raise ValueError if `inputs` are not a batch that the model takes."""
+        if isinstance(self.input, TokenInput):
+            if inputs.ndim != 2 or inputs.is_floating_point():
+                raise ValueError(
+                    f"inputs of shape {tuple(inputs.shape)} ({inputs.dtype}) are not tokens: "
+                    "expected whole numbers, batch x position"
+                )
+            self.input.check(inputs)
+        elif inputs.ndim != 4 or inputs.shape[1] != self.input.channels:
+            raise ValueError(
+                f"inputs of shape {tuple(inputs.shape)} do not fit {self.name}: expected "
+                f"batch x {self.input.channels} channels x height x width"
+            )
+
+    # --- weights -------------------------------------------------------------------------------
+
+    @cached_property
+    def weight_layers(self) -> tuple[WeightLayer, ...]:
+        """The layers that connect sites, with what each reads and writes."""
+        if is_bridge(self.module):
+            return tuple(bridge_layers(self.module, self.sites))
+        example = self.input.example(1).to(self.device)
+        if not example.is_floating_point():
+            raise ValueError(
+                f"model {self.name}: weights between sites need image inputs or a bridge"
+            )
+        with self.lock:
+            return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
+
+    # --- identity ------------------------------------------------------------------------------
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of all weights, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"HookedModel({self.name}, {len(self.sites)} sites)"

@@ -1,0 +1,375 @@
+"""From what a person types to a `HookedModel` (layer 3)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
+from circuits.models.adapter import HookedModel
+from circuits.models.inception import googlenet, shapes
+from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.resnet import ResNet20
+from circuits.models.transformers import (
+    from_hooked_transformer,
+    from_llama2c,
+    huggingface_bridge,
+    load_native,
+    native_bridge,
+)
+from circuits.models.weights_files import asset, find_weights, load_weights, read_weights
+from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
+from circuits.stimuli.shapes import CLASSES
+from circuits.units import unknown
+
+BUILTIN = Path(__file__).parent / "builtin"
+"""Where the trained built-in models' weights and cards are."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Loader = Callable[[str, Path | None], HookedModel]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of `circuits models`.
+
+    Attributes:
+        name: what to type, or the form of it (`tl:NAME`).
+        summary: what it is and what it needs.
+        load: from the typed name and an optional weights file to the model.
+    """
+
+    name: str
+    summary: str
+    load: Loader
+
+    @property
+    def builtin(self) -> bool:
+        """Whether it comes with the package."""
+        return self.name in ("cleanroom", "shapes", "induction")
+
+
+def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
+    """Load a model.
+
+    Args:
+        spec: a name that `circuits models` lists, or `python:module:factory` (a function without
+            required arguments that returns a `HookedModel`, or a module with an `input_shape`),
+            `tl:NAME`, `hf:NAME`, `torchvision:NAME`.
+        weights: a safetensors file, or a `.pt` file of plain tensors.
+
+    Raises:
+        KeyError: if there is no such model; the message offers the nearest names.
+        FileNotFoundError: if its weights are not there.
+        ImportError: if it needs a package that is missing.
+        ValueError: if the weights do not fit.
+    """
+    path = Path(weights) if weights is not None else None
+    scheme, _, rest = spec.partition(":")
+    entry = MODELS.get(f"{scheme}:" if rest else spec)
+    if entry is None:
+        raise unknown("model", spec, [e.name for e in MODELS.values()])
+    return entry.load(rest or spec, path)
+
+
+# --- built in ----------------------------------------------------------------------------------
+
+
+def _refuse_weights(name: str, weights: Path | None) -> None:
+    if weights is not None:
+        raise ValueError(f"weights {str(weights)!r}: model {name} has its own and takes no file")
+
+
+def _cleanroom(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    return HookedModel(
+        CleanRoom(),
+        ImageInput(3, 64, 64),
+        name,
+        classes=UNIT_NAMES["line"],
+        unit_names=UNIT_NAMES,
+    )
+
+
+def _shapes(name: str, weights: Path | None) -> HookedModel:
+    path = weights or BUILTIN / "shapes.safetensors"
+    module = shapes(len(CLASSES))
+    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    return HookedModel(
+        module, ImageInput(3, 64, 64, mean=(0.5,), std=(0.25,)), name, classes=CLASSES
+    )
+
+
+INDUCTION = {
+    "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": N_VOCAB,
+    "attn_only": True, "normalization_type": None, "act_fn": "relu",
+}  # fmt: skip
+"""Shape of the built-in induction model."""
+
+
+def _induction(name: str, weights: Path | None) -> HookedModel:
+    path = weights or BUILTIN / "induction.safetensors"
+    bridge = native_bridge(**INDUCTION)
+    load_native(bridge, read_weights(path), repr(str(path)))
+    return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
+
+
+# --- by weights file ---------------------------------------------------------------------------
+
+
+def _googlenet(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("googlenet/bvlc_googlenet.safetensors", weights, name)
+    module = googlenet()
+    tensors = {_googlenet_key(k): v for k, v in read_weights(path).items()}
+    load_weights(module.state_dict(), tensors, repr(str(path)))
+    spec = ImageInput(3, 224, 224, (104.0, 117.0, 123.0), (1.0,), 255.0, True, "margin-crop")
+    aliases = {
+        f"inception_{n}/output": f"mixed{n}"
+        for n in ("3a", "3b", *(f"4{c}" for c in "abcde"), "5a", "5b")
+    }
+    return HookedModel(module, spec, name, aliases, classes=_imagenet_classes())
+
+
+def _googlenet_key(key: str) -> str:
+    """From the Caffe layer's name to ours: `inception_3a/5x5_reduce/bias` -> `mixed3a_5x5_bottleneck…`.
+
+    >>> _googlenet_key("inception_3b/5x5/weight")
+    'mixed3b_5x5_pre_relu.weight'
+    """
+    if key.count("/") < 1:
+        return key
+    layer, kind = key.rsplit("/", 1)
+    stem = {"conv1/7x7_s2": "conv2d0", "conv2/3x3_reduce": "conv2d1", "conv2/3x3": "conv2d2"}
+    if layer == "loss3/classifier":
+        return f"softmax2_pre_activation.{kind}"
+    if layer in stem:
+        return f"{stem[layer]}_pre_relu.{kind}"
+    block, _, branch = layer.partition("/")
+    branch = branch.replace("pool_proj", "pool_reduce").replace("x3_reduce", "x3_bottleneck")
+    branch = branch.replace("x5_reduce", "x5_bottleneck")
+    return f"{block.replace('inception_', 'mixed')}_{branch}_pre_relu.{kind}"
+
+
+def _imagenet_classes() -> tuple[str, ...]:
+    """The 1000 class names from the assets; plain numbers where they are not there."""
+    path = asset("images/imagenet500_labels.json")
+    if path is None:
+        return tuple(f"class {i}" for i in range(1000))
+    return tuple(c["name"] for c in json.loads(path.read_text())["classes"])
+
+
+CIFAR_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def _cifar10_resnet20(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("cifar_resnet/cifar10_resnet20.safetensors", weights, name)
+    module = ResNet20()
+    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    spec = ImageInput(3, 32, 32, IMAGENET_MEAN, IMAGENET_STD, resize="stretch")
+    return HookedModel(module, spec, name, classes=CIFAR_CLASSES)
+
+
+def _induction_infinite(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/induction_head_infinite.safetensors", weights, name)
+    bridge = native_bridge(
+        d_model=48, d_head=12, n_heads=4, n_layers=2, n_ctx=85, d_vocab=128,
+        attn_only=True, normalization_type=None, act_fn="relu",
+    )  # fmt: skip
+    _load_tutorial(bridge, path)
+    return HookedModel(bridge, TokenInput(128, 85), name)
+
+
+def _modular_addition(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/wd_10-1_mod_addition_loss_curve.safetensors", weights, name)
+    bridge = native_bridge(
+        d_model=128, d_head=32, n_heads=4, n_layers=1, n_ctx=3, d_vocab=114, d_mlp=512,
+        normalization_type=None, act_fn="relu",
+    )  # fmt: skip
+    _load_tutorial(bridge, path)
+    return HookedModel(bridge, TokenInput(114, 3, (*map(str, range(113)), "=")), name)
+
+
+def _load_tutorial(bridge: nn.Module, path: Path) -> None:
+    tensors = read_weights(path)
+    try:
+        converted = from_hooked_transformer(tensors)
+    except KeyError as error:
+        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
+    load_native(bridge, converted, repr(str(path)))
+
+
+def _stories260k(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/stories260K.safetensors", weights, name)
+    vocabulary = path.parent / "tok512.json"
+    if not vocabulary.is_file():
+        raise FileNotFoundError(f"model {name!r} needs its vocabulary {str(vocabulary)!r}")
+    bridge = native_bridge(
+        d_model=64, d_head=8, n_heads=8, n_key_value_heads=4, n_layers=5, n_ctx=512, d_vocab=512,
+        d_mlp=172, gated_mlp=True, act_fn="silu", normalization_type="RMS", final_rms=True,
+        positional_embedding_type="rotary",
+    )  # fmt: skip
+    try:
+        converted = from_llama2c(read_weights(path))
+    except KeyError as error:
+        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
+    load_native(bridge, converted, repr(str(path)))
+    words = tuple(str(word) for word, _ in json.loads(vocabulary.read_text()))
+    return HookedModel(bridge, TokenInput(512, 512, words, bos=1), name)
+
+
+# --- by package --------------------------------------------------------------------------------
+
+
+def _tl(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(f"tl:{name}", weights)
+    try:
+        bridge = huggingface_bridge(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model 'tl:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"the Hugging Face hub ({first})"
+        ) from error
+    vocabulary = _vocabulary(bridge.tokenizer, bridge.cfg.d_vocab)
+    bos = getattr(bridge.tokenizer, "bos_token_id", None)
+    return HookedModel(
+        bridge, TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos), f"tl:{name}"
+    )
+
+
+def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
+    """How a Hugging Face tokenizer writes each token; empty if there is none."""
+    decode = getattr(tokenizer, "convert_ids_to_tokens", None)
+    if decode is None:
+        return ()
+    known = len(tokenizer)  # type: ignore[arg-type]
+    words = decode(list(range(min(known, n_vocab))))
+    marked = [str(w).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n") for w in words]
+    return tuple(marked + [f"<{i}>" for i in range(len(marked), n_vocab)])
+
+
+def _huggingface(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(f"hf:{name}", weights)
+    from transformers import AutoModelForImageClassification
+
+    try:
+        module = AutoModelForImageClassification.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model 'hf:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"the Hugging Face hub ({first}); language models load as tl:{name}"
+        ) from error
+    config = module.config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    labels = getattr(config, "id2label", {})
+    spec = ImageInput(
+        getattr(config, "num_channels", 3), height, width, IMAGENET_MEAN, IMAGENET_STD
+    )
+    return HookedModel(module.eval(), spec, f"hf:{name}", classes=list(labels.values()))
+
+
+def _torchvision(name: str, weights: Path | None) -> HookedModel:
+    try:
+        zoo = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"model 'torchvision:{name}' needs torchvision, which cannot be imported here "
+            f"({str(error).splitlines()[0]}); install the build that matches your torch"
+        ) from error
+    if name not in zoo.list_models():
+        raise unknown("torchvision model", name, zoo.list_models())
+    if weights is None:
+        try:
+            module = zoo.get_model(name, weights="DEFAULT")
+        except OSError as error:
+            raise FileNotFoundError(
+                f"model 'torchvision:{name}' needs its weights: the download failed ({error}); "
+                "pass --weights PATH"
+            ) from error
+    else:
+        module = zoo.get_model(name, weights=None)
+        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
+    spec = ImageInput(3, 224, 224, IMAGENET_MEAN, IMAGENET_STD, resize="margin-crop")
+    return HookedModel(module.eval(), spec, f"torchvision:{name}")
+
+
+def _python(name: str, weights: Path | None) -> HookedModel:
+    """A person's own factory: it runs their code, by their wish."""
+    module_name, _, factory_name = name.partition(":")
+    if not factory_name:
+        raise ValueError(f"model 'python:{name}' is not of the form python:MODULE:FACTORY")
+    try:
+        namespace = _import(module_name)
+    except ImportError as error:
+        raise ImportError(
+            f"model 'python:{name}': cannot import {module_name!r} ({error})"
+        ) from error
+    factory = getattr(namespace, factory_name, None)
+    if not callable(factory):
+        functions = [
+            n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
+        ]
+        raise unknown(f"factory of {module_name}", factory_name, functions)
+    made = factory()
+    module = made.module if isinstance(made, HookedModel) else made
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"model 'python:{name}': {factory_name} returned {type(made).__name__}, expected a "
+            "torch module or a HookedModel"
+        )
+    if weights is not None:
+        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
+    if isinstance(made, HookedModel):
+        return made
+    shape = getattr(module, "input_shape", None)
+    if shape is None:
+        raise ValueError(
+            f"model 'python:{name}': give the module an input_shape = (channels, height, width), or "
+            "return a HookedModel"
+        )
+    return HookedModel(module, tuple(shape), f"python:{name}")
+
+
+def _import(name: str) -> object:
+    """Import by module name, or by the path of a `.py` file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no file {name!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name.partition("NAME")[0].partition("MODULE")[0]: entry
+    for entry in (
+        ModelEntry("cleanroom", "hand-written Gabor filters, complex Gabors and lines", _cleanroom),
+        ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
+        ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
+        ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
+        ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
+        ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),
+        ModelEntry("induction-infinite", "2-layer attention-only; needs its weights file", _induction_infinite),
+        ModelEntry("modular-addition", "1 layer, addition mod 113; needs its weights file", _modular_addition),
+        ModelEntry("python:MODULE:FACTORY", "your own: an importable function or FILE.py:FUNCTION", _python),
+        ModelEntry("tl:NAME", "TransformerLens, by hub name or local folder", _tl),
+        ModelEntry("hf:NAME", "Hugging Face image classifier, by hub name or local folder", _huggingface),
+        ModelEntry("torchvision:NAME", "torchvision, if it is installed", _torchvision),
+    )
+}  # fmt: skip
+"""Every kind of model that `load_model` knows, by name or by scheme."""

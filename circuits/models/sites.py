@@ -1,0 +1,225 @@
+"""Finding the sites of a model: trace one forward pass and describe each tensor (layer 3)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.hooks import Tap, Trace, trace
+from circuits.units import Site, SiteKind
+
+TRACE_BATCH = 2
+"""Traces run on two examples: an axis of that size in front is the batch."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and fixed parameters inside the block; as before after it."""
+    training = [m for m in module.modules() if m.training]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for m in training:
+            m.training = False
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def is_bridge(module: nn.Module) -> bool:
+    """Whether `module` is a TransformerLens bridge (told by its hook points, without importing it)."""
+    return hasattr(module, "hook_dict") and hasattr(module, "cfg")
+
+
+def find_sites(module: nn.Module, example: Tensor) -> list[tuple[Site, Tap]]:
+    """Every site of a model with the tap that reaches it, in order of execution.
+
+    Args:
+        module: any module, or a TransformerLens bridge (its hook points become the sites).
+        example: an input of `TRACE_BATCH` examples.
+
+    Raises:
+        ValueError: if no module puts out a batch of real numbers.
+    """
+    names = _hook_points(module) if is_bridge(module) else _modules(module)
+    outputs: list[Any] = []
+    with evaluating(module), torch.no_grad():
+        traces = trace(
+            module,
+            {name: m for name, (m, _) in names.items()},
+            lambda: outputs.append(module(example)),
+        )
+    final = main_output(outputs[0])
+    if not any(t.value is final for t in traces):
+        path = () if final is outputs[0] else (_main_key(outputs[0]),)
+        traces.append(Trace(Tap(module, 0, path), "output", final))
+    found: dict[str, tuple[Site, Tap]] = {}
+    for t in traces:
+        site_tap = _bridge_site(t, names) if is_bridge(module) else _module_site(t, final)
+        if site_tap is not None:
+            found.setdefault(site_tap[0].name, site_tap)
+    for name in [n for n in found if _shown_too_late(n, list(found))]:
+        del found[name]
+    if not found:
+        raise ValueError(
+            f"model {type(module).__name__} has no site: no module puts out a batch of real numbers"
+        )
+    return list(found.values())
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor of a model's output that holds its logits.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping | list | tuple) and len(output):
+        return main_output(output[_main_key(output)])
+    raise TypeError(f"model output of type {type(output).__name__} holds no tensor")
+
+
+def _main_key(output: Any) -> Any:
+    """Which entry of a nested output holds the logits: `logits` of a mapping, else the first."""
+    if isinstance(output, Mapping):
+        return "logits" if "logits" in output else next(iter(output))
+    return 0
+
+
+Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
+"""Site name -> its module and the site's other names."""
+
+
+# --- any module --------------------------------------------------------------------------------
+
+
+def _modules(root: nn.Module) -> Named:
+    return {
+        re.sub(r"[\s:,+*]|^-", "_", name): (module, ())
+        for name, module in root.named_modules()
+        if name
+    }
+
+
+_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
+_FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
+
+
+def _is_site(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim >= 2 and value.shape[0] == TRACE_BATCH
+
+
+def _module_site(t: Trace, final: Tensor) -> tuple[Site, Tap] | None:
+    if not _is_site(t.value):
+        return None
+    axes, kind = _module_axes(t.value.ndim, t.tap.module)
+    site = Site(
+        t.name,
+        "logit" if t.value is final else kind,
+        axes,
+        axes.index("channel" if "channel" in axes else "unit"),
+        tuple(t.value.shape[1:]),
+        module=type(t.tap.module).__name__,
+    )
+    return site, t.tap
+
+
+def _module_axes(ndim: int, module: nn.Module) -> tuple[tuple[str, ...], SiteKind]:
+    """Axis names of a module's output, and what its units are."""
+    if ndim == 2:
+        return ("batch", "unit"), "neuron"
+    space = {3: ("position",), 4: ("y", "x"), 5: ("z", "y", "x")}.get(
+        ndim, tuple(f"axis{i}" for i in range(ndim - 2))
+    )
+    unit_last = isinstance(module, _LAST_AXIS) or ndim > 5
+    if unit_last or (ndim == 3 and not isinstance(module, _FIRST_AXIS_1D)):
+        return ("batch", *space, "unit"), "neuron"
+    return ("batch", "channel", *space), "channel"
+
+
+# --- TransformerLens bridges -------------------------------------------------------------------
+
+
+def _hook_points(bridge: Any) -> Named:
+    """Hook points by the name that TransformerLens users know; other names become aliases."""
+    by_point: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, point in bridge.hook_dict.items():
+        by_point.setdefault(id(point), (point, []))[1].append(name)
+    named: Named = {}
+    for point, names in by_point.values():
+        # `blocks.0.attn.hook_z` before `blocks.0.attn.o.hook_in`, which is the same hook point
+        names.sort(key=lambda name: (name.endswith(("hook_in", "hook_out")), len(name), name))
+        named[names[0]] = (point, tuple(names[1:]))
+    return named
+
+
+_HEADS = re.compile(r"hook_(z|q|k|v|rot_q|rot_k|result)$")
+_PATTERNS = re.compile(r"hook_(pattern|attn_scores)$")
+_NEURONS = re.compile(r"(mlp|hook)\S*hook_(pre|post|pre_linear|mid)$|mlp\.(in|gate)\.hook_out$")
+_LOGITS = re.compile(r"hook_unembed$|unembed\.hook_out$")
+
+
+def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap] | None:
+    if not _is_site(t.value):
+        return None
+    tap = t.tap
+    conversion = getattr(tap.module, "hook_conversion", None)
+    if conversion is not None:
+        tap = replace(tap, convert=conversion.convert, revert=conversion.revert)
+    value = tap.read(t.value) if conversion is not None else t.value
+    axes, unit_axis, kind = _bridge_axes(t.name, value.ndim)
+    site = Site(
+        t.name, kind, axes, unit_axis, tuple(value.shape[1:]), names[t.name][1], "HookPoint"
+    )
+    return site, tap
+
+
+def _shown_too_late(name: str, order: list[str]) -> bool:
+    """Whether a bridge shows attention scores only after attention is over, where edits do nothing."""
+    z = name.replace("hook_attn_scores", "hook_z")
+    return z != name and z in order and order.index(name) > order.index(z)
+
+
+def _bridge_axes(name: str, ndim: int) -> tuple[tuple[str, ...], int, SiteKind]:
+    if _PATTERNS.search(name) and ndim == 4:
+        return ("batch", "head", "query", "key"), 1, "pattern"
+    if _HEADS.search(name) and ndim == 4:
+        return ("batch", "position", "head", "d_head"), 2, "head"
+    if ndim == 2:
+        return ("batch", "unit"), 1, "neuron"
+    if ndim != 3:
+        between = tuple(f"axis{i}" for i in range(ndim - 2))
+        return ("batch", *between, "unit"), ndim - 1, "neuron"
+    kind: SiteKind = "residual"
+    if _LOGITS.search(name):
+        kind = "logit"
+    elif _NEURONS.search(name):
+        kind = "neuron"
+    return ("batch", "position", "unit"), 2, kind
+
+
+def unit_activations(site: Site, value: Tensor) -> Float[Tensor, "batch unit position"]:
+    """A site's tensor with one number per example, unit and position.
+
+    Positions are flattened in the order of `site.position_axes`; a head's activation at a position
+    is the norm of its output there.
+    """
+    names = list(site.axes)
+    if "d_head" in names:
+        value = value.norm(dim=names.index("d_head"))
+        names.remove("d_head")
+    unit_axis = names.index(site.axes[site.unit_axis])
+    value = value.movedim(unit_axis, 1)
+    return value.reshape(value.shape[0], value.shape[1], -1)

@@ -1,0 +1,42 @@
+"""The photographs that ship with scikit-image: real images without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_FILES = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png",
+    "coffee.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
+    "moon.png", "motorcycle_left.png", "motorcycle_right.png", "page.png", "retina.jpg",
+    "rocket.jpg", "text.png",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Photograph:
+    """One photograph.
+
+    Attributes:
+        name: its file's name without the ending.
+        pixels: height x width x 3, 8 bits, RGB.
+    """
+
+    name: str
+    pixels: np.ndarray
+
+
+@cache
+def photographs() -> tuple[Photograph, ...]:
+    """All nineteen, in the order of their names."""
+    import skimage  # here, not at the top: it takes a while and few callers need it
+
+    folder = Path(skimage.__file__).parent / "data"
+    return tuple(
+        Photograph(Path(name).stem, np.asarray(Image.open(folder / name).convert("RGB")))
+        for name in _FILES
+    )

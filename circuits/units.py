@@ -1,0 +1,252 @@
+"""Addresses of things inside a network (layer 1: imports nothing of the package).
+
+A `Site` is a hook point, a `Unit` one channel, neuron, head or latent of it, a `Direction` a linear
+combination of its units. Inside the library a unit is a `Unit`; strings are parsed once, at the edge.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SiteKind = Literal["channel", "neuron", "head", "pattern", "residual", "logit"]
+"""What the units of a site are: convolution channels, neurons of a fully connected or MLP layer,
+attention heads, attention patterns (one a head), residual-stream dimensions, or output logits."""
+
+_NAME = r"(?!-)[^\s:,+*]+"
+_SITE_NAME = re.compile(_NAME)
+_UNIT = re.compile(rf"(?P<site>{_NAME}):(?P<index>0|[1-9][0-9]*)")
+
+
+def check_site_name(name: str) -> str:
+    """Return `name` if it can name a site: no white space, no `:`, `,`, `+` or `*`, no `-` in front.
+
+    Raises:
+        ValueError: if it cannot.
+
+    >>> check_site_name("blocks.0.attn.hook_z")
+    'blocks.0.attn.hook_z'
+    """
+    if not _SITE_NAME.fullmatch(name):
+        raise ValueError(
+            f"site name {name!r} is not valid: expected characters other than white space and "
+            "any of : , + * (and no - in front)"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Site:
+    """A hook point: a place in a model where a tensor can be read and changed.
+
+    Attributes:
+        name: how the site is written, e.g. `mixed3b` or `blocks.1.attn.hook_z`.
+        kind: what its units are.
+        axes: the names of its tensor's axes, batch first, e.g. `("batch", "channel", "y", "x")`.
+        unit_axis: which of them counts units.
+        shape: the tensor's shape for one example (without the batch axis), as traced.
+        aliases: other names for the same site.
+        module: class name of the module behind it, e.g. `Conv2d`.
+    """
+
+    name: str
+    kind: SiteKind
+    axes: tuple[str, ...]
+    unit_axis: int
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        check_site_name(self.name)
+        if len(self.axes) != len(self.shape) + 1:
+            raise ValueError(f"axes {self.axes} do not fit shape {self.shape} of site {self.name}")
+        if not 0 < self.unit_axis < len(self.axes):
+            raise ValueError(
+                f"unit_axis {self.unit_axis} of site {self.name} is not in {self.axes}"
+            )
+
+    @property
+    def n_units(self) -> int:
+        """How many units the site has."""
+        return self.shape[self.unit_axis - 1]
+
+    @property
+    def position_axes(self) -> tuple[str, ...]:
+        """The axes that say where, e.g. `("y", "x")`: all but batch, units and a head's inside."""
+        return tuple(
+            a for i, a in enumerate(self.axes) if i not in (0, self.unit_axis) and a != "d_head"
+        )
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        """The lengths of `position_axes`, as traced."""
+        return tuple(self.shape[self.axes.index(a) - 1] for a in self.position_axes)
+
+    def unit(self, index: int) -> Unit:
+        """The unit at `index`.
+
+        Raises:
+            ValueError: if the site has no such unit.
+        """
+        if not 0 <= index < self.n_units:
+            raise ValueError(
+                f"unit {self.name}:{index} does not exist: {self.name} has units "
+                f"0 to {self.n_units - 1}"
+            )
+        return Unit(self.name, index)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One channel, neuron, head or latent: the `index`-th unit of a site, written `site:index`.
+
+    >>> Unit.parse("mixed3b:379")
+    Unit(site='mixed3b', index=379)
+    >>> str(Unit("blocks.1.attn.hook_z", 4))
+    'blocks.1.attn.hook_z:4'
+    """
+
+    site: str
+    index: int
+
+    def __post_init__(self) -> None:
+        check_site_name(self.site)
+        if isinstance(self.index, bool) or self.index < 0:
+            raise ValueError(f"unit index {self.index!r} of {self.site} is not a whole number >= 0")
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        """Read `site:index`.
+
+        Raises:
+            ValueError: if `text` is not of that form.
+        """
+        match = _UNIT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"unit {text!r} is not of the form SITE:INDEX, e.g. mixed3b:379")
+        return cls(match["site"], int(match["index"]))
+
+    def __str__(self) -> str:
+        return f"{self.site}:{self.index}"
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A linear combination of the units of a site.
+
+    Attributes:
+        site: the site's name.
+        vector: one weight a unit, kept in float64 on the CPU; finite, not all zero.
+    """
+
+    site: str
+    vector: Float[Tensor, " unit"]
+
+    def __post_init__(self) -> None:
+        check_site_name(self.site)
+        if self.vector.ndim != 1 or self.vector.numel() == 0:
+            raise ValueError(
+                f"direction in {self.site} needs one weight a unit, got shape "
+                f"{tuple(self.vector.shape)}"
+            )
+        if not torch.isfinite(self.vector).all() or not self.vector.any():
+            raise ValueError(f"direction in {self.site} must be finite and not all zero")
+        object.__setattr__(self, "vector", self.vector.detach().to("cpu", torch.float64))
+
+    @classmethod
+    def parse(cls, text: str, n_units: int) -> Direction:
+        """Read a sum of weighted units of one site, e.g. `mixed3b:379+0.5*mixed3b:385`.
+
+        Args:
+            text: terms `[WEIGHT*]SITE:INDEX` joined by `+` or `-`; units left out weigh 0.
+            n_units: how many units the site has.
+
+        Raises:
+            ValueError: if it cannot be read, spans two sites or names a unit past `n_units`.
+        """
+        terms = [_parse_term(t) for t in _split_terms(text)]
+        sites = {unit.site for _, unit in terms}
+        if len(sites) != 1:
+            raise ValueError(f"direction {text!r} names {len(sites)} sites: expected exactly one")
+        vector = torch.zeros(n_units, dtype=torch.float64)
+        for weight, unit in terms:
+            if unit.index >= n_units:
+                raise ValueError(
+                    f"unit {unit} does not exist: {unit.site} has units 0 to {n_units - 1}"
+                )
+            vector[unit.index] += weight
+        return cls(sites.pop(), vector)
+
+    def __str__(self) -> str:
+        terms = [
+            f"{'-' if w < 0 else '+'}{abs(w)!r}*{self.site}:{i}"
+            for i, w in enumerate(self.vector.tolist())
+            if w != 0
+        ]
+        return "".join(terms).removeprefix("+")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        return self.site == other.site and torch.equal(self.vector, other.vector)
+
+    def __hash__(self) -> int:
+        return hash((self.site, tuple(self.vector.tolist())))
+
+
+_TERM = re.compile(
+    r"(?P<sign>[+-]?)"
+    r"(?:(?P<weight>[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\*)?"
+    rf"(?P<unit>{_NAME}:[0-9]+)"
+)
+
+
+def _split_terms(text: str) -> list[re.Match[str]]:
+    compact = text.replace(" ", "")
+    matches = list(_TERM.finditer(compact))
+    if not matches or "".join(m[0] for m in matches) != compact:
+        raise ValueError(
+            f"direction {text!r} is not a sum of terms WEIGHT*SITE:INDEX, "
+            "e.g. mixed3b:379+0.5*mixed3b:385"
+        )
+    return matches
+
+
+def _parse_term(match: re.Match[str]) -> tuple[float, Unit]:
+    weight = float(match["weight"] or 1.0)
+    return (-weight if match["sign"] == "-" else weight), Unit.parse(match["unit"])
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` names of `known` that look most like `name`, best first.
+
+    >>> nearest("mixd3b", ["mixed3a", "mixed3b", "conv2d0"], n=2)
+    ['mixed3b', 'mixed3a']
+    """
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.3)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> KeyError:
+    """The error for a name that is not among `known`, with the nearest ones offered.
+
+    >>> print(unknown("site", "mixd3b", ["mixed3a", "mixed3b"]).args[0])
+    unknown site 'mixd3b': did you mean mixed3b, mixed3a?
+    """
+    names = list(known)
+    close = nearest(name, names)
+    if close:
+        hint = f"did you mean {', '.join(close)}?"
+    else:
+        hint = f"expected one of {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    return KeyError(f"unknown {what} {name!r}: {hint}")

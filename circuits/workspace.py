@@ -1,0 +1,108 @@
+"""The workspace: a folder with everything that the workbench has computed (layer 2).
+
+<root>/<model hash, 16 digits>/model.json          how to load the model again
+                              /<dataset hash>/…     activation stores
+                              /pictures/            feature visualizations and their metadata
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from circuits.files import check_writable, write_json
+from circuits.units import Unit
+
+ROOT = "CIRCUITS_WORKSPACE"
+"""Environment variable: the folder to use instead of `cache`."""
+
+DIGITS = 16
+"""How many hexadecimal digits of a hash name a folder."""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model that the workspace knows.
+
+    Attributes:
+        spec: what `load_model` takes.
+        hash: of its weights.
+        weights: the weights file it was loaded from, if one was named.
+    """
+
+    spec: str
+    hash: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace folder.
+
+    Attributes:
+        root: where it is.
+    """
+
+    root: Path
+
+    @classmethod
+    def default(cls, root: str | Path | None = None) -> Workspace:
+        """The folder given, or that `CIRCUITS_WORKSPACE` names, or `cache`."""
+        return cls(Path(root or os.environ.get(ROOT) or "cache"))
+
+    def writable(self) -> Workspace:
+        """This workspace, if files can be written into it.
+
+        Raises:
+            PermissionError: if not.
+        """
+        check_writable(self.root, "workspace")
+        return self
+
+    def model_folder(self, model_hash: str) -> Path:
+        """Where everything about one set of weights is kept."""
+        return self.root / model_hash[:DIGITS]
+
+    def register(self, record: ModelRecord) -> None:
+        """Note how a model is loaded, so that the app can load it again."""
+        path = self.model_folder(record.hash) / "model.json"
+        if not path.exists() or json.loads(path.read_text()) != asdict(record):
+            write_json(path, asdict(record))
+
+    def models(self) -> list[ModelRecord]:
+        """The models it knows, by name; folders with an unreadable record are left out."""
+        found = []
+        for path in sorted(self.root.glob("*/model.json")):
+            try:
+                found.append(ModelRecord(**json.loads(path.read_text())))
+            except (ValueError, TypeError, OSError):
+                continue
+        return sorted(found, key=lambda record: record.spec)
+
+    def store_folder(self, model_hash: str, dataset_hash: str, run: str) -> Path:
+        """Where one harvest's activation store is."""
+        return self.model_folder(model_hash) / dataset_hash[:DIGITS] / run
+
+    def store_folders(self, model_hash: str) -> Iterator[Path]:
+        """The folders of all activation stores of a model, finished or not."""
+        for path in sorted(self.model_folder(model_hash).glob("*/*/provenance.json")):
+            yield path.parent
+
+    def picture_path(self, model_hash: str, unit: Unit, steps: int, size: int, seed: int) -> Path:
+        """Where the picture of a unit made with these settings is kept."""
+        name = f"{_file_name(unit)}-{steps}steps-{size}px-seed{seed}.png"
+        return self.model_folder(model_hash) / "pictures" / name
+
+    def pictures(self, model_hash: str, unit: Unit) -> list[Path]:
+        """The pictures of a unit, newest first."""
+        folder = self.model_folder(model_hash) / "pictures"
+        found = folder.glob(f"{glob.escape(_file_name(unit))}-*.png")
+        return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+def _file_name(unit: Unit) -> str:
+    return f"{unit.site}:{unit.index}".replace("%", "%25").replace("/", "%2F")

@@ -1,0 +1,110 @@
+"""Tiny seeded models and the optional real ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inception import Concatenate
+from circuits.models.inputs import TokenInput
+from circuits.models.transformers import native_bridge
+
+
+class Block(nn.Module):
+    """A convolution and an in-place ReLU; returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.act(self.conv(x)), x.mean()
+
+
+class OwnNet(nn.Module):
+    """What a person brings: 5 channels, not square, a block used twice, in-place ReLUs."""
+
+    input_shape = (5, 40, 56)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(5, 8, 5, stride=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.block = Block()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x, _ = self.block(x)
+        y, _ = self.block(x)
+        return self.fc((x + y).mean((2, 3)))
+
+
+class Branches(nn.Module):
+    """Concatenation, residual addition, batch norm, pooling, grouped and flattened layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.stem_relu = nn.ReLU()
+        self.norm = nn.LocalResponseNorm(3)
+        self.pool = nn.MaxPool2d(2)
+        self.left = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.left_relu = nn.ReLU()
+        self.right = nn.Conv2d(6, 2, 1)
+        self.right_relu = nn.ReLU()
+        self.cat = Concatenate()
+        self.inner = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.out_relu = nn.ReLU()
+        self.fc = nn.Linear(6 * 4 * 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.norm(self.stem_relu(self.stem(x))))
+        x = self.cat(self.left_relu(self.left(x)), self.right_relu(self.right(x)))
+        x = self.out_relu(self.bn(self.inner(x)) + x)
+        return self.fc(x.flatten(1))
+
+
+def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with weights (and batch-norm statistics) drawn from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+            if name.endswith("running_var"):
+                tensor.abs_().add_(0.5)
+    return module.eval()
+
+
+@pytest.fixture
+def own_net() -> HookedModel:
+    return HookedModel(seeded(OwnNet()), OwnNet.input_shape)
+
+
+@pytest.fixture
+def branches() -> HookedModel:
+    return HookedModel(seeded(Branches()), (3, 8, 10))
+
+
+@pytest.fixture
+def bridge() -> HookedModel:
+    made = native_bridge(
+        d_model=16, d_head=4, n_heads=4, n_layers=2, n_ctx=12, d_vocab=20, d_mlp=24, act_fn="gelu"
+    )
+    return HookedModel(made, TokenInput(20, 12), "tiny-bridge")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    root = os.environ.get("CIRCUITS_ASSETS")
+    if not root or not Path(root).is_dir():
+        pytest.skip("CIRCUITS_ASSETS names no folder: no real weights and photographs to test with")
+    return Path(root)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.sites import unit_activations
+from circuits.units import Unit
+from tests.conftest import OwnNet, seeded
+
+
+def test_sites_of_an_own_module(own_net: HookedModel) -> None:
+    found = {s.name: (s.kind, s.n_units, s.shape) for s in own_net.sites}
+    assert found["stem"] == ("channel", 8, (8, 18, 26))
+    assert found["block.conv@1"] == ("channel", 8, (8, 18, 26))
+    assert found["fc"] == ("logit", 3, (3,))
+    assert [s.name for s in own_net.sites][:3] == ["stem", "relu", "block.conv@0"]
+
+
+def test_sites_of_a_bridge_have_the_names_people_know(bridge: HookedModel) -> None:
+    z = bridge.site("blocks.1.attn.hook_z")
+    assert (z.kind, z.n_units, z.axes) == ("head", 4, ("batch", "position", "head", "d_head"))
+    assert bridge.site("blocks.1.attn.o.hook_in") is z
+    assert bridge.site("blocks.0.mlp.hook_post").kind == "neuron"
+    assert bridge.site("hook_unembed").kind == "logit"
+    assert bridge.site("blocks.0.hook_resid_pre").kind == "residual"
+    pattern = bridge.site("blocks.0.attn.hook_pattern")
+    assert (pattern.kind, pattern.unit_axis, pattern.n_units) == ("pattern", 1, 4)
+
+
+def test_aliases_are_the_same_site(own_net: HookedModel) -> None:
+    model = HookedModel(own_net.module, own_net.input, aliases={"first": "stem"})
+    x = model.input.example(1)
+    cache = model.run(x, read=["first"])
+    assert list(cache) == ["stem"]
+    assert cache["first"] is cache["stem"]
+    assert model.unit("first:3") == Unit("stem", 3)
+
+
+def test_bridge_values_agree_with_transformer_lens(bridge: HookedModel) -> None:
+    tokens = bridge.input.example(3)
+    with torch.no_grad():
+        logits, theirs = bridge.module.run_with_cache(tokens)
+    names = [s.name for s in bridge.sites if s.name in theirs]
+    ours = bridge.run(tokens, read=names)
+    assert len(names) > 30
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+    torch.testing.assert_close(ours.output, logits)
+
+
+def test_head_ablation_equals_removing_its_output_weights(bridge: HookedModel) -> None:
+    tokens = bridge.input.example(2)
+    site = bridge.site("blocks.1.attn.hook_z")
+
+    def without(z: Tensor) -> Tensor:
+        return torch.cat([z[:, :, :2], torch.zeros_like(z[:, :, 2:3]), z[:, :, 3:]], dim=2)
+
+    ablated = bridge.logits(tokens, {site.name: without})
+    weight = dict(bridge.module.named_parameters())[
+        "layers.1._original_component.attn._original_component.o._original_component.weight"
+    ]
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[:, 8:12] = 0  # head 2 of 4, four dimensions each
+        expected = bridge.logits(tokens)
+        weight.copy_(kept)
+    torch.testing.assert_close(ablated, expected)
+
+
+def test_scores_without_effect_are_not_offered(bridge: HookedModel) -> None:
+    """Every site offered must matter when it is changed, or an edit of it would tell a lie."""
+    tokens = bridge.input.example(2)
+    before = bridge.logits(tokens)
+    for site in bridge.sites:
+        noise = torch.Generator().manual_seed(1)
+        after = bridge.logits(
+            tokens, {site.name: lambda t, g=noise: t * 0.5 + torch.rand(t.shape, generator=g)}
+        )
+        assert not torch.equal(before, after), site.name
+
+
+def test_hash_follows_the_weights_and_nothing_else(own_net: HookedModel) -> None:
+    before = own_net.hash
+    own_net.run(own_net.input.example(1))
+    assert own_net.hash == before
+    assert HookedModel(seeded(OwnNet()), (5, 40, 56)).hash == before
+    with torch.no_grad():
+        own_net.module.fc.bias[0] += 1e-6
+    assert own_net.hash != before
+
+
+def test_runs_in_evaluation_mode_and_leaves_the_mode_alone() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    module[1].eval()
+    model = HookedModel(module, (3, 6, 6))
+    x = model.input.example(2)
+    assert torch.equal(model.logits(x), model.logits(x))
+    assert [m.training for m in module] == [True, False, True]
+    assert all(p.requires_grad for p in module.parameters())
+    assert module[1].num_batches_tracked.item() == 0
+
+
+def test_gradient_reaches_the_input_and_not_the_weights(own_net: HookedModel) -> None:
+    x = own_net.input.example(1).requires_grad_(True)
+    own_net.run(x, read=["relu"], until="relu", grad=True)["relu"].sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in own_net.module.parameters())
+
+
+def test_threads_do_not_see_each_others_edits(own_net: HookedModel) -> None:
+    x = own_net.input.example(1)
+    intact = own_net.logits(x)
+    wrong: list[int] = []
+    stop = threading.Event()
+
+    def edits() -> None:
+        while not stop.is_set():
+            with own_net.intervening({"relu": torch.zeros_like}):
+                own_net.module(x)
+
+    editor = threading.Thread(target=edits)
+    editor.start()
+    for i in range(100):
+        if not torch.equal(own_net.logits(x), intact):
+            wrong.append(i)
+    stop.set()
+    editor.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.site("stemm"), KeyError, "did you mean stem"),
+        (lambda m: m.unit("stem:8"), ValueError, "units 0 to 7"),
+        (lambda m: m.run(torch.rand(1, 3, 40, 56)), ValueError, "5 channels"),
+        (lambda m: m.run(torch.rand(5, 40, 56)), ValueError, "batch x 5 channels"),
+        (lambda m: m.run(m.input.example(), read=["nope"]), KeyError, "unknown site"),
+        (lambda m: m.run(m.input.example(), edits={"nope": torch.relu}), KeyError, "unknown site"),
+    ],
+)
+def test_bad_calls_say_what_would_be_right(own_net, call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(own_net)
+
+
+def test_bad_tokens_are_refused(bridge: HookedModel) -> None:
+    with pytest.raises(ValueError, match="token 20 is not in the vocabulary"):
+        bridge.run(torch.tensor([[1, 20]]))
+    with pytest.raises(ValueError, match="expected 1 to 12"):
+        bridge.run(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="not tokens"):
+        bridge.run(torch.rand(1, 5))
+
+
+def test_a_site_that_a_pass_skips_is_named() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.extra(x) if len(x) == 2 else x * 2
+
+    model = HookedModel(Sometimes(), (1, 4, 4))
+    with pytest.raises(KeyError, match="'extra' was not reached"):
+        model.run(torch.rand(1, 1, 4, 4), read=["extra"])
+
+
+def test_unit_activations_by_hand(bridge: HookedModel) -> None:
+    site = bridge.site("blocks.0.attn.hook_z")
+    z = torch.randn(2, 5, 4, 4)
+    values = unit_activations(site, z)
+    assert values.shape == (2, 4, 5)
+    torch.testing.assert_close(values[1, 3, 2], z[1, 2, 3].square().sum().sqrt())
+    image_site = HookedModel(seeded(OwnNet()), (5, 40, 56)).site("stem")
+    maps = torch.randn(2, 8, 3, 4)
+    assert unit_activations(image_site, maps)[1, 5, 2 * 4 + 1] == maps[1, 5, 2, 1]
+
+
+def test_image_input_normalizes_and_refuses() -> None:
+    spec = ImageInput(3, 4, 4, mean=(10.0, 20.0, 30.0), std=(2.0,), scale=255.0, bgr=True)
+    out = spec.normalize(torch.tensor([1.0, 0.5, 0.0])[None, :, None, None].expand(1, 3, 4, 4))
+    assert out[0, :, 0, 0].tolist() == [(0 - 10) / 2, (127.5 - 20) / 2, (255 - 30) / 2]
+    with pytest.raises(ValueError, match="the model takes 3"):
+        spec.normalize(torch.rand(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="mean has 2 values"):
+        ImageInput(3, 4, 4, mean=(0.0, 1.0))
+    with pytest.raises(ValueError, match="must be positive"):
+        ImageInput(0, 4, 4)
+
+
+def test_token_input_encodes_greedily_and_refuses() -> None:
+    spec = TokenInput(4, 8, ("a", "b", "ab", " "))
+    assert spec.encode("ab ba") == [2, 3, 1, 0]
+    with pytest.raises(ValueError, match="'c' at character 1"):
+        spec.encode("ac")
+    with pytest.raises(ValueError, match="no vocabulary"):
+        TokenInput(4, 8).encode("1 two")
+    with pytest.raises(ValueError, match="expected n_vocab 4"):
+        TokenInput(4, 8, ("a",))

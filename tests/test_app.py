@@ -1,0 +1,124 @@
+"""The app under Streamlit's own test runner; `test_browser.py` drives it in a real browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from apps import session
+from circuits.featurevis.render import visualize
+from circuits.harvesting import harvest
+from circuits.models.loading import load_model
+from circuits.stimuli.sources import TextSource, open_source
+from circuits.workspace import ModelRecord, Workspace
+
+PAGE = str(Path(session.__file__).parent / "workbench.py")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Workspace:
+    """A small workspace: the clean room with one picture, and the induction model."""
+    place = Workspace(tmp_path_factory.mktemp("ws"))
+    model = load_model("cleanroom")
+    harvest(model, open_source("curves"), ["line"], place, ModelRecord("cleanroom", model.hash))
+    picture = visualize(model, "line:2", steps=3)
+    picture.save(place.picture_path(model.hash, picture.unit, 3, 64, 0))
+    heads = load_model("induction")
+    source = open_source("repeats")
+    assert isinstance(source, TextSource)
+    harvest(heads, source, ["blocks.1.attn.hook_z"], place, ModelRecord("induction", heads.hash))
+    return place
+
+
+def page(place: Workspace, monkeypatch, **query: str) -> AppTest:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(place.root))
+    test = AppTest.from_file(PAGE, default_timeout=120)
+    for key, value in query.items():
+        test.query_params[key] = value
+    return test.run()
+
+
+def text(test: AppTest) -> str:
+    parts = [*test.title, *test.subheader, *test.caption, *test.info, *test.warning, *test.error]
+    return "\n".join(str(part.value) for part in parts)
+
+
+def test_newcomer_sees_the_clean_room_first(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch)
+    assert not test.exception
+    assert test.sidebar.selectbox[0].value == "cleanroom"
+    assert test.title[0].value == "line:0 — line 0°"
+    for heading in ("What excites it most", "How active it is", "Built from", "What it does"):
+        assert heading in text(test)
+
+
+def test_the_choice_is_in_the_url_both_ways(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
+    assert test.title[0].value == "line:2 — line 30°"
+    assert "Mean activation" in text(test), "the picture made before is shown"
+    test.sidebar.selectbox(key="choose-unit").select("7").run()
+    assert test.query_params["unit"] == "7"
+    assert test.title[0].value.startswith("line:7")
+    next(b for b in test.button if b.label == "next →").click().run()
+    assert test.title[0].value.startswith("line:8")
+
+
+def test_weights_lead_to_the_unit_at_the_other_end(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="3")
+    first = next(b for b in test.button if b.label.startswith("complex:"))
+    first.click().run()
+    assert not test.exception
+    assert test.title[0].value.startswith(first.label.split()[0])
+    assert "circuits harvest cleanroom --data DATA --sites complex" in text(test)
+
+
+def test_ablation_shows_its_baseline_and_is_undone(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="4")
+    assert "KL from the intact prediction" not in text(test)
+    test.toggle(key="ablate").set_value(True).run()
+    assert not test.exception
+    assert "5 random units of the site" in text(test)
+    assert "identical to the bit" in text(test)
+
+
+def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
+    monkeypatch.setattr("apps.panels.PICTURE_STEPS", 2)
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="9")
+    assert "No picture yet" in text(test)
+    test.button(key="make-picture").click().run()
+    assert not test.exception
+    assert "2 steps, seed 0" in text(test)
+
+
+def test_transformer_heads_have_a_page(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, model="induction", site="blocks.1.attn.hook_z", unit="1")
+    assert not test.exception
+    assert test.title[0].value == "blocks.1.attn.hook_z:1"
+    assert any(b.label.startswith("blocks.0.attn.hook_z:") for b in test.button)
+    test.toggle(key="ablate").set_value(True).run()
+    assert "KL from the intact prediction" in text(test)
+
+
+def test_odd_urls_get_a_message(built: Workspace, monkeypatch) -> None:
+    odd = "<script>alert(1)</script>"
+    test = page(built, monkeypatch, model=odd, site="nope", unit="-5", data="../../etc")
+    assert not test.exception
+    assert "There is no model" in text(test)
+    assert test.title[0].value.startswith("line:0")
+
+
+def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    test = page(Workspace(tmp_path / "none"), monkeypatch)
+    assert not test.exception
+    assert "circuits demo" in text(test)
+
+
+def test_broken_workspaces_say_what_is_wrong(tmp_path: Path, monkeypatch) -> None:
+    place = Workspace(tmp_path)
+    place.register(ModelRecord("cleanroom", "0" * 64))
+    assert "has other weights" in text(page(place, monkeypatch))
+    gone = Workspace(tmp_path / "gone")
+    gone.register(ModelRecord("shapes", "1" * 64, str(tmp_path / "gone.safetensors")))
+    assert "does not exist" in text(page(gone, monkeypatch))

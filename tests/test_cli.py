@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from circuits.cli.main import run
+from circuits.models.loading import BUILTIN
+from tests.test_models import OWN
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return f"python:{path}:make"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path / "ws"))
+    return tmp_path / "ws"
+
+
+def output(capsys, *arguments: str) -> object:
+    assert run(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_models_and_sites_as_json(capsys, own: str) -> None:
+    names = [m["name"] for m in output(capsys, "models", "--json")]
+    assert names[:3] == ["cleanroom", "shapes", "induction"]
+    sites = {s["name"]: s for s in output(capsys, "sites", own, "--json")}
+    assert sites["block.conv@1"]["n_units"] == 8
+    assert sites["stem"]["axes"] == ["batch", "channel", "y", "x"]
+    assert run(["sites", own]) == 0
+    assert "block.conv@1" in capsys.readouterr().out
+
+
+def test_harvest_then_visualize_then_edit(capsys, workspace: Path, tmp_path: Path) -> None:
+    facts = output(
+        capsys, "harvest", "cleanroom", "--data", "curves", "--sites", "line,complex", "--json"
+    )
+    assert facts["sites"] == ["line", "complex"]
+    assert facts["examples"] == 192
+    assert Path(facts["folder"]).is_relative_to(workspace)
+
+    out = tmp_path / "a.png"
+    picture = output(
+        capsys, "visualize", "cleanroom", "line:3", "--out", str(out), "--steps", "8", "--size", "48", "--json"
+    )  # fmt: skip
+    assert picture["size"] == [48, 48]
+    with Image.open(out) as image:
+        assert image.size == (48, 48)
+    kept = output(capsys, "visualize", "cleanroom", "line:3", "--steps", "2", "--json")
+    assert Path(kept["out"]).is_relative_to(workspace)
+
+    recipe = tmp_path / "r.json"
+    report = output(
+        capsys, "edit", "cleanroom", "--zero", "complex:3", "--scale", "complex:4=0.5",
+        "--data", "curves", "--limit", "8", "--save", str(recipe), "--json",
+    )  # fmt: skip
+    assert report["restored"] is True
+    assert report["effect"]["kl"] > 0
+    assert len(report["random"]) == 5
+    again = output(
+        capsys, "edit", "cleanroom", "--recipe", str(recipe), "--data", "curves", "--limit", "8", "--json"
+    )  # fmt: skip
+    assert again["effect"] == report["effect"]
+
+
+def test_weights_as_json_and_table(capsys) -> None:
+    facts = output(capsys, "weights", "shapes", "mixed3a:100", "--top", "4", "--json")
+    assert len(facts["incoming"]) == len(facts["outgoing"]) == 4
+    first = facts["incoming"][0]
+    assert first["source"].startswith("mixed3a_5x5_bottleneck:")
+    assert len(first["kernel"]) == 5
+    assert run(["weights", "shapes", "conv2d0:1"]) == 0
+    assert "input:0" in capsys.readouterr().out
+
+
+def test_transformer_verbs(capsys, workspace: Path, tmp_path: Path) -> None:
+    text = tmp_path / "tokens.txt"
+    text.write_text("0 5 6 7 8 5 6 7 8\n0 9 3 9 3 9 3\n")
+    facts = output(
+        capsys, "harvest", "induction", "--data", f"tokens:{text}", "--sites", "blocks.1.attn.o.hook_in", "--json"
+    )  # fmt: skip
+    assert facts["sites"] == ["blocks.1.attn.hook_z"]
+    report = output(
+        capsys, "edit", "induction", "--zero", "blocks.0.attn.hook_z:3", "--limit", "20", "--json"
+    )
+    assert report["restored"] is True
+    assert report["effect"]["kl"] > max(e["kl"] for e in report["random"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sites", "shaeps"], "did you mean shapes"),
+        (["weights", "shapes", "mixed3c:1"], "did you mean mixed3"),
+        (["weights", "shapes", "mixed3a:160"], "units 0 to 159"),
+        (["weights", "shapes", "mixed3a"], "SITE:INDEX"),
+        (["harvest", "shapes", "--data", "fotos", "--sites", "mixed3a"], "did you mean photos"),
+        (["harvest", "shapes", "--data", "folder:{tmp}/empty", "--sites", "mixed3a"], "holds no images"),
+        (["harvest", "shapes", "--data", "folder:{tmp}/bad", "--sites", "mixed3a"], "cannot be read"),
+        (["harvest", "shapes", "--data", "photos", "--sites", ","], "at least one site"),
+        (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--workspace", "{tmp}/file/w"],
+         "cannot be written"),
+        (["sites", "shapes", "--weights", "{tmp}/cut.safetensors"], "not a whole safetensors file"),
+        (["sites", "shapes", "--weights", "{tmp}/none.safetensors"], "does not exist"),
+        (["harvest", "{own}", "--data", "photos", "--sites", "stem"], "the model takes 5"),
+        (["visualize", "shapes", "mixed3a:1", "--out", "{tmp}/file/a.png"], "cannot be written"),
+        (["visualize", "induction", "hook_unembed:1", "--out", "{tmp}/a.png"], "takes tokens"),
+        (["visualize", "shapes", "mixed3a:1", "--steps", "0"], "steps"),
+        (["edit", "shapes"], "nothing to edit"),
+        (["edit", "shapes", "--scale", "mixed3a:1"], "UNIT=FACTOR"),
+        (["edit", "shapes", "--scale", "mixed3a:1=nan"], "must be finite"),
+        (["edit", "shapes", "--recipe", "{tmp}/file"], "not a recipe"),
+        (["edit", "shapes", "--recipe", "{tmp}/none.json"], "none.json"),
+        (["nonsense"], "nonsense"),
+        (["sites"], "argument"),
+        (["visualize", "shapes", "mixed3a:1", "--steps", "x"], "--steps"),
+        (["edit", "shapes", "--zero", "mixed3a:1", "--limit", "0"], "limit 0"),
+        (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--batch", "0"], "batch 0"),
+        (["app", "--port", "99999"], "port 99999"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys, tmp_path: Path, own: str, workspace: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("not an image")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "cut.safetensors").write_bytes((BUILTIN / "shapes.safetensors").read_bytes()[:5000])
+    filled = [a.replace("{tmp}", str(tmp_path)).replace("{own}", own) for a in arguments]
+    assert run(filled) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert not captured.out
+    assert not workspace.exists() or not any(workspace.iterdir()), "nothing was written"
+
+
+def test_a_reader_may_stop_early() -> None:
+    command = f"{sys.executable} -m circuits.cli.main sites shapes --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "[\n"
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    "verb", ["models", "sites", "harvest", "visualize", "weights", "edit", "demo", "app"]
+)
+def test_every_verb_explains_itself(verb: str, capsys) -> None:
+    assert run([verb, "--help"]) == 0
+    assert f"circuits {verb}" in " ".join(capsys.readouterr().out.split())

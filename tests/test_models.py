@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from circuits.models.loading import BUILTIN, MODELS, load_model
+from circuits.models.receptive import receptive_field
+from circuits.models.training import induction as induction_training
+from circuits.models.training import shapes as shapes_training
+from circuits.stimuli import drawing
+from circuits.stimuli.repeats import draw_repeats
+from circuits.stimuli.shapes import CLASSES, draw_shapes
+from tests.conftest import OwnNet, seeded
+
+# --- built in ----------------------------------------------------------------------------------
+
+
+def test_shapes_recognises_held_out_drawings() -> None:
+    model = load_model("shapes")
+    labels = torch.arange(400) % len(CLASSES)
+    images = draw_shapes(labels, torch.Generator().manual_seed(31))
+    accuracy = (model.logits(model.input.normalize(images)).argmax(1) == labels).float().mean()
+    card = json.loads((BUILTIN / "shapes.log.jsonl").read_text().splitlines()[-1])
+    assert card["held_out_accuracy"] > 0.9
+    assert accuracy > card["held_out_accuracy"] - 0.05  # three standard errors of 400 draws
+
+
+def test_induction_copies_and_says_by_which_heads() -> None:
+    model = load_model("induction")
+    tokens, repeated = draw_repeats(300, torch.Generator().manual_seed(32))
+    hits = (model.logits(tokens)[:, :-1].argmax(-1) == tokens[:, 1:])[repeated[:, 1:]]
+    assert hits.float().mean() > 0.95
+    scores = induction_training.head_scores(model.module, n=50)
+    assert max(scores["previous_token"][0]) > 0.5
+    assert max(scores["prefix_matching"][1]) > 0.5
+    assert max(scores["prefix_matching"][0]) < 0.2
+
+
+def test_induction_needs_its_previous_token_head() -> None:
+    model = load_model("induction")
+    tokens, repeated = draw_repeats(100, torch.Generator().manual_seed(33))
+    scores = induction_training.head_scores(model.module, n=50)["previous_token"][0]
+    best = scores.index(max(scores))
+
+    def accuracy(head: int | None) -> float:
+        def without(z: torch.Tensor) -> torch.Tensor:
+            z = z.clone()
+            z[:, :, head] = 0
+            return z
+
+        edits = {} if head is None else {"blocks.0.attn.hook_z": without}
+        right = model.logits(tokens, edits)[:, :-1].argmax(-1) == tokens[:, 1:]
+        return right[repeated[:, 1:]].float().mean().item()
+
+    assert accuracy(best) < 0.5 < 0.9 < accuracy(None)
+
+
+def test_clean_room_lines_prefer_their_own_orientation() -> None:
+    model = load_model("cleanroom")
+    angles = torch.arange(180.0)
+    reach = 15 * drawing.heading(angles)
+    distance = drawing.segment_distance(drawing.grid(48, 48), -reach, reach)
+    for foreground in (0.0, 1.0):  # both polarities
+        images = drawing.paint(
+            torch.full((180, 3, 48, 48), 1 - foreground),
+            drawing.stroke(distance, torch.full((180,), 2.0)),
+            torch.full((180, 3), foreground),
+        )
+        lines = model.run(images, read=["line"])["line"][:, :, 16:32, 16:32].amax((2, 3))
+        names = model.unit_names["line"]
+        for unit in range(12):
+            designed = float(names[unit].removeprefix("line ").removesuffix("°"))
+            preferred = angles[lines[:, unit].argmax()].item()
+            assert abs((preferred - designed + 90) % 180 - 90) <= 5
+            perpendicular = lines[int(designed + 90) % 180, unit]
+            assert lines[:, unit].max() > 0.5
+            assert perpendicular < 0.2 * lines[:, unit].max()
+
+
+def test_clean_room_ignores_uniform_images_and_names_every_unit() -> None:
+    model = load_model("cleanroom")
+    cache = model.run(torch.full((1, 3, 40, 52), 0.7), read=["gabor", "line"])
+    assert cache["line"].max() == 0
+    assert cache["gabor"][:, :48].max() < 1e-5
+    for site, names in model.unit_names.items():
+        assert len(names) == model.site(site).n_units == len(set(names))
+
+
+@pytest.mark.parametrize("train", [shapes_training.train, induction_training.train])
+def test_training_scripts_run_and_repeat(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shapes_training, "evaluate", lambda model, n: (0.0, []))
+    weights = []
+    for run in ("a", "b"):
+        out = tmp_path / run
+        out.mkdir()
+        train(2, 7, out)
+        (path,) = out.glob("*.safetensors")
+        weights.append(load_file(path))
+        assert json.loads(next(out.glob("*.jsonl")).read_text())["step"] == 2
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+# --- real weights ------------------------------------------------------------------------------
+
+
+def test_googlenet_equals_its_reference(assets: Path) -> None:
+    model = load_model("googlenet")
+    reference = np.load(assets / "weights/googlenet/reference.npz")
+    photos = [Image.open(assets / "images/imagenet500" / name) for name in reference["files"]]
+    images = torch.stack([model.input.load(photo) for photo in photos])
+    x = model.input.normalize(images)
+    assert np.array_equal(x[0].numpy(), reference["input_0"])
+    sites = {
+        "conv2__3x3": "conv2d2",
+        "inception_3a__output": "mixed3a",
+        "inception_3b__output": "mixed3b",
+        "inception_4c__output": "inception_4c/output",
+    }
+    cache = model.run(x, read=sites.values())
+    pairs = [(cache.output, reference["logits"])]
+    for name, site in sites.items():
+        pairs.append((cache[site].mean((2, 3)), reference[f"{name}_mean"]))
+        pairs.append((cache[site].amax((2, 3)), reference[f"{name}_max"]))
+    for ours, theirs in pairs:
+        assert np.abs(ours.numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_googlenet_has_distills_names(assets: Path) -> None:
+    model = load_model("googlenet")
+    layers = json.loads((assets / "weights/googlenet/layers.json").read_text())["layers"]
+    for layer in layers:
+        site = model.site(layer["alias"])
+        if layer["type"] in ("concat", "conv+relu"):
+            assert site.n_units == layer.get("total", layer.get("weight_shape", [0])[0])
+    assert receptive_field(model, model.site("conv2d0")).box == (109, 109, 116, 116)
+
+
+def test_cifar_resnet_recognises_cifar(assets: Path) -> None:
+    model = load_model("cifar10-resnet20")
+    data = np.load(assets / "images/cifar10_test_3000.npz")
+    images = torch.tensor(data["images"]).permute(0, 3, 1, 2).float() / 255
+    right = model.logits(model.input.normalize(images)).argmax(1).numpy() == data["labels"]
+    # 73.4 % on this file, which holds three of the ten classes
+    assert right.mean() == pytest.approx(0.734, abs=0.005)
+
+
+def test_tutorial_transformers_do_what_they_are_known_for(assets: Path) -> None:
+    model = load_model("modular-addition")
+    a, b = torch.arange(113).repeat_interleave(113), torch.arange(113).repeat(113)
+    tokens = torch.stack([a, b, torch.full_like(a, 113)], dim=1)
+    assert (model.logits(tokens)[:, -1].argmax(-1) == (a + b) % 113).all()
+
+    model = load_model("induction-infinite")
+    pattern = torch.randint(128, (32, 20), generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([pattern] * 3, dim=1)
+    surprise = -model.logits(tokens).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    assert surprise[:, 21:].mean() < 0.5 * surprise[:, :19].mean()
+
+
+def test_stories_model_tells_a_story(assets: Path) -> None:
+    model = load_model("stories260k")
+    tokens = [1]
+    for _ in range(40):
+        tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1].argmax()))
+    text = "".join(model.input.word(t) for t in tokens[1:])
+    assert text.startswith(" Once upon a time, there was a little girl named Lily.")
+
+
+# --- receptive fields --------------------------------------------------------------------------
+
+
+def test_receptive_field_by_hand() -> None:
+    model = load_model("cleanroom")
+    field = receptive_field(model, model.site("line"))
+    # 7 x 7, then 1 x 1, then 7 x 7, all with stride 1: 13 pixels around the same place
+    assert field.center == (32, 32)
+    assert field.box == (26, 26, 39, 39)
+    assert field.at((0, 63)) == (0, 57, 7, 64)
+    whole = receptive_field(model, model.site("strongest"))
+    assert whole.at(()) == (0, 0, 64, 64)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def test_every_listed_model_says_what_it_is() -> None:
+    assert {"cleanroom", "shapes", "induction", "googlenet", "tl:", "torchvision:"} <= set(MODELS)
+    assert all(entry.summary for entry in MODELS.values())
+
+
+OWN = """
+import torch
+from tests.conftest import OwnNet, seeded
+
+def make():
+    return seeded(OwnNet())
+
+def shapeless():
+    return torch.nn.Conv2d(1, 1, 1)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_own_model_with_weights(own_file: Path, tmp_path: Path) -> None:
+    model = load_model(f"python:{own_file}:make")
+    assert model.site("stem").n_units == 8
+    other = seeded(OwnNet(), seed=5)
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
+        if path.suffix == ".pt":
+            torch.save({"state_dict": other.state_dict()}, path)
+        else:
+            save_file(other.state_dict(), path)
+        assert load_model(f"python:{own_file}:make", path).hash != model.hash
+        x = model.input.example(2)
+        torch.testing.assert_close(
+            load_model(f"python:{own_file}:make", path).logits(x), other(x).detach()
+        )
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("gogglenet", KeyError, "did you mean googlenet"),
+        ("python:{file}:maek", KeyError, "did you mean make"),
+        ("python:{file}", ValueError, "python:MODULE:FACTORY"),
+        ("python:no_such_module:f", ImportError, "no_such_module"),
+        ("python:{file}:shapeless", ValueError, "input_shape"),
+        ("python:{file}:number", TypeError, "returned int"),
+        ("torchvision:resnet18", ImportError, "needs torchvision"),
+        ("tl:/no/such/folder", FileNotFoundError, "neither a local folder"),
+    ],
+)
+def test_bad_specs_say_what_would_be_right(spec, error, message, own_file: Path) -> None:
+    if spec.startswith("torchvision") and importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed: what its absence says cannot be tested")
+    with pytest.raises(error, match=message):
+        load_model(spec.replace("{file}", str(own_file)))
+
+
+def test_missing_weights_say_how_to_name_them(monkeypatch) -> None:
+    monkeypatch.delenv("CIRCUITS_ASSETS", raising=False)
+    with pytest.raises(FileNotFoundError, match="pass --weights PATH/bvlc_googlenet"):
+        load_model("googlenet")
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    whole = (BUILTIN / "shapes.safetensors").read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model("shapes", cut)
+
+    tensors = load_file(BUILTIN / "shapes.safetensors")
+    cases = {
+        "lack 1 tensors, first 'logits.bias'": {
+            k: v for k, v in tensors.items() if k != "logits.bias"
+        },
+        "1 tensors too many, first 'extra'": {**tensors, "extra": torch.zeros(1)},
+        "'logits.bias' has shape": {**tensors, "logits.bias": torch.zeros(3)},
+        "'logits.bias' holds NaN": {**tensors, "logits.bias": torch.full((40,), torch.nan)},
+    }
+    for message, changed in cases.items():
+        path = tmp_path / "changed.safetensors"
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            load_model("shapes", path)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="weights_only"):
+        load_model("shapes", path)
+    assert not (tmp_path / "ran").exists()

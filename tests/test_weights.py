@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from circuits.models.adapter import HookedModel
+from circuits.units import Unit
+from circuits.weights import Connection, incoming, outgoing
+from tests.conftest import seeded
+
+
+def impulse_response(
+    model: HookedModel, source: Unit, target: str, at: tuple[int, int]
+) -> torch.Tensor:
+    """What one more unit of activation at `at` does to a target site that reads it linearly."""
+    x = model.input.example(1)
+
+    def nudged(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[0, source.index, at[0], at[1]] += 1
+        return value
+
+    with_it = model.run(x, read=[target], edits={source.site: nudged})[target]
+    return (with_it - model.run(x, read=[target])[target])[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "layer"),
+    [
+        ("pool", "left", "left"),  # grouped
+        ("pool", "right", "right"),  # 1 x 1
+        ("cat", "bn", "inner"),  # batch norm folded in
+    ],
+)
+def test_kernels_are_what_an_impulse_does(branches: HookedModel, source, target, layer) -> None:
+    found = 0
+    for unit in range(branches.site(source).n_units):
+        response = impulse_response(branches, Unit(source, unit), target, (2, 2))
+        for c in outgoing(branches, Unit(source, unit), top=99):
+            if c.layer != layer:
+                continue
+            found += 1
+            index = c.target.index - {"left": 0, "right": 4, "inner": 0}[layer]
+            size = c.kernel.shape[0] // 2
+            # a convolution puts the mirrored kernel around an impulse
+            seen = response[index, 2 - size : 3 + size, 2 - size : 3 + size]
+            torch.testing.assert_close(seen, c.kernel.flip(0, 1), rtol=1e-4, atol=1e-5)
+            response[index] = 0
+        assert response.abs().max() < 1e-5, "an effect that no connection explains"
+    assert found
+
+
+def test_incoming_and_outgoing_are_the_same_connections(branches: HookedModel) -> None:
+    def key(c: Connection) -> tuple:
+        return str(c.source), str(c.target), c.layer
+
+    built = {
+        key(c): c.kernel for i in range(6) for c in incoming(branches, Unit("cat", i), top=999)
+    }
+    assert built
+    for site in ("stem_relu",):
+        for i in range(6):
+            for c in outgoing(branches, Unit(site, i), top=999):
+                if c.target.site == "cat":
+                    assert torch.equal(built.pop(key(c)), c.kernel)
+    assert not built
+
+
+def test_concatenation_and_residual_are_followed(branches: HookedModel) -> None:
+    into_cat = incoming(branches, "cat:5", top=99)
+    assert {c.source.site for c in into_cat} == {"stem_relu"}
+    assert {c.layer for c in into_cat} == {"right"}
+    assert into_cat[0].through == ("norm", "pool")
+    # the residual sum is written by the inner convolution and, through the shortcut, by both branches
+    layers = {c.layer for c in incoming(branches, "out_relu:5", top=99)}
+    assert layers == {"inner"}
+
+
+def test_flattened_linear_layer_has_a_kernel_in_space(branches: HookedModel) -> None:
+    connections = incoming(branches, "fc:1", top=99)
+    assert {c.source.site for c in connections} == {"out_relu"}
+    assert {tuple(c.kernel.shape) for c in connections} == {(4, 5)}
+    weight = branches.module.fc.weight.detach().reshape(3, 6, 4, 5)
+    for c in connections:
+        assert torch.equal(c.kernel, weight[1, c.source.index])
+
+
+def test_first_layer_reads_the_input(branches: HookedModel) -> None:
+    connections = incoming(branches, "stem_relu:2", top=99)
+    assert {str(c.source) for c in connections} == {"input:0", "input:1", "input:2"}
+    for c in connections:
+        assert torch.equal(c.kernel, branches.module.stem.weight[2, c.source.index])
+
+
+def test_reused_block_connects_its_two_calls(own_net: HookedModel) -> None:
+    first = {str(c.target) for c in outgoing(own_net, "relu:3", top=99)}
+    assert {t.partition(":")[0] for t in first} == {"block.act@0"}
+    second = outgoing(own_net, "block.act@0:3", top=99)
+    assert {"block.act@1", "fc"} == {c.target.site for c in second}
+    kernel = next(c.kernel for c in second if str(c.target) == "block.act@1:6")
+    assert torch.equal(kernel, own_net.module.block.conv.weight[6, 3])
+
+
+def test_strongest_come_first_and_typical_is_the_median(branches: HookedModel) -> None:
+    connections = incoming(branches, "left:1", top=2)
+    weight = branches.module.left.weight[1]
+    norms = weight.flatten(1).norm(dim=1)
+    assert [c.norm for c in connections] == sorted(norms.tolist(), reverse=True)[:2]
+    assert connections[0].typical == pytest.approx(norms.median().item())
+    assert connections[0].total == pytest.approx(connections[0].kernel.sum().item())
+
+
+def test_permuting_channels_permutes_connections() -> None:
+    plain = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    model = HookedModel(seeded(plain), (2, 9, 9))
+    before = {c.source.index: c.kernel for c in incoming(model, "2:1", top=99)}
+    order = torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        plain[0].weight.copy_(plain[0].weight[order])
+        plain[2].weight.copy_(plain[2].weight[:, order])
+    moved = HookedModel(plain, (2, 9, 9))
+    for c in incoming(moved, "2:1", top=99):
+        assert torch.equal(c.kernel, before[int(order[c.source.index])])
+
+
+def test_composition_scores_by_definition(bridge: HookedModel) -> None:
+    b = bridge.module
+    ln = b.blocks[1].ln1.weight.detach()[:, None]
+    ln0 = b.blocks[0].ln1.weight.detach()[:, None]
+    for i, j in itertools.product(range(4), range(4)):
+        ov0 = (ln0 * b.W_V[0, i]) @ b.W_O[0, i]
+        qk = (ln * b.W_Q[1, j]) @ (ln * b.W_K[1, j]).T
+        ov1 = (ln * b.W_V[1, j]) @ b.W_O[1, j]
+        expected = torch.stack(
+            [
+                (ov0 @ qk).norm() / ov0.norm() / qk.norm(),
+                (qk @ ov0.T).norm() / ov0.norm() / qk.norm(),
+                (ov0 @ ov1).norm() / ov0.norm() / ov1.norm(),
+            ]
+        )
+        connections = outgoing(bridge, Unit("blocks.0.attn.hook_z", i), top=99)
+        kernel = next(c.kernel for c in connections if c.target.index == j)
+        torch.testing.assert_close(kernel, expected.detach())
+
+
+def test_neuron_virtual_weights_by_definition(bridge: HookedModel) -> None:
+    b = bridge.module
+    connections = outgoing(bridge, "blocks.0.mlp.hook_post:7", top=999)
+    for c in connections:
+        if c.target.site == "hook_unembed":
+            expected = b.W_out[0, 7] @ (b.ln_final.weight[:, None] * b.W_U)[:, c.target.index]
+        else:
+            into = b.blocks[1].ln2.weight[:, None] * b.W_in[1]
+            expected = b.W_out[0, 7] @ into[:, c.target.index]
+        torch.testing.assert_close(c.kernel, expected.detach())
+    assert {c.target.site for c in connections} == {"hook_unembed", "blocks.1.mlp.hook_post"}
+
+
+def test_bad_input_is_named(branches: HookedModel) -> None:
+    with pytest.raises(ValueError, match="units 0 to 5"):
+        incoming(branches, "cat:6")
+    with pytest.raises(KeyError, match="unknown site"):
+        outgoing(branches, "dog:1")
+    with pytest.raises(ValueError, match="top 0"):
+        incoming(branches, "cat:1", top=0)
