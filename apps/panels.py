@@ -14,7 +14,7 @@ from circuits.featurevis.render import visualize
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.receptive import ReceptiveField
+from circuits.models.receptive import Box
 from circuits.models.topology import INPUT
 from circuits.plots import histogram_figure, kernels_figure, predictions_figure
 from circuits.stimuli.sources import ImageSource
@@ -84,20 +84,20 @@ def examples_panel(
             st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
         return
     whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
-    field = session.field_of(model, unit.site, model_hash)
     columns = st.columns(9)
     for column, example in zip(columns, examples, strict=False):
-        column.image(_excerpt(model.input, inputs, example, field, whole), width="stretch")
+        box = session.field_of(model, unit.site, example.position, model_hash)
+        column.image(_excerpt(model.input, inputs, example, box, whole), width="stretch")
         column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
 
 
 def _excerpt(
-    spec: ImageInput, inputs: Inputs, example: Example, field: ReceptiveField, whole: bool
+    spec: ImageInput, inputs: Inputs, example: Example, box: Box, whole: bool
 ) -> Image.Image:
     """An example's image as the model sees it: the excited part, or all of it with a box around that."""
     assert isinstance(inputs.source, ImageSource), "image models are harvested on images"
     image = spec.fit(inputs.source.image(example.index).convert("RGB"))
-    top, left, bottom, right = field.at(example.position)
+    top, left, bottom, right = box
     if not whole:
         return image.crop((left, top, right, bottom)).resize((128, 128), Image.Resampling.BICUBIC)
     ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), outline="#D55E00", width=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.models.topology import INPUT, Link, WeightLayer
+from circuits.models.topology import Link, WeightLayer
 from circuits.units import Unit
-
-_PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten")
-"""Modules that hand on the units of the site before them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +23,9 @@ class Connection:
         source: the unit that is read.
         target: the unit that is built.
         kernel: y x x for a convolution (cross-correlation: the middle is "same place"), a single
-            number for a linear layer, (Q, K, V) composition scores between heads. Batch norm after
-            the layer is multiplied in.
+            number for a linear layer, (Q, K, V) composition scores between heads. Batch norm and
+            constants on either side of the layer are multiplied in; where a unit reaches it along
+            several paths their kernels are added.
         layer: the layer's name.
         through: sites between the source and the layer (pooling, normalisation), nearest last.
         typical: the median norm of the kernels beside it: of all sources of the same target for an
@@ -71,21 +69,27 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     Where the layer reads the model's input the sources are its channels, `input:0` …
 
     Args:
-        model: the model.
+        model: the model, without edits in force.
         unit: the target.
         top: how many, by norm of the kernel.
 
     Raises:
         KeyError: if its site is unknown.
-        ValueError: if the unit does not exist, or `top` is not positive.
+        ValueError: if the unit does not exist, `top` is not positive, or the model is edited.
     """
     _check_top(top)
     target = model.unit(unit)
     found: list[Connection] = []
     for layer in model.weight_layers:
-        for link in _covering(layer.writes, target):
-            for source in _sources(model, layer):
-                found += list(_row(layer, target, link, source, top))
+        row = _into(layer, target)
+        if row is None:
+            continue
+        for site, links in _by_site(link for link in layer.reads if link.direct).items():
+            kernels = sum(_gathered(row, link, model.n_units(site)) for link in links)
+            through = _through(layer, links[0].depth)
+            for index, kernel, typical in _strongest(kernels, top):
+                source = Unit(site, index)
+                found.append(Connection(source, target, kernel, layer.name, through, typical))
     return sorted(found, key=lambda c: -c.norm)[:top]
 
 
@@ -97,11 +101,23 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     _check_top(top)
     source = model.unit(unit)
     found: list[Connection] = []
+    directly_read = {r.site for other in model.weight_layers for r in other.reads if r.direct}
     for layer in model.weight_layers:
-        for link in _covering(layer.reads, source):
-            target = _target(model, layer)
-            if target is not None:
-                found += list(_column(layer, source, link, target, top))
+        links = [link for link in layer.reads if link.site == source.site]
+        column = _out_of(layer, source, links)
+        writes = _by_site(iter(layer.writes))
+        if column is None or not writes:
+            continue
+        # the nearest site that other layers read, or else the nearest
+        site = next((s for s in writes if s in directly_read), next(iter(writes)))
+        kernels = sum(
+            column[link.index.clamp_min(0)] * _column_shape(link.factor * (link.index >= 0), column)
+            for link in writes[site]
+        )
+        through = _through(layer, links[0].depth)
+        for index, kernel, typical in _strongest(kernels, top):
+            target = Unit(site, index)
+            found.append(Connection(source, target, kernel, layer.name, through, typical))
     return sorted(found, key=lambda c: -c.norm)[:top]
 
 
@@ -110,98 +126,64 @@ def _check_top(top: int) -> None:
         raise ValueError(f"top {top} must be at least 1")
 
 
-def _covering(links: tuple[Link, ...], unit: Unit) -> Iterator[Link]:
-    """The link, if any, by which a layer touches the site of a unit."""
+def _by_site(links: Iterator[Link]) -> dict[str, list[Link]]:
+    grouped: dict[str, list[Link]] = {}
     for link in links:
-        if link.site == unit.site:
-            yield link
-            return
+        grouped.setdefault(link.site, []).append(link)
+    return grouped
 
 
-def _sources(model: HookedModel, layer: WeightLayer) -> list[Link]:
-    """The sites that a layer is said to read: the nearest that do not just pass on another's units.
-
-    One, or several where their sum is read.
-    """
-    own = [link for link in layer.reads if not _passes_on(model, link.site)] or layer.reads[:1]
-    by_tensor = {link.operation: link for link in reversed(own) if link.depth == own[0].depth}
-    return list(reversed(by_tensor.values()))
-
-
-def _passes_on(model: HookedModel, site: str) -> bool:
-    return site != INPUT and any(word in model.site(site).module for word in _PASSES_ON)
-
-
-def _target(model: HookedModel, layer: WeightLayer) -> Link | None:
-    """The site that a layer is said to write: the nearest that other layers are said to read."""
-    read = {link.site for other in model.weight_layers for link in _sources(model, other)}
-    for link in layer.writes:
-        if link.site in read:
-            return link
-    return layer.writes[0] if layer.writes else None
-
-
-def _through(reads: tuple[Link, ...], source: Link) -> tuple[str, ...]:
-    """The sites between a source and the layer, from the source on."""
-    nearer = dict.fromkeys(r.site for r in reads if r.depth < source.depth)
-    return tuple(reversed(nearer))
-
-
-def _row(
-    layer: WeightLayer, target: Unit, written: Link, read: Link, top: int
-) -> Iterator[Connection]:
-    """The strongest connections of one output channel with the input channels of a site."""
-    out = target.index - written.offset
-    if not 0 <= out < written.channels:
-        return
-    kernels = _scaled(layer.weight[out], written, out)
-    first = _first_input(layer, out) - read.offset
-    inside = [i for i in range(len(kernels)) if 0 <= first + i < read.channels]
-    through = _through(layer.reads, read)
-    for i, typical in _best(kernels, inside, top):
-        source = Unit(read.site, first + i)
-        yield Connection(source, target, kernels[i].clone(), layer.name, through, typical)
-
-
-def _column(
-    layer: WeightLayer, source: Unit, read: Link, written: Link, top: int
-) -> Iterator[Connection]:
-    """The strongest connections of one input channel with the output channels of a layer."""
-    channel = source.index + read.offset
-    outs = [
-        out
-        for out in range(len(layer.weight))
-        if 0 <= channel - _first_input(layer, out) < layer.weight.shape[1]
+def _into(layer: WeightLayer, target: Unit) -> Tensor | None:
+    """What a layer writes into a unit: input channel x kernel axes, summed over its paths."""
+    rows = [
+        layer.row(int(link.index[target.index])) * link.factor[target.index]
+        for link in layer.writes
+        if link.site == target.site and link.index[target.index] >= 0
     ]
-    if not outs:
-        return
-    kernels = torch.stack(
-        [_scaled(layer.weight[o, channel - _first_input(layer, o)], written, o) for o in outs]
-    )
-    through = _through(layer.reads, read)
-    for i, typical in _best(kernels, range(len(outs)), top):
-        target = Unit(written.site, written.offset + outs[i])
-        yield Connection(source, target, kernels[i].clone(), layer.name, through, typical)
+    return sum(rows[1:], rows[0]) if rows else None
 
 
-def _best(kernels: Tensor, among: Sequence[int], top: int) -> Iterator[tuple[int, float]]:
-    """The strongest kernels among some, each with the median norm of all."""
+def _out_of(layer: WeightLayer, source: Unit, links: list[Link]) -> Tensor | None:
+    """What a layer makes of a unit: output channel x kernel axes, summed over its paths."""
+    columns = []
+    for link in links:
+        channels = (link.index == source.index).nonzero()[:, 0].tolist()
+        parts = [layer.column(c) * link.factor[c] for c in channels]
+        if parts and link.flattened:
+            stacked = torch.stack(parts, dim=1)
+            columns.append(stacked.reshape(len(stacked), *link.flattened))
+        elif parts:
+            columns.append(sum(parts[1:], parts[0]))
+    return sum(columns[1:], columns[0]) if columns else None
+
+
+def _gathered(row: Tensor, link: Link, n_units: int) -> Tensor:
+    """Weights by input channel as weights by unit of the site that a link leads to."""
+    used = link.index >= 0
+    weighted = row[used] * _column_shape(link.factor[used], row)
+    if link.flattened:
+        return weighted.reshape(n_units, *link.flattened)
+    return row.new_zeros(n_units, *row.shape[1:]).index_add_(0, link.index[used], weighted)
+
+
+def _column_shape(factor: Tensor, like: Tensor) -> Tensor:
+    """One factor a row of `like`, ready to be multiplied."""
+    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _strongest(kernels: Tensor | int, top: int) -> Iterator[tuple[int, Tensor, float]]:
+    """The strongest kernels with their places, and the median norm of all that are not zero."""
+    assert isinstance(kernels, Tensor), "a sum over at least one path"
     norms = kernels.reshape(len(kernels), -1).norm(dim=1)
-    typical = norms.median().item()
-    for i in sorted(among, key=lambda i: -norms[i].item())[:top]:
-        yield i, typical
+    connected = norms[norms > 0]
+    if not len(connected):
+        return
+    typical = connected.median().item()
+    for index in norms.argsort(descending=True, stable=True)[: min(top, len(connected))].tolist():
+        yield index, kernels[index].detach().cpu().clone(), typical
 
 
-def _first_input(layer: WeightLayer, out: int) -> int:
-    """The first input channel that an output channel of a grouped convolution reads."""
-    return out // (len(layer.weight) // layer.groups) * layer.weight.shape[1]
-
-
-def _scaled(kernel: Tensor, written: Link, out: int) -> Tensor:
-    return kernel if written.scale is None else kernel * written.scale[_scale_index(written, out)]
-
-
-def _scale_index(written: Link, out: int) -> int:
-    """Batch norm sits on the channels of the tensor it normalises, which may be a whole concatenation."""
-    assert written.scale is not None, "asked only where there is a scale"
-    return out if len(written.scale) == written.channels else written.offset + out
+def _through(layer: WeightLayer, depth: int) -> tuple[str, ...]:
+    """The sites between a source and the layer, from the source on."""
+    nearer = dict.fromkeys(link.site for link in layer.reads if link.depth < depth)
+    return tuple(reversed(nearer))

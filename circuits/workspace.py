@@ -52,7 +52,7 @@ class Workspace:
     @classmethod
     def default(cls, root: str | Path | None = None) -> Workspace:
         """The folder given, or that `CIRCUITS_WORKSPACE` names, or `cache`."""
-        return cls(Path(root or os.environ.get(ROOT) or "cache"))
+        return cls(Path(root or os.environ.get(ROOT) or "cache").expanduser().absolute())
 
     def writable(self) -> Workspace:
         """This workspace, if files can be written into it.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from circuits.models.adapter import HookedModel
 from circuits.models.loading import BUILTIN, MODELS, load_model
 from circuits.models.receptive import receptive_field
 from circuits.models.training import induction as induction_training
@@ -140,7 +141,7 @@ def test_googlenet_has_distills_names(assets: Path) -> None:
         site = model.site(layer["alias"])
         if layer["type"] in ("concat", "conv+relu"):
             assert site.n_units == layer.get("total", layer.get("weight_shape", [0])[0])
-    assert receptive_field(model, model.site("conv2d0")).box == (109, 109, 116, 116)
+    assert receptive_field(model, model.site("conv2d0"), (56, 56)) == (109, 109, 116, 116)
 
 
 def test_cifar_resnet_recognises_cifar(assets: Path) -> None:
@@ -179,13 +180,21 @@ def test_stories_model_tells_a_story(assets: Path) -> None:
 
 def test_receptive_field_by_hand() -> None:
     model = load_model("cleanroom")
-    field = receptive_field(model, model.site("line"))
+    line = model.site("line")
     # 7 x 7, then 1 x 1, then 7 x 7, all with stride 1: 13 pixels around the same place
-    assert field.center == (32, 32)
-    assert field.box == (26, 26, 39, 39)
-    assert field.at((0, 63)) == (0, 57, 7, 64)
-    whole = receptive_field(model, model.site("strongest"))
-    assert whole.at(()) == (0, 0, 64, 64)
+    assert receptive_field(model, line, (32, 32)) == (26, 26, 39, 39)
+    assert receptive_field(model, line, (0, 63)) == (0, 57, 7, 64)
+    assert receptive_field(model, model.site("strongest"), ()) == (0, 0, 64, 64)
+
+
+def test_receptive_field_without_padding_and_beyond_the_input() -> None:
+    valid = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 7) for _ in range(3)))
+    model = HookedModel(seeded(valid), (3, 48, 48))
+    assert receptive_field(model, model.site("2"), (29, 29)) == (29, 29, 48, 48)
+    assert receptive_field(model, model.site("2"), (0, 5)) == (0, 5, 19, 24)
+    wide = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 17, padding=8) for _ in range(4)))
+    large = HookedModel(seeded(wide), (3, 32, 32))
+    assert receptive_field(large, large.site("3"), (0, 0)) == (0, 0, 32, 32)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from circuits.hooks import Change, Tap, intervene, record
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.sites import TRACE_BATCH, evaluating, find_sites, is_bridge, main_output
-from circuits.models.topology import WeightLayer, bridge_layers, find_weight_layers
+from circuits.models.topology import INPUT, WeightLayer, bridge_layers, find_weight_layers
 from circuits.units import Site, Unit, unknown
 
 
@@ -91,6 +90,8 @@ class HookedModel:
             for site, _ in found
         )
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
+        self._interventions = 0
+        self._layers: tuple[str, tuple[WeightLayer, ...]] | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
 
@@ -158,13 +159,15 @@ class HookedModel:
         names = list(dict.fromkeys([s.name for s in sites] + ([stop.name] if stop else [])))
         taps = {name: self._taps[name] for name in names}
         output = None
+        # a copy: a model that works in place must not change the caller's input
+        own = inputs.to(self.device, copy=True) if not grad else inputs.to(self.device) * 1
         with (
             self.intervening(edits or {}),
             evaluating(self.module),
             torch.set_grad_enabled(grad),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
-            output = self.module(inputs.to(self.device))
+            output = self.module(own)
         missing = [name for name in names if name not in found]
         if missing:
             raise KeyError(
@@ -185,7 +188,17 @@ class HookedModel:
         """
         changes = [(self._taps[self.site(name).name], change) for name, change in edits.items()]
         with self.lock, intervene(self.module, changes):
-            yield
+            self._interventions += 1
+            try:
+                yield
+            finally:
+                self._interventions -= 1
+
+    @property
+    def edited(self) -> bool:
+        """Whether changes are in force in this thread of work (see `intervening`)."""
+        with self.lock:
+            return self._interventions > 0
 
     def check(self, inputs: Tensor) -> None:
         """Raise ValueError if `inputs` are not a batch that the model takes."""
@@ -204,18 +217,35 @@ class HookedModel:
 
     # --- weights -------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def weight_layers(self) -> tuple[WeightLayer, ...]:
-        """The layers that connect sites, with what each reads and writes."""
+        """The layers that connect sites, with what each reads and writes; found anew when the
+        weights have changed.
+
+        Raises:
+            ValueError: if edits are in force, or the model takes tokens and is no bridge.
+        """
+        if self.edited:
+            raise ValueError(f"model {self.name} is edited: ask for its weights outside the edit")
+        key = self.hash
+        if self._layers is None or self._layers[0] != key:
+            self._layers = key, self._find_layers()
+        return self._layers[1]
+
+    def _find_layers(self) -> tuple[WeightLayer, ...]:
         if is_bridge(self.module):
             return tuple(bridge_layers(self.module, self.sites))
         example = self.input.example(1).to(self.device)
         if not example.is_floating_point():
-            raise ValueError(
-                f"model {self.name}: weights between sites need image inputs or a bridge"
-            )
+            raise ValueError(f"model {self.name}: weights between sites need images or a bridge")
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
+
+    def n_units(self, site: str) -> int:
+        """How many units a site has; `input` counts the model's input channels."""
+        if site == INPUT and isinstance(self.input, ImageInput):
+            return self.input.channels
+        return self.site(site).n_units
 
     # --- identity ------------------------------------------------------------------------------
 

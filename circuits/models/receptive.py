@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,44 +12,21 @@ from circuits.models.inputs import ImageInput
 from circuits.models.sites import unit_activations
 from circuits.units import Site
 
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """The box of input pixels that can change a unit at one position of its map.
-
-    Attributes:
-        center: the map position that was measured, (y, x); () for a site without a map.
-        box: (top, left, bottom, right) of its pixels, bottom and right excluded.
-        stride: input pixels from one map position to the next, (y, x).
-        size: height and width of the input.
-    """
-
-    center: tuple[int, ...]
-    box: tuple[int, int, int, int]
-    stride: tuple[float, float]
-    size: tuple[int, int]
-
-    def at(self, position: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """The box at a map position, cut off at the border of the input."""
-        if len(position) != 2 or len(self.center) != 2:
-            return (0, 0, *self.size)
-        dy = (position[0] - self.center[0]) * self.stride[0]
-        dx = (position[1] - self.center[1]) * self.stride[1]
-        top, left, bottom, right = self.box
-        height, width = self.size
-        return (
-            min(max(0, round(top + dy)), height - 1),
-            min(max(0, round(left + dx)), width - 1),
-            max(1, min(height, round(bottom + dy))),
-            max(1, min(width, round(right + dx))),
-        )
+Box = tuple[int, int, int, int]
+"""(top, left, bottom, right) in pixels of the input; bottom and right are excluded."""
 
 
-def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
-    """Measure a site's receptive field: which pixels, made NaN, make its middle NaN.
+def receptive_field(model: HookedModel, site: Site, position: tuple[int, ...]) -> Box:
+    """The box of input pixels that can change a site's units at a position of its map.
 
-    Exact for any architecture, since NaN passes through every operation that reads it; found by
-    bisection from each side.
+    Found by bisection from each side: which pixels, made NaN, make the position NaN. NaN passes
+    through every operation that reads it, so the box is right for any architecture without
+    operations that drop NaN.
+
+    Args:
+        model: an image model.
+        site: the site.
+        position: (y, x) on its map; the box is the whole input for a site without a map.
 
     Raises:
         ValueError: if the model does not take images.
@@ -60,33 +36,29 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
         raise ValueError(
             f"model {model.name} takes tokens: only image models have receptive fields"
         )
-    size = (spec.height, spec.width)
+    height, width = spec.height, spec.width
     if site.position_axes != ("y", "x"):
-        return ReceptiveField((), (0, 0, *size), (1.0, 1.0), size)
-    rows, columns = site.position_shape
-    center = (rows // 2, columns // 2)
+        return (0, 0, height, width)
+    place = position[0] * site.position_shape[1] + position[1]
     example = spec.example(1).to(model.device)
 
-    def reached(mask: Callable[[Tensor, int], object], at: int) -> bool:
+    def reached(spoil: Callable[[Tensor, int], object], at: int) -> bool:
         spoiled = example.clone()
-        mask(spoiled, at)
+        spoil(spoiled, at)
         cache = model.run(spoiled, read=[site], until=site)
-        values = unit_activations(site, cache[site])[0]
-        return bool(values[:, center[0] * columns + center[1]].isnan().any())
+        return bool(unit_activations(site, cache[site])[0, :, place].isnan().any())
 
-    def first(mask: Callable[[Tensor, int], object], length: int) -> int:
-        """The smallest number of spoiled rows or columns that reaches the middle."""
+    def first(spoil: Callable[[Tensor, int], object], length: int) -> int:
+        """The smallest number of spoiled rows or columns that reaches the position."""
         low, high = 1, length
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if reached(mask, middle) else (middle + 1, high)
+            low, high = (low, middle) if reached(spoil, middle) else (middle + 1, high)
         return low
 
-    height, width = size
     nan = torch.nan
     top = first(lambda x, n: x[..., :n, :].fill_(nan), height) - 1
     bottom = height - first(lambda x, n: x[..., height - n :, :].fill_(nan), height) + 1
     left = first(lambda x, n: x[..., :n].fill_(nan), width) - 1
     right = width - first(lambda x, n: x[..., width - n :].fill_(nan), width) + 1
-    stride = (height / rows, width / columns)
-    return ReceptiveField(center, (top, left, bottom, right), stride, size)
+    return (top, left, bottom, right)

@@ -3,6 +3,7 @@
 One traced forward pass with autograd on gives a graph of operations. Walking back from a tensor
 through operations that keep channels apart (nonlinearities, pooling, batch norm, concatenation,
 addition) leads to the layer whose weights wrote it; a layer's input leads to the sites it reads.
+Along the way each channel keeps its place and the factor put on it.
 """
 
 from __future__ import annotations
@@ -23,53 +24,56 @@ from circuits.units import Site
 
 Node = Any  # torch.autograd.graph.Node: an operation of the forward pass
 
+INPUT = "input"
+"""The site name of the model's input channels, where a layer reads them directly."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Link:
-    """How the channels of a site line up with the input or output channels of a weight layer.
+    """A path between a weight layer and a site, channel by channel.
 
     Attributes:
         site: the site's name.
-        offset: channel `c` of the inner tensor is channel `offset + c` of the outer one (the layer's
-            input for a site that is read; the site for a layer that writes it).
-        channels: how many channels the inner tensor has.
-        scale: the factor that batch norm puts on each written channel; None for 1.
+        index: for a site that is read, per input channel of the layer the site's channel that it
+            comes from; for one that is written, per channel of the site the layer's output channel
+            that it comes from. -1 for none.
+        factor: what multiplies each on the way (batch norm, signs, constants).
         depth: how many operations lie between; 0 is next to the layer.
-        operation: number of the operation that made the site's tensor: equal for sites that share it.
+        direct: for a site that is read: the nearest one on its path that does not just pass on
+            another's units.
+        flattened: the map (y, x) that a flatten between turned into consecutive input channels.
     """
 
     site: str
-    offset: int
-    channels: int
+    index: Tensor
+    factor: Tensor
     depth: int
-    operation: int = 0
-    scale: Tensor | None = None
+    direct: bool = False
+    flattened: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """A convolution or linear layer with the sites it reads and the sites it writes.
+    """Weights with the sites that they read and write.
 
     Attributes:
-        name: the module's name.
-        weight: out x in/groups x kernel axes. For a linear layer that reads a flattened map the
-            kernel axes are the map's height and width.
-        groups: of the convolution.
-        reads: sites whose units are its input channels, nearest first.
-        writes: sites whose units are its output channels, nearest first.
+        name: of the layer.
+        row: the weights of an output channel: input channel x kernel axes.
+        column: the weights of an input channel: output channel x kernel axes.
+        reads: paths to sites whose units are its input channels, nearest first.
+        writes: paths to sites whose units are its output channels, nearest first.
     """
 
     name: str
-    weight: Tensor
-    groups: int
+    row: Callable[[int], Tensor]
+    column: Callable[[int], Tensor]
     reads: tuple[Link, ...]
     writes: tuple[Link, ...]
 
 
-INPUT = "input"
-"""The site name of the model's input channels, where a layer reads them directly."""
-
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten")
+"""Modules that hand on the units of the site before them."""
 
 
 def find_weight_layers(
@@ -103,11 +107,17 @@ def find_weight_layers(
         for handle in handles:
             handle.remove()
     nodes = _site_nodes(sites, found)
-    nodes[source] = [
-        Site(INPUT, "channel", ("batch", "channel", "y", "x"), 1, tuple(example.shape[1:]))
-    ]
+    axes = ("batch", "channel", "y", "x")
+    nodes[source] = [Site(INPUT, "channel", axes, 1, tuple(example.shape[1:]))]
     stops = frozenset(call.output for call in calls)
-    return [_layer(names[call.module], call, nodes, stops) for call in calls]
+    written = [
+        (site, step)
+        for node, at in nodes.items()
+        for site in at
+        for step in _upstream(_Step.start(node, site.unit_axis), stops, _writes_on)
+        if step.node in stops and not step.flattened
+    ]
+    return [_layer(names[call.module], call, nodes, stops, written) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class _Call:
 
     @property
     def axis(self) -> int:
-        """Where its input channels are: last for a linear layer, else 1."""
+        """Where its channels are: last for a linear layer, else 1."""
         return self.ndim - 1 if isinstance(self.module, nn.Linear) else 1
 
 
@@ -139,31 +149,70 @@ def _site_nodes(sites: Sequence[Site], found: Mapping[str, Tensor]) -> dict[Node
 
 
 def _layer(
-    name: str, call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]
+    name: str,
+    call: _Call,
+    nodes: Mapping[Node, list[Site]],
+    stops: frozenset[Node],
+    written: Sequence[tuple[Site, _Step]],
 ) -> WeightLayer:
     weight = call.module.weight
     assert isinstance(weight, Tensor), f"{name} has no weight"
-    weight = weight.detach()
-    operations = {node: i for i, node in enumerate(nodes)}
-    reads: list[Link] = []
-    for step in _upstream(call.given, call.axis, stops, _reads_on):
-        for site in nodes.get(step.node, ()):
-            if site.unit_axis == step.axis:
-                if step.flattened and weight.ndim == 2:
-                    weight = weight.reshape(len(weight), -1, *step.flattened)
-                made_by = operations[step.node]
-                reads.append(Link(site.name, step.offset, site.n_units, step.depth, made_by))
-    out_axis = call.axis
+    groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
+    reads = tuple(_reads(call, nodes, stops)) if call.given is not None else ()
     writes = [
-        Link(site.name, step.offset, len(weight), step.depth, operations[node], step.scale)
-        for node, sites in nodes.items()
-        for site in sites
-        for step in _upstream(node, site.unit_axis, stops, _writes_on)
-        if step.node is call.output and step.axis == out_axis and not step.flattened
+        Link(site.name, step.index, step.factor, step.depth)
+        for site, step in written
+        if step.node is call.output and step.axis == call.axis
     ]
     writes.sort(key=lambda link: link.depth)
-    groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
-    return WeightLayer(name, weight, groups, tuple(reads), tuple(writes))
+    row, column = _grouped(weight.detach(), groups)
+    return WeightLayer(name, row, column, reads, tuple(writes))
+
+
+def _grouped(
+    weight: Tensor, groups: int
+) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
+    """Rows and columns of a layer's weights; zero where a grouped convolution has none."""
+    per_out, per_in = weight.shape[0] // groups, weight.shape[1]
+
+    def row(out: int) -> Tensor:
+        dense = weight.new_zeros(per_in * groups, *weight.shape[2:])
+        first = out // per_out * per_in
+        dense[first : first + per_in] = weight[out]
+        return dense
+
+    def column(channel: int) -> Tensor:
+        dense = weight.new_zeros(weight.shape[0], *weight.shape[2:])
+        first = channel // per_in * per_out
+        dense[first : first + per_out] = weight[first : first + per_out, channel % per_in]
+        return dense
+
+    return row, column
+
+
+def _reads(call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]) -> Iterator[Link]:
+    """Paths from a layer's input back to sites, nearest first."""
+    links = []
+
+    def met(step: _Step) -> _Step:
+        """List the sites at a step; past one with units of its own, paths are no longer direct."""
+        for site in nodes.get(step.node, ()):
+            if site.unit_axis != step.axis:
+                continue
+            own = not any(word in site.module for word in _PASSES_ON)
+            direct = own and not step.met
+            links.append(
+                Link(site.name, step.index, step.factor, step.depth, direct, step.flattened)
+            )
+            step = replace(step, met=step.met or own)
+        return step
+
+    for _ in _upstream(_Step.start(call.given, call.axis), stops, _reads_on, met):
+        pass
+    if links and not any(link.direct for link in links):
+        nearest = links[0].depth
+        links = [replace(link, direct=link.depth == nearest) for link in links]
+    yield from links
 
 
 # --- walking back through the graph of operations ----------------------------------------------
@@ -171,24 +220,56 @@ def _layer(
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A place reached while walking back: channel `c` here is channel `offset + c` at the start."""
+    """A place reached while walking back from a tensor.
+
+    Attributes:
+        node: the operation.
+        axis: where its output's channels are.
+        index: per channel of the tensor at the start, the channel here that it comes from, or -1.
+        factor: what multiplies it on the way.
+        depth: operations passed.
+        flattened: the map that a flatten on the way turned into channels.
+        nonlinearities: how many were passed.
+        met: whether a site with units of its own was passed.
+    """
 
     node: Node
     axis: int
-    offset: int = 0
+    index: Tensor
+    factor: Tensor
     depth: int = 0
-    scale: Tensor | None = None
     flattened: tuple[int, ...] = ()
     nonlinearities: int = 0
+    met: bool = False
+
+    @classmethod
+    def start(cls, node: Node, axis: int) -> _Step:
+        """The walk's beginning."""
+        n = _shape(node)[axis]
+        return cls(node, axis, torch.arange(n), torch.ones(n))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor that the operation puts out."""
-        return tuple(self.node._input_metadata[0].shape)
+        return _shape(self.node)
 
     def behind(self, node: Node, **changes: Any) -> _Step:
         """The step to an operation before this one."""
         return replace(self, node=node, depth=self.depth + 1, **changes)
+
+    def shifted(self, node: Node, by: int, n: int, **changes: Any) -> _Step:
+        """The step to a tensor of `n` channels in which channel `c` is channel `c - by`."""
+        index = self.index - by
+        inside = (self.index >= 0) & (index >= 0) & (index < n)
+        return self.behind(node, index=torch.where(inside, index, -1), **changes)
+
+    def scaled(self, by: Tensor) -> Tensor:
+        """The factors so far times one number a channel here."""
+        return self.factor * by.detach().cpu().float()[self.index.clamp_min(0)]
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node._input_metadata[0].shape)
 
 
 def _reads_on(step: _Step) -> bool:
@@ -201,20 +282,24 @@ def _writes_on(step: _Step) -> bool:
     return not (step.nonlinearities and _NONLINEARITY.fullmatch(step.node.name()))
 
 
+_MOST_STEPS = 4000  # of one walk: paths multiply where sums follow sums
+
+
 def _upstream(
-    start: Node, axis: int, stops: frozenset[Node], goes_on: Callable[[_Step], bool]
+    start: _Step,
+    stops: frozenset[Node],
+    goes_on: Callable[[_Step], bool],
+    visit: Callable[[_Step], _Step] = lambda step: step,
 ) -> Iterator[_Step]:
-    """Walk back through operations that keep channels apart, nearest first, up to `stops`."""
-    queue = [_Step(start, axis)] if start is not None else []
-    seen: set[tuple[Node, int]] = set()
-    while queue:
-        step = queue.pop(0)
-        if (step.node, step.offset) in seen:
-            continue
-        seen.add((step.node, step.offset))
+    """Walk back along every path of operations that keep channels apart, up to `stops`."""
+    queue = [start]
+    for _ in range(_MOST_STEPS):
+        if not queue:
+            return
+        step = visit(queue.pop(0))
         yield step
         if step.node not in stops and goes_on(step):
-            queue.extend(s for s in _behind(step) if s.node is not None)
+            queue.extend(s for s in _behind(step) if s.node is not None and (s.index >= 0).any())
 
 
 _NONLINEARITY = re.compile(
@@ -222,12 +307,14 @@ _NONLINEARITY = re.compile(
     "ClampMin|ClampMax|Threshold|Mish)Backward[0-9]"
 )
 _SUM = re.compile("(Add|Sub)Backward[0-9]")
+_PRODUCT = re.compile("(Mul|Div)Backward[0-9]")
 _ONE_TO_ONE = re.compile(
     "(MaxPool[23]DWithIndices|AvgPool[23]D|AdaptiveAvgPool[23]D|AdaptiveMaxPool2D|"
     "UpsampleBilinear2D|UpsampleNearest2D|NativeBatchNorm|CudnnBatchNorm|NativeDropout|"
-    "NativeGroupNorm|NativeLayerNorm|Clone|Alias|Mul|Div)Backward[0-9]"
+    "NativeGroupNorm|NativeLayerNorm|Clone|Alias)Backward[0-9]"
 )
-_RESHAPE = re.compile("(View|ReshapeAlias|UnsafeView|Mean|Squeeze)Backward[0-9]")
+_RESHAPE = re.compile("(View|ReshapeAlias|UnsafeView)Backward[0-9]")
+_REDUCTION = re.compile("(Mean|Squeeze|Select)Backward[0-9]")
 
 
 def _behind(step: _Step) -> Iterator[_Step]:
@@ -240,25 +327,22 @@ def _behind(step: _Step) -> Iterator[_Step]:
         pad = step.node._saved_pad
         after = 2 * (len(step.shape) - 1 - step.axis)  # torch lists the last axis first
         before = _signed(pad[after]) if len(pad) > after else 0
-        yield step.behind(parents[0], offset=step.offset + before)
+        yield step.shifted(parents[0], before, _shape(parents[0])[step.axis])
     elif name == "SliceBackward0":
-        along = _signed(step.node._saved_dim) % len(step.shape)
-        start = _signed(step.node._saved_start) if along == step.axis else 0
-        if along != step.axis or (start >= 0 and step.node._saved_step == 1):
-            yield step.behind(parents[0], offset=step.offset - start)
-    elif name == "SelectBackward0":  # one position of several, e.g. a class token
-        dropped = _signed(step.node._saved_dim) % (len(step.shape) + 1)
-        yield step.behind(parents[0], axis=step.axis + (dropped <= step.axis))
+        yield from _behind_slice(step, parents[0])
     elif _RESHAPE.fullmatch(name):
         yield from _behind_reshape(step, parents[0])
+    elif _REDUCTION.fullmatch(name):
+        yield from _behind_reduction(step, parents[0])
     elif _NONLINEARITY.fullmatch(name):
         yield step.behind(parents[0], nonlinearities=step.nonlinearities + 1)
-    elif _ONE_TO_ONE.fullmatch(name):  # of a quotient or product only the first partner: no gates
-        yield step.behind(parents[0], scale=_scaled(step))
+    elif _ONE_TO_ONE.fullmatch(name):
+        factor = step.scaled(_norm_scale(step.node)) if "BatchNorm" in name else step.factor
+        yield step.behind(parents[0], factor=factor)
     elif _SUM.fullmatch(name):
-        for parent in parents:
-            if parent is not None and _Step(parent, step.axis).shape == step.shape:
-                yield step.behind(parent)
+        yield from _behind_sum(step, parents)
+    elif _PRODUCT.fullmatch(name):
+        yield from _behind_product(step, parents)
 
 
 def _signed(value: int) -> int:
@@ -268,36 +352,98 @@ def _signed(value: int) -> int:
 
 def _behind_cat(step: _Step, parents: Sequence[Node]) -> Iterator[_Step]:
     along = _signed(step.node._saved_dim) % len(step.shape)
-    offset = step.offset
-    for parent in parents:
-        yield step.behind(parent, offset=offset)
-        if along == step.axis and parent is not None:
-            offset += _Step(parent, step.axis).shape[step.axis]
+    if along != step.axis:
+        yield from (step.behind(parent) for parent in parents)
+        return
+    sizes = [None if p is None else _shape(p)[step.axis] for p in parents]
+    if sizes.count(None) > 1:
+        return  # constants of unknown size: where the others lie cannot be told
+    rest = step.shape[step.axis] - sum(n for n in sizes if n is not None)
+    offset = 0
+    for parent, size in zip(parents, sizes, strict=True):
+        if parent is not None and size is not None:
+            yield step.shifted(parent, offset, size)
+        offset += rest if size is None else size
+
+
+def _behind_slice(step: _Step, parent: Node) -> Iterator[_Step]:
+    along = _signed(step.node._saved_dim) % len(step.shape)
+    if along != step.axis:
+        yield step.behind(parent)
+        return
+    n, stride = _shape(parent)[step.axis], step.node._saved_step
+    start = _signed(step.node._saved_start)
+    first = start if start >= 0 else n + start
+    index = torch.where(step.index >= 0, step.index * stride + first, -1)
+    yield step.behind(parent, index=index)
 
 
 def _behind_reshape(step: _Step, parent: Node) -> Iterator[_Step]:
-    """Follow a reshape that only drops or flattens what comes after the channels."""
+    """Follow a reshape that leaves the channels where they are, or flattens what follows them."""
     before: list[int] = [int(n) for n in step.node._saved_self_sym_sizes]
-    channels = step.shape[step.axis]
-    if step.axis > 1 and before[-1] == channels:  # tokens: channels stay last
-        yield step.behind(parent, axis=len(before) - 1)
-    elif step.axis == 1 and len(before) > 1 and before[1] == channels:
+    after, axis = step.shape, step.axis
+    if before[: axis + 1] == list(after[: axis + 1]):
         yield step.behind(parent)
-    elif step.axis == 1 and before[-1] == channels:  # a mean over tokens
+    elif axis == len(after) - 1 and before[-1] == after[-1]:  # tokens: channels stay last
         yield step.behind(parent, axis=len(before) - 1)
-    elif len(before) > 2 and channels == math.prod(before[1:]) and step.offset == 0:
-        yield step.behind(parent, flattened=tuple(before[2:]))
+    elif axis == 1 and len(after) == 2 and after[1] == math.prod(before[1:]) and not step.flattened:
+        places = math.prod(before[2:])
+        index = torch.where(step.index >= 0, step.index // places, -1)
+        yield step.behind(parent, index=index, flattened=tuple(before[2:]))
 
 
-def _scaled(step: _Step) -> Tensor | None:
-    """The factor on each channel so far, with batch norm's weight / sqrt(variance + eps) put in."""
-    if "BatchNorm" not in step.node.name():
-        return step.scale
-    norm = step.node
-    factor = (norm._saved_running_var + norm._saved_eps).rsqrt()
-    if norm._saved_weight is not None:
-        factor = factor * norm._saved_weight.detach()
-    return factor if step.scale is None else factor * step.scale
+def _behind_reduction(step: _Step, parent: Node) -> Iterator[_Step]:
+    """Follow a mean, squeeze or select over axes other than the channels'."""
+    before, after = _shape(parent) if parent is not None else (), step.shape
+    if len(before) == len(after):
+        if before and before[step.axis] == after[step.axis]:
+            yield step.behind(parent)
+        return
+    dims = getattr(step.node, "_saved_dim", None)
+    if dims is None:  # squeeze of every axis of length 1
+        gone = {a for a, n in enumerate(before) if n == 1}
+    else:
+        listed = dims if isinstance(dims, list | tuple) else [dims]
+        gone = {_signed(d) % len(before) for d in listed}
+    kept = [a for a in range(len(before)) if a not in gone]
+    if len(kept) == len(after):
+        yield step.behind(parent, axis=kept[step.axis])
+
+
+def _behind_sum(step: _Step, parents: Sequence[Node]) -> Iterator[_Step]:
+    minus = step.node.name().startswith("Sub")
+    weight = float(getattr(step.node, "_saved_alpha", 1))
+    for place, parent in enumerate(parents):
+        if parent is not None and _shape(parent) == step.shape:
+            sign = (-weight if minus else weight) if place == 1 else 1.0
+            yield step.behind(parent, factor=step.factor * sign)
+
+
+def _behind_product(step: _Step, parents: Sequence[Node]) -> Iterator[_Step]:
+    """Follow the one full-size partner of a product; of a quotient the numerator."""
+    divides = step.node.name().startswith("Div")
+    candidates = parents[:1] if divides else parents
+    full = [i for i, p in enumerate(candidates) if p is not None and _shape(p) == step.shape]
+    if len(full) != 1:
+        return  # a gate of the same size: the product is a unit of its own
+    constant = None
+    if len(parents) < 2 or parents[1 - full[0]] is None:
+        name = "_saved_other" if full[0] == 0 else "_saved_self"
+        constant = getattr(step.node, name, None)
+    factor = step.factor
+    if isinstance(constant, int | float):
+        constant = torch.tensor(float(constant))
+    if isinstance(constant, Tensor):
+        if constant.numel() != 1:
+            return  # a mask or a scale that differs by place
+        factor = factor / constant.item() if divides else factor * constant.item()
+    yield step.behind(parents[full[0]], factor=factor)
+
+
+def _norm_scale(norm: Node) -> Tensor:
+    """What batch norm multiplies each channel with: weight / sqrt(variance + eps)."""
+    scale = (norm._saved_running_var + norm._saved_eps).rsqrt()
+    return scale if norm._saved_weight is None else scale * norm._saved_weight.detach()
 
 
 # --- transformers ------------------------------------------------------------------------------
@@ -309,25 +455,36 @@ def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
     Head to later head: the composition scores ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV||
     over the product of norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights"; row
     vectors on the left, as TransformerLens has them). Neuron to later neuron W_out W_in, and neuron
-    to logit W_out W_U. What normalisation does beyond its own weights is left out.
+    to logit W_out W_U. What normalisation does beyond its own weights is left out. Each is computed
+    when it is asked for.
     """
-    names = {site.name for site in sites}
-    layers = []
+    by_name = {site.name: site for site in sites}
     n = bridge.cfg.n_layers
-    qk, ov = _head_matrices(bridge, n)
+    heads = [by_name.get(f"blocks.{layer}.attn.hook_z") for layer in range(n)]
+    posts = [by_name.get(f"blocks.{layer}.mlp.hook_post") for layer in range(n)]
+    logits = by_name.get("hook_unembed")
+    layers = []
     for i, j in itertools.combinations(range(n), 2):
-        source, target = f"blocks.{i}.attn.hook_z", f"blocks.{j}.attn.hook_z"
-        if source in names and target in names:
-            weight = _composition(ov[i], qk[j], ov[j])
-            layers.append(_virtual(f"composition {i} to {j}", weight, source, target))
-    if not bridge.cfg.attn_only:
-        layers += _neuron_layers(bridge, names, n)
+        if (source := heads[i]) and (target := heads[j]):
+            layers.append(_composition_layer(bridge, i, j, source, target))
+        if (source := posts[i]) and (target := posts[j]):
+            layers.append(_neuron_layer(bridge, i, j, source, target))
+    if logits is not None:
+        layers += [_neuron_layer(bridge, i, None, p, logits) for i, p in enumerate(posts) if p]
     return layers
 
 
-def _virtual(name: str, weight: Tensor, source: str, target: str) -> WeightLayer:
-    reads = (Link(source, 0, weight.shape[1], 0),)
-    return WeightLayer(name, weight, 1, reads, (Link(target, 0, weight.shape[0], 0),))
+def _virtual(
+    name: str,
+    row: Callable[[int], Tensor],
+    column: Callable[[int], Tensor],
+    source: Site,
+    target: Site,
+) -> WeightLayer:
+    read, written = torch.arange(source.n_units), torch.arange(target.n_units)
+    reads = (Link(source.name, read, torch.ones(source.n_units), 0, direct=True),)
+    writes = (Link(target.name, written, torch.ones(target.n_units), 0),)
+    return WeightLayer(name, row, column, reads, writes)
 
 
 def _norm_weight(norm: Any) -> Tensor | float:
@@ -336,47 +493,51 @@ def _norm_weight(norm: Any) -> Tensor | float:
     return weight.detach()[:, None] if isinstance(weight, Tensor) else 1.0
 
 
-def _head_matrices(bridge: Any, n: int) -> tuple[list[Tensor], list[Tensor]]:
-    """W_QK and W_OV of every head: layer -> head x d_model x d_model."""
-    qk, ov = [], []
-    for layer in range(n):
-        scale = _norm_weight(bridge.blocks[layer].ln1)
-        w_q, w_o = bridge.W_Q[layer].detach(), bridge.W_O[layer].detach()
-        shared = len(w_q) // len(bridge.W_K[layer])  # grouped queries share keys and values
-        w_k = bridge.W_K[layer].detach().repeat_interleave(shared, 0)
-        w_v = bridge.W_V[layer].detach().repeat_interleave(shared, 0)
-        qk.append((scale * w_q) @ (scale * w_k).mT)
-        ov.append((scale * w_v) @ w_o)
-    return qk, ov
+def _qk(bridge: Any, layer: int, head: int) -> Tensor:
+    """W_QK of a head: d_model x d_model, queries in front."""
+    scale = _norm_weight(bridge.blocks[layer].ln1)
+    shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped queries share keys and values
+    w_q, w_k = bridge.W_Q[layer][head], bridge.W_K[layer][head // shared]
+    return ((scale * w_q) @ (scale * w_k).mT).detach()
 
 
-def _composition(ov: Tensor, qk_after: Tensor, ov_after: Tensor) -> Tensor:
-    """Composition scores: later head x earlier head x (Q, K, V)."""
-    before, norm = ov[None], ov.norm(dim=(1, 2))[None]
-    qk, later = qk_after[:, None], ov_after[:, None]
-    qk_norm = qk_after.norm(dim=(1, 2))[:, None] * norm
-    ov_norm = ov_after.norm(dim=(1, 2))[:, None] * norm
-    return torch.stack(
-        [
-            (before @ qk).norm(dim=(2, 3)) / qk_norm,
-            (qk @ before.mT).norm(dim=(2, 3)) / qk_norm,
-            (before @ later).norm(dim=(2, 3)) / ov_norm,
-        ],
-        dim=-1,
+def _ov(bridge: Any, layer: int, head: int) -> Tensor:
+    """W_OV of a head: d_model x d_model, what is read in front."""
+    scale = _norm_weight(bridge.blocks[layer].ln1)
+    shared = bridge.cfg.n_heads // len(bridge.W_V[layer])
+    return ((scale * bridge.W_V[layer][head // shared]) @ bridge.W_O[layer][head]).detach()
+
+
+def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
+    def score(before: int, after: int) -> Tensor:
+        ov, qk, later = _ov(bridge, i, before), _qk(bridge, j, after), _ov(bridge, j, after)
+        products = ((ov @ qk, qk), (qk @ ov.mT, qk), (ov @ later, later))
+        return torch.stack([(p.norm() / (ov.norm() * m.norm())) for p, m in products])
+
+    def row(after: int) -> Tensor:
+        return torch.stack([score(before, after) for before in range(source.n_units)])
+
+    def column(before: int) -> Tensor:
+        return torch.stack([score(before, after) for after in range(target.n_units)])
+
+    return _virtual(f"composition {i} to {j}", row, column, source, target)
+
+
+def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site) -> WeightLayer:
+    """Neurons of layer i to those of layer j, or to the logits."""
+
+    def out_weights() -> Tensor:
+        return bridge.W_out[i].detach()
+
+    def in_weights() -> Tensor:
+        if j is None:
+            return _norm_weight(bridge.ln_final) * bridge.W_U.detach()
+        return _norm_weight(bridge.blocks[j].ln2) * bridge.W_in[j].detach()
+
+    return _virtual(
+        f"neurons {i} to {'logits' if j is None else j}",
+        lambda after: out_weights() @ in_weights()[:, after],
+        lambda before: out_weights()[before] @ in_weights(),
+        source,
+        target,
     )
-
-
-def _neuron_layers(bridge: Any, names: set[str], n: int) -> Iterator[WeightLayer]:
-    """Neuron to later neuron, and neuron to logit."""
-    w_in, w_out = bridge.W_in, bridge.W_out
-    posts = [f"blocks.{layer}.mlp.hook_post" for layer in range(n)]
-    for i, source in enumerate(posts):
-        if source not in names:
-            continue
-        for j in range(i + 1, n):
-            into = _norm_weight(bridge.blocks[j].ln2) * w_in[j].detach()
-            weight = (w_out[i].detach() @ into).mT
-            yield _virtual(f"neurons {i} to {j}", weight, source, posts[j])
-        unembed = _norm_weight(bridge.ln_final) * bridge.W_U.detach()
-        logits = (w_out[i].detach() @ unembed).mT
-        yield _virtual(f"neurons {i} to logits", logits, source, "hook_unembed")
