@@ -84,9 +84,10 @@ def examples_panel(
             st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
         return
     whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
+    field = session.field_of(model, unit.site, model_hash)
     columns = st.columns(9)
     for column, example in zip(columns, examples, strict=False):
-        box = session.field_of(model, unit.site, example.position, model_hash)
+        box = field.at(example.position)
         column.image(_excerpt(model.input, inputs, example, box, whole), width="stretch")
         column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
 

@@ -17,7 +17,7 @@ from circuits.edits.recipes import Recipe, edited
 from circuits.harvesting import Inputs, find_stores
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.models.receptive import Box, receptive_field
+from circuits.models.receptive import ReceptiveField, receptive_field
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -74,13 +74,13 @@ def inputs_of(model: HookedModel, store: ActivationStore) -> Inputs:
 
 
 @st.cache_data(show_spinner="Finding what it sees…", max_entries=4096)
-def _field(model_hash: str, site: str, position: tuple[int, ...], _model: HookedModel) -> Box:
-    return receptive_field(_model, _model.site(site), position)
+def _field(model_hash: str, site: str, _model: HookedModel) -> ReceptiveField:
+    return receptive_field(_model, _model.site(site))
 
 
-def field_of(model: HookedModel, site: str, position: tuple[int, ...], model_hash: str) -> Box:
-    """Which input pixels a site's units see at a position."""
-    return _field(model_hash, site, position, model)
+def field_of(model: HookedModel, site: str, model_hash: str) -> ReceptiveField:
+    """Which input pixels a site's units see."""
+    return _field(model_hash, site, model)
 
 
 @st.cache_resource(show_spinner="Reading the weights…")

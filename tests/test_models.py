@@ -141,7 +141,7 @@ def test_googlenet_has_distills_names(assets: Path) -> None:
         site = model.site(layer["alias"])
         if layer["type"] in ("concat", "conv+relu"):
             assert site.n_units == layer.get("total", layer.get("weight_shape", [0])[0])
-    assert receptive_field(model, model.site("conv2d0"), (56, 56)) == (109, 109, 116, 116)
+    assert receptive_field(model, model.site("conv2d0")).at((56, 56)) == (109, 109, 116, 116)
 
 
 def test_cifar_resnet_recognises_cifar(assets: Path) -> None:
@@ -180,21 +180,42 @@ def test_stories_model_tells_a_story(assets: Path) -> None:
 
 def test_receptive_field_by_hand() -> None:
     model = load_model("cleanroom")
-    line = model.site("line")
+    line = receptive_field(model, model.site("line"))
     # 7 x 7, then 1 x 1, then 7 x 7, all with stride 1: 13 pixels around the same place
-    assert receptive_field(model, line, (32, 32)) == (26, 26, 39, 39)
-    assert receptive_field(model, line, (0, 63)) == (0, 57, 7, 64)
-    assert receptive_field(model, model.site("strongest"), ()) == (0, 0, 64, 64)
+    assert line.at((32, 32)) == (26, 26, 39, 39)
+    assert line.at((0, 63)) == (0, 57, 7, 64)
+    assert receptive_field(model, model.site("strongest")).at((0, 0)) == (0, 0, 64, 64)
 
 
 def test_receptive_field_without_padding_and_beyond_the_input() -> None:
     valid = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 7) for _ in range(3)))
-    model = HookedModel(seeded(valid), (3, 48, 48))
-    assert receptive_field(model, model.site("2"), (29, 29)) == (29, 29, 48, 48)
-    assert receptive_field(model, model.site("2"), (0, 5)) == (0, 5, 19, 24)
+    model = HookedModel(seeded(valid), (3, 48, 40))
+    field = receptive_field(model, model.site("2"))
+    assert field.at((29, 21)) == (29, 21, 48, 40)
+    assert field.at((0, 5)) == (0, 5, 19, 24)
     wide = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 17, padding=8) for _ in range(4)))
     large = HookedModel(seeded(wide), (3, 32, 32))
-    assert receptive_field(large, large.site("3"), (0, 0)) == (0, 0, 32, 32)
+    assert receptive_field(large, large.site("3")).at((0, 0)) == (0, 0, 32, 32)
+    assert receptive_field(large, large.site("1")).at((0, 31)) == (0, 15, 17, 32)
+
+
+def test_receptive_field_with_strides_against_single_pixels() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 5, 2, 1), torch.nn.MaxPool2d(3, 2, ceil_mode=True), torch.nn.Conv2d(2, 2, 3, 1, 1)
+    )  # fmt: skip
+    model = HookedModel(seeded(net), (1, 26, 26))
+    field = receptive_field(model, model.site("2"))
+    rows = model.site("2").position_shape[0]
+    seen: dict[int, list[int]] = {p: [] for p in range(rows)}
+    for row in range(26):
+        x = torch.rand(1, 1, 26, 26)
+        x[:, :, row] = torch.nan
+        hit = model.run(x, read=["2"])["2"][0].isnan().any(0).any(1)
+        for position in hit.nonzero()[:, 0].tolist():
+            seen[position].append(row)
+    for position, pixels in seen.items():
+        top, _, bottom, _ = field.at((position, 0))
+        assert (top, bottom) == (min(pixels), max(pixels) + 1)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,17 +17,59 @@ Box = tuple[int, int, int, int]
 """(top, left, bottom, right) in pixels of the input; bottom and right are excluded."""
 
 
-def receptive_field(model: HookedModel, site: Site, position: tuple[int, ...]) -> Box:
-    """The box of input pixels that can change a site's units at a position of its map.
+@dataclass(frozen=True)
+class Extent:
+    """What the positions along one axis of a map see of the input's axis.
 
-    Found by bisection from each side: which pixels, made NaN, make the position NaN. NaN passes
-    through every operation that reads it, so the box is right for any architecture without
-    operations that drop NaN.
+    Attributes:
+        length: pixels of the input along the axis.
+        last: the map's last position.
+        first_pixel: the first pixel that the last position sees, and the step from the one before.
+        end_pixel: the end of what position 0 sees, and the step to position 1.
+    """
 
-    Args:
-        model: an image model.
-        site: the site.
-        position: (y, x) on its map; the box is the whole input for a site without a map.
+    length: int
+    last: int
+    first_pixel: tuple[int, int]
+    end_pixel: tuple[int, int]
+
+    def at(self, position: int) -> tuple[int, int]:
+        """First pixel and end of what a position sees."""
+        start, back = self.first_pixel
+        end, forth = self.end_pixel
+        low = max(0, start - back * (self.last - position))
+        return low, min(self.length, end + forth * position)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The boxes of input pixels that can change a site's units, by position of its map.
+
+    Attributes:
+        size: height and width of the input.
+        extents: of y and x; empty for a site without a map, which sees everything.
+    """
+
+    size: tuple[int, int]
+    extents: tuple[Extent, ...] = ()
+
+    def at(self, position: tuple[int, ...]) -> Box:
+        """The box at a map position (y, x), cut off at the border of the input."""
+        if len(self.extents) != 2 or len(position) != 2:
+            return (0, 0, *self.size)
+        (top, bottom), (left, right) = (
+            e.at(p) for e, p in zip(self.extents, position, strict=True)
+        )
+        return (top, left, bottom, right)
+
+
+def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
+    """Measure a site's receptive field: which pixels, made NaN, make a position NaN.
+
+    NaN passes through every operation that reads it. Each border is found by bisection where the
+    input cuts it off least, at the two outermost positions, and moves from position to position by
+    their difference: exact for convolutions and pooling of any stride and padding, to a pixel or
+    two where a map is enlarged again.
 
     Raises:
         ValueError: if the model does not take images.
@@ -36,29 +79,46 @@ def receptive_field(model: HookedModel, site: Site, position: tuple[int, ...]) -
         raise ValueError(
             f"model {model.name} takes tokens: only image models have receptive fields"
         )
-    height, width = spec.height, spec.width
+    size = (spec.height, spec.width)
     if site.position_axes != ("y", "x"):
-        return (0, 0, height, width)
-    place = position[0] * site.position_shape[1] + position[1]
+        return ReceptiveField(size)
     example = spec.example(1).to(model.device)
 
-    def reached(spoil: Callable[[Tensor, int], object], at: int) -> bool:
+    def reaches(axis: int, spoil: Callable[[Tensor], object], position: int) -> bool:
+        """Whether spoiled pixels reach a row (axis 0) or column (axis 1) of the map."""
         spoiled = example.clone()
-        spoil(spoiled, at)
+        spoil(spoiled.movedim(2 + axis, -1))
         cache = model.run(spoiled, read=[site], until=site)
-        return bool(unit_activations(site, cache[site])[0, :, place].isnan().any())
+        values = unit_activations(site, cache[site])[0].reshape(-1, *site.position_shape)
+        return bool(values.movedim(1 + axis, 0)[position].isnan().any())
 
-    def first(spoil: Callable[[Tensor, int], object], length: int) -> int:
-        """The smallest number of spoiled rows or columns that reaches the position."""
-        low, high = 1, length
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached(spoil, middle) else (middle + 1, high)
-        return low
+    def extent(axis: int) -> Extent:
+        length, last = size[axis], site.position_shape[axis] - 1
 
-    nan = torch.nan
-    top = first(lambda x, n: x[..., :n, :].fill_(nan), height) - 1
-    bottom = height - first(lambda x, n: x[..., height - n :, :].fill_(nan), height) + 1
-    left = first(lambda x, n: x[..., :n].fill_(nan), width) - 1
-    right = width - first(lambda x, n: x[..., width - n :].fill_(nan), width) + 1
-    return (top, left, bottom, right)
+        def first(position: int) -> int:
+            """The first pixel that a position sees."""
+            spoils = [lambda x, n=n: x[..., :n].fill_(torch.nan) for n in range(length + 1)]
+            return _least(1, length, lambda n: reaches(axis, spoils[n], position)) - 1
+
+        def end(position: int) -> int:
+            """One past the last pixel that a position sees."""
+            spoils = [
+                lambda x, n=n: x[..., length - n :].fill_(torch.nan) for n in range(length + 1)
+            ]
+            return length - _least(1, length, lambda n: reaches(axis, spoils[n], position)) + 1
+
+        low, high = first(last), end(0)
+        # where the input cuts off the next position too, it cuts off all others
+        back = low - first(last - 1) if last and low else length
+        forth = end(1) - high if last and high < length else length
+        return Extent(length, last, (low, back), (high, forth))
+
+    return ReceptiveField(size, (extent(0), extent(1)))
+
+
+def _least(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number from low to high for which something holds that goes on to hold."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
