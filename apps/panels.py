@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 from PIL import Image, ImageDraw
@@ -53,13 +54,22 @@ def picture_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
 
 def _show_picture(path: Path) -> None:
     with Image.open(path) as image:
-        facts = json.loads(getattr(image, "text", {}).get("circuits", "{}"))
+        facts = _facts(getattr(image, "text", {}).get("circuits", ""))
         st.image(image.resize((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS))
-    if facts:
+    if {"activation", "start_activation", "steps", "seed"} <= set(facts):
         st.caption(
             f"Mean activation {facts['activation']:.3g}; the random start gave "
             f"{facts['start_activation']:.3g}. {facts['steps']} steps, seed {facts['seed']}."
         )
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """A picture's metadata; none if it carries none that can be read."""
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def statistics_panel(store: ActivationStore, unit: Unit) -> None:

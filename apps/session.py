@@ -6,6 +6,7 @@ show old results.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
 from circuits.units import Unit
 from circuits.weights import Connection, incoming, outgoing
-from circuits.workspace import ModelRecord, Workspace
+from circuits.workspace import TRUST_PYTHON, ModelRecord, Workspace
 
 
 def workspace() -> Workspace:
@@ -32,6 +33,11 @@ def workspace() -> Workspace:
 
 @st.cache_resource(show_spinner="Loading the model…")
 def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
+    if spec.startswith("python:") and not os.environ.get(TRUST_PYTHON):
+        raise ValueError(
+            f"model {spec} would run its own code: if you trust it, start the app with "
+            "`circuits app --trust-python`"
+        )
     model = load_model(spec, weights)
     if model.hash != model_hash:
         raise ValueError(
@@ -141,7 +147,8 @@ def choose(label: str, options: Sequence[str], parameter: str) -> str:
     key = f"choose-{parameter}"
     wanted = st.query_params.get(parameter)
     if wanted is not None and wanted not in options:
-        st.warning(f"There is no {label.lower()} {wanted!r} here: showing {options[0]!r}.")
+        shown = wanted[:80].replace("`", "'")  # as code: a link in a URL must not become one here
+        st.warning(f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`.")
         wanted = None
     value = wanted or options[0]
     st.session_state[key] = value

@@ -72,7 +72,8 @@ class Row:
 def build(workspace: Workspace, progress: Callable[[int, int], object] | None = None) -> list[Row]:
     """Build what is missing of the demo's workspace; say what is in it.
 
-    A finished build is noted in `demo.json`, so that the next start need not load the models.
+    A finished build is noted in `demo.json`, so that the next start need not load the models; delete
+    that file to have single missing pictures made again.
 
     Raises:
         PermissionError: if the workspace cannot be written.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,20 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; flushed and renamed into place at the end.
+    """A temporary file beside `path` to write to; flushed and renamed into place at the end.
 
-    If the block raises, `path` is as it was and the temporary file is gone.
+    If the block raises, `path` is as it was and the temporary file is gone. Writers of one path do
+    not meet: the last to finish wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,18 +39,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_writable(folder: Path, what: str) -> Path:
-    """Return `folder`, made if need be, if files can be written into it.
+    """Return `folder` if files can be written into it; makes nothing.
 
     Raises:
         PermissionError: if not; the message names the folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PermissionError(
-            f"{what} {str(folder)!r} cannot be written: {error.strerror or error}"
-        ) from error
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is read-only" if there.is_dir() else "is not a folder"
+        raise PermissionError(f"{what} {str(folder)!r} cannot be written: {str(there)!r} {why}")
     return folder

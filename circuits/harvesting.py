@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from circuits.workspace import ModelRecord, Workspace
 
 SHARD_EXAMPLES = 256
 """Examples in one shard of summaries."""
+
+EDGE_EXAMPLES = 16
+"""How many examples at the start fix the edges of the histograms."""
 
 Progress = Callable[[int, int], object]
 """Called with how much is done and how much there is."""
@@ -59,32 +63,35 @@ def harvest(
     chosen = [model.site(name) for name in dict.fromkeys(sites)]
     if not chosen:
         raise ValueError("sites is empty: name at least one site")
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: harvest it outside the edit")
     if batch < 1:
         raise ValueError(f"batch {batch} must be at least 1")
     inputs = Inputs(model, source)
     chosen = [inputs.fitted(site) for site in chosen]
     provenance = _provenance(model, source, chosen, record)
-    run = hashlib.sha256(json.dumps([s.name for s in chosen]).encode()).hexdigest()[:8]
+    key = json.dumps([provenance.version, *(s.name for s in chosen)])
+    run = hashlib.sha256(key.encode()).hexdigest()[:8]
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
     inputs.check_first()
-    workspace.register(record or ModelRecord(model.name, provenance.model_hash))
+    plain = ModelRecord(model.name, provenance.model_hash)
+    workspace.register(record or plain, replace=record is not None)
     with writing(folder, provenance) as writer:
         if progress:
             progress(writer.rows, len(source))
-        edges = writer.edges()
+        edges = writer.edges() or _first_edges(model, inputs, chosen, batch)
         for shard in batches(len(source), SHARD_EXAMPLES):
             if shard.stop <= writer.rows:
                 continue
             parts: dict[str, list[Summary]] = {site.name: [] for site in chosen}
             for examples in inputs.passes(shard, batch):
                 values = _activations(model, inputs, examples, chosen)
-                edges = edges or {name: histogram_edges(v) for name, (v, _) in values.items()}
                 for name, (value, places) in values.items():
                     parts[name].append(summarize(value, edges[name], places))
                 if progress:
                     progress(examples.stop, len(source))
             writer.add({name: merge(summaries) for name, summaries in parts.items()})
-        if not (folder / "statistics.h5").exists():
+        if not writer.finished:
             writer.finish()
     return ActivationStore.open(folder, provenance.model_hash)
 
@@ -167,19 +174,25 @@ class Inputs:
         self.model.check(self.batch(range(1)))
 
     def first(self, n: int) -> Tensor:
-        """The first `n` examples, or all if there are fewer; of texts, those as long as the first.
+        """The first `n` examples, or all if there are fewer, as one input.
+
+        Raises:
+            ValueError: if `n` is not positive, or texts differ in length (see `upto`).
+        """
+        found = self.upto(n, size=n)
+        if len(found) > 1:
+            raise ValueError(f"the first {n} texts of {self.source.spec} differ in length")
+        return found[0]
+
+    def upto(self, n: int, size: int = 32) -> list[Tensor]:
+        """The first `n` examples, or all if there are fewer, in batches of one length each.
 
         Raises:
             ValueError: if `n` is not positive.
         """
         if n < 1:
             raise ValueError(f"limit {n} must be at least 1")
-        stop = min(n, len(self.source))
-        if isinstance(self.source, TextSource):
-            stop = next(
-                (i for i in range(stop) if len(self._tokens[i]) != len(self._tokens[0])), stop
-            )
-        return self.batch(range(stop))
+        return [self.batch(r) for r in self.passes(range(min(n, len(self.source))), size)]
 
     def passes(self, examples: range, size: int) -> Iterator[range]:
         """Cut a range of examples into batches of at most `size`, of texts of one length each."""
@@ -206,15 +219,26 @@ class Inputs:
         return self._tokens[example].tolist()
 
 
+def _first_edges(
+    model: HookedModel, inputs: Inputs, sites: Sequence[Site], batch: int
+) -> dict[str, Float[np.ndarray, "unit edge"]]:
+    """Histogram edges from the first examples: always the same ones, whatever the batch."""
+    low: dict[str, Any] = {}
+    high: dict[str, Any] = {}
+    for examples in inputs.passes(range(min(EDGE_EXAMPLES, len(inputs.source))), batch):
+        for name, (values, _) in _activations(model, inputs, examples, sites).items():
+            least, most = values.min(axis=(0, 2)), values.max(axis=(0, 2))
+            low[name] = np.minimum(low.get(name, least), least)
+            high[name] = np.maximum(high.get(name, most), most)
+    return {site.name: histogram_edges(low[site.name], high[site.name]) for site in sites}
+
+
 def histogram_edges(
-    values: Float[np.ndarray, "example unit position"],
+    low: Float[np.ndarray, " unit"], high: Float[np.ndarray, " unit"]
 ) -> Float[np.ndarray, "unit edge"]:
-    """Edges of each unit's histogram: `BINS` equal bins over its range in a first batch, half as wide again."""
-    low, high = (
-        values.min(axis=(0, 2)).astype(np.float64),
-        values.max(axis=(0, 2)).astype(np.float64),
-    )
-    low, high = np.minimum(1.5 * low, 0.0), np.maximum(1.5 * high, 0.0)
+    """Edges of each unit's histogram: `BINS` equal bins over a range, half as wide again, with 0."""
+    low = np.minimum(1.5 * low.astype(np.float64), 0.0)
+    high = np.maximum(1.5 * high.astype(np.float64), 0.0)
     high = np.where(high > low, high, low + 1.0)
     return low[:, None] + (high - low)[:, None] * np.linspace(0, 1, BINS + 1)
 

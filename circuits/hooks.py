@@ -7,6 +7,7 @@ changes any number of them. Each removes exactly its own hooks, whatever happens
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,11 +57,16 @@ def _replaced(output: Any, path: tuple[Hashable, ...], value: Tensor) -> Any:
         return value
     key, rest = path[0], path[1:]
     inner = _replaced(output[key], rest, value)
+    if type(output) is dict:
+        return {**output, key: inner}
     if isinstance(output, Mapping):
         # model outputs of Hugging Face are mappings that only their own constructor builds rightly
         return type(output)(**{**dict(output), str(key): inner})
     items = [inner if i == key else item for i, item in enumerate(output)]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+_FORBIDDEN = re.compile(r"[\s:,+*]")  # what a site's name cannot hold
 
 
 class _StopForwardError(Exception):
@@ -164,6 +170,7 @@ class Trace:
     tap: Tap
     name: str
     value: Tensor
+    given: Tensor | None = None
 
 
 def trace(
@@ -171,35 +178,37 @@ def trace(
 ) -> list[Trace]:
     """Run `forward` once and list every tensor that `modules` put out, in order of execution.
 
-    A module called several times gives `name@0`, `name@1`, …; a nested output gives `name[0]`,
-    `name[key]`, …. Tensors that a later step overwrites in place are marked on their taps.
+    `given` is the first tensor that the module was called with. A module called several times
+    gives `name@0`, `name@1`, …; a nested output gives `name[0]`, `name[key]`, …. Tensors that a
+    later step overwrites in place are marked on their taps.
     """
-    seen: list[tuple[str, Tap, Tensor, int]] = []
+    seen: list[tuple[str, Tap, Tensor, int, Tensor | None]] = []
     calls: Counter[str] = Counter()
 
     def visitor(name: str, module: nn.Module) -> Callable[..., None]:
-        def visit(_module: nn.Module, _args: Any, output: Any) -> None:
+        def visit(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = next((v for _, v in _leaves((args, kwargs))), None)
             for path, value in _leaves(output):
                 tap = Tap(module, calls[name], path)
-                seen.append((name, tap, value, value._version))
+                seen.append((name, tap, value, value._version, given))
             calls[name] += 1
 
         return visit
 
-    handles = [m.register_forward_hook(visitor(n, m)) for n, m in modules.items()]
+    handles = [m.register_forward_hook(visitor(n, m), with_kwargs=True) for n, m in modules.items()]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    parts = Counter((name, tap.call) for name, tap, _, _ in seen)
+    parts = Counter((name, tap.call) for name, tap, *_ in seen)
     traces = []
-    for name, tap, value, version in seen:
+    for name, tap, value, version, given in seen:
         label = name if calls[name] == 1 else f"{name}@{tap.call}"
         if parts[name, tap.call] > 1:
-            label += "".join(f"[{key}]" for key in tap.path)
+            label += "".join(f"[{_FORBIDDEN.sub('_', str(key))}]" for key in tap.path)
         overwritten = value._version != version
-        traces.append(Trace(replace(tap, overwritten=overwritten), label, value))
+        traces.append(Trace(replace(tap, overwritten=overwritten), label, value, given))
     return traces
 
 

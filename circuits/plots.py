@@ -89,7 +89,7 @@ def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:
     for (name, predictions), color in zip(runs.items(), (BLUE, ORANGE), strict=False):
         figure.add_bar(
             name=name,
-            y=[p.name for p in predictions],
+            y=[_label(p, predictions) for p in predictions],
             x=[p.probability for p in predictions],
             orientation="h",
             marker_color=color,
@@ -105,3 +105,9 @@ def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:
         legend={"orientation": "h", "y": 1.2},
     )
     return figure
+
+
+def _label(prediction: Prediction, among: Sequence[Prediction]) -> str:
+    """A prediction's name, with its number where two share a name (ImageNet has two cranes)."""
+    alone = sum(p.name == prediction.name for p in among) == 1
+    return prediction.name if alone else f"{prediction.name} ({prediction.index})"

@@ -73,9 +73,10 @@ class Provenance:
             raw = json.loads(path.read_text())
             sites = tuple(_site(s) for s in raw.pop("sites"))
             return cls(sites=sites, examples=tuple(raw.pop("examples")), **raw)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"activation store {str(folder)!r} has a damaged {path.name}"
+                f"activation store {str(folder)!r} has a damaged {path.name}: delete the folder and "
+                "harvest again"
             ) from error
 
     def write(self, folder: Path) -> None:
@@ -83,8 +84,13 @@ class Provenance:
         write_json(folder / "provenance.json", asdict(self))
 
     def difference(self, other: Provenance) -> str | None:
-        """In words, the first thing in which `other` differs; None if it was made the same way."""
+        """In words, the first thing in which `other` differs; None if it was made the same way.
+
+        How model and data are called does not count: their hashes do.
+        """
         for field in fields(self):
+            if field.name in ("model", "data"):
+                continue
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             # json has no tuples
             if json.dumps(ours, default=asdict) != json.dumps(theirs, default=asdict):
@@ -210,9 +216,11 @@ def writing(folder: Path, provenance: Provenance) -> Iterator[StoreWriter]:
         if (folder / "provenance.json").exists():
             changed = provenance.difference(Provenance.read(folder))
             if changed:
-                raise StaleCacheError(f"activation store {str(folder)!r} is stale: {changed}")
-        else:
-            provenance.write(folder)
+                raise StaleCacheError(
+                    f"activation store {str(folder)!r} is stale: {changed}; delete the folder to "
+                    "make it anew"
+                )
+        provenance.write(folder)
         yield StoreWriter(folder, provenance)
 
 
@@ -221,12 +229,15 @@ class StoreWriter:
 
     Attributes:
         rows: how many examples valid shards hold already.
+        finished: whether all of it, statistics too, is there and intact.
     """
 
     def __init__(self, folder: Path, provenance: Provenance) -> None:
         self.folder, self.provenance = folder, provenance
-        self._shards = valid_shards(folder)
+        lines = valid_lines(folder)
+        self._shards = [line for line in lines if "rows" in line]
         self.rows = self._shards[-1]["rows"][1] if self._shards else 0
+        self.finished = len(lines) > len(self._shards)
 
     def edges(self) -> dict[str, Float[np.ndarray, "unit edge"]] | None:
         """The histogram edges of each site that the first shard fixed."""
@@ -247,38 +258,44 @@ class StoreWriter:
         entry = {"file": name, "rows": [self.rows, self.rows + rows], "sha256": digest}
         self._shards.append(entry)
         self.rows += rows
+        self._write_manifest(self._shards)
+
+    def _write_manifest(self, lines: list[dict[str, Any]]) -> None:
         with replacing(self.folder / "manifest.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self._shards))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def finish(self) -> None:
         """Merge all shards into `statistics.h5`, one site at a time."""
-        with (
-            replacing(self.folder / "statistics.h5") as temporary,
-            h5py.File(temporary, "w") as out,
-        ):
-            for site in self.provenance.sites:
-                parts = []
-                for shard in self._shards:
-                    with h5py.File(self.folder / shard["file"]) as file:
-                        parts.append(_read_summary(file[site.name]))
-                group = out.create_group(site.name)
-                merged = merge(parts)
-                _write_summary(group, merged)
-                order = np.argsort(-merged.maximum, axis=0, kind="stable")[:TOP]
-                group["top"] = order.T.astype(np.int64)
+        with replacing(self.folder / "statistics.h5") as temporary:
+            with h5py.File(temporary, "w") as out:
+                for site in self.provenance.sites:
+                    self._merge_site(site, out.create_group(site.name))
+            digest = _sha256(temporary)
+        self._write_manifest([*self._shards, {"file": "statistics.h5", "sha256": digest}])
+        self.finished = True
+
+    def _merge_site(self, site: Site, group: Any) -> None:
+        parts = []
+        for shard in self._shards:
+            with h5py.File(self.folder / shard["file"]) as file:
+                parts.append(_read_summary(file[site.name]))
+        merged = merge(parts)
+        _write_summary(group, merged)
+        order = np.argsort(-merged.maximum, axis=0, kind="stable")[:TOP]
+        group["top"] = order.T.astype(np.int64)
 
 
-def valid_shards(folder: Path) -> list[dict[str, Any]]:
+def valid_lines(folder: Path) -> list[dict[str, Any]]:
     """The manifest's lines, up to the first that is damaged or whose file is not what it was."""
     path = folder / "manifest.jsonl"
     shards: list[dict[str, Any]] = []
     if not path.exists():
         return shards
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
             file = folder / entry["file"]
-            intact = file.exists() and _sha256(file) == entry["sha256"]
+            intact = file.is_file() and _sha256(file) == entry["sha256"]
         except (json.JSONDecodeError, KeyError, TypeError):
             break
         if not intact:
@@ -338,6 +355,11 @@ class ActivationStore:
         if not (folder / "statistics.h5").exists():
             raise FileNotFoundError(
                 f"activation store {str(folder)!r} is not finished: run the same harvest again"
+            )
+        if not h5py.is_hdf5(folder / "statistics.h5"):
+            raise ValueError(
+                f"activation store {str(folder)!r} has a damaged statistics.h5: run the same harvest "
+                "again"
             )
         if model_hash is not None and provenance.model_hash != model_hash:
             raise StaleCacheError(

@@ -20,6 +20,9 @@ from circuits.units import Unit
 ROOT = "CIRCUITS_WORKSPACE"
 """Environment variable: the folder to use instead of `cache`."""
 
+TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
+"""Environment variable: the app may load the workspace's `python:` models, that is run their code."""
+
 DIGITS = 16
 """How many hexadecimal digits of a hash name a folder."""
 
@@ -67,21 +70,22 @@ class Workspace:
         """Where everything about one set of weights is kept."""
         return self.root / model_hash[:DIGITS]
 
-    def register(self, record: ModelRecord) -> None:
-        """Note how a model is loaded, so that the app can load it again."""
+    def register(self, record: ModelRecord, replace: bool = True) -> None:
+        """Note how a model is loaded, so that the app can load it again.
+
+        Args:
+            record: what to note.
+            replace: whether to overwrite what was noted before.
+        """
         path = self.model_folder(record.hash) / "model.json"
-        if not path.exists() or json.loads(path.read_text()) != asdict(record):
+        known = _read_record(path)
+        if known is None or (replace and known != record):
             write_json(path, asdict(record))
 
     def models(self) -> list[ModelRecord]:
         """The models it knows, by name; folders with an unreadable record are left out."""
-        found = []
-        for path in sorted(self.root.glob("*/model.json")):
-            try:
-                found.append(ModelRecord(**json.loads(path.read_text())))
-            except (ValueError, TypeError, OSError):
-                continue
-        return sorted(found, key=lambda record: record.spec)
+        found = [_read_record(path) for path in sorted(self.root.glob("*/model.json"))]
+        return sorted((r for r in found if r), key=lambda record: record.spec)
 
     def store_folder(self, model_hash: str, dataset_hash: str, run: str) -> Path:
         """Where one harvest's activation store is."""
@@ -102,6 +106,16 @@ class Workspace:
         folder = self.model_folder(model_hash) / "pictures"
         found = folder.glob(f"{glob.escape(_file_name(unit))}-*.png")
         return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+def _read_record(path: Path) -> ModelRecord | None:
+    try:
+        raw = json.loads(path.read_text())
+        record = ModelRecord(**raw)
+    except (ValueError, TypeError, OSError):
+        return None
+    texts = isinstance(record.spec, str) and isinstance(record.hash, str)
+    return record if texts and isinstance(record.weights, str | None) else None
 
 
 def _file_name(unit: Unit) -> str:

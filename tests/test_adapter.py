@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from circuits.edits.operators import zero
+from circuits.edits.recipes import edited
+from circuits.featurevis.render import visualize
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.sites import unit_activations
+from circuits.models.tokenizing import by_merges
 from circuits.units import Unit
+from circuits.weights import incoming
 from tests.conftest import OwnNet, seeded
 
 
@@ -166,7 +172,7 @@ def test_a_site_that_a_pass_skips_is_named() -> None:
             self.extra = nn.Conv2d(1, 1, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.extra(x) if len(x) == 2 else x * 2
+            return self.extra(x) if len(x) > 1 else x * 2
 
     model = HookedModel(Sometimes(), (1, 4, 4))
     with pytest.raises(KeyError, match="'extra' was not reached"):
@@ -196,12 +202,94 @@ def test_image_input_normalizes_and_refuses() -> None:
         ImageInput(0, 4, 4)
 
 
-def test_token_input_encodes_greedily_and_refuses() -> None:
-    spec = TokenInput(4, 8, ("a", "b", "ab", " "))
-    assert spec.encode("ab ba") == [2, 3, 1, 0]
-    with pytest.raises(ValueError, match="'c' at character 1"):
-        spec.encode("ac")
+def test_token_input_encodes_and_refuses() -> None:
+    words = TokenInput(3, 8, ("one", "two", "="))
+    assert words.encode("two one =") == [1, 0, 2]
+    with pytest.raises(ValueError, match="the word 'three'"):
+        words.encode("one three")
+    assert TokenInput(4, 8).encode(" 3  1\n2") == [3, 1, 2]
     with pytest.raises(ValueError, match="no vocabulary"):
         TokenInput(4, 8).encode("1 two")
     with pytest.raises(ValueError, match="expected n_vocab 4"):
         TokenInput(4, 8, ("a",))
+
+
+def test_merges_take_the_best_pair_first() -> None:
+    pieces = [" ", "a", "b", "ab", "ba", " ab", "<0xC3>", "<0xA9>"]
+    encode = by_merges(pieces, [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, 0.0, 0.0])
+    assert encode("ab") == [5], "a space in front, then ab, then space + ab"
+    assert encode("bab") == [0, 2, 3], "ab before ba"
+    assert encode("é") == [0, 6, 7], "bytes of what is not in the vocabulary"
+
+
+class Trunk(nn.Module):
+    """LSTM states, a named tuple, keyword arguments, channels-last activations."""
+
+    class Out(NamedTuple):
+        features: Tensor
+        logits: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
+        self.last, self.gelu = nn.Linear(6, 5), nn.GELU()
+        self.lstm = nn.LSTM(5, 4, num_layers=2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Trunk.Out:
+        maps = self.relu(input=self.conv(input=x))
+        rows = self.gelu(self.last(maps.permute(0, 2, 3, 1)))
+        out, _ = self.lstm(rows.flatten(1, 2))
+        return Trunk.Out(features=out, logits=self.head(out[:, -1]))
+
+
+def test_odd_layouts_are_understood() -> None:
+    model = HookedModel(seeded(Trunk()), (3, 6, 7))
+    sites = {s.name: s for s in model.sites}
+    assert sites["gelu"].axes == ("batch", "y", "x", "unit"), "laid out like what it was given"
+    assert sites["gelu"].n_units == 5
+    assert "lstm[1][0]" not in sites, "layers x batch x hidden is not a batch"
+    assert sites["head"].kind == "logit", "the named field is the output"
+    x = model.input.example(4)
+    gelu = model.run(x, read=["gelu"])["gelu"]
+    with edited(model, [zero("gelu:2")]):
+        changed = model.run(x, read=["gelu"])["gelu"]
+    gelu[..., 2] = 0
+    assert torch.equal(changed, gelu)
+    assert incoming(model, "relu:1")
+    assert model.logits(x).shape == (4, 3)
+
+
+def test_precision_follows_the_model() -> None:
+    model = HookedModel(seeded(OwnNet().double()), OwnNet.input_shape)
+    out = model.logits(torch.rand(2, 5, 40, 56))
+    assert out.dtype == torch.float64
+    assert visualize(model, "relu:1", steps=2).activation > 0
+
+
+def test_the_callers_input_is_not_overwritten() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.sub_(0.5))
+
+    model = HookedModel(seeded(Overwrites()), (1, 4, 4))
+    x = torch.ones(1, 1, 4, 4)
+    assert torch.equal(model.logits(x), model.logits(x))
+    assert (x == 1).all()
+
+
+def test_models_without_weights_differ_by_their_modules() -> None:
+    assert HookedModel(nn.Sequential(nn.ReLU()), (1, 4, 4)).hash != (
+        HookedModel(nn.Sequential(nn.Tanh()), (1, 4, 4)).hash
+    )
+
+
+def test_a_wrong_input_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"cannot run on an input of shape \(3, 4, 40, 56\)"):
+        HookedModel(seeded(OwnNet()), (4, 40, 56))
+    with pytest.raises(ValueError, match=r"must be \(channels, height, width"):
+        HookedModel(seeded(OwnNet()), (5, 40))

@@ -109,6 +109,20 @@ def test_odd_urls_get_a_message(built: Workspace, monkeypatch) -> None:
     assert test.title[0].value.startswith("line:0")
 
 
+def test_a_link_in_the_url_does_not_become_one(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, model="![x](https://example.org/a.png)`")
+    assert test.warning[0].value.startswith("There is no model `![x](https://example.org/a.png)'`")
+
+
+def test_a_workspace_runs_no_code_unasked(tmp_path: Path, monkeypatch) -> None:
+    code = tmp_path / "evil.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    place = Workspace(tmp_path / "ws")
+    place.register(ModelRecord(f"python:{code}:f", "1" * 64))
+    assert "--trust-python" in text(page(place, monkeypatch))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
     test = page(Workspace(tmp_path / "none"), monkeypatch)
     assert not test.exception

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from circuits.cli.main import run
+from circuits.cli.output import show_json
 from circuits.models.loading import BUILTIN
 from tests.test_models import OWN
 
@@ -121,6 +122,9 @@ def test_transformer_verbs(capsys, workspace: Path, tmp_path: Path) -> None:
         (["edit", "shapes", "--scale", "mixed3a:1=nan"], "must be finite"),
         (["edit", "shapes", "--recipe", "{tmp}/file"], "not a recipe"),
         (["edit", "shapes", "--recipe", "{tmp}/none.json"], "none.json"),
+        (["edit", "shapes", "--zero", "mixed3a:1", "--save", "{tmp}/file/r.json"], "cannot be written"),
+        (["visualize", "shapes", "mixed3a:1", "--size", "1000000"], "8 to 4096"),
+        (["demo", "--port", "0"], "port 0"),
         (["nonsense"], "nonsense"),
         (["sites"], "argument"),
         (["visualize", "shapes", "mixed3a:1", "--steps", "x"], "--steps"),
@@ -147,11 +151,32 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not workspace.exists() or not any(workspace.iterdir()), "nothing was written"
 
 
+def test_json_has_null_for_what_is_not_finite(capsys) -> None:
+    show_json({"a": [1.0, float("nan"), float("inf")], "b": "NaN"})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.0, None, None], "b": "NaN"}
+
+
+def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr("circuits.models.loading.load_model", broken)
+    assert run(["sites", "shapes"]) == 2
+    assert (
+        "ZeroDivisionError: deep inside (CIRCUITS_DEBUG=1 shows where)" in capsys.readouterr().err
+    )
+
+
 def test_a_reader_may_stop_early() -> None:
-    command = f"{sys.executable} -m circuits.cli.main sites shapes --json | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.stdout == "[\n"
-    assert not done.stderr
+    for verb, first in (
+        ("sites shapes --json", "["),
+        ("weights shapes mixed3a:1 --top 900", "mixed3a:1"),
+    ):
+        command = f"set -o pipefail; {sys.executable} -m circuits.cli.main {verb} | head -1"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.stdout.startswith(first)
+        assert not done.stderr
+        assert done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits.edits.effects import compare, measure, predictions
+from circuits.edits.effects import _twin, compare, measure, predictions
 from circuits.edits.operators import Scale, parse_edit, scale, zero
 from circuits.edits.recipes import Recipe, edited
 from circuits.models.adapter import HookedModel
 from circuits.units import Unit
+from tests.conftest import seeded
 from tests.test_units import site_names
 
 edits = st.builds(
@@ -106,7 +107,14 @@ def test_bad_edits_change_nothing(own_net: HookedModel, edit, error, message) ->
     [
         ({"operator": "rotate"}, KeyError, "unknown edit operator 'rotate'"),
         ({"operator": "scale", "target": "a:1"}, ValueError, "needs a target"),
-        ({"operator": "scale", "target": "a:1", "factor": "nan"}, ValueError, "must be finite"),
+        (
+            {"operator": "scale", "target": "a:1", "factor": float("nan")},
+            ValueError,
+            "must be finite",
+        ),
+        ({"operator": "scale", "target": "a:1", "factor": "2"}, ValueError, "needs a target"),
+        ({"operator": "scale", "target": "a:1", "factor": 10**400}, ValueError, "needs a target"),
+        (5, ValueError, "not a record"),
         ({"operator": "scale", "target": "a", "factor": 1}, ValueError, "SITE:INDEX"),
     ],
 )
@@ -117,7 +125,7 @@ def test_bad_records_are_named(raw, error, message) -> None:
 
 def test_bad_recipe_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    for text in ("{", "[]", "{}", '"x"'):
+    for text in ("{", "[]", "{}", '"x"', '{"schema": 1, "edits": "abc"}', "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match="not a recipe"):
             Recipe.load(path)
@@ -149,8 +157,28 @@ def test_measure_reports_the_edit_beside_random_ones(own_net: HookedModel) -> No
     assert len(report.random) == 3
     assert report == measure(own_net, recipe, x, "noise", n_random=3, seed=1, batch=7)
     assert json.loads(json.dumps(report.to_dict()))["recipe"]["edits"][0]["target"] == "relu:1"
-    with pytest.raises(ValueError, match="no random twin"):
-        measure(own_net, Recipe.of(own_net, [zero(f"fc:{i}") for i in range(3)]), x)
+    whole = measure(own_net, Recipe.of(own_net, [zero(f"fc:{i}") for i in range(3)]), x)
+    assert whole.random == (), "a site without other units has no random twin"
+
+
+def test_maps_of_predictions_are_compared_over_classes() -> None:
+    model = HookedModel(seeded(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))), (3, 5, 6))
+    x = model.input.example(2)
+    with edited(model, [scale("0:1", 3)]):
+        changed = model.logits(x)
+    report = measure(model, Recipe.of(model, [scale("0:1", 3)]), x)
+    p, q = (t.double().log_softmax(1) for t in (model.logits(x), changed))
+    assert report.effect.kl == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert len(predictions(model, x[:1])) == 4
+    assert report.model_hash == model.hash
+
+
+def test_twins_swap_each_unit_once(own_net: HookedModel) -> None:
+    edits = [scale("relu:1", 2), scale("relu:1", 3), zero("relu:2")]
+    twin = _twin(own_net, edits, torch.Generator().manual_seed(0))
+    assert twin[0].target == twin[1].target != twin[2].target
+    assert not {e.target for e in twin} & {e.target for e in edits}
+    assert [e.factor for e in twin] == [2, 3, 0]
 
 
 def test_predictions_of_images_and_tokens(own_net: HookedModel, bridge: HookedModel) -> None:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from circuits.edits.operators import zero
+from circuits.edits.recipes import edited
 from circuits.featurevis.gradients import _RedirectedReLU, redirected_relus
 from circuits.featurevis.parameterizations import fourier_image
 from circuits.featurevis.render import visualize, visualize_units
@@ -101,6 +103,12 @@ def test_a_silent_unit_wakes_up() -> None:
     assert picture.activation > 0.1
 
 
+def test_edits_hold_while_silent_units_are_woken(own_net: HookedModel) -> None:
+    x = own_net.input.example(1)
+    with edited(own_net, [zero("relu:0")]), redirected_relus(own_net.module):
+        assert not own_net.run(x, read=["relu"])["relu"][:, 0].any()
+
+
 def test_pictures_of_an_own_model(own_net: HookedModel) -> None:
     pictures = visualize_units(own_net, ["relu:1", "block.conv@1:6", "fc:2"], steps=30)
     for picture in pictures:
@@ -148,7 +156,7 @@ def test_saved_picture_carries_its_metadata(own_net: HookedModel, tmp_path: Path
         ({"unit": "relu:9"}, ValueError, "units 0 to 7"),
         ({"unit": "nope:1"}, KeyError, "unknown site"),
         ({"unit": "relu:1", "steps": 0}, ValueError, "steps 0"),
-        ({"unit": "relu:1", "size": 4}, ValueError, "at least 8 x 8"),
+        ({"unit": "relu:1", "size": 4}, ValueError, "expected 8 to 4096"),
     ],
 )
 def test_bad_requests_are_named(own_net: HookedModel, options, error, message) -> None:

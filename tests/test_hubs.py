@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def gpt2_folder(tmp_path_factory) -> Path:
 def test_transformer_lens_from_a_folder(gpt2_folder: Path) -> None:
     model = load_model(f"tl:{gpt2_folder}")
     assert model.input.vocabulary[:3] == ("<s>", "<unk>", "a")
+    assert model.input.encode("b a zz") == model.module.tokenizer.encode(
+        "b a zz", add_special_tokens=False
+    )
     assert model.site("blocks.1.attn.hook_z").n_units == 2
     x = model.input.example(2)
     before = model.logits(x)
@@ -60,7 +64,10 @@ def test_hugging_face_image_classifier_from_a_folder(tmp_path: Path) -> None:
         image_size=32, patch_size=8, num_labels=5,
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path)
+    stated = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
     model = load_model(f"hf:{tmp_path}")
+    assert (model.input.mean, model.input.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.25))
     site = next(s for s in model.sites if s.name.endswith("layers.1.mlp.fc1"))
     assert (site.n_units, site.axes) == (64, ("batch", "position", "unit"))
     assert len(model.classes) == 5

@@ -158,6 +158,7 @@ def test_tutorial_transformers_do_what_they_are_known_for(assets: Path) -> None:
     a, b = torch.arange(113).repeat_interleave(113), torch.arange(113).repeat(113)
     tokens = torch.stack([a, b, torch.full_like(a, 113)], dim=1)
     assert (model.logits(tokens)[:, -1].argmax(-1) == (a + b) % 113).all()
+    assert model.input.encode("1 12 =") == [1, 12, 113]
 
     model = load_model("induction-infinite")
     pattern = torch.randint(128, (32, 20), generator=torch.Generator().manual_seed(0))
@@ -173,6 +174,11 @@ def test_stories_model_tells_a_story(assets: Path) -> None:
         tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1].argmax()))
     text = "".join(model.input.word(t) for t in tokens[1:])
     assert text.startswith(" Once upon a time, there was a little girl named Lily.")
+    written = [1, *model.input.encode("Once upon a time, there was")]
+    assert model.input.word(written[1]) == " Once", "the tokenizer puts a space in front"
+    surprise = -model.logits(torch.tensor([written])).log_softmax(-1)[0]
+    total = sum(surprise[i, t].item() for i, t in enumerate(written[1:]))
+    assert total < 1, "nats, for the words that its stories begin with"
 
 
 # --- receptive fields --------------------------------------------------------------------------
@@ -238,6 +244,14 @@ def shapeless():
 
 def number():
     return 3
+
+def fails():
+    raise RuntimeError("on purpose")
+
+def mismatched():
+    net = make()
+    net.input_shape = (4, 40, 56)
+    return net
 """
 
 
@@ -273,6 +287,8 @@ def test_own_model_with_weights(own_file: Path, tmp_path: Path) -> None:
         ("python:no_such_module:f", ImportError, "no_such_module"),
         ("python:{file}:shapeless", ValueError, "input_shape"),
         ("python:{file}:number", TypeError, "returned int"),
+        ("python:{file}:fails", ValueError, r"fails\(\) raised RuntimeError: on purpose"),
+        ("python:{file}:mismatched", ValueError, "cannot run on an input of shape"),
         ("torchvision:resnet18", ImportError, "needs torchvision"),
         ("tl:/no/such/folder", FileNotFoundError, "neither a local folder"),
     ],

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table
-from circuits.cli.serving import serve_app
+from circuits.cli.serving import check_port, serve_app
 from circuits.workspace import ModelRecord, Workspace
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ WeightsOption = Annotated[
 ]
 WorkspaceOption = Annotated[
     Path | None,
-    typer.Option("--workspace", help="Folder for results [default: $CIRCUITS_WORKSPACE or cache]."),
+    typer.Option("--workspace", help="Folder for results (default: $CIRCUITS_WORKSPACE or cache)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 DataOption = Annotated[
@@ -118,7 +118,7 @@ def _record(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
     """How to load the model again, from any folder."""
     scheme, _, rest = spec.partition(":")
     path = Path(rest.partition(":")[0])
-    if rest and path.exists():  # a file of their own, or a local model folder
+    if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
         spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
     return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
 
@@ -141,11 +141,11 @@ def visualize(
     model: ModelArgument,
     unit: UnitArgument,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The PNG to write [default: into the workspace].")
+        Path | None, typer.Option("--out", help="The PNG to write (default: into the workspace).")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of optimisation.")] = 256,
     size: Annotated[
-        int | None, typer.Option(help="Pixels along each side [default: the model's].")
+        int | None, typer.Option(help="Pixels along each side (default: the model's).")
     ] = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -226,7 +226,7 @@ def edit(
     recipe: Annotated[Path | None, typer.Option(help="A recipe file to apply first.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save the edits as a recipe.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="What to measure on [default: photos, or repeats].")
+        str | None, typer.Option(help="What to measure on (default: photos, or repeats).")
     ] = None,
     limit: Annotated[int, typer.Option(help="Examples to measure on.")] = 64,
     note: Annotated[str, typer.Option(help="Why, kept in the recipe.")] = "",
@@ -239,6 +239,7 @@ def edit(
     from circuits.edits.operators import scale as scaled
     from circuits.edits.operators import zero as zeroed
     from circuits.edits.recipes import Recipe
+    from circuits.files import check_writable
     from circuits.harvesting import Inputs
     from circuits.models.inputs import ImageInput
     from circuits.models.loading import load_model
@@ -255,7 +256,9 @@ def edit(
         raise ValueError("nothing to edit: give --zero UNIT, --scale UNIT=FACTOR or --recipe FILE")
     planned = Recipe.of(loaded, edits, note)
     source = open_source(data or ("photos" if isinstance(loaded.input, ImageInput) else "repeats"))
-    examples = Inputs(loaded, source).first(limit)
+    if save is not None:
+        check_writable(save.parent, "folder")
+    examples = Inputs(loaded, source).upto(limit)
     report = measure(loaded, planned, examples, source.spec, seed=seed)
     if save is not None:
         planned.save(save)
@@ -291,6 +294,7 @@ def demo(
     """Build the workspace of the built-in models, without a network, and open the app on it."""
     from circuits.demo import build
 
+    check_port(port)
     place = Workspace.default(workspace).writable()
     with progress_bar("demo", quiet=json) as progress:
         rows = build(place, progress)
@@ -310,10 +314,14 @@ def open_app(
     workspace: WorkspaceOption = None,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    trust_python: Annotated[
+        bool,
+        typer.Option("--trust-python", help="Run the code of python: models in the workspace."),
+    ] = False,
 ) -> None:
     """Start the app on a workspace."""
 
-    serve_app(Workspace.default(workspace).writable().root, port, host)
+    serve_app(Workspace.default(workspace).writable().root, port, host, trust_python)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -341,15 +349,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except TyperException as error:
         return _fail(getattr(error, "format_message", lambda: str(error))(), 2)
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("CIRCUITS_DEBUG"):
             raise
-        return _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2)
+        return _fail(_message(error), 2)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _message(error: Exception) -> str:
+    """An error in a line; what we did not raise ourselves says its kind and how to see more."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, ValueError | KeyError | TypeError | OSError | ImportError):
+        return text
+    return f"{type(error).__name__}: {text} (CIRCUITS_DEBUG=1 shows where)"
 
 
 def _fail(message: str, code: int) -> int:

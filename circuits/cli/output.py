@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,31 @@ from rich.table import Table
 
 _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width to fit
 
-console = Console(width=_WIDTH)
+
+class _PipedConsole(Console):
+    """Leaves a reader that has seen enough (`| head`) to `circuits.cli.main.run`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+console = _PipedConsole(width=_WIDTH)
 errors = Console(stderr=True, soft_wrap=True)
 
 
 def show_json(value: Any) -> None:
-    """Print `value` as JSON, for machines."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Print `value` as JSON, for machines; null for NaN and infinity."""
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from circuits.cli.output import say
-from circuits.workspace import ROOT
+from circuits.workspace import ROOT, TRUST_PYTHON
 
 
 def app_file() -> Path:
@@ -26,15 +26,22 @@ def app_file() -> Path:
     return folder / "workbench.py"
 
 
-def serve_app(workspace: Path, port: int, host: str = "127.0.0.1") -> None:
+def check_port(port: int) -> None:
+    """Raise ValueError if there is no such port."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port {port} is not valid: expected 1 to 65535")
+
+
+def serve_app(
+    workspace: Path, port: int, host: str = "127.0.0.1", trust_python: bool = False
+) -> None:
     """Run the app until it is stopped.
 
     Raises:
         ValueError: if there is no such port.
         OSError: if the port is taken.
     """
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port {port} is not valid: expected 1 to 65535")
+    check_port(port)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -51,6 +58,8 @@ def serve_app(workspace: Path, port: int, host: str = "127.0.0.1") -> None:
         "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal",
     ]  # fmt: skip
     environment = {**os.environ, ROOT: str(workspace.resolve())}
+    if trust_python:
+        environment[TRUST_PYTHON] = "1"
     try:
         subprocess.run(command, env=environment, check=False)
     except KeyboardInterrupt:

@@ -41,6 +41,7 @@ class EditReport:
         effect: of it.
         random: of the same operators on random other units of the same sites, one an attempt.
         model: the model's name.
+        model_hash: of its weights.
         data: what it was measured on.
         n_examples: on how many.
         seed: of the random units.
@@ -51,6 +52,7 @@ class EditReport:
     effect: Effect
     random: tuple[Effect, ...]
     model: str
+    model_hash: str
     data: str
     n_examples: int
     seed: int
@@ -92,11 +94,19 @@ def predictions(
     """
     if len(inputs) != 1:
         raise ValueError(f"inputs hold {len(inputs)} examples: expected one")
-    probabilities = model.logits(inputs)[0].softmax(-1)
+    logits = outputs_last(model, model.logits(inputs))[0]
     if isinstance(model.input, TokenInput):
-        probabilities = probabilities[-1]
+        logits = logits[-1]
+    # of a map of predictions the mean over places
+    probabilities = logits.softmax(-1).reshape(-1, logits.shape[-1]).mean(0)
     chosen = probabilities.topk(min(top, len(probabilities))).indices.tolist() if of is None else of
     return [Prediction(i, _output_name(model, i), probabilities[i].item()) for i in chosen]
+
+
+def outputs_last(model: HookedModel, logits: Tensor) -> Tensor:
+    """Logits with the axis of classes or tokens last, whatever their layout."""
+    site = next((s for s in reversed(model.sites) if s.kind == "logit"), None)
+    return logits if site is None else logits.movedim(site.unit_axis, -1)
 
 
 def _output_name(model: HookedModel, index: int) -> str:
@@ -108,7 +118,7 @@ def _output_name(model: HookedModel, index: int) -> str:
 def measure(
     model: HookedModel,
     recipe: Recipe,
-    inputs: Tensor,
+    inputs: Tensor | Sequence[Tensor],
     data: str = "",
     n_random: int = 5,
     seed: int = 0,
@@ -119,26 +129,33 @@ def measure(
     Args:
         model: the model.
         recipe: the edits.
-        inputs: as the model takes them.
+        inputs: as the model takes them: one tensor, or several batches.
         data: where they come from, for the report.
-        n_random: how many random twins: each edit moved to another unit of its site.
+        n_random: how many random twins: each unit that is edited swapped for another of its site;
+            none where a site has too few other units.
         seed: of the choice of units.
-        batch: examples in one forward pass.
+        batch: examples in one forward pass, of a single tensor.
 
     Raises:
         KeyError: if a site is unknown.
         ValueError: if a unit does not exist or the recipe is for other weights.
     """
     generator = Generator().manual_seed(seed)
-    intact = _logits(model, inputs, batch)
     twins = [_twin(model, recipe.edits, generator) for _ in range(n_random)]
-    effects = []
-    for edits in (recipe, *(Recipe(t) for t in twins)):
-        with edited(model, edits):
-            effects.append(compare(intact, _logits(model, inputs, batch)))
-    restored = torch.equal(intact, _logits(model, inputs, batch))
+    variants = [recipe, *(Recipe(t) for t in twins if t)]
+    totals = [_Total() for _ in variants]
+    restored, n = True, 0
+    for x in inputs.split(batch) if isinstance(inputs, Tensor) else inputs:
+        intact = model.logits(x)
+        for variant, total in zip(variants, totals, strict=True):
+            with edited(model, variant):
+                changed = model.logits(x)
+            total.add(outputs_last(model, intact), outputs_last(model, changed))
+        restored = restored and torch.equal(intact, model.logits(x))
+        n += len(x)
+    effect, *others = (total.effect() for total in totals)
     return EditReport(
-        recipe, effects[0], tuple(effects[1:]), model.name, data, len(inputs), seed, restored
+        recipe, effect, tuple(others), model.name, model.hash, data, n, seed, restored
     )
 
 
@@ -146,28 +163,41 @@ def compare(
     intact: Float[Tensor, "*examples output"], changed: Float[Tensor, "*examples output"]
 ) -> Effect:
     """How far changed logits are from the intact ones."""
-    p, q = intact.double().log_softmax(-1), changed.double().log_softmax(-1)
-    return Effect(
-        kl=(p.exp() * (p - q)).sum(-1).mean().item(),
-        top1_changed=(intact.argmax(-1) != changed.argmax(-1)).float().mean().item(),
-        logit_change=(intact - changed).abs().mean().item(),
-    )
+    total = _Total()
+    total.add(intact, changed)
+    return total.effect()
 
 
-def _logits(model: HookedModel, inputs: Tensor, batch: int) -> Tensor:
-    return torch.cat([model.logits(chunk) for chunk in inputs.split(batch)])
+class _Total:
+    """Sums over predictions, so that no more than a batch of logits is kept."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.kl = self.top1 = self.change = 0.0
+
+    def add(self, intact: Tensor, changed: Tensor) -> None:
+        """Count the predictions of one batch."""
+        p, q = intact.double().log_softmax(-1), changed.double().log_softmax(-1)
+        divergence = (p.exp() * (p - q)).sum(-1)
+        self.n += divergence.numel()
+        self.kl += divergence.sum().item()
+        self.top1 += (intact.argmax(-1) != changed.argmax(-1)).sum().item()
+        self.change += (intact - changed).abs().double().mean(-1).sum().item()
+
+    def effect(self) -> Effect:
+        """The means so far."""
+        return Effect(self.kl / self.n, self.top1 / self.n, self.change / self.n)
 
 
 def _twin(model: HookedModel, edits: Sequence[Edit], generator: Generator) -> tuple[Edit, ...]:
-    """The edits moved to random units of their sites that the recipe does not touch."""
-    moved = []
-    taken = {model.unit(e.target) for e in edits}
-    for edit in edits:
-        site = model.site(edit.target.site)
+    """The edits with each unit swapped for a random one of its site; none if there are too few."""
+    own = {model.unit(edit.target) for edit in edits}
+    swapped: dict[Unit, Unit] = {}
+    for unit in sorted(own):
+        site = model.site(unit.site)
+        taken = own | set(swapped.values())
         free = [u for u in map(site.unit, range(site.n_units)) if u not in taken]
         if not free:
-            raise ValueError(f"every unit of site {site.name} is edited: no random twin is left")
-        pick: Unit = free[int(torch.randint(len(free), (1,), generator=generator))]
-        taken.add(pick)
-        moved.append(edit.moved(pick))
-    return tuple(moved)
+            return ()
+        swapped[unit] = free[int(torch.randint(len(free), (1,), generator=generator))]
+    return tuple(edit.moved(swapped[model.unit(edit.target)]) for edit in edits)

@@ -71,17 +71,22 @@ Edit = Scale
 """Any edit. The operators so far: scale (zero is scale by 0)."""
 
 
-def parse_edit(raw: Mapping[str, Any]) -> Edit:
+def parse_edit(raw: object) -> Edit:
     """Read an edit that `to_dict` wrote.
 
     Raises:
         KeyError: if the operator is unknown.
         ValueError: if a part is missing or of the wrong kind.
     """
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"edit {raw!r} is not a record with an operator, a target and a factor")
     operator = raw.get("operator")
     if operator != "scale":
         raise unknown("edit operator", str(operator), ["scale"])
     try:
-        return Scale(Unit.parse(raw["target"]), float(raw["factor"]))
-    except (KeyError, TypeError) as error:
+        target, factor = Unit.parse(raw["target"]), raw["factor"]
+        if not isinstance(factor, int | float):
+            raise TypeError(f"factor {factor!r}")
+        return Scale(target, float(factor))
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"edit {dict(raw)!r} needs a target SITE:INDEX and a factor") from error

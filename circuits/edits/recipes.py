@@ -75,14 +75,16 @@ class Recipe:
         try:
             raw = json.loads(Path(path).read_text())
             schema, edits = raw["schema"], raw["edits"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            if not isinstance(edits, list):
+                raise TypeError("edits is not a list")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"recipe {str(path)!r} is not a recipe file") from error
         if schema != SCHEMA:
             raise ValueError(f"recipe {str(path)!r} has layout {schema!r}: expected {SCHEMA}")
         return cls(
             tuple(parse_edit(e) for e in edits),
-            str(raw.get("model_hash", "")),
-            str(raw.get("note", "")),
+            str(raw.get("model_hash") or ""),
+            str(raw.get("note") or ""),
         )
 
 

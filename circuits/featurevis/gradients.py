@@ -34,6 +34,10 @@ class _RedirectedReLU(torch.autograd.Function):
         return torch.where(dead.reshape(-1, *[1] * (x.ndim - 1)), raising, plain)
 
 
+def _redirect(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    return _RedirectedReLU.apply(next(iter((*args, *kwargs.values()))))
+
+
 @contextmanager
 def redirected_relus(module: nn.Module) -> Iterator[None]:
     """Let gradients through silent `nn.ReLU` modules inside the block; as before after it."""
@@ -44,7 +48,8 @@ def redirected_relus(module: nn.Module) -> Iterator[None]:
         for m in inplace:
             m.inplace = False
         handles = [
-            m.register_forward_hook(lambda _, args, __: _RedirectedReLU.apply(args[0]))
+            # in front of all other hooks, so that edits and the user's own hooks have their say
+            m.register_forward_hook(_redirect, prepend=True, with_kwargs=True)
             for m in relus
         ]
         yield

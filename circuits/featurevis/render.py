@@ -146,7 +146,13 @@ def visualize_units(
         cache = model.run(normalized, read=objective.sites, until=until, grad=grad)
         return objective.value(cache)
 
-    start = evaluate(parameters.image().detach(), grad=False)
+    try:
+        start = evaluate(parameters.image().detach(), grad=False)
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"size {height} x {width}: the model cannot run on it ({first})"
+        ) from error
     for step in range(steps):
         with ExitStack() as stack:
             if step < REDIRECTED_STEPS:
@@ -181,6 +187,6 @@ def _size(size: int | tuple[int, int] | None, spec: ImageInput) -> tuple[int, in
     if size is None:
         return spec.height, spec.width
     height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 8:
-        raise ValueError(f"size {height} x {width} is too small: expected at least 8 x 8 pixels")
+    if min(height, width) < 8 or max(height, width) > 4096:
+        raise ValueError(f"size {height} x {width} is not valid: expected 8 to 4096 pixels a side")
     return height, width

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from circuits.hooks import Change, Tap, intervene, record
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
-from circuits.models.sites import TRACE_BATCH, evaluating, find_sites, is_bridge, main_output
+from circuits.models.sites import evaluating, find_sites, is_bridge, main_output
 from circuits.models.topology import INPUT, WeightLayer, bridge_layers, find_weight_layers
 from circuits.units import Site, Unit, unknown
 
@@ -69,19 +69,25 @@ class HookedModel:
     def __init__(
         self,
         module: nn.Module,
-        input: ModelInput | tuple[int, int, int],
+        input: ModelInput | tuple[int, ...] | list[int],
         name: str = "",
         aliases: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
         unit_names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.module = module
-        self.input: ModelInput = ImageInput(*input) if isinstance(input, tuple) else input
+        if isinstance(input, tuple | list):
+            if len(input) != 3:
+                raise ValueError(f"input {input} must be (channels, height, width)")
+            channels, height, width = input
+            input = ImageInput(channels, height, width)
+        self.input: ModelInput = input
         self.name = name or type(module).__name__
         self.classes = tuple(classes)
         self.unit_names = dict(unit_names or {})
         self.lock = threading.RLock()
-        found = find_sites(module, self.input.example(TRACE_BATCH).to(self.device))
+        with self.lock:
+            found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
@@ -131,6 +137,13 @@ class HookedModel:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
 
+    def fitted(self, inputs: Tensor) -> Tensor:
+        """`inputs` on the model's device and, unless they are tokens, in its precision."""
+        if not inputs.is_floating_point():
+            return inputs.to(self.device)
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return inputs.to(self.device, next(kinds, inputs.dtype))
+
     def run(
         self,
         inputs: Tensor,
@@ -154,13 +167,14 @@ class HookedModel:
             ValueError: if `inputs` do not fit the model.
         """
         self.check(inputs)
+        inputs = self.fitted(inputs)
         sites = [self.site(name) for name in read]
         stop = None if until is None else self.site(until)
         names = list(dict.fromkeys([s.name for s in sites] + ([stop.name] if stop else [])))
         taps = {name: self._taps[name] for name in names}
         output = None
         # a copy: a model that works in place must not change the caller's input
-        own = inputs.to(self.device, copy=True) if not grad else inputs.to(self.device) * 1
+        own = inputs * 1 if grad else inputs.clone()
         with (
             self.intervening(edits or {}),
             evaluating(self.module),
@@ -235,7 +249,7 @@ class HookedModel:
     def _find_layers(self) -> tuple[WeightLayer, ...]:
         if is_bridge(self.module):
             return tuple(bridge_layers(self.module, self.sites))
-        example = self.input.example(1).to(self.device)
+        example = self.fitted(self.input.example(1))
         if not example.is_floating_point():
             raise ValueError(f"model {self.name}: weights between sites need images or a bridge")
         with self.lock:
@@ -251,8 +265,12 @@ class HookedModel:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of all weights, in hexadecimal."""
+        """SHA-256 in hexadecimal, over the classes of all modules and the names, types, shapes and
+        bytes of all weights.
+        """
         digest = hashlib.sha256()
+        for name, module in self.module.named_modules():
+            digest.update(f"{name}|{type(module).__qualname__}|".encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 continue

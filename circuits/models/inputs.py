@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+
+from circuits.models.tokenizing import Encoder, by_numbers, by_words
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class ImageInput:
     resize: Literal["stretch", "crop", "margin-crop"] = "crop"
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.height, self.width) < 1:
+        if min(self.channels, self.height, self.width) < 1 or self.height * self.width > 2**26:
             raise ValueError(
-                f"input shape {(self.channels, self.height, self.width)} must be positive: "
-                "expected (channels, height, width)"
+                f"input shape {(self.channels, self.height, self.width)} must be positive (and at most 2^26 "
+                "pixels): expected (channels, height, width)"
             )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
@@ -122,12 +124,14 @@ class TokenInput:
         n_ctx: the longest sequence, in tokens.
         vocabulary: how each token is written; empty if unknown.
         bos: the token that starts every sequence, if there is one.
+        encoder: the model's own tokenizer, from text to tokens without `bos`.
     """
 
     n_vocab: int
     n_ctx: int
     vocabulary: tuple[str, ...] = ()
     bos: int | None = None
+    encoder: Encoder | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.vocabulary and len(self.vocabulary) != self.n_vocab:
@@ -169,41 +173,20 @@ class TokenInput:
         return self.vocabulary[token] if self.vocabulary else str(token)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text: greedy, longest entry of the vocabulary first.
+        """Tokens of a text, by the model's own tokenizer.
 
-        Without a vocabulary the text must be whole numbers separated by white space.
+        Without one: words of the vocabulary, or whole numbers where there is no vocabulary, in both
+        cases separated by white space.
 
         Raises:
-            ValueError: if some of it is not in the vocabulary.
+            ValueError: if some of it is no token.
 
-        >>> TokenInput(3, 8, ("a", "b", "ab")).encode("abb")
-        [2, 1]
+        >>> TokenInput(3, 8).encode("0 2 1")
+        [0, 2, 1]
         """
-        if not self.vocabulary:
-            try:
-                return [int(word) for word in text.split()]
-            except ValueError:
-                raise ValueError(
-                    f"text {text[:20]!r} is not tokens: this model has no vocabulary, expected whole "
-                    f"numbers 0 to {self.n_vocab - 1}"
-                ) from None
-        return self._greedy(text)
-
-    def _greedy(self, text: str) -> list[int]:
-        ids = {word: i for i, word in enumerate(self.vocabulary) if word}
-        longest = max(map(len, ids))
-        tokens, at = [], 0
-        while at < len(text):
-            for length in range(min(longest, len(text) - at), 0, -1):
-                if (token := ids.get(text[at : at + length])) is not None:
-                    tokens.append(token)
-                    at += length
-                    break
-            else:
-                raise ValueError(
-                    f"text has {text[at]!r} at character {at}: no token of the vocabulary matches"
-                )
-        return tokens
+        if self.encoder is not None:
+            return self.encoder(text)
+        return by_words(self.vocabulary)(text) if self.vocabulary else by_numbers(text)
 
     def describe(self) -> dict[str, Any]:
         """As a plain dictionary, for provenance."""

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +19,7 @@ from circuits.models.adapter import HookedModel
 from circuits.models.inception import googlenet, shapes
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.resnet import ResNet20
+from circuits.models.tokenizing import by_merges
 from circuits.models.transformers import (
     from_hooked_transformer,
     from_llama2c,
@@ -28,6 +31,8 @@ from circuits.models.weights_files import asset, find_weights, load_weights, rea
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
+
+log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "builtin"
 """Where the trained built-in models' weights and cards are."""
@@ -223,8 +228,14 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
     except KeyError as error:
         raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
     load_native(bridge, converted, repr(str(path)))
-    words = tuple(str(word) for word, _ in json.loads(vocabulary.read_text()))
-    return HookedModel(bridge, TokenInput(512, 512, words, bos=1), name)
+    try:
+        pieces = [(str(piece), float(score)) for piece, score in json.loads(vocabulary.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
+    # the file writes the two markers with line ends around them, which no text should match
+    words = tuple(piece for piece, _ in pieces)
+    encoder = by_merges(words, [score for _, score in pieces])
+    return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
 
 
 # --- by package --------------------------------------------------------------------------------
@@ -240,11 +251,13 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
             f"model 'tl:{name}' could not be loaded: it is neither a local folder nor to be had from "
             f"the Hugging Face hub ({first})"
         ) from error
-    vocabulary = _vocabulary(bridge.tokenizer, bridge.cfg.d_vocab)
-    bos = getattr(bridge.tokenizer, "bos_token_id", None)
-    return HookedModel(
-        bridge, TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos), f"tl:{name}"
-    )
+    tokenizer, encoder = bridge.tokenizer, None
+    if tokenizer is not None:
+        encoder = partial(tokenizer.encode, add_special_tokens=False)
+    vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder)
+    return HookedModel(bridge, spec, f"tl:{name}")
 
 
 def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
@@ -273,11 +286,28 @@ def _huggingface(name: str, weights: Path | None) -> HookedModel:
     config = module.config
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    labels = getattr(config, "id2label", {})
-    spec = ImageInput(
-        getattr(config, "num_channels", 3), height, width, IMAGENET_MEAN, IMAGENET_STD
+    labels = getattr(config, "id2label", None) or {}
+    mean, std = _huggingface_preprocessing(name)
+    spec = ImageInput(getattr(config, "num_channels", 3), height, width, mean, std)
+    classes = [str(labels[i]) for i in sorted(labels)]
+    return HookedModel(module.eval(), spec, f"hf:{name}", classes=classes)
+
+
+def _huggingface_preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std as the model's own preprocessor file states them; of ImageNet without one."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
     )
-    return HookedModel(module.eval(), spec, f"hf:{name}", classes=list(labels.values()))
+    if path is None:
+        log.warning("model hf:%s states no preprocessing: taking ImageNet's mean and std", name)
+        return IMAGENET_MEAN, IMAGENET_STD
+    stated = json.loads(Path(path).read_text())
+    if not stated.get("do_normalize", True):
+        return (0.0,), (1.0,)
+    mean, std = stated.get("image_mean", IMAGENET_MEAN), stated.get("image_std", IMAGENET_STD)
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _torchvision(name: str, weights: Path | None) -> HookedModel:
@@ -290,9 +320,10 @@ def _torchvision(name: str, weights: Path | None) -> HookedModel:
         ) from error
     if name not in zoo.list_models():
         raise unknown("torchvision model", name, zoo.list_models())
+    published = zoo.get_model_weights(name).DEFAULT
     if weights is None:
         try:
-            module = zoo.get_model(name, weights="DEFAULT")
+            module = zoo.get_model(name, weights=published)
         except OSError as error:
             raise FileNotFoundError(
                 f"model 'torchvision:{name}' needs its weights: the download failed ({error}); "
@@ -301,8 +332,12 @@ def _torchvision(name: str, weights: Path | None) -> HookedModel:
     else:
         module = zoo.get_model(name, weights=None)
         load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
-    spec = ImageInput(3, 224, 224, IMAGENET_MEAN, IMAGENET_STD, resize="margin-crop")
-    return HookedModel(module.eval(), spec, f"torchvision:{name}")
+    transforms = published.transforms()
+    crop = transforms.crop_size[0]
+    mean, std = tuple(transforms.mean), tuple(transforms.std)
+    spec = ImageInput(3, crop, crop, mean, std, resize="margin-crop")
+    classes = published.meta.get("categories", ())
+    return HookedModel(module.eval(), spec, f"torchvision:{name}", classes=classes)
 
 
 def _python(name: str, weights: Path | None) -> HookedModel:
@@ -312,7 +347,7 @@ def _python(name: str, weights: Path | None) -> HookedModel:
         raise ValueError(f"model 'python:{name}' is not of the form python:MODULE:FACTORY")
     try:
         namespace = _import(module_name)
-    except ImportError as error:
+    except Exception as error:
         raise ImportError(
             f"model 'python:{name}': cannot import {module_name!r} ({error})"
         ) from error
@@ -322,7 +357,12 @@ def _python(name: str, weights: Path | None) -> HookedModel:
             n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
         ]
         raise unknown(f"factory of {module_name}", factory_name, functions)
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise ValueError(
+            f"model 'python:{name}': {factory_name}() raised {type(error).__name__}: {error}"
+        ) from error
     module = made.module if isinstance(made, HookedModel) else made
     if not isinstance(module, nn.Module):
         raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from circuits.hooks import Tap, Trace, trace
 from circuits.units import Site, SiteKind
 
-TRACE_BATCH = 2
-"""Traces run on two examples: an axis of that size in front is the batch."""
+TRACE_BATCHES = (3, 2)
+"""Sizes of the batches that are traced: an axis in front that follows them is the batch."""
 
 
 @contextmanager
@@ -42,33 +42,30 @@ def is_bridge(module: nn.Module) -> bool:
     return hasattr(module, "hook_dict") and hasattr(module, "cfg")
 
 
-def find_sites(module: nn.Module, example: Tensor) -> list[tuple[Site, Tap]]:
+def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tuple[Site, Tap]]:
     """Every site of a model with the tap that reaches it, in order of execution.
 
     Args:
         module: any module, or a TransformerLens bridge (its hook points become the sites).
-        example: an input of `TRACE_BATCH` examples.
+        examples: makes an input of so many examples.
 
     Raises:
-        ValueError: if no module puts out a batch of real numbers.
+        ValueError: if the model cannot run on its example, or no module puts out a batch of real
+            numbers.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
-    outputs: list[Any] = []
-    with evaluating(module), torch.no_grad():
-        traces = trace(
-            module,
-            {name: m for name, (m, _) in names.items()},
-            lambda: outputs.append(module(example)),
-        )
-    final = main_output(outputs[0])
-    if not any(t.value is final for t in traces):
-        path = () if final is outputs[0] else (_main_key(outputs[0]),)
-        traces.append(Trace(Tap(module, 0, path), "output", final))
+    size, other = TRACE_BATCHES
+    traces, final = _traced(module, names, examples(size))
+    shapes = {t.name: t.value.shape for t in _traced(module, names, examples(other))[0]}
     found: dict[str, tuple[Site, Tap]] = {}
+    axes: dict[int, tuple[tuple[str, ...], SiteKind]] = {}
     for t in traces:
-        site_tap = _bridge_site(t, names) if is_bridge(module) else _module_site(t, final)
-        if site_tap is not None:
-            found.setdefault(site_tap[0].name, site_tap)
+        if not t.value.is_floating_point() or t.value.ndim < 2 or t.name not in shapes:
+            continue
+        if (*t.value.shape[:1], *shapes[t.name]) != (size, other, *t.value.shape[1:]):
+            continue  # no batch in front
+        site, tap = _bridge_site(t, names) if is_bridge(module) else _module_site(t, final, axes)
+        found.setdefault(site.name, (site, tap))
     for name in [n for n in found if _shown_too_late(n, list(found))]:
         del found[name]
     if not found:
@@ -76,6 +73,29 @@ def find_sites(module: nn.Module, example: Tensor) -> list[tuple[Site, Tap]]:
             f"model {type(module).__name__} has no site: no module puts out a batch of real numbers"
         )
     return list(found.values())
+
+
+def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trace], Tensor]:
+    """The tensors of one pass, the model's own output last if no module put it out; and that."""
+    outputs: list[Any] = []
+    with evaluating(module), torch.no_grad():
+        try:
+            traces = trace(
+                module,
+                {name: m for name, (m, _) in names.items()},
+                lambda: outputs.append(module(example)),
+            )
+        except (RuntimeError, TypeError, IndexError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"model {type(module).__name__} cannot run on an input of shape "
+                f"{tuple(example.shape)}: {first}"
+            ) from error
+    final = main_output(outputs[0])
+    if not any(t.value is final for t in traces):
+        path = () if final is outputs[0] else (_main_key(outputs[0]),)
+        traces.append(Trace(Tap(module, 0, path), "output", final))
+    return traces, final
 
 
 def main_output(output: Any) -> Tensor:
@@ -95,7 +115,8 @@ def _main_key(output: Any) -> Any:
     """Which entry of a nested output holds the logits: `logits` of a mapping, else the first."""
     if isinstance(output, Mapping):
         return "logits" if "logits" in output else next(iter(output))
-    return 0
+    fields = getattr(output, "_fields", ())
+    return fields.index("logits") if "logits" in fields else 0
 
 
 Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
@@ -117,14 +138,15 @@ _LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
 _FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
 
 
-def _is_site(value: Tensor) -> bool:
-    return value.is_floating_point() and value.ndim >= 2 and value.shape[0] == TRACE_BATCH
-
-
-def _module_site(t: Trace, final: Tensor) -> tuple[Site, Tap] | None:
-    if not _is_site(t.value):
-        return None
+def _module_site(
+    t: Trace, final: Tensor, known: dict[int, tuple[tuple[str, ...], SiteKind]]
+) -> tuple[Site, Tap]:
+    """Describe a module's output; `known` has the axes of the tensors so far, by identity."""
     axes, kind = _module_axes(t.value.ndim, t.tap.module)
+    plain = not any(True for _ in t.tap.module.parameters())
+    if plain and t.given is not None and t.given.shape == t.value.shape and id(t.given) in known:
+        axes, kind = known[id(t.given)]  # an activation, dropout …: laid out like what it was given
+    known.setdefault(id(t.value), (axes, kind))
     site = Site(
         t.name,
         "logit" if t.value is final else kind,
@@ -171,9 +193,7 @@ _NEURONS = re.compile(r"(mlp|hook)\S*hook_(pre|post|pre_linear|mid)$|mlp\.(in|ga
 _LOGITS = re.compile(r"hook_unembed$|unembed\.hook_out$")
 
 
-def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap] | None:
-    if not _is_site(t.value):
-        return None
+def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
     tap = t.tap
     conversion = getattr(tap.module, "hook_conversion", None)
     if conversion is not None:

@@ -93,7 +93,10 @@ def find_weight_layers(
     calls: list[_Call] = []
     handles = [
         m.register_forward_hook(
-            lambda m, args, out: calls.append(_Call(m, args[0].grad_fn, out.grad_fn, out.ndim))
+            lambda m, args, kwargs, out: calls.append(
+                _Call(m, next(iter((*args, *kwargs.values()))).grad_fn, out.grad_fn, out.ndim)
+            ),
+            with_kwargs=True,
         )
         for m in names
     ]
@@ -337,8 +340,10 @@ def _behind(step: _Step) -> Iterator[_Step]:
     elif _NONLINEARITY.fullmatch(name):
         yield step.behind(parents[0], nonlinearities=step.nonlinearities + 1)
     elif _ONE_TO_ONE.fullmatch(name):
-        factor = step.scaled(_norm_scale(step.node)) if "BatchNorm" in name else step.factor
-        yield step.behind(parents[0], factor=factor)
+        if "BatchNorm" in name and step.node._saved_running_var is not None:
+            yield step.behind(parents[0], factor=step.scaled(_norm_scale(step.node)))
+        else:
+            yield step.behind(parents[0])
     elif _SUM.fullmatch(name):
         yield from _behind_sum(step, parents)
     elif _PRODUCT.fullmatch(name):

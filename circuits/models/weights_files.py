@@ -76,10 +76,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         zipfile.BadZipFile,
         ValueError,
     ) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"weights file {str(path)!r} is not a plain file of tensors (.pt files are read with "
-            f"weights_only=True): {first}"
+            f"weights file {str(path)!r} is not a whole, plain file of tensors ({type(error).__name__};"
+            " .pt files are read with weights_only=True: save the model's state_dict())"
         ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]

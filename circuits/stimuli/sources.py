@@ -175,8 +175,8 @@ def read_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB: 16 bits scaled down, transparency on white."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        high = np.asarray(image).max()
-        top = 65535.0 if high > 255 else 255.0
+        deep = image.mode.startswith("I;16") or np.asarray(image).max() > 255
+        top = 65535.0 if deep else 255.0
         scaled = image.convert("F").point(lambda v: v * (255.0 / top))
         return scaled.convert("L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
