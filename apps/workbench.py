@@ -30,7 +30,7 @@ def main() -> None:
     try:
         _show_model(record)
     except TROUBLE as error:
-        st.error(str(error.args[0] if isinstance(error, KeyError) else error))
+        st.error(_line(error))
 
 
 def _newcomers_first(records: list[ModelRecord]) -> list[ModelRecord]:
@@ -80,15 +80,24 @@ def _heading(model: HookedModel, unit: Unit, model_hash: str) -> None:
 
 
 def _show_unit(model: HookedModel, store: ActivationStore, unit: Unit, model_hash: str) -> None:
-    inputs = session.inputs_of(model, store)
     left, right = st.columns([1, 2])
     with left:
         panels.picture_panel(model, unit, model_hash)
     with right:
         panels.statistics_panel(store, unit)
+    try:
+        inputs = session.inputs_of(model, store)
+    except TROUBLE as error:
+        st.warning(f"The examples cannot be shown: {_line(error)}")
+        panels.weights_panel(model, unit, model_hash)
+        return
     panels.examples_panel(model, store, unit, inputs, model_hash)
     panels.weights_panel(model, unit, model_hash)
     panels.ablation_panel(model, store, unit, inputs, model_hash)
+
+
+def _line(error: Exception) -> str:
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 main()

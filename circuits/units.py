@@ -122,7 +122,7 @@ class Unit:
 
     def __post_init__(self) -> None:
         check_site_name(self.site)
-        if isinstance(self.index, bool) or self.index < 0:
+        if not isinstance(self.index, int) or isinstance(self.index, bool) or self.index < 0:
             raise ValueError(f"unit index {self.index!r} of {self.site} is not a whole number >= 0")
 
     @classmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
 
 from apps import session
 from circuits.featurevis.render import visualize
 from circuits.harvesting import harvest
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import TextSource, open_source
+from circuits.stimuli.sources import TextSource, open_source, to_image
 from circuits.workspace import ModelRecord, Workspace
 
 PAGE = str(Path(session.__file__).parent / "workbench.py")
@@ -121,6 +122,21 @@ def test_a_workspace_runs_no_code_unasked(tmp_path: Path, monkeypatch) -> None:
     place.register(ModelRecord(f"python:{code}:f", "1" * 64))
     assert "--trust-python" in text(page(place, monkeypatch))
     assert not (tmp_path / "ran").exists()
+
+
+def test_without_its_images_the_rest_is_shown(tmp_path: Path, monkeypatch) -> None:
+    folder, place = tmp_path / "images", Workspace(tmp_path / "ws")
+    folder.mkdir()
+    to_image(torch.rand(3, 64, 64)).save(folder / "a.png")
+    model = load_model("cleanroom")
+    record = ModelRecord("cleanroom", model.hash)
+    harvest(model, open_source(f"folder:{folder}"), ["line"], place, record)
+    (folder / "a.png").unlink()
+    test = page(place, monkeypatch, site="line")
+    assert not test.exception
+    assert "The examples cannot be shown" in text(test)
+    assert "How active it is" in text(test)
+    assert "Built from" in text(test)
 
 
 def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:

@@ -289,6 +289,7 @@ def test_own_model_with_weights(own_file: Path, tmp_path: Path) -> None:
         ("python:{file}:number", TypeError, "returned int"),
         ("python:{file}:fails", ValueError, r"fails\(\) raised RuntimeError: on purpose"),
         ("python:{file}:mismatched", ValueError, "cannot run on an input of shape"),
+        ("tl:", ValueError, "expected tl:NAME"),
         ("torchvision:resnet18", ImportError, "needs torchvision"),
         ("tl:/no/such/folder", FileNotFoundError, "neither a local folder"),
     ],

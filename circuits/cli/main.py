@@ -348,7 +348,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except TyperException as error:
-        return _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+        message = getattr(error, "format_message", lambda: str(error))()
+        return _fail(message, 2) if message else 2  # no command: the help has been shown
     except Exception as error:
         if os.environ.get("CIRCUITS_DEBUG"):
             raise

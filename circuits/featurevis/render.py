@@ -141,9 +141,8 @@ def visualize_units(
     optimizer = torch.optim.Adam(parameters.parameters, lr=learning_rate)
 
     def evaluate(image: Tensor, grad: bool) -> Tensor:
-        normalized = spec.normalize(image).contiguous(memory_format=torch.channels_last)
         until = model.last(objective.sites)
-        cache = model.run(normalized, read=objective.sites, until=until, grad=grad)
+        cache = model.run(spec.normalize(image), read=objective.sites, until=until, grad=grad)
         return objective.value(cache)
 
     try:

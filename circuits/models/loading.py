@@ -79,6 +79,8 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
     """
     path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
+    if spec.endswith(":") and spec in MODELS:
+        raise ValueError(f"model {spec!r} names nothing: expected {MODELS[spec].name}")
     entry = MODELS.get(f"{scheme}:" if rest else spec)
     if entry is None:
         raise unknown("model", spec, [e.name for e in MODELS.values()])
