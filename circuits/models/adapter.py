@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Change, Tap, intervene, record
+from circuits.models.composition import bridge_layers
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.sites import evaluating, find_sites, is_bridge, main_output
-from circuits.models.topology import INPUT, WeightLayer, bridge_layers, find_weight_layers
+from circuits.models.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
 
 

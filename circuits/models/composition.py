@@ -1,0 +1,107 @@
+"""Virtual weights of transformers: between units that share the residual stream (layer 3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.models.topology import Link, WeightLayer
+from circuits.units import Site
+
+
+def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
+    """Virtual weights of a TransformerLens bridge, between units that share the residual stream.
+
+    Head to later head: the composition scores ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV||
+    over the product of norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights"; row
+    vectors on the left, as TransformerLens has them). Neuron to later neuron W_out W_in, and neuron
+    to logit W_out W_U. What normalisation does beyond its own weights is left out. Each is computed
+    when it is asked for.
+    """
+    by_name = {site.name: site for site in sites}
+    n = bridge.cfg.n_layers
+    heads = [by_name.get(f"blocks.{layer}.attn.hook_z") for layer in range(n)]
+    posts = [by_name.get(f"blocks.{layer}.mlp.hook_post") for layer in range(n)]
+    logits = by_name.get("hook_unembed")
+    layers = []
+    for i, j in itertools.combinations(range(n), 2):
+        if (source := heads[i]) and (target := heads[j]):
+            layers.append(_composition_layer(bridge, i, j, source, target))
+        if (source := posts[i]) and (target := posts[j]):
+            layers.append(_neuron_layer(bridge, i, j, source, target))
+    if logits is not None:
+        layers += [_neuron_layer(bridge, i, None, p, logits) for i, p in enumerate(posts) if p]
+    return layers
+
+
+def _virtual(
+    name: str,
+    row: Callable[[int], Tensor],
+    column: Callable[[int], Tensor],
+    source: Site,
+    target: Site,
+) -> WeightLayer:
+    read, written = torch.arange(source.n_units), torch.arange(target.n_units)
+    reads = (Link(source.name, read, torch.ones(source.n_units), 0, direct=True),)
+    writes = (Link(target.name, written, torch.ones(target.n_units), 0),)
+    return WeightLayer(name, row, column, reads, writes)
+
+
+def _norm_weight(norm: Any) -> Tensor | float:
+    """The weights of a normalisation layer, one a residual dimension; 1 if it has none."""
+    weight = getattr(norm, "weight", None)
+    return weight.detach()[:, None] if isinstance(weight, Tensor) else 1.0
+
+
+def _qk(bridge: Any, layer: int, head: int) -> Tensor:
+    """W_QK of a head: d_model x d_model, queries in front."""
+    scale = _norm_weight(bridge.blocks[layer].ln1)
+    shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped queries share keys and values
+    w_q, w_k = bridge.W_Q[layer][head], bridge.W_K[layer][head // shared]
+    return ((scale * w_q) @ (scale * w_k).mT).detach()
+
+
+def _ov(bridge: Any, layer: int, head: int) -> Tensor:
+    """W_OV of a head: d_model x d_model, what is read in front."""
+    scale = _norm_weight(bridge.blocks[layer].ln1)
+    shared = bridge.cfg.n_heads // len(bridge.W_V[layer])
+    return ((scale * bridge.W_V[layer][head // shared]) @ bridge.W_O[layer][head]).detach()
+
+
+def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
+    def score(before: int, after: int) -> Tensor:
+        ov, qk, later = _ov(bridge, i, before), _qk(bridge, j, after), _ov(bridge, j, after)
+        products = ((ov @ qk, qk), (qk @ ov.mT, qk), (ov @ later, later))
+        return torch.stack([(p.norm() / (ov.norm() * m.norm())) for p, m in products])
+
+    def row(after: int) -> Tensor:
+        return torch.stack([score(before, after) for before in range(source.n_units)])
+
+    def column(before: int) -> Tensor:
+        return torch.stack([score(before, after) for after in range(target.n_units)])
+
+    return _virtual(f"composition {i} to {j}", row, column, source, target)
+
+
+def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site) -> WeightLayer:
+    """Neurons of layer i to those of layer j, or to the logits."""
+
+    def out_weights() -> Tensor:
+        return bridge.W_out[i].detach()
+
+    def in_weights() -> Tensor:
+        if j is None:
+            return _norm_weight(bridge.ln_final) * bridge.W_U.detach()
+        return _norm_weight(bridge.blocks[j].ln2) * bridge.W_in[j].detach()
+
+    return _virtual(
+        f"neurons {i} to {'logits' if j is None else j}",
+        lambda after: out_weights() @ in_weights()[:, after],
+        lambda before: out_weights()[before] @ in_weights(),
+        source,
+        target,
+    )
