@@ -156,6 +156,8 @@ def test_saved_picture_carries_its_metadata(own_net: HookedModel, tmp_path: Path
         ({"unit": "relu:9"}, ValueError, "units 0 to 7"),
         ({"unit": "nope:1"}, KeyError, "unknown site"),
         ({"unit": "relu:1", "steps": 0}, ValueError, "steps 0"),
+        ({"unit": "relu:1", "seed": 10**20}, ValueError, "seed 10"),
+        ({"unit": "relu:1", "seed": -1}, ValueError, "seed -1"),
         ({"unit": "relu:1", "size": 4}, ValueError, "expected 8 to 4096"),
     ],
 )

@@ -140,6 +140,8 @@ def measure(
         KeyError: if a site is unknown.
         ValueError: if a unit does not exist or the recipe is for other weights.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
     generator = Generator().manual_seed(seed)
     twins = [_twin(model, recipe.edits, generator) for _ in range(n_random)]
     variants = [recipe, *(Recipe(t) for t in twins if t)]

@@ -122,14 +122,16 @@ def visualize_units(
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if a unit does not exist, the model does not take images, `steps` or `size` is
-            not positive, the site has no gradient, or the model's values are not finite.
+        ValueError: if a unit does not exist, the model does not take images, `steps`, `size` or `seed` is
+            out of range, the site has no gradient, or the model's values are not finite.
     """
     spec = model.input
     if not isinstance(spec, ImageInput):
         raise ValueError(f"model {model.name} takes tokens: feature visualization needs images")
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
     height, width = _size(size, spec)
     objective = ChannelObjective.of(model, units)
     generator = torch.Generator().manual_seed(seed)
