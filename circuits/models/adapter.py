@@ -87,8 +87,7 @@ class HookedModel:
         self.classes = tuple(classes)
         self.unit_names = dict(unit_names or {})
         self.lock = threading.RLock()
-        with self.lock:
-            found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
+        found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(

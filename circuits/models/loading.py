@@ -234,7 +234,6 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
         pieces = [(str(piece), float(score)) for piece, score in json.loads(vocabulary.read_text())]
     except (ValueError, TypeError) as error:
         raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
-    # the file writes the two markers with line ends around them, which no text should match
     words = tuple(piece for piece, _ in pieces)
     encoder = by_merges(words, [score for _, score in pieces])
     return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
