@@ -166,7 +166,8 @@ def _in_words(connection: Connection, heads: bool) -> str:
     if heads:
         q, k, v = connection.kernel.tolist()
         return f"composition Q {q:.2g}, K {k:.2g}, V {v:.2g}; {strength}"
-    sign = "excites" if connection.total > 0 else "inhibits"
+    balanced = abs(connection.total) < 0.05 * connection.kernel.abs().sum().item()
+    sign = "excites and inhibits" if balanced else "excites" if connection.total > 0 else "inhibits"
     via = f" through {', '.join(connection.through)}" if connection.through else ""
     return f"{sign}, {strength}{via}"
 

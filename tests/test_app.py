@@ -139,6 +139,11 @@ def test_without_its_images_the_rest_is_shown(tmp_path: Path, monkeypatch) -> No
     assert "Built from" in text(test)
 
 
+def test_a_balanced_kernel_is_not_called_inhibiting(built: Workspace, monkeypatch) -> None:
+    seen = text(page(built, monkeypatch, model="cleanroom", site="gabor", unit="0"))
+    assert "excites and inhibits, strength 0.333" in seen, "a Gabor filter sums to zero"
+
+
 def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
     test = page(Workspace(tmp_path / "none"), monkeypatch)
     assert not test.exception
