@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from apps import session
 from circuits.featurevis.render import visualize
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.receptive import Box
+from circuits.models.inputs import ImageInput
 from circuits.models.topology import INPUT
 from circuits.plots import histogram_figure, kernels_figure, predictions_figure
-from circuits.stimuli.sources import ImageSource
-from circuits.store import TOP, ActivationStore, Example
+from circuits.stimuli.images import ImageSource
+from circuits.store import ActivationStore
 from circuits.units import Unit
 from circuits.weights import Connection
 
 PICTURE_STEPS, PICTURE_WIDTH = 128, 260
+STRONGEST = 24  # examples offered first for an ablation
 
 
 def picture_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
@@ -79,52 +78,25 @@ def statistics_panel(store: ActivationStore, unit: Unit) -> None:
     st.plotly_chart(histogram_figure(s), key="histogram", config={"displayModeBar": False})
     st.caption(
         f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
-        f"largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of positions."
+        f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of "
+        f"positions."
     )
-
-
-def examples_panel(
-    model: HookedModel, store: ActivationStore, unit: Unit, inputs: Inputs, model_hash: str
-) -> None:
-    """The examples with the unit's largest activations, cut to what it sees there."""
-    st.subheader("Examples that excite it most")
-    examples = store.top_examples(unit, 9)
-    if isinstance(model.input, TokenInput):
-        for example in examples:
-            st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
-        return
-    whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
-    field = session.field_of(model, unit.site, model_hash)
-    columns = st.columns(9)
-    for column, example in zip(columns, examples, strict=False):
-        box = field.at(example.position)
-        column.image(_excerpt(model.input, inputs, example, box, whole), width="stretch")
-        column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
-
-
-def _excerpt(
-    spec: ImageInput, inputs: Inputs, example: Example, box: Box, whole: bool
-) -> Image.Image:
-    """An example's image as the model sees it: the excited part, or all of it with a box around that."""
-    assert isinstance(inputs.source, ImageSource), "image models are harvested on images"
-    image = spec.fit(inputs.source.image(example.index).convert("RGB"))
-    top, left, bottom, right = box
-    if not whole:
-        return image.crop((left, top, right, bottom)).resize((128, 128), Image.Resampling.BICUBIC)
-    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), outline="#D55E00", width=2)
-    return image
-
-
-def _marked_tokens(tokens: list[int], example: Example, spec: TokenInput) -> str:
-    """A text with the token where the unit is most active set off."""
-    at = example.position[0] if example.position else -1
-    words = [html.escape(spec.word(t)).replace("\n", "⏎") for t in tokens]
-    gap = "" if spec.vocabulary else " "
-    marked = gap.join(
-        f"<mark title='{example.value:.3g}'>{w}</mark>" if i == at else w
-        for i, w in enumerate(words)
-    )
-    return f"<div style='font-family:monospace'>{example.value:.3g}&emsp;{marked}</div>"
+    notes = []
+    if s.looked_at < s.count:
+        drawn = f"a random {s.looked_at:,} of {s.count:,} positions (seed {p.depth.seed})"
+        notes.append(
+            f"The histogram, the skewness and the tail look at {drawn}; all else at every one."
+        )
+    if s.tail.rate == s.tail.rate:  # it could be fitted
+        notes.append(
+            f"Above {s.tail.threshold:.3g} (the top {100 * s.tail.share:.2g} %) the chance falls as "
+            f"exp(−{s.tail.rate:.3g} · activation), ± {s.tail.error:.2g}; the largest gap between the "
+            f"two distributions is {s.tail.distance:.2f}."
+        )
+    if s.nonfinite:
+        notes.append(f"{s.nonfinite:,} activations are NaN or infinite and left out.")
+    if notes:
+        st.caption(" ".join(notes))
 
 
 def weights_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
@@ -186,14 +158,14 @@ def ablation_panel(
     """A switch that removes the unit, and what the model's predictions become."""
     st.subheader("What it does")
     names = store.provenance.examples
-    best = [e.index for e in store.top_examples(unit, TOP)]
+    best = [e.index for e in store.top_examples(unit, STRONGEST)]
     order = best + [i for i in range(len(names)) if i not in set(best)]
     example = st.selectbox(
         "Example (strongest first)", order, format_func=lambda i: names[i], key=f"example-{unit}"
     )
     removed = st.toggle("Ablate this unit", key="ablate", help="Sets it to zero everywhere.")
     if isinstance(inputs.source, ImageSource):
-        st.image(inputs.source.image(example), width=160)
+        st.image(inputs.picture(example), width=160)
     before = session.intact(model, inputs, example, model_hash)
     if not removed:
         st.plotly_chart(predictions_figure({"intact": before}), key="predictions")

@@ -31,13 +31,18 @@ def workspace() -> Workspace:
     return Workspace.default()
 
 
-@st.cache_resource(show_spinner="Loading the model…")
-def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
-    if spec.startswith("python:") and not os.environ.get(TRUST_PYTHON):
+def _check_trust(what: str) -> None:
+    if not os.environ.get(TRUST_PYTHON):
         raise ValueError(
-            f"model {spec} would run its own code: if you trust it, start the app with "
+            f"{what} would run its own code: if you trust it, start the app with "
             "`circuits app --trust-python`"
         )
+
+
+@st.cache_resource(show_spinner="Loading the model…")
+def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
+    if spec.startswith("python:"):
+        _check_trust(f"model {spec}")
     model = load_model(spec, weights)
     if model.hash != model_hash:
         raise ValueError(
@@ -63,6 +68,8 @@ def stores_of(record: ModelRecord) -> list[ActivationStore]:
 
 @st.cache_resource(show_spinner="Opening the data…", max_entries=8)
 def _inputs(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Inputs:
+    if data.startswith("python:"):
+        _check_trust(f"data {data}")
     source: Source = open_source(data)
     if source.hash != data_hash:
         raise ValueError(f"data {data} is not what it was when the model was harvested on it")

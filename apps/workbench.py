@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps import panels, session
+from apps import examples, panels, session
 from circuits.models.adapter import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -91,7 +91,8 @@ def _show_unit(model: HookedModel, store: ActivationStore, unit: Unit, model_has
         st.warning(f"The examples cannot be shown: {_line(error)}")
         panels.weights_panel(model, unit, model_hash)
         return
-    panels.examples_panel(model, store, unit, inputs, model_hash)
+    examples.examples_panel(model, store, unit, inputs, model_hash)
+    examples.range_panel(model, store, unit, inputs, model_hash)
     panels.weights_panel(model, unit, model_hash)
     panels.ablation_panel(model, store, unit, inputs, model_hash)
 

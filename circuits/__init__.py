@@ -8,7 +8,9 @@ from circuits.harvesting import Inputs, harvest
 from circuits.models.adapter import ActivationCache, HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import open_source, read_image
+from circuits.stimuli.datasets import from_dataset
+from circuits.stimuli.images import read_image
+from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.units import Direction, Site, Unit
 from circuits.weights import Connection, incoming, outgoing
@@ -30,6 +32,7 @@ __all__ = [
     "Unit",
     "Workspace",
     "edited",
+    "from_dataset",
     "harvest",
     "incoming",
     "load_model",

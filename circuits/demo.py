@@ -111,7 +111,7 @@ def _build(workspace: Workspace, progress: Callable[[int, int], object] | None) 
         model = load_model(plan.model)
         record = ModelRecord(plan.model, model.hash)
         for spec in plan.data:
-            store = harvest(model, open_source(spec), plan.sites, workspace, record, batch=32)
+            store = harvest(model, open_source(spec), plan.sites, workspace, record)
             units = sum(s.n_units for s in store.provenance.sites)
             result = f"{len(store.provenance.examples)} examples, {units} units"
             rows.append(Row(plan.model, f"activations on {spec}", result, str(store.folder)))

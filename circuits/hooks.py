@@ -1,8 +1,9 @@
-"""Record and intervene: context managers over torch forward hooks (layer 2).
+"""Record, observe and intervene: context managers over torch forward hooks (layer 2).
 
 A `Tap` says where a tensor is: the output of a module, which of its calls, which part of a nested
-output. `record` reads any number of taps in one forward pass and can stop the pass early; `intervene`
-changes any number of them. Each removes exactly its own hooks, whatever happens inside.
+output. `record` reads any number of taps in one forward pass and can stop the pass early; `observe`
+shows them as they appear and keeps nothing; `intervene` changes any number of them. Each removes
+exactly its own hooks, whatever happens inside.
 """
 
 from __future__ import annotations
@@ -107,6 +108,46 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
             handle.remove()
 
 
+Look = Callable[[Tensor], object]
+"""Sees the tensor at a tap while the forward pass runs; it may be overwritten after that."""
+
+
+@contextmanager
+def observe(
+    root: nn.Module, looks: Mapping[str, tuple[Tap, Look]], until: str | None = None
+) -> Iterator[None]:
+    """Show tensors as they appear during forward passes of `root` inside the block; keep nothing.
+
+    Args:
+        root: the model.
+        looks: where to look, and what to call with the tensor there, by name.
+        until: a name of `looks`: the forward pass ends as soon as it was shown, and so does the block.
+
+    Raises:
+        KeyError: if `until` is not one of `looks`.
+    """
+    if until is not None and until not in looks:
+        raise KeyError(f"until {until!r} is not among the taps to look at")
+    stop = _StopForwardError(until)
+
+    def visit(name: str, tap: Tap, look: Look) -> Visit:
+        def see(output: Any) -> None:
+            look(tap.read(output))
+            if name == until:
+                raise stop
+
+        return see
+
+    # `until` comes last among the visits of its module: the others have been seen by then
+    order = sorted(looks.items(), key=lambda item: item[0] == until)
+    with _attached(root, [(tap, visit(name, tap, look)) for name, (tap, look) in order]):
+        try:
+            yield
+        except _StopForwardError as error:
+            if error is not stop:
+                raise
+
+
 @contextmanager
 def record(
     root: nn.Module, taps: Mapping[str, Tap], until: str | None = None
@@ -124,28 +165,16 @@ def record(
     Raises:
         KeyError: if `until` is not one of `taps`.
     """
-    if until is not None and until not in taps:
-        raise KeyError(f"until {until!r} is not among the taps to record")
     found: dict[str, Tensor] = {}
-    stop = _StopForwardError(until)
 
-    def reader(name: str, tap: Tap) -> Visit:
-        def read(output: Any) -> None:
-            value = tap.read(output)
+    def keeper(name: str, tap: Tap) -> Look:
+        def keep(value: Tensor) -> None:
             found[name] = value.clone() if tap.overwritten else value
-            if name == until:
-                raise stop
 
-        return read
+        return keep
 
-    # `until` comes last among the visits of its module: the others have been read by then
-    order = sorted(taps.items(), key=lambda item: item[0] == until)
-    with _attached(root, [(tap, reader(name, tap)) for name, tap in order]):
-        try:
-            yield found
-        except _StopForwardError as error:
-            if error is not stop:
-                raise
+    with observe(root, {name: (tap, keeper(name, tap)) for name, tap in taps.items()}, until):
+        yield found
 
 
 @contextmanager

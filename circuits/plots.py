@@ -32,6 +32,19 @@ def histogram_figure(statistics: UnitStatistics) -> go.Figure:
             hovertemplate="activation %{x:.3g}<br>%{y} positions<extra></extra>",
         )
     )
+    tail = statistics.tail
+    if np.isfinite(tail.rate):
+        lefts = edges[:-1][edges[:-1] >= tail.threshold]
+        falling = np.exp(-tail.rate * (lefts - tail.threshold))
+        expected = tail.count * (1 - np.exp(-tail.rate * width)) * falling
+        seen = expected >= 0.5
+        figure.add_scatter(
+            x=lefts[seen] + width / 2,
+            y=expected[seen],
+            mode="lines",
+            line_color=ORANGE,
+            hovertemplate="exponential tail: %{y:.3g}<extra></extra>",
+        )
     figure.add_vline(x=0, line_color=GREY, line_width=1)
     figure.update_yaxes(type="log", title="positions")
     figure.update_xaxes(title="activation (outermost bars: all beyond)")

@@ -96,6 +96,11 @@ class Workspace:
         for path in sorted(self.model_folder(model_hash).glob("*/*/provenance.json")):
             yield path.parent
 
+    def all_store_folders(self) -> Iterator[Path]:
+        """The folders of all activation stores, finished or not."""
+        for path in sorted(self.root.glob("*/*/*/provenance.json")):
+            yield path.parent
+
     def picture_path(self, model_hash: str, unit: Unit, steps: int, size: int, seed: int) -> Path:
         """Where the picture of a unit made with these settings is kept."""
         name = f"{_file_name(unit)}-{steps}steps-{size}px-seed{seed}.png"

@@ -12,7 +12,9 @@ from apps import session
 from circuits.featurevis.render import visualize
 from circuits.harvesting import harvest
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import TextSource, open_source, to_image
+from circuits.stimuli.images import to_image
+from circuits.stimuli.sources import open_source
+from circuits.stimuli.texts import TextSource
 from circuits.workspace import ModelRecord, Workspace
 
 PAGE = str(Path(session.__file__).parent / "workbench.py")

@@ -6,7 +6,7 @@ import torch
 
 from circuits.edits.effects import Prediction
 from circuits.plots import histogram_figure, kernels_figure, predictions_figure
-from circuits.store import UnitStatistics
+from circuits.store import TailFit, UnitStatistics
 from circuits.units import Unit
 from circuits.weights import Connection
 
@@ -28,8 +28,14 @@ def test_kernels_share_one_scale_with_zero_in_the_middle() -> None:
 
 def test_histogram_shows_every_count() -> None:
     counts = np.array([1, 5, 0, 2])
-    statistics = UnitStatistics(0.0, 1.0, -1.0, 3.0, 0.5, np.array([0.0, 1.0, 2.0]), counts)
-    bars = histogram_figure(statistics).data[0]
+    tail = TailFit(1.0, 2.0, 0.1, 0.05, 100, 0.1)
+    statistics = UnitStatistics(
+        mean=0.0, std=1.0, skewness=0.0, kurtosis=3.0, minimum=-1.0, maximum=3.0, density=0.5, count=8,
+        nonfinite=0, edges=np.array([0.0, 1.0, 2.0]), histogram=counts, tail=tail,
+    )  # fmt: skip
+    bars, line = histogram_figure(statistics).data
+    assert list(line.x) == [1.5]
+    assert line.y[0] == pytest.approx(100 * (1 - np.exp(-2.0)))
     assert list(bars.x) == [-0.5, 0.5, 1.5, 2.5]
     assert [0 if np.isnan(y) else y for y in bars.y] == counts.tolist()
 

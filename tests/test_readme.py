@@ -9,13 +9,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_readme_has_its_two_scripts() -> None:
-    assert len(SCRIPTS) == 2
+def test_readme_has_its_scripts() -> None:
+    assert len(SCRIPTS) == 3
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=["ten-lines", "own-model"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=["ten-lines", "own-model", "harvest"])
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})
@@ -26,6 +26,7 @@ def test_readme_names_only_verbs_that_exist() -> None:
     from circuits.cli.main import app
 
     verbs = {c.name or c.callback.__name__ for c in app.registered_commands}
+    verbs |= {group.name for group in app.registered_groups}
     named = set(re.findall(r"^circuits (\w+)", README, flags=re.MULTILINE))
     assert named <= verbs
     assert named | {"demo"} == verbs

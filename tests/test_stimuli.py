@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from circuits.stimuli import drawing
+from circuits.stimuli.images import read_image, to_image
 from circuits.stimuli.repeats import BOS, draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
-from circuits.stimuli.sources import open_source, read_image, to_image
+from circuits.stimuli.sources import open_source
 
 
 def polyline_distance(points: torch.Tensor, path: np.ndarray) -> np.ndarray:
@@ -139,7 +140,7 @@ def test_folder_reads_every_kind_of_image(tmp_path: Path) -> None:
     ("spec", "error", "message"),
     [
         ("fotos", KeyError, "did you mean photos"),
-        ("folder:", ValueError, "names no path"),
+        ("folder:", ValueError, "names nothing"),
         ("folder:/no/such", FileNotFoundError, "does not exist"),
         ("folder:{tmp}", ValueError, "holds no images"),
         ("tokens:{tmp}/none.txt", FileNotFoundError, "does not exist"),
@@ -170,7 +171,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
 
 
 def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("circuits.stimuli.sources.MAX_PIXELS", 1000)
+    monkeypatch.setattr("circuits.stimuli.images.MAX_PIXELS", 1000)
     path = tmp_path / "large.png"
     Image.new("RGB", (50, 50)).save(path)
     with pytest.raises(ValueError, match="50 x 50 pixels: expected at most 1000"):

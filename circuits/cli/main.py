@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from circuits.cli.output import errors, progress_bar, say, show_json, show_table
+from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
 from circuits.cli.serving import check_port, serve_app
+from circuits.cli.stores import show_store, stores
+from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ModelRecord, Workspace
 
 app = typer.Typer(
@@ -23,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(stores, name="store")
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
@@ -40,7 +45,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="photos, curves, shapes, repeats, folder:PATH (images) or tokens:PATH (text).",
+        help="photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
+        "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
@@ -84,13 +90,48 @@ def sites(model: ModelArgument, weights: WeightsOption = None, json: JsonOption 
 def harvest(
     model: ModelArgument,
     data: DataOption,
-    sites: Annotated[str, typer.Option("--sites", help="Sites, separated by commas.")],
+    sites: Annotated[
+        str, typer.Option("--sites", help="Sites, separated by commas; patterns like mixed* too.")
+    ] = "",
+    full: Annotated[str, typer.Option(help="Sites of which to keep the whole tensor.")] = "",
+    covariance: Annotated[
+        str, typer.Option(help="Sites of which to keep the units' covariance.")
+    ] = "",
     weights: WeightsOption = None,
     workspace: WorkspaceOption = None,
-    batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(help="Examples in one forward pass (default: what memory allows).")
+    ] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="Of whole tensors: rows are faster to read at random.")
+    ] = "blocks",
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Compress whole tensors where it pays.")
+    ] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="What the forward pass computes in.")
+    ] = "float32",
+    memory: Annotated[float, typer.Option(help="GiB that activations may take.")] = 4.0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes (default: one a CPU thread).")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="List examples that cannot be read, and go on.")
+    ] = False,
+    positions: Annotated[
+        int | None,
+        typer.Option(help="Positions of an example that histograms look at, drawn; 0 is all."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--anew", help="Go on where a run stopped, or begin anew.")
+    ] = True,
+    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Record what units do on every example of a dataset. Run it again to resume."""
+    """Record what units do on every example of a dataset. Run it again to resume.
+
+    Under `torchrun --nproc-per-node N -m circuits harvest …` N processes share the work.
+    """
     from circuits.harvesting import harvest as run
     from circuits.models.loading import load_model
     from circuits.stimuli.sources import open_source
@@ -99,19 +140,70 @@ def harvest(
     loaded = load_model(model, weights)
     source = open_source(data)
     record = _record(model, weights, loaded.hash)
-    names = [name.strip() for name in sites.split(",") if name.strip()]
-    with progress_bar(f"harvest {model} on {data}", quiet=json) as progress:
-        store = run(loaded, source, names, place, record, batch, progress)
-    if json:
-        show_json(_store_facts(store))
-        return
-    say(f"{len(store.provenance.examples)} examples of {store.provenance.data} in {store.folder}")
-    rows = []
-    for site in store.provenance.sites:
-        summary = store.summary(site.name)
-        density = summary.positive / summary.count
-        rows.append((site.name, site.n_units, float(summary.maximum.max()), float(density.mean())))
-    show_table(("site", "units", "largest activation", "mean share above 0"), rows)
+    lead = os.environ.get("RANK", "0") == "0"
+    if lead:
+        _note_stale(place, record, source)
+    with progress_bar(f"harvest {model} on {data}", quiet=json or not lead) as progress:
+        store = run(
+            loaded,
+            source,
+            _matching(loaded, sites),
+            place,
+            record,
+            batch,
+            progress,
+            full=_matching(loaded, full),
+            covariance=_matching(loaded, covariance),
+            layout=layout,
+            compress=compress,
+            precision=precision,
+            positions=positions,
+            memory=int(memory * 2**30),
+            workers=workers,
+            skip_bad=skip_bad,
+            anew=not resume,
+            seed=seed,
+        )
+    if lead:
+        show_store(store, json)
+
+
+def _matching(model: Any, text: str) -> list[str]:
+    """Names of sites in a list with commas, in which `*` stands for anything."""
+    found: list[str] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if "*" not in name:
+            found.append(name)
+            continue
+        matches = [s.name for s in model.sites if fnmatchcase(s.name, name)]
+        if not matches:
+            raise KeyError(f"no site of {model.name} matches {name!r}")
+        found += matches
+    return found
+
+
+def _note_stale(place: Workspace, record: ModelRecord, source: Any) -> None:
+    """Say so if the same names led to other weights or other data before: nothing old is reused."""
+    from circuits.store import Provenance
+
+    for folder in place.all_store_folders():
+        try:
+            known = Provenance.read(folder)
+        except (OSError, ValueError):
+            continue
+        if (known.model, known.data) != (record.spec, source.spec):
+            continue
+        for what, before, now in (
+            ("model", known.model_hash, record.hash),
+            ("data", known.data_hash, source.hash),
+        ):
+            if before != now:
+                name = known.model if what == "model" else known.data
+                warn(
+                    f"{what} {name} has changed since {str(folder)!r} was made "
+                    f"({before[:16]}, now {now[:16]}): a new store is made"
+                )
+                return
 
 
 def _record(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
@@ -121,19 +213,6 @@ def _record(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
     if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
         spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
     return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
-
-
-def _store_facts(store: Any) -> dict[str, Any]:
-    p = store.provenance
-    return {
-        "folder": str(store.folder),
-        "model": p.model,
-        "model_hash": p.model_hash,
-        "data": p.data,
-        "data_hash": p.data_hash,
-        "examples": len(p.examples),
-        "sites": [s.name for s in p.sites],
-    }
 
 
 @app.command()

@@ -63,6 +63,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
+def warn(text: str) -> None:
+    """Print one line on stderr that is no error."""
+    errors.print(f"circuits: {text}", markup=False, highlight=False, style="yellow")
+
+
 @contextmanager
 def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr; yields the callback that moves it."""

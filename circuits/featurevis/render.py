@@ -21,7 +21,7 @@ from circuits.featurevis.transforms import RandomView
 from circuits.files import replacing
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.stimuli.sources import to_image
+from circuits.stimuli.images import to_image
 from circuits.units import Unit
 
 REDIRECTED_STEPS = 16

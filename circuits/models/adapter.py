@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.hooks import Change, Tap, intervene, record
+from circuits.hooks import Change, Look, Tap, intervene, observe, record
 from circuits.models.composition import bridge_layers
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.sites import evaluating, find_sites, is_bridge, main_output
@@ -182,12 +182,46 @@ class HookedModel:
             record(self.module, taps, stop.name if stop else None) as found,
         ):
             output = self.module(own)
-        missing = [name for name in names if name not in found]
+        self._check_reached(names, found)
+        return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
+
+    def observe(self, inputs: Tensor, looks: Mapping[str, Look], until: str | Site) -> None:
+        """Run once up to a site and show each site's tensor as it appears; nothing is kept.
+
+        Args:
+            inputs: as the model takes them.
+            looks: site name -> what to call with its tensor, which a later step may overwrite.
+            until: one of them: where the pass ends.
+
+        Raises:
+            KeyError: if a site is unknown, or was not reached.
+        """
+        seen: set[str] = set()
+
+        def noting(name: str, look: Look) -> Look:
+            def note(value: Tensor) -> None:
+                seen.add(name)
+                look(value)
+
+            return note
+
+        named = {self.site(name).name: look for name, look in looks.items()}
+        taps = {name: (self._taps[name], noting(name, look)) for name, look in named.items()}
+        with (
+            self.lock,
+            evaluating(self.module),
+            torch.no_grad(),
+            observe(self.module, taps, self.site(until).name),
+        ):
+            self.module(self.fitted(inputs).clone())
+        self._check_reached(named, seen)
+
+    def _check_reached(self, names: Iterable[str], reached: Container[str]) -> None:
+        missing = [name for name in names if name not in reached]
         if missing:
             raise KeyError(
                 f"site {missing[0]!r} was not reached in this forward pass of {self.name}"
             )
-        return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
     def logits(self, inputs: Tensor, edits: Mapping[str, Change] | None = None) -> Tensor:
         """The model's main output: logits of classes (batch x class) or tokens (… x token)."""

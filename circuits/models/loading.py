@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
+from circuits.factories import call_factory
 from circuits.models.adapter import HookedModel
 from circuits.models.inception import googlenet, shapes
 from circuits.models.inputs import ImageInput, TokenInput
@@ -343,31 +343,11 @@ def _torchvision(name: str, weights: Path | None) -> HookedModel:
 
 def _python(name: str, weights: Path | None) -> HookedModel:
     """A person's own factory: it runs their code, by their wish."""
-    module_name, _, factory_name = name.partition(":")
-    if not factory_name:
-        raise ValueError(f"model 'python:{name}' is not of the form python:MODULE:FACTORY")
-    try:
-        namespace = _import(module_name)
-    except Exception as error:
-        raise ImportError(
-            f"model 'python:{name}': cannot import {module_name!r} ({error})"
-        ) from error
-    factory = getattr(namespace, factory_name, None)
-    if not callable(factory):
-        functions = [
-            n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
-        ]
-        raise unknown(f"factory of {module_name}", factory_name, functions)
-    try:
-        made = factory()
-    except Exception as error:
-        raise ValueError(
-            f"model 'python:{name}': {factory_name}() raised {type(error).__name__}: {error}"
-        ) from error
+    made = call_factory("model", name)
     module = made.module if isinstance(made, HookedModel) else made
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"model 'python:{name}': {factory_name} returned {type(made).__name__}, expected a "
+            f"model 'python:{name}': its factory returned {type(made).__name__}, expected a "
             "torch module or a HookedModel"
         )
     if weights is not None:
@@ -381,19 +361,6 @@ def _python(name: str, weights: Path | None) -> HookedModel:
             "return a HookedModel"
         )
     return HookedModel(module, tuple(shape), f"python:{name}")
-
-
-def _import(name: str) -> object:
-    """Import by module name, or by the path of a `.py` file."""
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    path = Path(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError(f"no file {name!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 MODELS: dict[str, ModelEntry] = {

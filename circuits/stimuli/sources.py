@@ -7,66 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from circuits.factories import call_factory
+from circuits.stimuli.datasets import from_dataset, open_array, open_hugging_face
 from circuits.stimuli.drawing import curves
+from circuits.stimuli.images import IMAGE_SUFFIXES, ImageSource, read_image, to_image
 from circuits.stimuli.photos import photographs
 from circuits.stimuli.repeats import draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
+from circuits.stimuli.texts import TextSource
 from circuits.units import unknown
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-)
-MAX_PIXELS = 100_000_000
-"""Larger images are refused: they are decompression bombs more often than photographs."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSource:
-    """A sequence of images.
-
-    Attributes:
-        spec: its name, e.g. `photos`.
-        names: one a image, for people.
-        hash: SHA-256 of what it holds, in hexadecimal.
-        image: the image at an index.
-    """
-
-    spec: str
-    names: tuple[str, ...]
-    hash: str
-    image: Callable[[int], Image.Image]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True, eq=False)
-class TextSource:
-    """A sequence of texts or token sequences.
-
-    Attributes:
-        spec: its name.
-        names: one a text.
-        hash: SHA-256 of what it holds, in hexadecimal.
-        texts: the texts; numbers separated by spaces where a model has no vocabulary.
-    """
-
-    spec: str
-    names: tuple[str, ...]
-    hash: str
-    texts: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
 
 Source = ImageSource | TextSource
 
@@ -75,7 +29,10 @@ def open_source(spec: str) -> Source:
     """Open data by name.
 
     Args:
-        spec: `photos`, `curves`, `shapes`, `repeats`, `folder:PATH` or `tokens:PATH`.
+        spec: `photos`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text a
+            line), `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder that
+            Hugging Face `datasets` saved), `python:MODULE:FACTORY` (a function, or FILE.py:FUNCTION,
+            that returns a map-style dataset).
 
     Raises:
         KeyError: if there is no such source.
@@ -85,11 +42,15 @@ def open_source(spec: str) -> Source:
     scheme, colon, rest = spec.partition(":")
     if colon and scheme in _OPENERS_WITH_PATH:
         if not rest:
-            raise ValueError(f"data {spec!r} names no path: expected {scheme}:PATH")
+            raise ValueError(f"data {spec!r} names nothing: expected {_form(scheme)}")
         return _OPENERS_WITH_PATH[scheme](rest)
     if spec in _OPENERS:
         return _OPENERS[spec]()
     raise unknown("data", spec, DATA)
+
+
+def _form(scheme: str) -> str:
+    return next(form for form in DATA if form.startswith(f"{scheme}:"))
 
 
 def _digest(*parts: bytes | str) -> str:
@@ -151,40 +112,6 @@ def _folder(path: str) -> ImageSource:
     )
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file safely: turned upright, 8-bit RGB, transparency on white.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, is cut off or has more than `MAX_PIXELS` pixels.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"image {str(path)!r} does not exist")
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(
-                    f"image {str(path)!r} has {opened.width} x {opened.height} pixels: expected at "
-                    f"most {MAX_PIXELS}"
-                )
-            return to_rgb(ImageOps.exif_transpose(opened))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: 16 bits scaled down, transparency on white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        deep = image.mode.startswith("I;16") or np.asarray(image).max() > 255
-        top = 65535.0 if deep else 255.0
-        scaled = image.convert("F").point(lambda v: v * (255.0 / top))
-        return scaled.convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
 def _curves() -> ImageSource:
     """Dark and light curves at 24 orientations and four radii, 128 pixels square."""
     cases = [
@@ -224,12 +151,6 @@ def _shapes() -> ImageSource:
     return ImageSource("shapes", names, _digest("shapes 1", *names), image)
 
 
-def to_image(values: torch.Tensor) -> Image.Image:
-    """A tensor, channel x y x x in 0..1 with 3 channels, as a picture."""
-    pixels = (rearrange(values, "c y x -> y x c").clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.cpu().numpy())
-
-
 # --- tokens ------------------------------------------------------------------------------------
 
 
@@ -258,15 +179,36 @@ def _repeats() -> TextSource:
     return TextSource("repeats", names, _digest("repeats", *texts), texts)
 
 
+def _python(name: str) -> Source:
+    """A person's own dataset: it runs their code, by their wish."""
+    made = call_factory("data", name)
+    if isinstance(made, ImageSource | TextSource):
+        return made
+    return from_dataset(made, f"python:{name}")
+
+
 _OPENERS: dict[str, Callable[[], Source]] = {
     "photos": _photos,
     "curves": _curves,
     "shapes": _shapes,
     "repeats": _repeats,
 }
-_OPENERS_WITH_PATH: dict[str, Callable[[str], Source]] = {"folder": _folder, "tokens": _tokens}
+_OPENERS_WITH_PATH: dict[str, Callable[[str], Source]] = {
+    "folder": _folder,
+    "tokens": _tokens,
+    "npz": open_array,
+    "hf": open_hugging_face,
+    "python": _python,
+}
 
-DATA = (*_OPENERS, "folder:PATH", "tokens:PATH")
+DATA = (
+    *_OPENERS,
+    "folder:PATH",
+    "tokens:PATH",
+    "npz:PATH[:KEY]",
+    "hf:PATH[:COLUMN]",
+    "python:MODULE:FACTORY",
+)
 """The forms that `open_source` takes."""
 
 

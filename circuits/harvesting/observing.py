@@ -1,0 +1,254 @@
+"""What a shard keeps of one site, gathered while forward passes run (layer 4).
+
+On a CPU by compiled loops (`kernels`), elsewhere by torch; what is not finite is left to a third, slow
+way that both fall back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.harvesting import kernels
+from circuits.store.provenance import Depth
+from circuits.store.shards import CovariancePart, FullPart
+from circuits.store.summaries import BINS, Summary
+from circuits.units import Site
+
+
+@lru_cache(maxsize=4096)
+def looked_at(seed: int, example: int, places: int, n: int) -> Int[np.ndarray, " {n}"]:
+    """At which of an example's positions the histograms look: each as likely as any other."""
+    return np.random.default_rng([seed, example, places]).integers(places, size=n)
+
+
+def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], int]:
+    """A site's tensor with its positions flattened, as it lies in memory, and the positions' axis.
+
+    The other axis is that of the units. A head's activation is the norm of its output.
+    """
+    names = list(site.axes)
+    if "d_head" in names:
+        value = torch.linalg.vector_norm(value, dim=names.index("d_head"))
+        names.remove("d_head")
+    value = value.to(torch.float32)
+    unit_axis = names.index(site.axes[site.unit_axis])
+    if unit_axis == value.ndim - 1 and value.ndim > 2:
+        return value.reshape(value.shape[0], -1, value.shape[-1]).contiguous(), 1
+    value = value.movedim(unit_axis, 1)
+    return value.reshape(value.shape[0], value.shape[1], -1).contiguous(), 2
+
+
+def as_rows(site: Site, value: Tensor) -> Float[Tensor, "row column"]:
+    """A site's tensor with a row a position of an example and a column a unit (and inner dimension)."""
+    inner = [site.unit_axis, *(i for i, a in enumerate(site.axes) if a == "d_head")]
+    moved = value.movedim(inner, list(range(-len(inner), 0)))
+    return moved.reshape(-1, int(np.prod([value.shape[i] for i in inner])))
+
+
+def n_columns(site: Site) -> int:
+    """How many columns `as_rows` gives."""
+    sizes = dict(zip(site.axes[1:], site.shape, strict=True))
+    return site.n_units * sizes.get("d_head", 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The statistics of a batch: `total` is of activation - center, `square` of its square."""
+
+    maximum: Float[np.ndarray, "example unit"]
+    argmax: Int[np.ndarray, "example unit"]
+    total: Float[np.ndarray, "example unit"]
+    square: Float[np.ndarray, " unit"]
+    minimum: Float[np.ndarray, " unit"]
+    positive: Int[np.ndarray, " unit"]
+    count: Int[np.ndarray, "example unit"]
+    nonfinite: Int[np.ndarray, " unit"] | int = 0
+
+
+class Observer:
+    """Gathers one site over the examples of a shard.
+
+    Args:
+        site: which.
+        summary: where its summary goes.
+        examples: of the shard.
+        depth: at how many positions the histogram looks, and the seed of their choice.
+        full: whether to keep the whole tensor.
+        columns: about which to sum for the covariance, if it is kept.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        summary: Summary,
+        examples: range,
+        depth: Depth,
+        full: bool = False,
+        columns: Float[np.ndarray, " column"] | None = None,
+    ) -> None:
+        self.site, self.examples = site, examples
+        self._s, self._depth = summary, depth
+        self._center = summary.center.astype(np.float32)
+        self._scale = (BINS / (summary.high.astype(np.float64) - summary.low)).astype(np.float32)
+        self.full = _FullBuffer(site, len(examples)) if full else None
+        self.covariance = None if columns is None else _CovarianceSums(columns)
+
+    def see(self, value: Tensor, examples: Sequence[int]) -> None:
+        """Take in the site's tensor on some of the shard's examples."""
+        rows = np.asarray(examples) - self.examples.start
+        if self.full is not None:
+            self.full.add(value, examples)
+        if self.covariance is not None:
+            self.covariance.add(as_rows(self.site, value))
+        x, axis = laid_out(self.site, value)
+        if x.numel() == 0:
+            return
+        on_cpu = x.device.type == "cpu"
+        found = self._compiled(x, axis) if on_cpu else self._in_torch(x, axis)
+        if not (np.isfinite(found.total).all() and np.isfinite(found.square).all()):
+            found = self._carefully(x, axis)
+        self._add(found, rows)
+        self._relocate(value, rows)
+        self._look(x, axis, examples)
+
+    def _compiled(self, x: Tensor, axis: int) -> Found:
+        """The statistics of a batch on a CPU, in one pass over it."""
+        numbers = x.numpy()
+        n, units = x.shape[0], x.shape[3 - axis]
+        argmax, total = np.empty((n, units), np.int32), np.empty((n, units))
+        square, positive = np.zeros(units), np.zeros(units, np.int64)
+        least = np.full(units, np.iinfo(np.int32).max, np.int32)
+        run = kernels.units_first if axis == 2 else kernels.units_last
+        bits = numbers.view(np.int32)
+        run(numbers, bits, self._center, argmax, total, square, least, positive)
+        at = np.expand_dims(argmax, axis)
+        maximum = np.take_along_axis(numbers, at, axis).squeeze(axis)
+        minimum = kernels.ordered(least).view(np.float32)
+        count = np.full((n, units), x.shape[axis])
+        return Found(maximum, argmax, total, square, minimum, positive, count)
+
+    def _in_torch(self, x: Tensor, axis: int) -> Found:
+        """The same on any device."""
+        center = torch.from_numpy(self._center).to(x.device)
+        shifted = x - (center[:, None] if axis == 2 else center)
+        maximum, argmax = x.max(axis)
+        return Found(
+            maximum.cpu().numpy(),
+            argmax.int().cpu().numpy(),
+            shifted.sum(axis).double().cpu().numpy(),
+            shifted.square().sum(axis).double().sum(0).cpu().numpy(),
+            x.amin((0, axis)).cpu().numpy(),
+            (x > 0).sum((0, axis)).cpu().numpy(),
+            np.full(maximum.shape, x.shape[axis]),
+        )
+
+    def _carefully(self, x: Tensor, axis: int) -> Found:
+        """The same in float64, without the activations that are NaN or infinite."""
+        wide = x.movedim(axis, 2).double().cpu().numpy()
+        finite = np.isfinite(wide)
+        count, best = finite.sum(2), np.where(finite, wide, -np.inf)
+        shifted = np.where(finite, wide - self._s.center[:, None], 0.0)
+        return Found(
+            np.where(count > 0, best.max(2), np.nan).astype(np.float32),
+            best.argmax(2).astype(np.int32),
+            shifted.sum(2),
+            np.square(shifted).sum((0, 2)),
+            np.where(finite, wide, np.inf).min((0, 2)).astype(np.float32),
+            (finite & (wide > 0)).sum((0, 2)),
+            count,
+            (~finite).sum((0, 2)),
+        )
+
+    def _add(self, found: Found, rows: np.ndarray) -> None:
+        s, count = self._s, found.count
+        s.maximum[rows], s.argmax[rows] = found.maximum, found.argmax
+        mean = s.center + found.total / np.maximum(count, 1)
+        s.mean[rows] = np.where(count > 0, mean, np.nan)
+        s.total[:] += found.total.sum(0)
+        s.square[:] += found.square
+        s.minimum[:] = np.minimum(s.minimum, found.minimum)
+        s.positive[:] += found.positive
+        s.count[:] += count.sum(0)
+        s.nonfinite[:] += found.nonfinite
+
+    def _relocate(self, value: Tensor, rows: np.ndarray) -> None:
+        """Number the positions of a short text as those of the longest are."""
+        site = self.site
+        shape = tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
+        if len(shape) > 1 and shape != site.position_shape:
+            where = np.unravel_index(self._s.argmax[rows], shape)
+            self._s.argmax[rows] = np.ravel_multi_index(where, site.position_shape)
+
+    def _look(self, x: Tensor, axis: int, examples: Sequence[int]) -> None:
+        """Count a sample of each example's activations in the histogram, all if they are few."""
+        s, places, most = self._s, x.shape[axis], self._depth.positions
+        numbers = x.movedim(axis, 2)
+        if places <= most:
+            at = np.tile(np.arange(places), (len(examples), 1))
+        else:
+            at = np.stack([looked_at(self._depth.seed, e, places, most) for e in examples])
+        if x.device.type != "cpu":  # only what is looked at leaves the device
+            chosen = torch.from_numpy(at).to(x.device)[:, None].expand(-1, numbers.shape[1], -1)
+            numbers = numbers.gather(2, chosen).cpu()
+            at = np.tile(np.arange(at.shape[1]), (len(examples), 1))
+        powers = np.zeros(s.powers.shape)
+        kernels.look(numbers.numpy(), at, self._center, s.low, self._scale, s.histogram, powers)
+        s.powers[:] += powers
+
+
+class _FullBuffer:
+    """The whole tensor of a site over a shard's examples."""
+
+    def __init__(self, site: Site, n_examples: int) -> None:
+        self.site = site
+        places = int(np.prod(site.position_shape))
+        self._rows = torch.empty((n_examples * places, n_columns(site)))
+        self._example: list[np.ndarray] = []
+        self._position: list[np.ndarray] = []
+        self._filled = 0
+
+    def add(self, value: Tensor, examples: Sequence[int]) -> None:
+        rows = as_rows(self.site, value)
+        self._rows[self._filled : self._filled + len(rows)].copy_(rows)
+        self._filled += len(rows)
+        shape = [value.shape[self.site.axes.index(a)] for a in self.site.position_axes]
+        grid = np.indices(shape, np.int32).reshape(len(shape), int(np.prod(shape))).T
+        self._position.append(np.tile(grid, (len(examples), 1)))
+        self._example.append(np.repeat(np.asarray(examples, np.int32), len(grid)))
+
+    def part(self) -> FullPart:
+        axes = len(self.site.position_axes)
+        position = [np.zeros((0, axes), np.int32), *self._position]
+        example = [np.zeros(0, np.int32), *self._example]
+        kept = self._rows[: self._filled].numpy()
+        return FullPart(kept, np.concatenate(example), np.concatenate(position))
+
+
+class _CovarianceSums:
+    """Sums of rows and of their outer products, about a center."""
+
+    def __init__(self, center: Float[np.ndarray, " column"]) -> None:
+        self.center, width = center, len(center)
+        self._total = torch.zeros(width, dtype=torch.float64)
+        self._product = torch.zeros((width, width), dtype=torch.float64)
+        self._count = 0
+
+    def add(self, rows: Float[Tensor, "row column"]) -> None:
+        shifted = rows.float() - torch.from_numpy(self.center.astype(np.float32)).to(rows.device)
+        whole = torch.isfinite(shifted).all(1)
+        if not bool(whole.all()):
+            shifted = shifted[whole]
+        for piece in shifted.split(1024):  # few enough rows for float32 sums to be exact enough
+            self._product += (piece.T @ piece).double().cpu()
+            self._total += piece.double().sum(0).cpu()
+        self._count += len(shifted)
+
+    def part(self) -> CovariancePart:
+        return CovariancePart(self.center, self._total.numpy(), self._product.numpy(), self._count)

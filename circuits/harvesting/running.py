@@ -1,0 +1,353 @@
+"""Planning a harvest, sharing it out among processes, and joining what they wrote (layer 4)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.harvesting import kernels
+from circuits.harvesting.inputs import Inputs
+from circuits.harvesting.observing import as_rows, laid_out, n_columns
+from circuits.harvesting.ranks import Ranks
+from circuits.harvesting.shardwork import ShardWork, one_thread
+from circuits.harvesting.workers import share_out
+from circuits.models.adapter import HookedModel
+from circuits.stimuli.sources import Source
+from circuits.store import ActivationStore, Provenance
+from circuits.store.provenance import Depth, Layout, Precision, run_name
+from circuits.store.shards import StoreWriter, locked
+from circuits.store.summaries import histogram_range
+from circuits.units import Site
+from circuits.workspace import ModelRecord, Workspace
+
+REFERENCE_EXAMPLES = 6
+"""How many examples, spread over the data, fix the histograms' edges and the centers of sums."""
+
+LOOKED_AT = 4096
+"""How many activations of a unit its histogram counts, at least, if there are so many."""
+
+FEWEST_POSITIONS = 8
+"""At how many positions of an example the histograms look, at least, if there are so many."""
+
+FULL_BYTES, SUMMARY_BYTES = 128 << 20, 32 << 20
+"""How large a shard may grow, in whole activations and in summaries."""
+
+MEMORY = 4 << 30
+"""How much memory a harvest takes for activations, unless told otherwise, in bytes."""
+
+LARGEST_BATCH = 8
+"""Examples in one forward pass at most, unless told otherwise: more leave the processor's cache."""
+
+Progress = Callable[[int, int], object]
+"""Called with how much is done and how much there is."""
+
+
+def harvest(
+    model: HookedModel,
+    source: Source,
+    sites: Sequence[str],
+    workspace: Workspace,
+    record: ModelRecord | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+    *,
+    full: Sequence[str] = (),
+    covariance: Sequence[str] = (),
+    layout: Layout = "blocks",
+    compress: bool = False,
+    precision: Precision = "float32",
+    positions: int | None = None,
+    memory: int = MEMORY,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    anew: bool = False,
+    seed: int = 0,
+) -> ActivationStore:
+    """Record what the units of some sites do on every example; resume if it was interrupted.
+
+    On a CPU as many processes work as torch has threads, one thread each: files do not depend on how
+    many there are. Under `torchrun` every rank takes its share of the shards.
+
+    Args:
+        model: the model.
+        source: the data.
+        sites: names of sites of which summaries are kept.
+        workspace: where the store goes.
+        record: how the model is loaded, for the app; its name if it is not given.
+        batch: examples in one forward pass; as many as `memory` allows, up to `LARGEST_BATCH`, if not
+            given. Results do not depend on it beyond float rounding; a run that goes on keeps its own.
+        progress: told the number of examples done and in all.
+        full: those of which the whole tensor is kept too.
+        covariance: those of which the units' covariance is kept too.
+        layout: of whole tensors: `blocks` of 4096 rows and 64 units, or whole `rows`.
+        compress: compress whole tensors (lzf) if a probe says that it pays.
+        precision: what the forward pass computes in.
+        positions: at how many positions of an example the histograms look (a seeded sample; all else
+            is exact); if not given, so many that each counts `LOOKED_AT` activations; 0 is all.
+        memory: bytes that activations may take; an example must fit.
+        workers: processes; 1 is none but this.
+        skip_bad: leave out examples that cannot be read, and list them; they stop the harvest else.
+        anew: throw away what an earlier run left.
+        seed: of the choice of positions.
+
+    Returns:
+        The finished store; at once if it was finished before.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if the model cannot take the data, or an example cannot be read.
+        StaleCacheError: if what is there was made from something else.
+        BlockingIOError: if another process is writing the same store.
+        OSError: if the workspace cannot be written or has too little space left.
+    """
+    chosen = _chosen(model, [*sites, *full, *covariance])
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch {batch} must be at least 1")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers {workers} must be at least 1")
+    if positions is not None and positions < 0:
+        raise ValueError(f"positions {positions} must be 0 (all) or more")
+    inputs = Inputs(model, source)
+    chosen = [inputs.fitted(site) for site in chosen]
+    if positions is None:
+        positions = max(FEWEST_POSITIONS, math.ceil(LOOKED_AT / len(source)))
+    depth = Depth(
+        full=tuple(dict.fromkeys(model.site(n).name for n in full)),
+        covariance=tuple(dict.fromkeys(model.site(n).name for n in covariance)),
+        layout=layout,
+        compress=compress,
+        precision=precision,
+        positions=positions or 2**31,
+        seed=seed,
+    )
+    count = _workers(model, workers)
+    kernels.prepare()
+    first = _first_readable(inputs, skip_bad)
+    provenance = Provenance(
+        model=record.spec if record else model.name,
+        model_hash=model.hash,
+        data=source.spec,
+        data_hash=source.hash,
+        sites=tuple(chosen),
+        examples=source.names,
+        input=model.input.describe(),
+        version=version("circuits-workbench"),
+        depth=depth,
+        batch=batch or _batch(model, inputs, first, memory // count),
+        shard=_shard(len(source), chosen, depth),
+        same=_same(model, inputs, first, chosen),
+    )
+    run = run_name(provenance.version, chosen, depth)
+    folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
+    if batch is None and not anew and (folder / "provenance.json").exists():
+        provenance = replace(provenance, batch=Provenance.read(folder).batch)
+    plain = ModelRecord(model.name, provenance.model_hash)
+    work = ShardWork(model, inputs, provenance, folder, skip_bad)
+    with Ranks.joined() as ranks:
+        with ranks.lead() as lead:
+            if lead:
+                workspace.register(record or plain, replace=record is not None)
+        _harvest(work, ranks, count, progress, anew)
+    return ActivationStore.open(folder, provenance.model_hash, source.hash)
+
+
+def _chosen(model: HookedModel, names: Sequence[str]) -> list[Site]:
+    chosen = list(dict.fromkeys(model.site(name) for name in names))
+    if not chosen:
+        raise ValueError("sites is empty: name at least one site")
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: harvest it outside the edit")
+    return chosen
+
+
+def _workers(model: HookedModel, workers: int | None) -> int:
+    """How many processes; other devices than CPUs are kept busy by one."""
+    if model.device.type != "cpu":
+        return 1
+    return workers or torch.get_num_threads()
+
+
+def _harvest(
+    work: ShardWork, ranks: Ranks, workers: int, progress: Progress | None, anew: bool
+) -> None:
+    """Make what is missing of a store, whose folder rank 0 holds alone."""
+    provenance, folder = work.provenance, work.folder
+    total = len(provenance.examples)
+    writer = StoreWriter(folder, provenance)
+    missing: list[int] = []
+    finished = False
+    with ExitStack() as stack:
+        with ranks.lead() as lead:
+            if lead:
+                stack.enter_context(locked(folder, provenance, anew))
+                missing, finished = _prepared(work, writer)
+        missing, finished = ranks.shared((missing, finished))
+        done = total - sum(len(writer.shards[i]) for i in missing)
+        if progress and ranks.rank == 0:
+            progress(done, total)
+        if finished:
+            return
+        own = replace(work, manifest=f"manifest-{ranks.rank}.jsonl")
+        with ranks.together():
+            scale = ranks.size if ranks.rank == 0 else 0  # rank 0 speaks for all
+            share_out(
+                own, missing[ranks.rank :: ranks.size], workers, _told(progress, done, total, scale)
+            )
+        with ranks.lead() as lead:
+            if lead:
+                writer.finish()
+                if progress:
+                    progress(total, total)
+
+
+def _told(progress: Progress | None, before: int, total: int, scale: int) -> Callable[[int], None]:
+    seen = before
+
+    def told(n: int) -> None:
+        nonlocal seen
+        seen = min(total, seen + n * scale)
+        if progress and scale:
+            progress(seen, total)
+
+    return told
+
+
+def _prepared(work: ShardWork, writer: StoreWriter) -> tuple[list[int], bool]:
+    """The shards that are missing, once all that they share is there; whether nothing is."""
+    there = writer.intact()
+    names = [f"shard-{i:05d}.h5" for i in range(len(writer.shards))]
+    missing = [i for i, name in enumerate(names) if name not in there]
+    if "statistics.h5" in there:
+        return [], True
+    _check_space(work.provenance, writer.folder, len(missing) / len(names))
+    if "reference.h5" not in there:
+        writer.add_reference(*_references(work))
+    return missing, False
+
+
+def _bytes_per_example(sites: Sequence[Site], depth: Depth) -> tuple[int, int]:
+    """What an example takes in summaries and in whole activations."""
+    summary = sum(12 * site.n_units for site in sites)
+    whole = [site for site in sites if site.name in depth.full]
+    return summary, sum(2 * math.prod(s.position_shape) * n_columns(s) for s in whole)
+
+
+def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
+    """Examples in a shard: at least eight shards, if examples are not few, of at most their bytes."""
+    summary, whole = _bytes_per_example(sites, depth)
+    most = min(SUMMARY_BYTES // max(1, summary), FULL_BYTES // max(1, whole))
+    return max(1, min(most, max(16, -(-n // 8))))
+
+
+def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
+    each = sum(_bytes_per_example(provenance.sites, provenance.depth))
+    needed = int(each * len(provenance.examples) * share)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"activation store {str(folder)!r} needs about {needed / 1e6:.0f} MB, and the disk has "
+            f"{free / 1e6:.0f} MB left: free space, or name fewer sites"
+        )
+
+
+def _first_readable(inputs: Inputs, skip_bad: bool) -> Tensor:
+    """The first example that can be read, as the model takes it."""
+    for i in range(len(inputs.source)):
+        try:
+            first = inputs.batch([i])
+        except (OSError, ValueError):
+            if not skip_bad or i == len(inputs.source) - 1:
+                raise
+            continue
+        inputs.model.check(first)
+        return first
+    raise ValueError(f"data {inputs.source.spec!r} is empty")
+
+
+def _batch(model: HookedModel, inputs: Inputs, first: Tensor, memory: int) -> int:
+    """How many examples fit into the memory, all of a model's activations counted."""
+    sites = [inputs.fitted(site) for site in model.sites]
+    each = 4 * sum(math.prod(site.shape) for site in sites) + 4 * first.numel()
+    if each > memory:
+        raise ValueError(
+            f"memory {memory} bytes (a worker) is too little: one example of {model.name} takes about "
+            f"{each}"
+        )
+    return min(LARGEST_BATCH, memory // each)
+
+
+def _same(
+    model: HookedModel, inputs: Inputs, first: Tensor, sites: Sequence[Site]
+) -> dict[str, str]:
+    """Sites whose tensor is that of an earlier one: TransformerLens shows many under two names."""
+    cache = model.run(first, read=sites, until=model.last(sites))
+    known: dict[object, str] = {}
+    same = {}
+    for site in sites:
+        value = cache[site]
+        place = (
+            value.data_ptr(),
+            value.shape,
+            value.stride(),
+            value.dtype,
+            site.axes,
+            site.unit_axis,
+        )
+        if value.numel() and known.setdefault(place, site.name) != site.name:
+            same[site.name] = known[place]
+    return same
+
+
+def _references(work: ShardWork) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Centers and histogram edges from a few examples, one at a time: the same whatever the batch."""
+    provenance = work.provenance
+    sites, places = provenance.stored, provenance.places
+    n_units = sum(site.n_units for site in sites)
+    least, most = np.full(n_units, np.inf), np.full(n_units, -np.inf)
+    count, total = np.zeros(n_units), np.zeros(n_units)
+    covariances = provenance.kept(provenance.depth.covariance)
+    columns = {s.name: np.zeros(n_columns(s)) for s in sites if s.name in covariances}
+
+    def look(site: Site, value: Tensor) -> None:
+        x, axis = laid_out(site, value)
+        here, over = places[site.name], (0, axis)
+        finite = x.isfinite()
+        clean = x if bool(finite.all()) else torch.where(finite, x, 0.0)
+        least[here] = np.minimum(least[here], clean.amin(over).cpu().numpy())
+        most[here] = np.maximum(most[here], clean.amax(over).cpu().numpy())
+        count[here] += finite.sum(over).cpu().numpy()
+        total[here] += clean.sum(over).double().cpu().numpy()
+        if site.name in columns:
+            rows = as_rows(site, value).double().nan_to_num(0.0, 0.0, 0.0)
+            columns[site.name] += rows.mean(0).cpu().numpy() / REFERENCE_EXAMPLES
+
+    n = len(provenance.examples)
+    examples = sorted({i * n // REFERENCE_EXAMPLES for i in range(REFERENCE_EXAMPLES)})
+    with one_thread(work.model.device):
+        for example in examples:
+            for _, ready in work.loaded(range(example, example + 1), size=1):
+                if ready is not None:
+                    looks = {s.name: lambda value, s=s: look(s, value) for s in sites}
+                    work.forward(ready, looks)
+    low, high = histogram_range(least, most)
+    center = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
+    fixed = {"center": center, "low": low, "high": high}
+    return fixed, {k: v.astype(np.float32).astype(np.float64) for k, v in columns.items()}
+
+
+def find_stores(workspace: Workspace, model_hash: str) -> Iterator[ActivationStore]:
+    """The finished stores of a model; unfinished and damaged ones are left out."""
+    for folder in workspace.store_folders(model_hash):
+        try:
+            yield ActivationStore.open(folder, model_hash)
+        except (FileNotFoundError, ValueError):
+            continue

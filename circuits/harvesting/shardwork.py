@@ -1,0 +1,159 @@
+"""Making one shard: examples are decoded ahead, run forward, observed, written behind (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.harvesting.inputs import Inputs
+from circuits.harvesting.observing import Observer
+from circuits.hooks import Look
+from circuits.models.adapter import HookedModel
+from circuits.store.provenance import Provenance
+from circuits.store.shards import Shard, StoreWriter
+from circuits.store.summaries import Summary
+
+AHEAD = 2
+"""How many batches are decoded while another runs; no more, so that memory does not grow."""
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let torch compute with one thread on a CPU: sums then come out the same on every machine."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardWork:
+    """Everything that a process needs to make shards of one store.
+
+    Attributes:
+        model: the model.
+        inputs: the data.
+        provenance: of the store.
+        folder: of the store.
+        skip_bad: whether examples that cannot be read are left out.
+        manifest: the name of this process' own.
+    """
+
+    model: HookedModel
+    inputs: Inputs
+    provenance: Provenance
+    folder: Path
+    skip_bad: bool
+    manifest: str = "manifest.jsonl"
+
+    def forward(self, inputs: Tensor, looks: Mapping[str, Look]) -> None:
+        """One forward pass, up to the last site, in the precision asked for."""
+        kind, device = self.provenance.depth.precision, self.model.device.type
+        half = kind != "float32"
+        with torch.autocast(device, getattr(torch, kind)) if half else nullcontext():
+            self.model.observe(inputs, looks, self.model.last(looks))
+
+    def loaded(self, examples: range, size: int) -> Iterator[tuple[dict[int, str], Tensor | None]]:
+        """The examples in batches, decoded ahead in a thread.
+
+        Yields:
+            The examples that cannot be read and why, and the others as one input, or None.
+        """
+        passes = iter(self.inputs.passes(examples, size))
+        with ThreadPoolExecutor(1, "decode") as pool:
+            waiting: list[Future[tuple[dict[int, str], Tensor | None]]] = []
+            try:
+                while True:
+                    while len(waiting) < AHEAD and (batch := next(passes, None)) is not None:
+                        waiting.append(pool.submit(self._load, batch))
+                    if not waiting:
+                        return
+                    yield waiting.pop(0).result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _load(self, examples: range) -> tuple[dict[int, str], Tensor | None]:
+        bad: dict[int, str] = {}
+        good = []
+        for i in examples:
+            try:
+                good.append(self.inputs.load(i))
+            except (OSError, ValueError) as error:
+                if not self.skip_bad:
+                    raise
+                bad[i] = str(error)
+        return bad, self.inputs.joined(good) if good else None
+
+    def make(self, shards: Sequence[int], told: Callable[[int], object]) -> None:
+        """Make some shards, one after another; each is written while the next is computed.
+
+        Args:
+            shards: their numbers.
+            told: called with how many more examples are done.
+        """
+        writer = StoreWriter(self.folder, self.provenance, self.manifest)
+        fixed, centers = writer.reference()
+        with one_thread(self.model.device), ThreadPoolExecutor(1, "write") as pool:
+            writing: Future[None] | None = None
+            for index in shards:
+                shard = self._compute(writer.shards[index], fixed, centers, told)
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(writer.add, index, shard)
+            if writing is not None:
+                writing.result()
+
+    def _compute(
+        self,
+        examples: range,
+        fixed: Mapping[str, np.ndarray],
+        centers: Mapping[str, np.ndarray],
+        told: Callable[[int], object],
+    ) -> Shard:
+        provenance = self.provenance
+        summary = Summary.empty(len(examples), fixed)
+        full = provenance.kept(provenance.depth.full)
+        observers = {
+            site.name: Observer(
+                site,
+                summary.of_units(provenance.places[site.name]),
+                examples,
+                provenance.depth,
+                site.name in full,
+                centers.get(site.name),
+            )
+            for site in provenance.stored
+        }
+        skipped: dict[int, str] = {}
+        passes = self.inputs.passes(examples, provenance.batch)
+        for batch, (bad, ready) in zip(
+            passes, self.loaded(examples, provenance.batch), strict=True
+        ):
+            skipped |= bad
+            if ready is not None:
+                good = [i for i in batch if i not in bad]
+                looks = {
+                    name: lambda value, o=o, good=good: o.see(value, good)
+                    for name, o in observers.items()
+                }
+                self.forward(ready, looks)
+            told(len(batch))
+        return Shard(
+            summary,
+            {name: o.full.part() for name, o in observers.items() if o.full},
+            {name: o.covariance.part() for name, o in observers.items() if o.covariance},
+            skipped,
+        )

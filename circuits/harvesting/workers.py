@@ -1,0 +1,102 @@
+"""Sharing out shards among processes of this machine (layer 4).
+
+Processes are forked: they have the model and the data at once, share the weights' memory, and each
+computes with one thread. That is faster than one process with all threads, whose layers are too small
+to be cut up well, and it makes no demand on the model: a forward pass may write to the model itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from circuits.harvesting.shardwork import ShardWork
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
+
+
+class WorkerLostError(RuntimeError):
+    """A worker ended before its work was done, and could not say why."""
+
+
+def share_out(
+    work: ShardWork, shards: Sequence[int], workers: int, told: Callable[[int], None]
+) -> None:
+    """Make some shards, with so many processes; with this one alone where that is one or none can be.
+
+    Raises:
+        WorkerLostError: if a worker was killed.
+    """
+    n = min(workers, len(shards))
+    if n <= 1 or sys.platform != "linux":
+        work.make(shards, told)
+        return
+    context = get_context("fork")
+    channels: dict[Connection, BaseProcess] = {}
+    try:
+        for i in range(n):
+            ours, theirs = context.Pipe(duplex=False)
+            own = replace(work, manifest=work.manifest.replace(".jsonl", f"-{i}.jsonl"))
+            process = context.Process(
+                target=_work, args=(own, list(shards[i::n]), theirs, os.getpid()), daemon=True
+            )
+            with warnings.catch_warnings():
+                # from Python 3.12: workers do nothing with what other threads might hold
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            theirs.close()
+            channels[ours] = process
+        _listen(channels, told)
+    finally:
+        for channel, process in channels.items():
+            process.kill()
+            process.join()
+            channel.close()
+
+
+def _listen(channels: dict[Connection, BaseProcess], told: Callable[[int], None]) -> None:
+    """Pass on what workers say until all are done."""
+    open_channels = set(channels)
+    while open_channels:
+        for channel in wait(list(open_channels)):
+            assert isinstance(channel, Connection)
+            try:
+                said = channel.recv()
+            except EOFError:
+                channels[channel].join()
+                code = channels[channel].exitcode or 0
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                raise WorkerLostError(
+                    f"a worker of the harvest {how} (out of memory?): what was finished is kept; run "
+                    "the same harvest again, with a smaller --memory or --workers"
+                ) from None
+            if isinstance(said, BaseException):
+                raise said
+            if said is None:
+                open_channels.discard(channel)
+            else:
+                told(said)
+
+
+def _work(work: ShardWork, shards: list[int], channel: Connection, parent: int) -> None:
+    """What a worker does; its only way to speak is the channel: numbers, an error, or None at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    try:
+        work.make(shards, channel.send)
+        channel.send(None)
+    except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
+        try:
+            channel.send(error)
+        except Exception:  # noqa: BLE001 - an error that cannot be pickled, e.g. with a frame inside
+            channel.send(RuntimeError(f"{type(error).__name__}: {error}"))

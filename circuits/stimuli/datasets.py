@@ -1,0 +1,228 @@
+"""Data from arrays, Hugging Face datasets and any other sequence of examples (layer 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from circuits.stimuli.images import ImageSource, to_rgb
+from circuits.stimuli.texts import TextSource
+
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "x", "x_test", "x_train", "data")
+TEXT_COLUMNS = ("input_ids", "tokens", "text", "texts", "content", "sentence")
+
+
+def from_dataset(
+    dataset: Any,
+    name: str,
+    column: str | int | None = None,
+    identity: str | None = None,
+) -> ImageSource | TextSource:
+    """Any map-style dataset (`len` and indexing) as data: of torch, torchvision, Hugging Face, a list.
+
+    Args:
+        dataset: its examples are pictures or tensors (channel x y x x, floats in 0..1 or bytes), texts,
+            sequences of tokens; or tuples or mappings that hold one.
+        name: how it is called in provenance.
+        column: which part of an example; the first of a tuple, or the usual names, if not given.
+        identity: what stands for the content in the hash, e.g. a version; all examples are read once
+            to make one if it is not given.
+
+    Raises:
+        ValueError: if it is empty, or an example is nothing of the above.
+        TypeError: if it has no length or no indexing.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"dataset {name} of type {type(dataset).__name__} is not map-style: it needs a length and "
+            "indexing (take a part of a stream first)"
+        )
+    n = len(dataset)
+    if n == 0:
+        raise ValueError(f"dataset {name} is empty")
+    first = _part(dataset[0], column, name)
+    names = tuple(f"{name}[{i}]" for i in range(n))
+
+    def example(i: int) -> Any:
+        return _part(dataset[i], column, name)
+
+    if _is_text(first):
+        texts = tuple(_tokens(example(i)) for i in range(n))
+        digest = _digest(identity, lambda i: repr(texts[i]).encode(), n)
+        return TextSource(name, names, digest, texts)
+
+    def image(i: int) -> Image.Image | torch.Tensor:
+        return as_image(example(i), names[i])
+
+    image(0)  # say at once if it is none
+    return ImageSource(name, names, _digest(identity, lambda i: _bytes(image(i)), n), image)
+
+
+def _digest(identity: str | None, content: Callable[[int], bytes], n: int) -> str:
+    digest = hashlib.sha256(b"dataset\0")
+    if identity is not None:
+        digest.update(f"{n}\0{identity}".encode())
+        return digest.hexdigest()
+    for i in range(n):
+        digest.update(hashlib.sha256(content(i)).digest())
+    return digest.hexdigest()
+
+
+def _bytes(image: Image.Image | torch.Tensor) -> bytes:
+    if isinstance(image, torch.Tensor):
+        return repr(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()
+    return repr((image.size, image.mode)).encode() + image.tobytes()
+
+
+def _part(item: Any, column: str | int | None, name: str) -> Any:
+    """The image or text in an example."""
+    if isinstance(item, Mapping):
+        if column is None:
+            usual = [c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in item]
+            if not usual:
+                raise ValueError(
+                    f"dataset {name} has columns {', '.join(map(str, item))}: name the one to use"
+                )
+            column = usual[0]
+        if column not in item:
+            raise ValueError(
+                f"dataset {name} has no column {column!r}: expected one of {', '.join(map(str, item))}"
+            )
+        return item[column]
+    if isinstance(item, tuple):
+        return item[int(column or 0)]
+    return item
+
+
+def _is_text(item: Any) -> bool:
+    if isinstance(item, str):
+        return True
+    if isinstance(item, torch.Tensor | np.ndarray):
+        whole = np.issubdtype(np.asarray(item).dtype, np.integer)
+        return item.ndim == 1 and whole
+    return isinstance(item, Sequence) and len(item) > 0 and isinstance(item[0], int)
+
+
+def _tokens(item: Any) -> str | tuple[int, ...]:
+    return item if isinstance(item, str) else tuple(int(t) for t in item)
+
+
+def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
+    """A picture, or an array or tensor of one, as `ImageSource` gives it.
+
+    Arrays are y x x (grey), y x x x channel, or channel x y x x; bytes are 0..255, floats 0..1.
+
+    Raises:
+        ValueError: if it is nothing of the kind.
+    """
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    if not isinstance(item, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"example {name} is of type {type(item).__name__}: expected a picture, a tensor, a text or "
+            "tokens"
+        )
+    values = torch.as_tensor(np.ascontiguousarray(np.asarray(item)))
+    if values.ndim == 2:
+        values = values[None]
+    elif values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
+        values = values.movedim(2, 0)
+    if values.ndim != 3:
+        raise ValueError(
+            f"example {name} has shape {tuple(item.shape)}: expected an image, channel x y x x"
+        )
+    if values.dtype == torch.uint8:
+        values = values.float() / 255
+    elif not values.is_floating_point():
+        raise ValueError(
+            f"example {name} has type {values.dtype}: expected bytes, or floats in 0..1"
+        )
+    values = values.float()
+    if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
+        raise ValueError(
+            f"example {name} has values {float(values.min()):.3g} to {float(values.max()):.3g}: "
+            "expected 0 to 1 (preprocessing is the model's)"
+        )
+    return values[:3] if values.shape[0] == 4 else values
+
+
+def open_array(path: str) -> ImageSource | TextSource:
+    """`PATH[:KEY]` of an `.npz` or `.npy` file: images, or rows of tokens.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, has no such array, or that holds neither.
+    """
+    file, _, key = path.partition(":")
+    place = Path(file).expanduser()
+    if not place.is_file():
+        raise FileNotFoundError(f"array file {file!r} does not exist or is not a file")
+    array = _array(place, key)
+    if array.dtype == object or array.ndim not in (2, 3, 4) or len(array) == 0:
+        raise ValueError(
+            f"array file {file!r}: an array of type {array.dtype} and shape {array.shape} is neither "
+            "images (example x y x x [x channel], bytes or floats) nor tokens (example x position)"
+        )
+    if array.ndim == 2 and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"array file {file!r}: tokens are whole numbers, not {array.dtype}")
+    identity = hashlib.sha256(array.tobytes()).hexdigest() + f"{array.shape}{array.dtype}"
+    spec = f"npz:{place.resolve()}" + (f":{key}" if key else "")
+    return from_dataset(array, spec, identity=identity)
+
+
+def _array(place: Path, key: str) -> np.ndarray:
+    try:
+        with place.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            names = list(loaded.files)
+            usual = [c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in names]
+            wanted = key or (names[0] if len(names) == 1 else usual[0] if usual else "")
+            if wanted not in names:
+                raise ValueError(f"it has arrays {', '.join(names)}: name one, npz:PATH:KEY")
+            return loaded[wanted]
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise ValueError(f"array file {str(place)!r} cannot be read: {error}") from error
+
+
+def open_hugging_face(path: str) -> ImageSource | TextSource:
+    """`PATH[:COLUMN]` of a folder that `datasets` saved (`save_to_disk`).
+
+    Raises:
+        ImportError: if the package `datasets` is missing.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is not such a folder, or its split or column is not clear.
+    """
+    folder, _, column = path.partition(":")
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise FileNotFoundError(f"dataset folder {folder!r} does not exist or is not a folder")
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f"data 'hf:{path}' needs the package datasets: pip install datasets")
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(place))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset folder {folder!r} cannot be read: {error}") from error
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
+            f"{', '.join(map(str, dataset))}"
+        )
+    fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
+    return from_dataset(dataset, f"hf:{place.resolve()}", column or None, identity=fingerprint)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,26 @@
+"""Texts, or sequences of tokens (layer 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class TextSource:
+    """A sequence of texts or token sequences.
+
+    Attributes:
+        spec: its name.
+        names: one a text.
+        hash: SHA-256 of what it holds, in hexadecimal.
+        texts: the texts, or their tokens; a text for a model without a tokenizer holds words or numbers
+            separated by spaces.
+    """
+
+    spec: str
+    names: tuple[str, ...]
+    hash: str
+    texts: tuple[str | tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,19 @@
+"""Activation stores: what a model's units did on a dataset, on disk (layer 2)."""
+
+from circuits.store.provenance import Provenance, StaleCacheError
+from circuits.store.reading import ActivationStore, Example, UnitStatistics
+from circuits.store.rows import Rows
+from circuits.store.summaries import BINS, Summary, TailFit, fit_tail
+
+__all__ = [
+    "BINS",
+    "ActivationStore",
+    "Example",
+    "Provenance",
+    "Rows",
+    "StaleCacheError",
+    "Summary",
+    "TailFit",
+    "UnitStatistics",
+    "fit_tail",
+]

@@ -1,0 +1,126 @@
+"""A store's numbers in the formats of others: npz, safetensors, parquet (layer 2)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from circuits.files import replacing
+from circuits.store.reading import ActivationStore
+from circuits.store.rows import Rows
+from circuits.store.summaries import Summary
+
+Format = Literal["npz", "safetensors", "parquet"]
+
+LARGEST = 8 << 30
+"""How many bytes of whole activations are exported at most into one file that is built in memory."""
+
+_ROWS = 1 << 16  # rows of a group of a parquet file
+
+
+def export(store: ActivationStore, site: str, path: Path, kind: Format, full: bool = False) -> None:
+    """Write a site's summary, or its whole activations, into one file; all or nothing.
+
+    `npz` and `safetensors` hold the fields of `Summary`, or `activations` with `example` and
+    `position`; their provenance is the array or metadata entry `provenance`, as JSON. `parquet` has a
+    row an example and unit (maximum, argmax, mean), or a row a position (example, position_0 …, unit_0
+    …), and needs the package pyarrow.
+
+    Raises:
+        KeyError: if the site was not recorded, or not at full depth.
+        ImportError: if pyarrow is missing.
+        ValueError: if whole activations are too large for a file that is built in memory.
+        OSError: if the file cannot be written.
+    """
+    rows = store.rows(site) if full else None
+    arrays = {} if rows is not None else _summary_arrays(store.summary(site))
+    facts = asdict(store.provenance)
+    note = json.dumps({**facts, "sites": [s for s in facts["sites"] if s["name"] == site]})
+    if kind == "parquet":
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ImportError("export to parquet needs the package pyarrow: pip install pyarrow")
+        with replacing(path) as temporary:
+            if rows is None:
+                _parquet_summary(temporary, arrays, note)
+            else:
+                _parquet_rows(temporary, rows, note)
+        return
+    if rows is not None:
+        arrays = _row_arrays(rows, kind)
+    with replacing(path) as temporary:
+        if kind == "npz":
+            with temporary.open("wb") as file:
+                np.savez(file, provenance=np.array(note), **arrays)
+        else:
+            save_file(arrays, temporary, {"provenance": note})
+
+
+def _summary_arrays(summary: Summary) -> dict[str, Any]:
+    return {f.name: np.ascontiguousarray(getattr(summary, f.name)) for f in fields(summary)}
+
+
+def _row_arrays(rows: Rows, kind: str) -> dict[str, Any]:
+    size = 4 * rows.shape[0] * rows.shape[1]
+    if size > LARGEST:
+        raise ValueError(
+            f"whole activations of {rows.site} take {size / 1e9:.1f} GB, too many for one {kind} file: "
+            "export to parquet"
+        )
+    return {
+        "activations": rows.range(0, len(rows)),
+        "example": rows.example,
+        "position": rows.position,
+    }
+
+
+def _parquet(path: Path, note: str, tables: Any) -> None:
+    """Write tables (dicts of columns) of the same columns, one after another."""
+    import pyarrow
+    from pyarrow import parquet
+
+    writer = None
+    try:
+        for columns in tables:
+            table = pyarrow.table(columns).replace_schema_metadata({"provenance": note})
+            writer = writer or parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _parquet_summary(path: Path, arrays: dict[str, Any], note: str) -> None:
+    n, units = arrays["maximum"].shape
+    step = max(1, _ROWS // units)
+
+    def tables() -> Any:
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            columns = {
+                "example": np.repeat(np.arange(start, stop, dtype=np.int64), units),
+                "unit": np.tile(np.arange(units, dtype=np.int32), stop - start),
+            }
+            for name in ("maximum", "argmax", "mean"):
+                columns[name] = arrays[name][start:stop].ravel()
+            yield columns
+
+    _parquet(path, note, tables())
+
+
+def _parquet_rows(path: Path, rows: Rows, note: str) -> None:
+    def tables() -> Any:
+        for start in range(0, len(rows), _ROWS):
+            stop = min(start + _ROWS, len(rows))
+            values = np.ascontiguousarray(rows.range(start, stop).T)
+            columns = {"example": rows.example[start:stop]}
+            for axis in range(rows.position.shape[1]):
+                columns[f"position_{axis}"] = np.ascontiguousarray(rows.position[start:stop, axis])
+            yield columns | {f"unit_{u}": values[u] for u in range(len(values))}
+
+    _parquet(path, note, tables())

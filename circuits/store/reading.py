@@ -1,0 +1,383 @@
+"""Reading a store: statistics and examples of units, summaries of sites, whole activations (layer 2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from jaxtyping import Float, Int
+
+from circuits.store.hdf5 import opened
+from circuits.store.provenance import Provenance, StaleCacheError
+from circuits.store.rows import Rows
+from circuits.store.shards import Line, StoreWriter, read_manifest, shard_name
+from circuits.store.summaries import (
+    PER_EXAMPLE,
+    Summary,
+    TailFit,
+    edges,
+    fit_tail,
+    skewness_and_kurtosis,
+)
+from circuits.units import Site, Unit, unknown
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of a unit's examples.
+
+    Attributes:
+        index: which example of the dataset.
+        name: its name.
+        value: the unit's largest activation on it.
+        position: where that is: (y, x), (position,), or () where the site has no positions.
+    """
+
+    index: int
+    name: str
+    value: float
+    position: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitStatistics:
+    """A unit over a whole dataset: numbers are NaN where none of its activations is finite.
+
+    Attributes:
+        mean: over examples and positions.
+        std: likewise.
+        skewness: third standardised moment, over the positions that the histogram looked at.
+        kurtosis: the fourth; 3 for a normal distribution.
+        minimum: the smallest activation.
+        maximum: the largest.
+        density: the share of activations above zero.
+        count: how many finite activations there are.
+        nonfinite: how many are NaN or infinite, and left out of everything.
+        edges: of the histogram's inner bins.
+        histogram: counts: below the first edge, between the edges, above the last; at a seeded sample
+            of each example's positions if `looked_at` is less than `count`.
+        tail: the exponential that fits the largest activations.
+    """
+
+    mean: float
+    std: float
+    skewness: float
+    kurtosis: float
+    minimum: float
+    maximum: float
+    density: float
+    count: int
+    nonfinite: int
+    edges: Float[np.ndarray, " edge"]
+    histogram: Int[np.ndarray, " bin"]
+    tail: TailFit
+
+    @property
+    def looked_at(self) -> int:
+        """How many activations the histogram counts."""
+        return int(self.histogram.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """How a site's units vary together over examples and positions.
+
+    Attributes:
+        mean: of each column (a unit; heads have their inner dimensions side by side).
+        covariance: divided by the number of rows.
+        count: rows that went into it.
+    """
+
+    mean: Float[np.ndarray, " column"]
+    covariance: Float[np.ndarray, "column column"]
+    count: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """One file of a store, as `verify` found it.
+
+    Attributes:
+        file: its name.
+        state: `intact`, `missing`, `damaged` (it is not what the manifest says), or `unnoted` (the
+            manifest has no line of it).
+    """
+
+    file: str
+    state: str
+
+
+class ActivationStore:
+    """A finished store, for reading.
+
+    Attributes:
+        folder: where it is.
+        provenance: what it was made from.
+    """
+
+    def __init__(self, folder: Path, provenance: Provenance) -> None:
+        self.folder, self.provenance = folder, provenance
+
+    @classmethod
+    def open(
+        cls, folder: Path, model_hash: str | None = None, data_hash: str | None = None
+    ) -> ActivationStore:
+        """Open the store in a folder.
+
+        Args:
+            folder: where it is.
+            model_hash: the model it must be of.
+            data_hash: the data it must be of.
+
+        Raises:
+            FileNotFoundError: if there is none, or its harvest was not finished.
+            StaleCacheError: if it is of another model or other data.
+            ValueError: if it is damaged.
+        """
+        if not (folder / "provenance.json").is_file():
+            raise FileNotFoundError(f"there is no activation store in {str(folder)!r}")
+        provenance = Provenance.read(folder)
+        if not (folder / "statistics.h5").exists():
+            raise FileNotFoundError(
+                f"activation store {str(folder)!r} is not finished: run the same harvest again"
+            )
+        if not h5py.is_hdf5(folder / "statistics.h5"):
+            raise ValueError(
+                f"activation store {str(folder)!r} has a damaged statistics.h5: run the same harvest "
+                "again"
+            )
+        for what, ours, wanted in (
+            ("model", provenance.model_hash, model_hash),
+            ("data", provenance.data_hash, data_hash),
+        ):
+            if wanted is not None and ours != wanted:
+                raise StaleCacheError(
+                    f"activation store {str(folder)!r} is of {what} {ours[:16]}, not {wanted[:16]}: "
+                    "harvest again"
+                )
+        return cls(folder, provenance)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The recorded sites by name."""
+        return {site.name: site for site in self.provenance.sites}
+
+    def _site(self, name: str) -> Site:
+        if name not in self.sites:
+            raise unknown("site of the activation store", name, self.sites)
+        return self.sites[name]
+
+    def stored_as(self, site: str) -> str:
+        """The site under which a site's numbers are kept: itself, or one with the same tensor."""
+        return self.provenance.same.get(site, site)
+
+    @contextmanager
+    def _statistics(self) -> Iterator[Any]:
+        path = self.folder / "statistics.h5"
+        try:
+            with opened(path) as file:
+                yield file
+        except OSError as error:
+            raise ValueError(f"activation store file {str(path)!r} is damaged: {error}") from error
+
+    @cached_property
+    def skipped(self) -> dict[str, str]:
+        """The examples that could not be read, by name, and why."""
+        with self._statistics() as file:
+            reasons = json.loads(bytes(file["reasons"][()]))
+            names = self.provenance.examples
+            return {names[i]: r for i, r in zip(file["skipped"][()].tolist(), reasons, strict=True)}
+
+    # --- summaries -----------------------------------------------------------------------------
+
+    def summary(self, site: str) -> Summary:
+        """Everything about a site, as arrays.
+
+        Raises:
+            KeyError: if the site was not recorded.
+        """
+        return self._summary(self.provenance.places[self._site(site).name])
+
+    def _summary(self, units: slice) -> Summary:
+        with self._statistics() as file:
+            group = file["summary"]
+            arrays = {
+                f.name: group[f.name][:, units] if f.name == "powers" else group[f.name][units]
+                for f in fields(Summary)
+            }
+        return Summary(**{k: v.T if k in PER_EXAMPLE else v for k, v in arrays.items()})
+
+    def _place(self, unit: Unit) -> int:
+        """Where a unit is among those of all stored sites."""
+        index = self._site(unit.site).unit(unit.index).index
+        return self.provenance.places[unit.site].start + index
+
+    def statistics(self, unit: Unit) -> UnitStatistics:
+        """A unit over the whole dataset.
+
+        Raises:
+            KeyError: if its site was not recorded.
+            ValueError: if the site has no such unit.
+        """
+        place = self._place(unit)
+        s = self._summary(slice(place, place + 1))
+        mean, std = s.moments()
+        histogram = s.histogram[0].astype(np.int64)
+        skewness, kurtosis = skewness_and_kurtosis(s.powers[:, 0], int(histogram.sum()))
+        bins = edges(float(s.low[0]), float(s.high[0]))
+        finite = s.count[0] > 0
+        return UnitStatistics(
+            mean=float(mean[0]),
+            std=float(std[0]),
+            skewness=skewness,
+            kurtosis=kurtosis,
+            minimum=float(s.minimum[0]) if finite else float("nan"),
+            maximum=float(np.nanmax(s.maximum)) if finite else float("nan"),
+            density=float(s.density()[0]),
+            count=int(s.count[0]),
+            nonfinite=int(s.nonfinite[0]),
+            edges=bins,
+            histogram=histogram,
+            tail=fit_tail(bins, histogram),
+        )
+
+    def _strengths(self, unit: Unit) -> tuple[Site, np.ndarray, np.ndarray]:
+        """A unit's largest activation on each example, and where it is."""
+        place = self._place(unit)
+        with self._statistics() as file:
+            group = file["summary"]
+            return self.sites[unit.site], group["maximum"][place], group["argmax"][place]
+
+    def top_examples(self, unit: Unit, k: int = 9) -> list[Example]:
+        """The examples on which a unit's largest activation is largest, strongest first.
+
+        Args:
+            unit: which.
+            k: how many. Of equals, the first in the dataset; examples with no finite activation are
+                left out.
+
+        Raises:
+            KeyError: if its site was not recorded.
+            ValueError: if the site has no such unit.
+        """
+        site, values, places = self._strengths(unit)
+        order = np.argsort(-values, kind="stable")  # NaN comes last
+        rows = order[: max(0, min(k, int(np.isfinite(values).sum())))]
+        return [self._example(site, r, values, places) for r in rows.tolist()]
+
+    def quantile_examples(
+        self, unit: Unit, quantiles: int = 10, k: int = 4, seed: int = 0
+    ) -> list[list[Example]]:
+        """Examples from the whole range of a unit's activation: a sample of each quantile.
+
+        Examples are ranked by the unit's largest activation on them, equals in random order, and cut
+        into `quantiles` groups as equal in size as can be; of each, `k` are drawn without
+        replacement, every example with the same chance.
+
+        Args:
+            unit: which.
+            quantiles: how many groups.
+            k: how many examples of each; fewer where a group has fewer.
+            seed: of the draw.
+
+        Returns:
+            One list a quantile, the strongest quantile first, strongest examples first.
+
+        Raises:
+            KeyError: if its site was not recorded.
+            ValueError: if the site has no such unit, or `quantiles` or `k` is not positive.
+        """
+        for name, value in (("quantiles", quantiles), ("k", k)):
+            if value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        site, values, places = self._strengths(unit)
+        generator = np.random.default_rng(seed)
+        finite = np.flatnonzero(np.isfinite(values))
+        order = np.lexsort((generator.random(len(finite)), -values[finite]))
+        found = []
+        for group in np.array_split(finite[order], quantiles):
+            drawn = generator.choice(group, min(k, len(group)), replace=False)
+            drawn = drawn[np.argsort(-values[drawn], kind="stable")]
+            found.append([self._example(site, r, values, places) for r in drawn.tolist()])
+        return found
+
+    def _example(self, site: Site, row: int, values: np.ndarray, places: np.ndarray) -> Example:
+        shape = site.position_shape
+        position = tuple(int(p) for p in np.unravel_index(places[row], shape)) if shape else ()
+        return Example(row, self.provenance.examples[row], float(values[row]), position)
+
+    # --- whole activations, covariance -----------------------------------------------------------
+
+    def rows(self, site: str) -> Rows:
+        """The whole activations of a site.
+
+        Raises:
+            KeyError: if the site was not recorded at full depth.
+            ValueError: if a shard is missing or damaged.
+        """
+        depth = self.provenance.depth
+        if site not in depth.full:
+            raise unknown("site at full depth", self._site(site).name, depth.full)
+        files = [self.folder / shard_name(i) for i in range(len(self._shards))]
+        try:
+            return Rows(files, self.stored_as(site))
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                f"activation store {str(self.folder)!r} has a missing or damaged shard ({error}): run "
+                "the same harvest again"
+            ) from error
+
+    @property
+    def _shards(self) -> tuple[range, ...]:
+        return StoreWriter(self.folder, self.provenance).shards
+
+    def covariance(self, site: str) -> Covariance:
+        """Mean and covariance of a site's units.
+
+        Raises:
+            KeyError: if they were not asked for when the store was made.
+            ValueError: if no row of the site is finite.
+        """
+        kept = self.provenance.depth.covariance
+        if site not in kept:
+            raise unknown("site with covariance", self._site(site).name, kept)
+        with self._statistics() as file:
+            group = file[f"covariance/{self.stored_as(site)}"]
+            n = int(group["count"][()])
+            if n == 0:
+                raise ValueError(f"site {site} has no row of finite activations: no covariance")
+            offset, product = group["total"][()] / n, group["product"][()] / n
+            mean = group["center"][()] + offset
+        return Covariance(mean, product - np.outer(offset, offset), n)
+
+    # --- health ----------------------------------------------------------------------------------
+
+    def verify(self) -> list[Health]:
+        """Read every file and compare it with the manifest; raises nothing."""
+        return verify(self.folder, self.provenance)
+
+
+def verify(folder: Path, provenance: Provenance) -> list[Health]:
+    """Read every file of a store, finished or not, and compare it with the manifest."""
+    lines, bad = read_manifest(folder)
+    names = ["reference.h5"]
+    names += [shard_name(i) for i in range(len(StoreWriter(folder, provenance).shards))]
+    found = [Health(f"manifest.jsonl line {number}", "damaged") for number in bad]
+    for name in [*names, "statistics.h5"]:
+        found.append(Health(name, _state(folder, name, lines.get(name))))
+    return found
+
+
+def _state(folder: Path, name: str, line: Line | None) -> str:
+    if not (folder / name).is_file():
+        return "missing"
+    if line is None:
+        return "unnoted"
+    return "intact" if line.intact(folder) else "damaged"

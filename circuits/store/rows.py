@@ -1,0 +1,200 @@
+"""Reading whole activations: by example, by range, at random, as a shuffled stream (layer 2)."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from circuits.store.hdf5 import opened
+
+MIXED = 16
+"""How many blocks of rows a shuffled stream mixes."""
+
+BLOCK = 4096
+"""Rows of one block of a shuffled stream."""
+
+
+class _Part:
+    """One shard's activations of a site, read by memory map where they are not compressed."""
+
+    def __init__(self, path: Path, site: str) -> None:
+        self.path, self.site = path, site
+        with opened(path) as file:
+            data = file[f"full/{site}"]["activations"]
+            self.shape, self.dtype, self.chunks = data.shape, data.dtype, data.chunks
+            self.compressed = data.compression is not None
+            self.example: np.ndarray = file[f"full/{site}"]["example"][()]
+            self.position: np.ndarray = file[f"full/{site}"]["position"][()]
+            self._offsets = self._find_offsets(data)
+
+    def _find_offsets(self, data: Any) -> dict[tuple[int, int], int]:
+        if self.compressed or 0 in self.shape:
+            return {}
+        if self.chunks is None:
+            return {(0, 0): data.id.get_offset()}
+        found: dict[tuple[int, int], int] = {}
+        data.id.chunk_iter(lambda c: found.__setitem__(c.chunk_offset, c.byte_offset))
+        return found
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+    def _block(self, row: int, column: int) -> np.ndarray:
+        shape: tuple[int, int] = self.chunks or self.shape
+        count = shape[0] * shape[1]
+        offset = self._offsets[row, column]
+        return np.frombuffer(self._map, self.dtype, count, offset).reshape(shape)
+
+    def take(self, rows: Int[np.ndarray, " row"], out: np.ndarray) -> None:
+        """Write some rows, in increasing order, into `out`."""
+        if not len(rows) or 0 in self.shape:
+            return
+        if self.compressed:
+            self._take_compressed(rows, out)
+        elif self.chunks is None:
+            out[:] = self._block(0, 0)[rows]
+        else:
+            height, width = self.chunks
+            cuts = np.flatnonzero(np.diff(rows // height)) + 1
+            for piece in np.split(np.arange(len(rows)), cuts):
+                at = rows[piece[0]] // height * height
+                where = slice(int(piece[0]), int(piece[-1]) + 1)
+                inside = rows[where] - at
+                for left in range(0, self.shape[1], width):
+                    n = min(width, self.shape[1] - left)
+                    out[where, left : left + n] = self._block(int(at), left)[inside, :n]
+
+    def _take_compressed(self, rows: Int[np.ndarray, " row"], out: np.ndarray) -> None:
+        height = self.chunks[0]
+        with opened(self.path) as file:
+            data = file[f"full/{self.site}"]["activations"]
+            for at in np.unique(rows // height) * height:
+                here = (rows >= at) & (rows < at + height)
+                first, last = rows[here][0], rows[here][-1] + 1
+                out[here] = data[first:last][rows[here] - first]
+
+
+class Rows:
+    """Whole activations of a site: one row a position of an example, one column a unit.
+
+    Rows are in the order of examples, and of positions within one. Heads have their inner dimensions
+    side by side as columns. Values come as float32, whatever they are kept in.
+
+    Args:
+        paths: the shards.
+        site: the group in them.
+    """
+
+    def __init__(self, paths: Sequence[Path], site: str) -> None:
+        self.site = site
+        self._parts = [_Part(path, site) for path in paths]
+        self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self), self._parts[0].shape[1]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What each shard keeps them in: float16, or float32 where that overflows."""
+        return tuple(str(part.dtype) for part in self._parts)
+
+    @cached_property
+    def example(self) -> Int[np.ndarray, " row"]:
+        """Which example each row is of."""
+        return np.concatenate([part.example for part in self._parts])
+
+    @cached_property
+    def position(self) -> Int[np.ndarray, "row axis"]:
+        """Where in its example each row is, along the site's position axes."""
+        return np.concatenate([part.position for part in self._parts])
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, "row column"]:
+        """Some rows, in any order: read sorted and block by block, given back as asked for.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            bad = wanted.min() if wanted.min() < 0 else wanted.max()
+            raise IndexError(f"row {bad} does not exist: {self.site} has rows 0 to {len(self) - 1}")
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        out = np.empty((len(wanted), self.shape[1]), np.float32)
+        cuts = np.searchsorted(ordered, self._starts)
+        for i, part in enumerate(self._parts):
+            where = slice(int(cuts[i]), int(cuts[i + 1]))
+            part.take(ordered[where] - self._starts[i], out[where])
+        back = np.empty_like(out)
+        back[order] = out
+        return back
+
+    def range(self, start: int, stop: int) -> Float[np.ndarray, "row column"]:
+        """Consecutive rows."""
+        return self.take(np.arange(start, stop))
+
+    def of_example(self, example: int) -> Float[np.ndarray, "row column"]:
+        """All rows of one example."""
+        first, last = np.searchsorted(self.example, [example, example + 1])
+        return self.range(int(first), int(last))
+
+    def random(self, n: int, seed: int = 0) -> Float[np.ndarray, "row column"]:
+        """`n` different rows, drawn with a seed; all of them, shuffled, if there are fewer."""
+        generator = np.random.default_rng(seed)
+        return self.take(generator.choice(len(self), min(n, len(self)), replace=False))
+
+    def stream(
+        self, batch: int, seed: int = 0, start: int = 0
+    ) -> Iterator[Float[np.ndarray, "row column"]]:
+        """Every row once, in a shuffled order, in batches; the last may be smaller.
+
+        The order: blocks of `BLOCK` rows are permuted, and the rows of each `MIXED` of them in turn
+        are permuted together. It follows from the seed; another epoch takes another seed.
+
+        Args:
+            batch: rows in a batch.
+            seed: of the order.
+            start: the batch to begin with, to go on where a training run stopped.
+
+        Raises:
+            ValueError: if `batch` is not positive or `start` is negative.
+        """
+        if batch < 1:
+            raise ValueError(f"batch {batch} must be at least 1")
+        if start < 0:
+            raise ValueError(f"start {start} must not be negative")
+        return self._streamed(batch, seed, start * batch)
+
+    def _streamed(self, batch: int, seed: int, skip: int) -> Iterator[np.ndarray]:
+        firsts = np.random.default_rng(seed).permutation(np.arange(0, len(self), BLOCK))
+        rest = np.empty((0, self.shape[1]), np.float32)
+        for group in range(0, len(firsts), MIXED):
+            blocks = [
+                np.arange(f, min(f + BLOCK, len(self))) for f in firsts[group : group + MIXED]
+            ]
+            rows = np.concatenate(blocks)
+            if skip >= len(rows):
+                skip -= len(rows)
+                continue
+            order = np.random.default_rng([seed, group + 1]).permutation(len(rows))
+            rest = np.concatenate([rest, self.take(rows)[order[skip:]]])
+            skip = 0
+            whole = len(rest) // batch * batch
+            for at in range(0, whole, batch):
+                yield rest[at : at + batch]
+            rest = rest[whole:]
+        if len(rest):
+            yield rest
