@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        app(
+        code = app(
             args=None if arguments is None else list(arguments),
             prog_name="circuits",
             standalone_mode=False,
@@ -437,7 +437,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code if isinstance(code, int) else 0  # what `Exit` was raised with
 
 
 def _message(error: Exception) -> str:

@@ -38,7 +38,7 @@ LOOKED_AT = 4096
 FEWEST_POSITIONS = 8
 """At how many positions of an example the histograms look, at least, if there are so many."""
 
-FULL_BYTES, SUMMARY_BYTES = 128 << 20, 32 << 20
+FULL_BYTES, SUMMARY_BYTES = 128 << 20, 64 << 20
 """How large a shard may grow, in whole activations and in summaries."""
 
 MEMORY = 4 << 30

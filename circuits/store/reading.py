@@ -212,6 +212,7 @@ class ActivationStore:
                 f.name: group[f.name][:, units] if f.name == "powers" else group[f.name][units]
                 for f in fields(Summary)
             }
+        arrays["histogram"] = arrays["histogram"].astype(np.int64)
         return Summary(**{k: v.T if k in PER_EXAMPLE else v for k, v in arrays.items()})
 
     def _place(self, unit: Unit) -> int:
@@ -229,7 +230,7 @@ class ActivationStore:
         place = self._place(unit)
         s = self._summary(slice(place, place + 1))
         mean, std = s.moments()
-        histogram = s.histogram[0].astype(np.int64)
+        histogram = s.histogram[0]
         skewness, kurtosis = skewness_and_kurtosis(s.powers[:, 0], int(histogram.sum()))
         bins = edges(float(s.low[0]), float(s.high[0]))
         finite = s.count[0] > 0

@@ -15,9 +15,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,7 +33,7 @@ from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
 PATIENCE = 1.0
 """How long to wait for a store's lock, in seconds."""
 
-_MERGED = 1 << 24  # numbers in memory at once while per-example arrays are joined
+_MERGED = 1 << 25  # numbers in memory at once while per-example arrays are joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,20 +352,18 @@ class StoreWriter:
     def finish(self) -> None:
         """Merge all shards into `statistics.h5`, and all manifests into one."""
         fixed, centers = self.reference()
-        with ExitStack() as stack, self._file("statistics.h5") as out:
-            # all stay open: a shard holds many examples, so there are not many
-            paths = [self.folder / shard_name(i) for i in range(len(self.shards))]
-            files = [stack.enter_context(opened(path)) for path in paths]
+        paths = [self.folder / shard_name(i) for i in range(len(self.shards))]
+        with self._file("statistics.h5") as out:
             for name, value in fixed.items():
                 out[f"summary/{name}"] = value
-            _merge_summaries([file["summary"] for file in files], out["summary"])
+            _merge_summaries(paths, len(self.provenance.examples), out["summary"])
             for site, center in centers.items():
                 group = out.create_group(f"covariance/{site}")
                 group["center"] = center
                 for key in ("product", "total", "count"):
-                    group[key] = sum(_read(f, f"covariance/{site}/{key}") for f in files)
-            out["skipped"] = np.concatenate([_read(file, "skipped") for file in files])
-            reasons = [r for file in files for r in json.loads(_read(file, "reasons").tobytes())]
+                    group[key] = sum(_each(paths, f"covariance/{site}/{key}"))
+            out["skipped"] = np.concatenate(list(_each(paths, "skipped")))
+            reasons = [r for text in _each(paths, "reasons") for r in json.loads(text.tobytes())]
             out["reasons"] = np.frombuffer(json.dumps(reasons).encode(), np.uint8)
         noted, _ = read_manifest(self.folder)
         self.note_all(noted[name] for name, _ in self._expected())
@@ -372,6 +371,13 @@ class StoreWriter:
 
 def _read(file: Any, name: str) -> Any:
     return file[name][()]
+
+
+def _each(paths: Sequence[Path], name: str, units: slice = slice(None)) -> Iterator[Any]:
+    """A dataset of every shard, one file open at a time: there may be thousands."""
+    for path in paths:
+        with opened(path) as file:
+            yield file[name][() if units == slice(None) else units]
 
 
 def _complete(file: Any, provenance: Provenance) -> bool:
@@ -390,26 +396,28 @@ def _write_summary(group: Any, summary: Summary) -> None:
         if item.name in PER_EXAMPLE:
             value = np.ascontiguousarray(value.T)  # a unit's examples lie side by side
         if item.name == "histogram":
-            value = value.astype(np.int32)
+            value = _smallest(value)
         if item.name not in FIXED:
             group[item.name] = value
 
 
-def _merge_summaries(groups: list[Any], out: Any) -> None:
+def _smallest(counts: Int[np.ndarray, "unit bin"]) -> np.ndarray:
+    """Counts in the fewest bytes that hold them."""
+    return counts.astype(np.min_scalar_type(counts.max(initial=0)))
+
+
+def _merge_summaries(paths: Sequence[Path], n_examples: int, out: Any) -> None:
     for item in fields(Summary):
         if item.name not in (*PER_EXAMPLE, *FIXED):
-            merged = groups[0][item.name][()]
-            if item.name == "histogram":
-                merged = merged.astype(np.int64)
-            for group in groups[1:]:
-                other = group[item.name][()]
-                merged = np.minimum(merged, other) if item.name == "minimum" else merged + other
-            out[item.name] = merged
-    n_units = groups[0]["maximum"].shape[0]
-    n_examples = sum(group["maximum"].shape[1] for group in groups)
-    block = max(1, _MERGED // max(1, n_examples))
-    for key in PER_EXAMPLE:
-        made = out.create_dataset(key, (n_units, n_examples), groups[0][key].dtype)
+            join = np.minimum if item.name == "minimum" else np.add
+            wide = np.int64 if item.name == "histogram" else None
+            parts = (np.asarray(v, wide) for v in _each(paths, f"summary/{item.name}"))
+            merged = reduce(join, parts)
+            out[item.name] = _smallest(merged) if item.name == "histogram" else merged
+    n_units = len(out["center"])
+    block = max(1, _MERGED // n_examples)
+    for key, kind in zip(PER_EXAMPLE, (np.float32, np.int32, np.float32), strict=True):
+        made = out.create_dataset(key, (n_units, n_examples), kind)
         for start in range(0, n_units, block):
-            units = np.s_[start : start + block]
-            made[units] = np.concatenate([group[key][units] for group in groups], axis=1)
+            units = slice(start, start + block)
+            made[units] = np.concatenate(list(_each(paths, f"summary/{key}", units)), axis=1)

@@ -1,0 +1,126 @@
+"""`circuits store` and the options of `circuits harvest`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from circuits.cli.main import run
+from circuits.store import shards
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path / "ws"))
+    return tmp_path / "ws"
+
+
+@pytest.fixture
+def store(workspace: Path, capsys) -> str:
+    """The name of a small store."""
+    what = ["--sites", "l*", "--full", "line", "--covariance", "line"]
+    assert run(["harvest", "cleanroom", "--data", "curves", *what, "--batch", "16"]) == 0
+    capsys.readouterr()
+    assert run(["store", "ls", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["examples"], facts["full"]) == ("finished", 192, 1)
+    return facts["store"]
+
+
+def test_info_tells_what_is_kept(store: str, capsys) -> None:
+    assert run(["store", "info", store.rpartition("/")[2], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["sites"] == ["line_pre_relu", "line"]
+    assert facts["depth"]["full"] == ["line"]
+    assert facts["batch"] == 16
+    assert facts["skipped"] == {}
+    assert run(["store", "info", store]) == 0
+    assert "summary, full, covariance" in capsys.readouterr().out
+
+
+def test_verify_finds_damage_and_the_same_harvest_mends_it(store: str, workspace, capsys) -> None:
+    assert run(["store", "verify", store]) == 0
+    assert "damaged" not in capsys.readouterr().out
+    shard = workspace / store / "shard-00003.h5"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert run(["store", "verify", store]) == 1
+    said = capsys.readouterr().out
+    assert "shard-00003.h5" in said
+    assert "shard-00002.h5" not in said
+    what = ["--sites", "l*", "--full", "line", "--covariance", "line"]
+    assert run(["harvest", "cleanroom", "--data", "curves", *what]) == 0
+    assert shard.read_bytes() == whole
+    assert run(["store", "verify", store]) == 0
+
+
+def test_export_writes_what_is_named(store: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "line.npz"
+    assert run(["store", "export", store, "--site", "line", "--out", str(out), "--full"]) == 0
+    with np.load(out) as made:
+        assert made["activations"].shape == (192 * 64 * 64, 12)
+    for arguments, message in (
+        (["--site", "lin", "--out", str(out)], "did you mean line"),
+        (["--site", "line", "--out", str(tmp_path / "a.csv")], "must end in .npz"),
+        (["--site", "line_pre_relu", "--full", "--out", str(out)], "unknown site at full depth"),
+    ):
+        assert run(["store", "export", store, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert out.stat().st_size > 1e6, "what was there is left alone"
+
+
+def test_rm_asks_and_leaves_what_is_being_written(
+    store: str, workspace, capsys, monkeypatch
+) -> None:
+    folder = workspace / store
+    monkeypatch.setattr("typer.confirm", lambda *a, **k: False)
+    assert run(["store", "rm", store]) == 0
+    assert "kept" in capsys.readouterr().out
+    monkeypatch.setattr(shards, "PATIENCE", 0.0)
+    with (folder / ".lock").open() as lock:
+        shards.take(lock, folder)
+        assert run(["store", "rm", store, "--yes"]) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+    assert (folder / "statistics.h5").exists()
+    assert run(["store", "rm", store, "--yes"]) == 0
+    assert not folder.exists()
+    assert run(["store", "rm", store, "--yes"]) == 2
+    assert "unknown store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sites", "x*"], "no site of cleanroom matches 'x*'"),
+        ([], "sites is empty"),
+        (["--sites", "line", "--memory", "0.0001"], "is too little: one example"),
+        (["--sites", "line", "--workers", "0"], "workers 0 must be at least 1"),
+        (["--sites", "line", "--batch", "0"], "batch 0 must be at least 1"),
+        (["--sites", "line", "--positions", "-1"], "positions -1 must be 0"),
+        (["--sites", "line", "--layout", "columns"], "'columns' is not one of"),
+        (["--sites", "line", "--precision", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, workspace: Path, capsys) -> None:
+    assert run(["harvest", "cleanroom", "--data", "curves", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not list(workspace.glob("*/*/*"))
+
+
+def test_changed_data_is_said(workspace: Path, tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 64, 64, 3), np.uint8))
+    command = ["harvest", "cleanroom", "--data", f"npz:{tmp_path / 'a.npy'}", "--sites", "line"]
+    assert run(command) == 0
+    assert "has changed" not in capsys.readouterr().err
+    np.save(tmp_path / "a.npy", np.full((3, 64, 64, 3), 9, np.uint8))
+    assert run(command) == 0
+    said = capsys.readouterr().err
+    assert "data npz:" in said
+    assert "has changed since" in said
+    assert run(["store", "ls"]) == 0
+    assert len(list(workspace.glob("*/*/*/statistics.h5"))) == 2
