@@ -60,7 +60,7 @@ def range_panel(
 
 
 def _share(i: int) -> str:
-    return f"{100 * i // TENTHS}–{100 * (i + 1) // TENTHS} %"
+    return f"{100 * i // TENTHS}–{100 * (i + 1) // TENTHS} %" if i else f"top {100 // TENTHS} %"
 
 
 def _image(

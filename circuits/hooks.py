@@ -146,6 +146,7 @@ def observe(
         except _StopForwardError as error:
             if error is not stop:
                 raise
+            error.with_traceback(None)  # its frames refer to it, and to all that was looked at
 
 
 @contextmanager

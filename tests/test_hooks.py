@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import weakref
 
 import pytest
 import torch
@@ -198,3 +199,19 @@ def test_until_must_be_recorded() -> None:
     net = seeded(OwnNet())
     with pytest.raises(KeyError, match="not among the taps"), record(net, {}, until="stem"):
         pass
+
+
+def test_a_stopped_pass_keeps_nothing_alive(own_net: HookedModel) -> None:
+    """No cycle through the exception that stops a pass: what was seen is freed at once."""
+    gc.disable()
+    try:
+        seen: list[weakref.ref] = []
+        holder = [torch.zeros(3)]
+        seen.append(weakref.ref(holder[0]))
+        own_net.observe(
+            own_net.input.example(1), {"stem": lambda value, kept=holder: None}, until="stem"
+        )
+        del holder
+        assert seen[0]() is None
+    finally:
+        gc.enable()

@@ -38,6 +38,9 @@ LOOKED_AT = 4096
 FEWEST_POSITIONS = 8
 """At how many positions of an example the histograms look, at least, if there are so many."""
 
+SHARD_EXAMPLES, MOST_SHARDS = 64, 1024
+"""Examples in a shard at most, until there would be more shards than this."""
+
 FULL_BYTES, SUMMARY_BYTES = 128 << 20, 64 << 20
 """How large a shard may grow, in whole activations and in summaries."""
 
@@ -242,10 +245,11 @@ def _bytes_per_example(sites: Sequence[Site], depth: Depth) -> tuple[int, int]:
 
 
 def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
-    """Examples in a shard: at least eight shards, if examples are not few, of at most their bytes."""
+    """Examples in a shard: several for every process, few enough that memory does not follow `n`."""
     summary, whole = _bytes_per_example(sites, depth)
     most = min(SUMMARY_BYTES // max(1, summary), FULL_BYTES // max(1, whole))
-    return max(1, min(most, max(16, -(-n // 8))))
+    wanted = min(max(16, -(-n // 8)), max(SHARD_EXAMPLES, n // MOST_SHARDS))
+    return max(1, min(most, wanted))
 
 
 def _check_space(provenance: Provenance, folder: Path, share: float) -> None:

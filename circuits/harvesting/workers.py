@@ -8,6 +8,7 @@ to be cut up well, and it makes no demand on the model: a forward pass may write
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from multiprocessing.process import BaseProcess
 
 from circuits.harvesting.shardwork import ShardWork
 
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
@@ -89,7 +91,10 @@ def _listen(channels: dict[Connection, BaseProcess], told: Callable[[int], None]
 def _work(work: ShardWork, shards: list[int], channel: Connection, parent: int) -> None:
     """What a worker does; its only way to speak is the channel: numbers, an error, or None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    libc.mallopt(_ARENA_MAX, 1)  # the writing thread gives back to where the computing one takes
+    gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
     if os.getppid() != parent:
         os._exit(1)
     try:

@@ -33,7 +33,7 @@ from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
 PATIENCE = 1.0
 """How long to wait for a store's lock, in seconds."""
 
-_MERGED = 1 << 25  # numbers in memory at once while per-example arrays are joined
+_MERGED = 1 << 22  # numbers in memory at once while per-example arrays are joined
 
 
 @dataclass(frozen=True, eq=False)
