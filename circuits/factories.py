@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 
 from circuits.units import unknown
@@ -54,5 +55,6 @@ def _import(name: str) -> object:
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"no file {name!r}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -52,6 +52,9 @@ class Workspace:
 
     root: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))  # a string will do
+
     @classmethod
     def default(cls, root: str | Path | None = None) -> Workspace:
         """The folder given, or that `CIRCUITS_WORKSPACE` names, or `cache`."""

@@ -104,7 +104,7 @@ def test_any_map_style_dataset_is_data(tmp_path: Path) -> None:
     store = harvest(
         load_model("cleanroom"), from_dataset(pictures, "pictures"), ["line"], Workspace(tmp_path)
     )
-    assert store.provenance.examples[1] == "pictures[1]"
+    assert store.provenance.examples[1] == "example 1"
     words = from_dataset([{"text": "a b"}, {"text": "b"}], "words")
     assert isinstance(words, TextSource)
     assert words.texts == ("a b", "b")

@@ -140,7 +140,7 @@ def harvest(
     loaded = load_model(model, weights)
     source = open_source(data)
     record = _record(model, weights, loaded.hash)
-    lead = os.environ.get("RANK", "0") == "0"
+    lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)
     with progress_bar(f"harvest {model} on {data}", quiet=json or not lead) as progress:
@@ -158,7 +158,7 @@ def harvest(
             compress=compress,
             precision=precision,
             positions=positions,
-            memory=int(memory * 2**30),
+            memory=_bytes(memory),
             workers=workers,
             skip_bad=skip_bad,
             anew=not resume,
@@ -166,6 +166,12 @@ def harvest(
         )
     if lead:
         show_store(store, json)
+
+
+def _bytes(memory: float) -> int:
+    if not 0 < memory < 2**20:
+        raise ValueError(f"memory {memory} must be a number of GiB above 0")
+    return int(memory * 2**30)
 
 
 def _matching(model: Any, text: str) -> list[str]:
@@ -449,6 +455,9 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    """Say why in a line, once for all ranks of `torchrun`, which fail together."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        return code
     line = " ".join(message.split())
     errors.print(f"circuits: {line}", markup=False, highlight=False, style="red")
     return code

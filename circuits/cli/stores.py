@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from typer.exceptions import Exit
 
@@ -100,7 +100,7 @@ def show_store(store: ActivationStore, json: bool) -> None:
         s = store.summary(site.name)
         depth = "summary" + ", full" * (site.name in p.depth.full)
         depth += ", covariance" * (site.name in p.depth.covariance)
-        best = max(filter(math.isfinite, s.maximum.max(0).tolist()), default=math.nan)
+        best = float(np.fmax.reduce(s.maximum, axis=None))
         rows.append(
             (
                 site.name,

@@ -20,30 +20,49 @@ from circuits.units import Site
 class Inputs:
     """A source's examples as a model takes them.
 
+    Args:
+        model: the model.
+        source: the examples.
+        skip_bad: whether texts that the model cannot take are an error only when they are loaded.
+
     Raises:
         ValueError: if the model takes images and the source holds text, or the other way round; or a
             token is not in the model's vocabulary.
     """
 
-    def __init__(self, model: HookedModel, source: Source) -> None:
+    def __init__(self, model: HookedModel, source: Source, skip_bad: bool = False) -> None:
         self.model, self.source = model, source
+        self._bad: dict[int, ValueError] = {}
         wants = "images" if isinstance(model.input, ImageInput) else "tokens"
         if isinstance(model.input, ImageInput) != isinstance(source, ImageSource):
             raise ValueError(f"data {source.spec!r} does not fit: model {model.name} takes {wants}")
         self._length = 0
         if isinstance(source, TextSource):
             assert isinstance(model.input, TokenInput), "checked above"
-            self._tokens = [self._encode(text, model.input) for text in source.texts]
+            self._tokens = [
+                self._encoded(i, text, model.input) for i, text in enumerate(source.texts)
+            ]
+            if self._bad and not (skip_bad and len(self._bad) < len(source)):
+                raise next(iter(self._bad.values()))
             self._length = max(map(len, self._tokens))
+
+    def _encoded(self, example: int, text: str | Sequence[int], spec: TokenInput) -> Tensor:
+        """A text's tokens; none, and a note of the error, if the model cannot take it."""
+        try:
+            return self._encode(text, spec)
+        except ValueError as error:
+            name = self.source.names[example]
+            self._bad[example] = ValueError(f"{name} of {self.source.spec}: {error}")
+            return torch.zeros(0, dtype=torch.int64)
 
     @staticmethod
     def _encode(text: str | Sequence[int], spec: TokenInput) -> Tensor:
         if not isinstance(text, str):  # tokens as they are: what starts them is the data's affair
-            return spec.check(torch.tensor([list(text)[: spec.n_ctx]]))[0]
+            return spec.check(torch.tensor([list(text)[: spec.n_ctx]], dtype=torch.int64))[0]
         tokens = spec.encode(text)
         if spec.bos is not None and tokens[:1] != [spec.bos]:
             tokens = [spec.bos, *tokens]
-        return spec.check(torch.tensor([tokens[: spec.n_ctx]]))[0]
+        return spec.check(torch.tensor([tokens[: spec.n_ctx]], dtype=torch.int64))[0]
 
     def fitted(self, site: Site) -> Site:
         """The site with the number of positions that the longest text has."""
@@ -105,6 +124,8 @@ class Inputs:
         """
         if isinstance(self.source, ImageSource):
             return self._image(example)
+        if example in self._bad:
+            raise self._bad[example]
         return self._tokens[example]
 
     def joined(self, loaded: Sequence[Tensor]) -> Tensor:
@@ -122,10 +143,12 @@ class Inputs:
             return spec.load(image)
         if image.shape == (spec.channels, spec.height, spec.width):
             return image
-        if image.shape[0] != 3 or spec.channels not in (1, 3):
+        if len(image) == 1:
+            image = image.expand(3, -1, -1)
+        if len(image) != 3 or spec.channels not in (1, 3):
             raise ValueError(
-                f"image {source.names[example]!r} has shape {tuple(image.shape)}: the model takes "
-                f"{(spec.channels, spec.height, spec.width)}"
+                f"{source.names[example]!r} has shape {tuple(image.shape)}: the model takes "
+                f"{(spec.channels, spec.height, spec.width)}, other sizes only of 1 or 3 channels"
             )
         return spec.load(to_image(image))
 

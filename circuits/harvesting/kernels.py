@@ -156,7 +156,7 @@ def look(x, places, center, low, scale, histogram, powers):
                 if not np.isfinite(v):
                     continue
                 place = np.floor((v - low[u]) * scale[u]) + np.float32(1)
-                counts[0 if place < 0 else last if place > last else int(place)] += 1
+                counts[int(place) if 0 <= place <= last else 0 if place < 0 else last] += 1
                 d = np.float64(v) - np.float64(center[u])
                 s1 += d
                 s2 += d * d
@@ -170,13 +170,13 @@ def look(x, places, center, low, scale, histogram, powers):
 
 def prepare():
     """Compile, or read from the cache, all loops: before processes are forked that need them."""
-    x, center = np.zeros((1, 2, 3), np.float32), np.zeros(2, np.float32)
+    x, center = np.zeros((2, 2, 3), np.float32), np.zeros(2, np.float32)
     square, least, positive = np.zeros(2), np.zeros(2, np.int32), np.zeros(2, np.int64)
-    found = (np.zeros((1, 2), np.int32), np.zeros((1, 2)), square, least, positive)
+    found = (np.zeros((2, 2), np.int32), np.zeros((2, 2)), square, least, positive)
     units_first(x, x.view(np.int32), center, *found)
     y = np.ascontiguousarray(x.transpose(0, 2, 1))
     units_last(y, y.view(np.int32), center, *found)
     histogram, powers = np.zeros((2, 3), np.int64), np.zeros((4, 2))
-    for activations in (x, y.transpose(0, 2, 1)):
-        places = np.zeros((1, 1), np.int64)
+    places = np.zeros((2, 1), np.int64)
+    for activations in (x, y.transpose(0, 2, 1), y[:1].transpose(0, 2, 1)):
         look(activations, places, center, center, center, histogram, powers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -87,7 +88,7 @@ def harvest(
         workspace: where the store goes.
         record: how the model is loaded, for the app; its name if it is not given.
         batch: examples in one forward pass; as many as `memory` allows, up to `LARGEST_BATCH`, if not
-            given. Results do not depend on it beyond float rounding; a run that goes on keeps its own.
+            given. Results do not depend on it beyond float rounding; a run that goes on keeps its first.
         progress: told the number of examples done and in all.
         full: those of which the whole tensor is kept too.
         covariance: those of which the units' covariance is kept too.
@@ -96,8 +97,9 @@ def harvest(
         precision: what the forward pass computes in.
         positions: at how many positions of an example the histograms look (a seeded sample; all else
             is exact); if not given, so many that each counts `LOOKED_AT` activations; 0 is all.
-        memory: bytes that activations may take; an example must fit.
-        workers: processes; 1 is none but this.
+        memory: bytes that the activations of all processes may take in a forward pass (the shards that
+            they gather come on top: at most two a process, of `FULL_BYTES` each, in float32).
+        workers: processes, if `memory` is enough for so many; 1 is none but this.
         skip_bad: leave out examples that cannot be read, and list them; they stop the harvest else.
         anew: throw away what an earlier run left.
         seed: of the choice of positions.
@@ -117,9 +119,11 @@ def harvest(
         raise ValueError(f"batch {batch} must be at least 1")
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed {seed} must be 0 or more")
     if positions is not None and positions < 0:
         raise ValueError(f"positions {positions} must be 0 (all) or more")
-    inputs = Inputs(model, source)
+    inputs = Inputs(model, source, skip_bad)
     chosen = [inputs.fitted(site) for site in chosen]
     if positions is None:
         positions = max(FEWEST_POSITIONS, math.ceil(LOOKED_AT / len(source)))
@@ -132,9 +136,9 @@ def harvest(
         positions=positions or 2**31,
         seed=seed,
     )
-    count = _workers(model, workers)
     kernels.prepare()
     first = _first_readable(inputs, skip_bad)
+    fitting = _fitting(model, inputs, first, memory)
     provenance = Provenance(
         model=record.spec if record else model.name,
         model_hash=model.hash,
@@ -145,15 +149,18 @@ def harvest(
         input=model.input.describe(),
         version=version("circuits-workbench"),
         depth=depth,
-        batch=batch or _batch(model, inputs, first, memory // count),
+        batch=batch or min(LARGEST_BATCH, fitting),
         shard=_shard(len(source), chosen, depth),
         same=_same(model, inputs, first, chosen),
     )
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
-    if batch is None and not anew and (folder / "provenance.json").exists():
+    if not anew and (folder / "provenance.json").exists():
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
+    count = min(_workers(model, workers), max(1, fitting // provenance.batch))
     plain = ModelRecord(model.name, provenance.model_hash)
+    if not folder.exists():
+        _check_space(provenance, folder, 1.0)  # before anything is written
     work = ShardWork(model, inputs, provenance, folder, skip_bad)
     with Ranks.joined() as ranks:
         with ranks.lead() as lead:
@@ -253,13 +260,18 @@ def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
 
 
 def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
-    each = sum(_bytes_per_example(provenance.sites, provenance.depth))
-    needed = int(each * len(provenance.examples) * share)
-    free = shutil.disk_usage(folder).free
+    n, stored = len(provenance.examples), provenance.stored
+    summary, whole = _bytes_per_example(stored, provenance.depth)
+    chosen = provenance.kept(provenance.depth.covariance)
+    products = sum(8 * n_columns(site) ** 2 for site in stored if site.name in chosen)
+    shards = -(-n // provenance.shard)
+    needed = int(share * (n * (summary + whole) + shards * products)) + n * summary
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise OSError(
-            f"activation store {str(folder)!r} needs about {needed / 1e6:.0f} MB, and the disk has "
-            f"{free / 1e6:.0f} MB left: free space, or name fewer sites"
+            f"activation store {str(folder)!r} needs about {needed / 1e6:.1f} MB, and the disk has "
+            f"{free / 1e6:.1f} MB left: free space, or name fewer sites"
         )
 
 
@@ -277,16 +289,15 @@ def _first_readable(inputs: Inputs, skip_bad: bool) -> Tensor:
     raise ValueError(f"data {inputs.source.spec!r} is empty")
 
 
-def _batch(model: HookedModel, inputs: Inputs, first: Tensor, memory: int) -> int:
+def _fitting(model: HookedModel, inputs: Inputs, first: Tensor, memory: int) -> int:
     """How many examples fit into the memory, all of a model's activations counted."""
     sites = [inputs.fitted(site) for site in model.sites]
     each = 4 * sum(math.prod(site.shape) for site in sites) + 4 * first.numel()
     if each > memory:
         raise ValueError(
-            f"memory {memory} bytes (a worker) is too little: one example of {model.name} takes about "
-            f"{each}"
+            f"memory {memory} bytes is too little: one example of {model.name} takes about {each}"
         )
-    return min(LARGEST_BATCH, memory // each)
+    return memory // each
 
 
 def _same(
@@ -320,6 +331,7 @@ def _references(work: ShardWork) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     count, total = np.zeros(n_units), np.zeros(n_units)
     covariances = provenance.kept(provenance.depth.covariance)
     columns = {s.name: np.zeros(n_columns(s)) for s in sites if s.name in covariances}
+    seen: Counter[str] = Counter()
 
     def look(site: Site, value: Tensor) -> None:
         x, axis = laid_out(site, value)
@@ -329,10 +341,11 @@ def _references(work: ShardWork) -> tuple[dict[str, np.ndarray], dict[str, np.nd
         least[here] = np.minimum(least[here], clean.amin(over).cpu().numpy())
         most[here] = np.maximum(most[here], clean.amax(over).cpu().numpy())
         count[here] += finite.sum(over).cpu().numpy()
-        total[here] += clean.sum(over).double().cpu().numpy()
+        total[here] += clean.double().sum(over).cpu().numpy()
         if site.name in columns:
             rows = as_rows(site, value).double().nan_to_num(0.0, 0.0, 0.0)
-            columns[site.name] += rows.mean(0).cpu().numpy() / REFERENCE_EXAMPLES
+            columns[site.name] += rows.mean(0).cpu().numpy()
+            seen[site.name] += 1
 
     n = len(provenance.examples)
     examples = sorted({i * n // REFERENCE_EXAMPLES for i in range(REFERENCE_EXAMPLES)})
@@ -345,7 +358,10 @@ def _references(work: ShardWork) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     low, high = histogram_range(least, most)
     center = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
     fixed = {"center": center, "low": low, "high": high}
-    return fixed, {k: v.astype(np.float32).astype(np.float64) for k, v in columns.items()}
+    return fixed, {
+        name: (total / max(1, seen[name])).astype(np.float32).astype(np.float64)
+        for name, total in columns.items()
+    }
 
 
 def find_stores(workspace: Workspace, model_hash: str) -> Iterator[ActivationStore]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ AHEAD = 2
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Let torch compute with one thread on a CPU: sums then come out the same on every machine."""
+    """Let torch compute with one thread on a CPU: sums then come out the same with any number."""
     if device.type != "cpu":
         yield
         return
@@ -62,8 +62,20 @@ class ShardWork:
         """One forward pass, up to the last site, in the precision asked for."""
         kind, device = self.provenance.depth.precision, self.model.device.type
         half = kind != "float32"
-        with torch.autocast(device, getattr(torch, kind)) if half else nullcontext():
+        if not half:
             self.model.observe(inputs, looks, self.model.last(looks))
+            return
+
+        def wide(look: Look) -> Look:
+            def see(value: Tensor) -> None:
+                with torch.autocast(device, enabled=False):  # statistics are not the model's
+                    look(value)
+
+            return see
+
+        with torch.autocast(device, getattr(torch, kind)):
+            seen = {name: wide(look) for name, look in looks.items()}
+            self.model.observe(inputs, seen, self.model.last(looks))
 
     def loaded(self, examples: range, size: int) -> Iterator[tuple[dict[int, str], Tensor | None]]:
         """The examples in batches, decoded ahead in a thread.

@@ -71,6 +71,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
+        IndexError,  # a file of text
         RuntimeError,
         EOFError,
         zipfile.BadZipFile,

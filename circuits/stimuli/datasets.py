@@ -49,31 +49,47 @@ def from_dataset(
     if n == 0:
         raise ValueError(f"dataset {name} is empty")
     first = _part(dataset[0], column, name)
-    names = tuple(f"{name}[{i}]" for i in range(n))
+    names = tuple(f"example {i}" for i in range(n))
 
     def example(i: int) -> Any:
-        return _part(dataset[i], column, name)
+        try:
+            return _part(dataset[i], column, name)
+        except Exception as error:  # whatever a person's own code raises
+            raise ValueError(
+                f"{names[i]} of {name} cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     if _is_text(first):
         texts = tuple(_tokens(example(i)) for i in range(n))
-        digest = _digest(identity, lambda i: repr(texts[i]).encode(), n)
+        digest = _digest(identity, column, lambda i: repr(texts[i]).encode(), n)
         return TextSource(name, names, digest, texts)
 
     def image(i: int) -> Image.Image | torch.Tensor:
-        return as_image(example(i), names[i])
+        return as_image(example(i), f"{names[i]} of {name}")
 
-    image(0)  # say at once if it is none
-    return ImageSource(name, names, _digest(identity, lambda i: _bytes(image(i)), n), image)
+    as_image(first, f"{names[0]} of {name}")  # say at once if it is none
+    digest = _digest(identity, column, lambda i: _bytes_or_error(image, i), n)
+    return ImageSource(name, names, digest, image)
 
 
-def _digest(identity: str | None, content: Callable[[int], bytes], n: int) -> str:
+def _digest(
+    identity: str | None, column: str | int | None, content: Callable[[int], bytes], n: int
+) -> str:
     digest = hashlib.sha256(b"dataset\0")
     if identity is not None:
-        digest.update(f"{n}\0{identity}".encode())
+        digest.update(f"{n}\0{column}\0{identity}".encode())
         return digest.hexdigest()
     for i in range(n):
         digest.update(hashlib.sha256(content(i)).digest())
     return digest.hexdigest()
+
+
+def _bytes_or_error(image: Callable[[int], Any], i: int) -> bytes:
+    """What stands for an example in a hash; a harvest will refuse, or skip, what cannot be read."""
+    try:
+        return _bytes(image(i))
+    except ValueError as error:
+        return str(error).encode()
 
 
 def _bytes(image: Image.Image | torch.Tensor) -> bytes:
@@ -127,7 +143,7 @@ def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
         return to_rgb(item)
     if not isinstance(item, np.ndarray | torch.Tensor):
         raise ValueError(
-            f"example {name} is of type {type(item).__name__}: expected a picture, a tensor, a text or "
+            f"{name} is of type {type(item).__name__}: expected a picture, a tensor, a text or "
             "tokens"
         )
     values = torch.as_tensor(np.ascontiguousarray(np.asarray(item)))
@@ -137,18 +153,16 @@ def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
         values = values.movedim(2, 0)
     if values.ndim != 3:
         raise ValueError(
-            f"example {name} has shape {tuple(item.shape)}: expected an image, channel x y x x"
+            f"{name} has shape {tuple(item.shape)}: expected an image, channel x y x x"
         )
     if values.dtype == torch.uint8:
         values = values.float() / 255
     elif not values.is_floating_point():
-        raise ValueError(
-            f"example {name} has type {values.dtype}: expected bytes, or floats in 0..1"
-        )
+        raise ValueError(f"{name} has type {values.dtype}: expected bytes, or floats in 0..1")
     values = values.float()
     if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
         raise ValueError(
-            f"example {name} has values {float(values.min()):.3g} to {float(values.max()):.3g}: "
+            f"{name} has values {float(values.min()):.3g} to {float(values.max()):.3g}: "
             "expected 0 to 1 (preprocessing is the model's)"
         )
     return values[:3] if values.shape[0] == 4 else values
@@ -191,7 +205,9 @@ def _array(place: Path, key: str) -> np.ndarray:
                 raise ValueError(f"it has arrays {', '.join(names)}: name one, npz:PATH:KEY")
             return loaded[wanted]
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise ValueError(f"array file {str(place)!r} cannot be read: {error}") from error
+        pickled = "pickle" in str(error)
+        why = "it is no .npy or .npz file, or holds objects" if pickled else error
+        raise ValueError(f"array file {str(place)!r} cannot be read: {why}") from error
 
 
 def open_hugging_face(path: str) -> ImageSource | TextSource:
@@ -219,8 +235,9 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
             f"{', '.join(map(str, dataset))}"
         )
+    spec = f"hf:{place.resolve()}" + (f":{column}" if column else "")
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
-    return from_dataset(dataset, f"hf:{place.resolve()}", column or None, identity=fingerprint)
+    return from_dataset(dataset, spec, column or None, identity=fingerprint)
 
 
 def _file_digest(path: Path) -> str:

@@ -184,7 +184,9 @@ def _python(name: str) -> Source:
     made = call_factory("data", name)
     if isinstance(made, ImageSource | TextSource):
         return made
-    return from_dataset(made, f"python:{name}")
+    file, _, function = name.partition(":")
+    place = str(Path(file).resolve()) if file.endswith(".py") else file
+    return from_dataset(made, f"python:{place}:{function}")
 
 
 _OPENERS: dict[str, Callable[[], Source]] = {

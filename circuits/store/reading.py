@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -166,8 +166,10 @@ class ActivationStore:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """The recorded sites by name."""
-        return {site.name: site for site in self.provenance.sites}
+        """The recorded sites by name, other names too."""
+        sites = self.provenance.sites
+        aliases = {alias: site for site in sites for alias in site.aliases}
+        return aliases | {site.name: site for site in sites}
 
     def _site(self, name: str) -> Site:
         if name not in self.sites:
@@ -218,7 +220,7 @@ class ActivationStore:
     def _place(self, unit: Unit) -> int:
         """Where a unit is among those of all stored sites."""
         index = self._site(unit.site).unit(unit.index).index
-        return self.provenance.places[unit.site].start + index
+        return self.provenance.places[self._site(unit.site).name].start + index
 
     def statistics(self, unit: Unit) -> UnitStatistics:
         """A unit over the whole dataset.
@@ -316,23 +318,27 @@ class ActivationStore:
 
     # --- whole activations, covariance -----------------------------------------------------------
 
-    def rows(self, site: str) -> Rows:
+    def rows(self, site: str, damaged: Literal["refuse", "skip"] = "refuse") -> Rows:
         """The whole activations of a site.
+
+        Args:
+            site: which.
+            damaged: whether to leave out the rows of shards that are missing or cannot be read.
 
         Raises:
             KeyError: if the site was not recorded at full depth.
             ValueError: if a shard is missing or damaged.
         """
-        depth = self.provenance.depth
-        if site not in depth.full:
-            raise unknown("site at full depth", self._site(site).name, depth.full)
+        depth, name = self.provenance.depth, self._site(site).name
+        if name not in depth.full:
+            raise unknown("site at full depth", name, depth.full)
         files = [self.folder / shard_name(i) for i in range(len(self._shards))]
         try:
-            return Rows(files, self.stored_as(site))
+            return Rows(files, self.stored_as(name), damaged)
         except (OSError, KeyError) as error:
             raise ValueError(
                 f"activation store {str(self.folder)!r} has a missing or damaged shard ({error}): run "
-                "the same harvest again"
+                "the same harvest again, or read the others with damaged='skip'"
             ) from error
 
     @property
@@ -346,9 +352,9 @@ class ActivationStore:
             KeyError: if they were not asked for when the store was made.
             ValueError: if no row of the site is finite.
         """
-        kept = self.provenance.depth.covariance
+        kept, site = self.provenance.depth.covariance, self._site(site).name
         if site not in kept:
-            raise unknown("site with covariance", self._site(site).name, kept)
+            raise unknown("site with covariance", site, kept)
         with self._statistics() as file:
             group = file[f"covariance/{self.stored_as(site)}"]
             n = int(group["count"][()])

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,6 +15,9 @@ from circuits.store.hdf5 import opened
 
 MIXED = 16
 """How many blocks of rows a shuffled stream mixes."""
+
+MAPPED = 256
+"""Of how many shards the files stay open."""
 
 BLOCK = 4096
 """Rows of one block of a shuffled stream."""
@@ -52,6 +55,10 @@ class _Part:
         count = shape[0] * shape[1]
         offset = self._offsets[row, column]
         return np.frombuffer(self._map, self.dtype, count, offset).reshape(shape)
+
+    def release(self) -> None:
+        """Close the file until it is read again."""
+        self.__dict__.pop("_map", None)
 
     def take(self, rows: Int[np.ndarray, " row"], out: np.ndarray) -> None:
         """Write some rows, in increasing order, into `out`."""
@@ -91,11 +98,23 @@ class Rows:
     Args:
         paths: the shards.
         site: the group in them.
+        damaged: whether shards that cannot be read are left out.
+
+    Raises:
+        OSError, KeyError: if a shard cannot be read, or, with `skip`, none can.
     """
 
-    def __init__(self, paths: Sequence[Path], site: str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], site: str, damaged: Literal["refuse", "skip"] = "refuse"
+    ) -> None:
         self.site = site
-        self._parts = [_Part(path, site) for path in paths]
+        self._parts: list[_Part] = []
+        for path in paths:
+            try:
+                self._parts.append(_Part(path, site))
+            except (OSError, KeyError):
+                if damaged == "refuse" or (path == paths[-1] and not self._parts):
+                    raise
         self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
 
     def __len__(self) -> int:
@@ -138,6 +157,8 @@ class Rows:
         for i, part in enumerate(self._parts):
             where = slice(int(cuts[i]), int(cuts[i + 1]))
             part.take(ordered[where] - self._starts[i], out[where])
+            if len(self._parts) > MAPPED:
+                part.release()
         back = np.empty_like(out)
         back[order] = out
         return back

@@ -194,9 +194,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def clear(folder: Path) -> None:
-    """Delete a store's files."""
-    for name in ("provenance.json", "*.jsonl", "*.h5"):  # first what makes the others a store
+def clear(folder: Path, *names: str) -> None:
+    """Delete a store's files, all or those that match."""
+    for name in names or ("provenance.json", "*.jsonl", "*.h5"):  # first what makes it a store
         for path in folder.glob(name):
             path.unlink()
 
@@ -246,13 +246,15 @@ class StoreWriter:
         Shards that a killed run had renamed, but not noted, count if they can be read.
         """
         lines, _ = read_manifest(self.folder)
-        found = {}
+        found: dict[str, Line] = {}
         for name, rows in self._expected():
             line = lines.get(name) or self._adopted(name, rows)
             if line is not None and line.rows == rows and line.intact(self.folder):
                 found[name] = line
-        if "reference.h5" not in found:
-            found = {}  # shards are sums about what it holds
+            else:  # a damaged file must not be taken for one that was only not noted
+                (self.folder / name).unlink(missing_ok=True)
+            if name == "reference.h5" and name not in found:
+                clear(self.folder, "shard-*.h5", "statistics.h5")  # sums about what it held
         if len(found) < len(self._expected()):
             found.pop("statistics.h5", None)
         self.note_all(found.values())
@@ -264,11 +266,14 @@ class StoreWriter:
 
     def _adopted(self, name: str, rows: tuple[int, int] | None) -> Line | None:
         path = self.folder / name
-        if rows is None or not path.is_file():
+        if name == "statistics.h5" or not path.is_file():
             return None
         try:
             with opened(path) as file:
-                whole = tuple(file.attrs["rows"]) == rows and _complete(file, self.provenance)
+                if rows is None:
+                    whole = all(f"summary/{name}" in file for name in FIXED)
+                else:
+                    whole = tuple(file.attrs["rows"]) == rows and _complete(file, self.provenance)
         except (OSError, KeyError, RuntimeError):
             return None
         return Line(name, file_hash(path), rows) if whole else None

@@ -119,7 +119,8 @@ def histogram_range(
     low = np.where(seen, np.clip(2.0 * least.astype(np.float64), -top, 0.0), 0.0)
     high = np.where(seen, np.clip(2.0 * most.astype(np.float64), 0.0, top), 1.0)
     low, high = low.astype(np.float32), high.astype(np.float32)
-    return low, np.where(high > low, high, low + np.float32(1.0)).astype(np.float32)
+    wide = high - low > 1e-30  # bins of narrower ranges have no width in float32
+    return low, np.where(wide, high, low + np.float32(1.0)).astype(np.float32)
 
 
 def skewness_and_kurtosis(powers: Float[np.ndarray, " power"], n: int) -> tuple[float, float]:
