@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--data", default="photos")
     parser.add_argument("--sites", default="*")
-    parser.add_argument("--full", default="mixed3b,mixed3a")
+    parser.add_argument("--full", default="conv2d0,conv2d1,mixed3a,mixed3b")
     args = parser.parse_args()
     kills, lost, changed, restarts = args.n or args.kills, 0, 0, 0
     moments = random.Random(args.seed)
@@ -80,7 +80,7 @@ def main() -> None:
                 command(args, place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
-                process.wait(moments.uniform(0.3, 1.0) * duration)
+                process.wait(moments.uniform(0.2, 1.0) * duration)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

@@ -21,7 +21,15 @@ SIGN = np.int32(31)
 
 def compiled(**options):
     """Compile a function with numba; what a type checker has wrapped around it is taken off first."""
-    return lambda function: numba.njit(**options)(inspect.unwrap(function))
+
+    def compile(function):
+        plain = inspect.unwrap(function)
+        try:
+            return numba.njit(cache=True, **options)(plain)
+        except RuntimeError:  # no folder can be written to keep what was compiled
+            return numba.njit(**options)(plain)
+
+    return compile
 
 
 def ordered(bits):
@@ -37,7 +45,7 @@ def ordered(bits):
 _ordered = compiled(inline="always")(ordered)
 
 
-@compiled(nogil=True, cache=True)
+@compiled(nogil=True)
 def _first(bits, start, key):
     """Where `key` is first found, from `start` on."""
     while True:  # whole pieces are compared at once
@@ -53,7 +61,7 @@ def _first(bits, start, key):
     return start
 
 
-@compiled(fastmath=True, nogil=True, cache=True)
+@compiled(fastmath=True, nogil=True)
 def units_first(x, bits, center, argmax, total, square, least, positive):
     """Statistics of activations, example x unit x position, positions side by side.
 
@@ -94,7 +102,7 @@ def units_first(x, bits, center, argmax, total, square, least, positive):
             positive[u] += above
 
 
-@compiled(fastmath=True, nogil=True, cache=True)
+@compiled(fastmath=True, nogil=True)
 def units_last(x, bits, center, argmax, total, square, least, positive):
     """The same of activations that lie example x position x unit."""
     n_places, n_units = x.shape[1], x.shape[2]
@@ -134,7 +142,7 @@ def units_last(x, bits, center, argmax, total, square, least, positive):
                 positive[first + u] += above[u]
 
 
-@compiled(nogil=True, cache=True)
+@compiled(nogil=True)
 def look(x, places, center, low, scale, histogram, powers):
     """Count activations at some positions (example x place, numbers of positions) by their size.
 

@@ -33,7 +33,7 @@ from circuits.workspace import ModelRecord, Workspace
 REFERENCE_EXAMPLES = 6
 """How many examples, spread over the data, fix the histograms' edges and the centers of sums."""
 
-LOOKED_AT = 4096
+LOOKED_AT = 2048
 """How many activations of a unit its histogram counts, at least, if there are so many."""
 
 FEWEST_POSITIONS = 8
@@ -151,7 +151,7 @@ def harvest(
         depth=depth,
         batch=batch or min(LARGEST_BATCH, fitting),
         shard=_shard(len(source), chosen, depth),
-        same=_same(model, inputs, first, chosen),
+        same=_same(model, chosen),
     )
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
@@ -300,11 +300,9 @@ def _fitting(model: HookedModel, inputs: Inputs, first: Tensor, memory: int) -> 
     return memory // each
 
 
-def _same(
-    model: HookedModel, inputs: Inputs, first: Tensor, sites: Sequence[Site]
-) -> dict[str, str]:
+def _same(model: HookedModel, sites: Sequence[Site]) -> dict[str, str]:
     """Sites whose tensor is that of an earlier one: TransformerLens shows many under two names."""
-    cache = model.run(first, read=sites, until=model.last(sites))
+    cache = model.run(model.input.example(2), read=sites, until=model.last(sites))
     known: dict[object, str] = {}
     same = {}
     for site in sites:
