@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from circuits.harvesting import kernels
 from circuits.harvesting.inputs import Inputs
-from circuits.harvesting.observing import as_rows, laid_out, n_columns
+from circuits.harvesting.observing import n_columns
 from circuits.harvesting.ranks import Ranks
-from circuits.harvesting.shardwork import ShardWork, one_thread
-from circuits.harvesting.workers import share_out
+from circuits.harvesting.references import references
+from circuits.harvesting.shardwork import ShardWork
+from circuits.harvesting.workers import Send, share_out
 from circuits.models.adapter import HookedModel
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore, Provenance
 from circuits.store.provenance import Depth, Layout, Precision, run_name
 from circuits.store.shards import StoreWriter, locked
-from circuits.store.summaries import histogram_range
 from circuits.units import Site
 from circuits.workspace import ModelRecord, Workspace
-
-REFERENCE_EXAMPLES = 6
-"""How many examples, spread over the data, fix the histograms' edges and the centers of sums."""
 
 LOOKED_AT = 2048
 """How many activations of a unit its histogram counts, at least, if there are so many."""
@@ -199,19 +194,22 @@ def _harvest(
         with ranks.lead() as lead:
             if lead:
                 stack.enter_context(locked(folder, provenance, anew))
-                missing, finished = _prepared(work, writer)
+                missing, finished = _prepared(work, writer, workers)
         missing, finished = ranks.shared((missing, finished))
         done = total - sum(len(writer.shards[i]) for i in missing)
         if progress and ranks.rank == 0:
             progress(done, total)
         if finished:
             return
-        own = replace(work, manifest=f"manifest-{ranks.rank}.jsonl")
+
+        def make(process: int | None, shards: Sequence[int], told: Send) -> None:
+            name = f"manifest-{ranks.rank}" + ("" if process is None else f"-{process}")
+            replace(work, manifest=f"{name}.jsonl").make(shards, told)
+
         with ranks.together():
             scale = ranks.size if ranks.rank == 0 else 0  # rank 0 speaks for all
-            share_out(
-                own, missing[ranks.rank :: ranks.size], workers, _told(progress, done, total, scale)
-            )
+            told = _told(progress, done, total, scale)
+            share_out(missing[ranks.rank :: ranks.size], workers, make, told)
         with ranks.lead() as lead:
             if lead:
                 writer.finish()
@@ -231,7 +229,7 @@ def _told(progress: Progress | None, before: int, total: int, scale: int) -> Cal
     return told
 
 
-def _prepared(work: ShardWork, writer: StoreWriter) -> tuple[list[int], bool]:
+def _prepared(work: ShardWork, writer: StoreWriter, workers: int) -> tuple[list[int], bool]:
     """The shards that are missing, once all that they share is there; whether nothing is."""
     there = writer.intact()
     names = [f"shard-{i:05d}.h5" for i in range(len(writer.shards))]
@@ -240,7 +238,7 @@ def _prepared(work: ShardWork, writer: StoreWriter) -> tuple[list[int], bool]:
         return [], True
     _check_space(work.provenance, writer.folder, len(missing) / len(names))
     if "reference.h5" not in there:
-        writer.add_reference(*_references(work))
+        writer.add_reference(*references(work, workers))
     return missing, False
 
 
@@ -318,48 +316,6 @@ def _same(model: HookedModel, sites: Sequence[Site]) -> dict[str, str]:
         if value.numel() and known.setdefault(place, site.name) != site.name:
             same[site.name] = known[place]
     return same
-
-
-def _references(work: ShardWork) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Centers and histogram edges from a few examples, one at a time: the same whatever the batch."""
-    provenance = work.provenance
-    sites, places = provenance.stored, provenance.places
-    n_units = sum(site.n_units for site in sites)
-    least, most = np.full(n_units, np.inf), np.full(n_units, -np.inf)
-    count, total = np.zeros(n_units), np.zeros(n_units)
-    covariances = provenance.kept(provenance.depth.covariance)
-    columns = {s.name: np.zeros(n_columns(s)) for s in sites if s.name in covariances}
-    seen: Counter[str] = Counter()
-
-    def look(site: Site, value: Tensor) -> None:
-        x, axis = laid_out(site, value)
-        here, over = places[site.name], (0, axis)
-        finite = x.isfinite()
-        clean = x if bool(finite.all()) else torch.where(finite, x, 0.0)
-        least[here] = np.minimum(least[here], clean.amin(over).cpu().numpy())
-        most[here] = np.maximum(most[here], clean.amax(over).cpu().numpy())
-        count[here] += finite.sum(over).cpu().numpy()
-        total[here] += clean.double().sum(over).cpu().numpy()
-        if site.name in columns:
-            rows = as_rows(site, value).double().nan_to_num(0.0, 0.0, 0.0)
-            columns[site.name] += rows.mean(0).cpu().numpy()
-            seen[site.name] += 1
-
-    n = len(provenance.examples)
-    examples = sorted({i * n // REFERENCE_EXAMPLES for i in range(REFERENCE_EXAMPLES)})
-    with one_thread(work.model.device):
-        for example in examples:
-            for _, ready in work.loaded(range(example, example + 1), size=1):
-                if ready is not None:
-                    looks = {s.name: lambda value, s=s: look(s, value) for s in sites}
-                    work.forward(ready, looks)
-    low, high = histogram_range(least, most)
-    center = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
-    fixed = {"center": center, "low": low, "high": high}
-    return fixed, {
-        name: (total / max(1, seen[name])).astype(np.float32).astype(np.float64)
-        for name, total in columns.items()
-    }
 
 
 def find_stores(workspace: Workspace, model_hash: str) -> Iterator[ActivationStore]:

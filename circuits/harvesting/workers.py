@@ -1,4 +1,4 @@
-"""Sharing out shards among processes of this machine (layer 4).
+"""Sharing out work among processes of this machine (layer 4).
 
 Processes are forked: they have the model and the data at once, share the weights' memory, and each
 computes with one thread. That is faster than one process with all threads, whose layers are too small
@@ -14,14 +14,16 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
-from circuits.harvesting.shardwork import ShardWork
-
-_ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
+# of glibc's mallopt: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
+_GIVEN_BACK = (
+    16 << 20
+)  # pieces of memory of this size go back at once, so that peaks do not creep up
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
@@ -29,26 +31,36 @@ class WorkerLostError(RuntimeError):
     """A worker ended before its work was done, and could not say why."""
 
 
-def share_out(
-    work: ShardWork, shards: Sequence[int], workers: int, told: Callable[[int], None]
-) -> None:
-    """Make some shards, with so many processes; with this one alone where that is one or none can be.
+Send = Callable[[Any], object]
+"""Says something to the process that shared the work out."""
+
+Job = Callable[[int | None, Sequence[int], Send], object]
+"""Does some items: which process it is (None: the one that shares out), its items, how to speak."""
+
+
+def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None:
+    """Do some items, with so many processes; with this one alone where that is one or none can be.
+
+    Args:
+        items: numbers of what is to be done.
+        workers: how many processes.
+        job: does some of them; what it sends must not be None.
+        heard: called in this process with all that is sent, in no particular order.
 
     Raises:
         WorkerLostError: if a worker was killed.
     """
-    n = min(workers, len(shards))
+    n = min(workers, len(items))
     if n <= 1 or sys.platform != "linux":
-        work.make(shards, told)
+        job(None, items, heard)
         return
     context = get_context("fork")
     channels: dict[Connection, BaseProcess] = {}
     try:
         for i in range(n):
             ours, theirs = context.Pipe(duplex=False)
-            own = replace(work, manifest=work.manifest.replace(".jsonl", f"-{i}.jsonl"))
             process = context.Process(
-                target=_work, args=(own, list(shards[i::n]), theirs, os.getpid()), daemon=True
+                target=_work, args=(job, i, list(items[i::n]), theirs, os.getpid()), daemon=True
             )
             with warnings.catch_warnings():
                 # from Python 3.12: workers do nothing with what other threads might hold
@@ -56,7 +68,7 @@ def share_out(
                 process.start()
             theirs.close()
             channels[ours] = process
-        _listen(channels, told)
+        _listen(channels, heard)
     finally:
         for channel, process in channels.items():
             process.kill()
@@ -64,7 +76,7 @@ def share_out(
             channel.close()
 
 
-def _listen(channels: dict[Connection, BaseProcess], told: Callable[[int], None]) -> None:
+def _listen(channels: dict[Connection, BaseProcess], heard: Send) -> None:
     """Pass on what workers say until all are done."""
     open_channels = set(channels)
     while open_channels:
@@ -85,20 +97,22 @@ def _listen(channels: dict[Connection, BaseProcess], told: Callable[[int], None]
             if said is None:
                 open_channels.discard(channel)
             else:
-                told(said)
+                heard(said)
 
 
-def _work(work: ShardWork, shards: list[int], channel: Connection, parent: int) -> None:
-    """What a worker does; its only way to speak is the channel: numbers, an error, or None at the end."""
+def _work(job: Job, process: int, items: list[int], channel: Connection, parent: int) -> None:
+    """What a worker does; its only way to speak is the channel: news, an error, or None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     libc = ctypes.CDLL(None)
     libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     libc.mallopt(_ARENA_MAX, 1)  # the writing thread gives back to where the computing one takes
+    libc.mallopt(_MMAP_THRESHOLD, _GIVEN_BACK)
+    libc.mallopt(_TRIM_THRESHOLD, _GIVEN_BACK)
     gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
     if os.getppid() != parent:
         os._exit(1)
     try:
-        work.make(shards, channel.send)
+        job(process, items, channel.send)
         channel.send(None)
     except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
         try:

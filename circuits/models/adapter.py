@@ -310,7 +310,8 @@ class HookedModel:
                 continue
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            if flat.numel():
+                digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __repr__(self) -> str:
