@@ -10,6 +10,7 @@ import streamlit as st
 from PIL import Image, ImageDraw
 
 from apps import session
+from apps.pictures import pictures_of
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
@@ -53,7 +54,13 @@ def range_panel(
                 st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
         return
     field = session.field_of(model, unit.site, model_hash)
-    for i, (column, examples) in enumerate(zip(st.columns(TENTHS), tenths, strict=True)):
+    high, *columns, low = st.columns(TENTHS + 2)
+    made = pictures_of(unit, model_hash)
+    for column, kind in ((high, "positive"), (low, "negative")):
+        column.caption(f"made: {kind}")
+        if made[kind]:
+            column.image(str(made[kind][0].path), width="stretch")
+    for i, (column, examples) in enumerate(zip(columns, tenths, strict=True)):
         column.caption(_share(i))
         for example in examples:
             _image(column, model.input, inputs, example, field, whole=False)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import streamlit as st
-from PIL import Image
 
 from apps import session
-from circuits.featurevis.render import visualize
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
 from circuits.models.topology import INPUT
 from circuits.plots import histogram_figure, kernels_figure, predictions_figure
 from circuits.stimuli.images import ImageSource
@@ -21,54 +14,7 @@ from circuits.store import ActivationStore
 from circuits.units import Unit
 from circuits.weights import Connection
 
-PICTURE_STEPS, PICTURE_WIDTH = 128, 260
 STRONGEST = 24  # examples offered first for an ablation
-
-
-def picture_panel(model: HookedModel, unit: Unit, model_hash: str) -> None:
-    """The unit's feature visualization, or a button that makes it."""
-    st.subheader("What excites it most")
-    if not isinstance(model.input, ImageInput):
-        st.caption("Feature visualization needs image inputs; this model takes tokens.")
-        return
-    place = session.workspace()
-    found = place.pictures(model_hash, unit)
-    if found:
-        _show_picture(found[0])
-        return
-    st.caption("No picture yet.")
-    if st.button("Make the picture", key="make-picture"):
-        bar = st.progress(0.0, f"{PICTURE_STEPS} steps of gradient ascent")
-        picture = visualize(
-            model,
-            unit,
-            steps=PICTURE_STEPS,
-            progress=lambda done, total: bar.progress(done / total),
-        )
-        path = place.picture_path(model_hash, unit, PICTURE_STEPS, picture.image.shape[-1], 0)
-        picture.save(path)
-        bar.empty()
-        _show_picture(path)
-
-
-def _show_picture(path: Path) -> None:
-    with Image.open(path) as image:
-        facts = _facts(getattr(image, "text", {}).get("circuits", ""))
-        st.image(image.resize((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS))
-    if {"activation", "start_activation", "steps", "seed"} <= set(facts):
-        st.caption(
-            f"Mean activation {facts['activation']:.3g}; the random start gave "
-            f"{facts['start_activation']:.3g}. {facts['steps']} steps, seed {facts['seed']}."
-        )
-
-
-def _facts(text: str) -> dict[str, Any]:
-    """A picture's metadata; none if it carries none that can be read."""
-    try:
-        facts = json.loads(text)
-    except ValueError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def statistics_panel(store: ActivationStore, unit: Unit) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps import examples, panels, session
+from apps import examples, panels, pictures, session
 from circuits.models.adapter import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -55,7 +55,7 @@ def _show_model(record: ModelRecord) -> None:
     having = {s.provenance.data: s for s in stores if site in s.sites}
     _heading(model, unit, record.hash)
     if not having:
-        panels.picture_panel(model, unit, record.hash)
+        pictures.picture_panel(model, unit, record.hash, None)
         st.info(
             f"No activations of {site} yet: "
             f"`circuits harvest {record.spec} --data DATA --sites {site}`"
@@ -80,15 +80,18 @@ def _heading(model: HookedModel, unit: Unit, model_hash: str) -> None:
 
 
 def _show_unit(model: HookedModel, store: ActivationStore, unit: Unit, model_hash: str) -> None:
-    left, right = st.columns([1, 2])
-    with left:
-        panels.picture_panel(model, unit, model_hash)
-    with right:
-        panels.statistics_panel(store, unit)
+    inputs, trouble = None, ""
     try:
         inputs = session.inputs_of(model, store)
     except TROUBLE as error:
-        st.warning(f"The examples cannot be shown: {_line(error)}")
+        trouble = _line(error)
+    left, right = st.columns([1, 2])
+    with left:
+        pictures.picture_panel(model, unit, model_hash, inputs)
+    with right:
+        panels.statistics_panel(store, unit)
+    if inputs is None:
+        st.warning(f"The examples cannot be shown: {trouble}")
         panels.weights_panel(model, unit, model_hash)
         return
     examples.examples_panel(model, store, unit, inputs, model_hash)

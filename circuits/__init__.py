@@ -3,7 +3,14 @@
 from circuits.edits.effects import EditReport, measure
 from circuits.edits.operators import scale, zero
 from circuits.edits.recipes import Recipe, edited
-from circuits.featurevis.render import Picture, visualize, visualize_units
+from circuits.featurevis import comparisons, objectives
+from circuits.featurevis.embeddings import Dream, dream
+from circuits.featurevis.natural import NaturalImages
+from circuits.featurevis.objectives import Objective
+from circuits.featurevis.pictures import Picture
+from circuits.featurevis.reliability import Reliability, natural_responses, reliability
+from circuits.featurevis.render import Settings, visualize, visualize_units
+from circuits.featurevis.sheets import Sheet, render_sheet
 from circuits.harvesting import Inputs, harvest
 from circuits.models.adapter import ActivationCache, HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
@@ -21,25 +28,37 @@ __all__ = [
     "ActivationStore",
     "Connection",
     "Direction",
+    "Dream",
     "EditReport",
     "HookedModel",
     "ImageInput",
     "Inputs",
+    "NaturalImages",
+    "Objective",
     "Picture",
     "Recipe",
+    "Reliability",
+    "Settings",
+    "Sheet",
     "Site",
     "TokenInput",
     "Unit",
     "Workspace",
+    "comparisons",
+    "dream",
     "edited",
     "from_dataset",
     "harvest",
     "incoming",
     "load_model",
     "measure",
+    "natural_responses",
+    "objectives",
     "open_source",
     "outgoing",
     "read_image",
+    "reliability",
+    "render_sheet",
     "scale",
     "visualize",
     "visualize_units",

@@ -132,12 +132,15 @@ def _pictures(model: HookedModel, site: str, indices: range, workspace: Workspac
     units = [model.site(site).unit(i) for i in indices]
     model_hash = model.hash
     paths = {
-        u: workspace.picture_path(model_hash, u, PICTURE_STEPS, PICTURE_SIZE, 0) for u in units
+        str(u): workspace.picture_path(
+            model_hash, str(u), f"{PICTURE_STEPS}steps-{PICTURE_SIZE}px-seed0"
+        )
+        for u in units
     }
-    missing = [u for u in units if not paths[u].exists()]
+    missing = [u for u in units if not paths[str(u)].exists()]
     for batch in batches(len(missing), 32):
         chosen = [missing[i] for i in batch]
         for picture in visualize_units(model, chosen, steps=PICTURE_STEPS, size=PICTURE_SIZE):
-            picture.save(paths[picture.unit])
+            picture.save(paths[str(picture.unit)])
     what = f"pictures of {site}:{indices.start} to {indices.stop - 1}"
-    return Row(model.name, what, f"{len(units)} units", str(paths[units[0]].parent))
+    return Row(model.name, what, f"{len(units)} units", str(paths[str(units[0])].parent))

@@ -2,7 +2,9 @@
 
 <root>/<model hash, 16 digits>/model.json          how to load the model again
                               /<dataset hash>/…     activation stores
-                              /pictures/            feature visualizations and their metadata
+                              /pictures/            feature visualizations, metadata inside
+                              /sheets/<site>-<how>/  neuron sheets
+       natural-images/<dataset hash>-<shape>.safetensors   colours and spectrum of a dataset
 """
 
 from __future__ import annotations
@@ -104,15 +106,24 @@ class Workspace:
         for path in sorted(self.root.glob("*/*/*/provenance.json")):
             yield path.parent
 
-    def picture_path(self, model_hash: str, unit: Unit, steps: int, size: int, seed: int) -> Path:
-        """Where the picture of a unit made with these settings is kept."""
-        name = f"{_file_name(unit)}-{steps}steps-{size}px-seed{seed}.png"
+    def picture_path(self, model_hash: str, target: str, how: str) -> Path:
+        """Where the picture of a unit or objective, made one way, is kept."""
+        name = f"{_file_name(target)}-{how}.png"
         return self.model_folder(model_hash) / "pictures" / name
+
+    def sheets_folder(self, model_hash: str) -> Path:
+        """Where the neuron sheets of a model are, each in a folder of its own."""
+        return self.model_folder(model_hash) / "sheets"
+
+    def natural_path(self, data_hash: str, shape: tuple[int, int, int]) -> Path:
+        """Where the statistics of a dataset's images of a shape (channels, height, width) are kept."""
+        size = "x".join(map(str, shape))
+        return self.root / "natural-images" / f"{data_hash[:DIGITS]}-{size}.safetensors"
 
     def pictures(self, model_hash: str, unit: Unit) -> list[Path]:
         """The pictures of a unit, newest first."""
         folder = self.model_folder(model_hash) / "pictures"
-        found = folder.glob(f"{glob.escape(_file_name(unit))}-*.png")
+        found = folder.glob(f"{glob.escape(_file_name(str(unit)))}-*.png")
         return sorted(found, key=lambda path: -path.stat().st_mtime)
 
 
@@ -126,5 +137,5 @@ def _read_record(path: Path) -> ModelRecord | None:
     return record if texts and isinstance(record.weights, str | None) else None
 
 
-def _file_name(unit: Unit) -> str:
-    return f"{unit.site}:{unit.index}".replace("%", "%25").replace("/", "%2F")
+def _file_name(target: str) -> str:
+    return target.replace("%", "%25").replace("/", "%2F")[:160]

@@ -27,7 +27,7 @@ def built(tmp_path_factory) -> Workspace:
     model = load_model("cleanroom")
     harvest(model, open_source("curves"), ["line"], place, ModelRecord("cleanroom", model.hash))
     picture = visualize(model, "line:2", steps=3)
-    picture.save(place.picture_path(model.hash, picture.unit, 3, 64, 0))
+    picture.save(place.picture_path(model.hash, "line:2", "3steps-64px-seed0"))
     heads = load_model("induction")
     source = open_source("repeats")
     assert isinstance(source, TextSource)
@@ -87,7 +87,7 @@ def test_ablation_shows_its_baseline_and_is_undone(built: Workspace, monkeypatch
 
 
 def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
-    monkeypatch.setattr("apps.panels.PICTURE_STEPS", 2)
+    monkeypatch.setattr("apps.pictures.STEPS", 2)
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="9")
     assert "No picture yet" in text(test)
     test.button(key="make-picture").click().run()

@@ -5,69 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from circuits.edits.operators import zero
 from circuits.edits.recipes import edited
-from circuits.featurevis.gradients import _RedirectedReLU, redirected_relus
-from circuits.featurevis.parameterizations import fourier_image
-from circuits.featurevis.render import visualize, visualize_units
-from circuits.featurevis.transforms import RandomView
+from circuits.featurevis.gradients import Optimizing, _RedirectedReLU
+from circuits.featurevis.natural import NaturalImages
+from circuits.featurevis.objectives import channel
+from circuits.featurevis.pictures import read_facts
+from circuits.featurevis.render import Settings, visualize, visualize_units
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from tests.conftest import seeded
-
-
-def test_fourier_image_by_definition() -> None:
-    made = fourier_image(2, 1, 6, 8, torch.Generator().manual_seed(0))
-    (spectrum,) = made.parameters
-    values = torch.zeros(2, 6, 8, dtype=torch.float64)
-    for v in range(6):
-        for u in range(8):
-            fy, fx = (v if v <= 3 else v - 6) / 6, (u if u <= 4 else u - 8) / 8
-            scale = (6 * 8) ** 0.5 / max((fy**2 + fx**2) ** 0.5, 1 / 8) / 4
-            # the missing half of a real image's spectrum is the conjugate of the other
-            a, b = (v, u) if u <= 4 else (-v % 6, 8 - u)
-            coefficient = torch.view_as_complex(spectrum.detach().double())[:, 0, a, b]
-            coefficient = coefficient if u <= 4 else coefficient.conj()
-            y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
-            phase = 2 * torch.pi * (v * y / 6 + u * x / 8)
-            wave = torch.polar(torch.ones(6, 8), phase).to(torch.complex128)
-            values += (coefficient[:, None, None] * scale * wave).real / (6 * 8)
-    # columns 0 and 4 carry both halves themselves: irfft2 keeps only their Hermitian part
-    torch.testing.assert_close(made.image()[:, 0].double(), values.sigmoid(), atol=1e-5, rtol=0)
-
-
-def test_random_view_without_randomness_is_the_identity() -> None:
-    images = torch.rand(2, 3, 12, 20)
-    still = RandomView(jitter=0.0, scales=(1.0, 1.0), degrees=0.0)
-    torch.testing.assert_close(still(images, torch.Generator()), images, atol=1e-5, rtol=0)
-
-
-def test_random_view_keeps_shapes_square_when_the_image_is_not() -> None:
-    image = torch.zeros(1, 1, 40, 80)
-    image[..., 18:22, 30:50] = 1  # a bar along x, 4 x 20
-    turned = RandomView(jitter=0.0, scales=(1.0, 1.0), degrees=90.0)
-
-    # find a seed whose turn is close to a quarter
-    for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
-        angle = (torch.rand(1, 4, generator=generator) * 2 - 1)[0, 1].item() * 90
-        if abs(abs(angle) - 90) < 1:
-            break
-    out = turned(image, torch.Generator().manual_seed(seed))[0, 0] > 0.5
-    rows, columns = out.any(1).sum().item(), out.any(0).sum().item()
-    assert abs(rows - 20) <= 2, "the bar keeps its length in pixels"
-    assert columns <= 6
-
-
-def test_random_view_gradient_is_right() -> None:
-    view = RandomView(jitter=1.0)
-    images = torch.rand(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x: view(x, torch.Generator().manual_seed(3)), (images,), atol=1e-6
-    )
 
 
 def test_redirected_relu_helps_only_dead_examples() -> None:
@@ -78,18 +29,25 @@ def test_redirected_relu_helps_only_dead_examples() -> None:
     assert x.grad.tolist() == [[0.0, -1.0], [-1.0, -1.0]]
 
 
-def _fail_inside(net: nn.Sequential) -> None:
-    with redirected_relus(net):
-        assert not net[0].inplace
-        raise RuntimeError("inside")
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
+def test_local_response_norm_is_torchs(size: int) -> None:
+    x = torch.randn(2, 7, 3, 4, dtype=torch.float64, requires_grad=True)
+    expected = F.local_response_norm(x, size, 0.5, 0.6, 2.0)
+    with Optimizing(waking=False):
+        found = F.local_response_norm(x, size, 0.5, 0.6, 2.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    want, got = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (expected, found))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
-def test_redirected_relus_restore_the_modules() -> None:
-    net = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU())
-    with pytest.raises(RuntimeError, match="inside"):
-        _fail_inside(net)
-    assert [m.inplace for m in net] == [True, False]
-    assert not net[0]._forward_hooks
+def test_waking_holds_for_functions_and_modules_and_ends() -> None:
+    x = torch.full((1, 2), -1.0, requires_grad=True)
+    for relu in (nn.ReLU(), nn.ReLU(inplace=True), F.relu, torch.relu, torch.Tensor.relu):
+        with Optimizing(waking=True):
+            (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
+        assert gradient.tolist() == [[-1.0, -1.0]], relu
+        (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
+        assert gradient.tolist() == [[0.0, 0.0]], "as before"
 
 
 def test_a_silent_unit_wakes_up() -> None:
@@ -105,7 +63,7 @@ def test_a_silent_unit_wakes_up() -> None:
 
 def test_edits_hold_while_silent_units_are_woken(own_net: HookedModel) -> None:
     x = own_net.input.example(1)
-    with edited(own_net, [zero("relu:0")]), redirected_relus(own_net.module):
+    with edited(own_net, [zero("relu:0")]), Optimizing(waking=True):
         assert not own_net.run(x, read=["relu"])["relu"][:, 0].any()
 
 
@@ -159,11 +117,16 @@ def test_saved_picture_carries_its_metadata(own_net: HookedModel, tmp_path: Path
         ({"unit": "relu:1", "seed": 10**20}, ValueError, "seed 10"),
         ({"unit": "relu:1", "seed": -1}, ValueError, "seed -1"),
         ({"unit": "relu:1", "size": 4}, ValueError, "expected 8 to 4096"),
+        ({"unit": "relu:1", "param": "waves"}, KeyError, "unknown param"),
+        ({"unit": "relu:1", "param": "maco"}, ValueError, "needs the spectrum"),
+        ({"unit": "relu:1", "views": 0}, ValueError, "views 0"),
+        ({"unit": "relu:1", "learning_rate": 0.0}, ValueError, "learning_rate 0"),
+        ({"unit": "relu:1", "thresholds": (999,)}, ValueError, "threshold 999"),
     ],
 )
 def test_bad_requests_are_named(own_net: HookedModel, options, error, message) -> None:
     with pytest.raises(error, match=message):
-        visualize(own_net, **options)
+        visualize(own_net, options.pop("unit"), **options)
 
 
 def test_tokens_have_no_pictures(bridge: HookedModel) -> None:
@@ -182,7 +145,11 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("nan", "not a finite number"), ("cut", "no gradient")]
+    ("how", "message"),
+    [
+        ("nan", "not a finite number at step 1: the first site with NaN or infinity is conv"),
+        ("cut", "no gradient"),
+    ],
 )
 def test_broken_models_are_named(how: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -196,3 +163,159 @@ def test_googlenet_curve_unit_shows_its_curve(assets: Path) -> None:
     assert picture.activation > 100 * max(picture.start, 0.1), (
         "as strong as the best photographs' maxima"
     )
+
+
+class Patches(nn.Module):
+    """The shape of a vision transformer: patches, attention over them, no map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.mlp = nn.Linear(16, 32)
+        self.gelu = nn.GELU()
+        self.out = nn.Linear(32, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=2)
+        x = x + (q @ k.transpose(1, 2) / 4).softmax(2) @ v
+        x = x + self.out(self.gelu(self.mlp(x)))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "unit"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3)), (1, 28, 28), "3:5"),
+        (nn.Sequential(nn.Conv2d(12, 6, 3), nn.ReLU()), (12, 32, 32), "1:2"),
+        (nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU()), (3, 24, 60), "1:1"),
+        (Patches(), (3, 32, 48), "gelu:7"),
+        (Patches(), (3, 32, 32), "head:3"),
+    ],
+    ids=["mnist-shaped", "twelve channels", "not square", "vit mlp", "vit logit"],
+)  # fmt: skip
+def test_any_shape_of_model_needs_no_flags(net: nn.Module, shape, unit: str) -> None:
+    model = HookedModel(seeded(net, 3), shape)
+    plain, diverse = (
+        visualize(model, unit, steps=40),
+        visualize_units(model, [unit], steps=8, diverse=2),
+    )
+    assert plain.image.shape == shape
+    assert plain.activation > plain.start
+    assert len(diverse) == 2
+    assert visualize(model, unit, steps=20, negative=True).activation < plain.activation
+
+
+@pytest.mark.slow
+def test_cifar_resnet(assets: Path) -> None:
+    model = load_model("cifar10-resnet20")
+    excited = visualize(model, "layer3.0.relu2:11", steps=48)
+    least = visualize(model, "layer3.0.relu2:11", steps=48, negative=True)
+    assert excited.activation > 2 * excited.start
+    assert least.objective == "-layer3.0.bn2:11", "the part of the sum that the block computes"
+    assert least.activation < least.start
+
+
+def test_negative_is_the_unit_before_its_relu(own_net: HookedModel) -> None:
+    picture = visualize(own_net, "relu:3", steps=30, negative=True)
+    assert picture.objective == "-stem:3"
+    assert picture.activation < picture.start
+    x = own_net.input.normalize(picture.image[None])
+    value = own_net.run(x, read=["stem"])["stem"][0, 3].mean().item()
+    assert value == pytest.approx(picture.activation, rel=1e-3)
+
+
+def test_a_picture_does_not_depend_on_its_company(own_net: HookedModel) -> None:
+    alone = visualize(own_net, "relu:3", steps=6)
+    among = visualize_units(own_net, ["relu:1", "block.conv@1:6", "relu:3"], steps=6)[2]
+    torch.testing.assert_close(among.image, alone.image, atol=1e-4, rtol=0)
+
+
+def test_thresholds_stops_and_progress(own_net: HookedModel) -> None:
+    told: list[int] = []
+    whole = visualize(own_net, "relu:3", steps=10, thresholds=(4, 10))
+    assert sorted(whole.at) == [4, 10]
+    assert torch.equal(whole.at[10], whole.image)
+
+    def stop(done: int, total: int) -> bool:
+        told.append(done)
+        return done < 4
+
+    stopped = visualize(own_net, "relu:3", steps=10, progress=stop)
+    assert (stopped.steps, told) == (4, [1, 2, 3, 4])
+    assert torch.equal(stopped.image, whole.at[4])
+
+
+def test_diverse_pictures_are_less_alike() -> None:
+    model = load_model("shapes")
+    unit, site = "mixed3b:200", model.site("mixed3b")
+
+    def alike(images: Tensor) -> float:
+        x = model.run(model.input.normalize(images), read=[site])[site].flatten(2)
+        gram = F.normalize((x @ x.transpose(1, 2)).flatten(1), dim=1)
+        return float((gram @ gram.T - torch.eye(len(gram))).sum() / (len(gram) * (len(gram) - 1)))
+
+    diverse = torch.stack([p.image for p in visualize_units(model, [unit], steps=48, diverse=3)])
+    seeds = torch.stack([visualize(model, unit, steps=48, seed=s).image for s in range(3)])
+    assert alike(diverse) < alike(seeds) - 0.1
+
+
+def test_maco_keeps_the_spectrum_of_natural_images() -> None:
+    model = load_model("shapes")
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 64, 64, generator=generator) for _ in range(4)]
+    natural = NaturalImages.fit(images, "noise", "00")
+    picture = visualize(model, "mixed3a:100", steps=12, param="maco", natural=natural)
+    values = 0.5 + torch.logit(picture.image.double()) / 4 - natural.mean.double()[:, None, None]
+    uncorrelated = torch.einsum("cd,dhw->chw", torch.linalg.inv(natural.root.double()), values)
+    found = torch.fft.rfft2(uncorrelated, norm="ortho").abs()
+    inner = found[:, 1:32, 1:32], natural.magnitude[:, 1:32, 1:32].double()
+    torch.testing.assert_close(*inner, atol=1e-3, rtol=1e-3)
+    assert picture.alpha is not None
+    assert picture.to_pil().mode == "RGBA"
+    assert picture.activation > picture.start
+
+
+def test_transparency_is_optimised_too() -> None:
+    model = load_model("shapes")
+    picture = visualize(model, "mixed3b:200", steps=24, alpha=True)
+    assert picture.alpha is not None
+    assert picture.alpha.std() > 0.05, "some of it matters more than the rest"
+
+
+def test_webp_carries_its_metadata(own_net: HookedModel, tmp_path: Path) -> None:
+    picture = visualize(own_net, "relu:3", steps=3)
+    picture.save(tmp_path / "a.webp", {"more": 1})
+    assert read_facts(tmp_path / "a.webp") == picture.metadata() | {"more": 1}
+    with pytest.raises(ValueError, match=r"must end in \.png or \.webp"):
+        picture.save(tmp_path / "a.jpg")
+
+
+def test_settings_and_their_keys_follow_each_other(own_net: HookedModel) -> None:
+    spec = own_net.input
+    same = Settings(size=(40, 56)).key(spec), Settings().key(spec)
+    assert same[0] == same[1]
+    assert (
+        len({Settings(**o).key(spec) for o in ({}, {"seed": 1}, {"steps": 9}, {"alpha": True})})
+        == 4
+    )
+
+
+def test_objectives_can_be_visualized(own_net: HookedModel) -> None:
+    both = channel(own_net, "relu:1") + 0.5 * channel(own_net, "relu:2")
+    picture = visualize(own_net, both, steps=12)
+    assert picture.unit is None
+    assert picture.objective == "(relu:1 + (relu:2 * 0.5))"
+    assert picture.activation > picture.start
+
+
+@pytest.mark.slow
+def test_bfloat16_pictures_report_in_float32() -> None:
+    model = load_model("shapes")
+    half = visualize(model, "mixed3b:200", steps=4, precision="bfloat16")
+    x = model.input.normalize(half.image[None])
+    value = model.run(x, read=["mixed3b"])["mixed3b"][0, 200].mean().item()
+    assert value == pytest.approx(half.activation, rel=1e-3, abs=1e-3)

@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
+from circuits.cli.arguments import (
+    DataOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    UnitArgument,
+    WeightsOption,
+    WorkspaceOption,
+    record_of,
+)
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
+from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
 from circuits.store.provenance import Layout, Precision
@@ -28,28 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(stores, name="store")
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
-]
-UnitArgument = Annotated[str, typer.Argument(help="A unit, SITE:INDEX, e.g. mixed3b:335.")]
-WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", help="The model's weights file (.safetensors or .pt).")
-]
-WorkspaceOption = Annotated[
-    Path | None,
-    typer.Option("--workspace", help="Folder for results (default: $CIRCUITS_WORKSPACE or cache)."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
-        "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
-    ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+app.command()(visualize)
 
 
 @app.command()
@@ -139,7 +129,7 @@ def harvest(
     place = Workspace.default(workspace).writable()
     loaded = load_model(model, weights)
     source = open_source(data)
-    record = _record(model, weights, loaded.hash)
+    record = record_of(model, weights, loaded.hash)
     lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)
@@ -210,55 +200,6 @@ def _note_stale(place: Workspace, record: ModelRecord, source: Any) -> None:
                     f"({before[:16]}, now {now[:16]}): a new store is made"
                 )
                 return
-
-
-def _record(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
-    """How to load the model again, from any folder."""
-    scheme, _, rest = spec.partition(":")
-    path = Path(rest.partition(":")[0])
-    if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
-        spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
-    return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
-
-
-@app.command()
-def visualize(
-    model: ModelArgument,
-    unit: UnitArgument,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The PNG to write (default: into the workspace).")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of optimisation.")] = 256,
-    size: Annotated[
-        int | None, typer.Option(help="Pixels along each side (default: the model's).")
-    ] = None,
-    seed: SeedOption = 0,
-    weights: WeightsOption = None,
-    workspace: WorkspaceOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Make the image that excites a unit most."""
-    from circuits.featurevis.render import visualize as run
-    from circuits.files import check_writable
-    from circuits.models.loading import load_model
-
-    place = Workspace.default(workspace)
-    check_writable(out.parent if out else place.root, "folder")
-    loaded = load_model(model, weights)
-    with progress_bar(f"visualize {unit}", quiet=json) as progress:
-        picture = run(loaded, unit, steps=steps, size=size, seed=seed, progress=progress)
-    if out is None:
-        place.register(_record(model, weights, loaded.hash))
-        pixels = picture.image.shape[-1]
-        out = place.picture_path(loaded.hash, picture.unit, steps, pixels, seed)
-    picture.save(out)
-    if json:
-        show_json({"out": str(out), **picture.metadata()})
-        return
-    say(
-        f"{picture.unit}: mean activation {picture.activation:.4g} after {steps} steps "
-        f"(start: {picture.start:.4g}, seed {seed}) -> {out}"
-    )
 
 
 @app.command()

@@ -1,46 +1,450 @@
-"""What a picture is optimised for (layer 4)."""
+"""What a picture is optimised for: objectives that add and multiply (layer 4).
+
+An objective gives one number an image, higher is better. They are made from a model, so that what it
+does not have is an error at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.units import Site, Unit
+from circuits.models.sites import unit_activations
+from circuits.units import Direction, Site, Unit, unknown
 
 
-@dataclass(frozen=True)
-class ChannelObjective:
-    """Image i of a batch excites unit i: its mean activation over positions.
+@dataclass(frozen=True, eq=False)
+class Response:
+    """What a model does with a batch of inputs.
 
     Attributes:
-        units: one a image.
-        sites: their sites.
+        inputs: images in 0..1 before they are transformed, or embeddings.
+        activations: site -> its tensor.
     """
 
-    units: tuple[Unit, ...]
-    sites: tuple[Site, ...]
+    inputs: Float[Tensor, "batch *rest"]
+    activations: Mapping[str, Tensor]
 
-    @classmethod
-    def of(cls, model: HookedModel, units: Sequence[str | Unit]) -> ChannelObjective:
-        """The objective for units of a model.
+    def part(self, start: int, stop: int) -> Response:
+        """The response to some of the inputs."""
+        cut = {name: value[start:stop] for name, value in self.activations.items()}
+        return Response(self.inputs[start:stop], cut)
 
-        Raises:
-            KeyError: if a site is unknown.
-            ValueError: if there is no unit, or one that its site lacks.
-        """
-        if not units:
-            raise ValueError("units is empty: name at least one unit")
-        found = tuple(model.unit(u) for u in units)
-        return cls(found, tuple(model.site(u.site) for u in found))
 
-    def value(self, cache: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
-        """Each image's value: higher is better."""
-        values = []
-        for i, (unit, site) in enumerate(zip(self.units, self.sites, strict=True)):
-            values.append(cache[site.name][i].select(site.unit_axis - 1, unit.index).mean())
-        return torch.stack(values)
+Value = Callable[[Response], Float[Tensor, " batch"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A number for each image of a batch, to be made as large as can be.
+
+    `+`, `-`, `*` and `/` work on values, with numbers too; `sum` works.
+
+    Attributes:
+        text: how it is written, for people and metadata.
+        sites: the sites whose tensors it needs.
+        value: makes the numbers.
+    """
+
+    text: str
+    sites: tuple[str, ...]
+    value: Value
+
+    def _with(
+        self, other: Objective | float, sign: str, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> Objective:
+        if not isinstance(other, Objective):
+            number = float(other)
+            own = self.value
+            return Objective(
+                f"({self.text} {sign} {number:g})",
+                self.sites,
+                lambda r: combine(own(r), torch.as_tensor(number)),
+            )
+        a, b = self.value, other.value
+        sites = tuple(dict.fromkeys((*self.sites, *other.sites)))
+        return Objective(f"({self.text} {sign} {other.text})", sites, lambda r: combine(a(r), b(r)))
+
+    def __add__(self, other: Objective | float) -> Objective:
+        return self._with(other, "+", torch.add)
+
+    def __radd__(self, other: Objective | float) -> Objective:
+        return self if other == 0 else self + other  # `sum` starts at 0
+
+    def __sub__(self, other: Objective | float) -> Objective:
+        return self._with(other, "-", torch.sub)
+
+    def __rsub__(self, other: float) -> Objective:
+        return -self + other
+
+    def __mul__(self, other: Objective | float) -> Objective:
+        return self._with(other, "*", torch.mul)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Objective | float) -> Objective:
+        return self._with(other, "/", torch.div)
+
+    def __neg__(self) -> Objective:
+        value = self.value
+        return Objective(f"-{self.text}", self.sites, lambda r: -value(r))
+
+
+def mean(objectives: Sequence[Objective]) -> Objective:
+    """The mean of several objectives.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not objectives:
+        raise ValueError("objectives is empty: name at least one")
+    return reduce(lambda a, b: a + b, objectives) / len(objectives)
+
+
+def side_by_side(parts: Sequence[tuple[Objective, int]]) -> Objective:
+    """Each objective for its own images of a batch: the first for the first so many, and so on."""
+    sites = tuple(dict.fromkeys(name for objective, _ in parts for name in objective.sites))
+
+    def value(response: Response) -> Tensor:
+        found, start = [], 0
+        for objective, n in parts:
+            found.append(objective.value(response.part(start, start + n)))
+            start += n
+        return torch.cat(found)
+
+    return Objective(" | ".join(o.text for o, _ in parts), sites, value)
+
+
+# --- units and directions ------------------------------------------------------------------------
+
+
+def _unit_values(site: Site, value: Tensor, index: int) -> Float[Tensor, "batch *position"]:
+    """One unit's activations; a head's is the norm of its output."""
+    own = value.select(site.unit_axis, index)
+    if "d_head" not in site.axes:
+        return own
+    axes = [a for i, a in enumerate(site.axes) if i != site.unit_axis]
+    return own.norm(dim=axes.index("d_head"))
+
+
+def _mean_over_positions(values: Float[Tensor, "batch *position"]) -> Float[Tensor, " batch"]:
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+def channel(model: HookedModel, unit: str | Unit) -> Objective:
+    """A unit's mean activation over positions.
+
+    Raises:
+        KeyError: if its site is unknown.
+        ValueError: if the site has no such unit.
+    """
+    found = model.unit(unit)
+    site = model.site(found.site)
+    return Objective(
+        str(found),
+        (site.name,),
+        lambda r: _mean_over_positions(_unit_values(site, r.activations[site.name], found.index)),
+    )
+
+
+def _at(
+    site: Site, values: Float[Tensor, "batch *position"], position: Sequence[int] | None
+) -> Tensor:
+    """The values at a position, the middle if none is given.
+
+    Raises:
+        ValueError: if there is no such position.
+    """
+    for axis, length in enumerate(values.shape[1:]):
+        i = length // 2 if position is None else position[axis]
+        if not 0 <= i < length:
+            raise ValueError(
+                f"position {tuple(position or ())} is outside the map of {site.name}, "
+                f"{' x '.join(map(str, values.shape[1:]))} on this image"
+            )
+        values = values.narrow(axis + 1, i, 1)
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+def _checked(site: Site, position: Sequence[int] | None) -> None:
+    if position is not None and len(position) != len(site.position_axes):
+        raise ValueError(
+            f"position {tuple(position)} does not fit {site.name}: expected "
+            f"({', '.join(site.position_axes)})"
+        )
+
+
+def neuron(
+    model: HookedModel, unit: str | Unit, position: Sequence[int] | None = None
+) -> Objective:
+    """A unit's activation at one position (y, x); the middle if none is given.
+
+    Raises:
+        KeyError: if its site is unknown.
+        ValueError: if the site has no such unit, or the position does not fit it.
+    """
+    found = model.unit(unit)
+    site = model.site(found.site)
+    _checked(site, position)
+    where = "" if position is None else f" at {tuple(position)}"
+    return Objective(
+        f"neuron {found}{where}",
+        (site.name,),
+        lambda r: _at(site, _unit_values(site, r.activations[site.name], found.index), position),
+    )
+
+
+def logit(model: HookedModel, target: int | str) -> Objective:
+    """The model's output for a class, by number or name.
+
+    Raises:
+        KeyError: if there is no class of that name.
+        ValueError: if the number is out of range or the model has no site of logits.
+    """
+    sites = [site for site in model.sites if site.kind == "logit"]
+    if not sites:
+        raise ValueError(f"model {model.name} has no site of logits")
+    if isinstance(target, str):
+        if target not in model.classes:
+            raise unknown(f"class of {model.name}", target, model.classes)
+        target = model.classes.index(target)
+    return channel(model, sites[-1].unit(target))
+
+
+def _aligned(
+    site: Site, value: Tensor, vector: Tensor, power: float
+) -> Float[Tensor, "batch position"]:
+    """At each position the dot product with a vector (unit, or unit x position) times a power of the
+    cosine, which counts as 0.1 at least.
+    """
+    units = unit_activations(site, value)
+    wanted = vector.to(units)
+    dot = torch.einsum("bup,up->bp" if wanted.ndim > 1 else "bup,u->bp", units, wanted)
+    if power == 0:
+        return dot
+    norms = units.norm(dim=1) * wanted.norm(dim=0)
+    return dot * (dot / norms.clamp_min(1e-6)).clamp_min(0.1) ** power
+
+
+def _checked_power(power: float) -> None:
+    if not 0 <= power < 100:
+        raise ValueError(f"cosine_power {power} must be 0 or more (and below 100)")
+
+
+def _directed(
+    model: HookedModel, direction: str | Direction
+) -> tuple[Site, Float[Tensor, " unit"]]:
+    if isinstance(direction, str):
+        name = direction.replace(" ", "").split("*")[-1].split(":")[0].lstrip("+-")
+        direction = Direction.parse(direction, model.site(name).n_units)
+    site = model.site(direction.site)
+    if len(direction.vector) != site.n_units:
+        raise ValueError(
+            f"direction in {site.name} has {len(direction.vector)} weights: expected {site.n_units}"
+        )
+    return site, direction.vector
+
+
+def direction(
+    model: HookedModel,
+    direction: str | Direction,
+    cosine_power: float = 0.0,
+    position: Sequence[int] | None = None,
+) -> Objective:
+    """A direction's dot product, times a power of the cosine, averaged over positions (or at one).
+
+    `dot * max(0.1, cosine)^power` as in lucid: with a power, the picture is the direction's alone
+    rather than of anything large.
+
+    Raises:
+        KeyError: if its site is unknown.
+        ValueError: if it does not fit the site, or the power or position is not valid.
+    """
+    _checked_power(cosine_power)
+    site, vector = _directed(model, direction)
+    _checked(site, position)
+
+    def value(r: Response) -> Tensor:
+        found = _aligned(site, r.activations[site.name], vector, cosine_power)
+        if position is None:
+            return found.mean(1)
+        shape = _map_shape(site, r.activations[site.name])
+        return _at(site, found.unflatten(1, shape), position)
+
+    power = f" cosine^{cosine_power:g}" if cosine_power else ""
+    return Objective(f"direction in {site.name}{power}", (site.name,), value)
+
+
+def _map_shape(site: Site, value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
+
+
+def spatial_direction(
+    model: HookedModel,
+    site: str,
+    vectors: Float[Tensor, "unit *position"],
+    cosine_power: float = 0.0,
+) -> Objective:
+    """A direction of its own at each position: their dot products, averaged over positions.
+
+    Args:
+        model: the model.
+        site: where.
+        vectors: unit x position, of the map that the image gives.
+        cosine_power: as for `direction`.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if the vectors do not fit it, or the power is not valid.
+    """
+    found = model.site(site)
+    _checked_power(cosine_power)
+    if vectors.shape[0] != found.n_units or vectors.ndim != 1 + len(found.position_axes):
+        raise ValueError(
+            f"vectors of shape {tuple(vectors.shape)} do not fit {found.name}: expected "
+            f"({found.n_units}, {', '.join(found.position_axes)})"
+        )
+    flat = vectors.detach().flatten(1)
+
+    def value(r: Response) -> Tensor:
+        tensor = r.activations[found.name]
+        shape = _map_shape(found, tensor)
+        if shape != tuple(vectors.shape[1:]):
+            raise ValueError(
+                f"vectors have positions {tuple(vectors.shape[1:])}, the image gives {shape}"
+            )
+        return _aligned(found, tensor, flat, cosine_power).mean(1)
+
+    return Objective(f"spatial direction in {found.name}", (found.name,), value)
+
+
+def deepdream(model: HookedModel, site: str) -> Objective:
+    """The mean square of a site's activations: more of whatever is there (Mordvintsev et al. 2015).
+
+    Raises:
+        KeyError: if the site is unknown.
+    """
+    found = model.site(site)
+    return Objective(
+        f"deepdream {found.name}",
+        (found.name,),
+        lambda r: r.activations[found.name].flatten(1).square().mean(1),
+    )
+
+
+def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Objective:
+    """From one unit to another over the images of a batch: the first shows one, the last the other.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if a site has no such unit.
+    """
+    a, b = channel(model, first), channel(model, last)
+
+    def value(r: Response) -> Tensor:
+        share = torch.linspace(0, 1, len(r.inputs)).to(r.inputs)
+        return (1 - share) * a.value(r) + share * b.value(r)
+
+    return Objective(f"interpolation {a.text} to {b.text}", (*a.sites, *b.sites), value)
+
+
+def as_objective(model: HookedModel, target: str | Unit | Direction | Objective) -> Objective:
+    """What is meant by a target: an objective as it is, a unit's channel, a direction, a site's deepdream.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if it is none of these, or does not fit the model.
+    """
+    if isinstance(target, Objective):
+        return target
+    if isinstance(target, Direction):
+        return direction(model, target)
+    if isinstance(target, Unit):
+        return channel(model, target)
+    if ":" not in target:
+        return deepdream(model, target)
+    return direction(model, target) if set(target) & set("+* ") else channel(model, target)
+
+
+# --- what an image should not have, or images have in common ---------------------------------------
+
+
+def _of_inputs(text: str, value: Callable[[Tensor], Tensor]) -> Objective:
+    return Objective(text, (), lambda r: value(r.inputs))
+
+
+def total_variation() -> Objective:
+    """Mean absolute difference of neighbouring pixels; to be subtracted."""
+
+    def value(images: Tensor) -> Tensor:
+        down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
+        across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
+        return down + across
+
+    return _of_inputs("total variation", value)
+
+
+def l1(constant: float = 0.5) -> Objective:
+    """Mean absolute difference of pixels from a constant; to be subtracted."""
+    return _of_inputs("L1", lambda images: (images - constant).abs().flatten(1).mean(1))
+
+
+def l2(constant: float = 0.5) -> Objective:
+    """Root mean square difference of pixels from a constant; to be subtracted."""
+    return _of_inputs(
+        "L2", lambda images: ((images - constant).square().flatten(1).mean(1) + 1e-12).sqrt()
+    )
+
+
+def diversity(model: HookedModel, site: str) -> Objective:
+    """How alike an image's style is to that of the others of its batch, -1 to 1; to be subtracted.
+
+    The mean cosine between Gram matrices of the site's units over positions (Olah et al. 2017; lucid's
+    `diversity`, which is to be subtracted as well). 0 for a single image.
+
+    Raises:
+        KeyError: if the site is unknown.
+    """
+    found = model.site(site)
+
+    def value(r: Response) -> Tensor:
+        units = unit_activations(found, r.activations[found.name])
+        gram = torch.einsum("bup,bvp->buv", units, units).flatten(1)
+        gram = F.normalize(gram, dim=1, eps=1e-8)
+        alike = gram @ gram.T
+        others = max(1, len(alike) - 1)
+        return (alike.sum(1) - alike.diagonal()) / others
+
+    return Objective(f"diversity {found.name}", (found.name,), value)
+
+
+def alignment(model: HookedModel, site: str, reach: float = 2.0) -> Objective:
+    """How different an image's activations are from its neighbours' in the batch; to be subtracted.
+
+    Mean squared difference, halved with every step away in the batch (`reach` ** -distance), so that a
+    series of pictures, e.g. an interpolation, lines up (lucid: `alignment`).
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if `reach` is not above 1.
+    """
+    if not reach > 1:
+        raise ValueError(f"reach {reach} must be above 1")
+    found = model.site(site)
+
+    def value(r: Response) -> Tensor:
+        flat = r.activations[found.name].flatten(1)
+        squares = (flat[:, None] - flat[None]).square().mean(2)
+        at = torch.arange(len(flat))
+        distance = (at[:, None] - at[None]).abs().to(flat)
+        weight = torch.where(distance > 0, reach**-distance, torch.zeros_like(distance))
+        return (weight * squares).sum(1)
+
+    return Objective(f"alignment {found.name}", (found.name,), value)

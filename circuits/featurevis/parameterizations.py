@@ -1,17 +1,29 @@
-"""Images as functions of the numbers that are optimised (layer 4)."""
+"""Images as functions of the numbers that are optimised (layer 4).
+
+`Values` are unbounded and can be added, which is how images share parts; `squashed` makes pictures
+in 0..1 of them. `maco` has its own way to a picture.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Tensor
 
-COLOR_CORRELATION = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
-"""Square root of the covariance of colours in ImageNet, as lucid has it (Olah et al. 2017)."""
+from circuits.featurevis.natural import COLOR_CORRELATION, NaturalImages, normalised_colors
+
+Shape = tuple[int, int, int, int]
+"""Images, channels, height, width."""
+
+Device = torch.device | str
+
+SD = 0.01
+"""Standard deviation of what images start from, as in lucid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,56 +33,230 @@ class Parameterization:
     Attributes:
         parameters: what the optimiser changes.
         image: makes the images from them, in 0..1.
+        learning_rate: that suits them.
+        alpha: makes how opaque each pixel is, in 0..1, if that is optimised too.
+        traced: opacity is the sum of the gradient's size over the steps (MACO).
     """
 
     parameters: list[Tensor]
     image: Callable[[], Float[Tensor, "batch channel h w"]]
+    learning_rate: float = 0.1
+    alpha: Callable[[], Float[Tensor, "batch 1 h w"]] | None = None
+    traced: bool = False
 
 
-def fourier_image(
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    generator: Generator,
-    sd: float = 0.01,
-    device: torch.device | None = None,
-) -> Parameterization:
-    """Images by their spectrum, so that a step changes all scales alike (Olah et al. 2017).
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Unbounded values of images, as functions of parameters.
 
-    Amplitudes are divided by the frequency, as in natural images; three channels are decorrelated
-    colours. Conventions of lucid: initial sd 0.01, scale 1 / max(f, 1 / max(h, w)), division by 4,
-    then a sigmoid.
+    Attributes:
+        parameters: what the optimiser changes.
+        values: makes the values.
+        learning_rate: that suits the parameters.
+    """
+
+    parameters: list[Tensor]
+    values: Callable[[], Float[Tensor, "batch channel h w"]]
+    learning_rate: float = 0.1
+
+    def __add__(self, other: Values) -> Values:
+        """The sum, image by image; a single image is shared by all of the other's."""
+        rate = min(self.learning_rate, other.learning_rate)
+        return Values(
+            [*self.parameters, *other.parameters], lambda: self.values() + other.values(), rate
+        )
+
+
+def drawn(
+    shape: Sequence[int],
+    seed: int,
+    streams: Sequence[int],
+    device: Device = "cpu",
+    uniform: bool = False,
+) -> Tensor:
+    """Random numbers, each image from its own stream: they do not depend on its company.
 
     Args:
-        batch: how many images.
-        channels: of each.
-        height: in pixels.
-        width: in pixels.
-        generator: draws the start; each image from its own stream, so that it does not depend on
-            what it is optimised together with.
-        sd: of the starting spectrum.
-        device: where to work.
+        shape: of one image's numbers.
+        seed: of all.
+        streams: one number an image; equal numbers give equal images.
+        device: where they go; they are drawn on the CPU, the same for every device.
+        uniform: from -pi to pi instead of normal.
     """
+    found = []
+    for stream in streams:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        if uniform:
+            found.append((torch.rand(tuple(shape), generator=generator) * 2 - 1) * math.pi)
+        else:
+            found.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(found).to(device)
+
+
+def pixels(
+    shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
+) -> Values:
+    """Every value a parameter of its own."""
+    own = (drawn(shape[1:], seed, streams, device) * sd).requires_grad_(True)
+    return Values([own], lambda: own)
+
+
+def fourier(
+    shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
+) -> Values:
+    """Images by their spectrum, so that a step changes all scales alike (Olah et al. 2017).
+
+    Amplitudes are divided by the frequency, as in natural images. Conventions of lucid: initial sd
+    0.01, scale 1 / max(f, 1 / max(h, w)) times sqrt(h w), division by 4.
+    """
+    _, channels, height, width = shape
     fy = torch.fft.fftfreq(height)[:, None]
     fx = torch.fft.rfftfreq(width)[None, :]
     frequency = torch.hypot(fy, fx)
     scale = math.sqrt(height * width) / frequency.clamp_min(1 / max(height, width)) / 4
-    shape = (batch, channels, height, fx.shape[1], 2)
-    spectrum = torch.randn(shape, generator=generator) * sd
-    spectrum = spectrum.to(device).requires_grad_(True)
-    scale = scale.to(device)
-    mix = _color_matrix().to(device) if channels == 3 else None
+    start = drawn((channels, height, fx.shape[1], 2), seed, streams, device) * sd
+    spectrum = start.requires_grad_(True)
+
+    def values() -> Tensor:
+        waves = torch.view_as_complex(spectrum) * scale.to(spectrum)
+        return torch.fft.irfft2(waves, s=(height, width))
+
+    return Values([spectrum], values)
+
+
+def laplacian(
+    shape: Shape,
+    seed: int,
+    streams: Sequence[int],
+    device: Device = "cpu",
+    sd: float = SD,
+    levels: int = 4,
+) -> Values:
+    """A sum of images at halved resolutions, enlarged bilinearly (lucid: `laplacian_pyramid`)."""
+    _, channels, height, width = shape
+    parts = []
+    for level in range(levels):
+        size = (channels, max(1, height >> level), max(1, width >> level))
+        part = drawn(size, seed + level, streams, device) * sd
+        parts.append(part.requires_grad_(True))
+
+    def values() -> Tensor:
+        whole = [
+            F.interpolate(p, (height, width), mode="bilinear", align_corners=False)
+            for p in parts[1:]
+        ]
+        return torch.stack([parts[0], *whole]).sum(0)
+
+    return Values(parts, values, learning_rate=0.05)
+
+
+def cppn(
+    shape: Shape,
+    seed: int,
+    streams: Sequence[int],
+    device: Device = "cpu",
+    layers: int = 8,
+    width: int = 24,
+) -> Values:
+    """A network from a pixel's place to its value, one an image (lucid: `cppn`, Stanley 2007).
+
+    Coordinates from -sqrt(3) to sqrt(3); `layers` layers of `width` channels, each followed by the
+    composite nonlinearity of its arcus tangens, [a / 0.67, a^2 / 0.6]; the last layer starts at 0.
+    """
+    _, channels, height, across = shape
+    y, x = (torch.linspace(-1, 1, n) * math.sqrt(3) for n in (height, across))
+    place = torch.stack(torch.broadcast_tensors(y[:, None], x[None, :])).flatten(1)
+    weights, biases = [], []
+    inputs = 2
+    for layer in range(layers):
+        weight = drawn((width, inputs), seed + layer, streams, device) / math.sqrt(inputs)
+        weights.append(weight.requires_grad_(True))
+        biases.append(torch.zeros(len(streams), width, 1, device=device).requires_grad_(True))
+        inputs = 2 * width
+    last = torch.zeros(len(streams), channels, inputs, device=device).requires_grad_(True)
+
+    def values() -> Tensor:
+        h = place.to(last).expand(len(streams), -1, -1)
+        for weight, bias in zip(weights, biases, strict=True):
+            a = torch.atan(torch.bmm(weight, h) + bias)
+            h = torch.cat([a / 0.67, a * a / 0.6], 1)
+        return torch.bmm(last, h).unflatten(2, (height, across))
+
+    return Values([*weights, *biases, last], values, learning_rate=0.003)
+
+
+def color_matrix(channels: int, natural: NaturalImages | None = None) -> Tensor | None:
+    """What mixes uncorrelated channels into colours: fitted, ImageNet's for three, or none.
+
+    Raises:
+        ValueError: if the images it was fitted to have other channels.
+    """
+    if natural is not None:
+        if len(natural.mean) != channels:
+            raise ValueError(
+                f"images {natural.data} have {len(natural.mean)} channels: the model takes {channels}"
+            )
+        return normalised_colors(natural.root)
+    return normalised_colors(COLOR_CORRELATION) if channels == 3 else None
+
+
+def squashed(values: Values, colors: Float[Tensor, "channel channel"] | None) -> Parameterization:
+    """Pictures in 0..1: uncorrelated channels are mixed into colours, then a sigmoid."""
 
     def image() -> Tensor:
-        values = torch.fft.irfft2(torch.view_as_complex(spectrum) * scale, s=(height, width))
-        if mix is not None:
-            values = torch.einsum("bchw,dc->bdhw", values, mix)
-        return values.sigmoid()
+        found = values.values()
+        if colors is not None:
+            found = torch.einsum("bchw,dc->bdhw", found, colors.to(found))
+        return found.sigmoid()
 
-    return Parameterization([spectrum], image)
+    return Parameterization(values.parameters, image, values.learning_rate)
 
 
-def _color_matrix() -> Float[Tensor, "3 3"]:
-    """The correlation of colours, divided by its largest column norm."""
-    return COLOR_CORRELATION / COLOR_CORRELATION.norm(dim=0).max()
+def with_alpha(colored: Parameterization, values: Values) -> Parameterization:
+    """Pictures with transparency, from values with one channel."""
+    parameters = [*colored.parameters, *values.parameters]
+    return Parameterization(
+        parameters, colored.image, colored.learning_rate, lambda: values.values().sigmoid()
+    )
+
+
+def maco(
+    shape: Shape,
+    seed: int,
+    streams: Sequence[int],
+    natural: NaturalImages,
+    device: Device = "cpu",
+) -> Parameterization:
+    """Images with the spectrum of natural ones, of which only the phase is optimised (Fel et al. 2023).
+
+    The magnitudes never change, so the picture cannot fill up with what natural images do not have.
+    Values are mean + root x waves, mapped to 0..1 by a sigmoid of slope 1 at 1/2.
+
+    Raises:
+        ValueError: if the natural images have other channels.
+    """
+    _, channels, height, width = shape
+    color_matrix(channels, natural)  # same number of channels
+    phase = drawn((channels, height, width // 2 + 1), seed, streams, device, uniform=True)
+    phase.requires_grad_(True)
+    magnitude = natural.magnitude_at(height, width)
+
+    def image() -> Tensor:
+        waves = torch.polar(magnitude.to(phase).expand_as(phase), phase)
+        found = torch.fft.irfft2(waves, s=(height, width), norm="ortho")
+        found = torch.einsum("bchw,dc->bdhw", found, natural.root.to(found))
+        found = found + natural.mean.to(found)[:, None, None]
+        return torch.sigmoid(4 * (found - 0.5))
+
+    return Parameterization([phase], image, learning_rate=1.0, traced=True)
+
+
+MAKERS: dict[str, Callable[[Shape, int, Sequence[int], Device], Values]] = {
+    "fourier": fourier,
+    "pixel": pixels,
+    "laplacian": laplacian,
+    "cppn": cppn,
+}
+"""The parameterizations that need nothing but a shape and a seed, by name."""
+
+PARAMS = (*MAKERS, "maco")

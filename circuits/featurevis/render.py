@@ -3,191 +3,325 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, Unpack
 
 import torch
-from jaxtyping import Float
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from circuits.featurevis.gradients import redirected_relus
-from circuits.featurevis.objectives import ChannelObjective
-from circuits.featurevis.parameterizations import fourier_image
-from circuits.featurevis.transforms import RandomView
-from circuits.files import replacing
+from circuits.featurevis.natural import NaturalImages
+from circuits.featurevis.negatives import pre_activation
+from circuits.featurevis.objectives import (
+    Objective,
+    Response,
+    as_objective,
+    channel,
+    diversity,
+)
+from circuits.featurevis.optimizing import Optimized, Precision, Progress, optimize, values_of
+from circuits.featurevis.parameterizations import (
+    MAKERS,
+    PARAMS,
+    Parameterization,
+    color_matrix,
+    maco,
+    squashed,
+    with_alpha,
+)
+from circuits.featurevis.pictures import Picture
+from circuits.featurevis.transforms import Transform, maco_standard, standard
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.stimuli.images import to_image
-from circuits.units import Unit
+from circuits.units import Direction, Unit, unknown
 
-REDIRECTED_STEPS = 16
-"""Steps at the start in which gradients pass silent units."""
+Target = str | Unit | Direction | Objective
+"""What can be visualized: a unit, a direction, a site (all of it, as in deepdream), an objective."""
 
-Progress = Callable[[int, int], object]
+MACO_VIEWS = 4
+"""Random crops that a step of MACO averages over."""
+
+DIVERSE = 1.0
+"""How much of a unit's activation pictures give up to be unlike each other."""
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A feature visualization.
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made.
 
     Attributes:
-        unit: what it shows.
-        image: in 0..1, in the model's channels.
-        activation: the unit's mean activation over positions that the image reaches, untransformed.
-        start: the same for the image that the optimisation started from.
-        model_hash: of the model's weights.
-        steps: of optimisation.
-        seed: of the start and the transforms.
+        steps: of optimisation, 1 to 100000.
+        size: of the images in pixels, or (height, width); the model's input size if not given.
+        seed: of the start and the transforms, 0 to 2^63 - 1: same seed, same pictures to the bit on a
+            CPU of one kind.
+        param: `fourier`, `pixel`, `laplacian`, `cppn` or `maco`.
+        learning_rate: of NAdam; what suits the parameterization if not given.
+        transform: applied at each step; `standard` for the size if not given (for MACO, crops).
+        views: random views of an image that a step averages over; 1, for MACO 4.
+        alpha: optimise how opaque each pixel is, too.
+        natural: images whose colours (and, for MACO, spectrum) to use; three channels without it
+            use ImageNet's colours, other numbers none.
+        precision: of the passes through the network; reported values are in float32 always.
+        thresholds: after which steps to keep the image.
     """
 
-    unit: Unit
-    image: Float[Tensor, "channel h w"]
-    activation: float
-    start: float
-    model_hash: str
-    steps: int
-    seed: int
+    steps: int = 256
+    size: int | tuple[int, int] | None = None
+    seed: int = 0
+    param: str = "fourier"
+    learning_rate: float | None = None
+    transform: Transform | None = None
+    views: int | None = None
+    alpha: bool = False
+    natural: NaturalImages | None = None
+    precision: Precision = "float32"
+    thresholds: tuple[int, ...] = ()
 
-    def metadata(self) -> dict[str, Any]:
-        """Everything but the image, as a plain dictionary."""
-        return {
-            "unit": str(self.unit),
-            "objective": "channel",
-            "activation": self.activation,
-            "start_activation": self.start,
-            "model_hash": self.model_hash,
-            "steps": self.steps,
-            "seed": self.seed,
-            "size": list(self.image.shape[1:]),
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 100_000:
+            raise ValueError(f"steps {self.steps} must be at least 1 (and at most 100000)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        if self.param not in PARAMS:
+            raise unknown("param", self.param, PARAMS)
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1e4:
+            raise ValueError(f"learning_rate {self.learning_rate} must be above 0")
+        if self.views is not None and not 1 <= self.views <= 256:
+            raise ValueError(f"views {self.views} must be from 1 to 256")
+        if self.param == "maco" and self.natural is None:
+            raise ValueError(
+                "param 'maco' needs the spectrum of natural images: give natural=NaturalImages.fit(…) "
+                "(on the command line --images DATA)"
+            )
+        if self.param == "maco" and self.alpha:
+            raise ValueError("alpha cannot be optimised for param 'maco': it has its own")
+        bad = [t for t in self.thresholds if not 1 <= t <= self.steps]
+        if bad:
+            raise ValueError(f"threshold {bad[0]} must be from 1 to steps, {self.steps}")
+
+    def shape(self, spec: ImageInput) -> tuple[int, int]:
+        """Height and width of the pictures.
+
+        Raises:
+            ValueError: if they are out of range.
+        """
+        if self.size is None:
+            return spec.height, spec.width
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if min(height, width) < 8 or max(height, width) > 4096:
+            raise ValueError(
+                f"size {height} x {width} is not valid: expected 8 to 4096 pixels a side"
+            )
+        return height, width
+
+    def describe(self) -> dict[str, Any]:
+        """What is not said of a picture elsewhere, as a plain dictionary."""
+        rest = {
+            "param": self.param,
+            "learning_rate": self.learning_rate,
+            "transform": "standard" if self.transform is None else str(self.transform),
+            "views": self.views,
+            "alpha": self.alpha,
+            "precision": self.precision,
         }
+        if self.natural is not None:
+            rest |= {"images": self.natural.data, "images_hash": self.natural.data_hash}
+        return rest
 
-    def to_pil(self) -> Image.Image:
-        """As a picture; images with other than 1 or 3 channels show the mean of their channels."""
-        image = self.image if self.image.shape[0] == 3 else self.image.mean(0, keepdim=True)
-        return to_image(image.expand(3, -1, -1))
+    def options(self) -> Options:
+        """As keyword arguments."""
+        return Options(**{f.name: getattr(self, f.name) for f in fields(self)})
 
-    def save(self, path: str | Path) -> None:
-        """Write a PNG with the metadata inside (text chunk `circuits`)."""
-        info = PngImagePlugin.PngInfo()
-        info.add_text("circuits", json.dumps(self.metadata()))
-        with replacing(Path(path)) as temporary:
-            self.to_pil().save(temporary, format="PNG", pnginfo=info)
+    def key(self, spec: ImageInput) -> str:
+        """One text for one way of making pictures of a model."""
+        facts = {"steps": self.steps, "seed": self.seed, "size": self.shape(spec)}
+        return json.dumps({**facts, **self.describe()}, sort_keys=True)
+
+
+class Options(TypedDict, total=False):
+    """The attributes of `Settings`, as keyword arguments."""
+
+    steps: int
+    size: int | tuple[int, int] | None
+    seed: int
+    param: str
+    learning_rate: float | None
+    transform: Transform | None
+    views: int | None
+    alpha: bool
+    natural: NaturalImages | None
+    precision: Precision
+    thresholds: tuple[int, ...]
 
 
 def visualize(
     model: HookedModel,
-    unit: str | Unit,
+    target: Target,
     *,
-    steps: int = 256,
-    size: int | tuple[int, int] | None = None,
-    seed: int = 0,
+    negative: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Picture:
-    """The image that excites a unit most, found by gradient ascent (Olah et al. 2017).
+    """The image that excites a unit (or direction, or objective) most, by gradient ascent.
 
-    See `visualize_units` for the arguments and errors.
+    Olah et al. 2017. See `visualize_units` for arguments and errors, `Settings` for options.
     """
-    return visualize_units(model, [unit], steps=steps, size=size, seed=seed, progress=progress)[0]
+    return visualize_units(model, [target], negative=negative, progress=progress, **options)[0]
 
 
 def visualize_units(
     model: HookedModel,
-    units: Sequence[str | Unit],
+    targets: Sequence[Target],
     *,
-    steps: int = 256,
-    size: int | tuple[int, int] | None = None,
-    seed: int = 0,
-    learning_rate: float = 0.05,
-    transform: RandomView | None = None,
+    negative: bool = False,
+    diverse: int = 1,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> list[Picture]:
-    """Visualize several units together, one image each.
+    """Visualize several units together, in one batch.
 
-    Fourier parameterization, decorrelated colour, random jitter, scale and turn, Adam. The forward
-    pass stops at the deepest site needed.
+    A unit's picture does not depend on what it is made together with, beyond float rounding.
 
     Args:
         model: an image model.
-        units: what to visualize.
-        steps: of optimisation.
-        size: of the images in pixels, or (height, width); the model's input size if not given.
-        seed: of the start and the transforms: same seed, same pictures on the same machine.
-        learning_rate: of Adam.
-        transform: instead of `RandomView` fitted to the size.
-        progress: told the steps done and in all.
+        targets: what to visualize.
+        negative: make what the units are least active on. A unit after a ReLU is 0 at least: its layer
+            before that is shown then.
+        diverse: pictures of each target that are unlike each other.
+        progress: told the steps done and in all; stops the work where it returns False, and pictures
+            are what they are by then.
+        **options: see `Settings`.
+
+    Returns:
+        The pictures, `diverse` of each target one after another.
 
     Raises:
-        KeyError: if a site is unknown.
-        ValueError: if a unit does not exist, the model does not take images, `steps`, `size` or `seed` is
-            out of range, the site has no gradient, or the model's values are not finite.
+        KeyError: if a site or parameterization is unknown.
+        ValueError: if a unit does not exist or cannot be negative, the model does not take images, an
+            option is out of range, the site has no gradient, or the model's values are not finite.
     """
     spec = model.input
     if not isinstance(spec, ImageInput):
-        raise ValueError(f"model {model.name} takes tokens: feature visualization needs images")
-    if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
-    height, width = _size(size, spec)
-    objective = ChannelObjective.of(model, units)
-    generator = torch.Generator().manual_seed(seed)
-    parameters = fourier_image(
-        len(units), spec.channels, height, width, generator, device=model.device
-    )
-    # small inputs cannot lose twelve pixels at the border
-    view = transform or RandomView(jitter=min(12.0, min(height, width) / 16))
-    optimizer = torch.optim.Adam(parameters.parameters, lr=learning_rate)
-
-    def evaluate(image: Tensor, grad: bool) -> Tensor:
-        until = model.last(objective.sites)
-        cache = model.run(spec.normalize(image), read=objective.sites, until=until, grad=grad)
-        return objective.value(cache)
-
-    try:
-        start = evaluate(parameters.image().detach(), grad=False)
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
         raise ValueError(
-            f"size {height} x {width}: the model cannot run on it ({first})"
-        ) from error
-    for step in range(steps):
-        with ExitStack() as stack:
-            if step < REDIRECTED_STEPS:
-                stack.enter_context(model.lock)
-                stack.enter_context(redirected_relus(model.module))
-            value = evaluate(view(parameters.image(), generator), grad=True)
-            _ascend(optimizer, value, objective)
-        if progress:
-            progress(step + 1, steps)
-    final = parameters.image().detach()
-    reached = evaluate(final, grad=False)
+            f"model {model.name} takes tokens: feature visualization needs images "
+            "(`dream` optimises embeddings)"
+        )
+    if not targets:
+        raise ValueError("units is empty: name at least one unit")
+    if not 1 <= diverse <= 64:
+        raise ValueError(f"diverse {diverse} must be from 1 to 64")
+    settings = Settings(**options)
+    objectives = [_objective(model, target, negative) for target in targets]
+    group = [_diversified(model, o) if diverse > 1 else o for o in objectives]
+    streams = [i for _ in targets for i in range(diverse)]
+    made = _parameterization(settings, spec, streams, model.device)
+    found = optimize(
+        model,
+        [(objective, diverse) for objective in group],
+        made,
+        steps=settings.steps,
+        seed=settings.seed,
+        transform=settings.transform or _standard(settings, spec),
+        learning_rate=settings.learning_rate,
+        views=settings.views or (MACO_VIEWS if settings.param == "maco" else 1),
+        thresholds=settings.thresholds,
+        precision=settings.precision,
+        progress=progress,
+    )
+    plain = objectives if diverse == 1 else [o for o in objectives for _ in range(diverse)]
+    units = [_unit(model, target) for target in targets for _ in range(diverse)]
+    kind = "negative" if negative else "diverse" if diverse > 1 else "positive"
+    return _pictures(model, found, plain, units, settings, kind)
+
+
+def _unit(model: HookedModel, target: Target) -> Unit | None:
+    if isinstance(target, str) and ":" in target and not set(target) & set("+* "):
+        return model.unit(target)
+    return model.unit(target) if isinstance(target, Unit) else None
+
+
+def _objective(model: HookedModel, target: Target, negative: bool) -> Objective:
+    if not negative:
+        return as_objective(model, target)
+    unit = _unit(model, target)
+    if unit is None:
+        return -as_objective(model, target)
+    before = pre_activation(model, unit)
+    objective = channel(model, before.unit)
+    return -objective if before.sign > 0 else objective
+
+
+def _diversified(model: HookedModel, objective: Objective) -> Objective:
+    """The objective, less a share of it where images of its batch are alike."""
+    mapped = [name for name in objective.sites if model.site(name).position_axes]
+    if not mapped:  # e.g. logits: the last map before them
+        order = [site.name for site in model.sites]
+        before = model.sites[: order.index(model.last(objective.sites).name)]
+        mapped = [site.name for site in before if site.position_axes]
+        if not mapped:
+            raise ValueError(
+                f"objective {objective.text}: no site with a map lies before it, so pictures cannot "
+                "be made diverse"
+            )
+    alike = diversity(model, mapped[-1])
+
+    def value(response: Response) -> Tensor:
+        own = objective.value(response)
+        return own - DIVERSE * own.detach().abs() * alike.value(response)
+
+    sites = tuple(dict.fromkeys((*objective.sites, *alike.sites)))
+    return Objective(f"{objective.text}, diverse", sites, value)
+
+
+def _standard(settings: Settings, spec: ImageInput) -> Transform:
+    make = maco_standard if settings.param == "maco" else standard
+    return make(*settings.shape(spec))
+
+
+def _parameterization(
+    settings: Settings, spec: ImageInput, streams: Sequence[int], device: torch.device
+) -> Parameterization:
+    shape = (len(streams), spec.channels, *settings.shape(spec))
+    seed = settings.seed
+    if settings.param == "maco":
+        assert settings.natural is not None, "checked when the settings were made"
+        return maco(shape, seed, streams, settings.natural, device)
+    make = MAKERS[settings.param]
+    colors = color_matrix(spec.channels, settings.natural)
+    made = squashed(make(shape, seed, streams, device), colors)
+    if not settings.alpha:
+        return made
+    return with_alpha(made, make((shape[0], 1, *shape[2:]), seed + 1, streams, device))
+
+
+def _pictures(
+    model: HookedModel,
+    found: Optimized,
+    objectives: Sequence[Objective],
+    units: Sequence[Unit | None],
+    settings: Settings,
+    kind: str,
+) -> list[Picture]:
+    """The results one by one, each with its own objective's value (without what made it diverse)."""
     model_hash = model.hash
-    return [
-        Picture(unit, image.cpu(), end.item(), begin.item(), model_hash, steps, seed)
-        for unit, image, end, begin in zip(objective.units, final, reached, start, strict=True)
-    ]
-
-
-def _ascend(optimizer: torch.optim.Optimizer, value: Tensor, objective: ChannelObjective) -> None:
-    """One step up each image's value."""
-    if not torch.isfinite(value).all():
-        bad = objective.units[int((~torch.isfinite(value)).nonzero()[0, 0])]
-        raise ValueError(f"unit {bad}: the model's activation is not a finite number")
-    if not value.requires_grad:
-        raise ValueError(f"unit {objective.units[0]}: no gradient leads from its site to the image")
-    optimizer.zero_grad()
-    (-value.sum()).backward()
-    optimizer.step()
-
-
-def _size(size: int | tuple[int, int] | None, spec: ImageInput) -> tuple[int, int]:
-    if size is None:
-        return spec.height, spec.width
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 8 or max(height, width) > 4096:
-        raise ValueError(f"size {height} x {width} is not valid: expected 8 to 4096 pixels a side")
-    return height, width
+    own = [(objective, 1) for objective in objectives]
+    values = values_of(model, own, found.images.to(model.device))
+    sign = -1.0 if kind == "negative" else 1.0  # what the unit does, not how much it is liked
+    pictures = []
+    for i, (objective, unit) in enumerate(zip(objectives, units, strict=True)):
+        pictures.append(
+            Picture(
+                objective=objective.text,
+                unit=unit,
+                image=found.images[i],
+                activation=sign * float(values[i]),
+                start=sign * float(found.start[i]),
+                model_hash=model_hash,
+                steps=found.steps,
+                seed=settings.seed,
+                settings={"kind": kind, **settings.describe()},
+                alpha=None if found.alpha is None else found.alpha[i],
+                at={step: images[i] for step, images in found.at.items()},
+            )
+        )
+    return pictures

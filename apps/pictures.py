@@ -1,0 +1,157 @@
+"""A unit's pictures: what excites it most and least, other ways, and how far to trust them (layer 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from PIL import Image
+
+from apps import session
+from circuits.featurevis.pictures import Picture, read_facts
+from circuits.featurevis.reliability import natural_responses, reliability
+from circuits.featurevis.render import Settings, visualize_units
+from circuits.harvesting import Inputs
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.units import Unit
+
+STEPS, WIDTH, DIVERSE, COMPARED = 128, 260, 4, 100
+"""Steps of a picture, its width on the page, how many diverse ones, images that a badge compares with."""
+
+KINDS = {
+    "positive": "What excites it most",
+    "diverse": "Other ways to excite it",
+    "negative": "What it is least active on",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture in the workspace."""
+
+    path: Path
+    facts: dict[str, Any]
+
+
+def pictures_of(unit: Unit, model_hash: str) -> dict[str, list[Made]]:
+    """A unit's pictures by kind, newest first."""
+    found: dict[str, list[Made]] = {kind: [] for kind in KINDS}
+    for path in session.workspace().pictures(model_hash, unit):
+        try:
+            facts = read_facts(path)
+        except OSError:
+            continue  # not a picture, or gone since
+        found.setdefault(str(facts.get("kind", "positive")), []).append(Made(path, facts))
+    return found
+
+
+def picture_panel(model: HookedModel, unit: Unit, model_hash: str, inputs: Inputs | None) -> None:
+    """The unit's feature visualizations, and buttons that make what is missing."""
+    st.subheader(KINDS["positive"])
+    if not isinstance(model.input, ImageInput):
+        st.caption("Feature visualization needs image inputs; this model takes tokens.")
+        return
+    made = pictures_of(unit, model_hash)
+    missing = not made["positive"]
+    if missing:
+        st.caption("No picture yet.")
+        if st.button("Make the picture", key="make-picture"):
+            _make(model, unit, model_hash)
+            made = pictures_of(unit, model_hash)
+    if made["positive"]:
+        _show(made["positive"][0])
+        _badge(model, unit, model_hash, made["positive"][0], inputs)
+    with st.expander("Negative and diverse pictures", expanded=bool(made["negative"])):
+        for kind, label in (("negative", "least"), ("diverse", "diverse")):
+            st.caption(KINDS[kind])
+            if not made[kind] and st.button(f"Make {label}", key=f"make-{kind}"):
+                _make(model, unit, model_hash, kind)
+                made = pictures_of(unit, model_hash)
+            for column, picture in zip(st.columns(DIVERSE), made[kind][:DIVERSE], strict=False):
+                column.image(str(picture.path), width="stretch")
+                column.caption(f"{picture.facts.get('activation', float('nan')):.3g}")
+
+
+def _make(model: HookedModel, unit: Unit, model_hash: str, kind: str = "positive") -> None:
+    bar = st.progress(0.0, f"{STEPS} steps of gradient ascent")
+    try:
+        pictures = visualize_units(
+            model,
+            [unit],
+            negative=kind == "negative",
+            diverse=DIVERSE if kind == "diverse" else 1,
+            steps=STEPS,
+            progress=lambda done, total: bar.progress(done / total),
+        )
+    except ValueError as error:
+        st.warning(str(error))
+        return
+    finally:
+        bar.empty()
+    for i, picture in enumerate(pictures):
+        _save(picture, unit, model_hash, "" if kind == "positive" else f"-{kind}{i}")
+
+
+def _save(picture: Picture, unit: Unit, model_hash: str, variant: str, **more: Any) -> None:
+    size = picture.image.shape[-1]
+    how = f"{picture.steps}steps-{size}px-seed{picture.seed}{variant}"
+    picture.save(session.workspace().picture_path(model_hash, str(unit), how), more)
+
+
+def _show(made: Made) -> None:
+    with Image.open(made.path) as image:
+        st.image(image.resize((WIDTH, WIDTH), Image.Resampling.LANCZOS))
+    facts = made.facts
+    if {"activation", "start_activation", "steps", "seed"} <= set(facts):
+        st.caption(
+            f"Mean activation {facts['activation']:.3g}; the random start gave "
+            f"{facts['start_activation']:.3g}. {facts['steps']} steps, seed {facts['seed']}."
+        )
+
+
+def _badge(
+    model: HookedModel, unit: Unit, model_hash: str, made: Made, inputs: Inputs | None
+) -> None:
+    """How far the picture can be trusted, or a button that measures it."""
+    badge = made.facts.get("reliability")
+    if not isinstance(badge, dict):
+        if inputs is not None and st.button("How far can it be trusted?", key="make-badge"):
+            with st.spinner("Making it from another seed and on shuffled weights…"):
+                badge = _measured(model, unit, model_hash, inputs)
+        if not isinstance(badge, dict):
+            return
+    st.metric(
+        "Reliability",
+        f"{badge['score']:.2f}",
+        help="Geometric mean of five measurements in 0..1. It does not say that the picture shows all "
+        "that excites the unit, nor what the unit is for.",
+    )
+    st.caption(
+        f"The same made on shuffled weights: {badge['randomized_score']:.2f}. Reaches "
+        f"{badge['reached']:.2g} × the top example; keeps {badge['held_out']:.0%} when changed; seeds "
+        f"agree to {badge['seeds']:.0%}; way through the network {badge['natural']:.2f} (1: as among top "
+        f"examples, 0: as other images). {badge['n']} images of {badge['data']}, seed {badge['seed']}."
+    )
+    for flag in badge["flags"]:
+        st.warning(f"This picture {flag}")
+
+
+def _measured(
+    model: HookedModel, unit: Unit, model_hash: str, inputs: Inputs
+) -> dict[str, Any] | None:
+    """Make the picture again with its badge, and keep both."""
+    settings = Settings(steps=STEPS)
+    try:
+        natural = natural_responses(
+            model, unit.site, inputs.upto(COMPARED, size=8), inputs.source.spec
+        )
+        pictures = visualize_units(model, [unit], **settings.options())
+        found = reliability(model, pictures, natural, settings)[0].to_dict()
+    except (ValueError, OSError) as error:
+        st.warning(str(error))
+        return None
+    _save(pictures[0], unit, model_hash, "", reliability=found)
+    return found

@@ -1,0 +1,40 @@
+"""Arguments and options that several commands take (layer 7)."""
+
+# no `from __future__ import annotations`: typer reads the annotations
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from circuits.workspace import ModelRecord
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
+]
+UnitArgument = Annotated[str, typer.Argument(help="A unit, SITE:INDEX, e.g. mixed3b:335.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="The model's weights file (.safetensors or .pt).")
+]
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option("--workspace", help="Folder for results (default: $CIRCUITS_WORKSPACE or cache)."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
+        "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
+    """How to load the model again, from any folder."""
+    scheme, _, rest = spec.partition(":")
+    path = Path(rest.partition(":")[0])
+    if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
+        spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
+    return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)

@@ -1,0 +1,178 @@
+"""Inputs that excite a unit of a model of tokens: embeddings, which are continuous (layer 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.featurevis.objectives import Objective, Response, as_objective
+from circuits.featurevis.optimizing import Progress
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+
+EMBEDDINGS = ("hook_embed", "embed.hook_out", "embed", "embedding", "wte")
+"""Names of sites that may hold the embeddings of tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dream:
+    """Embeddings on which an objective is large, and the tokens nearest to them.
+
+    Attributes:
+        objective: what they were made for, in words.
+        embeddings: one a position.
+        activation: the objective's value on them.
+        start: the same for what they started from, the embeddings of random tokens.
+        tokens: the nearest tokens, by cosine.
+        cosines: how near each is.
+        of_tokens: the objective's value on the nearest tokens: how much of the dream is in words at all.
+        model_hash: of the model's weights.
+        steps: of optimisation that were done.
+        seed: of the start.
+    """
+
+    objective: str
+    embeddings: Float[Tensor, "position d_model"]
+    activation: float
+    start: float
+    tokens: tuple[int, ...]
+    cosines: tuple[float, ...]
+    of_tokens: float
+    model_hash: str
+    steps: int
+    seed: int
+
+
+def dream(
+    model: HookedModel,
+    target: str | Objective,
+    *,
+    positions: int = 8,
+    steps: int = 128,
+    seed: int = 0,
+    learning_rate: float = 0.05,
+    progress: Progress | None = None,
+) -> Dream:
+    """The embeddings that excite a unit of a model of tokens most, by gradient ascent.
+
+    Each keeps the norm of the embedding of a real token, so that the model stays where it was trained.
+
+    Args:
+        model: a model of tokens.
+        target: a unit, direction, site or objective.
+        positions: how many; at most what the model takes.
+        steps: of optimisation.
+        seed: of the tokens that it starts from.
+        learning_rate: of NAdam, in units of the embeddings' norm.
+        progress: told the steps done and in all; stops the work where it returns False.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if the model takes images, it has no site of embeddings, an argument is out of range,
+            a value is not finite, or no gradient leads from the target to the embeddings.
+    """
+    spec = model.input
+    if not isinstance(spec, TokenInput):
+        raise ValueError(f"model {model.name} takes images: use `visualize`")
+    if not 1 <= positions <= spec.n_ctx:
+        raise ValueError(f"positions {positions} must be from 1 to {spec.n_ctx}")
+    if steps < 1:
+        raise ValueError(f"steps {steps} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
+    objective = as_objective(model, target)
+    place = _embedding_site(model)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(spec.n_vocab, (1, positions), generator=generator)
+    if spec.bos is not None:
+        tokens[0, 0] = spec.bos
+    table = _table(model, place, spec)
+    start = model.run(tokens, read=[place], until=place)[place].detach().float()
+    norms = start.norm(dim=2, keepdim=True)
+    free = (start / norms.clamp_min(1e-6)).clone().requires_grad_(True)
+    first = 0 if spec.bos is None else 1  # what starts every sequence stays
+
+    def embedded() -> Tensor:
+        moved = torch.nn.functional.normalize(free, dim=2) * norms
+        return torch.cat([start[:, :first], moved[:, first:]], 1)
+
+    def value(embeddings: Tensor, grad: bool) -> Tensor:
+        until = model.last([place, *objective.sites])
+        cache = model.run(
+            tokens,
+            read=objective.sites,
+            until=until,
+            edits={place: lambda _: embeddings},
+            grad=grad,
+        )
+        found = {name: cache[name] for name in objective.sites}
+        return objective.value(Response(embeddings, found))[0]
+
+    optimizer = torch.optim.NAdam([free], lr=learning_rate)
+    before = float(value(start, False))
+    done = 0
+    for step in range(steps):
+        own = value(embedded(), True)
+        if not torch.isfinite(own):
+            raise ValueError(
+                f"objective {objective.text} is not a finite number at step {step + 1}"
+            )
+        if not own.requires_grad:
+            raise ValueError(
+                f"objective {objective.text}: no gradient leads from it to the embeddings"
+            )
+        optimizer.zero_grad()
+        (-own).backward()
+        optimizer.step()
+        done = step + 1
+        if progress and progress(done, steps) is False:
+            break
+    final = embedded().detach()
+    nearest, cosines = _nearest(final[0], table)
+    exact = model.run(nearest[None], read=[place], until=place)[place].detach().float()
+    return Dream(
+        objective.text,
+        final[0].cpu(),
+        float(value(final, False)),
+        before,
+        tuple(nearest.tolist()),
+        tuple(cosines.tolist()),
+        float(value(exact, False)),
+        model.hash,
+        done,
+        seed,
+    )
+
+
+def _embedding_site(model: HookedModel) -> str:
+    known = {name for site in model.sites for name in (site.name, *site.aliases)}
+    for name in EMBEDDINGS:
+        if name in known:
+            return model.site(name).name
+    raise ValueError(
+        f"model {model.name} has no site of embeddings: expected one of {', '.join(EMBEDDINGS)}"
+    )
+
+
+def _table(model: HookedModel, place: str, spec: TokenInput) -> Float[Tensor, "token d_model"]:
+    """The embedding of every token, read from the model itself."""
+    rows = []
+    for start in range(0, spec.n_vocab, spec.n_ctx):
+        tokens = torch.arange(start, min(start + spec.n_ctx, spec.n_vocab))[None]
+        rows.append(model.run(tokens, read=[place], until=place)[place][0].detach().float())
+    return torch.cat(rows)
+
+
+def _nearest(
+    embeddings: Float[Tensor, "position d_model"], table: Float[Tensor, "token d_model"]
+) -> tuple[Int[Tensor, " position"], Float[Tensor, " position"]]:
+    """The token whose embedding has the largest cosine with each."""
+    alike = (
+        torch.nn.functional.normalize(embeddings, dim=1)
+        @ torch.nn.functional.normalize(table, dim=1).T
+    )
+    cosines, tokens = alike.max(1)
+    return tokens, cosines

@@ -1,0 +1,273 @@
+"""Gradient ascent on images (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from circuits.featurevis.gradients import Optimizing
+from circuits.featurevis.objectives import Objective, Response, side_by_side
+from circuits.featurevis.parameterizations import Parameterization, fourier
+from circuits.featurevis.transforms import NOTHING, Transform
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+
+WAKING_STEPS = 16
+"""Steps at the start in which gradients pass silent units, as in lucid; more while an image has none."""
+
+MICRO_BATCH = 4
+"""Images that go through the network at a time on a CPU, at most, unless one objective is for more."""
+
+Progress = Callable[[int, int], object]
+"""Called with how much is done and how much there is; False stops the work."""
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, eq=False)
+class Optimized:
+    """Images after gradient ascent.
+
+    Attributes:
+        images: in 0..1.
+        values: the objective's value on each, untransformed.
+        start: its value on what they started from.
+        steps: how many were done.
+        alpha: how opaque each pixel is, where that was optimised or traced.
+        at: the images after so many steps, for the `thresholds` asked for.
+    """
+
+    images: Float[Tensor, "batch channel h w"]
+    values: Float[Tensor, " batch"]
+    start: Float[Tensor, " batch"]
+    steps: int
+    alpha: Float[Tensor, "batch 1 h w"] | None = None
+    at: dict[int, Float[Tensor, "batch channel h w"]] = field(default_factory=dict)
+
+
+def respond(
+    model: HookedModel,
+    images: Float[Tensor, "batch channel h w"],
+    objective: Objective,
+    *,
+    before: Tensor | None = None,
+    grad: bool = False,
+) -> Float[Tensor, " batch"]:
+    """An objective's value on images in 0..1 (as they were `before` they were transformed, if given)."""
+    assert isinstance(model.input, ImageInput), "checked by the caller"
+    cache: dict[str, Tensor] = {}
+    if objective.sites:
+        inputs = model.input.normalize(images).to(memory_format=torch.channels_last)
+        until = model.last(objective.sites)
+        found = model.run(inputs, read=objective.sites, until=until, grad=grad)
+        cache = {name: found[name] for name in objective.sites}
+    return objective.value(Response(images if before is None else before, cache))
+
+
+Part = tuple[Objective, int]
+"""An objective, and how many images of the batch it is for."""
+
+
+def optimize(
+    model: HookedModel,
+    parts: Sequence[Part],
+    made: Parameterization,
+    *,
+    steps: int,
+    seed: int,
+    transform: Transform = NOTHING,
+    learning_rate: float | None = None,
+    views: int = 1,
+    thresholds: Sequence[int] = (),
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> Optimized:
+    """Make images on which objectives are large, with NAdam.
+
+    Weights are held fixed, the forward pass stops after the last site needed, images lie channels last
+    and go through the network a few at a time: faster, not different.
+
+    Args:
+        model: an image model.
+        parts: what to make large: the first objective for the first images, and so on. Those that need
+            no site cost no forward pass.
+        made: the images.
+        steps: of optimisation.
+        seed: of the transforms, which are the same for all images: those of a step follow from the
+            seed and its number.
+        transform: applied to the images at each step.
+        learning_rate: instead of the one that suits the parameterization.
+        views: how many random views of each image a step averages over.
+        thresholds: after which steps to keep the images.
+        precision: of the forward and backward pass; values reported are in float32.
+        progress: told the steps done and in all; stops the work where it returns False.
+
+    Raises:
+        ValueError: if the model cannot run on the size, a value or gradient is not finite (the message
+            says where that begins), or no gradient leads to the image.
+    """
+    chunks = _chunks(parts, model.device)
+    start = values_of(model, parts, made.image().detach())
+    optimizer = torch.optim.NAdam(made.parameters, lr=learning_rate or made.learning_rate)
+    kept: dict[int, Tensor] = {}
+    trace: Tensor | None = None
+    done, dead = 0, False
+    for step in range(steps):
+        optimizer.zero_grad()
+        results = [made.image(), *([made.alpha()] if made.alpha else [])]
+        leaves = [result.detach().requires_grad_(True) for result in results]
+        for begin, end, objective in chunks:
+            for view in range(views):
+                drawing = torch.Generator().manual_seed(_mixed(seed, step, view))
+                cut = [leaf[begin:end] for leaf in leaves]
+                waking = step < WAKING_STEPS or dead
+                own = _Step(step, step / steps, waking, transform, drawing, precision)
+                value = own.value(model, objective, cut) / views
+                (-value.sum()).backward()
+        _check_gradients(model, leaves, parts, step)
+        dead = bool((_size_of(leaves[0].grad).flatten(1).amax(1) == 0).any())
+        torch.autograd.backward(results, [leaf.grad for leaf in leaves])
+        if made.traced:
+            seen = _size_of(leaves[0].grad)
+            trace = seen if trace is None else trace + seen
+        optimizer.step()
+        done = step + 1
+        if done in thresholds:
+            kept[done] = made.image().detach().cpu()
+        if progress and progress(done, steps) is False:
+            break
+    final = made.image().detach()
+    with torch.no_grad():
+        alpha = made.alpha().cpu() if made.alpha else _opacity(trace)
+    value = values_of(model, parts, final)
+    return Optimized(final.cpu(), value.cpu(), start.cpu(), done, alpha, kept)
+
+
+def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int, Objective]]:
+    """The batch cut into few images each, between parts: more of them leave a processor's cache."""
+    most = MICRO_BATCH if device.type == "cpu" else 16 * MICRO_BATCH
+    found: list[tuple[int, int, Objective]] = []
+    begin = end = 0
+    waiting: list[Part] = []
+    for i, (objective, n) in enumerate(parts):
+        waiting.append((objective, n))
+        end += n
+        last = i == len(parts) - 1
+        if last or end - begin + parts[i + 1][1] > most:
+            found.append((begin, end, side_by_side(waiting)))
+            begin, waiting = end, []
+    return found
+
+
+def _mixed(seed: int, step: int, view: int) -> int:
+    """A seed of its own for each step and view."""
+    return (seed * 1_000_003 + step * 257 + view) % 2**63
+
+
+def values_of(model: HookedModel, parts: Sequence[Part], images: Tensor) -> Tensor:
+    """Each image's value; a model that cannot run on them is an error in a line."""
+    found = []
+    try:
+        for begin, end, objective in _chunks(parts, model.device):
+            found.append(respond(model, images[begin:end], objective))
+    except RuntimeError as error:
+        height, width = images.shape[-2:]
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"size {height} x {width}: the model cannot run on it ({first})"
+        ) from error
+    return torch.cat(found).detach()
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What one step does with some of the images."""
+
+    number: int
+    progress: float
+    waking: bool
+    transform: Transform
+    generator: Generator
+    precision: Precision
+
+    def value(
+        self, model: HookedModel, objective: Objective, cut: Sequence[Tensor]
+    ) -> Float[Tensor, " batch"]:
+        """The objective on a random view of images, and less of it the more opaque they are."""
+        images = cut[0]
+        shown = images if len(cut) == 1 else self._on_background(images, cut[1])
+        half = torch.autocast(
+            images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
+        with Optimizing(self.waking), half:
+            view = self.transform(shown, self.generator, self.progress)
+            value = respond(model, view, objective, before=images, grad=True).float()
+        if not torch.isfinite(value).all():
+            where = _first_nonfinite(model, images.detach(), objective)
+            raise ValueError(
+                f"objective {objective.text} is not a finite number at step {self.number + 1}: {where}"
+            )
+        if not value.requires_grad:
+            raise ValueError(f"objective {objective.text}: no gradient leads from it to the image")
+        return value if len(cut) == 1 else value * (1 - cut[1].flatten(1).mean(1))
+
+    def _on_background(self, images: Tensor, alpha: Tensor) -> Tensor:
+        """Transparent images on a random background, so that being transparent says nothing."""
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        shape = (1, images.shape[1], images.shape[2], images.shape[3])
+        with torch.no_grad():  # as strong as a picture's own
+            background = fourier(shape, seed, [0], images.device, sd=0.2).values().sigmoid()
+        return images * alpha + background * (1 - alpha)
+
+
+def _size_of(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "every image had a backward pass"
+    return gradient.abs().sum(1, keepdim=True)
+
+
+def _opacity(trace: Tensor | None) -> Tensor | None:
+    """Sums of gradient sizes as opacity: the strongest hundredth is opaque (Fel et al. 2023)."""
+    if trace is None:
+        return None
+    top = trace.flatten(1).quantile(0.99, dim=1).clamp_min(1e-30)
+    return (trace / top[:, None, None, None]).clamp(0, 1).cpu()
+
+
+def _check_gradients(
+    model: HookedModel, leaves: Sequence[Tensor], parts: Sequence[Part], step: int
+) -> None:
+    texts = [objective.text for objective, n in parts for _ in range(n)]
+    for leaf in leaves:
+        if leaf.grad is None:
+            raise ValueError(f"objective {texts[0]}: no gradient leads from it to the image")
+        finite = torch.isfinite(leaf.grad).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0, 0])
+            image = leaves[0].detach()[bad : bad + 1]
+            where = _first_nonfinite(model, image, side_by_side(parts))
+            raise ValueError(
+                f"objective {texts[bad]}: the gradient is not a finite number at step {step + 1}: "
+                f"{where}"
+            )
+
+
+def _first_nonfinite(model: HookedModel, images: Tensor, objective: Objective) -> str:
+    """Where values, on the way to an objective, stop being finite."""
+    assert isinstance(model.input, ImageInput), "checked by the caller"
+    last = model.last(objective.sites or [model.sites[-1]])
+    names = [site.name for site in model.sites]
+    names = names[: names.index(last.name) + 1]
+    bad: list[str] = []
+
+    def looking(name: str) -> Callable[[Tensor], object]:
+        return lambda value: None if torch.isfinite(value).all() else bad.append(name)
+
+    model.observe(model.input.normalize(images), {n: looking(n) for n in names}, last)
+    if bad:
+        return f"the first site with NaN or infinity is {bad[0]}"
+    return f"all sites up to {last.name} are finite on the untransformed image"
