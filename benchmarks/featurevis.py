@@ -159,17 +159,19 @@ def to_the_same(model: HookedModel, peer: Peer, site: str, n: int, rounds: int, 
     report(name, statistics.median(ours), statistics.median(theirs), ratio, rounds)
 
 
-def at_equal_steps(model: HookedModel, peer: Peer, n: int, size: int, seed: int) -> None:
-    """How many of some random units have the higher activation after 512 steps of each."""
+def at_equal_steps(
+    model: HookedModel, peer: Peer, n: int, steps: int, size: int, seed: int
+) -> None:
+    """How many of some random units have the higher activation after so many steps of each."""
     chance, higher = np.random.default_rng(seed), 0
     for _ in range(n):
         site = ("mixed3a", "mixed3b", "mixed4a", "mixed4c", "mixed5a")[int(chance.integers(5))]
         unit = f"{site}:{int(chance.integers(model.site(site).n_units))}"
-        _, image = peer.render(unit, size, 512, 0)
+        _, image = peer.render(unit, size, steps, 0)
         other = activation(model, unit, image)
-        own = visualize_units(model, [unit], steps=512, size=size)[0].activation
+        own = visualize_units(model, [unit], steps=steps, size=size)[0].activation
         higher += own > other
-        print(f"{unit} after 512 steps: lucent {other:.4g}, ours {own:.4g}", flush=True)
+        print(f"{unit} after {steps} steps: lucent {other:.4g}, ours {own:.4g}", flush=True)
     report("featurevis higher at equal steps", higher, n - higher, higher / max(1, n), n)
 
 
@@ -180,6 +182,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1, help="rounds of each case")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--equal", type=int, default=10, help="units compared at equal steps")
+    parser.add_argument("--equal-steps", type=int, default=512)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of those units")
     args = parser.parse_args()
     if not args.peer.exists():
@@ -191,9 +195,9 @@ def main() -> None:
         try:
             peer.render("mixed3b:0", 64, 1, 0)  # what is made once is made now, for both
             visualize_units(model, ["mixed3b:0"], steps=2, size=args.size)
-            for site, n in CASES:
+            for site, n in CASES[: args.cases]:
                 to_the_same(model, peer, site, n, args.n, args.size)
-            at_equal_steps(model, peer, args.equal, args.size, args.seed)
+            at_equal_steps(model, peer, args.equal, args.equal_steps, args.size, args.seed)
         finally:
             peer.process.kill()
             peer.process.wait()

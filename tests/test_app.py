@@ -9,6 +9,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from apps import session
+from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
 from circuits.harvesting import harvest
 from circuits.models.loading import load_model
@@ -93,6 +94,29 @@ def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
     test.button(key="make-picture").click().run()
     assert not test.exception
     assert "2 steps, seed 0" in text(test)
+
+
+def test_other_pictures_and_the_badge_can_be_made_here(built: Workspace, monkeypatch) -> None:
+    monkeypatch.setattr("apps.pictures.STEPS", 4)
+    monkeypatch.setattr("apps.pictures.COMPARED", 24)
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
+    for key in ("make-negative", "make-diverse"):
+        test.button(key=key).click().run()
+        assert not test.exception
+    folder = built.model_folder(load_model("cleanroom").hash) / "pictures"
+    kinds = [read_facts(path)["kind"] for path in sorted(folder.glob("line:2-4steps*.png"))]
+    assert sorted(kinds) == ["diverse"] * 4 + ["negative"]
+    test.button(key="make-badge").click().run()
+    assert not test.exception
+    assert test.metric[0].label == "Reliability"
+    shown = float(test.metric[0].value)
+    assert 0 <= shown <= 1
+    assert "The same made on shuffled weights" in text(test)
+    again = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
+    assert float(again.metric[0].value) == shown, "it is kept with the picture"
+    again.toggle(key="range").set_value(True).run()
+    assert "made: positive" in text(again)
+    assert "made: negative" in text(again)
 
 
 def test_transformer_heads_have_a_page(built: Workspace, monkeypatch) -> None:

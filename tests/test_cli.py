@@ -60,6 +60,12 @@ def test_harvest_then_visualize_then_edit(capsys, workspace: Path, tmp_path: Pat
     kept = output(capsys, "visualize", "cleanroom", "line:3", "--steps", "2", "--json")
     assert Path(kept["out"]).is_relative_to(workspace)
 
+    sheet = output(
+        capsys, "visualize", "cleanroom", "line", "--sheet", "--steps", "2", "--size", "32", "--json"
+    )  # fmt: skip
+    assert len(sheet["units"]) == len(list(Path(sheet["out"]).glob("0*.webp")))
+    assert Path(sheet["atlas"]).is_relative_to(workspace)
+
     recipe = tmp_path / "r.json"
     report = output(
         capsys, "edit", "cleanroom", "--zero", "complex:3", "--scale", "complex:4=0.5",
@@ -185,3 +191,38 @@ def test_a_reader_may_stop_early() -> None:
 def test_every_verb_explains_itself(verb: str, capsys) -> None:
     assert run([verb, "--help"]) == 0
     assert f"circuits {verb}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_of_every_kind(capsys, workspace: Path, tmp_path: Path) -> None:
+    common = ("--steps", "3", "--size", "32", "--json")
+    several = output(
+        capsys, "visualize", "cleanroom", "line:3", "--diverse", "2", "--seeds", "2", *common
+    )
+    assert [(p["seed"], p["kind"]) for p in several] == [(s, "diverse") for s in (0, 0, 1, 1)]
+    assert len({p["out"] for p in several}) == 4
+    least = output(capsys, "visualize", "cleanroom", "line:3", "--negative", *common)
+    assert least["objective"].startswith("-line_")
+    numbered = tmp_path / "a.webp"
+    output(
+        capsys, "visualize", "cleanroom", "line:3", "--seeds", "2", "--out", str(numbered), *common
+    )
+    assert sorted(p.name for p in tmp_path.glob("*.webp")) == ["a-0.webp", "a-1.webp"]
+    badged = output(capsys, "visualize", "cleanroom", "line:3", "--badge", *common)
+    assert 0 <= badged["reliability"]["score"] <= 1
+    assert badged["reliability"]["data"] == "photos"
+    for options in (
+        ("line:3", "--param", "maco"), ("line:3", "--images", "photos"), ("line:3", "--alpha"),
+        ("line:3", "--objective", "neuron"), ("line:3+0.5*line:4", "--objective", "cosine"), ("line",),
+    ):  # fmt: skip
+        made = output(capsys, "visualize", "cleanroom", *options, *common)
+        assert Path(made["out"]).is_file()
+    kept = list((workspace / "natural-images").glob("*.safetensors"))
+    assert len(kept) == 1, "fitted once"
+
+
+def test_a_model_of_tokens_gets_embeddings(capsys, workspace: Path) -> None:
+    found = output(
+        capsys, "visualize", "induction", "blocks.1.attn.hook_z:0", "--steps", "4", "--json"
+    )
+    assert len(found["tokens"]) == len(found["words"]) == 8
+    assert found["activation"] > found["start_activation"]

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from circuits.edits.operators import zero
 from circuits.edits.recipes import edited
 from circuits.featurevis.gradients import Optimizing, _RedirectedReLU
 from circuits.featurevis.natural import NaturalImages
-from circuits.featurevis.objectives import channel
-from circuits.featurevis.pictures import read_facts
+from circuits.featurevis.objectives import alignment, channel, interpolation
+from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.render import Settings, visualize, visualize_units
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
+from circuits.stimuli.drawing import curves
 from tests.conftest import seeded
 
 
@@ -304,6 +307,24 @@ def test_settings_and_their_keys_follow_each_other(own_net: HookedModel) -> None
     )
 
 
+def test_an_interpolation_lines_up_where_parts_are_shared(own_net: HookedModel) -> None:
+    between = interpolation(own_net, "relu:1", "relu:3") - 0.1 * alignment(own_net, "relu")
+    series = visualize_units(own_net, [between], images=4, steps=24, shared=True)
+    x = own_net.input.normalize(torch.stack([p.image for p in series]))
+    values = own_net.run(x, read=["relu"])["relu"].mean((2, 3))
+    assert values[0, 1] > values[-1, 1], "the first shows one unit"
+    assert values[-1, 3] > values[0, 3], "the last the other"
+
+    def steps_apart(pictures: list[Picture]) -> float:
+        images = torch.stack([p.image for p in pictures])
+        return float((images[1:] - images[:-1]).square().mean())
+
+    alone = visualize_units(
+        own_net, [interpolation(own_net, "relu:1", "relu:3")], images=4, steps=24
+    )
+    assert steps_apart(series) < steps_apart(alone)
+
+
 def test_objectives_can_be_visualized(own_net: HookedModel) -> None:
     both = channel(own_net, "relu:1") + 0.5 * channel(own_net, "relu:2")
     picture = visualize(own_net, both, steps=12)
@@ -319,3 +340,50 @@ def test_bfloat16_pictures_report_in_float32() -> None:
     x = model.input.normalize(half.image[None])
     value = model.run(x, read=["mixed3b"])["mixed3b"][0, 200].mean().item()
     assert value == pytest.approx(half.activation, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_curve_units_of_googlenet_show_their_orientation(assets: Path) -> None:
+    """Ten units of mixed3b's 5x5 branch, found by their tuning to drawn curves: the orientation of each
+    picture's own gradients is the unit's preferred one within 20 degrees.
+    """
+    model = load_model("googlenet")
+    bulges = torch.arange(0, 360, 15.0)
+    answers = torch.stack([_answers(model, bulges, radius) for radius in (30.0, 45.0, 65.0)]).mean(
+        0
+    )
+    ways = torch.polar(torch.ones(24), torch.deg2rad(bulges))[:, None]
+    pointing = (answers * ways).sum(0) / answers.sum(0).clamp_min(1e-6)
+    chosen = (pointing.abs() * (answers.amax(0) > 200)).argsort(descending=True)[:10]
+    units = [f"mixed3b:{320 + u}" for u in chosen.tolist()]
+    pictures = visualize_units(model, units, steps=96, size=160)
+    for u, picture in zip(chosen.tolist(), pictures, strict=True):
+        preferred = math.degrees(float(pointing[u].angle()))
+        apart = abs((_gradient_orientation(picture.image) - preferred + 90) % 180 - 90)
+        assert apart <= 20, f"{picture.unit}: {apart:.0f} degrees from {preferred:.0f}"
+    ways = pointing[chosen] / pointing[chosen].abs()
+    assert ways.mean().abs() < 0.5, "they point all around"
+
+
+def _answers(model: HookedModel, bulges: Tensor, radius: float) -> Tensor:
+    """The largest activations of the branch near the middle of drawn curves, orientation x unit."""
+    found = []
+    for foreground, background in ((0.0, 1.0), (1.0, 0.0), (0.2, 0.6)):
+        drawn = curves(
+            bulges, torch.full((len(bulges),), radius), size=128, thickness=4.0,
+            foreground=foreground, background=background,
+        )  # fmt: skip
+        x = model.input.normalize(drawn.expand(-1, 3, -1, -1))
+        maps = model.run(x, read=["mixed3b"], until="mixed3b")["mixed3b"][:, 320:416]
+        middle = maps.shape[-1] // 2
+        near = slice(middle - 3, middle + 3)
+        found.append(maps[:, :, near, near].amax((2, 3)))
+    return torch.stack(found).mean(0)
+
+
+def _gradient_orientation(image: Tensor) -> float:
+    """The main direction of gradients in degrees, from the structure tensor of the image blurred a little."""
+    grey = torch.from_numpy(gaussian_filter(image.mean(0).numpy(), 3.0))
+    gx, gy = grey[1:-1, 2:] - grey[1:-1, :-2], -(grey[2:, 1:-1] - grey[:-2, 1:-1])
+    doubled = torch.atan2(2 * (gx * gy).sum(), (gx * gx - gy * gy).sum())
+    return math.degrees(float(doubled)) / 2 % 180

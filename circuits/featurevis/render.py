@@ -59,6 +59,7 @@ class Settings:
         transform: applied at each step; `standard` for the size if not given (for MACO, crops).
         views: random views of an image that a step averages over; 1, for MACO 4.
         alpha: optimise how opaque each pixel is, too.
+        shared: images made together have a part in common (not for MACO), so that they line up.
         natural: images whose colours (and, for MACO, spectrum) to use; three channels without it
             use ImageNet's colours, other numbers none.
         precision: of the passes through the network; reported values are in float32 always.
@@ -73,6 +74,7 @@ class Settings:
     transform: Transform | None = None
     views: int | None = None
     alpha: bool = False
+    shared: bool = False
     natural: NaturalImages | None = None
     precision: Precision = "float32"
     thresholds: tuple[int, ...] = ()
@@ -93,8 +95,11 @@ class Settings:
                 "param 'maco' needs the spectrum of natural images: give natural=NaturalImages.fit(…) "
                 "(on the command line --images DATA)"
             )
-        if self.param == "maco" and self.alpha:
-            raise ValueError("alpha cannot be optimised for param 'maco': it has its own")
+        if self.param == "maco" and (self.alpha or self.shared):
+            raise ValueError(
+                "param 'maco' has a transparency of its own and shares nothing: leave out "
+                f"{'alpha' if self.alpha else 'shared'}"
+            )
         bad = [t for t in self.thresholds if not 1 <= t <= self.steps]
         if bad:
             raise ValueError(f"threshold {bad[0]} must be from 1 to steps, {self.steps}")
@@ -122,6 +127,7 @@ class Settings:
             "transform": "standard" if self.transform is None else str(self.transform),
             "views": self.views,
             "alpha": self.alpha,
+            "shared": self.shared,
             "precision": self.precision,
         }
         if self.natural is not None:
@@ -149,6 +155,7 @@ class Options(TypedDict, total=False):
     transform: Transform | None
     views: int | None
     alpha: bool
+    shared: bool
     natural: NaturalImages | None
     precision: Precision
     thresholds: tuple[int, ...]
@@ -174,6 +181,7 @@ def visualize_units(
     targets: Sequence[Target],
     *,
     negative: bool = False,
+    images: int = 1,
     diverse: int = 1,
     progress: Progress | None = None,
     **options: Unpack[Options],
@@ -187,13 +195,14 @@ def visualize_units(
         targets: what to visualize.
         negative: make what the units are least active on. A unit after a ReLU is 0 at least: its layer
             before that is shown then.
-        diverse: pictures of each target that are unlike each other.
+        images: pictures of each target, which its objective sees together (`interpolation`, `alignment`).
+        diverse: so many, and unlike each other.
         progress: told the steps done and in all; stops the work where it returns False, and pictures
             are what they are by then.
         **options: see `Settings`.
 
     Returns:
-        The pictures, `diverse` of each target one after another.
+        The pictures, those of each target one after another.
 
     Raises:
         KeyError: if a site or parameterization is unknown.
@@ -208,16 +217,18 @@ def visualize_units(
         )
     if not targets:
         raise ValueError("units is empty: name at least one unit")
-    if not 1 <= diverse <= 64:
-        raise ValueError(f"diverse {diverse} must be from 1 to 64")
+    for name, number in (("images", images), ("diverse", diverse)):
+        if not 1 <= number <= 64:
+            raise ValueError(f"{name} {number} must be from 1 to 64")
+    each = max(images, diverse)
     settings = Settings(**options)
     objectives = [_objective(model, target, negative) for target in targets]
     group = [_diversified(model, o) if diverse > 1 else o for o in objectives]
-    streams = [i for _ in targets for i in range(diverse)]
+    streams = [i for _ in targets for i in range(each)]
     made = _parameterization(settings, spec, streams, model.device)
     found = optimize(
         model,
-        [(objective, diverse) for objective in group],
+        [(objective, each) for objective in group],
         made,
         steps=settings.steps,
         seed=settings.seed,
@@ -228,10 +239,10 @@ def visualize_units(
         precision=settings.precision,
         progress=progress,
     )
-    plain = objectives if diverse == 1 else [o for o in objectives for _ in range(diverse)]
-    units = [_unit(model, target) for target in targets for _ in range(diverse)]
+    units = [_unit(model, target) for target in targets for _ in range(each)]
     kind = "negative" if negative else "diverse" if diverse > 1 else "positive"
-    return _pictures(model, found, plain, units, settings, kind)
+    parts = [(objective, each) for objective in objectives]
+    return _pictures(model, found, parts, units, settings, kind)
 
 
 def _unit(model: HookedModel, target: Target) -> Unit | None:
@@ -288,7 +299,10 @@ def _parameterization(
         return maco(shape, seed, streams, settings.natural, device)
     make = MAKERS[settings.param]
     colors = color_matrix(spec.channels, settings.natural)
-    made = squashed(make(shape, seed, streams, device), colors)
+    values = make(shape, seed, streams, device)
+    if settings.shared:
+        values = values + make((1, *shape[1:]), seed + 2, [0], device)
+    made = squashed(values, colors)
     if not settings.alpha:
         return made
     return with_alpha(made, make((shape[0], 1, *shape[2:]), seed + 1, streams, device))
@@ -297,15 +311,15 @@ def _parameterization(
 def _pictures(
     model: HookedModel,
     found: Optimized,
-    objectives: Sequence[Objective],
+    parts: Sequence[tuple[Objective, int]],
     units: Sequence[Unit | None],
     settings: Settings,
     kind: str,
 ) -> list[Picture]:
     """The results one by one, each with its own objective's value (without what made it diverse)."""
     model_hash = model.hash
-    own = [(objective, 1) for objective in objectives]
-    values = values_of(model, own, found.images.to(model.device))
+    values = values_of(model, parts, found.images.to(model.device))
+    objectives = [objective for objective, n in parts for _ in range(n)]
     sign = -1.0 if kind == "negative" else 1.0  # what the unit does, not how much it is liked
     pictures = []
     for i, (objective, unit) in enumerate(zip(objectives, units, strict=True)):
