@@ -226,3 +226,8 @@ def test_a_model_of_tokens_gets_embeddings(capsys, workspace: Path) -> None:
     )
     assert len(found["tokens"]) == len(found["words"]) == 8
     assert found["activation"] > found["start_activation"]
+    for option in ("--sheet", "--badge", "--alpha", "--negative"):
+        assert run(["visualize", "induction", "blocks.1.attn.hook_z", option]) == 2
+        assert f"takes tokens: {option} is for pictures" in capsys.readouterr().err
+    assert run(["visualize", "cleanroom", "line", "--sheet", "--badge"]) == 2
+    assert "--badge is for single units, leave it out" in capsys.readouterr().err

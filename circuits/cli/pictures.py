@@ -45,7 +45,8 @@ def visualize(
     images: Annotated[
         str | None,
         typer.Option(
-            "--images", help="Data whose colours, and for maco spectrum, to use (maco: photos)."
+            "--images",
+            help="Data whose colours (for maco, spectrum) to use and to compare a badge with (photos).",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of optimisation.")] = 256,
@@ -85,14 +86,21 @@ def visualize(
     loaded = load_model(model, weights)
     record = record_of(model, weights, loaded.hash)
     if isinstance(loaded.input, TokenInput):
-        if out is not None:
-            raise ValueError(
-                f"model {model} takes tokens: there is no picture to write, leave out --out"
-            )
+        given = {
+            "--out": out, "--sheet": sheet, "--badge": badge, "--negative": negative, "--alpha": alpha,
+            "--images": images, "--size": size, "--objective": objective, "--diverse": diverse > 1,
+            "--seeds": seeds > 1, "--param": param != "fourier",
+        }  # fmt: skip
+        _leave_out(given, f"model {model} takes tokens: {{}} is for pictures")
         _dream(loaded, target, steps, seed, json)
         return
     # what can be wrong is said before anything is made
     Settings(steps=steps, size=size, seed=seed, alpha=alpha).shape(loaded.input)
+    if sheet:
+        given = {
+            "--badge": badge, "--objective": objective, "--diverse": diverse > 1, "--seeds": seeds > 1
+        }  # fmt: skip
+        _leave_out(given, "a sheet has a picture a unit: {} is for single units")
     wanted = _Wanted(seeds, negative, diverse, badge, images or "photos")
     chosen = loaded.site(target) if sheet else _objective(loaded, target, objective)
     natural = _natural(place, loaded, images or "photos") if images or param == "maco" else None
@@ -109,6 +117,13 @@ def visualize(
     )  # fmt: skip
     if out is None:
         place.register(record, replace=False)
+
+
+def _leave_out(given: dict[str, Any], why: str) -> None:
+    """Raise ValueError if an option was given that does nothing here."""
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{why.format(name)}, leave it out")
 
 
 class _Wanted:
