@@ -19,11 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# of glibc's mallopt: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
-_GIVEN_BACK = (
-    16 << 20
-)  # pieces of memory of this size go back at once, so that peaks do not creep up
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
@@ -106,8 +102,6 @@ def _work(job: Job, process: int, items: list[int], channel: Connection, parent:
     libc = ctypes.CDLL(None)
     libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     libc.mallopt(_ARENA_MAX, 1)  # the writing thread gives back to where the computing one takes
-    libc.mallopt(_MMAP_THRESHOLD, _GIVEN_BACK)
-    libc.mallopt(_TRIM_THRESHOLD, _GIVEN_BACK)
     gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
     if os.getppid() != parent:
         os._exit(1)
