@@ -149,7 +149,7 @@ def test_badges_separate_on_the_built_in_model(
 
 
 @pytest.mark.slow
-def test_badges_separate_a_hundred_units_of_googlenet(assets: Path) -> None:
+def test_badges_separate_units_of_googlenet(assets: Path) -> None:
     model = load_model("googlenet")
     source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
     batches = Inputs(model, source).upto(160, size=8)
