@@ -40,15 +40,15 @@ def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
 
 def _virtual(
     name: str,
-    row: Callable[[int], Tensor],
-    column: Callable[[int], Tensor],
+    rows: Callable[[Tensor], Tensor],
+    columns: Callable[[Tensor], Tensor],
     source: Site,
     target: Site,
 ) -> WeightLayer:
     read, written = torch.arange(source.n_units), torch.arange(target.n_units)
     reads = (Link(source.name, read, torch.ones(source.n_units), 0, direct=True),)
     writes = (Link(target.name, written, torch.ones(target.n_units), 0),)
-    return WeightLayer(name, row, column, reads, writes)
+    return WeightLayer(name, rows, columns, reads, writes)
 
 
 def _norm_weight(norm: Any) -> Tensor | float:
@@ -73,18 +73,24 @@ def _ov(bridge: Any, layer: int, head: int) -> Tensor:
 
 
 def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
-    def score(before: int, after: int) -> Tensor:
-        ov, qk, later = _ov(bridge, i, before), _qk(bridge, j, after), _ov(bridge, j, after)
-        products = ((ov @ qk, qk), (qk @ ov.mT, qk), (ov @ later, later))
-        return torch.stack([(p.norm() / (ov.norm() * m.norm())) for p, m in products])
+    def scores(before: Sequence[int], after: Sequence[int]) -> Tensor:
+        """Scores of every pair: before x after x (Q, K, V)."""
+        ovs = [_ov(bridge, i, head) for head in before]
+        found = []
+        for head in after:
+            qk, later = _qk(bridge, j, head), _ov(bridge, j, head)
+            for ov in ovs:
+                products = ((ov @ qk, qk), (qk @ ov.mT, qk), (ov @ later, later))
+                found.append([(p.norm() / (ov.norm() * m.norm())).item() for p, m in products])
+        return torch.tensor(found).reshape(len(after), len(before), 3).transpose(0, 1)
 
-    def row(after: int) -> Tensor:
-        return torch.stack([score(before, after) for before in range(source.n_units)])
+    def rows(after: Tensor) -> Tensor:
+        return scores(range(source.n_units), after.tolist()).transpose(0, 1)
 
-    def column(before: int) -> Tensor:
-        return torch.stack([score(before, after) for after in range(target.n_units)])
+    def columns(before: Tensor) -> Tensor:
+        return scores(before.tolist(), range(target.n_units))
 
-    return _virtual(f"composition {i} to {j}", row, column, source, target)
+    return _virtual(f"composition {i} to {j}", rows, columns, source, target)
 
 
 def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site) -> WeightLayer:
@@ -100,7 +106,7 @@ def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site
 
     return _virtual(
         f"neurons {i} to {'logits' if j is None else j}",
-        lambda after: out_weights() @ in_weights()[:, after],
+        lambda after: (out_weights() @ in_weights()[:, after]).T,
         lambda before: out_weights()[before] @ in_weights(),
         source,
         target,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
 from circuits.models.sites import evaluating
-from circuits.models.walk import Node, Step, reads_on, upstream, writes_on
+from circuits.models.walk import Node, Step, norm_scale, reads_on, upstream, writes_on
 from circuits.units import Site
 
 INPUT = "input"
@@ -33,6 +33,7 @@ class Link:
             comes from; for one that is written, per channel of the site the layer's output channel
             that it comes from. -1 for none.
         factor: what multiplies each on the way (batch norm, signs, constants).
+        shift: for a site that is written, what batch norm adds to each of its channels on the way.
         depth: how many operations lie between; 0 is next to the layer.
         direct: for a site that is read: the nearest one on its path that does not just pass on
             another's units.
@@ -45,6 +46,7 @@ class Link:
     depth: int
     direct: bool = False
     flattened: tuple[int, ...] = ()
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +55,19 @@ class WeightLayer:
 
     Attributes:
         name: of the layer.
-        row: the weights of an output channel: input channel x kernel axes.
-        column: the weights of an input channel: output channel x kernel axes.
+        rows: the weights of output channels: channel x input channel x kernel axes.
+        columns: the weights of input channels: channel x output channel x kernel axes.
         reads: paths to sites whose units are its input channels, nearest first.
         writes: paths to sites whose units are its output channels, nearest first.
+        bias: one number an output channel, or None.
     """
 
     name: str
-    row: Callable[[int], Tensor]
-    column: Callable[[int], Tensor]
+    rows: Callable[[Tensor], Tensor]
+    columns: Callable[[Tensor], Tensor]
     reads: tuple[Link, ...]
     writes: tuple[Link, ...]
+    bias: Tensor | None = None
 
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -115,7 +119,8 @@ def find_weight_layers(
         for step in upstream(Step.start(node, site.unit_axis), stops, writes_on)
         if step.node in stops and not step.flattened
     ]
-    return [_layer(names[call.module], call, nodes, stops, written) for call in calls]
+    biases = _norm_biases(module)
+    return [_layer(names[call.module], call, nodes, stops, written, biases) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -152,40 +157,67 @@ def _layer(
     nodes: Mapping[Node, list[Site]],
     stops: frozenset[Node],
     written: Sequence[tuple[Site, Step]],
+    biases: Mapping[int, Tensor],
 ) -> WeightLayer:
     weight = call.module.weight
     assert isinstance(weight, Tensor), f"{name} has no weight"
     groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
     reads = tuple(_reads(call, nodes, stops)) if call.given is not None else ()
     writes = [
-        Link(site.name, step.index, step.factor, step.depth)
+        Link(site.name, step.index, step.factor, step.depth, shift=_shift(step, biases))
         for site, step in written
         if step.node is call.output and step.axis == call.axis
     ]
     writes.sort(key=lambda link: link.depth)
-    row, column = _grouped(weight.detach(), groups)
-    return WeightLayer(name, row, column, reads, tuple(writes))
+    rows, columns = _grouped(weight.detach(), groups)
+    bias = call.module.bias
+    given = bias.detach() if isinstance(bias, Tensor) else None
+    return WeightLayer(name, rows, columns, reads, tuple(writes), given)
+
+
+def _norm_biases(module: nn.Module) -> dict[int, Tensor]:
+    """Biases of batch norms, by where their running mean is: autograd does not keep them."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return {
+        m.running_mean.data_ptr(): m.bias.detach()
+        for m in norms
+        if m.running_mean is not None and m.bias is not None
+    }
+
+
+def _shift(step: Step, biases: Mapping[int, Tensor]) -> Tensor:
+    """What batch norms on the way add to each channel at the walk's start: bias - mean * scale."""
+    total = torch.zeros(len(step.factor))
+    for norm in step.norms:
+        mean = norm.node._saved_running_mean
+        added = -mean * norm_scale(norm.node) + biases.get(mean.data_ptr(), 0.0)
+        total += norm.scaled(added) * (norm.index >= 0)
+    return total
 
 
 def _grouped(
     weight: Tensor, groups: int
-) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Rows and columns of a layer's weights; zero where a grouped convolution has none."""
+    if groups == 1:
+        return lambda outs: weight[outs], lambda ins: weight[:, ins].transpose(0, 1)
     per_out, per_in = weight.shape[0] // groups, weight.shape[1]
 
-    def row(out: int) -> Tensor:
-        dense = weight.new_zeros(per_in * groups, *weight.shape[2:])
-        first = out // per_out * per_in
-        dense[first : first + per_in] = weight[out]
+    def rows(outs: Tensor) -> Tensor:
+        dense = weight.new_zeros(len(outs), per_in * groups, *weight.shape[2:])
+        for i, out in enumerate(outs.tolist()):
+            first = out // per_out * per_in
+            dense[i, first : first + per_in] = weight[out]
         return dense
 
-    def column(channel: int) -> Tensor:
-        dense = weight.new_zeros(weight.shape[0], *weight.shape[2:])
-        first = channel // per_in * per_out
-        dense[first : first + per_out] = weight[first : first + per_out, channel % per_in]
+    def columns(ins: Tensor) -> Tensor:
+        dense = weight.new_zeros(len(ins), weight.shape[0], *weight.shape[2:])
+        for i, channel in enumerate(ins.tolist()):
+            first = channel // per_in * per_out
+            dense[i, first : first + per_out] = weight[first : first + per_out, channel % per_in]
         return dense
 
-    return row, column
+    return rows, columns
 
 
 def _reads(call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]) -> Iterator[Link]:

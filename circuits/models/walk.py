@@ -32,6 +32,7 @@ class Step:
         flattened: the map that a flatten on the way turned into channels.
         nonlinearities: how many were passed.
         met: whether a site with units of its own was passed.
+        norms: batch norms passed, each as a step before it was passed.
     """
 
     node: Node
@@ -42,6 +43,7 @@ class Step:
     flattened: tuple[int, ...] = ()
     nonlinearities: int = 0
     met: bool = False
+    norms: tuple[Step, ...] = ()
 
     @classmethod
     def start(cls, node: Node, axis: int) -> Step:
@@ -139,7 +141,8 @@ def _behind(step: Step) -> Iterator[Step]:
         yield step.behind(parents[0], nonlinearities=step.nonlinearities + 1)
     elif _ONE_TO_ONE.fullmatch(name):
         if "BatchNorm" in name and step.node._saved_running_var is not None:
-            yield step.behind(parents[0], factor=step.scaled(_norm_scale(step.node)))
+            factor = step.scaled(norm_scale(step.node))
+            yield step.behind(parents[0], factor=factor, norms=(*step.norms, step))
         else:
             yield step.behind(parents[0])
     elif _SUM.fullmatch(name):
@@ -243,7 +246,7 @@ def _behind_product(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
     yield step.behind(parents[full[0]], factor=factor)
 
 
-def _norm_scale(norm: Node) -> Tensor:
+def norm_scale(norm: Node) -> Tensor:
     """What batch norm multiplies each channel with: weight / sqrt(variance + eps)."""
     scale = (norm._saved_running_var + norm._saved_eps).rsqrt()
     return scale if norm._saved_weight is None else scale * norm._saved_weight.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.models.topology import Link, WeightLayer
+from circuits.models.topology import WeightLayer
 from circuits.units import Unit
+from circuits.weights.kernels import by_site, kernels_from, kernels_into, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +80,14 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     """
     _check_top(top)
     target = model.unit(unit)
+    wanted = torch.tensor([target.index])
     found: list[Connection] = []
     for layer in model.weight_layers:
-        row = _into(layer, target)
-        if row is None:
+        if target.index not in written(layer, target.site):
             continue
-        for site, links in _by_site(link for link in layer.reads if link.direct).items():
-            kernels = sum(_gathered(row, link, model.n_units(site)) for link in links)
-            through = _through(layer, links[0].depth)
+        for site, links in by_site(link for link in layer.reads if link.direct).items():
+            kernels = kernels_into(layer, target.site, wanted, links, model.n_units(site))[0]
+            through = passed(layer, links[0].depth)
             for index, kernel, typical in _strongest(kernels, top):
                 source = Unit(site, index)
                 found.append(Connection(source, target, kernel, layer.name, through, typical))
@@ -100,25 +101,37 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     """
     _check_top(top)
     source = model.unit(unit)
+    wanted = torch.tensor([source.index])
     found: list[Connection] = []
-    directly_read = {r.site for other in model.weight_layers for r in other.reads if r.direct}
+    read = directly_read(model)
     for layer in model.weight_layers:
         links = [link for link in layer.reads if link.site == source.site]
-        column = _out_of(layer, source, links)
-        writes = _by_site(iter(layer.writes))
-        if column is None or not writes:
+        site = nearest_written(layer, read)
+        if site is None or not any((link.index == source.index).any() for link in links):
             continue
-        # the nearest site that other layers read, or else the nearest
-        site = next((s for s in writes if s in directly_read), next(iter(writes)))
-        kernels = sum(
-            column[link.index.clamp_min(0)] * _column_shape(link.factor * (link.index >= 0), column)
-            for link in writes[site]
-        )
-        through = _through(layer, links[0].depth)
+        kernels = kernels_from(layer, wanted, links, by_site(layer.writes)[site])[0]
+        through = passed(layer, links[0].depth)
         for index, kernel, typical in _strongest(kernels, top):
             target = Unit(site, index)
             found.append(Connection(source, target, kernel, layer.name, through, typical))
     return sorted(found, key=lambda c: -c.norm)[:top]
+
+
+def directly_read(model: HookedModel) -> set[str]:
+    """The sites that some layer reads directly."""
+    return {r.site for layer in model.weight_layers for r in layer.reads if r.direct}
+
+
+def nearest_written(layer: WeightLayer, read: Set[str]) -> str | None:
+    """The site that a layer builds: the nearest one that other layers read, or else the nearest."""
+    sites = list(by_site(layer.writes))
+    return next((site for site in sites if site in read), sites[0] if sites else None)
+
+
+def passed(layer: WeightLayer, depth: int) -> tuple[str, ...]:
+    """The sites between one that a layer reads and the layer, from there on."""
+    nearer = dict.fromkeys(link.site for link in layer.reads if link.depth < depth)
+    return tuple(reversed(nearer))
 
 
 def _check_top(top: int) -> None:
@@ -126,54 +139,8 @@ def _check_top(top: int) -> None:
         raise ValueError(f"top {top} must be at least 1")
 
 
-def _by_site(links: Iterator[Link]) -> dict[str, list[Link]]:
-    grouped: dict[str, list[Link]] = {}
-    for link in links:
-        grouped.setdefault(link.site, []).append(link)
-    return grouped
-
-
-def _into(layer: WeightLayer, target: Unit) -> Tensor | None:
-    """What a layer writes into a unit: input channel x kernel axes, summed over its paths."""
-    rows = [
-        layer.row(int(link.index[target.index])) * link.factor[target.index]
-        for link in layer.writes
-        if link.site == target.site and link.index[target.index] >= 0
-    ]
-    return sum(rows[1:], rows[0]) if rows else None
-
-
-def _out_of(layer: WeightLayer, source: Unit, links: list[Link]) -> Tensor | None:
-    """What a layer makes of a unit: output channel x kernel axes, summed over its paths."""
-    columns = []
-    for link in links:
-        channels = (link.index == source.index).nonzero()[:, 0].tolist()
-        parts = [layer.column(c) * link.factor[c] for c in channels]
-        if parts and link.flattened:
-            stacked = torch.stack(parts, dim=1)
-            columns.append(stacked.reshape(len(stacked), *link.flattened))
-        elif parts:
-            columns.append(sum(parts[1:], parts[0]))
-    return sum(columns[1:], columns[0]) if columns else None
-
-
-def _gathered(row: Tensor, link: Link, n_units: int) -> Tensor:
-    """Weights by input channel as weights by unit of the site that a link leads to."""
-    used = link.index >= 0
-    weighted = row[used] * _column_shape(link.factor[used], row)
-    if link.flattened:
-        return weighted.reshape(n_units, *link.flattened)
-    return row.new_zeros(n_units, *row.shape[1:]).index_add_(0, link.index[used], weighted)
-
-
-def _column_shape(factor: Tensor, like: Tensor) -> Tensor:
-    """One factor a row of `like`, ready to be multiplied."""
-    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _strongest(kernels: Tensor | int, top: int) -> Iterator[tuple[int, Tensor, float]]:
+def _strongest(kernels: Tensor, top: int) -> Iterator[tuple[int, Tensor, float]]:
     """The strongest kernels with their places, and the median norm of all that are not zero."""
-    assert isinstance(kernels, Tensor), "a sum over at least one path"
     norms = kernels.reshape(len(kernels), -1).norm(dim=1)
     connected = norms[norms > 0]
     if not len(connected):
@@ -181,9 +148,3 @@ def _strongest(kernels: Tensor | int, top: int) -> Iterator[tuple[int, Tensor, f
     typical = connected.median().item()
     for index in norms.argsort(descending=True, stable=True)[: min(top, len(connected))].tolist():
         yield index, kernels[index].detach().cpu().clone(), typical
-
-
-def _through(layer: WeightLayer, depth: int) -> tuple[str, ...]:
-    """The sites between a source and the layer, from the source on."""
-    nearer = dict.fromkeys(link.site for link in layer.reads if link.depth < depth)
-    return tuple(reversed(nearer))

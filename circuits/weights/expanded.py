@@ -1,0 +1,430 @@
+"""Expanded weights: the linear effect of a unit on another through what lies between (layer 4).
+
+Voss et al. 2021, "Visualizing Weights" (Distill, section "Contextualizing weights with feature
+visualizations" and after): the gradient of a target unit by a source unit, at each offset in space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from circuits.files import replacing
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.models.tape import Tape, Window, one_hot
+from circuits.models.topology import INPUT
+from circuits.units import Site, Unit
+from circuits.weights.connections import Connection
+
+Mode = Literal["linear", "mean", "example"]
+"""What stands for a nonlinearity.
+
+`linear`: activation functions are the identity, a maximum is an average (over the places inside the
+map), local response normalisation is its derivative at zero; no data is needed.
+`mean`: the gradient, averaged over examples. `example`: the gradient of each example.
+"""
+
+_UNITS_AT_ONCE = 32
+_EXAMPLES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedWeights:
+    """Weights of source units on target units at one position, through everything between.
+
+    `weight[t, s, y, x]` is what one more unit of activation of `sources[s]` at the source's position
+    `start + (y, x)` adds to `units[t]` of the target at the position `at`. In mode `example` an axis of
+    examples comes first. Outside of the window the weights are zero.
+
+    Attributes:
+        source: the site that is read, or `input`.
+        target: the site that is built.
+        units: units of the target.
+        sources: units of the source.
+        weight: the weights.
+        positive: the sum over the paths whose weight is positive, if paths were kept apart.
+        negative: the sum over those whose weight is negative; `positive + negative` is `weight`.
+        at: the target's position (empty if it has none).
+        start: the source's position of the first offset.
+        source_shape: lengths of the source's position axes.
+        target_shape: lengths of the target's position axes.
+        mode: what stands for a nonlinearity.
+        model: the model's name.
+        model_hash: of its weights.
+        data: what the examples are, if there were any.
+        n_examples: how many.
+    """
+
+    source: str
+    target: str
+    units: tuple[int, ...]
+    sources: tuple[int, ...]
+    weight: Float[Tensor, "..."]
+    positive: Float[Tensor, "..."] | None
+    negative: Float[Tensor, "..."] | None
+    at: tuple[int, ...]
+    start: tuple[int, ...]
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    mode: Mode
+    model: str
+    model_hash: str
+    data: str = ""
+    n_examples: int = 0
+
+    @property
+    def sums(self) -> Float[Tensor, "*example target source"]:
+        """Sum of each kernel: above zero excites, below inhibits, on the whole."""
+        return self._flat.sum(-1)
+
+    @property
+    def norms(self) -> Float[Tensor, "*example target source"]:
+        """Euclidean norm of each kernel."""
+        return self._flat.norm(dim=-1)
+
+    @property
+    def _flat(self) -> Tensor:
+        return self.weight.reshape(*self.weight.shape[: self.weight.ndim - len(self.start)], -1)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the window touches the border of the source's map, so that more may lie beyond."""
+        size = self.weight.shape[self.weight.ndim - len(self.start) :]
+        return any(
+            a == 0 or a + n == whole
+            for a, n, whole in zip(self.start, size, self.source_shape, strict=True)
+        )
+
+    def connections(self, unit: int, top: int = 10) -> list[Connection]:
+        """The strongest connections into one unit of the target, by norm of the kernel.
+
+        Raises:
+            ValueError: if the unit was not expanded, or there is one result an example.
+        """
+        if unit not in self.units:
+            raise ValueError(f"unit {self.target}:{unit} is not among those that were expanded")
+        if self.mode == "example":
+            raise ValueError("weights of each example have no connections: average them first")
+        row = self.weight[self.units.index(unit)]
+        norms = self.norms[self.units.index(unit)]
+        typical = norms[norms > 0].median().item() if (norms > 0).any() else 0.0
+        return [
+            Connection(
+                Unit(self.source, self.sources[i]),
+                Unit(self.target, unit),
+                row[i].clone(),
+                f"{self.source} to {self.target}, {self.mode}",
+                (),
+                typical,
+            )
+            for i in norms.argsort(descending=True, stable=True)[:top].tolist()
+            if norms[i] > 0
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors, everything but the weights as metadata."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        kept = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        with replacing(Path(path)) as temporary:
+            save_file(kept, temporary, {"expanded_weights": json.dumps(rest)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpandedWeights:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                rest = json.loads((file.metadata() or {})["expanded_weights"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"file {str(path)!r} holds no expanded weights") from error
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
+        values: dict[str, Any] = {**lists, **{name: tensors.get(name) for name in _TENSORS}}
+        return cls(**values)
+
+
+_TENSORS = ("weight", "positive", "negative")
+
+
+def expand_weights(
+    model: HookedModel,
+    source: str,
+    target: str,
+    *,
+    mode: Mode = "linear",
+    units: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
+    at: Sequence[int] | None = None,
+    inputs: Tensor | None = None,
+    data: str = "",
+    size: tuple[int, int] | None = None,
+    apart: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExpandedWeights:
+    """The linear effect of the units of one site on those of a later one, offset by offset.
+
+    The gradient is that of the target site as it is: an inactive unit behind its ReLU has none in the
+    modes that take gradients; name the site before the ReLU if that is what you want. All paths count,
+    those around the source do not. Exact on the borders, where padding cuts paths off.
+
+    Args:
+        model: without edits in force.
+        source: the earlier site, or `input`.
+        target: the later site.
+        mode: what stands for a nonlinearity.
+        units: of the target; all if not given.
+        sources: of the source; all if not given.
+        at: the target's position; the middle of a map, the last of a sequence if not given.
+        inputs: examples as the model takes them, for the modes `mean` and `example`.
+        data: what they are called.
+        size: height and width of the image in mode `linear`, where the default cuts kernels off.
+        apart: keep positive and negative paths apart too. A path's weight is the product of the
+            weights (and gates) along it; where both signs are strong and nearly cancel, `weight`
+            hides what the two show.
+        progress: called with steps done and all steps.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if the sites are not connected, or the other way round; if units, position or
+            inputs do not fit; if an operation between them cannot be passed.
+    """
+    _check_modes(model, mode, inputs, size)
+    here = _input_site(model) if source == INPUT else model.site(source)
+    there = model.site(target)
+    _check_order(model, here, there)
+    rows = _indices("units", units, there)
+    columns = _indices("sources", sources, here)
+    groups = [rows[i : i + _UNITS_AT_ONCE] for i in range(0, len(rows), _UNITS_AT_ONCE)]
+    batches = _batches(model, inputs, size)
+    totals: list[Window | None] = [None] * len(groups)
+    absolutes: list[Window | None] = [None] * len(groups)
+    place: tuple[int, ...] = ()
+    begun = ended = (0,)
+    for done, batch in enumerate(batches):
+        tape, begun = _taped(model, here, there, mode, batch)
+        ended = tape.shape
+        place = _position(there, ended, at)
+        first = done * _EXAMPLES_AT_ONCE if mode == "example" else None
+        for i, group in enumerate(groups):
+            begin = one_hot(ended, there.unit_axis, group, place, model.device)
+            totals[i] = _added(totals[i], tape.pull(begin), first)
+            if apart:
+                absolutes[i] = _added(absolutes[i], tape.pull(begin, "absolute"), first)
+            if progress is not None:
+                progress(done * len(groups) + i + 1, len(batches) * len(groups))
+    n = 1 if inputs is None else len(inputs)
+    box = _box([w for w in totals if w is not None], here, begun, n if mode == "example" else 1)
+
+    def weights(windows: Sequence[Window | None]) -> Tensor:
+        return _shaped(windows, [len(g) for g in groups], here, box, columns, mode, n)
+
+    total = weights(totals)
+    absolute = weights(absolutes) if apart else None
+    return ExpandedWeights(
+        source=here.name,
+        target=there.name,
+        units=rows,
+        sources=columns,
+        weight=total.float(),
+        positive=None if absolute is None else ((absolute + total) / 2).float(),
+        negative=None if absolute is None else ((total - absolute) / 2).float(),
+        at=place,
+        start=_positions(here, box[0]),
+        source_shape=_positions(here, begun),
+        target_shape=_positions(there, ended),
+        mode=mode,
+        model=model.name,
+        model_hash=model.hash,
+        data=data if inputs is not None else "",
+        n_examples=0 if inputs is None else n,
+    )
+
+
+# --- what is asked for -------------------------------------------------------------------------
+
+
+def _check_modes(
+    model: HookedModel, mode: Mode, inputs: Tensor | None, size: tuple[int, int] | None
+) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: expand its weights outside the edit")
+    if mode == "linear" and not isinstance(model.input, ImageInput) and inputs is None:
+        raise ValueError(f"mode 'linear' of {model.name}, which takes tokens, needs inputs")
+    if mode != "linear" and (inputs is None or not len(inputs)):
+        raise ValueError(f"mode {mode!r} needs inputs: at least one example")
+    if mode == "linear" and inputs is not None and isinstance(model.input, ImageInput):
+        raise ValueError("inputs are not used in mode 'linear': expected mode 'mean' or 'example'")
+    if size is not None and (mode != "linear" or min(size) < 1):
+        raise ValueError(f"size {size} must be a height and width, in mode 'linear'")
+
+
+def _input_site(model: HookedModel) -> Site:
+    spec = model.input
+    if not isinstance(spec, ImageInput):
+        raise ValueError(
+            f"source 'input' of {model.name} is made of tokens, which have no gradient"
+        )
+    shape = (spec.channels, spec.height, spec.width)
+    return Site(INPUT, "channel", ("batch", "channel", "y", "x"), 1, shape)
+
+
+def _check_order(model: HookedModel, source: Site, target: Site) -> None:
+    if source.name == target.name:
+        raise ValueError(f"source and target are the same site, {source.name}")
+    order = [INPUT, *(site.name for site in model.sites)]
+    if order.index(source.name) > order.index(target.name):
+        raise ValueError(
+            f"source {source.name} comes after target {target.name} in {model.name}: "
+            "expected the earlier site as source"
+        )
+    for site in (source, target):
+        if "d_head" in site.axes:
+            raise ValueError(
+                f"units of {site.name} are heads, each a vector at a position: expected a site "
+                "whose units are numbers (composition scores connect heads)"
+            )
+
+
+def _indices(name: str, wanted: Sequence[int] | None, site: Site) -> tuple[int, ...]:
+    if wanted is None:
+        return tuple(range(site.n_units))
+    if not len(wanted):
+        raise ValueError(f"{name} is empty: expected units of {site.name}")
+    wrong = next((u for u in wanted if not 0 <= u < site.n_units), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name}: {site.name}:{wrong} does not exist: {site.name} has units "
+            f"0 to {site.n_units - 1}"
+        )
+    return tuple(int(u) for u in wanted)
+
+
+def _batches(
+    model: HookedModel, inputs: Tensor | None, size: tuple[int, int] | None
+) -> Sequence[Tensor]:
+    if inputs is not None:
+        return inputs.split(_EXAMPLES_AT_ONCE)
+    example = model.input.example(1)
+    return [example if size is None else example.new_zeros(1, example.shape[1], *size)]
+
+
+def _position(site: Site, shape: tuple[int, ...], at: Sequence[int] | None) -> tuple[int, ...]:
+    """The target's position: as asked, or the middle of a map, or the end of a sequence."""
+    lengths = _positions(site, shape)
+    if at is None:
+        named = zip(site.position_axes, lengths, strict=True)
+        return tuple(n - 1 if axis == "position" else n // 2 for axis, n in named)
+    if len(at) != len(lengths) or any(not 0 <= p < n for p, n in zip(at, lengths, strict=True)):
+        expected = f"one of {' x '.join(map(str, lengths))}" if lengths else "no position: ()"
+        raise ValueError(f"at {tuple(at)} is no position of {site.name}: expected {expected}")
+    return tuple(int(p) for p in at)
+
+
+def _positions(site: Site, of: Sequence[int]) -> tuple[int, ...]:
+    """Those of one number an axis that belong to position axes."""
+    return tuple(n for axis, n in enumerate(of) if axis not in (0, site.unit_axis))
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def _taped(
+    model: HookedModel, source: Site, target: Site, mode: Mode, batch: Tensor
+) -> tuple[Tape, tuple[int, ...]]:
+    """What the model does between two sites, and the shape of the source's tensor."""
+    tape = Tape("linear" if mode == "linear" else "gradient")
+    shape: list[tuple[int, ...]] = []
+
+    def start(value: Tensor) -> Tensor:
+        shape.append(tuple(value.shape))
+        return tape.start(value)
+
+    edits: dict[str, Callable[[Tensor], Tensor]] = {target.name: tape.end}
+    if source.name != INPUT:
+        edits[source.name] = start
+    with model.lock, tape, _before(model, start if source.name == INPUT else None):
+        model.run(batch, edits=edits, until=target)
+    if not tape.connected:
+        raise ValueError(
+            f"{source.name} and {target.name} are not connected: nothing that {model.name} computes "
+            f"from {source.name} reaches {target.name}"
+        )
+    return tape, shape[0]
+
+
+@contextmanager
+def _before(model: HookedModel, change: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Have the model's input changed before it is run."""
+    if change is None:
+        yield
+        return
+    handle = model.module.register_forward_pre_hook(
+        lambda module, args: (change(args[0]), *args[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _added(so_far: Window | None, more: Window | None, first: int | None) -> Window | None:
+    """Windows of one batch after those of the batches before: as examples `first` on, or summed."""
+    if more is None:
+        return so_far
+    summed = Window(more.value.sum(1, keepdim=True), (0, *more.start[1:]))
+    more = summed if first is None else more.moved(0, first)
+    return more if so_far is None else so_far.plus(more)
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _box(windows: Sequence[Window], source: Site, shape: tuple[int, ...], examples: int) -> Box:
+    """The box that holds all windows, with all examples and all units."""
+    if not windows:
+        return (0,) * len(shape), (examples, *shape[1:])
+    start = [min(s) for s in zip(*(w.start for w in windows), strict=True)]
+    stop = [max(s) for s in zip(*(w.stop for w in windows), strict=True)]
+    start[0], stop[0] = 0, examples
+    start[source.unit_axis], stop[source.unit_axis] = 0, source.n_units
+    return tuple(start), tuple(stop)
+
+
+def _shaped(
+    windows: Sequence[Window | None],
+    rows: Sequence[int],
+    source: Site,
+    box: Box,
+    columns: tuple[int, ...],
+    mode: Mode,
+    n: int,
+) -> Tensor:
+    """Windows of groups of units as weights: (example x) target x source x offset axes."""
+    size = [b - a for a, b in zip(*box, strict=True)]
+    values = torch.cat(
+        [
+            torch.zeros(count, *size, dtype=torch.float64) if w is None else w.within(*box).cpu()
+            for w, count in zip(windows, rows, strict=True)
+        ]
+    )
+    values = values.movedim(source.unit_axis + 1, 2)[:, :, list(columns)]
+    return values.transpose(0, 1) if mode == "example" else values[:, 0] / n
