@@ -24,6 +24,7 @@ import torch
 
 from circuits.harvesting import Inputs, harvest
 from circuits.harvesting.running import LARGEST_BATCH
+from circuits.hdf5 import created, file_hash
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.loading import load_model
@@ -32,7 +33,7 @@ from circuits.models.transformers import native_bridge
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
-from circuits.store.hdf5 import CHUNK, created, file_hash, write_full
+from circuits.store.hdf5 import CHUNK, write_full
 from circuits.store.provenance import Depth
 from circuits.workspace import Workspace
 

@@ -4,6 +4,8 @@
                               /<dataset hash>/…     activation stores
                               /pictures/            feature visualizations, metadata inside
                               /sheets/<site>-<how>/  neuron sheets
+                              /graph.h5, graph/     the graph store
+       workspace.db                                 what people wrote, with its history
        natural-images/<dataset hash>-<shape>.safetensors   colours and spectrum of a dataset
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from circuits.database import Database
 from circuits.files import check_writable, write_json
 from circuits.units import Unit
 
@@ -74,6 +77,11 @@ class Workspace:
     def model_folder(self, model_hash: str) -> Path:
         """Where everything about one set of weights is kept."""
         return self.root / model_hash[:DIGITS]
+
+    @property
+    def database(self) -> Database:
+        """What people wrote: circuits, families, labels."""
+        return Database(self.root / "workspace.db")
 
     def register(self, record: ModelRecord, replace: bool = True) -> None:
         """Note how a model is loaded, so that the app can load it again.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from circuits.cleanroom import induction
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import BUILTIN, MODELS, load_model
 from circuits.models.receptive import receptive_field
@@ -340,3 +342,38 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights_only"):
         load_model("shapes", path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_hand_written_induction_heads_copy() -> None:
+    """Right wherever copying can be right but where a token of the prefix stands before too."""
+    model = load_model("induction-by-hand")
+    tokens, _ = draw_repeats(64, torch.Generator().manual_seed(3))
+    logits = model.logits(tokens)
+    checked = 0
+    for row, given in zip(logits, tokens, strict=True):
+        for at in range(2, len(given) - 1):
+            after = [int(given[j]) for j in range(1, at + 1) if given[j - 1] == given[at]]
+            if len(set(after)) == 1:
+                checked += 1
+                assert row[at].argmax() == after[0]
+                assert row[at].max() > 19
+    assert checked > 1000
+    edges = 3 * 3 * 2 + 3 * 3 * 5 + 8
+    assert (edges, len(induction.TRUE_EDGES)) == (71, 7)
+
+
+def test_only_the_true_edges_do_something() -> None:
+    model = load_model("induction-by-hand")
+    tokens, _ = draw_repeats(4, torch.Generator().manual_seed(3))
+    base = model.logits(tokens)
+    for layer, head in itertools.product(range(2), range(3)):
+
+        def silenced(z: torch.Tensor, head: int = head) -> torch.Tensor:
+            z = z.clone()
+            z[:, :, head] = 0
+            return z
+
+        same = torch.equal(
+            model.logits(tokens, edits={f"blocks.{layer}.attn.hook_z": silenced}), base
+        )
+        assert same == (head != 0)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
 from circuits.units import Unit
 from circuits.weights import Connection, incoming, outgoing
+from circuits.weights.heads import direct_logits, neuron_directions, ov_circuit, qk_circuit
 from tests.conftest import seeded
 
 
@@ -166,3 +168,40 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
         outgoing(branches, "dog:1")
     with pytest.raises(ValueError, match="top 0"):
         incoming(branches, "cat:1", top=0)
+
+
+def test_head_circuits_by_definition(bridge: HookedModel) -> None:
+    b = bridge.module
+    ln = b.blocks[1].ln1.weight.detach()[:, None]
+    w_qk = (ln * b.W_Q[1, 2]) @ (ln * b.W_K[1, 2]).T
+    w_ov = (ln * b.W_V[1, 2]) @ b.W_O[1, 2]
+    w_u = b.ln_final.weight[:, None] * b.W_U
+    head = "blocks.1.attn.hook_z:2"
+    torch.testing.assert_close(qk_circuit(bridge, head), w_qk.detach())
+    torch.testing.assert_close(ov_circuit(bridge, head), w_ov.detach())
+    torch.testing.assert_close(
+        qk_circuit(bridge, head, tokens=True), (b.W_E @ w_qk @ b.W_E.T).detach()
+    )
+    torch.testing.assert_close(ov_circuit(bridge, head, tokens=True), (b.W_E @ w_ov @ w_u).detach())
+    read, written = neuron_directions(bridge, "blocks.0.mlp.hook_post:5")
+    torch.testing.assert_close(read, (b.blocks[0].ln2.weight[:, None] * b.W_in[0]).detach()[:, 5])
+    torch.testing.assert_close(written, b.W_out[0, 5].detach())
+    torch.testing.assert_close(
+        direct_logits(bridge, "blocks.0.mlp.hook_post:5"), (b.W_out[0, 5] @ w_u).detach()
+    )
+    with pytest.raises(ValueError, match="is not a head"):
+        qk_circuit(bridge, "blocks.0.mlp.hook_post:5")
+
+
+def test_head_circuits_of_the_hand_written_model() -> None:
+    model = load_model("induction-by-hand")
+    copies = ov_circuit(model, "blocks.1.attn.hook_z:0", tokens=True)
+    torch.testing.assert_close(copies, 20 * torch.eye(64))
+    assert not qk_circuit(model, "blocks.1.attn.hook_z:0", tokens=True).any(), (
+        "reads what head 0.0 wrote"
+    )
+
+
+def test_image_models_have_no_heads(branches: HookedModel) -> None:
+    with pytest.raises(ValueError, match="is no TransformerLens bridge"):
+        qk_circuit(branches, "cat:1")

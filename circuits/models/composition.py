@@ -51,23 +51,23 @@ def _virtual(
     return WeightLayer(name, rows, columns, reads, writes)
 
 
-def _norm_weight(norm: Any) -> Tensor | float:
+def norm_weight(norm: Any) -> Tensor | float:
     """The weights of a normalisation layer, one a residual dimension; 1 if it has none."""
     weight = getattr(norm, "weight", None)
     return weight.detach()[:, None] if isinstance(weight, Tensor) else 1.0
 
 
-def _qk(bridge: Any, layer: int, head: int) -> Tensor:
+def qk(bridge: Any, layer: int, head: int) -> Tensor:
     """W_QK of a head: d_model x d_model, queries in front."""
-    scale = _norm_weight(bridge.blocks[layer].ln1)
+    scale = norm_weight(bridge.blocks[layer].ln1)
     shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped queries share keys and values
     w_q, w_k = bridge.W_Q[layer][head], bridge.W_K[layer][head // shared]
     return ((scale * w_q) @ (scale * w_k).mT).detach()
 
 
-def _ov(bridge: Any, layer: int, head: int) -> Tensor:
+def ov(bridge: Any, layer: int, head: int) -> Tensor:
     """W_OV of a head: d_model x d_model, what is read in front."""
-    scale = _norm_weight(bridge.blocks[layer].ln1)
+    scale = norm_weight(bridge.blocks[layer].ln1)
     shared = bridge.cfg.n_heads // len(bridge.W_V[layer])
     return ((scale * bridge.W_V[layer][head // shared]) @ bridge.W_O[layer][head]).detach()
 
@@ -75,13 +75,13 @@ def _ov(bridge: Any, layer: int, head: int) -> Tensor:
 def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
     def scores(before: Sequence[int], after: Sequence[int]) -> Tensor:
         """Scores of every pair: before x after x (Q, K, V)."""
-        ovs = [_ov(bridge, i, head) for head in before]
+        written = [ov(bridge, i, head) for head in before]
         found = []
         for head in after:
-            qk, later = _qk(bridge, j, head), _ov(bridge, j, head)
-            for ov in ovs:
-                products = ((ov @ qk, qk), (qk @ ov.mT, qk), (ov @ later, later))
-                found.append([(p.norm() / (ov.norm() * m.norm())).item() for p, m in products])
+            attends, moves = qk(bridge, j, head), ov(bridge, j, head)
+            for w in written:
+                products = ((w @ attends, attends), (attends @ w.mT, attends), (w @ moves, moves))
+                found.append([_share(p, w, m) for p, m in products])
         return torch.tensor(found).reshape(len(after), len(before), 3).transpose(0, 1)
 
     def rows(after: Tensor) -> Tensor:
@@ -93,6 +93,11 @@ def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) 
     return _virtual(f"composition {i} to {j}", rows, columns, source, target)
 
 
+def _share(product: Tensor, a: Tensor, b: Tensor) -> float:
+    """The norm of a product over the product of norms; 0 where a factor is zero."""
+    return (product.norm() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny)).item()
+
+
 def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site) -> WeightLayer:
     """Neurons of layer i to those of layer j, or to the logits."""
 
@@ -101,8 +106,8 @@ def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site
 
     def in_weights() -> Tensor:
         if j is None:
-            return _norm_weight(bridge.ln_final) * bridge.W_U.detach()
-        return _norm_weight(bridge.blocks[j].ln2) * bridge.W_in[j].detach()
+            return norm_weight(bridge.ln_final) * bridge.W_U.detach()
+        return norm_weight(bridge.blocks[j].ln2) * bridge.W_in[j].detach()
 
     return _virtual(
         f"neurons {i} to {'logits' if j is None else j}",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
 from circuits.factories import call_factory
 from circuits.models.adapter import HookedModel
@@ -59,7 +60,7 @@ class ModelEntry:
     @property
     def builtin(self) -> bool:
         """Whether it comes with the package."""
-        return self.name in ("cleanroom", "shapes", "induction")
+        return self.name in ("cleanroom", "shapes", "induction", "induction-by-hand")
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
@@ -126,6 +127,13 @@ def _induction(name: str, weights: Path | None) -> HookedModel:
     path = weights or BUILTIN / "induction.safetensors"
     bridge = native_bridge(**INDUCTION)
     load_native(bridge, read_weights(path), repr(str(path)))
+    return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
+
+
+def _induction_by_hand(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    bridge = native_bridge(**by_hand.config(N_VOCAB, N_CTX))
+    load_native(bridge, by_hand.weights(N_VOCAB, N_CTX), name)
     return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
 
 
@@ -369,6 +377,7 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("cleanroom", "hand-written Gabor filters, complex Gabors and lines", _cleanroom),
         ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
         ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
+        ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),
         ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
         ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
         ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.store.hdf5 import opened
+from circuits.hdf5 import opened
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.rows import Rows
 from circuits.store.shards import Line, StoreWriter, read_manifest, shard_name

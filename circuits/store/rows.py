@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.store.hdf5 import opened
+from circuits.hdf5 import opened
 
 MIXED = 16
 """How many blocks of rows a shuffled stream mixes."""

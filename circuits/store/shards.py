@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from circuits.files import replacing
-from circuits.store.hdf5 import created, file_hash, opened, write_full
+from circuits.hdf5 import created, file_hash, opened
+from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
 

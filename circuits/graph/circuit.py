@@ -1,0 +1,326 @@
+"""`CircuitGraph`: units and the edges between them, in memory (layer 2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import networkx as nx
+
+from circuits.units import Unit
+
+Kind = Literal["weight", "expanded", "attribution", "effect"]
+"""What an edge is: a raw weight, an expanded one, an attribution on some data, a measured effect."""
+
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, order=True)
+class UnitAt:
+    """A unit at one position, as in an attribution graph of a prompt, written `site:index@position`."""
+
+    unit: Unit
+    position: int
+
+    def __str__(self) -> str:
+        return f"{self.unit}@{self.position}"
+
+
+@dataclass(frozen=True, order=True)
+class UnitGroup:
+    """Units taken together, such as a family, written `{name}site:index,index,…` with one site's units.
+
+    Attributes:
+        name: what it is called.
+        units: what is in it, all of one site, in order.
+    """
+
+    name: str
+    units: tuple[Unit, ...]
+
+    def __post_init__(self) -> None:
+        if not self.units or len({unit.site for unit in self.units}) != 1:
+            raise ValueError(f"group {self.name!r} needs units of exactly one site")
+        if not self.name or re.search(r"[{}]", self.name):
+            raise ValueError(f"group name {self.name!r} must not be empty or hold braces")
+
+    def __str__(self) -> str:
+        indices = ",".join(str(unit.index) for unit in self.units)
+        return f"{{{self.name}}}{self.units[0].site}:{indices}"
+
+
+Node = Unit | UnitAt | UnitGroup
+"""What a circuit's nodes are."""
+
+_GROUP = re.compile(r"\{(?P<name>[^{}]+)\}(?P<site>[^:]+):(?P<indices>[0-9,]+)")
+_AT = re.compile(r"(?P<unit>.+:[0-9]+)@(?P<position>[0-9]+)")
+
+
+def parse_node(text: str) -> Node:
+    """Read a node as it is written.
+
+    Raises:
+        ValueError: if it is none.
+
+    >>> parse_node("mixed3b:379"), parse_node("block@0:3@5").position
+    (Unit(site='mixed3b', index=379), 5)
+    >>> str(parse_node("{curves}mixed3b:1,2"))
+    '{curves}mixed3b:1,2'
+    """
+    if group := _GROUP.fullmatch(text):
+        site = group["site"]
+        units = tuple(Unit(site, int(i)) for i in group["indices"].split(","))
+        return UnitGroup(group["name"], units)
+    if at := _AT.fullmatch(text):
+        return UnitAt(Unit.parse(at["unit"]), int(at["position"]))
+    return Unit.parse(text)
+
+
+def site_of(node: Node) -> str:
+    """The site that a node's units belong to."""
+    if isinstance(node, UnitGroup):
+        return node.units[0].site
+    return node.unit.site if isinstance(node, UnitAt) else node.site
+
+
+class CircuitGraph(nx.MultiDiGraph):
+    """A circuit: nodes are `Unit`s (or `UnitAt`, `UnitGroup`), edges go from source to target.
+
+    An edge's key says its kind, and the layer where there is one: `weight:conv2`. Its attributes are
+    `kind`, `norm` (strength), `sum` (signed), and where known `kernel` (nested lists), `layer`,
+    `through`, `typical` (the median norm of the kernels beside it). `graph` holds `model`,
+    `model_hash`, and how the circuit came about. Everything that networkx has works on it.
+    """
+
+    def connect(
+        self,
+        source: Node,
+        target: Node,
+        kind: str,
+        *,
+        sum: float,
+        norm: float | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Add an edge, over one of the same kind and layer.
+
+        Raises:
+            ValueError: if the kind is unknown.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} of an edge is not one of {', '.join(KINDS)}")
+        layer = attributes.get("layer") or ""
+        key = f"{kind}:{layer}" if layer else kind
+        strength = abs(sum) if norm is None else norm
+        self.add_edge(source, target, key, kind=kind, sum=sum, norm=strength, **attributes)
+
+    @property
+    def model_hash(self) -> str:
+        """Of the weights that the circuit belongs to; empty if it does not say."""
+        return str(self.graph.get("model_hash", ""))
+
+    def sites(self) -> list[str]:
+        """The sites of its nodes, sources before targets where the edges say so."""
+        order = nx.DiGraph()
+        order.add_nodes_from(site_of(node) for node in self)
+        order.add_edges_from(
+            (site_of(a), site_of(b)) for a, b in self.edges() if site_of(a) != site_of(b)
+        )
+        if nx.is_directed_acyclic_graph(order):
+            return list(nx.lexicographical_topological_sort(order))
+        return list(order)
+
+    def same_as(self, other: nx.MultiDiGraph) -> bool:
+        """Whether both hold the same nodes, edges and attributes, types included."""
+        return _contents(self) == _contents(other)
+
+    def checked(self, model_hash: str, n_units: Mapping[str, int]) -> CircuitGraph:
+        """This circuit, if it belongs to a model.
+
+        Args:
+            model_hash: of the model's weights.
+            n_units: how many units each of its sites has.
+
+        Raises:
+            ValueError: if it was made from other weights, or names units that are not there.
+        """
+        if self.model_hash and self.model_hash != model_hash:
+            raise ValueError(
+                f"circuit belongs to weights {self.model_hash[:16]}, the model has {model_hash[:16]}"
+            )
+        units = {unit: node for node in self for unit in units_of(node)}
+        gone = [
+            str(node) for unit, node in units.items() if unit.index >= n_units.get(unit.site, 0)
+        ]
+        if gone:
+            more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+            raise ValueError(
+                f"circuit names units that the model does not have: {', '.join(gone[:5])}{more}"
+            )
+        return self
+
+
+def units_of(node: Node) -> tuple[Unit, ...]:
+    """The units that a node stands for."""
+    if isinstance(node, UnitGroup):
+        return node.units
+    return (node.unit,) if isinstance(node, UnitAt) else (node,)
+
+
+def _contents(graph: nx.MultiDiGraph) -> tuple[Any, ...]:
+    return (
+        _typed(graph.graph),
+        {node: _typed(data) for node, data in graph.nodes(data=True)},
+        {(a, b, key): _typed(data) for a, b, key, data in graph.edges(keys=True, data=True)},
+    )
+
+
+def _typed(value: Any) -> Any:
+    """A value with its types, so that 1, 1.0 and True, lists and tuples are told apart."""
+    if isinstance(value, Mapping):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value).__name__, [_typed(item) for item in value]
+    return type(value).__name__, repr(value)
+
+
+# --- putting circuits together -----------------------------------------------------------------
+
+
+def union(a: CircuitGraph, b: CircuitGraph) -> CircuitGraph:
+    """All that is in either; where both have a node or an edge, attributes of `b` win.
+
+    Raises:
+        ValueError: if they belong to different weights.
+    """
+    _check_same_model(a, b)
+    both = a.copy()
+    both.graph.update(b.graph)
+    both.add_nodes_from(b.nodes(data=True))
+    for source, target, key, data in b.edges(keys=True, data=True):
+        both.add_edge(source, target, key, **data)
+    return both
+
+
+def difference(a: CircuitGraph, b: CircuitGraph) -> CircuitGraph:
+    """The edges of `a` that `b` lacks, with their nodes, and the nodes of `a` that `b` lacks.
+
+    Raises:
+        ValueError: if they belong to different weights.
+    """
+    _check_same_model(a, b)
+    left = a.copy()
+    left.remove_edges_from([edge for edge in a.edges(keys=True) if b.has_edge(*edge)])
+    left.remove_nodes_from([n for n in list(left) if n in b and left.degree(n) == 0])
+    return left
+
+
+def _check_same_model(a: CircuitGraph, b: CircuitGraph) -> None:
+    if a.model_hash and b.model_hash and a.model_hash != b.model_hash:
+        raise ValueError(
+            f"circuits belong to different weights, {a.model_hash[:16]} and {b.model_hash[:16]}"
+        )
+
+
+Edge = tuple[Node, Node, str]
+
+
+@dataclass(frozen=True)
+class CircuitDiff:
+    """What one version of a circuit has that another has not.
+
+    Attributes:
+        nodes_added: only in the later one.
+        nodes_removed: only in the earlier one.
+        nodes_changed: in both, with other attributes.
+        edges_added: source, target and key, only in the later one.
+        edges_removed: only in the earlier one.
+        edges_changed: in both, with other attributes.
+    """
+
+    nodes_added: tuple[Node, ...]
+    nodes_removed: tuple[Node, ...]
+    nodes_changed: tuple[Node, ...]
+    edges_added: tuple[Edge, ...]
+    edges_removed: tuple[Edge, ...]
+    edges_changed: tuple[Edge, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no difference."""
+        return not any(vars(self).values())
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """As plain lists of text."""
+        return {
+            name: [str(v) if name.startswith("nodes") else [str(part) for part in v] for v in found]
+            for name, found in vars(self).items()
+        }
+
+
+def diff(before: CircuitGraph, after: CircuitGraph) -> CircuitDiff:
+    """What changed from one version of a circuit to another."""
+    _, old_nodes, old_edges = _contents(before)
+    _, new_nodes, new_edges = _contents(after)
+
+    def split(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> tuple[tuple[Any, ...], ...]:
+        return (
+            tuple(k for k in new if k not in old),
+            tuple(k for k in old if k not in new),
+            tuple(k for k in new if k in old and new[k] != old[k]),
+        )
+
+    return CircuitDiff(*split(old_nodes, new_nodes), *split(old_edges, new_edges))
+
+
+Weighing = Literal["sum", "representative"]
+
+
+def collapse(
+    graph: CircuitGraph, groups: Iterable[UnitGroup], weighing: Weighing = "sum"
+) -> CircuitGraph:
+    """Make one node of each group; edges between and into groups become one each.
+
+    Args:
+        graph: the circuit; it is not changed.
+        groups: what to take together; no unit may be in two.
+        weighing: `sum` adds the edges' sums (kernels are left out); `representative` keeps the strongest
+            edge, and says in `members` how many there were.
+
+    Raises:
+        ValueError: if a unit is in two groups, or a group has no unit in the circuit.
+    """
+    place: dict[Node, Node] = {}
+    for group in groups:
+        found = [unit for unit in group.units if unit in graph]
+        if not found:
+            raise ValueError(f"group {group} has no unit in the circuit")
+        for unit in found:
+            if unit in place:
+                raise ValueError(f"unit {unit} is in two groups")
+            place[unit] = group
+    made = CircuitGraph()
+    made.graph.update(graph.graph)
+    for node, data in graph.nodes(data=True):
+        if node in place:
+            made.add_node(place[node])
+        else:
+            made.add_node(node, **data)
+    merged: dict[Edge, list[dict[str, Any]]] = {}
+    for a, b, key, data in graph.edges(keys=True, data=True):
+        ends: Edge = place.get(a) or a, place.get(b) or b, key
+        merged.setdefault(ends, []).append(data)
+    for (a, b, key), found in merged.items():
+        best = max(found, key=lambda data: data["norm"])
+        data = dict(best)
+        if len(found) > 1 or a in place.values() or b in place.values():
+            data["members"] = len(found)
+            if weighing == "sum":
+                data["sum"] = float(sum(d["sum"] for d in found))
+                data["norm"] = abs(data["sum"])
+                data.pop("kernel", None)
+                data.pop("typical", None)
+        made.add_edge(a, b, key, **data)
+    return made

@@ -1,0 +1,287 @@
+"""Circuits as files that other programs read: node-link JSON, GraphML, GEXF (layer 2).
+
+Every format is read back equal, types included. What a format cannot hold (None, lists, tuples,
+dictionaries, columns of mixed types) is written as JSON text under a name that ends in `__json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import networkx as nx
+from networkx.readwrite.gexf import GEXFReader
+
+from circuits.files import replacing
+from circuits.graph.attribution_graphs import from_attribution_graph, to_attribution_graph
+from circuits.graph.circuit import CircuitGraph, parse_node
+from circuits.graph.values import decoded, encoded
+from circuits.units import unknown
+
+_PREFIX = "circuit."
+_JSON = "__json"
+_XML_SAFE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff￾￿]+")
+
+
+def write_circuit(graph: CircuitGraph, path: str | Path, format: str | None = None) -> None:
+    """Write a circuit to a file.
+
+    Args:
+        graph: the circuit.
+        path: where; its ending says the format if none is given.
+        format: `json` (node-link), `graphml`, `gexf`, or `attribution` (circuit-tracer's JSON).
+
+    Raises:
+        KeyError: if the format is unknown.
+    """
+    path = Path(path)
+    _, write = _FORMATS[_format(path, format)]
+    with replacing(path) as temporary:
+        temporary.write_text(write(graph), encoding="utf-8")
+
+
+def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
+    """Read a circuit from a file, one of ours or of another program.
+
+    Args:
+        path: the file.
+        format: as for `write_circuit`; a `.json` file of either kind is told by what is in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        KeyError: if the format is unknown.
+        ValueError: if the file is not of the format, or its nodes are no units.
+    """
+    path = Path(path)
+    name = _format(path, format)
+    text = path.read_text(encoding="utf-8")
+    read, _ = _FORMATS[name]
+    try:
+        raw = json.loads(text) if name in ("json", "attribution") else None
+        if name == "json" and isinstance(raw, dict) and "qParams" in raw:
+            read, _ = _FORMATS["attribution"]
+        return read(text)
+    except (ElementTree.ParseError, json.JSONDecodeError, nx.NetworkXError, KeyError) as error:
+        raise ValueError(
+            f"file {str(path)!r} is no circuit in the format {name}: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"file {str(path)!r}: {error}") from error
+
+
+def _format(path: Path, format: str | None) -> str:
+    if format is not None:
+        if format not in _FORMATS:
+            raise unknown("format", format, _FORMATS)
+        return format
+    name = path.suffix.removeprefix(".").lower()
+    if name not in _FORMATS:
+        raise unknown("format by file ending", name, _FORMATS)
+    return name
+
+
+@cache
+def schema(name: str) -> dict[str, Any]:
+    """The JSON schema of a format: `node-link` or `attribution-graph`."""
+    return json.loads(files("circuits.graph.schemas").joinpath(f"{name}.json").read_text())
+
+
+def _validated(raw: Any, name: str) -> Any:
+    try:
+        jsonschema.validate(raw, schema(name))
+    except jsonschema.ValidationError as error:
+        where = "/".join(map(str, error.absolute_path)) or "the top"
+        raise ValueError(f"not a {name} file: at {where}: {error.message[:200]}") from error
+    return raw
+
+
+# --- node-link JSON ----------------------------------------------------------------------------
+
+
+def to_node_link(graph: CircuitGraph) -> dict[str, Any]:
+    """A circuit as node-link data, as `networkx.node_link_graph` reads it."""
+    return {
+        "directed": True,
+        "multigraph": True,
+        "graph": encoded(graph.graph),
+        "nodes": [_aside(data) | {"id": str(node)} for node, data in graph.nodes(data=True)],
+        "edges": [
+            _aside(data) | {"source": str(a), "target": str(b), "key": key}
+            for a, b, key, data in graph.edges(keys=True, data=True)
+        ],
+    }
+
+
+def from_node_link(raw: Any) -> CircuitGraph:
+    """A circuit from node-link data.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    _validated(raw, "node-link")
+    made = CircuitGraph()
+    made.graph.update(decoded(raw["graph"]))
+    for node in raw["nodes"]:
+        made.add_node(parse_node(node["id"]), **_unaside(_without(node, "id")))
+    for edge in raw["edges"]:
+        ends = parse_node(edge["source"]), parse_node(edge["target"])
+        if not (ends[0] in made and ends[1] in made):
+            raise ValueError(f"edge from {ends[0]} to {ends[1]} names a node that is not listed")
+        made.add_edge(*ends, edge["key"], **_unaside(_without(edge, "source", "target", "key")))
+    return made
+
+
+_ASIDE = "attribute:"
+
+
+def _aside(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as JSON; those whose names the format needs itself get a mark."""
+    taken = ("id", "source", "target", "key")
+    return {
+        f"{_ASIDE}{name}" if name in taken or name.startswith(_ASIDE) else name: encoded(value)
+        for name, value in data.items()
+    }
+
+
+def _unaside(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(_ASIDE): decoded(value) for name, value in data.items()}
+
+
+def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in names}
+
+
+# --- XML ---------------------------------------------------------------------------------------
+
+
+def _plain(graph: CircuitGraph) -> nx.MultiDiGraph:
+    """A circuit with nothing but text, numbers and truth values in it."""
+    node_columns = _columns(data for _, data in graph.nodes(data=True))
+    edge_columns = _columns(data for *_, data in graph.edges(keys=True, data=True))
+    plain = nx.MultiDiGraph()
+    for node, data in graph.nodes(data=True):
+        plain.add_node(str(node), **_flat(data, node_columns))
+    for number, (a, b, key, data) in enumerate(graph.edges(keys=True, data=True)):
+        extra = {f"{_PREFIX}key": key}
+        if isinstance(data.get("norm"), float) and math.isfinite(data["norm"]):
+            extra["weight"] = data["norm"]  # what viewers draw
+        plain.add_edge(str(a), str(b), str(number), **_flat(data, edge_columns), **extra)
+    return plain
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """For each attribute, whether it can be written as it is."""
+    kinds: dict[str, set[type]] = {}
+    safe: dict[str, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+            fits = not isinstance(value, str) or _fits_xml(value)
+            whole = not isinstance(value, int) or abs(value) < 2**31
+            finite = not isinstance(value, float) or math.isfinite(value)
+            safe[name] = safe.get(name, True) and fits and whole and finite
+    simple = (str, bool, int, float)
+    return {n: safe[n] and len(k) == 1 and next(iter(k)) in simple for n, k in kinds.items()}
+
+
+def _fits_xml(text: str) -> bool:
+    return _XML_SAFE.fullmatch(text) is not None and text == text.strip()
+
+
+def _flat(data: Mapping[str, Any], columns: Mapping[str, bool]) -> dict[str, Any]:
+    return {
+        f"{_PREFIX}{name}" if columns[name] else f"{_PREFIX}{name}{_JSON}": value
+        if columns[name]
+        else json.dumps(encoded(value))
+        for name, value in data.items()
+    }
+
+
+def _unflat(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as they were; of a file of another program, all that are there."""
+    ours = {k.removeprefix(_PREFIX): v for k, v in data.items() if k.startswith(_PREFIX)}
+    ours.pop("key", None)
+    return {
+        name.removesuffix(_JSON): decoded(json.loads(value)) if name.endswith(_JSON) else value
+        for name, value in ours.items()
+    }
+
+
+def _restored(plain: nx.Graph, about: str | None) -> CircuitGraph:
+    """A circuit out of what networkx read; `about` is its `graph` as we wrote it, None if we did not."""
+    made = CircuitGraph()
+    is_ours = about is not None
+    if about is not None:
+        made.graph.update(decoded(json.loads(about)))
+    for node, data in plain.nodes(data=True):
+        made.add_node(parse_node(str(node)), **(_unflat(data) if is_ours else dict(data)))
+    for a, b, data in plain.edges(data=True):
+        ends = parse_node(str(a)), parse_node(str(b))
+        if is_ours:
+            made.add_edge(*ends, data[f"{_PREFIX}key"], **_unflat(data))
+        else:
+            weight = float(data.get("weight", 1.0))
+            rest = _without(data, "weight", "id", "kind", "sum", "norm")
+            made.connect(*ends, "weight", sum=weight, **rest)
+    return made
+
+
+def _to_graphml(graph: CircuitGraph) -> str:
+    plain = _plain(graph)
+    plain.graph[f"{_PREFIX}graph"] = json.dumps(encoded(graph.graph))
+    return "\n".join(nx.generate_graphml(plain))
+
+
+def _from_graphml(text: str) -> CircuitGraph:
+    plain = nx.parse_graphml(text, force_multigraph=True)
+    return _restored(plain, plain.graph.get(f"{_PREFIX}graph"))
+
+
+_GEXF = "{http://www.gexf.net/1.2draft}"
+
+
+def _to_gexf(graph: CircuitGraph) -> str:
+    root = ElementTree.fromstring("\n".join(nx.generate_gexf(_plain(graph))))
+    meta = root.find(f"{_GEXF}meta")
+    if meta is None:
+        meta = ElementTree.Element(f"{_GEXF}meta")
+        root.insert(0, meta)
+    about = ElementTree.SubElement(meta, f"{_GEXF}description")
+    about.text = _PREFIX + json.dumps(encoded(graph.graph))
+    ElementTree.register_namespace("", _GEXF.strip("{}"))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _from_gexf(text: str) -> CircuitGraph:
+    root = ElementTree.fromstring(text)
+    found = root.find(f"{_GEXF}meta/{_GEXF}description")
+    described = "" if found is None else found.text or ""
+    about = described.removeprefix(_PREFIX) if described.startswith(_PREFIX) else None
+    reader: Any = GEXFReader(version="1.2draft")
+    reader.xml = root
+    graph = root.find(f"{_GEXF}graph")
+    if graph is None:
+        raise ValueError("a GEXF 1.2 file has a graph in it")
+    return _restored(reader.make_graph(graph), about)
+
+
+_FORMATS: dict[str, tuple[Callable[[str], CircuitGraph], Callable[[CircuitGraph], str]]] = {
+    "json": (
+        lambda text: from_node_link(json.loads(text)),
+        lambda graph: json.dumps(to_node_link(graph), indent=1, allow_nan=False),
+    ),
+    "graphml": (_from_graphml, _to_graphml),
+    "gexf": (_from_gexf, _to_gexf),
+    "attribution": (
+        lambda text: from_attribution_graph(_validated(json.loads(text), "attribution-graph")),
+        lambda graph: json.dumps(to_attribution_graph(graph), indent=1, allow_nan=False),
+    ),
+}

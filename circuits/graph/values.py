@@ -1,0 +1,57 @@
+"""Values of attributes as JSON that gives them back with their types (layer 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_TUPLE, _FLOAT, _DICT = "tuple:", "float:", "dict:"
+
+
+def encoded(value: Any) -> Any:
+    """A value as JSON has it; what JSON has not is an object with one key that says what it is.
+
+    Raises:
+        TypeError: if it is none of None, truth value, number, text, list, tuple, or dictionary by text.
+
+    >>> encoded({"a": (1, None), "b": float("inf")})
+    {'a': {'tuple:': [1, None]}, 'b': {'float:': 'inf'}}
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {_FLOAT: repr(value)}
+    if isinstance(value, tuple):
+        return {_TUPLE: [encoded(item) for item in value]}
+    if isinstance(value, list):
+        return [encoded(item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        made = {key: encoded(item) for key, item in value.items()}
+        marked = len(made) == 1 and next(iter(made)) in (_TUPLE, _FLOAT, _DICT)
+        return {_DICT: made} if marked else made
+    raise TypeError(
+        f"attribute {value!r} cannot be written: expected None, numbers, text, lists, tuples or "
+        "dictionaries of them"
+    )
+
+
+def decoded(value: Any) -> Any:
+    """The value that `encoded` was given.
+
+    >>> decoded(encoded({"a": (1, None), "b": [float("inf")]}))
+    {'a': (1, None), 'b': [inf]}
+    """
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (key, inner), *_ = value.items()
+        if key == _TUPLE and isinstance(inner, list):
+            return tuple(decoded(item) for item in inner)
+        if key == _FLOAT and inner in ("nan", "inf", "-inf"):
+            return float(inner)
+        if key == _DICT and isinstance(inner, dict):
+            value = inner
+    return {key: decoded(item) for key, item in value.items()}

@@ -1,0 +1,114 @@
+"""A model's weights as a graph on disk (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.graph.blocks import BlockInfo, writing
+from circuits.graph.store import FILE, GraphStore
+from circuits.models.adapter import HookedModel
+from circuits.weights.expanded import ExpandedWeights
+from circuits.weights.raw import Pair, connected_pairs
+
+_NUMBERS_AT_ONCE = 2**22
+
+
+def build_graph(
+    model: HookedModel,
+    folder: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> GraphStore:
+    """Write the weights between all directly connected sites to `graph.h5`, and open it.
+
+    Rows are written as they are computed, so memory does not follow the size of the network; a build that
+    is stopped leaves what was there before.
+
+    Args:
+        model: without edits in force.
+        folder: of the model, as `Workspace.model_folder` gives it.
+        progress: called with blocks done and all blocks.
+
+    Raises:
+        ValueError: if the model is edited, or none of its sites are connected by weights.
+    """
+    pairs = list(connected_pairs(model))
+    if not pairs:
+        raise ValueError(f"model {model.name} has no weights between its sites")
+    used = {pair.source for pair in pairs} | {pair.target for pair in pairs}
+    names = [*(used - {s.name for s in model.sites}), *(s.name for s in model.sites)]
+    sites = {name: model.n_units(name) for name in names if name in used}
+    path = Path(folder) / FILE
+    with writing(path, model.name, model.hash, sites) as writer:
+        for done, pair in enumerate(pairs):
+            n = sites[pair.source]
+            step = max(1, _NUMBERS_AT_ONCE // max(1, n * 25))
+            first = pair.kernels(pair.units[:step], n)
+            everything = len(pair.units) == sites[pair.target]
+            info = _info(pair, n, tuple(first.shape[2:]), everything)
+            with writer.block(info) as block:
+                block.write(first.detach().cpu().numpy())
+                for at in range(step, len(pair.units), step):
+                    block.write(pair.kernels(pair.units[at : at + step], n).detach().cpu().numpy())
+            if progress is not None:
+                progress(done + 1, len(pairs))
+    return GraphStore(folder)
+
+
+def _info(pair: Pair, n_sources: int, kernel: tuple[int, ...], everything: bool) -> BlockInfo:
+    return BlockInfo(
+        pair.source,
+        pair.target,
+        "weight",
+        pair.layer.name,
+        pair.through,
+        () if everything else tuple(pair.units.tolist()),
+        (),
+        (len(pair.units), n_sources),
+        kernel,
+        {"method": "the layer's weights, batch norm multiplied in"},
+    )
+
+
+def expanded_block(
+    expanded: ExpandedWeights, n_units: Mapping[str, int] | None = None
+) -> tuple[BlockInfo, Float[np.ndarray, "target source *offset"]]:
+    """Expanded weights as a block for `add_edges`.
+
+    Args:
+        expanded: of mode linear or mean.
+        n_units: how many units each site has, to note where all of them are there.
+
+    Raises:
+        ValueError: if there is one result an example.
+    """
+    if expanded.mode == "example":
+        raise ValueError("weights of each example are no edges: average them first")
+    known = n_units or {}
+    provenance = {
+        "method": f"expanded weights, {expanded.mode}",
+        "at": list(expanded.at),
+        "start": list(expanded.start),
+        "data": expanded.data,
+        "n_examples": expanded.n_examples,
+    }
+    info = BlockInfo(
+        expanded.source,
+        expanded.target,
+        "expanded",
+        "",
+        (),
+        _unless_all(expanded.units, known.get(expanded.target)),
+        _unless_all(expanded.sources, known.get(expanded.source)),
+        (len(expanded.units), len(expanded.sources)),
+        tuple(expanded.weight.shape[2:]),
+        provenance,
+    )
+    return info, expanded.weight.cpu().numpy()
+
+
+def _unless_all(units: Sequence[int], n: int | None) -> tuple[int, ...]:
+    return () if list(units) == list(range(n or 0)) else tuple(units)
