@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from circuits.models.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from circuits.weights import ExpandedWeights, expand_weights, incoming, raw_weights
+from circuits.weights.factors import factorize
 from tests.conftest import Branches, OwnNet, seeded
 
 
@@ -420,3 +422,37 @@ def test_resnet_across_a_residual_block(assets: Path) -> None:
             doubled(model), source, ours, torch.zeros(1, 3, 32, 32, dtype=torch.float64)
         )
     assert_close(ours.weight, oracle)
+
+
+# --- factors -----------------------------------------------------------------------------------
+
+
+def test_factors_find_the_groups_that_weights_were_made_of(branches: HookedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.zeros(3, 12)
+    for k in range(3):
+        groups[k, 4 * k : 4 * k + 4] = torch.rand(4, generator=generator) + 0.5
+    maps = (
+        torch.randn(3, 5, 3, 3, generator=generator)
+        * torch.tensor([3.0, 2, 1])[:, None, None, None]
+    )
+    weight = torch.einsum("ks,ktyx->tsyx", groups, maps)
+    made = dataclasses.replace(
+        expand_weights(branches, "cat", "out_relu"),
+        weight=weight, units=tuple(range(5)), sources=tuple(range(12)),
+    )  # fmt: skip
+    found = factorize(made, 3)
+    torch.testing.assert_close(
+        torch.from_numpy(found.reconstructed()).float(), weight, rtol=0.02, atol=0.02
+    )
+    assert found.shares[-1] > 0.999
+    assert found.hidden < 0.02
+    for k in range(3):
+        cosines = groups @ torch.from_numpy(found.groups[k]).float() / groups.norm(dim=1)
+        assert cosines.max() > 0.99, "each factor is one of the groups"
+    fewer = factorize(made, 1)
+    off = made.weight.numpy() - fewer.reconstructed()
+    assert fewer.hidden == pytest.approx(abs(off).sum() / made.weight.abs().sum().item(), rel=1e-4)
+    assert fewer.shares[0] < 0.95
+    with pytest.raises(ValueError, match="k 13 must be 1 to 12"):
+        factorize(made, 13)

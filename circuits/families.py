@@ -1,0 +1,496 @@
+"""Families: units that are one unit turned, mirrored, scaled or hue-shifted (layer 5).
+
+Cammarata et al. 2020, "Curve Detectors", and Olah et al. 2020, "Naturally Occurring Equivariance in Neural
+Networks" (Distill). Units are compared by how they answer to stimuli in every step of a transformation
+(`circuits.stimuli.orbits`), less each stimulus' mean over the steps: what is left is what the transformation
+changes. Two units agree as much as their answers correlate at the best shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from circuits.database import Database, Record
+from circuits.graph.circuit import UnitGroup
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.models.sites import unit_activations
+from circuits.stimuli.images import ImageSource
+from circuits.stimuli.orbits import Orbit, Transformation, hues, mirrors, rotations, scales
+from circuits.stimuli.sources import open_source
+from circuits.units import Site, Unit
+
+KIND = "family"
+_BATCH = 32
+_LEAST_CHANGE: dict[str, float] = {"rotation": 0.1, "scale": 0.1, "mirror": 0.005, "hue": 0.005}
+"""Units whose answers vary less than this with the step, as a share of all their variance, are left out:
+mirror images and hues of photographs differ little beside photographs themselves.
+"""
+
+_LEAST_ACTIVE = 0.3
+"""And those whose largest answer is below this part of the site's median one."""
+
+Answers = Float[Tensor, "unit stimulus step"]
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """A unit of a family.
+
+    Attributes:
+        phase: where in the family it is: the angle that it prefers, in degrees (where a curve bulges; a
+            line runs at a right angle to it), the factor, or 0 and 1.
+        unit: which.
+        fit: its mean agreement with the other members, at best 1.
+    """
+
+    phase: float
+    unit: Unit
+    fit: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units that are one unit transformed.
+
+    Attributes:
+        name: what people call it.
+        site: where its units are.
+        transformation: how they differ.
+        period: the angle after which the unit is itself again, in degrees (180 for a line); 0 for none.
+        members: by phase.
+        score: the mean agreement of its members.
+        p_value: how often chance does as well; NaN where a person put the family together unmeasured.
+        null: what chance is.
+        n_null: how many times it was tried.
+        model_hash: of the weights.
+        stimuli: what was shown.
+        seed: of everything random.
+    """
+
+    name: str
+    site: str
+    transformation: Transformation
+    period: float
+    members: tuple[Member, ...]
+    score: float
+    p_value: float
+    null: str
+    n_null: int
+    model_hash: str
+    stimuli: str
+    seed: int
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Its units, by phase."""
+        return tuple(member.unit for member in self.members)
+
+    @property
+    def group(self) -> UnitGroup:
+        """As one node of a circuit."""
+        return UnitGroup(self.name, self.units)
+
+    def renamed(self, name: str) -> Family:
+        """The same under another name."""
+        return replace(self, name=name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it (NaN as null)."""
+        raw = asdict(self)
+        raw["members"] = [
+            {"unit": str(m.unit), "phase": m.phase, "fit": m.fit} for m in self.members
+        ]
+        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in raw.items()}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Family:
+        """From what `to_dict` gave."""
+        members = tuple(Member(m["phase"], Unit.parse(m["unit"]), m["fit"]) for m in raw["members"])
+        values: dict[str, Any] = {k: float("nan") if v is None else v for k, v in raw.items()}
+        values["members"] = members
+        return cls(**values)
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+def orbit_for(
+    model: HookedModel, transformation: Transformation, size: int | None = None, seed: int = 0
+) -> Orbit:
+    """The stimuli that families are found with: drawings turned, photographs otherwise.
+
+    Args:
+        model: of images with 1 or 3 channels.
+        transformation: which.
+        size: height and width in pixels; the model's if not given.
+        seed: which crops of the photographs.
+
+    Raises:
+        ValueError: if the model takes something else, or the transformation is unknown.
+    """
+    if transformation not in get_args(Transformation):
+        known = ", ".join(get_args(Transformation))
+        raise ValueError(f"transformation {transformation!r} is not one of {known}")
+    spec = model.input
+    if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
+        raise ValueError(f"model {model.name} takes no photographs: families need 1 or 3 channels")
+    size = size or min(spec.height, spec.width)
+    if size < 16:
+        raise ValueError(f"size {size} must be at least 16 pixels")
+    if transformation == "rotation":
+        return rotations(size)
+    source = open_source("photos")
+    assert isinstance(source, ImageSource), "photographs are images"
+    order = np.random.default_rng(seed).permutation(len(source))[:48]
+    loader = ImageInput(3, size, size)
+    images = torch.stack([_colours(loader, source.image(int(i))) for i in order])
+    return {"mirror": mirrors, "scale": scales, "hue": hues}[transformation](images)
+
+
+def _colours(loader: ImageInput, image: Image.Image | Tensor) -> Tensor:
+    assert isinstance(image, Image.Image), "photographs are pictures"
+    return loader.load(image)
+
+
+def answers(
+    model: HookedModel,
+    site: str | Site,
+    orbit: Orbit,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """How each unit of a site answers to each stimulus in each step: the largest activation.
+
+    Stimuli that are about their middle are read in the middle fifth of the map, others everywhere.
+    """
+    found = model.site(site)
+    spec = model.input
+    assert isinstance(spec, ImageInput), "an orbit is of images"
+    images = orbit.images.flatten(0, 1)
+    if spec.channels == 1:
+        images = images.mean(1, keepdim=True)
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        x = spec.normalize(images[start : start + _BATCH])
+        values = unit_activations(found, model.run(x, read=[found], until=found)[found])
+        parts.append(_largest(values, orbit.central).cpu())
+        if progress is not None:
+            progress(min(start + _BATCH, len(images)), len(images))
+    each = torch.cat(parts)
+    n, steps = orbit.images.shape[:2]
+    return each.unflatten(0, (n, steps)).permute(2, 0, 1).contiguous()
+
+
+def _largest(values: Tensor, central: bool) -> Tensor:
+    """Example x unit x places as the largest of the places, or of those in the middle."""
+    if central:
+        for axis in range(2, values.ndim):
+            n = values.shape[axis]
+            keep = max(1, n // 5)
+            values = values.narrow(axis, (n - keep) // 2, keep)
+    return values.flatten(2).amax(2) if values.ndim > 2 else values
+
+
+def agreement(
+    changes: Answers, cyclic: bool
+) -> tuple[Float[Tensor, "unit unit"], Int[Tensor, "unit unit"]]:
+    """The best correlation of each pair of units over all shifts, and the shift.
+
+    Args:
+        changes: answers less each stimulus' mean over the steps.
+        cyclic: whether steps come round; otherwise at least half of them must overlap.
+
+    Returns:
+        The correlation, and by how many steps the second unit (column) is ahead of the first (row).
+    """
+    steps = changes.shape[2]
+    most = steps if cyclic else steps // 2 + 1
+    shifts = range(most) if cyclic else range(1 - most, most)
+    best = torch.full((len(changes), len(changes)), -2.0)
+    shift_of = torch.zeros(best.shape, dtype=torch.long)
+    for shift in shifts:
+        if cyclic:
+            mine, other = changes, changes.roll(-shift, 2)
+        else:
+            mine = changes[:, :, max(0, -shift) : steps - max(0, shift)]
+            other = changes[:, :, max(0, shift) : steps - max(0, -shift)]
+        c = _unit_rows(mine.flatten(1)) @ _unit_rows(other.flatten(1)).T
+        better = c > best
+        best[better], shift_of[better] = c[better], shift
+    return best, shift_of
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+# --- finding -----------------------------------------------------------------------------------
+
+
+def find_families(
+    model: HookedModel,
+    site: str | Site,
+    transformation: Transformation = "rotation",
+    *,
+    units: Sequence[int] | None = None,
+    threshold: float = 0.7,
+    least: int = 4,
+    permutations: int = 199,
+    seed: int = 0,
+    size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Family]:
+    """Groups of units of a site that are one unit transformed, largest first.
+
+    Units are clustered by agreement (average linkage), and clusters of members that agree by at least
+    `threshold` on average are families. Each has a permutation p-value: the stimuli of every unit are
+    shuffled (each unit keeps what it answers and how that changes with the step, but units no longer
+    agree on which stimulus they answer how), units are clustered again, and the largest cluster found is
+    compared with the family.
+
+    Args:
+        model: of images.
+        site: where to look.
+        transformation: how members differ.
+        units: which units to look among; all if not given.
+        threshold: the least mean agreement, -1 to 1.
+        least: members that a family has at least.
+        permutations: how often chance is tried; the p-value is at least 1 / (permutations + 1).
+        seed: of the permutations, and of which photographs are shown.
+        size: of the images in pixels; the model's if not given.
+        progress: called with steps done and all steps.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if the model takes no photographs, or an argument does not fit.
+    """
+    place = model.site(site)
+    for name, value, low in (("least", least, 2), ("permutations", permutations, 1)):
+        if value < low:
+            raise ValueError(f"{name} {value} must be at least {low}")
+    if not -1 < threshold < 1:
+        raise ValueError(f"threshold {threshold} must be between -1 and 1")
+    among = [place.unit(u).index for u in (range(place.n_units) if units is None else units)]
+    orbit = orbit_for(model, transformation, size, seed)
+    shown = orbit.images.shape[0] * orbit.images.shape[1]
+    total = shown + permutations
+
+    def showing(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    given = answers(model, place, orbit, showing)[among]
+    kept = _responsive(given, orbit)
+    if len(kept) < 2:
+        return []
+    changes = _changes(given)[kept]
+    clusters = _clustered(agreement(changes, orbit.cyclic)[0], threshold, least)
+    generator = torch.Generator().manual_seed(seed)
+    largest = []
+    for i in range(permutations if clusters else 0):
+        shuffled = torch.stack(
+            [unit[torch.randperm(len(unit), generator=generator)] for unit in changes]
+        )
+        found = _clustered(agreement(shuffled, orbit.cyclic)[0], threshold, 1)
+        largest.append(max(map(len, found)))
+        showing(shown + i + 1, total)
+    null = "stimuli shuffled within each unit, clustered again"
+    families = []
+    for number, cluster in enumerate(clusters):
+        chance = sum(n >= len(cluster) for n in largest)
+        p = (1 + chance) / (permutations + 1)
+        which = [among[kept[i]] for i in cluster]
+        name = f"{place.name} {transformation} {number + 1}"
+        made = _family(name, model, place, which, given, among, orbit, seed)
+        families.append(replace(made, p_value=p, null=null, n_null=permutations))
+    return families
+
+
+def measure_family(
+    model: HookedModel,
+    units: Sequence[str | Unit],
+    transformation: Transformation = "rotation",
+    *,
+    name: str = "",
+    permutations: int = 999,
+    seed: int = 0,
+    size: int | None = None,
+) -> Family:
+    """How much some units are one unit transformed, beside random groups of as many units of the site.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if units are of several sites, fewer than two, or listed twice.
+    """
+    wanted = [model.unit(unit) for unit in units]
+    sites = {unit.site for unit in wanted}
+    if len(sites) != 1 or len(set(wanted)) != len(wanted) or len(wanted) < 2:
+        raise ValueError(
+            f"units {', '.join(map(str, wanted))}: expected at least two different units of one site"
+        )
+    place = model.site(sites.pop())
+    orbit = orbit_for(model, transformation, size, seed)
+    given = answers(model, place, orbit)
+    table, _ = agreement(_changes(given), orbit.cyclic)
+    mine = [unit.index for unit in wanted]
+    pool = sorted({*_responsive(given, orbit), *mine})
+    score = _mean_agreement(table, mine)
+    generator = np.random.default_rng(seed)
+    chance = [
+        _mean_agreement(table, generator.choice(pool, len(mine), replace=False).tolist())
+        for _ in range(permutations)
+    ]
+    p = (1 + sum(value >= score for value in chance)) / (permutations + 1)
+    title = name or f"{place.name} {transformation}"
+    made = _family(title, model, place, mine, given, range(place.n_units), orbit, seed)
+    null = "random groups of responsive units of the site"
+    return replace(made, p_value=p, null=null, n_null=permutations)
+
+
+def _responsive(given: Answers, orbit: Orbit) -> list[int]:
+    """Units whose answers depend on the step, and are not next to nothing."""
+    changes = _changes(given)
+    spread = (given - given.mean((1, 2), keepdim=True)).square().sum((1, 2))
+    share = changes.square().sum((1, 2)) / spread.clamp_min(1e-12)
+    most = given.amax((1, 2))
+    enough = (
+        (share >= _LEAST_CHANGE[orbit.transformation])
+        & (most > 0)
+        & (most >= _LEAST_ACTIVE * most.median())
+    )
+    return enough.nonzero()[:, 0].tolist()
+
+
+def _changes(given: Answers) -> Answers:
+    return given - given.mean(2, keepdim=True)
+
+
+def _clustered(table: Tensor, threshold: float, least: int) -> list[list[int]]:
+    """Clusters of at least some members, largest first."""
+    distance = 1 - table.double().numpy()
+    distance = np.clip((distance + distance.T) / 2, 0, None)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average")
+    labels = fcluster(tree, 1 - threshold, "distance")
+    found = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+    return sorted((c for c in found if len(c) >= least), key=lambda c: -len(c))
+
+
+def _mean_agreement(table: Tensor, units: list[int]) -> float:
+    part = table[units][:, units]
+    n = len(units)
+    return ((part.sum() - part.diagonal().sum()) / (n * (n - 1))).item()
+
+
+def _family(
+    name: str,
+    model: HookedModel,
+    site: Site,
+    units: list[int],
+    given: Answers,
+    among: Sequence[int],
+    orbit: Orbit,
+    seed: int,
+) -> Family:
+    """Some units as a family, not yet compared with chance; `given` are the answers of `among`."""
+    changes = _changes(given[[list(among).index(u) for u in units]])
+    table, shifts = agreement(changes, orbit.cyclic)
+    phases, period = _phases(changes, table, shifts, orbit)
+    n = len(units)
+    fits = (table.sum(1) - table.diagonal()) / (n - 1)
+    members = sorted(
+        Member(round(phase, 2), Unit(site.name, unit), round(fit, 4))
+        for unit, phase, fit in zip(units, phases, fits.tolist(), strict=True)
+    )
+    shown, steps = orbit.images.shape[:2]
+    kind = "drawings" if orbit.transformation == "rotation" else "photographs"
+    return Family(
+        name=name,
+        site=site.name,
+        transformation=orbit.transformation,
+        period=period,
+        members=tuple(members),
+        score=_mean_agreement(table, list(range(n))),
+        p_value=float("nan"),
+        null="",
+        n_null=0,
+        model_hash=model.hash,
+        stimuli=f"{shown} {kind} in {steps} steps, {orbit.images.shape[-1]} px",
+        seed=seed,
+    )
+
+
+def _phases(
+    changes: Answers, table: Tensor, shifts: Tensor, orbit: Orbit
+) -> tuple[list[float], float]:
+    """Where in the family each member is, and the family's period.
+
+    For angles: the direction of the strongest of the first two harmonics of a member's answers, added up
+    over stimuli. Otherwise the shift from the member that agrees most with all.
+    """
+    if orbit.transformation in ("rotation", "hue"):
+        spectrum = torch.fft.rfft(changes.sum(1), dim=1)
+        power = spectrum.abs().square().sum(0)
+        turns = 1 if power[1] >= power[2] else 2
+        period = 360.0 / turns
+        angles = torch.rad2deg(-spectrum[:, turns].angle()) / turns
+        return [angle % period for angle in angles.tolist()], period
+    middle = int(table.sum(1).argmax())
+    ahead = shifts[middle].tolist()
+    if orbit.transformation == "mirror":
+        return [float(shift) for shift in ahead], 0.0
+    ratio = orbit.steps[1] / orbit.steps[0]
+    return [ratio**shift for shift in ahead], 0.0
+
+
+# --- what people make of them ------------------------------------------------------------------
+
+
+def save_family(
+    database: Database,
+    family: Family,
+    note: str = "",
+    author: str | None = None,
+    replaces: int | None = None,
+) -> Record:
+    """Save a family as a new version of its name.
+
+    Args:
+        database: of the workspace.
+        family: what to save.
+        note: why.
+        author: who; the user of the machine if not given.
+        replaces: the version that it was made from, 0 for none; not checked if not given.
+
+    Raises:
+        ValueError: if the name is empty or a later version is there.
+    """
+    return database.save(
+        KIND, family.model_hash, family.name, family.to_dict(), note, author, replaces
+    )
+
+
+def load_family(
+    database: Database, name: str, model_hash: str, version: int | None = None
+) -> Family:
+    """A saved family, the last version if none is given.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    return Family.from_dict(database.load(KIND, model_hash, name, version).body)
+
+
+def saved_families(database: Database, model_hash: str) -> list[Family]:
+    """The last versions of all families of some weights, by name."""
+    return [Family.from_dict(record.body) for record in database.latest(KIND, model_hash)]

@@ -1,0 +1,82 @@
+"""Weights in factors: groups of upstream units with the map of where each acts (layer 4).
+
+Voss et al. 2021, "Visualizing Weights" (section "Small Multiples", weight factors): a one-sided
+non-negative matrix factorisation, which allows positive and negative weights over space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.decomposition import NMF
+
+from circuits.weights.expanded import ExpandedWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A weight tensor as a few groups of source units, each with maps of where it acts.
+
+    `weight[t, s, y, x]` is close to the sum over k of `groups[k, s] * maps[k, t, y, x]`.
+
+    Attributes:
+        groups: how much each source unit belongs to each factor, 0 or more; each row has norm 1.
+        maps: the signed weights of each factor on each target unit over space, strongest factor first.
+        shares: of the weights' sum of squares that factors 1 to k explain together.
+        hidden: the share of the weights' absolute mass that the factors do not show.
+        seed: of the factorisation.
+    """
+
+    groups: Float[np.ndarray, "factor source"]
+    maps: Float[np.ndarray, "factor target *offset"]
+    shares: tuple[float, ...]
+    hidden: float
+    seed: int
+
+    def reconstructed(self) -> Float[np.ndarray, "target source *offset"]:
+        """The weights that the factors show."""
+        return np.einsum("ks,kt...->ts...", self.groups, self.maps)
+
+
+def factorize(expanded: ExpandedWeights, k: int = 3, seed: int = 0) -> Factors:
+    """Factor weights into `k` groups of source units.
+
+    Positive and negative weights are put side by side as columns, which are all at least zero, and
+    factored by scikit-learn's NMF; the maps are then fitted anew to the signed weights by least squares.
+
+    Args:
+        expanded: weights of mode linear or mean.
+        k: how many groups; at most the number of sources.
+        seed: of the factorisation.
+
+    Raises:
+        ValueError: if `k` does not fit, or the weights are of each example, zero or not finite.
+    """
+    if expanded.mode == "example":
+        raise ValueError("weights of each example: expected mode linear or mean")
+    if not 1 <= k <= len(expanded.sources):
+        raise ValueError(f"k {k} must be 1 to {len(expanded.sources)}, the number of sources")
+    weight = expanded.weight.cpu().double().numpy()
+    if not np.isfinite(weight).all() or not weight.any():
+        raise ValueError("weights are zero or not finite: nothing to factor")
+    flat = np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1)  # source x (target, offsets)
+    sides = np.concatenate([flat.clip(min=0), (-flat).clip(min=0)], axis=1)
+    settings: dict[str, Any] = {"n_components": k, "init": "nndsvda", "max_iter": 2000, "tol": 1e-5}
+    model = NMF(**settings, random_state=seed)
+    groups = model.fit_transform(sides / sides.max()).T
+    norms = np.linalg.norm(groups, axis=1, keepdims=True)
+    groups = np.divide(groups, norms, out=np.zeros_like(groups), where=norms > 0)
+    maps = np.linalg.lstsq(groups.T, flat, rcond=None)[0]
+    order = np.argsort(-np.linalg.norm(maps, axis=1), kind="stable")
+    groups, maps = groups[order], maps[order]
+    total = np.square(flat).sum()
+    shares = []
+    for n in range(1, k + 1):
+        fitted = groups[:n].T @ np.linalg.lstsq(groups[:n].T, flat, rcond=None)[0]
+        shares.append(float(1 - np.square(flat - fitted).sum() / total))
+    hidden = float(np.abs(flat - groups.T @ maps).sum() / np.abs(flat).sum())
+    shape = (k, weight.shape[0], *weight.shape[2:])
+    return Factors(groups, maps.reshape(shape), tuple(shares), hidden, seed)
