@@ -3,6 +3,8 @@
 from circuits.edits.effects import EditReport, measure
 from circuits.edits.operators import scale, zero
 from circuits.edits.recipes import Recipe, edited
+from circuits.equivariance import Equivariance, equivariance
+from circuits.families import Family, find_families, measure_family
 from circuits.featurevis import comparisons, objectives
 from circuits.featurevis.embeddings import Dream, dream
 from circuits.featurevis.natural import NaturalImages
@@ -11,6 +13,9 @@ from circuits.featurevis.pictures import Picture
 from circuits.featurevis.reliability import Reliability, natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize, visualize_units
 from circuits.featurevis.sheets import Sheet, render_sheet
+from circuits.graph import CircuitGraph, GraphStore, UnitAt, UnitGroup
+from circuits.graph.formats import read_circuit, write_circuit
+from circuits.graph.saved import load_circuit, save_circuit
 from circuits.harvesting import Inputs, harvest
 from circuits.models.adapter import ActivationCache, HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
@@ -20,19 +25,41 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.units import Direction, Site, Unit
-from circuits.weights import Connection, incoming, outgoing
+from circuits.weights import (
+    Connection,
+    ExpandedWeights,
+    Factors,
+    LayerWeights,
+    build_graph,
+    direct_logits,
+    expand_weights,
+    factorize,
+    incoming,
+    neuron_directions,
+    outgoing,
+    ov_circuit,
+    qk_circuit,
+    raw_weights,
+)  # fmt: skip
 from circuits.workspace import Workspace
 
 __all__ = [
     "ActivationCache",
     "ActivationStore",
+    "CircuitGraph",
     "Connection",
     "Direction",
     "Dream",
     "EditReport",
+    "Equivariance",
+    "ExpandedWeights",
+    "Factors",
+    "Family",
+    "GraphStore",
     "HookedModel",
     "ImageInput",
     "Inputs",
+    "LayerWeights",
     "NaturalImages",
     "Objective",
     "Picture",
@@ -43,24 +70,41 @@ __all__ = [
     "Site",
     "TokenInput",
     "Unit",
+    "UnitAt",
+    "UnitGroup",
     "Workspace",
+    "build_graph",
     "comparisons",
+    "direct_logits",
     "dream",
     "edited",
+    "equivariance",
+    "expand_weights",
+    "factorize",
+    "find_families",
     "from_dataset",
     "harvest",
     "incoming",
+    "load_circuit",
     "load_model",
     "measure",
+    "measure_family",
     "natural_responses",
+    "neuron_directions",
     "objectives",
     "open_source",
     "outgoing",
+    "ov_circuit",
+    "qk_circuit",
+    "raw_weights",
+    "read_circuit",
     "read_image",
     "reliability",
     "render_sheet",
+    "save_circuit",
     "scale",
     "visualize",
     "visualize_units",
+    "write_circuit",
     "zero",
 ]

@@ -10,12 +10,14 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=["ten-lines", "own-model", "harvest", "pictures"])
+@pytest.mark.parametrize(
+    "script", SCRIPTS, ids=["ten-lines", "own-model", "harvest", "weights", "pictures"]
+)
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})

@@ -18,15 +18,16 @@ from circuits.cli.arguments import (
     JsonOption,
     ModelArgument,
     SeedOption,
-    UnitArgument,
     WeightsOption,
     WorkspaceOption,
     record_of,
 )
+from circuits.cli.graphs import graphs
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
+from circuits.cli.weights import expand, families, weights
 from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ModelRecord, Workspace
 
@@ -39,7 +40,11 @@ app = typer.Typer(
 )
 
 app.add_typer(stores, name="store")
+app.add_typer(graphs, name="graph")
 app.command()(visualize)
+app.command()(weights)
+app.command()(expand)
+app.command()(families)
 
 
 @app.command()
@@ -200,44 +205,6 @@ def _note_stale(place: Workspace, record: ModelRecord, source: Any) -> None:
                     f"({before[:16]}, now {now[:16]}): a new store is made"
                 )
                 return
-
-
-@app.command()
-def weights(
-    model: ModelArgument,
-    unit: UnitArgument,
-    top: Annotated[int, typer.Option(help="How many each way.")] = 10,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Show the strongest weights into a unit and out of it."""
-    from circuits.models.loading import load_model
-    from circuits.weights import incoming, outgoing
-
-    loaded = load_model(model, weights)
-    built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
-    if json:
-        facts = {"unit": str(loaded.unit(unit)), "model_hash": loaded.hash}
-        show_json(
-            facts
-            | {
-                "incoming": [c.to_dict() for c in built_from],
-                "outgoing": [c.to_dict() for c in builds],
-            }
-        )
-        return
-    columns = ("unit", "norm", "typical norm", "sum", "kernel", "through")
-    for title, connections, end in (
-        (f"{unit} is built from", built_from, "source"),
-        (f"{unit} builds", builds, "target"),
-    ):
-        rows = []
-        for c in connections:
-            kernel = " x ".join(map(str, c.kernel.shape)) or "1"
-            rows.append((getattr(c, end), c.norm, c.typical, c.total, kernel, ", ".join(c.through)))
-        show_table(columns, rows, title=title)
-        if not rows:
-            say("  nothing: no weights connect it to another site on this side")
 
 
 @app.command()

@@ -43,7 +43,7 @@ def write_circuit(graph: CircuitGraph, path: str | Path, format: str | None = No
         KeyError: if the format is unknown.
     """
     path = Path(path)
-    _, write = _FORMATS[_format(path, format)]
+    _, write = _FORMATS[check_format(path, format)]
     with replacing(path) as temporary:
         temporary.write_text(write(graph), encoding="utf-8")
 
@@ -61,7 +61,7 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
         ValueError: if the file is not of the format, or its nodes are no units.
     """
     path = Path(path)
-    name = _format(path, format)
+    name = check_format(path, format)
     text = path.read_text(encoding="utf-8")
     read, _ = _FORMATS[name]
     try:
@@ -77,7 +77,12 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
         raise ValueError(f"file {str(path)!r}: {error}") from error
 
 
-def _format(path: Path, format: str | None) -> str:
+def check_format(path: Path, format: str | None) -> str:
+    """The name of a file's format, as given or by its ending.
+
+    Raises:
+        KeyError: if there is no such format.
+    """
     if format is not None:
         if format not in _FORMATS:
             raise unknown("format", format, _FORMATS)

@@ -54,12 +54,19 @@ class _Block:
             return np.asarray(self._array("norm_by_source" if by_source else "norm")[at])
         return np.asarray(np.abs(self.sums(by_source)[at]))
 
-    def edge(self, row: int, column: int) -> dict[str, Any]:
-        """The attributes of an edge, but for what is typical beside it."""
+    def typical(self, at: int, by_source: bool = False) -> float:
+        """The median (the lower of two) of a row's strengths above zero."""
+        norms = np.nan_to_num(self.norms(at, by_source), nan=0.0)
+        strong = np.sort(norms[norms > 0])
+        return float(strong[(len(strong) - 1) // 2]) if len(strong) else 0.0
+
+    def edge(self, row: int, column: int, by_source: bool = False) -> dict[str, Any]:
+        """The attributes of an edge; typical are those of the same target, or of the same source."""
         info = self.info
         found: dict[str, Any] = {
             "sum": float(self.sums()[row, column]),
             "norm": float(self.norms((row, column))),
+            "typical": self.typical(column if by_source else row, by_source),
         }
         if info.kernel:
             found["kernel"] = self._array("kernels")[row, column].tolist()
@@ -242,7 +249,7 @@ class GraphStore:
         self, graph: CircuitGraph, unit: Unit, blocks: Sequence[_Block], top: int, incoming: bool
     ) -> Iterator[Unit]:
         """Add a unit's strongest edges on one side, and give the units at their other ends."""
-        best: dict[str, list[tuple[float, int, int, int, float]]] = {}
+        best: dict[str, list[tuple[float, int, int, int]]] = {}
         for number, block in enumerate(blocks):
             info = block.info
             if (info.target if incoming else info.source) != unit.site:
@@ -254,19 +261,16 @@ class GraphStore:
             strong = np.flatnonzero(norms)
             if not len(strong):
                 continue
-            typical = float(np.sort(norms[strong])[(len(strong) - 1) // 2])
             if len(strong) > top:
                 strong = strong[np.argpartition(-norms[strong], top - 1)[:top]]
             for other in strong.tolist():
                 row, column = (here, other) if incoming else (other, here)
-                best.setdefault(info.kind, []).append(
-                    (-float(norms[other]), number, row, column, typical)
-                )
+                best.setdefault(info.kind, []).append((-float(norms[other]), number, row, column))
         for kind, edges in best.items():
-            for _, number, row, column, typical in heapq.nsmallest(top, edges):
+            for _, number, row, column in heapq.nsmallest(top, edges):
                 block = blocks[number]
                 source, target = block.units(row, column)
-                graph.connect(source, target, kind, **block.edge(row, column), typical=typical)
+                graph.connect(source, target, kind, **block.edge(row, column, not incoming))
                 yield source if incoming else target
 
     def subgraph(

@@ -529,7 +529,8 @@ _ACTIVATIONS = re.compile(
 _LINEAR = re.compile(
     "view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|"
     "slice|flatten|mean|sum|_adaptive_avg_pool[23]d|avg_pool[123]d|flip|roll|pixel_(un)?shuffle|"
-    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|narrow|diagonal|repeat"
+    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|narrow|diagonal|repeat|"
+    "(replication|reflection)_pad[123]d"
 )
 """Operations that move, average or copy, so that torch's own gradient is that of linear mode."""
 

@@ -36,7 +36,7 @@ class Link:
         shift: for a site that is written, what batch norm adds to each of its channels on the way.
         depth: how many operations lie between; 0 is next to the layer.
         direct: for a site that is read: the nearest one on its path that does not just pass on
-            another's units.
+            another's units; for one that is written: that it does not just pass them on.
         flattened: the map (y, x) that a flatten between turned into consecutive input channels.
     """
 
@@ -164,7 +164,14 @@ def _layer(
     groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
     reads = tuple(_reads(call, nodes, stops)) if call.given is not None else ()
     writes = [
-        Link(site.name, step.index, step.factor, step.depth, shift=_shift(step, biases))
+        Link(
+            site.name,
+            step.index,
+            step.factor,
+            step.depth,
+            _has_own_units(site),
+            shift=_shift(step, biases),
+        )
         for site, step in written
         if step.node is call.output and step.axis == call.axis
     ]
@@ -173,6 +180,10 @@ def _layer(
     bias = call.module.bias
     given = bias.detach() if isinstance(bias, Tensor) else None
     return WeightLayer(name, rows, columns, reads, tuple(writes), given)
+
+
+def _has_own_units(site: Site) -> bool:
+    return not any(word in site.module for word in _PASSES_ON)
 
 
 def _norm_biases(module: nn.Module) -> dict[int, Tensor]:
@@ -229,7 +240,7 @@ def _reads(call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]
         for site in nodes.get(step.node, ()):
             if site.unit_axis != step.axis:
                 continue
-            own = not any(word in site.module for word in _PASSES_ON)
+            own = _has_own_units(site)
             direct = own and not step.met
             links.append(
                 Link(site.name, step.index, step.factor, step.depth, direct, step.flattened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -123,9 +124,12 @@ def directly_read(model: HookedModel) -> set[str]:
 
 
 def nearest_written(layer: WeightLayer, read: Set[str]) -> str | None:
-    """The site that a layer builds: the nearest one that other layers read, or else the nearest."""
+    """The site that a layer builds: the nearest one that other layers read, or else the last one, past
+    its nonlinearity, before what just passes units on.
+    """
     sites = list(by_site(layer.writes))
-    return next((site for site in sites if site in read), sites[0] if sites else None)
+    own = [link.site for link in takewhile(lambda link: link.direct, layer.writes)]
+    return next((site for site in sites if site in read), (own or sites or [None])[-1])
 
 
 def passed(layer: WeightLayer, depth: int) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.decomposition import NMF
 
 from circuits.weights.expanded import ExpandedWeights
 
@@ -55,6 +54,8 @@ def factorize(expanded: ExpandedWeights, k: int = 3, seed: int = 0) -> Factors:
     Raises:
         ValueError: if `k` does not fit, or the weights are of each example, zero or not finite.
     """
+    from sklearn.decomposition import NMF  # here, not at the top: it takes a second
+
     if expanded.mode == "example":
         raise ValueError("weights of each example: expected mode linear or mean")
     if not 1 <= k <= len(expanded.sources):
