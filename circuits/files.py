@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +19,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to; flushed and renamed into place at the end.
 
     If the block raises, `path` is as it was and the temporary file is gone. Writers of one path do
-    not meet: the last to finish wins.
+    not meet: the last to finish wins. What a writer left that was killed is removed by the next.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    os.close(handle)
+    prefix = f".{path.name[:40]}."
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        _remove_if_left(left)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as long as it is held, somebody is writing
     temporary = Path(name)
     try:
         yield temporary
@@ -30,6 +36,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_if_left(temporary: Path) -> None:
+    """Remove a temporary file that nobody holds and that is not being made just now."""
+    try:
+        with temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - temporary.stat().st_mtime > 1:
+                temporary.unlink()
+    except OSError:
+        return  # held, or gone
 
 
 def write_json(path: Path, value: Any) -> None:

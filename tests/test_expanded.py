@@ -184,6 +184,66 @@ def by_autograd(
     return inside
 
 
+class Between(nn.Module):
+    """Two convolutions with something in between."""
+
+    def __init__(self, step: Callable[[Between, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.turned = nn.ConvTranspose2d(6, 6, 3, stride=2, padding=1)
+        self.gate = nn.Conv2d(6, 6, 1)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.step(self, self.a(x)))
+
+
+LINEAR_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
+    "chunks": lambda n, x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "parts of unequal size": lambda n, x: torch.cat(
+        [p * i for i, p in enumerate(x.split([1, 2, 3], 1))], 1
+    ),
+    "stacked": lambda n, x: torch.stack([x, 2 * x], 1).flatten(1, 2)[:, 3:9],
+    "transposed convolution": lambda n, x: n.turned(x),
+    "enlarged": lambda n, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "reflected": lambda n, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "cut and padded": lambda n, x: F.pad(x, (1, -1, 2, 0), value=0.3),
+    "reordered": lambda n, x: x[:, [0, 2, 4, 1, 3, 5]].flip(-1).roll(2, -1),
+    "a constant for each channel": lambda n, x: 1 - x * torch.linspace(-1, 1, 6)[:, None, None] / 2,
+    "mixed channels": lambda n, x: torch.einsum("bchw,dc->bdhw", x, n.gate.weight[:, :, 0, 0]),
+    "average, cut windows": lambda n, x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 0), ceil_mode=True),
+    "average over what is inside": lambda n, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    "average by another number": lambda n, x: F.avg_pool2d(x, 2, divisor_override=3),
+}
+OTHER_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
+    "squeeze and excitation": lambda n, x: x * torch.sigmoid(n.gate(x.mean((2, 3), keepdim=True))),
+    "softmax": lambda n, x: x.softmax(1),
+    "layer norm": lambda n, x: F.layer_norm(x, x.shape[1:]),
+    "maximum of two": lambda n, x: torch.maximum(x, x.flip(1)),
+    "adaptive maximum": lambda n, x: F.adaptive_max_pool2d(x, 3),
+    "dilated maximum": lambda n, x: F.max_pool2d(x, 2, 2, 0, dilation=2),
+    "leaky": lambda n, x: F.leaky_relu(x, 0.2),
+    "in place": lambda n, x: F.silu(x, inplace=True),
+    "square": lambda n, x: x * x,
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR_STEPS, *OTHER_STEPS])
+def test_steps_of_many_kinds(name: str) -> None:
+    net = seeded(Between((LINEAR_STEPS | OTHER_STEPS)[name])).double()
+    model = HookedModel(net, (3, 13, 12))
+    x = torch.randn(2, 3, 13, 12, dtype=torch.float64)
+    each = expand_weights(model, "a", "b", mode="example", inputs=x)
+    assert_close(each.weight, by_autograd(model, "a", "b", each, x))
+    if name in LINEAR_STEPS:  # nothing depends on activations: all modes are one
+        linear = expand_weights(model, "a", "b", apart=True)
+        assert_close(linear.weight, each.weight[0].double())
+        assert linear.positive is not None
+        assert linear.negative is not None
+        assert linear.positive.min() >= -1e-6
+        assert linear.negative.max() <= 1e-6
+
+
 def test_in_place_steps_and_a_block_used_twice(own_net: HookedModel) -> None:
     model = doubled(own_net)
     x = torch.randn(2, *OwnNet.input_shape, dtype=torch.float64)

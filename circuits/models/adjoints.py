@@ -93,12 +93,13 @@ class Call:
     Attributes:
         function: the operation.
         values: what it was given, by argument.
-        output: what it put out; of several tensors the first.
+        output: what it put out, or one of several tensors.
         dependents: the inputs that are recorded, in order.
         sources: the arguments that hold them.
         linear: whether a nonlinearity is to be taken as linear.
         mutates: whether the output is an input, changed in place.
         result: all that it put out.
+        place: which of several tensors `output` is.
     """
 
     function: Any
@@ -109,6 +110,7 @@ class Call:
     linear: bool
     mutates: bool = False
     result: Any = None
+    place: int = 0
 
     @property
     def name(self) -> str:
@@ -127,9 +129,9 @@ class Call:
         }
         return replace(self, values=values)
 
-    def giving(self, output: Tensor, result: Any) -> Call:
+    def giving(self, output: Tensor, result: Any, place: int) -> Call:
         """With what it put out."""
-        return replace(self, output=output, result=result)
+        return replace(self, output=output, result=result, place=place)
 
 
 Rule = Callable[[Call], Pull]
@@ -138,6 +140,8 @@ Rule = Callable[[Call], Pull]
 def adjoint(call: Call) -> Pull:
     """How gradients are pulled back through an operation."""
     rule = _RULES.get(call.name)
+    if call.place:
+        return _by_torch(call)  # rules are of an operation's first tensor
     if rule is not None:
         return rule(call)
     if _ACTIVATIONS.fullmatch(call.name):
@@ -187,7 +191,7 @@ def _sum(call: Call) -> Pull:
         weights = {"self": -alpha, "other": 1.0}
     factors = [weights[name] for name in call.sources]
     if any(value.shape != call.output.shape for value in call.dependents):
-        return _by_torch(call, is_linear=True)
+        return _by_torch(call)
 
     def pull(g: Window, paths: Paths) -> list[Window]:
         signed = [abs(f) if paths == "absolute" else f for f in factors]
@@ -199,7 +203,7 @@ def _sum(call: Call) -> Pull:
 def _product(call: Call) -> Pull:
     places = call.sources
     if any(value.shape != call.output.shape for value in call.dependents):
-        return _by_torch(call, is_linear=len(places) == 1 and places != ("other",))
+        return _by_torch(call)
     divides = call.name == "div"
     if len(places) == 2 or (divides and places == ("other",)):
         if call.linear:
@@ -264,7 +268,7 @@ def _channel_sums(x: Tensor, below: int, above: int) -> Tensor:
 def _convolution(call: Call) -> Pull:
     v = call.values
     if v["transposed"] or call.sources != ("input",):
-        return _by_torch(call, is_linear=call.sources == ("input",))
+        return _by_torch(call)
     weight, size = v["weight"].detach(), tuple(call.dependents[0].shape)
     n = weight.ndim - 2
     stride, padding, dilation = (_each(v[name], n) for name in ("stride", "padding", "dilation"))
@@ -372,7 +376,7 @@ def _averaging(
 def _avg_pool(call: Call) -> Pull:
     v = call.values
     if call.output.ndim != 4:
-        return _by_torch(call, is_linear=True)
+        return _by_torch(call)
     kernel = _each(v["kernel_size"], 2)
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     override = v["divisor_override"]
@@ -387,7 +391,7 @@ def _mean(call: Call) -> Pull:
     listed = range(len(shape)) if listed is None else listed
     dims = sorted({d % len(shape) for d in ([listed] if isinstance(listed, int) else listed)})
     if not dims or 0 in dims:
-        return _by_torch(call, is_linear=True)
+        return _by_torch(call)
     share = 1 / math.prod(shape[d] for d in dims) if call.name == "mean" else 1.0
 
     def pull(g: Window, paths: Paths) -> list[Window]:
@@ -426,7 +430,7 @@ def _cat(call: Call) -> Pull:
 def _slice(call: Call) -> Pull:
     v, shape = call.values, tuple(call.dependents[0].shape)
     if v.get("step", 1) != 1:
-        return _by_torch(call, is_linear=True)
+        return _by_torch(call)
     dim = v.get("dim", 0) % len(shape)
     first, *_ = slice(v.get("start"), v.get("end")).indices(shape[dim])
     return lambda g, paths: [g.moved(dim, g.start[dim] + first)]
@@ -474,36 +478,69 @@ def _refusing(call: Call, why: str = "") -> Pull:
     return pull
 
 
-def _by_torch(call: Call, is_linear: bool | None = None) -> Pull:
+def _is_linear(call: Call) -> bool:
+    """Whether an operation is linear in its recorded inputs."""
+    if _MOVING.fullmatch(call.name) or _ADDING.fullmatch(call.name):
+        return True
+    divisor = call.name == "div" and "other" in call.sources
+    return _BILINEAR.fullmatch(call.name) is not None and len(call.sources) == 1 and not divisor
+
+
+def _by_torch(call: Call) -> Pull:
     """The whole operation's gradient, by torch."""
-    moves = _LINEAR.fullmatch(call.name) is not None
-    linear = moves if is_linear is None else is_linear
-    if call.linear and not linear:
+    if call.linear and not _is_linear(call):
         return _refusing(call)
-    places = call.sources
-    if any(not isinstance(call.values[name], Tensor) for name in places):
-        return _refusing(call)
-    given = {k: v.detach().clone() if k in places else v for k, v in call.values.items()}
+    recorded = {id(value) for value in call.dependents}
+    slots: list[tuple[str, int | None]] = []
+    for name in call.sources:
+        value = call.values[name]
+        if isinstance(value, Tensor):
+            slots.append((name, None))
+        else:
+            slots += [(name, i) for i, item in enumerate(value) if id(item) in recorded]
+    given = {k: _copied(v) if k in call.sources else v for k, v in call.values.items()}
 
     def pull(g: Window, paths: Paths) -> list[Window]:
-        if paths == "absolute" and not moves:
+        if paths == "absolute" and not _is_linear(call):
             raise ValueError(
-                f"paths cannot be kept apart through the operation {call.name}: "
-                "expected paths='all'"
+                f"paths cannot be kept apart through the operation {call.name} at the activations of "
+                "a run: expected mode 'linear'"
             )
         wide = {k: _in_precision(v, g.value) for k, v in given.items()}
+        if paths == "absolute" and _BILINEAR.fullmatch(call.name):
+            wide = {
+                k: v.abs() if isinstance(v, Tensor) and k not in call.sources else v
+                for k, v in wide.items()
+            }
 
         def again(*values: Tensor) -> Tensor:
-            return _again(call, wide | dict(zip(places, values, strict=True)))
+            changed = {k: list(v) if isinstance(v, list) else v for k, v in wide.items()}
+            for (name, i), value in zip(slots, values, strict=True):
+                if i is None:
+                    changed[name] = value
+                else:
+                    changed[name][i] = value
+            return _again(call, changed)
 
-        output, back, *_ = torch.func.vjp(again, *(wide[name] for name in places))
+        first = [wide[name] if i is None else wide[name][i] for name, i in slots]
+        output, back, *_ = torch.func.vjp(again, *first)
         grads = torch.func.vmap(back)(g.whole(output.shape))
+        if paths == "absolute":  # of what is at least zero, through one sign an input
+            grads = [grad.abs() for grad in grads]
         return [Window(grad, (0,) * (grad.ndim - 1)) for grad in grads]
 
     return pull
 
 
+def _copied(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def _in_precision(value: Any, like: Tensor) -> Any:
+    if isinstance(value, list):
+        return [_in_precision(item, like) for item in value]
     return value.to(like) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -517,22 +554,28 @@ def _again(call: Call, changed: dict[str, Any]) -> Tensor:
     args = [values[a.name] for a in arguments if not a.kwarg_only]
     kwargs = {a.name: values[a.name] for a in arguments if a.kwarg_only}
     output = call.function(*args, **kwargs)
-    return output[0] if isinstance(output, tuple | list) else output
+    return output[call.place] if isinstance(output, tuple | list) else output
 
 
 _ACTIVATIONS = re.compile(
     "gelu|silu|sigmoid|tanh|hardtanh|leaky_relu|elu|hardswish|hardsigmoid|softplus|mish|clamp|"
-    "clamp_min|clamp_max|threshold|celu|log_sigmoid_forward"
+    "clamp_min|clamp_max|threshold|celu|_?prelu(_kernel)?|log_sigmoid_forward"
 )
 """Functions of one number, which linear mode takes as the identity."""
 
-_LINEAR = re.compile(
+_MOVING = re.compile(
     "view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|"
     "slice|flatten|mean|sum|_adaptive_avg_pool[23]d|avg_pool[123]d|flip|roll|pixel_(un)?shuffle|"
-    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|narrow|diagonal|repeat|"
-    "(replication|reflection)_pad[123]d"
+    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|index|gather|narrow|diagonal|repeat|"
+    "(replication|reflection)_pad[123]d|(unsafe_)?split(_with_sizes)?|(unsafe_)?chunk|unbind|stack|cat"
 )
-"""Operations that move, average or copy, so that torch's own gradient is that of linear mode."""
+"""Operations that move, average or copy: no weight is below zero, and torch's gradient is the linear one."""
+
+_ADDING = re.compile("add|sub|rsub")
+"""Sums and differences of what may be broadcast."""
+
+_BILINEAR = re.compile("convolution|addmm|mm|bmm|baddbmm|matmul|linear|mul|div")
+"""Operations that are linear in one input while the others are given."""
 
 _RULES: dict[str, Rule] = {
     "convolution": _convolution,

@@ -181,15 +181,14 @@ class _Operations(TorchDispatchMode):
         call = Call(func, values, found[0], found, sources, linear, bool(written))
         call = call.keeping()  # what it was given, before it may be overwritten
         output = func(*args, **kwargs)
-        first = output[0] if isinstance(output, tuple | list) else output
-        if written:
-            first = values[written[0]]
-        if isinstance(first, Tensor) and first.is_floating_point():
-            self.silent = True  # what a rule computes is no part of the pass
-            try:
-                self.tape.note(call.giving(first, output))
-            finally:
-                self.silent = False
+        made = [values[written[0]]] if written else _tensors([output])
+        self.silent = True  # what a rule computes is no part of the pass
+        try:
+            for place, tensor in enumerate(made):
+                if tensor.is_floating_point():
+                    self.tape.note(call.giving(tensor, output, place))
+        finally:
+            self.silent = False
         return output
 
 
