@@ -107,9 +107,14 @@ class Database:
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
-                query = "SELECT max(version) FROM records WHERE kind=? AND model_hash=? AND name=?"
-                latest = connection.execute(query, (kind, model_hash, name)).fetchone()[0] or 0
-                if replaces is not None and replaces != latest:
+                query = (
+                    "SELECT version, body IS NULL FROM records WHERE kind=? AND model_hash=? AND name=? "
+                    "ORDER BY version DESC LIMIT 1"
+                )
+                found = connection.execute(query, (kind, model_hash, name)).fetchone()
+                latest, deleted = found or (0, True)
+                anew = replaces == 0 and deleted
+                if replaces is not None and replaces != latest and not anew:
                     raise ValueError(
                         f"{kind} {name!r} was changed meanwhile: it is at version {latest}, "
                         f"yours started from {replaces}"
@@ -122,7 +127,8 @@ class Database:
                 )
                 connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite may have given up on its own
+                    connection.execute("ROLLBACK")
                 raise
         return Record(kind, model_hash, name, latest + 1, body, note, author, created)
 

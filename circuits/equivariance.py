@@ -106,12 +106,12 @@ def equivariance(
     )
     generator = np.random.default_rng(seed)
     own = np.arange(len(at))
-    explained = _explained(turned, own, own, at, of, np.arange(len(of)))
+    explained = _explained(turned, own, own, at, of, np.arange(len(of)), multiple)
     correlation = _correlation(sums, at, of, multiple)
     by_chance, aligned = [], []
     for _ in range(permutations):
         i, j = generator.permutation(len(at)), generator.permutation(len(of))
-        by_chance.append(_explained(turned, own, i, at, of, j))
+        by_chance.append(_explained(turned, own, i, at, of, j, multiple))
         aligned.append(_correlation(sums, at[i], of[j], multiple))
     n = permutations + 1
     return Equivariance(
@@ -142,10 +142,11 @@ def _explained(
     at: np.ndarray,
     of: np.ndarray,
     order: np.ndarray,
+    multiple: int,
 ) -> float:
     """Share of the squares that harmonics of the angle between explain, with angles as given."""
     kernels = turned[own, given]  # target x source x y x x, turned back by the angle given to it
-    between = np.deg2rad(of[order][None] - at[given][:, None]).ravel()
+    between = np.deg2rad(multiple * (of[order][None] - at[given][:, None])).ravel()
     waves = [np.ones_like(between)]
     for k in range(1, _HARMONICS + 1):
         waves += [np.cos(k * between), np.sin(k * between)]

@@ -38,7 +38,7 @@ mirror images and hues of photographs differ little beside photographs themselve
 """
 
 _LEAST_ACTIVE = 0.3
-"""And those whose largest answer is below this part of the site's median one."""
+"""And those whose largest answer is below this part of the median one."""
 
 Answers = Float[Tensor, "unit stimulus step"]
 
@@ -145,7 +145,7 @@ def orbit_for(
     spec = model.input
     if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
         raise ValueError(f"model {model.name} takes no photographs: families need 1 or 3 channels")
-    size = size or min(spec.height, spec.width)
+    size = min(spec.height, spec.width) if size is None else size
     if size < 16:
         raise ValueError(f"size {size} must be at least 16 pixels")
     if transformation == "rotation":
@@ -280,6 +280,8 @@ def find_families(
             raise ValueError(f"{name} {value} must be at least {low}")
     if not -1 < threshold < 1:
         raise ValueError(f"threshold {threshold} must be between -1 and 1")
+    if units is not None and len(set(units)) != len(units):
+        raise ValueError(f"units {list(units)} of {place.name}: one is listed twice")
     among = [place.unit(u).index for u in (range(place.n_units) if units is None else units)]
     orbit = orbit_for(model, transformation, size, seed)
     shown = orbit.images.shape[0] * orbit.images.shape[1]
@@ -330,8 +332,11 @@ def measure_family(
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if units are of several sites, fewer than two, or listed twice.
+        ValueError: if units are of several sites, fewer than two, or listed twice, or `permutations` is
+            not positive.
     """
+    if permutations < 1:
+        raise ValueError(f"permutations {permutations} must be at least 1")
     wanted = [model.unit(unit) for unit in units]
     sites = {unit.site for unit in wanted}
     if len(sites) != 1 or len(set(wanted)) != len(wanted) or len(wanted) < 2:

@@ -157,7 +157,7 @@ def _label(node: Node) -> str:
 
 
 def _places(graph: CircuitGraph) -> dict[Node, tuple[float, float]]:
-    """Nodes of a site in a row, strongest in the middle of what they connect to."""
+    """Nodes of a site in a row, each near the middle of what it is built from."""
     rows = [[n for n in graph if site_of(n) == site] for site in graph.sites()]
     places: dict[Node, tuple[float, float]] = {}
     height = 1.7

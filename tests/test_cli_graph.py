@@ -131,7 +131,15 @@ def test_families(capsys, tmp_path: Path) -> None:
             ["expand", "shapes", "mixed3a", "mixed3b:1", "--figure", "a.pdf"],
             "must end in .png or .svg",
         ),
-        (["expand", "shapes", "mixed3a", "mixed3b:1", "--factors", "999"], "k 999 must be 1 to"),
+        (
+            ["expand", "shapes", "mixed3a", "mixed3b:1", "--factors", "999"],
+            "factors 999 must be 0 to",
+        ),
+        (
+            ["expand", "shapes", "mixed3a", "mixed3b:1", "--out", "a.txt"],
+            "must end in .safetensors",
+        ),
+        (["families", "shapes", "mixed3a", "--size", "0"], "size 0 must be at least 16"),
         (["graph", "show", "shapes", "mixed3b:1"], "no graph at"),
         (["graph", "show", "shapes"], "expected units"),
         (["graph", "show", "shapes", "--circuit", "x"], "no circuit 'x'"),

@@ -213,6 +213,16 @@ LINEAR_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "mixed channels": lambda n, x: torch.einsum("bchw,dc->bdhw", x, n.gate.weight[:, :, 0, 0]),
     "average, cut windows": lambda n, x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 0), ceil_mode=True),
     "average over what is inside": lambda n, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    "a matrix, times a number": lambda n, x: (
+        torch.addmm(
+            torch.zeros(1, 1, dtype=x.dtype),
+            x.permute(0, 2, 3, 1).reshape(-1, 6),
+            n.gate.weight[:, :, 0, 0],
+            alpha=2.0,
+        )
+        .reshape(len(x), 13, 12, 6)
+        .permute(0, 3, 1, 2)
+    ),
     "average by another number": lambda n, x: F.avg_pool2d(x, 2, divisor_override=3),
 }
 OTHER_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
@@ -224,7 +234,12 @@ OTHER_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "dilated maximum": lambda n, x: F.max_pool2d(x, 2, 2, 0, dilation=2),
     "leaky": lambda n, x: F.leaky_relu(x, 0.2),
     "in place": lambda n, x: F.silu(x, inplace=True),
+    "leaky, in place": lambda n, x: F.leaky_relu_(x, 0.1),
+    "cut off, in place": lambda n, x: F.hardtanh_(x),
+    "half without gradient": lambda n, x: x + 2 * x.detach(),
+    "a later part alone": lambda n, x: torch.cat([x.chunk(2, 1)[1]] * 2, 1),
     "square": lambda n, x: x * x,
+    "rounded": lambda n, x: x + torch.div(x, 0.5, rounding_mode="trunc"),
 }
 
 
@@ -274,6 +289,20 @@ def test_positive_and_negative_paths_by_listing_them() -> None:
     torch.testing.assert_close(ours.positive[..., 0, 0], paths.clamp_min(0).sum(1))
     torch.testing.assert_close(ours.negative[..., 0, 0], paths.clamp_max(0).sum(1))
     torch.testing.assert_close(ours.positive + ours.negative, ours.weight)
+
+
+def test_paths_of_examples_are_kept_apart() -> None:
+    """At real activations a path counts where its hidden unit is active."""
+    net = seeded(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)))
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    ours = expand_weights(
+        HookedModel(net, (3, 4, 4)), "input", "2", mode="mean", inputs=x, apart=True
+    )
+    active = (net[0](x)[0, :, 2, 2] > 0).float()[None, :, None]
+    assert 0 < active.sum() < 5
+    paths = active * net[2].weight[:, :, None, 0, 0] * net[0].weight[None, :, :, 0, 0]
+    assert ours.positive is not None
+    torch.testing.assert_close(ours.positive[..., 0, 0], paths.clamp_min(0).sum(1).detach())
 
 
 def test_paths_kept_apart_through_branches_and_batch_norm(branches: HookedModel) -> None:

@@ -34,7 +34,7 @@ from circuits.graph.saved import circuit_history, load_circuit, save_circuit, sa
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.units import Unit
-from circuits.weights import expand_weights, incoming, outgoing
+from circuits.weights import expand_weights, incoming, outgoing, raw_weights
 from circuits.weights.graphs import build_graph, expanded_block
 from tests.conftest import seeded
 
@@ -158,7 +158,7 @@ def test_added_edges_stand_beside_the_weights(branches: HookedModel, tmp_path: P
     with GraphStore(tmp_path, branches.hash) as store:
         only = store.neighbourhood("out_relu:4", kinds=["expanded"], top=99)
         assert only.number_of_edges() == 6
-        data = only.edges[Unit("stem_relu", 2), Unit("out_relu", 4), "expanded"]
+        data = only.edges[Unit("stem_relu", 2), Unit("out_relu", 4), "expanded:linear"]
         assert data["sum"] == pytest.approx(expanded.sums[1, 2].item(), rel=1e-4)
         both = store.subgraph(["cat:3", "cat:5", "fc:0", "fc:2"])
         assert both.edges[Unit("cat", 3), Unit("fc", 0), "effect"]["sum"] == 0.5
@@ -323,7 +323,7 @@ _ATTRIBUTES = st.recursive(
     ),
     max_leaves=6,
 )
-_NAMES = st.sampled_from("label note id weight kinds type viz start name x__ a.b".split())  # noqa: SIM905
+_NAMES = st.sampled_from("label note id weight kinds type viz start name x__ a.b a__json".split())  # noqa: SIM905
 _NODES = st.one_of(
     st.builds(Unit, st.sampled_from(["a", "b.c", "d@0"]), st.integers(0, 9)),
     st.builds(UnitAt, st.builds(Unit, st.just("t"), st.integers(0, 9)), st.integers(0, 5)),
@@ -441,10 +441,10 @@ def test_colliding_ids_are_detected(tmp_path: Path) -> None:
 def test_files_that_are_no_circuits(tmp_path: Path) -> None:
     for name, text, message in (
         ("a.json", "{", "is no circuit in the format json"),
-        ("a.json", "[]", "not a node-link file: at the top"),
-        ("a.json", '{"directed": true}', "not a node-link file"),
+        ("a.json", "[]", "no node-link file: at the top"),
+        ("a.json", '{"directed": true}', "no node-link file"),
         ("a.graphml", "<graphml>", "is no circuit in the format graphml"),
-        ("a.gexf", "<a/>", "a GEXF 1.2 file has a graph"),
+        ("a.gexf", "<a/>", "its top is a: expected GEXF 1.2"),
         ("a.csv", "", "unknown format by file ending 'csv'"),
     ):
         (tmp_path / name).write_text(text)
@@ -518,3 +518,100 @@ def test_two_people_at_once(tmp_path: Path) -> None:
     assert sorted(versions) == list(range(1, 41))
     kept = {r.version: r.body["i"] for r in database.history("circuit", "h", "n")}
     assert kept == {version: i for i, version in enumerate(versions)}
+
+
+class TwoLayers(nn.Module):
+    """Two convolutions between the same sites, added up before one batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r = nn.Conv2d(2, 3, 1), nn.ReLU()
+        self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn, self.r2, self.d = nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.r(self.a(x))
+        return self.d(self.r2(self.bn(self.b(x) + self.c(x))))
+
+
+def test_two_layers_between_the_same_sites(tmp_path: Path) -> None:
+    model = HookedModel(seeded(TwoLayers()), (2, 4, 4))
+    both = raw_weights(model, "r", "r2")
+    net = model.module
+    scale = net.bn.weight / (net.bn.running_var + net.bn.eps).sqrt()
+    bias = (net.b.bias + net.c.bias - net.bn.running_mean) * scale + net.bn.bias
+    torch.testing.assert_close(sum(w.bias for w in both), bias.detach())
+    with build_graph(model, tmp_path) as store:
+        paths = [tuple(p["units"]) for p in store.paths("input:0", "d:1", top=100).graph["paths"]]
+        assert len(paths) == len(set(paths)) == 9
+        strongest = max(w.weight[2, 1].abs().item() for w in both)
+        first = store.paths("r:1", "r2:2", top=3).graph["paths"]
+        assert [p["strength"] for p in first] == pytest.approx([strongest])
+
+
+def test_edges_that_do_not_fit_are_refused(branches: HookedModel, tmp_path: Path) -> None:
+    build_graph(branches, tmp_path).close()
+    good = np.ones((2, 2), np.float32)
+    for changes, values, message in (
+        ({"targets": (-1, 2)}, good, "index -1"),
+        ({"targets": (1, 1)}, good, "listed twice"),
+        ({"targets": ()}, good, "3 units of fc do not fit shape"),
+        ({}, good * np.inf, "must be finite or NaN"),
+        ({}, np.ones((2, 3)), "numbers of shape"),
+        ({"provenance": {}}, good, "provenance needs a method"),
+    ):
+        facts = {"targets": (0, 2), "sources": (3, 5), "provenance": {"method": "a"}} | changes
+        info = BlockInfo("cat", "fc", "effect", "", (), shape=(2, 2), kernel=(), **facts)
+        with pytest.raises(ValueError, match=message):
+            add_edges(tmp_path, "x", [(info, values)])
+    assert not (tmp_path / "graph").exists()
+
+
+def test_odd_attributes_survive(tmp_path: Path) -> None:
+    graph = small()
+    graph.edges[Unit("x", 0), Unit("y", 7), "effect"].update({"key": "mine", "sum": float("nan")})
+    graph.nodes[Unit("x", 0)]["node_for_adding"] = "x"
+    for format in ("json", "graphml", "gexf", "attribution"):
+        write_circuit(graph, tmp_path / "c", format)
+        assert read_circuit(tmp_path / "c", format).same_as(graph)
+    with pytest.raises(ValueError, match="must be printable"):
+        UnitGroup("a\x01b", (Unit("x", 0),))
+
+
+def test_foreign_node_link_files_get_what_they_lack(tmp_path: Path) -> None:
+    theirs = nx.MultiDiGraph()
+    theirs.add_edge("a:0", "b:1", key="0", weight=-2.5)
+    (tmp_path / "c.json").write_text(json.dumps(nx.node_link_data(theirs, edges="edges")))
+    data = read_circuit(tmp_path / "c.json").edges[Unit("a", 0), Unit("b", 1), "0"]
+    assert (data["kind"], data["sum"], data["norm"]) == ("weight", -2.5, 2.5)
+
+
+def test_features_under_ids_that_say_nothing(tmp_path: Path) -> None:
+    raw = tracer_graph()
+    raw["links"] = []
+    raw["nodes"][0]["node_id"], raw["nodes"][0]["feature"] = "f1", 11
+    (tmp_path / "g.json").write_text(json.dumps(raw))
+    assert UnitAt(Unit("layer0.features", 11), 1) in read_circuit(tmp_path / "g.json")
+    raw["nodes"][0]["feature"] = None
+    (tmp_path / "g.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="'f1' does not say which feature"):
+        read_circuit(tmp_path / "g.json")
+
+
+def test_circles_have_no_paths(branches: HookedModel, tmp_path: Path) -> None:
+    build_graph(branches, tmp_path).close()
+    back = BlockInfo("fc", "cat", "effect", "", (), (0,), (1,), (1, 1), (), {"method": "a"})
+    add_edges(tmp_path, "back", [(back, np.ones((1, 1)))])
+    with GraphStore(tmp_path) as store:
+        assert store.paths("cat:0", "fc:1").graph["paths"]
+        with pytest.raises(ValueError, match="go round in circles"):
+            store.paths("cat:0", "fc:1", kinds=["weight", "effect"])
+
+
+def test_a_name_can_be_used_again_after_it_was_deleted(tmp_path: Path) -> None:
+    database = Database(tmp_path / "workspace.db")
+    database.save("circuit", "h", "n", {"a": 1}, replaces=0)
+    database.save("circuit", "h", "n", None, replaces=1)
+    assert database.save("circuit", "h", "n", {"a": 2}, replaces=0).version == 3
+    with pytest.raises(ValueError, match="was changed meanwhile"):
+        database.save("circuit", "h", "n", {"a": 3}, replaces=0)

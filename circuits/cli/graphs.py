@@ -1,6 +1,8 @@
 """`circuits graph`: the graph store, and circuits out of it (layer 7)."""
 
 # no `from __future__ import annotations`: typer reads the annotations
+import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +58,7 @@ def build(
     """Write all weights between directly connected sites to the workspace's graph.h5."""
     from circuits.graph import GraphStore, add_edges
     from circuits.models.loading import load_model
+    from circuits.models.topology import INPUT
     from circuits.weights import expand_weights
     from circuits.weights.graphs import build_graph, expanded_block
 
@@ -67,16 +70,16 @@ def build(
     loaded = load_model(model, weights)
     for source, _, target in pairs:
         for name in (source, target):
-            loaded.site(name)
+            if name != INPUT:
+                loaded.site(name)
     folder = place.model_folder(loaded.hash)
     place.register(record_of(model, weights, loaded.hash), replace=False)
     with progress_bar("graph", quiet=json) as progress:
         build_graph(loaded, folder, progress).close()
-        sites = {site.name: site.n_units for site in loaded.sites}
+        sites = _known_units(loaded)
         for source, _, target in pairs:
             found = expand_weights(loaded, source, target, progress=progress)
-            name = f"expanded-{found.source}-{found.target}-{found.mode}".replace("/", "+")
-            add_edges(folder, name, [expanded_block(found, sites)])
+            add_edges(folder, _file_name(found), [expanded_block(found, sites)])
     with GraphStore(folder) as store:
         facts = {
             "file": str(folder / "graph.h5"), "model_hash": store.model_hash, "sites": len(store.sites),
@@ -86,6 +89,13 @@ def build(
         show_json(facts)
     else:
         say(f"{facts['edges']} edges between {facts['sites']} sites in {facts['file']}")
+
+
+def _file_name(found: Any) -> str:
+    """Of a pair's expanded weights: readable, and of no other pair."""
+    text = f"{found.source} {found.target} {found.mode}"
+    readable = re.sub(r"[^\w.+-]", "+", f"expanded-{text.replace(' ', '-')}")
+    return f"{readable[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _circuit(
@@ -106,10 +116,8 @@ def _circuit(
     if bool(units) == bool(circuit):
         raise ValueError("expected units (SITE:INDEX …) or --circuit NAME, one of the two")
     if circuit:
-        known = {site.name: site.n_units for site in loaded.sites} | _input(loaded)
-        return load_circuit(place.database, circuit, loaded.hash, version).checked(
-            loaded.hash, known
-        )
+        saved = load_circuit(place.database, circuit, loaded.hash, version)
+        return saved.checked(loaded.hash, _known_units(loaded))
     assert units, "one of the two is given"
     with GraphStore(place.model_folder(loaded.hash), loaded.hash) as store:
         chosen = [part.strip() for part in kinds.split(",") if part.strip()] or None
@@ -122,9 +130,11 @@ def _circuit(
         return store.neighbourhood(units[0], hops, top, chosen)
 
 
-def _input(loaded: Any) -> dict[str, int]:
+def _known_units(loaded: Any) -> dict[str, int]:
+    """How many units each site has; `input` counts the channels of images."""
     channels = getattr(loaded.input, "channels", None)
-    return {} if channels is None else {"input": channels}
+    known = {} if channels is None else {"input": channels}
+    return known | {site.name: site.n_units for site in loaded.sites}
 
 
 @graphs.command()
@@ -249,8 +259,7 @@ def import_(
 
     found = read_circuit(file, format)
     loaded = load_model(model, weights)
-    known = {site.name: site.n_units for site in loaded.sites} | _input(loaded)
-    found.checked(loaded.hash, known)
+    found.checked(loaded.hash, _known_units(loaded))
     found.graph["model_hash"] = loaded.hash
     record = save_circuit(Workspace.default(workspace).writable().database, name, found, note)
     if json:

@@ -118,10 +118,15 @@ def expand(
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
     if out is not None:
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out {str(out)!r} must end in .safetensors")
         check_writable(out.parent, "folder")
     place = _position(at)
     loaded = load_model(model, weights)
     unit = loaded.unit(target)
+    n_sources = loaded.n_units(source if source == "input" else loaded.site(source).name)
+    if factors > n_sources:
+        raise ValueError(f"factors {factors} must be 0 to {n_sources}, the units of {source}")
     inputs = None
     if mode == "mean":
         inputs = Inputs(loaded, open_source(data)).first(limit)

@@ -7,6 +7,7 @@ layer 0 are `0_{feature}_{position}`, so a link may not say which of the two it 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,13 +40,17 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
     for entry in raw["nodes"]:
         node = _node(entry)
         name = entry["node_id"]
+        twin = next((i for i, known in by_id.items() if known == node and i != name), None)
+        if twin is not None:
+            raise ValueError(f"node_id {twin!r} and {name!r} are one node, {node}")
         if name in by_id and by_id[name] != node:
             doubled[name] = (kinds[name], str(entry.get("feature_type")))
         by_id[name], kinds[name] = node, str(entry.get("feature_type"))
         ours = entry.get(_OURS)
         known = ("node_id", "layer", "ctx_idx", "feature", _OURS)
         rest = {k: v for k, v in entry.items() if k not in known and v is not None}
-        made.add_node(node, **(decoded(ours["attributes"]) if ours else rest))
+        made.add_node(node)
+        made.nodes[node].update(decoded(ours["attributes"]) if ours else rest)
     for link in raw["links"]:
         for end in ("source", "target"):
             name = link[end]
@@ -60,7 +65,8 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
         ends = by_id[link["source"]], by_id[link["target"]]
         ours = link.get(_OURS)
         if ours:
-            made.add_edge(*ends, ours["key"], **decoded(ours["attributes"]))
+            made.add_edge(*ends, ours["key"])
+            made.edges[(*ends, ours["key"])].update(decoded(ours["attributes"]))
         else:
             made.connect(*ends, "attribution", sum=float(link["weight"]))
     return made
@@ -81,9 +87,13 @@ def _node(entry: Mapping[str, Any]) -> Node:
         return parse_node(ours["node"])
     kind, parts = entry["feature_type"], entry["node_id"].split("_")
     layer, position = str(entry["layer"]), int(entry["ctx_idx"])
-    number = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
+    number = entry.get("feature")
+    if len(parts) == 3 and parts[1].isdigit():
+        number = int(parts[1])  # `feature` is the layer and the feature paired as one number
     if kind == _ERROR:
         return UnitAt(Unit(f"layer{layer}.error", 0), position)
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"node_id {entry['node_id']!r} does not say which feature it is")
     if kind == "embedding":
         return UnitAt(Unit("embedding", number), position)
     if kind == "logit":
@@ -107,7 +117,7 @@ def to_attribution_graph(graph: CircuitGraph) -> dict[str, Any]:
         {
             "source": ids[a],
             "target": ids[b],
-            "weight": data.get("sum", 1.0),
+            "weight": _finite(data.get("sum", 1.0)),
             _OURS: {"key": key, "attributes": encoded(data)},
         }
         for a, b, key, data in graph.edges(keys=True, data=True)
@@ -156,7 +166,12 @@ def _entry(node: Node, data: Mapping[str, Any], layers: Mapping[str, int]) -> di
         "clerp": str(label),
         _OURS: {"node": str(node), "attributes": encoded(data)},
     }
-    for name in ("influence", "activation"):
-        if isinstance(data.get(name), int | float):
-            entry[name] = data[name]
+    for number in ("influence", "activation"):
+        if isinstance(data.get(number), int | float):
+            entry[number] = _finite(data[number])
     return entry
+
+
+def _finite(number: float) -> float:
+    """0 for what JSON has no number for; the true one is under `circuits`."""
+    return number if math.isfinite(number) else 0.0

@@ -43,8 +43,10 @@ class UnitGroup:
     def __post_init__(self) -> None:
         if not self.units or len({unit.site for unit in self.units}) != 1:
             raise ValueError(f"group {self.name!r} needs units of exactly one site")
-        if not self.name or re.search(r"[{}]", self.name):
-            raise ValueError(f"group name {self.name!r} must not be empty or hold braces")
+        if not self.name or re.search(r"[{}]", self.name) or not self.name.isprintable():
+            raise ValueError(
+                f"group name {self.name!r} must be printable, not empty, and without braces"
+            )
 
     def __str__(self) -> str:
         indices = ",".join(str(unit.index) for unit in self.units)

@@ -28,6 +28,7 @@ from circuits.units import unknown
 
 _PREFIX = "circuit."
 _JSON = "__json"
+_KEY = "circuit-key"
 _XML_SAFE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff￾￿]+")
 
 
@@ -62,13 +63,17 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
     """
     path = Path(path)
     name = check_format(path, format)
-    text = path.read_text(encoding="utf-8")
+    if not path.is_file():
+        raise FileNotFoundError(f"circuit file {str(path)!r} does not exist")
     read, _ = _FORMATS[name]
     try:
+        text = path.read_text(encoding="utf-8")
         raw = json.loads(text) if name in ("json", "attribution") else None
         if name == "json" and isinstance(raw, dict) and "qParams" in raw:
             read, _ = _FORMATS["attribution"]
         return read(text)
+    except RecursionError as error:
+        raise ValueError(f"file {str(path)!r} is nested too deeply for a circuit") from error
     except (ElementTree.ParseError, json.JSONDecodeError, nx.NetworkXError, KeyError) as error:
         raise ValueError(
             f"file {str(path)!r} is no circuit in the format {name}: {error}"
@@ -104,7 +109,7 @@ def _validated(raw: Any, name: str) -> Any:
         jsonschema.validate(raw, schema(name))
     except jsonschema.ValidationError as error:
         where = "/".join(map(str, error.absolute_path)) or "the top"
-        raise ValueError(f"not a {name} file: at {where}: {error.message[:200]}") from error
+        raise ValueError(f"no {name} file: at {where}: {error.message[:200]}") from error
     return raw
 
 
@@ -135,12 +140,20 @@ def from_node_link(raw: Any) -> CircuitGraph:
     made = CircuitGraph()
     made.graph.update(decoded(raw["graph"]))
     for node in raw["nodes"]:
-        made.add_node(parse_node(node["id"]), **_unaside(_without(node, "id")))
+        place = parse_node(node["id"])
+        made.add_node(place)
+        made.nodes[place].update(_unaside(_without(node, "id")))
     for edge in raw["edges"]:
         ends = parse_node(edge["source"]), parse_node(edge["target"])
         if not (ends[0] in made and ends[1] in made):
             raise ValueError(f"edge from {ends[0]} to {ends[1]} names a node that is not listed")
-        made.add_edge(*ends, edge["key"], **_unaside(_without(edge, "source", "target", "key")))
+        made.add_edge(*ends, edge["key"])
+        data = _unaside(_without(edge, "source", "target", "key"))
+        strength = data.get("weight", 1.0) if isinstance(data.get("weight"), int | float) else 1.0
+        data.setdefault("kind", "weight")  # of another program, which has no such thing
+        data.setdefault("sum", strength)
+        data.setdefault("norm", abs(data["sum"]))
+        made.edges[(*ends, edge["key"])].update(data)
     return made
 
 
@@ -173,12 +186,14 @@ def _plain(graph: CircuitGraph) -> nx.MultiDiGraph:
     edge_columns = _columns(data for *_, data in graph.edges(keys=True, data=True))
     plain = nx.MultiDiGraph()
     for node, data in graph.nodes(data=True):
-        plain.add_node(str(node), **_flat(data, node_columns))
+        plain.add_node(str(node))
+        plain.nodes[str(node)].update(_flat(data, node_columns))
     for number, (a, b, key, data) in enumerate(graph.edges(keys=True, data=True)):
-        extra = {f"{_PREFIX}key": key}
+        extra = {_KEY: key}
         if isinstance(data.get("norm"), float) and math.isfinite(data["norm"]):
             extra["weight"] = data["norm"]  # what viewers draw
-        plain.add_edge(str(a), str(b), str(number), **_flat(data, edge_columns), **extra)
+        plain.add_edge(str(a), str(b), str(number))
+        plain.edges[str(a), str(b), str(number)].update(_flat(data, edge_columns) | extra)
     return plain
 
 
@@ -192,7 +207,8 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
             fits = not isinstance(value, str) or _fits_xml(value)
             whole = not isinstance(value, int) or abs(value) < 2**31
             finite = not isinstance(value, float) or math.isfinite(value)
-            safe[name] = safe.get(name, True) and fits and whole and finite
+            named = not name.endswith(_JSON)
+            safe[name] = safe.get(name, True) and fits and whole and finite and named
     simple = (str, bool, int, float)
     return {n: safe[n] and len(k) == 1 and next(iter(k)) in simple for n, k in kinds.items()}
 
@@ -213,7 +229,6 @@ def _flat(data: Mapping[str, Any], columns: Mapping[str, bool]) -> dict[str, Any
 def _unflat(data: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes as they were; of a file of another program, all that are there."""
     ours = {k.removeprefix(_PREFIX): v for k, v in data.items() if k.startswith(_PREFIX)}
-    ours.pop("key", None)
     return {
         name.removesuffix(_JSON): decoded(json.loads(value)) if name.endswith(_JSON) else value
         for name, value in ours.items()
@@ -226,16 +241,19 @@ def _restored(plain: nx.Graph, about: str | None) -> CircuitGraph:
     is_ours = about is not None
     if about is not None:
         made.graph.update(decoded(json.loads(about)))
-    for node, data in plain.nodes(data=True):
-        made.add_node(parse_node(str(node)), **(_unflat(data) if is_ours else dict(data)))
+    for name, data in plain.nodes(data=True):
+        node = parse_node(str(name))
+        made.add_node(node)
+        made.nodes[node].update(_unflat(data) if is_ours else data)
     for a, b, data in plain.edges(data=True):
         ends = parse_node(str(a)), parse_node(str(b))
         if is_ours:
-            made.add_edge(*ends, data[f"{_PREFIX}key"], **_unflat(data))
+            made.add_edge(*ends, data[_KEY])
+            made.edges[(*ends, data[_KEY])].update(_unflat(data))
         else:
-            weight = float(data.get("weight", 1.0))
+            made.connect(*ends, "weight", sum=float(data.get("weight", 1.0)))
             rest = _without(data, "weight", "id", "kind", "sum", "norm")
-            made.connect(*ends, "weight", sum=weight, **rest)
+            made.edges[(*ends, "weight")].update(rest)
     return made
 
 
@@ -274,7 +292,9 @@ def _from_gexf(text: str) -> CircuitGraph:
     reader.xml = root
     graph = root.find(f"{_GEXF}graph")
     if graph is None:
-        raise ValueError("a GEXF 1.2 file has a graph in it")
+        raise ValueError(
+            f"its top is {root.tag}: expected GEXF 1.2 (version 1.2draft) with a graph in it"
+        )
     return _restored(reader.make_graph(graph), about)
 
 

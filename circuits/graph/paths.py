@@ -35,6 +35,10 @@ def sites_between(blocks: Sequence[Block], start: str, end: str) -> list[str]:
     order = nx.DiGraph((b.info.source, b.info.target) for b in blocks)
     if start not in order or end not in order or not nx.has_path(order, start, end):
         return []
+    if not nx.is_directed_acyclic_graph(order):
+        raise ValueError(
+            f"no paths from {start} to {end}: the chosen kinds of edges go round in circles"
+        )
     inside = ({start} | nx.descendants(order, start)) & ({end} | nx.ancestors(order, end))
     return list(nx.lexicographical_topological_sort(order.subgraph(inside)))
 
@@ -54,27 +58,22 @@ def strongest_paths(
     strength = {s: np.zeros((n_units[s], top)) for s in order}
     came = {s: np.full((n_units[s], top, 3), -1, np.int64) for s in order}
     strength[start.site][start.index, 0] = 1.0
-    inside = set(order)
     for site in order:
         if site == start.site:
             continue
-        for number, block in enumerate(blocks):
-            info = block.info
-            if info.target != site or info.source not in inside:
+        units = [end.index] if site == end.site else range(n_units[site])
+        for source in order:
+            between = [
+                (number, block)
+                for number, block in enumerate(blocks)
+                if (block.info.source, block.info.target) == (source, site)
+            ]
+            used = np.flatnonzero(strength[source][:, 0])
+            if not between or not len(used):
                 continue
-            sources = np.array(info.sources or range(info.shape[1]))
-            ways = strength[info.source][sources]  # column x way
-            used = np.flatnonzero(ways[:, 0])
-            if not len(used):
-                continue
-            rows: Sequence[int] = range(info.shape[0])
-            if site == end.site:
-                place = info.row(end.index)
-                rows = () if place is None else (place,)
-            for row in rows:
-                unit = info.targets[row] if info.targets else row
-                norms = np.nan_to_num(block.norms(row)[used].astype(np.float64), nan=0.0)
-                reached = norms[:, None] * ways[used]
+            for unit in units:
+                norms, through = _strongest_edges(between, unit, n_units[source])
+                reached = norms[used, None] * strength[source][used]
                 mine = np.concatenate([strength[site][unit], reached.ravel()])
                 best = np.argsort(-mine, kind="stable")[:top]
                 old = came[site][unit].copy()
@@ -84,12 +83,31 @@ def strongest_paths(
                         came[site][unit, place] = old[which]
                     else:
                         at, way = divmod(which - top, top)
-                        came[site][unit, place] = (number, used[at], way)
+                        came[site][unit, place] = (*through[used[at]], way)
     return [
         (float(value), _retraced(blocks, came, end, place))
         for place, value in enumerate(strength[end.site][end.index])
         if value > 0
     ]
+
+
+def _strongest_edges(
+    between: Sequence[tuple[int, Block]], unit: int, n_sources: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The strongest edge into a unit from each source over some blocks, and its block and column."""
+    norms = np.zeros(n_sources)
+    through = np.zeros((n_sources, 2), np.int64)
+    for number, block in between:
+        row = block.info.row(unit)
+        if row is None:
+            continue
+        values = np.nan_to_num(block.norms(row).astype(np.float64), nan=0.0)
+        sources = np.array(block.info.sources) if block.info.sources else np.arange(len(values))
+        better = np.flatnonzero(values > norms[sources])
+        norms[sources[better]] = values[better]
+        through[sources[better], 0] = number
+        through[sources[better], 1] = better
+    return norms, through
 
 
 def _retraced(

@@ -375,15 +375,29 @@ def add_edges(
     if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
         raise ValueError(f"name {name!r} of edges must be letters, digits and any of . _ + -")
     with GraphStore(folder) as store:
-        for info, _ in blocks:
+        for info, values in blocks:
             if not info.provenance.get("method"):
                 raise ValueError(
                     f"edges {name!r} from {info.source} to {info.target}: provenance needs a method"
                 )
-            rows = info.targets or (info.shape[0] - 1,)
-            columns = info.sources or (info.shape[1] - 1,)
-            store.check(Unit(info.target, max(rows)))
-            store.check(Unit(info.source, max(columns)))
+            for site, units, n in (
+                (info.target, info.targets, info.shape[0]),
+                (info.source, info.sources, info.shape[1]),
+            ):
+                known = store.check(Unit(site, 0)).site
+                everything = units or range(store.sites[known])
+                if len(everything) != n or len(set(everything)) != n:
+                    raise ValueError(
+                        f"edges {name!r}: {len(everything)} units of {site} do not fit shape "
+                        f"{info.shape}, or one is listed twice"
+                    )
+                for unit in (min(everything), max(everything)):
+                    store.check(Unit(site, unit))
+            if values.shape != (*info.shape, *info.kernel) or np.isinf(values).any():
+                raise ValueError(
+                    f"edges {name!r} from {info.source} to {info.target}: numbers of shape {values.shape} "
+                    f"must be finite or NaN, of shape {(*info.shape, *info.kernel)}"
+                )
         model, model_hash, sites = store.model, store.model_hash, store.sites
     path = Path(folder) / ADDED / f"{name}.h5"
     with writing(path, model, model_hash, sites) as writer:

@@ -156,8 +156,16 @@ def _same(call: Call) -> Pull:
     return lambda gradient, paths: [gradient]
 
 
+def _detached(call: Call) -> Pull:
+    """No gradient goes through; the linear effect does."""
+    return (lambda g, paths: [g]) if call.linear else (lambda g, paths: [None])
+
+
 def _scaled(factor: Tensor) -> Pull:
-    return lambda g, paths: [g.times(factor.abs() if paths == "absolute" else factor)]
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        return [g.times(factor.to(g.value).abs() if paths == "absolute" else factor)]
+
+    return pull
 
 
 def _relu(call: Call) -> Pull:
@@ -204,6 +212,8 @@ def _product(call: Call) -> Pull:
     places = call.sources
     if any(value.shape != call.output.shape for value in call.dependents):
         return _by_torch(call)
+    if call.values.get("rounding_mode") is not None:
+        return _refusing(call, " with rounding") if call.linear else _by_torch(call)
     divides = call.name == "div"
     if len(places) == 2 or (divides and places == ("other",)):
         if call.linear:
@@ -225,7 +235,7 @@ def _batch_norm(call: Call) -> Pull:
     v = call.values
     if v.get("training") or v.get("running_var") is None:
         return _by_torch(call)
-    scale = (v["running_var"].double() + v["eps"]).rsqrt()
+    scale = (v["running_var"].double() + v.get("eps", v.get("epsilon"))).rsqrt()
     if v["weight"] is not None:
         scale = scale * v["weight"].double()
     return _scaled(scale.reshape(-1, *[1] * (call.output.ndim - 2)))
@@ -300,13 +310,13 @@ def _each(value: Any, n: int) -> list[int]:
 
 def _max_pool(call: Call) -> Pull:
     v, size = call.values, tuple(call.dependents[0].shape)
+    if call.output.ndim != 4:
+        return _by_torch(call)
     kernel = _each(v["kernel_size"], 2)
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     padding, dilation = _each(v["padding"], 2), _each(v["dilation"], 2)
     if call.linear:
         return _averaging(call, kernel, stride, padding, dilation, _Count("inside"))
-    if call.output.ndim != 4:
-        return _by_torch(call)
     indices = call.result[1]
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
@@ -454,7 +464,7 @@ def _matrix(call: Call) -> Pull:
     rows = "mat1" if call.name == "addmm" else "self"
     if call.sources != (rows,):
         return _by_torch(call)
-    matrix = call.values["mat2"].detach()
+    matrix = call.values["mat2"].detach() * call.values.get("alpha", 1)
 
     def pull(g: Window, paths: Paths) -> list[Window]:
         columns = matrix[:, g.start[1] : g.stop[1]].to(g.value)
@@ -548,8 +558,7 @@ def _again(call: Call, changed: dict[str, Any]) -> Tensor:
     """The operation carried out once more, on other values."""
     values = call.values | changed
     if call.mutates:
-        first = next(iter(values))
-        values[first] = values[first].clone()
+        values |= {name: values[name].clone() for name in call.sources}
     arguments = call.function._schema.arguments
     args = [values[a.name] for a in arguments if not a.kwarg_only]
     kwargs = {a.name: values[a.name] for a in arguments if a.kwarg_only}
@@ -597,7 +606,7 @@ _RULES: dict[str, Rule] = {
     "local_response_norm": _local_response_norm,
     "clone": _same,
     "alias": _same,
-    "detach": _same,
+    "detach": _detached,
     "_to_copy": _same,
     "constant_pad_nd": _pad,
     "slice": _slice,

@@ -178,10 +178,11 @@ class _Operations(TorchDispatchMode):
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         linear = self.tape.gates == "linear"
         sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
-        call = Call(func, values, found[0], found, sources, linear, bool(written))
+        in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
+        call = Call(func, values, found[0], found, sources, linear, in_place)
         call = call.keeping()  # what it was given, before it may be overwritten
         output = func(*args, **kwargs)
-        made = [values[written[0]]] if written else _tensors([output])
+        made = [values[written[0]]] if in_place else _tensors([output])
         self.silent = True  # what a rule computes is no part of the pass
         try:
             for place, tensor in enumerate(made):

@@ -119,8 +119,8 @@ def find_weight_layers(
         for step in upstream(Step.start(node, site.unit_axis), stops, writes_on)
         if step.node in stops and not step.flattened
     ]
-    biases = _norm_biases(module)
-    return [_layer(names[call.module], call, nodes, stops, written, biases) for call in calls]
+    shifts = _shifts(written, _norm_biases(module))
+    return [_layer(names[call.module], call, nodes, stops, written, shifts) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _layer(
     nodes: Mapping[Node, list[Site]],
     stops: frozenset[Node],
     written: Sequence[tuple[Site, Step]],
-    biases: Mapping[int, Tensor],
+    shifts: Sequence[Tensor],
 ) -> WeightLayer:
     weight = call.module.weight
     assert isinstance(weight, Tensor), f"{name} has no weight"
@@ -170,9 +170,9 @@ def _layer(
             step.factor,
             step.depth,
             _has_own_units(site),
-            shift=_shift(step, biases),
+            shift=shift,
         )
-        for site, step in written
+        for (site, step), shift in zip(written, shifts, strict=True)
         if step.node is call.output and step.axis == call.axis
     ]
     writes.sort(key=lambda link: link.depth)
@@ -196,14 +196,26 @@ def _norm_biases(module: nn.Module) -> dict[int, Tensor]:
     }
 
 
-def _shift(step: Step, biases: Mapping[int, Tensor]) -> Tensor:
-    """What batch norms on the way add to each channel at the walk's start: bias - mean * scale."""
-    total = torch.zeros(len(step.factor))
-    for norm in step.norms:
-        mean = norm.node._saved_running_mean
-        added = -mean * norm_scale(norm.node) + biases.get(mean.data_ptr(), 0.0)
-        total += norm.scaled(added) * (norm.index >= 0)
-    return total
+def _shifts(written: Sequence[tuple[Site, Step]], biases: Mapping[int, Tensor]) -> list[Tensor]:
+    """What batch norms on each path add to each channel at its start: bias - mean * scale.
+
+    Where several layers add up before a batch norm, the first gets it, so that biases add up too.
+    """
+    given: dict[tuple[str, Node], Tensor] = {}
+    found = []
+    for site, step in written:
+        total = torch.zeros(len(step.factor))
+        for norm in step.norms:
+            mean = norm.node._saved_running_mean
+            added = -mean * norm_scale(norm.node) + biases.get(mean.data_ptr(), 0.0)
+            taken = given.setdefault(
+                (site.name, norm.node), torch.zeros(len(total), dtype=torch.bool)
+            )
+            mine = (step.index >= 0) & ~taken
+            total += norm.scaled(added) * mine
+            taken |= mine
+        found.append(total)
+    return found
 
 
 def _grouped(

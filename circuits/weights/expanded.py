@@ -30,7 +30,7 @@ from circuits.weights.connections import Connection
 Mode = Literal["linear", "mean", "example"]
 """What stands for a nonlinearity.
 
-`linear`: activation functions are the identity, a maximum is an average (over the places inside the
+`linear`: activation functions are the identity, max pooling is average pooling (over the places inside the
 map), local response normalisation is its derivative at zero; no data is needed.
 `mean`: the gradient, averaged over examples. `example`: the gradient of each example.
 """
@@ -269,7 +269,9 @@ def _check_modes(
         raise ValueError(f"model {model.name} is edited: expand its weights outside the edit")
     if mode == "linear" and not isinstance(model.input, ImageInput) and inputs is None:
         raise ValueError(f"mode 'linear' of {model.name}, which takes tokens, needs inputs")
-    if mode != "linear" and (inputs is None or not len(inputs)):
+    if inputs is not None and not len(inputs):
+        raise ValueError("inputs is empty: expected at least one example")
+    if mode != "linear" and inputs is None:
         raise ValueError(f"mode {mode!r} needs inputs: at least one example")
     if mode == "linear" and inputs is not None and isinstance(model.input, ImageInput):
         raise ValueError("inputs are not used in mode 'linear': expected mode 'mean' or 'example'")

@@ -99,7 +99,7 @@ def expanded_block(
         expanded.source,
         expanded.target,
         "expanded",
-        "",
+        expanded.mode,  # two modes between the same units are two edges
         (),
         _unless_all(expanded.units, known.get(expanded.target)),
         _unless_all(expanded.sources, known.get(expanded.source)),
