@@ -13,7 +13,7 @@ from circuits.edits.operators import zero
 from circuits.edits.recipes import edited
 from circuits.models.adapter import HookedModel
 from circuits.units import Unit
-from circuits.weights import incoming, outgoing
+from circuits.weights import incoming, outgoing, raw_weights
 from tests.conftest import seeded
 
 
@@ -149,3 +149,19 @@ def test_weights_are_not_asked_for_inside_an_edit(branches: HookedModel) -> None
     ):
         incoming(branches, "bn:1")
     assert incoming(branches, "bn:1")
+
+
+def test_what_cannot_be_followed_is_named() -> None:
+    """A summand through an operation that mixes channels is missing from the raw weights, which say so."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.c(x + x.flip(1))
+
+    (weights,) = raw_weights(HookedModel(seeded(Half()), (3, 5, 5)), "a", "c")
+    assert weights.lost == ("Flip",)

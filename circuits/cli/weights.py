@@ -41,6 +41,13 @@ def weights(
     _check_figure(figure)
     loaded = load_model(model, weights)
     built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
+    shown = {c.layer for c in (*built_from, *builds)}
+    for layer in loaded.weight_layers:
+        if layer.name in shown and layer.lost:
+            warn(
+                f"layer {layer.name} also reads what comes through {', '.join(layer.lost)}, which is not "
+                "followed here: `circuits expand` has it all"
+            )
     if figure is not None:
         _draw_kernels(built_from or builds, "source" if built_from else "target", unit, figure)
     if json:

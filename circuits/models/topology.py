@@ -60,6 +60,8 @@ class WeightLayer:
         reads: paths to sites whose units are its input channels, nearest first.
         writes: paths to sites whose units are its output channels, nearest first.
         bias: one number an output channel, or None.
+        lost: operations between its input and the sites that it reads that could not be followed: some
+            of what it reads is not in `reads`.
     """
 
     name: str
@@ -68,6 +70,7 @@ class WeightLayer:
     reads: tuple[Link, ...]
     writes: tuple[Link, ...]
     bias: Tensor | None = None
+    lost: tuple[str, ...] = ()
 
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -162,7 +165,8 @@ def _layer(
     weight = call.module.weight
     assert isinstance(weight, Tensor), f"{name} has no weight"
     groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
-    reads = tuple(_reads(call, nodes, stops)) if call.given is not None else ()
+    lost: list[str] = []
+    reads = tuple(_reads(call, nodes, stops, lost)) if call.given is not None else ()
     writes = [
         Link(
             site.name,
@@ -179,7 +183,8 @@ def _layer(
     rows, columns = _grouped(weight.detach(), groups)
     bias = call.module.bias
     given = bias.detach() if isinstance(bias, Tensor) else None
-    return WeightLayer(name, rows, columns, reads, tuple(writes), given)
+    unfollowed = tuple(dict.fromkeys(lost)) if reads else ()
+    return WeightLayer(name, rows, columns, reads, tuple(writes), given, unfollowed)
 
 
 def _has_own_units(site: Site) -> bool:
@@ -243,8 +248,10 @@ def _grouped(
     return rows, columns
 
 
-def _reads(call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]) -> Iterator[Link]:
-    """Paths from a layer's input back to sites, nearest first."""
+def _reads(
+    call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node], lost: list[str]
+) -> Iterator[Link]:
+    """Paths from a layer's input back to sites, nearest first; what cannot be followed goes to `lost`."""
     links = []
 
     def met(step: Step) -> Step:
@@ -257,10 +264,14 @@ def _reads(call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node]
             links.append(
                 Link(site.name, step.index, step.factor, step.depth, direct, step.flattened)
             )
-            step = replace(step, met=step.met or own)
+            step = replace(step, met=step.met or own, seen=True)
         return step
 
-    for _ in upstream(Step.start(call.given, call.axis), stops, reads_on, met):
+    def ended(step: Step) -> None:
+        if not step.seen:
+            lost.append(step.node.name().removesuffix("0").removesuffix("Backward"))
+
+    for _ in upstream(Step.start(call.given, call.axis), stops, reads_on, met, ended):
         pass
     if links and not any(link.direct for link in links):
         nearest = links[0].depth

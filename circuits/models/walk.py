@@ -32,6 +32,7 @@ class Step:
         flattened: the map that a flatten on the way turned into channels.
         nonlinearities: how many were passed.
         met: whether a site with units of its own was passed.
+        seen: whether any site was passed.
         norms: batch norms passed, each as a step before it was passed.
     """
 
@@ -43,6 +44,7 @@ class Step:
     flattened: tuple[int, ...] = ()
     nonlinearities: int = 0
     met: bool = False
+    seen: bool = False
     norms: tuple[Step, ...] = ()
 
     @classmethod
@@ -93,8 +95,17 @@ def upstream(
     stops: frozenset[Node],
     goes_on: Callable[[Step], bool],
     visit: Callable[[Step], Step] = lambda step: step,
+    lost: Callable[[Step], object] = lambda step: None,
 ) -> Iterator[Step]:
-    """Walk back along every path of operations that keep channels apart, up to `stops`."""
+    """Walk back along every path of operations that keep channels apart, up to `stops`.
+
+    Args:
+        start: where.
+        stops: operations to end at.
+        goes_on: whether to look behind a step.
+        visit: sees each step, and returns what to go on from.
+        lost: sees each step behind which nothing can be followed.
+    """
     queue = [start]
     for _ in range(_MOST_STEPS):
         if not queue:
@@ -102,7 +113,10 @@ def upstream(
         step = visit(queue.pop(0))
         yield step
         if step.node not in stops and goes_on(step):
-            queue.extend(s for s in _behind(step) if s.node is not None and (s.index >= 0).any())
+            behind = [s for s in _behind(step) if s.node is not None and (s.index >= 0).any()]
+            queue.extend(behind)
+            if not behind:
+                lost(step)
 
 
 _NONLINEARITY = re.compile(

@@ -69,7 +69,7 @@ def _info(pair: Pair, n_sources: int, kernel: tuple[int, ...], everything: bool)
         (),
         (len(pair.units), n_sources),
         kernel,
-        {"method": "the layer's weights, batch norm multiplied in"},
+        {"method": "the layer's weights, batch norm multiplied in", "lost": list(pair.layer.lost)},
     )
 
 

@@ -30,6 +30,8 @@ class LayerWeights:
         bias: of each unit, before its nonlinearity: that of the layer, and what batch norm adds.
         through: sites between the source and the layer (pooling, normalisation), nearest last.
         model_hash: of the weights.
+        lost: operations before the layer that could not be followed: it reads more than these weights say,
+            and `expand_weights` has it all. Empty if nothing is missing.
     """
 
     source: str
@@ -41,6 +43,7 @@ class LayerWeights:
     bias: Float[Tensor, " unit"]
     through: tuple[str, ...]
     model_hash: str
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,7 @@ def raw_weights(model: HookedModel, source: str, target: str) -> list[LayerWeigh
             _bias(pair).cpu(),
             pair.through,
             key,
+            pair.layer.lost,
         )
         for pair in pairs
     ]
