@@ -40,6 +40,9 @@ mirror images and hues of photographs differ little beside photographs themselve
 _LEAST_ACTIVE = 0.3
 """And those whose largest answer is below this part of the median one."""
 
+_ITSELF_AGAIN = 0.7
+"""How much units agree with themselves after half a turn if that is all of their period."""
+
 Answers = Float[Tensor, "unit stimulus step"]
 
 
@@ -440,13 +443,16 @@ def _phases(
 ) -> tuple[list[float], float]:
     """Where in the family each member is, and the family's period.
 
-    For angles: the direction of the strongest of the first two harmonics of a member's answers, added up
-    over stimuli. Otherwise the shift from the member that agrees most with all.
+    For angles: the direction of the first harmonic of a member's answers, added up over stimuli; of the
+    second, if members agree with themselves after half a turn as much as members of a family do.
+    Otherwise the shift from the member that agrees most with all.
     """
     if orbit.transformation in ("rotation", "hue"):
+        steps = changes.shape[2]
         spectrum = torch.fft.rfft(changes.sum(1), dim=1)
-        power = spectrum.abs().square().sum(0)
-        turns = 1 if power[1] >= power[2] else 2
+        own = _unit_rows(changes.flatten(1))
+        after = _unit_rows(changes.roll(steps // 2, 2).flatten(1))
+        turns = 2 if (own * after).sum(1).mean() >= _ITSELF_AGAIN else 1
         period = 360.0 / turns
         angles = torch.rad2deg(-spectrum[:, turns].angle()) / turns
         return [angle % period for angle in angles.tolist()], period
