@@ -16,7 +16,7 @@ from circuits.cli.arguments import (
     record_of,
 )
 from circuits.cli.output import progress_bar, say, show_json, show_table
-from circuits.cli.weights import FigureOption
+from circuits.cli.weights import FigureOption, check_figure
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
@@ -155,15 +155,13 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
-    from circuits.figures import check_figure_path, circuit_figure, save_figure
+    from circuits.figures import circuit_figure, save_figure
     from circuits.graph.formats import to_node_link
     from circuits.graph.saved import save_circuit
     from circuits.models.loading import load_model
     from circuits.units import Unit
 
-    if figure is not None:
-        check_figure_path(figure)
-        check_writable(figure.parent, "folder")
+    check_figure(figure)
     place = Workspace.default(workspace)
     loaded = load_model(model, weights)
     found = _circuit(loaded, place, units, hops, top, kinds, to, circuit, version)
@@ -277,12 +275,12 @@ def ls(
     json: JsonOption = False,
 ) -> None:
     """List the saved circuits of a model, or the versions of one."""
-    from circuits.graph.saved import circuit_history, saved_circuits
+    from circuits.graph.saved import KIND, circuit_history, saved_circuits
     from circuits.models.loading import load_model
 
     database, key = Workspace.default(workspace).database, load_model(model, weights).hash
     if circuit:
-        database.load("circuit", key, circuit)
+        database.load(KIND, key, circuit)
         found = circuit_history(database, circuit, key)
     else:
         found = saved_circuits(database, key)

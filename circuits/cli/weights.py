@@ -38,7 +38,7 @@ def weights(
     from circuits.models.loading import load_model
     from circuits.weights import incoming, outgoing
 
-    _check_figure(figure)
+    check_figure(figure)
     loaded = load_model(model, weights)
     built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
     shown = {c.layer for c in (*built_from, *builds)}
@@ -73,7 +73,8 @@ def _row(connection: Any, end: str) -> tuple[Any, ...]:
     return getattr(c, end), c.norm, c.typical, c.total, " x ".join(map(str, c.kernel.shape)) or "1"
 
 
-def _check_figure(figure: Path | None) -> None:
+def check_figure(figure: Path | None) -> None:
+    """Raise if a figure was asked for that cannot be written."""
     if figure is not None:
         from circuits.figures import check_figure_path
 
@@ -120,7 +121,7 @@ def expand(
     from circuits.weights import expand_weights
     from circuits.weights.factors import factorize
 
-    _check_figure(figure)
+    check_figure(figure)
     for name, value, least in (("top", top, 1), ("limit", limit, 1), ("factors", factors, 0)):
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
@@ -251,7 +252,7 @@ def families(
     from circuits import families as library
     from circuits.models.loading import load_model
 
-    _check_figure(figure)
+    check_figure(figure)
     if (save or name) and (listing or rename or remove or weights_from):
         raise ValueError("--save and --name go with finding or measuring families")
     loaded = load_model(model, weights)

@@ -30,18 +30,20 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
     `embedding`, by their number in the vocabulary, and outputs of `logits`; each at its position.
 
     Raises:
-        ValueError: if two nodes have one id and a link uses it, or a link names no node.
+        ValueError: if two nodes have one id and a link uses it, two ids stand for one node, a feature
+            has no number, or a link names no node.
     """
     made = CircuitGraph()
     made.graph.update(_about(raw["metadata"]))
     by_id: dict[str, Node] = {}
+    id_of: dict[Node, str] = {}
     doubled: dict[str, tuple[str, str]] = {}
     kinds: dict[str, str] = {}
     for entry in raw["nodes"]:
         node = _node(entry)
         name = entry["node_id"]
-        twin = next((i for i, known in by_id.items() if known == node and i != name), None)
-        if twin is not None:
+        twin = id_of.setdefault(node, name)
+        if twin != name:
             raise ValueError(f"node_id {twin!r} and {name!r} are one node, {node}")
         if name in by_id and by_id[name] != node:
             doubled[name] = (kinds[name], str(entry.get("feature_type")))
@@ -106,11 +108,13 @@ def to_attribution_graph(graph: CircuitGraph) -> dict[str, Any]:
     about = graph.graph
     layers = {site: i for i, site in enumerate(graph.sites())}
     ids: dict[Node, str] = {}
+    used: set[str] = set()
     nodes = []
     for node, data in graph.nodes(data=True):
         entry = _entry(node, data, layers)
-        if entry["node_id"] in ids.values():
+        if entry["node_id"] in used:
             entry["node_id"] = f"{entry['node_id']}_{len(ids)}"
+        used.add(entry["node_id"])
         ids[node] = entry["node_id"]
         nodes.append(entry)
     links = [
