@@ -1,5 +1,21 @@
 """A workbench for reverse-engineering neural networks."""
 
+from circuits.attribution import (
+    Attribution,
+    Passes,
+    Target,
+    ablate,
+    attribute,
+    card,
+    channel_groups,
+    direct_logit_attribution,
+    extremal,
+    meaningful,
+    parse_target,
+    randomization_test,
+    relevance,
+    saliency,
+)
 from circuits.edits.effects import EditReport, measure
 from circuits.edits.operators import scale, zero
 from circuits.edits.recipes import Recipe, edited
@@ -22,8 +38,10 @@ from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
 from circuits.stimuli.datasets import from_dataset
 from circuits.stimuli.images import read_image
+from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source
-from circuits.store import ActivationStore
+from circuits.store import ActivationStore, spectrum
+from circuits.tuning import find_curve_units, heat_map, joint_tuning, measure_tuning, radial_tuning
 from circuits.units import Direction, Site, Unit
 from circuits.weights import (
     Connection,
@@ -46,6 +64,7 @@ from circuits.workspace import Workspace
 __all__ = [
     "ActivationCache",
     "ActivationStore",
+    "Attribution",
     "CircuitGraph",
     "Connection",
     "Direction",
@@ -62,47 +81,67 @@ __all__ = [
     "LayerWeights",
     "NaturalImages",
     "Objective",
+    "Passes",
     "Picture",
     "Recipe",
     "Reliability",
     "Settings",
     "Sheet",
     "Site",
+    "Target",
     "TokenInput",
     "Unit",
     "UnitAt",
     "UnitGroup",
     "Workspace",
+    "ablate",
+    "attribute",
     "build_graph",
+    "card",
+    "channel_groups",
     "comparisons",
+    "direct_logit_attribution",
     "direct_logits",
     "dream",
     "edited",
     "equivariance",
     "expand_weights",
+    "extremal",
     "factorize",
+    "find_curve_units",
     "find_families",
     "from_dataset",
     "harvest",
+    "heat_map",
     "incoming",
+    "joint_tuning",
     "load_circuit",
     "load_model",
+    "meaningful",
     "measure",
     "measure_family",
+    "measure_tuning",
     "natural_responses",
     "neuron_directions",
     "objectives",
     "open_source",
     "outgoing",
     "ov_circuit",
+    "parse_target",
     "qk_circuit",
+    "radial_tuning",
+    "randomization_test",
     "raw_weights",
     "read_circuit",
     "read_image",
+    "read_labels",
+    "relevance",
     "reliability",
     "render_sheet",
+    "saliency",
     "save_circuit",
     "scale",
+    "spectrum",
     "visualize",
     "visualize_units",
     "write_circuit",

@@ -24,14 +24,13 @@ from circuits.database import Database, Record
 from circuits.graph.circuit import UnitGroup
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.models.sites import unit_activations
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.orbits import Orbit, Transformation, hues, mirrors, rotations, scales
 from circuits.stimuli.sources import open_source
+from circuits.tuning.responding import responses
 from circuits.units import Site, Unit
 
 KIND = "family"
-_BATCH = 32
 _LEAST_CHANGE: dict[str, float] = {"rotation": 0.1, "scale": 0.1, "mirror": 0.005, "hue": 0.005}
 """Units whose answers vary less than this with the step, as a share of all their variance, are left out:
 mirror images and hues of photographs differ little beside photographs themselves.
@@ -176,32 +175,14 @@ def answers(
 
     Stimuli that are about their middle are read in the middle fifth of the map, others everywhere.
     """
-    found = model.site(site)
-    spec = model.input
-    assert isinstance(spec, ImageInput), "an orbit is of images"
-    images = orbit.images.flatten(0, 1)
-    if spec.channels == 1:
-        images = images.mean(1, keepdim=True)
-    parts = []
-    for start in range(0, len(images), _BATCH):
-        x = spec.normalize(images[start : start + _BATCH])
-        values = unit_activations(found, model.run(x, read=[found], until=found)[found])
-        parts.append(_largest(values, orbit.central).cpu())
-        if progress is not None:
-            progress(min(start + _BATCH, len(images)), len(images))
-    each = torch.cat(parts)
     n, steps = orbit.images.shape[:2]
+
+    def note(done: int) -> None:
+        if progress is not None:
+            progress(done, n * steps)
+
+    each = responses(model, site, [orbit.images.flatten(0, 1)], orbit.central, note)
     return each.unflatten(0, (n, steps)).permute(2, 0, 1).contiguous()
-
-
-def _largest(values: Tensor, central: bool) -> Tensor:
-    """Example x unit x places as the largest of the places, or of those in the middle."""
-    if central:
-        for axis in range(2, values.ndim):
-            n = values.shape[axis]
-            keep = max(1, n // 5)
-            values = values.narrow(axis, (n - keep) // 2, keep)
-    return values.flatten(2).amax(2) if values.ndim > 2 else values
 
 
 def agreement(

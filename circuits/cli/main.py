@@ -22,11 +22,13 @@ from circuits.cli.arguments import (
     WorkspaceOption,
     record_of,
 )
+from circuits.cli.attributing import ablate, attribute, saliency, sanity
 from circuits.cli.graphs import graphs
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
+from circuits.cli.tuning import examples, tune
 from circuits.cli.weights import expand, families, weights
 from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ModelRecord, Workspace
@@ -45,6 +47,8 @@ app.command()(visualize)
 app.command()(weights)
 app.command()(expand)
 app.command()(families)
+for _command in (tune, examples, ablate, attribute, saliency, sanity):
+    app.command()(_command)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How operations behave while a picture is optimised: silent units, and a slow operation (layer 4).
+"""How operations behave while a picture is optimised: silent units (layer 4).
 
 Both hold in one thread, for operations of the model's own code, and leave the model itself alone.
 """
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from circuits.models.normalisation import local_response_norm
 
 
 class _RedirectedReLU(torch.autograd.Function):
@@ -37,53 +39,9 @@ class _RedirectedReLU(torch.autograd.Function):
         return torch.where(dead.reshape(-1, *[1] * (x.ndim - 1)), raising, plain)
 
 
-def _channel_window(x: Tensor, size: int) -> Tensor:
-    """Sums over `size` neighbouring channels, fewer at the ends."""
-    total, channels = x.clone(), x.shape[1]
-    for k in range(1, min(size // 2, channels - 1) + 1):
-        total[:, k:] += x[:, : channels - k]
-    for k in range(1, min((size - 1) // 2, channels - 1) + 1):
-        total[:, : channels - k] += x[:, k:]
-    return total
-
-
-class _LocalResponseNorm(torch.autograd.Function):
-    """x / (k + alpha / size * sum of squares of the channels around)^beta, with its derivative.
-
-    Torch composes it of a five-dimensional pooling, which takes ten times as long.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        base = _channel_window(x * x, size).mul_(alpha / size).add_(k)
-        if beta == 0.75:
-            root = base.rsqrt()
-            scale = root * root.sqrt()
-        else:
-            scale = base.pow(-beta)
-        ctx.save_for_backward(x, base, scale)
-        ctx.constants = size, alpha, beta
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, base, scale = ctx.saved_tensors
-        size, alpha, beta = ctx.constants
-        (grad,) = grads
-        # a channel is in the window of those on its other side: the window turned round
-        inner = _channel_window((grad * x * scale / base).flip(1), size).flip(1)
-        return grad * scale - inner * x * (2 * alpha * beta / size), None, None, None, None
-
-
 def _redirected(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = args[0] if args else kwargs["input"]
     return _RedirectedReLU.apply(given)
-
-
-def _normalised(
-    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> Tensor:
-    return _LocalResponseNorm.apply(input, size, alpha, beta, k)
 
 
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu})
@@ -103,5 +61,5 @@ class Optimizing(TorchFunctionMode):
         if self.waking and func in _RELUS:
             return _redirected(func, args, kwargs or {})
         if func is F.local_response_norm:
-            return _normalised(*args, **(kwargs or {}))
+            return local_response_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

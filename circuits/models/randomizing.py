@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
+from torch import nn
 
 from circuits.models.adapter import HookedModel
+from circuits.models.sites import evaluating
 
 
-def randomized(model: HookedModel, seed: int = 0) -> HookedModel:
+def randomized(
+    model: HookedModel, seed: int = 0, modules: Collection[str] | None = None
+) -> HookedModel:
     """A copy of a model in which the numbers of each weight tensor are shuffled (Adebayo et al. 2018).
 
     Each tensor keeps its numbers, so sizes of activations stay near what they were; what the numbers
@@ -17,16 +22,45 @@ def randomized(model: HookedModel, seed: int = 0) -> HookedModel:
 
     Args:
         model: it is not changed.
-        seed: of the shuffling.
+        seed: of the shuffling; a tensor is shuffled the same way whichever others are.
+        modules: shuffle only what these modules (see `layers_in_order`) hold themselves.
     """
     module = copy.deepcopy(model.module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, tensor in sorted(module.state_dict().items()):
+        for name, tensor in sorted(module.state_dict().items()):
             if tensor.is_floating_point() and tensor.numel() > 1:
                 order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-                tensor.copy_(tensor.flatten()[order].reshape(tensor.shape))
+                if modules is None or name.rpartition(".")[0] in modules:
+                    tensor.copy_(tensor.flatten()[order].reshape(tensor.shape))
     aliases = {alias: site.name for site in model.sites for alias in site.aliases}
+    which = "" if modules is None else f", {len(modules)} layers"
     return HookedModel(
-        module, model.input, f"{model.name}, randomized (seed {seed})", aliases, model.classes
+        module,
+        model.input,
+        f"{model.name}, randomized{which} (seed {seed})",
+        aliases,
+        model.classes,
     )
+
+
+def layers_in_order(model: HookedModel) -> list[str]:
+    """The modules that hold weights themselves, in the order in which they are first called."""
+    own = {
+        m: name
+        for name, m in model.module.named_modules()
+        if next(m.parameters(False), None) is not None
+    }
+    met: dict[str, None] = {}
+
+    def note(module: nn.Module, args: object) -> None:
+        met[own[module]] = None
+
+    handles = [m.register_forward_pre_hook(note) for m in own]
+    try:
+        with model.lock, evaluating(model.module), torch.no_grad():
+            model.module(model.fitted(model.input.example(1)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(met)

@@ -3,6 +3,7 @@
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.reading import ActivationStore, Example, UnitStatistics
 from circuits.store.rows import Rows
+from circuits.store.spectrum import Spectrum, spectrum
 from circuits.store.summaries import BINS, Summary, TailFit, fit_tail
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Example",
     "Provenance",
     "Rows",
+    "Spectrum",
     "StaleCacheError",
     "Summary",
     "TailFit",
     "UnitStatistics",
     "fit_tail",
+    "spectrum",
 ]

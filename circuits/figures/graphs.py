@@ -1,4 +1,4 @@
-"""Results as figures for paper: PNG and SVG (layer 6). Zero is in the middle of every diverging scale."""
+"""Kernels, families and circuits as figures (layer 6). Zero is in the middle of every diverging scale."""
 
 from __future__ import annotations
 
@@ -7,38 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
 from circuits.equivariance import Equivariance
-from circuits.files import replacing
 from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
 from circuits.weights.connections import Connection
 
 _COLORS = "RdBu_r"  # red excites, blue inhibits
 _NODE, _KERNEL = 0.62, 0.3
 _MOST_KERNELS = 150
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG or SVG, by the path's ending.
-
-    Raises:
-        ValueError: if it ends in something else.
-    """
-    path = Path(path)
-    check_figure_path(path)
-    # kernels and pictures stay images of their own in an SVG
-    with replacing(path) as temporary, rc_context({"image.composite_image": False}):
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight")
-
-
-def check_figure_path(path: Path) -> None:
-    """Raise ValueError if a figure cannot be written under this name."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"figure {str(path)!r} must end in .png or .svg")
 
 
 def kernels_figure(connections: Sequence[Connection], end: str, title: str = "") -> Figure:

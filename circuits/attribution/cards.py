@@ -1,0 +1,170 @@
+"""A card for each attribution method: how it fares on a model at hand (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from circuits.attribution.faithfulness import (
+    Curve,
+    Road,
+    Sensitivity,
+    infidelity,
+    insertion_deletion,
+    road,
+    sensitivity_n,
+)
+from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.saliency import METHODS, Method, saliency
+from circuits.attribution.sanity import RandomizationTest, randomization_test
+from circuits.attribution.targets import Target, as_target, output_site
+from circuits.files import write_json
+from circuits.models.adapter import HookedModel
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What tests say of a method on a model.
+
+    Attributes:
+        method: which.
+        settings: its options.
+        randomization: whether its maps have to do with the weights.
+        curves: insertion and deletion, from three blanks.
+        road: with imputed pixels.
+        sensitivity: whether attributions add up.
+        infidelity: whether they foretell the change under noise, 0 best; and of shuffled attributions. Of
+            gradients themselves, where the method credits gradient x input the number says less.
+        verdicts: `passes` or `fails` by test, in the words of the literature.
+        target: what was explained.
+        n_images: on how many.
+        model: its name.
+        model_hash: of its weights.
+        data: where the images come from.
+        seed: of everything random.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    randomization: RandomizationTest
+    curves: tuple[Curve, ...]
+    road: Road
+    sensitivity: Sensitivity
+    infidelity: tuple[float, float]
+    verdicts: Mapping[str, str]
+    target: str
+    n_images: int
+    model: str
+    model_hash: str
+    data: str
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(Path(path), self.to_dict())
+
+
+def card(
+    model: HookedModel,
+    inputs: Tensor,
+    method: Method,
+    target: str | Target = "top",
+    *,
+    stages: int = 6,
+    steps: int = 10,
+    faithful: int = 8,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MethodCard:
+    """Test a method of input attribution on a model.
+
+    Args:
+        model: of images.
+        inputs: images, at least two; the literature's verdicts want thirty or more.
+        method: one of `METHODS`.
+        target: what is explained; the intact model's prediction is held fixed when weights are shuffled.
+        stages: of the randomisation test.
+        steps: of insertion and deletion.
+        faithful: on how many of the images faithfulness is measured.
+        data: where the images come from, for the record.
+        seed: of everything random.
+        batch: images in one pass.
+        progress: called with parts done and all.
+        options: of the method.
+
+    Raises:
+        KeyError: if a class is unknown.
+        TypeError: if the method has no such option.
+        ValueError: if inputs or an option do not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    fixed = _fixed(model, inputs, target, batch)
+    total = stages + 4
+
+    def note(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    def attributing(some: HookedModel, x: Tensor) -> Any:
+        own = fixed if len(x) == len(inputs) else fixed.of_examples(range(len(x)))
+        return saliency(some, x, own, method, seed=seed, batch=batch, **options)
+
+    randomization = randomization_test(
+        model, inputs, attributing, stages=stages, data=data, seed=seed,
+        progress=lambda done, _: note(done),
+    )  # fmt: skip
+    few = inputs[: max(1, min(faithful, len(inputs)))]
+    made = attributing(model, few)
+    heats = made.heat("signed")
+    probable = fixed.of_examples(range(len(few)))
+    if fixed.site == output_site(model).name:
+        probable = replace(probable, quantity="probability")
+    passes = Passes(model, few, probable, batch=batch)
+    curves = insertion_deletion(passes, heats, steps=steps, seed=seed)
+    note(stages + 1)
+    imputing = road(passes, heats, seed=seed)
+    note(stages + 2)
+    plain = Passes(model, few, fixed.of_examples(range(len(few))), batch=batch)
+    sums = sensitivity_n(plain, heats, seed=seed)
+    note(stages + 3)
+    noisy = infidelity(plain, made.values, seed=seed)
+    note(total)
+    verdicts = {
+        "randomisation": _verdict(bool(randomization.passes)),
+        "insertion": _verdict(_beats(curves, "insertion")),
+        "deletion": _verdict(_beats(curves, "deletion")),
+        "road": _verdict(imputing.score > 0),
+    }
+    return MethodCard(
+        method, made.settings, randomization, tuple(curves), imputing, sums, noisy, verdicts,
+        str(as_target(model, target)), len(inputs), model.name, model.hash, data, seed,
+    )  # fmt: skip
+
+
+def _verdict(good: bool) -> str:
+    return "passes" if good else "fails"
+
+
+def _beats(curves: list[Curve], kind: str) -> bool:
+    """Whether a method does better than random orders with most blanks."""
+    sign = 1 if kind == "insertion" else -1
+    wins = [sign * (c.area - c.area_random) > 0 for c in curves if c.kind == kind]
+    return sum(wins) > len(wins) / 2
+
+
+def _fixed(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
+    """The target with the intact model's unit for each image."""
+    passes = Passes(model, inputs, target, batch=batch)
+    return replace(passes.target, index=tuple(passes.aim.indices.tolist()))

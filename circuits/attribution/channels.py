@@ -1,0 +1,280 @@
+"""Which units of a site are responsible for a decision (layer 4).
+
+Activation x gradient and integrated gradients at a site (Olah et al. 2018, "The Building Blocks of
+Interpretability"; Sundararajan et al. 2017), true ablation, and relevance. Whatever the method, a sample of
+units is also removed in truth, and how far the ranks agree stands in the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from circuits.attribution.integrating import integrate
+from circuits.attribution.passes import Passes, Progress, Size, own_gradients, sized
+from circuits.attribution.propagation import Rule
+from circuits.attribution.relevance import relevance
+from circuits.attribution.results import AblationCheck, Attribution
+from circuits.attribution.targets import Target, as_target, check_indices
+from circuits.models.adapter import HookedModel
+from circuits.models.sites import unit_activations
+from circuits.units import Site, Unit
+
+ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablation", "relevance"]
+_CHECKED = 4
+"""Examples of which units are removed in truth."""
+
+Baseline = Literal["zero", "mean"]
+"""What stands for a unit that says nothing: zero, or its mean over these examples and positions."""
+
+
+def attribute(
+    model: HookedModel,
+    inputs: Tensor,
+    target: str | Unit | Target,
+    site: str | Site,
+    method: ChannelMethod = "activation_x_gradient",
+    *,
+    baseline: Baseline | Tensor = "zero",
+    steps: int = 50,
+    tolerance: float | None = 0.01,
+    rule: Rule = "epsilon",
+    check: int = 16,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Attribution:
+    """Credit the elements of a site's tensor with a target's value.
+
+    Args:
+        model: the model.
+        inputs: examples, as the model takes them.
+        target: a class, a token's logit or a unit behind the site; see `parse_target`.
+        site: where.
+        method: `activation_x_gradient` (captum's LayerGradientXActivation), `integrated_gradients` over the
+            activation from the baseline on (LayerIntegratedGradients, Gauss-Legendre), `ablation` (what the
+            target loses when a unit is set to the baseline everywhere: one number a unit), `relevance` (see
+            `relevance`).
+        baseline: for integrated gradients and ablation; a tensor is of the site's shape for one example.
+        steps: of integrated gradients.
+        tolerance: steps are doubled (at most four times) until the values add up to within this share of
+            the difference that they explain; None leaves them as they are.
+        rule: of relevance.
+        check: how many units to remove in truth, of up to four examples; 0 for none.
+        data: where the inputs come from, for the record.
+        seed: of the check.
+        batch: versions of an example in one pass: bounds the memory.
+        size: what becomes of images of another size.
+        progress: called with examples done and all.
+
+    Returns:
+        `residual` says what is missing to the target's value (relevance), or its difference from the
+        baseline's (integrated gradients).
+
+    Raises:
+        KeyError: if a site or class is unknown.
+        ValueError: if inputs, target or an option do not fit, or the site is not before the target.
+    """
+    if method not in get_args(ChannelMethod):
+        raise ValueError(f"method {method!r} is not one of {', '.join(get_args(ChannelMethod))}")
+    for name, value, least in (("steps", steps, 1), ("check", check, 0)):
+        if value < least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+    goal, place = as_target(model, target), model.site(site)
+    inputs = sized(model, inputs, size)
+    check_indices(goal, len(inputs))
+    if method == "relevance":
+        made = relevance(
+            model,
+            inputs,
+            goal,
+            place,
+            rule=rule,
+            data=data,
+            batch=batch,
+            size="keep",
+            progress=progress,
+        )
+    elif method == "activation_x_gradient":
+        found = own_gradients(model, inputs, goal, place, batch)
+        made = _made(
+            model,
+            method,
+            place,
+            found.points * found.gradients,
+            str(goal),
+            found.names,
+            found.values,
+            data,
+        )
+    else:
+        passes = Passes(model, inputs, goal, place, batch, size="keep")
+        made = _from_baseline(passes, method, baseline, steps, tolerance, data, progress)
+    if not check:
+        return replace(made, seed=seed)
+    few = inputs[:_CHECKED]
+    passes = Passes(model, few, goal.of_examples(range(len(few))), place, batch, size="keep")
+    return replace(made, seed=seed, check=check_by_ablation(passes, made.units(), check, seed))
+
+
+def _made(
+    model: HookedModel,
+    method: str,
+    place: Site,
+    values: Tensor,
+    target: str,
+    aims: tuple[str, ...],
+    target_values: Tensor,
+    data: str,
+    baseline: str = "zero",
+) -> Attribution:
+    axes, unit_axis = place.axes, place.unit_axis
+    if values.ndim == 2 and len(axes) > 2:  # one number a unit
+        axes, unit_axis = ("batch", axes[unit_axis]), 1
+    return Attribution(
+        method, place.name, axes, unit_axis, values.detach(), target, aims, target_values, None, {},
+        baseline, {}, model.name, model.hash, data, 0,
+    )  # fmt: skip
+
+
+def _from_baseline(
+    passes: Passes,
+    method: ChannelMethod,
+    baseline: Baseline | Tensor,
+    steps: int,
+    tolerance: float | None,
+    data: str,
+    progress: Progress | None,
+) -> Attribution:
+    place = passes.site
+    assert place is not None, "channels are of a site"
+    named, base = baseline_of(passes, baseline)
+    residual, settings = None, {}
+    if method == "integrated_gradients":
+        values, residual, used = integrate(passes, base, steps, tolerance, progress)
+        settings = {"steps": used, "tolerance": tolerance}
+    else:
+        values = _ablated(passes, base, progress)
+    made = _made(
+        passes.model, method, place, values, str(passes.target), tuple(passes.aim.names()), passes.values,
+        data, named,
+    )  # fmt: skip
+    return replace(made, residual=residual, settings=settings)
+
+
+def baseline_of(passes: Passes, baseline: Baseline | Tensor) -> tuple[str, Tensor]:
+    """A baseline's name and its tensor, for each example.
+
+    Raises:
+        ValueError: if it is of another shape, or no known name.
+    """
+    points = passes.points
+    if isinstance(baseline, Tensor):
+        if baseline.shape != points.shape[1:] and baseline.shape != points.shape:
+            raise ValueError(
+                f"baseline of shape {tuple(baseline.shape)}: expected {tuple(points.shape[1:])}"
+            )
+        return "given", baseline.to(points).expand_as(points)
+    if baseline == "zero":
+        return "zero", torch.zeros_like(points)
+    if baseline != "mean":
+        raise ValueError(f"baseline {baseline!r} is not one of {', '.join(get_args(Baseline))}")
+    assert passes.site is not None, "the mean is of a site"
+    keep = passes.site.unit_axis
+    over = [a for a, name in enumerate(passes.site.axes) if a != keep and name != "d_head"]
+    return "mean", points.mean(over, keepdim=True).expand_as(points)
+
+
+def without(
+    site: Site, points: Tensor, base: Tensor, units: list[int]
+) -> Float[Tensor, "version *rest"]:
+    """One example's tensor in as many versions as there are units, one unit of each at the baseline."""
+    versions = points.expand(len(units), *points.shape[1:]).clone()
+    for row, unit in enumerate(units):
+        versions[row].select(site.unit_axis - 1, unit).copy_(
+            base[0].select(site.unit_axis - 1, unit)
+        )
+    return versions
+
+
+def losses(passes: Passes, example: int, base: Tensor, units: list[int]) -> Float[Tensor, " unit"]:
+    """What a target loses in one example when each unit alone is set to the baseline."""
+    assert passes.site is not None, "units are of a site"
+    found = []
+    own = slice(example, example + 1)
+    for chunk in passes.chunks(len(units)):
+        some = units[chunk.start : chunk.stop]
+        versions = without(passes.site, passes.points[own], base[own], some)
+        found.append(passes.values[example] - passes.value(versions, example))
+    return torch.cat(found)
+
+
+def _ablated(
+    passes: Passes, base: Tensor, progress: Progress | None
+) -> Float[Tensor, "example unit"]:
+    assert passes.site is not None, "units are of a site"
+    units = list(range(passes.site.n_units))
+    found = []
+    for example in range(len(passes)):
+        found.append(losses(passes, example, base, units))
+        if progress is not None:
+            progress(example + 1, len(passes))
+    return torch.stack(found)
+
+
+def check_by_ablation(
+    passes: Passes, units: Float[Tensor, "example unit"], n: int = 16, seed: int = 0
+) -> AblationCheck:
+    """How far units' shares rank them as setting each to zero does, in up to four examples.
+
+    Args:
+        passes: at the units' site.
+        units: each unit's share.
+        n: how many units to remove: half of them those that are active most, half drawn.
+        seed: of the draw.
+    """
+    site = passes.site
+    assert site is not None, "units are of a site"
+    generator = np.random.default_rng(seed)
+    base = torch.zeros_like(passes.points[:_CHECKED])
+    pairs = []
+    for example in range(min(_CHECKED, len(passes))):
+        active = unit_activations(site, passes.points[example : example + 1])[0].abs().sum(1)
+        order = active.argsort(descending=True, stable=True).tolist()
+        chosen = order[: -(-n // 2)]
+        rest = order[len(chosen) :]
+        drawn = generator.choice(len(rest), min(n - len(chosen), len(rest)), replace=False)
+        chosen += [rest[i] for i in sorted(drawn.tolist())]
+        lost = losses(passes, example, base, chosen)
+        pairs.append((units[example, chosen].double().cpu().numpy(), lost.double().cpu().numpy()))
+    found = [spearman(a, b) for a, b in pairs]
+    chance = [
+        float(np.mean([spearman(generator.permutation(a), b) for a, b in pairs]))
+        for _ in range(200)
+    ]
+    return AblationCheck(
+        float(np.mean(found)),
+        tuple(found),
+        float(np.quantile(chance, 0.95)),
+        min(n, site.n_units),
+        seed,
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """The rank correlation of two lists; 0 where one is constant.
+
+    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 15.0]))
+    0.5
+    """
+    ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
+    size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum() / size) if size else 0.0

@@ -1,0 +1,103 @@
+"""A site's channels in a few groups, and what each group does for a target (layer 4).
+
+Olah et al. 2018, "The Building Blocks of Interpretability": non-negative factors of the activations on the
+examples at hand, each a direction in the channels with a map of where it is, and its effect on the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.decomposition import NMF
+from torch import Tensor
+
+from circuits.attribution.passes import Passes
+from circuits.models.sites import unit_activations
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """Groups of channels on some examples.
+
+    Attributes:
+        directions: how much of each unit is in a group.
+        maps: how strong a group is at each position.
+        effects: each group's activation x gradient for the target, summed over positions.
+        removed: what the target loses when the group's part of the activations is subtracted.
+        hidden: the share of the activations' square that no group holds.
+        site: whose channels.
+        target: for what.
+        model_hash: of the weights.
+        seed: of the factorisation.
+    """
+
+    directions: Float[Tensor, "group unit"]
+    maps: Float[Tensor, "example group *position"]
+    effects: Float[Tensor, "example group"]
+    removed: Float[Tensor, "example group"]
+    hidden: float
+    site: str
+    target: str
+    model_hash: str
+    seed: int
+
+
+def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
+    """Factorise a site's activations on the examples and credit each factor with the target's value.
+
+    Args:
+        passes: from the site, whose activations must not be negative, to the target.
+        k: how many groups.
+        seed: of the factorisation.
+
+    Raises:
+        ValueError: if `k` is not from 1 to the number of units, activations are negative, or the site has a
+            tensor inside each unit (heads).
+    """
+    site = passes.site
+    assert site is not None, "groups are of a site's channels"
+    if "d_head" in site.axes:
+        raise ValueError(f"site {site.name}: groups are of channels or neurons, not of heads")
+    if not 1 <= k <= site.n_units:
+        raise ValueError(f"k {k} must be from 1 to {site.n_units}, the units of {site.name}")
+    units = unit_activations(site, passes.points).double().cpu()
+    if float(units.min()) < 0:
+        raise ValueError(
+            f"site {site.name} has negative activations: take the site behind its ReLU"
+        )
+    n, _, places = units.shape
+    rows = units.movedim(1, 2).flatten(0, 1).numpy()
+    made: Any = k  # scikit-learn's type is narrower than what it takes
+    nmf = NMF(made, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3)
+    strengths = nmf.fit_transform(rows)
+    directions = nmf.components_
+    hidden = float(((rows - strengths @ directions) ** 2).sum() / max(1e-30, (rows**2).sum()))
+    which = torch.arange(n)
+    gradients = unit_activations(site, passes.gradient(passes.points, which)[1]).double().cpu()
+    along = np.einsum("eup,ku->ekp", gradients.numpy(), directions)
+    maps = strengths.reshape(n, places, k).transpose(0, 2, 1)
+    effects = (along * maps).sum(2)
+    removed = []
+    for group in range(k):
+        part = torch.tensor(np.einsum("ep,u->eup", maps[:, group], directions[group])).to(
+            passes.points
+        )
+        less = passes.points - _laid_out(part, passes.points, site.unit_axis)
+        removed.append(passes.values - passes.value(less, which))
+    shape = [passes.points.shape[site.axes.index(axis)] for axis in site.position_axes]
+    return ChannelGroups(
+        torch.tensor(directions, dtype=torch.float32),
+        torch.tensor(maps, dtype=torch.float32).reshape(n, k, *shape),
+        torch.tensor(effects, dtype=torch.float32), torch.stack(removed, 1).cpu(), hidden, site.name,
+        str(passes.target), passes.model.hash, seed,
+    )  # fmt: skip
+
+
+def _laid_out(units: Tensor, like: Tensor, unit_axis: int) -> Tensor:
+    """Units x flattened positions as the site's own layout."""
+    moved = like.movedim(unit_axis, 1)
+    return units.reshape(moved.shape).movedim(1, unit_axis)

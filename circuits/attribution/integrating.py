@@ -1,0 +1,71 @@
+"""Integrated gradients: the gradient averaged on the way from a baseline, times the way (layer 4).
+
+Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", equation 1; the integral by the
+Gauss-Legendre rule, as captum has it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.attribution.passes import Passes, Progress
+
+_DOUBLINGS = 4
+
+
+def integrate(
+    passes: Passes,
+    base: Tensor,
+    steps: int = 50,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Float[Tensor, " example"], int]:
+    """Integrated gradients at the place that passes begin at.
+
+    Args:
+        passes: from there to the target.
+        base: the baseline of each example, of the shape of `passes.points`.
+        steps: points on the way.
+        tolerance: steps are doubled, at most four times, until an example's values add up to the target's
+            difference within this share of it; None leaves them as they are.
+        progress: called with examples done and all.
+
+    Returns:
+        The values; for each example, the target's difference less their sum; and the most steps taken.
+    """
+    values, residuals, most = [], [], steps
+    for example in range(len(passes)):
+        way = passes.points[example] - base[example]
+        difference = passes.values[example] - passes.value(base[example][None], example)[0]
+        taken = steps
+        limit = steps * 2**_DOUBLINGS if tolerance is not None else steps
+        while True:
+            found = way * _mean_gradient(passes, base[example], way, taken, example)
+            residual = difference - found.sum()
+            near = tolerance is None or residual.abs() <= tolerance * difference.abs() + 1e-6
+            if near or taken >= limit:
+                break
+            taken *= 2
+        most = max(most, taken)
+        values.append(found)
+        residuals.append(residual)
+        if progress is not None:
+            progress(example + 1, len(passes))
+    return torch.stack(values), torch.stack(residuals), most
+
+
+def _mean_gradient(passes: Passes, start: Tensor, way: Tensor, steps: int, example: int) -> Tensor:
+    places, weights = np.polynomial.legendre.leggauss(steps)
+    alphas = torch.tensor((places + 1) / 2, dtype=way.dtype, device=way.device)
+    shares = torch.tensor(weights / 2, dtype=way.dtype, device=way.device)
+    total = torch.zeros_like(way)
+    ahead = [1] * way.ndim
+    for chunk in passes.chunks(steps):
+        some = slice(chunk.start, chunk.stop)
+        points = start + alphas[some].reshape(-1, *ahead) * way
+        gradients = passes.gradient(points, example)[1]
+        total += torch.tensordot(shares[some], gradients, dims=1)
+    return total

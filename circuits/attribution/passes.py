@@ -1,0 +1,283 @@
+"""Many changed versions of a few examples through a model, a bounded number at a time (layer 4).
+
+Captum and others run the whole network for every step; here a pass begins at the site whose tensor is
+changed, where everything behind it depends on that tensor alone (which is tried, not assumed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.attribution.targets import Aim, Target, as_target
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.models.normalisation import FastNormalisation
+from circuits.units import Site, Unit
+
+Size = Literal["refuse", "resize", "keep"]
+"""What becomes of images that have not the model's height and width."""
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+INPUT = "input"
+"""The name of the input as a place to attribute to."""
+
+
+def sized(model: HookedModel, inputs: Tensor, size: Size = "refuse") -> Tensor:
+    """Inputs that the model can take.
+
+    Raises:
+        ValueError: if they are none, or of another height or width and `size` is `refuse`.
+    """
+    model.check(inputs)
+    if not len(inputs):
+        raise ValueError("inputs hold no example")
+    spec = model.input
+    if not isinstance(spec, ImageInput) or size == "keep":
+        return inputs
+    wanted = (spec.height, spec.width)
+    if tuple(inputs.shape[2:]) == wanted:
+        return inputs
+    if size == "refuse":
+        raise ValueError(
+            f"inputs are of {inputs.shape[2]} x {inputs.shape[3]} pixels: {model.name} takes "
+            f"{wanted[0]} x {wanted[1]} (size='resize' resizes them, 'keep' runs them as they are)"
+        )
+    return F.interpolate(inputs, wanted, mode="bilinear", antialias=True, align_corners=False)
+
+
+class Passes:
+    """A target's value as a function of the tensor at a site, or of the input.
+
+    Args:
+        model: the model.
+        inputs: the examples, as the model takes them.
+        target: what is computed; None if only `outputs` is asked for.
+        site: where the tensor is changed; None is the input.
+        batch: versions in one pass.
+        size: what becomes of images of another size.
+
+    Attributes:
+        inputs: the examples.
+        points: the tensor at the site on the examples (the inputs, without a site).
+        values: the target's value on the examples.
+        aim: the target, fixed for each example.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if inputs do not fit, or the target is none of the model's.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        inputs: Tensor,
+        target: str | Unit | Target,
+        site: str | Site | None = None,
+        batch: int = 32,
+        size: Size = "refuse",
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"batch {batch} must be at least 1")
+        self.model, self.batch = model, batch
+        self.site = None if site is None or site == INPUT else model.site(site)
+        if self.site is None and not isinstance(model.input, ImageInput):
+            raise ValueError(
+                f"model {model.name} takes tokens: attribute to a site, e.g. {model.sites[0].name}"
+            )
+        self.target = as_target(model, target)
+        self.end = model.site(self.target.site)
+        self.inputs = channels_last(model.fitted(sized(model, inputs, size)))
+        self._alone: bool | None = None
+        self.points, at_end = self._intact()
+        self.aim = Aim.at(model, self.target, at_end)
+        self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def _intact(self) -> tuple[Tensor, Tensor]:
+        read = [self.end] if self.site is None else [self.site, self.end]
+        here, there = [], []
+        for x in self.inputs.split(self.batch):
+            with FastNormalisation():
+                cache = self.model.run(x, read=read, until=self.model.last(read))
+            there.append(cache[self.end])
+            if self.site is not None:
+                here.append(cache[self.site])
+        return (torch.cat(here) if here else self.inputs), torch.cat(there)
+
+    # --- values ----------------------------------------------------------------------------------
+
+    def value(
+        self, points: Tensor, examples: Int[Tensor, " point"] | int
+    ) -> Float[Tensor, " point"]:
+        """The target's value for tensors at the site, each of one of the examples."""
+        which = self._which(points, examples)
+        parts = [
+            self.aim.value(self._run(p, e, self.end), e)
+            for p, e in zip(points.split(self.batch), which.split(self.batch), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def tensors(
+        self, points: Tensor, examples: Int[Tensor, " point"] | int, site: str | Site
+    ) -> Tensor:
+        """The tensor at a later site for tensors at the site."""
+        which = self._which(points, examples)
+        end = self.model.site(site)
+        pairs = zip(points.split(self.batch), which.split(self.batch), strict=True)
+        return torch.cat([self._run(p, e, end) for p, e in pairs])
+
+    def gradient(
+        self, points: Tensor, examples: Int[Tensor, " point"] | int
+    ) -> tuple[Float[Tensor, " point"], Tensor]:
+        """The target's value and its gradient by the tensor at the site.
+
+        Raises:
+            ValueError: if no gradient leads from the target to the site.
+        """
+        which = self._which(points, examples)
+        values, gradients = [], []
+        for p, e in zip(points.split(self.batch), which.split(self.batch), strict=True):
+            own = p.detach().contiguous() if self.site is None else channels_last(p.detach())
+            own.requires_grad_(True)
+            value = self.aim.value(self._run(own, e, self.end, grad=True), e)
+            values.append(value.detach())
+            gradients.append(led_back(value, own, self.target, self.site))
+        return torch.cat(values), torch.cat(gradients)
+
+    def _which(self, points: Tensor, examples: Tensor | int) -> Tensor:
+        if isinstance(examples, int):
+            return torch.full((len(points),), examples, device=self.inputs.device)
+        return examples.to(self.inputs.device)
+
+    def _run(self, points: Tensor, examples: Tensor, end: Site, grad: bool = False) -> Tensor:
+        if self.site is None and grad:
+            # as anybody would compute it: another order of sums puts some ReLU on its other side
+            return self.model.run(points, read=[end], until=end, grad=True)[end]
+        if self.site is None:
+            with FastNormalisation():
+                return self.model.run(channels_last(points), read=[end], until=end)[end]
+        x = self.inputs[:1] if self.alone else self.inputs[examples]
+        return self._from_site(x, points, end, grad)
+
+    def _from_site(self, x: Tensor, points: Tensor, end: Site, grad: bool) -> Tensor:
+        assert self.site is not None, "there is a site to begin at"
+        # a copy: what follows may work in place
+        points = channels_last(points)
+        edits = {self.site.name: lambda value: points * 1}
+        with FastNormalisation():
+            return self.model.run(x, read=[end], until=end, edits=edits, grad=grad)[end]
+
+    @property
+    def alone(self) -> bool:
+        """Whether all that the target computes behind the site depends on the site's tensor alone.
+
+        Tried with two tensors behind another input, a single one: if the outcome is that of their own
+        inputs, a pass may begin with any one input.
+        """
+        if self._alone is None:
+            self._alone = self.site is not None and self._tried()
+        return self._alone
+
+    def _tried(self) -> bool:
+        if self.points.shape[0] != len(self.inputs):
+            return False
+        own = self.inputs[:1]
+        other = -own.flip(-1) - 1 if own.is_floating_point() else _other_tokens(self.model, own)
+        two = torch.cat([self.points[:1], self.points[:1] * 0.5])
+        try:
+            expected = self._from_site(torch.cat([own, own]), two, self.end, grad=False)
+            found = self._from_site(other, two, self.end, grad=False)
+        except (RuntimeError, IndexError):  # shapes that follow the input's batch
+            return False
+        return found.shape == expected.shape and bool(
+            torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        )
+
+    def chunks(self, n: int) -> Iterator[range]:
+        """Cut `n` versions into runs of at most `batch`."""
+        for start in range(0, n, self.batch):
+            yield range(start, min(n, start + self.batch))
+
+
+def led_back(value: Tensor, own: Tensor, target: Target, site: Site | None) -> Tensor:
+    """The gradient of a target's values by a tensor that they were made of.
+
+    Raises:
+        ValueError: if they were not made of it.
+    """
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value.sum(), own, allow_unused=True)
+    if gradient is None:
+        place = "the input" if site is None else f"site {site.name}"
+        raise ValueError(f"no gradient leads from {target} to {place}: it does not come before")
+    return gradient
+
+
+@dataclass(frozen=True, eq=False)
+class OwnGradients:
+    """A site's tensor on some examples, and a target's gradient by it.
+
+    Attributes:
+        points: the tensor.
+        gradients: by it.
+        values: of the target.
+        names: the unit and position of the target in each example.
+    """
+
+    points: Tensor
+    gradients: Tensor
+    values: Tensor
+    names: tuple[str, ...]
+
+
+def own_gradients(
+    model: HookedModel, inputs: Tensor, target: Target, site: Site, batch: int = 32
+) -> OwnGradients:
+    """A target's gradient by a site's tensor, in the pass that computes the tensor.
+
+    Raises:
+        ValueError: if no gradient leads from the target to the site.
+    """
+    end = model.site(target.site)
+    inputs = channels_last(model.fitted(inputs))
+    found = []
+    for start in range(0, len(inputs), batch):
+        x = inputs[start : start + batch]
+        leaves: list[Tensor] = []
+
+        def begin(value: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+            leaves.append(value.detach().requires_grad_(True))
+            return leaves[0] * 1  # a copy: what follows may work in place
+
+        with FastNormalisation():
+            made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
+        aim = Aim.at(model, target.of_examples(range(start, start + len(x))), made)
+        value = aim.value(made, torch.arange(len(x), device=made.device))
+        own = leaves[0] if leaves else made  # the pass ended before the site
+        gradients = led_back(value if leaves else value.detach(), own, target, site)
+        found.append((own.detach(), gradients, value.detach(), aim.names()))
+    parts = list(zip(*found, strict=True))
+    points, gradients, values = (torch.cat(part) for part in parts[:3])
+    return OwnGradients(points, gradients, values, tuple(n for names in parts[3] for n in names))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images in the memory layout that convolutions are fastest in; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _other_tokens(model: HookedModel, tokens: Tensor) -> Tensor:
+    n = model.input.n_vocab if not isinstance(model.input, ImageInput) else 2
+    return (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device)) % n

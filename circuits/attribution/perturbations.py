@@ -1,0 +1,493 @@
+"""Meaningful and extremal perturbations: what must be kept, or hidden, of an image (layer 4).
+
+Fong and Vedaldi 2017, "Interpretable Explanations of Black Boxes by Meaningful Perturbation"; Fong, Patrick
+and Vedaldi 2019, "Understanding Deep Networks via Extremal Perturbations and Smooth Masks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from circuits.attribution.gradients import blurred, check_range
+from circuits.attribution.passes import Passes, Progress, Size
+from circuits.attribution.targets import Target
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.units import Site, Unit
+
+Variant = Literal["preserve", "delete"]
+"""Keep the target as high as possible with only a part shown, or make it as low as possible with a part hidden."""
+
+Masks = Float[Tensor, "example 1 h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """A mask for each example, and what it does.
+
+    Attributes:
+        method: `extremal`, `meaningful`, or `extremal channels`.
+        variant: whether the mask marks what is kept or what is hidden.
+        masks: in 0..1, 1 where the image is kept (preserve) or hidden (delete); for channels
+            `example unit`.
+        area: the share of the image (or of the units) that the mask was to mark; NaN if it was free.
+        values: the target with the mask.
+        intact: the target without.
+        blank: the target with everything hidden.
+        random: the target with as large a smooth mask at random, the mean of several.
+        target: what was explained.
+        site: of the channels; `input` for images.
+        model_hash: of the weights.
+        data: where the examples come from.
+        seed: of everything random.
+    """
+
+    method: str
+    variant: Variant
+    masks: Float[Tensor, "example *rest"]
+    area: float
+    values: Float[Tensor, " example"]
+    intact: Float[Tensor, " example"]
+    blank: Float[Tensor, " example"]
+    random: Float[Tensor, " example"]
+    target: str
+    site: str
+    model_hash: str
+    data: str
+    seed: int
+
+
+class Pyramid:
+    """Images from all blurred to sharp, by a mask (Fong et al. 2019, section 3.4).
+
+    Args:
+        x: the images.
+        levels: of blur, the sharp image included.
+        sigma: of the most blurred, in pixels; 20 of 224 if not given.
+    """
+
+    def __init__(self, x: Tensor, levels: int = 8, sigma: float | None = None) -> None:
+        sigma = max(x.shape[-2:]) * 20 / 224 if sigma is None else sigma
+        strengths = [sigma * (1 - k / (levels - 1)) for k in range(levels)]
+        self.levels = torch.stack([blurred(x, s) for s in strengths], 1)
+
+    def __call__(self, masks: Masks) -> Tensor:
+        """The images, sharp where the mask is 1, blurred most where it is 0."""
+        n = self.levels.shape[1]
+        at = masks.clamp(0, 1) * (n - 1)
+        low = at.detach().floor().clamp(0, n - 2)
+        share = at - low
+        index = low.long()[:, None].expand(-1, -1, self.levels.shape[2], -1, -1)
+        below = self.levels.gather(1, index)[:, 0]
+        above = self.levels.gather(1, index + 1)[:, 0]
+        return below * (1 - share) + above * share
+
+
+def extremal(
+    model: HookedModel,
+    inputs: Tensor,
+    target: str | Unit | Target = "top",
+    area: float = 0.1,
+    variant: Variant = "preserve",
+    *,
+    steps: int = 200,
+    step: int | None = None,
+    sigma: float | None = None,
+    rate: float = 0.02,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The smooth mask of a given area with the greatest effect on a target.
+
+    The mask is a smooth maximum of bumps on a coarse grid, and its sorted values are pulled to those of a
+    mask of exactly this area (equation 4); what it hides is blurred. Of the masks met on the way that is given
+    which does best when it is made 0 and 1, of exactly the area.
+
+    Args:
+        model: of images.
+        inputs: as the model takes them.
+        target: a class (its log probability does better than its logit: see `Target`) or a unit anywhere.
+        area: the share of the image that is kept (preserve) or hidden (delete).
+        variant: which.
+        steps: of the optimiser.
+        step: pixels from bump to bump; a 32nd of the image if not given (7 of 224).
+        sigma: width of a bump, in pixels; three steps if not given.
+        rate: of the optimiser.
+        data: where the images come from, for the record.
+        seed: of the random masks beside.
+        batch: images optimised together.
+        size: what becomes of images of another size.
+        progress: called with steps done and all.
+
+    Raises:
+        KeyError: if a class is unknown.
+        ValueError: if inputs, target or an option do not fit.
+    """
+    check_range("area", area, 0.001, 0.999)
+    check_range("steps", steps, 1)
+    check_range("step", 1 if step is None else step, 1)
+    check_range("sigma", 1 if sigma is None else sigma, 0.5)
+    check_range("rate", rate, 1e-6)
+    _check_variant(variant)
+    _check_images(model)
+    goal = Passes(model, inputs, target, batch=batch, size=size)
+    apart = step or max(1, round(max(goal.inputs.shape[-2:]) / 32))
+    search = _Search(area, variant, steps, apart, 3.0 * apart if sigma is None else sigma, rate)
+    parts = []
+    for some in goal.chunks(len(goal)):
+
+        def note(done: int, some: range = some) -> None:
+            if progress is not None:
+                progress(some.start * steps + done * len(some), len(goal) * steps)
+
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        parts.append(_extremal(goal, which, search, note))
+    masks = torch.cat(parts)
+    return _measured("extremal", goal, masks, area, variant, data, seed)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(get_args(Variant))}")
+
+
+def _check_images(model: HookedModel) -> None:
+    if not isinstance(model.input, ImageInput):
+        raise ValueError(f"model {model.name} takes tokens: masks are of images")
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How a mask is looked for."""
+
+    area: float
+    variant: Variant
+    steps: int
+    step: int
+    sigma: float
+    rate: float
+
+
+def _extremal(
+    goal: Passes, which: Tensor, search: _Search, progress: Callable[[int], None]
+) -> Masks:
+    """The best masks met on the way of some examples, judged as masks of exactly the area."""
+    x = goal.inputs[which]
+    smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
+    pyramid = Pyramid(x)
+    wanted = _sorted_reference(x[0, :1].numel(), search.area).to(x)
+    keeps = search.variant == "preserve"
+    sign = _reward(goal, which) * (-1.0 if keeps else 1.0)
+    # all is kept, or all hidden, at first: the area then shrinks to what matters
+    parameters = torch.ones(len(x), 1, *smooth.grid, device=x.device, requires_grad=True)
+    optimizer = torch.optim.SGD([parameters], search.rate, momentum=0.9)
+    best = torch.full((len(x),), float("inf"), device=x.device)
+    found = smooth(parameters).detach()
+    for done in range(search.steps):
+        masks = smooth(parameters)
+        shown = pyramid(masks if keeps else 1 - masks)
+        gradients = goal.gradient(shown.detach(), which)[1]
+        weight = 100.0 * 20.0 ** (done / search.steps)
+        missed = (masks.flatten(1).sort(1).values - wanted).square().mean(1)
+        loss = sign * (shown * gradients).flatten(1).sum(1) + weight * missed
+        (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
+        optimizer.step()
+        with torch.no_grad():
+            parameters.clamp_(0, 1)
+        if done == search.steps - 1 or (done % 10 == 9 and done > 2 * search.steps // 3):
+            now = smooth(parameters).detach()
+            exact = hard(now, search.area)
+            reached = sign * goal.value(pyramid(exact if keeps else 1 - exact), which)
+            better = reached < best
+            best, found = (
+                torch.where(better, reached, best),
+                torch.where(better[:, None, None, None], now, found),
+            )
+        progress(done + 1)
+    return found
+
+
+def _reward(goal: Passes, which: Tensor) -> Float[Tensor, " example"]:
+    """What a target's value counts for: a nat is one, and so is a tenth of any other intact value."""
+    if goal.target.quantity == "log_probability":
+        return torch.ones_like(goal.values[which])
+    return 10.0 / goal.values[which].abs().clamp_min(1e-6)
+
+
+def _sorted_reference(n: int, area: float) -> Float[Tensor, " place"]:
+    ones = round(area * n)
+    return torch.cat([torch.zeros(n - ones), torch.ones(ones)])
+
+
+class SmoothMasks:
+    """Masks as a smooth maximum of bumps on a grid (Fong et al. 2019, equation 6).
+
+    Args:
+        size: height and width of the masks.
+        step: pixels from bump to bump.
+        sigma: width of a bump, in pixels.
+    """
+
+    def __init__(self, size: tuple[int, ...], step: int, sigma: float) -> None:
+        self.size = tuple(size)
+        self.grid = tuple(-(-n // step) for n in self.size)
+        self.radius = max(1, round(2 * sigma / step))
+        at = torch.arange(-self.radius, self.radius + 1) * (step / sigma)
+        distance = (at[:, None].square() + at[None].square()).sqrt()
+        self.bump = torch.exp(-2 * (distance - 0.5).clamp_min(0).square()).flatten()
+
+    def __call__(self, parameters: Float[Tensor, "example 1 y x"]) -> Masks:
+        """Masks in 0..1 for parameters in 0..1."""
+        r = self.radius
+        around = F.unfold(F.pad(parameters, (r, r, r, r), mode="replicate"), 2 * r + 1)
+        bumps = around * self.bump.to(around)[None, :, None]
+        smooth = (bumps * (20 * bumps).softmax(1)).sum(1)
+        coarse = smooth.reshape(len(parameters), 1, *self.grid)
+        return F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).clamp(0, 1)
+
+
+def meaningful(
+    model: HookedModel,
+    inputs: Tensor,
+    target: str | Unit | Target = "top",
+    variant: Variant = "delete",
+    *,
+    steps: int = 300,
+    cells: int = 28,
+    l1: float = 0.01,
+    tv: float = 0.2,
+    rate: float = 0.1,
+    sigma: float | None = None,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The smallest smooth mask that, hidden by a blur, takes a target away (Fong and Vedaldi 2017, equation 5).
+
+    Args:
+        model: of images.
+        inputs: as the model takes them.
+        target: a class or a unit anywhere; for classes the authors take the probability.
+        variant: `delete`, or `preserve`: the smallest that must be kept.
+        steps: of Adam.
+        cells: of the mask along each side.
+        l1: weight of the mask's area.
+        tv: weight of its roughness.
+        rate: of Adam.
+        sigma: of the blur, in pixels; 10 of 224 if not given.
+        data: where the images come from, for the record.
+        seed: of the jitter, and of the random masks beside.
+        batch: images optimised together.
+        size: what becomes of images of another size.
+        progress: called with steps done and all.
+
+    Raises:
+        KeyError: if a class is unknown.
+        ValueError: if inputs, target or an option do not fit.
+    """
+    for name, value, low in (
+        ("steps", steps, 1),
+        ("cells", cells, 2),
+        ("l1", l1, 0),
+        ("tv", tv, 0),
+    ):
+        check_range(name, value, low)
+    check_range("rate", rate, 1e-6)
+    check_range("sigma", 1 if sigma is None else sigma, 0.05)
+    _check_variant(variant)
+    _check_images(model)
+    goal = Passes(model, inputs, target, batch=batch, size=size)
+    generator = Generator().manual_seed(seed)
+    found = []
+    for some in goal.chunks(len(goal)):
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        x = goal.inputs[which]
+        blur = blurred(x, max(x.shape[-2:]) * 10 / 224 if sigma is None else sigma)
+        sign = _reward(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
+        marked = torch.full((len(x), 1, cells, cells), 0.5, device=x.device, requires_grad=True)
+        optimizer = torch.optim.Adam([marked], rate)
+        for done in range(steps):
+            masks = _on_pixels(marked, x)
+            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            kept = masks.roll(shift, (2, 3))
+            kept = kept if variant == "preserve" else 1 - kept
+            shown = kept * x + (1 - kept) * blur
+            gradients = goal.gradient(shown.detach(), which)[1]
+            loss = sign * (shown * gradients).flatten(1).sum(1) + l1 * marked.sum((1, 2, 3))
+            loss = loss + tv * sum(marked.diff(dim=d).abs().pow(3).sum((1, 2, 3)) for d in (2, 3))
+            (marked.grad,) = torch.autograd.grad(loss.sum(), marked)
+            optimizer.step()
+            with torch.no_grad():
+                marked.clamp_(0, 1)
+            if progress is not None:
+                progress(some.start * steps + (done + 1) * len(x), len(goal) * steps)
+        found.append(_on_pixels(marked.detach(), x))
+    return _measured("meaningful", goal, torch.cat(found), float("nan"), variant, data, seed)
+
+
+def _on_pixels(marked: Tensor, x: Tensor) -> Masks:
+    return F.interpolate(marked, x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def extremal_channels(
+    model: HookedModel,
+    inputs: Tensor,
+    target: str | Unit | Target,
+    site: str | Site,
+    area: float = 0.1,
+    variant: Variant = "preserve",
+    *,
+    steps: int = 200,
+    rate: float = 0.005,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The share of a site's units that keeps, or takes away, most of a target (Fong et al. 2019, section 4).
+
+    Args:
+        model: the model; tokens too.
+        inputs: as the model takes them.
+        target: what the units are to keep or take away.
+        site: whose units.
+        area: the share of units.
+        variant: whether they are kept alone or set to zero.
+        steps: of gradient descent with momentum.
+        rate: of it.
+        data: where the inputs come from, for the record.
+        seed: of the random units beside.
+        batch: examples in one pass.
+        size: what becomes of images of another size.
+        progress: called with examples done and all.
+
+    Returns:
+        `masks` is `example unit`.
+
+    Raises:
+        KeyError: if a site or class is unknown.
+        ValueError: if inputs, target or an option do not fit, or the site is not before the target.
+    """
+    check_range("area", area, 1e-6, 1 - 1e-6)
+    check_range("steps", steps, 1)
+    check_range("rate", rate, 1e-6)
+    _check_variant(variant)
+    goal = Passes(model, inputs, target, site, batch, size)
+    place = goal.site
+    assert place is not None, "channels are of a site"
+    found = []
+    for some in goal.chunks(len(goal)):
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        found.append(_marked_units(goal, which, area, variant, steps, rate))
+        if progress is not None:
+            progress(some.stop, len(goal))
+    masks = torch.cat(found)
+    everyone = torch.arange(len(goal), device=goal.inputs.device)
+    generator = Generator().manual_seed(seed)
+
+    def value(marked: Tensor) -> Tensor:
+        return goal.value(_with_units(goal, everyone, marked, variant), everyone)
+
+    beside = [
+        value(hard(torch.rand(masks.shape, generator=generator).to(masks), area)) for _ in range(5)
+    ]
+    nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)
+    return Perturbation(
+        "extremal channels", variant, masks, area, value(hard(masks, area)), goal.values, value(nothing),
+        torch.stack(beside).mean(0), str(goal.target), place.name, model.hash, data, seed,
+    )  # fmt: skip
+
+
+def _marked_units(
+    goal: Passes, which: Tensor, area: float, variant: Variant, steps: int, rate: float
+) -> Float[Tensor, "example unit"]:
+    assert goal.site is not None, "channels are of a site"
+    wanted = _sorted_reference(goal.site.n_units, area).to(goal.points)
+    n = goal.site.n_units
+    points = goal.points[which]
+    intact = (
+        (points * goal.gradient(points, which)[1]).movedim(goal.site.unit_axis, 1).flatten(2).sum(2)
+    )
+    sign = 10.0 / intact.abs().sum(1).clamp_min(1e-12) * (-1.0 if variant == "preserve" else 1.0)
+    marked = torch.ones(len(which), n, device=goal.points.device, requires_grad=True)
+    optimizer = torch.optim.SGD([marked], rate, momentum=0.9)
+    for done in range(steps):
+        shown = _with_units(goal, which, marked, variant)
+        gradients = goal.gradient(shown.detach(), which)[1]
+        weight = 3.0 * 20.0 ** (done / steps)
+        effect = sign * (shown * gradients).flatten(1).sum(1)
+        (credit,) = torch.autograd.grad(effect.sum(), marked)
+        # of units marked alike, those that do more stay
+        order = (
+            marked - 1e-3 * credit / credit.abs().amax(1, keepdim=True).clamp_min(1e-12)
+        ).argsort(dim=1)
+        missed = (marked.gather(1, order) - wanted).square().mean(1)
+        (pulled,) = torch.autograd.grad((weight * missed).sum(), marked)
+        marked.grad = (credit + pulled) * n  # of the size it has for one unit alone
+        optimizer.step()
+        with torch.no_grad():
+            marked.clamp_(0, 1)
+    return marked.detach()
+
+
+def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Variant) -> Tensor:
+    """The site's tensor with each unit kept (preserve) or taken away (delete) as far as it is marked."""
+    assert goal.site is not None, "channels are of a site"
+    shape = [1] * goal.points.ndim
+    shape[0], shape[goal.site.unit_axis] = len(which), goal.site.n_units
+    kept = marked if variant == "preserve" else 1 - marked
+    return goal.points[which] * kept.reshape(shape)
+
+
+def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "example *rest"]:
+    """Each mask made 1 on its largest part of a given area and 0 elsewhere."""
+    flat = masks.flatten(1)
+    n = max(1, round(area * flat.shape[1]))
+    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, :n]
+    return torch.zeros_like(flat).scatter_(1, chosen, 1.0).reshape(masks.shape)
+
+
+def shown_by(
+    goal: Passes, masks: Masks, variant: Variant = "preserve", sigma: float | None = None
+) -> Float[Tensor, " example"]:
+    """The target's value with an image sharp only inside a mask (preserve) or only outside (delete)."""
+    found = []
+    for chunk in goal.chunks(len(goal)):
+        which = torch.arange(chunk.start, chunk.stop, device=goal.inputs.device)
+        pyramid = Pyramid(goal.inputs[which], sigma=sigma)
+        own = masks[chunk.start : chunk.stop]
+        found.append(goal.value(pyramid(own if variant == "preserve" else 1 - own), which))
+    return torch.cat(found)
+
+
+def _measured(
+    method: str, goal: Passes, masks: Masks, area: float, variant: Variant, data: str, seed: int
+) -> Perturbation:
+    nothing = torch.zeros_like(masks) if variant == "preserve" else torch.ones_like(masks)
+    share = masks.mean((1, 2, 3))
+    generator = Generator().manual_seed(seed)
+    apart = max(1, round(max(masks.shape[-2:]) / 32))
+    smooth = SmoothMasks(masks.shape[-2:], apart, 3.0 * apart)
+    beside = []
+    for _ in range(5):
+        drawn = smooth(torch.rand(len(masks), 1, *smooth.grid, generator=generator).to(masks))
+        sized = [hard(m[None], max(1e-4, float(s))) for m, s in zip(drawn, share, strict=True)]
+        beside.append(shown_by(goal, torch.cat(sized), variant))
+    return Perturbation(
+        method, variant, masks, area, shown_by(goal, masks, variant), goal.values,
+        shown_by(goal, nothing, variant), torch.stack(beside).mean(0), str(goal.target), "input",
+        goal.model.hash, data, seed,
+    )  # fmt: skip

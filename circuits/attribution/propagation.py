@@ -1,0 +1,331 @@
+"""Relevance as gradient x activation of a network whose operations are replaced by linear ones (layer 4).
+
+Layer-wise relevance propagation (Bach et al. 2015; Montavon et al. 2019, chapter 10 of Explainable AI) is
+usually written as a rule for each layer. Each rule is also a gradient: relevance of an operation's input is
+input x gradient when the operation is replaced by one with the same value that is linear in its input. So a
+torch function mode that makes those replacements serves every model, and what autograd gives back is conserved:
+the target's value is the sum over the site, over what reaches the target past the site, and over all biases.
+
+- A linear operation (convolution, fully connected, batch norm) is itself (epsilon rule, up to epsilon), or has
+  its positive weights strengthened (gamma, z-plus), scaled back to its own value.
+- An activation function f(x) is x times f(x) / x, held fixed; normalisations divide by a fixed size.
+- A softmax is fixed (Ali et al. 2022 for transformers); a product of two activations gives half to each
+  (Achtibat et al. 2024).
+- Maximum, average, sum and concatenation are themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from circuits.models.normalisation import local_response_norm
+
+Rule = Literal["gradient", "epsilon", "gamma", "z_plus"]
+"""`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""
+
+_EPSILON = 1e-9
+"""Added to what is divided by, away from zero: far below what float32 can tell apart."""
+
+
+class Propagation(TorchFunctionMode):
+    """While it is entered, operations are replaced, their values kept, and biases counted.
+
+    Args:
+        rule: for linear operations.
+        batch: examples in the pass: biases are counted for each.
+        like: a tensor of the pass's precision, where it runs.
+        gamma: how much positive weights are strengthened by the rule `gamma`.
+
+    Attributes:
+        biases: ones that every bias is multiplied by: their gradient is the biases' relevance.
+        embedded: ones that every embedding is multiplied by.
+    """
+
+    def __init__(self, rule: Rule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
+        super().__init__()
+        self.rule, self.gamma = rule, gamma
+        self.biases = torch.ones(batch, device=like.device, dtype=like.dtype, requires_grad=True)
+        self.embedded = torch.ones_like(self.biases, requires_grad=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is None or (self.rule == "gradient" and func not in _WITH_BIAS):
+            return func(*args, **kwargs)
+        return rule(self, func, args, kwargs)
+
+    def bias(self, bias: Tensor | None, output: Tensor, axis: int) -> Tensor | float:
+        """A bias along an axis of the output, counted."""
+        if bias is None:
+            return 0.0
+        shape = [1] * output.ndim
+        shape[axis] = -1
+        return bias.reshape(shape) * self._each(self.biases, output)
+
+    def _each(self, ones: Tensor, output: Tensor) -> Tensor:
+        """The ones of each example, to be multiplied with something of an output's shape."""
+        n = output.shape[0]
+        if n % len(ones):
+            return ones.mean()  # no batch in front: shared by all examples
+        return ones.repeat_interleave(n // len(ones)).reshape(-1, *[1] * (output.ndim - 1))
+
+    def constant(self, value: Tensor, output: Tensor) -> Tensor:
+        """A tensor that comes from no activation, counted as a bias."""
+        ones = self._each(self.biases, output)
+        return value * ones
+
+    def embedding(self, value: Tensor) -> Tensor:
+        """What a token was looked up as, counted as input."""
+        return value * self._each(self.embedded, value)
+
+    # --- linear operations -----------------------------------------------------------------------
+
+    def linear(
+        self,
+        apply: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        axis: int,
+    ) -> Tensor:
+        """A linear operation by the rule; `apply` computes it without bias."""
+        plain = apply(x, w)
+        z = plain + self.bias(b, plain, axis)
+        if self.rule in ("gradient", "epsilon"):
+            return z
+        up, down = w.clamp_min(0), w.clamp_max(0)
+        if self.rule == "z_plus":
+            positive = self._parts(apply, x, up, down)
+            made = positive + self.bias(None if b is None else b.clamp_min(0), positive, axis)
+            return _scaled(made, z)
+        # gamma (Montavon et al. 2019, table 10.1), for inputs and outputs of either sign as in zennit:
+        # what has the output's own sign is strengthened, so that the sum cannot vanish
+        g = self.gamma
+        strong = plain + g * self._parts(apply, x, up, down)
+        strong = strong + self.bias(None if b is None else b + g * b.clamp_min(0), plain, axis)
+        weak = plain + g * self._parts(apply, x, down, up)
+        weak = weak + self.bias(None if b is None else b + g * b.clamp_max(0), plain, axis)
+        return torch.where(z >= 0, _scaled(strong, z), _scaled(weak, z))
+
+    @staticmethod
+    def _parts(
+        apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        """Positive inputs by one set of weights, negative ones by the other."""
+        made = apply(x.clamp_min(0), up)
+        return made + apply(x.clamp_max(0), down) if (x < 0).any() else made
+
+
+def _scaled(made: Tensor, z: Tensor) -> Tensor:
+    """`made`, times what it takes to have the value `z`."""
+    return made * (z / _stable(made)).detach()
+
+
+def _stable(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < _EPSILON, torch.where(x < 0, -_EPSILON, _EPSILON), x)
+
+
+# --- rules by function -------------------------------------------------------------------------
+
+Call = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _named(names: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _convolution(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "weight", "bias"), args[:3], kwargs)
+    rest = args[3:]
+    others = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
+    x, w, b = given["input"], given["weight"], given.get("bias")
+    return p.linear(lambda x, w: func(x, w, None, *rest, **others), x, w, b, 1)
+
+
+def _fully_connected(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "weight", "bias"), args, kwargs)
+    return p.linear(F.linear, given["input"], given["weight"], given.get("bias"), -1)
+
+
+def _addmm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    bias, x, w = args
+    if kwargs or w.requires_grad or bias.requires_grad:
+        return func(*args, **kwargs)
+    return p.linear(lambda x, w: x @ w, x, w, bias, -1)
+
+
+def _batch_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
+    given = _named(names, args, kwargs)
+    x, mean, var = given["input"], given["running_mean"], given["running_var"]
+    if mean is None or given.get("training"):
+        return func(*args, **kwargs)
+    scale = (var + given.get("eps", 1e-5)).rsqrt()
+    if given.get("weight") is not None:
+        scale = scale * given["weight"]
+    shift = -mean * scale
+    if given.get("bias") is not None:
+        shift = shift + given["bias"]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    made = x * scale.reshape(shape)
+    return made + p.bias(shift, made, 1)
+
+
+def _layer_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    x, axes = given["input"], tuple(range(-len(given["normalized_shape"]), 0))
+    centered = x - x.mean(axes, keepdim=True)
+    size = (centered.square().mean(axes, keepdim=True) + given.get("eps", 1e-5)).sqrt().detach()
+    made = centered / size
+    if given.get("weight") is not None:
+        made = made * given["weight"]
+    bias = given.get("bias")
+    if bias is None:
+        return made
+    return made + (bias * p._each(p.biases, made))
+
+
+def _rms_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    out = func(*args, **kwargs)
+    return _scaled_by(args[0] if args else kwargs["input"], out)
+
+
+def _response_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    out = local_response_norm(*args, **kwargs)
+    return out if p.rule == "gradient" else _scaled_by(args[0] if args else kwargs["input"], out)
+
+
+def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
+    """`out` as x times a fixed factor."""
+    return x * (out / _stable(x)).detach()
+
+
+def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    x = args[0] if args else kwargs["input"]
+    out = func(*args, **kwargs)
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return out
+    return torch.where(x.abs() < _EPSILON, out, _scaled_by(x, out))
+
+
+def _fixed(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    out = func(*args, **kwargs)
+    return out.detach() if isinstance(out, Tensor) else out
+
+
+def _attention(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    query, key, *rest = args
+    return func(query.detach(), key.detach(), *rest, **kwargs)
+
+
+def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """Of two activations: half of the relevance to each."""
+    a, b = args[:2]
+    if not (_moves(a) and _moves(b)):
+        return func(*args, **kwargs)
+    rest = args[2:]
+    first, second = func(a, b.detach(), *rest, **kwargs), func(a.detach(), b, *rest, **kwargs)
+    return 0.5 * first + 0.5 * second
+
+
+def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    operands = args[1:]
+    if len(operands) != 2 or not (_moves(operands[0]) and _moves(operands[1])):
+        return func(*args, **kwargs)
+    a, b = operands
+    return 0.5 * func(args[0], a, b.detach()) + 0.5 * func(args[0], a.detach(), b)
+
+
+def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    a, b = args[:2]
+    return func(a, b.detach() if _moves(a) and _moves(b) else b, *args[2:], **kwargs)
+
+
+def _sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """Of an activation and a constant: the constant is a bias."""
+    a, b = args[:2]
+    if _moves(a) and _is_constant(b):
+        b = p.constant(b, a + b)
+    elif _moves(b) and _is_constant(a):
+        a = p.constant(a, a + b)
+    return func(a, b, *args[2:], **kwargs)
+
+
+def _embedding(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    return p.embedding(func(*args, **kwargs))
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+_RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    F.linear: _fully_connected,
+    torch.addmm: _addmm,
+    F.batch_norm: _batch_norm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.local_response_norm: _response_norm,
+    F.scaled_dot_product_attention: _attention,
+    torch.einsum: _einsum,
+    **dict.fromkeys(_SUMS, _sum),
+    **dict.fromkeys(
+        (
+            F.gelu, F.silu, F.elu, F.leaky_relu, F.softplus, F.hardswish, F.mish, F.celu, F.selu,
+            F.relu6, F.hardtanh, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh,
+            F.sigmoid, F.tanh,
+        ),
+        _activation,
+    ),
+    **dict.fromkeys(
+        (
+            F.softmax, torch.softmax, Tensor.softmax, torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt,
+            Tensor.std, torch.std, Tensor.var, torch.var, Tensor.norm, torch.norm,
+        ),
+        _fixed,
+    ),
+    **dict.fromkeys(
+        (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.matmul, Tensor.matmul,
+         Tensor.__matmul__, torch.bmm, Tensor.bmm),
+        _product,
+    ),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
+}  # fmt: skip
+
+_WITH_BIAS = frozenset(
+    {
+        *_CONVOLUTIONS,
+        F.linear,
+        torch.addmm,
+        F.batch_norm,
+        F.embedding,
+        F.local_response_norm,
+        *_SUMS,
+    }
+)
+"""What the rule `gradient` needs to count biases."""

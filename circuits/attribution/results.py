@@ -1,0 +1,186 @@
+"""What an attribution is, and how it is kept (layer 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from circuits.files import replacing, write_json
+from circuits.models.inputs import ImageInput
+from circuits.units import Site
+
+Heat = Literal["absolute", "signed", "positive"]
+"""How channels become one number a place: sum of absolute values, sum, or its positive part."""
+
+
+@dataclass(frozen=True)
+class AblationCheck:
+    """How far an attribution ranks units as removing them does.
+
+    Attributes:
+        correlation: Spearman's, between a unit's attribution and how much the target loses when the unit
+            is set to zero; the mean over examples.
+        by_example: of each example.
+        chance: the 95th percentile of the mean correlation when units are shuffled.
+        n_units: how many units were removed, of each example: half of them the most active, half drawn.
+        seed: of the draw.
+    """
+
+    correlation: float
+    by_example: tuple[float, ...]
+    chance: float
+    n_units: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What of a target's value each element of a site's tensor, or of the input, is credited with.
+
+    Attributes:
+        method: how.
+        site: where, `input` for the model's input.
+        axes: of `values`, batch first.
+        unit_axis: which of them counts units (channels of the input).
+        values: one an element, for each example.
+        target: what is explained.
+        aims: the unit and position explained in each example.
+        target_values: the target's value in each example.
+        residual: by how much `values` (and what `parts` says) miss what they should add up to, for each
+            example: the target's value, less that of the baseline. None where a method promises no sum.
+        parts: what else the value is made of, by name, for each example (biases, what comes past the site).
+        baseline: what stands for nothing.
+        settings: the method's options.
+        model: its name.
+        model_hash: of its weights.
+        data: where the examples come from.
+        seed: of everything random.
+        check: how it agrees with ablation.
+    """
+
+    method: str
+    site: str
+    axes: tuple[str, ...]
+    unit_axis: int
+    values: Float[Tensor, "example *rest"]
+    target: str
+    aims: tuple[str, ...]
+    target_values: Float[Tensor, " example"]
+    residual: Float[Tensor, " example"] | None
+    parts: Mapping[str, Float[Tensor, " example"]]
+    baseline: str
+    settings: Mapping[str, Any]
+    model: str
+    model_hash: str
+    data: str
+    seed: int
+    check: AblationCheck | None = None
+
+    def units(self) -> Float[Tensor, "example unit"]:
+        """Each unit's share: the sum over positions (and over the inside of a head)."""
+        return (
+            self.values.movedim(self.unit_axis, 1).flatten(2).sum(2)
+            if self.values.ndim > 2
+            else self.values
+        )
+
+    def maps(self) -> Float[Tensor, "example unit *position"]:
+        """Each unit's share at each position."""
+        values = self.values
+        if "d_head" in self.axes:
+            values = values.sum(self.axes.index("d_head"))
+        return values.movedim(self.unit_axis, 1)
+
+    def heat(self, how: Heat = "signed") -> Float[Tensor, "example *position"]:
+        """Each position's share, over all units (the spatial view of Olah et al. 2018)."""
+        maps = self.maps()
+        if how == "absolute":
+            return maps.abs().sum(1)
+        total = maps.sum(1)
+        return total.clamp_min(0) if how == "positive" else total
+
+    def top(self, example: int = 0, k: int = 10) -> list[tuple[int, float]]:
+        """The units credited and blamed most, by absolute share, with their shares."""
+        shares = self.units()[example]
+        order = shares.abs().argsort(descending=True, stable=True)[:k]
+        return [(int(i), float(shares[i])) for i in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the values, as JSON has it."""
+        known = {
+            k: getattr(self, k)
+            for k in (
+                "method", "site", "target", "baseline", "model", "model_hash", "data", "seed", "unit_axis",
+            )
+        }  # fmt: skip
+        return known | {
+            "axes": list(self.axes),
+            "aims": list(self.aims),
+            "target_values": self.target_values.tolist(),
+            "residual": None if self.residual is None else self.residual.tolist(),
+            "parts": {k: v.tolist() for k, v in self.parts.items()},
+            "settings": dict(self.settings),
+            "check": None if self.check is None else asdict(self.check),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write it: values as safetensors, and the rest as JSON beside them.
+
+        Args:
+            path: must end in `.safetensors`; the JSON has the same name and ends in `.json`.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        place = _checked(path)
+        with replacing(place) as temporary:
+            save_file({"values": self.values.detach().cpu().contiguous()}, temporary)
+        write_json(place.with_suffix(".json"), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if one is not what `save` wrote.
+        """
+        place = _checked(path)
+        try:
+            raw = json.loads(place.with_suffix(".json").read_text())
+            check = raw.pop("check")
+            if check is not None:
+                check = AblationCheck(**{**check, "by_example": tuple(check["by_example"])})
+            raw["axes"], raw["aims"] = tuple(raw["axes"]), tuple(raw["aims"])
+            raw["parts"] = {k: torch.tensor(v) for k, v in raw["parts"].items()}
+            raw["target_values"] = torch.tensor(raw["target_values"])
+            if raw["residual"] is not None:
+                raw["residual"] = torch.tensor(raw["residual"])
+            return cls(values=load_file(place)["values"], check=check, **raw)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of JSON, safetensors or what is in them
+            raise ValueError(
+                f"attribution {str(path)!r} is not one that was saved: {error}"
+            ) from error
+
+
+def _checked(path: str | Path) -> Path:
+    place = Path(path)
+    if place.suffix != ".safetensors":
+        raise ValueError(f"attribution file {str(path)!r} must end in .safetensors")
+    return place
+
+
+def input_site(spec: ImageInput) -> Site:
+    """The input, described as a site is: so that its pixels can be credited."""
+    shape = (spec.channels, spec.height, spec.width)
+    return Site("input", "channel", ("batch", "channel", "y", "x"), 1, shape)

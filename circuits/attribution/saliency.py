@@ -1,0 +1,207 @@
+"""Which pixels are responsible: every method of input attribution under one name (layer 4)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuits.attribution import cams, gradients, masking, surrogates
+from circuits.attribution.passes import INPUT, Passes, Progress, Size, sized
+from circuits.attribution.relevance import relevance
+from circuits.attribution.results import Attribution, input_site
+from circuits.attribution.targets import Target, as_target
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.units import Site, Unit
+
+Method = Literal[
+    "gradient", "gradient_x_input", "smoothgrad", "vargrad", "smoothgrad_squared", "guided_backprop",
+    "integrated_gradients", "relevance", "occlusion", "rise", "grad_cam", "grad_cam_plus_plus",
+    "smooth_grad_cam_plus_plus", "guided_grad_cam", "lime", "kernel_shap",
+]  # fmt: skip
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Made = tuple[Tensor, Tensor | None, dict[str, Any]]
+"""Values, what is missing to their sum, and what was used for options that adapt."""
+
+
+def saliency(
+    model: HookedModel,
+    inputs: Tensor,
+    target: str | Unit | Target = "top",
+    method: Method = "integrated_gradients",
+    *,
+    site: str | Site | None = None,
+    data: str = "",
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Attribution:
+    """Credit the pixels of images with a target's value.
+
+    Args:
+        model: of images.
+        inputs: as the model takes them (`input.normalize` makes them of images in 0..1).
+        target: each image's prediction (`top`), a class, or a unit anywhere; see `parse_target`.
+        method: how; each is described, with its options, where it is defined:
+            `circuits.attribution.gradients` (gradient, gradient_x_input, smoothgrad, vargrad,
+            smoothgrad_squared, guided_backprop, integrated_gradients), `.relevance`, `.masking` (occlusion,
+            rise), `.cams` (grad_cam, grad_cam_plus_plus, smooth_grad_cam_plus_plus, guided_grad_cam),
+            `.surrogates` (lime, kernel_shap).
+        site: where class activation maps are taken; the last map before the output if not given.
+        data: where the images come from, for the record.
+        seed: of noise, masks and subsets.
+        batch: versions of an image in one pass: bounds the memory.
+        size: what becomes of images of another size.
+        progress: called with what is done and all.
+        options: of the method, e.g. `samples`, `steps`, `window`, `blank`, `segments`.
+
+    Returns:
+        Values a pixel: one a channel for gradients and relevance, one for all channels otherwise.
+
+    Raises:
+        KeyError: if a site or class is unknown.
+        TypeError: if the method has no such option.
+        ValueError: if inputs, target or an option do not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    spec = model.input
+    if not isinstance(spec, ImageInput):
+        raise ValueError(f"model {model.name} takes tokens: use attribute() at a site")
+    check_options(method, options)
+    goal = as_target(model, target)
+    if method == "relevance":
+        return relevance(
+            model, inputs, goal, data=data, batch=batch, size=size, progress=progress, **options
+        )
+    if site is not None and not (method.endswith("cam") or "cam_" in method):
+        raise ValueError(f"site {str(site)!r}: only class activation maps are taken at a site")
+    if site is None and "cam" in method:
+        site = cams.last_map(model, goal)
+    inputs = sized(model, inputs, size)
+    passes = Passes(model, inputs, goal, site, batch, size="keep")
+    seeded = {"seed": seed} if "seed" in _parameters(method) else {}
+    made = _MAKERS[method](passes, progress, **seeded, **options)
+    values, residual, used = made if isinstance(made, tuple) else (made, None, {})
+    place = input_site(spec)
+    settings = _recorded(method, options) | used
+    if site is not None:
+        settings["site"] = str(site)
+    return Attribution(
+        method, INPUT, place.axes, 1, values.detach().contiguous(), str(goal), tuple(passes.aim.names()),
+        passes.values, residual, {}, str(settings.get("blank", "")), settings, model.name, model.hash,
+        data, seed,
+    )  # fmt: skip
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise TypeError if a method has no option of a name."""
+    known = _parameters(method)
+    for name in options:
+        if name not in known or name == "seed":
+            listed = ", ".join(k for k in known if k != "seed") or "none"
+            raise TypeError(f"method {method} has no option {name!r}: expected {listed}")
+
+
+def _recorded(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are recorded, defaults too."""
+    values = {k: v for k, v in _parameters(method).items() if k != "seed"} | dict(options)
+    return {k: "given" if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _parameters(method: Method) -> dict[str, Any]:
+    """A method's options and their defaults."""
+    function = relevance if method == "relevance" else _FUNCTIONS[method]
+    own = (
+        "model",
+        "inputs",
+        "target",
+        "site",
+        "passes",
+        "progress",
+        "data",
+        "batch",
+        "size",
+        "of",
+        "cam",
+    )
+    found = inspect.signature(function).parameters
+    return {name: p.default for name, p in found.items() if name not in own}
+
+
+def _times_input(passes: Passes, progress: Progress | None) -> Tensor:
+    return passes.inputs * gradients.gradient(passes, progress)
+
+
+def _cam(made: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def enlarged(passes: Passes, progress: Progress | None, **options: Any) -> Tensor:
+        height, width = passes.inputs.shape[-2:]
+        return cams.enlarged(made(passes, **options), (height, width))
+
+    return enlarged
+
+
+def _guided_cam(passes: Passes, progress: Progress | None) -> Tensor:
+    cam = _cam(cams.grad_cam)(passes, progress)
+    return cams.guided_grad_cam(passes.model, passes.inputs, passes.target, cam)
+
+
+def _smoothed(of: gradients.Smoothing) -> Callable[..., Tensor]:
+    def smooth(passes: Passes, progress: Progress | None, **options: Any) -> Tensor:
+        return gradients.smooth_gradient(passes, of=of, progress=progress, **options)
+
+    return smooth
+
+
+def _with_progress(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda passes, progress, **options: function(passes, progress=progress, **options)
+
+
+_MAKERS: dict[str, Callable[..., Tensor | Made]] = {
+    "gradient": _with_progress(gradients.gradient),
+    "gradient_x_input": _times_input,
+    "smoothgrad": _smoothed("mean"),
+    "vargrad": _smoothed("variance"),
+    "smoothgrad_squared": _smoothed("square"),
+    "guided_backprop": _with_progress(gradients.guided_gradient),
+    "integrated_gradients": _with_progress(gradients.integrated_gradient),
+    "occlusion": _with_progress(masking.occlusion),
+    "rise": _with_progress(masking.rise),
+    "grad_cam": _cam(cams.grad_cam),
+    "grad_cam_plus_plus": _cam(cams.grad_cam_plus_plus),
+    "smooth_grad_cam_plus_plus": _cam(cams.smooth_grad_cam_plus_plus),
+    "guided_grad_cam": _guided_cam,
+    "lime": _with_progress(surrogates.lime),
+    "kernel_shap": _with_progress(surrogates.kernel_shap),
+}
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "gradient": gradients.gradient,
+    "gradient_x_input": gradients.gradient,
+    "smoothgrad": gradients.smooth_gradient,
+    "vargrad": gradients.smooth_gradient,
+    "smoothgrad_squared": gradients.smooth_gradient,
+    "guided_backprop": gradients.guided_gradient,
+    "integrated_gradients": gradients.integrated_gradient,
+    "occlusion": masking.occlusion,
+    "rise": masking.rise,
+    "grad_cam": cams.grad_cam,
+    "grad_cam_plus_plus": cams.grad_cam_plus_plus,
+    "smooth_grad_cam_plus_plus": cams.smooth_grad_cam_plus_plus,
+    "guided_grad_cam": cams.grad_cam,
+    "lime": surrogates.lime,
+    "kernel_shap": surrogates.kernel_shap,
+}
+"""Where each method's options are documented."""
+
+
+def ranked(heat: Tensor) -> Tensor:
+    """Each example's places from the most to the least credited, as flattened indices."""
+    return torch.argsort(heat.flatten(1), dim=1, descending=True, stable=True)

@@ -1,0 +1,268 @@
+"""What an attribution explains: a class, a token's logit, or a unit anywhere (layer 4)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.models.sites import unit_activations
+from circuits.units import Site, Unit, unknown
+
+Quantity = Literal["activation", "probability", "log_probability"]
+"""The unit's own number (of an output: its logit), or its share of the softmax over the site's units, or the
+logarithm of that."""
+
+_AT = re.compile(r"(?P<what>.+?)@(?P<at>-?\d+(,-?\d+)*)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that a model computes for each example.
+
+    Attributes:
+        site: where.
+        index: which unit: one for all examples, one an example, or None for the largest of each example
+            (of the output: its prediction).
+        at: the position along `position_axes`, negative from the end. None is the last token of an
+            output over tokens, and elsewhere the position where the example is most active; it is held
+            fixed while the example is changed.
+        against: a unit whose number is subtracted, as in a logit difference.
+        quantity: the number itself or the probability.
+    """
+
+    site: str
+    index: int | tuple[int, ...] | None
+    at: tuple[int, ...] | None = None
+    against: int | None = None
+    quantity: Quantity = "activation"
+
+    def of_examples(self, examples: range) -> Target:
+        """The same for some of the examples."""
+        if not isinstance(self.index, tuple):
+            return self
+        return replace(self, index=self.index[examples.start : examples.stop])
+
+    def __str__(self) -> str:
+        which = "top" if self.index is None else self.index
+        if isinstance(which, tuple):
+            which = ",".join(map(str, which))
+        text = f"{self.site}:{which}"
+        if self.at is not None:
+            text += "@" + ",".join(map(str, self.at))
+        if self.against is not None:
+            text += f" - {self.site}:{self.against}"
+        prefix = {"activation": "", "probability": "p", "log_probability": "log p"}[self.quantity]
+        return f"{prefix}({text})" if prefix else text
+
+
+def output_site(model: HookedModel) -> Site:
+    """The site of a model's logits: the last of its kind, or the last of all."""
+    return next((s for s in reversed(model.sites) if s.kind == "logit"), model.sites[-1])
+
+
+def parse_target(
+    model: HookedModel, text: str, against: str = "", quantity: Quantity = "activation"
+) -> Target:
+    """Read what to attribute to.
+
+    Args:
+        model: the model.
+        text: `top` (each example's prediction), `class:NAME` or `class:INDEX`, `token:WORD` or
+            `token:INDEX`, or a unit `SITE:INDEX`; all with `@POSITION` (`@Y,X` of a map) behind.
+        against: a class or token of the output to subtract.
+        quantity: the number or the probability.
+
+    Raises:
+        KeyError: if there is no such class, token or site.
+        ValueError: if it is none of these forms, or there is no such unit.
+
+    >>> from circuits.models.loading import load_model
+    >>> str(parse_target(load_model("shapes"), "mixed3b:3@4,4"))
+    'mixed3b:3@4,4'
+    """
+    match = _AT.fullmatch(text)
+    what, at = text, None
+    if match is not None:
+        what = match["what"]
+        at = tuple(int(n) for n in match["at"].split(","))
+    other = None
+    if what == "top":
+        made = Target(output_site(model).name, None, at)
+    elif what.partition(":")[0] in ("class", "token"):
+        made = Target(output_site(model).name, _output_index(model, what), at)
+    else:
+        unit = model.unit(_parsed_unit(what))
+        made = Target(unit.site, unit.index, at)
+    if against:
+        if made.site != output_site(model).name:
+            raise ValueError(
+                f"against {against!r}: only a class or token has others to compare with"
+            )
+        kind = "token" if isinstance(model.input, TokenInput) else "class"
+        named = against if against.partition(":")[0] in ("class", "token") else f"{kind}:{against}"
+        other = _output_index(model, named)
+    return as_target(model, replace(made, against=other, quantity=quantity))
+
+
+def _parsed_unit(text: str) -> Unit:
+    try:
+        return Unit.parse(text)
+    except ValueError:
+        raise ValueError(
+            f"target {text!r} is not one of top, class:NAME, token:WORD or SITE:INDEX (with @POSITION)"
+        ) from None
+
+
+def _output_index(model: HookedModel, text: str) -> int:
+    """The output that `class:NAME` or `token:WORD` names."""
+    kind, _, name = text.partition(":")
+    site = output_site(model)
+    names: Sequence[str] = model.classes
+    if isinstance(model.input, TokenInput):
+        names = model.input.vocabulary
+    if name in names:
+        return list(names).index(name)
+    close = [i for i, n in enumerate(names) if name and name.lower() in re.split(r", ?", n.lower())]
+    if len(close) == 1:  # ImageNet's names list synonyms
+        return close[0]
+    if re.fullmatch(r"\d+", name):
+        if int(name) >= site.n_units:
+            raise ValueError(
+                f"target {text!r} is out of range: expected {kind}:0 to {site.n_units - 1}"
+            )
+        return int(name)
+    raise unknown(f"{kind} of {model.name}", name, names or ["a number"])
+
+
+def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
+    """A target that fits the model, from its text, a unit or itself.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if there is no such unit, or the position has the wrong number of axes.
+    """
+    if isinstance(target, str):
+        return parse_target(model, target)
+    if isinstance(target, Unit):
+        unit = model.unit(target)
+        return Target(unit.site, unit.index)
+    site = model.site(target.site)
+    indices = target.index if isinstance(target.index, tuple) else (target.index,)
+    for index in (*indices, target.against):
+        if index is not None:
+            site.unit(index)
+    if target.at is not None and len(target.at) != len(site.position_axes):
+        axes = ", ".join(site.position_axes) or "none"
+        raise ValueError(
+            f"target {target}: position {target.at} does not fit the axes of {site.name} ({axes})"
+        )
+    return replace(target, site=site.name)
+
+
+def check_indices(target: Target, n: int) -> None:
+    """Raise ValueError if a target has an index for each of another number of examples."""
+    if isinstance(target.index, tuple) and len(target.index) != n:
+        raise ValueError(
+            f"target has {len(target.index)} indices for {n} examples: expected one each"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A target made definite for each example: which unit, at which position.
+
+    Attributes:
+        target: what was asked for.
+        site: where it is.
+        indices: the unit of each example.
+        places: the flattened position of each example.
+        shape: of the positions.
+    """
+
+    target: Target
+    site: Site
+    indices: Int[Tensor, " example"]
+    places: Int[Tensor, " example"]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def at(cls, model: HookedModel, target: Target, value: Tensor) -> Aim:
+        """Fix a target by the site's tensor on the examples.
+
+        Raises:
+            ValueError: if there are as many indices as there are not examples, or the position is not
+                on the map.
+        """
+        site = model.site(target.site)
+        units = unit_activations(site, value.detach())
+        n = len(units)
+        places = cls._fixed(site, target, value, n)
+        if target.index is None:
+            if places is None:
+                largest = units.flatten(1).argmax(1)
+                indices, places = largest // units.shape[2], largest % units.shape[2]
+            else:
+                indices = units[torch.arange(n), :, places].argmax(1)
+        else:
+            check_indices(target, n)
+            given = target.index if isinstance(target.index, tuple) else (target.index,) * n
+            indices = torch.tensor(given, device=units.device)
+        if places is None:
+            places = units[torch.arange(n), indices].argmax(1)
+        shape = tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
+        return cls(target, site, indices, places, shape)
+
+    def of(self, example: int) -> Target:
+        """The target of one example, at its own unit and position."""
+        at = np.unravel_index(int(self.places[example]), self.shape) if self.shape else None
+        where = None if at is None else tuple(int(i) for i in at)
+        return replace(self.target, index=int(self.indices[example]), at=where)
+
+    @staticmethod
+    def _fixed(site: Site, target: Target, value: Tensor, n: int) -> Tensor | None:
+        """The flattened position that a target names, if it names one."""
+        axes = site.position_axes
+        at = target.at
+        if at is None and site.kind == "logit" and axes:
+            at = (-1,) * len(axes) if axes == ("position",) else None
+        if at is None:
+            return None
+        place = 0
+        for axis, index in zip(axes, at, strict=True):
+            length = value.shape[site.axes.index(axis)]
+            if not -length <= index < length:
+                raise ValueError(
+                    f"target {target}: position {index} along {axis} must be from {-length} to {length - 1}"
+                )
+            place = place * length + index % length
+        return torch.full((n,), place, device=value.device)
+
+    def value(self, tensor: Tensor, examples: Int[Tensor, " point"]) -> Float[Tensor, " point"]:
+        """The target's number for tensors at its site, each of one of the examples."""
+        units = unit_activations(self.site, tensor)
+        rows = torch.arange(len(units), device=units.device)
+        here = units[rows, :, self.places[examples]]
+        if self.target.quantity == "probability":
+            here = here.softmax(1)
+        elif self.target.quantity == "log_probability":
+            here = here.log_softmax(1)
+        found = here[rows, self.indices[examples]]
+        return found if self.target.against is None else found - here[:, self.target.against]
+
+    def names(self) -> list[str]:
+        """Each example's unit as text, with its position where the site has several."""
+        found = []
+        for index, place in zip(self.indices.tolist(), self.places.tolist(), strict=True):
+            at = np.unravel_index(place, self.shape) if self.shape else ()
+            where = "@" + ",".join(str(int(i)) for i in at) if at else ""
+            found.append(f"{self.site.name}:{index}{where}")
+        return found

@@ -1,0 +1,32 @@
+"""Results as figures for paper, PNG and SVG (layer 6)."""
+
+from circuits.figures.attributions import (
+    ablation_figure,
+    attribution_figure,
+    saliency_figure,
+    sanity_figure,
+)
+from circuits.figures.graphs import circuit_figure, family_figure, kernels_figure
+from circuits.figures.saving import check_figure_path, save_figure
+from circuits.figures.tunings import (
+    heat_map_figure,
+    invariance_figure,
+    spectrum_figure,
+    tuning_figure,
+)
+
+__all__ = [
+    "ablation_figure",
+    "attribution_figure",
+    "check_figure_path",
+    "circuit_figure",
+    "family_figure",
+    "heat_map_figure",
+    "invariance_figure",
+    "kernels_figure",
+    "saliency_figure",
+    "sanity_figure",
+    "save_figure",
+    "spectrum_figure",
+    "tuning_figure",
+]

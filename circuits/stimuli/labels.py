@@ -1,0 +1,87 @@
+"""What is right for each example of a dataset (layer 2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from circuits.stimuli.sources import Source
+
+
+def read_labels(
+    source: Source, classes: Sequence[str], path: str | Path | None = None
+) -> list[int]:
+    """The class of each example of a source.
+
+    Args:
+        source: the examples.
+        classes: names of the model's classes, by index; empty if it has none.
+        path: JSON: a list of classes in the order of the examples, or a mapping from an example's name (or
+            its file's name) to its class, or a mapping that holds one of these under `labels`; a class is
+            its index or its name. Or `FILE.npz:KEY`. Without it, names tell: the folder that an image is
+            in, or what stands before ` #`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if an example has no label, or a label is no class.
+    """
+    if path is None:
+        found: Any = [_from_name(name) for name in source.names]
+    else:
+        found = _read(str(path))
+    if isinstance(found, dict):
+        found = found.get("labels", found)
+    if isinstance(found, dict):
+        known = {**{PurePath(k).name: v for k, v in found.items()}, **found}
+        found = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
+    if not isinstance(found, list) or len(found) != len(source):
+        n = len(found) if isinstance(found, list) else "no"
+        raise ValueError(
+            f"labels {str(path)!r}: {n} labels for {len(source)} examples of {source.spec}"
+        )
+    by_name = {name: i for i, name in enumerate(classes)}
+    return [
+        _index(label, name, by_name, classes)
+        for label, name in zip(found, source.names, strict=True)
+    ]
+
+
+def _from_name(name: str) -> str | None:
+    if " #" in name:
+        return name.rpartition(" #")[0]
+    folder = PurePath(name).parent.name
+    return folder or None
+
+
+def _read(path: str) -> Any:
+    file, _, key = path.partition(":")
+    place = Path(file).expanduser()
+    if not place.is_file():
+        raise FileNotFoundError(f"labels file {file!r} does not exist or is not a file")
+    try:
+        if place.suffix == ".npz":
+            with np.load(place, allow_pickle=False) as arrays:
+                return arrays[key or "labels"].astype(int).tolist()
+        return json.loads(place.read_text())
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
+
+
+def _index(label: Any, example: str, by_name: dict[str, int], classes: Sequence[str]) -> int:
+    if isinstance(label, str) and label in by_name:
+        return by_name[label]
+    if isinstance(label, str) and label.isdigit():
+        label = int(label)
+    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        if classes and label >= len(classes):
+            raise ValueError(
+                f"label {label} of {example!r} is no class: expected 0 to {len(classes) - 1}"
+            )
+        return label
+    if label is None:
+        raise ValueError(f"{example!r} has no label: give a file with labels")
+    raise ValueError(f"label {label!r} of {example!r} is no class of the model")

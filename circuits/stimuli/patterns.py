@@ -1,0 +1,351 @@
+"""Stimuli that vary one thing at a time: curves, lines, angles, gratings, edges, boards (layer 2).
+
+Every argument that says how an image looks is a number, or one number an image; sizes are in pixels, angles
+in degrees, counter-clockwise on the screen, and colours red, green, blue in 0..1 (or one grey level).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.stimuli.drawing import (
+    arc_distance,
+    fill,
+    grating,
+    grid,
+    heading,
+    paint,
+    segment_distance,
+    stroke,
+)  # fmt: skip
+
+Images = Float[Tensor, "image 3 h w"]
+Each = float | Float[Tensor, " image"]
+"""A number for all images, or one for each."""
+Colour = float | Sequence[float] | Float[Tensor, "image 3"]
+"""A grey level, a colour, or one for each image."""
+
+STRAIGHT = 1e5
+"""The radius of a curve that is a line, in pixels."""
+
+
+def arcs(
+    orientation: Float[Tensor, " image"],
+    radius: Each,
+    size: int = 64,
+    *,
+    length: Each | None = None,
+    thickness: Each = 3.0,
+    corner: Each = 0.0,
+    filled: bool = False,
+    ink: Colour = 0.0,
+    paper: Colour = 1.0,
+    background: Images | None = None,
+    shift: Float[Tensor, "image 2"] | None = None,
+) -> Images:
+    """One curve an image, its middle at the image's centre.
+
+    Args:
+        orientation: where each bulges: 90 is an arch, 270 a bowl.
+        radius: of curvature; `STRAIGHT` or more is a line at a right angle to `orientation`.
+        size: height and width of the images.
+        length: of the curve, at most a full circle; two thirds of the size if not given.
+        thickness: of the line.
+        corner: from 0, an arc, to 1, an angle: the same turn within a radius that shrinks, and straight
+            ends, so that length and turn stay (the morph of Cammarata et al. 2020).
+        filled: paint all of the disk that the arc bounds, instead of a line.
+        ink: colour of the curve.
+        paper: colour around it.
+        background: images to draw on instead of paper.
+        shift: moves each curve, right and down.
+
+    Raises:
+        ValueError: if a size is not positive, or `corner` not in 0..1.
+
+    >>> arcs(torch.tensor([90.0, 270.0]), 12.0, size=32, ink=(1.0, 0.0, 0.0)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    n = len(orientation)
+    r, thick = _each("radius", radius, n), _each("thickness", thickness, n)
+    cornered = _each("corner", corner, n, positive=False)
+    long = _each("length", 2 * size / 3 if length is None else length, n)
+    if size < 1 or bool(((cornered < 0) | (cornered > 1)).any()):
+        raise ValueError(f"size {size} must be positive and corner {corner} in 0..1")
+    points = grid(size, size)
+    if shift is not None:
+        points = points - shift[:, None, None]
+    half_span = (long / (2 * r)).clamp_max(math.pi)
+    if filled:
+        center = -r[:, None] * heading(orientation)
+        coverage = fill((points - center[:, None, None]).norm(dim=-1) - r[:, None, None])
+    else:
+        coverage = stroke(_bent(points, orientation, r, half_span, cornered, long), thick)
+    return _painted(coverage, ink, paper, background)
+
+
+def _bent(
+    points: Tensor,
+    orientation: Tensor,
+    radius: Tensor,
+    half_span: Tensor,
+    corner: Tensor,
+    length: Tensor,
+) -> Tensor:
+    """The distance to an arc that goes on straight where its radius has shrunk."""
+    small = (radius * (1 - corner)).clamp_min(0.01)
+    center = -small[:, None] * heading(orientation)
+    degrees = torch.rad2deg(half_span)
+    distance = arc_distance(points, center, small, orientation, degrees)
+    if not corner.any():
+        return distance
+    rest = (length.minimum(2 * math.pi * radius) / 2 - small * half_span).clamp_min(0)
+    for side in (1.0, -1.0):
+        end = center + small[:, None] * heading(orientation + side * degrees)
+        along = rest[:, None] * heading(orientation + side * (degrees + 90))
+        distance = torch.minimum(distance, segment_distance(points, end, end + along))
+    return distance
+
+
+def lines(
+    orientation: Float[Tensor, " image"],
+    size: int = 64,
+    *,
+    length: Each | None = None,
+    thickness: Each = 3.0,
+    ink: Colour = 0.0,
+    paper: Colour = 1.0,
+    background: Images | None = None,
+) -> Images:
+    """One straight line an image, along `orientation`, through the centre.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+    return arcs(
+        orientation + 90, STRAIGHT, size, length=length, thickness=thickness, ink=ink, paper=paper,
+        background=background,
+    )  # fmt: skip
+
+
+def angles(
+    orientation: Float[Tensor, " image"],
+    opening: Each,
+    size: int = 64,
+    *,
+    length: Each | None = None,
+    thickness: Each = 3.0,
+    ink: Colour = 0.0,
+    paper: Colour = 1.0,
+) -> Images:
+    """Two lines an image that meet at the centre, pointing at `orientation` like an arrow.
+
+    Args:
+        orientation: where the tip points.
+        opening: the angle between the lines, 0 to 180.
+        size: height and width of the images.
+        length: of both lines together.
+        thickness: of the lines.
+        ink: colour of the lines.
+        paper: colour around them.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+    n = len(orientation)
+    half = _each("opening", opening, n) / 2
+    long = _each("length", 2 * size / 3 if length is None else length, n) / 2
+    points, tip = grid(size, size), torch.zeros(n, 2)
+    arms = [long[:, None] * heading(orientation + 180 + side * half) for side in (1.0, -1.0)]
+    first, second = (segment_distance(points, tip, arm) for arm in arms)
+    coverage = stroke(torch.minimum(first, second), _each("thickness", thickness, n))
+    return _painted(coverage, ink, paper)
+
+
+def circles(
+    radius: Float[Tensor, " image"],
+    size: int = 64,
+    *,
+    thickness: Each = 3.0,
+    filled: bool = False,
+    ink: Colour = 0.0,
+    paper: Colour = 1.0,
+) -> Images:
+    """One circle, or disk, an image, about the centre."""
+    n = len(radius)
+    distance = grid(size, size).norm(dim=-1) - _each("radius", radius, n)[:, None, None]
+    coverage = fill(distance) if filled else stroke(distance, _each("thickness", thickness, n))
+    return _painted(coverage, ink, paper)
+
+
+def gratings(
+    orientation: Float[Tensor, " image"],
+    wavelength: Each,
+    size: int = 64,
+    *,
+    phase: Each = 0.0,
+    contrast: Each = 1.0,
+    sigma: Each | None = None,
+) -> Images:
+    """Sinusoidal gratings about mid-grey whose stripes run along `orientation`; with `sigma`, Gabors.
+
+    Args:
+        orientation: of the stripes.
+        wavelength: from stripe to stripe.
+        size: height and width of the images.
+        phase: 0 puts a bright stripe through the centre.
+        contrast: 1 reaches from black to white.
+        sigma: width of the Gaussian that the grating fades with; none if not given.
+
+    Raises:
+        ValueError: if a wavelength or sigma is not positive.
+    """
+    n = len(orientation)
+    points = grid(size, size)
+    waves = grating(
+        points,
+        orientation,
+        _each("wavelength", wavelength, n),
+        _each("phase", phase, n, positive=False),
+    )
+    strength = _each("contrast", contrast, n, positive=False)[:, None, None]
+    made = (waves - 0.5) * strength
+    if sigma is not None:
+        wide = _each("sigma", sigma, n)[:, None, None]
+        made = made * torch.exp(-0.5 * (points.norm(dim=-1) / wide) ** 2)
+    return (0.5 + made)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def contrasts(
+    orientation: Float[Tensor, " image"], one: Colour, other: Colour, size: int = 64
+) -> Images:
+    """Two colours that meet at an edge through the centre: `one` on the side that `orientation` points to."""
+    side = (grid(size, size) * heading(orientation)[:, None, None]).sum(-1)
+    return _painted(fill(-side), one, other)
+
+
+def surrounds(
+    radius: Float[Tensor, " image"], inside: Colour, around: Colour, size: int = 64
+) -> Images:
+    """A disk of one colour in another: what colour-contrast units look for."""
+    return circles(radius, size, filled=True, ink=inside, paper=around)
+
+
+def frequency_edges(
+    orientation: Float[Tensor, " image"], fine: Each, coarse: Each, size: int = 64, seed: int = 0
+) -> Images:
+    """Fine texture on the side that `orientation` points to, coarse on the other (high-low frequency edges).
+
+    Args:
+        orientation: which side is fine.
+        fine: typical wavelength of the fine texture.
+        coarse: of the coarse one.
+        size: height and width of the images.
+        seed: of the textures, noise of one wavelength.
+    """
+    n = len(orientation)
+    side = fill(-(grid(size, size) * heading(orientation)[:, None, None]).sum(-1))
+    textures = [
+        _noise(_each(name, wave, n), size, seed + k)
+        for k, (name, wave) in enumerate((("fine", fine), ("coarse", coarse)))
+    ]
+    mixed = textures[0] * side + textures[1] * (1 - side)
+    return mixed[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def _noise(wavelength: Tensor, size: int, seed: int) -> Float[Tensor, "image h w"]:
+    """Noise with one spatial frequency, in all directions, from 0 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(len(wavelength), size, size, generator=generator)
+    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
+    center = 1 / wavelength[:, None, None]
+    ring = torch.exp(-0.5 * ((frequency - center) / (0.25 * center)) ** 2)
+    made = torch.fft.irfft2(torch.fft.rfft2(drawn) * ring, s=(size, size))
+    made = made / made.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    return (0.5 + 0.25 * made).clamp(0, 1)
+
+
+def checkerboards(
+    cell: Float[Tensor, " image"],
+    size: int = 64,
+    *,
+    rotation: Each = 0.0,
+    ink: Colour = 0.0,
+    paper: Colour = 1.0,
+) -> Images:
+    """Boards of squares, `cell` pixels wide, turned by `rotation`; a corner lies at the centre."""
+    n = len(cell)
+    wide = _each("cell", cell, n)[:, None, None]
+    axis = heading(_each("rotation", rotation, n, positive=False))
+    points = grid(size, size)
+    along = (points * axis[:, None, None]).sum(-1)
+    across = points[..., 0] * axis[:, 1, None, None] - points[..., 1] * axis[:, 0, None, None]
+    soft = [_square_wave(x, wide) for x in (along, across)]
+    coverage = 0.5 + 0.5 * soft[0] * soft[1]
+    return _painted(coverage, ink, paper)
+
+
+def _square_wave(x: Tensor, half: Tensor) -> Tensor:
+    """-1 and 1 by turns of `half` pixels, ramped over one pixel."""
+    phase = torch.remainder(x, 2 * half)
+    return torch.minimum(phase.minimum((2 * half - phase).abs()), (phase - half).abs()).mul(
+        2
+    ).clamp_max(1) * (torch.where(phase < half, 1.0, -1.0))
+
+
+def turned(images: Images, degrees: Each) -> Images:
+    """Images turned about their middle, counter-clockwise; what comes from outside is their border."""
+    radians = torch.deg2rad(_each("degrees", degrees, len(images), positive=False))
+    cos, sin = radians.cos(), radians.sin()
+    zero = torch.zeros_like(cos)
+    return _moved(images, torch.stack([cos, -sin, zero, sin, cos, zero], 1).reshape(-1, 2, 3))
+
+
+def enlarged(images: Images, factor: Each) -> Images:
+    """Images enlarged about their middle (shrunk, by a factor below 1, their border repeated)."""
+    inverse = 1 / _each("factor", factor, len(images))
+    zero = torch.zeros_like(inverse)
+    return _moved(
+        images, torch.stack([inverse, zero, zero, zero, inverse, zero], 1).reshape(-1, 2, 3)
+    )
+
+
+def _moved(images: Tensor, matrices: Tensor) -> Tensor:
+    h, w = images.shape[-2:]
+    aspect = matrices.new_tensor([[1.0, h / w, 1.0], [w / h, 1.0, 1.0]])
+    places = F.affine_grid(matrices * aspect, list(images.shape), align_corners=False)
+    return F.grid_sample(images, places, padding_mode="border", align_corners=False)
+
+
+def _each(name: str, value: Each, n: int, positive: bool = True) -> Float[Tensor, " image"]:
+    """A number for each image.
+
+    Raises:
+        ValueError: if there are not as many as images, or one that should be positive is not.
+    """
+    made = torch.as_tensor(value, dtype=torch.float32)
+    if made.ndim > 1 or (made.ndim == 1 and len(made) != n):
+        raise ValueError(f"{name} has {len(made)} values for {n} images: expected 1 or {n}")
+    if positive and bool((made <= 0).any()):
+        raise ValueError(f"{name} {made.min().item():g} must be positive")
+    return made.expand(n)
+
+
+def _colours(colour: Colour, n: int) -> Float[Tensor, "image 3"]:
+    made = torch.as_tensor(colour, dtype=torch.float32)
+    return made.expand(3).expand(n, 3) if made.ndim == 0 else made.expand(n, 3)
+
+
+def _painted(
+    coverage: Tensor, ink: Colour, paper: Colour, background: Images | None = None
+) -> Images:
+    n = len(coverage)
+    under = background
+    if under is None:
+        under = _colours(paper, n)[:, :, None, None].expand(-1, -1, *coverage.shape[1:])
+    return paint(under, coverage, _colours(ink, n))

@@ -1,0 +1,23 @@
+"""What units respond to: tuning curves, heat maps, invariances (layer 4)."""
+
+from circuits.tuning.finding import CurveUnit, JointTuning, find_curve_units, joint_tuning
+from circuits.tuning.heatmaps import HeatMap, heat_map
+from circuits.tuning.invariances import Invariance, invariance
+from circuits.tuning.measures import Interval, TuningMeasures, measure_tuning
+from circuits.tuning.radial import RadialTuning, radial_tuning
+
+__all__ = [
+    "CurveUnit",
+    "HeatMap",
+    "Interval",
+    "Invariance",
+    "JointTuning",
+    "RadialTuning",
+    "TuningMeasures",
+    "find_curve_units",
+    "heat_map",
+    "invariance",
+    "joint_tuning",
+    "measure_tuning",
+    "radial_tuning",
+]

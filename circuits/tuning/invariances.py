@@ -1,0 +1,127 @@
+"""What should not matter to a curve detector, tried: contrast, colour, fill, thickness, corners (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.stimuli.patterns import arcs
+from circuits.tuning.radial import RadialTuning
+from circuits.tuning.responding import responses
+from circuits.units import Unit
+
+Aspect = Literal["contrast", "colour", "fill", "thickness", "corner"]
+"""Contrast from light on dark (-1) to dark on light (1); the curve's hue; a line (0) or a filled disk (1), dark
+and light; thickness relative to the usual; from an arc (0) to an angle (1)."""
+
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+
+
+@dataclass(frozen=True, eq=False)
+class Invariance:
+    """A unit's responses as one aspect of its shape changes, at its own angle and radius.
+
+    Attributes:
+        unit: which.
+        aspect: what changes.
+        values: of the aspect.
+        responses: activations, at the preferred angle.
+        opposite: and at the opposite angle, which should stay silent.
+        kept: the smallest response over the largest: 1 if the aspect does not matter.
+        model_hash: of the weights.
+    """
+
+    unit: Unit
+    aspect: Aspect
+    values: tuple[float, ...]
+    responses: Float[np.ndarray, " value"]
+    opposite: Float[np.ndarray, " value"]
+    kept: float
+    model_hash: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return vars(self) | {
+            "unit": str(self.unit),
+            "values": list(self.values),
+            "responses": self.responses.tolist(),
+            "opposite": self.opposite.tolist(),
+        }
+
+
+def invariance(
+    model: HookedModel, tunings: Sequence[RadialTuning], aspects: Sequence[Aspect] = ASPECTS
+) -> list[Invariance]:
+    """How responses of curve units change with each aspect.
+
+    Args:
+        model: the model that the tuning is of.
+        tunings: to curves.
+        aspects: which.
+
+    Raises:
+        ValueError: if an aspect is unknown, or a tuning is to no curve or of other weights.
+    """
+    for aspect in aspects:
+        if aspect not in ASPECTS:
+            raise ValueError(f"aspect {aspect!r} is not one of {', '.join(ASPECTS)}")
+    found = []
+    for tuning in tunings:
+        if tuning.shape != "curve" or tuning.model_hash != model.hash:
+            raise ValueError(
+                f"tuning of {tuning.unit} to a {tuning.shape}, model {tuning.model_hash[:16]}: expected to "
+                f"a curve, of model {model.hash[:16]}"
+            )
+        angle = tuning.measures.preferred.value
+        for aspect in aspects:
+            values = _VALUES[aspect]
+            both = [
+                responses(
+                    model, tuning.unit.site,
+                    (_DRAWN[aspect](a, value, tuning) for value in values),
+                )[:, tuning.unit.index].double().numpy()
+                for a in (angle, angle + 180)
+            ]  # fmt: skip
+            peak = both[0].max()
+            kept = float(both[0].min() / peak) if peak > 0 else float("nan")
+            found.append(
+                Invariance(tuning.unit, aspect, values, both[0], both[1], kept, model.hash)
+            )
+    return found
+
+
+_VALUES: dict[Aspect, tuple[float, ...]] = {
+    "contrast": (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0),
+    "colour": (0.0, 60.0, 120.0, 180.0, 240.0, 300.0),
+    "fill": (0.0, 1.0, -1.0),
+    "thickness": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "corner": (0.0, 0.25, 0.5, 0.75, 1.0),
+}
+
+
+def _curve(angle: float, tuning: RadialTuning, **options: Any) -> Tensor:
+    thick = options.pop("thick", 1.0) * max(2.0, tuning.size / 32)
+    return arcs(torch.tensor([angle]), tuning.radius, tuning.size, thickness=thick, **options)
+
+
+def _hue(degrees: float) -> tuple[float, float, float]:
+    """A saturated colour of the wheel, red at 0."""
+    return tuple(min(1.0, max(0.0, abs((degrees / 60 + k) % 6 - 3) - 1)) for k in (0, 4, 2))  # type: ignore[return-value]
+
+
+_DRAWN: dict[Aspect, Callable[[float, float, RadialTuning], Tensor]] = {
+    "contrast": lambda a, v, t: _curve(a, t, ink=0.5 - v / 2, paper=0.5 + v / 2),
+    "colour": lambda a, v, t: _curve(a, t, ink=_hue(v), paper=0.5),
+    "fill": lambda a, v, t: _curve(
+        a, t, filled=v != 0, ink=0.0 if v >= 0 else 1.0, paper=1.0 if v >= 0 else 0.0
+    ),
+    "thickness": lambda a, v, t: _curve(a, t, thick=v),
+    "corner": lambda a, v, t: _curve(a, t, corner=v),
+}

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from circuits.attribution import ablate
+from circuits.harvesting import Inputs
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
+from circuits.stimuli.datasets import from_dataset
+from circuits.stimuli.labels import read_labels
+from circuits.stimuli.sources import open_source
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize(("site", "units"), [("cat", (1, 4)), ("left_relu", (0,)), ("bn", (2, 5))])
+def test_ablation_is_a_forward_pass_without_the_units(
+    branches: HookedModel, site: str, units: tuple[int, ...]
+) -> None:
+    x = branches.input.example(6)
+    labels = [0, 1, 2, 0, 1, 2]
+    report = ablate(
+        branches,
+        [f"{site}:{u}" for u in units],
+        [x[:4], x[4:]],
+        labels=labels,
+        n_random=3,
+        later="out_relu",
+    )
+
+    def without(value: torch.Tensor) -> torch.Tensor:
+        return value.index_fill(1, torch.tensor(units), 0)
+
+    intact = branches.run(x, read=["out_relu"])
+    ablated = branches.run(x, read=["out_relu"], edits={site: without})
+    p, q = intact.output.double().log_softmax(1), ablated.output.double().log_softmax(1)
+    kl = (p.exp() * (p - q)).sum(1).mean()
+    assert report.measures["kl"].change == pytest.approx(float(kl), rel=1e-4, abs=1e-7)
+    loss = -q[torch.arange(6), labels].mean() + p[torch.arange(6), labels].mean()
+    assert report.measures["loss"].change == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+    right = (ablated.output.argmax(1) == torch.tensor(labels)).double().mean()
+    assert report.measures["top1"].ablated == pytest.approx(float(right))
+    assert "top5" not in report.measures, "of three classes"
+    change = (ablated["out_relu"] - intact["out_relu"]).mean((0, 2, 3))
+    for d in report.downstream:
+        assert d.change == pytest.approx(float(change[d.unit.index]), rel=1e-3, abs=1e-5)
+    low, high = report.measures["kl"].low, report.measures["kl"].high
+    assert low <= report.measures["kl"].change <= high
+    assert len(report.random_groups) == 3
+    assert all(
+        len(g) == len(units) and not set(g) & set(report.units) for g in report.random_groups
+    )
+    json.dumps(report.to_dict())
+
+
+def test_mean_and_resample_put_in_what_they_say(branches: HookedModel) -> None:
+    x = branches.input.example(5)
+    values = branches.run(x, read=["cat"])["cat"]
+    mean = ablate(branches, ["cat:2"], x, how="mean", n_random=0)
+    own = values[:, 2].mean()
+    filled = branches.logits(
+        x, edits={"cat": lambda v: v.index_fill(1, torch.tensor([2]), float(own))}
+    )
+    p, q = branches.logits(x).double().log_softmax(1), filled.double().log_softmax(1)
+    kl = float((p.exp() * (p - q)).sum(1).mean())
+    assert mean.measures["kl"].change == pytest.approx(kl, rel=1e-3)
+    first, again = (ablate(branches, ["cat:2"], x, how="resample", seed=3) for _ in range(2))
+    assert first == again
+    other = ablate(branches, ["cat:2"], x, how="resample", seed=4)
+    assert other.measures["kl"].change != first.measures["kl"].change
+    same = ablate(branches, ["cat:2"], x[:1].expand(4, -1, -1, -1), how="resample", n_random=0)
+    assert same.measures["kl"].change == pytest.approx(0, abs=1e-9), "all examples are one"
+
+
+def test_groups_of_several_sites_and_p_values(branches: HookedModel) -> None:
+    x = branches.input.example(8)
+    report = ablate(
+        branches, ["cat:0", "out_relu:1"], x, n_random=4, pool=["cat:1", "cat:2", "out_relu:0"]
+    )
+    assert all([u.site for u in g] == ["cat", "out_relu"] for g in report.random_groups)
+    kl = report.measures["kl"]
+    at_least = sum(abs(r) >= abs(kl.change) for r in kl.random)
+    assert kl.p_value == pytest.approx((1 + at_least) / 5)
+
+
+def test_heads_and_next_tokens(bridge: HookedModel) -> None:
+    tokens = bridge.input.example(4)
+    report = ablate(bridge, ["blocks.0.attn.hook_z:1"], tokens, n_random=2)
+    logits = bridge.logits(
+        tokens, edits={"blocks.0.attn.hook_z": lambda z: z.index_fill(2, torch.tensor([1]), 0)}
+    )
+    loss = -logits.double().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    assert report.measures["loss"].ablated == pytest.approx(float(loss), rel=1e-5)
+    for how in ("mean", "resample"):
+        made = ablate(bridge, ["blocks.0.attn.hook_z:1"], tokens, how=how, n_random=1)
+        assert made.measures["kl"].change > 0
+
+
+def test_induction_heads_are_what_the_model_copies_with() -> None:
+    model = load_model("induction-by-hand")
+    tokens = Inputs(model, open_source("repeats")).first(16)
+    made = {
+        head: ablate(model, [f"blocks.{head}"], tokens, n_random=0).measures["loss"].change
+        for head in ("0.attn.hook_z:0", "1.attn.hook_z:0", "1.attn.hook_z:1")
+    }
+    assert made["0.attn.hook_z:0"] > 0.1
+    assert made["1.attn.hook_z:0"] > 0.05
+    assert abs(made["1.attn.hook_z:1"]) < 1e-6
+
+
+def test_bad_input_is_named(branches: HookedModel) -> None:
+    x = branches.input.example(3)
+    with pytest.raises(ValueError, match=r"^units: expected at least one"):
+        ablate(branches, [], x)
+    with pytest.raises(ValueError, match=r"^unit cat:1 is listed twice"):
+        ablate(branches, ["cat:1", "cat:1"], x)
+    with pytest.raises(ValueError, match=r"^labels: 2 for 3 examples, of 3 classes"):
+        ablate(branches, ["cat:1"], x, labels=[0, 1])
+    with pytest.raises(ValueError, match=r"^labels: 3 for 3 examples, of 3 classes"):
+        ablate(branches, ["cat:1"], x, labels=[0, 1, 3])
+    with pytest.raises(ValueError, match=r"^pool has 1 units of cat: expected at least 2"):
+        ablate(branches, ["cat:1", "cat:2"], x, pool=["cat:3"])
+    with pytest.raises(ValueError, match=r"^batches hold no example"):
+        ablate(branches, ["cat:1"], [])
+
+
+def test_labels_from_names_files_and_lists(tmp_path: Path) -> None:
+    shapes = open_source("shapes")
+    classes = load_model("shapes").classes
+    assert read_labels(shapes, classes)[: len(classes)] == list(range(len(classes)))
+    data = from_dataset([np.zeros((4, 4, 3), np.uint8)] * 2, "two")
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"labels": {"example 0": "b", "example 1": 0}}))
+    assert read_labels(data, ["a", "b"], path) == [1, 0]
+    path.write_text("[1, 1]")
+    assert read_labels(data, [], path) == [1, 1]
+    np.savez(tmp_path / "l.npz", labels=np.array([0, 1]))
+    assert read_labels(data, ["a", "b"], tmp_path / "l.npz") == [0, 1]
+    for text, message in (
+        ("[1]", r"1 labels for 2 examples"),
+        ("[0, 2]", r"label 2 of 'example 1' is no class: expected 0 to 1"),
+        ('{"example 0": 1}', r"'example 1' has no label"),
+        ('["a", "c"]', r"label 'c' of 'example 1' is no class"),
+        ("{", "cannot be read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_labels(data, ["a", "b"], path)
+    with pytest.raises(FileNotFoundError):
+        read_labels(data, [], tmp_path / "none.json")
+    with pytest.raises(ValueError, match="has no label"):
+        read_labels(data, ["a"])
+
+
+@pytest.mark.slow
+def test_googlenet_needs_its_curve_units(assets: Path) -> None:
+    """The ten units of the 5x5 branch that respond most to curves, beside random groups of the branch."""
+    model = load_model("googlenet")
+    source = open_source(f"folder:{assets / 'images/imagenet500'}")
+    labels = read_labels(source, model.classes, assets / "images/imagenet500_labels.json")
+    units = [336, 408, 326, 398, 386, 394, 413, 321, 358, 335]
+    report = ablate(
+        model, [f"mixed3b:{u}" for u in units], Inputs(model, source).upto(120), labels=labels[:120],
+        n_random=6, pool=[f"mixed3b:{u}" for u in range(320, 416)],
+    )  # fmt: skip
+    kl = report.measures["kl"]
+    assert kl.low > max(kl.random)
+    assert report.measures["top5"].intact > 0.85

@@ -1,0 +1,651 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from circuits.attribution import (
+    METHODS,
+    Attribution,
+    Passes,
+    Target,
+    attribute,
+    cams,
+    channel_groups,
+    direct_logit_attribution,
+    extremal,
+    extremal_channels,
+    meaningful,
+    parse_target,
+    relevance,
+    saliency,
+    surrogates,
+)
+from circuits.attribution.perturbations import hard, shown_by
+from circuits.harvesting import Inputs
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
+from circuits.stimuli.sources import open_source
+from circuits.units import Unit
+from tests.conftest import Branches, seeded
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # captum's own deprecations
+    import captum.attr as captum
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def double() -> HookedModel:
+    """Branches in float64, so that a gradient at a ReLU's corner is on the same side everywhere."""
+    return HookedModel(seeded(Branches()).double(), (3, 8, 10))
+
+
+@pytest.fixture
+def images(double: HookedModel) -> Tensor:
+    return double.fitted(double.input.example(3, seed=1))
+
+
+def hooks(model: HookedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.module.modules())
+
+
+# --- equal to captum ---------------------------------------------------------------------------
+
+
+def theirs(name: str, model: HookedModel, x: Tensor, top: Tensor) -> Tensor:
+    net, own = model.module, x.clone().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        match name:
+            case "gradient":
+                return captum.Saliency(net).attribute(own, top, abs=False)
+            case "gradient_x_input":
+                return captum.InputXGradient(net).attribute(own, top)
+            case "guided_backprop":
+                return captum.GuidedBackprop(net).attribute(own, top)
+            case "integrated_gradients":
+                return captum.IntegratedGradients(net).attribute(own, target=top, n_steps=50)
+            case _:
+                made = captum.Occlusion(net).attribute(x, (3, 4, 4), strides=(3, 3, 3), target=top)
+                return made[:, :1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["gradient", "gradient_x_input", "guided_backprop", "integrated_gradients", "occlusion"],
+)
+def test_input_attribution_equals_captum(double: HookedModel, images: Tensor, method: str) -> None:
+    options = {"occlusion": {"window": 4, "stride": 3}, "integrated_gradients": {"tolerance": None}}
+    made = saliency(double, images, "top", method, batch=4, **options.get(method, {}))
+    top = double.logits(images).argmax(1)
+    peer = theirs(method, double, images, top)
+    close(made.values, peer.double(), rtol=1e-6, atol=1e-6 if peer.dtype == torch.float32 else 1e-9)
+    close(made.target_values, double.logits(images).amax(1))
+
+
+def test_layer_attribution_equals_captum(double: HookedModel, images: Tensor) -> None:
+    net, top = double.module, double.logits(images).argmax(1)
+    layer = net.get_submodule("cat")
+    made = attribute(double, images, "top", "cat", check=0)
+    close(made.values, captum.LayerGradientXActivation(net, layer).attribute(images, top))
+    blank = double.run(torch.zeros_like(images[:1]), read=["cat"])["cat"][0]
+    whole = attribute(
+        double,
+        images,
+        "top",
+        "cat",
+        "integrated_gradients",
+        check=0,
+        tolerance=None,
+        baseline=blank,
+    )
+    close(whole.values, captum.LayerIntegratedGradients(net, layer).attribute(images, target=top))
+    cam = cams.grad_cam(Passes(double, images, "top", "out_relu"))
+    close(
+        cam[:, None], captum.LayerGradCam(net, net.get_submodule("out_relu")).attribute(images, top)
+    )
+
+
+# --- slow oracles ------------------------------------------------------------------------------
+
+
+def test_kernel_shap_over_all_subsets_is_shapley(double: HookedModel, images: Tensor) -> None:
+    pieces = torch.zeros(3, 8, 10, dtype=torch.long)
+    pieces[:, :4, 5:], pieces[:, 4:, :5], pieces[:, 4:, 5:] = 1, 2, 3
+    passes = Passes(double, images, "class:1")
+    found = surrogates.kernel_shap(passes, pieces, samples=14)
+    for example, x in enumerate(images):
+
+        def value(shown: set[int], x: Tensor = x) -> float:
+            mask = torch.isin(pieces[0], torch.tensor(sorted(shown), dtype=torch.long))
+            return float(double.logits((x * mask)[None])[0, 1])
+
+        for piece in range(4):
+            orders = list(itertools.permutations(range(4)))
+            gains = [
+                value({*order[: order.index(piece)], piece}) - value({*order[: order.index(piece)]})
+                for order in orders
+            ]
+            got = float(found[example, 0][pieces[0] == piece][0])
+            assert got == pytest.approx(np.mean(gains), abs=1e-5)
+
+
+def test_lime_is_a_weighted_ridge_regression(double: HookedModel, images: Tensor) -> None:
+    from sklearn.linear_model import Ridge
+
+    pieces = surrogates.superpixels(images, 9)
+    n = int(pieces[0].max()) + 1
+    found = surrogates.lime(Passes(double, images[:1], "class:0"), pieces[:1], samples=80, seed=3)
+    z = np.random.default_rng(3).integers(0, 2, (80, n)).astype(float)
+    z[0] = 1
+    shown = torch.tensor(z)[:, pieces[0]][:, None] * images[0]
+    y = double.logits(shown)[:, 0].numpy()
+    cosine = z.sum(1) / (np.sqrt(z.sum(1) * n) + 1e-300)
+    weights = np.exp(-((1 - cosine) ** 2) / 0.25**2)
+    fit = Ridge(alpha=1.0).fit(z, y, sample_weight=weights)
+    own = [float(found[0, 0][pieces[0] == k][0]) for k in range(n)]
+    np.testing.assert_allclose(own, fit.coef_, atol=1e-5)
+
+
+def test_integrated_gradients_are_the_mean_gradient_on_the_way(
+    double: HookedModel, images: Tensor
+) -> None:
+    made = saliency(double, images[:1], "class:2", "integrated_gradients", steps=64)
+    x = images[:1]
+    total = torch.zeros_like(x)
+    for k in range(4000):
+        point = (x * (k + 0.5) / 4000).requires_grad_(True)
+        total += torch.autograd.grad(double.run(point, grad=True).output[0, 2], point)[0]
+    close(made.values, x * total / 4000, rtol=0.02, atol=0.01)
+    difference = double.logits(x)[0, 2] - double.logits(x * 0)[0, 2]
+    assert abs(float(made.residual[0])) <= 0.01 * abs(float(difference))
+    close(made.values.sum() + made.residual[0], difference)
+
+
+def test_smoothed_gradients_are_moments_of_noisy_ones(double: HookedModel, images: Tensor) -> None:
+    x = images[1]
+    noise = torch.randn(6, *x.shape, generator=torch.Generator().manual_seed(4))
+    points = (x + 0.2 * (x.max() - x.min()) * noise).requires_grad_(True)
+    (each,) = torch.autograd.grad(double.run(points, grad=True).output[:, 1].sum(), points)
+    options = {"samples": 6, "noise": 0.2, "seed": 4, "batch": 6}
+    expected = {
+        "smoothgrad": each.mean(0),
+        "smoothgrad_squared": each.square().mean(0),
+        "vargrad": each.var(0, correction=0),
+    }
+    for method, value in expected.items():
+        made = saliency(double, images, "class:1", method, **options)
+        close(made.values[1], value)
+        again = saliency(double, images[1:2], "class:1", method, **options)
+        close(again.values[0], made.values[1]), "its noise does not depend on its company"
+    other = saliency(double, images, "class:1", "smoothgrad", **(options | {"seed": 5}))
+    assert not torch.equal(other.values[1], expected["smoothgrad"])
+
+
+def test_grad_cams_by_their_formulas(double: HookedModel, images: Tensor) -> None:
+    cache = double.run(images, read=["out_relu"])
+    a = cache["out_relu"].detach().requires_grad_(True)
+    value = double.run(images, edits={"out_relu": lambda _: a * 1}, grad=True).output[:, 0]
+    (g,) = torch.autograd.grad(value.sum(), a)
+    passes = Passes(double, images, "class:0", "out_relu")
+    close(cams.grad_cam(passes), (g.mean((2, 3), keepdim=True) * a).sum(1))
+    below = 2 * g**2 + a.sum((2, 3), keepdim=True) * g**3
+    alpha = torch.where(below == 0, 0, g**2 / below)
+    plus = ((alpha * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
+    close(cams.grad_cam_plus_plus(passes), plus)
+    close(cams.smooth_grad_cam_plus_plus(passes, samples=3, noise=0.0), plus)
+    large = saliency(double, images, "class:0", "grad_cam", site="out_relu")
+    close(
+        large.values.amax((2, 3))[:, 0],
+        cams.grad_cam(passes).relu().amax((1, 2)),
+        rtol=0.2,
+        atol=0.1,
+    )
+
+
+def test_occlusion_by_hand() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum((2, 3)).repeat(1, 2)
+
+    model = HookedModel(Sum(), (1, 4, 4))
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    made = saliency(model, x, "class:0", "occlusion", window=2, stride=2).values[0, 0]
+    blocks = torch.tensor([[0 + 1 + 4 + 5, 2 + 3 + 6 + 7], [8 + 9 + 12 + 13, 10 + 11 + 14 + 15.0]])
+    close(made, blocks.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_rise_finds_the_pixels_that_count() -> None:
+    class Corner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[:, 0, :8, :8].sum((1, 2)), x.sum((1, 2, 3)) * 0], 1)
+
+    model = HookedModel(Corner(), (1, 32, 32))
+    heat = saliency(model, torch.ones(1, 1, 32, 32), "class:0", "rise", samples=400).heat()[0]
+    assert heat[:8, :8].mean() > 1.2 * heat[16:, 16:].mean()
+
+
+# --- relevance ---------------------------------------------------------------------------------
+
+
+def _propagated(layers: list[nn.Linear], x: np.ndarray, rule: str, gamma: float) -> np.ndarray:
+    """Relevance of the inputs of a chain of linear layers and ReLUs for output 0, by the rules' definitions."""
+    activations = [x]
+    for layer in layers[:-1]:
+        w, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        activations.append(np.maximum(w @ activations[-1] + b, 0))
+    last = layers[-1]
+    z = last.weight.detach().numpy() @ activations[-1] + last.bias.detach().numpy()
+    relevance = np.zeros_like(z)
+    relevance[0] = z[0]
+    for layer, a in zip(layers[::-1], activations[::-1], strict=True):
+        w, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        out = np.zeros_like(a)
+        for j in range(len(w)):
+            shares = np.zeros_like(a)
+            bias = b[j]
+            own = sum(a[i] * w[j, i] for i in range(len(a))) + b[j]
+            if rule == "epsilon":
+                shares = a * w[j]
+            elif rule == "z_plus":
+                shares = np.array(
+                    [
+                        max(a[i], 0) * max(w[j, i], 0) + min(a[i], 0) * min(w[j, i], 0)
+                        for i in range(len(a))
+                    ]
+                )
+                bias = max(b[j], 0)
+            else:
+                strong = (lambda v: max(v, 0)) if own >= 0 else (lambda v: min(v, 0))
+                shares = np.array(
+                    [a[i] * w[j, i] + gamma * strong(a[i] * w[j, i]) for i in range(len(a))]
+                )
+                bias = b[j] + gamma * strong(b[j])
+            if relevance[j]:
+                out += shares / (shares.sum() + bias) * relevance[j]
+        relevance = out
+    return relevance
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma", "z_plus"])
+def test_relevance_follows_its_rules(rule: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3)]
+    net = nn.Sequential(
+        nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]
+    ).double()
+    model = HookedModel(net, (1, 2, 3))
+    x = torch.randn(2, 1, 2, 3, dtype=torch.float64)
+    made = relevance(model, x, "class:0", rule=rule, gamma=0.3)
+    for example in range(2):
+        expected = _propagated(layers, x[example].flatten().numpy(), rule, 0.3)
+        np.testing.assert_allclose(made.values[example].flatten().numpy(), expected, rtol=1e-6)
+    assert float(made.residual.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["gradient", "epsilon", "gamma", "z_plus"])
+@pytest.mark.parametrize("site", ["input", "stem_relu", "cat", "bn"])
+def test_relevance_is_conserved(double: HookedModel, images: Tensor, rule: str, site: str) -> None:
+    made = relevance(double, images, "top", site, rule=rule)
+    if rule == "gradient":  # not through the response normalisation
+        made = relevance(double, images, "top", "cat", rule=rule)
+    total = made.units().sum(1) + sum(made.parts.values())
+    close(total, made.target_values, rtol=1e-6, atol=1e-6)
+    if site == "bn" and rule != "gradient":
+        assert made.parts["elsewhere"].abs().min() > 1e-3, "what is added to it"
+
+
+def test_relevance_of_concepts_adds_up(double: HookedModel, images: Tensor) -> None:
+    whole = relevance(
+        double, images, "class:1", rule="z_plus", through=[f"cat:{i}" for i in range(6)]
+    )
+    parts = [
+        relevance(double, images, "class:1", rule="z_plus", through=[f"cat:{i}"]) for i in range(6)
+    ]
+    close(sum(p.values for p in parts), whole.values)
+    assert parts[0].residual is None
+    assert parts[0].settings["through"] == "cat:0"
+
+
+def test_weights_times_activations_and_bias_are_the_pre_activation(
+    double: HookedModel, images: Tensor
+) -> None:
+    made = relevance(double, images, Target("bn", 2, at=(1, 3)), "cat", rule="gradient")
+    h = double.run(images, read=["cat", "bn"])
+    bn = double.module.get_submodule("bn")
+    scale = (bn.weight[2] / (bn.running_var[2] + bn.eps).sqrt()).item()
+    kernel = double.module.get_submodule("inner").weight[2].detach() * scale
+    around = h["cat"][:, :, 0:3, 2:5]
+    terms = around * kernel
+    close(made.values[:, :, 0:3, 2:5], terms)
+    bias = (bn.bias[2] - bn.running_mean[2] * scale).detach()
+    close(made.parts["biases"], bias.expand(3))
+    close(terms.sum((1, 2, 3)) + bias, h["bn"][:, 2, 1, 3])
+    assert float(made.residual.abs().max()) < 1e-9
+
+
+def test_relevance_of_a_transformer_is_conserved(bridge: HookedModel) -> None:
+    tokens = bridge.input.example(3)
+    for site in ("hook_embed", "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post"):
+        made = relevance(bridge, tokens, "top", site)
+        assert float(made.residual.abs().max()) < 1e-4 * max(
+            1, float(made.target_values.abs().max())
+        )
+
+
+# --- channels ----------------------------------------------------------------------------------
+
+
+def test_a_pass_begins_at_the_site_only_where_all_depends_on_it(
+    branches: HookedModel, bridge: HookedModel
+) -> None:
+    x = branches.input.example(4)
+    seen: list[int] = []
+    for site, alone in (("cat", True), ("out_relu", True), ("left_relu", False), ("bn", False)):
+        passes = Passes(branches, x, "top", site, batch=3)
+        assert passes.alone is alone, site
+        points = passes.points * 0.5
+        given = branches.run(x, edits={site: lambda v: v * 0.5}).output
+        close(passes.value(points, torch.arange(4)), given[torch.arange(4), passes.aim.indices])
+        order = torch.tensor([2, 0, 0, 3, 1])
+        close(passes.value(points[order], order), passes.value(points, torch.arange(4))[order])
+        seen.append(len(points))
+    tokens = bridge.input.example(2)
+    assert Passes(bridge, tokens, "top", "blocks.1.hook_resid_pre").alone
+    assert not Passes(bridge, tokens, "top", "blocks.0.attn.hook_z").alone
+
+
+def test_no_pass_is_larger_than_asked(branches: HookedModel) -> None:
+    sizes: list[int] = []
+    handle = branches.module.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    x = branches.input.example(3)
+    try:
+        attribute(branches, x, "top", "cat", "integrated_gradients", steps=40, batch=5)
+        attribute(branches, x, "top", "cat", "ablation", batch=2)
+        saliency(branches, x, "top", "rise", samples=30, cells=3, batch=5)
+        saliency(branches, x, "top", "smoothgrad", samples=30, batch=5)
+        saliency(branches, x, "top", "occlusion", window=2, stride=1, batch=5)
+    finally:
+        handle.remove()
+    assert max(sizes) <= 5
+    assert hooks(branches) == 0
+
+
+def test_ablation_is_what_the_target_loses(branches: HookedModel) -> None:
+    x = branches.input.example(2)
+    made = attribute(branches, x, "class:1", "cat", "ablation", check=6)
+    for unit in range(6):
+
+        def without(value: Tensor, unit: int = unit) -> Tensor:
+            return value.index_fill(1, torch.tensor([unit]), 0)
+
+        lost = branches.logits(x)[:, 1] - branches.logits(x, edits={"cat": without})[:, 1]
+        close(made.units()[:, unit], lost, rtol=1e-4, atol=1e-4)
+    assert made.check is not None
+    assert made.check.correlation == pytest.approx(1.0)
+    mean = attribute(branches, x, "class:1", "cat", "ablation", baseline="mean", check=0)
+    assert not torch.allclose(mean.values, made.values)
+
+
+def test_targets_inside_the_network(branches: HookedModel) -> None:
+    x = branches.input.example(2)
+    cache = branches.run(x, read=["bn"])
+    places = cache["bn"][:, 3].flatten(1).argmax(1)
+    made = attribute(branches, x, "bn:3", "cat", check=0)
+    assert made.aims == tuple(f"bn:3@{p // 5},{p % 5}" for p in places.tolist())
+    close(made.target_values, cache["bn"][:, 3].amax((1, 2)))
+    fixed = attribute(branches, x, "bn:3@0,2", "cat", check=0)
+    close(fixed.target_values, cache["bn"][:, 3, 0, 2])
+    assert fixed.values[..., 2:, :].abs().max() == 0, "a 3x3 kernel sees no further"
+    each = attribute(branches, x, Target("fc", (2, 0)), "cat", check=0)
+    close(each.target_values, branches.logits(x)[[0, 1], [2, 0]])
+    between = attribute(branches, x, Target("fc", 1, against=0), "cat", check=0)
+    logits = branches.logits(x)
+    close(between.target_values, logits[:, 1] - logits[:, 0])
+    probable = attribute(branches, x, Target("fc", 1, quantity="probability"), "cat", check=0)
+    close(probable.target_values, logits.softmax(1)[:, 1])
+
+
+def test_in_place_and_reused_modules(own_net: HookedModel) -> None:
+    x = own_net.input.example(2)
+    for site in ("stem", "block.act@0", "block.act@1"):
+        made = attribute(own_net, x, "class:2", site, "integrated_gradients", check=4)
+        change = own_net.logits(x)[:, 2] - own_net.logits(x, edits={site: torch.zeros_like})[:, 2]
+        close(made.units().sum(1) + made.residual, change, rtol=1e-3, atol=1e-4)
+    guided = saliency(own_net, x, "class:2", "guided_backprop")
+    assert guided.values.abs().max() > 0
+    assert hooks(own_net) == 0
+
+
+def test_groups_of_channels_split_a_linear_effect() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    )
+    model = HookedModel(net, (1, 12, 12))
+    passes = Passes(model, model.input.example(3), "class:0", "1")
+    found = channel_groups(passes, 6)
+    close(found.effects, found.removed, rtol=1e-3, atol=1e-4)
+    assert found.hidden < 0.01
+    assert found.maps.shape == (3, 6, 10, 10)
+    with pytest.raises(ValueError, match=r"^k 7 must be from 1 to 6"):
+        channel_groups(passes, 7)
+
+
+def test_saved_and_read_again(branches: HookedModel, tmp_path: Path) -> None:
+    made = attribute(branches, branches.input.example(2), "top", "cat", "relevance", data="noise")
+    made.save(tmp_path / "a.safetensors")
+    again = Attribution.load(tmp_path / "a.safetensors")
+    assert again.to_dict() == made.to_dict()
+    close(again.values, made.values)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not one that was saved"):
+        Attribution.load(tmp_path / "a.safetensors")
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
+    x = branches.input.example(2)
+    with pytest.raises(ValueError, match=r"'class:3' is out of range: expected class:0 to 2"):
+        attribute(branches, x, "class:3", "cat")
+    with pytest.raises(ValueError, match=r"unit cat:6 does not exist"):
+        saliency(branches, x, "cat:6", "gradient")
+    with pytest.raises(ValueError, match=r"inputs are of 9 x 10 pixels.*takes 8 x 10"):
+        saliency(branches, torch.zeros(1, 3, 9, 10), "top", "gradient")
+    resized = saliency(branches, torch.rand(1, 3, 16, 20), "top", "gradient", size="resize")
+    assert resized.values.shape == (1, 3, 8, 10)
+    with pytest.raises(ValueError, match="no gradient leads from stem:0 to site cat"):
+        attribute(branches, x, "stem:0", "cat")
+    with pytest.raises(ValueError, match="no gradient leads from stem:0 to site cat"):
+        relevance(branches, x, "stem:0", "cat")
+    with pytest.raises(ValueError, match="position 9 along y must be from -4 to 3"):
+        attribute(branches, x, "bn:0@9,0", "cat")
+    with pytest.raises(ValueError, match=r"position \(1,\) does not fit the axes"):
+        attribute(branches, x, "bn:0@1", "cat")
+    with pytest.raises(ValueError, match="target has 3 indices for 2 examples"):
+        attribute(branches, x, Target("fc", (0, 1, 2)), "cat")
+    with pytest.raises(
+        TypeError, match="has no option 'samples': expected blank, steps, tolerance"
+    ):
+        saliency(branches, x, "top", "integrated_gradients", samples=3)
+    with pytest.raises(ValueError, match="window 9 must be at least 1 and at most 8"):
+        saliency(branches, x, "top", "occlusion", window=9)
+    with pytest.raises(ValueError, match=r"target 'what' is not one of top, class:NAME"):
+        parse_target(branches, "what")
+    with pytest.raises(ValueError, match="takes tokens"):
+        saliency(bridge, bridge.input.example(2), "top", "gradient")
+    with pytest.raises(ValueError, match="site 'cat': only class activation maps"):
+        saliency(branches, x, "top", "gradient", site="cat")
+    with pytest.raises(ValueError, match="has no ReLU before stem:0"):
+        saliency(branches, x, "stem:0", "guided_backprop")
+    assert hooks(branches) == 0
+
+
+def test_every_method_explains_classes_and_units(branches: HookedModel) -> None:
+    x = branches.input.example(2)
+    few = {"samples": 8}
+    options: dict[str, dict] = {
+        "smoothgrad": few, "vargrad": few, "smoothgrad_squared": few, "lime": few | {"segments": 6},
+        "kernel_shap": few | {"segments": 6}, "rise": few | {"cells": 3},
+        "occlusion": {"window": 3, "stride": 2}, "smooth_grad_cam_plus_plus": few,
+    }  # fmt: skip
+    for method in METHODS:
+        for target, site in (("top", None), ("bn:1", "cat")):
+            at = {"site": site} if "cam" in method and site else {}
+            made = saliency(branches, x, target, method, **options.get(method, {}), **at)
+            again = saliency(branches, x, target, method, **options.get(method, {}), **at)
+            assert torch.equal(made.values, again.values), method
+            assert made.heat().shape == (2, 8, 10)
+            assert bool(torch.isfinite(made.values).all())
+            assert made.model_hash == branches.hash
+
+
+# --- perturbations -----------------------------------------------------------------------------
+
+
+class Patch(nn.Module):
+    """Class 0 is how bright and sharp a patch is, class 1 the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rough = (x[:, :, 1:, 1:] - x[:, :, :-1, :-1]).square().mean(1)
+        patch = rough[:, 8:24, 40:56].mean((1, 2))
+        return torch.stack([patch, rough.mean((1, 2))], 1)
+
+
+def test_extremal_masks_cover_what_counts() -> None:
+    model = HookedModel(Patch(), (3, 64, 64))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = extremal(model, x, "class:0", area=0.1, steps=100, step=4, sigma=8.0)
+    assert found.masks.mean() == pytest.approx(0.13, abs=0.07)
+    kept = hard(found.masks, 0.1)
+    assert kept[:, 0, 8:24, 40:56].mean() > 0.8
+    assert (found.values > 2 * found.random).all()
+    assert (found.blank < 0.2 * found.intact).all()
+    gone = extremal(model, x, "class:0", area=0.1, variant="delete", steps=100, step=4, sigma=8.0)
+    assert (gone.values < 0.5 * gone.random).all()
+    goal = Passes(model, x, "class:0")
+    assert (shown_by(goal, kept) > shown_by(goal, kept.flip(3))).all()
+
+
+def test_meaningful_masks_are_small_and_in_place() -> None:
+    model = HookedModel(Patch(), (3, 64, 64))
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = meaningful(model, x, "class:0", steps=80, cells=16)
+    inside = found.masks[0, 0, 8:24, 40:56].mean()
+    assert inside > 0.5
+    assert found.masks.mean() < 0.5 * inside
+    assert found.values[0] < 0.5 * found.intact[0]
+
+
+def test_extremal_channels_are_the_largest_terms() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(1, 20, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 2)
+    )
+    model = HookedModel(net, (1, 12, 12))
+    x = model.input.example(3)
+    terms = attribute(model, x, "class:0", "1", check=0).units()
+    found = extremal_channels(model, x, "class:0", "1", area=0.2)
+    chosen = hard(found.masks, 0.2).bool()
+    best = terms.topk(4, 1).values.sum(1)
+    close((terms * chosen).sum(1), best, rtol=0.1, atol=1e-3)
+    assert (found.values > found.random).all()
+
+
+# --- transformers ------------------------------------------------------------------------------
+
+
+def test_direct_logit_attribution_sums_to_the_logit(bridge: HookedModel) -> None:
+    tokens = bridge.input.example(4)
+    for target in ("top", "token:3", "token:3@0", Target("hook_unembed", 3, against=5)):
+        found = direct_logit_attribution(bridge, tokens, target)
+        close(found.values.sum(1), found.logits, rtol=1e-4, atol=1e-5)
+        assert float(found.residual.abs().max()) < 1e-5
+    cache = bridge.run(tokens, read=["blocks.0.attn.hook_z"])
+    assert "blocks.0.attn.hook_z:3" in found.names
+    assert cache["blocks.0.attn.hook_z"].shape[2] == 4
+
+
+def test_direct_logits_of_a_head_are_what_removing_it_takes_directly() -> None:
+    model = load_model(
+        "induction-by-hand"
+    )  # it has no normalisation: parts can be taken out one by one
+    tokens = Inputs(model, open_source("repeats")).first(4)
+    found = direct_logit_attribution(model, tokens)
+    part = found.values[:, found.names.index("blocks.1.attn.hook_z:0")]
+    without = model.logits(
+        tokens, edits={"blocks.1.attn.hook_z": lambda z: z.index_fill(2, torch.tensor([0]), 0)}
+    )
+    top = model.logits(tokens)[:, -1].argmax(1)
+    lost = found.logits - without[torch.arange(4), -1, top]
+    close(part, lost, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["induction", "stories260k", "induction-infinite"])
+def test_heads_and_neurons_are_ranked_as_ablation_does(name: str, request) -> None:
+    if name != "induction":
+        request.getfixturevalue("assets")
+    model = load_model(name)
+    if name == "stories260k":
+        texts = ["Once upon a time there was a little", "Lily and Ben went to the park and"]
+        tokens = torch.tensor([model.input.encode(t)[:8] for t in texts])
+        sites = ["blocks.2.attn.hook_z", "blocks.4.mlp.hook_post"]
+    else:
+        tokens = Inputs(model, open_source("repeats")).first(4)[:, : model.input.n_ctx]
+        sites = ["blocks.1.attn.hook_z"]
+    for site in sites:
+        made = attribute(model, tokens, "top", site, "integrated_gradients", check=32)
+        assert made.check is not None
+        assert made.check.correlation > max(0.5, made.check.chance), (site, made.check)
+
+
+# --- real photographs --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_googlenet_equals_captum_and_is_complete(assets: Path) -> None:
+    single = load_model("googlenet")
+    x = Inputs(single, open_source(f"folder:{assets / 'images/imagenet500'}")).first(2)
+    # in float32 rounding puts some ReLU of a quarter of the images on its other side
+    model = HookedModel(copy.deepcopy(single.module).double(), single.input)
+    x, net = x.double(), model.module
+    top = model.logits(x).argmax(1)
+    for method in ("gradient", "gradient_x_input", "guided_backprop"):
+        made = saliency(model, x, "top", method).values
+        peer = theirs(method, model, x, top).detach()
+        assert float((made - peer).abs().max() / peer.abs().max()) < 1e-5, method
+    layer = net.get_submodule("mixed4c")
+    made = attribute(model, x, "top", "mixed4c", check=0).values
+    peer = captum.LayerGradientXActivation(net, layer).attribute(x, top).detach()
+    assert float((made - peer).abs().max() / peer.abs().max()) < 1e-5
+    whole = attribute(model, x, "top", "mixed4c", "integrated_gradients", check=0)
+    gained = whole.target_values - model.logits(x, edits={"mixed4c": torch.zeros_like})[[0, 1], top]
+    assert bool((whole.residual.abs() <= 0.01 * gained.abs()).all())
+    units = relevance(model, x, "mixed4c:20@5,5", "mixed4a", rule="gradient")
+    assert float((units.residual.abs() / units.target_values.abs().clamp_min(1)).max()) < 1e-4
+    pre = relevance(
+        model, x, "mixed3b_3x3_pre_relu:9@14,14", "mixed3b_3x3_bottleneck", rule="gradient"
+    )
+    bias = net.get_submodule("mixed3b_3x3_pre_relu").bias[9].detach()
+    close(pre.units().sum(1) + bias, pre.target_values, rtol=1e-5, atol=1e-3)
+
+
+def test_units_parse_as_targets(branches: HookedModel) -> None:
+    assert parse_target(branches, "cat:2") == Target("cat", 2)
+    made = replace(parse_target(branches, "class:1", against="class:0"), quantity="probability")
+    assert str(made) == "p(fc:1 - fc:0)"
+    assert (
+        attribute(branches, branches.input.example(1), Unit("bn", 0), "cat", check=0).target
+        == "bn:0"
+    )
