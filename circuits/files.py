@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import math
 import os
 import tempfile
 import time
@@ -51,9 +52,23 @@ def _remove_if_left(temporary: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, all or nothing."""
+    """Write `value` as indented JSON, all or nothing; null for NaN and infinity."""
+    text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(folder: Path, what: str) -> Path:

@@ -150,7 +150,7 @@ def test_lime_is_a_weighted_ridge_regression(double: HookedModel, images: Tensor
     shown = torch.tensor(z)[:, pieces[0]][:, None] * images[0]
     y = double.logits(shown)[:, 0].numpy()
     cosine = z.sum(1) / (np.sqrt(z.sum(1) * n) + 1e-300)
-    weights = np.exp(-((1 - cosine) ** 2) / 0.25**2)
+    weights = np.sqrt(np.exp(-((1 - cosine) ** 2) / 0.25**2))
     fit = Ridge(alpha=1.0).fit(z, y, sample_weight=weights)
     own = [float(found[0, 0][pieces[0] == k][0]) for k in range(n)]
     np.testing.assert_allclose(own, fit.coef_, atol=1e-5)
@@ -649,3 +649,61 @@ def test_units_parse_as_targets(branches: HookedModel) -> None:
         attribute(branches, branches.input.example(1), Unit("bn", 0), "cat", check=0).target
         == "bn:0"
     )
+
+
+class Odd(nn.Module):
+    """What relevance should not lose: attention, group norm, in-place activations, constants, a look-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.act = nn.SiLU(inplace=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.place = nn.Embedding(16, 8)
+        self.out = nn.Linear(8, 3)
+        self.register_buffer("shift", torch.full((3,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x - 0.2)))
+        tokens = x.flatten(2).transpose(1, 2) + self.place(torch.arange(16))
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        return self.out((tokens + mixed).mean(1)) + 1.0 - self.shift
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma", "z_plus"])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_relevance_accounts_for_attention_norms_and_constants(rule: str, n: int) -> None:
+    model = HookedModel(seeded(Odd()), (3, 4, 4))
+    x = model.input.example(n)
+    made = relevance(model, x, "class:1", rule=rule)
+    assert float(made.residual.abs().max()) < 1e-3 * float(made.target_values.abs().max())
+    close(made.target_values, model.logits(x)[:, 1])
+    alone = relevance(model, x[:1], "class:1", rule=rule)
+    close(alone.parts["biases"], made.parts["biases"][:1], rtol=1e-3, atol=1e-4)
+
+
+def test_results_do_not_depend_on_the_batch(branches: HookedModel) -> None:
+    x = branches.input.example(3)
+    for method, options in (("rise", {"samples": 20, "cells": 3}), ("smoothgrad", {"samples": 7})):
+        one = saliency(branches, x, "top", method, batch=3, seed=2, **options)
+        other = saliency(branches, x, "top", method, batch=8, seed=2, **options)
+        close(one.values, other.values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_for_each_example(branches: HookedModel) -> None:
+    x = branches.input.example(2)
+    made = attribute(branches, x, Target("bn", 1, at=((0, 1), (2, 3))), "cat", check=0, batch=1)
+    cache = branches.run(x, read=["bn"])["bn"]
+    close(made.target_values, torch.stack([cache[0, 1, 0, 1], cache[1, 1, 2, 3]]))
+    assert made.aims == ("bn:1@0,1", "bn:1@2,3")
+    with pytest.raises(ValueError, match="target has 3 positions for 2 examples"):
+        attribute(branches, x, Target("bn", 1, at=((0, 1), (2, 3), (0, 0))), "cat")
+
+
+def test_names_of_several_classes_are_refused() -> None:
+    net = seeded(Branches())
+    model = HookedModel(net, (3, 8, 10), classes=("crane", "dog", "crane"))
+    with pytest.raises(ValueError, match="class 'crane' is the name of 0 and 2: give its number"):
+        parse_target(model, "class:crane")
+    assert parse_target(model, "class:dog").index == 1

@@ -4,10 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from circuits.attribution import ablate, attribute, saliency
 from circuits.equivariance import Equivariance
-from circuits.figures import circuit_figure, family_figure, kernels_figure, save_figure
+from circuits.figures import (
+    ablation_figure,
+    attribution_figure,
+    circuit_figure,
+    family_figure,
+    kernels_figure,
+    saliency_figure,
+    save_figure,
+    tuning_figure,
+)
+from circuits.figures.tunings import overlaid
 from circuits.graph import CircuitGraph, UnitGroup, collapse
 from circuits.models.adapter import HookedModel
 from circuits.units import Unit
@@ -67,3 +79,36 @@ def test_a_family_matrix_shows_chance_beside_it() -> None:
     title = figure.get_suptitle()
     assert "correlation with cos(angle between) 0.75, by chance 0 ± 0.20, p 0.02" in title
     assert "explained 0.50, by chance 0.10, p 0.01 (seed 0)" in title
+
+
+def test_ablations_attributions_and_tunings_are_drawn(
+    branches: HookedModel, tmp_path: Path
+) -> None:
+    x = branches.input.example(4)
+    report = ablate(branches, ["cat:1"], x, labels=[0, 1, 2, 0], n_random=3)
+    figure = ablation_figure(report)
+    assert len(figure.axes) == len(report.measures)
+    kl = figure.axes[list(report.measures).index("kl")]
+    drawn = [c for c in kl.collections if len(c.get_offsets()) == 3]
+    np.testing.assert_allclose(
+        np.asarray(drawn[0].get_offsets())[:, 1], report.measures["kl"].random
+    )
+    made = attribute(branches, x, "top", "cat", check=0)
+    bars = attribution_figure(made, torch.rand(4, 3, 8, 10), top=3)
+    heights = [patch.get_height() for patch in bars.axes[0].patches]
+    np.testing.assert_allclose(heights, [v for _, v in made.top(0, 3)], rtol=1e-5)
+    heats = {m: saliency(branches, x, "top", m).heat() for m in ("gradient", "occlusion")}
+    save_figure(saliency_figure(torch.rand(4, 3, 8, 10), heats), tmp_path / "s.png")
+    assert len(np.unique(colours(tmp_path / "s.png"), axis=0)) > 50
+    with pytest.raises(ValueError, match="nothing to draw"):
+        tuning_figure([])
+
+
+def test_overlays_are_red_for_and_blue_against() -> None:
+    heat = np.zeros((4, 4))
+    heat[0, 0], heat[3, 3] = 2.0, -2.0
+    made = overlaid(np.full((4, 4, 3), 0.5), heat, limit=2.0)
+    red, blue, rest = made[0, 0], made[3, 3], made[1, 1]
+    assert red[0] > 2 * red[2]
+    assert blue[2] > 2 * blue[0]
+    assert rest[0] == rest[1] == rest[2]

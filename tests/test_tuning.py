@@ -67,6 +67,17 @@ def test_measures_by_hand() -> None:
         measure_tuning(angles, np.full(6, np.nan))
 
 
+def test_what_is_itself_after_half_a_turn_has_a_direction_and_no_echo() -> None:
+    curve = bump(70, 30, 1.0)
+    found = measure_tuning(TURN, curve, period=180)
+    assert found.direction.value == pytest.approx(70, abs=0.5)
+    assert found.circular_variance.value < 0.2
+    assert np.isnan(found.echo.value)
+    wide = np.ones(36)
+    wide[3:5] = 0.1
+    assert half_width(np.arange(0, 360, 10.0), wide) == 340
+
+
 def test_intervals_hold_what_replicates_differ_by() -> None:
     generator = np.random.default_rng(0)
     curves = np.stack([bump(c, 40) for c in generator.normal(100, 6, 24).round()])

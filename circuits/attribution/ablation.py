@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -153,7 +155,7 @@ def ablate(
         batches: the examples, as the model takes them.
         labels: the class of each; for tokens the next token is the label.
         how: what takes the units' place; `resample` takes them from another example of the batch.
-        n_random: random groups, each with as many units of each site.
+        n_random: different random groups, each with as many units of each site; all there are, if fewer.
         pool: units that they are drawn from; all of the same sites if not given. The group itself is left
             out where enough others are left.
         later: a site behind whose units are looked at too.
@@ -172,13 +174,16 @@ def ablate(
         raise ValueError(f"how {how!r} is not one of {', '.join(get_args(How))}")
     if n_random < 0 or top < 0:
         raise ValueError(f"n_random {n_random} and top {top} must be 0 or more")
-    others = _random_groups(model, group, pool, n_random, seed)
-    parts = list(batches.split(32) if isinstance(batches, Tensor) else batches)
+    others, drawn_from = _random_groups(model, group, pool, n_random, seed)
+    parts = _parts(batches, how)
     n = sum(map(len, parts))
     if not n:
         raise ValueError("batches hold no example")
     outputs = output_site(model).n_units
-    if labels is not None and (len(labels) != n or not all(0 <= i < outputs for i in labels)):
+    if labels is not None and isinstance(model.input, TokenInput):
+        raise ValueError("labels: tokens have the next token as label")
+    whole = labels is None or all(isinstance(i, int) and 0 <= i < outputs for i in labels)
+    if labels is not None and (len(labels) != n or not whole):
         raise ValueError(f"labels: {len(labels)} for {n} examples, of {outputs} classes")
     later_site = None if later is None else model.site(later)
     if later_site is not None and model.last([later_site, *(u.site for u in group)]) != later_site:
@@ -201,12 +206,24 @@ def ablate(
         if progress is not None:
             progress(done, n)
     generator = np.random.default_rng(seed)
-    measures = {k: _difference(np.concatenate(v, 1), generator) for k, v in run.numbers.items()}
+    numbers = {k: np.concatenate(v, 1) for k, v in run.numbers.items()}
+    # an example without a label has no number in any variant
+    known = {k: v[:, ~np.isnan(v[0])] for k, v in numbers.items()}
+    measures = {k: _difference(v, generator) for k, v in known.items() if v.shape[1]}
     return AblationReport(
         group, how, measures, _classes(model, labels, run), _downstream(later_site, run, top), tuple(others),
-        "all others of the site" if pool is None else f"{len(pool)} units given", n, model.name,
+        drawn_from, n, model.name,
         model.hash, data, seed,
     )  # fmt: skip
+
+
+def _parts(batches: Iterable[Tensor] | Tensor, how: How) -> list[Tensor]:
+    """Batches; a last one of a single example goes with the one before, if it is to be resampled."""
+    parts = list(batches.split(32) if isinstance(batches, Tensor) else batches)
+    alone = how == "resample" and len(parts) > 1 and len(parts[-1]) == 1
+    if alone and parts[-1].shape[1:] == parts[-2].shape[1:]:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def _checked_group(model: HookedModel, units: Sequence[str | Unit]) -> tuple[Unit, ...]:
@@ -225,28 +242,39 @@ def _random_groups(
     pool: Sequence[str | Unit] | None,
     n: int,
     seed: int,
-) -> list[tuple[Unit, ...]]:
+) -> tuple[list[tuple[Unit, ...]], str]:
+    """Different random groups, none the group itself, and what they were drawn from."""
     given = None if pool is None else [model.unit(unit) for unit in pool]
-    choices: dict[str, tuple[int, list[Unit]]] = {}
+    source = "all others of the site" if given is None else f"{len(given)} units given"
+    choices: list[tuple[int, list[Unit]]] = []
     for site in dict.fromkeys(unit.site for unit in group):
         wanted = sum(unit.site == site for unit in group)
         all_units = [model.site(site).unit(i) for i in range(model.site(site).n_units)]
         among = all_units if given is None else sorted({u for u in given if u.site == site})
         rest = [unit for unit in among if unit not in group]
-        if len(rest) < wanted:
-            rest = among  # too few others: groups overlap with it
         if len(rest) < wanted and n:
-            raise ValueError(f"pool has {len(rest)} units of {site}: expected at least {wanted}")
-        choices[site] = wanted, rest
+            if given is not None:
+                raise ValueError(
+                    f"pool has {len(rest)} other units of {site}: expected at least {wanted}"
+                )
+            rest, source = among, "all of the site, the group's own too: there are too few others"
+        choices.append((wanted, rest))
     generator = np.random.default_rng(seed)
-    return [
-        tuple(
+    ways = math.prod(math.comb(len(rest), wanted) for wanted, rest in choices)
+    if ways <= n + 1:  # all there are
+        each = [itertools.combinations(rest, wanted) for wanted, rest in choices]
+        every = [tuple(itertools.chain(*parts)) for parts in itertools.product(*each)]
+        return [g for g in every if set(g) != set(group)][:n], source
+    found: dict[tuple[Unit, ...], None] = {}
+    while len(found) < n:
+        drawn = tuple(
             rest[i]
-            for wanted, rest in choices.values()
+            for wanted, rest in choices
             for i in sorted(generator.choice(len(rest), wanted, replace=False).tolist())
         )
-        for _ in range(n)
-    ]
+        if set(drawn) != set(group):
+            found[drawn] = None
+    return list(found), source
 
 
 class _Run:
@@ -270,9 +298,7 @@ class _Run:
         self.generator = Generator().manual_seed(seed)
         self.numbers: dict[str, list[np.ndarray]] = {}
         self.right: list[np.ndarray] = []  # of the intact model and of the group
-        self.activity: Tensor | None = (
-            None  # variant x unit of the later site, summed over examples
-        )
+        self.activity: Tensor | None = None  # sums over examples: variant x unit of the later site
         self.n = 0
         self._alone: bool | None = None
 
@@ -299,20 +325,37 @@ class _Run:
         end = output_site(self.model)
         read = [*self.sites, end, *([self.later] if self.later is not None else [])]
         cache = self.model.run(x, read=read)
-        order = torch.randperm(len(x), generator=self.generator)
-        # each example's replacement is the next one in a random order, never itself
-        other = torch.empty_like(order)
-        other[order] = order.roll(-1)
-        logits, activity = [self._rows(cache[end])], [self._activity(cache)]
+        other = self._others(len(x))
+        rows = self._rows(cache[end])
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(
+                f"model {self.model.name} puts out what is not finite on an example as it is"
+            )
+        counted = _Counted(rows, self._labels(x, labels))
+        numbers, activity = [counted.of(rows)], [self._activity(cache)]
         for group in self.groups:
             changed = self._without(x, cache, group, other, read[len(self.sites) :])
-            logits.append(self._rows(changed[end.name]))
+            numbers.append(counted.of(self._rows(changed[end.name])))
             activity.append(self._activity(changed))
-        self._count(torch.stack(logits), self._labels(x, labels))
+        for name in numbers[0]:
+            self.numbers.setdefault(name, []).append(np.stack([of[name] for of in numbers]))
+        if "top1" in numbers[0]:
+            self.right.append(np.stack([of["top1"] for of in numbers[:2]]))
         if self.later is not None:
             stacked = torch.stack([a for a in activity if a is not None])
             self.activity = stacked if self.activity is None else self.activity + stacked
         self.n += len(x)
+
+    def _others(self, n: int) -> Tensor:
+        """For each example another one: the next in a random order."""
+        if n == 1 and self.how == "resample":
+            raise ValueError(
+                "how 'resample' needs two examples in every batch: one has a single example"
+            )
+        order = torch.randperm(n, generator=self.generator)
+        other = torch.empty_like(order)
+        other[order] = order.roll(-1)
+        return other
 
     def _rows(self, value: Tensor) -> Float[Tensor, "example position output"]:
         return unit_activations(output_site(self.model), value).movedim(1, 2).double()
@@ -378,34 +421,47 @@ class _Run:
             return following.to(self.model.device)
         return None if labels is None else labels[:, None]
 
-    def _count(
-        self, logits: Float[Tensor, "variant example position output"], labels: Tensor | None
+
+class _Counted:
+    """What is counted of a batch's predictions, in a variant beside the intact model's.
+
+    Args:
+        intact: the logits.
+        labels: one for each example and position, -1 where there is none.
+    """
+
+    def __init__(
+        self, intact: Float[Tensor, "example position output"], labels: Tensor | None
     ) -> None:
-        intact = logits[:1]
-        log_p, log_q = intact.log_softmax(-1), logits.log_softmax(-1)
-        first = intact.argmax(-1, keepdim=True)
+        self.intact = intact.log_softmax(-1)
+        self.first = intact.argmax(-1, keepdim=True)
+        if labels is not None and labels.shape[1] != intact.shape[1]:
+            raise ValueError(
+                f"labels: one an example, but the model puts out {intact.shape[1]} predictions an example"
+            )
+        self.labels = labels
+
+    def of(self, logits: Float[Tensor, "example position output"]) -> dict[str, np.ndarray]:
+        """One number an example, by name."""
+        log_q = logits.log_softmax(-1)
         found = {
-            "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
-            "top1_changed": (logits.argmax(-1, keepdim=True) != first).double()[..., 0],
-            "logit": logits.gather(-1, first.expand(len(logits), -1, -1, -1))[..., 0],
+            "kl": (self.intact.exp() * (self.intact - log_q)).sum(-1).mean(1),
+            "top1_changed": (logits.argmax(-1, keepdim=True) != self.first)
+            .double()[..., 0]
+            .mean(1),
+            "logit": logits.gather(-1, self.first)[..., 0].mean(1),
         }
-        known = None
-        if labels is not None and labels.shape[1] == logits.shape[2]:
-            known = (labels >= 0).double()[None]
-            wanted = labels.clamp_min(0)[None, ..., None].expand(len(logits), -1, -1, -1)
-            own = logits.gather(-1, wanted)
-            rank = (logits > own).sum(-1)
-            found["loss"] = -log_q.gather(-1, wanted)[..., 0]
-            found["top1"] = (rank < 1).double()
+        if self.labels is not None:
+            known = (self.labels >= 0).double()
+            wanted = self.labels.clamp_min(0)[..., None]
+            # how many are above it; NaN is above and below everything
+            rank = (~(logits <= logits.gather(-1, wanted))).sum(-1)
+            scored = {"loss": -log_q.gather(-1, wanted)[..., 0], "top1": (rank < 1).double()}
             if logits.shape[-1] > 10:
-                found["top5"] = (rank < 5).double()
-            self.right.append(found["top1"][:2].mean(2).cpu().numpy())
-        for name, value in found.items():
-            if known is not None and name in ("loss", "top1", "top5"):
-                value = (value * known).sum(2) / known.sum(2).clamp_min(1)
-            else:
-                value = value.mean(2)
-            self.numbers.setdefault(name, []).append(value.cpu().numpy())
+                scored["top5"] = (rank < 5).double()
+            n = known.sum(1)  # none: not a number
+            found |= {name: (value * known).sum(1) / n for name, value in scored.items()}
+        return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def _difference(
@@ -413,8 +469,11 @@ def _difference(
 ) -> Difference:
     change = numbers[1:] - numbers[:1]
     n = numbers.shape[1]
-    rows = generator.integers(0, n, (_RESAMPLES, n))
-    low, high = np.quantile(change[0][rows].mean(1), [0.025, 0.975])
+    drawn = [
+        (change[0] * generator.multinomial(n, np.full(n, 1 / n))).sum() / n
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
     means = change.mean(1)
     at_least = int((np.abs(means[1:]) >= abs(means[0])).sum())
     return Difference(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.gradients import check_range, guided_gradient, noisy_copies
-from circuits.attribution.passes import Passes
+from circuits.attribution.passes import Passes, Progress
 from circuits.attribution.targets import Target, output_site
 from circuits.models.adapter import HookedModel
 from circuits.models.sites import unit_activations
@@ -62,7 +62,11 @@ def grad_cam_plus_plus(passes: Passes) -> Cam:
 
 
 def smooth_grad_cam_plus_plus(
-    passes: Passes, samples: int = 25, noise: float = 0.15, seed: int = 0
+    passes: Passes,
+    samples: int = 25,
+    noise: float = 0.15,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Cam:
     """Grad-CAM++ with the derivatives averaged over noisy images (Omeiza et al. 2019).
 
@@ -71,6 +75,7 @@ def smooth_grad_cam_plus_plus(
         samples: copies of each image.
         noise: standard deviation, as a share of the image's range.
         seed: of the noise.
+        progress: called with examples done and all.
 
     Raises:
         ValueError: if an option is out of range.
@@ -95,6 +100,8 @@ def smooth_grad_cam_plus_plus(
             sums = [a + b for a, b in zip(sums, powers, strict=True)] if sums else powers
         activations = _maps(site, passes.points[example : example + 1])
         found.append(_weighted(activations, *[s / samples for s in sums]))
+        if progress is not None:
+            progress(example + 1, len(passes))
     return torch.cat(found)
 
 
@@ -107,8 +114,11 @@ def _both(passes: Passes) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(activations: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cam:
+    # in units of each example's largest gradient, so that no power of it vanishes
+    size = first.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(first.dtype).tiny)
+    second, third = second / size**2, third / size**2
     below = 2 * second + activations.sum((2, 3), keepdim=True) * third
-    alpha = torch.where(below.abs() > 1e-12, second / torch.where(below == 0, 1.0, below), 0.0)
+    alpha = torch.where(below == 0, 0.0, second / torch.where(below == 0, 1.0, below))
     weights = (alpha * first.clamp_min(0)).sum((2, 3), keepdim=True)
     return (activations * weights).sum(1)
 
@@ -123,6 +133,7 @@ def guided_grad_cam(
     inputs: Tensor,
     target: str | Unit | Target,
     cam: Float[Tensor, "example 1 h w"],
+    batch: int = 32,
 ) -> Tensor:
     """Guided backpropagation times an enlarged Grad-CAM."""
-    return guided_gradient(Passes(model, inputs, target, size="keep")) * cam
+    return guided_gradient(Passes(model, inputs, target, batch=batch, size="keep")) * cam

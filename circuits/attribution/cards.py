@@ -19,7 +19,7 @@ from circuits.attribution.faithfulness import (
     sensitivity_n,
 )
 from circuits.attribution.passes import Passes, Progress
-from circuits.attribution.saliency import METHODS, Method, saliency
+from circuits.attribution.saliency import METHODS, SLOPES, Method, saliency
 from circuits.attribution.sanity import RandomizationTest, randomization_test
 from circuits.attribution.targets import Target, as_target, output_site
 from circuits.files import write_json
@@ -39,7 +39,8 @@ class MethodCard:
         sensitivity: whether attributions add up.
         infidelity: whether they foretell the change under noise, 0 best; and of shuffled attributions. Of
             gradients themselves, where the method credits gradient x input the number says less.
-        verdicts: `passes` or `fails` by test, in the words of the literature.
+        verdicts: `passes` or `fails` by test, or `unclear` where the interval over images holds 0: better or
+            worse than random, with most blanks.
         target: what was explained.
         n_images: on how many.
         model: its name.
@@ -110,7 +111,7 @@ def card(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    fixed = _fixed(model, inputs, target, batch)
+    fixed = _held_fixed(model, inputs, target, batch)
     total = stages + 4
 
     def note(done: int) -> None:
@@ -127,7 +128,7 @@ def card(
     )  # fmt: skip
     few = inputs[: max(1, min(faithful, len(inputs)))]
     made = attributing(model, few)
-    heats = made.heat("signed")
+    heats = made.heat("absolute" if method in SLOPES else "signed")
     probable = fixed.of_examples(range(len(few)))
     if fixed.site == output_site(model).name:
         probable = replace(probable, quantity="probability")
@@ -142,10 +143,10 @@ def card(
     noisy = infidelity(plain, made.values, seed=seed)
     note(total)
     verdicts = {
-        "randomisation": _verdict(bool(randomization.passes)),
-        "insertion": _verdict(_beats(curves, "insertion")),
-        "deletion": _verdict(_beats(curves, "deletion")),
-        "road": _verdict(imputing.score > 0),
+        "randomisation": "passes" if randomization.passes else "fails",
+        "insertion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "insertion"]),
+        "deletion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "deletion"]),
+        "road": _verdict(imputing.low, imputing.high),
     }
     return MethodCard(
         method, made.settings, randomization, tuple(curves), imputing, sums, noisy, verdicts,
@@ -153,18 +154,23 @@ def card(
     )  # fmt: skip
 
 
-def _verdict(good: bool) -> str:
-    return "passes" if good else "fails"
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "passes"
+    return "fails" if high < 0 else "unclear"
 
 
-def _beats(curves: list[Curve], kind: str) -> bool:
-    """Whether a method does better than random orders with most blanks."""
-    sign = 1 if kind == "insertion" else -1
-    wins = [sign * (c.area - c.area_random) > 0 for c in curves if c.kind == kind]
-    return sum(wins) > len(wins) / 2
+def _of_most(verdicts: list[str]) -> str:
+    """What more than half say; else `unclear`."""
+    first = max(set(verdicts), key=verdicts.count)
+    return first if verdicts.count(first) > len(verdicts) / 2 else "unclear"
 
 
-def _fixed(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
-    """The target with the intact model's unit for each image."""
-    passes = Passes(model, inputs, target, batch=batch)
-    return replace(passes.target, index=tuple(passes.aim.indices.tolist()))
+def _held_fixed(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
+    """The target with the intact model's unit and position for each image."""
+    aim = Passes(model, inputs, target, batch=batch).aim
+    each = [aim.of(i) for i in range(len(inputs))]
+    indices = tuple(int(i) for i in aim.indices)
+    places = tuple(of.at for of in each if of.at is not None and not isinstance(of.at[0], tuple))
+    at = places if aim.shape and len(places) == len(each) else aim.target.at
+    return replace(aim.target, index=indices, at=at)  # type: ignore[arg-type]

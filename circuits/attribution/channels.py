@@ -17,7 +17,14 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from circuits.attribution.integrating import integrate
-from circuits.attribution.passes import Passes, Progress, Size, own_gradients, sized
+from circuits.attribution.passes import (
+    Passes,
+    Progress,
+    Size,
+    check_batch,
+    own_gradients,
+    sized,
+)
 from circuits.attribution.propagation import Rule
 from circuits.attribution.relevance import relevance
 from circuits.attribution.results import AblationCheck, Attribution
@@ -85,6 +92,11 @@ def attribute(
     """
     if method not in get_args(ChannelMethod):
         raise ValueError(f"method {method!r} is not one of {', '.join(get_args(ChannelMethod))}")
+    if not isinstance(baseline, Tensor) and baseline not in get_args(Baseline):
+        raise ValueError(f"baseline {baseline!r} is not one of {', '.join(get_args(Baseline))}")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance {tolerance} must be 0 or more")
+    check_batch(batch)
     for name, value, least in (("steps", steps, 1), ("check", check, 0)):
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
@@ -122,7 +134,9 @@ def attribute(
         return replace(made, seed=seed)
     few = inputs[:_CHECKED]
     passes = Passes(model, few, goal.of_examples(range(len(few))), place, batch, size="keep")
-    return replace(made, seed=seed, check=check_by_ablation(passes, made.units(), check, seed))
+    base = baseline_of(passes, baseline)[1] if method == "ablation" else None
+    checked = check_by_ablation(passes, made.units(), check, seed, base)
+    return replace(made, seed=seed, check=checked)
 
 
 def _made(
@@ -231,20 +245,26 @@ def _ablated(
 
 
 def check_by_ablation(
-    passes: Passes, units: Float[Tensor, "example unit"], n: int = 16, seed: int = 0
+    passes: Passes,
+    units: Float[Tensor, "example unit"],
+    n: int = 16,
+    seed: int = 0,
+    base: Tensor | None = None,
 ) -> AblationCheck:
-    """How far units' shares rank them as setting each to zero does, in up to four examples.
+    """How far units' shares rank them as removing each does, in up to four examples.
 
     Args:
         passes: at the units' site.
         units: each unit's share.
         n: how many units to remove: half of them those that are active most, half drawn.
         seed: of the draw.
+        base: what a unit is set to, for each example; zero if not given.
     """
     site = passes.site
     assert site is not None, "units are of a site"
     generator = np.random.default_rng(seed)
-    base = torch.zeros_like(passes.points[:_CHECKED])
+    if base is None:
+        base = torch.zeros_like(passes.points[:_CHECKED])
     pairs = []
     for example in range(min(_CHECKED, len(passes))):
         active = unit_activations(site, passes.points[example : example + 1])[0].abs().sum(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from jaxtyping import Float
 
@@ -23,7 +25,7 @@ def attribution_block(
     Raises:
         ValueError: if it is of the input, or to several units.
     """
-    targets = {aim.partition("@")[0] for aim in made.aims}
+    targets = {re.sub(r"@[0-9,]+$", "", aim) for aim in made.aims}
     if len(targets) != 1 or made.site == "input":
         raise ValueError(
             f"attribution at {made.site} to {len(targets)} units: edges lead from a site to one unit"

@@ -38,9 +38,12 @@ class Curve:
         blank: what stands where no pixel is.
         shares: of the pixels put in or taken out.
         values: the target's value.
-        random: with as many pixels in random order (blocks of 16, the mean of several orders).
+        random: with as many pixels in random order (in blocks, the mean of several orders).
         area: under `values`: large is good for insertion, small for deletion.
         area_random: under `random`.
+        low: the 2.5th percentile, over resampled examples, of how much better than random the area is (larger
+            for insertion, smaller for deletion).
+        high: the 97.5th.
     """
 
     kind: Kind
@@ -50,6 +53,8 @@ class Curve:
     random: tuple[float, ...]
     area: float
     area_random: float
+    low: float
+    high: float
 
 
 def insertion_deletion(
@@ -90,20 +95,26 @@ def insertion_deletion(
             values = _along(passes, start, end, own, steps)
             random = np.mean([_along(passes, start, end, order, steps) for order in others], 0)
             shares = np.linspace(0, 1, steps + 1)
-            areas = [float(np.trapezoid(v, shares)) for v in (values, random)]
+            areas = np.trapezoid(values, shares, axis=0), np.trapezoid(random, shares, axis=0)
+            better = (areas[0] - areas[1]) * (1 if kind == "insertion" else -1)
             found.append(
                 Curve(
-                    kind,
-                    blank,
-                    tuple(shares.tolist()),
-                    tuple(values.tolist()),
-                    tuple(random.tolist()),
-                    *areas,
+                    kind, blank, tuple(shares.tolist()), tuple(values.mean(1).tolist()),
+                    tuple(random.mean(1).tolist()), float(areas[0].mean()), float(areas[1].mean()),
+                    *interval(better, seed),
                 )
-            )
+            )  # fmt: skip
             if progress is not None:
                 progress(len(found), total)
     return found
+
+
+def interval(values: Float[np.ndarray, " example"], seed: int) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the mean over resampled examples."""
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(0, len(values), (1000, len(values)))
+    low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def order_of(heats: Heats) -> Orders:
@@ -120,6 +131,15 @@ def check_heats(passes: Passes, heats: Heats) -> None:
     wanted = (len(passes), *passes.inputs.shape[-2:])
     if tuple(heats.shape) != wanted:
         raise ValueError(f"heats of shape {tuple(heats.shape)}: expected {wanted}")
+    if not bool(torch.isfinite(heats).all()):
+        raise ValueError("heats are not finite: nothing to rank")
+
+
+def _check_shares(shares: tuple[float, ...]) -> None:
+    if not shares:
+        raise ValueError("shares: expected at least one, from 0 to 1")
+    for share in shares:
+        check_range("share", share, 0, 1)
 
 
 def _random_order(shape: torch.Size, generator: Generator) -> Orders:
@@ -132,10 +152,11 @@ def _random_order(shape: torch.Size, generator: Generator) -> Orders:
 
 def _along(
     passes: Passes, start: Tensor, end: Tensor, order: Orders, steps: int
-) -> Float[np.ndarray, " step"]:
-    """The target's mean as the pixels of `end` replace those of `start` in order."""
+) -> Float[np.ndarray, "step example"]:
+    """The target's value as the pixels of `end` replace those of `start` in order."""
     n, _, height, width = start.shape
     pixels = height * width
+    order = order.to(start.device)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(pixels, device=order.device).expand_as(order)
     )
@@ -143,9 +164,9 @@ def _along(
     for step in range(steps + 1):
         put = (rank < round(pixels * step / steps)).reshape(n, 1, height, width)
         values.append(
-            float(passes.value(torch.where(put, end, start), torch.arange(n)).double().mean())
+            passes.value(torch.where(put, end, start), torch.arange(n)).double().cpu().numpy()
         )
-    return np.array(values)
+    return np.stack(values)
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,9 @@ class Road:
         most_first: the target's value when the most credited are removed.
         least_first: and when the least credited are.
         random: when random blocks are.
-        score: the mean of least first less most first: above 0 if the attribution says something.
+        score: the mean of random less most first: above 0 if what is credited matters more than other parts.
+        low: the 2.5th percentile of the score over resampled examples.
+        high: the 97.5th.
     """
 
     shares: tuple[float, ...]
@@ -165,6 +188,8 @@ class Road:
     least_first: tuple[float, ...]
     random: tuple[float, ...]
     score: float
+    low: float
+    high: float
 
 
 def road(
@@ -184,7 +209,7 @@ def road(
     Args:
         passes: from the input to the target.
         heats: one number a pixel.
-        shares: of pixels to remove.
+        shares: of the pixels to remove.
         noise: standard deviation, as a share of the image's range.
         seed: of noise and random orders.
         progress: called with shares done and all.
@@ -193,14 +218,14 @@ def road(
         ValueError: if heats do not fit the images, or a share is not between 0 and 1.
     """
     check_heats(passes, heats)
-    for share in shares:
-        check_range("share", share, 0, 1)
+    _check_shares(shares)
     check_range("noise", noise, 0)
-    own = order_of(heats)
-    orders = [own, own.flip(1), _random_order(heats.shape, Generator().manual_seed(seed))]
+    own = order_of(heats.to(passes.inputs.device))
+    random_order = _random_order(heats.shape, Generator().manual_seed(seed)).to(own.device)
+    orders = [own, own.flip(1), random_order]
     generator = Generator().manual_seed(seed)
     height, width = heats.shape[1:]
-    rows: list[list[float]] = []
+    rows: list[list[np.ndarray]] = []
     for number, share in enumerate(shares):
         row = []
         for order in orders:
@@ -211,12 +236,14 @@ def road(
                 for x, mask in zip(passes.inputs, removed, strict=True)
             ]
             value = passes.value(torch.stack(shown), torch.arange(len(passes)))
-            row.append(float(value.double().mean()))
+            row.append(value.double().cpu().numpy())
         rows.append(row)
         if progress is not None:
             progress(number + 1, len(shares))
-    most, least, random = (tuple(column) for column in zip(*rows, strict=True))
-    return Road(shares, most, least, random, float(np.mean(least) - np.mean(most)))
+    each = np.array(rows)  # share x order x example
+    most, least, random = (tuple(each[:, k].mean(1).tolist()) for k in range(3))
+    score = (each[:, 2] - each[:, 0]).mean(0)
+    return Road(shares, most, least, random, float(score.mean()), *interval(score, seed))
 
 
 def imputed(
@@ -306,6 +333,7 @@ def sensitivity_n(
         ValueError: if heats do not fit the images, or an option is out of range.
     """
     check_heats(passes, heats)
+    _check_shares(shares)
     check_range("sets", sets, 3)
     base = blanks(passes, blank)
     n, height, width = heats.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -84,8 +85,8 @@ def noisy_copies(
     spread = noise * float(x.max() - x.min())
     generator = torch.Generator().manual_seed(seed)
     for chunk in passes.chunks(samples):
-        drawn = torch.randn(len(chunk), *x.shape, generator=generator)
-        yield x + spread * drawn.to(x)
+        drawn = [torch.randn(x.shape, generator=generator) for _ in chunk]  # whatever the batch
+        yield x + spread * torch.stack(drawn).to(x)
 
 
 def guided_gradient(passes: Passes, progress: Progress | None = None) -> Tensor:
@@ -114,13 +115,13 @@ def guided() -> Iterator[list[str]]:
 class _GuidedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x > 0)  # not x: it may be overwritten
         return x.clamp_min(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.where(x > 0, grads[0].clamp_min(0), 0)
+        (above,) = ctx.saved_tensors
+        return torch.where(above, grads[0].clamp_min(0), 0)
 
 
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu, F.relu_, torch.relu_, Tensor.relu_})
@@ -135,7 +136,12 @@ class _Guided(TorchFunctionMode):
         if func not in _RELUS:
             return func(*args, **(kwargs or {}))
         self.met.append(func.__name__)
-        return _GuidedReLU.apply(args[0] if args else (kwargs or {})["input"])
+        given = dict(zip(("input", "inplace"), args, strict=False)) | (kwargs or {})
+        x = given["input"]
+        made = _GuidedReLU.apply(x)
+        if given.get("inplace") or func.__name__.endswith("_"):
+            return x.copy_(made)  # the model may go on with what it gave
+        return made
 
 
 def integrated_gradient(
@@ -154,6 +160,7 @@ def integrated_gradient(
         ValueError: if an option is out of range.
     """
     check_range("steps", steps, 1)
+    check_range("tolerance", tolerance or 0.0, 0)
     base = blanks(passes, blank)
     values, residual, used = integrate(passes, base, steps, tolerance, progress)
     return values, residual, {"steps": used, "tolerance": tolerance, "blank": name_of(blank)}
@@ -209,6 +216,6 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raise ValueError if an option is not from `low` to `high`."""
-    if not low <= value <= high:
+    if not (low <= value <= high and math.isfinite(value)):
         top = "" if high == float("inf") else f" and at most {high:g}"
         raise ValueError(f"{name} {value} must be at least {low:g}{top}")

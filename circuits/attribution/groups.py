@@ -70,6 +70,10 @@ def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
             f"site {site.name} has negative activations: take the site behind its ReLU"
         )
     n, _, places = units.shape
+    if k > n * places:
+        raise ValueError(
+            f"k {k} must be at most {n * places}, the positions of {site.name} on {n} examples"
+        )
     rows = units.movedim(1, 2).flatten(0, 1).numpy()
     made: Any = k  # scikit-learn's type is narrower than what it takes
     nmf = NMF(made, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3)

@@ -79,7 +79,8 @@ def direct_logit_attribution(
         direction = direction - unembed[:, goal.against]
         shift = shift - bridge.b_U.detach().double()[goal.against]
     stream = cache[_last_residual(model)].double()[rows, aim.places]
-    scale, offset, centred = _normalisation(bridge.ln_final, stream)
+    with model.lock:
+        scale, offset, centred = _normalisation(bridge.ln_final, stream)
     read = direction * scale  # what one unit of the stream is worth
     if centred:
         read = read - read.mean(1, keepdim=True)
@@ -128,7 +129,7 @@ def _normalisation(norm: Any, stream: Tensor) -> tuple[Tensor, Tensor, bool]:
         x = stream.to(next((p.dtype for p in norm.parameters()), torch.float32))
         zero = norm(torch.zeros_like(x)).double()  # its bias
         made = norm(x).double() - zero
-        moved = norm(x + 1.0).double() - zero
+        moved = norm(x + x.abs().amax(1, keepdim=True)).double() - zero
     centred = bool(torch.allclose(moved, made, rtol=1e-3, atol=1e-4))
     inner = stream - stream.mean(1, keepdim=True) if centred else stream
     # the factor is the same for all but its weight: taken where the stream is largest, times the weight

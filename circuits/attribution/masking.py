@@ -97,12 +97,11 @@ def rise(
     check_range("keep", keep, 0.01, 0.99)
     base = blanks(passes, blank)
     generator = Generator().manual_seed(seed)
-    n, device = len(passes), passes.inputs.device
-    total = torch.zeros(n, *passes.inputs.shape[-2:], device=device)
+    n = len(passes)
+    total = torch.zeros(n, *passes.inputs.shape[-2:]).to(passes.inputs)
     for chunk in passes.chunks(samples):
-        masks = random_masks(len(chunk), passes.inputs.shape[-2:], cells, keep, generator).to(
-            device
-        )
+        masks = random_masks(len(chunk), passes.inputs.shape[-2:], cells, keep, generator)
+        masks = masks.to(passes.inputs)
         for example in range(n):
             shown = masks * passes.inputs[example] + (1 - masks) * base[example]
             values = passes.value(shown, example)
@@ -118,14 +117,12 @@ def random_masks(
     """Smooth random masks: coarse cells, shown with probability `keep`, enlarged and shifted."""
     height, width = size
     cell = (math.ceil(height / cells), math.ceil(width / cells))
-    coarse = (torch.rand(n, 1, cells, cells, generator=generator) < keep).float()
-    large = F.interpolate(
-        coarse, ((cells + 1) * cell[0], (cells + 1) * cell[1]), mode="bilinear", align_corners=False
-    )
-    tops = torch.randint(cell[0], (n,), generator=generator).tolist()
-    lefts = torch.randint(cell[1], (n,), generator=generator).tolist()
-    cut = [
-        large[i, :, top : top + height, left : left + width]
-        for i, (top, left) in enumerate(zip(tops, lefts, strict=True))
-    ]
-    return torch.stack(cut)
+    found = []
+    for _ in range(n):  # one by one: a mask does not depend on how many are made together
+        coarse = (torch.rand(1, 1, cells, cells, generator=generator) < keep).float()
+        top = int(torch.randint(cell[0], (1,), generator=generator))
+        left = int(torch.randint(cell[1], (1,), generator=generator))
+        whole = ((cells + 1) * cell[0], (cells + 1) * cell[1])
+        large = F.interpolate(coarse, whole, mode="bilinear", align_corners=False)
+        found.append(large[0, :, top : top + height, left : left + width])
+    return torch.stack(found)

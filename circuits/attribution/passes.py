@@ -27,6 +27,9 @@ Size = Literal["refuse", "resize", "keep"]
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
 
+_ALIKE = 1e-5
+"""How far numbers may differ, beside the largest of them, and count as the same."""
+
 INPUT = "input"
 """The name of the input as a place to attribute to."""
 
@@ -85,8 +88,7 @@ class Passes:
         batch: int = 32,
         size: Size = "refuse",
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch {batch} must be at least 1")
+        check_batch(batch)
         self.model, self.batch = model, batch
         self.site = None if site is None or site == INPUT else model.site(site)
         if self.site is None and not isinstance(model.input, ImageInput):
@@ -95,6 +97,8 @@ class Passes:
             )
         self.target = as_target(model, target)
         self.end = model.site(self.target.site)
+        if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
+            raise not_behind(self.target, self.site)
         self.inputs = channels_last(model.fitted(sized(model, inputs, size)))
         self._alone: bool | None = None
         self.points, at_end = self._intact()
@@ -201,7 +205,7 @@ class Passes:
         except (RuntimeError, IndexError):  # shapes that follow the input's batch
             return False
         return found.shape == expected.shape and bool(
-            torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.allclose(found, expected, rtol=0, atol=_ALIKE * float(expected.abs().max()))
         )
 
     def chunks(self, n: int) -> Iterator[range]:
@@ -220,9 +224,23 @@ def led_back(value: Tensor, own: Tensor, target: Target, site: Site | None) -> T
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value.sum(), own, allow_unused=True)
     if gradient is None:
-        place = "the input" if site is None else f"site {site.name}"
-        raise ValueError(f"no gradient leads from {target} to {place}: it does not come before")
+        raise not_behind(target, site)
     return gradient
+
+
+def not_behind(target: Target, site: Site | None) -> ValueError:
+    """The error for a target that does not depend on a place."""
+    place = "the input" if site is None else f"site {site.name}"
+    return ValueError(
+        f"no gradient leads from {target} to {place}: it does not come before, or only by a way that is held "
+        "fixed"
+    )
+
+
+def check_batch(batch: int) -> None:
+    """Raise ValueError if a batch cannot hold anything."""
+    if batch < 1:
+        raise ValueError(f"batch {batch} must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +268,7 @@ def own_gradients(
     Raises:
         ValueError: if no gradient leads from the target to the site.
     """
+    check_batch(batch)
     end = model.site(target.site)
     inputs = channels_last(model.fitted(inputs))
     found = []

@@ -41,7 +41,8 @@ class Perturbation:
         values: the target with the mask.
         intact: the target without.
         blank: the target with everything hidden.
-        random: the target with as large a smooth mask at random, the mean of several.
+        random: the target with the mask's values at other places, in smooth patches (units drawn at random, for
+            channels); the mean of several.
         target: what was explained.
         site: of the channels; `input` for images.
         model_hash: of the weights.
@@ -153,7 +154,7 @@ def extremal(
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         parts.append(_extremal(goal, which, search, note))
     masks = torch.cat(parts)
-    return _measured("extremal", goal, masks, area, variant, data, seed)
+    return _measured("extremal", goal, Pyramid, masks, area, variant, data, seed)
 
 
 def _check_variant(variant: str) -> None:
@@ -185,7 +186,7 @@ def _extremal(
     x = goal.inputs[which]
     smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
     pyramid = Pyramid(x)
-    wanted = _sorted_reference(x[0, :1].numel(), search.area).to(x)
+    wanted = _sorted_reference(smooth.grid[0] * smooth.grid[1], search.area).to(x)
     keeps = search.variant == "preserve"
     sign = _reward(goal, which) * (-1.0 if keeps else 1.0)
     # all is kept, or all hidden, at first: the area then shrinks to what matters
@@ -194,11 +195,12 @@ def _extremal(
     best = torch.full((len(x),), float("inf"), device=x.device)
     found = smooth(parameters).detach()
     for done in range(search.steps):
-        masks = smooth(parameters)
+        coarse = smooth.coarse(parameters)
+        masks = smooth.enlarged(coarse)
         shown = pyramid(masks if keeps else 1 - masks)
         gradients = goal.gradient(shown.detach(), which)[1]
         weight = 100.0 * 20.0 ** (done / search.steps)
-        missed = (masks.flatten(1).sort(1).values - wanted).square().mean(1)
+        missed = (coarse.flatten(1).sort(1).values - wanted).square().mean(1)
         loss = sign * (shown * gradients).flatten(1).sum(1) + weight * missed
         (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
         optimizer.step()
@@ -248,11 +250,18 @@ class SmoothMasks:
 
     def __call__(self, parameters: Float[Tensor, "example 1 y x"]) -> Masks:
         """Masks in 0..1 for parameters in 0..1."""
+        return self.enlarged(self.coarse(parameters))
+
+    def coarse(self, parameters: Float[Tensor, "example 1 y x"]) -> Float[Tensor, "example 1 y x"]:
+        """The masks at the places of the bumps."""
         r = self.radius
         around = F.unfold(F.pad(parameters, (r, r, r, r), mode="replicate"), 2 * r + 1)
         bumps = around * self.bump.to(around)[None, :, None]
         smooth = (bumps * (20 * bumps).softmax(1)).sum(1)
-        coarse = smooth.reshape(len(parameters), 1, *self.grid)
+        return smooth.reshape(len(parameters), 1, *self.grid)
+
+    def enlarged(self, coarse: Float[Tensor, "example 1 y x"]) -> Masks:
+        """On all pixels."""
         return F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).clamp(0, 1)
 
 
@@ -314,7 +323,7 @@ def meaningful(
     for some in goal.chunks(len(goal)):
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         x = goal.inputs[which]
-        blur = blurred(x, max(x.shape[-2:]) * 10 / 224 if sigma is None else sigma)
+        blending = _Blend(x, sigma)
         sign = _reward(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
         marked = torch.full((len(x), 1, cells, cells), 0.5, device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([marked], rate)
@@ -323,7 +332,7 @@ def meaningful(
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
             kept = masks.roll(shift, (2, 3))
             kept = kept if variant == "preserve" else 1 - kept
-            shown = kept * x + (1 - kept) * blur
+            shown = blending(kept)
             gradients = goal.gradient(shown.detach(), which)[1]
             loss = sign * (shown * gradients).flatten(1).sum(1) + l1 * marked.sum((1, 2, 3))
             loss = loss + tv * sum(marked.diff(dim=d).abs().pow(3).sum((1, 2, 3)) for d in (2, 3))
@@ -334,7 +343,22 @@ def meaningful(
             if progress is not None:
                 progress(some.start * steps + (done + 1) * len(x), len(goal) * steps)
         found.append(_on_pixels(marked.detach(), x))
-    return _measured("meaningful", goal, torch.cat(found), float("nan"), variant, data, seed)
+
+    def blend(x: Tensor) -> _Blend:
+        return _Blend(x, sigma)
+
+    return _measured("meaningful", goal, blend, torch.cat(found), float("nan"), variant, data, seed)
+
+
+class _Blend:
+    """Images mixed with themselves blurred, by a mask."""
+
+    def __init__(self, x: Tensor, sigma: float | None) -> None:
+        self.x = x
+        self.blur = blurred(x, max(x.shape[-2:]) * 10 / 224 if sigma is None else sigma)
+
+    def __call__(self, masks: Masks) -> Tensor:
+        return masks * self.x + (1 - masks) * self.blur
 
 
 def _on_pixels(marked: Tensor, x: Tensor) -> Masks:
@@ -460,34 +484,47 @@ def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "e
     return torch.zeros_like(flat).scatter_(1, chosen, 1.0).reshape(masks.shape)
 
 
+Perturbing = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Takes images, and gives a function from masks to the images, kept where the mask is 1."""
+
+
 def shown_by(
-    goal: Passes, masks: Masks, variant: Variant = "preserve", sigma: float | None = None
+    goal: Passes, masks: Masks, variant: Variant = "preserve", perturbing: Perturbing = Pyramid
 ) -> Float[Tensor, " example"]:
-    """The target's value with an image sharp only inside a mask (preserve) or only outside (delete)."""
+    """The target's value with an image kept only inside a mask (preserve) or only outside (delete)."""
     found = []
     for chunk in goal.chunks(len(goal)):
         which = torch.arange(chunk.start, chunk.stop, device=goal.inputs.device)
-        pyramid = Pyramid(goal.inputs[which], sigma=sigma)
         own = masks[chunk.start : chunk.stop]
-        found.append(goal.value(pyramid(own if variant == "preserve" else 1 - own), which))
+        shown = perturbing(goal.inputs[which])(own if variant == "preserve" else 1 - own)
+        found.append(goal.value(shown, which))
     return torch.cat(found)
 
 
 def _measured(
-    method: str, goal: Passes, masks: Masks, area: float, variant: Variant, data: str, seed: int
+    method: str,
+    goal: Passes,
+    perturbing: Perturbing,
+    masks: Masks,
+    area: float,
+    variant: Variant,
+    data: str,
+    seed: int,
 ) -> Perturbation:
-    nothing = torch.zeros_like(masks) if variant == "preserve" else torch.ones_like(masks)
-    share = masks.mean((1, 2, 3))
+    """Masks beside random smooth ones that have the same values at other places."""
     generator = Generator().manual_seed(seed)
     apart = max(1, round(max(masks.shape[-2:]) / 32))
     smooth = SmoothMasks(masks.shape[-2:], apart, 3.0 * apart)
+    values = masks.flatten(1).sort(dim=1).values
     beside = []
     for _ in range(5):
         drawn = smooth(torch.rand(len(masks), 1, *smooth.grid, generator=generator).to(masks))
-        sized = [hard(m[None], max(1e-4, float(s))) for m, s in zip(drawn, share, strict=True)]
-        beside.append(shown_by(goal, torch.cat(sized), variant))
+        order = drawn.flatten(1).argsort(dim=1)
+        elsewhere = torch.zeros_like(values).scatter_(1, order, values).reshape(masks.shape)
+        beside.append(shown_by(goal, elsewhere, variant, perturbing))
+    nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)
     return Perturbation(
-        method, variant, masks, area, shown_by(goal, masks, variant), goal.values,
-        shown_by(goal, nothing, variant), torch.stack(beside).mean(0), str(goal.target), "input",
+        method, variant, masks, area, shown_by(goal, masks, variant, perturbing), goal.values,
+        shown_by(goal, nothing, variant, perturbing), torch.stack(beside).mean(0), str(goal.target), "input",
         goal.model.hash, data, seed,
     )  # fmt: skip

@@ -33,6 +33,10 @@ _EPSILON = 1e-9
 """Added to what is divided by, away from zero: far below what float32 can tell apart."""
 
 
+class UnclearBatchError(Exception):
+    """A tensor in the pass has not the examples along its first axis."""
+
+
 class Propagation(TorchFunctionMode):
     """While it is entered, operations are replaced, their values kept, and biases counted.
 
@@ -69,16 +73,20 @@ class Propagation(TorchFunctionMode):
         return bias.reshape(shape) * self._each(self.biases, output)
 
     def _each(self, ones: Tensor, output: Tensor) -> Tensor:
-        """The ones of each example, to be multiplied with something of an output's shape."""
-        n = output.shape[0]
-        if n % len(ones):
-            return ones.mean()  # no batch in front: shared by all examples
-        return ones.repeat_interleave(n // len(ones)).reshape(-1, *[1] * (output.ndim - 1))
+        """The ones of each example, to be multiplied with something of an output's shape.
 
-    def constant(self, value: Tensor, output: Tensor) -> Tensor:
-        """A tensor that comes from no activation, counted as a bias."""
-        ones = self._each(self.biases, output)
-        return value * ones
+        Raises:
+            UnclearBatchError: if the output has not the examples in front: they must be run one by one.
+        """
+        if len(ones) == 1:
+            return ones.reshape([1] * output.ndim)
+        if output.shape[0] != len(ones):
+            raise UnclearBatchError
+        return ones.reshape(-1, *[1] * (output.ndim - 1))
+
+    def constant(self, value: Tensor | float, output: Tensor) -> Tensor:
+        """A number or tensor that comes from no activation, counted as a bias."""
+        return value * self._each(self.biases, output)
 
     def embedding(self, value: Tensor) -> Tensor:
         """What a token was looked up as, counted as input."""
@@ -103,7 +111,8 @@ class Propagation(TorchFunctionMode):
         if self.rule == "z_plus":
             positive = self._parts(apply, x, up, down)
             made = positive + self.bias(None if b is None else b.clamp_min(0), positive, axis)
-            return _scaled(made, z)
+            # where nothing speaks for an output it is left as it is: all of it would be lost
+            return torch.where(made.abs() < _EPSILON, z, _scaled(made, z))
         # gamma (Montavon et al. 2019, table 10.1), for inputs and outputs of either sign as in zennit:
         # what has the output's own sign is strengthened, so that the sum cannot vanish
         g = self.gamma
@@ -219,10 +228,78 @@ def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
 
 def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     x = args[0] if args else kwargs["input"]
-    out = func(*args, **kwargs)
-    if not isinstance(x, Tensor) or not x.requires_grad:
-        return out
+    if not _moves(x):
+        return func(*args, **kwargs)
+    rest = {k: v for k, v in kwargs.items() if k != "input"}
+    out = func(x.clone(), *args[1:], **rest)  # it may work in place
     return torch.where(x.abs() < _EPSILON, out, _scaled_by(x, out))
+
+
+def _group_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
+    x, groups = given["input"], given["num_groups"]
+    return _standardised(
+        p, x, groups, given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+    )
+
+
+def _instance_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    names = (
+        "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps",
+    )  # fmt: skip
+    given = _named(names, args, kwargs)
+    if not given.get("use_input_stats", True):
+        names = ("input", "running_mean", "running_var", "weight", "bias")
+        return _batch_norm(
+            p, func, (), {k: given.get(k) for k in names} | {"eps": given.get("eps", 1e-5)}
+        )
+    x = given["input"]
+    return _standardised(
+        p, x, x.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+    )
+
+
+def _standardised(
+    p: Propagation, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Channels in groups, each less its mean and over its fixed size."""
+    parted = x.reshape(x.shape[0], groups, -1)
+    centered = parted - parted.mean(-1, keepdim=True)
+    size = (centered.square().mean(-1, keepdim=True) + eps).sqrt().detach()
+    made = (centered / size).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    if weight is not None:
+        made = made * weight.reshape(shape)
+    return made + p.bias(bias, made, 1)
+
+
+def _multi_head(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """`torch.nn.MultiheadAttention`: torch computes it as one, so it is taken apart here."""
+    names = (
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias",
+        "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
+    )  # fmt: skip
+    given = _named(names, args, kwargs)
+    odd = [
+        n
+        for n in ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")
+        if given.get(n) not in (None, False)
+    ]
+    if odd or given.get("use_separate_proj_weight") or given["query"].ndim != 3:
+        raise ValueError(
+            f"relevance through multi-head attention with {', '.join(odd) or 'this layout'}: not known"
+        )
+    _, pattern = func(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))
+    value, weight, bias = given["value"], given["in_proj_weight"], given["in_proj_bias"]
+    width, heads = value.shape[-1], given["num_heads"]
+    v = p.linear(
+        F.linear, value, weight[2 * width :], None if bias is None else bias[2 * width :], -1
+    )
+    # position x batch x width, as multi-head attention has it inside
+    apart = v.reshape(*v.shape[:2], heads, width // heads)
+    mixed = torch.einsum("bhqk,kbhd->qbhd", pattern.detach(), apart).flatten(2)
+    out = p.linear(F.linear, mixed, given["out_proj_weight"], given["out_proj_bias"], -1)
+    return out, (pattern.mean(1) if given.get("need_weights", True) else None)
 
 
 def _fixed(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -259,12 +336,12 @@ def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    """Of an activation and a constant: the constant is a bias."""
+    """Of an activation and a constant (or the difference): the constant is a bias."""
     a, b = args[:2]
     if _moves(a) and _is_constant(b):
-        b = p.constant(b, a + b)
+        b = p.constant(b, a)
     elif _moves(b) and _is_constant(a):
-        a = p.constant(a, a + b)
+        a = p.constant(a, b)
     return func(a, b, *args[2:], **kwargs)
 
 
@@ -277,11 +354,16 @@ def _moves(x: Any) -> bool:
 
 
 def _is_constant(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad
+    if isinstance(x, Tensor):
+        return x.is_floating_point() and not x.requires_grad
+    return isinstance(x, float | int) and x != 0
 
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)
-_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+_SUMS = (
+    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, torch.sub,
+    Tensor.sub, Tensor.__sub__, Tensor.__rsub__, Tensor.sub_, Tensor.__isub__,
+)  # fmt: skip
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     F.linear: _fully_connected,
@@ -289,6 +371,9 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     F.batch_norm: _batch_norm,
     F.embedding: _embedding,
     F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.multi_head_attention_forward: _multi_head,
     F.rms_norm: _rms_norm,
     F.local_response_norm: _response_norm,
     F.scaled_dot_product_attention: _attention,

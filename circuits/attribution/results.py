@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -142,7 +141,11 @@ class Attribution:
         """
         place = _checked(path)
         with replacing(place) as temporary:
-            save_file({"values": self.values.detach().cpu().contiguous()}, temporary)
+            tensors = {"values": self.values, "target_values": self.target_values}
+            tensors |= {f"part {name}": value for name, value in self.parts.items()}
+            if self.residual is not None:
+                tensors["residual"] = self.residual
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
         write_json(place.with_suffix(".json"), self.to_dict())
 
     @classmethod
@@ -158,13 +161,17 @@ class Attribution:
             raw = json.loads(place.with_suffix(".json").read_text())
             check = raw.pop("check")
             if check is not None:
-                check = AblationCheck(**{**check, "by_example": tuple(check["by_example"])})
+                nan = float("nan")
+                each = tuple(nan if v is None else v for v in check["by_example"])
+                numbers = (nan if check[k] is None else check[k] for k in ("correlation", "chance"))
+                correlation, chance = numbers
+                check = AblationCheck(correlation, each, chance, check["n_units"], check["seed"])
             raw["axes"], raw["aims"] = tuple(raw["axes"]), tuple(raw["aims"])
-            raw["parts"] = {k: torch.tensor(v) for k, v in raw["parts"].items()}
-            raw["target_values"] = torch.tensor(raw["target_values"])
-            if raw["residual"] is not None:
-                raw["residual"] = torch.tensor(raw["residual"])
-            return cls(values=load_file(place)["values"], check=check, **raw)
+            tensors = load_file(place)
+            raw["parts"] = {name: tensors[f"part {name}"] for name in raw["parts"]}
+            raw["target_values"] = tensors["target_values"]
+            raw["residual"] = tensors.get("residual")
+            return cls(values=tensors["values"], check=check, **raw)
         except FileNotFoundError:
             raise
         except Exception as error:  # of JSON, safetensors or what is in them

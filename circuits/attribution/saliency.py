@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from circuits.attribution import cams, gradients, masking, surrogates
@@ -24,6 +24,18 @@ Method = Literal[
     "smooth_grad_cam_plus_plus", "guided_grad_cam", "lime", "kernel_shap",
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
+
+SLOPES: frozenset[Method] = frozenset(
+    {
+        "gradient",
+        "smoothgrad",
+        "vargrad",
+        "smoothgrad_squared",
+        "guided_backprop",
+        "guided_grad_cam",
+    }
+)
+"""Methods whose values say how much a pixel matters, not whether it speaks for or against: ranked by size."""
 
 Made = tuple[Tensor, Tensor | None, dict[str, Any]]
 """Values, what is missing to their sum, and what was used for options that adapt."""
@@ -77,14 +89,15 @@ def saliency(
         raise ValueError(f"model {model.name} takes tokens: use attribute() at a site")
     check_options(method, options)
     goal = as_target(model, target)
-    if method == "relevance":
-        return relevance(
-            model, inputs, goal, data=data, batch=batch, size=size, progress=progress, **options
-        )
     if site is not None and not (method.endswith("cam") or "cam_" in method):
         raise ValueError(f"site {str(site)!r}: only class activation maps are taken at a site")
     if site is None and "cam" in method:
         site = cams.last_map(model, goal)
+    if method == "relevance":
+        made = relevance(
+            model, inputs, goal, data=data, batch=batch, size=size, progress=progress, **options
+        )
+        return replace(made, seed=seed)
     inputs = sized(model, inputs, size)
     passes = Passes(model, inputs, goal, site, batch, size="keep")
     seeded = {"seed": seed} if "seed" in _parameters(method) else {}
@@ -102,12 +115,34 @@ def saliency(
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
-    """Raise TypeError if a method has no option of a name."""
-    known = _parameters(method)
-    for name in options:
-        if name not in known or name == "seed":
-            listed = ", ".join(k for k in known if k != "seed") or "none"
-            raise TypeError(f"method {method} has no option {name!r}: expected {listed}")
+    """Raise TypeError if a method has no option of a name, or an option is of the wrong kind."""
+    function = relevance if method == "relevance" else _FUNCTIONS[method]
+    fitting_options(f"method {method}", function, options, _parameters(method))
+
+
+def fitting_options(
+    what: str, function: Callable[..., Any], options: Mapping[str, Any], known: Iterable[str]
+) -> None:
+    """Raise TypeError if a function has no option of a name, or an option is not of its annotated kind."""
+    names = [name for name in known if name != "seed"]
+    parameters = inspect.signature(inspect.unwrap(function)).parameters
+    for name, value in options.items():
+        if name not in names:
+            raise TypeError(f"{what} has no option {name!r}: expected {', '.join(names) or 'none'}")
+        kinds = str(parameters[name].annotation).split(" | ")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = (
+            isinstance(value, Tensor)
+            or (value is None and "None" in kinds)
+            or (number and ("float" in kinds or ("int" in kinds and isinstance(value, int))))
+            or (isinstance(value, str) and not {"int", "float"} & set(kinds))
+            or not isinstance(value, str | int | float | None)
+        )
+        if not fits:
+            expected = (
+                "a whole number" if "int" in kinds else "a number" if "float" in kinds else "a name"
+            )
+            raise TypeError(f"option {name} {value!r} of {what}: expected {expected}")
 
 
 def _recorded(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,14 +178,17 @@ def _times_input(passes: Passes, progress: Progress | None) -> Tensor:
 def _cam(made: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def enlarged(passes: Passes, progress: Progress | None, **options: Any) -> Tensor:
         height, width = passes.inputs.shape[-2:]
-        return cams.enlarged(made(passes, **options), (height, width))
+        found = cams.enlarged(made(passes, **options), (height, width))
+        if progress is not None:
+            progress(len(passes), len(passes))
+        return found
 
     return enlarged
 
 
 def _guided_cam(passes: Passes, progress: Progress | None) -> Tensor:
     cam = _cam(cams.grad_cam)(passes, progress)
-    return cams.guided_grad_cam(passes.model, passes.inputs, passes.target, cam)
+    return cams.guided_grad_cam(passes.model, passes.inputs, passes.target, cam, passes.batch)
 
 
 def _smoothed(of: gradients.Smoothing) -> Callable[..., Tensor]:
@@ -200,8 +238,3 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "kernel_shap": surrogates.kernel_shap,
 }
 """Where each method's options are documented."""
-
-
-def ranked(heat: Tensor) -> Tensor:
-    """Each example's places from the most to the least credited, as flattened indices."""
-    return torch.argsort(heat.flatten(1), dim=1, descending=True, stable=True)

@@ -7,7 +7,6 @@ is trained on shuffled labels. A map that hardly changes does not show what the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -24,7 +23,7 @@ from circuits.attribution.passes import Progress
 from circuits.attribution.results import Attribution
 from circuits.models.adapter import HookedModel
 from circuits.models.randomizing import layers_in_order, randomized
-from circuits.models.sites import evaluating, main_output
+from circuits.models.sites import main_output
 
 Attributing = Callable[[HookedModel, Tensor], Attribution]
 """Makes the maps of images with a model: a method with its options and its target bound."""
@@ -170,6 +169,7 @@ def ssim(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> float:
     stretched = []
     for m in (a, b):
         low, high = np.quantile(m, [0.0, 0.99])
+        high = high if high > low else m.max()  # hardly anything marked: the largest
         if not high > low:
             return 0.0
         stretched.append(((m - low) / (high - low)).clip(0, 1).astype(np.float64))
@@ -259,19 +259,16 @@ def _trained(
     progress: Progress | None,
     turn: int,
 ) -> float:
-    """Train in place; the share of images that are right at the end."""
-    module = copy.deepcopy(model.module)
+    """Train in place, in evaluation mode; the share of images that are right at the end."""
+    module = model.module.eval()
     x = model.fitted(inputs)
-    with evaluating(model.module):  # it is the copy that learns
-        parameters = [p.requires_grad_(True) for p in module.parameters()]
-        optimizer = torch.optim.Adam(parameters, rate)
-        with torch.enable_grad():
-            for step in range(steps):
-                optimizer.zero_grad()
-                F.cross_entropy(main_output(module(x.clone())).flatten(1), labels).backward()
-                optimizer.step()
-                if progress is not None:
-                    progress(turn * steps + step + 1, 2 * steps)
-    with torch.no_grad():
-        model.module.load_state_dict(module.state_dict())
+    parameters = [p.requires_grad_(True) for p in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, rate)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(main_output(module(x.clone())).flatten(1), labels).backward()
+            optimizer.step()
+            if progress is not None:
+                progress(turn * steps + step + 1, 2 * steps)
     return float((model.logits(x).flatten(1).argmax(1) == labels).double().mean())

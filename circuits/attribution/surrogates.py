@@ -56,8 +56,8 @@ def lime(
         passes: from the input to the target.
         segments: superpixels of each image, or about how many.
         samples: random subsets, each superpixel shown with probability a half; the first is the image.
-        width: of the kernel exp(-d^2 / width^2) in the cosine distance to the image, as in the authors'
-            code.
+        width: of the kernel sqrt(exp(-d^2 / width^2)) in the cosine distance to the image, as in the
+            authors' code.
         penalty: of the squared coefficients.
         blank: what hides a superpixel.
         seed: of the subsets.
@@ -75,7 +75,7 @@ def lime(
         z[0] = 1
         values = _values(passes, example, pieces, z, base)
         distance = 1 - np.sqrt(z.mean(1))  # the cosine between a subset and all ones
-        weights = np.exp(-(distance**2) / width**2)
+        weights = np.sqrt(np.exp(-(distance**2) / width**2))
         x = z - np.average(z, axis=0, weights=weights)
         y = values - np.average(values, weights=weights)
         return np.linalg.solve(

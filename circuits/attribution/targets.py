@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.sites import unit_activations
+from circuits.stimuli.labels import index_of
 from circuits.units import Site, Unit, unknown
 
 Quantity = Literal["activation", "probability", "log_probability"]
@@ -34,22 +35,23 @@ class Target:
             (of the output: its prediction).
         at: the position along `position_axes`, negative from the end. None is the last token of an
             output over tokens, and elsewhere the position where the example is most active; it is held
-            fixed while the example is changed.
+            fixed while the example is changed. One for all examples, or one for each.
         against: a unit whose number is subtracted, as in a logit difference.
         quantity: the number itself or the probability.
     """
 
     site: str
     index: int | tuple[int, ...] | None
-    at: tuple[int, ...] | None = None
+    at: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     against: int | None = None
     quantity: Quantity = "activation"
 
     def of_examples(self, examples: range) -> Target:
         """The same for some of the examples."""
-        if not isinstance(self.index, tuple):
-            return self
-        return replace(self, index=self.index[examples.start : examples.stop])
+        some = slice(examples.start, examples.stop)
+        index = self.index[some] if isinstance(self.index, tuple) else self.index
+        each = self.at is not None and len(self.at) > 0 and isinstance(self.at[0], tuple)
+        return replace(self, index=index, at=self.at[some] if each and self.at else self.at)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         which = "top" if self.index is None else self.index
@@ -57,7 +59,10 @@ class Target:
             which = ",".join(map(str, which))
         text = f"{self.site}:{which}"
         if self.at is not None:
-            text += "@" + ",".join(map(str, self.at))
+            each = [at if isinstance(at, tuple) else (at,) for at in self.at]
+            text += "@" + (";" if each and len(each[0]) > 1 else ",").join(
+                ",".join(map(str, at)) for at in each
+            )
         if self.against is not None:
             text += f" - {self.site}:{self.against}"
         prefix = {"activation": "", "probability": "p", "log_probability": "log p"}[self.quantity]
@@ -130,7 +135,7 @@ def _output_index(model: HookedModel, text: str) -> int:
     if isinstance(model.input, TokenInput):
         names = model.input.vocabulary
     if name in names:
-        return list(names).index(name)
+        return index_of(name, names, kind)
     close = [i for i, n in enumerate(names) if name and name.lower() in re.split(r", ?", n.lower())]
     if len(close) == 1:  # ImageNet's names list synonyms
         return close[0]
@@ -155,12 +160,16 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
     if isinstance(target, Unit):
         unit = model.unit(target)
         return Target(unit.site, unit.index)
+    if target.quantity not in get_args(Quantity):
+        raise ValueError(
+            f"quantity {target.quantity!r} is not one of {', '.join(get_args(Quantity))}"
+        )
     site = model.site(target.site)
     indices = target.index if isinstance(target.index, tuple) else (target.index,)
     for index in (*indices, target.against):
         if index is not None:
             site.unit(index)
-    if target.at is not None and len(target.at) != len(site.position_axes):
+    if any(len(at) != len(site.position_axes) for at in _each_position(target)):
         axes = ", ".join(site.position_axes) or "none"
         raise ValueError(
             f"target {target}: position {target.at} does not fit the axes of {site.name} ({axes})"
@@ -168,8 +177,22 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
     return replace(target, site=site.name)
 
 
+def _each_position(target: Target) -> list[tuple[int, ...]]:
+    """The positions that a target names: none, one, or one for each example."""
+    if target.at is None:
+        return []
+    if target.at and isinstance(target.at[0], tuple):
+        return [at for at in target.at if isinstance(at, tuple)]
+    return [tuple(i for i in target.at if isinstance(i, int))]
+
+
 def check_indices(target: Target, n: int) -> None:
-    """Raise ValueError if a target has an index for each of another number of examples."""
+    """Raise ValueError if a target has an index or position for each of another number of examples."""
+    positions = _each_position(target)
+    if len(positions) > 1 and len(positions) != n:
+        raise ValueError(
+            f"target has {len(positions)} positions for {n} examples: expected one each"
+        )
     if isinstance(target.index, tuple) and len(target.index) != n:
         raise ValueError(
             f"target has {len(target.index)} indices for {n} examples: expected one each"
@@ -231,20 +254,25 @@ class Aim:
     def _fixed(site: Site, target: Target, value: Tensor, n: int) -> Tensor | None:
         """The flattened position that a target names, if it names one."""
         axes = site.position_axes
-        at = target.at
-        if at is None and site.kind == "logit" and axes:
-            at = (-1,) * len(axes) if axes == ("position",) else None
-        if at is None:
+        positions = _each_position(target)
+        if not positions and site.kind == "logit" and axes == ("position",):
+            positions = [(-1,)]
+        if not positions:
             return None
-        place = 0
-        for axis, index in zip(axes, at, strict=True):
-            length = value.shape[site.axes.index(axis)]
-            if not -length <= index < length:
-                raise ValueError(
-                    f"target {target}: position {index} along {axis} must be from {-length} to {length - 1}"
-                )
-            place = place * length + index % length
-        return torch.full((n,), place, device=value.device)
+        check_indices(target, n)
+        places = []
+        for at in positions:
+            place = 0
+            for axis, index in zip(axes, at, strict=True):
+                length = value.shape[site.axes.index(axis)]
+                if not -length <= index < length:
+                    raise ValueError(
+                        f"target {target}: position {index} along {axis} must be from {-length} to "
+                        f"{length - 1}"
+                    )
+                place = place * length + index % length
+            places.append(place)
+        return torch.tensor(places, device=value.device).expand(n)
 
     def value(self, tensor: Tensor, examples: Int[Tensor, " point"]) -> Float[Tensor, " point"]:
         """The target's number for tensors at its site, each of one of the examples."""

@@ -189,12 +189,25 @@ def attribute(
     _check_out(out)
     if top < 1:
         raise ValueError(f"top {top} must be at least 1")
+    if direct:
+        for name, given in (
+            ("--figure", figure),
+            ("--out", out),
+            ("--save", save),
+            ("--groups", groups),
+        ):
+            if given:
+                raise ValueError(f"{name} {str(given)!r} does not go with --direct")
+    if groups < 0:
+        raise ValueError(f"groups {groups} must be 0 or more")
     loaded = load_model(model, weights)
     goal = parse_target(loaded, target, against, quantity)
     if not direct and not site:
         raise ValueError("site '' is missing: name the site whose units are to be credited")
     if not direct:
         loaded.site(site)
+    if save:
+        _check_edges(Workspace.default(workspace), loaded, goal, site, save)
     chosen = examples_of(loaded, data, limit, image, text, exact)
     if direct:
         _direct(loaded, chosen, goal, top, json)
@@ -270,7 +283,13 @@ def _check_out(out: Path | None) -> None:
     if out is not None:
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {str(out)!r} must end in .safetensors")
-        check_writable(out.parent, "folder")
+        _check_file(out)
+
+
+def _check_file(out: Path) -> None:
+    if out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a folder: expected a file")
+    check_writable(out.parent, "folder")
 
 
 def _direct(model: Any, chosen: Chosen, goal: Any, top: int, json: bool) -> None:
@@ -328,18 +347,25 @@ def _groups(
     ]
 
 
+def _check_edges(place: Workspace, model: Any, goal: Any, site: str, name: str) -> None:
+    """Raise before anything is computed if edges could not be stored."""
+    from circuits.graph.store import GraphStore
+    from circuits.units import Unit
+
+    if goal.against is not None or goal.quantity != "activation" or goal.index is None:
+        raise ValueError(
+            f"--save {name!r}: edges lead to one unit's activation or logit, not to {goal}"
+        )
+    with GraphStore(place.writable().model_folder(model.hash)) as store:
+        for end in (Unit(model.site(site).name, 0), Unit(goal.site, 0)):
+            store.check(end)
+
+
 def _save_edges(place: Workspace, model: Any, made: Any, name: str) -> None:
     from circuits.attribution.edges import attribution_block
     from circuits.graph.store import add_edges
 
-    block = attribution_block(made)
-    folder = place.writable().model_folder(model.hash)
-    try:
-        add_edges(folder, name, [block])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"--save {name!r}: {error} (circuits graph build makes one)"
-        ) from error
+    add_edges(place.model_folder(model.hash), name, [attribution_block(made)])
 
 
 def saliency(
@@ -386,11 +412,17 @@ def saliency(
             raise ValueError(f"method {name!r} is not one of {', '.join((*METHODS, *_MASKS))}")
     if out is not None and (len(wanted) > 1 or wanted[0] in _MASKS):
         raise ValueError("--out saves one method that is no mask")
+    if site and not any("cam" in name for name in wanted):
+        raise ValueError(f"--site {site!r}: only class activation maps are taken at a site")
     options = options_of(option)
     for name in wanted:
-        if name in METHODS and options:
+        if name in _MASKS:
+            _check_mask_options(name, options)
+        elif options:
             check_options(name, options)  # type: ignore[arg-type]
     loaded = load_model(model, weights)
+    if "through" in options:
+        options["through"] = units_of(loaded, str(options["through"]))
     goal = parse_target(loaded, target, against, quantity)
     chosen = examples_of(loaded, data, limit, image, "", exact)
     heats, facts = {}, []
@@ -434,6 +466,18 @@ def saliency(
 
 
 _MASKS = ("extremal", "meaningful")
+
+
+def _check_mask_options(name: str, options: dict[str, Any]) -> None:
+    import inspect
+
+    from circuits.attribution import extremal, meaningful
+    from circuits.attribution.saliency import fitting_options
+
+    function = extremal if name == "extremal" else meaningful
+    own = ("model", "inputs", "target", "area", "variant", "data", "batch", "size", "progress")
+    known = [k for k in inspect.signature(function).parameters if k not in own]
+    fitting_options(f"method {name}", function, options, known)
 
 
 def _saliency(
@@ -520,7 +564,7 @@ def sanity(
     if out is not None:
         if out.suffix != ".json":
             raise ValueError(f"--out {str(out)!r} must end in .json")
-        check_writable(out.parent, "folder")
+        _check_file(out)
     wanted = list(
         dict.fromkeys(method or ["gradient", "grad_cam", "guided_backprop", "guided_grad_cam"])
     )

@@ -90,6 +90,8 @@ def examples_of(
     spec = model.input
     if limit < 1:
         raise ValueError(f"limit {limit} must be at least 1")
+    if data and (image or text):
+        raise ValueError(f"--data {data!r} does not go with --image or --text")
     if isinstance(spec, ImageInput):
         if text:
             raise ValueError(f"--text {text!r}: model {model.name} takes images")

@@ -66,10 +66,14 @@ def tune(
         raise ValueError("--find, --heat-map and --aspects: expected one of them")
     if (find or heat or aspects) and shape != "curve":
         raise ValueError(f"--shape {shape} goes with a plain tuning curve")
+    if (find or heat) and radius:
+        raise ValueError(f"--radius {radius[0]:g} goes with tuning curves and --aspects")
+    if find and data:
+        raise ValueError(f"--data {data!r}: --find needs no deviations")
     loaded = load_model(model, weights)
     chosen = units_of(loaded, units)
     if find:
-        _find(loaded, chosen, step or 5.0, size, seed, figure, json)
+        _find(loaded, chosen, 5.0 if step is None else step, size, seed, figure, json)
         return
     store = stored(Workspace.default(workspace), loaded.hash, chosen[0].site, data)
     if data and store is None:
@@ -79,12 +83,20 @@ def tune(
     with progress_bar("tune", quiet=json) as progress:
         if heat:
             _heat_maps(
-                loaded, chosen, step or 10.0, size, statistics, known, progress, figure, json
+                loaded,
+                chosen,
+                10.0 if step is None else step,
+                size,
+                statistics,
+                known,
+                progress,
+                figure,
+                json,
             )
         else:
             _curves(
-                loaded, chosen, shape, step or 1.0, radius, size, statistics, known, seed, progress, figure,
-                json, aspects,
+                loaded, chosen, shape, 1.0 if step is None else step, radius, size, statistics, known, seed,
+                progress, figure, json, aspects,
             )  # fmt: skip
 
 
@@ -140,7 +152,7 @@ def _curves(
     for t in found:
         m = t.measures
         rows.append(
-            (t.unit, m.peak.value, m.peak.value / t.deviation, m.preferred.value, _interval(m.direction),
+            (t.unit, m.peak.value, _over(m.peak.value, t.deviation), m.preferred.value, _interval(m.direction),
              _interval(m.half_width), _interval(m.echo), _interval(m.circular_variance), t.radius)
         )  # fmt: skip
     show_table(
@@ -155,6 +167,11 @@ def _curves(
     if len(found) > 1:
         joint = joint_tuning(found)
         _say_together(joint)
+
+
+def _over(value: float, deviation: float) -> float:
+    """In standard deviations; not a number for a unit that never changes."""
+    return value / deviation if deviation else float("nan")
 
 
 def _say_together(joint: Any) -> None:
@@ -198,7 +215,7 @@ def _heat_maps(
                 angle,
                 "line" if curvature == 0 else f"{1 / curvature:.1f}",
                 peak,
-                (peak - m.mean) / m.deviation,
+                _over(peak - m.mean, m.deviation),
             )
         )
     show_table(
@@ -248,6 +265,8 @@ def _find(
         save_figure(
             tuning_figure([c.tuning for c in good], f"{model.name}: curve units of {site}"), figure
         )
+    elif figure is not None:
+        warn("no curve unit was found: nothing to draw")
     if json:
         show_json(
             {
@@ -319,6 +338,8 @@ def examples(
     from circuits.store import spectrum
 
     check_figure(figure)
+    if overlay and figure is None:
+        raise ValueError("--overlay marks pixels in the figure: give --figure too")
     loaded = load_model(model, weights)
     found_unit = loaded.unit(unit)
     store = stored(Workspace.default(workspace), loaded.hash, found_unit.site, data)

@@ -27,3 +27,5 @@ def check_figure_path(path: Path) -> None:
     """Raise ValueError if a figure cannot be written under this name."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"figure {str(path)!r} must end in .png or .svg")
+    if path.is_dir():
+        raise ValueError(f"figure {str(path)!r} is a folder: expected a file")

@@ -40,7 +40,8 @@ def tuning_figure(tunings: Sequence[RadialTuning], title: str = "") -> Figure:
         )
     together = axes[len(shown)]
     for t in shown:
-        together.plot(t.angles, t.mean / max(t.mean.max(), 1e-12), linewidth=0.7)
+        if t.mean.max() > 0:
+            together.plot(t.angles, t.mean / t.mean.max(), linewidth=0.7)
     together.set_title("all, each over its peak", fontsize=6)
     for axis in axes[: len(shown) + 1]:
         axis.set_xticks([0, 90, 180, 270, 360])
@@ -148,7 +149,7 @@ def spectrum_figure(
         )
     density.set_ylabel("p(x), log", fontsize=7)
     share.bar(middles, [b.contribution for b in bins], widths * 0.95, color="#fd8d3c")
-    share.set_ylabel("x p(x), share\nof the mean", fontsize=7)
+    share.set_ylabel("x p(x), what it\nadds to the mean", fontsize=7)
     share.set_xlabel(
         f"activation; {found.above_two:.0%} of the positive mean is above two standard deviations",
         fontsize=7,

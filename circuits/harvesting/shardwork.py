@@ -16,6 +16,7 @@ from circuits.harvesting.inputs import Inputs
 from circuits.harvesting.observing import Observer
 from circuits.hooks import Look
 from circuits.models.adapter import HookedModel
+from circuits.models.normalisation import FastNormalisation
 from circuits.store.provenance import Provenance
 from circuits.store.shards import Shard, StoreWriter
 from circuits.store.summaries import Summary
@@ -63,7 +64,8 @@ class ShardWork:
         kind, device = self.provenance.depth.precision, self.model.device.type
         half = kind != "float32"
         if not half:
-            self.model.observe(inputs, looks, self.model.last(looks))
+            with FastNormalisation():
+                self.model.observe(inputs, looks, self.model.last(looks))
             return
 
         def wide(look: Look) -> Look:

@@ -24,8 +24,14 @@ def randomized(
         model: it is not changed.
         seed: of the shuffling; a tensor is shuffled the same way whichever others are.
         modules: shuffle only what these modules (see `layers_in_order`) hold themselves.
+
+    Raises:
+        ValueError: if edits are in force.
     """
-    module = copy.deepcopy(model.module)
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: shuffle its weights outside the edit")
+    with model.lock:
+        module = copy.deepcopy(model.module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(module.state_dict().items()):
@@ -45,22 +51,29 @@ def randomized(
 
 
 def layers_in_order(model: HookedModel) -> list[str]:
-    """The modules that hold weights themselves, in the order in which they are first called."""
-    own = {
-        m: name
-        for name, m in model.module.named_modules()
-        if next(m.parameters(False), None) is not None
-    }
-    met: dict[str, None] = {}
+    """The modules that hold weights themselves, in the order in which they are first called.
+
+    One that is never called (its weights are used by the module around it) comes where that is called.
+    """
+    names = {m: name for name, m in model.module.named_modules()}
+    called: dict[str, int] = {}
 
     def note(module: nn.Module, args: object) -> None:
-        met[own[module]] = None
+        called.setdefault(names[module], len(called))
 
-    handles = [m.register_forward_pre_hook(note) for m in own]
-    try:
-        with model.lock, evaluating(model.module), torch.no_grad():
-            model.module(model.fitted(model.input.example(1)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(met)
+    with model.lock:
+        handles = [m.register_forward_pre_hook(note) for m in names]
+        try:
+            with evaluating(model.module), torch.no_grad():
+                model.module(model.fitted(model.input.example(1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def when(name: str) -> int:
+        while name and name not in called:
+            name = name.rpartition(".")[0]
+        return called.get(name, -1)
+
+    own = [name for m, name in names.items() if next(m.parameters(False), None) is not None]
+    return sorted(own, key=when)

@@ -43,11 +43,7 @@ def read_labels(
         raise ValueError(
             f"labels {str(path)!r}: {n} labels for {len(source)} examples of {source.spec}"
         )
-    by_name = {name: i for i, name in enumerate(classes)}
-    return [
-        _index(label, name, by_name, classes)
-        for label, name in zip(found, source.names, strict=True)
-    ]
+    return [_index(label, name, classes) for label, name in zip(found, source.names, strict=True)]
 
 
 def _from_name(name: str) -> str | None:
@@ -65,15 +61,34 @@ def _read(path: str) -> Any:
     try:
         if place.suffix == ".npz":
             with np.load(place, allow_pickle=False) as arrays:
-                return arrays[key or "labels"].astype(int).tolist()
+                found = arrays[key or "labels"]
+                if not np.issubdtype(found.dtype, np.integer):
+                    raise ValueError(f"labels are {found.dtype}, not whole numbers")
+                return found.tolist()
         return json.loads(place.read_text())
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
 
 
-def _index(label: Any, example: str, by_name: dict[str, int], classes: Sequence[str]) -> int:
-    if isinstance(label, str) and label in by_name:
-        return by_name[label]
+def index_of(name: str, names: Sequence[str], what: str = "class") -> int:
+    """The index of a name.
+
+    Raises:
+        ValueError: if it is the name of several (ImageNet has two cranes) or of none.
+
+    >>> index_of("b", ["a", "b"])
+    1
+    """
+    found = [i for i, other in enumerate(names) if other == name]
+    if len(found) != 1:
+        which = " and ".join(map(str, found)) or "none"
+        raise ValueError(f"{what} {name!r} is the name of {which}: give its number")
+    return found[0]
+
+
+def _index(label: Any, example: str, classes: Sequence[str]) -> int:
+    if isinstance(label, str) and label in classes:
+        return index_of(label, classes)
     if isinstance(label, str) and label.isdigit():
         label = int(label)
     if isinstance(label, int) and not isinstance(label, bool) and label >= 0:

@@ -147,6 +147,12 @@ def joint_tuning(tunings: Sequence[RadialTuning]) -> JointTuning:
         raise ValueError("tunings: expected at least one, all at the same angles")
     shares = np.stack([t.mean.clip(min=0) / max(t.mean.max(), 1e-12) for t in tunings])
     strongest = shares.max(0)
-    preferred = np.sort([t.measures.direction.value for t in tunings])
-    gaps = np.diff(np.append(preferred, preferred[0] + 360))
+    period = 360.0 if all(t.shape == "curve" for t in tunings) else 180.0
+    directions = [t.measures.direction.value % period for t in tunings]
+    preferred = np.sort([d for d in directions if not np.isnan(d)])  # silent units have none
+    gaps = (
+        np.diff(np.append(preferred, preferred[0] + period))
+        if len(preferred)
+        else np.array([period])
+    )
     return JointTuning(tunings[0].angles, strongest, float(strongest.min()), float(gaps.max()))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.stimuli.patterns import STRAIGHT, arcs
-from circuits.tuning.responding import Progress, responses, stimulus_size
+from circuits.tuning.responding import BATCH, Progress, responses, stimulus_size
 from circuits.units import Unit
 
 
@@ -114,9 +114,9 @@ def heat_map(
 
     def images(ink: float) -> Iterator[Tensor]:
         for radius in radii:
-            yield arcs(
-                angles, radius, pixels, thickness=max(2.0, pixels / 32), ink=ink, paper=1 - ink
-            )
+            for some in angles.split(BATCH):
+                thick = max(2.0, pixels / 32)
+                yield arcs(some, radius, pixels, thickness=thick, ink=ink, paper=1 - ink)
 
     def note(start: int, done: int) -> None:
         if progress is not None:
@@ -128,11 +128,12 @@ def heat_map(
     )
     assert isinstance(found, torch.Tensor), "two polarities were shown"
     table = (found / 2).unflatten(0, (len(radii), n_angles)).double().numpy()
+    model_hash = model.hash
     return [
         HeatMap(
             unit, angles.double().numpy(), bends, table[:, :, unit.index],
             float("nan") if statistics is None else statistics[k][1],
-            float("nan") if statistics is None else statistics[k][0], pixels, model.name, model.hash, data,
+            float("nan") if statistics is None else statistics[k][0], pixels, model.name, model_hash, data,
         )
         for k, unit in enumerate(wanted)
     ]  # fmt: skip

@@ -73,11 +73,12 @@ def invariance(
         if aspect not in ASPECTS:
             raise ValueError(f"aspect {aspect!r} is not one of {', '.join(ASPECTS)}")
     found = []
+    model_hash = model.hash
     for tuning in tunings:
-        if tuning.shape != "curve" or tuning.model_hash != model.hash:
+        if tuning.shape != "curve" or tuning.model_hash != model_hash:
             raise ValueError(
                 f"tuning of {tuning.unit} to a {tuning.shape}, model {tuning.model_hash[:16]}: expected to "
-                f"a curve, of model {model.hash[:16]}"
+                f"a curve, of model {model_hash[:16]}"
             )
         angle = tuning.measures.preferred.value
         for aspect in aspects:
@@ -92,7 +93,7 @@ def invariance(
             peak = both[0].max()
             kept = float(both[0].min() / peak) if peak > 0 else float("nan")
             found.append(
-                Invariance(tuning.unit, aspect, values, both[0], both[1], kept, model.hash)
+                Invariance(tuning.unit, aspect, values, both[0], both[1], kept, model_hash)
             )
     return found
 

@@ -68,7 +68,7 @@ def preferred(angles: Curve, curve: Curve) -> float:
 def half_width(angles: Curve, curve: Curve) -> float:
     """Degrees around the peak, without a gap, that respond with at least half of it; NaN without a peak.
 
-    The full width at half of the maximum, in steps of the curve.
+    The full width at half of the maximum, in steps of the curve: what the articles plot as half-width.
 
     >>> half_width(np.arange(0.0, 360.0, 10.0), np.eye(36)[3])
     10.0
@@ -77,10 +77,13 @@ def half_width(angles: Curve, curve: Curve) -> float:
     if not peak > 0:
         return float("nan")
     n = len(curve)
-    around = np.roll(curve, n // 2 - int(curve.argmax())) >= peak / 2
-    left = np.argmin(around[: n // 2 + 1][::-1]) if not around[: n // 2 + 1].all() else n // 2 + 1
-    right = np.argmin(around[n // 2 :]) if not around[n // 2 :].all() else n - n // 2
-    return float((left + right - 1) * 360.0 / n)
+    high = curve >= peak / 2
+    if high.all():
+        return 360.0
+    # begin at the peak and walk both ways
+    from_peak = np.roll(high, -int(curve.argmax()))
+    right, left = int(np.argmin(from_peak)), int(np.argmin(from_peak[::-1]))
+    return (right + left) * 360.0 / n
 
 
 def echo(angles: Curve, curve: Curve) -> float:
@@ -96,19 +99,22 @@ def echo(angles: Curve, curve: Curve) -> float:
     return float(max(0.0, curve[np.abs(apart) <= 45].max()) / peak)
 
 
-def circular_variance(angles: Curve, curve: Curve) -> float:
+def circular_variance(angles: Curve, curve: Curve, period: float = 360.0) -> float:
     """1 - the length of the mean response vector; NaN without a response.
+
+    For what is itself again after half a turn, angles are doubled.
 
     >>> round(circular_variance(np.array([0.0, 90.0, 180.0, 270.0]), np.array([1.0, 1.0, 1.0, 1.0])), 6)
     1.0
     """
-    vector = _vector(angles, curve)
+    vector = _vector(angles * (360 / period), curve)
     return float("nan") if np.isnan(vector) else float(1 - abs(vector))
 
 
-def direction(angles: Curve, curve: Curve) -> float:
-    """The angle of the mean response vector, 0 to 360."""
-    return float(np.rad2deg(np.angle(_vector(angles, curve))) % 360)
+def direction(angles: Curve, curve: Curve, period: float = 360.0) -> float:
+    """The angle of the mean response vector, from 0 to the period."""
+    turned = float(np.rad2deg(np.angle(_vector(angles * (360 / period), curve))) % 360)
+    return turned * period / 360
 
 
 def _vector(angles: Curve, curve: Curve) -> complex:
@@ -120,7 +126,11 @@ def _vector(angles: Curve, curve: Curve) -> complex:
 
 
 def measure_tuning(
-    angles: Curve, curves: Curves | Curve, resamples: int = 500, seed: int = 0
+    angles: Curve,
+    curves: Curves | Curve,
+    resamples: int = 500,
+    seed: int = 0,
+    period: float = 360.0,
 ) -> TuningMeasures:
     """The measures of a tuning curve, with bootstrap intervals over replicates.
 
@@ -130,6 +140,8 @@ def measure_tuning(
             their mean.
         resamples: of the replicates.
         seed: of the bootstrap.
+        period: 180 for what is itself again after half a turn (lines): it has no echo, and its direction is
+            from 0 to 180.
 
     Raises:
         ValueError: if angles are not a full turn in equal steps, or there are not as many responses, or one
@@ -150,17 +162,21 @@ def measure_tuning(
     means = replicates[rows].mean(1) if len(rows) else replicates.mean(0)[None]
     mean = replicates.mean(0)
 
-    def interval(measure: Callable[[Curve, Curve], float], circular: bool = False) -> Interval:
+    def interval(measure: Callable[[Curve, Curve], float], around: float = 0.0) -> Interval:
         value = measure(angles, mean)
         drawn = np.array([measure(angles, row) for row in means])
-        if circular:  # percentiles of the difference, the short way round
-            drawn = value + (drawn - value + 180) % 360 - 180
+        if around:  # percentiles of the difference, the short way round
+            drawn = value + (drawn - value + around / 2) % around - around / 2
         if np.isnan(drawn).all():
             return Interval(value, float("nan"), float("nan"))
         low, high = np.nanquantile(drawn, [0.025, 0.975])
         return Interval(value, float(low), float(high))
 
+    def opposite(angles: Curve, curve: Curve) -> float:
+        return echo(angles, curve) if period == 360 else float("nan")
+
     return TuningMeasures(
-        interval(preferred, circular=True), interval(lambda _, c: float(c.max())), interval(half_width),
-        interval(echo), interval(circular_variance), interval(direction, circular=True), k, seed,
+        interval(preferred, around=period), interval(lambda _, c: float(c.max())), interval(half_width),
+        interval(opposite), interval(lambda a, c: circular_variance(a, c, period)),
+        interval(lambda a, c: direction(a, c, period), around=period), k, seed,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from circuits.models.adapter import HookedModel
 from circuits.stimuli.patterns import STRAIGHT, arcs, gratings
 from circuits.tuning.measures import TuningMeasures, measure_tuning
-from circuits.tuning.responding import Progress, responses, stimulus_size
+from circuits.tuning.responding import BATCH, Progress, responses, stimulus_size
 from circuits.units import Unit
 
 Shape = Literal["curve", "line", "grating"]
@@ -26,10 +26,19 @@ Shape = Literal["curve", "line", "grating"]
 RADII = (0.1, 0.15, 0.22, 0.32, 0.46)
 """Radii that are tried, as shares of the images' size; wavelengths of gratings are a quarter of these."""
 
-_REPLICATES: tuple[tuple[float, float, float], ...] = (
+Look = tuple[float, float, float]
+"""Ink, paper and relative thickness of a curve or line; contrast, phase and nothing of a grating."""
+
+_STROKES: tuple[Look, ...] = (
     (0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.2, 0.6, 1.0), (0.0, 1.0, 1.5), (1.0, 0.0, 1.5), (0.6, 0.2, 1.5),
 )  # fmt: skip
-"""Ink, paper and relative thickness: what should not matter to what a unit is tuned to."""
+_WAVES: tuple[Look, ...] = (
+    (1.0, 0.0, 0.0), (1.0, 90.0, 0.0), (1.0, 180.0, 0.0), (1.0, 270.0, 0.0), (0.5, 0.0, 0.0), (0.5, 180.0, 0.0),
+)  # fmt: skip
+LOOKS: dict[str, tuple[Look, ...]] = {"curve": _STROKES, "line": _STROKES, "grating": _WAVES}
+"""Replicates: what should not matter to what a unit is tuned to."""
+
+_REPLICATES = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +143,7 @@ def radial_tuning(
     tried = _radii(shape, radii, pixels)
     which = [unit.index for unit in wanted]
     coarse = torch.arange(24) * 15.0
-    total = len(tried) * len(_REPLICATES[:3]) * len(coarse) if len(tried) > 1 else 0
+    total = len(tried) * 3 * len(coarse) if len(tried) > 1 else 0
     done = 0
 
     def shown(angles: Tensor, radius: float, n: int) -> Float[Tensor, "replicate angle unit"]:
@@ -147,7 +156,11 @@ def radial_tuning(
             if progress is not None:
                 progress(done, max(done, total))
 
-        parts = (draw(shape, angles, radius, pixels, r) for r in _REPLICATES[:n])
+        parts = (
+            draw(shape, some, radius, pixels, look)
+            for look in LOOKS[shape][:n]
+            for some in angles.split(BATCH)
+        )
         found = responses(model, site, parts, progress=note)[:, which]
         return found.unflatten(0, (n, len(angles)))
 
@@ -157,17 +170,18 @@ def radial_tuning(
     else:
         best = [0] * len(wanted)
     angles = torch.arange(n_angles) * float(step)
-    total += len(set(best)) * len(_REPLICATES) * n_angles
-    fine = {k: shown(angles, tried[k], len(_REPLICATES)) for k in sorted(set(best))}
+    total += len(set(best)) * _REPLICATES * n_angles
+    fine = {k: shown(angles, tried[k], _REPLICATES) for k in sorted(set(best))}
+    model_hash, period = model.hash, 360.0 if shape == "curve" else 180.0
     made = []
     for column, unit in enumerate(wanted):
         curves = fine[best[column]][:, :, column].double().numpy()
         made.append(
             RadialTuning(
                 unit, shape, angles.double().numpy(), curves, tried[best[column]],
-                measure_tuning(angles.double().numpy(), curves, seed=seed),
+                measure_tuning(angles.double().numpy(), curves, seed=seed, period=period),
                 float("nan") if deviations is None else float(deviations[column]), pixels, model.name,
-                model.hash, data, seed,
+                model_hash, data, seed,
             )
         )  # fmt: skip
     return made
@@ -179,7 +193,7 @@ def _radii(shape: Shape, radii: Sequence[float] | None, size: int) -> tuple[floa
     if radii is None:
         share = 1.0 if shape == "curve" else 0.25
         return tuple(share * r * size for r in RADII)
-    if not radii or min(radii) <= 0:
+    if not radii or not all(0 < r < float("inf") for r in radii):
         raise ValueError(f"radii {list(radii)} must be positive")
     return tuple(float(r) for r in radii)
 
@@ -189,12 +203,12 @@ def draw(
     angles: Float[Tensor, " image"],
     radius: float,
     size: int,
-    replicate: tuple[float, float, float] = _REPLICATES[0],
+    look: Look = _STROKES[0],
 ) -> Float[Tensor, "image 3 h w"]:
-    """A shape at each angle, in one of the replicates (ink, paper, relative thickness)."""
-    ink, paper, thick = replicate
+    """A shape at each angle, in one of the replicates."""
     if shape == "grating":
-        contrast, phase = ink - paper, 180.0 * (thick > 1)
+        contrast, phase, _ = look
         return gratings(angles + 90, max(2.0, radius), size, contrast=contrast, phase=phase)
+    ink, paper, thick = look
     bent = min(radius, STRAIGHT)
     return arcs(angles, bent, size, thickness=thick * max(2.0, size / 32), ink=ink, paper=paper)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from circuits.models.sites import unit_activations
 from circuits.units import Site
 
 BATCH = 32
+_LARGEST = 1024
 Progress = Callable[[int, int], None]
 
 
@@ -45,6 +47,8 @@ def responses(
     for some in images:
         for part in some.split(BATCH):
             own = part.mean(1, keepdim=True) if spec.channels == 1 else part
+            if place.position_axes != ("y", "x"):  # it may read a map of the model's own size only
+                own = _framed(own, spec)
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
             value = model.run(x, read=[place], until=place)[place]
             found.append(_largest(place, value, central).cpu())
@@ -52,6 +56,18 @@ def responses(
             if progress is not None:
                 progress(done)
     return torch.cat(found)
+
+
+def _framed(images: Tensor, spec: ImageInput) -> Tensor:
+    """Images in the middle of the model's height and width, their border repeated."""
+    height, width = images.shape[-2:]
+    if height > spec.height or width > spec.width:
+        raise ValueError(
+            f"size {max(height, width)} must be at most {min(spec.height, spec.width)} for a site without a map"
+        )
+    top, left = (spec.height - height) // 2, (spec.width - width) // 2
+    sides = (left, spec.width - width - left, top, spec.height - height - top)
+    return F.pad(images, sides, mode="replicate")
 
 
 def _largest(site: Site, value: Tensor, central: bool) -> Float[Tensor, "image unit"]:
@@ -87,8 +103,8 @@ def stimulus_size(model: HookedModel, site: str | Site, size: int | None) -> int
     spec = taking_photographs(model)
     most = min(spec.height, spec.width)
     if size is not None:
-        if size < 8:
-            raise ValueError(f"size {size} must be at least 8 pixels")
+        if not 8 <= size <= _LARGEST:
+            raise ValueError(f"size {size} must be at least 8 pixels and at most {_LARGEST}")
         return size
     place = model.site(site)
     if place.position_axes != ("y", "x"):
