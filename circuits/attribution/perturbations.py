@@ -98,7 +98,8 @@ def extremal(
     area: float = 0.1,
     variant: Variant = "preserve",
     *,
-    steps: int = 200,
+    steps: int = 100,
+    tries: int = 100,
     step: int | None = None,
     sigma: float | None = None,
     rate: float = 0.02,
@@ -111,8 +112,8 @@ def extremal(
     """The smooth mask of a given area with the greatest effect on a target.
 
     The mask is a smooth maximum of bumps on a coarse grid, and its sorted values are pulled to those of a
-    mask of exactly this area (equation 4); what it hides is blurred. Of the masks met on the way that is given
-    which does best when it is made 0 and 1, of exactly the area.
+    mask of this area (equation 4); what it hides is blurred. Gradients lead to a soft mask; it is then moved and
+    reshaped at random while that helps it as a mask of 0 and 1 of exactly the area, and given as that.
 
     Args:
         model: of images.
@@ -121,11 +122,12 @@ def extremal(
         area: the share of the image that is kept (preserve) or hidden (delete).
         variant: which.
         steps: of the optimiser.
+        tries: random changes of each mask afterwards, kept if they help it as a mask of 0 and 1.
         step: pixels from bump to bump; a 32nd of the image if not given (7 of 224).
         sigma: width of a bump, in pixels; three steps if not given.
         rate: of the optimiser.
         data: where the images come from, for the record.
-        seed: of the random masks beside.
+        seed: of the changes tried, and of the random masks beside.
         batch: images optimised together.
         size: what becomes of images of another size.
         progress: called with steps done and all.
@@ -136,6 +138,7 @@ def extremal(
     """
     check_range("area", area, 0.001, 0.999)
     check_range("steps", steps, 1)
+    check_range("tries", tries, 0)
     check_range("step", 1 if step is None else step, 1)
     check_range("sigma", 1 if sigma is None else sigma, 0.5)
     check_range("rate", rate, 1e-6)
@@ -143,7 +146,9 @@ def extremal(
     _check_images(model)
     goal = Passes(model, inputs, target, batch=batch, size=size)
     apart = step or max(1, round(max(goal.inputs.shape[-2:]) / 32))
-    search = _Search(area, variant, steps, apart, 3.0 * apart if sigma is None else sigma, rate)
+    search = _Search(
+        area, variant, steps, apart, 3.0 * apart if sigma is None else sigma, rate, tries, seed
+    )
     parts = []
     for some in goal.chunks(len(goal)):
 
@@ -177,12 +182,14 @@ class _Search:
     step: int
     sigma: float
     rate: float
+    tries: int
+    seed: int
 
 
 def _extremal(
     goal: Passes, which: Tensor, search: _Search, progress: Callable[[int], None]
 ) -> Masks:
-    """The best masks met on the way of some examples, judged as masks of exactly the area."""
+    """Masks of some examples: by their gradient first, then by trying."""
     x = goal.inputs[which]
     smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
     pyramid = Pyramid(x)
@@ -192,8 +199,6 @@ def _extremal(
     # all is kept, or all hidden, at first: the area then shrinks to what matters
     parameters = torch.ones(len(x), 1, *smooth.grid, device=x.device, requires_grad=True)
     optimizer = torch.optim.SGD([parameters], search.rate, momentum=0.9)
-    best = torch.full((len(x),), float("inf"), device=x.device)
-    found = smooth(parameters).detach()
     for done in range(search.steps):
         coarse = smooth.coarse(parameters)
         masks = smooth.enlarged(coarse)
@@ -206,17 +211,38 @@ def _extremal(
         optimizer.step()
         with torch.no_grad():
             parameters.clamp_(0, 1)
-        if done == search.steps - 1 or (done % 10 == 9 and done > 2 * search.steps // 3):
-            now = smooth(parameters).detach()
-            exact = hard(now, search.area)
-            reached = sign * goal.value(pyramid(exact if keeps else 1 - exact), which)
-            better = reached < best
-            best, found = (
-                torch.where(better, reached, best),
-                torch.where(better[:, None, None, None], now, found),
-            )
         progress(done + 1)
-    return found
+
+    def cost(some: Tensor) -> Tensor:
+        exact = hard(smooth(some), search.area)
+        return sign * goal.value(pyramid(exact if keeps else 1 - exact), which)
+
+    return hard(smooth(_refined(parameters.detach(), cost, search)), search.area)
+
+
+def _refined(parameters: Tensor, cost: Callable[[Tensor], Tensor], search: _Search) -> Tensor:
+    """Masks moved and reshaped at random as long as that helps them as masks of 0 and 1.
+
+    Gradients are those of soft masks; what is looked for is judged as hard ones.
+    """
+    generator = Generator().manual_seed(search.seed)
+    best, n = cost(parameters), len(parameters)
+    for number in range(search.tries):
+        if number % 2:
+            shift = torch.randint(-3, 4, (n, 2), generator=generator).tolist()
+            moved = [p.roll(s, (1, 2)) for p, s in zip(parameters, shift, strict=True)]
+            tried = torch.stack(moved)
+        else:
+            coarse = torch.randn(n, 1, 6, 6, generator=generator).to(parameters)
+            noise = F.interpolate(
+                coarse, parameters.shape[-2:], mode="bilinear", align_corners=False
+            )
+            tried = (parameters + 0.3 * noise).clamp(0, 1)
+        reached = cost(tried)
+        better = reached < best
+        best = torch.where(better, reached, best)
+        parameters = torch.where(better[:, None, None, None], tried, parameters)
+    return parameters
 
 
 def _reward(goal: Passes, which: Tensor) -> Float[Tensor, " example"]:
