@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -163,7 +164,17 @@ def _values(
     return torch.cat(found).numpy()
 
 
-def _fitted(passes, segments, blank, fit, progress) -> Float[Tensor, "example 1 h w"]:
+Fit = Callable[[Passes, int, Tensor, int, Tensor], np.ndarray]
+"""From passes, an example, its pieces, how many there are and its blank to a share for each piece."""
+
+
+def _fitted(
+    passes: Passes,
+    segments: Segments | int,
+    blank: Blank | Tensor,
+    fit: Fit,
+    progress: Progress | None,
+) -> Float[Tensor, "example 1 h w"]:
     pieces = superpixels(passes.inputs, segments) if isinstance(segments, int) else segments
     if pieces.shape != (len(passes), *passes.inputs.shape[-2:]):
         raise ValueError(

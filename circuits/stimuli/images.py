@@ -47,7 +47,7 @@ def read_image(path: Path) -> Image.Image:
         ValueError: if it is not an image, is cut off or has more than `MAX_PIXELS` pixels.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"image {str(path)!r} does not exist")
+        raise FileNotFoundError(f"image {str(path)!r} does not exist or is not a file")
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
