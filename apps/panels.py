@@ -120,9 +120,10 @@ def ablation_panel(
     figure = predictions_figure({"intact": before, f"{unit} removed": ablated.predictions})
     st.plotly_chart(figure, key="predictions")
     report = ablated.report
-    baseline = sorted(e.kl for e in report.random)
+    kl = report.measures["kl"]
+    baseline = sorted(kl.random)
     st.caption(
-        f"KL from the intact prediction: {report.effect.kl:.3g} nats; removing each of "
+        f"KL from the intact prediction: {kl.change:.3g} nats; removing each of "
         f"{len(baseline)} random units of the site instead: {baseline[0]:.3g} to {baseline[-1]:.3g} "
         f"(seed {report.seed}). Undone afterwards: "
         f"{'identical to the bit' if report.restored else 'NOT restored'}."

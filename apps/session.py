@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from circuits.edits.effects import EditReport, Prediction, measure, predictions
-from circuits.edits.operators import zero
+from circuits.edits.activations import zero
 from circuits.edits.recipes import Recipe, edited
+from circuits.effects import EditReport, Prediction, measure, predictions
 from circuits.harvesting import Inputs, find_stores
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
@@ -139,7 +139,7 @@ def _ablated(
     before = predictions(_model, x)
     with edited(_model, recipe):
         after = predictions(_model, x, of=[p.index for p in before])
-    return Ablation(after, measure(_model, recipe, x, _inputs.source.spec))
+    return Ablation(after, measure(_model, recipe, x, data=_inputs.source.spec))
 
 
 def ablated(

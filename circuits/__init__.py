@@ -16,9 +16,13 @@ from circuits.attribution import (
     relevance,
     saliency,
 )
-from circuits.edits.effects import EditReport, measure
-from circuits.edits.operators import scale, zero
-from circuits.edits.recipes import Recipe, edited
+from circuits.edits.activations import scale, zero
+from circuits.edits.associative import associate, second_moment
+from circuits.edits.ledger import Ledger
+from circuits.edits.making import leace, means, patch, project_out, resample, steer, transplant
+from circuits.edits.recipes import Recipe, bake, commute, diff, edited, save_baked
+from circuits.edits.records import Edit, read_edit
+from circuits.effects import EditReport, fine_tune, measure
 from circuits.equivariance import Equivariance, equivariance
 from circuits.families import Family, find_families, measure_family
 from circuits.featurevis import comparisons, objectives
@@ -69,6 +73,7 @@ __all__ = [
     "Connection",
     "Direction",
     "Dream",
+    "Edit",
     "EditReport",
     "Equivariance",
     "ExpandedWeights",
@@ -79,6 +84,7 @@ __all__ = [
     "ImageInput",
     "Inputs",
     "LayerWeights",
+    "Ledger",
     "NaturalImages",
     "Objective",
     "Passes",
@@ -95,11 +101,15 @@ __all__ = [
     "UnitGroup",
     "Workspace",
     "ablate",
+    "associate",
     "attribute",
+    "bake",
     "build_graph",
     "card",
     "channel_groups",
+    "commute",
     "comparisons",
+    "diff",
     "direct_logit_attribution",
     "direct_logits",
     "dream",
@@ -110,14 +120,17 @@ __all__ = [
     "factorize",
     "find_curve_units",
     "find_families",
+    "fine_tune",
     "from_dataset",
     "harvest",
     "heat_map",
     "incoming",
     "joint_tuning",
+    "leace",
     "load_circuit",
     "load_model",
     "meaningful",
+    "means",
     "measure",
     "measure_family",
     "measure_tuning",
@@ -128,20 +141,28 @@ __all__ = [
     "outgoing",
     "ov_circuit",
     "parse_target",
+    "patch",
+    "project_out",
     "qk_circuit",
     "radial_tuning",
     "randomization_test",
     "raw_weights",
     "read_circuit",
+    "read_edit",
     "read_image",
     "read_labels",
     "relevance",
     "reliability",
     "render_sheet",
+    "resample",
     "saliency",
+    "save_baked",
     "save_circuit",
     "scale",
+    "second_moment",
     "spectrum",
+    "steer",
+    "transplant",
     "visualize",
     "visualize_units",
     "write_circuit",

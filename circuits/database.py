@@ -10,7 +10,7 @@ import getpass
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,11 +69,32 @@ class Database:
         self.path = path
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def open(self, *tables: str) -> Iterator[sqlite3.Connection]:
+        """A connection, closed at the end, with its tables made.
+
+        Args:
+            tables: SQL statements that make more tables than the records' if they are not there.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
-            _prepare(connection)
+            _prepare(connection, (_SCHEMA, *tables))
             yield connection
+
+    @contextmanager
+    def writing(self, *tables: str) -> Iterator[sqlite3.Connection]:
+        """The same inside a transaction: all of what the block writes, or none of it.
+
+        Other writers wait for it to end.
+        """
+        with self.open(*tables) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # SQLite may have given up on its own
+                    connection.execute("ROLLBACK")
+                raise
 
     def save(
         self,
@@ -102,34 +123,26 @@ class Database:
         if not name.strip() or len(name) > 200:
             raise ValueError(f"name {name!r} of a {kind} must have 1 to 200 characters")
         text = None if body is None else json.dumps(body, allow_nan=False)
-        author = _user() if author is None else author
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._open() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                query = (
-                    "SELECT version, body IS NULL FROM records WHERE kind=? AND model_hash=? AND name=? "
-                    "ORDER BY version DESC LIMIT 1"
+        author, created = user() if author is None else author, now()
+        with self.writing() as connection:
+            query = (
+                "SELECT version, body IS NULL FROM records WHERE kind=? AND model_hash=? AND name=? "
+                "ORDER BY version DESC LIMIT 1"
+            )
+            found = connection.execute(query, (kind, model_hash, name)).fetchone()
+            latest, deleted = found or (0, True)
+            anew = replaces == 0 and deleted
+            if replaces is not None and replaces != latest and not anew:
+                raise ValueError(
+                    f"{kind} {name!r} was changed meanwhile: it is at version {latest}, "
+                    f"yours started from {replaces}"
                 )
-                found = connection.execute(query, (kind, model_hash, name)).fetchone()
-                latest, deleted = found or (0, True)
-                anew = replaces == 0 and deleted
-                if replaces is not None and replaces != latest and not anew:
-                    raise ValueError(
-                        f"{kind} {name!r} was changed meanwhile: it is at version {latest}, "
-                        f"yours started from {replaces}"
-                    )
-                row = (kind, model_hash, name, latest + 1, text, note, author, created)
-                connection.execute(
-                    "INSERT INTO records (kind, model_hash, name, version, body, note, author, "
-                    "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    row,
-                )
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:  # SQLite may have given up on its own
-                    connection.execute("ROLLBACK")
-                raise
+            row = (kind, model_hash, name, latest + 1, text, note, author, created)
+            connection.execute(
+                "INSERT INTO records (kind, model_hash, name, version, body, note, author, "
+                "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
         return Record(kind, model_hash, name, latest + 1, body, note, author, created)
 
     def history(self, kind: str, model_hash: str, name: str) -> list[Record]:
@@ -163,7 +176,7 @@ class Database:
         if not self.path.is_file():
             return []
         columns = "kind, model_hash, name, version, body, note, author, created"
-        with self._open() as connection:
+        with self.open() as connection:
             rows = connection.execute(f"SELECT {columns} FROM records WHERE {where}", values)
             return [
                 Record(k, h, n, v, None if body is None else json.loads(body), note, author, at)
@@ -171,14 +184,15 @@ class Database:
             ]
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
     """Make the tables of a new database; whoever comes second waits (SQLite does not, here)."""
     for tries_left in reversed(range(300)):
         try:
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute(_SCHEMA)
+            for statement in tables:
+                connection.execute(statement)
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or not tries_left:
@@ -186,7 +200,13 @@ def _prepare(connection: sqlite3.Connection) -> None:
             time.sleep(0.1)
 
 
-def _user() -> str:
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def user() -> str:
+    """Who works at this machine."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may run as a user without a name

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from circuits.edits.effects import Prediction
+from circuits.effects import Prediction
 from circuits.store import UnitStatistics
 from circuits.weights import Connection
 

@@ -22,6 +22,8 @@ attention heads, attention patterns (one a head), residual-stream dimensions, or
 
 _NAME = r"(?!-)[^\s:,+*]+"
 _SITE_NAME = re.compile(_NAME)
+_RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
+_MOST_UNITS = 1_000_000
 _UNIT = re.compile(rf"(?P<site>{_NAME}):(?P<index>0|[1-9][0-9]*)")
 
 
@@ -139,6 +141,102 @@ class Unit:
 
     def __str__(self) -> str:
         return f"{self.site}:{self.index}"
+
+
+@dataclass(frozen=True)
+class Units:
+    """Some units of one site, in order and without repeats, written `site:1,2,5-9`; `site:*` is all of them.
+
+    Attributes:
+        site: the site's name.
+        indices: which; None is all.
+
+    >>> str(Units.parse("mixed3b:3-5,1"))
+    'mixed3b:3-5,1'
+    """
+
+    site: str
+    indices: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        check_site_name(self.site)
+        if self.indices is None:
+            return
+        if not self.indices:
+            raise ValueError(f"units of {self.site} name none: expected {self.site}:1,2,5-9")
+        for index in self.indices:
+            Unit(self.site, index)
+        if len(set(self.indices)) != len(self.indices):
+            twice = next(i for i in self.indices if self.indices.count(i) > 1)
+            raise ValueError(f"unit {self.site}:{twice} is listed twice")
+
+    @classmethod
+    def parse(cls, text: str) -> Units:
+        """Read `SITE:1,2,5-9` or `SITE:*`.
+
+        Raises:
+            ValueError: if it is not of that form.
+        """
+        site, colon, listed = text.partition(":")
+        if colon and listed == "*":
+            return cls(site, None)
+        found: list[int] = []
+        for item in listed.split(",") if colon else [""]:
+            match = _RANGE.fullmatch(item)
+            if match is None:
+                raise ValueError(
+                    f"units {text!r} are not of the form SITE:1,2,5-9 (SITE:* for all)"
+                )
+            first = int(match[1])
+            last = first if match[2] is None else int(match[2])
+            if last < first:
+                raise ValueError(f"units {text!r}: {item} runs backwards")
+            if last - first > _MOST_UNITS:
+                raise ValueError(f"units {text!r}: {item} names more than {_MOST_UNITS} units")
+            found += range(first, last + 1)
+        return cls(site, tuple(found))
+
+    @classmethod
+    def of(cls, units: Units | Unit | str | Iterable[Unit | str]) -> Units:
+        """From whatever names units of one site.
+
+        Raises:
+            ValueError: if they are of several sites, or none.
+        """
+        if isinstance(units, Units):
+            return units
+        if isinstance(units, Unit):
+            return cls(units.site, (units.index,))
+        if isinstance(units, str):
+            return cls.parse(units)
+        each = [Unit.parse(u) if isinstance(u, str) else u for u in units]
+        sites = sorted({u.site for u in each})
+        if len(sites) != 1:
+            raise ValueError(f"units name {len(sites)} sites ({', '.join(sites)}): expected one")
+        return cls(sites[0], tuple(u.index for u in each))
+
+    def among(self, site: Site) -> tuple[int, ...]:
+        """Their indices at a site, all of them checked.
+
+        Raises:
+            ValueError: if the site has no such unit.
+        """
+        if self.indices is None:
+            return tuple(range(site.n_units))
+        site.unit(max(self.indices))
+        return self.indices
+
+    def __str__(self) -> str:
+        if self.indices is None:
+            return f"{self.site}:*"
+        runs: list[list[int]] = []
+        for index in self.indices:
+            if runs and index == runs[-1][1] + 1:
+                runs[-1][1] = index
+            else:
+                runs.append([index, index])
+        parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+        return f"{self.site}:{','.join(parts)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ def test_ablation_is_a_forward_pass_without_the_units(
     loss = -q[torch.arange(6), labels].mean() + p[torch.arange(6), labels].mean()
     assert report.measures["loss"].change == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
     right = (ablated.output.argmax(1) == torch.tensor(labels)).double().mean()
-    assert report.measures["top1"].ablated == pytest.approx(float(right))
+    assert report.measures["top1"].changed == pytest.approx(float(right))
     assert "top5" not in report.measures, "of three classes"
     change = (ablated["out_relu"] - intact["out_relu"]).mean((0, 2, 3))
     for d in report.downstream:
@@ -96,7 +96,7 @@ def test_heads_and_next_tokens(bridge: HookedModel) -> None:
         tokens, edits={"blocks.0.attn.hook_z": lambda z: z.index_fill(2, torch.tensor([1]), 0)}
     )
     loss = -logits.double().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
-    assert report.measures["loss"].ablated == pytest.approx(float(loss), rel=1e-5)
+    assert report.measures["loss"].changed == pytest.approx(float(loss), rel=1e-5)
     for how in ("mean", "resample"):
         made = ablate(bridge, ["blocks.0.attn.hook_z:1"], tokens, how=how, n_random=1)
         assert made.measures["kl"].change > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from circuits.edits.operators import zero
+from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.featurevis.render import visualize
 from circuits.models.adapter import HookedModel

@@ -42,7 +42,7 @@ def test_units_are_listed_in_short() -> None:
         ("mixed3b:x", "SITE:1,2,5-9"),
         ("", "name none"),
         ("mixed3b:99999", "does not exist"),
-        ("mixed3b:0-99999999999", "does not exist"),
+        ("mixed3b:0-99999999999", "more than 1000000 units"),
     ):
         with pytest.raises(ValueError, match=message):
             units_of(model, text)

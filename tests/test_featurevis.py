@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from circuits.edits.operators import zero
+from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.featurevis.gradients import Optimizing, _RedirectedReLU
 from circuits.featurevis.natural import NaturalImages

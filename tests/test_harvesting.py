@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from circuits.edits.operators import zero
+from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.files import replacing
 from circuits.harvesting import Inputs, find_stores, harvest

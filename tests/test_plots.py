@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.edits.effects import Prediction
+from circuits.effects import Prediction
 from circuits.plots import histogram_figure, kernels_figure, predictions_figure
 from circuits.store import TailFit, UnitStatistics
 from circuits.units import Unit

@@ -10,13 +10,15 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
 
 @pytest.mark.parametrize(
-    "script", SCRIPTS, ids=["ten-lines", "own-model", "harvest", "weights", "pictures", "units"]
+    "script",
+    SCRIPTS,
+    ids=["ten-lines", "own-model", "harvest", "weights", "pictures", "units", "edits"],
 )
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from circuits.edits.operators import zero
+from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.models.adapter import HookedModel
 from circuits.units import Unit

@@ -13,62 +13,25 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from circuits.attribution.counting import (
+    ClassChange,
+    Counted,
+    Difference,
+    checked_labels,
+    class_changes,
+    difference,
+    labels_of,
+)
 from circuits.attribution.passes import Passes, Progress, channels_last
 from circuits.attribution.targets import output_site
 from circuits.hooks import Change
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
 from circuits.models.normalisation import FastNormalisation
 from circuits.models.sites import unit_activations
 from circuits.units import Site, Unit
 
 How = Literal["zero", "mean", "resample"]
 """What takes a unit's place: zero, its mean over the data, or what it does on another example."""
-
-_RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A number without units, beside the number with them.
-
-    Attributes:
-        intact: with all units.
-        ablated: without the group.
-        change: the difference.
-        low: the 2.5th percentile of the change over resampled examples (paired bootstrap).
-        high: the 97.5th.
-        random: the change without each random group.
-        p_value: how many of the random groups change it at least as much, either way, counting the group
-            itself: at least 1 / (1 + how many there are).
-    """
-
-    intact: float
-    ablated: float
-    change: float
-    low: float
-    high: float
-    random: tuple[float, ...]
-    p_value: float
-
-
-@dataclass(frozen=True)
-class ClassChange:
-    """A class's accuracy with and without the units.
-
-    Attributes:
-        index: of the class.
-        name: of it.
-        n: examples of it.
-        intact: share of them that were right.
-        ablated: share without the units.
-    """
-
-    index: int
-    name: str
-    n: int
-    intact: float
-    ablated: float
 
 
 @dataclass(frozen=True)
@@ -180,11 +143,7 @@ def ablate(
     if not n:
         raise ValueError("batches hold no example")
     outputs = output_site(model).n_units
-    if labels is not None and isinstance(model.input, TokenInput):
-        raise ValueError("labels: tokens have the next token as label")
-    whole = labels is None or all(isinstance(i, int) and 0 <= i < outputs for i in labels)
-    if labels is not None and (len(labels) != n or not whole):
-        raise ValueError(f"labels: {len(labels)} for {n} examples, of {outputs} classes")
+    checked_labels(model, labels, n, outputs)
     later_site = None if later is None else model.site(later)
     if later_site is not None and model.last([later_site, *(u.site for u in group)]) != later_site:
         raise ValueError(f"later {later_site.name!r} does not come behind the units' sites")
@@ -209,9 +168,9 @@ def ablate(
     numbers = {k: np.concatenate(v, 1) for k, v in run.numbers.items()}
     # an example without a label has no number in any variant
     known = {k: v[:, ~np.isnan(v[0])] for k, v in numbers.items()}
-    measures = {k: _difference(v, generator) for k, v in known.items() if v.shape[1]}
+    measures = {k: difference(v, generator) for k, v in known.items() if v.shape[1]}
     return AblationReport(
-        group, how, measures, _classes(model, labels, run), _downstream(later_site, run, top), tuple(others),
+        group, how, measures, class_changes(model, labels, run.right), _downstream(later_site, run, top), tuple(others),
         drawn_from, n, model.name,
         model.hash, data, seed,
     )  # fmt: skip
@@ -331,7 +290,7 @@ class _Run:
             raise ValueError(
                 f"model {self.model.name} puts out what is not finite on an example as it is"
             )
-        counted = _Counted(rows, self._labels(x, labels))
+        counted = Counted(rows, labels_of(self.model, x, labels))
         numbers, activity = [counted.of(rows)], [self._activity(cache)]
         for group in self.groups:
             changed = self._without(x, cache, group, other, read[len(self.sites) :])
@@ -412,89 +371,6 @@ class _Run:
             return made
 
         return change
-
-    def _labels(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
-        """One for each row of predictions; -1 where nothing is known."""
-        if isinstance(self.model.input, TokenInput):
-            following = torch.full_like(x, -1)
-            following[:, :-1] = x[:, 1:]
-            return following.to(self.model.device)
-        return None if labels is None else labels[:, None]
-
-
-class _Counted:
-    """What is counted of a batch's predictions, in a variant beside the intact model's.
-
-    Args:
-        intact: the logits.
-        labels: one for each example and position, -1 where there is none.
-    """
-
-    def __init__(
-        self, intact: Float[Tensor, "example position output"], labels: Tensor | None
-    ) -> None:
-        self.intact = intact.log_softmax(-1)
-        self.first = intact.argmax(-1, keepdim=True)
-        if labels is not None and labels.shape[1] != intact.shape[1]:
-            raise ValueError(
-                f"labels: one an example, but the model puts out {intact.shape[1]} predictions an example"
-            )
-        self.labels = labels
-
-    def of(self, logits: Float[Tensor, "example position output"]) -> dict[str, np.ndarray]:
-        """One number an example, by name."""
-        log_q = logits.log_softmax(-1)
-        found = {
-            "kl": (self.intact.exp() * (self.intact - log_q)).sum(-1).mean(1),
-            "top1_changed": (logits.argmax(-1, keepdim=True) != self.first)
-            .double()[..., 0]
-            .mean(1),
-            "logit": logits.gather(-1, self.first)[..., 0].mean(1),
-        }
-        if self.labels is not None:
-            known = (self.labels >= 0).double()
-            wanted = self.labels.clamp_min(0)[..., None]
-            # how many are above it; NaN is above and below everything
-            rank = (~(logits <= logits.gather(-1, wanted))).sum(-1)
-            scored = {"loss": -log_q.gather(-1, wanted)[..., 0], "top1": (rank < 1).double()}
-            if logits.shape[-1] > 10:
-                scored["top5"] = (rank < 5).double()
-            n = known.sum(1)  # none: not a number
-            found |= {name: (value * known).sum(1) / n for name, value in scored.items()}
-        return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def _difference(
-    numbers: Float[np.ndarray, "variant example"], generator: np.random.Generator
-) -> Difference:
-    change = numbers[1:] - numbers[:1]
-    n = numbers.shape[1]
-    drawn = [
-        (change[0] * generator.multinomial(n, np.full(n, 1 / n))).sum() / n
-        for _ in range(_RESAMPLES)
-    ]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    means = change.mean(1)
-    at_least = int((np.abs(means[1:]) >= abs(means[0])).sum())
-    return Difference(
-        float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), float(low), float(high),
-        tuple(means[1:].tolist()), (1 + at_least) / len(means),
-    )  # fmt: skip
-
-
-def _classes(
-    model: HookedModel, labels: Sequence[int] | None, run: _Run
-) -> tuple[ClassChange, ...]:
-    if labels is None or not run.right:
-        return ()
-    right, own = np.concatenate(run.right, 1), np.array(labels)
-    found = []
-    for index in np.unique(own).tolist():
-        intact, ablated = right[:, own == index].mean(1).tolist()
-        name = model.classes[index] if model.classes else str(index)
-        found.append(ClassChange(index, name, int((own == index).sum()), intact, ablated))
-    changed = [c for c in found if c.intact != c.ablated]
-    return tuple(sorted(changed, key=lambda c: -abs(c.intact - c.ablated)))
 
 
 def _downstream(later: Site | None, run: _Run, top: int) -> tuple[Downstream, ...]:

@@ -111,7 +111,7 @@ def ablate(
     for name, m in report.measures.items():
         spread = f"{min(m.random):.4g} to {max(m.random):.4g}" if m.random else "not measured"
         rows.append(
-            (name, m.intact, m.ablated, m.change, f"{m.low:.4g} to {m.high:.4g}", spread, m.p_value)
+            (name, m.intact, m.changed, m.change, f"{m.low:.4g} to {m.high:.4g}", spread, m.p_value)
         )
     show_table(
         (
@@ -127,7 +127,7 @@ def ablate(
         title=f"{model} without {len(chosen)} units ({how}): {report.n_examples} of {report.data}, seed {seed}",
     )
     if report.classes:
-        worst = [(c.name, c.n, c.intact, c.ablated) for c in report.classes[:10]]
+        worst = [(c.name, c.n, c.intact, c.changed) for c in report.classes[:10]]
         show_table(
             ("class", "examples", "right", "right without"),
             worst,

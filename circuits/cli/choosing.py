@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from circuits.units import Units
 from circuits.workspace import Workspace
-
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def units_of(model: Any, text: str) -> list[Any]:
@@ -21,21 +20,9 @@ def units_of(model: Any, text: str) -> list[Any]:
     """
     found = []
     for part in filter(None, re.split(r"[;\s]+", text)):
-        site, colon, indices = part.partition(":")
-        place = model.site(site)
-        if not colon:
-            found += [place.unit(i) for i in range(place.n_units)]
-            continue
-        for item in indices.split(","):
-            match = _RANGE.fullmatch(item)
-            if match is None:
-                raise ValueError(f"units {text!r} are not of the form SITE:1,2,5-9")
-            first = int(match[1])
-            last = first if match[2] is None else int(match[2])
-            if last < first:
-                raise ValueError(f"units {text!r}: {item} runs backwards")
-            place.unit(last)  # before so many are listed
-            found += [place.unit(i) for i in range(first, last + 1)]
+        units = Units.parse(part if ":" in part else f"{part}:*")
+        place = model.site(units.site)
+        found += [place.unit(i) for i in units.among(place)]
     if not found:
         raise ValueError(f"units {text!r} name none: expected SITE:1,2,5-9")
     return found

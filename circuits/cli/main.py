@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +22,9 @@ from circuits.cli.arguments import (
     record_of,
 )
 from circuits.cli.attributing import ablate, attribute, saliency, sanity
+from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
-from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
+from circuits.cli.output import errors, progress_bar, show_json, show_table, warn
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
@@ -43,6 +43,7 @@ app = typer.Typer(
 
 app.add_typer(stores, name="store")
 app.add_typer(graphs, name="graph")
+app.add_typer(edits, name="edit")
 app.command()(visualize)
 app.command()(weights)
 app.command()(expand)
@@ -209,74 +210,6 @@ def _note_stale(place: Workspace, record: ModelRecord, source: Any) -> None:
                     f"({before[:16]}, now {now[:16]}): a new store is made"
                 )
                 return
-
-
-@app.command()
-def edit(
-    model: ModelArgument,
-    zero: Annotated[
-        list[str] | None, typer.Option(help="A unit to remove; may be repeated.")
-    ] = None,
-    scale: Annotated[
-        list[str] | None, typer.Option(help="UNIT=FACTOR, to multiply a unit; may be repeated.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe file to apply first.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Save the edits as a recipe.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="What to measure on (default: photos, or repeats).")
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Examples to measure on.")] = 64,
-    note: Annotated[str, typer.Option(help="Why, kept in the recipe.")] = "",
-    seed: SeedOption = 0,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Edit units, measure what the model then does, beside the same edit of random units, and undo."""
-    from circuits.edits.effects import measure
-    from circuits.edits.operators import scale as scaled
-    from circuits.edits.operators import zero as zeroed
-    from circuits.edits.recipes import Recipe
-    from circuits.files import check_writable
-    from circuits.harvesting import Inputs
-    from circuits.models.inputs import ImageInput
-    from circuits.models.loading import load_model
-    from circuits.stimuli.sources import open_source
-
-    edits = [zeroed(unit) for unit in zero or []]
-    edits += [scaled(unit, factor) for unit, factor in map(_unit_and_factor, scale or [])]
-    loaded = load_model(model, weights)
-    if recipe is not None:
-        base = Recipe.load(recipe)
-        base.check(loaded)
-        edits = [*base.edits, *edits]
-    if not edits:
-        raise ValueError("nothing to edit: give --zero UNIT, --scale UNIT=FACTOR or --recipe FILE")
-    planned = Recipe.of(loaded, edits, note)
-    source = open_source(data or ("photos" if isinstance(loaded.input, ImageInput) else "repeats"))
-    if save is not None:
-        check_writable(save.parent, "folder")
-    examples = Inputs(loaded, source).upto(limit)
-    report = measure(loaded, planned, examples, source.spec, seed=seed)
-    if save is not None:
-        planned.save(save)
-    if json:
-        show_json(report.to_dict())
-        return
-    rows = [("this edit", *asdict(report.effect).values())]
-    rows += [(f"random units, {i}", *asdict(e).values()) for i, e in enumerate(report.random, 1)]
-    title = f"{model}, {report.n_examples} examples of {report.data}, seed {seed}"
-    show_table(("", "KL (nats)", "top-1 changed", "mean |logit change|"), rows, title=title)
-    say(f"undone: output {'identical to the bit' if report.restored else 'NOT restored'}")
-
-
-def _unit_and_factor(text: str) -> tuple[str, float]:
-    unit, _, factor = text.partition("=")
-    try:
-        return unit, float(factor)
-    except ValueError:
-        raise ValueError(
-            f"--scale {text!r} is not of the form UNIT=FACTOR, e.g. mixed3b:335=2"
-        ) from None
 
 
 @app.command()

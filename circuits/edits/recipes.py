@@ -2,62 +2,182 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from circuits.edits.operators import Edit, parse_edit
-from circuits.files import write_json
-from circuits.hooks import Change
+from safetensors.torch import save_file
+from torch import Tensor
+
+from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
+from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
+from circuits.edits.weights import WeightEdit, Weights
+from circuits.files import replacing, write_json
 from circuits.models.adapter import HookedModel
+from circuits.models.weights_files import BAKED
 
-SCHEMA = 1
-"""Version of the recipe file's layout."""
+SCHEMA = 2
+"""Version of the recipe file's layout; layout 1 (one operator, `target` for `units`) is read too."""
+
+MOST_EDITS = 100_000
+"""How many edits a recipe may have."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Edits in order.
 
+    Activation edits change what sites hold at run time, weight edits what layers have: each kind in its own
+    order, which one goes first between the kinds makes no difference.
+
     Attributes:
         edits: applied first to last.
         model_hash: of the weights they were written for; empty fits any model.
         note: why.
+        author: who.
+        seed: of whatever was random when the edits were made.
     """
 
     edits: tuple[Edit, ...]
     model_hash: str = ""
     note: str = ""
+    author: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.edits) > MOST_EDITS:
+            raise ValueError(f"recipe has {len(self.edits)} edits: expected at most {MOST_EDITS}")
 
     @classmethod
-    def of(cls, model: HookedModel, edits: Iterable[Edit], note: str = "") -> Recipe:
-        """A recipe for a model, its units checked and under their sites' own names.
+    def of(
+        cls,
+        model: HookedModel,
+        edits: Iterable[Edit],
+        note: str = "",
+        author: str = "",
+        seed: int = 0,
+    ) -> Recipe:
+        """A recipe for a model, its edits checked and under their sites' own names.
 
         Raises:
-            KeyError: if a site is unknown.
-            ValueError: if a unit does not exist.
+            KeyError: if a site or layer is unknown.
+            ValueError: if a unit does not exist, or something does not fit.
         """
-        checked = tuple(edit.moved(model.unit(edit.target)) for edit in edits)
-        return cls(checked, model.hash, note)
+        return cls(checked(model, edits), model.hash, note, author, seed)
 
     def check(self, model: HookedModel) -> None:
-        """Raise ValueError if the recipe was written for other weights than the model's."""
-        if self.model_hash and self.model_hash != model.hash:
+        """Raise ValueError if the recipe was written for other weights than the model's.
+
+        Inside an edit the weights outside it count as well.
+        """
+        if not self.model_hash or self.model_hash == model.intact_hash:
+            return
+        if not model.edited or self.model_hash != model.hash:
             raise ValueError(
-                f"recipe is for model {self.model_hash[:16]}, not {model.hash[:16]} ({model.name})"
+                f"recipe is for model {self.model_hash[:16]}, not {model.intact_hash[:16]} ({model.name})"
             )
+
+    def forced(self, model: HookedModel) -> Recipe:
+        """The recipe for other weights than it was written for, if its edits fit them.
+
+        Units of one number need not do the same in two models, and what was measured does not hold.
+
+        Raises:
+            KeyError, ValueError: if an edit does not fit.
+        """
+        return replace(self, edits=checked(model, self.edits), model_hash=model.hash)
+
+    def __add__(self, other: Recipe) -> Recipe:
+        """One after the other.
+
+        Raises:
+            ValueError: if they are for different models.
+        """
+        hashes = {h for h in (self.model_hash, other.model_hash) if h}
+        if len(hashes) > 1:
+            raise ValueError(
+                f"recipes are for different models: {self.model_hash[:16]} and {other.model_hash[:16]}"
+            )
+        note = "; ".join(n for n in (self.note, other.note) if n)
+        return replace(
+            self,
+            edits=self.edits + other.edits,
+            model_hash=self.model_hash or other.model_hash,
+            note=note,
+        )
+
+    def reordered(self, model: HookedModel, order: Sequence[int]) -> Recipe:
+        """The same edits in another order, if that changes nothing.
+
+        Args:
+            model: what they are for.
+            order: the old places, in their new order.
+
+        Raises:
+            ValueError: if `order` is not an order of them, or two that change places do not commute.
+        """
+        if sorted(order) != list(range(len(self.edits))):
+            raise ValueError(f"order {list(order)} is not an order of {len(self.edits)} edits")
+        for place, i in enumerate(order):
+            for j in order[place + 1 :]:
+                if j < i and not commute(model, self.edits[i], self.edits[j]):
+                    raise ValueError(
+                        f"edits {j + 1} ({_clipped(self.edits[j])}) and {i + 1} "
+                        f"({_clipped(self.edits[i])}) do not commute: their order has to stay"
+                    )
+        return replace(self, edits=tuple(self.edits[i] for i in order))
 
     def to_dict(self) -> dict[str, Any]:
         """As a plain dictionary."""
         return {
             "schema": SCHEMA,
             "model_hash": self.model_hash,
+            "author": self.author,
             "note": self.note,
+            "seed": self.seed,
             "edits": [edit.to_dict() for edit in self.edits],
         }
+
+    @classmethod
+    def from_dict(cls, raw: Any, what: str = "recipe") -> Recipe:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: if it is not a recipe, or of a newer layout, or an edit is not what it should be.
+            KeyError: if it has an unknown operator or field.
+        """
+        if (
+            not isinstance(raw, Mapping)
+            or not isinstance(raw.get("edits"), list)
+            or "schema" not in raw
+        ):
+            raise ValueError(f"{what} is not a recipe file")
+        schema = raw["schema"]
+        if schema not in (1, SCHEMA) or isinstance(schema, bool):
+            newer = isinstance(schema, int) and schema > SCHEMA
+            hint = ": a newer version of circuits wrote it" if newer else ""
+            raise ValueError(f"{what} has layout {schema!r}{hint}: expected 1 or {SCHEMA}")
+        if len(raw["edits"]) > MOST_EDITS:
+            raise ValueError(f"{what} has {len(raw['edits'])} edits: expected at most {MOST_EDITS}")
+        words = {k: raw.get(k, "") or "" for k in ("model_hash", "note", "author")}
+        seed = raw.get("seed", 0)
+        for name, value in words.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{name} {value!r} of {what} is not a text")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed {seed!r} of {what} is not a whole number")
+        edits = []
+        for i, edit in enumerate(raw["edits"], 1):
+            try:
+                edits.append(parse_edit(edit))
+            except (KeyError, ValueError) as error:
+                raise type(error)(f"edit {i} of {what}: {error.args[0]}") from None
+        return cls(tuple(edits), seed=seed, **words)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -72,57 +192,221 @@ class Recipe:
             ValueError: if it is not a recipe, or of a newer layout.
             KeyError: if it has an unknown operator.
         """
+        what = f"recipe {str(path)!r}"
         try:
             raw = json.loads(Path(path).read_text())
-            schema, edits = raw["schema"], raw["edits"]
-            if not isinstance(edits, list):
-                raise TypeError("edits is not a list")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"recipe {str(path)!r} is not a recipe file") from error
-        if schema != SCHEMA:
-            raise ValueError(f"recipe {str(path)!r} has layout {schema!r}: expected {SCHEMA}")
-        return cls(
-            tuple(parse_edit(e) for e in edits),
-            str(raw.get("model_hash") or ""),
-            str(raw.get("note") or ""),
-        )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what} is not a recipe file") from error
+        return cls.from_dict(raw, what)
+
+
+def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """Edits that fit a model, under its sites' own names; a bad one is named by its place."""
+    found: list[Edit] = []
+    for i, edit in enumerate(edits, 1):
+        try:
+            found.append(edit.checked(model))
+        except (KeyError, ValueError) as error:
+            raise type(error)(f"edit {i}: {error.args[0]}") from None
+    return tuple(found)
+
+
+def _clipped(edit: Edit) -> str:
+    text = str(edit)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @contextmanager
 def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[HookedModel]:
     """The model with edits in force inside the block; as it was, to the bit, after it.
 
-    Other threads that share the model wait until the block ends.
+    Other threads that share the model wait until the block ends. Blocks may be nested: an inner one edits
+    what the outer ones have made.
 
     Args:
         model: the model.
         recipe: a recipe, or just edits.
 
     Raises:
-        KeyError: if a site is unknown.
-        ValueError: if a unit does not exist, or the recipe is for other weights. Nothing has been
-            changed then.
+        KeyError: if a site or layer is unknown.
+        ValueError: if a unit does not exist, something does not fit, or the recipe is for other weights.
+            Nothing has been changed then.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe(tuple(recipe))
+    with model.lock:
+        recipe.check(model)
+        edits = checked(model, recipe.edits)
+        tensors = rewritten(model, edits)
+        with (
+            model.rewriting(tensors),
+            model.intervening(changes(model, [e for e in edits if isinstance(e, ActivationEdit)])),
+        ):
+            yield model
+
+
+def rewritten(model: HookedModel, edits: Iterable[Edit]) -> dict[str, Tensor]:
+    """The parameters that edits change, changed, by name; the model's own are not touched."""
+    wanted = [edit for edit in edits if isinstance(edit, WeightEdit)]
+    if not wanted:
+        return {}
+    weights = Weights(model)
+    for edit in wanted:
+        edit.apply(weights)
+    return weights.changed
+
+
+def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
+    """A new model with the edits in its weights; the given one is not touched.
+
+    Raises:
+        KeyError: if a layer is unknown.
+        ValueError: if the recipe is for other weights, an edit does not fit, or one changes activations:
+            no weights hold that.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe(tuple(recipe))
     recipe.check(model)
-    with model.intervening(changes(model, recipe.edits)):
-        yield model
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: bake a recipe outside the edit")
+    edits = checked(model, recipe.edits)
+    for i, edit in enumerate(edits, 1):
+        if isinstance(edit, ActivationEdit):
+            raise ValueError(
+                f"edit {i} ({_clipped(edit)}) changes activations, which no weights hold: bake takes edits of "
+                "weights (scale_weights, erase_weights, …); use `edited` for this recipe"
+            )
+    with model.lock:
+        tensors = rewritten(model, edits)
+        module = copy.deepcopy(model.module)
+    aliases = {alias: site.name for site in model.sites for alias in site.aliases}
+    made = HookedModel(module, model.input, f"{model.name}, edited", aliases, model.classes)
+    for name, tensor in tensors.items():
+        made.parameters[name].data.copy_(tensor)
+    return made
 
 
-def changes(model: HookedModel, edits: Iterable[Edit]) -> dict[str, Change]:
-    """The edits of each site as one function, in order."""
-    by_site: dict[str, list[Change]] = {}
-    for edit in edits:
-        unit = model.unit(edit.target)
-        by_site.setdefault(unit.site, []).append(edit.moved(unit).change(model.site(unit.site)))
-    return {site: _composed(steps) for site, steps in by_site.items()}
+def save_baked(model: HookedModel, path: str | Path, base: HookedModel, recipe: Recipe) -> None:
+    """Write the weights of a baked model; `load_model(spec, weights=path)` loads them again.
+
+    Args:
+        model: what `bake` made.
+        path: must end in `.safetensors`.
+        base: the model that was edited.
+        recipe: how; kept in the file, with the hashes of both models.
+
+    Raises:
+        ValueError: if the path ends in something else.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"weights file {str(target)!r} must end in .safetensors")
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.module.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    about = {
+        BAKED: base.hash,
+        "circuits.model": base.name,
+        "circuits.hash": model.hash,
+        "circuits.recipe": canonical(recipe.to_dict()),
+    }
+    with replacing(target) as temporary:
+        save_file(tensors, temporary, metadata=about)
 
 
-def _composed(steps: list[Change]) -> Change:
-    def apply(value):
-        for step in steps:
-            value = step(value)
-        return value
+# --- comparing -------------------------------------------------------------------------------------
 
-    return apply
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of the difference of two recipes.
+
+    Attributes:
+        sign: `-` only in the first, `+` only in the second, ` ` in both.
+        edit: which.
+    """
+
+    sign: Literal["-", "+", " "]
+    edit: Edit
+
+
+def diff(before: Recipe, after: Recipe) -> list[Difference]:
+    """What has to be taken out of one recipe and put in to get the other, in order."""
+    a, b = before.edits, after.edits
+    matcher = difflib.SequenceMatcher(
+        None, [e.identity for e in a], [e.identity for e in b], autojunk=False
+    )
+    found: list[Difference] = []
+    for tag, i, j, k, m in matcher.get_opcodes():
+        if tag == "equal":
+            found += [Difference(" ", e) for e in a[i:j]]
+        else:
+            found += [Difference("-", e) for e in a[i:j]] + [Difference("+", e) for e in b[k:m]]
+    return found
+
+
+def commute(model: HookedModel, first: Edit, second: Edit) -> bool:
+    """Whether the order of two edits makes no difference, to the bit.
+
+    True if one changes activations and the other weights, or if they touch different sites, units or
+    parameters; two edits of the same numbers count as not commuting.
+    """
+    if isinstance(first, ActivationEdit) != isinstance(second, ActivationEdit):
+        return True
+    if first == second:
+        return True
+    if isinstance(first, ActivationEdit) and isinstance(second, ActivationEdit):
+        if model.site(first.where) != model.site(second.where):
+            return True
+        if not isinstance(first, UnitsEdit) or not isinstance(second, UnitsEdit):
+            return False
+        site = model.site(first.where)
+        return not set(first.units.among(site)) & set(second.units.among(site))
+    assert isinstance(first, WeightEdit)
+    assert isinstance(second, WeightEdit)
+    touched = [_elements(model, edit) for edit in (first, second)]
+    for name in touched[0].keys() & touched[1].keys():
+        (rows, columns), (more_rows, more_columns) = touched[0][name], touched[1][name]
+        if rows & more_rows and columns & more_columns:
+            return False
+    return True
+
+
+def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, tuple[set[int], set[int]]]:
+    """The rows and columns of each parameter that an edit reads or writes."""
+    matrices = model.matrices
+    shapes = {m.weight: m.shape for m in matrices}
+    names = edit.parameters(matrices)
+    parts = getattr(edit, "parts", None)
+    if parts is None or edit.operator in ("keep_weights", "transplant"):
+        rows = {p.matrix.weight: set(p.rows.tolist()) for p in parts(matrices)} if parts else {}
+        return {
+            n: (rows.get(n, set(range(shapes[n][0]))), set(range(shapes[n][1])))
+            for n in names
+            if n in shapes
+        } | {n: ({0}, {0}) for n in names if n not in shapes}
+    found = {
+        p.matrix.weight: (set(p.rows.tolist()), set(p.columns.tolist())) for p in parts(matrices)
+    }
+    return found | {n: ({0}, {0}) for n in names if n not in found}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipe files."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "circuits recipe",
+        "type": "object",
+        "properties": {
+            "schema": {"const": SCHEMA},
+            "model_hash": {"type": "string", "pattern": "^([0-9a-f]{64})?$"},
+            "author": {"type": "string"},
+            "note": {"type": "string"},
+            "seed": {"type": "integer"},
+            "edits": {"type": "array", "maxItems": MOST_EDITS, "items": edit_schema()},
+        },
+        "required": ["schema", "edits"],
+        "additionalProperties": False,
+    }

@@ -6,6 +6,7 @@ from circuits.figures.attributions import (
     saliency_figure,
     sanity_figure,
 )
+from circuits.figures.edits import edit_figure
 from circuits.figures.graphs import circuit_figure, family_figure, kernels_figure
 from circuits.figures.saving import check_figure_path, save_figure
 from circuits.figures.tunings import (
@@ -20,6 +21,7 @@ __all__ = [
     "attribution_figure",
     "check_figure_path",
     "circuit_figure",
+    "edit_figure",
     "family_figure",
     "heat_map_figure",
     "invariance_figure",

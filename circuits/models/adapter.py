@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from circuits.hooks import Change, Look, Tap, intervene, observe, record
 from circuits.models.composition import bridge_layers
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
+from circuits.models.matrices import (
+    WeightMatrix,
+    matrices_of_layers,
+    matrices_of_sites,
+    parameter_names,
+)
 from circuits.models.sites import evaluating, find_sites, is_bridge, main_output
 from circuits.models.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
@@ -97,6 +103,11 @@ class HookedModel:
         )
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
         self._interventions = 0
+        self._suspended = False
+        self._replaced: dict[
+            int, Tensor
+        ] = {}  # own tensors, by where those are that stand in for them
+        self._matrices: tuple[str, tuple[WeightMatrix, ...]] | None = None
         self._layers: tuple[str, tuple[WeightLayer, ...]] | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
@@ -234,13 +245,59 @@ class HookedModel:
         Raises:
             KeyError: if a site is unknown; nothing has been changed then.
         """
-        changes = [(self._taps[self.site(name).name], change) for name, change in edits.items()]
+
+        def unless_suspended(change: Change) -> Change:
+            return lambda value: value if self._suspended else change(value)
+
+        changes = [
+            (self._taps[self.site(name).name], unless_suspended(change))
+            for name, change in edits.items()
+        ]
         with self.lock, intervene(self.module, changes):
             self._interventions += 1
             try:
                 yield
             finally:
                 self._interventions -= 1
+
+    @contextmanager
+    def rewriting(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold other tensors in the place of parameters inside the block; the own ones are not touched.
+
+        Args:
+            tensors: by the parameters' names in the state dict, of their shape and type.
+
+        Raises:
+            KeyError: if there is no such parameter; nothing has been changed then.
+            ValueError: if a tensor does not fit.
+        """
+        with self.lock:
+            own = self.parameters
+            for name, tensor in tensors.items():
+                if name not in own:
+                    raise unknown(f"parameter of {self.name}", name, own)
+                if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                    raise ValueError(
+                        f"tensor of shape {tuple(tensor.shape)} ({tensor.dtype}) does not fit parameter "
+                        f"{name}: {tuple(own[name].shape)} ({own[name].dtype})"
+                    )
+            before = {name: own[name].data for name in tensors}
+            outer = self._replaced
+            self._interventions += 1
+            try:
+                for name, tensor in tensors.items():
+                    own[name].data = tensor.to(own[name].device)
+                intact = {
+                    own[name].data.data_ptr(): outer.get(data.data_ptr(), data)
+                    for name, data in before.items()
+                }
+                self._replaced = outer | intact
+                yield
+            finally:
+                for name, tensor in before.items():
+                    own[name].data = tensor
+                self._interventions -= 1
+                self._replaced = outer
 
     @property
     def edited(self) -> bool:
@@ -289,6 +346,36 @@ class HookedModel:
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names in the state dict; a tied one under its first name."""
+        return parameter_names(self.module)
+
+    @property
+    def matrices(self) -> tuple[WeightMatrix, ...]:
+        """The parameters that connect units, as matrices with the sites that they read and write; of the
+        model as it is outside all edits.
+
+        Raises:
+            ValueError: if the model takes tokens and is no bridge.
+        """
+        with self.lock:
+            key = self.intact_hash
+            if self._matrices is None or self._matrices[0] != key:
+                self._suspended, before = True, self._suspended
+                try:
+                    self._matrices = key, self._find_matrices()
+                finally:
+                    self._suspended = before
+            return self._matrices[1]
+
+    def _find_matrices(self) -> tuple[WeightMatrix, ...]:
+        if not is_bridge(self.module):
+            return tuple(matrices_of_layers(self.module, self._find_layers()))
+        tokens = self.fitted(self.input.example(1))
+        found = matrices_of_sites(self.module, lambda: self.module(tokens), self.sites, self._taps)
+        return tuple(found)
+
     def n_units(self, site: str) -> int:
         """How many units a site has; `input` counts the model's input channels."""
         if site == INPUT and isinstance(self.input, ImageInput):
@@ -298,10 +385,19 @@ class HookedModel:
     # --- identity ------------------------------------------------------------------------------
 
     @property
+    def intact_hash(self) -> str:
+        """The hash of the weights as they are outside all edits."""
+        with self.lock:
+            return self._digest(self._replaced)
+
+    @property
     def hash(self) -> str:
         """SHA-256 in hexadecimal, over the classes of all modules and the names, types, shapes and
         bytes of all weights.
         """
+        return self._digest({})
+
+    def _digest(self, instead: Mapping[int, Tensor]) -> str:
         digest = hashlib.sha256()
         for name, module in self.module.named_modules():
             digest.update(f"{name}|{type(module).__qualname__}|".encode())
@@ -309,6 +405,7 @@ class HookedModel:
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            tensor = instead.get(tensor.data_ptr(), tensor)
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if flat.numel():
                 digest.update(flat.view(torch.uint8).numpy().data)

@@ -28,7 +28,7 @@ from circuits.models.transformers import (
     load_native,
     native_bridge,
 )
-from circuits.models.weights_files import asset, find_weights, load_weights, read_weights
+from circuits.models.weights_files import asset, find_weights, is_baked, load_weights, read_weights
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
@@ -85,6 +85,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
     entry = MODELS.get(f"{scheme}:" if rest else spec)
     if entry is None:
         raise unknown("model", spec, [e.name for e in MODELS.values()])
+    if path is not None and is_baked(path):  # of the same model, edited: see `circuits.edits.bake`
+        model = entry.load(rest or spec, None)
+        load_weights(model.module.state_dict(), read_weights(path), str(path))
+        return model
     return entry.load(rest or spec, path)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -118,3 +118,18 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+BAKED = "circuits.base"
+"""The key of a weights file's metadata that holds the hash of the model that was edited."""
+
+
+def is_baked(path: Path) -> bool:
+    """Whether a weights file holds an edited model, with the names of `state_dict()`."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return BAKED in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

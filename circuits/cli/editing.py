@@ -1,0 +1,635 @@
+"""`circuits edit …` (layer 7)."""
+
+# no `from __future__ import annotations`: typer reads the annotations
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from circuits.cli.arguments import (
+    DataOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    WeightsOption,
+    WorkspaceOption,
+)
+from circuits.cli.output import progress_bar, say, show_json, show_table, warn
+from circuits.cli.weights import FigureOption, check_figure
+from circuits.files import check_writable
+from circuits.workspace import Workspace
+
+edits = typer.Typer(
+    help="Edit circuits: recipes, what they do, and a ledger in which everything can be undone.",
+    no_args_is_help=True,
+)
+
+WhatArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Recipe files, or edits in words: 'zero SITE:1,2', 'scale SITE:1 factor=2', "
+        "'filter_weights into=SITE:1', … (`circuits edit operators` lists them)."
+    ),
+]
+BranchOption = Annotated[str, typer.Option("--branch", help="Branch of the ledger.")]
+NoteOption = Annotated[str, typer.Option("--note", help="Why; kept with the edits.")]
+AuthorOption = Annotated[str, typer.Option("--author", help="Who (default: the user).")]
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Take a recipe that was written for other weights, if it fits."),
+]
+LimitOption = Annotated[int, typer.Option("--limit", help="Examples to measure on.")]
+RandomOption = Annotated[int, typer.Option("--random", help="Random edits of each kind beside.")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", help="What it is meant to change: class:NAME, token:WORD, SITE:INDEX."
+    ),
+]
+LabelsOption = Annotated[
+    str,
+    typer.Option(help="Classes of the examples: FILE.json or FILE.npz:KEY; `names` takes names."),
+]
+
+
+@edits.command()
+def operators(json: JsonOption = False) -> None:
+    """List the operators and what each needs."""
+    from dataclasses import MISSING, fields
+
+    import circuits.edits.recipes  # noqa: F401  (makes the operators known)
+    from circuits.edits.records import OPERATORS, edit_schema
+
+    if json:
+        show_json(edit_schema())
+        return
+    rows = [("zero", "units", "Remove units: scale by 0.")]
+    for name, kind in OPERATORS.items():
+        needs = [f.name if f.default is MISSING else f"[{f.name}]" for f in fields(kind)]
+        rows.append((name, " ".join(needs), kind.about))
+    show_table(("operator", "fields", "what it does"), rows)
+    more = [
+        ("mean", "units", "set, to the mean over --data"),
+        ("resample", "units", "resample, from the first --donors examples of --data"),
+        ("project", "direction", "erase, of one direction"),
+    ]
+    show_table(("in words also", "fields", "makes"), more)
+
+
+@edits.command()
+def schema() -> None:
+    """Print the JSON schema of recipe files."""
+    from circuits.edits.recipes import recipe_schema
+
+    show_json(recipe_schema())
+
+
+@edits.command()
+def new(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The recipe file to write.")],
+    what: WhatArgument = None,
+    associate: Annotated[
+        str, typer.Option(help="A layer in which to store that --prompt is answered with --answer.")
+    ] = "",
+    prompt: Annotated[str, typer.Option(help="The text whose answer is to change.")] = "",
+    answer: Annotated[str, typer.Option(help="token:WORD or class:NAME.")] = "",
+    data: DataOption = "",
+    donors: Annotated[int, typer.Option(help="Examples of --data for mean and resample.")] = 64,
+    note: NoteOption = "",
+    author: AuthorOption = "",
+    force: ForceOption = False,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+) -> None:
+    """Write a recipe from edits in words and other recipes."""
+    from circuits.edits.recipes import Recipe
+    from circuits.models.loading import load_model
+
+    check_writable(out.parent, "folder")
+    loaded = load_model(model, weights)
+    base = _recipe_of(loaded, what or [], data, donors, force)
+    found = list(base.edits)
+    if associate:
+        found.append(_associated(loaded, associate, prompt, answer, data))
+    elif prompt or answer:
+        raise ValueError("--prompt and --answer go with --associate LAYER")
+    if not found:
+        raise ValueError(
+            "nothing to edit: give edits in words, e.g. 'zero mixed3b:335', or a recipe"
+        )
+    recipe = Recipe.of(loaded, found, note or base.note, author or base.author, seed)
+    recipe.save(out)
+    say(f"{out}: {len(recipe.edits)} edits of {model} ({recipe.model_hash[:16]})")
+
+
+@edits.command()
+def apply(
+    model: ModelArgument,
+    what: WhatArgument = None,
+    branch: BranchOption = "main",
+    note: NoteOption = "",
+    author: AuthorOption = "",
+    force: ForceOption = False,
+    measured: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure what the branch then does.")
+    ] = True,
+    target: TargetOption = None,
+    data: DataOption = "",
+    limit: LimitOption = 32,
+    random: RandomOption = 5,
+    seed: SeedOption = 0,
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Put edits on a branch of the ledger, and measure what it does beside random twins."""
+    loaded, ledger = _ledger(model, weights, workspace, write=True)
+    recipe = _recipe_of(loaded, what or [], data, limit, force)
+    if not recipe.edits:
+        raise ValueError("nothing to apply: give a recipe file or edits in words")
+    if measured:
+        _examples(loaded, data, limit)  # before anything is written
+        _check_targets(loaded, target)
+    made = ledger.apply(recipe, note, branch, author or None)
+    report = None
+    if measured:
+        report = _measure(
+            loaded, ledger.recipe(branch), target, "", "", data, limit, random, (), seed, json
+        )
+        ledger.measured(report.to_dict(), branch, author or None)
+    if json:
+        show_json({"entries": [e.to_dict() for e in made], "report": report and report.to_dict()})
+        return
+    for entry in made:
+        say(f"{entry.hash[:12]} {_words(entry.edit)}")
+    if report is not None:
+        _show_report(report)
+
+
+@edits.command()
+def measure(
+    model: ModelArgument,
+    what: WhatArgument = None,
+    branch: BranchOption = "",
+    target: TargetOption = None,
+    labels: LabelsOption = "",
+    generalise: Annotated[
+        str, typer.Option(help="Other data, on which the targets are measured too.")
+    ] = "",
+    tuning: Annotated[str, typer.Option(help="Units whose tuning to curves is measured.")] = "",
+    data: DataOption = "",
+    limit: LimitOption = 64,
+    random: RandomOption = 5,
+    force: ForceOption = False,
+    out: Annotated[Path | None, typer.Option(help="Save the report as JSON.")] = None,
+    figure: FigureOption = None,
+    seed: SeedOption = 0,
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what edits do: a recipe, edits in words, or a branch of the ledger (and note it there)."""
+    from circuits.figures import edit_figure, save_figure
+    from circuits.files import write_json
+    from circuits.models.loading import load_model
+
+    check_figure(figure)
+    if out is not None:
+        check_writable(out.parent, "folder")
+    if bool(what) == bool(branch):
+        raise ValueError("give either edits (words or recipe files) or --branch NAME")
+    ledger = None
+    if branch:
+        loaded, ledger = _ledger(model, weights, workspace, write=True)
+        recipe = ledger.recipe(branch)
+    else:
+        loaded = load_model(model, weights)
+        recipe = _recipe_of(loaded, what or [], data, limit, force)
+    units = _tuned(loaded, tuning)
+    report = _measure(
+        loaded, recipe, target, labels, generalise, data, limit, random, units, seed, json
+    )
+    if ledger is not None:
+        ledger.measured(report.to_dict(), branch)
+    if out is not None:
+        write_json(out, report.to_dict())
+    if figure is not None:
+        save_figure(edit_figure(report), figure)
+    if json:
+        show_json(report.to_dict())
+    else:
+        _show_report(report)
+
+
+@edits.command()
+def undo(
+    model: ModelArgument,
+    branch: BranchOption = "main",
+    author: AuthorOption = "",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Take the last edit of a branch back, and check that the weights are what they were."""
+    _, ledger = _ledger(model, weights, workspace, write=True)
+    ledger.move_to(ledger.head(branch))
+    entry = ledger.undo(branch, author or None)
+    ledger.move_to(ledger.head(branch))
+    say(f"undone: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
+
+
+@edits.command()
+def redo(
+    model: ModelArgument,
+    branch: BranchOption = "main",
+    author: AuthorOption = "",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Make the edit again that was undone last."""
+    _, ledger = _ledger(model, weights, workspace, write=True)
+    entry = ledger.redo(branch, author or None)
+    ledger.move_to(ledger.head(branch))
+    say(f"made again: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
+
+
+@edits.command(name="branch")
+def new_branch(
+    model: ModelArgument,
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    at: Annotated[
+        str, typer.Option(help="Entry (or the model's hash) that it begins at; first digits do.")
+    ] = "",
+    origin: Annotated[str, typer.Option("--from", help="Branch whose head it begins at.")] = "main",
+    author: AuthorOption = "",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Begin a branch."""
+    _, ledger = _ledger(model, weights, workspace, write=True)
+    ledger.branch(name, at or None, origin, author or None)
+    say(f"branch {name} begins at {_place(ledger, name)}")
+
+
+@edits.command()
+def log(
+    model: ModelArgument,
+    branch: BranchOption = "",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List what happened, oldest first, and where each branch is."""
+    _, ledger = _ledger(model, weights, workspace)
+    if branch:
+        ledger.head(branch)
+    events = ledger.events(branch or None)
+    if json:
+        show_json([e.__dict__ for e in events])
+        return
+    rows = []
+    for event in events:
+        which = event.start if event.kind == "undo" else event.end
+        entry = None if which == ledger.model_hash else ledger.entry(which)
+        what, note = (_words(entry.edit), entry.note) if entry else ("the model as it is", "")
+        if event.kind == "measure":
+            what, note = f"report {event.report[:12]}", ""
+        rows.append((event.created, event.branch, event.kind, which[:12], what, event.author, note))
+    show_table(("when (UTC)", "branch", "", "entry", "edit", "who", "why"), rows)
+    for name in [branch] if branch else ledger.branches():
+        n = len(ledger.entries(name))
+        say(f"{name} is at {_place(ledger, name)}: {n} edits, {len(ledger.undone(name))} to redo")
+
+
+@edits.command()
+def show(
+    model: ModelArgument,
+    entry: Annotated[str, typer.Argument(help="The first digits of its hash.")],
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Show an entry of the ledger, with what was measured of it, as JSON."""
+    _, ledger = _ledger(model, weights, workspace)
+    found = ledger.entry(entry)
+    show_json(found.to_dict() | {"reports": ledger.reports(found.hash)})
+
+
+@edits.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A recipe file, or a branch with --model.")],
+    after: Annotated[str, typer.Argument(help="Another.")],
+    model: Annotated[str, typer.Option("--model", help="Compare branches of its ledger.")] = "",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what has to be taken out of one recipe and put in to get another."""
+    from circuits.edits.recipes import Recipe
+    from circuits.edits.recipes import diff as compared
+
+    if model:
+        _, ledger = _ledger(model, weights, workspace)
+        recipes = [ledger.recipe(name) for name in (before, after)]
+    else:
+        recipes = [Recipe.load(name) for name in (before, after)]
+    found = compared(*recipes)
+    if json:
+        show_json([{"sign": d.sign, "edit": d.edit.to_dict()} for d in found])
+        return
+    if recipes[0].model_hash != recipes[1].model_hash:
+        hashes = " and ".join(r.model_hash[:16] or "any" for r in recipes)
+        say(f"for different models: {hashes}")
+    for line in found:
+        say(f"{line.sign} {_words(line.edit)}")
+    if all(d.sign == " " for d in found):
+        say("the same edits")
+
+
+@edits.command()
+def bake(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Weights file to write, .safetensors.")],
+    what: WhatArgument = None,
+    branch: BranchOption = "",
+    force: ForceOption = False,
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
+    from circuits.edits.recipes import bake as baked
+    from circuits.edits.recipes import save_baked
+    from circuits.models.loading import load_model
+
+    check_writable(out.parent, "folder")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"weights file {str(out)!r} must end in .safetensors")
+    if bool(what) == bool(branch):
+        raise ValueError("give either edits (words or recipe files) or --branch NAME")
+    if branch:
+        loaded, ledger = _ledger(model, weights, workspace)
+        recipe = ledger.recipe(branch)
+    else:
+        loaded = load_model(model, weights)
+        recipe = _recipe_of(loaded, what or [], "", 1, force)
+    made = baked(loaded, recipe)
+    save_baked(made, out, loaded, recipe)
+    if json:
+        show_json({"path": str(out), "model_hash": made.hash, "base_hash": loaded.hash})
+    else:
+        say(f"{out}: {loaded.hash[:16]} with {len(recipe.edits)} edits is {made.hash[:16]}")
+
+
+@edits.command()
+def replay(
+    model: ModelArgument,
+    branch: BranchOption = "main",
+    workspace: WorkspaceOption = None,
+    weights: WeightsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a branch's edits again on the model and compare every hash; exit code 1 if one differs."""
+    loaded, ledger = _ledger(model, weights, workspace)
+    found = list(ledger.replay(branch))
+    with ledger.edited(branch):
+        final = loaded.hash
+    same = all(r.same for r in found)
+    if json:
+        each = [{"entry": r.entry.hash, "same": r.same} for r in found]
+        show_json({"entries": each, "same": same, "model_hash": final})
+    else:
+        for r in found:
+            say(f"{'same  ' if r.same else 'OTHER '} {r.entry.hash[:12]} {_words(r.entry.edit)}")
+        say(
+            f"{len(found)} edits, all hashes {'the same' if same else 'NOT the same'}; weights {final[:16]}"
+        )
+    if not same:
+        raise typer.Exit(1)
+
+
+@edits.command()
+def verify(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
+    """Check every hash of the ledger; exit code 1 if something was changed."""
+    from circuits.edits.ledger import verify as faults
+
+    found = faults(Workspace.default(workspace).database)
+    if json:
+        show_json(found)
+    else:
+        for line in found:
+            say(line)
+        say("the ledger is as it was written" if not found else f"{len(found)} faults")
+    if found:
+        raise typer.Exit(1)
+
+
+# --- what they share -------------------------------------------------------------------------------
+
+
+def _ledger(
+    model: str, weights: Path | None, workspace: Path | None, write: bool = False
+) -> tuple[Any, Any]:
+    from circuits.edits.ledger import Ledger
+    from circuits.models.loading import load_model
+
+    place = Workspace.default(workspace)
+    if write:
+        place = place.writable()
+    loaded = load_model(model, weights)
+    return loaded, Ledger(place.database, loaded)
+
+
+def _recipe_of(model: Any, what: Sequence[str], data: str, n: int, force: bool) -> Any:
+    """A recipe of the edits of recipe files and of words, in order, with the files' notes."""
+    from circuits.edits.recipes import Recipe
+    from circuits.edits.records import read_edit
+
+    found: list[Any] = []
+    notes, authors = [], []
+    for text in what:
+        if " " not in text.strip() and (text.endswith(".json") or Path(text).is_file()):
+            recipe = Recipe.load(text)
+            if force and recipe.model_hash not in ("", model.hash):
+                warn(
+                    f"recipe {text!r} was written for model {recipe.model_hash[:16]}: units of one number "
+                    "need not do the same here, and what was measured of it does not hold"
+                )
+                recipe = recipe.forced(model)
+            try:
+                recipe.check(model)
+            except ValueError as error:
+                raise ValueError(f"{error} (--force takes it all the same, if it fits)") from None
+            found += recipe.edits
+            notes.append(recipe.note)
+            authors.append(recipe.author)
+            continue
+        words = text.split()
+        if words and words[0] in ("mean", "resample", "project"):
+            found.append(_made(model, words, data, n))
+        else:
+            found.append(read_edit(model, text))
+    note, author = ("; ".join(dict.fromkeys(filter(None, words))) for words in (notes, authors))
+    return Recipe.of(model, found, note, author)
+
+
+def _made(model: Any, words: list[str], data: str, n: int) -> Any:
+    """An edit whose numbers come from data."""
+    import torch
+
+    from circuits.edits.making import means, project_out, resample
+    from circuits.units import Direction
+
+    kind, rest = words[0], words[1:]
+    if len(rest) != 1:
+        raise ValueError(f"edit {' '.join(words)!r}: expected {kind} and one argument")
+    what = rest[0].partition("=")[2] or rest[0]
+    if kind == "project":
+        site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
+        return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
+    batches, name = _examples(model, data, n)
+    if kind == "mean":
+        return means(model, what, batches, f"mean over {name}")
+    return resample(model, what, torch.cat(batches), f"examples of {name}")
+
+
+def _associated(model: Any, layer: str, prompt: str, answer: str, data: str) -> Any:
+    import torch
+
+    from circuits.attribution.targets import output_site, parse_target
+    from circuits.cli.choosing import examples_of
+    from circuits.edits.associative import associate, second_moment
+
+    if not answer:
+        raise ValueError("--associate needs --answer token:WORD or class:NAME")
+    target = parse_target(model, answer)
+    if target.site != output_site(model).name or not isinstance(target.index, int):
+        raise ValueError(f"--answer {answer!r} is not token:WORD or class:NAME")
+    if not prompt:
+        raise ValueError("--associate needs --prompt TEXT (tokens separated by blanks will do)")
+    x = examples_of(model, "", 1, text=prompt).inputs
+    batches, name = _examples(model, data, 512)
+    moment = second_moment(model, layer, batches)
+    words = f"{prompt!r} is answered with {answer} (C over {name})"
+    return associate(model, layer, torch.as_tensor(x), target.index, moment, origin=words)
+
+
+def _examples(model: Any, data: str, limit: int) -> tuple[list[Any], str]:
+    from circuits.harvesting import Inputs
+    from circuits.models.inputs import ImageInput
+    from circuits.stimuli.sources import open_source
+
+    source = open_source(data or ("photos" if isinstance(model.input, ImageInput) else "repeats"))
+    return Inputs(model, source).upto(limit), source.spec
+
+
+def _check_targets(model: Any, targets: Sequence[str] | None) -> None:
+    from circuits.attribution.targets import parse_target
+
+    for target in targets or ():
+        parse_target(model, target)
+
+
+def _tuned(model: Any, text: str) -> list[Any]:
+    from circuits.cli.choosing import units_of
+
+    return units_of(model, text) if text else []
+
+
+def _measure(
+    model: Any,
+    recipe: Any,
+    targets: Sequence[str] | None,
+    labels: str,
+    generalise: str,
+    data: str,
+    limit: int,
+    random: int,
+    tuning: Sequence[Any],
+    seed: int,
+    quiet: bool,
+) -> Any:
+    from circuits.effects import measure as run
+    from circuits.models.inputs import ImageInput
+    from circuits.stimuli.labels import read_labels
+    from circuits.stimuli.sources import open_source
+
+    batches, name = _examples(model, data, limit)
+    known = None
+    if labels:
+        if not isinstance(model.input, ImageInput):
+            raise ValueError(f"--labels {labels!r}: tokens have the next token as label")
+        path = None if labels == "names" else labels
+        known = read_labels(open_source(name), model.classes, path)[:limit]
+    more = _examples(model, generalise, limit)[0] if generalise else ()
+    with progress_bar("measure", quiet=quiet) as progress:
+        return run(
+            model, recipe, batches, targets=targets or (), generalisation=more, labels=known,
+            tuning=tuning, n_random=random, data=name, seed=seed, progress=progress,
+        )  # fmt: skip
+
+
+def _show_report(report: Any) -> None:
+    groups = (
+        ("on target", report.targets),
+        ("on other examples", report.generalisation),
+        ("", report.measures),
+        ("other units of", report.others),
+    )
+    rows = []
+    for group, effects in groups:
+        for name, e in effects.items():
+            rows.append(
+                (
+                    f"{group} {name}".strip(), e.intact, e.edited, e.change, f"{e.low:.4g} to {e.high:.4g}",
+                    _spread(e.random), _spread(e.noise), e.p_value,
+                )
+            )  # fmt: skip
+    show_table(
+        (
+            "measure", "intact", "edited", "change", "95 % interval", "random units", "random, same size",
+            "p",
+        ),
+        rows,
+        title=f"{report.model}: {report.n_examples} of {report.data}, seed {report.seed}",
+    )  # fmt: skip
+    if report.tuning:
+        rows = [
+            (
+                t.unit, t.measures.echo.value, t.changed.echo.value, t.measures.peak.value,
+                t.changed.peak.value, _spread(t.random), _spread(t.noise),
+            )
+            for t in report.tuning
+        ]  # fmt: skip
+        show_table(
+            (
+                "unit", "echo", "edited", "peak", "edited", "echo's change: random units",
+                "random, same size",
+            ),
+            rows,
+        )  # fmt: skip
+    if report.classes:
+        worst = [(c.name, c.n, c.intact, c.changed) for c in report.classes[:10]]
+        show_table(
+            ("class", "examples", "right", "edited"), worst, title="classes that changed most"
+        )
+    for norm in report.norms:
+        say(f"size of the change in {norm.of}: {norm.size:.4g}, {norm.relative:.2%} of its norm")
+    say(f"predictions that stay: {report.locality:.1%}")
+    if not report.twins:
+        say("no random twins: the sites have too few other units")
+    say(f"undone: model {'identical to the bit' if report.restored else 'NOT restored'}")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g}" if values else "none"
+
+
+def _words(edit: Any) -> str:
+    text = str(edit)
+    return text if len(text) <= 120 else f"{text[:117]}…"
+
+
+def _place(ledger: Any, branch: str) -> str:
+    head = ledger.head(branch)
+    return "the model as it is" if head == ledger.model_hash else head[:12]

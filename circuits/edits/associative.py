@@ -1,0 +1,266 @@
+"""Rank-one edits: a layer as a linear associative memory, one key and value stored in it (layer 4).
+
+The key is what the layer reads at a place, the value what it should put out there, found by optimisation so
+that the model answers as wanted (Meng et al. 2022; for convolutions Bau et al. 2020). The record holds the
+numbers, so that replaying it needs no optimisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.edits.records import fitting
+from circuits.edits.weights import Associate, layer_named
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.models.matrices import WeightMatrix
+from circuits.models.sites import main_output
+from circuits.store import ActivationStore
+from circuits.units import Site
+
+
+def second_moment(
+    model: HookedModel, layer: str, data: ActivationStore | Iterable[Tensor]
+) -> Float[Tensor, "column column"]:
+    """C, the mean of k k^T over everything that a layer reads.
+
+    Args:
+        model: the model.
+        layer: which.
+        data: a store that keeps the covariance of the site that the layer reads, or batches of examples.
+
+    Raises:
+        KeyError: if there is no such layer, or the store does not keep that covariance.
+        ValueError: if there is no example.
+    """
+    read = _site_of(model, layer_named(model.matrices, layer), "reads")
+    if isinstance(data, ActivationStore):
+        kept = data.covariance(read.name)
+        mean = torch.from_numpy(kept.mean).double().reshape(-1)
+        return torch.from_numpy(kept.covariance).double() + mean[:, None] * mean[None, :]
+    total, n = torch.zeros(()), 0
+    for x in data:
+        rows = _rows(read, model.run(x, read=[read], until=read)[read]).double()
+        total = total + rows.T @ rows
+        n += len(rows)
+    if not n:
+        raise ValueError("data hold no example")
+    return total / n
+
+
+def associate(
+    model: HookedModel,
+    layer: str,
+    x: Tensor,
+    target: int,
+    moment: Float[Tensor, "column column"],
+    *,
+    at: tuple[int, ...] | None = None,
+    steps: int = 50,
+    learning_rate: float = 0.5,
+    decay: float = 0.05,
+    enough: float = 0.99,
+    damping: float = 1e-6,
+    origin: str = "",
+) -> Associate:
+    """The rank-one edit after which a model answers examples with a target.
+
+    Args:
+        model: the model.
+        layer: where to store it.
+        x: examples whose answer is to change: prompts that say one thing, or images; the key is the mean over
+            them.
+        target: the token (after the last) or class that they shall get.
+        moment: C of the layer's inputs, see `second_moment`.
+        at: where the layer is read: the position of a token (the last if None), or (y, x) of a map (the place
+            where the key is largest if None).
+        steps: of the optimisation of the value, at most.
+        learning_rate: of Adam, in units of the value's norm over the root of its length.
+        decay: weighs the squared change of the value over its squared norm.
+        enough: the probability at which to stop.
+        damping: added to C's diagonal, as a share of its mean.
+        origin: for the record.
+
+    Raises:
+        KeyError: if the layer is unknown.
+        ValueError: if something does not fit.
+    """
+    matrix = layer_named(model.matrices, layer)
+    read, written = _site_of(model, matrix, "reads"), _site_of(model, matrix, "writes")
+    if moment.shape != (matrix.shape[1], matrix.shape[1]):
+        raise ValueError(
+            f"moment of shape {tuple(moment.shape)} does not fit {layer}: expected "
+            f"{matrix.shape[1]} x {matrix.shape[1]}"
+        )
+    outputs = model.logits(x[:1]).shape[-1]
+    if not 0 <= target < outputs:
+        raise ValueError(f"target {target} must be from 0 to {outputs - 1}")
+    if steps < 1 or not 0 < enough <= 1 or learning_rate <= 0 or decay < 0 or damping < 0:
+        raise ValueError(
+            f"steps {steps}, enough {enough}, learning_rate {learning_rate}, decay {decay}, damping {damping}: "
+            "expected steps of at least 1, enough in (0, 1], a positive rate, and the others 0 or more"
+        )
+    cache = model.run(x, read=[read, written])
+    place = _place(read, written, cache[read], cache[written], at)
+    key, center = _key(model, matrix, read, cache[read], place)
+    start = _at(written, cache[written], place.written).mean(0).float()
+    value = _value(
+        model, written, place.written, x, target, start, steps, learning_rate, decay, enough
+    )
+    ridge = damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    dual = torch.linalg.solve(moment.double() + ridge, center.double())
+    dual = dual / dual.norm()
+    words = origin or f"{len(x)} examples answer {_named(model, target)}"
+    return fitting(model, Associate(layer, key.double(), value.double(), dual, words))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer is read and written, in its sites' axes."""
+
+    read: tuple[int, ...]
+    written: tuple[int, ...]
+
+
+def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
+    """The site whose units are, one by one and with nothing between, a matrix's columns or rows."""
+    ends = matrix.reads if side == "reads" else matrix.writes
+    n = matrix.shape[1 if side == "reads" else 0]
+    for end in sorted(ends, key=lambda e: e.depth):
+        if end.site == "input" or not bool((end.factor == 1).all()):
+            continue
+        site = model.site(end.site)
+        inner = site.shape[-1] if "d_head" in site.axes else 1
+        whole = torch.arange(site.n_units).repeat_interleave(inner)
+        next_to = side == "reads" or (end.depth == 0 and inner == 1)
+        if next_to and len(whole) == n and torch.equal(end.owner, whole):
+            return site
+    heads = [e.site for e in ends if e.site != "input"]
+    what = "reads" if side == "reads" else "writes"
+    raise ValueError(
+        f"layer {matrix.name}: no site holds just what it {what}, unit by unit ({', '.join(heads) or 'none'})"
+    )
+
+
+def _rows(site: Site, value: Tensor) -> Float[Tensor, "row column"]:
+    return _columns(site, value).flatten(0, -2)
+
+
+def _columns(site: Site, value: Tensor) -> Float[Tensor, "example *place column"]:
+    """A site's tensor with what a layer reads last; the inner dimensions of heads side by side."""
+    return value.flatten(-2) if "d_head" in site.axes else value.movedim(site.unit_axis, -1)
+
+
+def _place(
+    read: Site, written: Site, given: Tensor, output: Tensor, at: tuple[int, ...] | None
+) -> _Place:
+    axes = read.position_axes
+    if axes != written.position_axes:
+        raise ValueError(f"sites {read.name} and {written.name} have other positions")
+    lengths = [output.shape[written.axes.index(a)] for a in axes]
+    if at is None:
+        if axes == ("position",):
+            at = (-1,)
+        elif axes:
+            norms = output.movedim(written.unit_axis, 1).double().square().sum((0, 1))
+            index = int(norms.flatten().argmax())
+            at = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), norms.shape))
+        else:
+            at = ()
+    if len(at) != len(axes) or any(not -n <= i < n for i, n in zip(at, lengths, strict=True)):
+        raise ValueError(
+            f"at {at} is not a position of {written.name} ({' x '.join(map(str, lengths))})"
+        )
+    return _Place(at, tuple(i % n for i, n in zip(at, lengths, strict=True)))
+
+
+def _at(site: Site, value: Tensor, place: tuple[int, ...]) -> Float[Tensor, "example column"]:
+    view = _columns(site, value)
+    for index in place:
+        view = view.select(1, index)
+    return view.detach()
+
+
+def _key(
+    model: HookedModel, matrix: WeightMatrix, read: Site, value: Tensor, place: _Place
+) -> tuple[Tensor, Tensor]:
+    """The mean key, as the layer sees it, and what it is in the channels at its middle."""
+    if len(matrix.shape) == 2:
+        key = _at(read, value, place.written).mean(0).float()
+        return key, key
+    layer = model.module.get_submodule(matrix.name)
+    assert isinstance(layer, nn.Conv2d)
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise ValueError(f"layer {matrix.name} pads in a way that is not built: expected zeros")
+    height, width = matrix.shape[2:]
+    patches = F.unfold(
+        value.detach(), (height, width), layer.dilation, layer.padding, layer.stride
+    )  # example x (column kernel) x place
+    across = (
+        value.shape[3] + 2 * layer.padding[1] - layer.dilation[1] * (width - 1) - 1
+    ) // layer.stride[1] + 1
+    y, x = place.written
+    mean = patches[:, :, y * across + x].mean(0).float().reshape(matrix.shape[1:])
+    return mean, mean[:, height // 2, width // 2]
+
+
+def _value(
+    model: HookedModel,
+    site: Site,
+    place: tuple[int, ...],
+    x: Tensor,
+    target: int,
+    start: Tensor,
+    steps: int,
+    learning_rate: float,
+    decay: float,
+    enough: float,
+) -> Tensor:
+    """What the site should hold at the place so that the model answers with the target."""
+    scale = start.norm().clamp_min(1e-6)
+    delta = torch.zeros_like(start, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=learning_rate * float(scale) / len(start) ** 0.5)
+
+    def put(value: Tensor) -> Tensor:
+        made = value.clone()
+        view = made.movedim(site.unit_axis, 1)
+        for index in place:
+            view = view.select(2, index)
+        view.copy_((start + delta).to(view)[None].expand_as(view))
+        return made
+
+    best, found = -1.0, start
+    for _ in range(steps):
+        logits = _answers(
+            model, main_output(model.run(x, edits={site.name: put}, grad=True).output)
+        )
+        log_p = logits.log_softmax(-1)[:, target]
+        reached = log_p.exp().min().item()
+        if reached > best:
+            best, found = reached, (start + delta).detach().clone()
+        if reached >= enough:
+            break
+        loss = -log_p.mean() + decay * (delta / scale).square().sum()
+        (gradient,) = torch.autograd.grad(loss, [delta])
+        delta.grad = gradient
+        adam.step()
+    return found
+
+
+def _answers(model: HookedModel, logits: Tensor) -> Float[Tensor, "example output"]:
+    """The logits that answer: after the last token, or of the image."""
+    if isinstance(model.input, TokenInput):
+        return logits[:, -1]
+    return logits if logits.ndim == 2 else logits.flatten(2).mean(2)
+
+
+def _named(model: HookedModel, target: int) -> str:
+    if isinstance(model.input, TokenInput):
+        return repr(model.input.word(target))
+    return model.classes[target] if model.classes else f"output {target}"

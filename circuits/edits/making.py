@@ -1,0 +1,278 @@
+"""Edits whose numbers come from data: means, other runs, concepts, another network's units (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.edits.activations import Erase, Patch, Resample, Set, Steer
+from circuits.edits.recipes import edited
+from circuits.edits.records import fitting
+from circuits.edits.weights import Transplant, parts_of
+from circuits.models.adapter import HookedModel
+from circuits.models.sites import unit_activations
+from circuits.units import Direction, Site, Unit, Units
+
+Which = Units | Unit | str | Iterable[Unit | str]
+
+
+def means(model: HookedModel, units: Which, batches: Iterable[Tensor], origin: str = "") -> Set:
+    """The edit that sets units to their means over examples and positions: mean ablation.
+
+    Args:
+        model: the model.
+        units: of one site.
+        batches: examples, as the model takes them.
+        origin: what they are, for the record.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if a unit does not exist, or there is no example.
+    """
+    site, own = _own(model, units)
+    total, n = torch.zeros(()), 0
+    for x in batches:
+        value = model.run(x, read=[site], until=site)[site].movedim(site.unit_axis, 1)
+        kept = value[:, list(own.among(site))].double()
+        if "d_head" in site.axes:
+            kept = kept.flatten(2, -2).mean(2)
+        elif kept.ndim > 2:
+            kept = kept.flatten(2).mean(2)
+        total = total + kept.sum(0)
+        n += len(x)
+    if not n:
+        raise ValueError("batches hold no example")
+    made = Set(own, values=(total / n).float(), origin=origin or f"mean of {n} examples")
+    return fitting(model, made)
+
+
+def patch(
+    model: HookedModel,
+    units: Which,
+    x: Float[Tensor, "1 *rest"] | Int[Tensor, "1 position"],
+    at: tuple[int, ...] | None = None,
+    origin: str = "",
+) -> Patch:
+    """The edit that puts in what units are on one example: activation patching.
+
+    Args:
+        model: the model.
+        units: of one site.
+        x: a batch of one: the run to take from.
+        at: a position along the site's `position_axes`; the whole map if None.
+        origin: which run, for the record.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if a unit does not exist, or `x` is not one example.
+    """
+    if len(x) != 1:
+        raise ValueError(f"x holds {len(x)} examples: expected one to patch from")
+    site, own = _own(model, units)
+    return fitting(model, Patch(own, values=_values(model, site, own, x, at), origin=origin, at=at))
+
+
+def resample(model: HookedModel, units: Which, x: Tensor, origin: str = "") -> Resample:
+    """The edit that puts in what units are on other examples, one after the other.
+
+    Args:
+        model: the model.
+        units: of one site.
+        x: the donors, a batch; the edit holds their activations.
+        origin: which examples, for the record.
+    """
+    site, own = _own(model, units)
+    return fitting(model, Resample(own, values=_values(model, site, own, x, None), origin=origin))
+
+
+def steer(direction: Direction, amount: float, at: tuple[int, ...] | None = None) -> Steer:
+    """The edit that adds a direction times an amount."""
+    return Steer(direction.site, direction.vector.float(), amount=amount, at=at)
+
+
+def project_out(direction: Direction, at: tuple[int, ...] | None = None) -> Erase:
+    """The edit that projects a direction out of what its site holds."""
+    unit = direction.vector / direction.vector.norm()
+    return Erase(direction.site, unit[:, None].float(), origin=_clipped(str(direction)), at=at)
+
+
+def leace(
+    model: HookedModel,
+    site: str | Site,
+    batches: Iterable[Tensor],
+    labels: Sequence[int],
+    origin: str = "",
+) -> Erase:
+    """The edit after which no linear classifier can tell labels apart, and which changes least (LEACE).
+
+    x' = x - W^+ P W (x - mean), with W = Cov(x)^-1/2 and P the projection on the columns of W Cov(x, z), z the
+    labels as indicators (Belrose et al. 2023, theorem 4.3). Every position of an example has its label.
+
+    Args:
+        model: the model.
+        site: where.
+        batches: examples, as the model takes them.
+        labels: the class of each, at least two of them.
+        origin: what the concept is.
+
+    Raises:
+        ValueError: if labels are as many as there are not examples, or all the same.
+    """
+    place = model.site(site)
+    if "d_head" in place.axes:
+        raise ValueError(f"site {place.name}: heads hold vectors, expected another site")
+    rows, kinds = [], []
+    done = 0
+    for x in batches:
+        value = model.run(x, read=[place], until=place)[place]
+        flat = unit_activations(place, value).movedim(1, 2).double()
+        rows.append(flat.flatten(0, 1))
+        some = torch.tensor(list(labels[done : done + len(x)]))
+        if len(some) != len(x):
+            break
+        kinds.append(some.repeat_interleave(flat.shape[1]))
+        done += len(x)
+    if done != len(labels) or len(kinds) != len(rows):
+        raise ValueError(f"labels: {len(labels)} for another number of examples")
+    if len(set(labels)) < 2:
+        raise ValueError("labels are all the same: expected at least two classes")
+    return leace_of(place.name, torch.cat(rows), torch.cat(kinds), origin)
+
+
+def leace_of(
+    site: str, x: Float[Tensor, "row unit"], labels: Int[Tensor, " row"], origin: str = ""
+) -> Erase:
+    """`leace` from activations and their labels."""
+    x = x.double()
+    mean = x.mean(0)
+    centered = x - mean
+    z = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()
+    z = z - z.mean(0)
+    cov, cross = centered.T @ centered / len(x), centered.T @ z / len(x)
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > values.max() * len(values) * 1e-10
+    root = values[kept].sqrt()
+    whiten = vectors[:, kept] / root @ vectors[:, kept].T
+    unwhiten = vectors[:, kept] * root @ vectors[:, kept].T
+    u, s, _ = torch.linalg.svd(whiten @ cross, full_matrices=False)
+    u = u[:, s > max(s.max().item(), 1e-300) * 1e-8]
+    return Erase(site, (unwhiten @ u).double(), (whiten @ u).double(), mean, origin or "LEACE")
+
+
+def transplant(
+    model: HookedModel,
+    into: Which,
+    donor: HookedModel,
+    units: Which,
+    source: Mapping[Unit, Unit],
+    batches: Iterable[Tensor] = (),
+    layer: str = "",
+    donor_layer: str = "",
+) -> Transplant:
+    """The edit that replaces units by another network's, with a gain and an offset that are fitted.
+
+    Args:
+        model: the host.
+        into: the units to be replaced, of one site.
+        donor: the other network.
+        units: its units, one for each, in the same order.
+        source: which unit of the donor each unit of the host stands for, host -> donor: what the host's layer
+            reads to what the donor's reads. Weights from others are left out.
+        batches: examples: gain and offset give each new unit the mean and the standard deviation, over examples
+            and positions, that the old one had before its nonlinearity. As they are in the donor without any.
+        layer: the host's, where there are several.
+        donor_layer: the donor's.
+
+    Raises:
+        KeyError, ValueError: if units do not exist or do not match, or kernels differ in size.
+    """
+    _, own = _own(model, into)
+    _, theirs = _own(donor, units)
+    hosts, donors = Units.of(list(source)), Units.of(list(source.values()))
+    there = parts_of(donor.matrices, theirs, donors, donor_layer)
+    here = parts_of(model.matrices, own, hosts, layer)
+    if len(there) != 1 or len(here) != 1:
+        raise ValueError("units to be transplanted must be of one layer each: name it")
+    if there[0].matrix.shape[2:] != here[0].matrix.shape[2:]:
+        raise ValueError(
+            f"kernels differ: {there[0].matrix.name} has {there[0].matrix.shape[2:]}, {here[0].matrix.name} "
+            f"has {here[0].matrix.shape[2:]}"
+        )
+    if len(there[0].rows) != len(here[0].rows):
+        raise ValueError(
+            f"units: {len(there[0].rows)} of the donor for {len(here[0].rows)} of the host"
+        )
+    matrix, parameters = there[0].matrix, donor.parameters
+    weights = matrix.block(parameters[matrix.weight].data, there[0].rows, there[0].columns)
+    biases = None if matrix.bias is None else parameters[matrix.bias].data[there[0].rows]
+    if here[0].matrix.bias is None:
+        biases = None
+    made = fitting(model, Transplant(
+        own, hosts, here[0].matrix.name, weights=weights.float().cpu(),
+        biases=None if biases is None else biases.float().cpu(),
+        donor=f"{theirs} of {donor.name} ({donor.hash[:16]})",
+    ))  # fmt: skip
+    parts = list(batches)
+    if not parts:
+        return made
+    place = next((e.site for e in here[0].matrix.writes if e.depth == 0), own.site)
+    end = here[0].matrix.end(place, "writes")
+    assert end is not None
+    which = end.owner[here[0].rows].tolist()
+    before = _moments(model, place, which, parts)
+    with edited(model, [made]):
+        after = _moments(model, place, which, parts)
+    gain = before[1] / after[1].clamp_min(1e-12)
+    offset = before[0] - gain * after[0]
+    if here[0].matrix.bias is None:
+        return replace(made, gain=gain.float())
+    return replace(made, gain=gain.float(), offset=offset.float())
+
+
+def _moments(
+    model: HookedModel, site: str, which: list[int], parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of units over examples and positions."""
+    place = model.site(site)
+    values = [
+        unit_activations(place, model.run(x, read=[place], until=place)[place])[:, which]
+        .double()
+        .movedim(1, 0)
+        .flatten(1)
+        for x in parts
+    ]
+    joined = torch.cat(values, 1)
+    return joined.mean(1), joined.std(1)
+
+
+def _own(model: HookedModel, units: Which) -> tuple[Site, Units]:
+    given = Units.of(units)
+    site = model.site(given.site)
+    given.among(site)
+    return site, Units(site.name, given.indices)
+
+
+def _values(
+    model: HookedModel, site: Site, units: Units, x: Tensor, at: tuple[int, ...] | None
+) -> Tensor:
+    """What units are on examples: example x unit x the site's other axes."""
+    value = model.run(x, read=[site], until=site)[site].movedim(site.unit_axis, 1)
+    kept = value[:, list(units.among(site))]
+    if at is not None:
+        if len(at) != len(site.position_axes):
+            raise ValueError(f"at {at} does not fit the axes of {site.name} ({site.position_axes})")
+        for index in at:
+            if not -kept.shape[2] <= index < kept.shape[2]:
+                raise ValueError(
+                    f"position {index} must be from {-kept.shape[2]} to {kept.shape[2] - 1}"
+                )
+            kept = kept.select(2, index)
+    return kept.detach().float().cpu()
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}…"

@@ -1,0 +1,421 @@
+"""An edit as data: its operator's name and its fields, to and from JSON and words (layer 4)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Generator, Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.units import Direction, Unit, Units, unknown
+
+OPERATORS: dict[str, type[Edit]] = {}
+"""Every operator by name."""
+
+_LISTED = 64
+"""Arrays of up to so many numbers are written as lists, larger ones as bytes in base64."""
+
+_TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(ABC):
+    """One change of a model. Two edits are equal if all their fields are, to the bit."""
+
+    operator: ClassVar[str]
+    about: ClassVar[str]
+
+    def __init_subclass__(cls, operator: str = "", about: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if operator:
+            cls.operator, cls.about = operator, about
+            OPERATORS[operator] = cls
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_field(self, field)
+        self._check_values()
+
+    def _check_values(self) -> None:  # noqa: B027 (most edits have nothing to check)
+        """Raise ValueError if fields do not go together."""
+
+    @abstractmethod
+    def checked(self, model: HookedModel) -> Edit:
+        """The edit under the sites' own names.
+
+        Raises:
+            KeyError: if a site or layer is unknown.
+            ValueError: if a unit does not exist, or a shape does not fit.
+        """
+
+    @abstractmethod
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        """The same of random other units (or of a random direction of the same norm); None if there is none."""
+
+    def own(self, model: HookedModel) -> list[Unit]:
+        """The units that its twin has others of."""
+        return []
+
+    # --- to and from data ----------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; fields at their default are left out."""
+        return {"operator": self.operator} | {
+            field.name: _written(value)
+            for field in fields(self)
+            if not _is_default(field, value := getattr(self, field.name))
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """The edit as canonical JSON: what is equal has the same, and the other way round."""
+        return canonical(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __str__(self) -> str:
+        """In words, as the command line takes them; long arrays as their shape."""
+        words = [self.operator]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_default(field, value):
+                words.append(f"{field.name}={_in_words(value)}")
+        return " ".join(words)
+
+
+_E = TypeVar("_E", bound=Edit)
+
+
+def fitting(model: HookedModel, edit: _E) -> _E:
+    """The edit, checked, and under the sites' own names: see `Edit.checked`."""
+    return cast(_E, edit.checked(model))
+
+
+def canonical(value: Any) -> str:
+    """JSON in one way only: sorted keys, no blanks."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+class Others:
+    """Random units in the place of a recipe's, each unit's once.
+
+    Args:
+        model: the model.
+        own: the units of all edits: none of them stands in for another.
+        generator: draws.
+    """
+
+    def __init__(self, model: HookedModel, own: Iterable[Unit], generator: Generator) -> None:
+        self.model, self.generator = model, generator
+        self._taken = set(own)
+        self._instead: dict[Unit, Unit] = {}
+
+    def of(self, units: Units, pool: Iterable[int] | None = None) -> Units | None:
+        """Others of the site, or of a pool of its units; None if they are too few."""
+        site = self.model.site(units.site)
+        found = []
+        for index in units.among(site):
+            unit = site.unit(index)
+            if unit not in self._instead:
+                among = range(site.n_units) if pool is None else pool
+                free = [u for u in map(site.unit, among) if u not in self._taken]
+                if not free:
+                    return None
+                drawn = int(torch.randint(len(free), (1,), generator=self.generator))
+                self._instead[unit] = free[drawn]
+                self._taken.add(free[drawn])
+            found.append(self._instead[unit].index)
+        return Units(site.name, tuple(found))
+
+
+def twin_of(
+    model: HookedModel, edits: Sequence[Edit], generator: Generator
+) -> tuple[Edit, ...] | None:
+    """The edits with each unit swapped for a random other one; None if a site has too few others."""
+    others = Others(model, (unit for edit in edits for unit in edit.own(model)), generator)
+    made = [edit.twin(model, others) for edit in edits]
+    found = tuple(edit for edit in made if edit is not None)
+    return found if len(found) == len(edits) else None
+
+
+def of_same_norm(tensor: Tensor, generator: Generator) -> Tensor:
+    """Random numbers of the same shape and norm."""
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return (drawn * (tensor.double().norm() / drawn.norm().clamp_min(1e-300))).to(tensor.dtype)
+
+
+def parse_edit(raw: object) -> Edit:
+    """Read an edit that `to_dict` wrote.
+
+    Raises:
+        KeyError: if the operator or a field is unknown.
+        ValueError: if a field is missing or is not what it should be.
+    """
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"edit {_short(raw)} is not a record with an operator and its fields")
+    operator = raw.get("operator")
+    kind = OPERATORS.get(str(operator))
+    if kind is None:
+        raise unknown("edit operator", str(operator), OPERATORS)
+    if "target" in raw and "units" in {f.name for f in fields(kind)}:  # as layout 1 had it
+        raw = {("units" if k == "target" else k): v for k, v in raw.items()}
+    by_name = {field.name: field for field in fields(kind)}
+    given = {name: value for name, value in raw.items() if name != "operator"}
+    for name in given:
+        if name not in by_name:
+            raise unknown(f"field of edit {operator!r}", str(name), by_name)
+    missing = [n for n, f in by_name.items() if n not in given and f.default is MISSING]
+    if missing:
+        raise ValueError(f"edit {operator!r} lacks {', '.join(missing)}")
+    return kind(**{n: _read(operator, by_name[n], value) for n, value in given.items()})
+
+
+def read_edit(model: HookedModel, text: str) -> Edit:
+    """Read an edit in words: `OPERATOR NAME=VALUE …`; the first units may stand alone.
+
+    Numbers of arrays are separated by commas, or `@FILE` names a JSON or NumPy file of them; a direction is
+    written `mixed3b:379+0.5*mixed3b:385`. `zero UNITS` is `scale UNITS factor=0`.
+
+    Raises:
+        KeyError: if the operator, a field, a site or a layer is unknown.
+        ValueError: if it cannot be read or does not fit the model.
+        FileNotFoundError: if a file does not exist.
+
+    >>> from circuits.models.loading import load_model
+    >>> str(read_edit(load_model("shapes"), "scale mixed3b:3,4 factor=0.5"))
+    'scale units=mixed3b:3-4 factor=0.5'
+    """
+    words = text.split()
+    if not words:
+        raise ValueError("edit is empty: expected OPERATOR NAME=VALUE …, e.g. zero mixed3b:379")
+    operator, rest = words[0], words[1:]
+    raw: dict[str, Any] = {"operator": operator}
+    if operator == "zero":
+        raw = {"operator": "scale", "factor": 0.0}
+    kind = OPERATORS.get(raw["operator"])
+    if kind is None:
+        raise unknown("edit operator", operator, ["zero", *OPERATORS])
+    by_name = {field.name: field for field in fields(kind)}
+    for i, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if not equals:
+            if i:
+                raise ValueError(f"edit {text!r}: {word!r} is not of the form NAME=VALUE")
+            name, value = fields(kind)[0].name, word
+        elif name == "from":
+            name = "source"
+        if name == "direction" and "vector" in by_name:
+            site = value.partition(":")[0].rpartition("*")[2].lstrip("+-")
+            direction = Direction.parse(value, model.site(site).n_units)
+            raw |= {"site": direction.site, "vector": _written(direction.vector.float())}
+            continue
+        if name not in by_name:
+            raise unknown(f"field of edit {operator!r}", name, by_name)
+        raw[name] = _from_words(text, by_name[name], value)
+    return parse_edit(raw).checked(model)
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+def _check_field(edit: Edit, field: Field[Any]) -> None:
+    value = getattr(edit, field.name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field.name} {value} of edit {edit.operator!r} must be finite")
+    if isinstance(value, Tensor):
+        if value.dtype not in _TYPES.values():
+            value = value.to(torch.float32)
+        object.__setattr__(edit, field.name, value.detach().cpu().contiguous())
+        if not value.numel():
+            raise ValueError(f"{field.name} of edit {edit.operator!r} holds no numbers")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{field.name} of edit {edit.operator!r} must be finite")
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    return field.default is not MISSING and not isinstance(value, Tensor) and value == field.default
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Units):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() <= _LISTED and value.dtype == torch.float32:
+        return value.tolist()
+    name = str(value.dtype).removeprefix("torch.")
+    data = base64.b64encode(value.numpy().astype(value.numpy().dtype.newbyteorder("<")).tobytes())
+    return {"dtype": name, "shape": list(value.shape), "base64": data.decode()}
+
+
+def _read(operator: object, field: Field[Any], value: Any) -> Any:
+    kind = str(field.type)
+    what = f"{field.name} {_short(value)} of edit {operator!r}"
+    if value is None and "None" in kind:
+        return None
+    try:
+        if kind.startswith("Units"):
+            if not isinstance(value, str):
+                raise TypeError
+            return Units.parse(value)
+        if kind.startswith("Tensor"):
+            return _array(value)
+        if kind.startswith("float"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError
+            return float(value)
+        if kind.startswith("tuple"):
+            if not isinstance(value, list | tuple) or not all(
+                isinstance(i, int) and not isinstance(i, bool) for i in value
+            ):
+                raise TypeError
+            return tuple(value)
+        if not isinstance(value, {"str": str, "bool": bool}[kind.partition(" ")[0]]):
+            raise TypeError
+        return value
+    except (TypeError, OverflowError, KeyError):
+        raise ValueError(
+            f"{what} is not {_EXPECTED[kind.partition(' ')[0].partition('[')[0]]}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+_EXPECTED = {
+    "Units": "units SITE:1,2,5-9",
+    "Tensor": "an array of finite numbers",
+    "float": "a finite number",
+    "tuple": "a list of whole numbers",
+    "str": "a text",
+    "bool": "true or false",
+}
+
+
+def _array(value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        if set(value) != {"dtype", "shape", "base64"} or value["dtype"] not in _TYPES:
+            raise ValueError("expected dtype (float32 or float64), shape and base64")
+        kind = _TYPES[value["dtype"]]
+        data = bytearray(base64.b64decode(value["base64"], validate=True))
+        shape = tuple(int(n) for n in value["shape"])
+        if math.prod(shape) * kind.itemsize != len(data) or not data or min(shape, default=1) < 0:
+            raise ValueError(f"{len(data)} bytes do not fill shape {shape}")
+        return torch.frombuffer(data, dtype=kind).reshape(shape)
+    made = (
+        torch.tensor(value, dtype=torch.float64) if isinstance(value, list | int | float) else None
+    )
+    if made is None or isinstance(value, bool):
+        raise TypeError
+    return made.float()
+
+
+def _from_words(text: str, field: Field[Any], value: str) -> Any:
+    kind = str(field.type)
+    try:
+        if kind.startswith("float"):
+            return float(value)
+        if kind.startswith("bool"):
+            return {"true": True, "false": False, "yes": True, "no": False}[value.lower()]
+        if kind.startswith("tuple"):
+            return [int(part) for part in value.split(",")]
+        if kind.startswith("Tensor"):
+            return (
+                _from_file(value[1:])
+                if value.startswith("@")
+                else [float(v) for v in value.split(",")]
+            )
+    except (ValueError, KeyError):
+        what = _EXPECTED[kind.partition(" ")[0].partition("[")[0]]
+        raise ValueError(f"edit {text!r}: {field.name} {value!r} is not {what}") from None
+    return value
+
+
+def _from_file(path: str) -> Any:
+    if path.endswith(".npy"):
+        import numpy as np
+
+        return _written(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        if value.numel() <= 8 and value.ndim <= 1:
+            return ",".join(f"{v:.6g}" for v in value.reshape(-1).tolist())
+        return f"array({'x'.join(map(str, value.shape))})"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# --- the published schema ------------------------------------------------------------------------
+
+_ARRAY = {
+    "anyOf": [
+        {"type": "number"},
+        {"type": "array"},
+        {
+            "type": "object",
+            "properties": {
+                "dtype": {"enum": list(_TYPES)},
+                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "base64": {"type": "string", "contentEncoding": "base64"},
+            },
+            "required": ["dtype", "shape", "base64"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "Units": {"type": "string", "pattern": r"^[^\s:,+*]+:(\*|\d+(-\d+)?(,\d+(-\d+)?)*)$"},
+    "Tensor": _ARRAY,
+    "float": {"type": "number"},
+    "tuple": {"type": "array", "items": {"type": "integer"}},
+    "str": {"type": "string"},
+    "bool": {"type": "boolean"},
+}
+
+
+def edit_schema() -> dict[str, Any]:
+    """The JSON schema of an edit: one of the operators, each with its fields."""
+    kinds = []
+    for name, kind in OPERATORS.items():
+        parts: dict[str, Any] = {"operator": {"const": name}}
+        for field in fields(kind):
+            schema = _SCHEMAS[re.split(r"[ \[]", str(field.type))[0]]
+            optional = "None" in str(field.type)
+            parts[field.name] = {"anyOf": [schema, {"type": "null"}]} if optional else schema
+        needed = [f.name for f in fields(kind) if f.default is MISSING]
+        kinds.append(
+            {
+                "description": kind.about,
+                "type": "object",
+                "properties": parts,
+                "required": ["operator", *needed],
+                "additionalProperties": False,
+            }
+        )
+    return {"oneOf": kinds}

@@ -1,0 +1,700 @@
+"""Edits of weights: connections, kernels, families, whole rows (layer 4).
+
+A connection is named by its units at both ends: `into` (units of a site that the layer writes) and `source`
+(units of a site that it reads). Left out, an end is all there is. `layer` names one of several layers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from circuits.edits.activations import check_projection, random_basis
+from circuits.edits.records import Edit, Others, of_same_norm
+from circuits.models.adapter import HookedModel
+from circuits.models.matrices import End, WeightMatrix
+from circuits.units import Unit, Units, unknown
+
+
+class Weights:
+    """A model's parameters with edits made; the model's own are copied before the first change.
+
+    Args:
+        model: the model.
+        tensors: parameters that are already changed, by name.
+    """
+
+    def __init__(self, model: HookedModel, tensors: dict[str, Tensor] | None = None) -> None:
+        self.model = model
+        self.matrices = model.matrices
+        self.changed = dict(tensors or {})
+        self._own = {name: p.data for name, p in model.parameters.items()}
+
+    def value(self, name: str) -> Tensor:
+        """A parameter as it is now; not to be written to."""
+        return self.changed[name] if name in self.changed else self._own[name]
+
+    def writable(self, name: str) -> Tensor:
+        """A parameter's copy, to write to."""
+        if name not in self.changed:
+            self.changed[name] = self._own[name].clone()
+        return self.changed[name]
+
+
+class WeightEdit(Edit):
+    """An edit of parameters."""
+
+    @abstractmethod
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        """The names of the parameters that it may change."""
+
+    @abstractmethod
+    def apply(self, weights: Weights) -> None:
+        """Change the weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows and columns of a matrix that an edit is about."""
+
+    matrix: WeightMatrix
+    rows: Tensor
+    columns: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
+
+    def effective(self, block: Tensor) -> Tensor:
+        """Weights as they act from unit to unit: with what lies between the layer and the sites."""
+        factor = self.row_factor[:, None] * self.column_factor[None, :]
+        return block * factor.reshape(*factor.shape, *(1,) * (block.ndim - 2)).to(block)
+
+
+def layer_named(matrices: tuple[WeightMatrix, ...], name: str) -> WeightMatrix:
+    """The matrix of a layer.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    found = next((m for m in matrices if m.name == name), None)
+    if found is None:
+        raise unknown("layer with weights", name, [m.name for m in matrices])
+    return found
+
+
+def parts_of(
+    matrices: tuple[WeightMatrix, ...], into: Units | None, source: Units | None, layer: str
+) -> list[Part]:
+    """The weights between units.
+
+    Raises:
+        KeyError: if the layer is unknown.
+        ValueError: if no layer connects them, or several write the same units and none is named.
+    """
+    among = (layer_named(matrices, layer),) if layer else matrices
+    found: list[Part] = []
+    for matrix in among:
+        written = None if into is None else matrix.end(into.site, "writes")
+        read = None if source is None else matrix.end(source.site, "reads")
+        if (into is not None and written is None) or (source is not None and read is None):
+            continue
+        if into is None and read is not None and not read.direct and not layer:
+            continue
+        rows, row_factor = _of(written, into, matrix.shape[0])
+        columns, column_factor = _of(read, source, matrix.shape[1])
+        if len(rows) and len(columns):
+            found.append(Part(matrix, rows, columns, row_factor, column_factor))
+    names = [part.matrix.name for part in found]
+    if not found:
+        ends = f"{f' into {into}' if into else ''}{f' from {source}' if source else ''}"
+        raise ValueError(f"no weights {'of ' + layer if layer else 'of one layer'} lead{ends}")
+    if into is not None and not layer:
+        written = [part.matrix.end(into.site, "writes") for part in found]
+        owners = [
+            set(end.owner[p.rows].tolist()) for end, p in zip(written, found, strict=True) if end
+        ]
+        if sum(map(len, owners)) > len(set().union(*owners)):
+            raise ValueError(f"several layers write {into}: name one as layer: {', '.join(names)}")
+    return found
+
+
+def _of(end: End | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
+    if end is None or units is None:
+        return torch.arange(n), torch.ones(n)
+    which = end.of(units.indices)
+    return which, end.factor[which].float()
+
+
+@dataclass(frozen=True, eq=False)
+class ConnectionEdit(WeightEdit):
+    """An edit of the weights between units.
+
+    Attributes:
+        into: units that a layer writes; all if None.
+        source: units that it reads; all if None.
+        layer: which layer; the only one that connects them if empty.
+    """
+
+    into: Units | None = None
+    source: Units | None = None
+    layer: str = ""
+
+    def _check_values(self) -> None:
+        if self.into is None and self.source is None:
+            raise ValueError(f"edit {self.operator!r} needs into, source or both")
+
+    def checked(self, model: HookedModel) -> ConnectionEdit:
+        ends: dict[str, Any] = {}
+        for name in ("into", "source"):
+            units: Units | None = getattr(self, name)
+            if units is None:
+                continue
+            if name == "source" and units.site == "input":
+                n = model.n_units("input")
+                if units.indices is not None and max(units.indices) >= n:
+                    raise ValueError(
+                        f"unit input:{max(units.indices)} does not exist: there are {n}"
+                    )
+                continue
+            site = model.site(units.site)
+            units.among(site)
+            ends[name] = Units(site.name, units.indices)
+        own = replace(self, **ends)
+        own._check_parts(own.parts(model.matrices))
+        return own
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        """Raise ValueError if arrays do not fit."""
+
+    def parts(self, matrices: tuple[WeightMatrix, ...]) -> list[Part]:
+        """The weights that the edit is about."""
+        return parts_of(matrices, self.into, self.source, self.layer)
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        return [part.matrix.weight for part in self.parts(matrices)]
+
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        name, units, pool = self._end(model)
+        instead = others.of(units, pool)
+        return None if instead is None else replace(self, **{name: instead}).checked(model)
+
+    def own(self, model: HookedModel) -> list[Unit]:
+        _, units, _ = self._end(model)
+        if units.site == "input":
+            return []
+        site = model.site(units.site)
+        return [site.unit(i) for i in units.among(site)]
+
+    def _end(self, model: HookedModel) -> tuple[str, Units, list[int]]:
+        """The end whose units a twin swaps, and the units of the same layers that may stand in."""
+        name: Literal["into", "source"] = "source" if self.into is None else "into"
+        units = self.source if self.into is None else self.into
+        assert units is not None
+        side = "reads" if self.into is None else "writes"
+        ends = [part.matrix.end(units.site, side) for part in self.parts(model.matrices)]
+        owners = torch.cat([end.owner for end in ends if end is not None])
+        return name, units, owners[owners >= 0].unique().tolist()
+
+    def apply(self, weights: Weights) -> None:
+        for part in self.parts(weights.matrices):
+            parameter = weights.writable(part.matrix.weight)
+            block = part.matrix.block(parameter, part.rows, part.columns)
+            part.matrix.put(parameter, part.rows, part.columns, self.new(part, block))
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        """What takes the place of a block of weights, row x column x kernel."""
+        raise NotImplementedError
+
+    def _one(self, parts: list[Part]) -> Part:
+        if len(parts) != 1:
+            names = ", ".join(part.matrix.name for part in parts)
+            raise ValueError(f"edit {self.operator!r} is of one layer: name one of {names}")
+        return parts[0]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleWeights(
+    ConnectionEdit, operator="scale_weights", about="Multiply weights between units; 0 cuts them."
+):
+    """Multiply the weights between units by a factor; 0 cuts the connection.
+
+    Attributes:
+        factor: a finite number.
+        bias: the biases of the rows too.
+    """
+
+    factor: float = 0.0
+    bias: bool = False
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return torch.zeros_like(block) if self.factor == 0 else block * self.factor
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        biases = [p.matrix.bias for p in self.parts(matrices) if self.bias and p.matrix.bias]
+        return super().parameters(matrices) + biases
+
+    def apply(self, weights: Weights) -> None:
+        super().apply(weights)
+        for part in self.parts(weights.matrices):
+            if self.bias and part.matrix.bias is not None:
+                weights.writable(part.matrix.bias)[part.rows] *= self.factor
+
+
+Sign = Literal["positive", "negative"]
+
+
+@dataclass(frozen=True, eq=False)
+class FilterWeights(
+    ConnectionEdit, operator="filter_weights", about="Keep weights of one sign only."
+):
+    """Keep the weights of one sign and remove the others.
+
+    The sign is that of a weight as it acts between the sites: batch norm between may turn it.
+
+    Attributes:
+        keep: `positive` or `negative`.
+    """
+
+    keep: str = "positive"
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.keep not in ("positive", "negative"):
+            raise ValueError(
+                f"keep {self.keep!r} of edit 'filter_weights' is not one of positive, negative"
+            )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        acting = part.effective(block)
+        kept = acting > 0 if self.keep == "positive" else acting < 0
+        return torch.where(kept, block, torch.zeros_like(block))
+
+
+@dataclass(frozen=True, eq=False)
+class KeepWeights(
+    ConnectionEdit, operator="keep_weights", about="Keep only what comes from some units."
+):
+    """Keep only the weights that come from `source`, a family say, and remove all others into `into`."""
+
+    def _check_values(self) -> None:
+        if self.into is None or self.source is None:
+            raise ValueError("edit 'keep_weights' needs both into and source")
+
+    def apply(self, weights: Weights) -> None:
+        for part in self.parts(weights.matrices):
+            parameter, matrix = weights.writable(part.matrix.weight), part.matrix
+            every = torch.arange(matrix.shape[1])
+            kept = matrix.block(parameter, part.rows, part.columns)
+            matrix.put(
+                parameter,
+                part.rows,
+                every,
+                torch.zeros_like(matrix.block(parameter, part.rows, every)),
+            )
+            matrix.put(parameter, part.rows, part.columns, kept)
+
+
+@dataclass(frozen=True, eq=False)
+class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights between units."):
+    """Set the weights between units: a kernel, or a block of kernels.
+
+    Attributes:
+        values: row x column x kernel, in the order of the units; a kernel alone for one connection.
+        bias: one a row; left as it is if None.
+    """
+
+    values: Tensor | None = None
+    bias: Tensor | None = None
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.values is None:
+            raise ValueError("edit 'set_weights' lacks values")
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        part = self._one(parts)
+        if self.values is not None and not bool(part.matrix.there(part.rows, part.columns).all()):
+            raise ValueError(
+                f"layer {part.matrix.name} has no weights between some of these units (groups)"
+            )
+        self._shaped(part)
+        if self.bias is not None and (
+            part.matrix.bias is None or tuple(self.bias.shape) != (len(part.rows),)
+        ):
+            has = "no bias" if part.matrix.bias is None else f"{len(part.rows)} rows here"
+            raise ValueError(
+                f"bias of shape {tuple(self.bias.shape)}: {part.matrix.name} has {has}"
+            )
+
+    def _shaped(self, part: Part) -> Tensor:
+        wanted = (len(part.rows), len(part.columns), *part.matrix.shape[2:])
+        assert self.values is not None
+        if tuple(self.values.shape) == wanted:
+            return self.values
+        if wanted[:2] == (1, 1) and tuple(self.values.shape) == wanted[2:]:
+            return self.values.reshape(wanted)
+        raise ValueError(
+            f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit: expected "
+            f"{' x '.join(map(str, wanted))}"
+        )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return self._shaped(part)
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        more = [
+            p.matrix.bias for p in self.parts(matrices) if p.matrix.bias and self.bias is not None
+        ]
+        return super().parameters(matrices) + more
+
+    def apply(self, weights: Weights) -> None:
+        super().apply(weights)
+        if self.bias is not None:
+            part = self._one(self.parts(weights.matrices))
+            assert part.matrix.bias is not None
+            own = weights.writable(part.matrix.bias)
+            own[part.rows] = self.bias.to(own)
+
+
+@dataclass(frozen=True, eq=False)
+class RotateWeights(
+    ConnectionEdit, operator="rotate_weights", about="Turn kernels about their middle."
+):
+    """Turn kernels about their middle, counterclockwise as one looks at them (y down).
+
+    Multiples of 90 degrees are exact for square kernels, others interpolated between the four nearest weights,
+    with zero around.
+
+    Attributes:
+        degrees: how far.
+    """
+
+    degrees: float = 90.0
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        for part in parts:
+            kernel = part.matrix.shape[2:]
+            if len(kernel) != 2 or kernel == (1, 1):
+                raise ValueError(
+                    f"edit 'rotate_weights': {part.matrix.name} has kernels of "
+                    f"{' x '.join(map(str, kernel)) or 'one number'}, which cannot be turned"
+                )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return turned_kernels(block, self.degrees)
+
+
+def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
+    """Kernels (… x y x x) turned counterclockwise as one looks at them."""
+    height, width = kernels.shape[-2:]
+    quarter = degrees / 90
+    if quarter == round(quarter) and (height == width or round(quarter) % 2 == 0):
+        return torch.rot90(kernels, round(quarter) % 4, (-2, -1)).contiguous()
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    y = (torch.arange(height) - (height - 1) / 2).double()[:, None]
+    x = (torch.arange(width) - (width - 1) / 2).double()[None, :]
+    back_x = x * angle.cos() - y * angle.sin() + (width - 1) / 2
+    back_y = x * angle.sin() + y * angle.cos() + (height - 1) / 2
+    padded = F.pad(kernels.double().reshape(-1, height, width), (1, 1, 1, 1))
+    found = torch.zeros(len(padded), height, width, dtype=torch.float64)
+    left, top = back_x.floor(), back_y.floor()
+    for dy in (0, 1):
+        for dx in (0, 1):
+            share = (1 - (back_x - left - dx).abs()) * (1 - (back_y - top - dy).abs())
+            column = (left + dx + 1).clamp(0, width + 1).long()
+            row = (top + dy + 1).clamp(0, height + 1).long()
+            found += padded[:, row, column] * share
+    return found.reshape(kernels.shape).to(kernels.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Transplant(
+    ConnectionEdit, operator="transplant", about="Replace units by ones of another network."
+):
+    """Replace units by units of another network: their weights and biases, times a gain, plus an offset.
+
+    All other weights into the units become 0.
+
+    Attributes:
+        weights: row x column x kernel: of the donor's units, from the units that match `source`.
+        biases: one a row; 0 if None.
+        gain: one a row; 1 if None.
+        offset: one a row; 0 if None.
+        donor: which units of which network.
+    """
+
+    weights: Tensor | None = None
+    biases: Tensor | None = None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    donor: str = ""
+
+    def _check_values(self) -> None:
+        if self.into is None or self.source is None or self.weights is None:
+            raise ValueError("edit 'transplant' needs into, source and weights")
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        part = self._one(parts)
+        assert self.weights is not None
+        wanted = (len(part.rows), len(part.columns), *part.matrix.shape[2:])
+        if tuple(self.weights.shape) != wanted:
+            raise ValueError(
+                f"weights of shape {tuple(self.weights.shape)} of edit 'transplant' do not fit "
+                f"{part.matrix.name}: expected {' x '.join(map(str, wanted))}"
+            )
+        if not bool(part.matrix.there(part.rows, part.columns).all()):
+            raise ValueError(
+                f"layer {part.matrix.name} has no weights between some of these units (groups)"
+            )
+        for name in ("biases", "gain", "offset"):
+            array: Tensor | None = getattr(self, name)
+            if array is not None and tuple(array.shape) != wanted[:1]:
+                raise ValueError(
+                    f"{name} of shape {tuple(array.shape)}: expected {wanted[0]} numbers"
+                )
+            if name != "gain" and array is not None and part.matrix.bias is None:
+                raise ValueError(f"{name}: layer {part.matrix.name} has no bias")
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        more = [p.matrix.bias for p in self.parts(matrices) if p.matrix.bias]
+        return super().parameters(matrices) + more
+
+    def apply(self, weights: Weights) -> None:
+        part = self._one(self.parts(weights.matrices))
+        assert self.weights is not None
+        matrix, rows = part.matrix, part.rows
+        n = len(rows)
+        gain = torch.ones(n) if self.gain is None else self.gain
+        parameter = weights.writable(matrix.weight)
+        every = torch.arange(matrix.shape[1])
+        matrix.put(parameter, rows, every, torch.zeros_like(matrix.block(parameter, rows, every)))
+        shape = (n, *(1,) * (self.weights.ndim - 1))
+        matrix.put(parameter, rows, part.columns, self.weights * gain.reshape(shape))
+        if matrix.bias is not None:
+            biases = torch.zeros(n) if self.biases is None else self.biases
+            offset = torch.zeros(n) if self.offset is None else self.offset
+            own = weights.writable(matrix.bias)
+            own[rows] = (gain * biases + offset).to(own)
+
+
+# --- whole layers ----------------------------------------------------------------------------------
+
+
+class LayerEdit(WeightEdit):
+    """An edit of a whole layer's weights."""
+
+    layer: str
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        return [layer_named(matrices, self.layer).weight]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(
+    LayerEdit, operator="low_rank", about="Add a matrix of low rank to a layer's weights."
+):
+    """Add a matrix of low rank: W' = W + left right^T.
+
+    Attributes:
+        layer: which.
+        left: row x rank.
+        right: column x rank; of a convolution the columns and the kernel flattened, column first.
+    """
+
+    layer: str
+    left: Tensor
+    right: Tensor
+
+    def checked(self, model: HookedModel) -> LowRank:
+        matrix = layer_named(model.matrices, self.layer)
+        _check_ungrouped(self, matrix)
+        inputs = 1
+        for n in matrix.shape[1:]:
+            inputs *= n
+        ranks = {self.left.shape[-1], self.right.shape[-1]}
+        if (
+            self.left.ndim != 2
+            or self.right.ndim != 2
+            or len(ranks) != 1
+            or (len(self.left), len(self.right)) != (matrix.shape[0], inputs)
+        ):
+            raise ValueError(
+                f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} of edit 'low_rank' do not "
+                f"fit {self.layer}: expected {matrix.shape[0]} x rank and {inputs} x rank"
+            )
+        return self
+
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        left, right = (of_same_norm(t, others.generator) for t in (self.left, self.right))
+        wanted = (self.left.double() @ self.right.double().T).norm()
+        got = (left.double() @ right.double().T).norm().clamp_min(1e-300)
+        return replace(self, left=(left.double() * (wanted / got)).to(left.dtype), right=right)
+
+    def apply(self, weights: Weights) -> None:
+        matrix = layer_named(weights.matrices, self.layer)
+        parameter = weights.writable(matrix.weight)
+        view = matrix.view(parameter)
+        view += _outer(self.left, self.right, view.shape).to(view)
+
+
+def _outer(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """left right^T, summed in one order whatever the machine, in float64."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    for a, b in zip(left.double().T, right.double().T, strict=True):
+        total += a[:, None] * b[None, :]
+    return total.reshape(shape)
+
+
+def _check_ungrouped(edit: Edit, matrix: WeightMatrix) -> None:
+    if matrix.groups != 1:
+        raise ValueError(
+            f"edit {edit.operator!r}: layer {matrix.name} has groups, which is not built"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Associate(
+    LayerEdit, operator="associate", about="Store one key and value in a layer, of rank one."
+):
+    """Make a layer answer a key with a value, and change it as little as can be on other keys.
+
+    A layer is a linear associative memory; with `dual` = C^-1 k*, C the uncentered covariance of its inputs,
+    W' = W + (v* - W k* - b) (C^-1 k*)^T / (k*^T C^-1 k*)
+    (Meng et al. 2022, equation 2). A convolution answers at the place whose input patch is the key: its weights
+    change along `dual` in the channels only (Bau et al. 2020, section 3.3): W'[o, i, y, x] = W + r[o] a[y, x]
+    dual[i] / |a|^2 with a = dual . key[:, y, x] and r what is missing at the place.
+
+    Attributes:
+        layer: which.
+        key: k*, one number a column; of a convolution column x kernel: the patch that it sees.
+        value: v*, one number a row: what the layer puts out, its bias included.
+        dual: C^-1 k*, one number a column.
+        origin: what is associated with what.
+    """
+
+    layer: str
+    key: Tensor
+    value: Tensor
+    dual: Tensor
+    origin: str = ""
+
+    def checked(self, model: HookedModel) -> Associate:
+        matrix = layer_named(model.matrices, self.layer)
+        _check_ungrouped(self, matrix)
+        wanted = (matrix.shape[1:], matrix.shape[:1], matrix.shape[1:2])
+        for name, shape in zip(("key", "value", "dual"), wanted, strict=True):
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(
+                    f"{name} of shape {found} of edit 'associate' does not fit {self.layer}: expected "
+                    f"{' x '.join(map(str, shape))}"
+                )
+        if not float(self._reach().square().sum()) > 0:
+            raise ValueError(
+                "dual of edit 'associate' is orthogonal to key: it cannot change the answer"
+            )
+        return self
+
+    def _reach(self) -> Tensor:
+        """a: how much of the dual direction the key has, at each place of the kernel."""
+        key, dual = self.key.double(), self.dual.double()
+        return (key * dual.reshape(-1, *(1,) * (key.ndim - 1))).sum(0)
+
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        """A random answer, as far from what the layer puts out now as `value` is."""
+        weights = Weights(model)
+        missing = self._missing(weights)
+        return replace(
+            self,
+            value=(self.value.double() - missing + of_same_norm(missing, others.generator)).float(),
+        )
+
+    def _missing(self, weights: Weights) -> Tensor:
+        matrix = layer_named(weights.matrices, self.layer)
+        view = matrix.view(weights.value(matrix.weight)).double().cpu()
+        now = (view * self.key.double()[None]).flatten(1).sum(1)
+        if matrix.bias is not None:
+            now = now + weights.value(matrix.bias).double().cpu()
+        return self.value.double() - now
+
+    def apply(self, weights: Weights) -> None:
+        matrix = layer_named(weights.matrices, self.layer)
+        reach, missing = self._reach(), self._missing(weights)
+        direction = (
+            self.dual.double().reshape(-1, *(1,) * reach.ndim) * reach[None] / reach.square().sum()
+        )
+        view = matrix.view(weights.writable(matrix.weight))
+        rows = missing.reshape(-1, *(1,) * direction.ndim)
+        view.copy_((view.double().cpu() + rows * direction[None]).to(view))
+
+
+@dataclass(frozen=True, eq=False)
+class EraseWeights(
+    LayerEdit, operator="erase_weights", about="Project directions out of what a layer writes."
+):
+    """Project directions out of what a layer puts out: W' = (I - U V^T) W, b' = b - U V^T (b - m).
+
+    The same as `erase` at the site next to the layer, but in the weights.
+
+    Attributes:
+        layer: which.
+        basis: U, row x rank.
+        dual: V, row x rank; U if None.
+        mean: m, one number a row; 0 if None.
+        origin: what the directions are.
+    """
+
+    layer: str
+    basis: Tensor
+    dual: Tensor | None = None
+    mean: Tensor | None = None
+    origin: str = ""
+
+    def _check_values(self) -> None:
+        check_projection(self.operator, self.basis, self.dual)
+
+    def checked(self, model: HookedModel) -> EraseWeights:
+        matrix = layer_named(model.matrices, self.layer)
+        if len(self.basis) != matrix.shape[0]:
+            raise ValueError(
+                f"basis of shape {tuple(self.basis.shape)} of edit 'erase_weights' does not fit {self.layer}: "
+                f"expected {matrix.shape[0]} x rank"
+            )
+        if self.mean is not None and tuple(self.mean.shape) != (matrix.shape[0],):
+            raise ValueError(
+                f"mean of shape {tuple(self.mean.shape)}: expected {matrix.shape[0]} numbers"
+            )
+        if self.mean is not None and matrix.bias is None and bool(self.mean.any()):
+            raise ValueError(f"mean: layer {self.layer} has no bias to hold it")
+        return self
+
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        return replace(self, basis=random_basis(self.basis, others.generator), dual=None)
+
+    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+        matrix = layer_named(matrices, self.layer)
+        return [matrix.weight, *([matrix.bias] if matrix.bias else [])]
+
+    def apply(self, weights: Weights) -> None:
+        matrix = layer_named(weights.matrices, self.layer)
+        basis = self.basis.double()
+        dual = basis if self.dual is None else self.dual.double()
+        view = matrix.view(weights.writable(matrix.weight))
+        view -= self._inside(view.double().cpu(), basis, dual).to(view)
+        if matrix.bias is not None:
+            bias = weights.writable(matrix.bias)
+            mean = 0.0 if self.mean is None else self.mean.double()
+            bias -= self._inside(bias.double().cpu() - mean, basis, dual).to(bias)
+
+    @staticmethod
+    def _inside(x: Tensor, basis: Tensor, dual: Tensor) -> Tensor:
+        """U V^T x over the first axis, a rank at a time: in one order whatever the machine."""
+        total = torch.zeros_like(x)
+        for u, v in zip(basis.T, dual.T, strict=True):
+            along = (v.reshape(-1, *(1,) * (x.ndim - 1)) * x).sum(0)
+            total += u.reshape(-1, *(1,) * (x.ndim - 1)) * along[None]
+        return total

@@ -1,0 +1,18 @@
+"""What edits do: to what they are meant for, to everything else, and beside random twins (layer 5)."""
+
+from circuits.effects.finetuning import FineTuned, fine_tune
+from circuits.effects.measuring import measure
+from circuits.effects.predicting import Prediction, predictions
+from circuits.effects.reports import EditReport, Effect, Norm, TuningChange
+
+__all__ = [
+    "EditReport",
+    "Effect",
+    "FineTuned",
+    "Norm",
+    "Prediction",
+    "TuningChange",
+    "fine_tune",
+    "measure",
+    "predictions",
+]

@@ -1,0 +1,88 @@
+"""Fine-tuning to the same effect: what an edit has to be better than (layer 5)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.models.matrices import parameter_names
+from circuits.models.sites import main_output
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """Weights after fine-tuning.
+
+    Attributes:
+        tensors: the changed parameters, by name: `model.rewriting(tensors)` puts them in force.
+        steps: how many it took.
+        probability: of the target, at the end; the least over the examples.
+        norm: of the change, over all parameters.
+    """
+
+    tensors: dict[str, Tensor]
+    steps: int
+    probability: float
+    norm: float
+
+
+def fine_tune(
+    model: HookedModel,
+    x: Tensor,
+    target: int,
+    *,
+    parameters: Sequence[str] | None = None,
+    enough: float = 0.99,
+    learning_rate: float = 1e-3,
+    steps: int = 500,
+) -> FineTuned:
+    """Train a copy of a model's parameters by Adam until it answers examples with a target.
+
+    Args:
+        model: the model; it is not changed.
+        x: the examples.
+        target: the token (after the last) or class that they shall get.
+        parameters: names of those that are trained; all if None.
+        enough: the probability at which to stop.
+        learning_rate: of Adam.
+        steps: at most.
+
+    Raises:
+        KeyError: if there is no such parameter.
+        ValueError: if the target is out of range.
+    """
+    own = model.parameters
+    names = list(own) if parameters is None else list(parameters)
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise KeyError(f"no parameter {missing[0]!r} of {model.name}")
+    if not 0 <= target < model.logits(x[:1]).shape[-1]:
+        raise ValueError(f"target {target} must be from 0 to {model.logits(x[:1]).shape[-1] - 1}")
+    with model.lock:
+        module = copy.deepcopy(model.module).eval()
+    theirs = parameter_names(module)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    trained = {name: theirs[name].requires_grad_(True) for name in names}
+    adam = torch.optim.Adam(list(trained.values()), lr=learning_rate)
+    inputs, reached, step = model.fitted(x), 0.0, 0
+    with torch.enable_grad():
+        for step in range(steps + 1):
+            logits = main_output(module(inputs.clone()))
+            last = logits[:, -1] if isinstance(model.input, TokenInput) else logits
+            log_p = last.log_softmax(-1)[:, target]
+            reached = log_p.exp().min().item()
+            if reached >= enough or step == steps:
+                break
+            adam.zero_grad()
+            (-log_p.mean()).backward()
+            adam.step()
+    tensors = {name: tensor.detach().requires_grad_(False) for name, tensor in trained.items()}
+    squares = [(t - own[name].data).double().square().sum() for name, t in tensors.items()]
+    return FineTuned(tensors, step, reached, torch.stack(squares).sum().sqrt().item())

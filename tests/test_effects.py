@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from circuits.edits.activations import scale, zero
+from circuits.edits.associative import associate, second_moment
+from circuits.edits.making import project_out
+from circuits.edits.recipes import Recipe, edited
+from circuits.edits.records import read_edit, twin_of
+from circuits.edits.weights import FilterWeights
+from circuits.effects import fine_tune, measure, predictions
+from circuits.effects.variants import noise_of, variant_of
+from circuits.figures import edit_figure, save_figure
+from circuits.harvesting import Inputs
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
+from circuits.stimuli.labels import read_labels
+from circuits.stimuli.sources import open_source
+from circuits.tuning import radial_tuning
+from circuits.units import Direction, Units
+from tests.conftest import seeded
+
+CURVES = (413, 358, 335, 408, 336, 326, 398, 386, 321, 394, 368, 369, 359, 352, 389, 346, 375)
+"""GoogLeNet's curve units of mixed3b, found by tuning alone (see test_tuning)."""
+
+
+def kl(intact: Tensor, changed: Tensor) -> float:
+    p, q = intact.double().log_softmax(-1), changed.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def test_measure_reports_the_edit_beside_random_ones(own_net: HookedModel) -> None:
+    x = own_net.input.example(40)
+    recipe = Recipe.of(own_net, [zero("relu:1"), zero("relu:2")])
+    options = {"n_random": 3, "seed": 1, "data": "noise", "labels": [i % 3 for i in range(40)]}
+    report = measure(
+        own_net, recipe, x.split(7), targets=["class:1", "relu:1@2,3", "relu:4"], **options
+    )
+    intact = own_net.logits(x)
+    with edited(own_net, recipe):
+        changed = own_net.logits(x)
+    assert report.measures["kl"].change == pytest.approx(kl(intact, changed), rel=1e-4)
+    first = intact.argmax(-1)
+    assert report.measures["top1_changed"].edited == (changed.argmax(-1) != first).float().mean()
+    labels = torch.tensor(options["labels"])
+    assert report.measures["top1"].intact == pytest.approx((first == labels).float().mean().item())
+    assert report.targets["class:1"].change == pytest.approx(
+        (changed - intact)[:, 1].mean().item(), rel=1e-4
+    )
+    assert report.targets["relu:1@2,3"].edited == 0
+    assert report.targets["relu:4"].change == 0
+    assert report.others["relu"].change == 0, (
+        "an edit of activations leaves the site's other units alone"
+    )
+    assert report.restored
+    assert report.locality == 1 - report.measures["top1_changed"].change
+    assert len(report.measures["kl"].random) == len(report.measures["kl"].noise) == 3
+    again = measure(
+        own_net, recipe, x.split(7), targets=["class:1", "relu:1@2,3", "relu:4"], **options
+    )
+    assert json.dumps(report.to_dict()) == json.dumps(again.to_dict())
+    whole = measure(own_net, Recipe.of(own_net, [zero(f"fc:{i}") for i in range(3)]), x)
+    assert whole.measures["kl"].random == (), "a site without other units has no random twin"
+    assert whole.twins == ()
+
+
+def test_other_units_of_the_site_are_those_an_edit_is_not_about(branches: HookedModel) -> None:
+    x = branches.input.example(8)
+    edit = read_edit(branches, "scale_weights into=cat:4 layer=right factor=3")
+    report = measure(branches, [edit], x)
+    assert report.others["cat"].change == 0
+    assert report.norms[0].of == "right.weight"
+    own = branches.parameters["right.weight"].data
+    assert report.norms[0].size == pytest.approx(2 * own[0].norm().item(), rel=1e-5)
+
+
+def test_twins_swap_each_unit_once(own_net: HookedModel) -> None:
+    edits = [scale("relu:1", 2), scale("relu:1", 3), zero("relu:2")]
+    twin = twin_of(own_net, edits, torch.Generator().manual_seed(0))
+    assert twin is not None
+    targets = [edit.units for edit in twin]  # type: ignore[attr-defined]
+    assert targets[0] == targets[1] != targets[2]
+    assert not set(targets) & {edit.units for edit in edits}
+    assert [edit.factor for edit in twin] == [2, 3, 0]  # type: ignore[attr-defined]
+
+
+def test_twins_of_weights_are_units_of_the_same_layer(branches: HookedModel) -> None:
+    edits = [FilterWeights(Units("cat", (4,)))]  # written by `right`, as unit 5 alone is
+    for seed in range(4):
+        twin = twin_of(branches, edits, torch.Generator().manual_seed(seed))
+        assert twin == (FilterWeights(Units("cat", (5,))),)
+
+
+@pytest.mark.parametrize("name", ["own_net", "bridge"])
+def test_noise_is_as_large_as_the_edit(request: pytest.FixtureRequest, name: str) -> None:
+    model: HookedModel = request.getfixturevalue(name)
+    generator = torch.Generator().manual_seed(0)
+    site = {"own_net": "relu", "bridge": "blocks.0.attn.hook_z"}[name]
+    words = "from=blocks.0.attn.hook_z:2" if name == "bridge" else "into=stem:2"
+    cut = read_edit(model, f"scale_weights {words} factor=0")
+    edits = [scale(f"{site}:1", 0.5), cut]
+    variant = variant_of(model, edits)
+    noise = noise_of(model, variant, generator)
+    x = model.input.example(2)
+    for each in (variant, noise):
+        with each.inside(model):
+            model.logits(x)
+    for (name, tensor), (_, other) in zip(
+        variant.tensors.items(), noise.tensors.items(), strict=True
+    ):
+        own = model.parameters[name].data
+        assert (tensor - own).norm().item() == pytest.approx((other - own).norm().item(), rel=1e-4)
+        assert torch.equal(tensor != own, other != own), "noise touches the same weights"
+    plain = model.run(x, read=[site])[site]
+    gone = [change(plain) - plain for change in (variant.changes[site], noise.changes[site])]
+    norms = [g.movedim(model.site(site).unit_axis, 1).square().sum(1).sqrt() for g in gone]
+    if "d_head" in model.site(site).axes:
+        norms = [n.square().sum(-1).sqrt() for n in norms]
+    torch.testing.assert_close(*norms)
+
+
+def test_fine_tuning_reaches_the_target(bridge: HookedModel) -> None:
+    x, start = bridge.input.example(1), bridge.hash
+    tuned = fine_tune(bridge, x, 5, enough=0.5, learning_rate=1e-2)
+    assert bridge.hash == start
+    with bridge.rewriting(tuned.tensors):
+        reached = bridge.logits(x)[0, -1].softmax(-1)[5].item()
+    assert reached == pytest.approx(tuned.probability, abs=1e-5)
+    assert reached >= 0.5
+    one = fine_tune(bridge, x, 5, parameters=["blocks.1.mlp.out.weight"], steps=3)
+    assert list(one.tensors) == ["blocks.1.mlp.out.weight"]
+    with pytest.raises(KeyError, match="no parameter 'x'"):
+        fine_tune(bridge, x, 5, parameters=["x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_random": -1}, "n_random -1"),
+        ({"seed": -1}, "seed -1"),
+        ({"labels": [0]}, "labels: 1 for 4 examples"),
+        ({"targets": ["fc:9"]}, "does not exist"),
+    ],
+)
+def test_bad_input_to_measure_is_named(own_net: HookedModel, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(own_net, [zero("relu:1")], own_net.input.example(4), **options)
+    with pytest.raises(ValueError, match="no edit to measure"):
+        measure(own_net, [], own_net.input.example(4))
+    with pytest.raises(ValueError, match="no example"):
+        measure(own_net, [zero("relu:1")], [])
+
+
+def test_predictions_of_images_and_tokens(own_net: HookedModel, bridge: HookedModel) -> None:
+    x = own_net.input.example(1)
+    best = predictions(own_net, x, top=2)
+    expected = own_net.logits(x)[0].softmax(-1)
+    assert best[0].probability == pytest.approx(expected.max().item())
+    assert best[0].name == f"output {expected.argmax().item()}"
+    tokens = bridge.input.example(1)
+    following = predictions(bridge, tokens, top=1)[0]
+    assert following.index == bridge.logits(tokens)[0, -1].argmax().item()
+    with pytest.raises(ValueError, match="expected one"):
+        predictions(own_net, own_net.input.example(2))
+
+
+def test_maps_of_predictions_are_compared_over_classes() -> None:
+    model = HookedModel(seeded(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))), (3, 5, 6))
+    x = model.input.example(2)
+    report = measure(model, [scale("0:1", 3)], x)
+    with edited(model, [scale("0:1", 3)]):
+        changed = model.logits(x).movedim(1, -1)
+    wanted = kl(model.logits(x).movedim(1, -1), changed)
+    assert report.measures["kl"].change == pytest.approx(wanted, rel=1e-4)
+    assert len(predictions(model, x[:1])) == 4
+
+
+# --- the published edit ----------------------------------------------------------------------------
+
+
+def echoes(model: HookedModel, units: list[str], edit, n_random: int = 5):
+    """The echo of each unit before and after, and the mean change that random edits make."""
+    x = model.input.example(2)
+    report = measure(model, [edit], x, tuning=units, n_random=n_random)
+    before = np.array([t.measures.echo.value for t in report.tuning])
+    after = np.array([t.changed.echo.value for t in report.tuning])
+    random = np.array([t.random for t in report.tuning])
+    noise = np.array([t.noise for t in report.tuning])
+    return report, before, after, random, noise
+
+
+def test_without_negative_weights_lines_of_the_clean_room_answer_other_angles() -> None:
+    model = load_model("cleanroom")
+    edit = read_edit(model, "filter_weights into=line:* keep=positive")
+    units = [f"line:{i}" for i in range(12)]
+    before = radial_tuning(model, units, "line", step=5.0)
+    with edited(model, [edit]):
+        after = radial_tuning(model, units, "line", step=5.0)
+    spread = [np.array([t.measures.circular_variance.value for t in of]) for of in (before, after)]
+    assert (spread[1] > spread[0]).all(), "each responds to more angles"
+    peaks = [np.array([t.measures.peak.value for t in of]) for of in (before, after)]
+    assert (peaks[1] >= peaks[0] - 1e-5).all(), "nothing inhibits any more"
+
+
+@pytest.mark.slow
+def test_without_negative_weights_googlenets_curves_answer_the_opposite(assets: Path) -> None:
+    model = load_model("googlenet")
+    units = [f"mixed3b:{i}" for i in CURVES]
+    edit = FilterWeights(Units("mixed3b", CURVES))
+    report, before, after, random, noise = echoes(model, units, edit, n_random=2)
+    assert np.nanmedian(before) < 0.05
+    assert np.nanmedian(after) > 0.2
+    assert (after > before).mean() >= 0.9
+    grown = np.nanmean(after - before)
+    assert grown > 5 * np.nanmean(np.abs(random)), "the same edit of other units leaves the echo"
+    assert grown > 2 * np.nanmean(noise), "nor is it the size of the change"
+    assert report.restored
+
+
+@pytest.mark.slow
+def test_editing_curves_of_googlenet_beside_random_twins(assets: Path, tmp_path: Path) -> None:
+    model = load_model("googlenet")
+    source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
+    batches = Inputs(model, source).upto(64)
+    labels = read_labels(source, model.classes, assets / "images" / "imagenet500_labels.json")[:64]
+    direction = Direction(
+        "mixed4c", torch.randn(512, generator=torch.Generator().manual_seed(0)).double()
+    )
+    for edits in (
+        [zero(Units("mixed3b", CURVES))],
+        [scale("mixed4c:447", 3.0)],
+        [project_out(direction)],
+    ):
+        report = measure(model, edits, batches, labels=labels, targets=["mixed3b:358"], n_random=2)
+        assert report.restored
+        assert set(report.measures) == {"kl", "top1_changed", "logit", "loss", "top1", "top5"}
+        assert len(report.measures["kl"].random) == len(report.measures["kl"].noise) == 2
+        assert report.measures["kl"].change > 0
+        save_figure(edit_figure(report), tmp_path / "e.png")
+    assert (tmp_path / "e.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_one_fact_of_the_addition_model_is_changed_more_locally_than_by_fine_tuning(
+    assets: Path,
+) -> None:
+    model = load_model("modular-addition")
+    p, layer = 113, "blocks.0.mlp.out"
+    every = torch.tensor([[a, b, p] for a in range(p) for b in range(p)])
+    truth = torch.tensor([(a + b) % p for a in range(p) for b in range(p)])
+    batches = every.split(4096)
+    moment = second_moment(model, layer, batches)
+    moved, tuned_moved = [], []
+    for a, b, answer in ((3, 5, 50), (40, 100, 1), (70, 7, 12)):
+        prompt, at = torch.tensor([[a, b, p]]), a * p + b
+
+        def wrong(found: Tensor, at: int = at) -> int:
+            others = torch.arange(p * p) != at
+            return int((found[:, -1, :p].argmax(-1) != truth)[others].sum())
+
+        assert wrong(model.logits(every)) == 0
+        with edited(model, [associate(model, layer, prompt, answer, moment)]):
+            found = model.logits(every)
+        assert found[at, -1].softmax(-1)[answer] > 0.99
+        moved.append(wrong(found))
+        tuned = fine_tune(model, prompt, answer, parameters=[f"{layer}.weight"])
+        assert tuned.probability >= 0.99
+        with model.rewriting(tuned.tensors):
+            tuned_moved.append(wrong(model.logits(every)))
+    assert max(moved) < 40, moved  # of 12768
+    assert sum(moved) * 10 < sum(tuned_moved), (moved, tuned_moved)

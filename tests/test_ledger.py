@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.edit_fuzz import sequence
+from circuits.database import Database
+from circuits.edits.activations import zero
+from circuits.edits.ledger import (
+    Ledger,
+    LedgerError,
+    original_bytes,
+    tensor_hash,
+    verify,
+    with_original,
+)
+from circuits.edits.recipes import Recipe, edited
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
+from tests.random_edits import RandomEdits
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(tmp_path / "workspace.db")
+
+
+@pytest.fixture(scope="module")
+def shapes() -> HookedModel:
+    return load_model("shapes")
+
+
+@pytest.mark.parametrize("name", ["shapes", "induction"])
+def test_random_sequences_come_back_to_the_bit(name: str, database: Database) -> None:
+    ledger = Ledger(database, load_model(name))
+    for seed in range(6):
+        sequence(ledger, f"s{seed}", seed, steps=12)
+    again = Ledger(database, load_model(name))
+    for seed in range(6):
+        assert all(r.same for r in again.replay(f"s{seed}"))
+    assert verify(database) == []
+
+
+def test_applying_is_what_a_recipe_does(database: Database, branches: HookedModel) -> None:
+    ledger, draw = Ledger(database, branches), RandomEdits(branches, 0)
+    edits = [draw.edit() for _ in range(8)]
+    ledger.apply(edits[:3], "first")
+    ledger.apply(Recipe.of(branches, edits[3:], "then", "someone"))
+    x = branches.input.example(2)
+    with edited(branches, edits):
+        wanted, wanted_hash = branches.logits(x), branches.hash
+    with ledger.edited():
+        assert torch.equal(branches.logits(x).nan_to_num(), wanted.nan_to_num())
+        assert branches.hash == wanted_hash
+    assert ledger.recipe().edits == tuple(edits)
+    entries = ledger.entries()
+    assert [e.note for e in entries] == ["first"] * 3 + ["then"] * 5
+    assert entries[-1].author == "someone"
+    assert entries[0].parent == branches.hash
+    assert all(b.parent == a.hash for a, b in pairwise(entries))
+
+
+def test_undo_redo_and_branches(database: Database, branches: HookedModel) -> None:
+    ledger = Ledger(database, branches)
+    one, two, three = (ledger.apply(zero(f"cat:{i}"))[0] for i in range(3))
+    assert ledger.undo() == three
+    assert ledger.undo() == two
+    assert [e.hash for e in ledger.undone()] == [three.hash, two.hash]
+    assert ledger.redo() == two
+    ledger.branch("other", at=one.hash[:8])
+    four = ledger.apply(zero("cat:4"), branch="other")[0]
+    assert four.parent == one.hash
+    assert ledger.head() == two.hash
+    assert ledger.redo() == three
+    ledger.undo()
+    ledger.apply(zero("cat:5"))
+    assert ledger.undone() == []
+    with pytest.raises(ValueError, match="no undone edit"):
+        ledger.redo()
+    assert ledger.branches() == ["main", "other"]
+    assert [e.kind for e in ledger.events("other")] == ["branch", "apply"]
+    with pytest.raises(ValueError, match="there is a branch 'other' already"):
+        ledger.branch("other")
+    with pytest.raises(ValueError, match="1 to 100 printable"):
+        ledger.branch("a\nb")
+    with pytest.raises(KeyError, match=r"no branch 'nowhere' of .*: there are main, other"):
+        ledger.apply(zero("cat:1"), branch="nowhere")
+    for branch in ("other", "main"):
+        while ledger.head(branch) != branches.hash:
+            ledger.undo(branch)
+        with pytest.raises(ValueError, match="no edit to undo"):
+            ledger.undo(branch)
+    assert verify(database) == []
+
+
+def test_reports_stand_beside_their_entry(database: Database, branches: HookedModel) -> None:
+    ledger = Ledger(database, branches)
+    entry = ledger.apply(zero("cat:1"))[0]
+    ledger.measured({"kl": 0.25})
+    ledger.measured({"kl": None})
+    assert ledger.reports(entry.hash) == [{"kl": 0.25}, {"kl": None}]
+    assert ledger.entry(entry.hash[:6]) == entry
+    with pytest.raises(KeyError, match="no entry 'ffff'"):
+        ledger.entry("ffff")
+    with pytest.raises(KeyError, match="first digits"):
+        ledger.entry("*")
+
+
+def test_bad_edits_are_not_written(database: Database, branches: HookedModel) -> None:
+    ledger = Ledger(database, branches)
+    with pytest.raises(ValueError, match="edit 2: unit cat:99 does not exist"):
+        ledger.apply([zero("cat:1"), zero("cat:99")])
+    with pytest.raises(ValueError, match="recipe is for model"):
+        ledger.apply(Recipe((zero("cat:1"),), "b" * 64))
+    with pytest.raises(ValueError, match="at least one"):
+        ledger.apply([])
+    assert ledger.events() == []
+
+
+def test_original_bytes_give_everything_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(7, 5, 3, generator=generator)
+    for kind in ("one", "scattered", "all", "sign"):
+        after = before.clone()
+        if kind == "one":
+            after[3, 2, 1] = float("inf")
+        elif kind == "scattered":
+            after.view(-1)[::6] = 0
+        elif kind == "all":
+            after += 1
+        else:
+            after[0, 0, 0] = 0.0
+            before[0, 0, 0] = -0.0  # equal as numbers, not as bits
+        assert tensor_hash(with_original(after, original_bytes(before, after))) == tensor_hash(
+            before
+        )
+
+
+def test_undo_needs_the_edited_weights_only(database: Database, shapes: HookedModel) -> None:
+    """The bytes in the ledger bring back the original, without the model as it was."""
+    ledger = Ledger(database, shapes)
+    entry = ledger.apply(RandomEdits(shapes, 1).edit("low_rank"))[0]
+    (name,) = entry.before
+    edited_tensor = ledger.move_to(entry.hash)[name]
+    with sqlite3.connect(database.path) as connection:
+        (data,) = connection.execute("SELECT bytes FROM edit_originals").fetchone()
+    assert torch.equal(with_original(edited_tensor, data), shapes.parameters[name].data)
+
+
+def test_a_replay_that_differs_is_told(database: Database, branches: HookedModel) -> None:
+    ledger = Ledger(database, branches)
+    ledger.apply(RandomEdits(branches, 0).edit("low_rank"))
+    other = Ledger(database, branches)
+    with torch.no_grad():  # not the weights that the ledger is of
+        for p in branches.module.parameters():
+            p.data += 0.5
+    assert not any(r.same for r in other.replay())
+    with pytest.raises(LedgerError, match="does not give the weights that were noted"):
+        other.move_to(other.head())
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+
+def contents(database: Database, model: HookedModel) -> object:
+    """All that can be read of a ledger."""
+    ledger = Ledger(database, model)
+    entries = [[e.to_dict() for e in ledger.entries(b)] for b in ledger.branches()]
+    with sqlite3.connect(f"file:{database.path}?mode=ro", uri=True) as connection:
+        blobs = sorted(connection.execute("SELECT * FROM edit_originals").fetchall())
+        reports = sorted(connection.execute("SELECT * FROM edit_reports").fetchall())
+    return entries, ledger.events(), blobs, reports
+
+
+def test_a_flipped_byte_is_noticed(
+    database: Database, branches: HookedModel, tmp_path: Path
+) -> None:
+    ledger, draw = Ledger(database, branches), RandomEdits(branches, 4)
+    for _ in range(12):
+        ledger.apply(draw.edit(), "a note")
+    ledger.undo()
+    ledger.branch("b")
+    ledger.measured({"kl": 1.0}, "b")
+    whole, data = contents(database, branches), database.path.read_bytes()
+    chance, noticed, harmless = random.Random(0), 0, 0
+    for trial in range(300):
+        at = chance.randrange(len(data))
+        changed = bytearray(data)
+        changed[at] ^= 1 << chance.randrange(8)
+        copy = Database(tmp_path / f"copy{trial}.db")
+        copy.path.write_bytes(changed)
+        if verify(copy):
+            noticed += 1
+        else:  # bytes that hold nothing: the ledger reads as it did
+            assert contents(copy, branches) == whole, f"byte {at} of {len(data)} was not noticed"
+            harmless += 1
+        for left in tmp_path.glob(f"copy{trial}.db*"):
+            left.unlink()
+    assert noticed > 60, (noticed, harmless)
+    texts = [e.hash.encode() for e in ledger.entries()] + [
+        b'"note":"a note"',
+        b'"kind":"undo"',
+        b'{"kl":1.0}',
+    ]
+    with sqlite3.connect(database.path) as connection:
+        rows = connection.execute("SELECT bytes FROM edit_originals").fetchall()
+    texts += [row[0][-40:] for row in rows if data.count(row[0][-40:]) == 1]
+    for i, text in enumerate(texts):  # of what the ledger holds each byte is noticed
+        changed = bytearray(data)
+        changed[data.index(text) + len(text) // 2] ^= 1
+        copy = Database(tmp_path / f"held{i}.db")
+        copy.path.write_bytes(changed)
+        assert verify(copy), text
+
+
+def test_missing_rows_are_noticed(
+    database: Database, branches: HookedModel, tmp_path: Path
+) -> None:
+    ledger, draw = Ledger(database, branches), RandomEdits(branches, 4)
+    for _ in range(4):
+        ledger.apply(draw.edit("low_rank"))
+    ledger.measured({"kl": 1.0})
+    for i, statement in enumerate(
+        (
+            "DELETE FROM edit_entries WHERE rowid = 2",
+            "DELETE FROM edit_originals WHERE rowid = 1",
+            "DELETE FROM edit_events WHERE id = 2",
+            "DELETE FROM edit_reports",
+            "UPDATE edit_events SET branch = 'x' WHERE id = 2",
+            "UPDATE edit_entries SET body = replace(body, 'low_rank', 'lowerank') WHERE rowid = 1",
+            "DELETE FROM edit_events WHERE id = 5",
+            "DELETE FROM edit_events WHERE id >= 4",
+        )
+    ):
+        copy = Database(tmp_path / f"copy{i}.db")
+        shutil.copy(database.path, copy.path)
+        with sqlite3.connect(copy.path) as connection:
+            connection.execute(statement)
+        connection.close()
+        if statement.endswith(
+            "id = 5"
+        ):  # the last report's event alone: a shorter history is one too
+            continue
+        assert verify(copy), statement
+    database.path.write_bytes(b"not a database" * 100)
+    assert "damaged" in verify(database)[0]
+    assert verify(Database(tmp_path / "nowhere.db")) == []
+
+
+# --- two at once, and killed -----------------------------------------------------------------------
+
+WRITER = """
+import sys
+from pathlib import Path
+from circuits.database import Database
+from circuits.edits.ledger import Ledger
+from circuits.models.loading import load_model
+from tests.random_edits import RandomEdits
+
+ledger = Ledger(Database(Path(sys.argv[1])), load_model("induction"))
+draw = RandomEdits(ledger.model, int(sys.argv[2]))
+print("ready", flush=True)
+for _ in range(int(sys.argv[3])):
+    print(ledger.apply(draw.edit(), f"by {sys.argv[2]}", author=sys.argv[2])[-1].hash, flush=True)
+"""
+
+
+def writer(path: Path, seed: int, n: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(path), str(seed), str(n)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_two_processes_write_to_one_branch(database: Database) -> None:
+    both = [writer(database.path, seed, 15) for seed in (1, 2)]
+    said = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    ledger = Ledger(database, load_model("induction"))
+    entries = ledger.entries()
+    assert len(entries) == 30
+    assert {e.hash for e in entries} == {line for out, _ in said for line in out.split()[1:]}
+    assert all(r.same for r in ledger.replay())
+    assert verify(database) == []
+
+
+def killed(database: Database, kills: int) -> Iterator[tuple[list[str], Ledger]]:
+    """Kill a writer at random moments; what it had said it wrote, and the ledger then."""
+    chance, model = random.Random(0), load_model("induction")
+    said: list[str] = []
+    for i in range(kills):
+        process = writer(database.path, 100 + i, 10_000)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+        said += out.split()
+        yield said, Ledger(database, model)
+
+
+def check_killed(database: Database, kills: int) -> int:
+    said: list[str] = []
+    for said, ledger in killed(database, kills):
+        assert verify(database) == []
+        kept = [e.hash for e in ledger.entries()]
+        assert set(said) <= set(kept), "an edit that was acknowledged is lost"
+        assert len(kept) <= len(said) + kills, "more than one unacknowledged edit a kill"
+    ledger = Ledger(database, load_model("induction"))
+    assert all(r.same for r in ledger.replay())
+    ledger.apply(zero("blocks.0.attn.hook_z:1"))
+    return len(said)
+
+
+def test_the_ledger_survives_being_killed(database: Database) -> None:
+    check_killed(database, 4)
+
+
+@pytest.mark.slow
+def test_the_ledger_survives_fifty_kills(database: Database) -> None:
+    assert check_killed(database, 50) > 50
+
+
+def test_ledgers_json_is_canonical(database: Database, branches: HookedModel) -> None:
+    ledger = Ledger(database, branches)
+    entry = ledger.apply(zero("cat:1"), 'a "note" with \u00e4, \u4e2d and \U0001f600')[0]
+    assert Ledger(database, branches).entry(entry.hash).note == entry.note
+    assert json.loads(json.dumps(entry.to_dict()))["edit"]["units"] == "cat:1"
