@@ -5,7 +5,7 @@ STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo app test check format bench clean
+.PHONY: setup demo app test lint check format bench clean
 
 setup: $(STAMP)
 
@@ -24,11 +24,13 @@ app: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+check: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not browser" $(ARGS)
 
 format: $(STAMP)

@@ -102,7 +102,9 @@ def test_what_an_edit_does_is_measured_and_drawn(capsys, tmp_path: Path) -> None
     assert "undone: model identical to the bit" in text
     assert "on other examples class:0" in text
     assert figure.stat().st_size > 5000
-    assert json.loads(out.read_text())["generalisation"].keys() == {"class:0"}
+    assert json.loads(out.read_text())["generalisation"].keys() == {
+        "class:0", "class:0 is first choice",
+    }  # fmt: skip
 
 
 def test_a_fact_is_stored_from_the_command_line(capsys, tmp_path: Path) -> None:
@@ -152,6 +154,16 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
         (["apply", "shapes", "{tmp}/newer.json"], "a newer version of circuits wrote it"),
         (["apply", "shapes", "{tmp}/nan.json"], "must be finite"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "0"], "limit 0"),
+        (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--random", "-1"], "n_random -1"),
+        (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--seed", "-1"], "seed -1"),
+        (["apply", "shapes", "zero mixed3a:1 at=200,0", "--limit", "2"], "position 200 along y"),
+        (["apply", "induction", "zero blocks.0.attn.hook_z:1 at=64"], "must be from -64 to 63"),
+        (["apply", "shapes", "scale_weights into=mixed3b:1 factor=1e300"], "are not finite"),
+        (["apply", "shapes", "zero mixed3a:1 factor=2"], "says twice what factor is"),
+        (["apply", "shapes", "zero"], "lacks units"),
+        (["apply", "shapes", "set mixed3a:1 values=@{tmp}/none.npy"], "array file"),
+        (["apply", "shapes", "leace mixed3a"], "leace needs --labels"),
+        (["apply", "shapes", "patch mixed3a:1 example=x"], "example=N"),
         (["apply", "shapes", "zero mixed3a:1", "--target", "class:99"], "class"),
         (["apply", "shapes", "zero mixed3a:1", "--branch", "x", "--no-measure"], "no branch 'x'"),
         (

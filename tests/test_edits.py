@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -333,6 +334,114 @@ def test_transplanted_units_do_what_they_did_in_the_donor(branches: HookedModel)
         assert got[:, unit].std().item() == pytest.approx(before[:, unit].std().item(), rel=1e-3)
 
 
+class Residual(nn.Module):
+    """Two layers that add up, one that reads the sum through a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.right, self.left = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.relu, self.out, self.last = nn.ReLU(), nn.ReLU(), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.relu(self.first(x))
+        return self.last(torch.tanh(self.out(self.left(r) + self.right(x)).mean((2, 3))))
+
+
+def test_ambiguous_and_missing_weights_are_named(branches: HookedModel) -> None:
+    model = HookedModel(seeded(Residual()), (3, 5, 5), "residual")
+    for text in ("scale_weights into=out:1", "keep_weights into=out:1 source=relu:2"):
+        with pytest.raises(
+            ValueError,
+            match=r"several layers write out:1: name one as layer: left, right|right, left",
+        ):
+            read_edit(model, text)
+    kept = weight_after(
+        model, read_edit(model, "keep_weights into=out:1 source=relu:2 layer=left"), "left.weight"
+    )
+    assert kept[1].flatten().tolist() == [0, 0, model.parameters["left.weight"][1, 2].item()]
+    with pytest.raises(ValueError, match="unit cat:1 has no weights here"):
+        read_edit(branches, "scale_weights into=cat:1,4 layer=right")
+    with pytest.raises(ValueError, match="no site holds just what it reads"):
+        second_moment(model, "last", [model.input.example(2)])  # tanh lies between
+
+
+def test_shared_weights_are_changed_once_and_only_by_name() -> None:
+    module = seeded(Residual())
+    module.left.weight = module.right.weight  # type: ignore[union-attr]
+    model = HookedModel(module, (3, 5, 5), "tied")
+    with pytest.raises(ValueError, match="weights of left are those of right too"):
+        read_edit(model, "scale_weights source=relu:1")
+    plain = model.parameters["right.weight"].data.clone()
+    edit = read_edit(model, "scale_weights source=relu:1 layer=left factor=-1")
+    cut = weight_after(model, edit, "right.weight")
+    assert torch.equal(cut[:, 1], -plain[:, 1])
+
+
+def test_matrices_are_those_of_the_intact_model(bridge: HookedModel) -> None:
+    plain = [
+        (m.name, [e.site for e in m.reads], [e.site for e in m.writes]) for m in bridge.matrices
+    ]
+    other = HookedModel(copy.deepcopy(bridge.module), bridge.input)
+    with other.rewriting({name: torch.zeros_like(p) for name, p in other.parameters.items()}):
+        found = other.matrices
+    assert [(m.name, [e.site for e in m.reads], [e.site for e in m.writes]) for m in found] == plain
+    assert other.matrices == found
+
+
+def test_sites_of_a_transformer_belong_to_their_own_layers() -> None:
+    model = load_model("induction-by-hand")  # many of its weights are zero
+    for matrix in model.matrices:
+        block = matrix.name.rpartition(".attn.")[0]
+        assert all(e.site.startswith(block) for e in matrix.writes), matrix.name
+    (value,) = [m for m in model.matrices if m.name == "blocks.0.attn.v"]
+    assert "blocks.0.attn.v.hook_in" in [e.site for e in value.reads]
+    assert "blocks.0.attn.k.hook_in" not in [e.site for e in value.reads]
+
+
+def test_transplants_carry_what_batch_norm_does(branches: HookedModel) -> None:
+    def net(seed: int, sign: float) -> HookedModel:
+        module = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(100, 2),
+        )
+        seeded(module, seed)
+        with torch.no_grad():
+            module[1].weight.fill_(sign)  # type: ignore[union-attr]
+        return HookedModel(module, (3, 5, 5), f"net{seed}")
+
+    donor, host = net(1, -1.0), net(2, 2.0)
+    x = host.input.example(8)
+    match = {Unit("input", i): Unit("input", i) for i in range(3)}
+    with pytest.raises(ValueError, match="give examples to fit a gain on"):
+        transplant(host, "1:2", donor, "1:0", match)
+    with edited(host, [transplant(host, "1:2", donor, "1:0", match, [x])]):
+        got = host.run(x, read=["1"])["1"][:, 2]
+    wanted = donor.run(x, read=["1"])["1"][:, 0]
+    assert torch.corrcoef(torch.stack([got.flatten(), wanted.flatten()]))[0, 1] > 0.9999
+    own = host.run(x, read=["0"])["0"][:, 2].std()
+    with edited(host, [transplant(host, "1:2", donor, "1:0", match, [x])]):
+        assert host.run(x, read=["0"])["0"][:, 2].std().item() == pytest.approx(
+            own.item(), rel=1e-3
+        )
+
+
+def test_edits_keep_their_own_numbers() -> None:
+    values = torch.ones(3)
+    edit = Set(Units("a", (1, 2, 3)), values=values)
+    values.mul_(5)
+    assert edit.values.tolist() == [1, 1, 1]
+    assert Scale(Units("a", (1,)), factor=2) == Scale(Units("a", (1,)), factor=2.0)
+
+
+def test_leace_of_labels_that_go_with_nothing_is_refused() -> None:
+    x = torch.cat([torch.eye(4), torch.eye(4)])
+    with pytest.raises(ValueError, match="there is nothing to erase"):
+        leace_of("site", x, torch.tensor([0] * 4 + [1] * 4))
+
+
 # --- associative memory ----------------------------------------------------------------------------
 
 
@@ -645,6 +754,9 @@ def test_bad_recipe_files_are_named(tmp_path: Path) -> None:
         Recipe.load(path)
     path.write_text(json.dumps({"schema": 2, "edits": [{"operator": "scale"}]}))
     with pytest.raises(ValueError, match=r"edit 1 of recipe .* lacks units, factor"):
+        Recipe.load(path)
+    path.write_text(json.dumps({"schema": 2, "edits": [], "modelhash": "x"}))
+    with pytest.raises(KeyError, match="did you mean model_hash"):
         Recipe.load(path)
     path.write_text(json.dumps({"schema": 2, "edits": [], "seed": "x"}))
     with pytest.raises(ValueError, match="seed 'x'"):

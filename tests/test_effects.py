@@ -15,7 +15,7 @@ from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import read_edit, twin_of
 from circuits.edits.weights import FilterWeights
 from circuits.effects import fine_tune, measure, predictions
-from circuits.effects.variants import noise_of, variant_of
+from circuits.effects.variants import Variant, noise_of, variant_of
 from circuits.figures import edit_figure, save_figure
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
@@ -53,6 +53,9 @@ def test_measure_reports_the_edit_beside_random_ones(own_net: HookedModel) -> No
     assert report.targets["class:1"].change == pytest.approx(
         (changed - intact)[:, 1].mean().item(), rel=1e-4
     )
+    assert (
+        report.targets["class:1 is first choice"].edited == (changed.argmax(-1) == 1).float().mean()
+    )
     assert report.targets["relu:1@2,3"].edited == 0
     assert report.targets["relu:4"].change == 0
     assert report.others["relu"].change == 0, (
@@ -88,6 +91,44 @@ def test_twins_swap_each_unit_once(own_net: HookedModel) -> None:
     assert targets[0] == targets[1] != targets[2]
     assert not set(targets) & {edit.units for edit in edits}
     assert [edit.factor for edit in twin] == [2, 3, 0]  # type: ignore[attr-defined]
+
+
+def test_a_twin_is_one_that_all_edits_of_a_unit_can_have(branches: HookedModel) -> None:
+    edits = [zero("cat:1"), read_edit(branches, "rotate_weights into=cat:1"), zero("cat:2")]
+    for seed in range(12):
+        twin = twin_of(branches, edits, torch.Generator().manual_seed(seed))
+        assert twin is not None
+        first, second, third = (getattr(e, "units", None) or e.into for e in twin)  # type: ignore[attr-defined]
+        assert first == second
+        assert first.indices[0] in (0, 3), "of `left`, whose kernels can be turned, and not 2"
+        assert third.indices[0] not in (1, 2, first.indices[0])
+    report = measure(branches, edits, branches.input.example(2), n_random=3)
+    assert len(report.twins) == 3
+
+
+def test_twins_of_grouped_weights_have_weights(branches: HookedModel) -> None:
+    edit = read_edit(branches, "scale_weights into=cat:0 source=pool:1")  # the first of two groups
+    for seed in range(6):
+        assert twin_of(branches, [edit], torch.Generator().manual_seed(seed)) == (
+            read_edit(branches, "scale_weights into=cat:1 source=pool:1"),
+        )
+    with pytest.raises(ValueError, match="no weights"):
+        read_edit(branches, "scale_weights into=cat:0 source=pool:4 layer=left")
+
+
+def test_edits_of_what_reads_the_input_have_no_twin(branches: HookedModel) -> None:
+    report = measure(
+        branches, [read_edit(branches, "scale_weights source=input:0")], branches.input.example(2)
+    )
+    assert report.twins == ()
+    assert len(report.measures["kl"].noise) == 5
+
+
+def test_what_is_not_finite_is_told_apart(own_net: HookedModel) -> None:
+    report = measure(own_net, [scale("relu:0-5", 3e38)], own_net.input.example(4), n_random=2)
+    assert np.isnan(report.measures["kl"].p_value)
+    assert report.to_dict()["measures"]["kl"]["change"] is None
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_twins_of_weights_are_units_of_the_same_layer(branches: HookedModel) -> None:
@@ -196,16 +237,22 @@ def echoes(model: HookedModel, units: list[str], edit, n_random: int = 5):
 
 
 def test_without_negative_weights_lines_of_the_clean_room_answer_other_angles() -> None:
+    """As far as the clean room is built: lines have no opposite, their echo is at right angles."""
     model = load_model("cleanroom")
-    edit = read_edit(model, "filter_weights into=line:* keep=positive")
+    edit = variant_of(model, [read_edit(model, "filter_weights into=line:* keep=positive")])
+    noise = noise_of(model, edit, torch.Generator().manual_seed(0))
     units = [f"line:{i}" for i in range(12)]
-    before = radial_tuning(model, units, "line", step=5.0)
-    with edited(model, [edit]):
-        after = radial_tuning(model, units, "line", step=5.0)
-    spread = [np.array([t.measures.circular_variance.value for t in of]) for of in (before, after)]
-    assert (spread[1] > spread[0]).all(), "each responds to more angles"
-    peaks = [np.array([t.measures.peak.value for t in of]) for of in (before, after)]
-    assert (peaks[1] >= peaks[0] - 1e-5).all(), "nothing inhibits any more"
+
+    def echo(variant) -> np.ndarray:
+        """The least response, from 45 to 135 degrees away, over the peak."""
+        with variant.inside(model):
+            tunings = radial_tuning(model, units, "line", step=15.0, radii=[20.0])
+        rolled = [np.roll(t.mean, -int(t.mean.argmax())) for t in tunings]
+        return np.array([c[3:10].max() / c[0] for c in rolled])
+
+    before, after, random = echo(Variant({}, {})), echo(edit), echo(noise)
+    assert (after > before).all(), (before, after)
+    assert (after - before).mean() > 3 * np.abs(random - before).mean(), (before, after, random)
 
 
 @pytest.mark.slow

@@ -104,19 +104,34 @@ class Counted:
 def difference(
     numbers: Float[np.ndarray, "variant example"], generator: np.random.Generator
 ) -> Difference:
+    """Means of the intact model's numbers (first), the changed one's, and of random changes beside."""
     change = numbers[1:] - numbers[:1]
-    n = numbers.shape[1]
+    low, high = interval(change[0], generator)
+    means = change.mean(1)
+    return Difference(
+        float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), low, high,
+        tuple(means[1:].tolist()), p_value(means[0], means[1:]),
+    )  # fmt: skip
+
+
+def interval(
+    change: Float[np.ndarray, " example"], generator: np.random.Generator
+) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the mean over resampled examples."""
+    n = len(change)
     drawn = [
-        (change[0] * generator.multinomial(n, np.full(n, 1 / n))).sum() / n
-        for _ in range(_RESAMPLES)
+        (change * generator.multinomial(n, np.full(n, 1 / n))).sum() / n for _ in range(_RESAMPLES)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    means = change.mean(1)
-    at_least = int((np.abs(means[1:]) >= abs(means[0])).sum())
-    return Difference(
-        float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), float(low), float(high),
-        tuple(means[1:].tolist()), (1 + at_least) / len(means),
-    )  # fmt: skip
+    return float(low), float(high)
+
+
+def p_value(change: float, beside: np.ndarray) -> float:
+    """How many of some random changes are at least as large, either way, counting the change itself."""
+    if not np.isfinite(change):
+        return float("nan")
+    at_least = int((~(np.abs(beside) < abs(change))).sum())  # one that is not finite is larger
+    return (1 + at_least) / (1 + len(beside))
 
 
 def labels_of(model: HookedModel, x: Tensor, labels: Tensor | None) -> Tensor | None:

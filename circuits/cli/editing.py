@@ -69,12 +69,8 @@ def operators(json: JsonOption = False) -> None:
         needs = [f.name if f.default is MISSING else f"[{f.name}]" for f in fields(kind)]
         rows.append((name, " ".join(needs), kind.about))
     show_table(("operator", "fields", "what it does"), rows)
-    more = [
-        ("mean", "units", "set, to the mean over --data"),
-        ("resample", "units", "resample, from the first --donors examples of --data"),
-        ("project", "direction", "erase, of one direction"),
-    ]
-    show_table(("in words also", "fields", "makes"), more)
+    more = [(name, *about) for name, about in _MADE.items()]
+    show_table(("in words also", "needs", "makes"), more)
 
 
 @edits.command()
@@ -96,11 +92,15 @@ def new(
     prompt: Annotated[str, typer.Option(help="The text whose answer is to change.")] = "",
     answer: Annotated[str, typer.Option(help="token:WORD or class:NAME.")] = "",
     data: DataOption = "",
-    donors: Annotated[int, typer.Option(help="Examples of --data for mean and resample.")] = 64,
+    donors: Annotated[
+        int, typer.Option(help="Examples of --data for edits whose numbers come from it.")
+    ] = 64,
     note: NoteOption = "",
     author: AuthorOption = "",
+    labels: LabelsOption = "",
     force: ForceOption = False,
     seed: SeedOption = 0,
+    workspace: WorkspaceOption = None,
     weights: WeightsOption = None,
 ) -> None:
     """Write a recipe from edits in words and other recipes."""
@@ -109,10 +109,11 @@ def new(
 
     check_writable(out.parent, "folder")
     loaded = load_model(model, weights)
-    base = _recipe_of(loaded, what or [], data, donors, force)
+    base = _recipe_of(loaded, what or [], data, donors, force, labels)
     found = list(base.edits)
     if associate:
-        found.append(_associated(loaded, associate, prompt, answer, data))
+        found.append(_associated(loaded, associate, prompt, answer, data, workspace))
+        say(found[-1].origin)
     elif prompt or answer:
         raise ValueError("--prompt and --answer go with --associate LAYER")
     if not found:
@@ -149,16 +150,17 @@ def apply(
     recipe = _recipe_of(loaded, what or [], data, limit, force)
     if not recipe.edits:
         raise ValueError("nothing to apply: give a recipe file or edits in words")
-    if measured:
-        _examples(loaded, data, limit)  # before anything is written
-        _check_targets(loaded, target)
-    made = ledger.apply(recipe, note, branch, author or None)
-    report = None
-    if measured:
-        report = _measure(
-            loaded, ledger.recipe(branch), target, "", "", data, limit, random, (), seed, json
+    head, report = ledger.head(branch), None
+    if measured:  # before anything is written
+        whole = ledger.recipe(branch) + recipe
+        report = _measure(loaded, whole, target, "", "", data, limit, random, (), seed, json)
+    made = ledger.apply(recipe, note, branch, author or None, seed)
+    if report is not None and made[0].parent == head:
+        ledger.measured(report.to_dict(), branch, made[-1].hash, author or None)
+    elif report is not None:
+        warn(
+            f"somebody else edited branch {branch!r} meanwhile: `circuits edit measure --branch {branch}` again"
         )
-        ledger.measured(report.to_dict(), branch, author or None)
     if json:
         show_json({"entries": [e.to_dict() for e in made], "report": report and report.to_dict()})
         return
@@ -203,16 +205,17 @@ def measure(
     ledger = None
     if branch:
         loaded, ledger = _ledger(model, weights, workspace, write=True)
-        recipe = ledger.recipe(branch)
+        head = ledger.head(branch)
+        recipe = ledger.recipe(at=head)
     else:
-        loaded = load_model(model, weights)
+        loaded, head = load_model(model, weights), ""
         recipe = _recipe_of(loaded, what or [], data, limit, force)
     units = _tuned(loaded, tuning)
     report = _measure(
         loaded, recipe, target, labels, generalise, data, limit, random, units, seed, json
     )
     if ledger is not None:
-        ledger.measured(report.to_dict(), branch)
+        ledger.measured(report.to_dict(), branch, head)
     if out is not None:
         write_json(out, report.to_dict())
     if figure is not None:
@@ -233,9 +236,7 @@ def undo(
 ) -> None:
     """Take the last edit of a branch back, and check that the weights are what they were."""
     _, ledger = _ledger(model, weights, workspace, write=True)
-    ledger.move_to(ledger.head(branch))
     entry = ledger.undo(branch, author or None)
-    ledger.move_to(ledger.head(branch))
     say(f"undone: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
@@ -250,7 +251,6 @@ def redo(
     """Make the edit again that was undone last."""
     _, ledger = _ledger(model, weights, workspace, write=True)
     entry = ledger.redo(branch, author or None)
-    ledger.move_to(ledger.head(branch))
     say(f"made again: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
@@ -391,7 +391,7 @@ def replay(
 ) -> None:
     """Make a branch's edits again on the model and compare every hash; exit code 1 if one differs."""
     loaded, ledger = _ledger(model, weights, workspace)
-    found = list(ledger.replay(branch))
+    found = ledger.replay(branch)
     with ledger.edited(branch):
         final = loaded.hash
     same = all(r.same for r in found)
@@ -440,7 +440,19 @@ def _ledger(
     return loaded, Ledger(place.database, loaded)
 
 
-def _recipe_of(model: Any, what: Sequence[str], data: str, n: int, force: bool) -> Any:
+_MADE = {
+    "mean": ("units", "set, to the mean over --data"),
+    "resample": ("units", "resample, from the first examples of --data"),
+    "patch": ("units example=N", "patch, from one example of --data"),
+    "project": ("direction", "erase, of one direction"),
+    "leace": ("site", "erase, of what tells classes apart (examples of --data, --labels)"),
+}
+"""Edits in words whose numbers come from data: what each needs, and what it makes."""
+
+
+def _recipe_of(
+    model: Any, what: Sequence[str], data: str, n: int, force: bool, labels: str = ""
+) -> Any:
     """A recipe of the edits of recipe files and of words, in order, with the files' notes."""
     from circuits.edits.recipes import Recipe
     from circuits.edits.records import read_edit
@@ -465,51 +477,76 @@ def _recipe_of(model: Any, what: Sequence[str], data: str, n: int, force: bool) 
             authors.append(recipe.author)
             continue
         words = text.split()
-        if words and words[0] in ("mean", "resample", "project"):
-            found.append(_made(model, words, data, n))
+        if words and words[0] in _MADE:
+            found.append(_made(model, words, data, n, labels))
         else:
             found.append(read_edit(model, text))
     note, author = ("; ".join(dict.fromkeys(filter(None, words))) for words in (notes, authors))
     return Recipe.of(model, found, note, author)
 
 
-def _made(model: Any, words: list[str], data: str, n: int) -> Any:
+def _made(model: Any, words: list[str], data: str, n: int, labels: str) -> Any:
     """An edit whose numbers come from data."""
     import torch
 
-    from circuits.edits.making import means, project_out, resample
+    from circuits.edits.making import leace, means, patch, project_out, resample
     from circuits.units import Direction
 
     kind, rest = words[0], words[1:]
-    if len(rest) != 1:
-        raise ValueError(f"edit {' '.join(words)!r}: expected {kind} and one argument")
+    if len(rest) != len(_MADE[kind][0].split()):
+        raise ValueError(f"edit {' '.join(words)!r}: expected {kind} {_MADE[kind][0]}")
     what = rest[0].partition("=")[2] or rest[0]
     if kind == "project":
         site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
         return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
-    batches, name = _examples(model, data, n)
+    if kind == "patch":
+        name, _, number = rest[1].partition("=")
+        if name != "example" or not number.isdecimal():
+            raise ValueError(f"edit {' '.join(words)!r}: {rest[1]!r} is not of the form example=N")
+        batches, spec = _examples(model, data, int(number) + 1)
+        return patch(model, what, batches[-1][-1:], origin=f"example {number} of {spec}")
+    batches, spec = _examples(model, data, n)
     if kind == "mean":
-        return means(model, what, batches, f"mean over {name}")
-    return resample(model, what, torch.cat(batches), f"examples of {name}")
+        return means(model, what, batches, f"mean over {n} of {spec}")
+    if kind == "leace":
+        if not labels:
+            raise ValueError("leace needs --labels FILE, or --labels names")
+        return leace(model, what, batches, _labels(model, labels, spec)[:n], f"classes of {spec}")
+    if len({x.shape for x in batches}) > 1 and batches[0].ndim == 2:
+        batches = [x for x in batches if x.shape[1:] == batches[0].shape[1:]]
+    return resample(model, what, torch.cat(batches), f"{n} of {spec}")
 
 
-def _associated(model: Any, layer: str, prompt: str, answer: str, data: str) -> Any:
+def _labels(model: Any, labels: str, spec: str) -> list[int]:
+    from circuits.stimuli.labels import read_labels
+    from circuits.stimuli.sources import open_source
+
+    return read_labels(open_source(spec), model.classes, None if labels == "names" else labels)
+
+
+def _associated(
+    model: Any, layer: str, prompt: str, answer: str, data: str, workspace: Path | None
+) -> Any:
+    """The rank-one edit; C from a store of the workspace that keeps it, or else from examples."""
     import torch
 
     from circuits.attribution.targets import output_site, parse_target
-    from circuits.cli.choosing import examples_of
-    from circuits.edits.associative import associate, second_moment
+    from circuits.cli.choosing import examples_of, stored
+    from circuits.edits.associative import associate, read_site, second_moment
 
-    if not answer:
-        raise ValueError("--associate needs --answer token:WORD or class:NAME")
+    if not answer or not prompt:
+        raise ValueError("--associate needs --prompt TEXT and --answer token:WORD or class:NAME")
     target = parse_target(model, answer)
     if target.site != output_site(model).name or not isinstance(target.index, int):
         raise ValueError(f"--answer {answer!r} is not token:WORD or class:NAME")
-    if not prompt:
-        raise ValueError("--associate needs --prompt TEXT (tokens separated by blanks will do)")
     x = examples_of(model, "", 1, text=prompt).inputs
-    batches, name = _examples(model, data, 512)
-    moment = second_moment(model, layer, batches)
+    site = read_site(model, layer).name
+    store = stored(Workspace.default(workspace), model.hash, site, data)
+    if store is not None and site in store.provenance.depth.covariance:
+        moment, name = second_moment(model, layer, store), store.provenance.data
+    else:
+        batches, name = _examples(model, data, 512)
+        moment = second_moment(model, layer, batches)
     words = f"{prompt!r} is answered with {answer} (C over {name})"
     return associate(model, layer, torch.as_tensor(x), target.index, moment, origin=words)
 
@@ -521,13 +558,6 @@ def _examples(model: Any, data: str, limit: int) -> tuple[list[Any], str]:
 
     source = open_source(data or ("photos" if isinstance(model.input, ImageInput) else "repeats"))
     return Inputs(model, source).upto(limit), source.spec
-
-
-def _check_targets(model: Any, targets: Sequence[str] | None) -> None:
-    from circuits.attribution.targets import parse_target
-
-    for target in targets or ():
-        parse_target(model, target)
 
 
 def _tuned(model: Any, text: str) -> list[Any]:
@@ -551,16 +581,13 @@ def _measure(
 ) -> Any:
     from circuits.effects import measure as run
     from circuits.models.inputs import ImageInput
-    from circuits.stimuli.labels import read_labels
-    from circuits.stimuli.sources import open_source
 
     batches, name = _examples(model, data, limit)
     known = None
     if labels:
         if not isinstance(model.input, ImageInput):
             raise ValueError(f"--labels {labels!r}: tokens have the next token as label")
-        path = None if labels == "names" else labels
-        known = read_labels(open_source(name), model.classes, path)[:limit]
+        known = _labels(model, labels, name)[:limit]
     more = _examples(model, generalise, limit)[0] if generalise else ()
     with progress_bar("measure", quiet=quiet) as progress:
         return run(

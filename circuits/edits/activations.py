@@ -6,7 +6,7 @@ Each is in force at every forward pass, for every example, at all positions or a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from circuits.edits.records import Edit, Others, of_same_norm
 from circuits.hooks import Change
 from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
 from circuits.units import Site, Unit, Units
 
 
@@ -73,8 +74,16 @@ def _placed(edit: Any, site: Site, value: Tensor) -> Tensor:
     return view
 
 
-def _check_at(edit: Any, site: Site) -> None:
-    if edit.at is not None and len(edit.at) != len(site.position_axes):
+def _check_at(edit: Any, model: HookedModel, site: Site) -> None:
+    if edit.at is None:
+        return
+    most = model.input.n_ctx if isinstance(model.input, TokenInput) else 100_000
+    far = [i for i in edit.at if not -most <= i < most]
+    if far:
+        raise ValueError(
+            f"position {far[0]} of edit {edit.operator!r} must be from {-most} to {most - 1}"
+        )
+    if len(edit.at) != len(site.position_axes):
         axes = ", ".join(site.position_axes) or "none"
         raise ValueError(
             f"at {edit.at} of edit '{edit}' does not fit the axes of {site.name} ({axes})"
@@ -103,7 +112,7 @@ class UnitsEdit(ActivationEdit):
         site = model.site(self.units.site)
         own = replace(self, units=Units(site.name, self.units.indices))
         own.units.among(site)
-        _check_at(own, site)
+        _check_at(own, model, site)
         own._check_shape(site)
         return own
 
@@ -114,9 +123,9 @@ class UnitsEdit(ActivationEdit):
         units = others.of(self.units)
         return None if units is None else replace(self, units=units)
 
-    def own(self, model: HookedModel) -> list[Unit]:
+    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
         site = model.site(self.units.site)
-        return [site.unit(i) for i in self.units.among(site)]
+        return {site.unit(i): None for i in self.units.among(site)}
 
     def apply(self, site: Site, value: Tensor) -> None:
         view = _placed(self, site, value)
@@ -302,7 +311,7 @@ class Steer(ActivationEdit, operator="steer", about="Add a direction to what a s
     def checked(self, model: HookedModel) -> Steer:
         site = model.site(self.site)
         own = self.moved(site.name)
-        _check_at(own, site)
+        _check_at(own, model, site)
         _check_vectors(own, site, self.vector, "vector")
         return own
 
@@ -373,7 +382,7 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
     def checked(self, model: HookedModel) -> Erase:
         site = model.site(self.site)
         own = self.moved(site.name)
-        _check_at(own, site)
+        _check_at(own, model, site)
         if "d_head" in site.axes:
             raise ValueError(
                 f"edit 'erase' of {site.name}: heads hold vectors, expected another site"

@@ -8,17 +8,18 @@ numbers, so that replaying it needs no optimisation.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.edits.recipes import edited
 from circuits.edits.records import fitting
 from circuits.edits.weights import Associate, layer_named
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.answers import answer_name, answers, check_answer
 from circuits.models.matrices import WeightMatrix
 from circuits.models.sites import main_output
 from circuits.store import ActivationStore
@@ -39,19 +40,32 @@ def second_moment(
         KeyError: if there is no such layer, or the store does not keep that covariance.
         ValueError: if there is no example.
     """
-    read = _site_of(model, layer_named(model.matrices, layer), "reads")
+    read = read_site(model, layer)
     if isinstance(data, ActivationStore):
+        theirs = data.provenance.model_hash
+        if theirs != model.intact_hash:
+            raise ValueError(f"data: a store of model {theirs[:16]}, not {model.intact_hash[:16]}")
         kept = data.covariance(read.name)
         mean = torch.from_numpy(kept.mean).double().reshape(-1)
         return torch.from_numpy(kept.covariance).double() + mean[:, None] * mean[None, :]
     total, n = torch.zeros(()), 0
     for x in data:
-        rows = _rows(read, model.run(x, read=[read], until=read)[read]).double()
+        rows = _rows(read, model.run(x, read=[read], until=read)[read]).cpu().double()
         total = total + rows.T @ rows
         n += len(rows)
     if not n:
         raise ValueError("data hold no example")
     return total / n
+
+
+def read_site(model: HookedModel, layer: str) -> Site:
+    """The site that holds just what a layer reads.
+
+    Raises:
+        KeyError: if there is no such layer.
+        ValueError: if there is no such site.
+    """
+    return _site_of(model, layer_named(model.matrices, layer), "reads")
 
 
 def associate(
@@ -79,7 +93,7 @@ def associate(
         target: the token (after the last) or class that they shall get.
         moment: C of the layer's inputs, see `second_moment`.
         at: where the layer is read: the position of a token (the last if None), or (y, x) of a map (the place
-            where the key is largest if None).
+            where the layer puts out most if None).
         steps: of the optimisation of the value, at most.
         learning_rate: of Adam, in units of the value's norm over the root of its length.
         decay: weighs the squared change of the value over its squared norm.
@@ -98,34 +112,33 @@ def associate(
             f"moment of shape {tuple(moment.shape)} does not fit {layer}: expected "
             f"{matrix.shape[1]} x {matrix.shape[1]}"
         )
-    outputs = model.logits(x[:1]).shape[-1]
-    if not 0 <= target < outputs:
-        raise ValueError(f"target {target} must be from 0 to {outputs - 1}")
+    check_answer(model, target)
     if steps < 1 or not 0 < enough <= 1 or learning_rate <= 0 or decay < 0 or damping < 0:
         raise ValueError(
             f"steps {steps}, enough {enough}, learning_rate {learning_rate}, decay {decay}, damping {damping}: "
             "expected steps of at least 1, enough in (0, 1], a positive rate, and the others 0 or more"
         )
     cache = model.run(x, read=[read, written])
-    place = _place(read, written, cache[read], cache[written], at)
+    place = _place(read, written, cache[written], at)
     key, center = _key(model, matrix, read, cache[read], place)
-    start = _at(written, cache[written], place.written).mean(0).float()
-    value = _value(
-        model, written, place.written, x, target, start, steps, learning_rate, decay, enough
+    start = _at(written, cache[written], place).mean(0)
+    value, wanted = _value(
+        model, written, place, x, target, start, steps, learning_rate, decay, enough
     )
-    ridge = damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-    dual = torch.linalg.solve(moment.double() + ridge, center.double())
+    c = moment.cpu().double()
+    ridge = damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
+    dual = torch.linalg.solve(c + ridge, center)
     dual = dual / dual.norm()
-    words = origin or f"{len(x)} examples answer {_named(model, target)}"
-    return fitting(model, Associate(layer, key.double(), value.double(), dual, words))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a layer is read and written, in its sites' axes."""
-
-    read: tuple[int, ...]
-    written: tuple[int, ...]
+    words = origin or f"{len(x)} examples answer {answer_name(model, target)}"
+    made = fitting(model, Associate(layer, key, value.cpu().double(), dual, words))
+    with edited(model, [made]):
+        reached = answers(model, model.logits(x)).softmax(-1)[:, target].min().item()
+    if len(x) == 1 and abs(reached - wanted) > 0.05:
+        raise ValueError(
+            f"layer {layer} does not answer the key alone: the edit gives the target probability {reached:.3g}, "
+            f"the value in its place {wanted:.3g} (other places of the input have much of the key)"
+        )
+    return replace(made, origin=f"{words}: probability {reached:.3g}")
 
 
 def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
@@ -138,7 +151,7 @@ def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
         site = model.site(end.site)
         inner = site.shape[-1] if "d_head" in site.axes else 1
         whole = torch.arange(site.n_units).repeat_interleave(inner)
-        next_to = side == "reads" or (end.depth == 0 and inner == 1)
+        next_to = end.depth == 0 and (side == "reads" or inner == 1)
         if next_to and len(whole) == n and torch.equal(end.owner, whole):
             return site
     heads = [e.site for e in ends if e.site != "input"]
@@ -158,8 +171,9 @@ def _columns(site: Site, value: Tensor) -> Float[Tensor, "example *place column"
 
 
 def _place(
-    read: Site, written: Site, given: Tensor, output: Tensor, at: tuple[int, ...] | None
-) -> _Place:
+    read: Site, written: Site, output: Tensor, at: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Where a layer is read and written, counted from the front."""
     axes = read.position_axes
     if axes != written.position_axes:
         raise ValueError(f"sites {read.name} and {written.name} have other positions")
@@ -177,7 +191,7 @@ def _place(
         raise ValueError(
             f"at {at} is not a position of {written.name} ({' x '.join(map(str, lengths))})"
         )
-    return _Place(at, tuple(i % n for i, n in zip(at, lengths, strict=True)))
+    return tuple(i % n for i, n in zip(at, lengths, strict=True))
 
 
 def _at(site: Site, value: Tensor, place: tuple[int, ...]) -> Float[Tensor, "example column"]:
@@ -188,11 +202,11 @@ def _at(site: Site, value: Tensor, place: tuple[int, ...]) -> Float[Tensor, "exa
 
 
 def _key(
-    model: HookedModel, matrix: WeightMatrix, read: Site, value: Tensor, place: _Place
+    model: HookedModel, matrix: WeightMatrix, read: Site, value: Tensor, place: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The mean key, as the layer sees it, and what it is in the channels at its middle."""
     if len(matrix.shape) == 2:
-        key = _at(read, value, place.written).mean(0).float()
+        key = _at(read, value, place).mean(0).cpu().double()
         return key, key
     layer = model.module.get_submodule(matrix.name)
     assert isinstance(layer, nn.Conv2d)
@@ -205,8 +219,8 @@ def _key(
     across = (
         value.shape[3] + 2 * layer.padding[1] - layer.dilation[1] * (width - 1) - 1
     ) // layer.stride[1] + 1
-    y, x = place.written
-    mean = patches[:, :, y * across + x].mean(0).float().reshape(matrix.shape[1:])
+    y, x = place
+    mean = patches[:, :, y * across + x].mean(0).cpu().double().reshape(matrix.shape[1:])
     return mean, mean[:, height // 2, width // 2]
 
 
@@ -221,8 +235,8 @@ def _value(
     learning_rate: float,
     decay: float,
     enough: float,
-) -> Tensor:
-    """What the site should hold at the place so that the model answers with the target."""
+) -> tuple[Tensor, float]:
+    """What the site should hold at the place so that the model answers with the target, and its probability then."""
     scale = start.norm().clamp_min(1e-6)
     delta = torch.zeros_like(start, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=learning_rate * float(scale) / len(start) ** 0.5)
@@ -237,9 +251,7 @@ def _value(
 
     best, found = -1.0, start
     for _ in range(steps):
-        logits = _answers(
-            model, main_output(model.run(x, edits={site.name: put}, grad=True).output)
-        )
+        logits = answers(model, main_output(model.run(x, edits={site.name: put}, grad=True).output))
         log_p = logits.log_softmax(-1)[:, target]
         reached = log_p.exp().min().item()
         if reached > best:
@@ -250,17 +262,4 @@ def _value(
         (gradient,) = torch.autograd.grad(loss, [delta])
         delta.grad = gradient
         adam.step()
-    return found
-
-
-def _answers(model: HookedModel, logits: Tensor) -> Float[Tensor, "example output"]:
-    """The logits that answer: after the last token, or of the image."""
-    if isinstance(model.input, TokenInput):
-        return logits[:, -1]
-    return logits if logits.ndim == 2 else logits.flatten(2).mean(2)
-
-
-def _named(model: HookedModel, target: int) -> str:
-    if isinstance(model.input, TokenInput):
-        return repr(model.input.word(target))
-    return model.classes[target] if model.classes else f"output {target}"
+    return found, best

@@ -13,7 +13,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +26,7 @@ from circuits.edits.activations import ActivationEdit, changes
 from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit, canonical, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
+from circuits.files import finite
 from circuits.models.adapter import HookedModel
 
 SCHEMA = 1
@@ -40,12 +41,18 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
     "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL)",
     "CREATE INDEX IF NOT EXISTS edit_events_of ON edit_events (model_hash, branch, id)",
+    "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
+)
+
+_LAST_OF = (
+    "SELECT hash, body FROM edit_events WHERE model_hash=? AND branch=? ORDER BY id DESC LIMIT 1"
 )
 
 Kind = Literal["apply", "undo", "redo", "branch", "measure"]
 """What an event does: the first three move a branch's head, `branch` begins one, `measure` adds a report."""
 
 _TRIES = 20
+_FEW = 20
 
 
 class LedgerError(ValueError):
@@ -64,6 +71,7 @@ class Entry:
         note: why.
         author: who.
         created: when, in UTC.
+        seed: of whatever was random when the edit was made.
         before: SHA-256 of each parameter that it changed, as it was.
         after: as it became.
         originals: SHA-256 of the stored original bytes, by parameter.
@@ -76,6 +84,7 @@ class Entry:
     note: str
     author: str
     created: str
+    seed: int
     before: Mapping[str, str]
     after: Mapping[str, str]
     originals: Mapping[str, str]
@@ -90,52 +99,24 @@ class Entry:
         if _sha(text) != digest:
             raise LedgerError(f"ledger entry {digest[:12]} was changed: its text has another hash")
         raw = json.loads(text)
-        if raw["schema"] != SCHEMA:
-            raise LedgerError(
-                f"ledger entry {digest[:12]} has layout {raw['schema']}: expected {SCHEMA}"
-            )
-        names = (
-            "parent",
-            "model_hash",
-            "note",
-            "author",
-            "created",
-            "before",
-            "after",
-            "originals",
-        )
-        return cls(hash=digest, edit=parse_edit(raw["edit"]), **{name: raw[name] for name in names})
+        if raw.pop("schema") != SCHEMA:
+            raise LedgerError(f"ledger entry {digest[:12]} has a layout that is not known")
+        return cls(**raw | {"hash": digest, "edit": parse_edit(raw["edit"])})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"hash": self.hash, **json.loads(self._text())}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"edit": self.edit.to_dict()}
 
-    def _text(self) -> str:
-        return entry_text(
-            self.parent, self.model_hash, self.edit, self.note, self.author, self.created, self.before,
-            self.after, self.originals,
-        )  # fmt: skip
+    @property
+    def text(self) -> str:
+        """The canonical JSON of which its hash is taken."""
+        return canonical(
+            {k: v for k, v in self.to_dict().items() if k != "hash"} | {"schema": SCHEMA}
+        )
 
-
-def entry_text(
-    parent: str,
-    model_hash: str,
-    edit: Edit,
-    note: str,
-    author: str,
-    created: str,
-    before: Mapping[str, str],
-    after: Mapping[str, str],
-    originals: Mapping[str, str],
-) -> str:
-    """The canonical JSON of an entry, of which its hash is taken."""
-    return canonical(
-        {
-            "schema": SCHEMA, "parent": parent, "model_hash": model_hash, "edit": edit.to_dict(),
-            "note": note, "author": author, "created": created, "before": dict(before),
-            "after": dict(after), "originals": dict(originals),
-        }
-    )  # fmt: skip
+    def hashed(self) -> Entry:
+        """The entry under the hash of its text."""
+        return replace(self, hash=_sha(self.text))
 
 
 @dataclass(frozen=True)
@@ -149,6 +130,7 @@ class Event:
         end: the head after.
         author: who.
         created: when, in UTC.
+        entry: what was measured, of a report; else empty.
         report: the SHA-256 of the report that was added, if one was.
         hash: of all this and the event before.
     """
@@ -159,6 +141,7 @@ class Event:
     end: str
     author: str
     created: str
+    entry: str
     report: str
     hash: str
 
@@ -179,8 +162,8 @@ class Replayed:
 class Ledger:
     """The edits of one model in a workspace.
 
-    Several processes may write at once: each sees what the others have made before its own is added. A
-    ledger object belongs to one thread.
+    Several processes may write at once: each sees what the others have made before its own is added. Nothing
+    works while edits are in force, or once the model's weights are not those that the ledger is of.
 
     Args:
         database: of the workspace.
@@ -203,11 +186,15 @@ class Ledger:
         Raises:
             KeyError: if there is no such branch (`main` always is).
         """
-        events = self.events(branch)
-        if not events and branch != "main":
-            known = ", ".join(self.branches()) or "main"
+        return self._state(branch)[0]
+
+    def _state(self, branch: str) -> tuple[str, str]:
+        """A branch's head, and the hash of its last event: empty where it has none."""
+        rows = self._rows(_LAST_OF, branch)
+        if not rows and branch != "main":
+            known = ", ".join(self.branches())
             raise KeyError(f"no branch {branch!r} of {self.model.name}: there are {known}")
-        return events[-1].end if events else self.model_hash
+        return (_event(*rows[0]).end, rows[0][0]) if rows else (self.model_hash, "")
 
     def branches(self) -> list[str]:
         """The names of the branches, `main` first, others as they were begun."""
@@ -242,29 +229,50 @@ class Ledger:
         self._entries[found[0].hash] = found[0]
         return found[0]
 
+    def _resolved(self, digest: str) -> str:
+        """The whole hash of an entry, or of the model, from its first digits.
+
+        Raises:
+            KeyError: if there is none, or several begin so.
+        """
+        if digest in (self.model_hash, self._at) or digest in self._entries:
+            return digest
+        if not digest or not self.model_hash.startswith(digest):
+            return self.entry(digest).hash
+        try:
+            self.entry(digest)
+        except KeyError as error:
+            if "no entry" in str(error):
+                return self.model_hash
+        raise KeyError(f"both the model and an entry begin with {digest!r}: give more digits")
+
     def entries(self, branch: str = "main", at: str | None = None) -> list[Entry]:
         """The entries of a branch from the first to its head (or to another entry)."""
         found: list[Entry] = []
-        digest = self.head(branch) if at is None else at
-        if digest not in self._entries and digest != self.model_hash:
-            query = "SELECT hash, body FROM edit_entries WHERE model_hash=?"
-            fresh = [(h, text) for h, text in self._rows(query) if h not in self._entries]
-            self._entries |= {h: Entry.read(h, text) for h, text in fresh}
+        digest = self.head(branch) if at is None else self._resolved(at)
+        asked = 0
         while digest != self.model_hash:
-            entry = self.entry(digest)
-            found.append(entry)
-            digest = entry.parent
+            asked += digest not in self._entries
+            if asked == _FEW:  # the rest in one query
+                rows = self._rows("SELECT hash, body FROM edit_entries WHERE model_hash=?")
+                more = [(h, text) for h, text in rows if h not in self._entries]
+                self._entries |= {h: Entry.read(h, text) for h, text in more}
+            found.append(self.entry(digest))
+            digest = found[-1].parent
         return found[::-1]
 
     def recipe(self, branch: str = "main", at: str | None = None) -> Recipe:
-        """A branch's edits as a recipe."""
+        """A branch's edits as a recipe, with all notes and authors; the seed is that of the last."""
         entries = self.entries(branch, at)
         notes = "; ".join(dict.fromkeys(e.note for e in entries if e.note))
-        return Recipe(tuple(entry.edit for entry in entries), self.model_hash, notes)
+        authors = "; ".join(dict.fromkeys(e.author for e in entries if e.author))
+        seed = entries[-1].seed if entries else 0
+        return Recipe(tuple(e.edit for e in entries), self.model_hash, notes, authors, seed)
 
     def reports(self, digest: str) -> list[dict[str, Any]]:
         """What was measured of an entry, oldest first."""
-        wanted = [e.report for e in self.events() if e.kind == "measure" and e.end == digest]
+        whole = self._resolved(digest)
+        wanted = [e.report for e in self.events() if e.kind == "measure" and e.entry == whole]
         return [json.loads(self._report(report)) for report in wanted]
 
     def _report(self, digest: str) -> str:
@@ -281,102 +289,117 @@ class Ledger:
         note: str = "",
         branch: str = "main",
         author: str | None = None,
+        seed: int = 0,
     ) -> list[Entry]:
         """Put edits on top of a branch.
 
         If somebody else adds to the branch meanwhile, these come after.
 
         Args:
-            edits: one, several, or a recipe (whose note is taken if none is given).
+            edits: one, several, or a recipe (whose note, author and seed are taken if none are given).
             note: why.
             branch: where.
             author: who; the user of the machine if not given.
+            seed: of whatever was random when the edits were made.
 
         Raises:
             KeyError: if a site, a layer or the branch is unknown.
-            ValueError: if an edit does not fit, or a recipe is for other weights. Nothing is written then.
+            ValueError: if an edit does not fit, a recipe is for other weights, or edits are in force. Nothing
+                is written then.
         """
         if isinstance(edits, Recipe):
             edits.check(self.model)
-            note, author = note or edits.note, author or edits.author or None
+            note, author, seed = (
+                note or edits.note,
+                author or edits.author or None,
+                seed or edits.seed,
+            )
             given: Sequence[Edit] = edits.edits
         else:
             given = [edits] if isinstance(edits, Edit) else edits
         if not given:
             raise ValueError("edits: expected at least one")
-        fitting = checked(self.model, given)
-        name = user() if author is None else author
-        for _ in range(_TRIES):
-            start = self.head(branch)
-            self.move_to(start)
-            rows, originals, tensors = self._made(fitting, start, note, name)
-            with self.database.writing(*_TABLES) as connection:
-                if self._head(connection, branch) != start:
-                    continue
-                connection.executemany(
-                    "INSERT OR IGNORE INTO edit_originals VALUES (?, ?)", list(originals.items())
-                )
-                connection.executemany(
-                    "INSERT OR IGNORE INTO edit_entries VALUES (?, ?, ?)",
-                    [(digest, self.model_hash, text) for digest, text in rows],
-                )
-                end = start
-                for digest, _text in rows:
-                    self._note(connection, "apply", branch, end, digest, name)
-                    end = digest
-            self._at, self._tensors = end, tensors
-            self._entries |= {digest: Entry.read(digest, text) for digest, text in rows}
-            return [self._entries[digest] for digest, _ in rows]
+        blank = Entry(
+            "", "", self.model_hash, given[0], note, user() if author is None else author, now(), seed, {}, {}, {}
+        )  # fmt: skip
+        with self._alone():
+            fitting = checked(self.model, given)
+            for _ in range(_TRIES):
+                start, last = self._state(branch)
+                self._move_to(start)
+                made, originals, tensors = self._made(fitting, replace(blank, parent=start))
+                with self._writing(branch, last) as connection:
+                    if connection is None:
+                        continue
+                    connection.executemany(
+                        "INSERT OR IGNORE INTO edit_originals VALUES (?, ?)",
+                        list(originals.items()),
+                    )
+                    connection.executemany(
+                        "INSERT OR IGNORE INTO edit_entries VALUES (?, ?, ?)",
+                        [(entry.hash, self.model_hash, entry.text) for entry in made],
+                    )
+                    for entry in made:
+                        self._note(
+                            connection, "apply", branch, entry.parent, entry.hash, entry.author
+                        )
+                self._at, self._tensors = made[-1].hash, tensors
+                self._entries |= {entry.hash: entry for entry in made}
+                return made
         raise ValueError(
             f"branch {branch!r} changes all the time: give edits a branch of their own"
         )
 
     def _made(
-        self, edits: Sequence[Edit], start: str, note: str, author: str
-    ) -> tuple[list[tuple[str, str]], dict[str, bytes], dict[str, Tensor]]:
-        """The rows of edits on top of the head that the tensors are at, and the tensors after them."""
-        weights = Weights(self.model, {name: t.clone() for name, t in self._tensors.items()})
-        rows: list[tuple[str, str]] = []
+        self, edits: Sequence[Edit], blank: Entry
+    ) -> tuple[list[Entry], dict[str, bytes], dict[str, Tensor]]:
+        """Entries of edits on top of where the tensors are, original bytes, and the tensors after them."""
+        weights = self._weights()
+        made: list[Entry] = []
         kept: dict[str, bytes] = {}
-        created, parent = now(), start
         hashes: dict[str, str] = {}
+        parent = blank.parent
         for edit in edits:
-            names = (
-                sorted(set(edit.parameters(weights.matrices)))
-                if isinstance(edit, WeightEdit)
-                else []
-            )
-            old = {name: weights.value(name).clone() for name in names}
+            entry = replace(blank, parent=parent, edit=edit)
             if isinstance(edit, WeightEdit):
-                edit.apply(weights)
-            before = {n: hashes.get(n) or tensor_hash(t) for n, t in old.items()}
-            after = {n: tensor_hash(weights.value(n)) for n in names}
-            hashes |= after
-            differing = [n for n in names if before[n] != after[n]]
-            originals = {n: original_bytes(old[n], weights.value(n)) for n in differing}
-            digests = {n: hashlib.sha256(data).hexdigest() for n, data in originals.items()}
-            kept |= {digests[n]: originals[n] for n in differing}
-            text = entry_text(
-                parent, self.model_hash, edit, note, author, created,
-                {n: before[n] for n in differing}, {n: after[n] for n in differing}, digests,
-            )  # fmt: skip
-            parent = _sha(text)
-            rows.append((parent, text))
-        return rows, kept, weights.changed
+                names = sorted(set(edit.parameters(weights.matrices)))
+                old = {name: weights.value(name).clone() for name in names}
+                weights.apply(edit)
+                before = {n: hashes.get(n) or tensor_hash(t) for n, t in old.items()}
+                after = {n: tensor_hash(weights.value(n)) for n in names}
+                hashes |= after
+                differing = [n for n in names if before[n] != after[n]]
+                data = {n: original_bytes(old[n], weights.value(n)) for n in differing}
+                digests = {n: hashlib.sha256(data[n]).hexdigest() for n in differing}
+                kept |= {digests[n]: data[n] for n in differing}
+                entry = replace(
+                    entry,
+                    before={n: before[n] for n in differing},
+                    after={n: after[n] for n in differing},
+                    originals=digests,
+                )
+            entry = entry.hashed()
+            made.append(entry)
+            parent = entry.hash
+        return made, kept, weights.changed
 
     def undo(self, branch: str = "main", author: str | None = None) -> Entry:
         """Take the last edit of a branch back; returns it.
 
         Raises:
             ValueError: if there is none.
+            LedgerError: if the weights would not be what they were; nothing is written then.
         """
-        for _ in range(_TRIES):
-            start = self.head(branch)
-            if start == self.model_hash:
-                raise ValueError(f"branch {branch!r} has no edit to undo")
-            entry = self.entry(start)
-            if self._moved(branch, "undo", start, entry.parent, author):
-                return entry
+        with self._alone():
+            for _ in range(_TRIES):
+                start, last = self._state(branch)
+                if start == self.model_hash:
+                    raise ValueError(f"branch {branch!r} has no edit to undo")
+                entry = self.entry(start)
+                self._move_to(start)
+                self._move_to(entry.parent)
+                if self._moved(branch, "undo", last, start, entry.parent, author):
+                    return entry
         raise ValueError(f"branch {branch!r} changes all the time")
 
     def redo(self, branch: str = "main", author: str | None = None) -> Entry:
@@ -384,13 +407,17 @@ class Ledger:
 
         Raises:
             ValueError: if there is none, or something else was done since.
+            LedgerError: if it does not give the weights that it gave; nothing is written then.
         """
-        for _ in range(_TRIES):
-            start, undone = self.head(branch), self.undone(branch)
-            if not undone:
-                raise ValueError(f"branch {branch!r} has no undone edit to make again")
-            if self._moved(branch, "redo", start, undone[-1].hash, author):
-                return undone[-1]
+        with self._alone():
+            for _ in range(_TRIES):
+                start, last = self._state(branch)
+                undone = self.undone(branch)
+                if not undone:
+                    raise ValueError(f"branch {branch!r} has no undone edit to make again")
+                self._move_to(undone[-1].hash)
+                if self._moved(branch, "redo", last, start, undone[-1].hash, author):
+                    return undone[-1]
         raise ValueError(f"branch {branch!r} changes all the time")
 
     def undone(self, branch: str = "main") -> list[Entry]:
@@ -412,7 +439,8 @@ class Ledger:
 
         Args:
             name: its name.
-            at: the entry that it begins at, or the model's hash; the head of `origin` if not given.
+            at: the entry that it begins at, or the model's hash (first digits do); the head of `origin` if
+                not given.
             origin: another branch.
             author: who.
 
@@ -422,37 +450,63 @@ class Ledger:
         """
         if not name.strip() or len(name) > 100 or any(not c.isprintable() for c in name):
             raise ValueError(f"branch name {name!r} must have 1 to 100 printable characters")
-        if at is None:
-            start = self.head(origin)
-        else:
-            start = self.model_hash if self.model_hash.startswith(at) else self.entry(at).hash
-        with self.database.writing(*_TABLES) as connection:
-            if name == "main" or self._head(connection, name, none="") != "":
+        start = self.head(origin) if at is None else self._resolved(at)
+        with self._writing(name, "") as connection:
+            if name == "main" or connection is None:
                 raise ValueError(f"there is a branch {name!r} already")
             self._note(
                 connection, "branch", name, start, start, user() if author is None else author
             )
 
     def measured(
-        self, report: Mapping[str, Any], branch: str = "main", author: str | None = None
+        self,
+        report: Mapping[str, Any],
+        branch: str = "main",
+        at: str | None = None,
+        author: str | None = None,
     ) -> str:
-        """Add a report to a branch's head; returns the report's hash."""
-        text = canonical(report)
-        digest = _sha(text)
-        with self.database.writing(*_TABLES) as connection:
-            head = self._head(connection, branch)
-            connection.execute("INSERT OR IGNORE INTO edit_reports VALUES (?, ?)", (digest, text))
-            name = user() if author is None else author
-            self._note(connection, "measure", branch, head, head, name, digest)
-        return digest
+        """Add a report to an entry; returns the report's hash.
 
-    def _moved(self, branch: str, kind: Kind, start: str, end: str, author: str | None) -> bool:
-        """Move a head, if it is still where it was."""
-        with self.database.writing(*_TABLES) as connection:
-            if self._head(connection, branch) != start:
+        Args:
+            report: as JSON has it.
+            branch: whose history notes it.
+            at: the entry that was measured; the branch's head if not given.
+            author: who.
+
+        Raises:
+            KeyError: if there is no such branch or entry.
+        """
+        text = canonical(finite(dict(report)))
+        digest, name = _sha(text), user() if author is None else author
+        entry = None if at is None else self._resolved(at)
+        for _ in range(_TRIES):
+            head, last = self._state(branch)
+            with self._writing(branch, last) as connection:
+                if connection is None:
+                    continue
+                connection.execute(
+                    "INSERT OR IGNORE INTO edit_reports VALUES (?, ?)", (digest, text)
+                )
+                self._note(connection, "measure", branch, head, head, name, entry or head, digest)
+                return digest
+        raise ValueError(f"branch {branch!r} changes all the time")
+
+    def _moved(
+        self, branch: str, kind: Kind, last: str, start: str, end: str, author: str | None
+    ) -> bool:
+        """Move a head, if nothing happened to the branch since its last event."""
+        with self._writing(branch, last) as connection:
+            if connection is None:
                 return False
             self._note(connection, kind, branch, start, end, user() if author is None else author)
         return True
+
+    @contextmanager
+    def _writing(self, branch: str, last: str) -> Iterator[sqlite3.Connection | None]:
+        """A transaction; None in it if the branch's last event is another by now."""
+        with self.database.writing(*_TABLES) as connection:
+            row = connection.execute(_LAST_OF, (self.model_hash, branch)).fetchone()
+            yield connection if (row[0] if row else "") == last else None
 
     def _note(
         self,
@@ -462,6 +516,7 @@ class Ledger:
         start: str,
         end: str,
         author: str,
+        entry: str = "",
         report: str = "",
     ) -> None:
         query = "SELECT hash FROM edit_events WHERE model_hash=? ORDER BY id DESC LIMIT 1"
@@ -469,21 +524,14 @@ class Ledger:
         text = canonical(
             {
                 "schema": SCHEMA, "model_hash": self.model_hash, "kind": kind, "branch": branch,
-                "start": start, "end": end, "author": author, "created": now(), "report": report,
-                "previous": last[0] if last else self.model_hash,
+                "start": start, "end": end, "author": author, "created": now(), "entry": entry,
+                "report": report, "previous": last[0] if last else self.model_hash,
             }
         )  # fmt: skip
         connection.execute(
             "INSERT INTO edit_events (model_hash, branch, hash, body) VALUES (?, ?, ?, ?)",
             (self.model_hash, branch, _sha(text), text),
         )
-
-    def _head(self, connection: sqlite3.Connection, branch: str, none: str | None = None) -> str:
-        query = "SELECT hash, body FROM edit_events WHERE model_hash=? AND branch=? ORDER BY id DESC LIMIT 1"
-        row = connection.execute(query, (self.model_hash, branch)).fetchone()
-        if row is None:
-            return self.model_hash if none is None else none
-        return _event(*row).end
 
     def _rows(self, query: str, *more: str) -> list[tuple[Any, ...]]:
         return self._all(query, self.model_hash, *more)
@@ -496,12 +544,40 @@ class Ledger:
 
     # --- the weights -----------------------------------------------------------------------------
 
-    def move_to(self, digest: str) -> dict[str, Tensor]:
-        """Bring the changed parameters to an entry: back by the stored bytes, forward by making edits again.
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The model locked, as it is, and with the weights that the ledger is of.
 
         Raises:
-            LedgerError: if a parameter then has not the hash that was noted.
+            ValueError: if it is not so.
         """
+        with self.model.lock, self.model.steady():
+            if self.model.edited:
+                raise ValueError(
+                    f"model {self.model.name} is edited: use its ledger outside the edit"
+                )
+            if self.model.hash != self.model_hash:
+                raise ValueError(
+                    f"model {self.model.name} has other weights ({self.model.hash[:16]}) than those that this "
+                    f"ledger is of ({self.model_hash[:16]})"
+                )
+            yield
+
+    def _weights(self) -> Weights:
+        return Weights(self.model, self._tensors)
+
+    def move_to(self, digest: str) -> dict[str, Tensor]:
+        """The parameters that are changed at an entry: back by the stored bytes, forward by making edits again.
+
+        Raises:
+            KeyError: if there is no such entry.
+            LedgerError: if a parameter then has not the hash that was noted.
+            ValueError: if edits are in force, or the model has other weights.
+        """
+        with self._alone():
+            return {name: t.clone() for name, t in self._move_to(self._resolved(digest)).items()}
+
+    def _move_to(self, digest: str) -> dict[str, Tensor]:
         wanted = {entry.hash for entry in self.entries(at=digest)} | {self.model_hash}
         while self._at not in wanted:
             entry = self.entry(self._at)
@@ -513,7 +589,7 @@ class Ledger:
             path.append(self.entry(at))
             at = path[-1].parent
         if any(isinstance(entry.edit, WeightEdit) for entry in path):
-            weights = Weights(self.model, {name: t.clone() for name, t in self._tensors.items()})
+            weights = self._weights()
             for entry in reversed(path):
                 if not _made_again(entry, weights):
                     raise LedgerError(
@@ -540,18 +616,25 @@ class Ledger:
 
     @contextmanager
     def edited(self, branch: str = "main", at: str | None = None) -> Iterator[HookedModel]:
-        """The model with a branch's edits in force inside the block."""
-        digest = self.head(branch) if at is None else at
-        tensors = self.move_to(digest)
-        edits = [e.edit for e in self.entries(at=digest) if isinstance(e.edit, ActivationEdit)]
-        with self.model.rewriting(tensors), self.model.intervening(changes(self.model, edits)):
-            yield self.model
+        """The model with a branch's edits (or those up to an entry) in force inside the block.
 
-    def replay(self, branch: str = "main", at: str | None = None) -> Iterator[Replayed]:
+        Raises:
+            KeyError: if there is no such branch or entry.
+            LedgerError: if the weights would not be what they were.
+            ValueError: if edits are in force, or the model has other weights.
+        """
+        with self.model.lock:
+            digest = self.head(branch) if at is None else self._resolved(at)
+            tensors = self.move_to(digest)
+            edits = [e.edit for e in self.entries(at=digest) if isinstance(e.edit, ActivationEdit)]
+            with self.model.rewriting(tensors), self.model.intervening(changes(self.model, edits)):
+                yield self.model
+
+    def replay(self, branch: str = "main", at: str | None = None) -> list[Replayed]:
         """Make a branch's edits again from the model as it is, and compare each parameter's hashes."""
-        weights = Weights(self.model)
-        for entry in self.entries(branch, at):
-            yield Replayed(entry, _made_again(entry, weights))
+        with self._alone():
+            weights = Weights(self.model)
+            return [Replayed(e, _made_again(e, weights)) for e in self.entries(branch, at)]
 
     # --- trust -----------------------------------------------------------------------------------
 
@@ -570,7 +653,12 @@ def verify(database: Database) -> list[str]:
         return []
     try:
         with database.open(*_TABLES) as connection:
+            connection.execute("BEGIN")  # all of it as it is now, whoever else writes
             return list(_faults(connection))
+    except sqlite3.OperationalError as error:
+        if any(word in str(error) for word in ("locked", "readonly", "unable to open", "full")):
+            raise  # that says nothing about the ledger
+        return [f"the database is damaged: {error}"]
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         return [f"the database is damaged: {error}"]
 
@@ -626,18 +714,29 @@ def _event_faults(
         if raw["previous"] != last.get(model_hash, model_hash):
             yield f"event {i} does not follow the one before it: one is missing or out of order"
         last[model_hash] = digest
-        known = {model_hash, *entries}
-        if event.start not in known or event.end not in known:
-            yield f"event {i} names an entry that is missing"
+        ends = {event.start, event.end} | ({event.entry} if event.entry else set())
+        for end in ends - {model_hash}:
+            if end not in entries or entries[end].model_hash != model_hash:
+                yield f"event {i} names an entry that is missing: {end[:12]}"
+        if not _moves(event, entries):
+            yield f"event {i} is no {event.kind}: its entries do not follow each other"
         head = heads.get((model_hash, branch), model_hash if branch == "main" else event.start)
         if event.start != head:
             yield f"event {i} does not begin where branch {branch!r} was"
         heads[model_hash, branch] = event.end
         if event.report and event.report not in reports:
             yield f"report {event.report[:12]} is missing"
-        reached.update((event.start, event.end))
+        reached.update(ends)
     for digest in entries.keys() - reached:
         yield f"ledger entry {digest[:12]} is in no event: one is missing"
+
+
+def _moves(event: Event, entries: Mapping[str, Entry]) -> bool:
+    """Whether an event's ends are what its kind says; True where an entry is missing, which is told apart."""
+    if event.kind in ("branch", "measure"):
+        return event.start == event.end
+    child, parent = (event.start, event.end) if event.kind == "undo" else (event.end, event.start)
+    return child not in entries or entries[child].parent == parent
 
 
 def _event(digest: str, text: str) -> Event:
@@ -646,7 +745,7 @@ def _event(digest: str, text: str) -> Event:
     raw = json.loads(text)
     if raw["schema"] != SCHEMA or raw["kind"] not in get_args(Kind):
         raise LedgerError(f"ledger event {digest[:12]} is of a layout or kind that is not known")
-    names = ("kind", "branch", "start", "end", "author", "created", "report")
+    names = ("kind", "branch", "start", "end", "author", "created", "entry", "report")
     return Event(**{name: raw[name] for name in names}, hash=digest)
 
 
@@ -655,7 +754,7 @@ def _made_again(entry: Entry, weights: Weights) -> bool:
     if not isinstance(entry.edit, WeightEdit):
         return True
     same = all(tensor_hash(weights.value(n)) == digest for n, digest in entry.before.items())
-    entry.edit.apply(weights)
+    weights.apply(entry.edit)
     return same and all(
         tensor_hash(weights.value(n)) == digest for n, digest in entry.after.items()
     )

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from circuits.edits.activations import Erase, Patch, Resample, Set, Steer
 from circuits.edits.recipes import edited
-from circuits.edits.records import fitting
-from circuits.edits.weights import Transplant, parts_of
+from circuits.edits.records import compact, fitting
+from circuits.edits.weights import Part, Transplant, parts_of
 from circuits.models.adapter import HookedModel
 from circuits.models.sites import unit_activations
+from circuits.models.topology import INPUT
 from circuits.units import Direction, Site, Unit, Units
 
 Which = Units | Unit | str | Iterable[Unit | str]
@@ -46,7 +47,7 @@ def means(model: HookedModel, units: Which, batches: Iterable[Tensor], origin: s
         n += len(x)
     if not n:
         raise ValueError("batches hold no example")
-    made = Set(own, values=(total / n).float(), origin=origin or f"mean of {n} examples")
+    made = Set(own, values=compact(total / n), origin=origin or f"mean of {n} examples")
     return fitting(model, made)
 
 
@@ -91,13 +92,13 @@ def resample(model: HookedModel, units: Which, x: Tensor, origin: str = "") -> R
 
 def steer(direction: Direction, amount: float, at: tuple[int, ...] | None = None) -> Steer:
     """The edit that adds a direction times an amount."""
-    return Steer(direction.site, direction.vector.float(), amount=amount, at=at)
+    return Steer(direction.site, compact(direction.vector), amount=amount, at=at)
 
 
 def project_out(direction: Direction, at: tuple[int, ...] | None = None) -> Erase:
     """The edit that projects a direction out of what its site holds."""
     unit = direction.vector / direction.vector.norm()
-    return Erase(direction.site, unit[:, None].float(), origin=_clipped(str(direction)), at=at)
+    return Erase(direction.site, compact(unit[:, None]), origin=_clipped(str(direction)), at=at)
 
 
 def leace(
@@ -125,22 +126,27 @@ def leace(
     place = model.site(site)
     if "d_head" in place.axes:
         raise ValueError(f"site {place.name}: heads hold vectors, expected another site")
-    rows, kinds = [], []
-    done = 0
-    for x in batches:
-        value = model.run(x, read=[place], until=place)[place]
-        flat = unit_activations(place, value).movedim(1, 2).double()
-        rows.append(flat.flatten(0, 1))
-        some = torch.tensor(list(labels[done : done + len(x)]))
-        if len(some) != len(x):
-            break
-        kinds.append(some.repeat_interleave(flat.shape[1]))
-        done += len(x)
-    if done != len(labels) or len(kinds) != len(rows):
-        raise ValueError(f"labels: {len(labels)} for another number of examples")
-    if len(set(labels)) < 2:
+    kinds = torch.tensor(sorted(set(labels)))
+    if len(kinds) < 2:
         raise ValueError("labels are all the same: expected at least two classes")
-    return leace_of(place.name, torch.cat(rows), torch.cat(kinds), origin)
+    n, done = 0, 0
+    x_sum, z_sum, xx, xz = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+    for batch in batches:
+        some = torch.tensor(list(labels[done : done + len(batch)]))
+        done += len(batch)
+        if len(some) != len(batch):
+            break
+        value = model.run(batch, read=[place], until=place)[place]
+        rows = unit_activations(place, value).movedim(1, 2).cpu().double()
+        z = (some[:, None] == kinds).double().repeat_interleave(rows.shape[1], 0)
+        x = rows.flatten(0, 1)
+        n += len(x)
+        x_sum, z_sum, xx, xz = x_sum + x.sum(0), z_sum + z.sum(0), xx + x.T @ x, xz + x.T @ z
+    if done != len(labels):
+        raise ValueError(f"labels: {len(labels)} for another number of examples")
+    mean, shares = x_sum / n, z_sum / n
+    cov, cross = xx / n - torch.outer(mean, mean), xz / n - torch.outer(mean, shares)
+    return fitting(model, _leace(place.name, mean, cov, cross, shares, origin))
 
 
 def leace_of(
@@ -149,18 +155,30 @@ def leace_of(
     """`leace` from activations and their labels."""
     x = x.double()
     mean = x.mean(0)
-    centered = x - mean
     z = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()
-    z = z - z.mean(0)
-    cov, cross = centered.T @ centered / len(x), centered.T @ z / len(x)
+    shares = z.mean(0)
+    cov, cross = (
+        (x - mean).T @ (x - mean) / len(x),
+        (x - mean).T @ (z - shares) / len(x),
+    )
+    return _leace(site, mean, cov, cross, shares, origin)
+
+
+def _leace(
+    site: str, mean: Tensor, cov: Tensor, cross: Tensor, shares: Tensor, origin: str
+) -> Erase:
+    """From the covariance of activations, and theirs with the labels' indicators."""
     values, vectors = torch.linalg.eigh(cov)
     kept = values > values.max() * len(values) * 1e-10
     root = values[kept].sqrt()
     whiten = vectors[:, kept] / root @ vectors[:, kept].T
     unwhiten = vectors[:, kept] * root @ vectors[:, kept].T
     u, s, _ = torch.linalg.svd(whiten @ cross, full_matrices=False)
-    u = u[:, s > max(s.max().item(), 1e-300) * 1e-8]
-    return Erase(site, (unwhiten @ u).double(), (whiten @ u).double(), mean, origin or "LEACE")
+    # as large as correlations are: against the spread of the indicators
+    u = u[:, s > 1e-6 * (shares * (1 - shares)).sum().sqrt()]
+    if not u.shape[1]:
+        raise ValueError(f"labels do not go with what {site} holds: there is nothing to erase")
+    return Erase(site, unwhiten @ u, whiten @ u, mean, origin or "LEACE")
 
 
 def transplant(
@@ -192,45 +210,82 @@ def transplant(
     """
     _, own = _own(model, into)
     _, theirs = _own(donor, units)
-    hosts, donors = Units.of(list(source)), Units.of(list(source.values()))
-    there = parts_of(donor.matrices, theirs, donors, donor_layer)
+    hosts, donors = Units.of(list(source)), list(source.values())
+    wanted = Units.of(list(dict.fromkeys(donors)))
+    there = parts_of(donor.matrices, theirs, wanted, donor_layer)
     here = parts_of(model.matrices, own, hosts, layer)
     if len(there) != 1 or len(here) != 1:
         raise ValueError("units to be transplanted must be of one layer each: name it")
-    if there[0].matrix.shape[2:] != here[0].matrix.shape[2:]:
+    theirs_in, ours_in = there[0].matrix, here[0].matrix
+    if theirs_in.shape[2:] != ours_in.shape[2:]:
         raise ValueError(
-            f"kernels differ: {there[0].matrix.name} has {there[0].matrix.shape[2:]}, {here[0].matrix.name} "
-            f"has {here[0].matrix.shape[2:]}"
+            f"kernels differ: {theirs_in.name} has {theirs_in.shape[2:]}, {ours_in.name} has {ours_in.shape[2:]}"
         )
     if len(there[0].rows) != len(here[0].rows):
         raise ValueError(
             f"units: {len(there[0].rows)} of the donor for {len(here[0].rows)} of the host"
         )
-    matrix, parameters = there[0].matrix, donor.parameters
-    weights = matrix.block(parameters[matrix.weight].data, there[0].rows, there[0].columns)
-    biases = None if matrix.bias is None else parameters[matrix.bias].data[there[0].rows]
-    if here[0].matrix.bias is None:
-        biases = None
+    parts, parameters = list(batches), donor.parameters
+    between = there[0].row_factor / here[0].row_factor
+    if not bool((between == 1).all()) and not parts:
+        raise ValueError(
+            "batches: something scales the units behind the layer (batch norm): give examples to fit a gain on"
+        )
+    weights = _acting(there[0], parameters[theirs_in.weight].data, wanted, donors, here[0], hosts)
+    biases = None if theirs_in.bias is None else parameters[theirs_in.bias].data[there[0].rows]
+    biases = None if biases is None else biases.cpu() * between
+    if ours_in.bias is None and biases is not None and bool(biases.any()):
+        raise ValueError(f"layer {ours_in.name} has no bias to hold the donor's")
     made = fitting(model, Transplant(
-        own, hosts, here[0].matrix.name, weights=weights.float().cpu(),
-        biases=None if biases is None else biases.float().cpu(),
-        donor=f"{theirs} of {donor.name} ({donor.hash[:16]})",
+        own, hosts, ours_in.name, weights=compact(weights),
+        biases=None if biases is None or ours_in.bias is None else compact(biases),
+        donor=f"{theirs} of {donor.name} ({donor.intact_hash[:16]})",
     ))  # fmt: skip
-    parts = list(batches)
     if not parts:
         return made
-    place = next((e.site for e in here[0].matrix.writes if e.depth == 0), own.site)
-    end = here[0].matrix.end(place, "writes")
-    assert end is not None
+    end = next((e for e in ours_in.writes if e.depth == 0 and e.site != INPUT), None)
+    if end is None:
+        raise ValueError(
+            f"layer {ours_in.name}: no site holds what it puts out, so no gain can be fitted"
+        )
     which = end.owner[here[0].rows].tolist()
-    before = _moments(model, place, which, parts)
+    before = _moments(model, end.site, which, parts)
     with edited(model, [made]):
-        after = _moments(model, place, which, parts)
-    gain = before[1] / after[1].clamp_min(1e-12)
-    offset = before[0] - gain * after[0]
-    if here[0].matrix.bias is None:
-        return replace(made, gain=gain.float())
-    return replace(made, gain=gain.float(), offset=offset.float())
+        after = _moments(model, end.site, which, parts)
+    dead = [i for i, spread in enumerate(after[1].tolist()) if spread <= 1e-6 * before[1][i].item()]
+    if dead:
+        raise ValueError(
+            f"unit {_i_th(theirs, dead[0])} of the donor does not respond to the examples: no gain can be fitted"
+        )
+    gain = before[1] / after[1]
+    if ours_in.bias is None:  # the mean stays what the weights make it
+        return replace(made, gain=compact(gain))
+    return replace(made, gain=compact(gain), offset=compact(before[0] - gain * after[0]))
+
+
+def _i_th(units: Units, i: int) -> str:
+    """The name of the i-th of some units."""
+    return f"{units.site}:{i if units.indices is None else units.indices[i]}"
+
+
+def _acting(
+    there: Part, parameter: Tensor, wanted: Units, donors: Sequence[Unit], here: Part, hosts: Units
+) -> Tensor:
+    """The donor's weights as they act between its sites, in terms of the host's layer."""
+    block = there.effective(there.matrix.block(parameter, there.rows, there.columns)).cpu().double()
+    read = there.matrix.end(wanted.site, "reads")
+    assert read is not None
+    owner = read.owner[there.columns].tolist()
+    columns = [j for unit in donors for j, own in enumerate(owner) if own == unit.index]
+    if len(columns) != len(here.columns):
+        raise ValueError(
+            f"source: {len(here.columns)} inputs of the host for {len(columns)} of the donor"
+        )
+    factor = here.row_factor[:, None].double() * here.column_factor[None, :].double()
+    if not bool(factor.all()):
+        raise ValueError(f"units of {hosts.site} have no effect (a batch norm's weight is 0)")
+    block = block[:, columns]
+    return block / factor.reshape(*factor.shape, *(1,) * (block.ndim - 2))
 
 
 def _moments(
@@ -271,7 +326,7 @@ def _values(
                     f"position {index} must be from {-kept.shape[2]} to {kept.shape[2] - 1}"
                 )
             kept = kept.select(2, index)
-    return kept.detach().float().cpu()
+    return kept.detach().cpu()
 
 
 def _clipped(text: str) -> str:

@@ -20,6 +20,7 @@ from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import replacing, write_json
 from circuits.models.adapter import HookedModel
 from circuits.models.weights_files import BAKED
+from circuits.units import unknown
 
 SCHEMA = 2
 """Version of the recipe file's layout; layout 1 (one operator, `target` for `units`) is read too."""
@@ -103,12 +104,16 @@ class Recipe:
             raise ValueError(
                 f"recipes are for different models: {self.model_hash[:16]} and {other.model_hash[:16]}"
             )
-        note = "; ".join(n for n in (self.note, other.note) if n)
+        note, author = (
+            "; ".join(dict.fromkeys(filter(None, words)))
+            for words in ((self.note, other.note), (self.author, other.author))
+        )
         return replace(
             self,
             edits=self.edits + other.edits,
             model_hash=self.model_hash or other.model_hash,
             note=note,
+            author=author,
         )
 
     def reordered(self, model: HookedModel, order: Sequence[int]) -> Recipe:
@@ -123,9 +128,10 @@ class Recipe:
         """
         if sorted(order) != list(range(len(self.edits))):
             raise ValueError(f"order {list(order)} is not an order of {len(self.edits)} edits")
-        for place, i in enumerate(order):
-            for j in order[place + 1 :]:
-                if j < i and not commute(model, self.edits[i], self.edits[j]):
+        pairs = ((i, j) for k, i in enumerate(order) for j in order[k + 1 :] if j < i)
+        with model.steady():
+            for i, j in pairs:
+                if not commute(model, self.edits[i], self.edits[j]):
                     raise ValueError(
                         f"edits {j + 1} ({_clipped(self.edits[j])}) and {i + 1} "
                         f"({_clipped(self.edits[i])}) do not commute: their order has to stay"
@@ -164,6 +170,9 @@ class Recipe:
             raise ValueError(f"{what} has layout {schema!r}{hint}: expected 1 or {SCHEMA}")
         if len(raw["edits"]) > MOST_EDITS:
             raise ValueError(f"{what} has {len(raw['edits'])} edits: expected at most {MOST_EDITS}")
+        known = ["schema", "model_hash", "author", "note", "seed", "edits"]
+        if extra := [name for name in raw if name not in known]:
+            raise unknown(f"field of {what}", str(extra[0]), known)
         words = {k: raw.get(k, "") or "" for k in ("model_hash", "note", "author")}
         seed = raw.get("seed", 0)
         for name, value in words.items():
@@ -174,7 +183,7 @@ class Recipe:
         edits = []
         for i, edit in enumerate(raw["edits"], 1):
             try:
-                edits.append(parse_edit(edit))
+                edits.append(parse_edit(edit, schema))
             except (KeyError, ValueError) as error:
                 raise type(error)(f"edit {i} of {what}: {error.args[0]}") from None
         return cls(tuple(edits), seed=seed, **words)
@@ -203,11 +212,12 @@ class Recipe:
 def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:
     """Edits that fit a model, under its sites' own names; a bad one is named by its place."""
     found: list[Edit] = []
-    for i, edit in enumerate(edits, 1):
-        try:
-            found.append(edit.checked(model))
-        except (KeyError, ValueError) as error:
-            raise type(error)(f"edit {i}: {error.args[0]}") from None
+    with model.steady():
+        for i, edit in enumerate(edits, 1):
+            try:
+                found.append(edit.checked(model))
+            except (KeyError, ValueError) as error:
+                raise type(error)(f"edit {i}: {error.args[0]}") from None
     return tuple(found)
 
 
@@ -252,7 +262,7 @@ def rewritten(model: HookedModel, edits: Iterable[Edit]) -> dict[str, Tensor]:
         return {}
     weights = Weights(model)
     for edit in wanted:
-        edit.apply(weights)
+        weights.apply(edit)
     return weights.changed
 
 
@@ -280,7 +290,9 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
         tensors = rewritten(model, edits)
         module = copy.deepcopy(model.module)
     aliases = {alias: site.name for site in model.sites for alias in site.aliases}
-    made = HookedModel(module, model.input, f"{model.name}, edited", aliases, model.classes)
+    made = HookedModel(
+        module, model.input, f"{model.name}, edited", aliases, model.classes, model.unit_names
+    )
     for name, tensor in tensors.items():
         made.parameters[name].data.copy_(tensor)
     return made
@@ -387,9 +399,11 @@ def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, tuple[set[int],
             for n in names
             if n in shapes
         } | {n: ({0}, {0}) for n in names if n not in shapes}
-    found = {
-        p.matrix.weight: (set(p.rows.tolist()), set(p.columns.tolist())) for p in parts(matrices)
-    }
+    found: dict[str, tuple[set[int], set[int]]] = {}
+    for part in parts(matrices):
+        rows, columns = found.setdefault(part.matrix.weight, (set(), set()))
+        rows.update(part.rows.tolist())
+        columns.update(part.columns.tolist())
     return found | {n: ({0}, {0}) for n in names if n not in found}
 
 

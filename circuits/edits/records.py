@@ -10,13 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.units import Direction, Unit, Units, unknown
+from circuits.units import Direction, Unit, Units, nearest, unknown
 
 OPERATORS: dict[str, type[Edit]] = {}
 """Every operator by name."""
@@ -61,9 +63,9 @@ class Edit(ABC):
     def twin(self, model: HookedModel, others: Others) -> Edit | None:
         """The same of random other units (or of a random direction of the same norm); None if there is none."""
 
-    def own(self, model: HookedModel) -> list[Unit]:
-        """The units that its twin has others of."""
-        return []
+    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+        """The units that its twin has others of, each with the site's units that can stand in; None: all."""
+        return {}
 
     # --- to and from data ----------------------------------------------------------------------
 
@@ -112,27 +114,34 @@ def canonical(value: Any) -> str:
 
 
 class Others:
-    """Random units in the place of a recipe's, each unit's once.
+    """Random units in the place of a recipe's, the same one wherever a unit is named.
 
     Args:
         model: the model.
-        own: the units of all edits: none of them stands in for another.
+        edits: none of their units stands in for another.
         generator: draws.
     """
 
-    def __init__(self, model: HookedModel, own: Iterable[Unit], generator: Generator) -> None:
+    def __init__(self, model: HookedModel, edits: Iterable[Edit], generator: Generator) -> None:
         self.model, self.generator = model, generator
-        self._taken = set(own)
+        self._pools: dict[Unit, frozenset[int] | None] = {}
+        for edit in edits:
+            for unit, pool in edit.own(model).items():
+                before = self._pools.get(unit)
+                both = pool if before is None else before if pool is None else before & pool
+                self._pools[unit] = both
+        self._taken = set(self._pools)
         self._instead: dict[Unit, Unit] = {}
 
-    def of(self, units: Units, pool: Iterable[int] | None = None) -> Units | None:
-        """Others of the site, or of a pool of its units; None if they are too few."""
+    def of(self, units: Units) -> Units | None:
+        """Others of the site that all edits of the units can have; None if they are too few."""
         site = self.model.site(units.site)
         found = []
         for index in units.among(site):
             unit = site.unit(index)
             if unit not in self._instead:
-                among = range(site.n_units) if pool is None else pool
+                pool = self._pools[unit]
+                among = range(site.n_units) if pool is None else sorted(pool)
                 free = [u for u in map(site.unit, among) if u not in self._taken]
                 if not free:
                     return None
@@ -147,10 +156,13 @@ def twin_of(
     model: HookedModel, edits: Sequence[Edit], generator: Generator
 ) -> tuple[Edit, ...] | None:
     """The edits with each unit swapped for a random other one; None if a site has too few others."""
-    others = Others(model, (unit for edit in edits for unit in edit.own(model)), generator)
-    made = [edit.twin(model, others) for edit in edits]
-    found = tuple(edit for edit in made if edit is not None)
-    return found if len(found) == len(edits) else None
+    others, found = Others(model, edits, generator), []
+    for edit in edits:
+        made = edit.twin(model, others)
+        if made is None:
+            return None
+        found.append(made)
+    return tuple(found)
 
 
 def of_same_norm(tensor: Tensor, generator: Generator) -> Tensor:
@@ -159,8 +171,12 @@ def of_same_norm(tensor: Tensor, generator: Generator) -> Tensor:
     return (drawn * (tensor.double().norm() / drawn.norm().clamp_min(1e-300))).to(tensor.dtype)
 
 
-def parse_edit(raw: object) -> Edit:
+def parse_edit(raw: object, layout: int = 2) -> Edit:
     """Read an edit that `to_dict` wrote.
+
+    Args:
+        raw: the record.
+        layout: of the recipe that it stands in; 1 has `target` for `units`.
 
     Raises:
         KeyError: if the operator or a field is unknown.
@@ -171,8 +187,8 @@ def parse_edit(raw: object) -> Edit:
     operator = raw.get("operator")
     kind = OPERATORS.get(str(operator))
     if kind is None:
-        raise unknown("edit operator", str(operator), OPERATORS)
-    if "target" in raw and "units" in {f.name for f in fields(kind)}:  # as layout 1 had it
+        raise _unknown_operator(str(operator), OPERATORS)
+    if layout == 1 and "target" in raw:
         raw = {("units" if k == "target" else k): v for k, v in raw.items()}
     by_name = {field.name: field for field in fields(kind)}
     given = {name: value for name, value in raw.items() if name != "operator"}
@@ -183,6 +199,16 @@ def parse_edit(raw: object) -> Edit:
     if missing:
         raise ValueError(f"edit {operator!r} lacks {', '.join(missing)}")
     return kind(**{n: _read(operator, by_name[n], value) for n, value in given.items()})
+
+
+def _needed(kind: type[Edit]) -> list[str]:
+    return [f.name for f in fields(kind) if f.default is MISSING and f.name != "factor"]
+
+
+def _unknown_operator(name: str, known: Iterable[str]) -> KeyError:
+    close = nearest(name, known, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return KeyError(f"unknown edit operator {name!r}: {hint}there are {', '.join(known)}")
 
 
 def read_edit(model: HookedModel, text: str) -> Edit:
@@ -209,7 +235,7 @@ def read_edit(model: HookedModel, text: str) -> Edit:
         raw = {"operator": "scale", "factor": 0.0}
     kind = OPERATORS.get(raw["operator"])
     if kind is None:
-        raise unknown("edit operator", operator, ["zero", *OPERATORS])
+        raise _unknown_operator(operator, ["zero", *OPERATORS])
     by_name = {field.name: field for field in fields(kind)}
     for i, word in enumerate(rest):
         name, equals, value = word.partition("=")
@@ -226,7 +252,11 @@ def read_edit(model: HookedModel, text: str) -> Edit:
             continue
         if name not in by_name:
             raise unknown(f"field of edit {operator!r}", name, by_name)
+        if name in raw and (operator == "zero" or name != "operator"):
+            raise ValueError(f"edit {text!r} says twice what {name} is")
         raw[name] = _from_words(text, by_name[name], value)
+    if len(raw) == 1 + (operator == "zero"):
+        raise ValueError(f"edit {text!r} lacks {', '.join(_needed(kind)) or 'its fields'}")
     return parse_edit(raw).checked(model)
 
 
@@ -234,17 +264,61 @@ def read_edit(model: HookedModel, text: str) -> Edit:
 
 
 def _check_field(edit: Edit, field: Field[Any]) -> None:
-    value = getattr(edit, field.name)
+    """Bring a field to its type, as far as it can be, and check that numbers are finite."""
+    value = _typed(edit.operator, field, getattr(edit, field.name))
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    object.__setattr__(edit, field.name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field.name} {value} of edit {edit.operator!r} must be finite")
     if isinstance(value, Tensor):
-        if value.dtype not in _TYPES.values():
-            value = value.to(torch.float32)
-        object.__setattr__(edit, field.name, value.detach().cpu().contiguous())
         if not value.numel():
             raise ValueError(f"{field.name} of edit {edit.operator!r} holds no numbers")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{field.name} of edit {edit.operator!r} must be finite")
+
+
+def _typed(operator: object, field: Field[Any], value: Any) -> Any:
+    """A value as its field has it.
+
+    Raises:
+        ValueError: if it cannot be that.
+    """
+    kind = str(field.type)
+    if value is None and "None" in kind:
+        return None
+    try:
+        if value is None:
+            raise TypeError
+        if kind.startswith("Units"):
+            return Units.of(value)
+        if kind.startswith("Tensor"):
+            made = torch.as_tensor(value)
+            return made if made.dtype in _TYPES.values() else made.to(torch.float32)
+        if kind.startswith("float"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError
+            return float(value)
+        if kind.startswith("tuple"):
+            if any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+                raise TypeError
+            return tuple(value)
+        if not isinstance(value, {"str": str, "bool": bool}[kind]):
+            raise TypeError
+        return value
+    except (TypeError, AttributeError, OverflowError):
+        what = f"{field.name} {_short(value)} of edit {operator!r}"
+        raise ValueError(f"{what} is not {_expected(kind)}") from None
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The same numbers in float32 if that holds them."""
+    short = tensor.detach().cpu().float()
+    return (
+        short
+        if torch.equal(short.double(), tensor.detach().cpu().double())
+        else tensor.detach().cpu()
+    )
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:
@@ -266,36 +340,25 @@ def _written(value: Any) -> Any:
 
 
 def _read(operator: object, field: Field[Any], value: Any) -> Any:
+    """A field's value from JSON."""
     kind = str(field.type)
-    what = f"{field.name} {_short(value)} of edit {operator!r}"
-    if value is None and "None" in kind:
-        return None
-    try:
-        if kind.startswith("Units"):
-            if not isinstance(value, str):
-                raise TypeError
-            return Units.parse(value)
-        if kind.startswith("Tensor"):
-            return _array(value)
-        if kind.startswith("float"):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError
-            return float(value)
-        if kind.startswith("tuple"):
-            if not isinstance(value, list | tuple) or not all(
-                isinstance(i, int) and not isinstance(i, bool) for i in value
-            ):
-                raise TypeError
-            return tuple(value)
-        if not isinstance(value, {"str": str, "bool": bool}[kind.partition(" ")[0]]):
-            raise TypeError
-        return value
-    except (TypeError, OverflowError, KeyError):
+    if value is not None and kind.startswith("Units") and not isinstance(value, str):
         raise ValueError(
-            f"{what} is not {_EXPECTED[kind.partition(' ')[0].partition('[')[0]]}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+            f"{field.name} {_short(value)} of edit {operator!r} is not {_expected(kind)}"
+        )
+    if value is not None and kind.startswith("Tensor"):
+        try:
+            value = _array(value)
+        except TypeError:
+            what = f"{field.name} {_short(value)} of edit {operator!r}"
+            raise ValueError(f"{what} is not {_expected(kind)}") from None
+        except ValueError as error:
+            raise ValueError(f"{field.name} of edit {operator!r}: {error}") from None
+    return _typed(operator, field, value)
+
+
+def _expected(kind: str) -> str:
+    return _EXPECTED[re.split(r"[ \[]", kind)[0]]
 
 
 _EXPECTED = {
@@ -310,20 +373,30 @@ _EXPECTED = {
 
 def _array(value: Any) -> Tensor:
     if isinstance(value, Mapping):
-        if set(value) != {"dtype", "shape", "base64"} or value["dtype"] not in _TYPES:
-            raise ValueError("expected dtype (float32 or float64), shape and base64")
-        kind = _TYPES[value["dtype"]]
-        data = bytearray(base64.b64decode(value["base64"], validate=True))
-        shape = tuple(int(n) for n in value["shape"])
-        if math.prod(shape) * kind.itemsize != len(data) or not data or min(shape, default=1) < 0:
-            raise ValueError(f"{len(data)} bytes do not fill shape {shape}")
-        return torch.frombuffer(data, dtype=kind).reshape(shape)
-    made = (
-        torch.tensor(value, dtype=torch.float64) if isinstance(value, list | int | float) else None
-    )
-    if made is None or isinstance(value, bool):
+        return _from_bytes(value)
+    if isinstance(value, bool) or not isinstance(value, list | int | float):
         raise TypeError
-    return made.float()
+    try:
+        return torch.tensor(value, dtype=torch.float64).float()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"{_short(value)} is not an array of finite numbers, all rows alike"
+        ) from None
+
+
+def _from_bytes(value: Mapping[str, Any]) -> Tensor:
+    if set(value) != {"dtype", "shape", "base64"} or value["dtype"] not in _TYPES:
+        raise ValueError("expected dtype (float32 or float64), shape and base64")
+    kind, shape = _TYPES[value["dtype"]], value["shape"]
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape {_short(shape)} is not a list of whole numbers")
+    try:
+        data = bytearray(base64.b64decode(value["base64"], validate=True))
+    except (TypeError, ValueError):
+        raise ValueError(f"base64 {_short(value['base64'])} cannot be read") from None
+    if not data or math.prod(shape) * kind.itemsize != len(data):
+        raise ValueError(f"{len(data)} bytes do not fill shape {shape}")
+    return torch.frombuffer(data, dtype=kind).reshape(shape)
 
 
 def _from_words(text: str, field: Field[Any], value: str) -> Any:
@@ -342,18 +415,23 @@ def _from_words(text: str, field: Field[Any], value: str) -> Any:
                 else [float(v) for v in value.split(",")]
             )
     except (ValueError, KeyError):
-        what = _EXPECTED[kind.partition(" ")[0].partition("[")[0]]
-        raise ValueError(f"edit {text!r}: {field.name} {value!r} is not {what}") from None
+        if value.startswith("@"):
+            raise
+        raise ValueError(
+            f"edit {text!r}: {field.name} {value!r} is not {_expected(kind)}"
+        ) from None
     return value
 
 
 def _from_file(path: str) -> Any:
-    if path.endswith(".npy"):
-        import numpy as np
-
-        return _written(torch.from_numpy(np.load(path, allow_pickle=False)).float())
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
+    try:
+        if path.endswith(".npy"):
+            return _written(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+        return json.loads(Path(path).read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
 
 
 def _in_words(value: Any) -> str:

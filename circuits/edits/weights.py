@@ -7,7 +7,9 @@ A connection is named by its units at both ends: `into` (units of a site that th
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,39 +20,63 @@ from circuits.edits.activations import check_projection, random_basis
 from circuits.edits.records import Edit, Others, of_same_norm
 from circuits.models.adapter import HookedModel
 from circuits.models.matrices import End, WeightMatrix
-from circuits.units import Unit, Units, unknown
+from circuits.models.topology import INPUT
+from circuits.units import Unit, Units, nearest, unknown
 
 
 class Weights:
-    """A model's parameters with edits made; the model's own are copied before the first change.
+    """A model's parameters with edits made; no tensor that was given is written to.
 
     Args:
-        model: the model.
+        model: the model, whose parameters are taken as they are in force.
         tensors: parameters that are already changed, by name.
     """
 
-    def __init__(self, model: HookedModel, tensors: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, model: HookedModel, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self.matrices = model.matrices
-        self.changed = dict(tensors or {})
-        self._own = {name: p.data for name, p in model.parameters.items()}
+        self._given = {name: p.data for name, p in model.parameters.items()} | dict(tensors or {})
+        self._before = dict(tensors or {})
+        self._own: dict[str, Tensor] = {}
+
+    @cached_property
+    def matrices(self) -> Sequence[WeightMatrix]:
+        """The model's."""
+        return self.model.matrices
+
+    @property
+    def changed(self) -> dict[str, Tensor]:
+        """The parameters that are not the model's own, by name."""
+        return self._before | self._own
 
     def value(self, name: str) -> Tensor:
         """A parameter as it is now; not to be written to."""
-        return self.changed[name] if name in self.changed else self._own[name]
+        return self._own[name] if name in self._own else self._given[name]
 
     def writable(self, name: str) -> Tensor:
         """A parameter's copy, to write to."""
-        if name not in self.changed:
-            self.changed[name] = self._own[name].clone()
-        return self.changed[name]
+        if name not in self._own:
+            self._own[name] = self._given[name].clone()
+        return self._own[name]
+
+    def apply(self, edit: WeightEdit) -> None:
+        """Make an edit.
+
+        Raises:
+            ValueError: if a parameter is then no longer finite; what was changed is of no use then.
+        """
+        edit.apply(self)
+        for name in dict.fromkeys(edit.parameters(self.matrices)):
+            if not bool(torch.isfinite(self.value(name)).all()) and bool(
+                torch.isfinite(self._given[name]).all()
+            ):
+                raise ValueError(f"edit '{edit}' gives numbers in {name} that are not finite")
 
 
 class WeightEdit(Edit):
     """An edit of parameters."""
 
     @abstractmethod
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         """The names of the parameters that it may change."""
 
     @abstractmethod
@@ -74,7 +100,7 @@ class Part:
         return block * factor.reshape(*factor.shape, *(1,) * (block.ndim - 2)).to(block)
 
 
-def layer_named(matrices: tuple[WeightMatrix, ...], name: str) -> WeightMatrix:
+def layer_named(matrices: Sequence[WeightMatrix], name: str) -> WeightMatrix:
     """The matrix of a layer.
 
     Raises:
@@ -82,12 +108,14 @@ def layer_named(matrices: tuple[WeightMatrix, ...], name: str) -> WeightMatrix:
     """
     found = next((m for m in matrices if m.name == name), None)
     if found is None:
-        raise unknown("layer with weights", name, [m.name for m in matrices])
+        names = [m.name for m in matrices]
+        listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+        raise KeyError(f"{unknown('layer with weights', name, names).args[0]} (there are {listed})")
     return found
 
 
 def parts_of(
-    matrices: tuple[WeightMatrix, ...], into: Units | None, source: Units | None, layer: str
+    matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
 ) -> list[Part]:
     """The weights between units.
 
@@ -106,20 +134,51 @@ def parts_of(
             continue
         rows, row_factor = _of(written, into, matrix.shape[0])
         columns, column_factor = _of(read, source, matrix.shape[1])
-        if len(rows) and len(columns):
+        if len(rows) and len(columns) and bool(matrix.there(rows, columns).any()):
             found.append(Part(matrix, rows, columns, row_factor, column_factor))
-    names = [part.matrix.name for part in found]
     if not found:
-        ends = f"{f' into {into}' if into else ''}{f' from {source}' if source else ''}"
-        raise ValueError(f"no weights {'of ' + layer if layer else 'of one layer'} lead{ends}")
-    if into is not None and not layer:
-        written = [part.matrix.end(into.site, "writes") for part in found]
-        owners = [
-            set(end.owner[p.rows].tolist()) for end, p in zip(written, found, strict=True) if end
-        ]
-        if sum(map(len, owners)) > len(set().union(*owners)):
-            raise ValueError(f"several layers write {into}: name one as layer: {', '.join(names)}")
+        raise ValueError(_nothing(matrices, into, source, layer))
+    for units, side in ((into, "writes"), (source, "reads")):
+        if units is not None:
+            _check_covered(found, units, side, alone=side == "writes" and not layer)
+    if into is None:  # a parameter that several layers share is changed once
+        found = list({part.matrix.weight: part for part in found}.values())
     return found
+
+
+def _nothing(
+    matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
+) -> str:
+    """Why nothing was found, and what there is."""
+    ends = f"{f' into {into}' if into else ''}{f' from {source}' if source else ''}"
+    text = f"no weights{' of ' + layer if layer else ''} lead{ends}"
+    for units, side in ((into, "writes"), (source, "reads")):
+        if units is None or any(m.end(units.site, side) for m in matrices):
+            continue
+        sites = [end.site for m in matrices for end in getattr(m, side)]
+        near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
+        return (
+            f"{text}: no layer {side} {units.site} (weights that are computed from others are not followed); "
+            f"layers have what {side} {near}"
+        )
+    return f"{text} directly"
+
+
+def _check_covered(parts: Sequence[Part], units: Units, side: str, alone: bool) -> None:
+    """Raise ValueError if a unit has no weights here, or (`alone`) several layers' weights."""
+    seen: dict[int, list[str]] = {}
+    for part in parts:
+        end = part.matrix.end(units.site, side)
+        assert end is not None
+        which = part.rows if side == "writes" else part.columns
+        for unit in end.owner[which].unique().tolist():
+            seen.setdefault(unit, []).append(part.matrix.name)
+    if units.indices is not None and (missing := [i for i in units.indices if i not in seen]):
+        known = ", ".join(part.matrix.name for part in parts)
+        raise ValueError(f"unit {units.site}:{missing[0]} has no weights here (layers: {known})")
+    if alone and any(len(names) > 1 for names in seen.values()):
+        names = next(names for names in seen.values() if len(names) > 1)
+        raise ValueError(f"several layers write {units}: name one as layer: {', '.join(names)}")
 
 
 def _of(end: End | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
@@ -153,8 +212,8 @@ class ConnectionEdit(WeightEdit):
             units: Units | None = getattr(self, name)
             if units is None:
                 continue
-            if name == "source" and units.site == "input":
-                n = model.n_units("input")
+            if name == "source" and units.site == INPUT:
+                n = model.n_units(INPUT)
                 if units.indices is not None and max(units.indices) >= n:
                     raise ValueError(
                         f"unit input:{max(units.indices)} does not exist: there are {n}"
@@ -164,40 +223,70 @@ class ConnectionEdit(WeightEdit):
             units.among(site)
             ends[name] = Units(site.name, units.indices)
         own = replace(self, **ends)
-        own._check_parts(own.parts(model.matrices))
+        parts = own.parts(model.matrices)
+        for part in parts:
+            if part.matrix.tied and not own.layer:
+                shared = ", ".join(part.matrix.tied)
+                raise ValueError(
+                    f"weights of {part.matrix.name} are those of {shared} too: name layer={part.matrix.name} "
+                    "to change all of them"
+                )
+        own._check_parts(parts)
         return own
 
     def _check_parts(self, parts: list[Part]) -> None:
         """Raise ValueError if arrays do not fit."""
 
-    def parts(self, matrices: tuple[WeightMatrix, ...]) -> list[Part]:
+    def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
         """The weights that the edit is about."""
         return parts_of(matrices, self.into, self.source, self.layer)
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         return [part.matrix.weight for part in self.parts(matrices)]
 
     def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        name, units, pool = self._end(model)
-        instead = others.of(units, pool)
-        return None if instead is None else replace(self, **{name: instead}).checked(model)
+        name, units = self._end()
+        instead = None if units.site == INPUT else others.of(units)
+        if instead is None:
+            return None
+        try:
+            return replace(self, **{name: instead}).checked(model)
+        except ValueError:  # units that together have not the weights that these have
+            return None
 
-    def own(self, model: HookedModel) -> list[Unit]:
-        _, units, _ = self._end(model)
-        if units.site == "input":
-            return []
+    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+        name, units = self._end()
+        if units.site == INPUT:
+            return {}
         site = model.site(units.site)
-        return [site.unit(i) for i in units.among(site)]
+        side: Literal["reads", "writes"] = "writes" if name == "into" else "reads"
+        found: dict[Unit, frozenset[int] | None] = {}
+        for part in self.parts(model.matrices):
+            end = part.matrix.end(units.site, side)
+            assert end is not None
+            pool = frozenset(i for i in range(site.n_units) if self._like(part, end, side, i))
+            which = part.rows if side == "writes" else part.columns
+            for index in end.owner[which].unique().tolist():
+                before = found.get(site.unit(index))
+                found[site.unit(index)] = pool if before is None else pool & before
+        return found
 
-    def _end(self, model: HookedModel) -> tuple[str, Units, list[int]]:
-        """The end whose units a twin swaps, and the units of the same layers that may stand in."""
-        name: Literal["into", "source"] = "source" if self.into is None else "into"
-        units = self.source if self.into is None else self.into
-        assert units is not None
-        side = "reads" if self.into is None else "writes"
-        ends = [part.matrix.end(units.site, side) for part in self.parts(model.matrices)]
-        owners = torch.cat([end.owner for end in ends if end is not None])
-        return name, units, owners[owners >= 0].unique().tolist()
+    def _like(self, part: Part, end: End, side: str, unit: int) -> bool:
+        """Whether a unit has weights at the other end, where that is named."""
+        which = end.of((unit,))
+        if not len(which):
+            return False
+        if self.into is None or self.source is None:
+            return True
+        rows, columns = (which, part.columns) if side == "writes" else (part.rows, which)
+        return part.matrix.groups == 1 or bool(part.matrix.there(rows, columns).all())
+
+    def _end(self) -> tuple[Literal["into", "source"], Units]:
+        """The end whose units a twin swaps."""
+        if self.into is not None:
+            return "into", self.into
+        assert self.source is not None
+        return "source", self.source
 
     def apply(self, weights: Weights) -> None:
         for part in self.parts(weights.matrices):
@@ -233,7 +322,7 @@ class ScaleWeights(
     def new(self, part: Part, block: Tensor) -> Tensor:
         return torch.zeros_like(block) if self.factor == 0 else block * self.factor
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         biases = [p.matrix.bias for p in self.parts(matrices) if self.bias and p.matrix.bias]
         return super().parameters(matrices) + biases
 
@@ -278,24 +367,32 @@ class FilterWeights(
 class KeepWeights(
     ConnectionEdit, operator="keep_weights", about="Keep only what comes from some units."
 ):
-    """Keep only the weights that come from `source`, a family say, and remove all others into `into`."""
+    """Keep only the weights that come from `source`, a family say, and remove all others into `into`.
+
+    Of every layer that writes these units, or of the one that is named. Biases stay.
+    """
 
     def _check_values(self) -> None:
         if self.into is None or self.source is None:
             raise ValueError("edit 'keep_weights' needs both into and source")
 
+    def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
+        parts_of(
+            matrices, self.into, None, self.layer
+        )  # raises where several layers write the units
+        return parts_of(matrices, self.into, self.source, self.layer)
+
     def apply(self, weights: Weights) -> None:
         for part in self.parts(weights.matrices):
             parameter, matrix = weights.writable(part.matrix.weight), part.matrix
-            every = torch.arange(matrix.shape[1])
             kept = matrix.block(parameter, part.rows, part.columns)
-            matrix.put(
-                parameter,
-                part.rows,
-                every,
-                torch.zeros_like(matrix.block(parameter, part.rows, every)),
-            )
+            _clear(matrix, parameter, part.rows)
             matrix.put(parameter, part.rows, part.columns, kept)
+
+
+def _clear(matrix: WeightMatrix, parameter: Tensor, rows: Tensor) -> None:
+    """Set whole rows to 0."""
+    matrix.view(parameter)[rows] = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,7 +442,7 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
     def new(self, part: Part, block: Tensor) -> Tensor:
         return self._shaped(part)
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         more = [
             p.matrix.bias for p in self.parts(matrices) if p.matrix.bias and self.bias is not None
         ]
@@ -399,7 +496,7 @@ def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
     x = (torch.arange(width) - (width - 1) / 2).double()[None, :]
     back_x = x * angle.cos() - y * angle.sin() + (width - 1) / 2
     back_y = x * angle.sin() + y * angle.cos() + (height - 1) / 2
-    padded = F.pad(kernels.double().reshape(-1, height, width), (1, 1, 1, 1))
+    padded = F.pad(kernels.cpu().double().reshape(-1, height, width), (1, 1, 1, 1))
     found = torch.zeros(len(padded), height, width, dtype=torch.float64)
     left, top = back_x.floor(), back_y.floor()
     for dy in (0, 1):
@@ -408,7 +505,7 @@ def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
             column = (left + dx + 1).clamp(0, width + 1).long()
             row = (top + dy + 1).clamp(0, height + 1).long()
             found += padded[:, row, column] * share
-    return found.reshape(kernels.shape).to(kernels.dtype)
+    return found.reshape(kernels.shape).to(kernels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -459,7 +556,7 @@ class Transplant(
             if name != "gain" and array is not None and part.matrix.bias is None:
                 raise ValueError(f"{name}: layer {part.matrix.name} has no bias")
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         more = [p.matrix.bias for p in self.parts(matrices) if p.matrix.bias]
         return super().parameters(matrices) + more
 
@@ -489,7 +586,7 @@ class LayerEdit(WeightEdit):
 
     layer: str
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         return [layer_named(matrices, self.layer).weight]
 
 
@@ -539,6 +636,14 @@ class LowRank(
         parameter = weights.writable(matrix.weight)
         view = matrix.view(parameter)
         view += _outer(self.left, self.right, view.shape).to(view)
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """The sum over the first axis, one after the other: the same bits whatever the machine."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
 
 
 def _outer(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -602,7 +707,7 @@ class Associate(
     def _reach(self) -> Tensor:
         """a: how much of the dual direction the key has, at each place of the kernel."""
         key, dual = self.key.double(), self.dual.double()
-        return (key * dual.reshape(-1, *(1,) * (key.ndim - 1))).sum(0)
+        return _summed(key * dual.reshape(-1, *(1,) * (key.ndim - 1)))
 
     def twin(self, model: HookedModel, others: Others) -> Edit | None:
         """A random answer, as far from what the layer puts out now as `value` is."""
@@ -616,7 +721,7 @@ class Associate(
     def _missing(self, weights: Weights) -> Tensor:
         matrix = layer_named(weights.matrices, self.layer)
         view = matrix.view(weights.value(matrix.weight)).double().cpu()
-        now = (view * self.key.double()[None]).flatten(1).sum(1)
+        now = _summed((view * self.key.double()[None]).flatten(1).T)
         if matrix.bias is not None:
             now = now + weights.value(matrix.bias).double().cpu()
         return self.value.double() - now
@@ -625,7 +730,9 @@ class Associate(
         matrix = layer_named(weights.matrices, self.layer)
         reach, missing = self._reach(), self._missing(weights)
         direction = (
-            self.dual.double().reshape(-1, *(1,) * reach.ndim) * reach[None] / reach.square().sum()
+            self.dual.double().reshape(-1, *(1,) * reach.ndim)
+            * reach[None]
+            / _summed(reach.square().reshape(-1))
         )
         view = matrix.view(weights.writable(matrix.weight))
         rows = missing.reshape(-1, *(1,) * direction.ndim)
@@ -675,7 +782,7 @@ class EraseWeights(
     def twin(self, model: HookedModel, others: Others) -> Edit | None:
         return replace(self, basis=random_basis(self.basis, others.generator), dual=None)
 
-    def parameters(self, matrices: tuple[WeightMatrix, ...]) -> list[str]:
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         matrix = layer_named(matrices, self.layer)
         return [matrix.weight, *([matrix.bias] if matrix.bias else [])]
 
@@ -695,6 +802,6 @@ class EraseWeights(
         """U V^T x over the first axis, a rank at a time: in one order whatever the machine."""
         total = torch.zeros_like(x)
         for u, v in zip(basis.T, dual.T, strict=True):
-            along = (v.reshape(-1, *(1,) * (x.ndim - 1)) * x).sum(0)
+            along = _summed(v.reshape(-1, *(1,) * (x.ndim - 1)) * x)
             total += u.reshape(-1, *(1,) * (x.ndim - 1)) * along[None]
         return total

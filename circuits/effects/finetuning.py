@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.answers import answers, check_answer
 from circuits.models.matrices import parameter_names
 from circuits.models.sites import main_output
 
@@ -62,8 +62,12 @@ def fine_tune(
     missing = [name for name in names if name not in own]
     if missing:
         raise KeyError(f"no parameter {missing[0]!r} of {model.name}")
-    if not 0 <= target < model.logits(x[:1]).shape[-1]:
-        raise ValueError(f"target {target} must be from 0 to {model.logits(x[:1]).shape[-1] - 1}")
+    check_answer(model, target)
+    if steps < 0 or not 0 < enough <= 1 or learning_rate <= 0:
+        raise ValueError(
+            f"steps {steps}, enough {enough}, learning_rate {learning_rate}: expected steps of 0 or more, enough in "
+            "(0, 1], and a positive rate"
+        )
     with model.lock:
         module = copy.deepcopy(model.module).eval()
     theirs = parameter_names(module)
@@ -75,8 +79,7 @@ def fine_tune(
     with torch.enable_grad():
         for step in range(steps + 1):
             logits = main_output(module(inputs.clone()))
-            last = logits[:, -1] if isinstance(model.input, TokenInput) else logits
-            log_p = last.log_softmax(-1)[:, target]
+            log_p = answers(model, logits).log_softmax(-1)[:, target]
             reached = log_p.exp().min().item()
             if reached >= enough or step == steps:
                 break

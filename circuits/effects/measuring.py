@@ -12,7 +12,9 @@ from circuits.attribution.counting import (
     Counted,
     checked_labels,
     class_changes,
+    interval,
     labels_of,
+    p_value,
 )
 from circuits.attribution.targets import Aim, Target, as_target, output_site
 from circuits.edits.activations import ActivationEdit
@@ -28,8 +30,6 @@ from circuits.tuning.radial import RadialTuning, radial_tuning
 from circuits.units import Site, Unit
 
 Progress = Callable[[int, int], object]
-
-_RESAMPLES = 1000
 
 
 def measure(
@@ -99,7 +99,7 @@ def measure(
         run.add(x, whole=True)
     effects = _Effects(len(twins), seed)
     classes = class_changes(model, labels, run.right)
-    on_target = {name: effects.of(run.numbers[f"target {i}"]) for i, name in enumerate(names)}
+    on_target = effects.targets(run, names)
     measures = {k: effects.of(v) for k, v in run.numbers.items() if " " not in k}
     others = {
         k.partition(" ")[2]: effects.of(v)
@@ -110,7 +110,7 @@ def measure(
     run.numbers = {}
     for x in more:
         run.add(x, whole=False)
-    general = {n: effects.of(run.numbers[f"target {i}"]) for i, n in enumerate(names) if more}
+    general = effects.targets(run, names)
     curves = _tuning(model, variants, len(twins), tuning, seed)
     restored = model.hash == model_hash and torch.equal(model.logits(parts[0][:1]), first)
     return EditReport(
@@ -202,6 +202,8 @@ class _Run:
             value = cache[aim.site.name]
             examples = torch.arange(len(value), device=value.device)
             found[f"target {i}"] = aim.value(value, examples).double().cpu().numpy()
+            if aim.site == end and aim.target.against is None:
+                found[f"first {i}"] = self._first(aim, value)
         for site in watched:
             rest = [i for i in range(site.n_units) if i not in own.get(site.name, set())]
             if rest:
@@ -212,6 +214,14 @@ class _Run:
                 share = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)
                 found[f"others {site.name}"] = share.cpu().numpy()
         return found
+
+    @staticmethod
+    def _first(aim: Aim, value: Tensor) -> np.ndarray:
+        """Whether the target is the first choice, an example."""
+        units = unit_activations(aim.site, value)
+        rows = torch.arange(len(units), device=units.device)
+        choice = units[rows, :, aim.places].argmax(1)
+        return (choice == aim.indices.to(choice)).double().cpu().numpy()
 
 
 def _edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int]]:
@@ -245,6 +255,15 @@ class _Effects:
     def __init__(self, n_twins: int, seed: int) -> None:
         self.n_twins, self.generator = n_twins, np.random.default_rng(seed)
 
+    def targets(self, run: _Run, names: Sequence[str]) -> dict[str, Effect]:
+        """Each target's number, and of an output whether it is the first choice."""
+        found = {}
+        for i, name in enumerate(names):
+            for key, label in ((f"target {i}", name), (f"first {i}", f"{name} is first choice")):
+                if key in run.numbers:
+                    found[label] = self.of(run.numbers[key])
+        return found
+
     def of(self, parts: Sequence[np.ndarray]) -> Effect:
         """Of batches' numbers, each variant x example."""
         numbers = np.concatenate(parts, 1)
@@ -254,15 +273,13 @@ class _Effects:
         if not n:
             nan = float("nan")
             return Effect(nan, nan, nan, nan, nan, (), (), nan)
-        weights = self.generator.multinomial(n, np.full(n, 1 / n), _RESAMPLES) / n
-        low, high = np.quantile(weights @ change[0], [0.025, 0.975])
+        low, high = interval(change[0], self.generator)
         means = change.mean(1)
         random, noise = means[1 : 1 + self.n_twins], means[1 + self.n_twins :]
-        beside = random if len(random) else noise
-        at_least = int((np.abs(beside) >= abs(means[0])).sum())
         return Effect(
-            float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), float(low), float(high),
-            tuple(random.tolist()), tuple(noise.tolist()), (1 + at_least) / (1 + len(beside)),
+            float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), low, high,
+            tuple(random.tolist()), tuple(noise.tolist()),
+            p_value(means[0], random if len(random) else noise),
         )  # fmt: skip
 
 

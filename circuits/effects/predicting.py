@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
+from circuits.models.answers import answer_name, outputs_last
 from circuits.models.inputs import TokenInput
 
 
@@ -42,22 +43,10 @@ def predictions(
     """
     if len(inputs) != 1:
         raise ValueError(f"inputs hold {len(inputs)} examples: expected one")
-    logits = outputs_last(model, model.logits(inputs))[0]
+    probabilities = outputs_last(model, model.logits(inputs))[0].softmax(-1)
     if isinstance(model.input, TokenInput):
-        logits = logits[-1]
+        probabilities = probabilities[-1]
     # of a map of predictions the mean over places
-    probabilities = logits.softmax(-1).reshape(-1, logits.shape[-1]).mean(0)
+    probabilities = probabilities.reshape(-1, probabilities.shape[-1]).mean(0)
     chosen = probabilities.topk(min(top, len(probabilities))).indices.tolist() if of is None else of
-    return [Prediction(i, _output_name(model, i), probabilities[i].item()) for i in chosen]
-
-
-def outputs_last(model: HookedModel, logits: Tensor) -> Tensor:
-    """Logits with the axis of classes or tokens last, whatever their layout."""
-    site = next((s for s in reversed(model.sites) if s.kind == "logit"), None)
-    return logits if site is None else logits.movedim(site.unit_axis, -1)
-
-
-def _output_name(model: HookedModel, index: int) -> str:
-    if isinstance(model.input, TokenInput):
-        return model.input.word(index)
-    return model.classes[index] if model.classes else f"output {index}"
+    return [Prediction(i, answer_name(model, i), probabilities[i].item()) for i in chosen]

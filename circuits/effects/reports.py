@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from circuits.attribution.counting import ClassChange
 from circuits.edits.recipes import Recipe
+from circuits.files import finite
 from circuits.tuning.measures import TuningMeasures
 from circuits.units import Unit
 
@@ -96,12 +97,14 @@ class EditReport:
 
     Attributes:
         recipe: what was done.
-        targets: on target, by what was asked for: a logit, a unit's response, a probability.
+        targets: on target, by what was asked for: a logit, a unit's response, a probability; of an output also
+            whether it is the first choice (reliability, in the words of the editing literature).
         generalisation: the same on other examples of the same thing (empty if none were given).
         measures: off target: `kl` from the intact prediction (nats), `top1_changed`, `logit` (of the intact
             first choice), and with labels `top1`, `top5`, `loss` (of labels, or of next tokens).
-        others: how much the other units of each edited site change: root of the sum of squares over units and
-            positions, over that of their activations.
+        others: how much the units of each edited site change that the edits are not about (all, where an edit is
+            about a direction or a layer): root of the sum of squares over units and positions, over that of
+            their activations.
         classes: classes whose accuracy changed, most first.
         tuning: units' tuning before and after.
         norms: how large the change is.
@@ -138,11 +141,12 @@ class EditReport:
         return 1.0 - self.measures["top1_changed"].change
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dictionary."""
+        """As a plain dictionary; None for what is not finite."""
         groups = ("targets", "generalisation", "measures", "others")
-        return asdict(self) | {
+        whole = asdict(replace(self, tuning=())) | {
             "recipe": self.recipe.to_dict(),
             "locality": self.locality,
             **{name: {k: asdict(v) for k, v in getattr(self, name).items()} for name in groups},
             "tuning": [t.to_dict() for t in self.tuning],
         }
+        return finite(whole)

@@ -104,6 +104,8 @@ class HookedModel:
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
         self._interventions = 0
         self._suspended = False
+        self._steady = 0
+        self._held: tuple[WeightMatrix, ...] | None = None  # while `steady`
         self._replaced: dict[
             int, Tensor
         ] = {}  # own tensors, by where those are that stand in for them
@@ -264,6 +266,8 @@ class HookedModel:
     def rewriting(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Hold other tensors in the place of parameters inside the block; the own ones are not touched.
 
+        A gradient must be taken in the same block as its forward pass.
+
         Args:
             tensors: by the parameters' names in the state dict, of their shape and type.
 
@@ -301,7 +305,7 @@ class HookedModel:
 
     @property
     def edited(self) -> bool:
-        """Whether changes are in force in this thread of work (see `intervening`)."""
+        """Whether changes are in force (see `intervening`, `rewriting`); waits for another thread's to end."""
         with self.lock:
             return self._interventions > 0
 
@@ -360,14 +364,42 @@ class HookedModel:
             ValueError: if the model takes tokens and is no bridge.
         """
         with self.lock:
+            if self._held is not None:
+                return self._held
             key = self.intact_hash
             if self._matrices is None or self._matrices[0] != key:
-                self._suspended, before = True, self._suspended
-                try:
+                with self._outside():
                     self._matrices = key, self._find_matrices()
-                finally:
-                    self._suspended = before
+            if self._steady:
+                self._held = self._matrices[1]
             return self._matrices[1]
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """A block in which the model's own weights do not change: `matrices` looks once only."""
+        with self.lock:
+            self._steady += 1
+            try:
+                yield
+            finally:
+                self._steady -= 1
+                if not self._steady:
+                    self._held = None
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """The model as it is without the edits that are in force."""
+        own = list(self.module.parameters())
+        inside = [p.data for p in own]
+        suspended, self._suspended = self._suspended, True
+        try:
+            for p in own:
+                p.data = self._replaced.get(p.data_ptr(), p.data)
+            yield
+        finally:
+            for p, data in zip(own, inside, strict=True):
+                p.data = data
+            self._suspended = suspended
 
     def _find_matrices(self) -> tuple[WeightMatrix, ...]:
         if not is_bridge(self.module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +57,7 @@ class WeightMatrix:
         shape: rows, columns (of all groups), and the axes of the kernel.
         groups: of a grouped convolution: a row has the columns of its own group only.
         transposed: the parameter is stored columns first.
+        tied: other names of the same parameter, and layers that share it: an edit changes them too.
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
     """
@@ -67,6 +70,7 @@ class WeightMatrix:
     transposed: bool = False
     reads: tuple[End, ...] = ()
     writes: tuple[End, ...] = ()
+    tied: tuple[str, ...] = ()
 
     def end(self, site: str, side: str) -> End | None:
         """The end at a site, on the side `reads` or `writes`; None if there is none."""
@@ -145,7 +149,13 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
             layer.name, name, None if bias is None else by_parameter.get(id(bias)), shape, groups, False,
             _joined(before.reads if before else (), reads), _joined(before.writes if before else (), writes),
         )  # fmt: skip
-    return list(found.values())
+    shared = {
+        m.weight: [o.name for o in found.values() if o.weight == m.weight] for m in found.values()
+    }
+    return [
+        replace(m, tied=tuple(name for name in shared[m.weight] if name != m.name))
+        for m in found.values()
+    ]
 
 
 def _groups(layer: nn.Module) -> int:
@@ -195,7 +205,8 @@ def matrices_of_sites(
 ) -> list[WeightMatrix]:
     """The matrices of linear modules whose input or output is, number for number, what a site holds.
 
-    For transformers: what lies between sites there (normalisation, attention) is not followed.
+    For transformers: what lies between sites there (normalisation, attention) is not followed. Numbers are
+    compared while all parameters are random, so that none agree by being zero, say.
 
     Args:
         module: the model.
@@ -220,7 +231,12 @@ def matrices_of_sites(
 
     handles = [m.register_forward_hook(note) for m in linear]
     try:
-        with evaluating(module), torch.no_grad(), record(module, taps) as found:
+        with (
+            _random_weights(module),
+            evaluating(module),
+            torch.no_grad(),
+            record(module, taps) as found,
+        ):
             forward()
     finally:
         for handle in handles:
@@ -237,15 +253,65 @@ def matrices_of_sites(
             e for s in sites for e in _same(s, found.get(s.name), [c.output for c in kind.seen])
         ]
         name = by_parameter[id(weight)]
+        own, tied = _names_of(module, m, weight)
         made.append(
             WeightMatrix(
-                name.removesuffix(".weight"), name,
-                by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
-                shape, 1, kind.transposed, tuple(reversed(reads)), tuple(writes),
+                own, name, by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
+                shape, 1, kind.transposed, tuple(reversed(reads)), tuple(writes), tied,
             )
         )  # fmt: skip
     order = {name: i for i, name in enumerate(names)}
-    return sorted(made, key=lambda matrix: order[matrix.weight])
+    made.sort(key=lambda matrix: order[matrix.weight])
+    return [_without_foreign(matrix, [m.name for m in made]) for matrix in made]
+
+
+def _without_foreign(matrix: WeightMatrix, names: Sequence[str]) -> WeightMatrix:
+    """A matrix without the sites that are inside another layer: those hold what that one alone gets."""
+
+    def own(end: End) -> bool:
+        inside = [name for name in names if end.site.startswith(f"{name}.")]
+        return not inside or matrix.name in inside
+
+    reads, writes = (tuple(filter(own, ends)) for ends in (matrix.reads, matrix.writes))
+    return replace(matrix, reads=reads, writes=writes)
+
+
+@contextmanager
+def _random_weights(module: nn.Module) -> Iterator[None]:
+    """All parameters random inside the block; the own ones are not written to."""
+    generator = torch.Generator().manual_seed(0)
+    own = list(module.parameters())
+    before = [p.data for p in own]
+    try:
+        for p in own:
+            if p.is_floating_point():
+                drawn = (
+                    torch.randn(p.shape, generator=generator)
+                    / max(1, p.shape[-1] if p.ndim else 1) ** 0.5
+                )
+                p.data = drawn.to(p.data)
+        yield
+    finally:
+        for p, data in zip(own, before, strict=True):
+            p.data = data
+
+
+def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, tuple[str, ...]]:
+    """A layer's name in the state dict, and the names of others that share its weight."""
+    names = [
+        name.removesuffix(".weight")
+        for name, tensor in root.state_dict().items()
+        if isinstance(tensor, Tensor)
+        and (tensor.data_ptr(), tensor.shape) == (weight.data_ptr(), weight.shape)
+    ]
+    for name in names:
+        try:
+            part = operator.attrgetter(name)(root)
+        except AttributeError:
+            continue
+        if isinstance(part, nn.Module) and layer in part.modules():
+            return name, tuple(n for n in names if n != name)
+    return names[0], tuple(names[1:])
 
 
 def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor]) -> list[End]:
