@@ -37,8 +37,10 @@ from circuits.edits.weights import (
     SetWeights,
     turned_kernels,
 )
+from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
+from circuits.stimuli.sources import open_source
 from circuits.units import Direction, Unit, Units
 from tests.conftest import seeded
 from tests.random_edits import RandomEdits
@@ -499,6 +501,24 @@ def test_one_fact_is_changed(bridge: HookedModel) -> None:
     assert after[0, 7] > 4 * before[0, 7], "its final normalisation allows no more"
     baked = bake(bridge, [edit])
     torch.testing.assert_close(baked.logits(prompts)[:, -1].softmax(-1), after)
+
+
+def test_a_convolution_learns_an_answer_along_one_direction() -> None:
+    model = load_model("shapes")
+    x = torch.cat(Inputs(model, open_source("shapes")).upto(16))
+    logits = model.logits(x)
+    target = int(logits[0].topk(2).indices[1])
+    layer = "mixed3a_3x3_pre_relu"
+    moment = second_moment(model, layer, [x])
+    edit = associate(model, layer, x[:1], target, moment, steps=200)
+    assert isinstance(edit, LowRank)
+    assert "probability 0.9" in edit.origin
+    with edited(model, [edit]):
+        assert model.logits(x)[0].softmax(-1)[target] > 0.9
+    change = weight_after(model, edit, f"{layer}.weight") - model.parameters[f"{layer}.weight"].data
+    spread = torch.linalg.svdvals(change.movedim(1, 0).flatten(1).double())
+    assert spread[1] < 1e-4 * spread[0], "one direction of the channels"
+    assert torch.equal(model.logits(x), logits)
 
 
 # --- recipes ---------------------------------------------------------------------------------------

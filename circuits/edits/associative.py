@@ -7,6 +7,7 @@ numbers, so that replaying it needs no optimisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from circuits.edits.recipes import edited
 from circuits.edits.records import fitting
-from circuits.edits.weights import Associate, layer_named
+from circuits.edits.weights import Associate, LowRank, layer_named
 from circuits.models.adapter import HookedModel
 from circuits.models.answers import answer_name, answers, check_answer
 from circuits.models.matrices import WeightMatrix
@@ -82,8 +83,12 @@ def associate(
     enough: float = 0.99,
     damping: float = 1e-6,
     origin: str = "",
-) -> Associate:
+) -> Associate | LowRank:
     """The rank-one edit after which a model answers examples with a target.
+
+    Of a linear layer the closed form of `Associate`. A convolution is changed along one direction of its channels,
+    C^-1 k for the key k at `at`, by kernels that are optimised for all places of the examples together (Bau et
+    al. 2020, section 3.3): a `LowRank` edit. The record's `origin` says what probability the target then has.
 
     Args:
         model: the model.
@@ -94,9 +99,9 @@ def associate(
         moment: C of the layer's inputs, see `second_moment`.
         at: where the layer is read: the position of a token (the last if None), or (y, x) of a map (the place
             where the layer puts out most if None).
-        steps: of the optimisation of the value, at most.
+        steps: of the optimisation, at most.
         learning_rate: of Adam, in units of the value's norm over the root of its length.
-        decay: weighs the squared change of the value over its squared norm.
+        decay: weighs the squared change, over the squared norm of the value.
         enough: the probability at which to stop.
         damping: added to C's diagonal, as a share of its mean.
         origin: for the record.
@@ -119,20 +124,25 @@ def associate(
             "expected steps of at least 1, enough in (0, 1], a positive rate, and the others 0 or more"
         )
     cache = model.run(x, read=[read, written])
+    c = moment.cpu().double()
+    c = c + damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
+    words = origin or f"{len(x)} examples answer {answer_name(model, target)}"
     place = _place(read, written, cache[written], at)
     key, center = _key(model, matrix, read, cache[read], place)
+    dual = torch.linalg.solve(c, center)
+    dual = dual / dual.norm()
+    if len(matrix.shape) == 4:
+        rule = _rule(
+            model, matrix, read, written, x, target, dual, steps, learning_rate, decay, enough
+        )
+        reached = _reached(model, rule, x, target)
+        return replace(rule, origin=f"{words}: probability {reached:.3g}")
     start = _at(written, cache[written], place).mean(0)
     value, wanted = _value(
         model, written, place, x, target, start, steps, learning_rate, decay, enough
     )
-    c = moment.cpu().double()
-    ridge = damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
-    dual = torch.linalg.solve(c + ridge, center)
-    dual = dual / dual.norm()
-    words = origin or f"{len(x)} examples answer {answer_name(model, target)}"
     made = fitting(model, Associate(layer, key, value.cpu().double(), dual, words))
-    with edited(model, [made]):
-        reached = answers(model, model.logits(x)).softmax(-1)[:, target].min().item()
+    reached = _reached(model, made, x, target)
     if len(x) == 1 and abs(reached - wanted) > 0.05:
         raise ValueError(
             f"layer {layer} does not answer the key alone: the edit gives the target probability {reached:.3g}, "
@@ -222,6 +232,69 @@ def _key(
     y, x = place
     mean = patches[:, :, y * across + x].mean(0).cpu().double().reshape(matrix.shape[1:])
     return mean, mean[:, height // 2, width // 2]
+
+
+def _reached(model: HookedModel, edit: Associate | LowRank, x: Tensor, target: int) -> float:
+    """The least probability of the target over the examples, with an edit."""
+    with edited(model, [edit]):
+        return answers(model, model.logits(x)).softmax(-1)[:, target].min().item()
+
+
+def _rule(
+    model: HookedModel,
+    matrix: WeightMatrix,
+    read: Site,
+    written: Site,
+    x: Tensor,
+    target: int,
+    dual: Tensor,
+    steps: int,
+    learning_rate: float,
+    decay: float,
+    enough: float,
+) -> LowRank:
+    """Bau et al. 2020, section 3.3: the change Lambda of a convolution along one direction of its channels, at
+    every place of the kernel, for which the model answers with the target; all places of the map count.
+    """
+    layer = model.module.get_submodule(matrix.name)
+    assert isinstance(layer, nn.Conv2d)
+    padding = layer.padding
+    assert isinstance(padding, tuple), "checked with the key"
+    n, kernel = matrix.shape[0], matrix.shape[2:]
+    seen: dict[str, Tensor] = {}
+    direction = dual.float().to(model.device)
+    change = torch.zeros(n, 1, *kernel, device=model.device, requires_grad=True)
+
+    def look(value: Tensor) -> Tensor:
+        seen["along"] = torch.einsum("bcyx,c->byx", value, direction.to(value))[:, None]
+        return value
+
+    def add(value: Tensor) -> Tensor:
+        seen["value"] = value.detach()
+        along = F.conv2d(
+            seen["along"], change.to(value), None, layer.stride, padding, layer.dilation
+        )
+        return value + along
+
+    model.run(x, edits={read.name: look, written.name: add})
+    scale = float(seen["value"].std() / seen["along"].std().clamp_min(1e-12)) / math.prod(kernel)
+    adam = torch.optim.Adam([change], lr=learning_rate * scale)
+    best, found = -1.0, change.detach().clone()
+    for _ in range(steps):
+        output = model.run(x, edits={read.name: look, written.name: add}, grad=True).output
+        log_p = answers(model, main_output(output)).log_softmax(-1)[:, target]
+        reached = log_p.exp().min().item()
+        if reached > best:
+            best, found = reached, change.detach().clone()
+        if reached >= enough:
+            break
+        loss = -log_p.mean() + decay * (change / scale).square().mean()
+        (change.grad,) = torch.autograd.grad(loss, [change])
+        adam.step()
+    left = found.flatten(1).cpu()
+    places = torch.eye(left.shape[1], dtype=torch.float64)
+    right = torch.einsum("i,pq->ipq", dual, places).flatten(0, 1)
+    return fitting(model, LowRank(matrix.name, left, right))
 
 
 def _value(

@@ -600,11 +600,13 @@ class LowRank(
         layer: which.
         left: row x rank.
         right: column x rank; of a convolution the columns and the kernel flattened, column first.
+        origin: what it is for.
     """
 
     layer: str
     left: Tensor
     right: Tensor
+    origin: str = ""
 
     def checked(self, model: HookedModel) -> LowRank:
         matrix = layer_named(model.matrices, self.layer)

@@ -41,11 +41,15 @@ def edit_figure(report: EditReport, title: str = "") -> Figure:
     size = "; ".join(f"{n.of}: {n.relative:.2g} of its norm" for n in report.norms[:3])
     figure.suptitle(
         title
-        or f"{len(report.recipe.edits)} edits of {report.model} ({size})\n{report.n_examples} examples of "
+        or f"{_counted(len(report.recipe.edits))} of {report.model} ({size})\n{report.n_examples} examples of "
         f"{report.data or 'no name'}, seed {report.seed}",
         fontsize=8,
     )
     return figure
+
+
+def _counted(n: int) -> str:
+    return "one edit" if n == 1 else f"{n} edits"
 
 
 def _effect(axis: Axes, name: str, effect: Effect) -> None:
