@@ -105,8 +105,15 @@ def _work(job: Job, process: int, items: list[int], channel: Connection, parent:
     gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
     if os.getppid() != parent:
         os._exit(1)
+
+    def tell(news: object) -> None:
+        channel.send(news)
+        libc.malloc_trim(
+            0
+        )  # what a shard took goes back: a long harvest takes no more than a short one
+
     try:
-        job(process, items, channel.send)
+        job(process, items, tell)
         channel.send(None)
     except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
         try:
