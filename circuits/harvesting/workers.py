@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+_TRIM_EVERY = 6
+"""Shards after which freed memory goes back to the system: doing so costs time."""
 
 _ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
@@ -106,11 +110,12 @@ def _work(job: Job, process: int, items: list[int], channel: Connection, parent:
     if os.getppid() != parent:
         os._exit(1)
 
+    told = itertools.count(1)
+
     def tell(news: object) -> None:
         channel.send(news)
-        libc.malloc_trim(
-            0
-        )  # what a shard took goes back: a long harvest takes no more than a short one
+        if next(told) % _TRIM_EVERY == 0:
+            libc.malloc_trim(0)  # a long harvest takes no more memory than a short one
 
     try:
         job(process, items, tell)
