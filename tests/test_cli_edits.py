@@ -192,6 +192,8 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
         (["bake", "shapes", "{tmp}/w.pt", "zero mixed3a:1"], "must end in .safetensors"),
         (["bake", "shapes", "{tmp}/w.safetensors", "zero mixed3a:1"], "changes activations"),
         (["diff", "{tmp}/none.json", "{tmp}/none.json"], "none.json"),
+        (["diff", "{tmp}", "{tmp}"], "is a folder"),
+        (["apply", "shapes", "patch mixed3a:1 example=99999"], "has 0 to 162"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

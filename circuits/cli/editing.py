@@ -504,6 +504,9 @@ def _made(model: Any, words: list[str], data: str, n: int, labels: str) -> Any:
         if name != "example" or not number.isdecimal():
             raise ValueError(f"edit {' '.join(words)!r}: {rest[1]!r} is not of the form example=N")
         batches, spec = _examples(model, data, int(number) + 1)
+        there = sum(map(len, batches))
+        if int(number) >= there:
+            raise ValueError(f"example {number} does not exist: {spec} has 0 to {there - 1}")
         return patch(model, what, batches[-1][-1:], origin=f"example {number} of {spec}")
     batches, spec = _examples(model, data, n)
     if kind == "mean":

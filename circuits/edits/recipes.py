@@ -202,6 +202,8 @@ class Recipe:
             KeyError: if it has an unknown operator.
         """
         what = f"recipe {str(path)!r}"
+        if Path(path).is_dir():
+            raise ValueError(f"{what} is a folder: expected a recipe file")
         try:
             raw = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
