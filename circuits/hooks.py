@@ -70,6 +70,26 @@ def _replaced(output: Any, path: tuple[Hashable, ...], value: Tensor) -> Any:
 _FORBIDDEN = re.compile(r"[\s:,+*]")  # what a site's name cannot hold
 
 
+class Splice(nn.Module):
+    """A change that is part of a model: its `visit` is a hook that comes behind all others of its module.
+
+    What is read and changed at the module's output is so before the splice changes it. `visit` is a method of
+    a module, so that a copy of the model has a copy of the splice.
+    """
+
+    def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """What to put in the place of a module's output; None to leave it."""
+        raise NotImplementedError
+
+
+def _splices_last(module: nn.Module) -> None:
+    """Move a module's splices behind the hooks that were just registered."""
+    hooks = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), Splice):
+            hooks[key] = hooks.pop(key)
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass once the last tap that was asked for has been read."""
 
@@ -101,7 +121,9 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
     handles: list[RemovableHandle] = []
     try:
         handles.append(root.register_forward_pre_hook(restart))
-        handles.extend(module.register_forward_hook(visit_output) for module in by_module)
+        for module in by_module:
+            handles.append(module.register_forward_hook(visit_output))
+            _splices_last(module)
         yield
     finally:
         for handle in handles:
@@ -225,7 +247,10 @@ def trace(
 
         return visit
 
-    handles = [m.register_forward_hook(visitor(n, m), with_kwargs=True) for n, m in modules.items()]
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_hook(visitor(name, module), with_kwargs=True))
+        _splices_last(module)
     try:
         forward()
     finally:

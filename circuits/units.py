@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SiteKind = Literal["channel", "neuron", "head", "pattern", "residual", "logit"]
+SiteKind = Literal["channel", "neuron", "head", "pattern", "residual", "logit", "latent"]
 """What the units of a site are: convolution channels, neurons of a fully connected or MLP layer,
-attention heads, attention patterns (one a head), residual-stream dimensions, or output logits."""
+attention heads, attention patterns (one a head), residual-stream dimensions, output logits, or latents of an
+autoencoder."""
 
 _NAME = r"(?!-)[^\s:,+*]+"
 _SITE_NAME = re.compile(_NAME)

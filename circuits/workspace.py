@@ -5,6 +5,7 @@
                               /pictures/            feature visualizations, metadata inside
                               /sheets/<site>-<how>/  neuron sheets
                               /graph.h5, graph/     the graph store
+       saes/<name>/                                 autoencoders, and where their training stands
        workspace.db                                 what people wrote, with its history
        natural-images/<dataset hash>-<shape>.safetensors   colours and spectrum of a dataset
 """
@@ -122,6 +123,12 @@ class Workspace:
     def sheets_folder(self, model_hash: str) -> Path:
         """Where the neuron sheets of a model are, each in a folder of its own."""
         return self.model_folder(model_hash) / "sheets"
+
+    def autoencoder_path(self, name: str) -> Path:
+        """Where an autoencoder is: the folder `NAME`, or the file of a variant, `NAME/VARIANT`."""
+        folder, _, variant = name.partition("/")
+        place = self.root / "saes" / folder
+        return place / f"{variant}.safetensors" if variant else place
 
     def natural_path(self, data_hash: str, shape: tuple[int, int, int]) -> Path:
         """Where the statistics of a dataset's images of a shape (channels, height, width) are kept."""

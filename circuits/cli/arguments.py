@@ -33,6 +33,13 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything rand
 
 def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
     """How to load the model again, from any folder."""
+    spec, *attached = spec.split("+")
+    if attached:
+        from circuits.models.loading import find_autoencoder
+
+        base = record_of(spec, weights, model_hash)
+        paths = [str(find_autoencoder(a).resolve()) for a in attached]
+        return ModelRecord("+".join([base.spec, *paths]), model_hash, base.weights)
     scheme, _, rest = spec.partition(":")
     path = Path(rest.partition(":")[0])
     if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder

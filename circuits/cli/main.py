@@ -22,6 +22,7 @@ from circuits.cli.arguments import (
     record_of,
 )
 from circuits.cli.attributing import ablate, attribute, saliency, sanity
+from circuits.cli.concepts import concepts
 from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
 from circuits.cli.output import errors, progress_bar, show_json, show_table, warn
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(stores, name="store")
 app.add_typer(graphs, name="graph")
 app.add_typer(edits, name="edit")
+app.add_typer(concepts, name="sae")
 app.command()(visualize)
 app.command()(weights)
 app.command()(expand)

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Change, Look, Tap, intervene, observe, record
+from circuits.models.attaching import (
+    PREFIX,
+    Place,
+    attached_module,
+    check_name,
+    width_of,
+)
 from circuits.models.composition import bridge_layers
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
+from circuits.models.latent_weights import latent_layers
 from circuits.models.matrices import (
     WeightMatrix,
     matrices_of_layers,
@@ -324,6 +332,55 @@ class HookedModel:
                 f"batch x {self.input.channels} channels x height x width"
             )
 
+    def attach(
+        self, code: nn.Module, name: str, site: str | Site, target: str | Site | None = None
+    ) -> HookedModel:
+        """A copy of the model in which an autoencoder's latents are units: `sae/NAME:0`, `sae/NAME:1`, …
+
+        The copy does what the model does, to the bit, until latents are changed. What they leave out of the
+        site's tensor is a site too, `sae/NAME.error`.
+
+        Args:
+            code: a module with `encode` and `decode`, which work on the last axis: any will do.
+            name: letters, digits, `_` and `-`.
+            site: whose tensor it encodes: one row a position; heads side by side.
+            target: whose tensor it writes, if it is a transcoder.
+
+        Raises:
+            KeyError: if there is no such site.
+            ValueError: if the name is taken or not valid, the model is edited, or the autoencoder is of another
+                width than the site.
+        """
+        source = self.site(site)
+        end = source if target is None else self.site(target)
+        if PREFIX + check_name(name) in self._by_name:
+            raise ValueError(f"name {name!r}: the model has an autoencoder of that name")
+        if self.edited:
+            raise ValueError(f"model {self.name} is edited: attach an autoencoder outside the edit")
+        for what, wanted, place in (
+            ("d_in", width_of(source), source),
+            ("d_out", width_of(end), end),
+        ):
+            own = getattr(code, what, wanted)
+            if own != wanted:
+                raise ValueError(
+                    f"autoencoder {name!r} has {what} {own}: site {place.name} has rows of {wanted} numbers"
+                )
+        if end is not source and self.last([source, end]) is source:
+            raise ValueError(f"target {end.name} does not come behind site {source.name}")
+        places = [Place(s, self._taps[s.name]) for s in dict.fromkeys((source, end))]
+        with self.lock:
+            module = attached_module(self.module, name, code, places[0], (*places, None)[1])
+        aliases = {alias: s.name for s in self.sites for alias in s.aliases}
+        return HookedModel(
+            module,
+            self.input,
+            f"{self.name}+{PREFIX}{name}",
+            aliases,
+            self.classes,
+            self.unit_names,
+        )
+
     # --- weights -------------------------------------------------------------------------------
 
     @property
@@ -342,6 +399,10 @@ class HookedModel:
         return self._layers[1]
 
     def _find_layers(self) -> tuple[WeightLayer, ...]:
+        layers = self._find_own_layers()
+        return (*layers, *latent_layers(self.module, layers, self._by_name))
+
+    def _find_own_layers(self) -> tuple[WeightLayer, ...]:
         if is_bridge(self.module):
             return tuple(bridge_layers(self.module, self.sites))
         example = self.fitted(self.input.example(1))
@@ -403,7 +464,7 @@ class HookedModel:
 
     def _find_matrices(self) -> tuple[WeightMatrix, ...]:
         if not is_bridge(self.module):
-            return tuple(matrices_of_layers(self.module, self._find_layers()))
+            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
         tokens = self.fitted(self.input.example(1))
         found = matrices_of_sites(self.module, lambda: self.module(tokens), self.sites, self._taps)
         return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,56 @@ def _virtual(
     reads = (Link(source.name, read, torch.ones(source.n_units), 0, direct=True),)
     writes = (Link(target.name, written, torch.ones(target.n_units), 0),)
     return WeightLayer(name, rows, columns, reads, writes)
+
+
+def direction_layers(
+    bridge: Any, sites: Sequence[Site], source: Site, directions: Tensor, behind: Site
+) -> list[WeightLayer]:
+    """Virtual weights from units that write directions into the residual stream, to later neurons and logits.
+
+    Args:
+        bridge: the model.
+        sites: its sites, in order of execution.
+        source: the units.
+        directions: what each writes at its site: unit x numbers of the site.
+        behind: that site: of the residual stream, or neurons of an MLP.
+    """
+    number = re.match(r"blocks\.(\d+)\.mlp\.hook_post$", behind.name)
+    if number is not None:
+        directions = directions @ bridge.W_out[int(number[1])].detach()
+    elif behind.kind != "residual":
+        return []
+    if directions.shape[1] != bridge.cfg.d_model:
+        return []
+    order = {site.name: i for i, site in enumerate(sites)}
+    found = []
+    for layer in range(bridge.cfg.n_layers):
+        target = next((s for s in sites if s.name == f"blocks.{layer}.mlp.hook_post"), None)
+        if target is not None and order[target.name] > order[behind.name]:
+            found.append(_directed(bridge, layer, source, target, directions))
+    logits = next((s for s in sites if s.name == "hook_unembed"), None)
+    if logits is not None:
+        found.append(_directed(bridge, None, source, logits, directions))
+    return found
+
+
+def _directed(
+    bridge: Any, layer: int | None, source: Site, target: Site, directions: Tensor
+) -> WeightLayer:
+    return _virtual(
+        f"{source.name} to {'logits' if layer is None else layer}",
+        lambda after: (directions @ read_weights(bridge, layer)[:, after]).T,
+        lambda before: directions[before] @ read_weights(bridge, layer),
+        source,
+        target,
+    )
+
+
+def read_weights(bridge: Any, layer: int | None) -> Tensor:
+    """What the neurons of a layer (None: the logits) read of the residual stream: d_model x neuron."""
+    if layer is None:
+        return norm_weight(bridge.ln_final) * bridge.W_U.detach()
+    return norm_weight(bridge.blocks[layer].ln2) * bridge.W_in[layer].detach()
 
 
 def norm_weight(norm: Any) -> Tensor | float:
@@ -104,15 +155,10 @@ def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site
     def out_weights() -> Tensor:
         return bridge.W_out[i].detach()
 
-    def in_weights() -> Tensor:
-        if j is None:
-            return norm_weight(bridge.ln_final) * bridge.W_U.detach()
-        return norm_weight(bridge.blocks[j].ln2) * bridge.W_in[j].detach()
-
     return _virtual(
         f"neurons {i} to {'logits' if j is None else j}",
-        lambda after: (out_weights() @ in_weights()[:, after]).T,
-        lambda before: out_weights()[before] @ in_weights(),
+        lambda after: (out_weights() @ read_weights(bridge, j)[:, after]).T,
+        lambda before: out_weights()[before] @ read_weights(bridge, j),
         source,
         target,
     )

@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from circuits.autoencoders.files import FILE, load_autoencoder
 from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
 from circuits.factories import call_factory
@@ -32,6 +33,7 @@ from circuits.models.weights_files import asset, find_weights, is_baked, load_we
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
+from circuits.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
     Args:
         spec: a name that `circuits models` lists, or `python:module:factory` (a function without
             required arguments that returns a `HookedModel`, or a module with an `input_shape`),
-            `tl:NAME`, `hf:NAME`, `torchvision:NAME`.
+            `tl:NAME`, `hf:NAME`, `torchvision:NAME`; then `+PATH` for each autoencoder to attach: a file,
+            its folder, or its name in the workspace (`googlenet+sae/curves`).
         weights: a safetensors file, or a `.pt` file of plain tensors.
 
     Raises:
@@ -78,6 +81,9 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
         ImportError: if it needs a package that is missing.
         ValueError: if the weights do not fit.
     """
+    spec, *attached = spec.split("+")
+    if attached:
+        return attach_files(load_model(spec, weights), attached)
     path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
     if spec.endswith(":") and spec in MODELS:
@@ -90,6 +96,49 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
         load_weights(model.module.state_dict(), read_weights(path), str(path))
         return model
     return entry.load(rest or spec, path)
+
+
+def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
+    """A model with autoencoders attached, each at the site that it was trained at.
+
+    Raises:
+        FileNotFoundError: if there is none at a path.
+        ValueError: if a file is damaged, or its autoencoder is of other weights or another site.
+    """
+    intact = model.hash
+    for path in paths:
+        code = load_autoencoder(find_autoencoder(path))
+        about = code.about
+        if about.model_hash and about.model_hash != intact:
+            raise ValueError(
+                f"autoencoder {path!r} was trained on {about.model} with weights {about.model_hash[:16]}, not "
+                f"{intact[:16]}: its latents would mean something else"
+            )
+        if not about.site:
+            raise ValueError(f"autoencoder {path!r} does not say at which site it belongs")
+        target = about.target if about.target != about.site else ""
+        model = model.attach(code, about.name, about.site, target or None)
+    return model
+
+
+def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
+    """An autoencoder by its path, or by its name in a workspace (the default one if none is given).
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    inside = (workspace or Workspace.default()).autoencoder_path(path.removeprefix("sae/"))
+    for candidate in (Path(path).expanduser(), inside):
+        if candidate.is_file() or (candidate / FILE).is_file():
+            return candidate
+    if inside.is_dir() and (several := sorted(p.stem for p in inside.glob("*.safetensors"))):
+        names = ", ".join(f"{inside.name}/{name}" for name in several if name != "checkpoint")
+        raise FileNotFoundError(
+            f"autoencoder {path!r} has several variants: expected one of {names or 'none'}"
+        )
+    raise FileNotFoundError(
+        f"there is no autoencoder {path!r}: neither a file or folder, nor {str(inside)!r}"
+    )
 
 
 # --- built in ----------------------------------------------------------------------------------

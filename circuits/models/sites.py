@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, trace
+from circuits.models.attaching import Spot, autoencoders, spots
 from circuits.units import Site, SiteKind
 
 TRACE_BATCHES = (3, 2)
@@ -54,6 +55,10 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
             numbers.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
+    latents = spots(module)
+    inside = {f"{name}." for name in autoencoders(module)}
+    names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
+    names |= {name: (spot, ()) for name, spot in latents.items()}
     size, other = TRACE_BATCHES
     traces, final = _traced(module, names, examples(size))
     shapes = {t.name: t.value.shape for t in _traced(module, names, examples(other))[0]}
@@ -64,7 +69,12 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
             continue
         if (*t.value.shape[:1], *shapes[t.name]) != (size, other, *t.value.shape[1:]):
             continue  # no batch in front
-        site, tap = _bridge_site(t, names) if is_bridge(module) else _module_site(t, final, axes)
+        if isinstance(t.tap.module, Spot):
+            site, tap = _spot_site(t, t.tap.module), t.tap
+        elif is_bridge(module):
+            site, tap = _bridge_site(t, names)
+        else:
+            site, tap = _module_site(t, final, axes)
         found.setdefault(site.name, (site, tap))
     for name in [n for n in found if _shown_too_late(n, list(found))]:
         del found[name]
@@ -132,6 +142,10 @@ def _modules(root: nn.Module) -> Named:
         for name, module in root.named_modules()
         if name
     }
+
+
+def _spot_site(t: Trace, spot: Spot) -> Site:
+    return Site(t.name, spot.kind, spot.axes, spot.unit_axis, tuple(t.value.shape[1:]), (), "Spot")
 
 
 _LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)

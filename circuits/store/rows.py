@@ -32,9 +32,13 @@ class _Part:
             data = file[f"full/{site}"]["activations"]
             self.shape, self.dtype, self.chunks = data.shape, data.dtype, data.chunks
             self.compressed = data.compression is not None
-            self.example: np.ndarray = file[f"full/{site}"]["example"][()]
-            self.position: np.ndarray = file[f"full/{site}"]["position"][()]
             self._offsets = self._find_offsets(data)
+
+    def column(self, name: str) -> np.ndarray:
+        """`example` or `position` of every row; read anew each time, so that a large store fits in memory."""
+        with opened(self.path) as file:
+            found: np.ndarray = file[f"full/{self.site}"][name][()]
+        return found
 
     def _find_offsets(self, data: Any) -> dict[tuple[int, int], int]:
         if self.compressed or 0 in self.shape:
@@ -133,12 +137,28 @@ class Rows:
     @cached_property
     def example(self) -> Int[np.ndarray, " row"]:
         """Which example each row is of."""
-        return np.concatenate([part.example for part in self._parts])
+        return np.concatenate([part.column("example") for part in self._parts])
 
     @cached_property
     def position(self) -> Int[np.ndarray, "row axis"]:
         """Where in its example each row is, along the site's position axes."""
-        return np.concatenate([part.position for part in self._parts])
+        return np.concatenate([part.column("position") for part in self._parts])
+
+    def where(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The example and the position of some rows, without reading those of all."""
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        part_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        example = np.zeros(len(wanted), np.int64)
+        position: np.ndarray | None = None
+        for i in np.unique(part_of).tolist():
+            here = part_of == i
+            inside = wanted[here] - self._starts[i]
+            example[here] = self._parts[i].column("example")[inside]
+            found = self._parts[i].column("position")[inside]
+            if position is None:
+                position = np.zeros((len(wanted), *found.shape[1:]), found.dtype)
+            position[here] = found
+        return example, np.zeros((0, 0), np.int64) if position is None else position
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, "row column"]:
         """Some rows, in any order: read sorted and block by block, given back as asked for.

@@ -1,0 +1,198 @@
+"""Sparse autoencoders and transcoders as they are used: encode, decode (layer 2).
+
+Whatever an autoencoder was trained as, it is used in one form: a linear map, a nonlinearity that leaves few
+latents active, a linear map back. What training needs besides (centring, scaling, gates) is folded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.autoencoders.sparse import Code, decode, row_of_entries, top_k
+
+Activation = Literal["relu", "topk", "jumprelu"]
+"""What makes codes sparse: nothing but the zero of ReLU; the k largest of each row; a threshold of each latent."""
+
+
+@dataclass(frozen=True)
+class About:
+    """Where an autoencoder comes from.
+
+    Attributes:
+        name: how its site is called: `sae/NAME`.
+        site: the site whose tensor it encodes.
+        target: the site whose tensor it writes: another one for a transcoder.
+        model: the model's name.
+        model_hash: of its weights; empty if not known (a file of another tool).
+        data: on what it was trained.
+        architecture: as what it was trained: `topk`, `batchtopk`, `gated`, …
+        settings: how, as JSON has it.
+        metrics: what it was at the end of its training, as JSON has it.
+    """
+
+    name: str = ""
+    site: str = ""
+    target: str = ""
+    model: str = ""
+    model_hash: str = ""
+    data: str = ""
+    architecture: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Autoencoder(nn.Module):
+    """codes = f(W_enc x + b_enc), output = W_dec^T codes + b_dec (+ W_skip x).
+
+    Args:
+        W_enc: weights of the encoder, latent x input.
+        b_enc: its bias, one a latent.
+        W_dec: weights of the decoder, latent x output: each row is the direction that its latent writes.
+        b_dec: its bias, one a number of the output.
+        activation: f, an `Activation`.
+        k: of `topk`: how many latents of a row may be active.
+        threshold: of `jumprelu`: what each latent's value must exceed, 0 or more.
+        W_skip: of a skip-transcoder: straight from input to output, output x input.
+        about: where it comes from.
+
+    Raises:
+        ValueError: if shapes do not fit, numbers are not finite, or `k` or `threshold` is missing or out of range.
+    """
+
+    threshold: Tensor | None
+    W_skip: Tensor | None
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        activation: str = "relu",
+        k: int | None = None,
+        threshold: Tensor | None = None,
+        W_skip: Tensor | None = None,
+        about: About | None = None,
+    ) -> None:
+        super().__init__()
+        _check(W_enc, b_enc, W_dec, b_dec, activation, k, threshold, W_skip)
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("W_skip", W_skip)
+        # kept as a tensor, so that a hash of the state knows it
+        self.register_buffer("kept", torch.tensor(k or 0))
+        self.activation = activation
+        self.k = k
+        self.about = about or About()
+        self.requires_grad_(False)
+
+    @property
+    def n_latents(self) -> int:
+        """How many latents it has."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """The width of what it encodes."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """The width of what it writes."""
+        return self.W_dec.shape[1]
+
+    def encode(self, x: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows latent"]:
+        """How active each latent is."""
+        pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
+        if self.activation == "topk":
+            assert self.k is not None, "checked when it was built"
+            kept = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
+        if self.activation == "jumprelu":
+            assert self.threshold is not None, "checked when it was built"
+            return pre * (pre > self.threshold)
+        return pre.relu()
+
+    def code(self, x: Float[Tensor, "row input"]) -> Code:
+        """The codes of rows in compressed form: those of `topk` cost less so."""
+        pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
+        if self.activation == "topk":
+            assert self.k is not None, "checked when it was built"
+            start, latent = top_k(pre, self.k)
+        else:
+            active = pre > (0 if self.threshold is None else self.threshold)
+            counts = active.sum(1)
+            start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            latent = active.nonzero(as_tuple=True)[1]
+        return Code(start, latent, pre[row_of_entries(start), latent].relu(), self.n_latents)
+
+    def decode(
+        self, codes: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows input"] | None = None
+    ) -> Float[Tensor, "*rows output"]:
+        """What codes write.
+
+        Args:
+            codes: how active each latent is.
+            x: what was encoded: a skip-transcoder needs it.
+
+        Raises:
+            ValueError: if it needs `x` and has none.
+        """
+        return self.skipped(codes @ self.W_dec + self.b_dec, x)
+
+    def decode_code(self, code: Code, x: Tensor | None = None) -> Float[Tensor, "row output"]:
+        """The same for codes in compressed form."""
+        return self.skipped(decode(code, self.W_dec) + self.b_dec, x)
+
+    def skipped(self, written: Tensor, x: Tensor | None) -> Tensor:
+        """What was written, with what goes straight from the input to the output."""
+        if self.W_skip is None:
+            return written
+        if x is None:
+            raise ValueError("x: a skip-transcoder decodes with its input")
+        return written + x @ self.W_skip.T
+
+    def forward(self, x: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows output"]:
+        """Decode what `encode` makes of rows."""
+        return self.decode(self.encode(x), x)
+
+
+def _check(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, activation: str, k: int | None,
+    threshold: Tensor | None, W_skip: Tensor | None,
+) -> None:  # fmt: skip
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"activation {activation!r} is not one of {', '.join(get_args(Activation))}"
+        )
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or 0 in W_enc.shape or 0 in W_dec.shape:
+        raise ValueError(
+            f"W_enc {tuple(W_enc.shape)} and W_dec {tuple(W_dec.shape)} must be latent x width"
+        )
+    n, wanted = len(W_enc), {"b_enc": (b_enc, (len(W_enc),))}
+    wanted |= {"W_dec": (W_dec, (n, W_dec.shape[1])), "b_dec": (b_dec, (W_dec.shape[1],))}
+    if W_skip is not None:
+        wanted["W_skip"] = (W_skip, (W_dec.shape[1], W_enc.shape[1]))
+    if threshold is not None:
+        wanted["threshold"] = (threshold, (n,))
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} does not fit: expected {shape}"
+            )
+    for name, (tensor, _) in {"W_enc": (W_enc, ()), **wanted}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= n):
+        raise ValueError(f"k {k} of activation {activation!r} must be 1 to {n} for topk, else None")
+    if (activation == "jumprelu") != (threshold is not None):
+        raise ValueError(f"threshold: activation {activation!r} takes one if it is jumprelu")
+    if threshold is not None and bool((threshold < 0).any()):
+        raise ValueError("threshold holds numbers below 0")

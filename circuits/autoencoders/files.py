@@ -1,0 +1,116 @@
+"""Autoencoders on disk: one safetensors file, what is known about it in its header (layer 2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from circuits.autoencoders.autoencoder import About, Autoencoder
+from circuits.files import finite, replacing
+
+FILE = "sae.safetensors"
+"""The file of an autoencoder in its folder."""
+
+FORMAT = 1
+_KEY = "circuits.autoencoder"
+_NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
+_OPTIONAL = {"relu": (), "topk": (), "jumprelu": ("threshold",)}
+
+
+def save_autoencoder(code: Autoencoder, path: str | Path) -> Path:
+    """Write an autoencoder: to a file that ends in `.safetensors`, or into a folder as `sae.safetensors`.
+
+    Returns:
+        The file.
+    """
+    path = Path(path)
+    target = path if path.suffix == ".safetensors" else path / FILE
+    header = {
+        "format": FORMAT, "activation": code.activation, "k": code.k, "about": finite(asdict(code.about))
+    }  # fmt: skip
+    tensors = {name: getattr(code, name).detach().cpu().contiguous() for name in _NEEDED}
+    for name in ("threshold", "W_skip"):
+        if (tensor := getattr(code, name)) is not None:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    with replacing(target) as temporary:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header, allow_nan=False)})
+    return target
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """Read an autoencoder: a file, or the folder that holds it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no autoencoder of ours, or tensors are missing, too many, or do not fit.
+    """
+    target = Path(path)
+    if target.is_dir():
+        target = target / FILE
+    if not target.is_file():
+        raise FileNotFoundError(f"there is no autoencoder at {str(path)!r}: expected a {FILE}")
+    tensors, metadata = read_tensors(target)
+    try:
+        header = json.loads(metadata[_KEY])
+        about = About(**{f.name: header["about"][f.name] for f in fields(About)})
+        form, activation, k = header["format"], header["activation"], header["k"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"autoencoder {str(target)!r} is not a file of ours, or its header is damaged; files of other tools "
+            "are read by `circuits sae import`"
+        ) from error
+    if form != FORMAT:
+        raise ValueError(f"autoencoder {str(target)!r} has format {form}: expected {FORMAT}")
+    if activation not in _OPTIONAL:
+        raise ValueError(
+            f"autoencoder {str(target)!r} has activation {activation!r}: expected one of {', '.join(_OPTIONAL)}"
+        )
+    check_tensors(target, tensors, (*_NEEDED, *_OPTIONAL[activation]), ("W_skip",))
+    arguments: Mapping[str, Any] = {**tensors, "activation": activation, "k": k, "about": about}
+    try:
+        return Autoencoder(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"autoencoder {str(target)!r}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file in float32, and what its header says.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is not a safetensors file: {first}") from error
+    return {
+        n: t.to(torch.float32) if t.is_floating_point() else t for n, t in tensors.items()
+    }, metadata
+
+
+def check_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    needed: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Raise ValueError if tensors are missing, or some are there that do not belong."""
+    missing = [name for name in needed if name not in tensors]
+    extra = [name for name in tensors if name not in (*needed, *optional)]
+    if missing or extra:
+        what = [f"lacks {', '.join(missing)}"] if missing else []
+        what += [f"holds {', '.join(extra[:8])} beside"] if extra else []
+        raise ValueError(
+            f"autoencoder {str(path)!r} {' and '.join(what)}: expected {', '.join((*needed, *optional))}"
+        )

@@ -1,0 +1,739 @@
+"""`circuits sae …`: autoencoders of a model's activations (layer 7)."""
+
+# no `from __future__ import annotations`: typer reads the annotations
+import json as json_module
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
+
+import typer
+
+from circuits.cli.arguments import (
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    WeightsOption,
+    WorkspaceOption,
+    record_of,
+)
+from circuits.cli.choosing import stored
+from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
+from circuits.workspace import Workspace
+
+concepts = typer.Typer(
+    help="Sparse autoencoders: better units, found in what a site holds.", no_args_is_help=True
+)
+
+CodeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="An autoencoder: its name in the workspace (NAME or NAME/VARIANT), or its path."
+    ),
+]
+DataOfOption = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Examples (see `circuits harvest`); those of the training by default."
+    ),
+]
+LimitOption = Annotated[int, typer.Option(help="At most so many examples, spread over the data.")]
+LabelsOption = Annotated[
+    str, typer.Option("--labels", help="JSON or FILE.npz:KEY with the class of each example.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="The model, if the workspace does not know it.")
+]
+Architecture = Literal["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"]
+Layout = Literal["saelens", "dictionary_learning", "sparsify"]
+
+
+@concepts.command()
+def train(
+    model: ModelArgument,
+    site: Annotated[str, typer.Argument(help="Of whose activations.")],
+    name: Annotated[str, typer.Option(help="What it is called: letters, digits, _ and -.")],
+    data: Annotated[str, typer.Option("--data", help="Examples; a harvest of them is used if there is one.")],
+    architecture: Annotated[Architecture, typer.Option(help="What kind.")] = "topk",
+    latents: Annotated[
+        list[int] | None, typer.Option(help="How many latents; several train side by side.")
+    ] = None,
+    expansion: Annotated[int, typer.Option(help="Latents for each number of a row, without --latents.")] = 8,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", help="Latents active in a row (topk and kin); several.")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Factor of the sparsity (relu, gated, jumprelu); several.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; several train side by side.")] = "0",
+    target: Annotated[
+        str, typer.Option(help="A transcoder: the site that it writes.")
+    ] = "",
+    skip: Annotated[bool, typer.Option("--skip", help="A transcoder with a linear way beside.")] = False,
+    steps: Annotated[int, typer.Option(help="How many batches.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Rows in a batch.")] = 4096,
+    lr: Annotated[float | None, typer.Option(help="Learning rate (default: 2e-4 / sqrt(latents / 2^14)).")] = None,
+    hold_out: Annotated[float, typer.Option(help="Share of examples to measure on.")] = 0.1,
+    first: Annotated[
+        int | None, typer.Option("--leave-first", help="Leave out so many first tokens (default: 1).")
+    ] = None,
+    norms: Annotated[
+        float, typer.Option(help="Leave out rows of more than so many median norms; 0: none.")
+    ] = 10.0,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the encoder's product.")
+    ] = "float32",
+    bias: Annotated[
+        Literal["mean", "median"], typer.Option(help="Where the decoder's bias begins.")
+    ] = "mean",
+    live: Annotated[bool, typer.Option("--live", help="Run the model, even where a harvest is there.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    anew: Annotated[bool, typer.Option("--anew", help="Begin anew, and overwrite.")] = False,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Train autoencoders of a site. Run it again to go on where it stopped.
+
+    Several sizes, sparsities and seeds learn from the same pass over the rows.
+    """
+    from circuits.models.attaching import check_name
+    from circuits.models.loading import load_model
+    from circuits.sae import Rule, Schedule, Settings
+    from circuits.sae import train as run
+
+    place = Workspace.default(workspace).writable()
+    check_name(name)
+    loaded = load_model(model, weights)
+    goal = loaded.site(target).name if target else None
+    rows = _rows(place, loaded, loaded.site(site).name, goal, data, live)
+    width = int(rows.about["width"])
+    by_count = architecture in ("topk", "batchtopk", "matryoshka")
+    variants = [
+        Settings(architecture, n, k=count, sparsity=factor, lr=lr, bias=bias, skip=skip, seed=s)
+        for n in latents or [expansion * width]
+        for count in (k or [32] if by_count else [32])
+        for factor in ([1.0] if by_count else sparsity or [1.0])
+        for s in _seeds(seeds)
+    ]
+    if k and not by_count:
+        raise ValueError(f"--k {k[0]} goes with topk, batchtopk and matryoshka, not {architecture}")
+    if sparsity and by_count:
+        raise ValueError(
+            f"--sparsity {sparsity[0]:g} goes with relu, gated and jumprelu, not {architecture}"
+        )
+    settings: Any = variants[0] if len(variants) == 1 else {s.label(): s for s in variants}
+    rule = Rule((1 if rows.tokens else 0) if first is None else first, norms, hold_out)
+    schedule = Schedule(steps, batch, seed=seed, precision=precision)
+    with _training_bar(f"train {name}", quiet=json) as report:
+        made = run(
+            rows, settings, schedule, place.autoencoder_path(name), rule=rule, every=every, anew=anew, report=report
+        )  # fmt: skip
+    place.register(record_of(model, weights, loaded.hash), replace=False)
+    if json:
+        show_json({code.about.name: _summary(code) for code in made.values()})
+        return
+    _show_list([("/".join(filter(None, (name, variant))), code) for variant, code in made.items()])
+    one = next(iter(made))
+    path = f"{name}/{one}" if one else name
+    say(
+        f"latents are units: circuits harvest {model}+sae/{path} --data {data} --sites sae/{made[one].about.name}"
+    )
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"--seeds {text!r} is not a list of different whole numbers, e.g. 0,1,2")
+    return found
+
+
+def _rows(
+    place: Workspace, model: Any, site: str, target: str | None, data: str, live: bool = False
+) -> Any:
+    """Rows of a harvest, if there is one at full depth; else of the model as it runs."""
+    from circuits.sae import ModelRows, StoreRows
+    from circuits.stimuli.sources import open_source
+
+    wanted = {site, target or site}
+    store = None if live else stored(place, model.hash, site, data)
+    if store is not None and wanted <= set(store.provenance.depth.full):
+        source = open_source(data)
+        if source.hash == store.provenance.data_hash:
+            return StoreRows(store, site, target)
+    return ModelRows(model, open_source(data), site, target)
+
+
+class _training_bar:  # noqa: N801 - used like a function
+    """A progress bar that shows what the autoencoders are like."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self._bar = progress_bar(what, quiet)
+        self._every = quiet
+
+    def __enter__(self) -> Any:
+        move = self._bar.__enter__()
+        last = [-1]
+
+        def report(progress: Any) -> None:
+            move(progress.step, progress.steps)
+            tenth = progress.step * 10 // progress.steps
+            if not self._every and tenth > last[0]:
+                last[0] = tenth
+                said = [
+                    f"{name + ': ' if name else ''}fvu {progress.fvu[name]:.3f}, l0 {progress.l0[name]:.1f}, dead "
+                    f"{100 * progress.dead[name]:.1f} %"
+                    for name in progress.fvu
+                ]
+                errors.print(
+                    f"step {progress.step} of {progress.steps}: {'; '.join(said)}",
+                    highlight=False,
+                    markup=False,
+                )
+
+        return report
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+
+def _summary(code: Any) -> dict[str, Any]:
+    a = code.about
+    metrics = {k: v for k, v in a.metrics.items() if k != "curve"}
+    return {
+        "name": a.name, "site": a.site, "target": a.target, "model": a.model, "model_hash": a.model_hash,
+        "data": a.data, "architecture": a.architecture, "n_latents": code.n_latents, "width": code.d_in, "k": code.k,
+        "metrics": metrics,
+    }  # fmt: skip
+
+
+def _show_list(codes: list[tuple[str, Any]]) -> None:
+    rows = []
+    for path, code in codes:
+        m = code.about.metrics
+        numbers = (m.get("fvu", "-"), m.get("l0", "-"), m.get("dead", "-"))
+        rows.append(
+            (
+                path,
+                code.about.model,
+                code.about.site,
+                code.about.architecture,
+                code.n_latents,
+                *numbers,
+            )
+        )
+    columns = (
+        "autoencoder",
+        "model",
+        "site",
+        "architecture",
+        "latents",
+        "fvu in training",
+        "l0",
+        "dead",
+    )
+    show_table(columns, rows)
+
+
+@concepts.command(name="ls")
+def list_autoencoders(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
+    """List the autoencoders of a workspace."""
+    from circuits.autoencoders import load_autoencoder
+
+    root = Workspace.default(workspace).root / "saes"
+    found = []
+    for path in sorted(root.glob("*/*.safetensors")):
+        if path.stem == "checkpoint":
+            continue
+        name = path.parent.name if path.stem == "sae" else f"{path.parent.name}/{path.stem}"
+        try:
+            found.append((name, load_autoencoder(path)))
+        except ValueError as error:
+            warn(str(error))
+    if json:
+        show_json({name: _summary(code) for name, code in found})
+    else:
+        _show_list(found)
+
+
+def _code(name: str, workspace: Path | None) -> Any:
+    """An autoencoder by path, or by name in a workspace."""
+    from circuits.autoencoders import load_autoencoder
+    from circuits.models.loading import find_autoencoder
+
+    return load_autoencoder(find_autoencoder(name, Workspace.default(workspace)))
+
+
+def _model_of(code: Any, model: str, weights: Path | None, place: Workspace) -> Any:
+    """The model that an autoencoder belongs to."""
+    from circuits.models.loading import load_model
+
+    if not model:
+        known = [r for r in place.models() if r.hash == code.about.model_hash]
+        if not known:
+            raise ValueError(
+                f"autoencoder {code.about.name!r} is of model {code.about.model or 'unknown'!r}, which this workspace "
+                "does not know: name it with --model"
+            )
+        model, weights = known[0].spec, Path(known[0].weights) if known[0].weights else None
+    loaded = load_model(model, weights)
+    if code.about.model_hash and loaded.hash != code.about.model_hash:
+        raise ValueError(
+            f"--model {model}: its weights are {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
+            f"{code.about.model_hash[:16]}"
+        )
+    return loaded
+
+
+def _batches(model: Any, source: Any, limit: int) -> tuple[list[Any], list[int]]:
+    """Examples spread over a source, as the model takes them, and which they are."""
+    from circuits.harvesting import Inputs
+
+    if limit < 1:
+        raise ValueError(f"limit {limit} must be at least 1")
+    inputs = Inputs(model, source)
+    n = min(limit, len(source))
+    which = sorted({i * len(source) // n for i in range(n)})
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for i in which:
+        size = len(inputs.load(i))
+        if groups and len(groups[-1]) < 32 and sizes[-1] == size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            sizes.append(size)
+    return [inputs.batch(group) for group in groups], which
+
+
+@concepts.command(name="eval")
+def evaluate(
+    sae: CodeArgument,
+    data: DataOfOption = "",
+    labels: LabelsOption = "",
+    limit: LimitOption = 500,
+    rows: Annotated[int, typer.Option(help="Rows that reconstruction is measured on.")] = 65536,
+    seed: SeedOption = 0,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """How well codes describe rows, and what the model does with them, beside nulls."""
+    from circuits.sae import behaviour, measure
+    from circuits.stimuli.labels import read_labels
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace)
+    code = _code(sae, workspace)
+    data = data or code.about.data
+    loaded = _model_of(code, model, weights, place)
+    source = open_source(data)
+    target = code.about.target if code.about.target != code.about.site else None
+    own = _rows(place, loaded, code.about.site, target, data)
+    own_labels = read_labels(source, loaded.classes, labels) if labels else None
+    batches, which = _batches(loaded, source, limit)
+    measured = measure(code, own, rows=rows, seed=seed)
+    chosen = None if own_labels is None else [own_labels[i] for i in which]
+    behaved = behaviour(loaded, code, batches, labels=chosen, data=data, seed=seed)
+    if json:
+        show_json(
+            {"name": code.about.name, "rows": measured.to_dict(), "behaviour": behaved.to_dict()}
+        )
+        return
+    _show_metrics(code, measured)
+    _show_behaviour(behaved)
+
+
+def _show_metrics(code: Any, found: Any) -> None:
+    described = [("the autoencoder, held out" if found.trained else "the autoencoder", found.own)]
+    described += [("the autoencoder, in training", found.trained)] if found.trained else []
+    described += list(found.nulls.items())
+    columns = ("on rows", "fvu", "fvu with rows left out", "cosine", "norm ratio", "l0", "dead")
+    rows = [(n, r.fvu, r.fvu_all, r.cosine, r.l2_ratio, r.l0, r.dead) for n, r in described]
+    title = f"{code.about.name}: {code.n_latents} latents of {code.about.site}, {found.n_rows} rows of {found.data}"
+    show_table(columns, rows, title=title)
+
+
+def _show_behaviour(found: Any) -> None:
+    rows = []
+    for name, m in found.measures.items():
+        shares = [
+            f"{s:.3f} ({i[0]:.3f} to {i[1]:.3f})"
+            for s, i in ((m.of_zero, m.of_zero_interval), (m.of_mean, m.of_mean_interval))
+        ]
+        rows.append((name, m.intact, m.reconstruction, m.zero, m.mean, m.random, *shares))
+        if m.warning:
+            warn(f"{name}: {m.warning}")
+    columns = (
+        "the model's",
+        "intact",
+        "with codes",
+        "zero",
+        "mean",
+        "random dictionary",
+        "recovered of zero",
+        "of the mean",
+    )
+    show_table(columns, rows, title=f"{found.n_examples} examples of {found.data}")
+    if found.change is not None:
+        say("top-1 with codes: {:+.4f} ({:+.4f} to {:+.4f})".format(*found.change))
+
+
+@concepts.command()
+def compare(
+    saes: Annotated[
+        list[str],
+        typer.Argument(help="Autoencoders; a run of several stands for all of its variants."),
+    ],
+    seed: SeedOption = 0,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Match the directions of autoencoders one to one: what another seed finds too."""
+    from circuits.sae import stability
+
+    place = Workspace.default(workspace)
+    names: list[str] = []
+    for name in saes:
+        folder = place.autoencoder_path(name)
+        several = sorted(p.stem for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+        several = [s for s in several if s not in ("sae", "checkpoint")]
+        names += [f"{name}/{s}" for s in several] or [name]
+    found = stability({name: _code(name, workspace) for name in names}, seed)
+    if json:
+        show_json(found.to_dict())
+        return
+    rows = [(pair, m.mcc, m.random, m.shared, m.close) for pair, m in found.matchings.items()]
+    show_table(("pair", "mean cosine", "of random ones", "shared (0.7)", "close (0.9)"), rows)
+    say(
+        f"in all: {100 * found.in_all:.1f} % of the first one's directions have a partner in every other"
+    )
+
+
+@concepts.command(name="name")
+def name_latents(
+    sae: CodeArgument,
+    data: DataOfOption = "",
+    attributes: Annotated[
+        str,
+        typer.Option(
+            help="JSON: what is true of each example (a list of texts), by its name or in order."
+        ),
+    ] = "",
+    labels: LabelsOption = "",
+    unit: Annotated[int | None, typer.Option(help="A person names this latent …")] = None,
+    text: Annotated[str, typer.Option("--as", help="… so.")] = "",
+    note: Annotated[str, typer.Option(help="Why.")] = "",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the names that hold in the workspace.")
+    ] = False,
+    limit: LimitOption = 3000,
+    level: Annotated[float, typer.Option(help="Of the tests.")] = 0.05,
+    top: Annotated[int, typer.Option(help="How many to list.")] = 20,
+    seed: SeedOption = 0,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Name latents after the attributes that they tell; names are checked on other examples."""
+    from circuits.sae import call, name_by_attributes, names_of, pooled, save_names
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace)
+    code = _code(sae, workspace)
+    loaded = _model_of(code, model, weights, place)
+    attached = _attached(loaded, code)
+    site = attached.site(f"sae/{code.about.name}")
+    if unit is not None or text:
+        if unit is None or not text:
+            raise ValueError("--unit and --as go together: a latent's index and what it is called")
+        record = call(place.writable().database, attached.hash, site.unit(unit), text, note)
+        say(f"{record.name} is called {text!r} (version {record.version}, by {record.author})")
+        return
+    if not attributes and not labels:
+        known = names_of(place.database, attached.hash)
+        rows = [(n, r.body["text"], r.author, r.created, r.note) for n, r in known.items()]
+        show_json({n: r.body for n, r in known.items()}) if json else show_table(
+            ("latent", "name", "by", "when", "note"), rows
+        )
+        return
+    if attributes and labels:
+        raise ValueError("--attributes and --labels: expected one of them")
+    source = open_source(data or code.about.data)
+    batches, which = _batches(attached, source, limit)
+    each = _attributes_of(source, attributes, labels, loaded.classes)
+    found = name_by_attributes(
+        site.name, pooled(attached, site.name, batches), [each[i] for i in which], level=level, data=source.spec,
+        by="class labels" if labels else "attributes", seed=seed,
+    )  # fmt: skip
+    if keep:
+        save_names(place.writable().database, attached.hash, found.holding, note)
+        place.register(
+            record_of(_spec(loaded, sae, model, place), weights, attached.hash), replace=False
+        )
+    if json:
+        show_json(found.to_dict())
+        return
+    rows = [
+        (
+            n.unit,
+            n.text,
+            "yes" if n.holds else "no",
+            n.score,
+            n.p_value,
+            n.evidence["top_held_out"],
+            n.evidence["base_rate"],
+        )
+        for n in found.names[:top]
+    ]
+    columns = ("latent", "name", "holds", "AUROC held out", "p", "of its top ten", "of all")
+    show_table(columns, rows)
+    say(
+        f"{len(found.holding)} of {len(found.names)} names hold on the other half of {found.n_examples} examples; with "
+        f"attributes shuffled {found.by_chance:g}"
+    )
+
+
+def _attached(model: Any, code: Any) -> Any:
+    about = code.about
+    return model.attach(
+        code, about.name, about.site, about.target if about.target != about.site else None
+    )
+
+
+def _spec(loaded: Any, sae: str, model: str, place: Workspace) -> str:
+    known = [r.spec for r in place.models() if r.hash == loaded.hash]
+    return f"{model or (known or [loaded.name])[0]}+{sae}"
+
+
+def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> list[list[str]]:
+    from circuits.stimuli.labels import read_labels
+
+    if labels:
+        found = read_labels(source, classes, labels)
+        return [[classes[i] if classes else str(i)] for i in found]
+    path = Path(attributes).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"attributes file {attributes!r} does not exist or is not a file")
+    try:
+        given = json_module.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"attributes file {attributes!r} is no JSON: {error}") from error
+    if isinstance(given, dict):
+        known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
+        given = [known.get(n, known.get(PurePath(n).name, [])) for n in source.names]
+    if not isinstance(given, list) or len(given) != len(source):
+        n = len(given) if isinstance(given, list) else "no"
+        raise ValueError(
+            f"attributes {attributes!r}: {n} for {len(source)} examples of {source.spec}"
+        )
+    made = [[v] if isinstance(v, str) else v for v in given]
+    for name, v in zip(source.names, made, strict=True):
+        if not isinstance(v, list) or not all(isinstance(t, str) for t in v):
+            raise ValueError(f"attributes of {name!r} are {v!r}: expected a list of texts")
+    return made
+
+
+@concepts.command()
+def bottleneck(
+    sae: CodeArgument,
+    labels: LabelsOption,
+    data: DataOfOption = "",
+    off: Annotated[str, typer.Option(help="Latents to switch off, e.g. 3,17.")] = "",
+    scale: Annotated[
+        str, typer.Option(help="Latents to multiply: INDICES=FACTOR, e.g. 3,17=2.")
+    ] = "",
+    set_: Annotated[str, typer.Option("--set", help="Latents to set: INDICES=VALUE.")] = "",
+    explain: Annotated[
+        int | None, typer.Option(help="An example whose decision is explained.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Write what is switched as a recipe of edits (.json).")
+    ] = None,
+    pool: Annotated[
+        Literal["mean", "max"], typer.Option(help="What becomes of positions.")
+    ] = "mean",
+    strength: Annotated[float, typer.Option(help="Inverse of the regularisation.")] = 1.0,
+    limit: LimitOption = 3000,
+    top: Annotated[int, typer.Option(help="How many latents to list.")] = 8,
+    seed: SeedOption = 0,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Classify with latents: what decisions rest on, and what changes if latents are switched."""
+    import numpy as np
+
+    from circuits.sae import as_recipe, intervene, pooled, train_bottleneck
+    from circuits.stimuli.labels import read_labels
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace)
+    code = _code(sae, workspace)
+    loaded = _model_of(code, model, weights, place)
+    attached = _attached(loaded, code)
+    site = attached.site(f"sae/{code.about.name}")
+    done = _interventions(site, off, scale, set_)
+    if recipe is not None and (not done or recipe.suffix != ".json"):
+        raise ValueError(
+            f"--recipe {str(recipe)!r}: expected a .json file, and something to switch (--off, …)"
+        )
+    source = open_source(data or code.about.data)
+    batches, which = _batches(attached, source, limit)
+    if explain is not None and explain not in which:
+        raise ValueError(
+            f"--explain {explain}: expected one of the {len(which)} examples that are read"
+        )
+    every = read_labels(source, loaded.classes, labels)
+    own = np.array([every[i] for i in which])
+    units = pooled(attached, site.name, batches, pool)
+    first = np.random.default_rng(seed).permutation(len(own)) < len(own) // 2
+    found = train_bottleneck(
+        site.name, units[first], own[first].tolist(), loaded.classes or tuple(map(str, range(own.max() + 1))),
+        pool=pool, strength=strength, model_hash=attached.hash, data=source.spec, seed=seed,
+    )  # fmt: skip
+    rest, kept = units[~first], own[~first].tolist()
+    accuracy = found.accuracy(rest, kept, seed)
+    present = sorted(set(own.tolist()))
+    explained = [found.explain_class(rest, i, top) for i in present]
+    local = None if explain is None else found.explain(units[which.index(explain)], top=top)
+    effect = intervene(found, rest, kept, done, seed=seed) if done else None
+    if recipe is not None:
+        as_recipe(attached, done).save(recipe)
+    if json:
+        from dataclasses import asdict
+
+        show_json(
+            {
+                "accuracy": asdict(accuracy), "classes": [_explained(e) for e in explained],
+                "example": None if local is None else _explained(local),
+                "effect": None if effect is None else effect.to_dict(), "seed": seed, "data": source.spec,
+                "model_hash": attached.hash,
+            }
+        )  # fmt: skip
+        return
+    say(
+        f"right on {100 * accuracy.own:.1f} % of {accuracy.n} examples held out ({100 * accuracy.low:.1f} to "
+        f"{100 * accuracy.high:.1f}); trained on shuffled labels {100 * accuracy.shuffled_labels:.1f} %, always the "
+        f"commonest {100 * accuracy.majority:.1f} %"
+    )
+    for e in [*explained, *([local] if local else [])]:
+        what = f"{e.label}: logit {e.logit:.3f} = bias {e.bias:.3f} + latents"
+        show_table(
+            ("latent", "activation", "weight", "adds"),
+            [(s.unit, s.activation, s.weight, s.contribution) for s in e.shares], title=what,
+        )  # fmt: skip
+    if effect is not None:
+        _show_effect(effect)
+
+
+def _explained(e: Any) -> dict[str, Any]:
+    return {
+        "class": e.label, "logit": e.logit, "bias": e.bias, "left": e.left,
+        "shares": [
+            {"unit": str(s.unit), "activation": s.activation, "weight": s.weight, "adds": s.contribution}
+            for s in e.shares
+        ],
+    }  # fmt: skip
+
+
+def _show_effect(effect: Any) -> None:
+    random = sorted(effect.random)
+    beside = f"; random others {random[0]:+.4f} to {random[-1]:+.4f}" if random else ""
+    say(
+        f"switched: {100 * effect.before:.1f} -> {100 * effect.after:.1f} % right, {effect.change:+.4f} "
+        f"({effect.low:+.4f} to {effect.high:+.4f}){beside}"
+    )
+    rows = [(c.name, c.n, c.intact, c.changed) for c in effect.classes]
+    show_table(("class", "examples", "right before", "after"), rows)
+    show_table(("decisions", "changed"), sorted(effect.flips.items(), key=lambda f: -f[1])[:10])
+
+
+def _interventions(site: Any, off: str, scale: str, set_: str) -> list[Any]:
+    from circuits.sae import Intervention
+    from circuits.units import Units
+
+    found = []
+    for how, text in (("off", off), ("scale", scale), ("set", set_)):
+        if not text:
+            continue
+        indices, equals, amount = text.partition("=")
+        if bool(equals) == (how == "off"):
+            form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
+            raise ValueError(f"--{how} {text!r} is not of the form {form}")
+        units = Units.parse(f"{site.name}:{indices}")
+        try:
+            number = float(amount or 0)
+        except ValueError:
+            raise ValueError(f"--{how} {text!r}: {amount!r} is no number") from None
+        found.append(Intervention(tuple(site.unit(i) for i in units.among(site)), how, number))  # type: ignore[arg-type]
+    return found
+
+
+@concepts.command(name="export")
+def export_code(
+    sae: CodeArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to: new, or empty.")],
+    layout: Annotated[Layout, typer.Option(help="Whose files.")] = "saelens",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Write an autoencoder as another tool reads it."""
+    from circuits.autoencoders.layouts import export_autoencoder
+
+    say(f"written to {export_autoencoder(_code(sae, workspace), folder, layout)}")
+
+
+@concepts.command(name="import")
+def import_code(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of SAELens, dictionary_learning or sparsify.")
+    ],
+    name: Annotated[str, typer.Option(help="What it is called here.")],
+    model: Annotated[str, typer.Option(help="The model that it belongs to.")],
+    site: Annotated[
+        str, typer.Option(help="Whose activations it encodes, if its files do not say.")
+    ] = "",
+    target: Annotated[str, typer.Option(help="A transcoder: the site that it writes.")] = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Read another tool's autoencoder into the workspace."""
+    from dataclasses import replace
+
+    from circuits.autoencoders import FILE, About, save_autoencoder
+    from circuits.autoencoders.layouts import import_autoencoder
+    from circuits.models.attaching import check_name
+    from circuits.models.loading import load_model
+
+    place = Workspace.default(workspace).writable()
+    path = place.autoencoder_path(check_name(name)) / FILE
+    if path.parent.exists() and any(path.parent.iterdir()):
+        raise FileExistsError(f"--name {name}: the workspace has an autoencoder of that name")
+    loaded = load_model(model, weights)
+    code = import_autoencoder(folder, About(name))
+    source = site or code.about.site
+    if not source:
+        raise ValueError(
+            f"folder {str(folder)!r} does not say whose activations it encodes: name the site with --site"
+        )
+    goal = target or (
+        code.about.target if code.about.target not in ("", code.about.site) else source
+    )
+    where = loaded.site(source)
+    code.about = replace(
+        code.about,
+        name=name,
+        site=where.name,
+        target=loaded.site(goal).name,
+        model=loaded.name,
+        model_hash=loaded.hash,
+    )
+    _attached(loaded, code)  # whether it fits
+    save_autoencoder(code, path)
+    place.register(record_of(model, weights, loaded.hash), replace=False)
+    say(f"{code.n_latents} latents of {where.name} as sae/{name}: written to {path}")

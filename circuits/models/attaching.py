@@ -1,0 +1,208 @@
+"""Autoencoders attached to a model: their latents become units of it (layer 3).
+
+At the autoencoder's site x the model continues with x: nothing is computed unless somebody looks. Whoever
+reads `sae/NAME` sees encode(x); whoever changes it makes the model continue with decode(changed) + error,
+where error = x - decode(encode(x)) is a site of its own, `sae/NAME.error`, so that nothing hides in it
+(Marks et al. 2024, section 2). A change of nothing changes nothing, to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.hooks import Splice, Tap
+from circuits.units import Site, SiteKind
+
+PREFIX = "sae/"
+"""How the names of sites of latents begin."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if an autoencoder can be called so: letters, digits, `_` and `-`.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name {name!r} of an autoencoder is not valid: expected letters, digits, _ and -"
+        )
+    return name
+
+
+class Spot(nn.Module):
+    """Hands on a tensor, so that it is a site.
+
+    Args:
+        axes: of its tensor.
+        unit_axis: which of them counts units.
+        kind: what the units are.
+    """
+
+    def __init__(self, axes: tuple[str, ...], unit_axis: int, kind: SiteKind) -> None:
+        super().__init__()
+        self.axes, self.unit_axis = axes, unit_axis
+        self.kind: SiteKind = kind
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody reads or changes the tensor."""
+        return bool(self._forward_hooks)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A site with the tap that reaches it."""
+
+    site: Site
+    tap: Tap
+
+
+class Attached(Splice):
+    """An autoencoder at a site: the site's tensor passes through it if anybody looks.
+
+    Args:
+        code: the autoencoder: `encode` and `decode` work on the last axis.
+        source: what it encodes.
+        target: what it writes: the same, but for a transcoder.
+    """
+
+    def __init__(self, code: nn.Module, source: Place, target: Place) -> None:
+        super().__init__()
+        self.code = code
+        self.source, self.target = source, target
+        site = source.site
+        if "d_head" in site.axes:
+            self.latents = Spot(("batch", "position", "unit"), 2, "latent")
+        else:
+            self.latents = Spot(site.axes, site.unit_axis, "latent")
+        self.error = Spot(target.site.axes, target.site.unit_axis, target.site.kind)
+        self.calls: dict[str, int] = {}
+        self.held: tuple[Tensor, Tensor, Tensor] | None = None  # x, codes, codes after changes
+
+    def restart(self, module: nn.Module, args: Any) -> None:
+        """Begin a forward pass."""
+        self.calls, self.held = {}, None
+
+    def _is_at(self, place: Place, which: str) -> bool:
+        call = self.calls.get(which, 0)
+        self.calls[which] = call + 1
+        return call == place.tap.call
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody reads or changes the latents or the error."""
+        return self.latents.watched or self.error.watched
+
+    def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The hook at the site that is encoded."""
+        if not self._is_at(self.source, "source") or not self.watched:
+            return None
+        x = rows_of(self.source.site, self.source.tap.read(output))
+        codes = self.code.encode(x)  # type: ignore[operator]
+        given = codes_of(self.source.site, codes)
+        shown = self.latents(given)
+        changed = codes if shown is given else rows_back(self.source.site, shown)
+        self.held = (x, codes, changed)
+        return self._written(output) if self.target is self.source else None
+
+    def visit_target(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The hook at the site that a transcoder writes."""
+        if not self._is_at(self.target, "target") or self.held is None:
+            return None
+        return self._written(output)
+
+    def _written(self, output: Any) -> Any:
+        assert self.held is not None, "the latents come first"
+        x, codes, changed = self.held
+        self.held = None
+        if changed is codes and not self.error.watched:
+            return None
+        site = self.target.site
+        value = self.target.tap.read(output)
+        there = rows_of(site, value)
+        made = self._decoded(codes, x)
+        error = from_rows(site, there - made, value)
+        shown = self.error(error)
+        if shown is error and changed is codes:
+            return None
+        remade = from_rows(site, self._decoded(changed, x), value)
+        return self.target.tap.write(output, remade + shown)
+
+    def _decoded(self, codes: Tensor, x: Tensor) -> Tensor:
+        if getattr(self.code, "W_skip", None) is not None:
+            return self.code.decode(codes, x)  # type: ignore[operator]
+        return self.code.decode(codes)  # type: ignore[operator]
+
+
+def rows_of(site: Site, value: Tensor) -> Tensor:
+    """A site's tensor with what an autoencoder encodes on its last axis; heads side by side."""
+    if "d_head" in site.axes:
+        return value.flatten(-2)
+    return value.movedim(site.unit_axis, -1)
+
+
+def from_rows(site: Site, rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `rows_of`, in the precision of the site's own tensor."""
+    if "d_head" in site.axes:
+        return rows.reshape(like.shape[:1] + rows.shape[1:-1] + like.shape[-2:]).to(like.dtype)
+    return rows.movedim(-1, site.unit_axis).to(like.dtype)
+
+
+def codes_of(site: Site, codes: Tensor) -> Tensor:
+    """Codes laid out like the site: latents where its units are."""
+    return codes if "d_head" in site.axes else codes.movedim(-1, site.unit_axis)
+
+
+def rows_back(site: Site, codes: Tensor) -> Tensor:
+    """The inverse of `codes_of`."""
+    return codes if "d_head" in site.axes else codes.movedim(site.unit_axis, -1)
+
+
+def width_of(site: Site) -> int:
+    """How many numbers a row of a site has: one a unit; of heads, their insides side by side."""
+    return site.n_units * (
+        site.shape[site.axes.index("d_head") - 1] if "d_head" in site.axes else 1
+    )
+
+
+def attached_module(
+    module: nn.Module, name: str, code: nn.Module, source: Place, target: Place | None
+) -> nn.Module:
+    """A copy of a module with an autoencoder attached."""
+    module, source, target = copy.deepcopy((module, source, target))
+    attached = Attached(copy.deepcopy(code).to(_device(module)), source, target or source)
+    module.add_module(PREFIX + name, attached)
+    module.register_forward_pre_hook(attached.restart)
+    source.tap.module.register_forward_hook(attached.visit)
+    if target is not None:
+        target.tap.module.register_forward_hook(attached.visit_target)
+    return module
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def autoencoders(module: nn.Module) -> dict[str, Attached]:
+    """The autoencoders attached to a module, by the names of their sites."""
+    return {name: m for name, m in module.named_children() if isinstance(m, Attached)}
+
+
+def spots(module: nn.Module) -> dict[str, Spot]:
+    """Latents and errors of all attached autoencoders, by site name."""
+    found = {}
+    for name, attached in autoencoders(module).items():
+        found |= {name: attached.latents, f"{name}.error": attached.error}
+    return found

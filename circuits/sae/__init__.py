@@ -1,0 +1,43 @@
+"""Sparse autoencoders of a model's activations: training, measures, names, bottlenecks (layer 5)."""
+
+from circuits.sae.batches import ArrayRows, ModelRows, Rule, StoreRows
+from circuits.sae.behaviour import Behaviour, behaviour
+from circuits.sae.bottleneck import (
+    Bottleneck,
+    Intervention,
+    as_recipe,
+    intervene,
+    suspects,
+    train_bottleneck,
+)
+from circuits.sae.comparing import (
+    Matching,
+    Stability,
+    known_dictionary,
+    match,
+    recovery,
+    stability,
+)
+from circuits.sae.dissecting import Dissection, dissect
+from circuits.sae.learners import Architecture, Settings
+from circuits.sae.metrics import Metrics, measure
+from circuits.sae.naming import (
+    Name,
+    Naming,
+    call,
+    name_by_attributes,
+    name_by_text,
+    names_of,
+    save_names,
+)
+from circuits.sae.pooling import pooled
+from circuits.sae.probing import Probe, probe
+from circuits.sae.training import Progress, Schedule, train
+
+__all__ = [
+    "Architecture", "ArrayRows", "Behaviour", "Bottleneck", "Dissection", "Intervention", "Matching", "Metrics",
+    "ModelRows", "Name", "Naming", "Probe", "Progress", "Rule", "Schedule", "Settings", "Stability", "StoreRows",
+    "as_recipe", "behaviour", "call", "dissect", "intervene", "known_dictionary", "match", "measure",
+    "name_by_attributes", "name_by_text", "names_of", "pooled", "probe", "recovery", "save_names", "stability",
+    "suspects", "train", "train_bottleneck",
+]  # fmt: skip

@@ -1,0 +1,196 @@
+"""Two dictionaries beside each other: seeds, sizes, a known truth (layer 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from circuits.autoencoders import Autoencoder
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Directions of one dictionary matched one to one with those of another (Hungarian algorithm).
+
+    Attributes:
+        mcc: the mean absolute cosine of matched directions; of the smaller dictionary, if they differ in size.
+        shared: share of matched pairs with a cosine of at least 0.7.
+        close: likewise at least 0.9.
+        random: the mcc of random directions of the same sizes.
+        pairs: for each direction of the first its partner, -1 without one.
+        cosines: of each pair; 0 without one.
+    """
+
+    mcc: float
+    shared: float
+    close: float
+    random: float
+    pairs: tuple[int, ...]
+    cosines: tuple[float, ...]
+
+
+def match(
+    first: Float[Tensor, "one width"], second: Float[Tensor, "two width"], seed: int = 0
+) -> Matching:
+    """Match directions one to one so that their absolute cosines add up to the most.
+
+    Args:
+        first: a dictionary, directions as rows.
+        second: another of the same width.
+        seed: of the random directions beside.
+
+    Raises:
+        ValueError: if widths differ.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"dictionaries have directions of {first.shape[1]} and {second.shape[1]} numbers: expected one width"
+        )
+    rows, columns, cosine = _assigned(first, second)
+    found = cosine[rows, columns]
+    pairs, cosines = np.full(len(first), -1), np.zeros(len(first))
+    pairs[rows], cosines[rows] = columns, found
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(min(len(first), 512), first.shape[1], generator=generator)
+    b = torch.randn(
+        max(1, round(len(a) * len(second) / len(first))), first.shape[1], generator=generator
+    )
+    i, j, chance = _assigned(a, b)
+    return Matching(
+        float(found.mean()), float((found >= 0.7).mean()), float((found >= 0.9).mean()),
+        float(chance[i, j].mean()), tuple(pairs.tolist()), tuple(cosines.tolist()),
+    )  # fmt: skip
+
+
+def _assigned(first: Tensor, second: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a, b = (
+        d.double() / d.double().norm(dim=1, keepdim=True).clamp_min(1e-12) for d in (first, second)
+    )
+    cosine = (a @ b.T).abs().cpu().numpy()
+    rows, columns = linear_sum_assignment(cosine, maximize=True)
+    return rows, columns, cosine
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How alike dictionaries are that were trained with other seeds.
+
+    Attributes:
+        names: which.
+        matchings: of each pair.
+        mcc: the mean of theirs.
+        shared: likewise.
+        random: likewise.
+        in_all: share of the first one's directions that have a partner with a cosine of at least 0.7 in all others.
+    """
+
+    names: tuple[str, ...]
+    matchings: dict[str, Matching]
+    mcc: float
+    shared: float
+    random: float
+    in_all: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
+    """Match dictionaries that were trained on the same rows with other seeds.
+
+    Raises:
+        ValueError: if there are fewer than two, or widths differ.
+    """
+    names = list(codes)
+    if len(names) < 2:
+        raise ValueError(f"autoencoders: {len(names)} given, expected at least two to compare")
+    found = {
+        f"{a} and {b}": match(codes[a].W_dec.detach(), codes[b].W_dec.detach(), seed)
+        for a, b in combinations(names, 2)
+    }
+    own = [np.array(found[f"{names[0]} and {b}"].cosines) >= 0.7 for b in names[1:]]
+    each = list(found.values())
+    return Stability(
+        tuple(names), found, _mean([m.mcc for m in each]), _mean([m.shared for m in each]),
+        _mean([m.random for m in each]), float(np.logical_and.reduce(own).mean()),
+    )  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Whether a dictionary is a known one.
+
+    Attributes:
+        matching: with the true directions.
+        fvu: what it leaves of the variance.
+        warning: what the numbers do not show.
+    """
+
+    matching: Matching
+    fvu: float
+    warning: str
+
+
+def recovery(
+    code: Autoencoder, truth: Float[Tensor, "feature width"], fvu: float, seed: int = 0
+) -> Recovery:
+    """Compare an autoencoder with the directions that its rows were made of.
+
+    Args:
+        code: the autoencoder.
+        truth: the directions.
+        fvu: what it leaves of the rows' variance (see `measure`).
+        seed: of the random directions beside.
+    """
+    found = match(truth, code.W_dec.detach(), seed)
+    warning = ""
+    if fvu < 0.2 and found.mcc < 0.9:
+        warning = (
+            f"it explains {100 * (1 - fvu):.1f} % of the variance, and its directions are not the true ones (mcc "
+            f"{found.mcc:.2f}; random ones {found.random:.2f}): a low FVU alone does not prove recovery"
+        )
+    return Recovery(found, fvu, warning)
+
+
+def known_dictionary(
+    n: int = 64, width: int = 32, rows: int = 200_000, active: int = 3, seed: int = 0
+) -> tuple[Float[Tensor, "feature width"], Float[np.ndarray, "row width"]]:
+    """Rows of which the truth is known: sums of a few random directions, each 0.5 to 1.5 strong.
+
+    Args:
+        n: how many directions.
+        width: their length.
+        rows: how many rows.
+        active: directions in each.
+        seed: of directions and rows.
+
+    Returns:
+        The directions, and the rows.
+    """
+    if not 1 <= active <= n:
+        raise ValueError(f"active {active} must be from 1 to the number of directions, {n}")
+    generator = np.random.default_rng(seed)
+    directions = generator.standard_normal((n, width))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    made = np.empty((rows, width), np.float32)
+    for start in range(0, rows, 65536):
+        size = min(65536, rows - start)
+        codes = np.zeros((size, n))
+        chosen = generator.random((size, n)).argpartition(active - 1, 1)[:, :active]
+        np.put_along_axis(codes, chosen, generator.uniform(0.5, 1.5, (size, active)), 1)
+        made[start : start + size] = codes @ directions
+    return torch.from_numpy(directions).float(), made

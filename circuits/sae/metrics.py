@@ -1,0 +1,303 @@
+"""How well codes describe rows, beside nulls of the same size (layer 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.autoencoders import Autoencoder
+from circuits.sae.batches import Batches, Group, Part, RowSource, Rule
+
+_FIT = 2**14
+"""Rows that PCA and NMF are fitted on, beside those that are measured."""
+
+_EDGES = tuple(np.arange(-6.0, 0.5, 0.5).tolist())
+"""Edges of the histogram of densities, in powers of ten."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How codes describe rows.
+
+    Attributes:
+        fvu: share of the variance that is not explained, about the mean of the rows.
+        fvu_all: with the rows that the rule leaves out.
+        cosine: between rows and what is written for them, on average.
+        l2_ratio: the norm of what is written over that of the row, on average.
+        l0: latents active in a row, on average.
+        dead: share of latents never active.
+    """
+
+    fvu: float
+    fvu_all: float
+    cosine: float
+    l2_ratio: float
+    l0: float
+    dead: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """An autoencoder on rows, beside its nulls.
+
+    Attributes:
+        own: of the autoencoder, on rows of examples that it was not trained on, if some were held out.
+        trained: of the autoencoder, on rows of examples that it was trained on; None if none were held out.
+        nulls: by name: `random dictionary` (random directions of the same lengths, read as they are written),
+            `shuffled rows` (the autoencoder on rows whose units were drawn each from another row), `pca` (as many
+            components as latents are active in a row), `nmf` (likewise; only of rows without negative numbers).
+        density: for each latent, the share of rows in which it is active.
+        density_edges: of the histogram, powers of ten.
+        density_histogram: counts: latents below the first edge (never active: not counted), between, above.
+        n_rows: measured on so many.
+        left_out: rows that the rule left out.
+        data: on what.
+        seed: of rows and nulls.
+        model_hash: of the model's weights.
+    """
+
+    own: Reconstruction
+    trained: Reconstruction | None
+    nulls: dict[str, Reconstruction]
+    density: tuple[float, ...]
+    density_edges: tuple[float, ...]
+    density_histogram: tuple[int, ...]
+    n_rows: int
+    left_out: int
+    data: str
+    seed: int
+    model_hash: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def measure(
+    code: Autoencoder,
+    source: RowSource,
+    *,
+    rule: Rule | None = None,
+    rows: int = 2**16,
+    seed: int = 0,
+    nulls: bool = True,
+) -> Metrics:
+    """How an autoencoder describes rows, beside a random dictionary, shuffled rows, PCA and NMF.
+
+    Args:
+        code: the autoencoder.
+        source: where rows come from.
+        rule: which are left out; as in its training if None.
+        rows: on how many, drawn with the seed.
+        seed: of everything random.
+        nulls: whether nulls are measured too.
+
+    Raises:
+        ValueError: if it is of another width, or trained on another model, than the rows are of.
+    """
+    check_source(code, source)
+    if rows < 1:
+        raise ValueError(f"rows {rows} must be at least 1")
+    rule = rule or rule_of(code)
+    part: Part = "held out" if rule.hold_out else "all"
+    here, every, fitted = _rows(code, source, rule, part, rows, seed)
+    trained = None
+    if rule.hold_out:
+        seen, seen_every, fitted = _rows(code, source, rule, "training", rows, seed)
+        trained = _described(code, seen, seen_every)[0]
+    own, density = _described(code, here, every)
+    beside: dict[str, Reconstruction] = {}
+    generator = torch.Generator().manual_seed(seed)
+    if nulls:
+        random = random_dictionary(code, generator)
+        beside["random dictionary"] = _described(random, here, every)[0]
+        shuffled = _shuffled(here.x, generator)
+        target = shuffled if here.y is here.x else here.y
+        mixed = Group(shuffled, target, here.example, here.position)
+        beside["shuffled rows"] = _described(code, mixed, mixed)[0]
+        if here.y is here.x:
+            beside |= _linear(fitted, here, every, own.l0)
+    active = density[density > 0]
+    histogram = np.histogram(np.log10(active), [-np.inf, *_EDGES, np.inf])[0]
+    return Metrics(
+        own, trained, beside, tuple(density.tolist()), _EDGES, tuple(histogram.tolist()), len(here.x),
+        len(every.x) - len(here.x), str(source.about["data"]), seed, str(source.about["model_hash"]),
+    )  # fmt: skip
+
+
+def check_source(code: Autoencoder, source: RowSource) -> None:
+    """Raise ValueError if rows are not what an autoencoder reads and writes."""
+    about = source.about
+    for what, own in (("width", code.d_in), ("target_width", code.d_out)):
+        if about[what] != own:
+            raise ValueError(
+                f"autoencoder {code.about.name!r} reads {code.d_in} numbers and writes {code.d_out}: rows of "
+                f"{about['site']!r} have {about['width']} and {about['target_width']}"
+            )
+    theirs, ours = code.about.model_hash, about["model_hash"]
+    if theirs and ours and theirs != ours:
+        raise ValueError(
+            f"autoencoder {code.about.name!r} was trained on weights {theirs[:16]}, rows are of {ours[:16]}"
+        )
+
+
+def rule_of(code: Autoencoder) -> Rule:
+    """Which rows were left out of an autoencoder's training; of one from elsewhere, nothing is known: none."""
+    known = code.about.settings.get("rule")
+    return Rule(**known) if isinstance(known, Mapping) else Rule(norms=0, hold_out=0)
+
+
+def _rows(
+    code: Autoencoder, source: RowSource, rule: Rule, part: Part, n: int, seed: int
+) -> tuple[Group, Group, Group]:
+    """Rows of a part: those that the rule leaves in, all, and others to fit on (the same if there are no more)."""
+    batches = Batches(source, 4096, rule, seed, part)
+    known = code.about.settings.get("calibration")
+    limit = known.get("limit") if isinstance(known, Mapping) else None
+    order = source.order(seed + 2_000_003)
+    parts: list[Group] = []
+    for group in range(source.n_groups()):
+        found = batches.of_part(source.load(order, group))
+        left = n + _FIT - sum(len(p.x) for p in parts)
+        drawn = np.random.default_rng([seed, group]).permutation(len(found.x))[:left]
+        parts.append(found.kept(drawn))
+        if left <= len(found.x):
+            break
+    if not sum(len(p.x) for p in parts):
+        raise ValueError(
+            f"rows: no example is {part}: expected more examples, or another share to hold out"
+        )
+    x = torch.cat([p.x for p in parts])
+    y = x if parts[0].y is parts[0].x else torch.cat([p.y for p in parts])
+    example, position = (
+        np.concatenate([getattr(p, k) for p in parts]) for k in ("example", "position")
+    )
+    mixed = Group(x, y, example, position).kept(
+        np.random.default_rng([seed, 1]).permutation(len(x))
+    )
+    every = mixed.kept(np.arange(len(mixed.x)) < n)
+    return (
+        batches.kept(every, limit),
+        every,
+        batches.kept(mixed.kept(np.arange(len(mixed.x))[-_FIT:]), limit),
+    )
+
+
+class _Sums:
+    """What is added up over rows."""
+
+    def __init__(self, rows: Group) -> None:
+        self.mean = rows.y.double().mean(0)
+        self.variance = float((rows.y.double() - self.mean).square().sum())
+        self.error = self.cosine = self.ratio = self.active = 0.0
+        self.n = 0
+
+    def add(self, y: Tensor, made: Tensor) -> None:
+        self.error += float((y.double() - made.double()).square().sum())
+        self.cosine += float(torch.cosine_similarity(y, made, dim=1).sum())
+        self.ratio += float((made.norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).sum())
+        self.n += len(y)
+
+    @property
+    def fvu(self) -> float:
+        return self.error / self.variance if self.variance > 0 else float("nan")
+
+
+def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruction, np.ndarray]:
+    sums, counts = _Sums(rows), torch.zeros(code.n_latents)
+    for x, y, codes in _coded(code, rows):
+        on = codes.value > 0
+        counts += torch.bincount(codes.latent[on], minlength=code.n_latents)
+        sums.add(y, code.decode_code(codes, x))
+    beyond = _Sums(every)
+    for x, y, codes in _coded(code, every):
+        beyond.add(y, code.decode_code(codes, x))
+    density = (counts / max(1, sums.n)).double().numpy()
+    n = max(1, sums.n)
+    found = Reconstruction(
+        sums.fvu,
+        beyond.fvu,
+        sums.cosine / n,
+        sums.ratio / n,
+        float(counts.sum()) / n,
+        float((density == 0).mean()),
+    )
+    return found, density
+
+
+def _coded(code: Autoencoder, rows: Group) -> Iterable[tuple[Tensor, Tensor, Any]]:
+    device = code.W_enc.device
+    for x, y in zip(rows.x.split(4096), rows.y.split(4096), strict=True):
+        here = x.to(device)
+        yield here, y.to(device), code.code(here)
+
+
+def random_dictionary(code: Autoencoder, generator: torch.Generator) -> Autoencoder:
+    """Random directions instead of learned ones, read as they are written; all else alike."""
+    directions = torch.randn(code.W_dec.shape, generator=generator)
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    W_dec = directions * code.W_dec.detach().norm(dim=1, keepdim=True)
+    if code.d_in != code.d_out:
+        directions = torch.randn(code.W_enc.shape, generator=generator)
+        directions = directions / directions.norm(dim=1, keepdim=True)
+        centred = code.b_enc.detach()
+    else:
+        centred = -directions @ code.b_dec.detach()
+    return Autoencoder(
+        directions,
+        centred,
+        W_dec,
+        code.b_dec.detach(),
+        code.activation,
+        code.k,
+        code.threshold,
+        code.W_skip,
+    )
+
+
+def _shuffled(x: Float[Tensor, "row width"], generator: torch.Generator) -> Tensor:
+    """Each column in an order of its own: what is left when units have nothing to do with each other."""
+    columns = [x[torch.randperm(len(x), generator=generator), i] for i in range(x.shape[1])]
+    return torch.stack(columns, 1)
+
+
+def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Reconstruction]:
+    """PCA and NMF with as many components as latents are active in a row."""
+    from sklearn.decomposition import MiniBatchNMF
+
+    k = max(1, min(round(l0), fitted.x.shape[1], len(fitted.x) - 1))
+    mean = fitted.x.double().mean(0)
+    _, _, v = torch.linalg.svd((fitted.x.double() - mean)[:_FIT], full_matrices=False)
+    basis = v[:k].float()
+
+    def project(x: Tensor) -> Tensor:
+        return (x - mean.float()) @ basis.T @ basis + mean.float()
+
+    found = {"pca": _beside(project, k, here, every)}
+    if bool((fitted.x >= 0).all()) and bool((here.x >= 0).all()) and bool((every.x >= 0).all()):
+        options: dict[str, Any] = {
+            "n_components": k, "init": "nndsvda", "batch_size": 4096, "max_iter": 20, "random_state": 0
+        }  # fmt: skip
+        nmf = MiniBatchNMF(**options)
+        nmf.fit(fitted.x[:_FIT].numpy())
+
+        def positive(x: Tensor) -> Tensor:
+            return torch.from_numpy(nmf.transform(x.numpy()) @ nmf.components_).float()
+
+        found["nmf"] = _beside(positive, k, here, every)
+    return found
+
+
+def _beside(project: Any, k: int, here: Group, every: Group) -> Reconstruction:
+    sums, beyond = _Sums(here), _Sums(every)
+    for sum_, rows in ((sums, here), (beyond, every)):
+        for x in rows.x.split(4096):
+            sum_.add(x, project(x))
+    n = max(1, sums.n)
+    return Reconstruction(sums.fvu, beyond.fvu, sums.cosine / n, sums.ratio / n, float(k), 0.0)
