@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +34,7 @@ from circuits.cli.stores import show_store, stores
 from circuits.cli.tuning import examples, tune
 from circuits.cli.weights import expand, families, weights
 from circuits.store.provenance import Layout, Precision
-from circuits.workspace import ModelRecord, Workspace
+from circuits.workspace import ROOT, ModelRecord, Workspace
 
 app = typer.Typer(
     name="circuits",
@@ -266,12 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(
-            args=None if arguments is None else list(arguments),
-            prog_name="circuits",
-            standalone_mode=False,
-        )
+        with _workspace_of(given):
+            code = app(args=given, prog_name="circuits", standalone_mode=False)
     except Exit as exit_:
         return exit_.exit_code
     except (Abort, KeyboardInterrupt):
@@ -291,6 +291,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code if isinstance(code, int) else 0  # what `Exit` was raised with
+
+
+@contextmanager
+def _workspace_of(arguments: Sequence[str]) -> Iterator[None]:
+    """What `--workspace` names is the workspace of the whole command: autoencoders are looked up there."""
+    named = [b for a, b in pairwise(arguments) if a == "--workspace"]
+    named += [a.partition("=")[2] for a in arguments if a.startswith("--workspace=")]
+    before = os.environ.get(ROOT)
+    try:
+        if named and named[-1]:
+            os.environ[ROOT] = named[-1]
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(ROOT, None)
+        else:
+            os.environ[ROOT] = before
 
 
 def _message(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -270,6 +271,7 @@ def _shuffled(x: Float[Tensor, "row width"], generator: torch.Generator) -> Tens
 def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Reconstruction]:
     """PCA and NMF with as many components as latents are active in a row."""
     from sklearn.decomposition import MiniBatchNMF
+    from sklearn.exceptions import ConvergenceWarning
 
     k = max(1, min(round(l0), fitted.x.shape[1], len(fitted.x) - 1))
     mean = fitted.x.double().mean(0)
@@ -282,10 +284,14 @@ def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Re
     found = {"pca": _beside(project, k, here, every)}
     if bool((fitted.x >= 0).all()) and bool((here.x >= 0).all()) and bool((every.x >= 0).all()):
         options: dict[str, Any] = {
-            "n_components": k, "init": "nndsvda", "batch_size": 4096, "max_iter": 20, "random_state": 0
+            "n_components": k, "init": "nndsvda", "batch_size": 4096, "max_iter": 50, "random_state": 0
         }  # fmt: skip
         nmf = MiniBatchNMF(**options)
-        nmf.fit(fitted.x[:_FIT].numpy())
+        with (
+            warnings.catch_warnings()
+        ):  # how far it gets in so many passes is near enough for a null
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            nmf.fit(fitted.x[:_FIT].numpy())
 
         def positive(x: Tensor) -> Tensor:
             return torch.from_numpy(nmf.transform(x.numpy()) @ nmf.components_).float()

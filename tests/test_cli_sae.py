@@ -1,0 +1,322 @@
+"""`circuits sae …`, and its latents in every other command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from circuits.cli.main import run
+
+SITE = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an autoencoder of each built-in kind of model."""
+    root = tmp_path_factory.mktemp("ws")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIRCUITS_WORKSPACE", str(root))
+        common = ["--steps", "40", "--batch", "512", "--lr", "2e-3"]
+        assert (
+            run(
+                [
+                    "sae",
+                    "train",
+                    "induction",
+                    SITE,
+                    "--name",
+                    "resid",
+                    "--data",
+                    "repeats",
+                    "--latents",
+                    "256",
+                    "--k",
+                    "8",
+                    "--seeds",
+                    "0,1",
+                    *common,
+                ]
+            )
+            == 0
+        )
+        assert (
+            run(
+                [
+                    "sae",
+                    "train",
+                    "shapes",
+                    "mixed3a",
+                    "--name",
+                    "mixed",
+                    "--data",
+                    "shapes",
+                    "--latents",
+                    "320",
+                    "--k",
+                    "12",
+                    *common,
+                ]
+            )
+            == 0
+        )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(place))
+
+
+def test_what_was_trained_is_listed_measured_and_compared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["sae", "ls", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed) == {"mixed", "resid/topk-256-k8-s0", "resid/topk-256-k8-s1"}
+    assert listed["mixed"]["site"] == "mixed3a"
+    assert (
+        run(["sae", "eval", "resid/topk-256-k8-s0", "--limit", "20", "--rows", "2000", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"]["own"]["fvu"] < found["rows"]["nulls"]["random dictionary"]["fvu"]
+    assert (
+        found["behaviour"]["measures"]["kl"]["reconstruction"]
+        < found["behaviour"]["measures"]["kl"]["random"]
+    )
+    assert run(["sae", "eval", "resid/topk-256-k8-s0", "--limit", "20", "--rows", "500"]) == 0
+    assert "random dictionary" in capsys.readouterr().out
+    assert run(["sae", "compare", "resid", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mcc"] > 0.2
+
+
+def test_training_again_does_nothing_and_other_settings_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "saes" / "mixed" / "sae.safetensors"
+    before = file.read_bytes()
+    again = [
+        "sae",
+        "train",
+        "shapes",
+        "mixed3a",
+        "--name",
+        "mixed",
+        "--data",
+        "shapes",
+        "--latents",
+        "320",
+        "--k",
+        "12",
+        "--steps",
+        "40",
+        "--batch",
+        "512",
+        "--lr",
+        "2e-3",
+    ]
+    assert run(again) == 0
+    assert run([*again[:-1], "1e-3"]) == 2
+    assert "holds a training that differs in autoencoders" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_latents_are_units_of_every_command(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["harvest", "shapes+sae/mixed", "--data", "shapes", "--sites", "sae/mixed"]) == 0
+    capsys.readouterr()
+    assert run(["sites", "shapes+sae/mixed", "--json"]) == 0
+    sites = {s["name"]: s for s in json.loads(capsys.readouterr().out)}
+    assert sites["sae/mixed"]["n_units"] == 320
+    assert sites["sae/mixed"]["kind"] == "latent"
+    assert run(["examples", "shapes+sae/mixed", "sae/mixed:5", "--json"]) == 0
+    assert run(["weights", "shapes+sae/mixed", "sae/mixed:5", "--json"]) == 0
+    assert (
+        run(
+            [
+                "visualize",
+                "shapes+sae/mixed",
+                "sae/mixed:5",
+                "--steps",
+                "8",
+                "--size",
+                "64",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert (
+        run(
+            [
+                "ablate",
+                "shapes+sae/mixed",
+                "sae/mixed:5,9",
+                "--limit",
+                "40",
+                "--random",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert run(["attribute", "shapes+sae/mixed", "sae/mixed", "--limit", "2", "--json"]) == 0
+    assert run(["tune", "shapes+sae/mixed", "sae/mixed:5", "--step", "30", "--json"]) == 0
+    capsys.readouterr()
+    assert (
+        run(
+            [
+                "edit",
+                "measure",
+                "shapes+sae/mixed",
+                "scale units=sae/mixed:5 factor=0",
+                "--limit",
+                "20",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert "sae/mixed:5" in capsys.readouterr().out
+
+
+def test_latents_are_named_by_attributes_and_by_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sae", "name", "mixed", "--attributes", str(tmp_path / "none.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    from circuits.stimuli.sources import open_source
+
+    names = open_source("shapes").names
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({n: [n.partition(" #")[0].split()[0]] for n in names}))
+    assert run(["sae", "name", "mixed", "--attributes", str(file), "--keep", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_units"] > 50
+    held = [n for n in found["names"] if n["holds"]]
+    assert held
+    assert len(held) > found["by_chance"]
+    assert (
+        run(["sae", "name", "mixed", "--unit", "3", "--as", "nothing much", "--note", "seen often"])
+        == 0
+    )
+    capsys.readouterr()
+    assert run(["sae", "name", "mixed", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["sae/mixed:3"]["text"] == "nothing much"
+    assert {n["unit"] for n in held} - {"sae/mixed:3"} <= set(known)
+
+
+def test_a_bottleneck_is_explained_and_corrected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from circuits.edits.recipes import Recipe
+    from circuits.models.loading import load_model
+    from circuits.stimuli.sources import open_source
+
+    classes = load_model("shapes").classes
+    labels = tmp_path / "l.json"
+    labels.write_text(
+        json.dumps([classes.index(n.partition(" #")[0]) for n in open_source("shapes").names])
+    )
+    recipe = tmp_path / "r.json"
+    command = [
+        "sae",
+        "bottleneck",
+        "mixed",
+        "--labels",
+        str(labels),
+        "--off",
+        "5,9",
+        "--set",
+        "7=1.5",
+        "--explain",
+        "0",
+    ]
+    assert run([*command, "--recipe", str(recipe), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    accuracy = found["accuracy"]
+    assert accuracy["own"] > accuracy["shuffled_labels"] + 0.2
+    why = found["example"]
+    assert why["logit"] == pytest.approx(
+        why["bias"] + sum(s["adds"] for s in why["shares"]) + why["left"], abs=1e-6
+    )
+    assert len(found["effect"]["random"]) == 20
+    assert next(str(e) for e in Recipe.load(recipe).edits) == "scale units=sae/mixed:5,9 factor=0"
+    assert run(command) == 0
+    assert "switched:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["saelens", "dictionary_learning", "sparsify"])
+def test_autoencoders_go_out_and_come_in(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / layout)
+    assert run(["sae", "export", "mixed", folder, "--layout", layout]) == 0
+    more = ["--name", f"in-{layout}", "--model", "shapes", "--workspace", str(tmp_path / "ws")]
+    site = ["--site", "mixed3a"]
+    assert run(["sae", "import", folder, *more, *site]) == 0
+    assert run(["sae", "import", folder, *more, *site]) == 2
+    assert "has an autoencoder of that name" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "sae",
+                "import",
+                folder,
+                "--name",
+                "b",
+                "--model",
+                "shapes",
+                "--site",
+                "conv2d1",
+                "--workspace",
+                str(tmp_path / "ws"),
+            ]
+        )
+        == 2
+    )
+    assert "has d_in 160" in capsys.readouterr().err
+    assert not (tmp_path / "ws" / "saes" / "b").exists()
+
+
+TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([*TRAIN, "--name", "a b"], "name 'a b' of an autoencoder is not valid"),
+        (["train", "shapes", "mixed9", "--name", "n", "--data", "shapes"], "unknown site of shapes 'mixed9'"),
+        ([*TRAIN, "--latents", "10", "--k", "11"], "k 11 must be from 1"),
+        ([*TRAIN, "--seeds", "0,0"], "--seeds '0,0' is not a list"),
+        (
+            ["train", "shapes", "logits", "--name", "n", "--data", "shapes", "--latents", "4096"],
+            "there are only 400 rows",
+        ),
+        ([*TRAIN, "--steps", "0"], "steps 0 must be at least 1"),
+        ([*TRAIN, "--sparsity", "1"], "--sparsity 1 goes with relu"),
+        (["eval", "nothing"], "there is no autoencoder 'nothing'"),
+        (["eval", "resid"], "has several variants: expected one of resid/topk-256-k8-s0"),
+        (["eval", "mixed", "--model", "induction"], "--model induction: its weights are"),
+        (["compare", "mixed"], "expected at least two to compare"),
+        (["name", "mixed", "--unit", "320", "--as", "x"], "sae/mixed:320 does not exist"),
+        (["name", "mixed", "--unit", "3"], "--unit and --as go together"),
+        (["bottleneck", "mixed", "--labels", "x.json", "--scale", "3"], "--scale '3' is not of the form"),
+        (["bottleneck", "mixed", "--labels", "x.json", "--set", "3=a"], "'a' is no number"),
+        (["import", "/tmp", "--name", "n", "--model", "shapes"], "holds no autoencoder of another tool"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    command: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(p.name for p in (place / "saes").rglob("*"))
+    assert run(["sae", *command]) == 2
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert len(captured) == 1
+    assert message in captured[0]
+    assert sorted(p.name for p in (place / "saes").rglob("*")) == before
