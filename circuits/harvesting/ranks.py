@@ -39,6 +39,10 @@ class Ranks:
             return
         own = not dist.is_initialized()
         if own:
+            # An optimizer imports this; imported when there is a group already, it holds on to the group for ever,
+            # and threads of a group that is not destroyed end Python with an abort now and then (torch 2.13).
+            import torch._dynamo  # noqa: F401
+
             dist.init_process_group("gloo", timeout=PATIENCE)
         try:
             yield cls(dist.get_rank(), dist.get_world_size())
