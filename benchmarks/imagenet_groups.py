@@ -18,7 +18,7 @@ GROUPS = {
     "sea mammal": [(147, 150)], "dog": [(151, 268)], "terrier": [(179, 203)], "hound": [(159, 178)],
     "wild dog": [(269, 280)], "cat": [(281, 293)], "bear": [(294, 297)], "insect": [(300, 326)],
     "beetle": [(300, 307)], "butterfly": [(321, 326)], "rabbit or rodent": [(330, 338)], "hoofed animal": [(339, 355)],
-    "monkey or ape": [(365, 384)], "animal": [(0, 397)], "mammal": [(102, 106), (147, 388)],
+    "monkey or ape": [(365, 384)], "animal": [(0, 397)], "mammal": [(102, 106), (147, 299), (330, 388)],
     "furry four-legged animal": [(151, 299), (330, 338), (356, 364)], "thing": [(398, 922)],
     "food": [(923, 969)], "fruit or vegetable": [(936, 957)], "landscape": [(970, 980)],
     "flower or fungus": [(984, 997)],

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from circuits.attribution import ablate
+from circuits.attribution.passes import Passes
 from circuits.autoencoders import About, Autoencoder, save_autoencoder
 from circuits.edits.activations import Steer, scale, zero
 from circuits.edits.recipes import edited
 from circuits.models.adapter import HookedModel
-from circuits.models.attaching import width_of
+from circuits.models.attaching import Attached, width_of
+from circuits.models.inputs import ImageInput
 from circuits.models.loading import load_model
 from circuits.models.randomizing import randomized
 from circuits.models.sites import unit_activations
@@ -256,3 +258,42 @@ def test_a_model_is_loaded_with_its_autoencoders(
     save_autoencoder(code, tmp_path / "saes" / "w")
     with pytest.raises(ValueError, match="does not say at which site"):
         load_model("shapes+w")
+
+
+def small(*layers: nn.Module, dtype: torch.dtype = torch.float32) -> HookedModel:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), *layers, nn.Flatten(), nn.LazyLinear(4))
+    module(torch.rand(1, 3, 8, 8))
+    return HookedModel(module.eval().to(dtype), ImageInput(3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_model_that_calls_its_children_in_order_takes_any_precision(dtype: torch.dtype) -> None:
+    model = small(nn.ReLU(), dtype=dtype)
+    own = model.attach(code_of(model, "1", k=3), "x", "1")
+    x = torch.rand(2, 3, 8, 8).to(dtype)
+    assert torch.equal(own.logits(x), model.logits(x))
+    cache = own.run(x, read=["sae/x", "sae/x.error"], edits={"sae/x": lambda value: value * 1})
+    assert cache["sae/x.error"].dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert torch.allclose(cache.output.double(), model.logits(x).double(), atol=tolerance)
+
+
+def test_a_way_beside_latents_reads_its_input_before_it_is_overwritten() -> None:
+    model = small(nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1))
+    code = code_of(model, "0", target="2", k=3, W_skip=torch.randn(6, 6))
+    own = model.attach(code, "x", "0", "2")
+    x = torch.rand(2, 3, 8, 8)
+    before = model.run(x, read=["0"])["0"].movedim(1, -1)
+    cache = own.run(x, read=["2", "sae/x", "sae/x.error"])
+    made = code.decode(code.encode(before), before).movedim(-1, 1)
+    assert torch.allclose(cache["sae/x.error"], cache["2"] - made, atol=1e-5)
+
+
+def test_a_pass_that_is_stopped_leaves_nothing_behind() -> None:
+    model = small(nn.ReLU())
+    own = model.attach(code_of(model, "1", k=3), "x", "1")
+    own.run(torch.rand(1, 3, 8, 8), read=["sae/x"], until="sae/x")
+    attached = next(m for m in own.module.modules() if isinstance(m, Attached))
+    assert attached.held is None
+    assert not Passes(own, torch.rand(2, 3, 8, 8), "3:0", own.site("sae/x"), size="keep").alone

@@ -42,7 +42,8 @@ from circuits.sae import (
     train_bottleneck,
 )
 from circuits.sae.batches import Batches, geometric_median
-from circuits.sae.learners import Learner
+from circuits.sae.learners import Learner, _Above
+from circuits.sae.metrics import random_dictionary
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -268,6 +269,45 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     new = train(**small(known, steps=61), folder=tmp_path / "r", anew=True)
     assert not same(made["a"], new["a"])
 
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**small(known, steps=62), folder=tmp_path / "r", anew=True, report=stop)
+    seen: list[int] = []
+    train(**small(known, steps=62), folder=tmp_path / "r", report=lambda p: seen.append(p.step))
+    assert seen[0] == 6, "an interrupted new beginning is gone on with"
+
+
+def test_a_threshold_learns_from_what_is_near_it_and_not_from_silence() -> None:
+    threshold = torch.tensor([0.01, 0.01], requires_grad=True)
+    pre = torch.tensor([[0.02, -3.0], [0.5, -3.0], [-0.005, -3.0]])
+    _Above.apply(pre, threshold).sum().backward()
+    assert threshold.grad is not None
+    assert threshold.grad.tolist() == pytest.approx([-2 / 0.05, 0.0])  # two rows within 0.025, none
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_random_directions_are_as_many_active_as_learned_ones(activation: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, d = 200, 16
+    more = {"topk": {"k": 4}, "jumprelu": {"threshold": torch.full((n,), 3.0)}, "relu": {}}[
+        activation
+    ]
+    for out in (16, 24):
+        W_dec = 2 * torch.nn.functional.normalize(torch.randn(n, out, generator=g))
+        code = Autoencoder(
+            torch.randn(n, d, generator=g), -torch.rand(n, generator=g), W_dec, torch.randn(out, generator=g),
+            activation, **more,
+        )  # fmt: skip
+        rows = 3 + torch.randn(500, d, generator=g)
+        null = random_dictionary(code, rows, g)
+        own, other = ((c.code(rows).value > 0).sum() / len(rows) for c in (code, null))
+        assert float(other) == pytest.approx(float(own), rel=0.01)
+        assert torch.allclose(null.W_dec.norm(dim=1), torch.tensor(2.0))
+        assert torch.equal(null.b_dec, code.b_dec)
+
 
 KILLED = """
 import sys, time
@@ -346,6 +386,13 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
         (lambda rows: train(ArrayRows(rows * 0), Settings("topk", 8, k=2), Schedule(2)), "rows are all zero"),
         (lambda rows: train(ArrayRows(rows), Settings("topk", 8, k=2, skip=True), Schedule(2)), "only a transcoder"),
         (lambda rows: train(ArrayRows(rows), {}, Schedule(2)), "expected at least one autoencoder"),
+        (lambda rows: train(ArrayRows(rows), {"sae": Settings("topk", 8, k=2)}, Schedule(2)), "another file of that"),
+        (
+            lambda rows: train(
+                ArrayRows(rows), {n: Settings("topk", 8, k=2) for n in "ab"}, Schedule(2)
+            ),
+            "are there twice",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call: object, message: str, known: tuple) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from circuits.attribution.targets import Aim, Target, as_target
 from circuits.models.adapter import HookedModel
+from circuits.models.attaching import PREFIX
 from circuits.models.inputs import ImageInput
 from circuits.models.normalisation import FastNormalisation
 from circuits.units import Site, Unit
@@ -195,6 +196,9 @@ class Passes:
 
     def _tried(self) -> bool:
         if self.points.shape[0] != len(self.inputs):
+            return False
+        assert self.site is not None, "there is a site to begin at"
+        if self.site.name.startswith(PREFIX):  # what latents leave of the input goes on beside them
             return False
         own = self.inputs[:1]
         other = -own.flip(-1) - 1 if own.is_floating_point() else _other_tokens(self.model, own)

@@ -2,6 +2,7 @@
 
 # no `from __future__ import annotations`: typer reads the annotations
 import json as json_module
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
@@ -287,25 +288,41 @@ def _model_of(code: Any, model: str, weights: Path | None, place: Workspace) -> 
     return loaded
 
 
-def _batches(model: Any, source: Any, limit: int) -> tuple[list[Any], list[int]]:
-    """Examples spread over a source, as the model takes them, and which they are."""
-    from circuits.harvesting import Inputs
+class _Batches(Sequence[Any]):
+    """Examples spread over a source, as the model takes them; each batch is read when it is asked for.
 
-    if limit < 1:
-        raise ValueError(f"limit {limit} must be at least 1")
-    inputs = Inputs(model, source)
-    n = min(limit, len(source))
-    which = sorted({i * len(source) // n for i in range(n)})
-    groups: list[list[int]] = []
-    sizes: list[int] = []
-    for i in which:
-        size = len(inputs.load(i))
-        if groups and len(groups[-1]) < 32 and sizes[-1] == size:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            sizes.append(size)
-    return [inputs.batch(group) for group in groups], which
+    Attributes:
+        which: their numbers.
+    """
+
+    def __init__(
+        self, model: Any, source: Any, limit: int, among: Sequence[int] | None = None
+    ) -> None:
+        from circuits.harvesting import Inputs
+        from circuits.models.inputs import ImageInput
+
+        if limit < 1:
+            raise ValueError(f"limit {limit} must be at least 1")
+        among = range(len(source)) if among is None else among
+        n = min(limit, len(among))
+        self.which = [among[i * len(among) // n] for i in range(n)]
+        self._inputs = Inputs(model, source)
+        self._groups: list[list[int]] = []
+        last = -1
+        for i in self.which:
+            # images have one size; texts of one length go together
+            size = 0 if isinstance(model.input, ImageInput) else len(self._inputs.load(i))
+            if self._groups and len(self._groups[-1]) < 32 and last == size:
+                self._groups[-1].append(i)
+            else:
+                self._groups.append([i])
+            last = size
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._inputs.batch(self._groups[i])
 
 
 @concepts.command(name="eval")
@@ -314,6 +331,12 @@ def evaluate(
     data: DataOfOption = "",
     labels: LabelsOption = "",
     limit: LimitOption = 500,
+    examples: Annotated[
+        Literal["unseen", "all"],
+        typer.Option(
+            help="Which the model's behaviour is measured on: those held out of training, or all."
+        ),
+    ] = "unseen",
     rows: Annotated[int, typer.Option(help="Rows that reconstruction is measured on.")] = 65536,
     seed: SeedOption = 0,
     model: ModelOption = "",
@@ -334,17 +357,29 @@ def evaluate(
     target = code.about.target if code.about.target != code.about.site else None
     own = _rows(place, loaded, code.about.site, target, data)
     own_labels = read_labels(source, loaded.classes, labels) if labels else None
-    batches, which = _batches(loaded, source, limit)
+    among = _unseen(code, source) if examples == "unseen" else None
+    which = (
+        "held out of training"
+        if among
+        else ""
+        if examples == "unseen"
+        else "those of the training too"
+    )
+    batches = _Batches(loaded, source, limit, among)
     measured = measure(code, own, rows=rows, seed=seed)
-    chosen = None if own_labels is None else [own_labels[i] for i in which]
+    chosen = None if own_labels is None else [own_labels[i] for i in batches.which]
     behaved = behaviour(loaded, code, batches, labels=chosen, data=data, seed=seed)
     if json:
         show_json(
-            {"name": code.about.name, "rows": measured.to_dict(), "behaviour": behaved.to_dict()}
+            {
+                "name": code.about.name,
+                "rows": measured.to_dict(),
+                "behaviour": {**behaved.to_dict(), "examples": which},
+            }
         )
         return
     _show_metrics(code, measured)
-    _show_behaviour(behaved)
+    _show_behaviour(behaved, which)
 
 
 def _show_metrics(code: Any, found: Any) -> None:
@@ -357,7 +392,7 @@ def _show_metrics(code: Any, found: Any) -> None:
     show_table(columns, rows, title=title)
 
 
-def _show_behaviour(found: Any) -> None:
+def _show_behaviour(found: Any, which: str) -> None:
     rows = []
     for name, m in found.measures.items():
         shares = [
@@ -377,7 +412,8 @@ def _show_behaviour(found: Any) -> None:
         "recovered of zero",
         "of the mean",
     )
-    show_table(columns, rows, title=f"{found.n_examples} examples of {found.data}")
+    title = f"{found.n_examples} examples of {found.data}{', ' if which else ''}{which}"
+    show_table(columns, rows, title=title)
     if found.change is not None:
         say("top-1 with codes: {:+.4f} ({:+.4f} to {:+.4f})".format(*found.change))
 
@@ -440,7 +476,7 @@ def name_latents(
     json: JsonOption = False,
 ) -> None:
     """Name latents after the attributes that they tell; names are checked on other examples."""
-    from circuits.sae import call, name_by_attributes, names_of, pooled, save_names
+    from circuits.sae import call, name_by_attributes, names_of, save_names
     from circuits.stimuli.sources import open_source
 
     place = Workspace.default(workspace)
@@ -464,11 +500,11 @@ def name_latents(
     if attributes and labels:
         raise ValueError("--attributes and --labels: expected one of them")
     source = open_source(data or code.about.data)
-    batches, which = _batches(attached, source, limit)
+    batches = _Batches(attached, source, limit)
     each = _attributes_of(source, attributes, labels, loaded.classes)
     found = name_by_attributes(
-        site.name, pooled(attached, site.name, batches), [each[i] for i in which], level=level, data=source.spec,
-        by="class labels" if labels else "attributes", seed=seed,
+        site.name, _pooled(attached, code, site.name, batches, "max"), [each[i] for i in batches.which], level=level,
+        data=source.spec, by="class labels" if labels else "attributes", seed=seed,
     )  # fmt: skip
     if keep:
         save_names(place.writable().database, attached.hash, found.holding, note)
@@ -505,6 +541,27 @@ def _attached(model: Any, code: Any) -> Any:
     )
 
 
+def _pooled(model: Any, code: Any, site: str, batches: Any, pool: Any) -> Any:
+    """Activations of latents an example, without the positions that training left out."""
+    from circuits.sae import pooled
+    from circuits.sae.metrics import rule_of
+
+    return pooled(model, site, batches, pool, rule_of(code).positions)
+
+
+def _unseen(code: Any, source: Any) -> list[int] | None:
+    """The examples that training held out; None, for all, if it was on other data."""
+    import numpy as np
+
+    from circuits.sae.metrics import rule_of
+
+    trained = code.about.settings.get("plan", {}).get("rows", {})
+    rule = rule_of(code)
+    if trained.get("data_hash") != source.hash or not rule.hold_out:
+        return None
+    return np.flatnonzero(rule.held_out(np.arange(len(source)))).tolist() or None
+
+
 def _spec(loaded: Any, sae: str, model: str, place: Workspace) -> str:
     known = [r.spec for r in place.models() if r.hash == loaded.hash]
     return f"{model or (known or [loaded.name])[0]}+{sae}"
@@ -525,7 +582,12 @@ def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> l
         raise ValueError(f"attributes file {attributes!r} is no JSON: {error}") from error
     if isinstance(given, dict):
         known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
-        given = [known.get(n, known.get(PurePath(n).name, [])) for n in source.names]
+        given = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
+        if missing := sum(v is None for v in given):
+            warn(
+                f"attributes {attributes!r}: {missing} of {len(given)} examples are not in it: nothing is true of them"
+            )
+        given = [[] if v is None else v for v in given]
     if not isinstance(given, list) or len(given) != len(source):
         n = len(given) if isinstance(given, list) else "no"
         raise ValueError(
@@ -569,7 +631,7 @@ def bottleneck(
     """Classify with latents: what decisions rest on, and what changes if latents are switched."""
     import numpy as np
 
-    from circuits.sae import as_recipe, intervene, pooled, train_bottleneck
+    from circuits.sae import as_recipe, intervene, train_bottleneck
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
@@ -584,14 +646,15 @@ def bottleneck(
             f"--recipe {str(recipe)!r}: expected a .json file, and something to switch (--off, …)"
         )
     source = open_source(data or code.about.data)
-    batches, which = _batches(attached, source, limit)
+    batches = _Batches(attached, source, limit)
+    which = batches.which
     if explain is not None and explain not in which:
         raise ValueError(
             f"--explain {explain}: expected one of the {len(which)} examples that are read"
         )
     every = read_labels(source, loaded.classes, labels)
     own = np.array([every[i] for i in which])
-    units = pooled(attached, site.name, batches, pool)
+    units = _pooled(attached, code, site.name, batches, pool)
     first = np.random.default_rng(seed).permutation(len(own)) < len(own) // 2
     found = train_bottleneck(
         site.name, units[first], own[first].tolist(), loaded.classes or tuple(map(str, range(own.max() + 1))),

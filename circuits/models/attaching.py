@@ -3,7 +3,8 @@
 At the autoencoder's site x the model continues with x: nothing is computed unless somebody looks. Whoever
 reads `sae/NAME` sees encode(x); whoever changes it makes the model continue with decode(changed) + error,
 where error = x - decode(encode(x)) is a site of its own, `sae/NAME.error`, so that nothing hides in it
-(Marks et al. 2024, section 2). A change of nothing changes nothing, to the bit.
+(Marks et al. 2024, section 2). A change of nothing changes nothing, to the bit. Whoever reads x itself sees what
+the model computed, before the latents were changed; what comes behind x sees the change.
 """
 
 from __future__ import annotations
@@ -91,9 +92,20 @@ class Attached(Splice):
         self.calls: dict[str, int] = {}
         self.held: tuple[Tensor, Tensor, Tensor] | None = None  # x, codes, codes after changes
 
+    def forward(self, value: Tensor) -> Tensor:
+        """Hand on a tensor: a model that calls its children one after the other calls this one too."""
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"calls": {}, "held": None}  # a copy begins anew
+
     def restart(self, module: nn.Module, args: Any) -> None:
         """Begin a forward pass."""
         self.calls, self.held = {}, None
+
+    def finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End a forward pass, even one that was stopped: nothing is held any longer."""
+        self.held = None
 
     def _is_at(self, place: Place, which: str) -> bool:
         call = self.calls.get(which, 0)
@@ -109,7 +121,9 @@ class Attached(Splice):
         """The hook at the site that is encoded."""
         if not self._is_at(self.source, "source") or not self.watched:
             return None
-        x = rows_of(self.source.site, self.source.tap.read(output))
+        x = rows_of(self.source.site, self.source.tap.read(output)).to(_precision(self.code))
+        if self.skips and self.target is not self.source:
+            x = x.clone()  # what comes in between may overwrite it
         codes = self.code.encode(x)  # type: ignore[operator]
         given = codes_of(self.source.site, codes)
         shown = self.latents(given)
@@ -140,8 +154,13 @@ class Attached(Splice):
         remade = from_rows(site, self._decoded(changed, x), value)
         return self.target.tap.write(output, remade + shown)
 
+    @property
+    def skips(self) -> bool:
+        """Whether what is written needs what was encoded, beside its codes."""
+        return getattr(self.code, "W_skip", None) is not None
+
     def _decoded(self, codes: Tensor, x: Tensor) -> Tensor:
-        if getattr(self.code, "W_skip", None) is not None:
+        if self.skips:
             return self.code.decode(codes, x)  # type: ignore[operator]
         return self.code.decode(codes)  # type: ignore[operator]
 
@@ -188,7 +207,13 @@ def attached_module(
     source.tap.module.register_forward_hook(attached.visit)
     if target is not None:
         target.tap.module.register_forward_hook(attached.visit_target)
+    module.register_forward_hook(attached.finish, always_call=True)
     return module
+
+
+def _precision(code: nn.Module) -> torch.dtype | None:
+    """What an autoencoder computes in; None if it has no numbers of its own."""
+    return next((p.dtype for p in code.parameters() if p.is_floating_point()), None)
 
 
 def _device(module: nn.Module) -> torch.device:

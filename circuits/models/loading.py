@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +82,9 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
         ImportError: if it needs a package that is missing.
         ValueError: if the weights do not fit.
     """
-    spec, *attached = spec.split("+")
+    named = spec.partition(":")[2]
+    a_path = bool(named) and os.path.exists(os.path.expanduser(named))
+    spec, *attached = [spec] if a_path else spec.split("+")
     if attached:
         return attach_files(load_model(spec, weights), attached)
     path = Path(weights) if weights is not None else None

@@ -7,6 +7,7 @@ few numbers and less than a batch of rows.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -209,8 +210,11 @@ class ArrayRows(_Blocks):
             raise ValueError(
                 f"array {name!r} of shape {array.shape} ({array.dtype}) is no table of numbers: expected row x width"
             )
+        digest = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
         for start in range(0, len(array), BLOCK):
-            good = np.isfinite(array[start : start + BLOCK]).all(1)
+            block = np.ascontiguousarray(array[start : start + BLOCK])
+            digest.update(block.data)
+            good = np.isfinite(block).all(1)
             if not good.all():
                 row = start + int((~good).argmax())
                 raise ValueError(
@@ -218,8 +222,8 @@ class ArrayRows(_Blocks):
                 )
         self.array = array
         self.about = {
-            "model": "", "model_hash": "", "site": name, "target": name, "data": name, "data_hash": "",
-            "width": array.shape[1], "target_width": array.shape[1],
+            "model": "", "model_hash": "", "site": name, "target": name, "data": name,
+            "data_hash": digest.hexdigest(), "width": array.shape[1], "target_width": array.shape[1],
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -329,6 +333,11 @@ def blocks_in_group(width: int) -> int:
     return max(1, min(16, _GROUP_BYTES // (4 * width * BLOCK)))
 
 
+def default_rule(source: RowSource) -> Rule:
+    """Which rows are left out if nothing is said: of texts, the first positions."""
+    return Rule(positions=1 if source.tokens else 0)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What is known of rows before training: on a sample drawn with a seed.
@@ -381,7 +390,7 @@ class Batches:
         if size < 1:
             raise ValueError(f"batch {size} must be at least 1")
         self.source, self.size, self.seed, self.part = source, size, seed, part
-        self.rule = Rule(positions=1 if source.tokens else 0) if rule is None else rule
+        self.rule = default_rule(source) if rule is None else rule
         self.epoch = self.group = self.at = 0  # the group that is being cut, and how far
         self.rest: list[Tensor] | None = None  # rows of earlier groups that made no whole batch
         self.seen = self.left_out = 0

@@ -18,13 +18,16 @@ from circuits.models.adapter import HookedModel
 from circuits.models.attaching import PREFIX, from_rows, rows_of
 from circuits.models.normalisation import FastNormalisation
 from circuits.models.sites import unit_activations
-from circuits.sae.metrics import random_dictionary
+from circuits.sae.metrics import random_dictionary, rule_of
 from circuits.units import Site
 
 _TINY = {"loss": 0.1, "kl": 0.1, "top1": 0.02, "top5": 0.02}
 """Below this a baseline's damage is too small to divide by."""
 
 _RESAMPLES = 1000
+
+_ROWS = 4096
+"""So many rows tell how many random directions are to be active."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +114,16 @@ def behaviour(
         KeyError: if the autoencoder's site is none of the model's.
         ValueError: if it does not fit, there is no example, or labels do not fit.
     """
-    n = sum(map(len, batches))
-    if not n:
-        raise ValueError("batches hold no example")
-    checked_labels(model, labels, n, output_site(model).n_units)
     about = code.about
     if keep_positions is None:
-        rule = about.settings.get("rule", {})
-        keep_positions = int(rule.get("positions", 0)) if isinstance(rule, dict) else 0
+        keep_positions = rule_of(code).positions
     target = about.target if about.target != about.site else None
     own = model.attach(code, "own", about.site, target)
-    null = random_dictionary(code, torch.Generator().manual_seed(seed))
-    random = model.attach(null, "null", about.site, target)
     place = model.site(about.target or about.site)
-    mean = _mean(model, place, batches)
+    n, mean, rows = _seen(model, model.site(about.site), place, batches, keep_positions)
+    checked_labels(model, labels, n, output_site(model).n_units)
+    null = random_dictionary(code, rows, torch.Generator().manual_seed(seed))
+    random = model.attach(null, "null", about.site, target)
     variants: list[tuple[HookedModel, dict[str, Change]]] = [
         (model, {}),
         (own, {f"{PREFIX}own.error": _held(keep_positions, place, _zero)}),
@@ -209,15 +208,29 @@ def _share(means: np.ndarray, base: int) -> float:
     return float(1 - (means[1] - means[0]) / damage) if damage else float("nan")
 
 
-def _mean(model: HookedModel, place: Site, batches: Iterable[Tensor]) -> Tensor:
-    """The mean row of a site."""
-    total, n = torch.zeros(()), 0
+def _seen(
+    model: HookedModel, source: Site, place: Site, batches: Iterable[Tensor], positions: int
+) -> tuple[int, Tensor, Tensor]:
+    """How many examples there are, the mean row of a site, and some rows that are encoded; without first positions."""
+    total, n, examples, some = torch.zeros(()), 0, 0, []
     for x in batches:
-        rows = (
-            rows_of(place, model.run(x, read=[place], until=place)[place]).double().flatten(0, -2)
-        )
-        total, n = total + rows.sum(0), n + len(rows)
-    return total / n
+        examples += len(x)
+        read = list(dict.fromkeys((source, place)))
+        cache = model.run(x, read=read, until=model.last(read))
+        here, there = (_without_first(s, cache[s], positions) for s in (source, place))
+        total, n = total + there.double().sum(0).cpu(), n + len(there)
+        if sum(map(len, some)) < _ROWS:
+            some.append(here.float().cpu())
+    if not examples:
+        raise ValueError("batches hold no example")
+    if not n:
+        raise ValueError(f"keep_positions {positions}: no text has a position beyond")
+    return examples, total / n, torch.cat(some)
+
+
+def _without_first(site: Site, value: Tensor, positions: int) -> Tensor:
+    rows = rows_of(site, value)
+    return (rows[:, positions:] if "position" in site.axes else rows).flatten(0, -2)
 
 
 def _zero(value: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ After Discover-then-Name (Rao et al. 2024): concepts are found first, named, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from circuits.edits.records import Edit
 from circuits.models.adapter import HookedModel
 from circuits.sae.pooling import Pool
 from circuits.units import Unit, Units
+
+_FEW = 5
+"""Fewer examples of a class say nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +415,7 @@ class Suspect:
         training: its mean contribution to the class's logit, on training examples of the class.
         elsewhere: on other examples of the class.
         drop: the difference.
-        z: the drop over its standard error.
+        t: the drop over its standard error.
         p_value: of that, one-sided, corrected for all units and classes (Benjamini-Hochberg).
     """
 
@@ -420,7 +424,7 @@ class Suspect:
     training: float
     elsewhere: float
     drop: float
-    z: float
+    t: float
     p_value: float
 
 
@@ -444,30 +448,42 @@ def suspects(
         elsewhere: activations of examples from another source, which should look alike.
         elsewhere_labels: their classes.
         level: of the test.
+
+    Raises:
+        ValueError: if no class has five examples in both.
     """
-    from scipy.stats import norm
+    from scipy.stats import ttest_ind
 
     from circuits.sae.naming import adjusted
 
     a, b = np.asarray(training_labels), np.asarray(elsewhere_labels)
-    found, z_values = [], []
-    for c in np.intersect1d(a, b).tolist():
+    both = [c for c in np.intersect1d(a, b).tolist() if min((a == c).sum(), (b == c).sum()) >= _FEW]
+    if not both:
+        raise ValueError(f"elsewhere_labels: no class has {_FEW} examples there and in training")
+    found, t_values, p_values = [], [], []
+    for c in both:
         here, there = (
             x[y == c] * bottleneck.weights[c] for x, y in ((training, a), (elsewhere, b))
         )
         drop = here.mean(0) - there.mean(0)
-        error = np.sqrt(here.var(0) / len(here) + there.var(0) / len(there))
-        z = np.divide(drop, error, out=np.zeros_like(drop), where=error > 0)
+        vary = (here.std(0) > 0) | (there.std(0) > 0)
+        t, p = np.zeros_like(drop), np.ones_like(drop)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of units that hardly vary
+            tested: Any = ttest_ind(
+                here[:, vary], there[:, vary], equal_var=False, alternative="greater"
+            )
+        t[vary], p[vary] = tested.statistic, tested.pvalue
         found += [
             (i, c, float(here[:, i].mean()), float(there[:, i].mean()), float(drop[i]))
             for i in range(len(drop))
         ]
-        z_values.append(z)
-    every = np.concatenate(z_values) if z_values else np.zeros(0)
-    p = adjusted(norm.sf(every)) if len(every) else every
+        t_values.append(np.nan_to_num(t))
+        p_values.append(np.nan_to_num(p, nan=1.0))
+    t_all, p_all = np.concatenate(t_values), adjusted(np.concatenate(p_values))
     listed = [
-        Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], t, e, d, float(z), float(q))
-        for (i, c, t, e, d), z, q in zip(found, every.tolist(), p.tolist(), strict=True)
+        Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], here, there, d, t, q)
+        for (i, c, here, there, d), t, q in zip(found, t_all.tolist(), p_all.tolist(), strict=True)
         if q <= level and d > 0
     ]
     return sorted(listed, key=lambda s: -s.drop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -59,16 +60,19 @@ def match(
     found = cosine[rows, columns]
     pairs, cosines = np.full(len(first), -1), np.zeros(len(first))
     pairs[rows], cosines[rows] = columns, found
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(min(len(first), 512), first.shape[1], generator=generator)
-    b = torch.randn(
-        max(1, round(len(a) * len(second) / len(first))), first.shape[1], generator=generator
-    )
-    i, j, chance = _assigned(a, b)
     return Matching(
         float(found.mean()), float((found >= 0.7).mean()), float((found >= 0.9).mean()),
-        float(chance[i, j].mean()), tuple(pairs.tolist()), tuple(cosines.tolist()),
+        _by_chance(len(first), len(second), first.shape[1], seed), tuple(pairs.tolist()), tuple(cosines.tolist()),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _by_chance(first: int, second: int, width: int, seed: int) -> float:
+    """The mean absolute cosine of matched random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(n, width, generator=generator) for n in (first, second))
+    rows, columns, cosine = _assigned(a, b)
+    return float(cosine[rows, columns].mean())
 
 
 def _assigned(first: Tensor, second: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -122,7 +122,7 @@ def dissect(
             raise ValueError(
                 f"concept {concepts[int(empty.float().argmax())]!r} is on no example of one half"
             )
-    level = _levels(maps, quantile)
+    level = _levels(maps[first], quantile)
     places = (maps > level[:, None, None]).float()
     iou_first = _ious(places[first], masks[first])
     shift = torch.roll(torch.arange(len(second)), 1)
@@ -155,8 +155,12 @@ def dissect(
 def _levels(maps: Tensor, quantile: float) -> Tensor:
     """What each unit exceeds in a share of all positions."""
     flat = maps.movedim(1, 0).flatten(1)
-    k = max(1, round(quantile * flat.shape[1]))
-    return flat.topk(k, dim=1).values[:, -1].clamp_min(0)
+    k = round(quantile * flat.shape[1])
+    if not k:
+        raise ValueError(
+            f"quantile {quantile:g} of {flat.shape[1]} positions is not one: expected a larger share, or more examples"
+        )
+    return flat.topk(k + 1, dim=1).values[:, -1].clamp_min(0)
 
 
 def _ious(places: Tensor, masks: Tensor) -> Tensor:

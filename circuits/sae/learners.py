@@ -120,6 +120,7 @@ class Learner(nn.Module):
         half: compute the encoder's product in bfloat16.
     """
 
+    center: Tensor
     silent: Tensor
     bound: Tensor
 
@@ -150,12 +151,13 @@ class Learner(nn.Module):
         self.variance = calibration.variance
         middle = calibration.target_mean if settings.bias == "mean" else calibration.target_median
         self.b_dec = nn.Parameter(middle * self.target_scale)
-        self.center = calibration.mean * self.scale  # of a transcoder's input
         wait = n / settings.k if settings.architecture in _BY_COUNT else n / 32
         self.dead_after = settings.dead_after or max(
             1, min(10_000_000, steps * batch // 5, int(1000 * wait))
         )
         self.memory = max(1, min(_MEMORY, steps // 20))
+        center = calibration.mean * self.scale  # of a transcoder's input
+        self.register_buffer("center", center, persistent=False)
         self.register_buffer("silent", torch.zeros(n, dtype=torch.int64))
         self.register_buffer(
             "bound", torch.tensor(-1.0)
@@ -182,7 +184,7 @@ class Learner(nn.Module):
         own = y is x
         x = x * self.scale
         y = x if own else y * self.target_scale
-        inside = x - (self.center.to(x) if self.transcoder else self.b_dec)
+        inside = x - (self.center if self.transcoder else self.b_dec)
         kind = self.settings.architecture
         if kind in _BY_COUNT:
             return self._by_count(inside, y)
@@ -260,7 +262,7 @@ class Learner(nn.Module):
         return self.settings.sparsity * warm / self.variance
 
     def _jumprelu(self, inside: Tensor, y: Tensor, warm: float) -> Step:
-        pre = F.linear(inside, self.W_enc, self.b_enc).relu()
+        pre = F.linear(inside, self.W_enc, self.b_enc)
         threshold = self.log_threshold.exp()
         codes = _Jump.apply(pre, threshold)
         count = _Above.apply(pre, threshold).sum(1).mean()

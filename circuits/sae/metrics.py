@@ -50,9 +50,9 @@ class Metrics:
     Attributes:
         own: of the autoencoder, on rows of examples that it was not trained on, if some were held out.
         trained: of the autoencoder, on rows of examples that it was trained on; None if none were held out.
-        nulls: by name: `random dictionary` (random directions of the same lengths, read as they are written),
-            `shuffled rows` (the autoencoder on rows whose units were drawn each from another row), `pca` (as many
-            components as latents are active in a row), `nmf` (likewise; only of rows without negative numbers).
+        nulls: by name: `random dictionary` (see `random_dictionary`), `shuffled rows` (the autoencoder on rows whose
+            units were drawn each from another row), `pca` (as many components as latents are active in a row), `nmf`
+            (likewise; only of rows without negative numbers).
         density: for each latent, the share of rows in which it is active.
         density_edges: of the histogram, powers of ten.
         density_histogram: counts: latents below the first edge (never active: not counted), between, above.
@@ -116,7 +116,7 @@ def measure(
     beside: dict[str, Reconstruction] = {}
     generator = torch.Generator().manual_seed(seed)
     if nulls:
-        random = random_dictionary(code, generator)
+        random = random_dictionary(code, here.x, generator)
         beside["random dictionary"] = _described(random, here, every)[0]
         shuffled = _shuffled(here.x, generator)
         target = shuffled if here.y is here.x else here.y
@@ -214,7 +214,7 @@ def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruc
     sums, counts = _Sums(rows), torch.zeros(code.n_latents)
     for x, y, codes in _coded(code, rows):
         on = codes.value > 0
-        counts += torch.bincount(codes.latent[on], minlength=code.n_latents)
+        counts += torch.bincount(codes.latent[on], minlength=code.n_latents).cpu()
         sums.add(y, code.decode_code(codes, x))
     beyond = _Sums(every)
     for x, y, codes in _coded(code, every):
@@ -239,27 +239,39 @@ def _coded(code: Autoencoder, rows: Group) -> Iterable[tuple[Tensor, Tensor, Any
         yield here, y.to(device), code.code(here)
 
 
-def random_dictionary(code: Autoencoder, generator: torch.Generator) -> Autoencoder:
-    """Random directions instead of learned ones, read as they are written; all else alike."""
-    directions = torch.randn(code.W_dec.shape, generator=generator)
-    directions = directions / directions.norm(dim=1, keepdim=True)
-    W_dec = directions * code.W_dec.detach().norm(dim=1, keepdim=True)
-    if code.d_in != code.d_out:
-        directions = torch.randn(code.W_enc.shape, generator=generator)
-        directions = directions / directions.norm(dim=1, keepdim=True)
-        centred = code.b_enc.detach()
-    else:
-        centred = -directions @ code.b_dec.detach()
+def random_dictionary(
+    code: Autoencoder, rows: Float[Tensor, "row input"], generator: torch.Generator
+) -> Autoencoder:
+    """Random directions instead of learned ones, as long, and as many active in a row; all else alike.
+
+    An autoencoder's are read as they are written, about the decoder's bias; a transcoder's are read along other
+    random directions, about the mean of the rows, and what goes straight from input to output stays.
+
+    Args:
+        code: the autoencoder.
+        rows: some that it encodes: on them as many latents are active as of its own.
+        generator: of the directions.
+    """
+    length = code.W_dec.detach().norm(dim=1, keepdim=True)
+    rows = rows[:4096].to(code.W_enc)
+    written = _directions(code.W_dec, generator)
+    transcoder = code.about.site != code.about.target or code.d_in != code.d_out
+    read = _directions(code.W_enc, generator) if transcoder else written
+    bias = -read @ (rows.mean(0) if transcoder else code.b_dec.detach())
+    how, k, threshold = code.activation, code.k, None
+    if how != "topk":
+        pre = torch.nn.functional.linear(rows, read, bias).flatten()
+        active = int((code.code(rows).value > 0).sum())
+        bound = pre.topk(active + 1).values[-1] if active < len(pre) else pre.min()
+        how, threshold = "jumprelu", bound.clamp_min(0).expand(code.n_latents).clone()
     return Autoencoder(
-        directions,
-        centred,
-        W_dec,
-        code.b_dec.detach(),
-        code.activation,
-        code.k,
-        code.threshold,
-        code.W_skip,
+        read, bias, written * length, code.b_dec.detach(), how, k, threshold, code.W_skip
     )
+
+
+def _directions(like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(like.shape, generator=generator).to(like)
+    return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 def _shuffled(x: Float[Tensor, "row width"], generator: torch.Generator) -> Tensor:

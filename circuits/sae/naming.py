@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.special import gammaln
 from scipy.stats import norm, rankdata, spearmanr
 
 from circuits.database import Database, Record
@@ -18,6 +19,9 @@ KIND = "unit name"
 
 _LEAST = 3
 """Examples of an attribute that each half must have."""
+
+_AT_ONCE = 512
+"""Units that are tested at once: what is needed at a time stays small."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,9 @@ def name_by_attributes(
 ) -> Naming:
     """Name each unit after the attribute that its activation tells best.
 
-    Half of the examples choose: of all pairs of a unit and an attribute, those that a rank test (Mann-Whitney,
-    one-sided, Benjamini-Hochberg over all pairs) lets stand; of a unit's, the one with the highest AUROC. The
-    other half checks: a name holds if the test, corrected over all names given, lets it stand there too.
+    Half of the examples choose: of all pairs of a unit and an attribute, those that a rank test (see `rank_test`;
+    Benjamini-Hochberg over all pairs) lets stand; of a unit's, the one with the highest AUROC. The other half
+    checks: a name holds if the test, corrected over all names given, lets it stand there too.
 
     Args:
         site: of the units.
@@ -208,39 +212,71 @@ def _named(
 def auroc_table(
     strengths: Float[np.ndarray, "example unit"], members: Bool[np.ndarray, "example attribute"]
 ) -> tuple[Float[np.ndarray, "unit attribute"], Float[np.ndarray, "unit attribute"]]:
-    """AUROC of every unit for every attribute, and the one-sided p-value of the rank test (with ties)."""
-    ranks = rankdata(strengths, axis=0)
-    n, inside = len(members), members.sum(0)
-    outside = n - inside
-    u = ranks.T @ members - inside * (inside + 1) / 2
-    ties = np.stack([_ties(column) for column in ranks.T])[:, None]
-    return _tested(u, inside[None], outside[None], ties, n)
+    """AUROC of every unit for every attribute, and the one-sided p-value of the rank test (see `rank_test`)."""
+    parts = []
+    for start in range(0, strengths.shape[1], _AT_ONCE):
+        ranks = rankdata(strengths[:, start : start + _AT_ONCE], axis=0)
+        columns = [
+            rank_test(ranks, np.repeat(own[:, None], ranks.shape[1], 1)) for own in members.T
+        ]
+        parts.append(np.stack(columns, 2))
+    auroc, p = np.concatenate(parts, 1)
+    return auroc, p
 
 
 def auroc_pairs(
     strengths: Float[np.ndarray, "example pair"], members: Bool[np.ndarray, "example pair"]
 ) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
     """The same for pairs of a unit and an attribute."""
-    ranks = rankdata(strengths, axis=0)
+    starts = range(0, strengths.shape[1], _AT_ONCE)
+    cut = [slice(start, start + _AT_ONCE) for start in starts]
+    parts = [rank_test(rankdata(strengths[:, c], axis=0), members[:, c]) for c in cut]
+    auroc, p = np.concatenate(parts, 1)
+    return auroc, p
+
+
+def rank_test(
+    ranks: Float[np.ndarray, "example pair"], members: Bool[np.ndarray, "example pair"]
+) -> Float[np.ndarray, "two pair"]:
+    """AUROC and p-value of a rank-sum test, one-sided, that holds where most examples are silent.
+
+    Most latents are zero on most examples, and there the normal approximation of Mann and Whitney gives p-values
+    far too small. How many of an attribute's examples are among the active ones (those above the lowest value) is
+    hypergeometric; given that number, the sum of their ranks is close to normal, with the moments of draws without
+    replacement. The p-value adds up over that number.
+
+    Args:
+        ranks: of the examples, each column by itself, ties with their mean.
+        members: which examples have the attribute of the column's pair.
+    """
+    n = len(ranks)
     inside = members.sum(0)
-    u = (ranks * members).sum(0) - inside * (inside + 1) / 2
-    ties = np.array([_ties(column) for column in ranks.T])
-    return _tested(u, inside, len(members) - inside, ties, len(members))
-
-
-def _ties(ranks: np.ndarray) -> float:
-    counts = np.unique(ranks, return_counts=True)[1].astype(float)
-    return float((counts**3 - counts).sum())
-
-
-def _tested(
-    u: np.ndarray, inside: np.ndarray, outside: np.ndarray, ties: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    pairs = np.maximum(inside * outside, 1)
-    variance = pairs / 12 * (n + 1 - ties / (n * max(1, n - 1)))
+    total = (ranks * members).sum(0)
+    lowest = ranks.min(0)
+    silent = 2 * lowest - 1  # as many are tied for the lowest rank
+    active = n - silent
+    above = np.where(ranks > lowest, ranks, 0)
+    mean = above.sum(0) / active.clip(1)
+    variance = (above**2).sum(0) / active.clip(1) - mean**2
+    k = np.arange(int(inside.max()) + 1)[:, None]
+    possible = (k <= active) & (k <= inside) & (inside - k <= silent)
+    rest = (inside - k) * lowest
+    most = np.concatenate([np.zeros((1, ranks.shape[1])), np.sort(above, 0)[::-1].cumsum(0)])
+    within = total <= most[k[:, 0]] + rest + 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = (u - pairs / 2 - 0.5) / np.sqrt(variance)
-    return u / pairs, np.where(variance > 0, norm.sf(np.nan_to_num(z)), 1.0)
+        chance = np.exp(_choose(active, k) + _choose(silent, inside - k) - _choose(n, inside))
+        spread = np.sqrt(k * (active - k) / (active - 1).clip(1) * variance)
+        z = (total - 0.5 - k * mean - rest) / spread
+    certain = (total <= k * mean + rest + 1e-6).astype(float)
+    tail = np.where(spread > 1e-9, norm.sf(np.nan_to_num(z)), certain)
+    p = np.where(possible & within, chance * tail, 0).sum(0)
+    pairs = np.maximum(inside * (n - inside), 1)
+    return np.stack([(total - inside * (inside + 1) / 2) / pairs, p.clip(0, 1)])
+
+
+def _choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
+    """The logarithm of the number of ways to choose k of n; NaN where there is none."""
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
 
 
 def adjusted(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:

@@ -19,7 +19,11 @@ Pool = Literal["max", "mean"]
 
 
 def pooled(
-    model: HookedModel, site: str, batches: Iterable[Tensor], pool: Pool = "max"
+    model: HookedModel,
+    site: str,
+    batches: Iterable[Tensor],
+    pool: Pool = "max",
+    leave_first: int = 0,
 ) -> Float[np.ndarray, "example unit"]:
     """How much each example excites each unit of a site.
 
@@ -28,10 +32,11 @@ def pooled(
         site: which.
         batches: examples, as the model takes them.
         pool: over positions.
+        leave_first: of texts: so many positions are not looked at (see `Rule`).
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if `pool` is unknown, or there is no example.
+        ValueError: if `pool` is unknown, there is no example, or a text has no position that is looked at.
     """
     if pool not in get_args(Pool):
         raise ValueError(f"pool {pool!r} is not one of {', '.join(get_args(Pool))}")
@@ -41,6 +46,10 @@ def pooled(
         with FastNormalisation():
             value = model.run(x, read=[place], until=place)[place]
         units = unit_activations(place, value)
+        if "position" in place.axes:
+            units = units[:, :, leave_first:]
+        if not units.shape[2]:
+            raise ValueError(f"leave_first {leave_first}: a text has no position beyond")
         found.append((units.amax(2) if pool == "max" else units.mean(2)).float().cpu().numpy())
     if not found:
         raise ValueError("batches hold no example")

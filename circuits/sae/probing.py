@@ -24,8 +24,9 @@ class Probe:
         random: of the best latent for shuffled labels.
         few: balanced accuracy of a logistic regression on `k` latents, chosen by their means' difference.
         dense: the same on all units of the site itself.
-        absorbed: share of the examples of the label, found by the dense probe, on which none of the chosen
-            latents is active though another latent that writes along the probe is (after Chanin et al. 2024).
+        absorbed: share of the examples of the label, found by the dense probe, on which none of the latents that
+            the label raises most is active though another latent that writes along the probe is (after Chanin et
+            al. 2024). Active: above its mean on examples without the label.
         n: examples of the label in the half that is measured.
     """
 
@@ -90,13 +91,15 @@ def probe(
         few, _, _ = _fitted(codes[:, chosen], own, first)
         dense, direction, right = _fitted(units, own, first)
         hits = ~first & own & right
-        silent = hits & ~(codes[:, chosen] > 0).any(1)
+        spread = codes[first].std(0)
+        raised = np.argsort(-difference / np.where(spread > 0, spread, np.inf), kind="stable")[:k]
+        active = codes > codes[first & ~own].mean(0)
+        silent = hits & ~active[:, raised].any(1)
         cosine = (
             W_dec @ direction / (np.linalg.norm(W_dec, axis=1) * np.linalg.norm(direction) + 1e-12)
         )
         along = np.flatnonzero(cosine > 0.25)
-        others = np.setdiff1d(along, chosen)
-        absorbed = silent & (codes[:, others] > 0).any(1) if len(others) else np.zeros(n, bool)
+        absorbed = silent & active[:, np.setdiff1d(along, raised)].any(1)
         found.append(
             Probe(
                 label, best, auroc, base, random, few, dense, float(absorbed.sum() / max(1, hits.sum())),

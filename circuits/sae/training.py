@@ -24,7 +24,7 @@ from circuits.autoencoders.files import FILE, read_tensors
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
 from circuits.models.attaching import check_name
-from circuits.sae.batches import Batches, RowSource, Rule
+from circuits.sae.batches import Batches, RowSource, Rule, default_rule
 from circuits.sae.learners import Learner, Settings
 
 Precision = Literal["float32", "bfloat16"]
@@ -32,6 +32,8 @@ Precision = Literal["float32", "bfloat16"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """Where a run stands, in its folder."""
+
+_TAKEN = (Path(CHECKPOINT).stem, Path(FILE).stem)
 
 _SAID = 100
 """How many points of a run's progress are kept."""
@@ -165,11 +167,16 @@ def train(
     place = None if folder is None else Path(folder)
     name = check_name(name or (place.name if place is not None else "sae"))
     for variant in several:
-        if variant:
-            check_name(variant)
-    _check_rows(source, several, schedule)
+        if variant and check_name(variant) in _TAKEN:
+            raise ValueError(f"settings {variant!r}: the folder has another file of that name")
+    _check_rows(source, several)
+    rule = default_rule(source) if rule is None else rule
     plan = _plan(source, several, schedule, rule)
     with Ranks.joined() as ranks:
+        if schedule.batch < ranks.size:
+            raise ValueError(
+                f"batch {schedule.batch} is below the {ranks.size} ranks: each needs a row"
+            )
         if place is None:
             run = _begun(source, several, schedule, rule, ranks, device)
             _finish_steps(run, None, plan, every, report)
@@ -183,7 +190,11 @@ def train(
             if done is not None:
                 return done
             run = _begun(source, several, schedule, rule, ranks, device)
-            _go_on(run, place / CHECKPOINT, plan, anew)
+            if anew and ranks.rank == 0:
+                for file in place.glob("*.safetensors"):
+                    file.unlink()
+            if not anew:
+                _go_on(run, place / CHECKPOINT, plan)
             _finish_steps(run, place / CHECKPOINT, plan, every, report)
             made = _made(run, name, plan)
             if ranks.rank == 0:
@@ -193,7 +204,7 @@ def train(
             return made
 
 
-def _check_rows(source: RowSource, several: Mapping[str, Settings], schedule: Schedule) -> None:
+def _check_rows(source: RowSource, several: Mapping[str, Settings]) -> None:
     n = len(source)
     wide = max(s.n_latents for s in several.values())
     if n < wide:
@@ -206,22 +217,20 @@ def _check_rows(source: RowSource, several: Mapping[str, Settings], schedule: Sc
         raise ValueError(
             "skip: only a transcoder (from one site to another) has a way beside its latents"
         )
-    if len({s.label() for s in several.values()}) < len(several):
-        repeated = [s.label() for s in several.values()]
-        twice = next(label for label in repeated if repeated.count(label) > 1)
-        if len({json.dumps(asdict(s)) for s in several.values()}) < len(several):
-            raise ValueError(f"settings {twice} are there twice")
+    for i, one in enumerate(each := list(several.values())):
+        if one in each[:i]:
+            raise ValueError(f"settings {one.label()} are there twice")
 
 
 def _plan(
-    source: RowSource, several: Mapping[str, Settings], schedule: Schedule, rule: Rule | None
+    source: RowSource, several: Mapping[str, Settings], schedule: Schedule, rule: Rule
 ) -> dict[str, Any]:
     """Everything that a run's outcome follows from."""
     made = {
-        "rows": dict(source.about),
+        "rows": {**source.about, "n": len(source)},
         "autoencoders": {name: asdict(s) for name, s in several.items()},
         "schedule": asdict(schedule),
-        "rule": asdict(rule) if rule else "default",
+        "rule": asdict(rule),
     }
     return json.loads(json.dumps(made))
 
@@ -230,7 +239,8 @@ def _begun(
     source: RowSource, several: Mapping[str, Settings], schedule: Schedule, rule: Rule | None,
     ranks: Ranks, device: str | torch.device | None,
 ) -> _Run:  # fmt: skip
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device or here)
     batches = Batches(source, schedule.batch, rule, schedule.seed)
     transcoder = source.about["site"] != source.about["target"]
     half = schedule.precision == "bfloat16"
@@ -262,12 +272,22 @@ def _finish_steps(
                     report(progress)
             except KeyboardInterrupt:
                 interrupted.append(True)
-            due = time.monotonic() - last >= every or bool(interrupted)
+            stop = _any(run.ranks, bool(interrupted))
+            due = stop or time.monotonic() - last >= every
             if checkpoint is not None and run.ranks.rank == 0 and due:
                 _save(run, checkpoint, plan)
                 last = time.monotonic()
-            if interrupted:
+            if stop:
                 raise KeyboardInterrupt
+
+
+def _any(ranks: Ranks, own: bool) -> bool:
+    """Whether any rank says so: all stop at the same step."""
+    if ranks.size == 1:
+        return own
+    said = torch.tensor(int(own))
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
 
 
 @contextmanager
@@ -296,16 +316,16 @@ def _one_step(run: _Run, x: Tensor, y: Tensor) -> Progress:
             group["lr"] = learner.settings.rate * run.schedule.factor(run.step)
         optimizer.zero_grad()
         found = learner(mine_x, mine_y, run.schedule.warm(run.step))
-        if not bool(torch.isfinite(found.loss)):
+        found.loss.backward()
+        numbers = torch.stack([found.fvu, found.l0.to(found.fvu), found.loss.detach()])
+        active = found.active
+        if size > 1:
+            numbers, active = _averaged(learner, numbers, active, size)
+        if not bool(torch.isfinite(numbers[2])):
             raise ValueError(
                 f"autoencoder {name or learner.settings.label()}: the loss is not finite at step {run.step}: expected "
                 f"a smaller learning rate than {learner.settings.rate:g}"
             )
-        found.loss.backward()
-        numbers = torch.stack([found.fvu, found.l0.to(found.fvu)])
-        active = found.active
-        if size > 1:
-            numbers, active = _averaged(learner, numbers, active, size)
         learner.before_step()
         optimizer.step()
         learner.after_step(active, len(x))
@@ -411,9 +431,9 @@ def _save(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
         save_file(tensors, temporary, metadata={"circuits.training": json.dumps(about)})
 
 
-def _go_on(run: _Run, path: Path, plan: Mapping[str, Any], anew: bool) -> None:
+def _go_on(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
     """Stand where a checkpoint stands, if there is one."""
-    if anew or not path.is_file():
+    if not path.is_file():
         return
     tensors, metadata = read_tensors(path)
     try:
