@@ -134,7 +134,7 @@ def test_rows_of_a_store_are_those_of_the_model(
         StoreRows(store, site, later),
         ModelRows(induction, open_source("repeats"), site, later),
     )
-    assert own.about | {"model": ""} == live.about | {"model": ""}
+    assert own.about | {"model": "", "rows": "model"} == live.about | {"model": ""}
     a = own.load(np.sort(own.order(0)), 0)
     b = live.load(np.sort(live.order(0)), 0)
     n = min(len(a.x), len(b.x))
@@ -418,7 +418,7 @@ def test_measures_are_what_their_definitions_say(known: tuple) -> None:
         float(torch.cosine_similarity(x, made, dim=1).mean()), rel=1e-4
     )
     assert found.own.l2_ratio == pytest.approx(
-        float((made.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-4
+        float(made.norm(dim=1).sum() / x.norm(dim=1).sum()), rel=1e-4
     )
     np.testing.assert_allclose(found.density, (codes > 0).double().mean(0).numpy(), atol=1e-9)
     assert sum(found.density_histogram) == int(((codes > 0).any(0)).sum())

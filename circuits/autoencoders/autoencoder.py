@@ -188,6 +188,8 @@ def _check(
                 f"{name} of shape {tuple(tensor.shape)} does not fit: expected {shape}"
             )
     for name, (tensor, _) in {"W_enc": (W_enc, ()), **wanted}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}: expected floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds numbers that are not finite")
     if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= n):

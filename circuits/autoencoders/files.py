@@ -62,6 +62,9 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         header = json.loads(metadata[_KEY])
         about = About(**{f.name: header["about"][f.name] for f in fields(About)})
         form, activation, k = header["format"], header["activation"], header["k"]
+        wrong = [n for n, v in vars(about).items() if not isinstance(v, type(getattr(About(), n)))]
+        if wrong or not (k is None or type(k) is int):
+            raise ValueError(f"wrong kind of {wrong or 'k'}")
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"autoencoder {str(target)!r} is not a file of ours, or its header is damaged; files of other tools "

@@ -66,6 +66,10 @@ def import_autoencoder(folder: str | Path, about: About | None = None) -> Autoen
     try:
         made, said = read[layout](place / _FILES[layout][1], config)
         code = Autoencoder(**made, about=said)
+    except ValueError as error:
+        if str(place) in str(error):
+            raise
+        raise ValueError(f"{str(place)!r} is not a folder that {layout} wrote: {error}") from error
     except KeyError as error:
         raise ValueError(
             f"{str(place)!r} does not say {error.args[0]!r}: it is not a folder that {layout} wrote"
@@ -125,6 +129,9 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
         del tensors["scaling_factor"]
     fine = ("finetuning_scaling_factor",) if config.get("finetuning_scaling_factor") else ()
     check_tensors(path, tensors, _SAELENS[kind] + fine)
+    for name, axes in (("W_enc", 2), ("W_dec", 2), ("b_dec", 1)):
+        if tensors[name].ndim != axes:
+            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} has not {axes} axes")
     W_enc, W_dec, b_dec = tensors["W_enc"].T.contiguous(), tensors["W_dec"], tensors["b_dec"]
     made: dict[str, Any] = {
         "W_enc": W_enc,
@@ -185,9 +192,8 @@ def _saelens_about(config: Mapping[str, Any], kind: str) -> About:
     told = {**config, **(config.get("metadata") or {})}
     site = told.get("hook_name", told.get("hook_point")) or ""
     target = told.get("hook_name_out") or site
-    return About(
-        "", site, target, told.get("model_name") or "", "", told.get("dataset_path") or "", kind
-    )
+    model, data = told.get("model_name") or "", told.get("dataset_path") or ""
+    return About("", str(site), str(target), str(model), "", str(data), kind)
 
 
 # --- dictionary_learning ---------------------------------------------------------------------------

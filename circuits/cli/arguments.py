@@ -28,7 +28,9 @@ DataOption = Annotated[
         "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")
+]
 
 
 def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:

@@ -55,9 +55,9 @@ def train(
     data: Annotated[str, typer.Option("--data", help="Examples; a harvest of them is used if there is one.")],
     architecture: Annotated[Architecture, typer.Option(help="What kind.")] = "topk",
     latents: Annotated[
-        list[int] | None, typer.Option(help="How many latents; several train side by side.")
+        list[int] | None, typer.Option(min=1, help="How many latents; several train side by side.")
     ] = None,
-    expansion: Annotated[int, typer.Option(help="Latents for each number of a row, without --latents.")] = 8,
+    expansion: Annotated[int, typer.Option(min=1, help="Latents for each number of a row, without --latents.")] = 8,
     k: Annotated[
         list[int] | None, typer.Option("--k", help="Latents active in a row (topk and kin); several.")
     ] = None,
@@ -86,7 +86,7 @@ def train(
         Literal["mean", "median"], typer.Option(help="Where the decoder's bias begins.")
     ] = "mean",
     live: Annotated[bool, typer.Option("--live", help="Run the model, even where a harvest is there.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
     anew: Annotated[bool, typer.Option("--anew", help="Begin anew, and overwrite.")] = False,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -116,6 +116,11 @@ def train(
         for factor in ([1.0] if by_count else sparsity or [1.0])
         for s in _seeds(seeds)
     ]
+    for option, given in (("--latents", latents), ("--k", k), ("--sparsity", sparsity)):
+        if given and len(set(given)) < len(given):
+            raise ValueError(f"{option} {' '.join(map(str, given))}: expected different ones")
+    if first is not None and not rows.tokens:
+        raise ValueError(f"--leave-first {first}: rows of site {site!r} are no positions of texts")
     if k and not by_count:
         raise ValueError(f"--k {k[0]} goes with topk, batchtopk and matryoshka, not {architecture}")
     if sparsity and by_count:
@@ -146,7 +151,7 @@ def _seeds(text: str) -> list[int]:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         found = []
-    if not found or len(set(found)) < len(found):
+    if not found or len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < 2**32:
         raise ValueError(f"--seeds {text!r} is not a list of different whole numbers, e.g. 0,1,2")
     return found
 
@@ -246,7 +251,7 @@ def list_autoencoders(workspace: WorkspaceOption = None, json: JsonOption = Fals
     root = Workspace.default(workspace).root / "saes"
     found = []
     for path in sorted(root.glob("*/*.safetensors")):
-        if path.stem == "checkpoint":
+        if path.stem == "checkpoint" or not path.is_file():
             continue
         name = path.parent.name if path.stem == "sae" else f"{path.parent.name}/{path.stem}"
         try:
@@ -337,7 +342,9 @@ def evaluate(
             help="Which the model's behaviour is measured on: those held out of training, or all."
         ),
     ] = "unseen",
-    rows: Annotated[int, typer.Option(help="Rows that reconstruction is measured on.")] = 65536,
+    rows: Annotated[
+        int, typer.Option(min=2, help="Rows that reconstruction is measured on.")
+    ] = 65536,
     seed: SeedOption = 0,
     model: ModelOption = "",
     weights: WeightsOption = None,
@@ -351,7 +358,7 @@ def evaluate(
 
     place = Workspace.default(workspace)
     code = _code(sae, workspace)
-    data = data or code.about.data
+    data = _data(code, data)
     loaded = _model_of(code, model, weights, place)
     source = open_source(data)
     target = code.about.target if code.about.target != code.about.site else None
@@ -438,7 +445,19 @@ def compare(
         several = sorted(p.stem for p in folder.glob("*.safetensors")) if folder.is_dir() else []
         several = [s for s in several if s not in ("sae", "checkpoint")]
         names += [f"{name}/{s}" for s in several] or [name]
-    found = stability({name: _code(name, workspace) for name in names}, seed)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"autoencoder {twice[0]!r} is named twice: expected different ones")
+    codes = {name: _code(name, workspace) for name in names}
+    for name, code in codes.items():
+        ours, theirs = (
+            (c.about.model_hash, c.about.target) for c in (code, next(iter(codes.values())))
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"autoencoder {name!r} writes {ours[1]} of weights {ours[0][:16]}, {names[0]!r} {theirs[1]} of "
+                f"{theirs[0][:16]}: expected autoencoders of one site"
+            )
+    found = stability(codes, seed)
     if json:
         show_json(found.to_dict())
         return
@@ -468,7 +487,7 @@ def name_latents(
     ] = False,
     limit: LimitOption = 3000,
     level: Annotated[float, typer.Option(help="Of the tests.")] = 0.05,
-    top: Annotated[int, typer.Option(help="How many to list.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
     seed: SeedOption = 0,
     model: ModelOption = "",
     weights: WeightsOption = None,
@@ -497,9 +516,11 @@ def name_latents(
             ("latent", "name", "by", "when", "note"), rows
         )
         return
+    if not 0 < level < 1:
+        raise ValueError(f"--level {level} must be between 0 and 1")
     if attributes and labels:
         raise ValueError("--attributes and --labels: expected one of them")
-    source = open_source(data or code.about.data)
+    source = open_source(_data(code, data))
     batches = _Batches(attached, source, limit)
     each = _attributes_of(source, attributes, labels, loaded.classes)
     found = name_by_attributes(
@@ -549,6 +570,14 @@ def _pooled(model: Any, code: Any, site: str, batches: Any, pool: Any) -> Any:
     return pooled(model, site, batches, pool, rule_of(code).positions)
 
 
+def _data(code: Any, data: str) -> str:
+    if not data and not code.about.data:
+        raise ValueError(
+            f"autoencoder {code.about.name!r} does not say on what it was trained: name examples with --data"
+        )
+    return data or code.about.data
+
+
 def _unseen(code: Any, source: Any) -> list[int] | None:
     """The examples that training held out; None, for all, if it was on other data."""
     import numpy as np
@@ -583,7 +612,13 @@ def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> l
     if isinstance(given, dict):
         known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
         given = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
-        if missing := sum(v is None for v in given):
+        missing = sum(v is None for v in given)
+        if missing == len(given):
+            raise ValueError(
+                f"attributes {attributes!r}: no key is the name of an example of {source.spec}, such as "
+                f"{source.names[0]!r}"
+            )
+        if missing:
             warn(
                 f"attributes {attributes!r}: {missing} of {len(given)} examples are not in it: nothing is true of them"
             )
@@ -621,7 +656,7 @@ def bottleneck(
     ] = "mean",
     strength: Annotated[float, typer.Option(help="Inverse of the regularisation.")] = 1.0,
     limit: LimitOption = 3000,
-    top: Annotated[int, typer.Option(help="How many latents to list.")] = 8,
+    top: Annotated[int, typer.Option(min=1, help="How many latents to list.")] = 8,
     seed: SeedOption = 0,
     model: ModelOption = "",
     weights: WeightsOption = None,
@@ -641,11 +676,18 @@ def bottleneck(
     attached = _attached(loaded, code)
     site = attached.site(f"sae/{code.about.name}")
     done = _interventions(site, off, scale, set_)
-    if recipe is not None and (not done or recipe.suffix != ".json"):
-        raise ValueError(
-            f"--recipe {str(recipe)!r}: expected a .json file, and something to switch (--off, …)"
-        )
-    source = open_source(data or code.about.data)
+    if recipe is not None:
+        if not done or recipe.suffix != ".json":
+            raise ValueError(
+                f"--recipe {str(recipe)!r}: expected a .json file, and something to switch (--off, …)"
+            )
+        if recipe.exists() or not recipe.absolute().parent.is_dir():
+            raise FileExistsError(
+                f"--recipe {str(recipe)!r}: expected a new file in a folder that exists"
+            )
+    if not strength > 0:
+        raise ValueError(f"--strength {strength} must be above 0")
+    source = open_source(_data(code, data))
     batches = _Batches(attached, source, limit)
     which = batches.which
     if explain is not None and explain not in which:
@@ -729,9 +771,14 @@ def _interventions(site: Any, off: str, scale: str, set_: str) -> list[Any]:
         if bool(equals) == (how == "off"):
             form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
             raise ValueError(f"--{how} {text!r} is not of the form {form}")
-        units = Units.parse(f"{site.name}:{indices}")
         try:
-            number = float(amount or 0)
+            units = Units.parse(f"{site.name}:{indices}")
+        except ValueError:
+            raise ValueError(
+                f"--{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
+            ) from None
+        try:
+            number = float(amount) if equals else 0.0
         except ValueError:
             raise ValueError(f"--{how} {text!r}: {amount!r} is no number") from None
         found.append(Intervention(tuple(site.unit(i) for i in units.among(site)), how, number))  # type: ignore[arg-type]

@@ -23,18 +23,18 @@ from circuits.units import Site, SiteKind
 PREFIX = "sae/"
 """How the names of sites of latents begin."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """Return `name` if an autoencoder can be called so: letters, digits, `_` and `-`.
+    """Return `name` if an autoencoder can be called so: at most 100 letters, digits, `_` and `-` (not first).
 
     Raises:
         ValueError: if not.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"name {name!r} of an autoencoder is not valid: expected letters, digits, _ and -"
+            f"name {name!r} of an autoencoder is not valid: expected at most 100 letters, digits, _ and - (not first)"
         )
     return name
 

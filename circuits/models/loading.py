@@ -136,8 +136,12 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
             return candidate
     if inside.is_dir() and (several := sorted(p.stem for p in inside.glob("*.safetensors"))):
         names = ", ".join(f"{inside.name}/{name}" for name in several if name != "checkpoint")
+        if not names:
+            raise FileNotFoundError(
+                f"autoencoder {path!r}: its training is not finished; run `circuits sae train` again to go on"
+            )
         raise FileNotFoundError(
-            f"autoencoder {path!r} has several variants: expected one of {names or 'none'}"
+            f"autoencoder {path!r} has several variants: expected one of {names}"
         )
     raise FileNotFoundError(
         f"there is no autoencoder {path!r}: neither a file or folder, nor {str(inside)!r}"

@@ -8,6 +8,7 @@ few numbers and less than a batch of rows.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ class Rule:
             raise ValueError(f"positions {self.positions} to leave out must be 0 or more")
         if not 0 <= self.hold_out < 1:
             raise ValueError(f"hold_out {self.hold_out} must be 0 or more, and below 1")
-        if self.norms != 0 and not self.norms > 1:
+        if self.norms != 0 and not 1 < self.norms < float("inf"):
             raise ValueError(
                 f"norms {self.norms} must be above 1 (times the median), or 0 for no limit"
             )
@@ -100,8 +101,8 @@ class RowSource(ABC):
     """Where rows come from.
 
     Attributes:
-        about: what they are, for the record: `model`, `model_hash`, `site`, `target`, `data`, `data_hash`, `width`,
-            `target_width`.
+        about: what they are, for the record: `rows` (`store`, `array` or `model`: their order follows from it),
+            `model`, `model_hash`, `site`, `target`, `data`, `data_hash`, `width`, `target_width`.
         tokens: whether rows are positions of texts.
     """
 
@@ -178,7 +179,7 @@ class StoreRows(_Blocks):
                 )
         self.tokens = "position" in place.axes
         self.about = {
-            "model": p.model, "model_hash": p.model_hash, "site": place.name, "target": goal.name,
+            "rows": "store", "model": p.model, "model_hash": p.model_hash, "site": place.name, "target": goal.name,
             "data": p.data, "data_hash": p.data_hash, "width": self.rows.shape[1],
             "target_width": (self.target or self.rows).shape[1],
         }  # fmt: skip
@@ -222,7 +223,7 @@ class ArrayRows(_Blocks):
                 )
         self.array = array
         self.about = {
-            "model": "", "model_hash": "", "site": name, "target": name, "data": name,
+            "rows": "array", "model": "", "model_hash": "", "site": name, "target": name, "data": name,
             "data_hash": digest.hexdigest(), "width": array.shape[1], "target_width": array.shape[1],
         }  # fmt: skip
 
@@ -267,8 +268,8 @@ class ModelRows(RowSource):
             )
         self.tokens = "position" in self.site.axes
         self.about = {
-            "model": model.name, "model_hash": model.hash, "site": self.site.name, "target": self.goal.name,
-            "data": source.spec, "data_hash": source.hash, "width": width_of(self.site),
+            "rows": "model", "model": model.name, "model_hash": model.hash, "site": self.site.name,
+            "target": self.goal.name, "data": source.spec, "data_hash": source.hash, "width": width_of(self.site),
             "target_width": width_of(self.goal),
         }  # fmt: skip
         positions = int(np.prod(self.inputs.fitted(self.site).position_shape or (1,)))
@@ -315,9 +316,8 @@ class ModelRows(RowSource):
             cache = self.model.run(x, read=read, until=self.model.last(read))
         values = [rows_of(s, cache[s]).float() for s in (self.site, self.goal)]
         shape = values[0].shape[1:-1]
-        grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(
-            -1, len(shape)
-        )
+        grid = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape or (1,)), -1)
+        grid = grid[:, : len(shape)]
         n = len(grid)
         flat = [v.reshape(-1, v.shape[-1]).cpu() for v in values]
         return Group(
@@ -413,7 +413,9 @@ class Batches:
             if n >= _SAMPLE:
                 break
         if not n:
-            raise ValueError("rows: the rule leaves out every one")
+            raise ValueError(
+                f"rows: {self.rule} leaves out every one of {self.source.about['site']}"
+            )
         return _calibrate(torch.cat(x), torch.cat(y), self.rule.norms)
 
     def _without_positions(self, found: Group) -> Group:
@@ -448,7 +450,9 @@ class Batches:
                 found = self.kept(self.source.load(order, self.group))
                 empty = 0 if len(found.x) else empty + 1
                 if empty > self.source.n_groups():
-                    raise ValueError("rows: the rule leaves out every one")
+                    raise ValueError(
+                        f"rows: {self.rule} leaves out every one of {self.source.about['site']}"
+                    )
                 yield from self._cut(found)
                 self.group, self.at = self.group + 1, 0
             self.epoch, self.group = self.epoch + 1, 0

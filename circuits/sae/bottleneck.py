@@ -274,8 +274,10 @@ class Intervention:
             raise ValueError("units of an intervention: expected some of one site")
         if self.how not in ("off", "scale", "set"):
             raise ValueError(f"how {self.how!r} is not one of off, scale, set")
-        if not np.isfinite(self.amount) or (self.how == "scale" and self.amount < 0):
-            raise ValueError(f"amount {self.amount} must be finite, and 0 or more to scale")
+        if not abs(self.amount) < 1e30 or (self.how == "scale" and self.amount < 0):
+            raise ValueError(
+                f"amount {self.amount} to {self.how} must be below 1e30 in size, and 0 or more to scale"
+            )
 
     def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
         """Pooled activations as the edit would make them: scaling and pooling change places."""

@@ -30,7 +30,7 @@ class Reconstruction:
         fvu: share of the variance that is not explained, about the mean of the rows.
         fvu_all: with the rows that the rule leaves out.
         cosine: between rows and what is written for them, on average.
-        l2_ratio: the norm of what is written over that of the row, on average.
+        l2_ratio: the norms of what is written over those of the rows, sum over sum.
         l0: latents active in a row, on average.
         dead: share of latents never active.
     """
@@ -196,14 +196,19 @@ class _Sums:
     def __init__(self, rows: Group) -> None:
         self.mean = rows.y.double().mean(0)
         self.variance = float((rows.y.double() - self.mean).square().sum())
-        self.error = self.cosine = self.ratio = self.active = 0.0
+        self.error = self.cosine = self.made = self.norms = 0.0
         self.n = 0
 
     def add(self, y: Tensor, made: Tensor) -> None:
         self.error += float((y.double() - made.double()).square().sum())
         self.cosine += float(torch.cosine_similarity(y, made, dim=1).sum())
-        self.ratio += float((made.norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).sum())
+        self.made += float(made.norm(dim=1).sum())
+        self.norms += float(y.norm(dim=1).sum())
         self.n += len(y)
+
+    @property
+    def l2_ratio(self) -> float:
+        return self.made / self.norms if self.norms > 0 else float("nan")
 
     @property
     def fvu(self) -> float:
@@ -225,7 +230,7 @@ def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruc
         sums.fvu,
         beyond.fvu,
         sums.cosine / n,
-        sums.ratio / n,
+        sums.l2_ratio,
         float(counts.sum()) / n,
         float((density == 0).mean()),
     )
@@ -318,4 +323,4 @@ def _beside(project: Any, k: int, here: Group, every: Group) -> Reconstruction:
         for x in rows.x.split(4096):
             sum_.add(x, project(x))
     n = max(1, sums.n)
-    return Reconstruction(sums.fvu, beyond.fvu, sums.cosine / n, sums.ratio / n, float(k), 0.0)
+    return Reconstruction(sums.fvu, beyond.fvu, sums.cosine / n, sums.l2_ratio, float(k), 0.0)

@@ -169,7 +169,7 @@ def train(
     for variant in several:
         if variant and check_name(variant) in _TAKEN:
             raise ValueError(f"settings {variant!r}: the folder has another file of that name")
-    _check_rows(source, several)
+    _check_rows(source, several, schedule)
     rule = default_rule(source) if rule is None else rule
     plan = _plan(source, several, schedule, rule)
     with Ranks.joined() as ranks:
@@ -184,6 +184,12 @@ def train(
         with ranks.lead() as lead:
             if lead:
                 check_writable(place, "folder")
+                for variant in several:
+                    file = place / (f"{variant}.safetensors" if variant else FILE)
+                    if file.is_dir():
+                        raise IsADirectoryError(
+                            f"{str(file)!r} is a folder: expected a file, or none"
+                        )
                 place.mkdir(parents=True, exist_ok=True)
         with _alone(place, ranks), ranks.together():
             done = _finished(place, several, plan, anew)
@@ -204,8 +210,12 @@ def train(
             return made
 
 
-def _check_rows(source: RowSource, several: Mapping[str, Settings]) -> None:
+def _check_rows(source: RowSource, several: Mapping[str, Settings], schedule: Schedule) -> None:
     n = len(source)
+    if schedule.batch > n:
+        raise ValueError(
+            f"batch {schedule.batch}: there are only {n} rows of site {source.about['site']!r}"
+        )
     wide = max(s.n_latents for s in several.values())
     if n < wide:
         raise ValueError(
@@ -297,7 +307,13 @@ def _interrupts() -> Iterator[list[bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+
+    def stop(*_: object) -> None:
+        if interrupted:  # twice: at once
+            raise KeyboardInterrupt
+        interrupted.append(True)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield interrupted
     finally:
@@ -324,7 +340,8 @@ def _one_step(run: _Run, x: Tensor, y: Tensor) -> Progress:
         if not bool(torch.isfinite(numbers[2])):
             raise ValueError(
                 f"autoencoder {name or learner.settings.label()}: the loss is not finite at step {run.step}: expected "
-                f"a smaller learning rate than {learner.settings.rate:g}"
+                f"a smaller learning rate than {learner.settings.rate:g}, or a smaller sparsity than "
+                f"{learner.settings.sparsity:g}"
             )
         learner.before_step()
         optimizer.step()
@@ -356,7 +373,7 @@ def _averaged(
 
 @contextmanager
 def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
-    """Nobody else trains into the folder meanwhile."""
+    """Nobody else trains into the folder meanwhile; it goes away again if nothing was written."""
     with ranks.lead() as lead:
         handle = None
         if lead:
@@ -372,6 +389,9 @@ def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            if [p.name for p in place.iterdir()] == [".lock"]:
+                (place / ".lock").unlink()
+                place.rmdir()
             os.close(handle)
 
 
@@ -435,8 +455,8 @@ def _go_on(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
     """Stand where a checkpoint stands, if there is one."""
     if not path.is_file():
         return
-    tensors, metadata = read_tensors(path)
     try:
+        tensors, metadata = read_tensors(path)
         about = json.loads(metadata["circuits.training"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {str(path)!r} is damaged: --anew begins anew") from error
