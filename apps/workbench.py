@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps import examples, panels, pictures, session
+from apps import examples, names, panels, pictures, session
 from circuits.models.adapter import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -25,8 +25,8 @@ def main() -> None:
             "`circuits demo`, or harvest a model: `circuits harvest MODEL --data DATA --sites SITES`."
         )
         return
-    names = {_label(r, records): r for r in _newcomers_first(records)}
-    record = names[session.choose("Model", list(names), "model")]
+    by_label = {_label(r, records): r for r in _newcomers_first(records)}
+    record = by_label[session.choose("Model", list(by_label), "model")]
     try:
         _show_model(record)
     except TROUBLE as error:
@@ -54,6 +54,7 @@ def _show_model(record: ModelRecord) -> None:
     unit = Unit(site, int(index))
     having = {s.provenance.data: s for s in stores if site in s.sites}
     _heading(model, unit, record.hash)
+    names.names_panel(unit, record.hash)
     if not having:
         pictures.picture_panel(model, unit, record.hash, None)
         st.info(

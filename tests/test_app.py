@@ -199,3 +199,24 @@ def test_the_whole_range_is_shown_with_its_seed(built: Workspace, monkeypatch) -
     test.toggle(key="range").set_value(True).run()
     assert not test.exception
     assert "90–100 %" in text(test)
+
+
+def test_a_person_names_a_unit_and_sees_what_it_was_called_before(
+    built: Workspace, monkeypatch
+) -> None:
+    test = page(built, monkeypatch, model="cleanroom", site="line", unit="7")
+    assert "No name yet." in text(test)
+    for name, said in (("vertical [line]", "version 1"), ("a steep line", "version 2")):
+        test.text_input[0].set_value(name)
+        test.text_input[1].set_value("seen on its examples")
+        next(b for b in test.button if b.label == "Keep").click()
+        test.run()
+        assert not test.exception
+        assert f"Called “{name}” by" in text(test)
+        assert said in text(test)
+    next(b for b in test.button if b.label == "Keep").click()
+    test.run()
+    assert "must have 1 to 200 characters" in text(test)
+    assert "a steep line" in text(
+        page(built, monkeypatch, model="cleanroom", site="line", unit="7")
+    )

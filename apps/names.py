@@ -1,0 +1,45 @@
+"""What a unit is called, why, and by whom (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import session
+from circuits.database import Record
+from circuits.sae import call, names_of
+from circuits.units import Unit
+
+
+def names_panel(unit: Unit, model_hash: str) -> None:
+    """The unit's name with its evidence, and a place to give it another; what it was called stays in the history."""
+    known = names_of(session.workspace().database, model_hash).get(str(unit))
+    left, right = st.columns([3, 1], vertical_alignment="center")
+    left.caption(_in_words(known) if known else "No name yet.")
+    with right.popover("Name it"), st.form(f"name-{model_hash}-{unit}", clear_on_submit=True):
+        name = st.text_input("What it is", max_chars=200)
+        why = st.text_input("Why", max_chars=1000)
+        if st.form_submit_button("Keep"):
+            try:
+                call(session.workspace().writable().database, model_hash, unit, name, why)
+            except (ValueError, OSError) as error:
+                st.error(str(error))
+            else:
+                st.rerun()
+
+
+def _in_words(record: Record) -> str:
+    body = record.body
+    said = [f"Called “{body['text']}” by {record.author}, {record.created[:10]}"]
+    if body["score"] is not None:
+        said.append(
+            f"AUROC {body['score']:.2f} on examples that it was not chosen on (by chance 0.50), p {body['p_value']:.2g}"
+        )
+        evidence = body["evidence"]
+        if "top_held_out" in evidence:
+            said.append(
+                f"{100 * evidence['top_held_out']:.0f} % of the ten that excite it most there, "
+                f"{100 * evidence['base_rate']:.0f} % of all"
+            )
+    if record.note:
+        said.append(record.note)
+    return "; ".join(said) + f" (version {record.version})."
