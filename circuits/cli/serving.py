@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,7 +61,11 @@ def serve_app(
     environment = {**os.environ, ROOT: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
-    try:
-        subprocess.run(command, env=environment, check=False)
-    except KeyboardInterrupt:
-        say("app stopped")
+    with subprocess.Popen(command, env=environment) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            say("app stopped")
+        finally:
+            signal.signal(signal.SIGTERM, before)
