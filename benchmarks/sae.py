@@ -2,6 +2,7 @@
 
     python -m venv /tmp/saelens && /tmp/saelens/bin/pip install -c constraints.txt sae-lens==6.54.12
     python -m venv /tmp/dl && /tmp/dl/bin/pip install -c constraints.txt dictionary-learning==0.1.0
+    /tmp/dl/bin/pip uninstall torchvision    # where it does not fit a CPU build of torch
     python benchmarks/sae.py --saelens /tmp/saelens/bin/python --dictionary-learning /tmp/dl/bin/python
 
 Rows are those of GoogLeNet's mixed4c on photographs (all 14 x 14 positions, shuffled) if `$CIRCUITS_ASSETS` has them,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from circuits.cli.main import run
 
 SITE = "blocks.0.hook_resid_post"
+BRIEFLY = "--steps 40 --batch 512 --lr 2e-3"
+LOGITS = "sae train shapes logits --name logits --data shapes --latents 64 --k 4 --steps 5 --batch 128 --norms 0"
+MIXED = "sae train shapes mixed3a --name mixed --data shapes --latents 320 --k 12"
 
 
 @pytest.fixture(scope="module")
@@ -18,49 +22,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ws")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIRCUITS_WORKSPACE", str(root))
-        common = ["--steps", "40", "--batch", "512", "--lr", "2e-3"]
-        assert (
-            run(
-                [
-                    "sae",
-                    "train",
-                    "induction",
-                    SITE,
-                    "--name",
-                    "resid",
-                    "--data",
-                    "repeats",
-                    "--latents",
-                    "256",
-                    "--k",
-                    "8",
-                    "--seeds",
-                    "0,1",
-                    *common,
-                ]
-            )
-            == 0
-        )
-        assert (
-            run(
-                [
-                    "sae",
-                    "train",
-                    "shapes",
-                    "mixed3a",
-                    "--name",
-                    "mixed",
-                    "--data",
-                    "shapes",
-                    "--latents",
-                    "320",
-                    "--k",
-                    "12",
-                    *common,
-                ]
-            )
-            == 0
-        )
+        resid = f"sae train induction {SITE} --name resid --data repeats --latents 256 --k 8 --seeds 0,1"
+        assert run([*resid.split(), *BRIEFLY.split()]) == 0
+        assert run([*MIXED.split(), *BRIEFLY.split()]) == 0
     return root
 
 
@@ -97,26 +61,7 @@ def test_training_again_does_nothing_and_other_settings_are_refused(
 ) -> None:
     file = place / "saes" / "mixed" / "sae.safetensors"
     before = file.read_bytes()
-    again = [
-        "sae",
-        "train",
-        "shapes",
-        "mixed3a",
-        "--name",
-        "mixed",
-        "--data",
-        "shapes",
-        "--latents",
-        "320",
-        "--k",
-        "12",
-        "--steps",
-        "40",
-        "--batch",
-        "512",
-        "--lr",
-        "2e-3",
-    ]
+    again = [*MIXED.split(), *BRIEFLY.split()]
     assert run(again) == 0
     assert run([*again[:-1], "1e-3"]) == 2
     assert "holds a training that differs in autoencoders" in capsys.readouterr().err
@@ -299,6 +244,25 @@ TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
             "there are only 400 rows",
         ),
         ([*TRAIN, "--steps", "0"], "steps 0 must be at least 1"),
+        ([*TRAIN, "--batch", "200000"], "batch 200000: there are only 102400 rows"),
+        ([*TRAIN, "--norms", "inf"], "norms inf must be above 1"),
+        ([*TRAIN, "--k", "4", "--k", "4"], "--k 4 4: expected different ones"),
+        ([*TRAIN, "--leave-first", "1"], "are no positions of texts"),
+        ([*TRAIN, "--hold-out", "0.9999"], "hold_out=0.9999) leaves out every one"),
+        ([*TRAIN, "--every", "nan"], "every nan must be"),
+        ([*TRAIN, "--name", "x" * 101], "expected at most 100 letters"),
+        ([*TRAIN, "--name", "mixed", "--seed", "1"], "holds a training that differs in"),
+        (["eval", "mixed", "--seed", "-1"], "should be greater than or equal to 0"),
+        (["compare", "mixed", "mixed"], "'mixed' is named twice"),
+        (["compare", "mixed", "resid"], "expected autoencoders of one site"),
+        (["name", "mixed", "--labels", "names", "--level", "nan"], "--level nan must be between 0 and 1"),
+        (["bottleneck", "mixed", "--labels", "names", "--off", "mixed3a:3"], "'mixed3a:3' are no indices of latents"),
+        (["bottleneck", "mixed", "--labels", "names", "--set", "3="], "'' is no number"),
+        (["bottleneck", "mixed", "--labels", "names", "--set", "3=nan"], "amount nan to set must be"),
+        (
+            ["bottleneck", "mixed", "--labels", "names", "--off", "3", "--recipe", "/nowhere/x.json"],
+            "expected a new file in a folder that exists",
+        ),
         ([*TRAIN, "--sparsity", "1"], "--sparsity 1 goes with relu"),
         (["eval", "nothing"], "there is no autoencoder 'nothing'"),
         (["eval", "resid"], "has several variants: expected one of resid/topk-256-k8-s0"),
@@ -320,3 +284,38 @@ def test_bad_input_is_one_line(
     assert len(captured) == 1
     assert message in captured[0]
     assert sorted(p.name for p in (place / "saes").rglob("*")) == before
+
+
+def test_sites_without_positions_are_trained_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(LOGITS.split()) == 0
+    assert run(["sae", "eval", "logits", "--limit", "50", "--rows", "100"]) == 0
+    assert "held out of training" in capsys.readouterr().out
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for index, name in ((4, "[/red]"), (5, "x [bold]y[/bold]")):
+        assert run(["sae", "name", "mixed", "--unit", str(index), "--as", name]) == 0
+    capsys.readouterr()
+    assert run(["sae", "name", "mixed"]) == 0
+    shown = capsys.readouterr().out
+    assert "[/red]" in shown
+    assert "x [bold]y[/bold]" in shown
+
+
+def test_what_cannot_be_read_is_left_out_of_the_list(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (place / "saes" / "mixed" / "sae.safetensors").read_bytes()
+    folder = place / "saes" / "broken"
+    (folder / "folder.safetensors").mkdir(parents=True)
+    (folder / "short.safetensors").write_bytes(whole[:2000])
+    assert run(["sae", "ls", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "mixed" in json.loads(captured.out)
+    assert "short.safetensors" in captured.err
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    assert run(["sae", "eval", "broken"]) == 2
+    assert "its training is not finished" in capsys.readouterr().err
+    shutil.rmtree(folder)

@@ -86,7 +86,7 @@ def train(
         Literal["mean", "median"], typer.Option(help="Where the decoder's bias begins.")
     ] = "mean",
     live: Annotated[bool, typer.Option("--live", help="Run the model, even where a harvest is there.")] = False,
-    every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
+    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     anew: Annotated[bool, typer.Option("--anew", help="Begin anew, and overwrite.")] = False,
     seed: SeedOption = 0,
     weights: WeightsOption = None,

@@ -158,9 +158,12 @@ def train(
         The autoencoders by name.
 
     Raises:
-        ValueError: if there are fewer rows than latents, rows are not finite, or the folder holds another run.
+        ValueError: if there are fewer rows than latents or than a batch has, rows are not finite, or the folder
+            holds another run.
         BlockingIOError: if somebody else is training into the folder.
     """
+    if not every >= 0:
+        raise ValueError(f"every {every} must be 0 seconds or more")
     several = settings if isinstance(settings, Mapping) else {"": settings}
     if not several:
         raise ValueError("settings: expected at least one autoencoder")
