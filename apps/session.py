@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import streamlit as st
 
+from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.edits.activations import zero
 from circuits.edits.recipes import Recipe, edited
 from circuits.effects import EditReport, Prediction, measure, predictions
 from circuits.harvesting import Inputs, find_stores
 from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.models.receptive import ReceptiveField, receptive_field
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -147,6 +149,45 @@ def ablated(
 ) -> Ablation:
     """The same without a unit. The edit holds only while this runs: other sessions never see it."""
     return _ablated(model_hash, str(unit), inputs.source.hash, example, model, inputs)
+
+
+def label_of(record: ModelRecord) -> str:
+    """A model's name, with its hash where two sets of weights share it."""
+    same = [r for r in workspace().models() if r.spec == record.spec]
+    return record.spec if len(same) == 1 else f"{record.spec} {record.hash[:8]}"
+
+
+def autoencoders() -> dict[str, Path]:
+    """The workspace's autoencoders: their files by name."""
+    return list_autoencoders(workspace())
+
+
+@st.cache_resource(show_spinner="Loading the autoencoder…", max_entries=8)
+def _autoencoder(path: str, written: int) -> Autoencoder:
+    return load_autoencoder(path)
+
+
+def autoencoder_of(path: Path) -> Autoencoder:
+    """An autoencoder, as its file is now.
+
+    Raises:
+        ValueError, OSError: if it cannot be read.
+    """
+    return _autoencoder(str(path), path.stat().st_mtime_ns)
+
+
+def record_with(path: Path) -> ModelRecord | None:
+    """The model of the workspace that has this autoencoder attached, and no other."""
+    for record in workspace().models():
+        _, *attached = record.spec.split("+")
+        if len(attached) == 1:
+            try:
+                found = find_autoencoder(attached[0], workspace())
+            except FileNotFoundError:
+                continue
+            if (found / FILE if found.is_dir() else found).resolve() == path.resolve():
+                return record
+    return None
 
 
 def choose(label: str, options: Sequence[str], parameter: str) -> str:

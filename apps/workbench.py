@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps import examples, names, panels, pictures, session
+from apps import concepts, examples, names, panels, pictures, session
 from circuits.models.adapter import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -15,8 +15,17 @@ TROUBLE = (ValueError, KeyError, OSError, ImportError)
 
 
 def main() -> None:
-    """The page."""
+    """The app: its pages."""
     st.set_page_config("circuits", page_icon="🔬", layout="wide")
+    pages = [
+        st.Page(units_page, title="Units", default=True),
+        st.Page(concepts.concepts_page, title="Concepts", url_path="concepts"),
+    ]
+    st.navigation(pages).run()
+
+
+def units_page() -> None:
+    """A unit, and what is known of it."""
     records = session.workspace().models()
     if not records:
         st.title("circuits")
@@ -25,7 +34,7 @@ def main() -> None:
             "`circuits demo`, or harvest a model: `circuits harvest MODEL --data DATA --sites SITES`."
         )
         return
-    by_label = {_label(r, records): r for r in _newcomers_first(records)}
+    by_label = {session.label_of(r): r for r in _newcomers_first(records)}
     record = by_label[session.choose("Model", list(by_label), "model")]
     try:
         _show_model(record)
@@ -35,12 +44,6 @@ def main() -> None:
 
 def _newcomers_first(records: list[ModelRecord]) -> list[ModelRecord]:
     return sorted(records, key=lambda r: (r.spec != "cleanroom", r.spec))
-
-
-def _label(record: ModelRecord, records: list[ModelRecord]) -> str:
-    """The model's name, with its hash where two sets of weights share it."""
-    same = [r for r in records if r.spec == record.spec]
-    return record.spec if len(same) == 1 else f"{record.spec} {record.hash[:8]}"
 
 
 def _show_model(record: ModelRecord) -> None:

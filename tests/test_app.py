@@ -9,6 +9,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from apps import session
+from circuits.cli.main import run
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
 from circuits.harvesting import harvest
@@ -220,3 +221,40 @@ def test_a_person_names_a_unit_and_sees_what_it_was_called_before(
     assert "a steep line" in text(
         page(built, monkeypatch, model="cleanroom", site="line", unit="7")
     )
+
+
+def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def concepts() -> None:
+        from apps.concepts import concepts_page
+
+        concepts_page()
+
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path))
+    shown = AppTest.from_function(concepts, default_timeout=120)
+    assert "No autoencoder yet" in text(shown.run())
+    more = "--latents 320 --k 8 --steps 20 --batch 512"
+    assert run(f"sae train shapes mixed3a --name a --data shapes {more}".split()) == 0
+    assert "Not measured yet: `circuits sae eval a`." in text(shown.run())
+    assert run(["sae", "eval", "a", "--limit", "20", "--rows", "2000"]) == 0
+    assert run(["harvest", "shapes+sae/a", "--data", "shapes", "--sites", "sae/a"]) == 0
+    assert run(["sae", "name", "a", "--unit", "7", "--as", "a [round] one"]) == 0
+    test = shown.run()
+    assert not test.exception
+    numbers, behaviour, latents = (frame.value for frame in test.dataframe)
+    for null in ("random dictionary", "shuffled rows", "pca"):
+        assert null in numbers.index
+    assert behaviour.loc["kl", "with codes"] < behaviour.loc["kl", "zero"]
+    assert latents.iloc[0]["name"] == "a [round] one"
+    assert "site=sae%2Fa&unit=7" in latents.iloc[0]["page"]
+    assert "1 have a name" in text(test)
+    test.radio[0].set_value("those used most").run()
+    assert test.dataframe[2].value["active in %"].is_monotonic_decreasing
+    # trained again: what was measured of the old one is not shown
+    assert (
+        run(f"sae train shapes mixed3a --name a --data shapes {more} --seed 1 --anew".split()) == 0
+    )
+    assert "Not measured yet" in text(shown.run())
+    (tmp_path / "saes" / "a" / "sae.safetensors").write_bytes(b"x")
+    assert "is not a safetensors file" in text(shown.run())

@@ -155,7 +155,10 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
         (["apply", "shapes", "{tmp}/nan.json"], "must be finite"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "0"], "limit 0"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--random", "-1"], "n_random -1"),
-        (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--seed", "-1"], "seed -1"),
+        (
+            ["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--seed", "-1"],
+            "'--seed': -1 must be 0 to",
+        ),
         (["apply", "shapes", "zero mixed3a:1 at=200,0", "--limit", "2"], "position 200 along y"),
         (["apply", "induction", "zero blocks.0.attn.hook_z:1 at=64"], "must be from -64 to 63"),
         (["apply", "shapes", "scale_weights into=mixed3b:1 factor=1e300"], "are not finite"),

@@ -1,8 +1,9 @@
 """Arguments and options that several commands take (layer 7)."""
 
 # no `from __future__ import annotations`: typer reads the annotations
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,8 +29,24 @@ DataOption = Annotated[
         "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
     ),
 ]
+
+
+def within(least: int, most: int | None = None) -> Callable[[Any], Any]:
+    """A check of an option's value, or of each of several."""
+
+    def check(value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not least <= one <= (one if most is None else most):
+                wanted = f"{least} or more" if most is None else f"{least} to {most}"
+                raise typer.BadParameter(f"{one} must be {wanted}")
+        return value
+
+    return check
+
+
 SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")
+    int,
+    typer.Option("--seed", callback=within(0, 2**32 - 1), help="Seed of everything random."),
 ]
 
 

@@ -15,6 +15,7 @@ from circuits.cli.arguments import (
     WeightsOption,
     WorkspaceOption,
     record_of,
+    within,
 )
 from circuits.cli.choosing import stored
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
@@ -55,9 +56,11 @@ def train(
     data: Annotated[str, typer.Option("--data", help="Examples; a harvest of them is used if there is one.")],
     architecture: Annotated[Architecture, typer.Option(help="What kind.")] = "topk",
     latents: Annotated[
-        list[int] | None, typer.Option(min=1, help="How many latents; several train side by side.")
+        list[int] | None, typer.Option(callback=within(1), help="How many latents; several train side by side.")
     ] = None,
-    expansion: Annotated[int, typer.Option(min=1, help="Latents for each number of a row, without --latents.")] = 8,
+    expansion: Annotated[
+        int, typer.Option(callback=within(1), help="Latents for each number of a row, without --latents.")
+    ] = 8,
     k: Annotated[
         list[int] | None, typer.Option("--k", help="Latents active in a row (topk and kin); several.")
     ] = None,
@@ -247,13 +250,10 @@ def _show_list(codes: list[tuple[str, Any]]) -> None:
 def list_autoencoders(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """List the autoencoders of a workspace."""
     from circuits.autoencoders import load_autoencoder
+    from circuits.models.loading import list_autoencoders as listed
 
-    root = Workspace.default(workspace).root / "saes"
     found = []
-    for path in sorted(root.glob("*/*.safetensors")):
-        if path.stem == "checkpoint" or not path.is_file():
-            continue
-        name = path.parent.name if path.stem == "sae" else f"{path.parent.name}/{path.stem}"
+    for name, path in listed(Workspace.default(workspace)).items():
         try:
             found.append((name, load_autoencoder(path)))
         except ValueError as error:
@@ -343,7 +343,7 @@ def evaluate(
         ),
     ] = "unseen",
     rows: Annotated[
-        int, typer.Option(min=2, help="Rows that reconstruction is measured on.")
+        int, typer.Option(callback=within(2), help="Rows that reconstruction is measured on.")
     ] = 65536,
     seed: SeedOption = 0,
     model: ModelOption = "",
@@ -351,8 +351,13 @@ def evaluate(
     workspace: WorkspaceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """How well codes describe rows, and what the model does with them, beside nulls."""
-    from circuits.sae import behaviour, measure
+    """How well codes describe rows, and what the model does with them, beside nulls.
+
+    What is found of an autoencoder of the workspace is kept beside it: the app shows it.
+    """
+    from circuits.autoencoders import FILE
+    from circuits.models.loading import find_autoencoder, list_autoencoders
+    from circuits.sae import behaviour, measure, save_evaluation
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
@@ -376,14 +381,13 @@ def evaluate(
     measured = measure(code, own, rows=rows, seed=seed)
     chosen = None if own_labels is None else [own_labels[i] for i in batches.which]
     behaved = behaviour(loaded, code, batches, labels=chosen, data=data, seed=seed)
+    found = {"rows": measured.to_dict(), "behaviour": {**behaved.to_dict(), "examples": which}}
+    file = find_autoencoder(sae, place)
+    file = file / FILE if file.is_dir() else file
+    if file.resolve() in [path.resolve() for path in list_autoencoders(place).values()]:
+        save_evaluation(file, found)
     if json:
-        show_json(
-            {
-                "name": code.about.name,
-                "rows": measured.to_dict(),
-                "behaviour": {**behaved.to_dict(), "examples": which},
-            }
-        )
+        show_json({"name": code.about.name, **found})
         return
     _show_metrics(code, measured)
     _show_behaviour(behaved, which)
@@ -487,7 +491,7 @@ def name_latents(
     ] = False,
     limit: LimitOption = 3000,
     level: Annotated[float, typer.Option(help="Of the tests.")] = 0.05,
-    top: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    top: Annotated[int, typer.Option(callback=within(1), help="How many to list.")] = 20,
     seed: SeedOption = 0,
     model: ModelOption = "",
     weights: WeightsOption = None,
@@ -656,7 +660,7 @@ def bottleneck(
     ] = "mean",
     strength: Annotated[float, typer.Option(help="Inverse of the regularisation.")] = 1.0,
     limit: LimitOption = 3000,
-    top: Annotated[int, typer.Option(min=1, help="How many latents to list.")] = 8,
+    top: Annotated[int, typer.Option(callback=within(1), help="How many latents to list.")] = 8,
     seed: SeedOption = 0,
     model: ModelOption = "",
     weights: WeightsOption = None,

@@ -124,6 +124,16 @@ def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
     return model
 
 
+def list_autoencoders(workspace: Workspace) -> dict[str, Path]:
+    """The files of a workspace's autoencoders, by name: `NAME`, or `NAME/VARIANT` of several."""
+    found = {}
+    for path in sorted((workspace.root / "saes").glob("*/*.safetensors")):
+        if path.is_file() and path.stem != "checkpoint":
+            own = path.name == FILE
+            found[path.parent.name if own else f"{path.parent.name}/{path.stem}"] = path
+    return found
+
+
 def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
     """An autoencoder by its path, or by its name in a workspace (the default one if none is given).
 

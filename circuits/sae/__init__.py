@@ -19,6 +19,7 @@ from circuits.sae.comparing import (
     stability,
 )
 from circuits.sae.dissecting import Dissection, dissect
+from circuits.sae.evaluations import load_evaluation, save_evaluation
 from circuits.sae.learners import Architecture, Settings
 from circuits.sae.metrics import Metrics, measure
 from circuits.sae.naming import (
@@ -37,7 +38,7 @@ from circuits.sae.training import Progress, Schedule, train
 __all__ = [
     "Architecture", "ArrayRows", "Behaviour", "Bottleneck", "Dissection", "Intervention", "Matching", "Metrics",
     "ModelRows", "Name", "Naming", "Probe", "Progress", "Rule", "Schedule", "Settings", "Stability", "StoreRows",
-    "as_recipe", "behaviour", "call", "dissect", "intervene", "known_dictionary", "match", "measure",
-    "name_by_attributes", "name_by_text", "names_of", "pooled", "probe", "recovery", "save_names", "stability",
-    "suspects", "train", "train_bottleneck",
+    "as_recipe", "behaviour", "call", "dissect", "intervene", "known_dictionary", "load_evaluation", "match", "measure",
+    "name_by_attributes", "name_by_text", "names_of", "pooled", "probe", "recovery", "save_evaluation", "save_names",
+    "stability", "suspects", "train", "train_bottleneck",
 ]  # fmt: skip
