@@ -1,0 +1,318 @@
+"""What latents mean: `circuits sae name` and `circuits sae bottleneck` (layer 7)."""
+
+# no `from __future__ import annotations`: typer reads the annotations
+import json as json_module
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
+
+import typer
+
+from circuits.cli.arguments import (
+    JsonOption,
+    SeedOption,
+    WeightsOption,
+    WorkspaceOption,
+    record_of,
+    within,
+)
+from circuits.cli.autoencoders import (
+    Batches,
+    CodeArgument,
+    DataOfOption,
+    LabelsOption,
+    LimitOption,
+    ModelOption,
+    attached_to,
+    code_of,
+    data_of,
+    model_of,
+)
+from circuits.cli.output import say, show_json, show_table, warn
+from circuits.workspace import Workspace
+
+
+def name_latents(
+    sae: CodeArgument,
+    data: DataOfOption = "",
+    attributes: Annotated[
+        str,
+        typer.Option(
+            help="JSON: what is true of each example (a list of texts), by its name or in order."
+        ),
+    ] = "",
+    labels: LabelsOption = "",
+    unit: Annotated[int | None, typer.Option(help="A person names this latent …")] = None,
+    text: Annotated[str, typer.Option("--as", help="… so.")] = "",
+    note: Annotated[str, typer.Option(help="Why.")] = "",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the names that hold in the workspace.")
+    ] = False,
+    limit: LimitOption = 3000,
+    level: Annotated[float, typer.Option(help="Of the tests.")] = 0.05,
+    top: Annotated[int, typer.Option(callback=within(1), help="How many to list.")] = 20,
+    seed: SeedOption = 0,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Name latents after the attributes that they tell; names are checked on other examples."""
+    from circuits.sae import call, name_by_attributes, names_of, save_names
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace)
+    code = code_of(sae, workspace)
+    loaded = model_of(code, model, weights, place)
+    attached = attached_to(loaded, code)
+    site = attached.site(f"sae/{code.about.name}")
+    if unit is not None or text:
+        if unit is None or not text:
+            raise ValueError("--unit and --as go together: a latent's index and what it is called")
+        record = call(place.writable().database, attached.hash, site.unit(unit), text, note)
+        say(f"{record.name} is called {text!r} (version {record.version}, by {record.author})")
+        return
+    if not attributes and not labels:
+        known = names_of(place.database, attached.hash)
+        rows = [(n, r.body["text"], r.author, r.created, r.note) for n, r in known.items()]
+        show_json({n: r.body for n, r in known.items()}) if json else show_table(
+            ("latent", "name", "by", "when", "note"), rows
+        )
+        return
+    if not 0 < level < 1:
+        raise ValueError(f"--level {level} must be between 0 and 1")
+    if attributes and labels:
+        raise ValueError("--attributes and --labels: expected one of them")
+    source = open_source(data_of(code, data))
+    batches = Batches(attached, source, limit)
+    each = _attributes_of(source, attributes, labels, loaded.classes)
+    found = name_by_attributes(
+        site.name, _pooled(attached, code, site.name, batches, "max"), [each[i] for i in batches.which], level=level,
+        data=source.spec, by="class labels" if labels else "attributes", seed=seed,
+    )  # fmt: skip
+    if keep:
+        save_names(place.writable().database, attached.hash, found.holding, note)
+        place.register(
+            record_of(_spec(loaded, sae, model, place), weights, attached.hash), replace=False
+        )
+    if json:
+        show_json(found.to_dict())
+        return
+    rows = [
+        (
+            n.unit,
+            n.text,
+            "yes" if n.holds else "no",
+            n.score,
+            n.p_value,
+            n.evidence["top_held_out"],
+            n.evidence["base_rate"],
+        )
+        for n in found.names[:top]
+    ]
+    columns = ("latent", "name", "holds", "AUROC held out", "p", "of its top ten", "of all")
+    show_table(columns, rows)
+    say(
+        f"{len(found.holding)} of {len(found.names)} names hold on the other half of {found.n_examples} examples; with "
+        f"attributes shuffled {found.by_chance:g}"
+    )
+
+
+def _pooled(model: Any, code: Any, site: str, batches: Any, pool: Any) -> Any:
+    """Activations of latents an example, without the positions that training left out."""
+    from circuits.sae import pooled
+    from circuits.sae.metrics import rule_of
+
+    return pooled(model, site, batches, pool, rule_of(code).positions)
+
+
+def _spec(loaded: Any, sae: str, model: str, place: Workspace) -> str:
+    known = [r.spec for r in place.models() if r.hash == loaded.hash]
+    return f"{model or (known or [loaded.name])[0]}+{sae}"
+
+
+def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> list[list[str]]:
+    from circuits.stimuli.labels import read_labels
+
+    if labels:
+        found = read_labels(source, classes, labels)
+        return [[classes[i] if classes else str(i)] for i in found]
+    path = Path(attributes).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"attributes file {attributes!r} does not exist or is not a file")
+    try:
+        given = json_module.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"attributes file {attributes!r} is no JSON: {error}") from error
+    if isinstance(given, dict):
+        known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
+        given = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
+        missing = sum(v is None for v in given)
+        if missing == len(given):
+            raise ValueError(
+                f"attributes {attributes!r}: no key is the name of an example of {source.spec}, such as "
+                f"{source.names[0]!r}"
+            )
+        if missing:
+            warn(
+                f"attributes {attributes!r}: {missing} of {len(given)} examples are not in it: nothing is true of them"
+            )
+        given = [[] if v is None else v for v in given]
+    if not isinstance(given, list) or len(given) != len(source):
+        n = len(given) if isinstance(given, list) else "no"
+        raise ValueError(
+            f"attributes {attributes!r}: {n} for {len(source)} examples of {source.spec}"
+        )
+    made = [[v] if isinstance(v, str) else v for v in given]
+    for name, v in zip(source.names, made, strict=True):
+        if not isinstance(v, list) or not all(isinstance(t, str) for t in v):
+            raise ValueError(f"attributes of {name!r} are {v!r}: expected a list of texts")
+    return made
+
+
+def bottleneck(
+    sae: CodeArgument,
+    labels: LabelsOption,
+    data: DataOfOption = "",
+    off: Annotated[str, typer.Option(help="Latents to switch off, e.g. 3,17.")] = "",
+    scale: Annotated[
+        str, typer.Option(help="Latents to multiply: INDICES=FACTOR, e.g. 3,17=2.")
+    ] = "",
+    set_: Annotated[str, typer.Option("--set", help="Latents to set: INDICES=VALUE.")] = "",
+    explain: Annotated[
+        int | None, typer.Option(help="An example whose decision is explained.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Write what is switched as a recipe of edits (.json).")
+    ] = None,
+    pool: Annotated[
+        Literal["mean", "max"], typer.Option(help="What becomes of positions.")
+    ] = "mean",
+    strength: Annotated[float, typer.Option(help="Inverse of the regularisation.")] = 1.0,
+    limit: LimitOption = 3000,
+    top: Annotated[int, typer.Option(callback=within(1), help="How many latents to list.")] = 8,
+    seed: SeedOption = 0,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    workspace: WorkspaceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Classify with latents: what decisions rest on, and what changes if latents are switched."""
+    import numpy as np
+
+    from circuits.sae import as_recipe, intervene, train_bottleneck
+    from circuits.stimuli.labels import read_labels
+    from circuits.stimuli.sources import open_source
+
+    place = Workspace.default(workspace)
+    code = code_of(sae, workspace)
+    loaded = model_of(code, model, weights, place)
+    attached = attached_to(loaded, code)
+    site = attached.site(f"sae/{code.about.name}")
+    done = _interventions(site, off, scale, set_)
+    if recipe is not None:
+        if not done or recipe.suffix != ".json":
+            raise ValueError(
+                f"--recipe {str(recipe)!r}: expected a .json file, and something to switch (--off, …)"
+            )
+        if recipe.exists() or not recipe.absolute().parent.is_dir():
+            raise FileExistsError(
+                f"--recipe {str(recipe)!r}: expected a new file in a folder that exists"
+            )
+    if not strength > 0:
+        raise ValueError(f"--strength {strength} must be above 0")
+    source = open_source(data_of(code, data))
+    batches = Batches(attached, source, limit)
+    which = batches.which
+    if explain is not None and explain not in which:
+        raise ValueError(
+            f"--explain {explain}: expected one of the {len(which)} examples that are read"
+        )
+    every = read_labels(source, loaded.classes, labels)
+    own = np.array([every[i] for i in which])
+    units = _pooled(attached, code, site.name, batches, pool)
+    first = np.random.default_rng(seed).permutation(len(own)) < len(own) // 2
+    found = train_bottleneck(
+        site.name, units[first], own[first].tolist(), loaded.classes or tuple(map(str, range(own.max() + 1))),
+        pool=pool, strength=strength, model_hash=attached.hash, data=source.spec, seed=seed,
+    )  # fmt: skip
+    rest, kept = units[~first], own[~first].tolist()
+    accuracy = found.accuracy(rest, kept, seed)
+    present = sorted(set(own.tolist()))
+    explained = [found.explain_class(rest, i, top) for i in present]
+    local = None if explain is None else found.explain(units[which.index(explain)], top=top)
+    effect = intervene(found, rest, kept, done, seed=seed) if done else None
+    if recipe is not None:
+        as_recipe(attached, done).save(recipe)
+    if json:
+        from dataclasses import asdict
+
+        show_json(
+            {
+                "accuracy": asdict(accuracy), "classes": [_explained(e) for e in explained],
+                "example": None if local is None else _explained(local),
+                "effect": None if effect is None else effect.to_dict(), "seed": seed, "data": source.spec,
+                "model_hash": attached.hash,
+            }
+        )  # fmt: skip
+        return
+    say(
+        f"right on {100 * accuracy.own:.1f} % of {accuracy.n} examples held out ({100 * accuracy.low:.1f} to "
+        f"{100 * accuracy.high:.1f}); trained on shuffled labels {100 * accuracy.shuffled_labels:.1f} %, always the "
+        f"commonest {100 * accuracy.majority:.1f} %"
+    )
+    for e in [*explained, *([local] if local else [])]:
+        what = f"{e.label}: logit {e.logit:.3f} = bias {e.bias:.3f} + latents"
+        show_table(
+            ("latent", "activation", "weight", "adds"),
+            [(s.unit, s.activation, s.weight, s.contribution) for s in e.shares], title=what,
+        )  # fmt: skip
+    if effect is not None:
+        _show_effect(effect)
+
+
+def _explained(e: Any) -> dict[str, Any]:
+    return {
+        "class": e.label, "logit": e.logit, "bias": e.bias, "left": e.left,
+        "shares": [
+            {"unit": str(s.unit), "activation": s.activation, "weight": s.weight, "adds": s.contribution}
+            for s in e.shares
+        ],
+    }  # fmt: skip
+
+
+def _show_effect(effect: Any) -> None:
+    random = sorted(effect.random)
+    beside = f"; random others {random[0]:+.4f} to {random[-1]:+.4f}" if random else ""
+    say(
+        f"switched: {100 * effect.before:.1f} -> {100 * effect.after:.1f} % right, {effect.change:+.4f} "
+        f"({effect.low:+.4f} to {effect.high:+.4f}){beside}"
+    )
+    rows = [(c.name, c.n, c.intact, c.changed) for c in effect.classes]
+    show_table(("class", "examples", "right before", "after"), rows)
+    show_table(("decisions", "changed"), sorted(effect.flips.items(), key=lambda f: -f[1])[:10])
+
+
+def _interventions(site: Any, off: str, scale: str, set_: str) -> list[Any]:
+    from circuits.sae import Intervention
+    from circuits.units import Units
+
+    found = []
+    for how, text in (("off", off), ("scale", scale), ("set", set_)):
+        if not text:
+            continue
+        indices, equals, amount = text.partition("=")
+        if bool(equals) == (how == "off"):
+            form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
+            raise ValueError(f"--{how} {text!r} is not of the form {form}")
+        try:
+            units = Units.parse(f"{site.name}:{indices}")
+        except ValueError:
+            raise ValueError(
+                f"--{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
+            ) from None
+        try:
+            number = float(amount) if equals else 0.0
+        except ValueError:
+            raise ValueError(f"--{how} {text!r}: {amount!r} is no number") from None
+        found.append(Intervention(tuple(site.unit(i) for i in units.among(site)), how, number))  # type: ignore[arg-type]
+    return found
