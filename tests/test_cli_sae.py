@@ -320,3 +320,18 @@ def test_what_cannot_be_read_is_left_out_of_the_list(
     assert run(["sae", "eval", "broken"]) == 2
     assert "its training is not finished" in capsys.readouterr().err
     shutil.rmtree(folder)
+
+
+def test_every_command_that_loads_a_model_finds_autoencoders_where_it_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path))
+    for command in (
+        "sites shapes+mixed",
+        "weights shapes+mixed sae/mixed:3",
+        "ablate shapes+mixed sae/mixed:3 --data shapes --limit 20 --random 2",
+    ):
+        assert run(command.split()) == 2
+        assert "there is no autoencoder 'mixed'" in capsys.readouterr().err
+        assert run([*command.split(), "--workspace", str(place)]) == 0
+        assert "mixed" in capsys.readouterr().out

@@ -20,6 +20,13 @@ WorkspaceOption = Annotated[
     Path | None,
     typer.Option("--workspace", help="Folder for results (default: $CIRCUITS_WORKSPACE or cache)."),
 ]
+SaesOption = Annotated[  # `circuits.cli.main.run` reads it, for every command
+    Path | None,
+    typer.Option(
+        "--workspace",
+        help="Folder of the autoencoders of MODEL+NAME (default: $CIRCUITS_WORKSPACE or cache).",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 DataOption = Annotated[
     str,

@@ -9,6 +9,7 @@ import typer
 from circuits.cli.arguments import (
     JsonOption,
     ModelArgument,
+    SaesOption,
     SeedOption,
     WeightsOption,
     WorkspaceOption,
@@ -71,6 +72,7 @@ def ablate(
     figure: FigureOption = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
+    workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Take units away and show what changes, beside random units of the same site."""
@@ -391,6 +393,7 @@ def saliency(
     batch: BatchOption = 32,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
+    workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show which pixels are responsible for a decision, or for a unit's activation, by one or several methods.
@@ -551,6 +554,7 @@ def sanity(
     batch: BatchOption = 32,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
+    workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Test whether attribution methods have to do with this model: a card for each."""

@@ -18,6 +18,7 @@ from circuits.cli.arguments import (
     DataOption,
     JsonOption,
     ModelArgument,
+    SaesOption,
     SeedOption,
     WeightsOption,
     WorkspaceOption,
@@ -73,7 +74,12 @@ def models(json: JsonOption = False) -> None:
 
 
 @app.command()
-def sites(model: ModelArgument, weights: WeightsOption = None, json: JsonOption = False) -> None:
+def sites(
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    workspace: SaesOption = None,
+    json: JsonOption = False,
+) -> None:
     """List a model's sites: the places where its tensors can be read and changed."""
     from circuits.models.loading import load_model
 

@@ -9,6 +9,7 @@ import typer
 from circuits.cli.arguments import (
     JsonOption,
     ModelArgument,
+    SaesOption,
     SeedOption,
     UnitArgument,
     WeightsOption,
@@ -32,6 +33,7 @@ def weights(
     top: Annotated[int, typer.Option(help="How many each way.")] = 10,
     figure: FigureOption = None,
     weights: WeightsOption = None,
+    workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show the strongest weights into a unit and out of it."""
@@ -111,6 +113,7 @@ def expand(
     figure: FigureOption = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
+    workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show the weights of a whole site on a unit through everything between, beside shuffled weights."""
