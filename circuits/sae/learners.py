@@ -296,11 +296,19 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Take from the decoder's gradient what would only change the length of directions."""
+        """Take from the decoder's gradient what would only change the length of directions; all together get norm 1.
+
+        Adam would remember the large gradients of the first steps and move little for hundreds of steps after them;
+        of one norm, all steps count alike.
+        """
         gradient = self.W_dec.grad
         if self.unit_norm and gradient is not None:
             along = torch.linalg.vecdot(gradient, self.W_dec)
             gradient.addcmul_(self.W_dec, along[:, None], value=-1)
+        every = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(every).clamp_min(1e-12)
+        for each in every:
+            each.div_(norm)
 
     @torch.no_grad()
     def after_step(self, active: Tensor, rows: int) -> None:
