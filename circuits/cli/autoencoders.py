@@ -59,6 +59,15 @@ def model_of(code: Any, model: str, weights: Path | None, place: Workspace) -> A
     return loaded
 
 
+def opened(
+    sae: str, model: str, weights: Path | None, workspace: Path | None
+) -> tuple[Any, Any, Any]:
+    """An autoencoder, its model, and the model with the autoencoder in it."""
+    code = code_of(sae, workspace)
+    loaded = model_of(code, model, weights, Workspace.default(workspace))
+    return code, loaded, attached_to(loaded, code)
+
+
 class Batches(Sequence[Any]):
     """Examples spread over a source, as the model takes them; each batch is read when it is asked for.
 

@@ -22,10 +22,8 @@ from circuits.cli.autoencoders import (
     LabelsOption,
     LimitOption,
     ModelOption,
-    attached_to,
-    code_of,
     data_of,
-    model_of,
+    opened,
 )
 from circuits.cli.output import say, show_json, show_table, warn
 from circuits.workspace import Workspace
@@ -60,11 +58,8 @@ def name_latents(
     from circuits.sae import call, name_by_attributes, names_of, save_names
     from circuits.stimuli.sources import open_source
 
-    place = Workspace.default(workspace)
-    code = code_of(sae, workspace)
-    loaded = model_of(code, model, weights, place)
-    attached = attached_to(loaded, code)
-    site = attached.site(f"sae/{code.about.name}")
+    code, loaded, attached = opened(sae, model, weights, workspace)
+    place, site = Workspace.default(workspace), attached.site(f"sae/{code.about.name}")
     if unit is not None or text:
         if unit is None or not text:
             raise ValueError("--unit and --as go together: a latent's index and what it is called")
@@ -91,9 +86,10 @@ def name_latents(
     )  # fmt: skip
     if keep:
         save_names(place.writable().database, attached.hash, found.holding, note)
-        place.register(
-            record_of(_spec(loaded, sae, model, place), weights, attached.hash), replace=False
-        )
+        known = [r for r in place.models() if r.hash == loaded.hash]
+        if not model and known:
+            model, weights = known[0].spec, Path(known[0].weights) if known[0].weights else None
+        place.register(record_of(f"{model}+{sae}", weights, attached.hash), replace=False)
     if json:
         show_json(found.to_dict())
         return
@@ -123,11 +119,6 @@ def _pooled(model: Any, code: Any, site: str, batches: Any, pool: Any) -> Any:
     from circuits.sae.metrics import rule_of
 
     return pooled(model, site, batches, pool, rule_of(code).positions)
-
-
-def _spec(loaded: Any, sae: str, model: str, place: Workspace) -> str:
-    known = [r.spec for r in place.models() if r.hash == loaded.hash]
-    return f"{model or (known or [loaded.name])[0]}+{sae}"
 
 
 def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> list[list[str]]:
@@ -203,10 +194,7 @@ def bottleneck(
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
-    place = Workspace.default(workspace)
-    code = code_of(sae, workspace)
-    loaded = model_of(code, model, weights, place)
-    attached = attached_to(loaded, code)
+    code, loaded, attached = opened(sae, model, weights, workspace)
     site = attached.site(f"sae/{code.about.name}")
     done = _interventions(site, off, scale, set_)
     if recipe is not None:
