@@ -40,8 +40,8 @@ PLANS = (
     Plan(
         "cleanroom",
         ("photos", "curves"),
-        ("gabor", "complex", "line"),
-        (("complex", range(12)), ("line", range(12))),
+        ("gabor", "complex", "line", "early", "curve", "shape"),
+        (("line", range(12)), ("curve", range(24, 48))),
     ),
     Plan(
         "shapes",

@@ -33,7 +33,7 @@ def store(workspace: Path, capsys) -> str:
 def test_info_tells_what_is_kept(store: str, capsys) -> None:
     assert run(["store", "info", store.rpartition("/")[2], "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["sites"] == ["line_pre_relu", "line"]
+    assert facts["sites"] == ["line_pre_relu", "line", "line_pool"]
     assert facts["depth"]["full"] == ["line"]
     assert facts["batch"] == 16
     assert facts["skipped"] == {}
@@ -61,7 +61,7 @@ def test_export_writes_what_is_named(store: str, tmp_path: Path, capsys) -> None
     out = tmp_path / "line.npz"
     assert run(["store", "export", store, "--site", "line", "--out", str(out), "--full"]) == 0
     with np.load(out) as made:
-        assert made["activations"].shape == (192 * 64 * 64, 12)
+        assert made["activations"].shape == (192 * 32 * 32, 12)
     for arguments, message in (
         (["--site", "lin", "--out", str(out)], "did you mean line"),
         (["--site", "line", "--out", str(tmp_path / "a.csv")], "must end in .npz"),

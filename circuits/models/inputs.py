@@ -74,6 +74,23 @@ class ImageInput:
         std = images.new_tensor(self.std)[None, :, None, None]
         return (images * self.scale - mean) / std
 
+    def restore(
+        self, inputs: Float[Tensor, "batch channel h w"]
+    ) -> Float[Tensor, "batch channel h w"]:
+        """Undo `normalize`: images in 0..1 (RGB order) from what the model takes.
+
+        Raises:
+            ValueError: if the number of channels is not the model's.
+        """
+        if inputs.shape[1] != self.channels:
+            raise ValueError(
+                f"inputs have {inputs.shape[1]} channels: the model takes {self.channels}"
+            )
+        mean = inputs.new_tensor(self.mean)[None, :, None, None]
+        std = inputs.new_tensor(self.std)[None, :, None, None]
+        images = (inputs * std + mean) / self.scale
+        return images.flip(1) if self.bgr else images
+
     def fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop a picture to the model's height and width."""
         size = (self.width, self.height)

@@ -170,9 +170,9 @@ def _cleanroom(name: str, weights: Path | None) -> HookedModel:
     _refuse_weights(name, weights)
     return HookedModel(
         CleanRoom(),
-        ImageInput(3, 64, 64),
+        ImageInput(3, 128, 128),
         name,
-        classes=UNIT_NAMES["line"],
+        classes=UNIT_NAMES["shape"],
         unit_names=UNIT_NAMES,
     )
 
@@ -444,7 +444,7 @@ def _python(name: str, weights: Path | None) -> HookedModel:
 MODELS: dict[str, ModelEntry] = {
     entry.name.partition("NAME")[0].partition("MODULE")[0]: entry
     for entry in (
-        ModelEntry("cleanroom", "hand-written Gabor filters, complex Gabors and lines", _cleanroom),
+        ModelEntry("cleanroom", "a curve detector written by hand, from Gabor filters to circles", _cleanroom),
         ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
         ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
         ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),

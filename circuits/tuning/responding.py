@@ -33,8 +33,8 @@ def responses(
         model: of images with 1 or 3 channels.
         site: whose units.
         images: in 0..1, in parts of any size.
-        central: whether to look only in the middle fifth of the map (at the middle position, where the map
-            has four or fewer each way), as images about their middle want.
+        central: whether to look only in the middle of the map, as images about their middle want: at most a
+            fifth each way, but at least the middle position (two, where their number is even).
         progress: called with how many images are done.
 
     Raises:
@@ -78,6 +78,10 @@ def _largest(site: Site, value: Tensor, central: bool) -> Float[Tensor, "image u
         for axis in range(2, maps.ndim):
             n = maps.shape[axis]
             keep = max(1, n // 5)
+            if (
+                n - keep
+            ) % 2:  # as many positions before as behind: a lopsided middle moves what is preferred
+                keep += 1 if keep == 1 else -1
             maps = maps.narrow(axis, (n - keep) // 2, keep)
     return maps.flatten(2).amax(2) if maps.ndim > 2 else maps
 

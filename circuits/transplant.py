@@ -1,0 +1,633 @@
+"""Transplants: a family of one network put in the place of another's, fitted and measured (layer 5).
+
+Cammarata et al. 2021, "Curve Circuits" (Distill), put hand-written curve detectors in the place of InceptionV1's.
+Both families are found by their tuning and matched by angle. On images that nothing is measured on, gain and
+offset give each new unit two numbers of the old one, the share of positions where it is active and its mean; and
+it is shifted by at most one position. Least squares would shrink what it cannot predict, and what comes after
+misses the strength: the same units then recover less. The same freedom is given to each control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from circuits.attribution.counting import Counted
+from circuits.hooks import Change
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.units import Site, Unit
+
+Maps = Float[Tensor, "image unit y x"]
+Progress = Callable[[int, int], object]
+
+SHIFTS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
+LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+"""Of the best constant, in means of the units."""
+_RESAMPLES = 1000
+_SIGNS = 10_000
+_NEAR, _ORDERS = 45.0, 5000
+_LEVELLED = 100  # calibration images that the best constant is chosen on
+TRANSPLANT = "transplant"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A unit and the angle that it prefers, in degrees."""
+
+    unit: Unit
+    angle: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """A unit of the host and the unit of the donor that takes its place.
+
+    Attributes:
+        host: the unit that is replaced.
+        donor: the one put in its place.
+        angle: what the host's unit prefers, in degrees.
+        donor_angle: and the donor's.
+        gain: of the donor's activation before its nonlinearity.
+        offset: added to that.
+        shift: down and to the right, in positions of the host's map.
+        correlation: of both on the calibration images, over images and positions.
+    """
+
+    host: Unit
+    donor: Unit
+    angle: float
+    donor_angle: float
+    gain: float
+    offset: float
+    shift: tuple[int, int]
+    correlation: float
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """Units of a donor, fitted to the places of a host's: max(0, gain * activation + offset), shifted.
+
+    Attributes:
+        donor: the other network; it sees the images that the host sees.
+        site: the host's.
+        donor_site: where the donor's units are read; before their nonlinearity, if it has such a site.
+        scale: by which images are enlarged for the donor, so that its map is as fine as the host's.
+        matches: unit by unit.
+        weights: of the donor, by name, to be used instead of its own: a control.
+    """
+
+    donor: HookedModel
+    site: Site
+    donor_site: Site
+    scale: float
+    matches: tuple[Match, ...]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def read(self, host: HookedModel, inputs: Tensor) -> Maps:
+        """All units of the donor's site, on the host's map, for inputs as the host takes them."""
+        own, theirs = _images(host), _images(self.donor)
+        images = own.restore(inputs)
+        if own.channels != theirs.channels:
+            images = images.mean(1, keepdim=True).expand(-1, theirs.channels, -1, -1)
+        if self.scale != 1:
+            images = F.interpolate(
+                images, scale_factor=self.scale, mode="bilinear", antialias=self.scale < 1
+            )
+        with self.donor.rewriting(self.weights):
+            site = self.donor_site
+            maps = self.donor.run(theirs.normalize(images), read=[site], until=site)[site]
+        shape = self.site.position_shape
+        if tuple(maps.shape[2:]) != tuple(shape):
+            maps = F.interpolate(maps, size=shape, mode="bilinear", align_corners=False)
+        return maps.to(inputs.device)
+
+    def maps(self, host: HookedModel, inputs: Tensor) -> Maps:
+        """What is put in the places of the host's units, for inputs as the host takes them."""
+        read = self.read(host, inputs)
+        moved = [m.gain * _moved(read[:, m.donor.index], m.shift) + m.offset for m in self.matches]
+        return torch.stack(moved, 1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number over the evaluation images and its bootstrap interval, the 2.5th to the 97.5th percentile."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network does with something else in the places of the family's units.
+
+    Attributes:
+        name: what stands there.
+        top1: share of images whose label is the first answer.
+        top5: or among the first five.
+        kl: from the intact network's answers to these, in nats, the mean over images.
+        recovered_kl: 1 - kl / kl of zeroing the units.
+        p_kl: how often the signs of the images' differences from the transplant, drawn at random, give one as
+            large in sum (paired); NaN for the transplant itself.
+        p_top1: the same of top-1.
+        repeats: how many random ones are averaged, image by image; 1 where nothing is random.
+    """
+
+    name: str
+    top1: Measured
+    top5: Measured
+    kl: Measured
+    recovered_kl: Measured
+    p_kl: float
+    p_top1: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class TransplantReport:
+    """A transplant beside what stands in its place, and beside nothing.
+
+    Attributes:
+        conditions: "intact", "zero", "mean", "best constant" (a multiple of the means, chosen on calibration images:
+            what a change of bias does), "transplant", "shuffled orientations", "random weights".
+        matches: the transplant's.
+        host: the network's name.
+        host_hash: of its weights.
+        donor: the other's name.
+        donor_hash: of its weights.
+        calibration: what gains, offsets and shifts were fitted on.
+        evaluation: what everything was measured on.
+        labels: whose they are.
+        n_calibration: how many images.
+        n_evaluation: likewise.
+        seed: of shuffles, random weights and bootstrap.
+    """
+
+    conditions: tuple[Condition, ...]
+    matches: tuple[Match, ...]
+    host: str
+    host_hash: str
+    donor: str
+    donor_hash: str
+    calibration: str
+    evaluation: str
+    labels: str
+    n_calibration: int
+    n_evaluation: int
+    seed: int
+
+    def condition(self, name: str) -> Condition:
+        """The condition of that name."""
+        return next(c for c in self.conditions if c.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it (NaN as null)."""
+        return _without_nan(asdict(self))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, Unit):
+        return str(value)
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+# --- matching and fitting ----------------------------------------------------------------------
+
+
+Pairs = Sequence[tuple[Tuned, Tuned]]
+"""A unit of the host, and the donor's for its place."""
+
+
+def match_angles(hosts: Sequence[Tuned], donors: Sequence[Tuned]) -> Pairs:
+    """For each unit of the host the donor's whose angle is nearest.
+
+    Args:
+        hosts: the units to be replaced.
+        donors: a family.
+
+    Raises:
+        ValueError: if there is none of either.
+
+    >>> one, near, far = Tuned(Unit("a", 0), 350.0), Tuned(Unit("b", 1), 5.0), Tuned(Unit("b", 2), 300.0)
+    >>> match_angles([one], [far, near])[0][1].unit
+    Unit(site='b', index=1)
+    """
+    if not hosts or not donors:
+        raise ValueError(
+            f"{len(hosts)} units of the host and {len(donors)} of the donor: need some of both"
+        )
+    return [(h, min(donors, key=lambda d: apart(d.angle, h.angle))) for h in hosts]
+
+
+def apart(one: float, other: float) -> float:
+    """How far two angles are from each other, in degrees, from 0 to 180.
+
+    >>> apart(350.0, 10.0)
+    20.0
+    """
+    return abs((one - other + 180) % 360 - 180)
+
+
+def match_and_fit(
+    host: HookedModel,
+    hosts: Sequence[Tuned],
+    donor: HookedModel,
+    families: Sequence[Sequence[Tuned]],
+    calibration: Iterable[Tensor],
+) -> Graft:
+    """Put the nearest unit of a donor's family in the place of each unit, with gain, offset and shift fitted.
+
+    Where there are several families (of several radii, say) all are tried, and the one is taken whose units
+    correlate best with the host's on the calibration images, in the mean.
+
+    Args:
+        host: a network of images.
+        hosts: its units and their angles, of one site with a map.
+        donor: the other network.
+        families: units of one of its sites and their angles.
+        calibration: images, as the host takes them, that nothing will be measured on.
+
+    Raises:
+        KeyError: if a site is unknown.
+        ValueError: if units are of several sites or of one without a map, a family is empty, or there is no image.
+    """
+    site, read = (
+        _one_site(host, hosts),
+        _one_site(donor, [t for family in families for t in family]),
+    )
+    bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
+    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], calibration)
+    fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
+    return max(
+        fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
+    )
+
+
+def shuffled(
+    host: HookedModel, graft: Graft, calibration: Iterable[Tensor], generator: Generator, n: int
+) -> list[Graft]:
+    """Controls: the same units of the donor in each other's places, fitted likewise.
+
+    The order is random, but for this: no unit's angle is less than 45 degrees from the one that it replaces. Without
+    that condition about a quarter of GoogLeNet's are, and what is shuffled is not quite shuffled.
+    """
+    own = _pairs(graft)
+    wanted, there = _recorded(graft, host, [h.unit.index for h, _ in own], calibration)
+    made = []
+    for _ in range(n):
+        order = _disordered(own, generator)
+        pairs = [(own[i][0], own[k][1]) for i, k in enumerate(order)]
+        made.append(_fitted(graft, pairs, wanted, there))
+    return made
+
+
+def with_random_weights(
+    host: HookedModel, graft: Graft, calibration: Iterable[Tensor], generator: Generator
+) -> Graft:
+    """A control: each layer's weights of the donor in a random order, the same units, fitted likewise."""
+    weights = {
+        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
+        for name, tensor in graft.donor.parameters.items()
+        if tensor.ndim > 1
+    }
+    bare = replace(graft, weights=weights)
+    wanted, there = _recorded(bare, host, [m.host.index for m in graft.matches], calibration)
+    return _fitted(bare, _pairs(graft), wanted, there)
+
+
+@contextmanager
+def grafted(host: HookedModel, graft: Graft) -> Iterator[HookedModel]:
+    """Hold a graft in place for every forward pass of the host inside the block."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[:] = [args[0].detach()]
+
+    def change(value: Tensor) -> Tensor:
+        return _put(value, graft, graft.maps(host, seen[0]))
+
+    with host.lock:
+        handle = host.module.register_forward_pre_hook(keep)
+        try:
+            with host.intervening({graft.site.name: change}):
+                yield host
+        finally:
+            handle.remove()
+
+
+def _put(value: Tensor, graft: Graft, maps: Tensor) -> Tensor:
+    """A site's tensor with others in the places of a graft's units."""
+    changed = value.clone()
+    changed[:, [m.host.index for m in graft.matches]] = maps.to(value.dtype)
+    return changed
+
+
+def _images(model: HookedModel) -> ImageInput:
+    spec = model.input
+    if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
+        raise ValueError(f"model {model.name} takes no photographs: expected 1 or 3 channels")
+    return spec
+
+
+def _one_site(model: HookedModel, units: Iterable[Tuned]) -> Site:
+    sites = sorted({model.unit(t.unit).site for t in units})
+    if len(sites) != 1:
+        raise ValueError(f"units of {model.name} are of {len(sites)} sites: expected one")
+    site = model.site(sites[0])
+    if site.position_axes != ("y", "x"):
+        raise ValueError(f"site {site.name} of {model.name} has no map to transplant")
+    return site
+
+
+def _scale(host: HookedModel, site: Site, donor: HookedModel, read: Site) -> float:
+    """How many pixels the donor must see for one of the host's, for both maps to be as fine."""
+    own = _images(host).height / site.position_shape[0]
+    return _images(donor).height / read.position_shape[0] / own
+
+
+def _moved(
+    maps: Float[Tensor, "*batch y x"], shift: tuple[int, int]
+) -> Float[Tensor, "*batch y x"]:
+    """Maps moved down and to the right; what comes in from outside is the border."""
+    for axis, by in zip((-2, -1), shift, strict=True):
+        n = maps.shape[axis]
+        places = (torch.arange(n, device=maps.device) - by).clamp(0, n - 1)
+        maps = maps.index_select(axis, places)
+    return maps
+
+
+def _recorded(
+    graft: Graft, host: HookedModel, units: Sequence[int], batches: Iterable[Tensor]
+) -> tuple[Maps, Maps]:
+    """What the host's units and all of the donor's do on images."""
+    wanted, there = [], []
+    for x in batches:
+        wanted.append(host.run(x, read=[graft.site], until=graft.site)[graft.site][:, list(units)])
+        there.append(graft.read(host, x))
+    if not wanted:
+        raise ValueError("calibration holds no image")
+    return torch.cat(wanted), torch.cat(there)
+
+
+def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: Maps) -> Graft:
+    """A graft with gain, offset and shift of each pair."""
+    matches = []
+    for k, (host, donor) in enumerate(pairs):
+        maps = there[:, donor.unit.index]
+        gain, offset, shift = _fit(maps, wanted[:, k])
+        put = (gain * _moved(maps, shift) + offset).clamp_min(0)
+        fit = _correlation(put, wanted[:, k])
+        matches.append(
+            Match(host.unit, donor.unit, host.angle, donor.angle, gain, offset, shift, fit)
+        )
+    return replace(graft, matches=tuple(matches))
+
+
+def _fit(
+    there: Float[Tensor, "image y x"], wanted: Float[Tensor, "image y x"]
+) -> tuple[float, float, tuple[int, int]]:
+    """Gain, offset and shift: active at as many positions, in sum as much, and where it correlates best.
+
+    max(0, gain * there + offset) is active above the threshold -offset / gain: the donor's quantile of 1 - the share
+    of positions where the host is active. A donor that never varies gets gain 0 and the host's mean as offset.
+    """
+    share = float((wanted > 0).float().mean())
+    some = there.flatten()[:: max(1, there.numel() // 1_000_000)]
+    threshold = float(torch.quantile(some, 1 - share))
+    above = (there - threshold).clamp_min(0)
+    total = float(above.mean())
+    if total <= 0:
+        return 0.0, float(wanted.mean()), (0, 0)
+    gain = float(wanted.mean()) / total
+    fits = [_correlation(_moved(above, shift), wanted) for shift in SHIFTS]
+    return gain, -gain * threshold, SHIFTS[int(np.argmax(np.nan_to_num(fits, nan=-1.0)))]
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; NaN if one does not vary."""
+    x, y = (v.flatten().double() - v.double().mean() for v in (a, b))
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else float("nan")
+
+
+def _pairs(graft: Graft) -> Pairs:
+    return [(Tuned(m.host, m.angle), Tuned(m.donor, m.donor_angle)) for m in graft.matches]
+
+
+def _disordered(pairs: Pairs, generator: Generator) -> list[int]:
+    """A random order in which as few donors as can be found are near the angle that they replace."""
+
+    def near(order: list[int]) -> int:
+        return sum(
+            apart(h.angle, pairs[k][1].angle) < _NEAR
+            for (h, _), k in zip(pairs, order, strict=True)
+        )
+
+    best: list[int] = []
+    for _ in range(_ORDERS):
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        if not best or near(order) < near(best):
+            best = order
+        if near(best) == 0:
+            break
+    return best
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+def measure_transplant(
+    host: HookedModel,
+    graft: Graft,
+    calibration: Sequence[Tensor],
+    evaluation: Sequence[Tensor],
+    labels: Sequence[int] | None = None,
+    *,
+    n_random: int = 3,
+    calibrated_on: str = "",
+    evaluated_on: str = "",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TransplantReport:
+    """Measure a transplant beside the intact network, zeros, means, and two random controls.
+
+    Args:
+        host: the network; afterwards it is what it was.
+        graft: what is put in.
+        calibration: images that the graft was fitted on, as the host takes them; means and controls are too.
+        evaluation: others.
+        labels: the class of each evaluation image; without any the intact network's own answers.
+        n_random: how many shuffles, and how many networks of random weights.
+        calibrated_on: where the images are from, for the record.
+        evaluated_on: likewise.
+        seed: of shuffles, random weights, bootstrap and tests.
+        progress: called with passes done and all there are.
+
+    Raises:
+        ValueError: if there is no image, labels do not fit, or n_random is below 1.
+    """
+    n = sum(map(len, evaluation))
+    if not n or not sum(map(len, calibration)):
+        raise ValueError(f"{n} evaluation images: expected at least one, and one to calibrate on")
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"labels: {len(labels)} for {n} evaluation images")
+    if n_random < 1:
+        raise ValueError(f"n_random {n_random} must be at least 1")
+    generator = Generator().manual_seed(seed)
+    variants = _variants(host, graft, calibration, n_random, generator)
+    numbers = np.zeros((len(variants), 3, n))
+    at, done, total = 0, 0, len(variants) * len(evaluation)
+    for x in evaluation:
+        here = slice(at, at + len(x))
+        intact = host.logits(x)
+        right = (
+            intact.argmax(-1)
+            if labels is None
+            else torch.tensor(labels[here], device=intact.device)
+        )
+        counted = Counted(intact[:, None], right[:, None])
+        for k, (_, change) in enumerate(variants):
+            value = counted.of(_logits(host, x, graft.site, change)[:, None])
+            five = value.get("top5", np.ones(len(x)))  # of at most ten classes nobody counts five
+            numbers[k, :, here] = np.stack([value["top1"], five, value["kl"]], 1).T
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        at += len(x)
+    by_name: dict[str, list[np.ndarray]] = {}
+    for (name, _), row in zip(variants, numbers, strict=True):
+        by_name.setdefault(name, []).append(row)
+    return TransplantReport(
+        _conditions({name: np.stack(rows) for name, rows in by_name.items()}, seed), graft.matches, host.name,
+        host.hash, graft.donor.name, graft.donor.hash, calibrated_on, evaluated_on,
+        "the intact network's answers" if labels is None else "the images' own", sum(map(len, calibration)), n,
+        seed,
+    )  # fmt: skip
+
+
+Variant = Change | Graft | None
+"""What a condition does at the site: a change, a graft, or nothing."""
+
+
+def _variants(
+    host: HookedModel,
+    graft: Graft,
+    calibration: Sequence[Tensor],
+    n_random: int,
+    generator: Generator,
+) -> list[tuple[str, Variant]]:
+    """All conditions, by name; random ones several times."""
+    site, units = graft.site, [m.host.index for m in graft.matches]
+    sums = [
+        host.run(x, read=[site], until=site)[site][:, units].mean((2, 3)).sum(0)
+        for x in calibration
+    ]
+    mean = torch.stack(sums).sum(0) / sum(map(len, calibration))
+
+    def held(values: Float[Tensor, " unit"]) -> Change:
+        return lambda value: _put(value, graft, values[None, :, None, None])
+
+    shuffles = shuffled(host, graft, calibration, generator, n_random)
+    noise = [with_random_weights(host, graft, calibration, generator) for _ in range(n_random)]
+    level = _best_level(host, [held(level * mean) for level in LEVELS], site, calibration)
+    return [
+        ("intact", None), ("zero", held(torch.zeros_like(mean))), ("mean", held(mean)),
+        ("best constant", held(LEVELS[level] * mean)), (TRANSPLANT, graft),
+        *(("shuffled orientations", g) for g in shuffles), *(("random weights", g) for g in noise),
+    ]  # fmt: skip
+
+
+def _best_level(
+    host: HookedModel, held: Sequence[Change], site: Site, calibration: Sequence[Tensor]
+) -> int:
+    """Which of several changes leaves the answers to the first calibration images nearest to the intact ones."""
+    lost, seen = np.zeros(len(held)), 0
+    for x in calibration:
+        if seen >= _LEVELLED:
+            break
+        counted = Counted(host.logits(x)[:, None], None)
+        for k, change in enumerate(held):
+            lost[k] += counted.of(_logits(host, x, site, change)[:, None])["kl"].sum()
+        seen += len(x)
+    return int(lost.argmin())
+
+
+def _logits(host: HookedModel, x: Tensor, site: Site, variant: Variant) -> Tensor:
+    if isinstance(variant, Graft):
+        with grafted(host, variant):
+            return host.logits(x)
+    return host.logits(x, {} if variant is None else {site.name: variant})
+
+
+def _conditions(
+    numbers: dict[str, Float[np.ndarray, "repeat 3 image"]], seed: int
+) -> tuple[Condition, ...]:
+    """In numbers with intervals; images are drawn again together for all of them."""
+    generator = np.random.default_rng(seed)
+    means = {name: rows.mean(0) for name, rows in numbers.items()}
+    n = means["zero"].shape[1]
+    drawn = generator.multinomial(n, np.full(n, 1 / n), _RESAMPLES) / n
+
+    def measured(values: np.ndarray) -> Measured:
+        return _interval(float(values.mean()), drawn @ values)
+
+    zero = means["zero"][2]
+    made = []
+    for name, (top1, top5, kl) in means.items():
+        lost = zero.mean()
+        recovered = _interval(
+            float(1 - kl.mean() / lost) if lost > 0 else float("nan"),
+            1 - (drawn @ kl) / np.where(drawn @ zero > 0, drawn @ zero, np.nan),
+        )
+        itself = name == TRANSPLANT
+        p_kl, p_top1 = (
+            float("nan") if itself else paired_p(values - means[TRANSPLANT][k], generator)
+            for k, values in ((2, kl), (0, top1))
+        )
+        made.append(
+            Condition(
+                name,
+                measured(top1),
+                measured(top5),
+                measured(kl),
+                recovered,
+                p_kl,
+                p_top1,
+                len(numbers[name]),
+            )
+        )
+    return tuple(made)
+
+
+def _interval(value: float, drawn: Float[np.ndarray, " resample"]) -> Measured:
+    if np.isnan(drawn).all():
+        return Measured(value, float("nan"), float("nan"))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Measured(value, float(low), float(high))
+
+
+def paired_p(differences: Float[np.ndarray, " image"], generator: np.random.Generator) -> float:
+    """How often differences with random signs have a sum as large, either way, themselves counted.
+
+    Of differences that are 0 or 1 either way this is McNemar's test, by simulation.
+    """
+    some = differences[differences != 0]
+    if not len(some):
+        return 1.0
+    sums = np.array(
+        [(some * generator.choice((-1.0, 1.0), len(some))).sum() for _ in range(_SIGNS)]
+    )
+    return float((1 + (np.abs(sums) >= abs(some.sum()) - 1e-12).sum()) / (1 + _SIGNS))
