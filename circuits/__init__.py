@@ -19,7 +19,7 @@ from circuits.attribution import (
 from circuits.edits.activations import scale, zero
 from circuits.edits.associative import associate, second_moment
 from circuits.edits.ledger import Ledger
-from circuits.edits.making import leace, means, patch, project_out, resample, steer, transplant
+from circuits.edits.making import leace, means, patch, project_out, resample, steer
 from circuits.edits.recipes import Recipe, bake, commute, diff, edited, save_baked
 from circuits.edits.records import Edit, read_edit
 from circuits.effects import EditReport, fine_tune, measure
@@ -162,7 +162,6 @@ __all__ = [
     "second_moment",
     "spectrum",
     "steer",
-    "transplant",
     "visualize",
     "visualize_units",
     "write_circuit",

@@ -1,10 +1,11 @@
 """Transplants: a family of one network put in the place of another's, fitted and measured (layer 5).
 
 Cammarata et al. 2021, "Curve Circuits" (Distill), put hand-written curve detectors in the place of InceptionV1's.
-Both families are found by their tuning and matched by angle. On images that nothing is measured on, gain and
-offset give each new unit two numbers of the old one, the share of positions where it is active and its mean; and
-it is shifted by at most one position. Least squares would shrink what it cannot predict, and what comes after
-misses the strength: the same units then recover less. The same freedom is given to each control.
+Both families are found by their tuning and matched by angle. Three numbers are fitted for each unit, on images that
+nothing is measured on: a threshold (as many positions active as before), a gain (least squares) and a shift by at
+most one position. Least squares shrinks what it cannot predict, and what comes after misses the strength: so all
+gains are multiplied by one more number, with which the network's answers come nearest to the intact ones, on those
+same images. Every control has the same freedom.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from circuits.models.inputs import ImageInput
 from circuits.units import Site, Unit
 
 Maps = Float[Tensor, "image unit y x"]
+DonorMaps = Float[Tensor, "image donor y x"]
 Progress = Callable[[int, int], object]
 
 SHIFTS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 """Of the best constant, in means of the units."""
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
+"""What all gains are multiplied by."""
 _RESAMPLES = 1000
 _SIGNS = 10_000
 _NEAR, _ORDERS = 45.0, 5000
-_LEVELLED = 100  # calibration images that the best constant is chosen on
+_CHOOSING = 160  # about how many calibration images a strength or a constant is chosen on
 TRANSPLANT = "transplant"
 
 
@@ -92,7 +96,7 @@ class Graft:
     matches: tuple[Match, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def read(self, host: HookedModel, inputs: Tensor) -> Maps:
+    def read(self, host: HookedModel, inputs: Tensor) -> DonorMaps:
         """All units of the donor's site, on the host's map, for inputs as the host takes them."""
         own, theirs = _images(host), _images(self.donor)
         images = own.restore(inputs)
@@ -112,7 +116,10 @@ class Graft:
 
     def maps(self, host: HookedModel, inputs: Tensor) -> Maps:
         """What is put in the places of the host's units, for inputs as the host takes them."""
-        read = self.read(host, inputs)
+        return self.placed(self.read(host, inputs))
+
+    def placed(self, read: DonorMaps) -> Maps:
+        """The same, of what `read` gave."""
         moved = [m.gain * _moved(read[:, m.donor.index], m.shift) + m.offset for m in self.matches]
         return torch.stack(moved, 1).clamp_min(0)
 
@@ -191,7 +198,8 @@ class TransplantReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it (NaN as null)."""
-        return _without_nan(asdict(self))
+        matches = [asdict(m) | {"host": str(m.host), "donor": str(m.donor)} for m in self.matches]
+        return _without_nan(asdict(self) | {"matches": matches})
 
 
 def _without_nan(value: Any) -> Any:
@@ -199,8 +207,6 @@ def _without_nan(value: Any) -> Any:
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(v) for v in value]
-    if isinstance(value, Unit):
-        return str(value)
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
@@ -268,8 +274,8 @@ def match_and_fit(
         _one_site(host, hosts),
         _one_site(donor, [t for family in families for t in family]),
     )
-    bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
-    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], calibration)
+    bare, batches = Graft(donor, site, read, _scale(host, site, donor, read), ()), list(calibration)
+    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], batches)
     fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
     return max(
         fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
@@ -277,7 +283,7 @@ def match_and_fit(
 
 
 def shuffled(
-    host: HookedModel, graft: Graft, calibration: Iterable[Tensor], generator: Generator, n: int
+    host: HookedModel, graft: Graft, calibration: Sequence[Tensor], generator: Generator, n: int
 ) -> list[Graft]:
     """Controls: the same units of the donor in each other's places, fitted likewise.
 
@@ -290,12 +296,12 @@ def shuffled(
     for _ in range(n):
         order = _disordered(own, generator)
         pairs = [(own[i][0], own[k][1]) for i, k in enumerate(order)]
-        made.append(_fitted(graft, pairs, wanted, there))
+        made.append(_strengthened(host, _fitted(graft, pairs, wanted, there), calibration))
     return made
 
 
 def with_random_weights(
-    host: HookedModel, graft: Graft, calibration: Iterable[Tensor], generator: Generator
+    host: HookedModel, graft: Graft, calibration: Sequence[Tensor], generator: Generator
 ) -> Graft:
     """A control: each layer's weights of the donor in a random order, the same units, fitted likewise."""
     weights = {
@@ -305,7 +311,7 @@ def with_random_weights(
     }
     bare = replace(graft, weights=weights)
     wanted, there = _recorded(bare, host, [m.host.index for m in graft.matches], calibration)
-    return _fitted(bare, _pairs(graft), wanted, there)
+    return _strengthened(host, _fitted(bare, _pairs(graft), wanted, there), calibration)
 
 
 @contextmanager
@@ -371,7 +377,7 @@ def _moved(
 
 def _recorded(
     graft: Graft, host: HookedModel, units: Sequence[int], batches: Iterable[Tensor]
-) -> tuple[Maps, Maps]:
+) -> tuple[Maps, DonorMaps]:
     """What the host's units and all of the donor's do on images."""
     wanted, there = [], []
     for x in batches:
@@ -382,7 +388,7 @@ def _recorded(
     return torch.cat(wanted), torch.cat(there)
 
 
-def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: Maps) -> Graft:
+def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: DonorMaps) -> Graft:
     """A graft with gain, offset and shift of each pair."""
     matches = []
     for k, (host, donor) in enumerate(pairs):
@@ -399,7 +405,7 @@ def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: Maps) -> Graft:
 def _fit(
     there: Float[Tensor, "image y x"], wanted: Float[Tensor, "image y x"]
 ) -> tuple[float, float, tuple[int, int]]:
-    """Gain, offset and shift: active at as many positions, in sum as much, and where it correlates best.
+    """Gain, offset and shift: active at as many positions as wanted, moved to where it correlates best.
 
     max(0, gain * there + offset) is active above the threshold -offset / gain: the donor's quantile of 1 - the share
     of positions where the host is active. A donor that never varies gets gain 0 and the host's mean as offset.
@@ -408,12 +414,13 @@ def _fit(
     some = there.flatten()[:: max(1, there.numel() // 1_000_000)]
     threshold = float(torch.quantile(some, 1 - share))
     above = (there - threshold).clamp_min(0)
-    total = float(above.mean())
-    if total <= 0:
+    if not bool(above.any()):
         return 0.0, float(wanted.mean()), (0, 0)
-    gain = float(wanted.mean()) / total
     fits = [_correlation(_moved(above, shift), wanted) for shift in SHIFTS]
-    return gain, -gain * threshold, SHIFTS[int(np.argmax(np.nan_to_num(fits, nan=-1.0)))]
+    shift = SHIFTS[int(np.argmax(np.nan_to_num(fits, nan=-1.0)))]
+    moved = _moved(above, shift)
+    gain = float((moved * wanted).sum() / (moved * moved).sum())
+    return gain, -gain * threshold, shift
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
@@ -492,7 +499,8 @@ def measure_transplant(
     at, done, total = 0, 0, len(variants) * len(evaluation)
     for x in evaluation:
         here = slice(at, at + len(x))
-        intact = host.logits(x)
+        batch = _Conditions(host, graft.site, x)
+        intact = batch.logits(None)
         right = (
             intact.argmax(-1)
             if labels is None
@@ -500,7 +508,7 @@ def measure_transplant(
         )
         counted = Counted(intact[:, None], right[:, None])
         for k, (_, change) in enumerate(variants):
-            value = counted.of(_logits(host, x, graft.site, change)[:, None])
+            value = counted.of(batch.logits(change)[:, None])
             five = value.get("top5", np.ones(len(x)))  # of at most ten classes nobody counts five
             numbers[k, :, here] = np.stack([value["top1"], five, value["kl"]], 1).T
             done += 1
@@ -542,7 +550,7 @@ def _variants(
 
     shuffles = shuffled(host, graft, calibration, generator, n_random)
     noise = [with_random_weights(host, graft, calibration, generator) for _ in range(n_random)]
-    level = _best_level(host, [held(level * mean) for level in LEVELS], site, calibration)
+    level = _nearest(host, site, [held(level * mean) for level in LEVELS], calibration)
     return [
         ("intact", None), ("zero", held(torch.zeros_like(mean))), ("mean", held(mean)),
         ("best constant", held(LEVELS[level] * mean)), (TRANSPLANT, graft),
@@ -550,26 +558,54 @@ def _variants(
     ]  # fmt: skip
 
 
-def _best_level(
-    host: HookedModel, held: Sequence[Change], site: Site, calibration: Sequence[Tensor]
+def _strengthened(host: HookedModel, graft: Graft, calibration: Sequence[Tensor]) -> Graft:
+    """A graft with all gains and offsets times the strength that leaves the host's answers nearest."""
+    tried = [
+        replace(
+            graft,
+            matches=tuple(
+                replace(m, gain=by * m.gain, offset=by * m.offset) for m in graft.matches
+            ),
+        )
+        for by in STRENGTHS
+    ]
+    return tried[_nearest(host, graft.site, tried, calibration)]
+
+
+def _nearest(
+    host: HookedModel, site: Site, tried: Sequence[Variant], calibration: Sequence[Tensor]
 ) -> int:
-    """Which of several changes leaves the answers to the first calibration images nearest to the intact ones."""
-    lost, seen = np.zeros(len(held)), 0
+    """Which of several leaves the answers to some calibration images, of all batches, nearest to the intact ones."""
+    lost = np.zeros(len(tried))
+    generator = Generator().manual_seed(0)
     for x in calibration:
-        if seen >= _LEVELLED:
-            break
-        counted = Counted(host.logits(x)[:, None], None)
-        for k, change in enumerate(held):
-            lost[k] += counted.of(_logits(host, x, site, change)[:, None])["kl"].sum()
-        seen += len(x)
+        # at random: batches may be in the order of classes
+        some = x[torch.randperm(len(x), generator=generator)[: -(-_CHOOSING // len(calibration))]]
+        here = _Conditions(host, site, some)
+        counted = Counted(here.logits(None)[:, None], None)
+        for k, variant in enumerate(tried):
+            lost[k] += counted.of(here.logits(variant)[:, None])["kl"].sum()
     return int(lost.argmin())
 
 
-def _logits(host: HookedModel, x: Tensor, site: Site, variant: Variant) -> Tensor:
-    if isinstance(variant, Graft):
-        with grafted(host, variant):
-            return host.logits(x)
-    return host.logits(x, {} if variant is None else {site.name: variant})
+class _Conditions:
+    """Runs conditions on one batch; donors that several of them share are run once."""
+
+    def __init__(self, host: HookedModel, site: Site, x: Tensor) -> None:
+        self.host, self.site, self.x = host, site, x
+        self._read: dict[int, Tensor] = {}
+
+    def logits(self, variant: Variant) -> Tensor:
+        """What the host puts out."""
+        if variant is None:
+            return self.host.logits(self.x)
+        if not isinstance(variant, Graft):
+            return self.host.logits(self.x, {self.site.name: variant})
+        key = id(variant.weights)
+        if key not in self._read:
+            self._read[key] = variant.read(self.host, self.x)
+        maps = variant.placed(self._read[key])
+        return self.host.logits(self.x, {self.site.name: lambda value: _put(value, variant, maps)})
 
 
 def _conditions(

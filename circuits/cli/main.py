@@ -25,6 +25,7 @@ from circuits.cli.arguments import (
     record_of,
 )
 from circuits.cli.attributing import ablate, attribute, saliency, sanity
+from circuits.cli.cases import case
 from circuits.cli.concepts import concepts
 from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
@@ -53,7 +54,7 @@ app.command()(visualize)
 app.command()(weights)
 app.command()(expand)
 app.command()(families)
-for _command in (tune, examples, ablate, attribute, saliency, sanity):
+for _command in (tune, examples, ablate, attribute, saliency, sanity, case):
     app.command()(_command)
 
 

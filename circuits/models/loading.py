@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from circuits.autoencoders.files import FILE, load_autoencoder
+from circuits.cleanroom import addition
 from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
 from circuits.factories import call_factory
@@ -63,7 +64,13 @@ class ModelEntry:
     @property
     def builtin(self) -> bool:
         """Whether it comes with the package."""
-        return self.name in ("cleanroom", "shapes", "induction", "induction-by-hand")
+        return self.name in (
+            "cleanroom",
+            "shapes",
+            "induction",
+            "induction-by-hand",
+            "addition-by-hand",
+        )
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
@@ -186,6 +193,8 @@ def _shapes(name: str, weights: Path | None) -> HookedModel:
     )
 
 
+_ADDITION = 113  # as in the trained network that shows the same algorithm
+
 INDUCTION = {
     "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": N_VOCAB,
     "attn_only": True, "normalization_type": None, "act_fn": "relu",
@@ -205,6 +214,14 @@ def _induction_by_hand(name: str, weights: Path | None) -> HookedModel:
     bridge = native_bridge(**by_hand.config(N_VOCAB, N_CTX))
     load_native(bridge, by_hand.weights(N_VOCAB, N_CTX), name)
     return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
+
+
+def _addition_by_hand(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    bridge = native_bridge(**addition.config(_ADDITION))
+    load_native(bridge, addition.weights(_ADDITION), name)
+    vocabulary = (*map(str, range(_ADDITION)), "=")
+    return HookedModel(bridge, TokenInput(_ADDITION + 1, 3, vocabulary), name)
 
 
 # --- by weights file ---------------------------------------------------------------------------
@@ -448,6 +465,7 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
         ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
         ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),
+        ModelEntry("addition-by-hand", "addition mod 113 with five frequencies, written by hand", _addition_by_hand),
         ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
         ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
         ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),

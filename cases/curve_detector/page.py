@@ -1,0 +1,141 @@
+"""The case's report: one HTML file with its figures inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from circuits.files import replacing
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9em; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9em; }
+td, th { padding: .2rem .7rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #ddd; }
+details { margin: 1rem 0; }
+"""
+
+
+def write_page(
+    path: Path, results: Mapping[str, Any], figures: Mapping[str, Mapping[str, Path]]
+) -> None:
+    """Write the report; it shows the numbers of `results` and nothing else."""
+    parts = [_claim(results), _table_of_conditions(results)]
+    for stage, shown in figures.items():
+        parts.append(f"<h2>{escape(stage.capitalize())}</h2>")
+        parts += [_figure(caption, file) for caption, file in shown.items()]
+    parts += [_units(results), _facts(results)]
+    text = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Curve detectors written by hand</title><style>{_STYLE}</style>"
+        + "\n".join(parts)
+        + "</html>\n"
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def _claim(results: Mapping[str, Any]) -> str:
+    curves = [u for u in results["units"] if u["layer"] == "curve"]
+    widths = [u["half_width"] for u in curves]
+    chance = _median([p["r_shuffled_orientations"] for p in results["published"].values()])
+    r2, shuffled = results["circulant_r2"].values(), results["circulant_r2_shuffled"].values()
+    least, middle = results["r_published_min"], results["r_published_median"]
+    rows = [
+        ("half-width of the 72 curves, degrees", f"{min(widths):.0f} to {max(widths):.0f}", "published: 29 to 68"),
+        (
+            "echo: the response to the opposed curve, over the peak",
+            f"{max(u['echo'] for u in curves):.3f} at most", "published: 0.028 at most",
+        ),
+        ("response to a straight line, over the peak", f"{max(u['line_share'] for u in curves):.2f} at most", ""),
+        (
+            "r of the ten published curves with what is most alike",
+            f"{least:.3f} at least, median {middle:.3f}", f"shuffled orientations: median {chance:.2f}",
+        ),
+        (
+            "echo without negative weights", f"{results['echo_without_negative']:.2f} (with: {results['echo']:.3f})",
+            f"without random weights: {results['echo_without_random']:.2f}",
+        ),
+        (
+            "circulant part of early curve to curve weights, R²", f"{min(r2):.3f} at least",
+            f"shuffled orientations: {max(shuffled):.2f} at most",
+        ),
+    ]  # fmt: skip
+    return (
+        "<h1>Curve detectors written by hand</h1><p>A network of five layers whose weights were computed from "
+        "what each unit is to look for detects curves as InceptionV1's units do, and can stand in their place. "
+        "Nothing in it is learned.</p><table><tr><th>measure<th>hand-written<th>beside it</tr>"
+        + "".join(f"<tr><td>{escape(a)}<td>{escape(b)}<td>{escape(c)}</tr>" for a, b, c in rows)
+        + "</table>"
+    )
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _table_of_conditions(results: Mapping[str, Any]) -> str:
+    facts = results["transplant_facts"]
+    rows = ""
+    for name, c in results["transplant"].items():
+        cells = "".join(
+            f"<td>{_interval(c[k], d)}"
+            for k, d in (("recovered_kl", 2), ("kl", 3), ("top1", 3), ("top5", 3))
+        )
+        p = "" if c["p_kl"] is None else f"{c['p_kl']:.2g}, {c['p_top1']:.2g}"
+        rows += f"<tr><td>{escape(name)}{cells}<td>{p}</tr>"
+    return (
+        f"<h2>The transplant into {escape(facts['host'])}</h2><p>{len(facts['matches'])} units of "
+        f"{escape(facts['site'])}, found by their tuning, were replaced; calibrated on {escape(facts['calibration'])}, "
+        f"measured on {escape(facts['evaluation'])}; labels: {escape(facts['labels'])}. Maps of both units on an image "
+        f"correlate with r {_number(facts['maps']['median_r_per_image'])} (median; shuffled orientations "
+        f"{_number(facts['maps']['median_r_per_image_shuffled_orientations'])}).</p>"
+        "<table><tr><th>in their place<th>KL recovered<th>KL, nats<th>top-1<th>top-5<th>p of KL, of top-1</tr>"
+        f"{rows}</table><p>In brackets 95 % bootstrap intervals over images; p: paired sign-flip test against the "
+        "transplant. A constant recovers a part because later layers miss the units' bias.</p>"
+    )  # fmt: skip
+
+
+def _interval(m: Mapping[str, Any], digits: int) -> str:
+    if m["value"] is None:
+        return "n/a"
+    between = "" if m["low"] is None else f" ({m['low']:.{digits}f} to {m['high']:.{digits}f})"
+    return f"{m['value']:.{digits}f}{between}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _figure(caption: str, file: Path) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    image = f"<img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _units(results: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(u['name'])}<td>{escape(u['family'])}<td>{u['preferred']:.0f}<td>{u['half_width']:.0f}"
+        f"<td>{_number(u['echo'])}<td>{u['radius']}<td>{_number(u['r_published'])}</tr>"
+        for u in results["units"]
+    )
+    return (
+        f"<details><summary>All {len(results['units'])} tuned units</summary><table><tr><th>unit<th>family"
+        "<th>preferred, degrees<th>half-width<th>echo<th>radius, pixels<th>r with the published</tr>"
+        f"{rows}</table></details>"
+    )
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    hashes = "; ".join(f"{k} {v[:16]}" for k, v in results["hashes"].items())
+    photographs = f"{results['photographs']['n']} of {results['photographs']['data']}"
+    return (
+        f"<h2>Made from</h2><p>Weights: {escape(hashes)}. Seed {results['seed']}. Photographs: "
+        f"{escape(photographs)}. {'Coarse (--fast). ' if results['fast'] else ''}Published curves: Cammarata et "
+        "al. 2020, Curve Detectors, and 2021, Curve Circuits (Distill), CC-BY 4.0; nothing was fitted to them.</p>"
+    )

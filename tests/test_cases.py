@@ -1,0 +1,120 @@
+"""Cases: their numbers are held to `expected.json`, and what is asked wrongly is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from circuits.cli.main import run
+
+CASE = Path(__file__).parents[1] / "cases/curve_detector"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("case")
+
+
+@pytest.fixture(scope="module")
+def results(workspace: Path) -> dict:
+    assert run(["case", "curve-detector", "--fast", "--workspace", str(workspace)]) == 0
+    return json.loads((workspace / "cases/curve-detector/results.json").read_text())
+
+
+def found(results: dict, path: str) -> float:
+    value = results
+    for part in path.split("/"):
+        value = value[part]
+    return float(value)
+
+
+def test_the_case_is_held_to_its_numbers(results: dict) -> None:
+    expected = json.loads((CASE / "expected.json").read_text())["fast"]
+    for path, (value, tolerance) in expected.items():
+        assert found(results, path) == pytest.approx(value, abs=tolerance), path
+    curves = [u for u in results["units"] if u["layer"] == "curve"]
+    assert len(curves) == 72
+    assert all(28 <= u["half_width"] <= 68 for u in curves)
+    assert max(u["echo"] for u in curves) <= 0.03
+    assert max(u["line_share"] for u in curves) < 0.35
+    assert results["r_published_min"] >= 0.94
+    assert results["echo_without_negative"] > 5 * results["echo"]
+    assert min(results["circulant_r2"].values()) >= 0.98
+    names = {
+        "intact",
+        "zero",
+        "mean",
+        "best constant",
+        "transplant",
+        "shuffled orientations",
+        "random weights",
+    }
+    assert set(results["transplant"]) == names
+    for condition in results["transplant"].values():
+        for name in ("top1", "top5", "kl", "recovered_kl"):
+            assert set(condition[name]) == {"value", "low", "high"}
+    assert set(results["hashes"]) == {"cleanroom", "shapes"}
+
+
+def test_the_page_shows_the_same_numbers_and_needs_nothing_else(
+    results: dict, workspace: Path
+) -> None:
+    page = (workspace / "cases/curve-detector/report.html").read_text()
+    for condition in results["transplant"].values():
+        assert f"{condition['recovered_kl']['value']:.2f}" in page
+    assert f"{results['r_published_median']:.3f}" in page
+    assert page.count("data:image/png;base64,") >= 8
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+
+
+def test_a_second_run_makes_nothing_anew(results: dict, workspace: Path) -> None:
+    stages = workspace / "cases/curve-detector/stages"
+    before = {p: p.stat().st_mtime_ns for p in stages.rglob("*.json")}
+    assert run(["case", "curve-detector", "--fast", "--workspace", str(workspace)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in stages.rglob("*.json")} == before
+    again = json.loads((workspace / "cases/curve-detector/results.json").read_text())
+    assert again == results
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    generator = np.random.default_rng(0)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            pixels = generator.integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_bad_input_is_one_line(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    one, other = folders
+    (other / "same.png").write_bytes((one / "0.png").read_bytes())
+    place = ["--workspace", str(tmp_path / "w")]
+    asked = [
+        (["curve"], "case 'curve' is not one of curve-detector"),
+        (["../x"], "is not one of curve-detector"),
+        (["curve-detector", "--calibrate", str(one)], "shapes is shown its own drawings"),
+        (["curve-detector", "--transplant", "cleanroom"], "--transplant cleanroom needs images"),
+        (
+            ["curve-detector", "--transplant", "cleanroom", "--calibrate", str(one), "--evaluate", str(other)],
+            "1 images are among those of --calibrate, the first same.png",
+        ),
+        (
+            ["curve-detector", "--transplant", "cleanroom", "--calibrate", str(one), "--evaluate", f"{one}/no"],
+            "no",
+        ),
+        (["curve-detector", "--transplant", "nothing"], "nothing"),
+        (["curve-detector", "--seed", "-1"], "seed"),
+    ]  # fmt: skip
+    for arguments, message in asked:
+        assert run(["case", *arguments, *place]) == 2, arguments
+        said = capsys.readouterr().err
+        assert message in said, arguments
+        assert "Traceback" not in said
+    assert not (tmp_path / "w" / "cases").exists()

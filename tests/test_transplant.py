@@ -1,0 +1,230 @@
+"""Transplants: against networks whose transplant is known, and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.transplant import (
+    Tuned,
+    _fit,
+    _moved,
+    apart,
+    grafted,
+    match_and_fit,
+    match_angles,
+    measure_transplant,
+    paired_p,
+    shuffled,
+    with_random_weights,
+)
+
+
+class Small(nn.Module):
+    """A convolution whose channels are read by a classifier."""
+
+    def __init__(self, seed: int, stride: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.pre = nn.Conv2d(3, 6, 3, stride, padding=1)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(6, 12)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.pre(x)).mean((2, 3)))
+
+
+SPEC = ImageInput(3, 16, 16, mean=(0.5,), std=(0.25,))
+ANGLES = (0.0, 90.0, 180.0, 270.0)
+
+
+def host() -> HookedModel:
+    return HookedModel(Small(0), SPEC, "host")
+
+
+def twin(seed: int = 0, scale: float = 1.0) -> HookedModel:
+    """A donor that takes images in 0..1, as the host sees them after preprocessing: its own weights fold it in."""
+    module = Small(seed)
+    if seed == 0:
+        weight, bias = module.pre.weight.data, module.pre.bias
+        assert bias is not None, "has one"
+        module.pre = nn.Conv2d(3, 6, 3, padding=1, padding_mode="replicate")
+        module.pre.weight.data = weight / 0.25 * scale
+        module.pre.bias = nn.Parameter((bias - (weight * 2).sum((1, 2, 3))) * scale)
+    return HookedModel(module, (3, 16, 16), "donor")
+
+
+def images(n: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(SPEC.normalize(torch.rand(n, 3, 16, 16, generator=generator)).split(8))
+
+
+def tuned(site: str, model: HookedModel, units: range = range(4)) -> list[Tuned]:
+    return [Tuned(model.unit(f"{site}:{k}"), ANGLES[k]) for k in units]
+
+
+def test_matching_by_hand() -> None:
+    model = host()
+    hosts = [Tuned(model.unit("act:0"), 350.0), Tuned(model.unit("act:1"), 100.0)]
+    pairs = match_angles(hosts, tuned("pre", model))
+    assert [d.unit.index for _, d in pairs] == [0, 1]
+    assert (apart(350, 10), apart(0, 180), apart(10, 10)) == (20, 180, 0)
+    with pytest.raises(ValueError, match=r"0 units of the host and 4 of the donor"):
+        match_angles([], tuned("pre", model))
+
+
+def test_its_own_units_are_put_back_as_they_were(monkeypatch) -> None:
+    """A donor that computes three times the same comes back with a third of the gain."""
+    monkeypatch.setattr("circuits.transplant.STRENGTHS", (0.5, 1.0, 2.0))
+    model, donor = host(), twin(scale=3.0)
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], images(32, 1))
+    for m in graft.matches:
+        assert m.gain == pytest.approx(1 / 3, rel=0.1)
+        assert m.offset == pytest.approx(0, abs=0.1)
+        assert m.shift == (0, 0)
+        assert m.correlation > 0.9  # borders differ: padding sees other values
+    x = images(8, 2)[0]
+    before = model.hash
+    with grafted(model, graft):
+        inside = model.run(x, read=["act"])["act"]
+    own = model.run(x, read=["act"])["act"]
+    assert model.hash == before
+    assert torch.equal(inside[:, 4:], own[:, 4:]), "other units are left alone"
+    assert (inside[:, :4] - own[:, :4]).abs().mean() < 0.1 * own[:, :4].mean()
+
+
+def test_a_graft_is_gone_after_an_error() -> None:
+    model, donor = host(), twin()
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], images(16, 1))
+    x = images(8, 2)[0]
+    before = model.logits(x)
+    with grafted(model, graft):
+        assert not torch.equal(model.logits(x), before)
+    with pytest.raises(ValueError), grafted(model, graft):
+        model.logits(torch.zeros(1, 5, 16, 16))
+    assert torch.equal(model.logits(x), before)
+
+
+def test_the_family_that_correlates_is_chosen_and_maps_are_made_as_fine() -> None:
+    model, donor = host(), twin()
+    wrong = [Tuned(donor.unit(f"pre:{k}"), ANGLES[(k + 1) % 4]) for k in range(4)]
+    graft = match_and_fit(
+        model, tuned("act", model), donor, [wrong, tuned("pre", donor)], images(32, 1)
+    )
+    assert [m.donor.index for m in graft.matches] == [0, 1, 2, 3]
+    coarse = HookedModel(Small(5, stride=2), (3, 16, 16), "coarse")
+    other = match_and_fit(model, tuned("act", model), coarse, [tuned("pre", coarse)], images(8, 1))
+    assert other.scale == 2
+    assert other.maps(model, images(8, 2)[0]).shape == (8, 4, 16, 16)
+
+
+def test_shifts_are_found() -> None:
+    there = torch.rand(4, 9, 9, generator=torch.Generator().manual_seed(0))
+    wanted = (_moved(there, (1, -1)) - 0.6).clamp_min(0) * 5
+    gain, offset, shift = _fit(there, wanted)
+    assert shift == (1, -1)
+    assert gain == pytest.approx(5, rel=0.1)
+    assert -offset / gain == pytest.approx(0.6, abs=0.03)
+    assert _fit(torch.zeros(4, 9, 9), wanted)[0] == 0
+
+
+def test_controls_are_wrong_where_they_should_be() -> None:
+    model, donor = host(), twin()
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], images(16, 1))
+    generator = torch.Generator().manual_seed(0)
+    for control in shuffled(model, graft, images(16, 1), generator, 3):
+        assert sorted(m.donor.index for m in control.matches) == [0, 1, 2, 3]
+        assert all(apart(m.angle, m.donor_angle) >= 45 for m in control.matches)
+    random = with_random_weights(model, graft, images(16, 1), generator)
+    own = donor.parameters["pre.weight"]
+    assert torch.equal(
+        random.weights["pre.weight"].flatten().sort().values, own.flatten().sort().values
+    )
+    assert not torch.equal(random.weights["pre.weight"], own)
+
+
+def test_a_report_against_its_definition() -> None:
+    model, donor = host(), twin()
+    calibration, evaluation = images(32, 1), images(24, 2)
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], calibration)
+    labels = torch.cat([model.logits(x).argmax(-1) for x in evaluation]).tolist()
+    done: list[tuple[int, int]] = []
+    report = measure_transplant(
+        model,
+        graft,
+        calibration,
+        evaluation,
+        labels,
+        n_random=2,
+        progress=lambda *a: done.append(a),
+    )
+    assert done[-1] == (27, 27)
+
+    def zeroed(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, :4] = 0
+        return changed
+
+    losses = []
+    for edits in ({}, {"act": zeroed}):
+        logits = torch.cat([model.logits(x, edits) for x in evaluation])
+        intact = torch.cat([model.logits(x) for x in evaluation]).log_softmax(-1)
+        losses.append((intact.exp() * (intact - logits.log_softmax(-1))).sum(-1).mean().item())
+    assert report.condition("intact").top1.value == 1
+    assert report.condition("zero").kl.value == pytest.approx(losses[1], rel=1e-5)
+    assert report.condition("zero").recovered_kl.value == 0
+    assert report.condition("transplant").recovered_kl.value > 0.9
+    assert (
+        report.condition("transplant").recovered_kl.value
+        > report.condition("mean").recovered_kl.value
+    )
+    assert report.condition("shuffled orientations").repeats == 2
+    assert report.condition("zero").p_kl < 0.01
+    facts = report.to_dict()
+    assert facts["conditions"][4]["p_kl"] is None
+    assert facts["matches"][0]["host"] == "act:0"
+
+
+def test_paired_test_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    # all ten differences of one sign: 2 of 2^10 sums are as large
+    assert paired_p(np.ones(10), generator) == pytest.approx(2 / 1024, abs=0.002)
+    assert paired_p(np.zeros(5), generator) == 1
+    assert paired_p(np.array([1.0, -1.0]), generator) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evaluation": []}, "0 evaluation images"),
+        ({"labels": [1]}, "labels: 1 for 8 evaluation images"),
+        ({"n_random": 0}, "n_random 0 must be at least 1"),
+    ],
+)
+def test_bad_input(change, message: str) -> None:
+    model, donor = host(), twin()
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], images(8, 1))
+    given = {
+        "calibration": images(8, 1),
+        "evaluation": images(8, 2),
+        "labels": None,
+        "n_random": 1,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        measure_transplant(model, graft, **given)
+    with pytest.raises(ValueError, match="of 2 sites: expected one"):
+        match_and_fit(
+            model,
+            [tuned("act", model)[0], tuned("pre", model)[1]],
+            donor,
+            [tuned("pre", donor)],
+            images(8, 1),
+        )
+    with pytest.raises(ValueError, match="calibration holds no image"):
+        match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], [])
