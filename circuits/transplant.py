@@ -277,9 +277,10 @@ def match_and_fit(
     bare, batches = Graft(donor, site, read, _scale(host, site, donor, read), ()), list(calibration)
     wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], batches)
     fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
-    return max(
+    best = max(
         fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
     )
+    return _strengthened(host, best, batches)
 
 
 def shuffled(

@@ -222,7 +222,7 @@ def _tuning(model: HookedModel, options: Options) -> Stage:
     found = {
         layer: radial_tuning(
             model, [f"{layer}:{k}" for k in range(n)], "line" if layer == "line" else "curve",
-            step=step, seed=options.seed,
+            step=step if layer == "curve" or not options.fast else 15.0, seed=options.seed,
         )
         for layer, n in sizes.items()
     }  # fmt: skip
@@ -232,7 +232,8 @@ def _tuning(model: HookedModel, options: Options) -> Stage:
     }
     other = shuffled_model(model, options.seed)
     control = radial_tuning(other, [f"curve:{MIDDLE + k}" for k in range(24)], step=5.0)
-    control_map = heat_map(other, [f"curve:{MIDDLE + 3}"])
+    wide = 30.0 if options.fast else 10.0
+    control_map = heat_map(other, [f"curve:{MIDDLE + 3}"], step=wide)
     published = json.loads((FOLDER / "published_curves.json").read_text())["mixed3b"]
     alike = {u: _alike(np.array(c)[:: int(step)], found["curve"]) for u, c in published.items()}
     chance = {u: _alike(np.array(c)[::5], control) for u, c in published.items()}
@@ -241,7 +242,7 @@ def _tuning(model: HookedModel, options: Options) -> Stage:
         for t, line in zip(found[layer], lines[layer], strict=True)
     ]  # fmt: skip
     shown = [found["curve"][MIDDLE + k] for k in range(24)]
-    maps = heat_map(model, [f"curve:{MIDDLE + k}" for k in (0, 3, 9)])
+    maps = heat_map(model, [f"curve:{MIDDLE + k}" for k in (0, 3, 9)], step=wide)
     numbers = {
         "units": units,
         "published": {
