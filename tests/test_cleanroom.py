@@ -90,7 +90,6 @@ def test_families_are_orbits() -> None:
     family = rotations(Feature("curve", 10.0, 360.0, 20.0), 4)
     assert [f.angle for f in family] == [10, 100, 190, 280]
     assert angles_of(rotations(Feature("line", period=180.0), 2)).tolist() == [90, 180]
-    assert Feature("curve", 0, 360.0, 20.0).scaled(1.5).radius == 30
     apart = differences(torch.tensor([170.0]).double(), torch.tensor([-10.0]).double(), 180.0)
     assert apart.item() == 0
 

@@ -68,9 +68,10 @@ def test_orbits_are_what_they_say() -> None:
 def test_the_clean_rooms_families_are_found() -> None:
     """Every unit's orientation is known: 12 lines, 15 degrees apart, half a turn each."""
     model = load_model("cleanroom")
-    found = find_families(model, "line", permutations=199, size=96)
+    found = find_families(model, "line", permutations=199, size=64)
     assert [len(f.members) for f in found] == [12]
     (lines,) = found
+    # on larger drawings lines answer to all of them alike, and shuffling stimuli changes nothing: p is 1 there
     assert lines.p_value <= 0.005
     assert lines.period == 180.0
     known = [float(name.split()[1].rstrip("°")) + 90 for name in model.unit_names["line"]]
@@ -80,7 +81,7 @@ def test_the_clean_rooms_families_are_found() -> None:
             f"{member.unit} at {member.phase}, written for {known[member.unit.index]}"
         )
     assert lines.group == UnitGroup(lines.name, lines.units)
-    measured = measure_family(model, [f"line:{i}" for i in range(6)], size=96, permutations=99)
+    measured = measure_family(model, [f"line:{i}" for i in range(6)], size=64, permutations=99)
     assert measured.score > 0.9
     assert {m.unit.index for m in measured.members} == set(range(6))
 
@@ -246,5 +247,7 @@ def test_answers_are_the_largest_in_the_middle() -> None:
     orbit = rotations(50, 4)
     given = answers(model, "line", orbit)
     x = orbit.images[3, 2][None]
-    by_hand = model.run(model.input.normalize(x), read=["line"])["line"][0, :, 20:30, 20:30]
+    by_hand = model.run(model.input.normalize(x), read=["line"])["line"][
+        0, :, 5:7, 5:7
+    ]  # of 12 x 12
     torch.testing.assert_close(given[:, 3, 2], by_hand.amax((1, 2)), rtol=1e-4, atol=1e-5)

@@ -69,7 +69,6 @@ def weights(p: int) -> dict[str, Tensor]:
     embed, unembed = torch.zeros(2, p + 1, d_model, dtype=torch.float64)
     embed[:p, token] = waves
     unembed[:p, answer] = waves
-    unembed[p, answer] = 0  # `=` is never the answer: the right logit is above 0
     positions = torch.zeros(3, d_model, dtype=torch.float64)
     positions[:, 4 * n :] = torch.eye(3)
     v = torch.zeros(N_HEADS * n, d_model, dtype=torch.float64)

@@ -48,10 +48,6 @@ class Feature:
         """The same, turned counter-clockwise."""
         return replace(self, angle=(self.angle + degrees) % self.period)
 
-    def scaled(self, factor: float) -> Feature:
-        """The same, `factor` times as large."""
-        return replace(self, radius=self.radius * factor)
-
 
 def rotations(feature: Feature, n: int) -> tuple[Feature, ...]:
     """A family: a feature at `n` angles, equally far apart over its period, itself first."""

@@ -50,13 +50,3 @@ def stroke(size: int, orientation: float, length: float, width: float, flanks: f
     center = envelope * torch.exp(-(across**2) / (2 * width**2))
     surround = envelope * torch.exp(-(across**2) / (2 * (2 * width) ** 2))
     return center - surround * (flanks * center.sum() / surround.sum())
-
-
-def orientation_tuning(n: int) -> Float[Tensor, "n n"]:
-    """How much a unit at orientation i wants orientation j of n over 180 degrees: cos 2(i - j).
-
-    1 for its own, -1 for the perpendicular, and zero in sum: energy that is the same at every
-    orientation (noise, a dot) cancels.
-    """
-    index = torch.arange(n, dtype=torch.float64)
-    return torch.cos(2 * math.pi * (index[:, None] - index[None, :]) / n)

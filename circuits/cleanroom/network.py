@@ -81,19 +81,14 @@ UNIT_NAMES: dict[str, tuple[str, ...]] = {
 
 # --- constants ---------------------------------------------------------------------------------
 
-STEPS = {"gabor": 2, "complex": 2, "line": 4, "early": 8, "curve": 8, "shape": 8}
-"""Pixels from position to position of a layer's map."""
-
 _WAVELENGTH, _SIGMA = 12.0, 1.8  # pixels: edges, and lines of about 4 pixels
 _FAINT = 0.3  # energy at which contrast is half normalised away; a sharp edge has about 2
 _LINE = Affinity(excite=15.0, every=0.21)  # 15 sqrt(2 pi) / 180: the sum over orientations is zero
 _EARLY = Affinity(excite=6.5, around=(0.2, 38.0))
 _CURVE = Affinity(excite=18.0, opposed=(0.5, 60.0), every=0.05)
-_CIRCLE = _CURVE
 _S_SHAPE = Affinity(excite=12.0, opposed=(1.0, 90.0), every=0.1)  # half of it alone must not do
-_WIDTH = (
-    5.0  # pixels: with less, points of a path would fall between two positions of the coarse maps
-)
+_STEP = 8.0  # pixels from position to position of the maps from early curves on
+_WIDTH = 5.0  # pixels: with less, points of a path would fall between two positions
 _EARLY_REACH, _CURVE_REACH = 0.65, 0.8  # half of a path's length, in radii
 _GAINS = {"complex": 2.0, "line": 8.5, "early": 4.5, "curve": 0.9, "circle": 2.5, "S-shape": 6.0}
 """So that a line, early curve or curve of full contrast, drawn as it is wanted, gives about 1."""
@@ -209,7 +204,7 @@ def _early_weights() -> Tensor:
         for f in family:
             half = _EARLY_REACH * (f.radius or EARLY_RADII[1])
             path = arc(f.angle, f.radius, half) if f.radius else straight(f.angle, half)
-            kernels.append(tile(path, angles, 180.0, _EARLY, size=5, step=8, width=_WIDTH))
+            kernels.append(tile(path, angles, 180.0, _EARLY, size=5, step=_STEP, width=_WIDTH))
     return _GAINS["early"] * torch.stack(kernels)
 
 
@@ -232,7 +227,7 @@ def _shape_weights() -> Tensor:
     for family in FAMILIES["shape"]:
         for f in family:
             if f.kind == "circle":
-                path, affinity = circle(f.radius), _CIRCLE
+                path, affinity = circle(f.radius), _CURVE
             else:
                 path, affinity = s_shape(f.angle, f.radius, 2 * f.radius, f.mirrored), _S_SHAPE
             kernels.append(_GAINS[f.kind] * _over_curves(path, affinity, f.radius, 11))
@@ -245,7 +240,7 @@ def _over_curves(
     """A path's kernel over the families of curves of all radii: none but from its own."""
     parts = []
     for r, family in CURVES.items():
-        kernel = tile(path, angles_of(family), 360.0, affinity, size=size, step=8, width=_WIDTH)
+        kernel = tile(path, angles_of(family), 360.0, affinity, size=size, step=_STEP, width=_WIDTH)
         parts.append(kernel if r == radius else torch.zeros_like(kernel))
     return torch.cat(parts)
 

@@ -70,8 +70,7 @@ class ImageInput:
             )
         if self.bgr:
             images = images.flip(1)
-        mean = images.new_tensor(self.mean)[None, :, None, None]
-        std = images.new_tensor(self.std)[None, :, None, None]
+        mean, std = self._statistics(images)
         return (images * self.scale - mean) / std
 
     def restore(
@@ -86,10 +85,14 @@ class ImageInput:
             raise ValueError(
                 f"inputs have {inputs.shape[1]} channels: the model takes {self.channels}"
             )
-        mean = inputs.new_tensor(self.mean)[None, :, None, None]
-        std = inputs.new_tensor(self.std)[None, :, None, None]
+        mean, std = self._statistics(inputs)
         images = (inputs * std + mean) / self.scale
         return images.flip(1) if self.bgr else images
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, in the model's order, to go with a batch."""
+        mean, std = like.new_tensor(self.mean), like.new_tensor(self.std)
+        return mean[None, :, None, None], std[None, :, None, None]
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop a picture to the model's height and width."""

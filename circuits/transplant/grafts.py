@@ -1,4 +1,4 @@
-"""Transplants: a family of one network put in the place of another's, fitted and measured (layer 5).
+"""Transplants: a family of one network put in the place of another's, fitted (layer 5).
 
 Cammarata et al. 2021, "Curve Circuits" (Distill), put hand-written curve detectors in the place of InceptionV1's.
 Both families are found by their tuning and matched by angle. Three numbers are fitted for each unit, on images that
@@ -10,9 +10,9 @@ same images. Every control has the same freedom.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,12 @@ from circuits.units import Site, Unit
 
 Maps = Float[Tensor, "image unit y x"]
 DonorMaps = Float[Tensor, "image donor y x"]
-Progress = Callable[[int, int], object]
 
 SHIFTS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
-LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-"""Of the best constant, in means of the units."""
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 """What all gains are multiplied by."""
-_RESAMPLES = 1000
-_SIGNS = 10_000
 _NEAR, _ORDERS = 45.0, 5000
 _CHOOSING = 160  # about how many calibration images a strength or a constant is chosen on
-TRANSPLANT = "transplant"
 
 
 @dataclass(frozen=True)
@@ -124,92 +118,6 @@ class Graft:
         return torch.stack(moved, 1).clamp_min(0)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A number over the evaluation images and its bootstrap interval, the 2.5th to the 97.5th percentile."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a network does with something else in the places of the family's units.
-
-    Attributes:
-        name: what stands there.
-        top1: share of images whose label is the first answer.
-        top5: or among the first five.
-        kl: from the intact network's answers to these, in nats, the mean over images.
-        recovered_kl: 1 - kl / kl of zeroing the units.
-        p_kl: how often the signs of the images' differences from the transplant, drawn at random, give one as
-            large in sum (paired); NaN for the transplant itself.
-        p_top1: the same of top-1.
-        repeats: how many random ones are averaged, image by image; 1 where nothing is random.
-    """
-
-    name: str
-    top1: Measured
-    top5: Measured
-    kl: Measured
-    recovered_kl: Measured
-    p_kl: float
-    p_top1: float
-    repeats: int
-
-
-@dataclass(frozen=True)
-class TransplantReport:
-    """A transplant beside what stands in its place, and beside nothing.
-
-    Attributes:
-        conditions: "intact", "zero", "mean", "best constant" (a multiple of the means, chosen on calibration images:
-            what a change of bias does), "transplant", "shuffled orientations", "random weights".
-        matches: the transplant's.
-        host: the network's name.
-        host_hash: of its weights.
-        donor: the other's name.
-        donor_hash: of its weights.
-        calibration: what gains, offsets and shifts were fitted on.
-        evaluation: what everything was measured on.
-        labels: whose they are.
-        n_calibration: how many images.
-        n_evaluation: likewise.
-        seed: of shuffles, random weights and bootstrap.
-    """
-
-    conditions: tuple[Condition, ...]
-    matches: tuple[Match, ...]
-    host: str
-    host_hash: str
-    donor: str
-    donor_hash: str
-    calibration: str
-    evaluation: str
-    labels: str
-    n_calibration: int
-    n_evaluation: int
-    seed: int
-
-    def condition(self, name: str) -> Condition:
-        """The condition of that name."""
-        return next(c for c in self.conditions if c.name == name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it (NaN as null)."""
-        matches = [asdict(m) | {"host": str(m.host), "donor": str(m.donor)} for m in self.matches]
-        return _without_nan(asdict(self) | {"matches": matches})
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
 # --- matching and fitting ----------------------------------------------------------------------
 
 
@@ -285,7 +193,7 @@ def match_and_fit(
 
 def shuffled(
     host: HookedModel, graft: Graft, calibration: Sequence[Tensor], generator: Generator, n: int
-) -> list[Graft]:
+) -> Iterator[Graft]:
     """Controls: the same units of the donor in each other's places, fitted likewise.
 
     The order is random, but for this: no unit's angle is less than 45 degrees from the one that it replaces. Without
@@ -293,12 +201,10 @@ def shuffled(
     """
     own = _pairs(graft)
     wanted, there = _recorded(graft, host, [h.unit.index for h, _ in own], calibration)
-    made = []
     for _ in range(n):
         order = _disordered(own, generator)
         pairs = [(own[i][0], own[k][1]) for i, k in enumerate(order)]
-        made.append(_strengthened(host, _fitted(graft, pairs, wanted, there), calibration))
-    return made
+        yield _strengthened(host, _fitted(graft, pairs, wanted, there), calibration)
 
 
 def with_random_weights(
@@ -324,7 +230,7 @@ def grafted(host: HookedModel, graft: Graft) -> Iterator[HookedModel]:
         seen[:] = [args[0].detach()]
 
     def change(value: Tensor) -> Tensor:
-        return _put(value, graft, graft.maps(host, seen[0]))
+        return put_in(value, graft, graft.maps(host, seen[0]))
 
     with host.lock:
         handle = host.module.register_forward_pre_hook(keep)
@@ -335,7 +241,7 @@ def grafted(host: HookedModel, graft: Graft) -> Iterator[HookedModel]:
             handle.remove()
 
 
-def _put(value: Tensor, graft: Graft, maps: Tensor) -> Tensor:
+def put_in(value: Tensor, graft: Graft, maps: Tensor) -> Tensor:
     """A site's tensor with others in the places of a graft's units."""
     changed = value.clone()
     changed[:, [m.host.index for m in graft.matches]] = maps.to(value.dtype)
@@ -454,109 +360,11 @@ def _disordered(pairs: Pairs, generator: Generator) -> list[int]:
     return best
 
 
-# --- measuring ---------------------------------------------------------------------------------
-
-
-def measure_transplant(
-    host: HookedModel,
-    graft: Graft,
-    calibration: Sequence[Tensor],
-    evaluation: Sequence[Tensor],
-    labels: Sequence[int] | None = None,
-    *,
-    n_random: int = 3,
-    calibrated_on: str = "",
-    evaluated_on: str = "",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> TransplantReport:
-    """Measure a transplant beside the intact network, zeros, means, and two random controls.
-
-    Args:
-        host: the network; afterwards it is what it was.
-        graft: what is put in.
-        calibration: images that the graft was fitted on, as the host takes them; means and controls are too.
-        evaluation: others.
-        labels: the class of each evaluation image; without any the intact network's own answers.
-        n_random: how many shuffles, and how many networks of random weights.
-        calibrated_on: where the images are from, for the record.
-        evaluated_on: likewise.
-        seed: of shuffles, random weights, bootstrap and tests.
-        progress: called with passes done and all there are.
-
-    Raises:
-        ValueError: if there is no image, labels do not fit, or n_random is below 1.
-    """
-    n = sum(map(len, evaluation))
-    if not n or not sum(map(len, calibration)):
-        raise ValueError(f"{n} evaluation images: expected at least one, and one to calibrate on")
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"labels: {len(labels)} for {n} evaluation images")
-    if n_random < 1:
-        raise ValueError(f"n_random {n_random} must be at least 1")
-    generator = Generator().manual_seed(seed)
-    variants = _variants(host, graft, calibration, n_random, generator)
-    numbers = np.zeros((len(variants), 3, n))
-    at, done, total = 0, 0, len(variants) * len(evaluation)
-    for x in evaluation:
-        here = slice(at, at + len(x))
-        batch = _Conditions(host, graft.site, x)
-        intact = batch.logits(None)
-        right = (
-            intact.argmax(-1)
-            if labels is None
-            else torch.tensor(labels[here], device=intact.device)
-        )
-        counted = Counted(intact[:, None], right[:, None])
-        for k, (_, change) in enumerate(variants):
-            value = counted.of(batch.logits(change)[:, None])
-            five = value.get("top5", np.ones(len(x)))  # of at most ten classes nobody counts five
-            numbers[k, :, here] = np.stack([value["top1"], five, value["kl"]], 1).T
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        at += len(x)
-    by_name: dict[str, list[np.ndarray]] = {}
-    for (name, _), row in zip(variants, numbers, strict=True):
-        by_name.setdefault(name, []).append(row)
-    return TransplantReport(
-        _conditions({name: np.stack(rows) for name, rows in by_name.items()}, seed), graft.matches, host.name,
-        host.hash, graft.donor.name, graft.donor.hash, calibrated_on, evaluated_on,
-        "the intact network's answers" if labels is None else "the images' own", sum(map(len, calibration)), n,
-        seed,
-    )  # fmt: skip
+# --- choosing by what the host makes of it -----------------------------------------------------
 
 
 Variant = Change | Graft | None
 """What a condition does at the site: a change, a graft, or nothing."""
-
-
-def _variants(
-    host: HookedModel,
-    graft: Graft,
-    calibration: Sequence[Tensor],
-    n_random: int,
-    generator: Generator,
-) -> list[tuple[str, Variant]]:
-    """All conditions, by name; random ones several times."""
-    site, units = graft.site, [m.host.index for m in graft.matches]
-    sums = [
-        host.run(x, read=[site], until=site)[site][:, units].mean((2, 3)).sum(0)
-        for x in calibration
-    ]
-    mean = torch.stack(sums).sum(0) / sum(map(len, calibration))
-
-    def held(values: Float[Tensor, " unit"]) -> Change:
-        return lambda value: _put(value, graft, values[None, :, None, None])
-
-    shuffles = shuffled(host, graft, calibration, generator, n_random)
-    noise = [with_random_weights(host, graft, calibration, generator) for _ in range(n_random)]
-    level = _nearest(host, site, [held(level * mean) for level in LEVELS], calibration)
-    return [
-        ("intact", None), ("zero", held(torch.zeros_like(mean))), ("mean", held(mean)),
-        ("best constant", held(LEVELS[level] * mean)), (TRANSPLANT, graft),
-        *(("shuffled orientations", g) for g in shuffles), *(("random weights", g) for g in noise),
-    ]  # fmt: skip
 
 
 def _strengthened(host: HookedModel, graft: Graft, calibration: Sequence[Tensor]) -> Graft:
@@ -570,10 +378,10 @@ def _strengthened(host: HookedModel, graft: Graft, calibration: Sequence[Tensor]
         )
         for by in STRENGTHS
     ]
-    return tried[_nearest(host, graft.site, tried, calibration)]
+    return tried[nearest(host, graft.site, tried, calibration)]
 
 
-def _nearest(
+def nearest(
     host: HookedModel, site: Site, tried: Sequence[Variant], calibration: Sequence[Tensor]
 ) -> int:
     """Which of several leaves the answers to some calibration images, of all batches, nearest to the intact ones."""
@@ -582,14 +390,14 @@ def _nearest(
     for x in calibration:
         # at random: batches may be in the order of classes
         some = x[torch.randperm(len(x), generator=generator)[: -(-_CHOOSING // len(calibration))]]
-        here = _Conditions(host, site, some)
+        here = Runs(host, site, some)
         counted = Counted(here.logits(None)[:, None], None)
         for k, variant in enumerate(tried):
             lost[k] += counted.of(here.logits(variant)[:, None])["kl"].sum()
     return int(lost.argmin())
 
 
-class _Conditions:
+class Runs:
     """Runs conditions on one batch; donors that several of them share are run once."""
 
     def __init__(self, host: HookedModel, site: Site, x: Tensor) -> None:
@@ -606,65 +414,6 @@ class _Conditions:
         if key not in self._read:
             self._read[key] = variant.read(self.host, self.x)
         maps = variant.placed(self._read[key])
-        return self.host.logits(self.x, {self.site.name: lambda value: _put(value, variant, maps)})
-
-
-def _conditions(
-    numbers: dict[str, Float[np.ndarray, "repeat 3 image"]], seed: int
-) -> tuple[Condition, ...]:
-    """In numbers with intervals; images are drawn again together for all of them."""
-    generator = np.random.default_rng(seed)
-    means = {name: rows.mean(0) for name, rows in numbers.items()}
-    n = means["zero"].shape[1]
-    drawn = generator.multinomial(n, np.full(n, 1 / n), _RESAMPLES) / n
-
-    def measured(values: np.ndarray) -> Measured:
-        return _interval(float(values.mean()), drawn @ values)
-
-    zero = means["zero"][2]
-    made = []
-    for name, (top1, top5, kl) in means.items():
-        lost = zero.mean()
-        recovered = _interval(
-            float(1 - kl.mean() / lost) if lost > 0 else float("nan"),
-            1 - (drawn @ kl) / np.where(drawn @ zero > 0, drawn @ zero, np.nan),
+        return self.host.logits(
+            self.x, {self.site.name: lambda value: put_in(value, variant, maps)}
         )
-        itself = name == TRANSPLANT
-        p_kl, p_top1 = (
-            float("nan") if itself else paired_p(values - means[TRANSPLANT][k], generator)
-            for k, values in ((2, kl), (0, top1))
-        )
-        made.append(
-            Condition(
-                name,
-                measured(top1),
-                measured(top5),
-                measured(kl),
-                recovered,
-                p_kl,
-                p_top1,
-                len(numbers[name]),
-            )
-        )
-    return tuple(made)
-
-
-def _interval(value: float, drawn: Float[np.ndarray, " resample"]) -> Measured:
-    if np.isnan(drawn).all():
-        return Measured(value, float("nan"), float("nan"))
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Measured(value, float(low), float(high))
-
-
-def paired_p(differences: Float[np.ndarray, " image"], generator: np.random.Generator) -> float:
-    """How often differences with random signs have a sum as large, either way, themselves counted.
-
-    Of differences that are 0 or 1 either way this is McNemar's test, by simulation.
-    """
-    some = differences[differences != 0]
-    if not len(some):
-        return 1.0
-    sums = np.array(
-        [(some * generator.choice((-1.0, 1.0), len(some))).sum() for _ in range(_SIGNS)]
-    )
-    return float((1 + (np.abs(sums) >= abs(some.sum()) - 1e-12).sum()) / (1 + _SIGNS))

@@ -1,0 +1,16 @@
+"""Transplants: a family of one network in the place of another's (layer 5)."""
+
+from circuits.transplant.grafts import Graft, Match, Tuned, grafted, match_and_fit, match_angles
+from circuits.transplant.measuring import Condition, TransplantReport, measure_transplant
+
+__all__ = [
+    "Condition",
+    "Graft",
+    "Match",
+    "TransplantReport",
+    "Tuned",
+    "grafted",
+    "match_and_fit",
+    "match_angles",
+    "measure_transplant",
+]
