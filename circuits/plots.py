@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from circuits.effects import Prediction
+from circuits.effects import Effect, Prediction
 from circuits.store import UnitStatistics
+from circuits.tuning import HeatMap, RadialTuning
 from circuits.weights import Connection
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # distinct to colour-blind eyes
@@ -124,3 +126,155 @@ def _label(prediction: Prediction, among: Sequence[Prediction]) -> str:
     """A prediction's name, with its number where two share a name (ImageNet has two cranes)."""
     alone = sum(p.name == prediction.name for p in among) == 1
     return prediction.name if alone else f"{prediction.name} ({prediction.index})"
+
+
+def tuning_figure(runs: Mapping[str, RadialTuning]) -> go.Figure:
+    """A unit's responses to a curve at every angle, in one run or several, with the spread over replicates."""
+    figure = go.Figure()
+    for (name, tuned), color in zip(runs.items(), (BLUE, ORANGE), strict=False):
+        angles = tuned.angles
+        low, high = tuned.curves.min(0), tuned.curves.max(0)
+        figure.add_scatter(
+            x=np.concatenate([angles, angles[::-1]]), y=np.concatenate([high, low[::-1]]), fill="toself",
+            line_width=0, fillcolor=color, opacity=0.2, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=angles, y=tuned.mean, name=name, line_color=color,
+            hovertemplate="%{x}°: %{y:.3g}<extra>" + name + "</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(
+        title="angle at which the curve bulges, degrees", tickvals=list(range(0, 361, 90))
+    )
+    figure.update_yaxes(title="activation (band: all replicates)", rangemode="tozero")
+    figure.update_layout(
+        height=300, margin=_MARGIN, showlegend=len(runs) > 1, legend={"orientation": "h", "y": 1.15}
+    )
+    return figure
+
+
+def heat_map_figure(found: HeatMap) -> go.Figure:
+    """Responses by where a curve bulges and how much it is bent."""
+    limit = float(np.abs(found.responses).max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            x=found.angles, y=found.curvatures, z=found.responses, zmid=0, zmin=-limit, zmax=limit,
+            colorscale="RdBu_r", colorbar_title="activation",
+            hovertemplate="%{x}°, curvature %{y:.3g}: %{z:.3g}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title="angle at which the curve bulges, degrees")
+    figure.update_yaxes(title="curvature, 1 / px (0: a line)")
+    figure.update_layout(height=300, margin=_MARGIN)
+    return figure
+
+
+def pattern_figure(pattern: Float[np.ndarray, "query key"], words: Sequence[str]) -> go.Figure:
+    """How much each position (row) looks at each (column)."""
+    places = list(range(len(words)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=pattern, zmin=0, zmax=1, colorscale="Cividis", colorbar_title="attention",
+            customdata=[[f"{q} → {k}" for k in words] for q in words],
+            hovertemplate="%{customdata}: %{z:.2f}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title="looked at", tickvals=places, ticktext=list(words))
+    figure.update_yaxes(title="from", tickvals=places, ticktext=list(words), autorange="reversed")
+    figure.update_layout(height=min(720, 160 + 22 * len(words)), margin=_MARGIN)
+    return figure
+
+
+def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
+    """Changes with their intervals, beside those that random twins and random changes of the same size make."""
+    figure = go.Figure()
+    names = list(effects)
+    for what, values, color, symbol in (
+        ("random twins", {n: e.random for n, e in effects.items()}, GREY, "circle-open"),
+        (
+            "random change of the same size",
+            {n: e.noise for n, e in effects.items()},
+            GREY,
+            "x-thin-open",
+        ),
+    ):
+        points = [(n, v) for n in names for v in values[n]]
+        figure.add_scatter(
+            x=[v for _, v in points], y=[n for n, _ in points], mode="markers", name=what, marker_color=color,
+            marker_symbol=symbol, hovertemplate="%{x:.3g}<extra>" + what + "</extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[e.change for e in effects.values()], y=names, mode="markers", name="the edits",
+        marker={"color": ORANGE, "size": 10},
+        error_x={
+            "type": "data", "symmetric": False, "array": [e.high - e.change for e in effects.values()],
+            "arrayminus": [e.change - e.low for e in effects.values()],
+        },
+        hovertemplate="%{y}: %{x:.3g}<extra>the edits</extra>",
+    )  # fmt: skip
+    figure.add_vline(x=0, line_color=GREY, line_width=1)
+    figure.update_xaxes(title="change (95 % interval over examples)")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(
+        height=130 + 40 * len(names),
+        margin=_MARGIN | {"l": 140},
+        legend={"orientation": "h", "y": 1.3},
+    )
+    return figure
+
+
+def matrix_figure(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
+    """A kernel, zero in the middle of its scale."""
+    limit = float(np.abs(matrix).max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=matrix, zmin=-limit, zmax=limit, colorscale="RdBu_r", colorbar_title=what,
+            hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False, scaleanchor="x", autorange="reversed")
+    figure.update_layout(width=300, height=240, margin={"l": 5, "r": 5, "t": 10, "b": 5})
+    return figure
+
+
+def map_figure(values: Float[np.ndarray, "y x"]) -> go.Figure:
+    """A unit's map, zero in the middle of its scale."""
+    limit = float(np.abs(values).max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=values, zmin=-limit, zmax=limit, colorscale="RdBu_r", showscale=False,
+            hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False, scaleanchor="x", autorange="reversed")
+    figure.update_layout(height=120, margin={"l": 0, "r": 0, "t": 0, "b": 0})
+    return figure
+
+
+Angles = tuple[str, Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]
+"""A family: its name, the angle of each unit, and how active each is."""
+
+
+def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figure:
+    """How active the units of each layer's families are, by their angle; `at` is the stimulus'."""
+    figure = make_subplots(
+        len(layers), 1, shared_xaxes=True, subplot_titles=list(layers), vertical_spacing=0.07
+    )
+    for row, families in enumerate(layers.values(), 1):
+        for (name, angles, active), dash in zip(
+            families, ("solid", "dash", "dot", "dashdot"), strict=False
+        ):
+            order = np.argsort(angles)
+            figure.add_scatter(
+                x=angles[order], y=active[order], name=name, mode="lines+markers", line={"color": BLUE, "dash": dash},
+                marker_size=4, hovertemplate="%{x}°: %{y:.3g}<extra>" + name + "</extra>", row=row, col=1,
+            )  # fmt: skip
+        figure.add_vline(x=at % 360, line_color=ORANGE, line_width=1, row=row, col=1)  # type: ignore[arg-type]
+    figure.update_xaxes(range=[-5, 365], tickvals=list(range(0, 361, 45)))
+    figure.update_xaxes(
+        title="angle that a unit was written for, degrees (orange: the stimulus)", row=len(layers)
+    )
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(height=150 * len(layers) + 60, margin=_MARGIN, showlegend=False)
+    return figure

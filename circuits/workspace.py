@@ -15,9 +15,11 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from circuits.database import Database
 from circuits.files import check_writable, write_json
@@ -28,6 +30,8 @@ ROOT = "CIRCUITS_WORKSPACE"
 
 TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
 """Environment variable: the app may load the workspace's `python:` models, that is run their code."""
+
+_OF_UNIT = re.compile(r"(?P<unit>[^:]+:(0|[1-9][0-9]*))-[0-9]+steps-")
 
 DIGITS = 16
 """How many hexadecimal digits of a hash name a folder."""
@@ -140,6 +144,13 @@ class Workspace:
         folder = self.model_folder(model_hash) / "pictures"
         found = folder.glob(f"{glob.escape(_file_name(str(unit)))}-*.png")
         return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+    def pictured(self, model_hash: str) -> Iterator[tuple[Unit, Path]]:
+        """The pictures of all units, oldest first; those of other objectives are left out."""
+        found = (self.model_folder(model_hash) / "pictures").glob("*.png")
+        for path in sorted(found, key=lambda path: path.stat().st_mtime):
+            if name := _OF_UNIT.match(path.name):
+                yield Unit.parse(unquote(name["unit"])), path
 
 
 def _read_record(path: Path) -> ModelRecord | None:

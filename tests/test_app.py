@@ -8,7 +8,6 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from apps import session
 from circuits.cli.main import run
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
@@ -18,8 +17,6 @@ from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
 from circuits.workspace import ModelRecord, Workspace
-
-PAGE = str(Path(session.__file__).parent / "workbench.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +34,16 @@ def built(tmp_path_factory) -> Workspace:
     return place
 
 
-def page(place: Workspace, monkeypatch, **query: str) -> AppTest:
+def show(name: str) -> None:
+    """A page as the app shows it; runs as a script of its own."""
+    from importlib import import_module
+
+    import_module(f"apps.views.{name}").page()
+
+
+def page(place: Workspace, monkeypatch, view: str = "unit", **query: str) -> AppTest:
     monkeypatch.setenv("CIRCUITS_WORKSPACE", str(place.root))
-    test = AppTest.from_file(PAGE, default_timeout=120)
+    test = AppTest.from_function(show, default_timeout=120, kwargs={"name": view})
     for key, value in query.items():
         test.query_params[key] = value
     return test.run()
@@ -89,7 +93,7 @@ def test_ablation_shows_its_baseline_and_is_undone(built: Workspace, monkeypatch
 
 
 def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
-    monkeypatch.setattr("apps.pictures.STEPS", 2)
+    monkeypatch.setattr("apps.panels.pictures.STEPS", 2)
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="9")
     assert "No picture yet" in text(test)
     test.button(key="make-picture").click().run()
@@ -98,8 +102,8 @@ def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
 
 
 def test_other_pictures_and_the_badge_can_be_made_here(built: Workspace, monkeypatch) -> None:
-    monkeypatch.setattr("apps.pictures.STEPS", 4)
-    monkeypatch.setattr("apps.pictures.COMPARED", 24)
+    monkeypatch.setattr("apps.panels.pictures.STEPS", 4)
+    monkeypatch.setattr("apps.panels.pictures.COMPARED", 24)
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
     for key in ("make-negative", "make-diverse"):
         test.button(key=key).click().run()
@@ -226,14 +230,8 @@ def test_a_person_names_a_unit_and_sees_what_it_was_called_before(
 def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
     tmp_path: Path, monkeypatch
 ) -> None:
-    def concepts() -> None:
-        from apps.concepts import concepts_page
-
-        concepts_page()
-
-    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path))
-    shown = AppTest.from_function(concepts, default_timeout=120)
-    assert "No autoencoder yet" in text(shown.run())
+    shown = page(Workspace(tmp_path), monkeypatch, "concepts")
+    assert "No autoencoder yet" in text(shown)
     more = "--latents 320 --k 8 --steps 20 --batch 512"
     assert run(f"sae train shapes mixed3a --name a --data shapes {more}".split()) == 0
     assert "Not measured yet: `circuits sae eval a`." in text(shown.run())

@@ -89,7 +89,7 @@ def test_a_persons_way_through_the_app(server: str, page: Page) -> None:
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
 
-    page.goto(f"{server}/?model=shapes&site=mixed3a&unit=100")
+    page.goto(f"{server}/unit?model=shapes&site=mixed3a&unit=100")
     expect(page.get_by_role("heading", name="mixed3a:100")).to_be_visible()
     expect(page.get_by_role("heading", name="What it does")).to_be_visible()
     expect(page.locator(".js-plotly-plot").last.get_by_text("probability")).to_be_visible()
@@ -118,7 +118,7 @@ def test_a_persons_way_through_the_app(server: str, page: Page) -> None:
 def test_two_people_do_not_see_each_others_ablation(server: str, page: Page) -> None:
     other = page.context.new_page()
     for one in (page, other):
-        one.goto(f"{server}/?model=shapes&site=mixed3b&unit=200")
+        one.goto(f"{server}/unit?model=shapes&site=mixed3b&unit=200")
         expect(one.get_by_text("Ablate this unit")).to_be_visible()
     page.bring_to_front()
     page.get_by_text("Ablate this unit").click()

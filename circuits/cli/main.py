@@ -29,6 +29,7 @@ from circuits.cli.cases import case
 from circuits.cli.concepts import concepts
 from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
+from circuits.cli.jobs import background
 from circuits.cli.output import errors, progress_bar, show_json, show_table, warn
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
@@ -37,6 +38,8 @@ from circuits.cli.tuning import examples, tune
 from circuits.cli.weights import expand, families, weights
 from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ROOT, ModelRecord, Workspace
+
+_INTERRUPTED = 130  # the exit code of what was stopped by Ctrl-C
 
 app = typer.Typer(
     name="circuits",
@@ -50,6 +53,7 @@ app.add_typer(stores, name="store")
 app.add_typer(graphs, name="graph")
 app.add_typer(edits, name="edit")
 app.add_typer(concepts, name="sae")
+app.add_typer(background, name="jobs")
 app.command()(visualize)
 app.command()(weights)
 app.command()(expand)
@@ -279,10 +283,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with _workspace_of(given):
             code = app(args=given, prog_name="circuits", standalone_mode=False)
+        if code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except Exit as exit_:
         return exit_.exit_code
     except (Abort, KeyboardInterrupt):
-        return _fail("stopped; run the same command again to go on", 130)
+        return _fail("stopped; run the same command again to go on", _INTERRUPTED)
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

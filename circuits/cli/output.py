@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from circuits.files import finite
+from circuits.files import finite, write_json
+from circuits.jobs import PROGRESS
 
 _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width to fit
+_NOTE_EVERY = 0.25  # seconds
 
 
 class _PipedConsole(Console):
@@ -65,11 +70,42 @@ def warn(text: str) -> None:
 
 @contextmanager
 def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; yields the callback that moves it."""
+    """A progress bar on stderr, and in the file of a job; yields the callback that moves it."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
     hidden = quiet or not sys.stderr.isatty()
-    with Progress(*columns, console=errors, transient=True, disable=hidden) as bar:
+    bar = Progress(*columns, console=errors, transient=True, disable=hidden)
+    with bar, _noting(what) as note:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def move(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            note(done, total)
+
+        yield move
+
+
+@contextmanager
+def _noting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what writes progress to the file that `CIRCUITS_PROGRESS` names, now and then and at the end."""
+    path = os.environ.get(PROGRESS)
+    last: dict[str, Any] = {}
+    due = 0.0
+
+    def note(done: int, total: int) -> None:
+        nonlocal due
+        last.update(what=what, done=int(done), total=int(total))
+        if time.monotonic() >= due:
+            write()
+            due = time.monotonic() + _NOTE_EVERY
+
+    def write() -> None:
+        if path and last:
+            with suppress(OSError):  # work is not to fail for want of a place to say how far it is
+                write_json(Path(path), last)
+
+    try:
+        yield note
+    finally:
+        write()

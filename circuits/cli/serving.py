@@ -56,7 +56,7 @@ def serve_app(
         sys.executable, "-P", "-m", "streamlit", "run", str(app_file()),
         "--server.address", host, "--server.port", str(port), "--server.headless", "true",
         "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
-        "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal",
+        "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal", "--runner.magicEnabled", "false",
     ]  # fmt: skip
     environment = {**os.environ, ROOT: str(workspace.resolve())}
     if trust_python:

@@ -211,11 +211,16 @@ def _unknown_operator(name: str, known: Iterable[str]) -> KeyError:
     return KeyError(f"unknown edit operator {name!r}: {hint}there are {', '.join(known)}")
 
 
-def read_edit(model: HookedModel, text: str) -> Edit:
+def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
     """Read an edit in words: `OPERATOR NAME=VALUE …`; the first units may stand alone.
 
     Numbers of arrays are separated by commas, or `@FILE` names a JSON or NumPy file of them; a direction is
     written `mixed3b:379+0.5*mixed3b:385`. `zero UNITS` is `scale UNITS factor=0`.
+
+    Args:
+        model: what it is for.
+        text: the edit.
+        files: whether `@FILE` is read; an error if not.
 
     Raises:
         KeyError: if the operator, a field, a site or a layer is unknown.
@@ -254,6 +259,8 @@ def read_edit(model: HookedModel, text: str) -> Edit:
             raise unknown(f"field of edit {operator!r}", name, by_name)
         if name in raw and (operator == "zero" or name != "operator"):
             raise ValueError(f"edit {text!r} says twice what {name} is")
+        if value.startswith("@") and not files:
+            raise ValueError(f"edit {text!r}: {name} {value!r} names a file: expected numbers")
         raw[name] = _from_words(text, by_name[name], value)
     if len(raw) == 1 + (operator == "zero"):
         raise ValueError(f"edit {text!r} lacks {', '.join(_needed(kind)) or 'its fields'}")

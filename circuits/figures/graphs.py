@@ -13,10 +13,11 @@ from PIL import Image
 
 from circuits.equivariance import Equivariance
 from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
+from circuits.graph.layout import layered
 from circuits.weights.connections import Connection
 
 _COLORS = "RdBu_r"  # red excites, blue inhibits
-_NODE, _KERNEL = 0.62, 0.3
+_NODE, _KERNEL, _ROW = 0.62, 0.3, 1.7
 _MOST_KERNELS = 150
 
 
@@ -97,7 +98,7 @@ def circuit_figure(
     """
     if not len(graph):
         raise ValueError("circuit is empty: nothing to draw")
-    places = _places(graph)
+    places = {n: (x, _ROW * y) for n, (x, y) in layered(graph).items()}
     xs = [x for x, _ in places.values()]
     ys = [y for _, y in places.values()]
     wide, high = max(xs) - min(xs) + 3.2, max(ys) - min(ys) + 1.4
@@ -133,24 +134,6 @@ def _label(node: Node) -> str:
     if isinstance(node, UnitGroup):
         return f"{node.name}\n({len(node.units)} units)"
     return str(node).removeprefix(site_of(node))
-
-
-def _places(graph: CircuitGraph) -> dict[Node, tuple[float, float]]:
-    """Nodes of a site in a row, each near the middle of what it is built from."""
-    rows = [[n for n in graph if site_of(n) == site] for site in graph.sites()]
-    places: dict[Node, tuple[float, float]] = {}
-    height = 1.7
-    for level, row in enumerate(rows):
-        below = {n: _mean_x(graph, n, places) for n in row}
-        ordered = sorted(row, key=lambda n: (below[n], str(n)))
-        for i, node in enumerate(ordered):
-            places[node] = (i - (len(row) - 1) / 2, level * height)
-    return places
-
-
-def _mean_x(graph: CircuitGraph, node: Node, places: Mapping[Node, tuple[float, float]]) -> float:
-    known = [places[a][0] for a in graph.predecessors(node) if a in places]
-    return float(np.mean(known)) if known else 0.0
 
 
 def _draw_edges(axis: Any, graph: CircuitGraph, places: Mapping[Node, tuple[float, float]]) -> None:

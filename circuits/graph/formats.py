@@ -44,9 +44,20 @@ def write_circuit(graph: CircuitGraph, path: str | Path, format: str | None = No
         KeyError: if the format is unknown.
     """
     path = Path(path)
-    _, write = _FORMATS[check_format(path, format)]
+    text = circuit_text(graph, check_format(path, format))
     with replacing(path) as temporary:
-        temporary.write_text(write(graph), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def circuit_text(graph: CircuitGraph, format: str) -> str:
+    """A circuit as a file of one of the formats of `write_circuit` holds it.
+
+    Raises:
+        KeyError: if the format is unknown.
+    """
+    if format not in _FORMATS:
+        raise unknown("format", format, _FORMATS)
+    return _FORMATS[format][1](graph)
 
 
 def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:

@@ -26,6 +26,7 @@ from circuits.sae.naming import (
     Name,
     Naming,
     call,
+    history,
     name_by_attributes,
     name_by_text,
     names_of,
@@ -38,7 +39,8 @@ from circuits.sae.training import Progress, Schedule, train
 __all__ = [
     "Architecture", "ArrayRows", "Behaviour", "Bottleneck", "Dissection", "Intervention", "Matching", "Metrics",
     "ModelRows", "Name", "Naming", "Probe", "Progress", "Rule", "Schedule", "Settings", "Stability", "StoreRows",
-    "as_recipe", "behaviour", "call", "dissect", "intervene", "known_dictionary", "load_evaluation", "match", "measure",
+    "as_recipe", "behaviour", "call", "dissect", "history", "intervene", "known_dictionary", "load_evaluation", "match",
+    "measure",
     "name_by_attributes", "name_by_text", "names_of", "pooled", "probe", "recovery", "save_evaluation", "save_names",
     "stability", "suspects", "train", "train_bottleneck",
 ]  # fmt: skip

@@ -437,3 +437,8 @@ def call(
 def names_of(database: Database, model_hash: str) -> dict[str, Record]:
     """What units are called now, by unit."""
     return {record.name: record for record in database.latest(KIND, model_hash)}
+
+
+def history(database: Database, model_hash: str, unit: Unit) -> list[Record]:
+    """All that a unit was called, oldest first."""
+    return database.history(KIND, model_hash, str(unit))

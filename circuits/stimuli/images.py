@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
 """Larger images are refused: they are decompression bombs more often than photographs."""
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
+"""What Pillow raises of damaged files."""
+
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +56,48 @@ def read_image(path: Path) -> Image.Image:
     """
     if not path.is_file():
         raise FileNotFoundError(f"image {str(path)!r} does not exist or is not a file")
+    return decode(path, str(path), MAX_PIXELS)
+
+
+def decode(
+    file: Path | BytesIO, name: str, most: int, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several, the first.
+
+    Its size is read from its header, and judged, before a pixel is decoded.
+
+    Args:
+        file: where it is.
+        name: what error messages call it.
+        most: how many pixels it may have.
+        formats: which formats it may have, as Pillow calls them; all that Pillow knows if not given.
+
+    Raises:
+        ValueError: if it is not such an image, is damaged or cut off, or has too many pixels.
+    """
     try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(
-                    f"image {str(path)!r} has {opened.width} x {opened.height} pixels: expected at "
-                    f"most {MAX_PIXELS}"
-                )
-            return to_rgb(ImageOps.exif_transpose(opened))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
+        with Image.open(file, formats=formats) as opened:
+            width, height = max(opened.size, _tile(opened), key=math.prod)
+            if width * height <= most:
+                return to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:
+        known = ", ".join(formats) if formats else "a format that Pillow knows"
+        raise ValueError(
+            f"image {name!r} cannot be read: expected a whole image in {known}"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {name!r} has too many pixels: expected at most {most}") from error
+    except _UNREADABLE as error:
+        raise ValueError(f"image {name!r} cannot be read: {error}") from error
+    raise ValueError(f"image {name!r} has {width} x {height} pixels: expected at most {most}")
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """The size of a TIFF's tiles: one is decoded whole, even where it is larger than the image."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.size
+    width, height = image.tag_v2.get(_TILE_WIDTH), image.tag_v2.get(_TILE_HEIGHT)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from apps import session
-from apps.pictures import pictures_of
+from apps import cached
+from apps.inputs import shown_example
+from apps.looking import Look
+from apps.panels.pictures import pictures_of
+from apps.panels.tokens import texts_panel
+from circuits.figures.tunings import overlaid
 from circuits.harvesting import Inputs
-from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.receptive import Box, ReceptiveField
 from circuits.store import ActivationStore, Example
-from circuits.units import Unit
 
-TENTHS, SAMPLED = 10, 3
-"""Groups of examples that the range is cut into, and how many are shown of each."""
+SHOWN, TENTHS, SAMPLED = 9, 10, 3
+"""Strongest examples; groups that the range is cut into, and how many examples are shown of each."""
 
 
-def examples_panel(
-    model: HookedModel, store: ActivationStore, unit: Unit, inputs: Inputs, model_hash: str
-) -> None:
+@st.fragment
+def examples_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     """The examples with the unit's largest activations, cut to what it sees there."""
+    model, unit = look.model, look.unit
     st.subheader("Examples that excite it most")
-    examples = store.top_examples(unit, 9)
+    examples = store.top_examples(unit, SHOWN)
     if isinstance(model.input, TokenInput):
-        for example in examples:
-            st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
+        texts_panel(look, inputs, examples)
         return
-    whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
-    field = session.field_of(model, unit.site, model_hash)
-    for column, example in zip(st.columns(9), examples, strict=False):
-        _image(column, model.input, inputs, example, field, whole)
+    with st.container(horizontal=True):
+        whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
+        credit = st.toggle(
+            "Attribution to pixels",
+            key="overlay",
+            help="Gradient × input of the unit's activation: red adds to it.",
+        )
+    field = cached.field_of(model, unit.site, look.record.hash)
+    for column, example in zip(st.columns(SHOWN), examples, strict=False):
+        if credit:
+            _credited(column, look, inputs, example)
+        else:
+            _image(column, model.input, inputs, example, field, whole)
 
 
-def range_panel(
-    model: HookedModel, store: ActivationStore, unit: Unit, inputs: Inputs, model_hash: str
-) -> None:
+def _credited(column: Any, look: Look, inputs: Inputs, example: Example) -> None:
+    shown = shown_example(look.model, inputs, example.index)
+    target = (
+        f"{look.unit}@{','.join(map(str, example.position))}"
+        if example.position
+        else str(look.unit)
+    )
+    found = cached.salient(look.model, shown, target, "gradient_x_input")
+    assert shown.picture is not None, "an image"
+    column.image(
+        overlaid(np.asarray(shown.picture) / 255, found.heat()[0].numpy()), width="stretch"
+    )
+    column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
+
+
+@st.fragment
+def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     """A sample from each tenth of the examples, ranked by the unit's activation: not only the top."""
+    model, unit, model_hash = look.model, look.unit, look.record.hash
     st.subheader("Across its whole range")
     if not st.toggle("Show a sample of every tenth of the examples", key="range"):
         return
@@ -50,10 +75,9 @@ def range_panel(
     if isinstance(model.input, TokenInput):
         for i, examples in enumerate(tenths):
             st.caption(_share(i))
-            for example in examples:
-                st.html(_marked_tokens(inputs.tokens(example.index), example, model.input))
+            texts_panel(look, inputs, examples)
         return
-    field = session.field_of(model, unit.site, model_hash)
+    field = cached.field_of(model, unit.site, model_hash)
     high, *columns, low = st.columns(TENTHS + 2)
     made = pictures_of(unit, model_hash)
     for column, kind in ((high, "positive"), (low, "negative")):
@@ -93,15 +117,3 @@ def _excerpt(
         return image.crop((left, top, right, bottom)).resize((128, 128), Image.Resampling.BICUBIC)
     ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), outline="#D55E00", width=2)
     return image
-
-
-def _marked_tokens(tokens: list[int], example: Example, spec: TokenInput) -> str:
-    """A text with the token where the unit is most active set off."""
-    at = example.position[0] if example.position else -1
-    words = [html.escape(spec.word(t)).replace("\n", "⏎") for t in tokens]
-    gap = "" if spec.vocabulary else " "
-    marked = gap.join(
-        f"<mark title='{example.value:.3g}'>{w}</mark>" if i == at else w
-        for i, w in enumerate(words)
-    )
-    return f"<div style='font-family:monospace'>{example.value:.3g}&emsp;{marked}</div>"

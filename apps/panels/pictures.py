@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from apps import session
+from apps import cached
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.reliability import natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
@@ -39,7 +39,7 @@ class Made:
 def pictures_of(unit: Unit, model_hash: str) -> dict[str, list[Made]]:
     """A unit's pictures by kind, newest first."""
     found: dict[str, list[Made]] = {kind: [] for kind in KINDS}
-    for path in session.workspace().pictures(model_hash, unit):
+    for path in cached.workspace().pictures(model_hash, unit):
         try:
             facts = read_facts(path)
         except OSError:
@@ -98,7 +98,7 @@ def _make(model: HookedModel, unit: Unit, model_hash: str, kind: str = "positive
 def _save(picture: Picture, unit: Unit, model_hash: str, variant: str, **more: Any) -> None:
     size = picture.image.shape[-1]
     how = f"{picture.steps}steps-{size}px-seed{picture.seed}{variant}"
-    picture.save(session.workspace().picture_path(model_hash, str(unit), how), more)
+    picture.save(cached.workspace().picture_path(model_hash, str(unit), how), more)
 
 
 def _show(made: Made) -> None:

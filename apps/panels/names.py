@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps import session
+from apps import cached
 from circuits.database import Record
-from circuits.sae import call, names_of
+from circuits.sae import call, history, names_of
 from circuits.units import Unit
 
 
 def names_panel(unit: Unit, model_hash: str) -> None:
     """The unit's name with its evidence, and a place to give it another; what it was called stays in the history."""
-    known = names_of(session.workspace().database, model_hash).get(str(unit))
+    known = names_of(cached.workspace().database, model_hash).get(str(unit))
     left, right = st.columns([3, 1], vertical_alignment="center")
     left.caption(_in_words(known) if known else "No name yet.")
+    if known and known.version > 1:
+        with left.popover("History"):
+            for old in history(cached.workspace().database, model_hash, unit):
+                st.caption(_in_words(old))
     with right.popover("Name it"), st.form(f"name-{model_hash}-{unit}", clear_on_submit=True):
         name = st.text_input("What it is", max_chars=200)
         why = st.text_input("Why", max_chars=1000)
         if st.form_submit_button("Keep"):
             try:
-                call(session.workspace().writable().database, model_hash, unit, name, why)
+                call(cached.workspace().writable().database, model_hash, unit, name, why)
             except (ValueError, OSError) as error:
                 st.error(str(error))
             else:

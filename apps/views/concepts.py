@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 import pandas as pd
 import streamlit as st
 
-from apps import session
+from apps import cached
+from apps.choosing import choose
 from circuits.autoencoders import Autoencoder
 from circuits.database import Record
 from circuits.sae import load_evaluation, names_of
@@ -18,17 +19,17 @@ from circuits.sae import load_evaluation, names_of
 LISTED = 200  # latents in the list, at most
 
 
-def concepts_page() -> None:
+def page() -> None:
     """An autoencoder's numbers beside their nulls, and its latents."""
     st.title("Concepts")
-    found = session.autoencoders()
+    found = cached.autoencoders()
     if not found:
         st.info("No autoencoder yet: `circuits sae train MODEL SITE --name NAME --data DATA`.")
         return
-    name = session.choose("Autoencoder", list(found), "sae")
+    name = choose("Autoencoder", list(found), "sae")
     path = found[name]
     try:
-        code = session.autoencoder_of(path)
+        code = cached.autoencoder_of(path)
         measured = load_evaluation(path)
     except (ValueError, OSError) as error:
         st.error(str(error))
@@ -91,16 +92,16 @@ def _numbers(measured: Mapping[str, Any]) -> None:
 
 def _latents(name: str, path: Path, code: Autoencoder, measured: Mapping[str, Any] | None) -> None:
     st.subheader("Its latents")
-    record = session.record_with(path)
+    record = cached.record_with(path)
     if record is None:
         st.info(
             f"They have no pages yet: `circuits harvest {code.about.model}+sae/{name} --data {code.about.data} "
             f"--sites sae/{code.about.name}`."
         )
-    known = {} if record is None else names_of(session.workspace().database, record.hash)
+    known = {} if record is None else names_of(cached.workspace().database, record.hash)
     site = f"sae/{code.about.name}"
     used = measured["rows"]["density"] if measured else [float("nan")] * code.n_latents
-    model = session.label_of(record) if record else ""
+    model = cached.label_of(record) if record else ""
     rows = [_row(model, site, i, share, known.get(f"{site}:{i}")) for i, share in enumerate(used)]
     table = pd.DataFrame(rows)
     first = st.radio(
@@ -121,7 +122,7 @@ def _latents(name: str, path: Path, code: Autoencoder, measured: Mapping[str, An
 
 def _row(model: str, site: str, index: int, share: float, named: Record | None) -> dict[str, Any]:
     body = named.body if named else {}
-    page = f"/?{urlencode({'model': model, 'site': site, 'unit': index})}" if model else None
+    page = f"/unit?{urlencode({'model': model, 'site': site, 'unit': index})}" if model else None
     return {
         "latent": index, "active in %": 100 * share, "name": body.get("text", ""), "by": named.author if named else "",
         "AUROC": body.get("score"), "p": body.get("p_value"), "page": page,

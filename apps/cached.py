@@ -1,0 +1,483 @@
+"""What pages share: the workspace, loaded models and cached results (layer 7).
+
+The only file with `st.cache_*`. Everything is keyed by the model's hash (and edits, data, inputs by theirs), so
+that other weights never show old results. What sessions share is never changed: edits hold inside one call.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+from PIL import Image
+from torch import Tensor
+
+from circuits.attribution import Attribution, attribute, saliency
+from circuits.attribution.channels import ChannelMethod
+from circuits.attribution.saliency import Method as PixelMethod
+from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
+from circuits.edits.recipes import Recipe, edited
+from circuits.edits.records import canonical
+from circuits.effects import EditReport, Prediction, measure, predictions
+from circuits.featurevis.sheets import find_sheets
+from circuits.graph.store import FILE as GRAPH
+from circuits.graph.store import GraphStore
+from circuits.harvesting import Inputs, find_stores
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import find_autoencoder, list_autoencoders, load_model
+from circuits.models.randomizing import randomized
+from circuits.models.receptive import ReceptiveField, receptive_field
+from circuits.stimuli.labels import read_labels
+from circuits.stimuli.sources import Source, open_source
+from circuits.store import ActivationStore
+from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
+from circuits.tuning.responding import responses
+from circuits.unit_maps import Method, UnitMap, response_map, weight_map
+from circuits.units import Unit
+from circuits.weights import Connection, build_graph, expand_weights, incoming, outgoing
+from circuits.workspace import TRUST_PYTHON, ModelRecord, Workspace
+
+TURN = 5.0
+"""Degrees from drawing to drawing in tuning curves."""
+
+KEPT = 512
+"""Reports of edits that are kept."""
+
+
+def workspace() -> Workspace:
+    """The workspace that the app was started on."""
+    return Workspace.default()
+
+
+def _check_trust(what: str) -> None:
+    if not os.environ.get(TRUST_PYTHON):
+        raise ValueError(
+            f"{what} would run its own code: if you trust it, start the app with "
+            "`circuits app --trust-python`"
+        )
+
+
+@st.cache_resource(show_spinner="Loading the model…")
+def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
+    if spec.startswith("python:"):
+        _check_trust(f"model {spec}")
+    model = load_model(spec, weights)
+    if model.hash != model_hash:
+        raise ValueError(
+            f"model {spec} has other weights ({model.hash[:16]}) than the workspace's "
+            f"{model_hash[:16]}: harvest it again"
+        )
+    return model
+
+
+def model_of(record: ModelRecord) -> HookedModel:
+    """The model of a workspace record, shared by all sessions; its `lock` keeps them apart.
+
+    Raises:
+        ValueError, OSError, ImportError: if it cannot be loaded or is not what it was.
+    """
+    return _model(record.spec, record.weights, record.hash)
+
+
+def stores_of(record: ModelRecord) -> list[ActivationStore]:
+    """The finished stores of a model, as the disk has them now."""
+    return list(find_stores(workspace(), record.hash))
+
+
+@st.cache_resource(show_spinner="Opening the data…", max_entries=8)
+def _inputs(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Inputs:
+    if data.startswith("python:"):
+        _check_trust(f"data {data}")
+    source: Source = open_source(data)
+    if source.hash != data_hash:
+        raise ValueError(f"data {data} is not what it was when the model was harvested on it")
+    return Inputs(_model, source)
+
+
+def inputs_of(model: HookedModel, store: ActivationStore) -> Inputs:
+    """The examples that a store was made from.
+
+    Raises:
+        ValueError, OSError: if they are gone or have changed.
+    """
+    p = store.provenance
+    return _inputs(p.model_hash, p.data, p.data_hash, model)
+
+
+@st.cache_data(show_spinner="Finding what it sees…", max_entries=4096)
+def _field(model_hash: str, site: str, _model: HookedModel) -> ReceptiveField:
+    return receptive_field(_model, _model.site(site))
+
+
+def field_of(model: HookedModel, site: str, model_hash: str) -> ReceptiveField:
+    """Which input pixels a site's units see."""
+    return _field(model_hash, site, model)
+
+
+@st.cache_resource(show_spinner="Reading the weights…")
+def _connections(
+    model_hash: str, unit: str, top: int, _model: HookedModel
+) -> tuple[list[Connection], list[Connection]]:
+    return incoming(_model, unit, top), outgoing(_model, unit, top)
+
+
+def connections_of(
+    model: HookedModel, unit: Unit, model_hash: str, top: int = 5
+) -> tuple[list[Connection], list[Connection]]:
+    """The strongest weights into a unit and out of it."""
+    return _connections(model_hash, str(unit), top, model)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One input that a page is about.
+
+    Attributes:
+        key: says the same of the same input only.
+        name: for people.
+        x: a batch of one, as the model takes it.
+        picture: as people see it, of an image.
+        tokens: of a text.
+        code: the Python that makes `x`.
+    """
+
+    key: str
+    name: str
+    x: Tensor
+    picture: Image.Image | None
+    tokens: tuple[int, ...]
+    code: str
+
+
+@st.cache_data(show_spinner=False, max_entries=1024)
+def _predictions(
+    model_hash: str,
+    key: str,
+    edits: str,
+    of: tuple[int, ...],
+    _model: HookedModel,
+    _recipe: Recipe,
+    _x: Tensor,
+) -> list[Prediction]:
+    with edited(_model, _recipe):
+        return predictions(_model, _x, of=of or None)
+
+
+def predictions_of(
+    model: HookedModel, recipe: Recipe, shown: Shown, of: Sequence[int] = ()
+) -> list[Prediction]:
+    """What an edited model makes of an input: its top outputs, or those asked for.
+
+    The edits hold only while this runs, under the model's lock: other sessions never see them.
+    """
+    return _predictions(
+        model.intact_hash, shown.key, identity(recipe), tuple(of), model, recipe, shown.x
+    )
+
+
+def identity(recipe: Recipe) -> str:
+    """What is the same for the same edits only."""
+    return canonical([edit.to_dict() for edit in recipe.edits])
+
+
+@st.cache_resource(show_spinner="Turning a curve about…", max_entries=256)
+def _tuned(
+    model_hash: str,
+    unit: str,
+    edits: str,
+    radius: float | None,
+    _model: HookedModel,
+    _recipe: Recipe,
+) -> RadialTuning:
+    with edited(_model, _recipe):
+        return radial_tuning(_model, [unit], radii=[radius] if radius else None, step=TURN)[0]
+
+
+def tuning_of(
+    model: HookedModel, recipe: Recipe, unit: Unit, radius: float | None = None
+) -> RadialTuning:
+    """How a unit answers to a curve at every angle, in the edited model."""
+    return _tuned(model.intact_hash, str(unit), identity(recipe), radius, model, recipe)
+
+
+@st.cache_resource(show_spinner="Bending and turning a curve…", max_entries=256)
+def _heat(model_hash: str, unit: str, _model: HookedModel) -> HeatMap:
+    return heat_map(_model, [unit], step=15.0)[0]
+
+
+def heat_of(model: HookedModel, unit: Unit) -> HeatMap:
+    """How a unit answers to curves of every angle and curvature."""
+    return _heat(model.intact_hash, str(unit), model)
+
+
+@st.cache_resource(show_spinner=False)
+def _reports() -> OrderedDict[tuple[str, ...], EditReport]:
+    return OrderedDict()
+
+
+def measured(
+    model: HookedModel,
+    recipe: Recipe,
+    inputs: Inputs,
+    examples: range,
+    tuning: str = "",
+    progress: Callable[[int, int], object] | None = None,
+) -> EditReport | None:
+    """What edits do to some examples, beside random twins; without `progress` only if it is known already."""
+    kept = _reports()  # by hand: a progress bar cannot be moved inside st.cache_*
+    key = (model.intact_hash, identity(recipe), inputs.source.hash, str(examples), tuning)
+    if key not in kept and progress is not None:
+        try:
+            known = read_labels(inputs.source, model.classes)
+            labels = [known[i] for i in examples]
+        except ValueError:  # they have none
+            labels = None
+        passes = inputs.passes(examples, 16)
+        kept[key] = measure(
+            model, recipe, [inputs.batch(p) for p in passes], labels=labels,
+            tuning=[tuning] if tuning else (), data=inputs.source.spec, progress=progress,
+        )  # fmt: skip
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+    return kept.get(key)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def _graph(folder: str, written: int, model_hash: str) -> GraphStore:
+    return GraphStore(folder, model_hash)
+
+
+def graph_of(record: ModelRecord, model: HookedModel) -> GraphStore:
+    """The model's weights as a graph on disk; it is written there the first time.
+
+    Raises:
+        ValueError, OSError: if the model has no weights between its sites, or it cannot be written or read.
+    """
+    folder = workspace().model_folder(record.hash)
+    if not (folder / GRAPH).is_file():
+        workspace().writable()
+        with st.spinner("Gathering the model's weights…"):
+            build_graph(model, folder).close()
+    files = [folder / GRAPH, *sorted((folder / "graph").glob("*.h5"))]
+    return _graph(str(folder), hash(tuple(f.stat().st_mtime_ns for f in files)), record.hash)
+
+
+@st.cache_data(show_spinner="Expanding…", max_entries=256)
+def _expanded(
+    model_hash: str, source: str, target: str, _model: HookedModel
+) -> tuple[np.ndarray, float]:
+    a, b = Unit.parse(source), Unit.parse(target)
+
+    def of(model: HookedModel) -> Tensor:
+        return expand_weights(model, a.site, b.site, units=[b.index], sources=[a.index]).weight[
+            0, 0
+        ]
+
+    return of(_model).numpy(), of(randomized(_model, 0)).norm().item()
+
+
+def expanded_of(model: HookedModel, source: Unit, target: Unit) -> tuple[np.ndarray, float]:
+    """The effect of a unit on another through everything between, and how strong it is in shuffled weights.
+
+    Raises:
+        KeyError, ValueError: if there is no way from one to the other, or it cannot be linearised.
+    """
+    return _expanded(model.intact_hash, str(source), str(target), model)
+
+
+@st.cache_data(show_spinner=False, max_entries=2048)
+def _thumbnail(path: str, written: int, size: int) -> str:
+    with Image.open(path) as image:
+        small = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def thumbnail(path: Path, size: int = 64) -> str:
+    """A small picture, to be put into a page as it is; empty if the file cannot be read."""
+    try:
+        return _thumbnail(str(path), path.stat().st_mtime_ns, size)
+    except OSError:
+        return ""
+
+
+def pictured(record: ModelRecord) -> dict[Unit, Path]:
+    """Every unit of a model that has a picture, with the newest: a tile of a sheet, or one of its own."""
+    folder = workspace().model_folder(record.hash)
+    stamp = [p.stat().st_mtime_ns for p in (folder / "pictures", folder / "sheets") if p.is_dir()]
+    return _pictured(record.hash, tuple(stamp))
+
+
+@st.cache_data(show_spinner=False, max_entries=16)
+def _pictured(model_hash: str, stamp: tuple[int, ...]) -> dict[Unit, Path]:
+    found: dict[Unit, Path] = {}
+    for sheet in find_sheets(workspace().sheets_folder(model_hash)):
+        if any(facts.get("kind", "positive") == "positive" for facts in sheet.facts[:1]):
+            found |= {Unit(sheet.site, i): sheet.tile_path(i) for i in range(len(sheet.facts))}
+    for unit, path in workspace().pictured(model_hash):
+        if "-negative" not in path.name and "-diverse" not in path.name:
+            found[unit] = path
+    return found
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def _site_table(folder: str, site: str, _store: ActivationStore) -> pd.DataFrame:
+    summary = _store.summary(site)
+    mean, std = summary.moments()
+    largest = np.where(np.isnan(summary.maximum), -np.inf, summary.maximum)
+    best = largest.argmax(0)
+    return pd.DataFrame(
+        {
+            "unit": np.arange(len(mean)), "mean": mean, "std": std, "above 0 in %": 100 * summary.density(),
+            "largest": largest.max(0), "largest example": [_store.provenance.examples[i] for i in best],
+        }
+    )  # fmt: skip
+
+
+def site_table(store: ActivationStore, site: str) -> pd.DataFrame:
+    """Every unit of a site with its statistics."""
+    return _site_table(str(store.folder), site, store)
+
+
+@st.cache_resource(show_spinner="Laying units out by what they answer to…", max_entries=64)
+def _response_map(folder: str, site: str, method: Method, _store: ActivationStore) -> UnitMap:
+    return response_map(_store, site, method)
+
+
+@st.cache_resource(show_spinner="Laying units out by their weights…", max_entries=64)
+def _weight_map(model_hash: str, site: str, method: Method, _model: HookedModel) -> UnitMap:
+    return weight_map(_model, site, method)
+
+
+def map_of(model: HookedModel, store: ActivationStore | None, site: str, method: Method) -> UnitMap:
+    """A site's units in two dimensions: by responses, or by weights where there is no store.
+
+    Raises:
+        ValueError: if there are too few units.
+    """
+    if store is None:
+        return _weight_map(model.intact_hash, site, method, model)
+    return _response_map(str(store.folder), site, method, store)
+
+
+@st.cache_data(show_spinner=False, max_entries=512)
+def _answers(
+    model_hash: str, sites: tuple[str, ...], edits: str, key: str, _model: HookedModel, _recipe: Recipe,
+    _images: Tensor,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    with edited(_model, _recipe):
+        return {site: responses(_model, site, [_images])[0].numpy() for site in sites}
+
+
+def answers_to(
+    model: HookedModel, recipe: Recipe, sites: Sequence[str], image: Tensor, key: str
+) -> dict[str, np.ndarray]:
+    """Each unit's largest activation in the middle of its map for one drawing, in the edited model."""
+    return _answers(model.intact_hash, tuple(sites), identity(recipe), key, model, recipe, image)
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
+def _recorded(
+    model_hash: str,
+    key: str,
+    site: str,
+    edits: str,
+    _model: HookedModel,
+    _recipe: Recipe,
+    _x: Tensor,
+) -> Tensor:
+    with edited(_model, _recipe):
+        return _model.run(_x, read=[site])[site]
+
+
+def recorded(model: HookedModel, recipe: Recipe, shown: Shown, site: str) -> Tensor:
+    """What a site holds for an input, in the edited model."""
+    return _recorded(model.intact_hash, shown.key, site, identity(recipe), model, recipe, shown.x)
+
+
+@st.cache_resource(show_spinner="Attributing…", max_entries=256)
+def _attributed(
+    model_hash: str,
+    key: str,
+    site: str,
+    target: str,
+    method: ChannelMethod,
+    _model: HookedModel,
+    _x: Tensor,
+) -> Attribution:
+    return attribute(_model, _x, target, site, method)
+
+
+def attributed(
+    model: HookedModel, shown: Shown, site: str, target: str, method: ChannelMethod
+) -> Attribution:
+    """Which units of a site are responsible for a target.
+
+    Raises:
+        KeyError, ValueError: if the target is unknown or not behind the site.
+    """
+    return _attributed(model.intact_hash, shown.key, site, target, method, model, shown.x)
+
+
+@st.cache_resource(show_spinner="Attributing to pixels…", max_entries=256)
+def _salient(
+    model_hash: str, key: str, target: str, method: PixelMethod, _model: HookedModel, _x: Tensor
+) -> Attribution:
+    return saliency(_model, _x, target, method)
+
+
+def salient(model: HookedModel, shown: Shown, target: str, method: PixelMethod) -> Attribution:
+    """Which pixels are responsible for a target.
+
+    Raises:
+        KeyError, ValueError: if the target is unknown or the model takes tokens.
+    """
+    return _salient(model.intact_hash, shown.key, target, method, model, shown.x)
+
+
+def label_of(record: ModelRecord) -> str:
+    """A model's name, with its hash where two sets of weights share it."""
+    same = [r for r in workspace().models() if r.spec == record.spec]
+    return record.spec if len(same) == 1 else f"{record.spec} {record.hash[:8]}"
+
+
+def autoencoders() -> dict[str, Path]:
+    """The workspace's autoencoders: their files by name."""
+    return list_autoencoders(workspace())
+
+
+@st.cache_resource(show_spinner="Loading the autoencoder…", max_entries=8)
+def _autoencoder(path: str, written: int) -> Autoencoder:
+    return load_autoencoder(path)
+
+
+def autoencoder_of(path: Path) -> Autoencoder:
+    """An autoencoder, as its file is now.
+
+    Raises:
+        ValueError, OSError: if it cannot be read.
+    """
+    return _autoencoder(str(path), path.stat().st_mtime_ns)
+
+
+def record_with(path: Path) -> ModelRecord | None:
+    """The model of the workspace that has this autoencoder attached, and no other."""
+    for record in workspace().models():
+        _, *attached = record.spec.split("+")
+        if len(attached) == 1:
+            try:
+                found = find_autoencoder(attached[0], workspace())
+            except FileNotFoundError:
+                continue
+            if (found / FILE if found.is_dir() else found).resolve() == path.resolve():
+                return record
+    return None

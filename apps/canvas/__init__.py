@@ -1,0 +1,167 @@
+"""A circuit on a canvas: Cytoscape.js as a component of the page (layer 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from streamlit.components import v2
+
+from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
+from circuits.graph.layout import PLACE, layered
+
+_HERE = Path(__file__).parent
+_ACROSS, _DOWN = 84.0, 150.0
+"""Pixels between neighbours of a row, and between rows."""
+
+_HTML = (
+    '<div class="circuit-canvas" role="img" aria-label="circuit"></div>'
+    '<button class="circuit-fit" title="Show all of it">⤢</button>'
+)
+_CSS = """
+.circuit-canvas { width: 100%; border: 1px solid var(--st-border-color, #ccc); border-radius: 8px; }
+.circuit-fit { position: absolute; right: 10px; top: 8px; z-index: 9; cursor: pointer; border: 1px solid #888;
+  border-radius: 6px; background: var(--st-background-color); color: var(--st-text-color); padding: 0 8px; }
+"""
+
+
+@cache
+def _component() -> Any:
+    library = (_HERE / "cytoscape.min.js").read_text()
+    # the library looks for a module system first: it is given one of its own
+    wrapped = f"const cytoscape = (() => {{ const exports = {{}}, module = {{ exports }};\n{library}\n;return module.exports; }})();\n"  # noqa: E501
+    return v2.component(
+        "circuits_canvas", html=_HTML, css=_CSS, js=wrapped + (_HERE / "canvas.js").read_text(),
+        isolate_styles=False,
+    )  # fmt: skip
+
+
+def canvas(
+    graph: CircuitGraph,
+    pictures: Mapping[Node, str],
+    names: Mapping[Node, str],
+    selected: str = "",
+    layout: str = "",
+    height: int = 560,
+    key: str = "canvas",
+) -> tuple[str | None, tuple[str, float, float] | None]:
+    """Draw a circuit, and say what was done to it.
+
+    Args:
+        graph: the circuit.
+        pictures: of nodes, as data URIs.
+        names: what nodes are known to be, below their numbers.
+        selected: the node or edge that is set off, as `node_id` and `edge_id` have it.
+        layout: all is brought into view when this changes.
+        height: in pixels.
+        key: of the canvas on the page.
+
+    Returns:
+        What was clicked (empty for the background; None if nothing was), and which node was moved where, in
+        the units of `layered`.
+    """
+    told = _component()(
+        key=key, data=_drawn(graph, pictures, names) | {"selected": selected, "layout": layout, "height": height},
+        on_tapped_change=lambda: None, on_moved_change=lambda: None,
+    )  # fmt: skip
+    moved = told.moved
+    return told.tapped, None if moved is None else (
+        str(moved["id"]),
+        float(moved["x"]) / _ACROSS,
+        -float(moved["y"]) / _DOWN,
+    )
+
+
+def edge_id(source: Node, target: Node, key: str) -> str:
+    """An edge, as the canvas names it."""
+    return f"{source} → {target} [{key}]"
+
+
+def _drawn(
+    graph: CircuitGraph, pictures: Mapping[Node, str], names: Mapping[Node, str]
+) -> dict[str, Any]:
+    places = layered(graph)
+    strongest: dict[str, float] = {}
+    for _, _, data in graph.edges(data=True):
+        strongest[data["kind"]] = max(strongest.get(data["kind"], 0.0), data["norm"])
+    fixed = {n for n, data in graph.nodes(data=True) if PLACE in data}
+    left = min((x for x, _ in places.values()), default=0.0) - 1
+    rows = {site_of(n): y for n, (_, y) in places.items() if n not in fixed}
+    return {
+        "nodes": [_node(node, place, pictures, names) for node, place in places.items()],
+        "edges": [
+            {
+                "id": edge_id(a, b, key), "source": str(a), "target": str(b), "sum": data["sum"],
+                "width": 0.5 + 5.5 * data["norm"] / (strongest[data["kind"]] or 1.0),
+            }
+            for a, b, key, data in graph.edges(keys=True, data=True)
+        ],
+        "rows": [{"label": site, "x": left * _ACROSS, "y": -y * _DOWN} for site, y in rows.items()],
+    }  # fmt: skip
+
+
+def _node(
+    node: Node, place: tuple[float, float], pictures: Mapping[Node, str], names: Mapping[Node, str]
+) -> dict[str, Any]:
+    return {
+        "id": str(node), "label": f"{_label(node)}\n{names.get(node, '')}".strip(),
+        "x": place[0] * _ACROSS, "y": -place[1] * _DOWN, "picture": pictures.get(node, ""),
+        "count": len(node.units) if isinstance(node, UnitGroup) else 0,
+    }  # fmt: skip
+
+
+def _label(node: Node) -> str:
+    if isinstance(node, UnitGroup):
+        return f"{node.name} ({len(node.units)})"
+    return str(node).removeprefix(site_of(node))
+
+
+# --- units as tiles -----------------------------------------------------------------------------
+
+_SHEET_CSS = """
+.unit-sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--tile), 1fr)); gap: 4px;
+  max-height: 640px; overflow-y: auto; }
+.unit-tile { border: 1px solid var(--st-border-color, #ccc); border-radius: 4px; padding: 1px; cursor: pointer;
+  min-height: calc(var(--tile) + 16px);
+  background: var(--st-secondary-background-color); color: var(--st-text-color); font-size: 10px; line-height: 1.2; }
+.unit-tile img { width: 100%; display: block; border-radius: 3px; }
+.unit-tile:hover, .unit-tile:focus { border-color: #E69F00; }
+"""
+
+
+@cache
+def _sheet() -> Any:
+    return v2.component(
+        "circuits_sheet", html='<div class="unit-sheet"></div>', css=_SHEET_CSS,
+        js=(_HERE / "sheet.js").read_text(), isolate_styles=False,
+    )  # fmt: skip
+
+
+def sheet(tiles: Sequence[Tile], size: int = 56, key: str = "sheet") -> str | None:
+    """Show units as tiles; the one that was clicked, if one was."""
+    told = _sheet()(
+        key=key,
+        data={"tiles": [vars(tile) for tile in tiles], "size": size},
+        on_picked_change=lambda: None,
+    )
+    return told.picked
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A unit on a sheet.
+
+    Attributes:
+        id: the unit.
+        label: below its picture.
+        title: all that is said of it.
+        picture: a data URI; empty for none.
+    """
+
+    id: str
+    label: str
+    title: str
+    picture: str

@@ -1,0 +1,121 @@
+"""What a page shows is in its URL: choices, links, and what a page says of trouble (layer 7).
+
+The URL is the single truth: widgets are set from it and write to it, so that every view can be linked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import streamlit as st
+
+from apps import cached
+from circuits.models.adapter import HookedModel
+from circuits.units import Unit
+from circuits.workspace import ModelRecord
+
+TROUBLE = (ValueError, KeyError, OSError, ImportError)
+"""What loading and reading raise for things a person can mend; anything else is a bug and shows as one."""
+
+TITLES: Mapping[str, str] = {
+    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "circuit": "Circuit", "edits": "Edits",
+    "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
+}  # fmt: skip
+"""The pages by their path in the URL."""
+
+
+def line(error: BaseException) -> str:
+    """An error as one line."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def link(page: str, label: str, help: str | None = None, **choices: object) -> None:
+    """A link to a page with choices in its URL; it stays in the session, or opens in a new tab."""
+    st.page_link(
+        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=label, help=help,
+        query_params={name: str(value) for name, value in choices.items()},
+    )  # fmt: skip
+
+
+def open_page(page: str, **choices: object) -> None:
+    """Go to a page, as a click on a link would."""
+    st.switch_page(
+        st.Page(_elsewhere, title=TITLES[page], url_path=page),
+        query_params={name: str(value) for name, value in choices.items()},
+    )
+
+
+def _elsewhere() -> None:
+    """Stands for the page of the same path, which `workbench` has."""
+
+
+def choose(
+    label: str, options: Sequence[str], parameter: str, show: Callable[[str], str] = str
+) -> str:
+    """A select box in the sidebar whose choice is the URL's `parameter`; `show` says how options look."""
+    key = f"choose-{parameter}"
+    wanted = st.query_params.get(parameter)
+    if wanted is not None and wanted not in options:
+        shown = wanted[:80].replace("`", "'")  # as code: a link in a URL must not become one here
+        st.warning(f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`.")
+        wanted = None
+    value = wanted or options[0]
+    st.session_state[key] = value
+    st.query_params[parameter] = value
+
+    def changed() -> None:
+        st.query_params[parameter] = st.session_state[key]
+
+    return st.sidebar.selectbox(label, options, key=key, on_change=changed, format_func=show)
+
+
+def choose_model() -> tuple[ModelRecord, HookedModel] | None:
+    """A model of the workspace, loaded; None, after saying why, if there is none to show."""
+    records = sorted(cached.workspace().models(), key=lambda r: (r.spec != "cleanroom", r.spec))
+    if not records:
+        st.info(
+            f"The workspace {str(cached.workspace().root)!r} is empty. Build it with "
+            "`circuits demo`, or harvest a model: `circuits harvest MODEL --data DATA --sites SITES`."
+        )
+        return None
+    by_label = {cached.label_of(r): r for r in records}
+    record = by_label[choose("Model", list(by_label), "model")]
+    try:
+        return record, cached.model_of(record)
+    except TROUBLE as error:
+        st.error(line(error))
+        return None
+
+
+def choose_site(record: ModelRecord, model: HookedModel) -> str:
+    """A site of the model, harvested ones first."""
+    harvested = dict.fromkeys(name for store in cached.stores_of(record) for name in store.sites)
+    names = list(harvested | dict.fromkeys(s.name for s in model.sites))
+    return choose("Site", names, "site")
+
+
+def choose_unit(record: ModelRecord, model: HookedModel) -> Unit:
+    """A site and a unit of it."""
+    site = choose_site(record, model)
+    index = choose("Unit", [str(i) for i in range(model.site(site).n_units)], "unit")
+    return Unit(site, int(index))
+
+
+def go_to(unit: Unit) -> None:
+    """Make `unit` the page's choice."""
+    st.query_params["site"] = unit.site
+    st.query_params["unit"] = str(unit.index)
+
+
+def named(model: HookedModel, unit: Unit) -> str:
+    """A unit with what it is known to be: a class, or what it was written to detect."""
+    names = model.unit_names.get(unit.site, ())
+    if unit.site in {s.name for s in model.sites} and model.site(unit.site).kind == "logit":
+        names = model.classes
+    return f"{unit} · {names[unit.index]}" if names else str(unit)
+
+
+def python(code: str, key: str = "") -> None:
+    """What was shown, as the Python that makes it."""
+    with st.popover("Python", help="The same from a script"):
+        st.code(code.strip("\n"), language="python")

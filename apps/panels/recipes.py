@@ -1,0 +1,200 @@
+"""Making edits, and keeping them (layer 7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import streamlit as st
+
+from apps import cached, editing
+from apps.choosing import TROUBLE, line
+from circuits.edits.ledger import Ledger
+from circuits.edits.recipes import Recipe
+from circuits.edits.records import OPERATORS, read_edit
+from circuits.families import saved_families
+from circuits.models.adapter import HookedModel
+from circuits.units import Unit, Units
+from circuits.workspace import ModelRecord
+
+MOST_BYTES = 5_000_000
+"""Of a recipe that is opened from a file."""
+
+_UNITS = {
+    "Remove (set to zero)": "zero {on}",
+    "Multiply by": "scale {on} factor={n}",
+    "Pin to": "clamp {on} low={n} high={n}",
+    "Not above": "clamp {on} high={n}",
+    "Not below": "clamp {on} low={n}",
+}
+_INTO = {
+    "Its weights: keep only positive ones": "filter_weights into={on} keep=positive",
+    "Its weights: keep only negative ones": "filter_weights into={on} keep=negative",
+    "Its weights: multiply by": "scale_weights into={on} factor={n}",
+    "What it builds: multiply weights by": "scale_weights source={on} factor={n}",
+    "Its kernels: turn, degrees": "rotate_weights into={on} degrees={n}",
+}
+_EDGE = {
+    "Cut the connection": "scale_weights into={into} source={source} factor=0",
+    "Multiply the connection by": "scale_weights into={into} source={source} factor={n}",
+    "Keep only positive weights": "filter_weights into={into} source={source} keep=positive",
+    "Keep only negative weights": "filter_weights into={into} source={source} keep=negative",
+}
+
+
+def stack_panel(record: ModelRecord) -> None:
+    """The session's edits, in order, with undo and redo."""
+    now = editing.stack(record.hash)
+    st.subheader("Edits in force")
+    for i, edit in enumerate(now.edits):
+        left, right = st.columns([8, 1], vertical_alignment="center")
+        left.code(str(edit), language=None, wrap_lines=True)
+        right.button(
+            "Remove", key=f"edit-remove-{i}", on_click=editing.remove, args=(record.hash, i)
+        )
+    if not now.edits:
+        st.caption("None: the model is as it is.")
+    with st.container(horizontal=True):
+        st.button(
+            "Undo",
+            on_click=editing.undo,
+            args=(record.hash,),
+            disabled=not now.past,
+            key="edit-undo",
+        )
+        st.button(
+            "Redo",
+            on_click=editing.redo,
+            args=(record.hash,),
+            disabled=not now.future,
+            key="edit-redo",
+        )
+    st.caption("Only you see them: they hold while a number is computed, and nowhere else.")
+
+
+def add_panel(record: ModelRecord, model: HookedModel) -> None:
+    """What to edit (the URL's `on`), how, and how much."""
+    st.subheader("Add an edit")
+    on = st.text_input(
+        "What: units SITE:INDEX,INDEX or SITE:*, a family's name, or a connection SITE:INDEX->SITE:INDEX",
+        st.query_params.get("on", ""), key=f"edit-on-{st.query_params.get('on', '')}", max_chars=400,
+    )  # fmt: skip
+    if on.strip():
+        st.query_params["on"] = on
+        try:
+            ways = _ways(record, model, on.strip())
+        except TROUBLE as error:
+            st.error(line(error))
+        else:
+            _add_way(record, model, ways)
+    with st.expander("Any operator, in words"):
+        words = st.text_input(
+            "OPERATOR NAME=VALUE …",
+            key="edit-words",
+            max_chars=2000,
+            placeholder="steer direction=mixed3b:3 amount=2",
+        )
+        if st.button("Add", key="edit-add-words") and words.strip():
+            _add(record, model, words)
+        st.caption("  \n".join(f"`{name}`: {kind.about}" for name, kind in OPERATORS.items()))
+
+
+def _ways(record: ModelRecord, model: HookedModel, on: str) -> dict[str, str]:
+    """What can be done with the units or the connection that a person names: words of edits.
+
+    Raises:
+        KeyError, ValueError: if there is no such thing.
+    """
+    if "->" in on:
+        source, _, into = on.partition("->")
+        ends = {"source": str(model.unit(source.strip())), "into": str(model.unit(into.strip()))}
+        return {name: words.format(**ends, n="{n}") for name, words in _EDGE.items()}
+    units = _units(record, model, on)
+    ways = _UNITS | (_INTO if model.site(units.site).kind != "latent" else {})
+    return {name: words.format(on=units, n="{n}") for name, words in ways.items()}
+
+
+def _units(record: ModelRecord, model: HookedModel, on: str) -> Units:
+    for family in saved_families(cached.workspace().database, record.hash):
+        if family.name == on:
+            return Units(family.site, tuple(sorted(u.index for u in family.units)))
+    units = Units.of(on)
+    units.among(model.site(units.site))
+    return units
+
+
+def _add_way(record: ModelRecord, model: HookedModel, ways: dict[str, str]) -> None:
+    way = st.selectbox("How", list(ways), key="edit-way")
+    words = ways[way]
+    if "{n}" in words:
+        low, high, value, step = (
+            (-180.0, 180.0, 90.0, 15.0) if "degrees" in words else (-3.0, 3.0, 0.5, 0.05)
+        )
+        words = words.format(
+            n=st.slider("How much", low, high, value, step, key=f"edit-much-{way}")
+        )
+    st.code(words, language=None)
+    if st.button("Add this edit", key="edit-add", type="primary"):
+        _add(record, model, words)
+
+
+def _add(record: ModelRecord, model: HookedModel, words: str) -> None:
+    try:
+        editing.add(record.hash, read_edit(model, words, files=False))
+    except TROUBLE as error:
+        st.error(line(error))
+    else:
+        st.rerun()
+
+
+# --- keeping -------------------------------------------------------------------------------------
+
+
+def keep_panel(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
+    """The edits as a file, into the ledger, and from a file."""
+    st.subheader("Keep them")
+    note = st.text_input("Why", key="edit-note", max_chars=1000)
+    noted = Recipe(recipe.edits, recipe.model_hash, note)
+    with st.container(horizontal=True):
+        st.download_button(
+            "Download the recipe", json.dumps(noted.to_dict(), indent=1), "recipe.json", "application/json",
+            disabled=not recipe.edits, on_click="ignore",
+        )  # fmt: skip
+        if st.button("Save to the ledger", disabled=not recipe.edits, key="edit-ledger"):
+            try:
+                made = Ledger(cached.workspace().writable().database, model).apply(noted)
+            except TROUBLE as error:
+                st.error(line(error))
+            else:
+                st.success(f"{len(made)} on branch main, the last is {made[-1].hash[:12]}.")
+    file = st.file_uploader("Open a recipe", type=["json"], key="edit-open", max_upload_size=5)
+    if file is not None and st.button("Put its edits in force", key="edit-load"):
+        _load(record, model, file.getvalue())
+
+
+def _load(record: ModelRecord, model: HookedModel, data: bytes) -> None:
+    try:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"the file has {len(data)} bytes: expected at most {MOST_BYTES}")
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("the file is not a recipe file: expected JSON") from error
+        found = Recipe.from_dict(raw, "the file")
+        found.check(model)
+        edits: Sequence = Recipe.of(model, found.edits).edits
+    except TROUBLE as error:
+        st.error(line(error))
+    else:
+        editing.keep(record.hash, editing.stack(record.hash).changed(tuple(edits)))
+        st.rerun()
+
+
+def unit_of(recipe: Recipe, model: HookedModel) -> Unit | None:
+    """The first unit that edits are about."""
+    for edit in recipe.edits:
+        for name in ("units", "into", "source"):
+            units: Units | None = getattr(edit, name, None)
+            if units is not None and units.site in {s.name for s in model.sites}:
+                return Unit(units.site, units.among(model.site(units.site))[0])
+    return None

@@ -1,0 +1,63 @@
+"""What a unit belongs to: families, circuits (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import cached
+from apps.choosing import link, named
+from apps.looking import Look
+from circuits.families import saved_families
+from circuits.graph.circuit import units_of
+from circuits.graph.saved import load_circuit, saved_circuits
+from circuits.units import Unit
+
+_SIBLINGS = 48
+
+
+def relations_panel(look: Look) -> None:
+    """Families with the unit's siblings, and saved circuits that it is in."""
+    label, database = cached.label_of(look.record), cached.workspace().database
+    if not database.path.exists():
+        return
+    for family in saved_families(database, look.record.hash):
+        if look.unit not in family.units:
+            continue
+        st.subheader(f"Family “{family.name}”")
+        chance = (
+            f"p {family.p_value:.2g}"
+            if family.p_value == family.p_value
+            else "put together by a person"
+        )
+        st.caption(
+            f"{family.transformation}, {len(family.units)} units, agreement {family.score:.2f}, {chance} "
+            f"({family.null or 'no null'}, seed {family.seed})."
+        )
+        with st.container(horizontal=True):
+            for member in family.members[:_SIBLINGS]:
+                with st.container(width=72):
+                    _sibling(look, label, member.unit, f"{member.phase:.0f}°")
+            link("edits", "Edit the family", model=label, on=family.name)
+    seen = [
+        record
+        for record in saved_circuits(database, look.record.hash)
+        if any(
+            look.unit in units_of(n) for n in load_circuit(database, record.name, look.record.hash)
+        )
+    ]
+    if seen:
+        st.subheader("Seen in circuits")
+        for record in seen:
+            link(
+                "circuit",
+                f"{record.name} (version {record.version})",
+                model=label,
+                circuit=record.name,
+            )
+
+
+def _sibling(look: Look, label: str, unit: Unit, phase: str) -> None:
+    picture = cached.pictured(look.record).get(unit)
+    if picture is not None and (small := cached.thumbnail(picture)):
+        st.image(small, width=56)
+    link("unit", phase, help=named(look.model, unit), model=label, site=unit.site, unit=unit.index)

@@ -1,0 +1,132 @@
+"""Transformer units: tokens coloured by activation, attention patterns, what they add to logits (layer 7)."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+import streamlit as st
+import torch
+from torch import Tensor
+
+from apps import cached
+from apps.inputs import shown_example
+from apps.looking import Look
+from circuits.edits.recipes import Recipe
+from circuits.harvesting import Inputs
+from circuits.models.inputs import TokenInput
+from circuits.models.sites import unit_activations
+from circuits.plots import pattern_figure
+from circuits.store import Example
+from circuits.weights import direct_logits, ov_circuit
+
+_HEAD = re.compile(r"(?P<block>blocks\.[0-9]+\.attn)\.hook_z")
+_NEURON = re.compile(r"blocks\.[0-9]+\.mlp\.hook_post")
+LISTED = 10
+
+
+def texts_panel(look: Look, inputs: Inputs, examples: Sequence[Example]) -> None:
+    """Texts, each token coloured by the unit's activation; where it is most active set off."""
+    spec = look.model.input
+    assert isinstance(spec, TokenInput), "chosen by the caller"
+    nothing, site = Recipe((), look.record.hash), look.model.site(look.unit.site)
+    rows = []
+    for example in examples:
+        shown = shown_example(look.model, inputs, example.index)
+        values = _along(cached.recorded(look.model, nothing, shown, site.name), look)
+        rows.append((example, [spec.word(t) for t in shown.tokens], values))
+    limit = max((abs(v) for *_, values in rows for v in values), default=0.0) or 1.0
+    gap = "" if spec.vocabulary else " "
+    st.html("\n".join(_marked(e, words, values, limit, gap) for e, words, values in rows))
+    st.caption(f"Orange: above zero, blue: below; full colour at ±{limit:.3g}.")
+
+
+def _along(value: Tensor, look: Look) -> list[float]:
+    """The unit's activation at each token, of a batch of one."""
+    site = look.model.site(look.unit.site)
+    if "position" not in site.axes:
+        return []
+    return unit_activations(site, value)[0, look.unit.index].reshape(-1).tolist()
+
+
+def _marked(
+    example: Example, words: Sequence[str], values: Sequence[float], limit: float, gap: str
+) -> str:
+    at = example.position[0] if example.position else -1
+    parts = []
+    for i, word in enumerate(words):
+        value = values[i] if i < len(values) else 0.0
+        colour = "230,120,0" if value > 0 else "0,114,178"
+        strength = min(1.0, abs(value) / limit)
+        edge = "outline:1px solid #888;" if i == at else ""
+        parts.append(
+            f"<span title='{value:.3g}' style='background:rgba({colour},{0.75 * strength:.2f});{edge}'>"
+            f"{html.escape(word).replace(chr(10), '⏎')}</span>"
+        )
+    text = gap.join(parts)
+    return (
+        f"<div style='font-family:monospace;line-height:1.7'>{example.value:.3g}&emsp;{text}</div>"
+    )
+
+
+@st.fragment
+def pattern_panel(look: Look, inputs: Inputs, example: int) -> None:
+    """Where a head looks, on the example that excites it most."""
+    head = _HEAD.fullmatch(look.unit.site)
+    spec = look.model.input
+    if head is None or not isinstance(spec, TokenInput):
+        return
+    st.subheader("Where it looks")
+    last = len(inputs.source) - 1
+    at = int(st.number_input("Example", 0, last, example, key=f"pattern-{look.unit}"))
+    shown = shown_example(look.model, inputs, at)
+    pattern = cached.recorded(
+        look.model, Recipe((), look.record.hash), shown, f"{head['block']}.hook_pattern"
+    )
+    words = [spec.word(t) for t in shown.tokens]
+    st.plotly_chart(pattern_figure(pattern[0, look.unit.index].numpy(), words), key="pattern")
+    st.caption(f"{inputs.source.names[at]} of {inputs.source.spec}; each row adds up to 1.")
+
+
+def logits_panel(look: Look) -> None:
+    """What a neuron or head adds to logits directly, by its weights alone."""
+    spec = look.model.input
+    if not isinstance(spec, TokenInput):
+        return
+    if _NEURON.fullmatch(look.unit.site):
+        st.subheader("What it adds to logits")
+        values = direct_logits(look.model, look.unit)
+        table = {
+            side: _words(values if side == "most" else -values, spec) for side in ("most", "least")
+        }
+        st.dataframe(pd.DataFrame(table), width="content")
+        st.caption(
+            f"Per unit of activation, directly (W_out W_U); over all tokens ± {values.std().item():.3g}."
+        )
+    elif _HEAD.fullmatch(look.unit.site):
+        st.subheader("What it copies and changes")
+        ov = ov_circuit(look.model, look.unit, tokens=True)
+        own = (ov.argmax(1) == torch.arange(len(ov))).float().mean().item()
+        flat = ov.flatten().topk(min(LISTED, ov.numel()))
+        rows = [
+            {
+                "attended token": spec.word(int(i) // ov.shape[1]),
+                "raises": spec.word(int(i) % ov.shape[1]),
+                "by": v,
+            }
+            for v, i in zip(flat.values.tolist(), flat.indices.tolist(), strict=True)
+        ]
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        st.caption(
+            f"W_E W_OV W_U: {100 * own:.0f} % of tokens raise themselves most (by chance {100 / len(ov):.1g} %)."
+        )
+
+
+def _words(values: Tensor, spec: TokenInput) -> list[str]:
+    found = values.topk(min(LISTED, len(values)))
+    return [
+        f"{spec.word(i)} {v:+.2f}"
+        for i, v in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,50 @@
+"""What a unit answers to when a curve is turned and bent (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import cached
+from apps.choosing import TROUBLE, line, python
+from apps.looking import Look
+from circuits.edits.recipes import Recipe
+from circuits.models.inputs import ImageInput
+from circuits.plots import heat_map_figure, tuning_figure
+
+
+@st.fragment
+def tuning_panel(look: Look) -> None:
+    """Radial tuning, and the map of orientation x curvature."""
+    spec = look.model.input
+    if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
+        return
+    st.subheader("How it is tuned")
+    if not st.toggle(
+        "Turn and bend a curve before it", key="tuning", help="Some seconds the first time."
+    ):
+        return
+    try:
+        tuned = cached.tuning_of(look.model, Recipe((), look.record.hash), look.unit)
+        heat = cached.heat_of(look.model, look.unit)
+    except TROUBLE as error:
+        st.warning(line(error))
+        return
+    left, right = st.columns(2)
+    left.plotly_chart(tuning_figure({"intact": tuned}), key="radial")
+    right.plotly_chart(heat_map_figure(heat), key="heat")
+    m = tuned.measures
+    st.caption(
+        f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: prefers "
+        f"{m.direction.value:.0f}° ({m.direction.low:.0f} to {m.direction.high:.0f}), half-width "
+        f"{m.half_width.value:.0f}° ({m.half_width.low:.0f} to {m.half_width.high:.0f}), echo {m.echo.value:.2f} "
+        f"({m.echo.low:.2f} to {m.echo.high:.2f}); intervals over polarity, contrast and thickness, seed {tuned.seed}."
+    )
+    python(f"""
+import circuits
+from circuits.tuning import heat_map, radial_tuning
+
+model = circuits.load_model({look.record.spec!r})
+tuned = radial_tuning(model, [{str(look.unit)!r}], step={cached.TURN:g})[0]
+print(tuned.radius, tuned.measures)
+print(heat_map(model, [{str(look.unit)!r}], step=15)[0].best)
+""")

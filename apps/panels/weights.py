@@ -1,0 +1,71 @@
+"""The strongest weights into a unit and out of it (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import cached
+from apps.choosing import go_to, link, named, python
+from apps.looking import Look
+from circuits.models.topology import INPUT
+from circuits.plots import kernels_figure
+from circuits.units import Unit
+from circuits.weights import Connection
+
+TOP = 5
+
+
+def weights_panel(look: Look) -> None:
+    """The strongest weights in and out, each with the unit at its other end and the way there."""
+    built_from, builds = cached.connections_of(look.model, look.unit, look.record.hash, TOP)
+    for title, connections, end in (
+        ("Built from", built_from, "source"),
+        ("Builds", builds, "target"),
+    ):
+        st.subheader(title)
+        if not connections:
+            st.caption("No weights connect it to another site on this side.")
+            continue
+        kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
+        if kernels:
+            st.plotly_chart(kernels_figure(kernels, end), key=f"kernels-{end}")
+        for column, connection in zip(st.columns(TOP), connections, strict=False):
+            with column:
+                _connection(look, connection, end)
+    st.caption("Strength is the norm of the kernel; “typical” the median norm of those beside it.")
+    with st.container(horizontal=True):
+        link("circuit", "These as a circuit", model=cached.label_of(look.record), unit=look.unit)
+        python(f"""
+import circuits
+
+model = circuits.load_model({look.record.spec!r})
+for c in circuits.incoming(model, {str(look.unit)!r}, top={TOP}):
+    print(c.source, c.norm, c.typical, c.kernel)
+for c in circuits.outgoing(model, {str(look.unit)!r}, top={TOP}):
+    print(c.target, c.norm, c.typical, c.kernel)
+""")
+
+
+def _connection(look: Look, connection: Connection, end: str) -> None:
+    other: Unit = getattr(connection, end)
+    picture = cached.pictured(look.record).get(other)
+    if picture is not None and (small := cached.thumbnail(picture)):
+        st.image(small, width=64)
+    label = named(look.model, other)
+    st.button(
+        label, help=label, key=f"go-{end}-{connection.layer}-{other}", on_click=go_to, args=(other,),
+        disabled=other.site == INPUT,  # the model's input has no page
+    )  # fmt: skip
+    st.caption(_in_words(connection, look.model.site(connection.target.site).kind == "head"))
+
+
+def _in_words(connection: Connection, heads: bool) -> str:
+    """What a connection does, in a line."""
+    strength = f"strength {connection.norm:.3g} (typical {connection.typical:.3g})"
+    if heads:
+        q, k, v = connection.kernel.tolist()
+        return f"composition Q {q:.2g}, K {k:.2g}, V {v:.2g}; {strength}"
+    balanced = abs(connection.total) < 0.05 * connection.kernel.abs().sum().item()
+    sign = "excites and inhibits" if balanced else "excites" if connection.total > 0 else "inhibits"
+    via = f" through {', '.join(connection.through)}" if connection.through else ""
+    return f"{sign}, {strength}{via}"

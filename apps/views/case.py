@@ -1,0 +1,151 @@
+"""The curve detector, live: turn the stimulus and watch its layers; and the case's evidence (layer 7)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+import torch
+
+from apps import cached, editing
+from apps.choosing import TROUBLE, line, link, python
+from circuits.cleanroom.families import angles_of
+from circuits.cleanroom.network import FAMILIES
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput
+from circuits.plots import layers_figure
+from circuits.stimuli.images import to_image
+from circuits.stimuli.patterns import arcs
+
+LAYERS = ("gabor", "complex", "line", "early", "curve")
+CASE = "curve-detector"
+
+
+def page() -> None:
+    """The page of the case."""
+    st.title("A curve detector, written by hand")
+    record = next((r for r in cached.workspace().models() if r.spec == "cleanroom"), None)
+    if record is None:
+        st.info("The workspace has no `cleanroom` yet: `circuits demo` builds it.")
+        return
+    try:
+        model = cached.model_of(record)
+    except TROUBLE as error:
+        st.error(line(error))
+        return
+    _live(model)
+    _evidence()
+
+
+@st.fragment
+def _live(model: HookedModel) -> None:
+    """A curve under the person's hand, and what each layer makes of it."""
+    left, right = st.columns([1, 2])
+    with left:
+        angle = st.slider("Bulges at, degrees", 0, 355, 90, 5, key="case-angle")
+        radius = st.slider("Radius, pixels", 12, 80, 30, 2, key="case-radius")
+        thickness = st.slider("Thickness, pixels", 1.0, 10.0, 4.0, 0.5, key="case-thick")
+        light = st.toggle("Light on dark", key="case-light")
+        recipe = editing.recipe(model.intact_hash)
+        ink, paper = (1.0, 0.0) if light else (0.0, 1.0)
+        spec = model.input
+        assert isinstance(spec, ImageInput), "the clean room sees"
+        image = arcs(
+            torch.tensor([float(angle)]),
+            float(radius),
+            spec.height,
+            thickness=thickness,
+            ink=ink,
+            paper=paper,
+        )
+        st.image(to_image(image[0]), width=256)
+        if recipe.edits:
+            st.caption(f"With your {len(recipe.edits)} edits in force.")
+        link(
+            "edits",
+            "Edit the network",
+            model="cleanroom",
+            on=f"curve:{24 + round(angle / 15) % 24}",
+        )
+    key = f"{angle} {radius} {thickness} {light}"
+    active = cached.answers_to(model, recipe, LAYERS, image, key)
+    with right:
+        st.plotly_chart(
+            layers_figure({layer: _families(layer, active[layer]) for layer in LAYERS}, angle),
+            key="layers",
+        )
+    python(f"""
+import circuits
+import torch
+from circuits.stimuli.patterns import arcs
+from circuits.tuning.responding import responses
+
+model = circuits.load_model("cleanroom")
+image = arcs(torch.tensor([{angle}.0]), {radius}.0, {spec.height}, thickness={thickness}, ink={ink}, paper={paper})
+for layer in {LAYERS}:
+    print(layer, responses(model, layer, [image]))
+""")
+
+
+def _families(layer: str, active: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """A layer's families that have an angle: name, angles (lines at both ends), activations."""
+    found, start = [], 0
+    for family in FAMILIES[layer]:
+        own = active[start : start + len(family)]
+        start += len(family)
+        if not family[0].period:
+            continue
+        angles = angles_of(family).numpy() % 360
+        if family[0].period == 180:
+            angles, own = np.concatenate([angles, (angles + 180) % 360]), np.concatenate([own, own])
+        about = f", radius {family[0].radius:g}" if family[0].radius else ""
+        found.append((f"{family[0].kind}{about}", angles, own))
+    return found
+
+
+def _evidence() -> None:
+    """What `circuits case` has measured, if it ran in this workspace."""
+    st.subheader("The evidence")
+    folder = cached.workspace().root / "cases" / CASE
+    try:
+        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        report = (folder / "report.html").read_bytes()
+        rows = _rows(results)
+    except (OSError, ValueError, KeyError, TypeError):
+        st.caption(f"Not measured here yet: `circuits case {CASE}` (some minutes; `--fast`: one).")
+        link("jobs", "Run it in the background", do="case")
+        return
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+    facts = results["transplant_facts"]
+    numbers = {
+        name: results[name] for name in ("echo", "echo_without_negative", "echo_without_random")
+    }
+    st.caption(
+        f"{len(facts['matches'])} curve units of {facts['host']} replaced, on {facts['evaluation']}, seed "
+        f"{facts['seed']}; echo {numbers['echo']:.3f}, without negative weights "
+        f"{numbers['echo_without_negative']:.2f} (without random weights {numbers['echo_without_random']:.2f}); "
+        f"published curves r {results['r_published_min']:.3f} at least, median {results['r_published_median']:.3f}."
+    )
+    st.download_button(
+        "The whole report, one HTML file",
+        report,
+        "curve-detector.html",
+        "text/html",
+        on_click="ignore",
+    )
+
+
+def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    def written(number: dict[str, Any]) -> str:
+        if number["low"] is None:
+            return f"{number['value']:.3f}"
+        return f"{number['value']:.3f} ({number['low']:.3f} to {number['high']:.3f})"
+
+    return [
+        {"in their place": name}
+        | {k: written(c[k]) for k in ("recovered_kl", "kl", "top1", "top5")}
+        for name, c in results["transplant"].items()
+    ]

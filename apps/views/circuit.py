@@ -1,0 +1,152 @@
+"""A circuit on the canvas: grown, cut, collapsed, saved, compared (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import cached, drawing
+from apps.canvas import canvas
+from apps.choosing import TROUBLE, choose_model, line, python
+from apps.drawing import Drawing
+from apps.panels.circuits import keep_panel, selection_panel
+from circuits.families import saved_families
+from circuits.graph import CircuitGraph, GraphStore, UnitGroup
+from circuits.graph.circuit import Node, site_of
+from circuits.graph.saved import circuit_history, load_circuit
+from circuits.models.adapter import HookedModel
+from circuits.units import Unit
+from circuits.workspace import ModelRecord
+
+TOP = 5
+"""Neighbours on each side that a circuit begins with."""
+
+
+def page() -> None:
+    """The page of circuits."""
+    st.title("Circuit")
+    chosen = choose_model()
+    if chosen is None:
+        return
+    record, model = chosen
+    try:
+        store = cached.graph_of(record, model)
+        _begin(record, model, store)
+    except TROUBLE as error:
+        st.error(line(error))
+        return
+    _body(record, model, store)
+
+
+def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
+    """Begin with what the URL asks for: a saved circuit, or a unit and its neighbours; or go on."""
+    asked = {name: st.query_params.get(name, "") for name in ("circuit", "version", "unit")}
+    origin = " ".join(f"{k}={v}" for k, v in asked.items() if v)
+    now = drawing.drawing(record.hash)
+    if now is not None and origin in ("", now.origin):
+        return
+    if asked["circuit"]:
+        version = int(asked["version"]) if asked["version"].isdigit() else None
+        database = cached.workspace().database
+        graph = load_circuit(database, asked["circuit"], record.hash, version)
+        latest = circuit_history(database, asked["circuit"], record.hash)[-1].version
+        drawing.begin(record.hash, Drawing(graph, (), origin, version or latest))
+    else:
+        unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
+        graph = store.neighbourhood(unit, 1, TOP)
+        drawing.begin(record.hash, Drawing(graph, (), origin))
+
+
+def _first(store: GraphStore, model: HookedModel) -> Unit:
+    names = list(model.unit_names) or [b.target for b in store.blocks]
+    return Unit(next(n for n in reversed(names) if any(b.target == n for b in store.blocks)), 0)
+
+
+@st.fragment
+def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
+    now = drawing.drawing(record.hash)
+    assert now is not None, "begun by the page"
+    _tools(record, model, store, now)
+    shown = _shown(record, now.graph)
+    if not len(shown):
+        st.info("Nothing is left: add a unit.")
+        return
+    paths = cached.pictured(record)
+    pictures: dict[Node, str] = {
+        n: cached.thumbnail(paths[n]) for n in shown if isinstance(n, Unit) and n in paths
+    }
+    names: dict[Node, str] = {
+        n: model.unit_names[n.site][n.index]
+        for n in shown
+        if isinstance(n, Unit) and n.site in model.unit_names
+    }
+    key = f"selected {record.hash}"
+    layout = f"{now.origin} {len(now.past)} {len(shown)}"
+    tapped, moved = canvas(shown, pictures, names, st.session_state.get(key, ""), layout)
+    if moved is not None:
+        drawing.change(record.hash, drawing.moved(now.graph, *moved))
+        st.rerun(scope="fragment")
+    if tapped is not None and tapped != st.session_state.get(key, ""):
+        st.session_state[key] = tapped
+        st.rerun(scope="fragment")
+    st.caption(
+        f"{len(shown)} nodes, {shown.number_of_edges()} edges of weights {record.hash[:16]}: red excites, blue "
+        "inhibits; as wide as strong beside the strongest of their kind."
+    )
+    selection_panel(record, model, store, shown, st.session_state.get(key, ""))
+    keep_panel(record, now, shown)
+    unit = next((n for n in now.graph if isinstance(n, Unit)), None)
+    python(f"""
+import circuits
+from circuits.graph import GraphStore
+
+model = circuits.load_model({record.spec!r})
+folder = circuits.Workspace.default().model_folder(model.hash)
+circuits.build_graph(model, folder)  # once
+graph = GraphStore(folder).neighbourhood({str(unit)!r}, hops=1, top={TOP})
+circuits.write_circuit(graph, "circuit.json")
+""")
+
+
+def _tools(record: ModelRecord, model: HookedModel, store: GraphStore, now: Drawing) -> None:
+    with (
+        st.form("add-units", border=False),
+        st.container(horizontal=True, vertical_alignment="bottom"),
+    ):
+        words = st.text_input(
+            "Add units", placeholder="SITE:INDEX, more with blanks between", max_chars=400
+        )
+        if st.form_submit_button("Add"):
+            try:
+                units = [store.check(model.unit(word)) for word in words.split()]
+                drawing.change(record.hash, drawing.with_units(now.graph, store, units))
+            except TROUBLE as error:
+                st.error(line(error))
+            else:
+                st.rerun(scope="fragment")
+    with st.container(horizontal=True):
+        if st.button("Undo", disabled=not now.past, key="canvas-undo"):
+            drawing.undo(record.hash)
+            st.rerun(scope="fragment")
+        if st.button("Lay out by layer", key="canvas-tidy"):
+            drawing.change(record.hash, drawing.tidied(now.graph))
+            st.rerun(scope="fragment")
+
+
+def _shown(record: ModelRecord, graph: CircuitGraph) -> CircuitGraph:
+    """The circuit as it is shown: weak edges left out, groups as one node."""
+    left, right = st.columns(2)
+    share = left.slider(
+        "Hide edges below this share of the strongest", 0.0, 1.0, 0.0, 0.01, key="canvas-share"
+    )
+    families = {
+        f"family {f.name}": f.group
+        for f in saved_families(cached.workspace().database, record.hash)
+    }
+    sites: dict[str, UnitGroup] = {}
+    for site in graph.sites():
+        units = tuple(sorted(n for n in graph if isinstance(n, Unit) and site_of(n) == site))
+        if len(units) > 1:
+            sites[f"all of {site}"] = UnitGroup(site.replace("{", "").replace("}", ""), units)
+    groups = families | sites
+    chosen = right.multiselect("Collapse", list(groups), key="canvas-groups")
+    return drawing.grouped(drawing.above(graph, share), [groups[name] for name in chosen])

@@ -1,0 +1,109 @@
+"""Where a person begins: the workspace, its models, and a short way through (layer 7)."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from apps import cached
+from apps.choosing import TROUBLE, line, link
+from circuits.database import Database
+from circuits.families import saved_families
+from circuits.graph.saved import saved_circuits
+from circuits.models.loading import MODELS
+from circuits.sae import names_of
+from circuits.workspace import ModelRecord
+
+CURVE = ("curve", 30)
+"""The unit that a newcomer sees first: a curve that bulges to the upper left, written by hand."""
+
+
+def page() -> None:
+    """The first page."""
+    st.title("circuits")
+    st.caption(
+        "Understand the units, then the weights between them; then edit the circuit and see whether the story holds."
+    )
+    place = cached.workspace()
+    records = sorted(place.models(), key=lambda r: (r.spec != "cleanroom", r.spec))
+    if not records:
+        st.info(
+            f"The workspace {str(place.root)!r} is empty. Build it with `circuits demo`, or harvest a model: "
+            "`circuits harvest MODEL --data DATA --sites SITES`."
+        )
+        link("jobs", "Build the demo's workspace here", do="demo")
+        return
+    if records[0].spec == "cleanroom":
+        _path(cached.label_of(records[0]))
+    st.subheader("Models in this workspace")
+    st.caption(f"{place.root}")
+    for record in records:
+        _model(record, place.database)
+    here = {r.spec for r in records}
+    missing = [m.name for m in MODELS.values() if m.builtin and m.name not in here]
+    if missing:
+        st.caption(
+            f"Also built in: {', '.join(missing)}; `circuits models` lists all. Harvest one to see it here: "
+            f"`circuits harvest {missing[0]} --data DATA --sites SITES`."
+        )
+
+
+def _path(label: str) -> None:
+    """Two minutes through the network whose every unit's meaning is known."""
+    site, index = CURVE
+    unit = f"{site}:{index}"
+    with st.container(border=True):
+        st.subheader("New here? Two minutes")
+        st.markdown(
+            "`cleanroom` is a curve detector whose weights were written by hand, so you can check what you see.\n\n"
+            "1. Look at one of its units: what excites it, how it is tuned, what it is built from.\n"
+            "2. See the circuit that builds it: lines along the curve excite it, lines across inhibit it.\n"
+            "3. Take its negative weights away: an echo appears on the other side. Undo: it is gone."
+        )
+        with st.container(horizontal=True):
+            link("unit", "1. A curve unit", model=label, site=site, unit=index)
+            link("circuit", "2. Its circuit", model=label, unit=unit)
+            link("edits", "3. Edit it", model=label, on=unit)
+            link("case", "The whole case, live")
+
+
+def _model(record: ModelRecord, database: Database) -> None:
+    label = cached.label_of(record)
+    with st.container(border=True):
+        st.markdown(f"**{label}** · weights `{record.hash[:16]}`")
+        stores = cached.stores_of(record)
+        rows = [
+            {
+                "data": s.provenance.data, "examples": len(s.provenance.examples), "sites": len(s.sites),
+                "units": sum(site.n_units for site in s.provenance.sites), "skipped": len(s.skipped),
+            }
+            for s in stores
+        ]  # fmt: skip
+        if rows:
+            st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        else:
+            st.caption(
+                f"No activations yet: `circuits harvest {record.spec} --data DATA --sites SITES`."
+            )
+        kept = {
+            "pictures": len(cached.pictured(record)), "families": len(saved_families(database, record.hash)),
+            "circuits": len(saved_circuits(database, record.hash)), "named units": len(names_of(database, record.hash)),
+        }  # fmt: skip
+        st.caption(", ".join(f"{n} {what}" for what, n in kept.items()))
+        _links(record, label, [name for s in stores for name in s.sites])
+
+
+def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
+    try:
+        cached.model_of(record)
+    except TROUBLE as error:
+        st.error(line(error))
+        return
+    with st.container(horizontal=True):
+        site = {"site": sites[-1]} if sites else {}
+        link("unit", "Units", model=label, **site)
+        link("site", "Sheet", model=label, **site)
+        link("circuit", "Circuit", model=label)
+        link("edits", "Edits", model=label)
+        link("yours", "Your own input", model=label, **site)
+        link("jobs", "Harvest more", model=label, do="harvest")

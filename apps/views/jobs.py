@@ -1,0 +1,141 @@
+"""Work in the background: started, watched, cancelled; it goes on without the page (layer 7)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import streamlit as st
+
+from apps import cached
+from apps.choosing import TROUBLE, line
+from circuits import jobs
+from circuits.jobs import Job
+from circuits.models.inputs import ImageInput
+from circuits.workspace import TRUST_PYTHON
+
+STATES = {
+    "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",
+    "lost": "? ended without a word",
+}  # fmt: skip
+DATA = {"images": ("photos", "curves", "shapes"), "tokens": ("repeats",)}
+SHOWN = 20
+
+
+def page() -> None:
+    """The page of jobs."""
+    st.title("Jobs")
+    st.caption(
+        "They run outside the app: a reload, or a restart of its server, does not touch them."
+    )
+    _start()
+    _running()
+
+
+def _start() -> None:
+    records = {cached.label_of(r): r for r in cached.workspace().models()}
+    if not records:
+        st.info("The workspace has no model yet: `circuits demo` builds one with three.")
+        if st.button("Build the demo's workspace", key="job-demo"):
+            _begin(["demo", "--no-serve"], "Build the demo's workspace")
+        return
+    wanted = st.query_params.get("model", "")
+    with st.expander("Start one", expanded="do" in st.query_params):
+        names = list(records)
+        label = st.selectbox(
+            "Model", names, names.index(wanted) if wanted in names else 0, key="job-model"
+        )
+        record = records[label]
+        try:
+            model = cached.model_of(record)
+        except TROUBLE as error:
+            st.error(line(error))
+            return
+        images = isinstance(model.input, ImageInput)
+        kinds = ["harvest", "sheet", "sae", "case"] if images else ["harvest", "sae"]
+        asked = st.query_params.get("do", "harvest")
+        kind = st.segmented_control(
+            "What",
+            kinds,
+            default=asked if asked in kinds else "harvest",
+            key="job-kind",
+            required=True,
+        )
+        sites = [s.name for s in model.sites]
+        site = st.query_params.get("site", sites[-1])
+        site = st.selectbox(
+            "Site", sites, sites.index(site) if site in sites else 0, key="job-site"
+        )
+        known = [s.provenance.data for s in cached.stores_of(record)]
+        offered = list(dict.fromkeys([*known, *DATA["images" if images else "tokens"]]))
+        data = "" if kind in ("sheet", "case") else st.selectbox("Data", offered, key="job-data")
+        argv = {
+            "harvest": ["harvest", record.spec, "--data", data, "--sites", site],
+            "sheet": ["visualize", record.spec, site, "--sheet"],
+            "case": ["case", "curve-detector"],
+            "sae": [
+                "sae",
+                "train",
+                record.spec,
+                site,
+                "--name",
+                f"{site.replace('/', '-')}-app",
+                "--data",
+                data,
+            ],
+        }[kind]
+        argv += ["--weights", record.weights] if record.weights and kind != "case" else []
+        st.code("circuits " + " ".join(argv), language=None, wrap_lines=True)
+        if st.button("Start", key="job-start", type="primary"):
+            _begin(argv, f"{kind} {label} {site}")
+
+
+def _begin(argv: list[str], title: str) -> None:
+    if any(word.startswith("python:") for word in argv) and not os.environ.get(TRUST_PYTHON):
+        st.error(
+            "python: models and data run their own code: start the app with `circuits app --trust-python`"
+        )
+        return
+    try:
+        made = jobs.start(cached.workspace().writable(), argv, title)
+    except (ValueError, OSError) as error:
+        st.error(line(error))
+    else:
+        st.toast(f"Started {made.title}.")
+
+
+@st.fragment(run_every=1.5)
+def _running() -> None:
+    found = jobs.jobs(cached.workspace())
+    if not found:
+        st.caption("No jobs yet.")
+    for job in found[:SHOWN]:
+        _show(job)
+
+
+def _show(job: Job) -> None:
+    with st.container(border=True):
+        left, right = st.columns([5, 1], vertical_alignment="center")
+        left.markdown(f"**{STATES[job.state]}**")
+        left.text(f"{job.title} · {job.started[:19]}")
+        if job.state == "running":
+            if right.button("Cancel", key=f"cancel-{job.id}"):
+                _do(jobs.cancel, job)
+            share = min(1.0, job.done / job.total) if job.total else 0.0
+            st.progress(share, f"{job.done} of {job.total}" if job.total else "starting …")
+        elif right.button("Forget", key=f"forget-{job.id}", help="Its results stay."):
+            _do(jobs.remove, job)
+        if job.message:
+            st.text(job.message[:300])
+        with st.popover("Log and command"):
+            st.code("circuits " + " ".join(job.argv), language=None, wrap_lines=True)
+            st.code(jobs.log_of(job), language=None)
+
+
+def _do(what: Callable[[Job], object], job: Job) -> None:
+    try:
+        what(job)
+    except (OSError, KeyError) as error:
+        st.error(line(error))
+    else:
+        st.rerun(scope="fragment")

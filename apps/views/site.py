@@ -1,0 +1,187 @@
+"""All units of a site: as a sheet, as a table, as a map (layer 7)."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pandas as pd
+import streamlit as st
+
+from apps import cached
+from apps.canvas import Tile, canvas, sheet
+from apps.choosing import choose, choose_model, choose_site, link, open_page, python
+from circuits.families import saved_families
+from circuits.graph import CircuitGraph
+from circuits.graph.circuit import Node
+from circuits.graph.layout import PLACE
+from circuits.models.adapter import HookedModel
+from circuits.sae import names_of
+from circuits.store import ActivationStore
+from circuits.unit_maps import Method
+from circuits.units import Site, Unit
+from circuits.workspace import ModelRecord
+
+WAYS = ("sheet", "table", "map")
+_SPREAD = 26.0
+"""How wide a map is, in the distance between neighbours of a row."""
+
+
+def page() -> None:
+    """The page of a site."""
+    chosen = choose_model()
+    if chosen is None:
+        return
+    record, model = chosen
+    site = model.site(choose_site(record, model))
+    stores = {s.provenance.data: s for s in cached.stores_of(record) if site.name in s.sites}
+    store = stores[choose("Data", list(stores), "data")] if stores else None
+    st.title(site.name)
+    st.caption(f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}")
+    table = _table(record, model, site, store)
+    table = _filtered(record, table, site)
+    way = choose("Show as", WAYS, "as")
+    if way == "table":
+        _as_table(record, site, table)
+    elif way == "map":
+        _as_map(record, model, site, store, table)
+    else:
+        _as_sheet(record, site, table)
+    link(
+        "compare",
+        "Compare two units",
+        model=cached.label_of(record),
+        unit=site.unit(0),
+        other=site.unit(1),
+    )
+    if store is None:
+        st.info(
+            f"No activations of {site.name} yet: `circuits harvest {record.spec} --data DATA --sites {site.name}`"
+        )
+
+
+def _table(
+    record: ModelRecord, model: HookedModel, site: Site, store: ActivationStore | None
+) -> pd.DataFrame:
+    units = [site.unit(i) for i in range(site.n_units)]
+    table = (
+        cached.site_table(store, site.name).copy()
+        if store
+        else pd.DataFrame({"unit": range(len(units))})
+    )
+    given = {
+        u: r.body["text"] for u, r in names_of(cached.workspace().database, record.hash).items()
+    }
+    known = model.unit_names.get(site.name) or (model.classes if site.kind == "logit" else ())
+    table["name"] = [given.get(str(u), known[u.index] if known else "") for u in units]
+    member: dict[Unit, str] = {}
+    for family in saved_families(cached.workspace().database, record.hash):
+        member |= {
+            u: f"{member[u]}, {family.name}" if u in member else family.name for u in family.units
+        }
+    table["family"] = [member.get(u, "") for u in units]
+    return table
+
+
+def _filtered(record: ModelRecord, table: pd.DataFrame, site: Site) -> pd.DataFrame:
+    """The units that the person wants to see, in the order that they want."""
+    left, middle, right = st.columns([2, 2, 1])
+    words = (
+        left.text_input("Name, label or family contains", key="site-filter", max_chars=80)
+        .lower()
+        .split()
+    )
+    numbers = [c for c in table.columns if c not in ("name", "family", "largest example")]
+    order = middle.selectbox("Sort by", numbers, key="site-sort")
+    downward = right.toggle("Largest first", value=order != "unit", key="site-down")
+    text = (table["name"] + " " + table["family"]).str.lower()
+    keep = pd.Series(True, index=table.index)
+    for word in words:
+        keep &= text.str.contains(word, regex=False)
+    found = table.loc[keep].sort_values(str(order), ascending=not downward, kind="stable")
+    st.caption(f"{len(found)} of {len(table)} units")
+    return found
+
+
+def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
+    pictures = cached.pictured(record)
+    tiles = []
+    for row in table.to_dict("records"):
+        unit = site.unit(int(row["unit"]))
+        path = pictures.get(unit)
+        title = ", ".join(filter(None, (str(unit), str(row["name"]), str(row["family"]))))
+        tiles.append(
+            Tile(str(unit), str(unit.index), title, cached.thumbnail(path, 56) if path else "")
+        )
+    picked = sheet(tiles)
+    if picked is not None:
+        _open(record, Unit.parse(picked))
+    missing = sum(not tile.picture for tile in tiles)
+    if missing:
+        st.caption(
+            f"{missing} have no picture: `circuits visualize {record.spec} {site.name} --sheet` makes all of them."
+        )
+        link(
+            "jobs",
+            "Make the sheet in the background",
+            do="sheet",
+            model=cached.label_of(record),
+            site=site.name,
+        )
+
+
+def _as_table(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
+    chosen = st.dataframe(
+        table, hide_index=True, on_select="rerun", selection_mode="single-row", key="site-table"
+    )
+    rows = chosen["selection"]["rows"]
+    if rows:
+        _open(record, site.unit(int(table.iloc[rows[0]]["unit"])))
+
+
+def _as_map(
+    record: ModelRecord,
+    model: HookedModel,
+    site: Site,
+    store: ActivationStore | None,
+    table: pd.DataFrame,
+) -> None:
+    method: Method = st.segmented_control(
+        "Laid out by", get_args(Method), default="tsne", key="map-method", required=True
+    )
+    by_weights = store is None or st.toggle("By weights instead of responses", key="map-weights")
+    try:
+        found = cached.map_of(model, None if by_weights else store, site.name, method)
+    except ValueError as error:
+        st.warning(str(error))
+        return
+    span = float(max(found.xy.max(0) - found.xy.min(0))) or 1.0
+    graph = CircuitGraph(model_hash=record.hash)
+    for index in table["unit"]:
+        x, y = found.xy[int(index)] * (_SPREAD / span)
+        graph.add_node(site.unit(int(index)), **{PLACE: [float(x), float(y) / 2]})
+    pictures: dict[Node, str] = {
+        u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
+    }
+    tapped, _ = canvas(
+        graph, pictures, {}, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
+    )
+    if tapped:
+        _open(record, Unit.parse(tapped))
+    st.caption(
+        f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "
+        f"unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
+        f"{100 * found.shuffled:.0f} %)."
+    )
+    how = f"weight_map(model, {site.name!r}, {method!r})"
+    if not by_weights:
+        how = f"response_map(store, {site.name!r}, {method!r})"
+    python(f"""
+from circuits.unit_maps import response_map, weight_map
+
+found = {how}
+print(found.xy, found.kept, found.shuffled)
+""")
+
+
+def _open(record: ModelRecord, unit: Unit) -> None:
+    open_page("unit", model=cached.label_of(record), site=unit.site, unit=unit.index)

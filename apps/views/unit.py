@@ -1,0 +1,131 @@
+"""A unit, and what is known of it (layer 7)."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps import cached
+from apps.choosing import choose_model, choose_unit, go_to, link, named
+from apps.looking import Look, look_at
+from apps.panels.effects import ablation_panel
+from apps.panels.examples import examples_panel, range_panel
+from apps.panels.names import names_panel
+from apps.panels.pictures import picture_panel
+from apps.panels.relations import relations_panel
+from apps.panels.statistics import statistics_panel
+from apps.panels.tokens import logits_panel, pattern_panel
+from apps.panels.tuning import tuning_panel
+from apps.panels.weights import weights_panel
+from circuits.models.adapter import HookedModel
+from circuits.sae import names_of
+from circuits.units import Unit
+from circuits.workspace import ModelRecord
+
+FOUND = 12
+"""Units that a search lists, at most."""
+
+
+def page() -> None:
+    """The page of a unit: what excites it, what it is built from, what it does."""
+    chosen = choose_model()
+    if chosen is None:
+        return
+    record, model = chosen
+    unit = choose_unit(record, model)
+    look = look_at(record, model, unit)
+    _heading(look)
+    _search(record, model)
+    names_panel(unit, record.hash)
+    if look.store is None:
+        picture_panel(model, unit, record.hash, None)
+        st.info(
+            f"No activations of {unit.site} yet: "
+            f"`circuits harvest {record.spec} --data DATA --sites {unit.site}`"
+        )
+    else:
+        left, right = st.columns([1, 2])
+        with left:
+            picture_panel(model, unit, record.hash, look.inputs)
+        with right:
+            statistics_panel(look, look.store)
+        _examples(look)
+    tuning_panel(look)
+    weights_panel(look)
+    logits_panel(look)
+    if look.store is not None and look.inputs is not None:
+        ablation_panel(look, look.store, look.inputs)
+    relations_panel(look)
+
+
+def _examples(look: Look) -> None:
+    assert look.store is not None, "checked by the caller"
+    if look.inputs is None:
+        st.warning(f"The examples cannot be shown: {look.trouble}")
+        return
+    examples_panel(look, look.store, look.inputs)
+    best = look.store.top_examples(look.unit, 1)
+    pattern_panel(look, look.inputs, best[0].index if best else 0)
+    range_panel(look, look.store, look.inputs)
+
+
+def _heading(look: Look) -> None:
+    model, unit, label = look.model, look.unit, cached.label_of(look.record)
+    site, known = model.site(unit.site), model.unit_names.get(unit.site)
+    st.title(f"{unit}" + (f" — {known[unit.index]}" if known else ""))
+    st.caption(
+        f"{model.name} · {site.kind} {unit.index} of {site.n_units} · weights {look.record.hash[:16]}"
+    )
+    with st.container(horizontal=True):
+        link("site", f"All of {site.name}", model=label, site=site.name)
+        link("circuit", "Its circuit", model=label, unit=unit)
+        link("edits", "Edit it", model=label, on=unit)
+    before, after = st.sidebar.columns(2)
+    before.button(
+        "← previous", on_click=go_to, args=(site.unit(max(unit.index - 1, 0)),), disabled=unit.index == 0,
+        shortcut="P",
+    )  # fmt: skip
+    last = site.n_units - 1
+    after.button(
+        "next →", on_click=go_to, args=(site.unit(min(unit.index + 1, last)),), disabled=unit.index == last,
+        shortcut="N",
+    )  # fmt: skip
+
+
+def _search(record: ModelRecord, model: HookedModel) -> None:
+    """Units by name, label or address."""
+    words = st.sidebar.text_input(
+        "Search units", key="search", placeholder="curve 45, line:3 …", max_chars=80
+    )
+    if not words.strip():
+        return
+    given = {
+        str(u): r.body["text"]
+        for u, r in names_of(cached.workspace().database, record.hash).items()
+    }
+    known = {
+        str(Unit(site, i)): name
+        for site, names in model.unit_names.items()
+        for i, name in enumerate(names)
+    }
+    wanted = words.lower().split()
+    found = [
+        address
+        for address in dict.fromkeys([*_address(model, words.strip()), *given, *known])
+        if all(
+            w in f"{address} {given.get(address, '')} {known.get(address, '')}".lower()
+            for w in wanted
+        )
+    ]
+    with st.sidebar:
+        for address in found[:FOUND]:
+            unit = Unit.parse(address)
+            name = f"{address} · {given[address]}" if address in given else named(model, unit)
+            link("unit", name, model=cached.label_of(record), site=unit.site, unit=unit.index)
+        st.caption(f"{len(found)} found" + (f", {FOUND} shown" if len(found) > FOUND else ""))
+
+
+def _address(model: HookedModel, text: str) -> list[str]:
+    try:
+        return [str(model.unit(text))]
+    except (KeyError, ValueError):
+        return []

@@ -1,0 +1,415 @@
+"""Work that runs in the background: verbs of the command line in processes of their own (layer 2).
+
+A job goes on when what started it ends, and its folder in the workspace says all there is to know:
+
+<root>/jobs/<id>/job.json      what was asked for, and when
+                 lock          held as long as a process of the job lives; the process group's number
+                 progress      how far it is, written by the verb
+                 log           what the verb printed
+                 result.json   how it ended; missing if its processes were killed
+
+`python -m circuits.jobs FOLDER` is the process of a job. Whether one runs is asked of the kernel, which
+frees a lock however its holder ends, and never of a process number, which may be another's by now.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from circuits.files import write_json
+from circuits.units import nearest, unknown
+from circuits.workspace import ROOT, Workspace
+
+PROGRESS = "CIRCUITS_PROGRESS"
+"""Environment variable: the file in which a verb notes how far it is."""
+
+VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tune")
+"""What can run as a job."""
+
+PATIENCE = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+"""How a job is cancelled: as by Ctrl-C, so that it leaves things tidy; then less and less kindly. In seconds."""
+
+State = Literal["running", "done", "failed", "cancelled", "lost"]
+
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}")
+_ANSI = re.compile(  # colours and movements; titles and links; the rest
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?"
+)
+_LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
+_MESSAGE = 500  # characters of its last line
+_A_MOMENT = 1.0  # seconds: for those who hold a lock only to look
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, as its folder had it when it was looked at.
+
+    Attributes:
+        id: its name; later ones sort behind earlier ones.
+        folder: where all about it is kept.
+        argv: the verb and its arguments.
+        title: what it is called.
+        started: when, in UTC (ISO 8601).
+        state: `lost` if its processes ended without noting how: killed, or the power went.
+        done: how much is done.
+        total: how much there is; 0 as long as nobody knows.
+        message: the last line of its log, or what it is at while it has said nothing.
+    """
+
+    id: str
+    folder: Path
+    argv: tuple[str, ...]
+    title: str
+    started: str
+    state: State
+    done: int
+    total: int
+    message: str
+
+
+def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
+    """Start a verb of the command line in the background; the same that runs already is not started twice.
+
+    Args:
+        workspace: where the job is kept, and its results go.
+        argv: the verb, one of `VERBS`, and its arguments; relative paths are from the current folder.
+        title: what to call it; the command if it is not given.
+
+    Raises:
+        ValueError: if the verb cannot run as a job, or an argument is not printable.
+        OSError: if the workspace cannot be written, or no process can be started.
+    """
+    _check(argv, title)
+    place = _place(workspace.writable())
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two who start the same, the second finds the first's
+        for known in jobs(workspace):
+            if known.state == "running" and known.argv == tuple(argv):
+                return known
+        folder = _new_folder(place)
+        asked = {
+            "argv": list(argv),
+            "title": title or shlex.join(argv),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            _launch(folder, asked, workspace.root.absolute())
+        except OSError:
+            shutil.rmtree(folder)
+            raise
+    return _known(folder)
+
+
+def jobs(workspace: Workspace) -> list[Job]:
+    """The jobs of a workspace, newest first; folders that cannot be read are left out."""
+    folders = sorted(_place(workspace).glob("*"), reverse=True)
+    found = (_read(folder) for folder in folders if _ID.fullmatch(folder.name))
+    return [job for job in found if job]
+
+
+def job(workspace: Workspace, id: str) -> Job:
+    """A job by its id.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    found = _read(_place(workspace) / id) if _ID.fullmatch(id) else None
+    if found is None:
+        known = [job.id for job in jobs(workspace)]
+        if not known:
+            raise KeyError(f"unknown job {_short(id)!r}: the workspace has none")
+        raise unknown("job", _short(id), known)
+    return found
+
+
+def cancel(job: Job) -> Job:
+    """Interrupt all processes of a job and wait until they have gone; one that has ended stays as it is.
+
+    Raises:
+        BlockingIOError: if they do not end, not even killed.
+        KeyError: if the job has been removed.
+    """
+    if not _is_running(job.folder):
+        return _known(job.folder)
+    for number, seconds in PATIENCE:
+        _signal(job.folder, number)
+        if _has_ended(job.folder, seconds):
+            break
+    with _alone(job.folder):
+        result = job.folder / "result.json"
+        if (job.folder / "job.json").exists() and not result.exists():
+            write_json(result, {"code": None, "cancelled": True})  # its process could not
+    return _known(job.folder)
+
+
+def remove(job: Job) -> None:
+    """Forget a job: its log and how it ended. What it made is left alone.
+
+    Raises:
+        BlockingIOError: if it is running.
+        FileNotFoundError: if it has been removed.
+    """
+    with _alone(job.folder):
+        (job.folder / "job.json").unlink(missing_ok=True)  # from here on it is no job
+        shutil.rmtree(job.folder)
+
+
+def log_of(job: Job, lines: int = 50) -> str:
+    """The end of what a job printed, as plain text without colours and control characters.
+
+    Raises:
+        ValueError: if `lines` is less than 1.
+    """
+    if lines < 1:
+        raise ValueError(f"lines {lines} must be at least 1")
+    return "\n".join(_log(job.folder)[-lines:])
+
+
+def _check(argv: Sequence[str], title: str) -> None:
+    verb = argv[0] if argv else ""
+    if verb not in VERBS:
+        close = nearest(str(verb), VERBS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(
+            f"verb {_short(verb)!r} cannot run as a job: {hint}expected one of {', '.join(VERBS)}"
+        )
+    for name, text in (*(("argument", a) for a in argv), ("title", title)):
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(
+                f"{name} {_short(text)!r} of job {verb} is not printable: expected text in one line"
+            )
+
+
+def _short(text: object) -> str:
+    """At most 60 characters of what somebody gave, for messages."""
+    return str(text) if len(str(text)) <= 60 else f"{str(text)[:59]}…"
+
+
+def _place(workspace: Workspace) -> Path:
+    return workspace.root.absolute() / "jobs"
+
+
+def _new_folder(place: Path) -> Path:
+    """A folder named by the time: nobody else's, as only one of two can make it."""
+    while True:
+        folder = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
+    """Start a job's process, with a lock that is never free: this process hands it on while it holds it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(folder / "job.json", asked)  # from here on it is a job, and running
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "circuits.jobs", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, ROOT: str(root)},
+                start_new_session=True,  # Ctrl-C where it was started is not meant for it
+                pass_fds=(lock,),
+            )
+        os.write(lock, str(process.pid).encode())
+    finally:
+        os.close(lock)
+    threading.Thread(target=process.wait, daemon=True).start()  # nothing is left when it ends
+
+
+def _read(folder: Path) -> Job | None:
+    try:
+        asked = json.loads((folder / "job.json").read_text())
+        argv, title, started = tuple(asked["argv"]), asked["title"], asked["started"]
+        state = _state(folder)
+        at, done, total = _progress(folder)
+        log = _log(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not all(isinstance(text, str) for text in (*argv, title, started)):
+        return None
+    said = log[-1].strip()[:_MESSAGE] if log else at
+    return Job(folder.name, folder, argv, title, started, state, done, total, said)
+
+
+def _known(folder: Path) -> Job:
+    found = _read(folder)
+    if found is None:
+        raise KeyError(f"job {folder.name} has been removed")
+    return found
+
+
+def _state(folder: Path) -> State:
+    if _is_running(folder):
+        return "running"
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        code, cancelled = result["code"], result["cancelled"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return "lost"
+    if code == 0:
+        return "done"
+    return "cancelled" if cancelled else "failed"
+
+
+def _progress(folder: Path) -> tuple[str, int, int]:
+    """What it is at, how much of it is done and how much there is."""
+    try:
+        told = json.loads((folder / "progress").read_text())
+        return str(told["what"]), int(told["done"]), int(told["total"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return "", 0, 0
+
+
+def _log(folder: Path) -> list[str]:
+    """The last lines of the log, plain."""
+    path = folder / "log"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+        text = file.read().decode(errors="replace")
+    lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    plain = [_plain(line) for line in lines]
+    while plain and not plain[-1]:
+        plain.pop()
+    return plain
+
+
+def _plain(line: str) -> str:
+    """
+    >>> _plain("\\x1b[31mcircuits:\\x1b[0m no\\x07 such site ")
+    'circuits: no such site'
+    """
+    return "".join(c for c in _ANSI.sub("", line) if c.isprintable() or c == "\t").rstrip()
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        with (folder / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two may ask at once
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _has_ended(folder: Path, seconds: float) -> bool:
+    """Whether no process of a job is left, waiting so long for it."""
+    until = time.monotonic() + seconds
+    while _is_running(folder):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a job's lock; waits a moment for those who only ask whether it runs.
+
+    Raises:
+        BlockingIOError: if the job is running.
+    """
+    with (folder / "lock").open("ab") as lock:
+        until = time.monotonic() + _A_MOMENT
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise BlockingIOError(
+                        f"job {folder.name} is running: it has to end first"
+                    ) from error
+            time.sleep(0.02)
+        yield
+
+
+def _signal(folder: Path, number: signal.Signals) -> None:
+    """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
+    group = (folder / "lock").read_bytes()
+    if _is_running(folder) and group.isdigit() and int(group) > 1:
+        with suppress(ProcessLookupError):  # ended just now
+            os.killpg(int(group), number)
+
+
+def _run(folder: Path) -> None:
+    """What a job's process does: it lets the verb run in a child, and notes how that ended.
+
+    The child holds the lock too, being forked. If this process alone is killed, the job is still running,
+    as is true, and can be cancelled.
+    """
+    argv = json.loads((folder / "job.json").read_text())["argv"]
+    heard: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: heard.append(got))
+    child = _fork()
+    if child == 0:
+        _become(argv, folder)
+
+    def end(number: int, _: object) -> None:
+        heard.append(number)
+        os.kill(child, number)  # whoever stops this process means the verb
+
+    signal.signal(
+        signal.SIGTERM, end
+    )  # SIGINT goes to the group, and twice would be once too often
+    if heard:
+        os.kill(child, signal.SIGTERM)  # it came before there was a child to hear it
+    _, status = os.waitpid(child, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # what is left to do is soon done
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0 and not heard:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        sys.stderr.write(f"circuits: the job was ended by {name}{hint}\n")
+    write_json(folder / "result.json", {"code": code, "cancelled": bool(heard)})
+
+
+def _fork() -> int:
+    """Fork: the package is imported once, which takes seconds, and the two share its memory."""
+    gc.freeze()  # collecting would touch, and so copy, all that is shared
+    with warnings.catch_warnings():
+        # from Python 3.12: nothing has been computed yet, so that no other thread holds anything
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _become(argv: list[str], folder: Path) -> NoReturn:
+    """Be the command line from here on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ[PROGRESS] = str(folder / "progress")
+    sys.argv = ["circuits", *argv]
+    runpy.run_module("circuits", run_name="__main__", alter_sys=True)
+    raise AssertionError("the command line ends in SystemExit")
+
+
+if __name__ == "__main__":
+    _run(Path(sys.argv[1]))

@@ -1,0 +1,368 @@
+"""Work in the background: real processes, few of them, as each takes seconds to import torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import circuits.jobs
+from circuits.cli import output
+from circuits.cli.main import run
+from circuits.jobs import Job, cancel, job, jobs, log_of, remove, start
+from circuits.workspace import Workspace
+
+_DATA = """
+import time
+from pathlib import Path
+import torch
+from circuits.stimuli.images import ImageSource
+
+def image(i):
+    if Path(__file__).with_name("slow").exists():
+        time.sleep(0.05)
+    return torch.full((3, 64, 64), i / 200)
+
+def images():
+    return ImageSource("own", tuple(map(str, range(192))), "5" * 64, image)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch) -> Iterator[Workspace]:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path / "ws"))
+    made = Workspace(tmp_path / "ws")
+    yield made
+    for one in jobs(made):
+        cancel(one)
+    assert not _processes(made.root), "nothing is left behind"
+
+
+@pytest.fixture
+def harvest(tmp_path: Path) -> list[str]:
+    """A harvest that takes long, as long as there is a file `slow`."""
+    (tmp_path / "own.py").write_text(_DATA)
+    (tmp_path / "slow").touch()
+    data = f"python:{tmp_path / 'own.py'}:images"
+    return ["harvest", "cleanroom", "--data", data, "--sites", "line", "--workers", "2"]
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch) -> Path:
+    """What is started instead of Python: does nothing until it is ended."""
+    script = tmp_path / "idle"
+    script.write_text("#!/bin/sh\nwhile :; do sleep 0.1; done\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return script
+
+
+def _processes(folder: Path) -> list[int]:
+    """All processes whose command names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # ended just now
+            continue
+    return found
+
+
+def _until(true: Callable[[Job], bool], one: Job, place: Workspace) -> Job:
+    """A job once it is as wanted."""
+    until = time.monotonic() + 60
+    while not true(one):
+        assert time.monotonic() < until, f"{one}\n{log_of(one)}"
+        time.sleep(0.05)
+        one = job(place, one.id)
+    return one
+
+
+def _ended(one: Job) -> bool:
+    return one.state != "running"
+
+
+def _folder(place: Workspace, id: str = "20260101-000000-000000", **files: str) -> Path:
+    """A job's folder, made by hand."""
+    folder = place.root / "jobs" / id
+    folder.mkdir(parents=True)
+    asked = {"argv": ["tune", "shapes"], "title": "Tuning", "started": "2026-01-01T00:00:00+00:00"}
+    (folder / "job.json").write_text(json.dumps(asked))
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+@contextmanager
+def _held(folder: Path, content: str) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        lock.write(content)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_job_outlives_its_starter_is_cancelled_and_goes_on(
+    place: Workspace, harvest: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-P", "-m", "circuits", "jobs", "start", "--json", *harvest]
+    starter = subprocess.run(command, check=True, capture_output=True)  # has ended
+    first = job(place, json.loads(starter.stdout)["id"])
+    assert (first.state, first.argv) == ("running", tuple(harvest))
+    assert start(place, harvest).id == first.id, "the same runs already"
+    first = _until(lambda one: one.done >= 16, first, place)
+    assert (first.state, first.total) == ("running", 192)
+    assert first.message == f"harvest cleanroom on {harvest[3]}"
+    assert len(_processes(first.folder)) == 4  # its own, the verb, two workers
+    with pytest.raises(BlockingIOError, match=f"job {first.id} is running: it has to end first"):
+        remove(first)
+
+    first = cancel(first)
+    assert (first.state, _processes(first.folder)) == ("cancelled", [])
+    assert first.message == "circuits: stopped; run the same command again to go on"
+    assert 16 <= first.done < 192
+    assert cancel(first) == first
+    made = {path: path.stat().st_mtime_ns for path in place.root.glob("*/*/*/shard-*.h5")}
+    assert made
+
+    (tmp_path / "slow").unlink()
+    second = _until(_ended, start(place, harvest), place)
+    assert (second.state, second.done, second.total) == ("done", 192, 192), log_of(second)
+    assert "192 examples" in log_of(second)
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items()), "it went on"
+    assert list(place.root.glob("*/*/*/statistics.h5"))
+    assert [one.id for one in jobs(place)] == [second.id, first.id]
+    remove(first)
+    assert jobs(place) == [second]
+
+
+def test_two_at_once_of_which_one_fails_and_one_is_killed(
+    place: Workspace, harvest: list[str]
+) -> None:
+    killed = start(place, harvest, title="Long")
+    failed = start(place, ["tune", "shapes", "mixd3b"])
+    assert {killed.state, failed.state} == {"running"}
+    assert (killed.title, failed.title) == ("Long", "tune shapes mixd3b")
+    assert [one.id for one in jobs(place)] == [failed.id, killed.id]
+
+    failed = _until(_ended, failed, place)
+    assert failed.state == "failed"
+    assert failed.message.startswith("circuits: unknown site of shapes 'mixd3b': did you mean")
+
+    killed = _until(lambda one: one.total > 0, killed, place)
+    group = int((killed.folder / "lock").read_text())
+    os.kill(group, signal.SIGKILL)  # its own process: the verb goes on
+    time.sleep(0.2)
+    assert job(place, killed.id).state == "running"
+    os.killpg(group, signal.SIGKILL)
+    killed = _until(_ended, killed, place)
+    assert killed.state == "lost"
+    assert cancel(killed).state == "lost"
+
+
+def test_the_same_started_at_once_is_one_job(place: Workspace, idle: Path) -> None:
+    asked = [["tune", "shapes"]] * 6 + [["tune", str(i)] for i in range(6)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        started = list(pool.map(lambda argv: start(place, argv), asked))
+    assert len({one.id for one in started[:6]}) == 1
+    assert len({one.id for one in started}) == len(jobs(place)) == 7
+
+
+def test_what_does_not_listen_is_killed(place: Workspace, idle: Path, monkeypatch) -> None:
+    idle.write_text("#!/bin/sh\ntrap 'echo no' INT TERM\necho ready\n" + idle.read_text())
+    patience = ((signal.SIGINT, 0.3), (signal.SIGTERM, 0.3), (signal.SIGKILL, 5.0))
+    monkeypatch.setattr(circuits.jobs, "PATIENCE", patience)
+    one = _until(lambda one: one.message == "ready", start(place, ["tune", "shapes"]), place)
+    assert cancel(one).state == "cancelled"
+    assert "no" in log_of(one).splitlines()
+
+
+def test_a_job_is_cancelled_before_it_has_begun(place: Workspace) -> None:
+    first = start(place, ["demo", "--no-serve"])
+    assert cancel(first).state == "cancelled"
+    assert not _processes(place.root)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "verb '' cannot run as a job: expected one of harvest, visualize, sae"),
+        (["harvst", "x"], "verb 'harvst' cannot run as a job: did you mean harvest? expected one"),
+        (["app"], "verb 'app' cannot run as a job"),
+        (["--help"], "verb '--help' cannot run as a job"),
+        (["v" * 9999], f"verb '{'v' * 59}…' cannot run as a job"),
+        (["tune", "a\nb"], r"argument 'a\nb' of job tune is not printable: expected text in one"),
+        (["tune", "\ud800"], r"argument '\ud800' of job tune is not printable"),
+    ],
+)
+def test_what_cannot_run_is_refused(argv: list[str], message: str, place: Workspace) -> None:
+    with pytest.raises(ValueError) as caught:
+        start(place, argv)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not place.root.exists()
+
+
+def test_a_title_is_one_line(place: Workspace) -> None:
+    with pytest.raises(ValueError, match=r"title 'a.nb' of job tune is not printable"):
+        start(place, ["tune", "shapes"], "a\nb")
+
+
+def test_nothing_is_left_of_a_job_that_cannot_be_started(place: Workspace, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(place.root / "no-python"))
+    with pytest.raises(FileNotFoundError, match="no-python"):
+        start(place, ["tune", "shapes"])
+    assert [path.name for path in (place.root / "jobs").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("id", ["", "../x", "/", ".", "x" * 9999, "20260101-000000-00000١", "a\0b"])
+def test_ids_are_no_paths(id: str, place: Workspace) -> None:
+    with pytest.raises(KeyError, match="the workspace has none"):
+        job(place, id)
+    _folder(place)
+    with pytest.raises(KeyError, match=r"unknown job '.*': .*20260101-000000-000000"):
+        job(place, id)
+
+
+@pytest.mark.parametrize(
+    ("result", "state"),
+    [
+        ('{"code": 0, "cancelled": false}', "done"),
+        ('{"code": 0, "cancelled": true}', "done"),  # it was too late
+        ('{"code": 2, "cancelled": false}', "failed"),
+        ('{"code": -9, "cancelled": false}', "failed"),
+        ('{"code": null, "cancelled": true}', "cancelled"),
+        ("[]", "lost"),
+        ("", "lost"),
+    ],
+)
+def test_states(result: str, state: str, place: Workspace) -> None:
+    _folder(place, result_json=result, progress='{"what": "tune", "done": 3, "total": 8}')
+    (found,) = jobs(place)
+    assert (found.state, found.done, found.total, found.message) == (state, 3, 8, "tune")
+
+
+def test_folders_that_cannot_be_read_are_left_out(place: Workspace) -> None:
+    assert jobs(place) == []
+    good = _folder(place, progress="{", log="a\nb\n")
+    place.root.joinpath("jobs", "notes").mkdir()
+    for n, text in enumerate(("", "{}", "[]", '{"argv": [1], "title": "", "started": ""}'), 1):
+        (_folder(place, f"20260101-000000-00000{n}") / "job.json").write_text(text)
+    (found,) = jobs(place)
+    assert (found.folder, found.state, found.done, found.total) == (good, "lost", 0, 0)
+    assert (found.argv, found.title, found.message) == (("tune", "shapes"), "Tuning", "b")
+
+
+def test_the_log_is_plain(place: Workspace) -> None:
+    lines = [
+        "first", "\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\",
+        "10 %\r50 %\r100 %\r", "a\tb\x00\x08c\u202e", "", "",
+    ]  # fmt: skip
+    folder = _folder(place)
+    (found,) = jobs(place)
+    assert (log_of(found), found.message) == ("", "")
+    (folder / "log").write_bytes("\n".join(lines).encode() + b"\xff\n\n")
+    assert log_of(found) == "first\nred link\n100 %\na\tbc\n\n\ufffd"
+    assert log_of(found, 1) == "\ufffd"
+    with pytest.raises(ValueError, match="lines 0 must be at least 1"):
+        log_of(found, 0)
+    (folder / "log").write_text("x" * 10**6 + "\nlast")
+    assert log_of(found, 1) == "last"
+
+
+@pytest.mark.parametrize("group", ["", "0", "1", "-1", "what"])
+def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monkeypatch) -> None:
+    folder = _folder(place)
+    monkeypatch.setattr(circuits.jobs, "PATIENCE", ((signal.SIGINT, 0.0),))
+    monkeypatch.setattr(circuits.jobs, "_A_MOMENT", 0.0)
+    monkeypatch.setattr(os, "killpg", lambda *a: pytest.fail(f"killpg{a}"))
+    with _held(folder, group):
+        (found,) = jobs(place)
+        assert found.state == "running"
+        with pytest.raises(BlockingIOError, match="is running"):
+            cancel(found)
+    (folder / "lock").write_text(str(os.getpid()))  # nobody holds it: the number is another's
+    assert cancel(found).state == "lost"
+    remove(found)
+    with pytest.raises(KeyError, match="has been removed"):
+        cancel(found)
+    with pytest.raises(FileNotFoundError):
+        remove(found)
+
+
+def test_progress_is_noted_now_and_then_and_at_the_end(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(circuits.jobs.PROGRESS, str(tmp_path / "progress"))
+    written = []
+    real = output.write_json
+    monkeypatch.setattr(
+        output, "write_json", lambda path, value: (written.append(dict(value)), real(path, value))
+    )
+    with output.progress_bar("idle", quiet=True):
+        pass
+    assert not written
+
+    def count() -> None:
+        with output.progress_bar("count", quiet=True) as move:
+            for i in range(8):
+                move(i, 9)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        count()
+    assert [w["done"] for w in written] == [0, 7]
+    told = json.loads((tmp_path / "progress").read_text())
+    assert told == {"what": "count", "done": 7, "total": 9}
+    monkeypatch.setenv(circuits.jobs.PROGRESS, "/proc/nowhere/progress")
+    with output.progress_bar("count", quiet=True) as move:
+        move(1, 2)  # no reason to stop
+
+
+def test_the_command_line_shows_cancels_and_removes(place: Workspace, capsys) -> None:
+    id = _folder(place, log="one\ntwo\n").name
+    assert run(["jobs", "ls", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert facts == {
+        "id": id, "folder": str(place.root / "jobs" / id), "argv": ["tune", "shapes"], "title": "Tuning",
+        "started": "2026-01-01T00:00:00+00:00", "state": "lost", "done": 0, "total": 0, "message": "two",
+    }  # fmt: skip
+    assert run(["jobs", "ls"]) == 0
+    assert "Tuning" in capsys.readouterr().out
+    assert run(["jobs", "show", id, "--json", "--lines", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["log"] == "two"
+    assert run(["jobs", "show", id]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Tuning: lost\n")
+    assert said.endswith("\none\ntwo\n")
+    assert run(["jobs", "cancel", id]) == 0
+    assert capsys.readouterr().out == f"{id}: lost\n"
+    assert run(["jobs", "rm", id]) == 0
+    assert capsys.readouterr().out == f"deleted job {id}\n"
+    assert jobs(place) == []
+
+
+def test_bad_input_at_the_command_line_is_one_line(place: Workspace, capsys) -> None:
+    _folder(place)
+    for arguments, message in (
+        (["show", "../x"], "unknown job '../x': expected one of 20260101-000000-000000"),
+        (["rm", ""], "unknown job ''"),
+        (["cancel", "20260101-000000-000001"], "did you mean 20260101-000000-000000?"),
+        (["show", "20260101-000000-000000", "--lines", "0"], "0 must be 1 or more"),
+        (["start", "store", "rm", "--yes", "x"], "verb 'store' cannot run as a job"),
+        (["start", "tune", "a\nb"], r"argument 'a\nb' of job tune is not printable"),
+        (["start"], "Missing argument 'VERB'"),
+    ):
+        assert run(["jobs", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.strip().splitlines()) == 1
