@@ -22,7 +22,7 @@ app: $(STAMP)
 
 # Two workers with one thread each: as fast as it gets on two cores, and the same everywhere.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -31,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not browser" $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -26,7 +26,7 @@ from circuits.attribution.saliency import Method as PixelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
-from circuits.effects import EditReport, Prediction, measure, predictions
+from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
 from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
@@ -35,6 +35,8 @@ from circuits.models.adapter import HookedModel
 from circuits.models.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.models.randomizing import randomized
 from circuits.models.receptive import ReceptiveField, receptive_field
+from circuits.sae import Bottleneck, Intervention, intervene, train_bottleneck
+from circuits.sae.bottleneck import Accuracy, Effect
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -181,6 +183,19 @@ def predictions_of(
     return _predictions(
         model.intact_hash, shown.key, identity(recipe), tuple(of), model, recipe, shown.x
     )
+
+
+@st.cache_data(show_spinner=False, max_entries=512)
+def _losses(
+    model_hash: str, key: str, edits: str, _model: HookedModel, _recipe: Recipe, _x: Tensor
+) -> np.ndarray:
+    with edited(_model, _recipe):
+        return token_losses(_model, _x)[0].cpu().numpy()
+
+
+def losses_of(model: HookedModel, recipe: Recipe, shown: Shown) -> np.ndarray:
+    """How surprised an edited model is by each token of a text but the first, in nats."""
+    return _losses(model.intact_hash, shown.key, identity(recipe), model, recipe, shown.x)
 
 
 def identity(recipe: Recipe) -> str:
@@ -481,3 +496,71 @@ def record_with(path: Path) -> ModelRecord | None:
             if (found / FILE if found.is_dir() else found).resolve() == path.resolve():
                 return record
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """A bottleneck on an autoencoder's latents, with the examples that it was not trained on.
+
+    Attributes:
+        bottleneck: trained on a random half of the examples.
+        units: latents' mean activation on each example of the store.
+        labels: the class of each.
+        rest: the examples of the other half.
+        accuracy: on those.
+    """
+
+    bottleneck: Bottleneck
+    units: np.ndarray
+    labels: list[int]
+    rest: list[int]
+    accuracy: Accuracy
+
+
+@st.cache_resource(show_spinner="Classifying with latents…", max_entries=16)
+def _decisions(
+    folder: str, site: str, seed: int, _model: HookedModel, _store: ActivationStore, _inputs: Inputs
+) -> Decisions:
+    labels = read_labels(_inputs.source, _model.classes)
+    units = np.nan_to_num(_store.summary(site).mean)
+    first = np.random.default_rng(seed).permutation(len(labels)) < len(labels) // 2
+    own = np.array(labels)
+    found = train_bottleneck(
+        site, units[first], own[first].tolist(), _model.classes, model_hash=_model.intact_hash,
+        data=_inputs.source.spec, seed=seed,
+    )  # fmt: skip
+    accuracy = found.accuracy(units[~first], own[~first].tolist(), seed)
+    return Decisions(found, units, labels, np.flatnonzero(~first).tolist(), accuracy)
+
+
+def decisions_of(
+    model: HookedModel, store: ActivationStore, site: str, inputs: Inputs, seed: int = 0
+) -> Decisions:
+    """A classifier on latents, from what has been harvested of them.
+
+    Raises:
+        ValueError: if the examples have no labels, or fewer than two classes.
+    """
+    return _decisions(str(store.folder), site, seed, model, store, inputs)
+
+
+@st.cache_data(show_spinner="Beside random latents…", max_entries=256)
+def _intervened(
+    folder: str,
+    site: str,
+    seed: int,
+    done: str,
+    _made: Decisions,
+    _interventions: Sequence[Intervention],
+) -> Effect:
+    made = _made
+    kept = [made.labels[i] for i in made.rest]
+    return intervene(made.bottleneck, made.units[made.rest], kept, _interventions, seed=seed)
+
+
+def intervened(
+    store: ActivationStore, made: Decisions, interventions: Sequence[Intervention], seed: int = 0
+) -> Effect:
+    """What switching latents does to decisions about examples held out."""
+    done = "; ".join(str(i.edit) for i in interventions)
+    return _intervened(str(store.folder), made.bottleneck.site, seed, done, made, interventions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import streamlit as st
+from streamlit.errors import StreamlitAPIException
 
 from apps import cached
 from circuits.models.adapter import HookedModel
@@ -119,3 +120,11 @@ def python(code: str, key: str = "") -> None:
     """What was shown, as the Python that makes it."""
     with st.popover("Python", help="The same from a script"):
         st.code(code.strip("\n"), language="python")
+
+
+def rerun_part() -> None:
+    """Run the fragment anew, or the page where it is all that runs."""
+    try:
+        st.rerun(scope="fragment")
+    except StreamlitAPIException:  # not in a run of the fragment alone
+        st.rerun()

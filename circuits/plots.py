@@ -16,6 +16,7 @@ from circuits.weights import Connection
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # distinct to colour-blind eyes
 _MARGIN = {"l": 50, "r": 10, "t": 30, "b": 40}
+_LABELLED = 32  # positions whose tokens can be read beside a map
 
 
 def histogram_figure(statistics: UnitStatistics) -> go.Figure:
@@ -178,9 +179,10 @@ def pattern_figure(pattern: Float[np.ndarray, "query key"], words: Sequence[str]
             hovertemplate="%{customdata}: %{z:.2f}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title="looked at", tickvals=places, ticktext=list(words))
-    figure.update_yaxes(title="from", tickvals=places, ticktext=list(words), autorange="reversed")
-    figure.update_layout(height=min(720, 160 + 22 * len(words)), margin=_MARGIN)
+    ticks = {"tickvals": places, "ticktext": list(words)} if len(words) <= _LABELLED else {}
+    figure.update_xaxes(title="looked at", **ticks)
+    figure.update_yaxes(title="from", autorange="reversed", **ticks)
+    figure.update_layout(height=min(520, 160 + 22 * len(words)), margin=_MARGIN)
     return figure
 
 
@@ -272,9 +274,30 @@ def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figur
             )  # fmt: skip
         figure.add_vline(x=at % 360, line_color=ORANGE, line_width=1, row=row, col=1)  # type: ignore[arg-type]
     figure.update_xaxes(range=[-5, 365], tickvals=list(range(0, 361, 45)))
-    figure.update_xaxes(
-        title="angle that a unit was written for, degrees (orange: the stimulus)", row=len(layers)
-    )
+    figure.update_xaxes(title="angle written for, degrees (orange: stimulus)", row=len(layers))
     figure.update_yaxes(rangemode="tozero")
     figure.update_layout(height=150 * len(layers) + 60, margin=_MARGIN, showlegend=False)
+    return figure
+
+
+def losses_figure(
+    runs: Mapping[str, Float[np.ndarray, " position"]], words: Sequence[str]
+) -> go.Figure:
+    """How surprising each token is, in one run or two; `words` are those that are predicted."""
+    figure = go.Figure()
+    for (name, losses), color in zip(runs.items(), (BLUE, ORANGE), strict=False):
+        figure.add_scatter(
+            y=losses, name=name, mode="lines+markers", line_color=color, marker_size=4, customdata=list(words),
+            hovertemplate="%{customdata}: %{y:.3g} nats<extra>" + name + "</extra>",
+        )  # fmt: skip
+    ticks = (
+        {"tickvals": list(range(len(words))), "ticktext": list(words)}
+        if len(words) <= _LABELLED
+        else {}
+    )
+    figure.update_xaxes(title="token", **ticks)
+    figure.update_yaxes(title="loss, nats", rangemode="tozero")
+    figure.update_layout(
+        height=280, margin=_MARGIN, showlegend=True, legend={"orientation": "h", "y": 1.2}
+    )
     return figure

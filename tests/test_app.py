@@ -9,6 +9,10 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from circuits.cli.main import run
+from circuits.edits.activations import zero
+from circuits.edits.ledger import Ledger
+from circuits.edits.recipes import Recipe
+from circuits.families import Family, Member, save_family
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
 from circuits.harvesting import harvest
@@ -16,6 +20,7 @@ from circuits.models.loading import load_model
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
+from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -240,7 +245,7 @@ def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
     assert run(["sae", "name", "a", "--unit", "7", "--as", "a [round] one"]) == 0
     test = shown.run()
     assert not test.exception
-    numbers, behaviour, latents = (frame.value for frame in test.dataframe)
+    numbers, behaviour, latents = (frame.value for frame in test.dataframe[:3])
     for null in ("random dictionary", "shuffled rows", "pca"):
         assert null in numbers.index
     assert behaviour.loc["kl", "with codes"] < behaviour.loc["kl", "zero"]
@@ -256,3 +261,180 @@ def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
     assert "Not measured yet" in text(shown.run())
     (tmp_path / "saes" / "a" / "sae.safetensors").write_bytes(b"x")
     assert "is not a safetensors file" in text(shown.run())
+
+
+# --- other pages ---------------------------------------------------------------------------------
+
+
+def test_home_shows_models_and_the_way_through(
+    built: Workspace, tmp_path: Path, monkeypatch
+) -> None:
+    test = page(built, monkeypatch, "home")
+    assert not test.exception
+    assert "New here? Two minutes" in text(test)
+    assert "Also built in" in text(test)
+    assert "circuits demo" in text(page(Workspace(tmp_path / "none"), monkeypatch, "home"))
+
+
+def test_a_site_is_sorted_and_filtered(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "site", model="cleanroom", site="line", **{"as": "table"})
+    assert not test.exception
+    assert len(test.dataframe[0].value) == 12
+    test.text_input(key="site-filter").set_value("line 15").run()
+    assert test.dataframe[0].value["name"].tolist() == ["line 15°", "line 150°"]
+    test.text_input(key="site-filter").set_value("").run()
+    test.selectbox(key="site-sort").set_value("largest").run()
+    test.toggle(key="site-down").set_value(True).run()
+    assert test.dataframe[0].value["largest"].is_monotonic_decreasing
+    maps = page(built, monkeypatch, "site", model="cleanroom", site="line", **{"as": "map"})
+    assert not maps.exception
+    assert "nearest neighbours" in text(maps)
+
+
+def test_edits_are_stacked_undone_and_kept(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "edits", model="cleanroom", on="line:3")
+    assert not test.exception
+    assert "None: the model is as it is." in text(test)
+    test.button(key="edit-add").click().run()
+    assert "scale units=line:3 factor=0" in [c.value for c in test.code]
+    test.text_input(key="edit-words").set_value("scale line:4 factor=2")
+    test.button(key="edit-add-words").click().run()
+    assert "scale units=line:4 factor=2" in [c.value for c in test.code]
+    test.button(key="edit-undo").click().run()
+    assert "scale units=line:4 factor=2" not in [c.value for c in test.code]
+    test.button(key="edit-redo").click().run()
+    test.button(key="edit-remove-0").click().run()
+    assert not test.exception
+    test.button(key="effects-measure").click().run()
+    assert not test.exception
+    assert "identical to the bit" in text(test)
+    measured = test.dataframe[0].value.set_index("measure")
+    assert measured.loc["kl", "change"] > 0
+    assert measured.loc["kl", "random twins"]
+    test.button(key="edit-ledger").click().run()
+    assert "1 on branch main" in test.success[0].value
+    model = load_model("cleanroom")
+    assert str(Ledger(built.database, model).recipe().edits[0]) == "scale units=line:4 factor=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("set line:0 values=@/etc/passwd", "names a file: expected numbers"),
+        ("explode line:0", "unknown edit operator"),
+        ("scale nope:0 factor=1", "nope"),
+        ("scale line:99 factor=1", "line:99"),
+    ],
+)
+def test_bad_edits_are_refused(built: Workspace, monkeypatch, words: str, said: str) -> None:
+    test = page(built, monkeypatch, "edits", model="cleanroom")
+    test.text_input(key="edit-words").set_value(words)
+    test.button(key="edit-add-words").click().run()
+    assert not test.exception
+    assert said in test.error[0].value
+    assert "None: the model is as it is." in text(test)
+
+
+def test_a_connection_and_a_family_can_be_edited(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "edits", model="cleanroom", on="complex_pool:2->line:3")
+    assert not test.exception
+    assert test.selectbox(key="edit-way").options[0] == "Cut the connection"
+    model = load_model("cleanroom")
+    members = tuple(Member(15.0 * i, Unit("line", i), 1.0) for i in range(3))
+    nan = float("nan")
+    save_family(
+        built.database,
+        Family(
+            "slow", "line", "rotation", 180.0, members, nan, nan, "", 0, model.hash, "by hand", 0
+        ),
+    )
+    test = page(built, monkeypatch, "edits", model="cleanroom", on="slow")
+    test.button(key="edit-add").click().run()
+    assert "scale units=line:0-2 factor=0" in [c.value for c in test.code]
+    assert "Family “slow”" in text(
+        page(built, monkeypatch, model="cleanroom", site="line", unit="1")
+    )
+
+
+def test_a_circuit_is_drawn_changed_and_compared(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "circuit", model="cleanroom", unit="line:3")
+    assert not test.exception
+    before = next(c.value for c in test.caption if "nodes" in c.value)
+    test.text_input[0].set_value("line:4 line:5")
+    next(b for b in test.button if b.label == "Add").click().run()
+    assert not test.exception
+    assert next(c.value for c in test.caption if "nodes" in c.value) != before
+    test.text_input(key="circuit-name").set_value("lines")
+    test.button(key="circuit-save").click().run()
+    assert "version 1 of lines" in test.success[0].value
+    test.button(key="canvas-undo").click().run()
+    assert next(c.value for c in test.caption if "nodes" in c.value) == before
+    assert "lines" in [o for s in test.selectbox for o in s.options]
+    assert "Seen in circuits" in text(
+        page(built, monkeypatch, model="cleanroom", site="line", unit="4")
+    )
+    odd = page(built, monkeypatch, "circuit", model="cleanroom", circuit="none such")
+    assert "no circuit 'none such'" in odd.error[0].value
+
+
+def test_ones_own_text_and_what_is_responsible(built: Workspace, monkeypatch) -> None:
+    test = page(
+        built,
+        monkeypatch,
+        "yours",
+        model="induction",
+        site="blocks.1.attn.hook_z",
+        **{"from": "your own"},
+    )
+    assert not test.exception
+    assert "Most active at" in text(test)
+    assert "Rank correlation with true ablation" in text(test)
+    test.text_input(key="own text").set_value("1 2 999").run()
+    assert "999" in test.error[0].value
+
+
+def test_the_case_is_live(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "case")
+    assert not test.exception
+    assert "Not measured here yet" in text(test)
+    test.slider(key="case-angle").set_value(180).run()
+    assert not test.exception
+
+
+def test_two_units_side_by_side(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "compare", model="cleanroom", unit="line:1", other="line:2")
+    assert not test.exception
+    assert "line:1 · line 15°" in text(test)
+    assert "line:2 · line 30°" in text(test)
+    assert (
+        "line:999"
+        in page(built, monkeypatch, "compare", model="cleanroom", unit="line:999").error[0].value
+    )
+
+
+def test_what_is_copied_out_runs(built: Workspace, monkeypatch) -> None:
+    """The Python of a unit's page and of its edits."""
+    shown = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
+    edits = page(built, monkeypatch, "edits", model="cleanroom", on="line:3")
+    codes = [
+        c.value
+        for test in (shown, edits)
+        for c in test.code
+        if c.value.startswith("import circuits")
+    ]
+    assert len(codes) >= 3
+    monkeypatch.chdir(built.root)
+    Recipe.of(load_model("cleanroom"), [zero("line:3")]).save(built.root / "recipe.json")
+    for code in codes:
+        exec(compile(code, "copied", "exec"), {})
+
+
+def test_no_page_is_long() -> None:
+    views = Path(show.__code__.co_filename).parents[1] / "apps" / "views"
+    assert all(len(path.read_text().splitlines()) <= 150 for path in views.glob("*.py"))
+    cached = [
+        p.name
+        for p in views.parent.rglob("*.py")
+        if "@st.cache_" in p.read_text() and p.name != "cached.py"
+    ]
+    assert not cached

@@ -1,7 +1,8 @@
-"""The app's journey in headless Chromium: what a person sees and clicks."""
+"""The app's journeys in headless Chromium: what a person sees and clicks. Screenshots go to `artifacts/`."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,53 +11,85 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+import torch
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from circuits.harvesting import harvest
+from circuits.cli.main import run
+from circuits.edits.recipes import Recipe, edited
+from circuits.effects import predictions
+from circuits.families import Family, Member, save_family
+from circuits.harvesting import Inputs, harvest
 from circuits.models.loading import load_model
+from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
+from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+# one worker runs them all: they share a workspace, a server and a browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
+CURVES = (379, 385, 343, 342, 406, 388, 324, 340, 330, 349)
+"""Curve detectors of mixed3b (Cammarata et al. 2020)."""
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """The app, as `circuits app` starts it, on a small workspace."""
-    place = Workspace(tmp_path_factory.mktemp("ws"))
-    model = load_model("shapes")
-    record = ModelRecord("shapes", model.hash)
-    harvest(model, open_source("shapes"), ["mixed3a", "mixed3b"], place, record, batch=32)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(place.root), "--port", str(port),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(url)
+def place(tmp_path_factory) -> Workspace:
+    """A small workspace: three models, an autoencoder, and GoogLeNet where its weights are."""
+    made = Workspace(tmp_path_factory.mktemp("ws"))
+    for spec, data, sites in (
+        ("cleanroom", "curves", ["line", "curve"]),
+        ("shapes", "shapes", ["mixed3a", "mixed3b"]),
+        ("induction", "repeats", ["blocks.1.attn.hook_z"]),
+    ):
+        model = load_model(spec)
+        harvest(model, open_source(data), sites, made, ModelRecord(spec, model.hash))
+    more = "--latents 256 --k 8 --steps 60 --batch 512"
+    at = ["--workspace", str(made.root)]
+    assert run(f"sae train shapes mixed3b --name little --data shapes {more}".split() + at) == 0
+    assert (
+        run(["harvest", "shapes+sae/little", "--data", "shapes", "--sites", "sae/little", *at]) == 0
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(place: Workspace) -> Iterator[str]:
+    """The app, as `circuits app` starts it."""
+    with started(place) as url:
         yield url
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=20)
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(120):
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"the app did not answer at {url}")
+class started:  # noqa: N801 (a context manager, used as a function)
+    """A server on a free port."""
+
+    def __init__(self, place: Workspace) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [
+            sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(place.root), "--port", str(self.port),
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, start_new_session=True)
+
+    def __enter__(self) -> str:
+        url = f"http://127.0.0.1:{self.port}"
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(url, timeout=2):
+                    return url
+            except OSError:
+                time.sleep(0.5)
+        self.__exit__()
+        raise TimeoutError(f"the app did not answer at {url}")
+
+    def __exit__(self, *_: object, how: int = 15) -> None:
+        os.killpg(self.process.pid, how)
+        self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -75,56 +108,353 @@ def page() -> Iterator[Page]:
 
 def shoot(page: Page, name: str) -> None:
     """Keep a screenshot of the whole page for people to look at."""
+    quiet(page)
     ARTIFACTS.mkdir(exist_ok=True)
+    size = page.viewport_size
+    assert size is not None
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
-    page.set_viewport_size({"width": 1280, "height": height + 20})
-    page.wait_for_timeout(1500)
+    page.set_viewport_size({"width": size["width"], "height": height + 20})
+    page.wait_for_timeout(600)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
-    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.set_viewport_size(size)
 
 
-def test_a_persons_way_through_the_app(server: str, page: Page) -> None:
+def quiet(page: Page) -> None:
+    """Wait until the page has nothing left to compute, and shows no error of Python's."""
+    state = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state')"
+    page.wait_for_timeout(150)
+    page.wait_for_function(f"{state} == 'notRunning'", timeout=120_000)
+    expect(page.get_by_test_id("stException")).to_have_count(0)
+
+
+def pick(page: Page, label: str, option: str) -> None:
+    """Choose in a select box."""
+    page.get_by_role("combobox", name=re.compile(re.escape(label))).click()
+    page.get_by_role("option", name=option, exact=True).click()
+    quiet(page)
+
+
+def on_canvas(page: Page, node: str) -> None:
+    """Click a node of the canvas."""
+    there = """id => { const box = document.querySelector('.circuit-canvas'), at = box.getBoundingClientRect(),
+        p = box.cy.getElementById(id).renderedPosition(); return [at.x + p.x, at.y + p.y]; }"""
+    page.wait_for_function("document.querySelector('.circuit-canvas')?.cy?.nodes().length > 0")
+    page.locator(".circuit-canvas").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    x, y = page.evaluate(there, node)
+    page.mouse.click(x, y)
+    quiet(page)
+
+
+def number(text: str, before: str) -> float:
+    """The number that follows some words."""
+    found = re.search(re.escape(before) + r"\s*([-+0-9.e]+)", text)
+    assert found is not None, f"{before!r} is not in {text!r}"
+    return float(found[1])
+
+
+def waited(found: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)
+
+
+def caption(page: Page, words: str) -> Locator:
+    return page.get_by_test_id("stCaptionContainer").filter(has_text=words)
+
+
+# --- journeys ------------------------------------------------------------------------------------
+
+
+def test_a_newcomer_takes_negative_weights_away_and_an_echo_appears(
+    server: str, page: Page
+) -> None:
     outside: list[str] = []
-    page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((server, "data:", "blob:", f"ws{server[4:]}")) else None)  # fmt: skip  # noqa: E501
+    own = (server, "data:", "blob:", f"ws{server[4:]}")
+    page.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
 
-    page.goto(f"{server}/unit?model=shapes&site=mixed3a&unit=100")
-    expect(page.get_by_role("heading", name="mixed3a:100")).to_be_visible()
-    expect(page.get_by_role("heading", name="What it does")).to_be_visible()
-    expect(page.locator(".js-plotly-plot").last.get_by_text("probability")).to_be_visible()
+    page.goto(server)
+    expect(page.get_by_role("heading", name="New here? Two minutes")).to_be_visible()
+    shoot(page, "a-home")
+    page.get_by_role("link", name="1. A curve unit").click()
+    expect(page.get_by_role("heading", name="curve:30 — curve 90°, radius 26")).to_be_visible()
+    expect(page.get_by_role("heading", name="Built from")).to_be_visible()
+    assert "unit=30" in page.url
+    shoot(page, "a-unit")
+    page.get_by_role("link", name="These as a circuit").click()
+    on_canvas(page, "curve:30")
+    expect(page.get_by_role("heading", name="curve:30 · curve 90°, radius 26")).to_be_visible()
+    shoot(page, "a-canvas")
+    page.get_by_role("link", name="Edit it").click()
+    expect(page.get_by_role("heading", name="Edits", exact=True)).to_be_visible()
+    expect(caption(page, "intact: prefers")).to_be_visible()
+    assert number(caption(page, "intact: prefers").inner_text(), "echo") == 0.0
 
-    page.get_by_role("button", name="Make the picture").click()
-    expect(page.get_by_text(re.compile("128 steps, seed 0"))).to_be_visible()
-    shoot(page, "unit")
-
-    page.get_by_text("Ablate this unit").click()
-    expect(page.get_by_text(re.compile("KL from the intact prediction"))).to_be_visible()
-    expect(page.locator(".js-plotly-plot").last.get_by_text("mixed3a:100 removed")).to_be_visible()
-    shoot(page, "ablated")
-    page.get_by_text("Ablate this unit").click()
-    expect(page.get_by_text(re.compile("KL from the intact prediction"))).to_be_hidden()
-
-    page.get_by_role("button", name="mixed3a_5x5_bottleneck").first.click()
-    expect(page.get_by_role("heading", name=re.compile("^mixed3a_5x5_bottleneck:"))).to_be_visible()
-    assert "site=mixed3a_5x5_bottleneck" in page.url
-
-    page.reload()
-    expect(page.get_by_role("heading", name=re.compile("^mixed3a_5x5_bottleneck:"))).to_be_visible()
+    pick(page, "How", "Its weights: keep only positive ones")
+    page.get_by_role("button", name="Add this edit").click()
+    expect(caption(page, "edited: prefers")).to_be_visible()
+    assert number(caption(page, "edited: prefers").inner_text(), "echo") > 0.1
+    assert number(caption(page, "intact: prefers").inner_text(), "echo") == 0.0
+    shoot(page, "a-echo")
+    page.get_by_role("button", name="Undo").click()
+    expect(caption(page, "edited: prefers")).to_have_count(0)
+    expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
+    page.get_by_role("button", name="Redo").click()
+    expect(caption(page, "edited: prefers")).to_be_visible()
+    page.get_by_role("button", name="Undo").click()
+    quiet(page)
     assert not errors
     assert not outside, "nothing is loaded from elsewhere"
 
 
-def test_two_people_do_not_see_each_others_ablation(server: str, page: Page) -> None:
+def test_googlenets_curves_are_ablated_and_a_script_gives_the_same_numbers(
+    place: Workspace, server: str, page: Page, assets: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    images = sorted((assets / "images" / "imagenet500").glob("*.jpg"))
+    clock = next(p for p in images if "wall_clock" in p.name)
+    for path in [clock, *images[::40]]:
+        shutil.copy(path, folder)
+    model = load_model("googlenet")
+    source = open_source(f"folder:{folder}")
+    harvest(model, source, ["mixed3b"], place, ModelRecord("googlenet", model.hash))
+    members = tuple(Member(float(i), Unit("mixed3b", u), 1.0) for i, u in enumerate(CURVES))
+    nan = float("nan")
+    save_family(
+        place.database,
+        Family(
+            "curves",
+            "mixed3b",
+            "rotation",
+            360.0,
+            members,
+            nan,
+            nan,
+            "",
+            0,
+            model.hash,
+            "published",
+            0,
+        ),
+    )
+    place.writable()
+
+    page.goto(f"{server}/site?model=googlenet&site=mixed3b")
+    page.wait_for_function("document.querySelectorAll('.unit-tile').length == 480")
+    shoot(page, "b-sheet")
+    page.locator(".unit-tile", has_text=re.compile("^379$")).click()
+    expect(page.get_by_role("heading", name="mixed3b:379")).to_be_visible()
+    expect(page.get_by_role("heading", name="Family “curves”")).to_be_visible()
+    shoot(page, "b-unit")
+    page.get_by_role("link", name="Edit the family").click()
+    expect(page.get_by_role("heading", name="Edits", exact=True)).to_be_visible()
+    quiet(page)
+    at = next(i for i, name in enumerate(source.names) if "wall_clock" in name)
+    pick(page, "Example", f"{at} · {source.names[at]}")
+    page.get_by_role("button", name="Add this edit").click()
+    expect(
+        page.get_by_text("zero mixed3b").or_(page.get_by_text("scale units=mixed3b")).first
+    ).to_be_visible()
+    quiet(page)
+    page.get_by_role("button", name="Python").first.click()
+    code = page.get_by_test_id("stPopoverBody").locator("code").inner_text()
+    page.keyboard.press("Escape")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the recipe").click()
+    download.value.save_as(tmp_path / "recipe.json")
+    shoot(page, "b-edited")
+
+    recipe = Recipe.load(tmp_path / "recipe.json")
+    x = Inputs(model, source).batch([at])
+    before = predictions(model, x)
+    with edited(model, recipe):
+        after = predictions(model, x, of=[p.index for p in before])
+    shown = dict(re.findall(r"#  (.+): ([0-9.]+)", code))
+    assert shown == {p.name: f"{p.probability:.6f}" for p in after}
+    assert any(
+        abs(a.probability - b.probability) > 1e-3 for a, b in zip(before, after, strict=True)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    printed = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert {name: f"{float(p):.6f}" for name, p in printed} == shown, (
+        "the script that was copied out"
+    )
+
+
+def test_without_its_induction_head_repeated_text_costs_more(server: str, page: Page) -> None:
+    page.goto(f"{server}/unit?model=induction&site=blocks.1.attn.hook_z&unit=1")
+    expect(page.get_by_role("heading", name="Where it looks")).to_be_visible()
+    expect(page.get_by_role("heading", name="What it copies and changes")).to_be_visible()
+    shoot(page, "c-head")
+    page.get_by_role("link", name="Edit it", exact=True).click()
+    expect(page.get_by_role("heading", name="Edits", exact=True)).to_be_visible()
+    quiet(page)
+    pick(page, "Input from", "your own")
+    once = "0 7 18 36 46 21 40 27 58 14 20 63 47 15 42 19"
+    page.get_by_label("A text").fill(f"{once} {once[2:]} {once[2:]}")
+    page.get_by_label("A text").press("Enter")
+    quiet(page)
+    page.get_by_role("button", name="Add this edit").click()
+    expect(caption(page, "edited: loss")).to_be_visible()
+    intact, without = (
+        float(re.findall(r"[0-9.]+", caption(page, f"{name}: loss").inner_text())[1])
+        for name in ("intact", "edited")
+    )
+    assert without > 1.2 * intact, "where the text repeats"
+    page.get_by_role("button", name="Measure beside random twins").click()
+    expect(caption(page, "Undone afterwards: identical to the bit")).to_be_visible()
+    shoot(page, "c-loss")
+    page.get_by_role("button", name="Undo").click()
+    quiet(page)
+
+
+def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page: Page) -> None:
+    page.goto(f"{server}/concepts?sae=little")
+    expect(page.get_by_role("heading", name="Decisions by latents")).to_be_visible()
+    quiet(page)
+    page.get_by_role("link", name="Name one on its page").click()
+    expect(page.get_by_role("heading", name=re.compile("^sae.little:"))).to_be_visible()
+    quiet(page)
+    page.get_by_role("button", name="Name it").click()
+    page.get_by_label("What it is").fill("round <b>things</b>")
+    page.get_by_label("Why").fill("its examples")
+    page.get_by_role("button", name="Keep").click()
+    expect(caption(page, "Called “round")).to_be_visible()
+    shoot(page, "d-named")
+    page.get_by_role("link", name="Concepts").click()
+    expect(page.get_by_role("heading", name="Decisions by latents")).to_be_visible()
+    quiet(page)
+    page.get_by_role("combobox", name="Switch latents").press("ArrowDown")
+    page.get_by_role("combobox", name="Switch latents").press("Enter")
+    expect(caption(page, "Accuracy on")).to_be_visible()
+    assert "random others" in caption(page, "Accuracy on").inner_text()
+    shoot(page, "d-switched")
+
+
+def test_a_job_outlives_a_reload_and_the_server_and_is_cancelled(
+    place: Workspace, page: Page
+) -> None:
+    first = started(place)
+    with first as url:
+        page.goto(f"{url}/jobs?model=shapes&do=sheet&site=mixed3b")
+        page.get_by_role("button", name="Start", exact=True).click()
+        expect(page.get_by_text("▶ running")).to_be_visible()
+        page.reload()
+        expect(page.get_by_text("▶ running")).to_be_visible()
+        expect(page.get_by_text(re.compile(r"^\d+ of \d+$")).first).to_be_visible()
+        shoot(page, "e-running")
+        os.killpg(first.process.pid, 9)
+        first.process.wait(timeout=20)
+        first.process = subprocess.Popen(["sleep", "600"], start_new_session=True)  # for __exit__
+    with started(place) as url:
+        page.goto(f"{url}/jobs")
+        expect(page.get_by_text("▶ running")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.get_by_text("◼ cancelled")).to_be_visible()
+        shoot(page, "e-cancelled")
+
+
+# --- other promises ------------------------------------------------------------------------------
+
+
+def test_two_people_do_not_see_each_others_edits(server: str, page: Page) -> None:
     other = page.context.new_page()
     for one in (page, other):
-        one.goto(f"{server}/unit?model=shapes&site=mixed3b&unit=200")
-        expect(one.get_by_text("Ablate this unit")).to_be_visible()
+        one.goto(f"{server}/edits?model=shapes&on=mixed3b:200")
+        expect(one.get_by_role("button", name="Add this edit")).to_be_visible()
+        quiet(one)
     page.bring_to_front()
-    page.get_by_text("Ablate this unit").click()
-    expect(page.get_by_text(re.compile("KL from the intact prediction"))).to_be_visible()
+    page.get_by_role("button", name="Add this edit").click()
+    expect(page.get_by_text("edited", exact=True).first).to_be_visible()
     other.bring_to_front()
-    other.get_by_role("button", name="next →").click()
-    expect(other.get_by_role("heading", name="mixed3b:201")).to_be_visible()
-    expect(other.get_by_text(re.compile("KL from the intact prediction"))).to_be_hidden()
+    other.get_by_label("Watch unit").fill("mixed3b:201")
+    other.get_by_label("Watch unit").press("Enter")
+    quiet(other)
+    expect(other.get_by_text("None: the model is as it is.")).to_be_visible()
+    expect(caption(other, "edited: prefers")).to_have_count(0)
     other.close()
+
+
+def test_a_circuit_is_grown_saved_and_opened_again(server: str, page: Page) -> None:
+    page.goto(f"{server}/circuit?model=shapes&unit=mixed3b:200")
+    on_canvas(page, "mixed3b:200")
+    nodes = "document.querySelector('.circuit-canvas').cy.nodes('[^count]').filter(n => !n.hasClass('row')).length"
+    before = page.evaluate(nodes)
+    page.get_by_label("How many").fill("12")
+    page.get_by_label("How many").press("Enter")
+    quiet(page)
+    page.get_by_role("button", name="Add what builds it").click()
+    waited(lambda: page.evaluate(nodes) > before)
+    grown = page.evaluate(nodes)
+    page.get_by_text("Save, open, compare, export").click()
+    page.get_by_label("Name", exact=True).fill("mine")
+    page.get_by_label("Name", exact=True).press("Enter")
+    quiet(page)
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_text("Saved as version 1 of mine.")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    assert len(json.loads(Path(download.value.path()).read_text())["nodes"]) == grown
+    page.goto(f"{server}/circuit?model=shapes&circuit=mine")
+    page.wait_for_function("document.querySelector('.circuit-canvas')?.cy?.nodes().length > 0")
+    assert page.evaluate(nodes) == grown
+    page.goto(f"{server}/unit?model=shapes&site=mixed3b&unit=200")
+    expect(page.get_by_role("link", name="mine (version 1)")).to_be_visible()
+
+
+def test_pages_can_be_read_wide_and_narrow_in_light_and_dark(server: str, page: Page) -> None:
+    for name in (
+        "unit?model=cleanroom&site=curve&unit=30",
+        "circuit?model=cleanroom&unit=curve:30",
+        "case",
+    ):
+        page.goto(f"{server}/{name}")
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 800), ("light", 800)):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 1000})
+            quiet(page)
+            main = page.get_by_test_id("stMain")
+            assert main.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), (
+                f"{name} is wider than {width}"
+            )
+            shoot(page, f"theme-{name.partition('?')[0]}-{scheme}-{width}")
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 1280, "height": 1000})
+
+
+def test_odd_urls_and_uploads_get_a_message(server: str, page: Page, tmp_path: Path) -> None:
+    script = "<script>window.hacked=1</script>"
+    for name, said in (
+        (f"unit?model={script}", "There is no model"),
+        ("unit?model=cleanroom&site=curve&unit=99999", "There is no unit"),
+        ("circuit?model=cleanroom&unit=nope:1", "nope"),
+        (f"circuit?model=cleanroom&circuit={script}", "no circuit"),
+        (f"edits?model=cleanroom&on={script}", "is not"),
+        ("compare?model=cleanroom&unit=curve:99999&other=x", "99999"),
+    ):
+        page.goto(f"{server}/{name}")
+        quiet(page)
+        expect(page.get_by_test_id("stAlert").filter(has_text=said).first).to_be_visible()
+        assert page.evaluate("window.hacked") is None
+    page.goto(f"{server}/yours?model=shapes&from=your own")
+    fake = tmp_path / "a.png"
+    fake.write_text("no picture")
+    page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(fake)
+    expect(page.get_by_test_id("stAlert").filter(has_text="a.png")).to_be_visible()
+    good = tmp_path / "good.png"
+    to_image(torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))).save(good)
+    page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(good)
+    expect(page.get_by_role("heading", name=re.compile("^Most active at"))).to_be_visible()
+    quiet(page)

@@ -849,3 +849,16 @@ def test_edits_are_read_from_words(own_net: HookedModel, tmp_path: Path) -> None
     ):
         with pytest.raises(error, match=message):
             read_edit(own_net, text)
+
+
+def test_words_that_name_files_can_be_refused(tmp_path: Path) -> None:
+    """The app reads no file that a browser names."""
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text("[1.5]")
+    model = load_model("shapes")
+    words = f"set mixed3b:0 values=@{numbers}"
+    assert read_edit(model, words).to_dict()["values"] == [1.5]
+    with pytest.raises(ValueError, match="names a file: expected numbers"):
+        read_edit(model, words, files=False)
+    with pytest.raises(ValueError, match="names a file: expected numbers"):
+        read_edit(model, "set mixed3b:0 values=@/etc/passwd", files=False)

@@ -14,7 +14,7 @@ from circuits.edits.making import project_out
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import read_edit, twin_of
 from circuits.edits.weights import FilterWeights
-from circuits.effects import fine_tune, measure, predictions
+from circuits.effects import fine_tune, measure, predictions, token_losses
 from circuits.effects.variants import Variant, noise_of, variant_of
 from circuits.figures import edit_figure, save_figure
 from circuits.harvesting import Inputs
@@ -322,3 +322,17 @@ def test_one_fact_of_the_addition_model_is_changed_more_locally_than_by_fine_tun
             tuned_moved.append(wrong(model.logits(every)))
     assert max(moved) < 40, moved  # of 12768
     assert sum(moved) * 10 < sum(tuned_moved), (moved, tuned_moved)
+
+
+def test_token_losses_are_minus_log_probabilities(bridge: HookedModel) -> None:
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    losses = token_losses(bridge, tokens)
+    probabilities = bridge.logits(tokens).softmax(-1)
+    for i, row in enumerate(tokens.tolist()):
+        for at, token in enumerate(row[1:]):
+            expected = -probabilities[i, at, token].log()
+            torch.testing.assert_close(losses[i, at], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="1 positions: expected at least 2"):
+        token_losses(bridge, tokens[:, :1])
+    with pytest.raises(ValueError, match="shapes takes images"):
+        token_losses(load_model("shapes"), tokens)

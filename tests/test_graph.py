@@ -29,7 +29,14 @@ from circuits.graph import (
 )
 from circuits.graph.blocks import writing
 from circuits.graph.circuit import parse_node
-from circuits.graph.formats import from_node_link, read_circuit, schema, to_node_link, write_circuit
+from circuits.graph.formats import (
+    circuit_text,
+    from_node_link,
+    read_circuit,
+    schema,
+    to_node_link,
+    write_circuit,
+)
 from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
@@ -615,3 +622,13 @@ def test_a_name_can_be_used_again_after_it_was_deleted(tmp_path: Path) -> None:
     assert database.save("circuit", "h", "n", {"a": 2}, replaces=0).version == 3
     with pytest.raises(ValueError, match="was changed meanwhile"):
         database.save("circuit", "h", "n", {"a": 3}, replaces=0)
+
+
+@pytest.mark.parametrize("format", ["json", "graphml", "gexf"])
+def test_text_is_what_a_file_holds(tmp_path: Path, format: str) -> None:
+    graph = CircuitGraph(model_hash="x")
+    graph.connect(Unit("a", 0), Unit("b", 1), "weight", sum=-0.5)
+    write_circuit(graph, tmp_path / f"c.{format}")
+    assert (tmp_path / f"c.{format}").read_text() == circuit_text(graph, format)
+    with pytest.raises(KeyError, match="unknown format 'pdf'"):
+        circuit_text(graph, "pdf")

@@ -225,7 +225,7 @@ def test_what_is_cut_off_is_refused(form: str) -> None:
         assert "'cut.jpg' cannot be read" in refusal(data[: int(share * len(data))], "cut.jpg")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(FORMATS),

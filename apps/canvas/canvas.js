@@ -13,8 +13,8 @@ function themed(element) {
 function styles(colors) {
   return [
     { selector: "node", style: {
-      "label": "data(label)", "font-size": 9, "color": colors.text, "text-valign": "bottom", "text-margin-y": 3,
-      "text-wrap": "wrap", "text-max-width": 110, "width": 46, "height": 46, "shape": "round-rectangle",
+      "label": "data(label)", "font-size": 8, "color": colors.text, "text-valign": "bottom", "text-margin-y": 3,
+      "text-wrap": "wrap", "text-max-width": 76, "width": 46, "height": 46, "shape": "round-rectangle",
       "background-color": colors.back, "border-width": 1, "border-color": "#888888", "min-zoomed-font-size": 5 } },
     { selector: "node[picture]", style: { "background-image": "data(picture)", "background-fit": "cover" } },
     { selector: "node[count]", style: { "shape": "round-hexagon", "border-width": 2 } },
@@ -69,6 +69,7 @@ export default function (component) {
     cy = cytoscape({ container: box, wheelSensitivity: 0.3, minZoom: 0.05, maxZoom: 6,
       hideEdgesOnViewport: data.edges.length > 600, textureOnViewport: false, boxSelectionEnabled: false });
     box.cy = cy;
+    new ResizeObserver(() => { cy.resize(); cy.fit(undefined, 24); }).observe(box);
   }
   const tell = component.setTriggerValue;
   cy.off("tap dragfree"); // the functions of this call, not of an earlier one

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from apps import cached, drawing
-from apps.choosing import TROUBLE, line, link, named
+from apps.choosing import TROUBLE, line, link, named, rerun_part
 from apps.drawing import Drawing
 from circuits.figures import circuit_figure
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, diff
@@ -20,6 +20,32 @@ from circuits.models.topology import INPUT
 from circuits.plots import matrix_figure
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
+
+
+def tools_panel(record: ModelRecord, model: HookedModel, store: GraphStore, now: Drawing) -> None:
+    """Units to add, and the last change to take back."""
+    with (
+        st.form("add-units", border=False),
+        st.container(horizontal=True, vertical_alignment="bottom"),
+    ):
+        words = st.text_input(
+            "Add units", placeholder="SITE:INDEX, more with blanks between", max_chars=400
+        )
+        if st.form_submit_button("Add"):
+            try:
+                units = [store.check(model.unit(word)) for word in words.split()]
+                drawing.change(record.hash, drawing.with_units(now.graph, store, units))
+            except TROUBLE as error:
+                st.error(line(error))
+            else:
+                rerun_part()
+    with st.container(horizontal=True):
+        if st.button("Undo", disabled=not now.past, key="canvas-undo"):
+            drawing.undo(record.hash)
+            rerun_part()
+        if st.button("Lay out by layer", key="canvas-tidy"):
+            drawing.change(record.hash, drawing.tidied(now.graph))
+            rerun_part()
 
 
 def selection_panel(
@@ -64,7 +90,7 @@ def _change(record: ModelRecord, graph: CircuitGraph) -> None:
     except ValueError as error:
         st.error(line(error))
     else:
-        st.rerun(scope="fragment")
+        rerun_part()
 
 
 def _edge(
@@ -73,7 +99,7 @@ def _edge(
     st.subheader(f"{a} → {b}")
     kernel = np.atleast_2d(np.array(data.get("kernel", [])))
     typical = f", typical {data['typical']:.3g}" if "typical" in data else ""
-    st.caption(f"{key}: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
+    st.caption(f"`{key}`: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
     left, right = st.columns(2)
     if kernel.size > 1:
         left.plotly_chart(matrix_figure(kernel, "weight"), key="edge-kernel", width="content")

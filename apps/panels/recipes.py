@@ -47,10 +47,9 @@ def stack_panel(record: ModelRecord) -> None:
     now = editing.stack(record.hash)
     st.subheader("Edits in force")
     for i, edit in enumerate(now.edits):
-        left, right = st.columns([8, 1], vertical_alignment="center")
-        left.code(str(edit), language=None, wrap_lines=True)
-        right.button(
-            "Remove", key=f"edit-remove-{i}", on_click=editing.remove, args=(record.hash, i)
+        st.code(str(edit), language=None, wrap_lines=True)
+        st.button(
+            "Remove this", key=f"edit-remove-{i}", on_click=editing.remove, args=(record.hash, i)
         )
     if not now.edits:
         st.caption("None: the model is as it is.")
@@ -133,7 +132,7 @@ def _add_way(record: ModelRecord, model: HookedModel, ways: dict[str, str]) -> N
         words = words.format(
             n=st.slider("How much", low, high, value, step, key=f"edit-much-{way}")
         )
-    st.code(words, language=None)
+    st.code(words, language=None, wrap_lines=True)
     if st.button("Add this edit", key="edit-add", type="primary"):
         _add(record, model, words)
 

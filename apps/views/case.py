@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
-import pandas as pd
 import streamlit as st
 import torch
 
 from apps import cached, editing
 from apps.choosing import TROUBLE, line, link, python
+from apps.panels.evidence import evidence_panel
 from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
 from circuits.models.adapter import HookedModel
@@ -21,7 +18,6 @@ from circuits.stimuli.images import to_image
 from circuits.stimuli.patterns import arcs
 
 LAYERS = ("gabor", "complex", "line", "early", "curve")
-CASE = "curve-detector"
 
 
 def page() -> None:
@@ -37,7 +33,7 @@ def page() -> None:
         st.error(line(error))
         return
     _live(model)
-    _evidence()
+    evidence_panel()
 
 
 @st.fragment
@@ -104,48 +100,3 @@ def _families(layer: str, active: np.ndarray) -> list[tuple[str, np.ndarray, np.
         about = f", radius {family[0].radius:g}" if family[0].radius else ""
         found.append((f"{family[0].kind}{about}", angles, own))
     return found
-
-
-def _evidence() -> None:
-    """What `circuits case` has measured, if it ran in this workspace."""
-    st.subheader("The evidence")
-    folder = cached.workspace().root / "cases" / CASE
-    try:
-        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-        report = (folder / "report.html").read_bytes()
-        rows = _rows(results)
-    except (OSError, ValueError, KeyError, TypeError):
-        st.caption(f"Not measured here yet: `circuits case {CASE}` (some minutes; `--fast`: one).")
-        link("jobs", "Run it in the background", do="case")
-        return
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
-    facts = results["transplant_facts"]
-    numbers = {
-        name: results[name] for name in ("echo", "echo_without_negative", "echo_without_random")
-    }
-    st.caption(
-        f"{len(facts['matches'])} curve units of {facts['host']} replaced, on {facts['evaluation']}, seed "
-        f"{facts['seed']}; echo {numbers['echo']:.3f}, without negative weights "
-        f"{numbers['echo_without_negative']:.2f} (without random weights {numbers['echo_without_random']:.2f}); "
-        f"published curves r {results['r_published_min']:.3f} at least, median {results['r_published_median']:.3f}."
-    )
-    st.download_button(
-        "The whole report, one HTML file",
-        report,
-        "curve-detector.html",
-        "text/html",
-        on_click="ignore",
-    )
-
-
-def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    def written(number: dict[str, Any]) -> str:
-        if number["low"] is None:
-            return f"{number['value']:.3f}"
-        return f"{number['value']:.3f} ({number['low']:.3f} to {number['high']:.3f})"
-
-    return [
-        {"in their place": name}
-        | {k: written(c[k]) for k in ("recovered_kl", "kl", "top1", "top5")}
-        for name, c in results["transplant"].items()
-    ]

@@ -6,9 +6,9 @@ import streamlit as st
 
 from apps import cached, drawing
 from apps.canvas import canvas
-from apps.choosing import TROUBLE, choose_model, line, python
+from apps.choosing import TROUBLE, choose_model, line, python, rerun_part
 from apps.drawing import Drawing
-from apps.panels.circuits import keep_panel, selection_panel
+from apps.panels.circuits import keep_panel, selection_panel, tools_panel
 from circuits.families import saved_families
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.circuit import Node, site_of
@@ -65,7 +65,7 @@ def _first(store: GraphStore, model: HookedModel) -> Unit:
 def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     now = drawing.drawing(record.hash)
     assert now is not None, "begun by the page"
-    _tools(record, model, store, now)
+    tools_panel(record, model, store, now)
     shown = _shown(record, now.graph)
     if not len(shown):
         st.info("Nothing is left: add a unit.")
@@ -84,10 +84,10 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     tapped, moved = canvas(shown, pictures, names, st.session_state.get(key, ""), layout)
     if moved is not None:
         drawing.change(record.hash, drawing.moved(now.graph, *moved))
-        st.rerun(scope="fragment")
+        rerun_part()
     if tapped is not None and tapped != st.session_state.get(key, ""):
         st.session_state[key] = tapped
-        st.rerun(scope="fragment")
+        rerun_part()
     st.caption(
         f"{len(shown)} nodes, {shown.number_of_edges()} edges of weights {record.hash[:16]}: red excites, blue "
         "inhibits; as wide as strong beside the strongest of their kind."
@@ -105,31 +105,6 @@ circuits.build_graph(model, folder)  # once
 graph = GraphStore(folder).neighbourhood({str(unit)!r}, hops=1, top={TOP})
 circuits.write_circuit(graph, "circuit.json")
 """)
-
-
-def _tools(record: ModelRecord, model: HookedModel, store: GraphStore, now: Drawing) -> None:
-    with (
-        st.form("add-units", border=False),
-        st.container(horizontal=True, vertical_alignment="bottom"),
-    ):
-        words = st.text_input(
-            "Add units", placeholder="SITE:INDEX, more with blanks between", max_chars=400
-        )
-        if st.form_submit_button("Add"):
-            try:
-                units = [store.check(model.unit(word)) for word in words.split()]
-                drawing.change(record.hash, drawing.with_units(now.graph, store, units))
-            except TROUBLE as error:
-                st.error(line(error))
-            else:
-                st.rerun(scope="fragment")
-    with st.container(horizontal=True):
-        if st.button("Undo", disabled=not now.past, key="canvas-undo"):
-            drawing.undo(record.hash)
-            st.rerun(scope="fragment")
-        if st.button("Lay out by layer", key="canvas-tidy"):
-            drawing.change(record.hash, drawing.tidied(now.graph))
-            st.rerun(scope="fragment")
 
 
 def _shown(record: ModelRecord, graph: CircuitGraph) -> CircuitGraph:

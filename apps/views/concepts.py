@@ -11,7 +11,8 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import choose
+from apps.choosing import choose, link
+from apps.panels.decisions import decisions_panel
 from circuits.autoencoders import Autoencoder
 from circuits.database import Record
 from circuits.sae import load_evaluation, names_of
@@ -118,6 +119,15 @@ def _latents(name: str, path: Path, code: Autoencoder, measured: Mapping[str, An
     )  # fmt: skip
     left = f", the first {LISTED} listed" if len(table) > LISTED else ""
     st.caption(f"{len(table)} latents{left}; {sum(n != '' for n in table['name'])} have a name.")
+    if record is not None:
+        link(
+            "unit",
+            "Name one on its page",
+            model=model,
+            site=site,
+            unit=int(table.iloc[0]["latent"]),
+        )
+        decisions_panel(record, site, known)
 
 
 def _row(model: str, site: str, index: int, share: float, named: Record | None) -> dict[str, Any]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
 
 from apps import cached, editing
+from apps.cached import Shown
 from apps.choosing import TROUBLE, choose_model, line, python
 from apps.inputs import choose_input, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
+from apps.panels.reports import side_effects_panel
 from circuits.edits.recipes import Recipe
-from circuits.effects import EditReport
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
-from circuits.plots import effects_figure, predictions_figure, tuning_figure
+from circuits.models.inputs import ImageInput, TokenInput
+from circuits.plots import losses_figure, predictions_figure, tuning_figure
 from circuits.workspace import ModelRecord
-
-EXAMPLES = (16, 64, 256)
 
 
 def page() -> None:
@@ -34,7 +32,7 @@ def page() -> None:
     with right:
         _on_input(record, model, recipe)
         _tuning(model, recipe)
-        _side_effects(record, model, recipe)
+        side_effects_panel(record, model, recipe)
     keep_panel(record, model, recipe)
 
 
@@ -56,6 +54,8 @@ def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
         return
     show_input(model, shown)
     st.plotly_chart(predictions_figure(runs), key="edit-predictions")
+    if isinstance(model.input, TokenInput) and len(shown.tokens) > 1:
+        _losses(model, recipe, shown)
     lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
     python(f"""
 import circuits
@@ -70,6 +70,22 @@ with circuits.edited(model, recipe):
         print(p.name, p.probability)
 {lines}
 """)
+
+
+def _losses(model: HookedModel, recipe: Recipe, shown: Shown) -> None:
+    """How surprising each token is, before and after."""
+    assert isinstance(model.input, TokenInput), "checked by the caller"
+    runs = {"intact": cached.losses_of(model, Recipe((), recipe.model_hash), shown)}
+    if recipe.edits:
+        runs["edited"] = cached.losses_of(model, recipe, shown)
+    st.plotly_chart(
+        losses_figure(runs, [model.input.word(t) for t in shown.tokens[1:]]), key="edit-losses"
+    )
+    for name, losses in runs.items():
+        half = len(losses) // 2
+        st.caption(
+            f"{name}: loss {losses[:half].mean():.3f} nats in the first half, {losses[half:].mean():.3f} in the second"
+        )
 
 
 @st.fragment
@@ -98,67 +114,10 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
     st.plotly_chart(tuning_figure(runs), key="edit-tuning")
     for name, tuned in runs.items():
         m = tuned.measures
+        if not tuned.mean.any():
+            st.caption(f"{name}: silent at every angle, radius {tuned.radius:.3g} px")
+            continue
         st.caption(
             f"{name}: prefers {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f} "
             f"({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
         )
-
-
-@st.fragment
-def _side_effects(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
-    """What else changes, on many examples, beside random twins and random changes of the same size."""
-    st.subheader("Side effects")
-    stores = {s.provenance.data: s for s in cached.stores_of(record)}
-    if not recipe.edits or not stores:
-        st.caption(
-            "Add an edit first." if stores else f"No data yet: `circuits harvest {record.spec} …`."
-        )
-        return
-    data = st.selectbox("On", list(stores), key="effects-data")
-    n = st.segmented_control(
-        "Examples", EXAMPLES, default=EXAMPLES[0], key="effects-n", required=True
-    )
-    try:
-        inputs = cached.inputs_of(model, stores[data])
-        examples = range(min(n, len(inputs.source)))
-        report = cached.measured(model, recipe, inputs, examples)
-        if report is None and st.button("Measure beside random twins", key="effects-measure"):
-            bar = st.progress(
-                0.0, "Intact, edited, five twins, five random changes of the same size"
-            )
-            report = cached.measured(
-                model,
-                recipe,
-                inputs,
-                examples,
-                progress=lambda done, total: bar.progress(done / total),
-            )
-            bar.empty()
-    except TROUBLE as error:
-        st.error(line(error))
-        return
-    if report is not None:
-        show_report(report)
-
-
-def show_report(report: EditReport) -> None:
-    """A report: its changes with their intervals and baselines."""
-    effects = {**report.targets, **report.measures}
-    st.plotly_chart(
-        effects_figure({k: e for k, e in effects.items() if e.change == e.change}), key="effects"
-    )
-    rows = [
-        {
-            "measure": name, "intact": e.intact, "edited": e.edited, "change": e.change,
-            "95 %": f"{e.low:.3g} to {e.high:.3g}",
-            "random twins": f"{min(e.random):.3g} to {max(e.random):.3g}" if e.random else "",
-            "same size": f"{min(e.noise):.3g} to {max(e.noise):.3g}" if e.noise else "", "p": e.p_value,
-        }
-        for name, e in {**effects, **{f"other units of {k}": e for k, e in report.others.items()}}.items()
-    ]  # fmt: skip
-    st.dataframe(pd.DataFrame(rows), hide_index=True)
-    st.caption(
-        f"{report.n_examples} examples of {report.data}, seed {report.seed}, weights {report.model_hash[:16]}; "
-        f"{100 * report.locality:.0f} % of predictions are what they were. Undone afterwards: "
-        f"{'identical to the bit' if report.restored else 'NOT restored'}."
-    )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line
+from apps.choosing import TROUBLE, line, rerun_part
 from circuits import jobs
 from circuits.jobs import Job
 from circuits.models.inputs import ImageInput
@@ -138,4 +138,4 @@ def _do(what: Callable[[Job], object], job: Job) -> None:
     except (OSError, KeyError) as error:
         st.error(line(error))
     else:
-        st.rerun(scope="fragment")
+        rerun_part()

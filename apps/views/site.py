@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.canvas import Tile, canvas, sheet
-from apps.choosing import choose, choose_model, choose_site, link, open_page, python
+from apps.canvas import Tile, sheet
+from apps.choosing import choose, choose_model, choose_site, link, open_page
+from apps.panels.maps import map_panel
 from circuits.families import saved_families
-from circuits.graph import CircuitGraph
-from circuits.graph.circuit import Node
-from circuits.graph.layout import PLACE
 from circuits.models.adapter import HookedModel
 from circuits.sae import names_of
 from circuits.store import ActivationStore
-from circuits.unit_maps import Method
 from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord
 
 WAYS = ("sheet", "table", "map")
-_SPREAD = 26.0
-"""How wide a map is, in the distance between neighbours of a row."""
 
 
 def page() -> None:
@@ -43,7 +36,9 @@ def page() -> None:
     if way == "table":
         _as_table(record, site, table)
     elif way == "map":
-        _as_map(record, model, site, store, table)
+        picked = map_panel(record, model, site, store, table)
+        if picked is not None:
+            _open(record, picked)
     else:
         _as_sheet(record, site, table)
     link(
@@ -136,51 +131,6 @@ def _as_table(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
     rows = chosen["selection"]["rows"]
     if rows:
         _open(record, site.unit(int(table.iloc[rows[0]]["unit"])))
-
-
-def _as_map(
-    record: ModelRecord,
-    model: HookedModel,
-    site: Site,
-    store: ActivationStore | None,
-    table: pd.DataFrame,
-) -> None:
-    method: Method = st.segmented_control(
-        "Laid out by", get_args(Method), default="tsne", key="map-method", required=True
-    )
-    by_weights = store is None or st.toggle("By weights instead of responses", key="map-weights")
-    try:
-        found = cached.map_of(model, None if by_weights else store, site.name, method)
-    except ValueError as error:
-        st.warning(str(error))
-        return
-    span = float(max(found.xy.max(0) - found.xy.min(0))) or 1.0
-    graph = CircuitGraph(model_hash=record.hash)
-    for index in table["unit"]:
-        x, y = found.xy[int(index)] * (_SPREAD / span)
-        graph.add_node(site.unit(int(index)), **{PLACE: [float(x), float(y) / 2]})
-    pictures: dict[Node, str] = {
-        u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
-    }
-    tapped, _ = canvas(
-        graph, pictures, {}, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
-    )
-    if tapped:
-        _open(record, Unit.parse(tapped))
-    st.caption(
-        f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "
-        f"unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
-        f"{100 * found.shuffled:.0f} %)."
-    )
-    how = f"weight_map(model, {site.name!r}, {method!r})"
-    if not by_weights:
-        how = f"response_map(store, {site.name!r}, {method!r})"
-    python(f"""
-from circuits.unit_maps import response_map, weight_map
-
-found = {how}
-print(found.xy, found.kept, found.shuffled)
-""")
 
 
 def _open(record: ModelRecord, unit: Unit) -> None:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
-
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from apps import cached
 from apps.cached import Shown
-from apps.choosing import TROUBLE, choose_model, choose_site, line, link, named, python
+from apps.choosing import choose_model, choose_site, link, named, python
 from apps.inputs import choose_input, show_input
-from circuits.attribution.channels import ChannelMethod
-from circuits.attribution.saliency import METHODS
-from circuits.attribution.saliency import Method as PixelMethod
+from apps.panels.credit import credit_panel
 from circuits.edits.recipes import Recipe
-from circuits.figures.tunings import overlaid
 from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
 from circuits.models.sites import unit_activations
 from circuits.plots import map_figure, predictions_figure
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
 LISTED = 12
-FAST = ("gradient_x_input", "integrated_gradients", "grad_cam", "relevance")
-"""Methods offered first."""
 
 
 def page() -> None:
@@ -47,7 +38,7 @@ def page() -> None:
         found = cached.predictions_of(model, Recipe((), record.hash), shown)
         st.plotly_chart(predictions_figure({"intact": found}), key="own-predictions")
     _units(record, model, shown, site)
-    _credit(record, model, shown, site)
+    credit_panel(record, model, shown, site)
 
 
 def _units(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> None:
@@ -92,62 +83,3 @@ def _deviations(record: ModelRecord, site: str) -> np.ndarray | None:
     if store is None:
         return None
     return np.maximum(cached.site_table(store, site)["std"].to_numpy(), 1e-12)
-
-
-@st.fragment
-def _credit(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> None:
-    """Which units, and which pixels, are responsible for a target."""
-    st.subheader("What is responsible")
-    target = st.text_input(
-        "Target: top, class:NAME, token:WORD or SITE:INDEX", "top", key="own-target", max_chars=200
-    )
-    method: ChannelMethod = st.segmented_control(
-        "Units by",
-        get_args(ChannelMethod),
-        default="activation_x_gradient",
-        key="own-units-by",
-        required=True,
-    )
-    try:
-        found = cached.attributed(model, shown, site, target, method)
-    except (*TROUBLE, TypeError) as error:
-        st.warning(line(error))
-    else:
-        label = cached.label_of(record)
-        rows = [
-            {"unit": named(model, Unit(found.site, i)), "share": share}
-            for i, share in found.top(0, LISTED)
-        ]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
-        check = found.check
-        agreed = (
-            ""
-            if check is None
-            else f" Rank correlation with true ablation {check.correlation:.2f} (by chance up to {check.chance:.2f})."
-        )
-        st.caption(
-            f"{found.target}: {found.target_values[0]:.3g}. {found.method}.{agreed} Seed {found.seed}."
-        )
-        with st.container(horizontal=True):
-            for i, _ in found.top(0, 5):
-                link("unit", f"{site}:{i}", model=label, site=site, unit=i)
-    if isinstance(model.input, ImageInput):
-        _pixels(model, shown, target)
-
-
-def _pixels(model: HookedModel, shown: Shown, target: str) -> None:
-    others = tuple(m for m in METHODS if m not in FAST)
-    method = st.selectbox("Pixels by", (*FAST, *others), key="own-pixels-by")
-    if not st.toggle("Attribution to pixels", key="own-pixels"):
-        return
-    try:
-        found = cached.salient(model, shown, target, cast(PixelMethod, method))
-    except (*TROUBLE, TypeError) as error:
-        st.warning(line(error))
-        return
-    assert shown.picture is not None, "an image"
-    heat = found.heat()[0].numpy()
-    st.image(overlaid(np.asarray(shown.picture) / 255, heat), width=320)
-    st.caption(
-        f"{method}: red for, blue against {found.target}. `circuits sanity {model.name}` says which methods to believe."
-    )

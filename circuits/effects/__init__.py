@@ -2,7 +2,7 @@
 
 from circuits.effects.finetuning import FineTuned, fine_tune
 from circuits.effects.measuring import measure
-from circuits.effects.predicting import Prediction, predictions
+from circuits.effects.predicting import Prediction, predictions, token_losses
 from circuits.effects.reports import EditReport, Effect, Norm, TuningChange
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "fine_tune",
     "measure",
     "predictions",
+    "token_losses",
 ]

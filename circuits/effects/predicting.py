@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
@@ -50,3 +51,23 @@ def predictions(
     probabilities = probabilities.reshape(-1, probabilities.shape[-1]).mean(0)
     chosen = probabilities.topk(min(top, len(probabilities))).indices.tolist() if of is None else of
     return [Prediction(i, answer_name(model, i), probabilities[i].item()) for i in chosen]
+
+
+def token_losses(
+    model: HookedModel, tokens: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch next"]:
+    """How surprised a model is by each token but the first: -log of its probability, in nats.
+
+    Args:
+        model: of tokens, edited or not.
+        tokens: at least two positions.
+
+    Raises:
+        ValueError: if the model takes no tokens, or there is but one position.
+    """
+    if not isinstance(model.input, TokenInput):
+        raise ValueError(f"model {model.name} takes images: only tokens have a next one")
+    if tokens.shape[1] < 2:
+        raise ValueError(f"tokens have {tokens.shape[1]} positions: expected at least 2")
+    logs = outputs_last(model, model.logits(tokens))[:, :-1].log_softmax(-1)
+    return -logs.gather(2, tokens[:, 1:, None].to(logs.device))[..., 0]

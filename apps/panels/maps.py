@@ -1,0 +1,68 @@
+"""A site's units in two dimensions (layer 7)."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pandas as pd
+import streamlit as st
+
+from apps import cached
+from apps.canvas import canvas
+from apps.choosing import python
+from circuits.graph import CircuitGraph
+from circuits.graph.circuit import Node
+from circuits.graph.layout import PLACE
+from circuits.models.adapter import HookedModel
+from circuits.store import ActivationStore
+from circuits.unit_maps import Method
+from circuits.units import Site, Unit
+from circuits.workspace import ModelRecord
+
+_SPREAD = 1.5
+"""How wide a map is: times the root of how many units, in the distance between neighbours of a row."""
+
+
+def map_panel(
+    record: ModelRecord,
+    model: HookedModel,
+    site: Site,
+    store: ActivationStore | None,
+    table: pd.DataFrame,
+) -> Unit | None:
+    """A site's units in two dimensions, like ones together; the one that was clicked."""
+    method: Method = st.segmented_control(
+        "Laid out by", get_args(Method), default="tsne", key="map-method", required=True
+    )
+    by_weights = store is None or st.toggle("By weights instead of responses", key="map-weights")
+    try:
+        found = cached.map_of(model, None if by_weights else store, site.name, method)
+    except ValueError as error:
+        st.warning(str(error))
+        return None
+    span = float(max(found.xy.max(0) - found.xy.min(0))) or 1.0
+    graph = CircuitGraph(model_hash=record.hash)
+    for index in table["unit"]:
+        x, y = found.xy[int(index)] * (_SPREAD * len(found.xy) ** 0.5 / span)
+        graph.add_node(site.unit(int(index)), **{PLACE: [float(x), float(y) / 2]})
+    pictures: dict[Node, str] = {
+        u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
+    }
+    tapped, _ = canvas(
+        graph, pictures, {}, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
+    )
+    st.caption(
+        f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "
+        f"unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
+        f"{100 * found.shuffled:.0f} %)."
+    )
+    how = f"weight_map(model, {site.name!r}, {method!r})"
+    if not by_weights:
+        how = f"response_map(store, {site.name!r}, {method!r})"
+    python(f"""
+from circuits.unit_maps import response_map, weight_map
+
+found = {how}
+print(found.xy, found.kept, found.shuffled)
+""")
+    return Unit.parse(tapped) if tapped else None
