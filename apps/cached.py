@@ -47,7 +47,7 @@ from circuits.units import Unit
 from circuits.weights import Connection, build_graph, expand_weights, incoming, outgoing
 from circuits.workspace import TRUST_PYTHON, ModelRecord, Workspace
 
-TURN = 5.0
+TURN = 10.0
 """Degrees from drawing to drawing in tuning curves."""
 
 KEPT = 512
@@ -124,7 +124,7 @@ def field_of(model: HookedModel, site: str, model_hash: str) -> ReceptiveField:
     return _field(model_hash, site, model)
 
 
-@st.cache_resource(show_spinner="Reading the weights…")
+@st.cache_resource(show_spinner="Reading the weights…", max_entries=2048)
 def _connections(
     model_hash: str, unit: str, top: int, _model: HookedModel
 ) -> tuple[list[Connection], list[Connection]]:
@@ -328,7 +328,8 @@ def thumbnail(path: Path, size: int = 64) -> str:
 def pictured(record: ModelRecord) -> dict[Unit, Path]:
     """Every unit of a model that has a picture, with the newest: a tile of a sheet, or one of its own."""
     folder = workspace().model_folder(record.hash)
-    stamp = [p.stat().st_mtime_ns for p in (folder / "pictures", folder / "sheets") if p.is_dir()]
+    places = [folder / "pictures", *sorted((folder / "sheets").glob("*/sheet.json"))]
+    stamp = [p.stat().st_mtime_ns for p in places if p.exists()]
     return _pictured(record.hash, tuple(stamp))
 
 

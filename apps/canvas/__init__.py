@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import streamlit as st
 from streamlit.components import v2
 
 from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
@@ -47,32 +48,39 @@ def canvas(
     layout: str = "",
     height: int = 560,
     key: str = "canvas",
-) -> tuple[str | None, tuple[str, float, float] | None]:
-    """Draw a circuit, and say what was done to it.
+    on_tap: Callable[[str], None] | None = None,
+    on_move: Callable[[str, float, float], None] | None = None,
+) -> str | None:
+    """Draw a circuit.
 
     Args:
         graph: the circuit.
         pictures: of nodes, as data URIs.
         names: what nodes are known to be, below their numbers.
-        selected: the node or edge that is set off, as `node_id` and `edge_id` have it.
+        selected: the node or edge that is set off, a node as it is written or as `edge_id` has it.
         layout: all is brought into view when this changes.
         height: in pixels.
         key: of the canvas on the page.
+        on_tap: called with what was clicked (empty for the background), before the page runs again.
+        on_move: called with the node that was moved, and where to, in the units of `layered`.
 
     Returns:
-        What was clicked (empty for the background; None if nothing was), and which node was moved where, in
-        the units of `layered`.
+        What was clicked, if something was.
     """
+
+    def tapped() -> None:
+        if on_tap is not None and (told := st.session_state[key].tapped) is not None:
+            on_tap(str(told))
+
+    def moved() -> None:
+        if on_move is not None and (told := st.session_state[key].moved) is not None:
+            on_move(str(told["id"]), float(told["x"]) / _ACROSS, -float(told["y"]) / _DOWN)
+
     told = _component()(
         key=key, data=_drawn(graph, pictures, names) | {"selected": selected, "layout": layout, "height": height},
-        on_tapped_change=lambda: None, on_moved_change=lambda: None,
+        on_tapped_change=tapped, on_moved_change=moved,
     )  # fmt: skip
-    moved = told.moved
-    return told.tapped, None if moved is None else (
-        str(moved["id"]),
-        float(moved["x"]) / _ACROSS,
-        -float(moved["y"]) / _DOWN,
-    )
+    return told.tapped
 
 
 def edge_id(source: Node, target: Node, key: str) -> str:

@@ -51,9 +51,10 @@ function update(cy, data) {
       const known = cy.getElementById(element.data.id);
       if (known.empty()) cy.add(element);
       else {
-        known.data(element.data);
+        if (known.scratch("made") !== JSON.stringify(element.data)) known.data(element.data);
         if (known.isNode() && !known.grabbed()) known.position(element.position);
       }
+      cy.getElementById(element.data.id).scratch("made", JSON.stringify(element.data));
     }
     cy.elements(":selected").filter((e) => e.id() !== data.selected).unselect();
     if (data.selected) cy.getElementById(data.selected).select();
@@ -78,7 +79,9 @@ export default function (component) {
     const { x, y } = event.target.position();
     tell("moved", { id: event.target.id(), x, y });
   });
-  cy.style(styles(themed(box)));
+  const colors = themed(box);
+  if (box.colors !== JSON.stringify(colors)) cy.style(styles(colors)); // slow: not for every click
+  box.colors = JSON.stringify(colors);
   const first = cy.elements().empty();
   update(cy, data);
   if (first || box.layoutOf !== data.layout) cy.fit(undefined, 24);

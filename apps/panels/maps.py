@@ -48,7 +48,7 @@ def map_panel(
     pictures: dict[Node, str] = {
         u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
     }
-    tapped, _ = canvas(
+    tapped = canvas(
         graph, pictures, {}, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
     )
     st.caption(

@@ -6,7 +6,7 @@ import streamlit as st
 
 from apps import cached, drawing
 from apps.canvas import canvas
-from apps.choosing import TROUBLE, choose_model, line, python, rerun_part
+from apps.choosing import TROUBLE, choose_model, line, python
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, selection_panel, tools_panel
 from circuits.families import saved_families
@@ -80,14 +80,19 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
         if isinstance(n, Unit) and n.site in model.unit_names
     }
     key = f"selected {record.hash}"
-    layout = f"{now.origin} {len(now.past)} {len(shown)}"
-    tapped, moved = canvas(shown, pictures, names, st.session_state.get(key, ""), layout)
-    if moved is not None:
-        drawing.change(record.hash, drawing.moved(now.graph, *moved))
-        rerun_part()
-    if tapped is not None and tapped != st.session_state.get(key, ""):
-        st.session_state[key] = tapped
-        rerun_part()
+
+    def select(node: str) -> None:
+        st.session_state[key] = node
+
+    def move(node: str, x: float, y: float) -> None:
+        at = drawing.drawing(record.hash)
+        assert at is not None, "begun by the page"
+        drawing.change(record.hash, drawing.moved(at.graph, node, x, y))
+
+    selected = st.session_state.get(key, "")
+    canvas(
+        shown, pictures, names, selected, f"{now.origin} {len(shown)}", on_tap=select, on_move=move
+    )
     st.caption(
         f"{len(shown)} nodes, {shown.number_of_edges()} edges of weights {record.hash[:16]}: red excites, blue "
         "inhibits; as wide as strong beside the strongest of their kind."

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from circuits.cli.output import say
 from circuits.workspace import ROOT, TRUST_PYTHON
@@ -35,8 +34,8 @@ def check_port(port: int) -> None:
 
 def serve_app(
     workspace: Path, port: int, host: str = "127.0.0.1", trust_python: bool = False
-) -> None:
-    """Run the app until it is stopped.
+) -> NoReturn:
+    """Run the app, in the place of this process, until it is stopped.
 
     Raises:
         ValueError: if there is no such port.
@@ -53,7 +52,7 @@ def serve_app(
             ) from error
     say(f"app: http://{host}:{port}  (Ctrl-C stops it)")
     command = [
-        sys.executable, "-P", "-m", "streamlit", "run", str(app_file()),
+        sys.executable, "-P", "-m", "apps", "run", str(app_file()),
         "--server.address", host, "--server.port", str(port), "--server.headless", "true",
         "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
         "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal", "--runner.magicEnabled", "false",
@@ -61,11 +60,5 @@ def serve_app(
     environment = {**os.environ, ROOT: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
-    with subprocess.Popen(command, env=environment) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            say("app stopped")
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # the server takes this process' place, memory and all
