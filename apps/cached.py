@@ -281,8 +281,22 @@ def graph_of(record: ModelRecord, model: HookedModel) -> GraphStore:
         workspace().writable()
         with st.spinner("Gathering the model's weights…"):
             build_graph(model, folder).close()
+    try:
+        return _opened(folder, record.hash)
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+    ):  # damaged, or of another version: it is made from the weights
+        workspace().writable()
+        with st.spinner("Gathering the model's weights anew…"):
+            build_graph(model, folder).close()
+        return _opened(folder, record.hash)
+
+
+def _opened(folder: Path, model_hash: str) -> GraphStore:
     files = [folder / GRAPH, *sorted((folder / "graph").glob("*.h5"))]
-    return _graph(str(folder), hash(tuple(f.stat().st_mtime_ns for f in files)), record.hash)
+    return _graph(str(folder), hash(tuple(f.stat().st_mtime_ns for f in files)), model_hash)
 
 
 @st.cache_data(show_spinner="Expanding…", max_entries=256)

@@ -5,7 +5,11 @@ The URL is the single truth: widgets are set from it and write to it, so that ev
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
@@ -26,14 +30,30 @@ TITLES: Mapping[str, str] = {
 
 
 def line(error: BaseException) -> str:
-    """An error as one line."""
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    """An error as one line, which shows as it is."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return plain(text) or type(error).__name__
+
+
+def plain(text: str) -> str:
+    r"""Words of a URL, a file or a person, for Markdown: no link, picture or emoji comes of them.
+
+    Control and formatting characters, which can turn what is around them, become a mark.
+
+    >>> plain("![x](http://a.example) :red[b]")
+    '\\!\\[x\\]\\(http\\://a.example\\) \\:red\\[b\\]'
+    """
+    seen = "".join("�" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+    return _MARKS.sub(r"\\\1", seen)
+
+
+_MARKS = re.compile(r"([\\`*_\[\](){}<>$~:!#|@&])")
 
 
 def link(page: str, label: str, help: str | None = None, **choices: object) -> None:
     """A link to a page with choices in its URL; it stays in the session, or opens in a new tab."""
     st.page_link(
-        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=label, help=help,
+        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=plain(label), help=help,
         query_params={name: str(value) for name, value in choices.items()},
     )  # fmt: skip
 
@@ -90,7 +110,8 @@ def choose_model() -> tuple[ModelRecord, HookedModel] | None:
 
 def choose_site(record: ModelRecord, model: HookedModel) -> str:
     """A site of the model, harvested ones first."""
-    harvested = dict.fromkeys(name for store in cached.stores_of(record) for name in store.sites)
+    stores = cached.stores_of(record)
+    harvested = dict.fromkeys(s.name for store in stores for s in store.provenance.sites)
     names = list(harvested | dict.fromkeys(s.name for s in model.sites))
     return choose("Site", names, "site")
 
@@ -128,3 +149,24 @@ def rerun_part() -> None:
         st.rerun(scope="fragment")
     except StreamlitAPIException:  # not in a run of the fragment alone
         st.rerun()
+
+
+_P = ParamSpec("_P")
+
+
+def guarded(view: Callable[_P, None]) -> Callable[_P, None]:
+    """A page, or a part of one, that says what is wrong with damaged files instead of where it happened."""
+
+    @wraps(view)
+    def shown(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            view(*args, **kwargs)
+        except TROUBLE as error:
+            st.error(line(error))
+
+    return shown
+
+
+def part(view: Callable[_P, None]) -> Callable[_P, None]:
+    """A part of a page that runs anew by itself when something in it is changed."""
+    return st.fragment(guarded(view))

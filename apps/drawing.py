@@ -10,7 +10,7 @@ import streamlit as st
 from apps.canvas import edge_id
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, collapse
 from circuits.graph.circuit import Node, parse_node, units_of
-from circuits.graph.layout import PLACE
+from circuits.graph.layout import ORDER, PLACE
 from circuits.units import Unit
 
 MOST_NODES = 600
@@ -54,6 +54,8 @@ def change(model_hash: str, graph: CircuitGraph) -> None:
         raise ValueError(f"circuit has {len(graph)} nodes: a canvas takes {MOST_NODES}")
     now = drawing(model_hash)
     assert now is not None, "begun before"
+    if graph.same_as(now.graph):
+        return
     begin(model_hash, Drawing(graph, (*now.past, now.graph)[-50:], now.origin, now.version))
 
 
@@ -122,6 +124,7 @@ def above(graph: CircuitGraph, share: float) -> CircuitGraph:
     for _, _, data in graph.edges(data=True):
         strongest[data["kind"]] = max(strongest.get(data["kind"], 0.0), data["norm"])
     made = graph.copy()
+    made.graph[ORDER] = graph.sites()  # as all edges have it
     made.remove_edges_from(
         [
             (a, b, key)

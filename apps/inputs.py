@@ -122,4 +122,5 @@ def show_input(model: HookedModel, shown: Shown, width: int = 224) -> None:
         st.image(shown.picture, width=width, caption=shown.name)
     elif isinstance(model.input, TokenInput):
         st.caption(shown.name)
-        st.code(" ".join(model.input.word(t) for t in shown.tokens), language=None, wrap_lines=True)
+        gap = "" if model.input.vocabulary else " "
+        st.code(gap.join(model.input.word(t) for t in shown.tokens), language=None, wrap_lines=True)

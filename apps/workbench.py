@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps.choosing import TITLES
+from apps.choosing import TITLES, guarded
 from apps.views import case, circuit, compare, concepts, edits, home, jobs, site, unit, yours
 
 # the pages, by their path in the URL (not as a string: Streamlit would show it)
@@ -18,7 +18,7 @@ def main() -> None:
     """The app's pages."""
     st.set_page_config("circuits", page_icon="🔬", layout="wide")
     pages = [
-        st.Page(view, title=TITLES[name], url_path=name, default=name == "home")
+        st.Page(guarded(view), title=TITLES[name], url_path=name, default=name == "home")
         for name, view in VIEWS.items()
     ]
     st.navigation(pages).run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -176,12 +177,26 @@ class Database:
         if not self.path.is_file():
             return []
         columns = "kind, model_hash, name, version, body, note, author, created"
-        with self.open() as connection:
-            rows = connection.execute(f"SELECT {columns} FROM records WHERE {where}", values)
-            return [
-                Record(k, h, n, v, None if body is None else json.loads(body), note, author, at)
-                for k, h, n, v, body, note, author, at in rows
-            ]
+        rows = self._read(f"SELECT {columns} FROM records WHERE {where}", values)
+        return [
+            Record(k, h, n, v, None if body is None else json.loads(body), note, author, at)
+            for k, h, n, v, body, note, author, at in rows
+        ]
+
+    def _read(self, query: str, values: Sequence[str]) -> list[Any]:
+        """Rows, also where nothing can be written."""
+        try:
+            if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
+                with self.open() as connection:
+                    return connection.execute(query, values).fetchall()
+            # nobody else can write either: SQLite need not look for the files of a writer
+            address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+            with closing(sqlite3.connect(address, uri=True)) as connection:
+                return connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
+                return []
+            raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
 
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:

@@ -49,8 +49,8 @@ def histogram_figure(statistics: UnitStatistics) -> go.Figure:
             hovertemplate="exponential tail: %{y:.3g}<extra></extra>",
         )
     figure.add_vline(x=0, line_color=GREY, line_width=1)
-    figure.update_yaxes(type="log", title="positions")
-    figure.update_xaxes(title="activation (outermost bars: all beyond)")
+    figure.update_yaxes(type="log", dtick=1, title="positions")
+    figure.update_xaxes(title="activation (outer bars: all beyond)")
     figure.update_layout(height=260, margin=_MARGIN, bargap=0, showlegend=False)
     return figure
 
@@ -143,10 +143,8 @@ def tuning_figure(runs: Mapping[str, RadialTuning]) -> go.Figure:
             x=angles, y=tuned.mean, name=name, line_color=color,
             hovertemplate="%{x}°: %{y:.3g}<extra>" + name + "</extra>",
         )  # fmt: skip
-    figure.update_xaxes(
-        title="angle at which the curve bulges, degrees", tickvals=list(range(0, 361, 90))
-    )
-    figure.update_yaxes(title="activation (band: all replicates)", rangemode="tozero")
+    figure.update_xaxes(title="where the curve bulges, degrees", tickvals=list(range(0, 361, 90)))
+    figure.update_yaxes(title="activation (band: replicates)", rangemode="tozero")
     figure.update_layout(
         height=300, margin=_MARGIN, showlegend=len(runs) > 1, legend={"orientation": "h", "y": 1.15}
     )
@@ -163,7 +161,7 @@ def heat_map_figure(found: HeatMap) -> go.Figure:
             hovertemplate="%{x}°, curvature %{y:.3g}: %{z:.3g}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title="angle at which the curve bulges, degrees")
+    figure.update_xaxes(title="where the curve bulges, degrees")
     figure.update_yaxes(title="curvature, 1 / px (0: a line)")
     figure.update_layout(height=300, margin=_MARGIN)
     return figure
@@ -217,9 +215,9 @@ def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
     figure.update_xaxes(title="change (95 % interval over examples)")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_layout(
-        height=130 + 40 * len(names),
-        margin=_MARGIN | {"l": 140},
-        legend={"orientation": "h", "y": 1.3},
+        height=190 + 40 * len(names),
+        margin=_MARGIN | {"l": 110, "b": 110},
+        legend={"orientation": "h", "yanchor": "top", "y": -50 / (50 + 40 * len(names))},
     )
     return figure
 
@@ -233,8 +231,8 @@ def matrix_figure(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
             hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x", autorange="reversed")
+    figure.update_xaxes(visible=False, constrain="domain")
+    figure.update_yaxes(visible=False, scaleanchor="x", constrain="domain", autorange="reversed")
     figure.update_layout(width=300, height=240, margin={"l": 5, "r": 5, "t": 10, "b": 5})
     return figure
 
@@ -248,8 +246,8 @@ def map_figure(values: Float[np.ndarray, "y x"]) -> go.Figure:
             hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x", autorange="reversed")
+    figure.update_xaxes(visible=False, constrain="domain")
+    figure.update_yaxes(visible=False, scaleanchor="x", constrain="domain", autorange="reversed")
     figure.update_layout(height=120, margin={"l": 0, "r": 0, "t": 0, "b": 0})
     return figure
 
@@ -276,6 +274,7 @@ def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figur
     figure.update_xaxes(range=[-5, 365], tickvals=list(range(0, 361, 45)))
     figure.update_xaxes(title="angle written for, degrees (orange: stimulus)", row=len(layers))
     figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title="activation")
     figure.update_layout(height=150 * len(layers) + 60, margin=_MARGIN, showlegend=False)
     return figure
 

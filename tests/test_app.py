@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +18,15 @@ from circuits.edits.recipes import Recipe
 from circuits.families import Family, Member, save_family
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
+from circuits.graph.saved import save_circuit
 from circuits.harvesting import harvest
 from circuits.models.loading import load_model
+from circuits.sae import call, names_of
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
 from circuits.units import Unit
+from circuits.weights import build_graph
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -39,24 +45,34 @@ def built(tmp_path_factory) -> Workspace:
     return place
 
 
-def show(name: str) -> None:
+def show(name: str, guard: bool) -> None:
     """A page as the app shows it; runs as a script of its own."""
     from importlib import import_module
 
-    import_module(f"apps.views.{name}").page()
+    from apps.choosing import guarded
+
+    view = import_module(f"apps.views.{name}").page
+    (guarded(view) if guard else view)()
 
 
-def page(place: Workspace, monkeypatch, view: str = "unit", **query: str) -> AppTest:
+def page(
+    place: Workspace, monkeypatch, view: str = "unit", guard: bool = False, **query: str
+) -> AppTest:
     monkeypatch.setenv("CIRCUITS_WORKSPACE", str(place.root))
-    test = AppTest.from_function(show, default_timeout=120, kwargs={"name": view})
+    test = AppTest.from_function(show, default_timeout=120, kwargs={"name": view, "guard": guard})
     for key, value in query.items():
         test.query_params[key] = value
     return test.run()
 
 
+def read(part: Any) -> str:
+    """What a person reads: without the marks that keep Markdown from making something of it."""
+    return re.sub(r"\\(.)", r"\1", str(part.value))
+
+
 def text(test: AppTest) -> str:
     parts = [*test.title, *test.subheader, *test.caption, *test.info, *test.warning, *test.error]
-    return "\n".join(str(part.value) for part in parts)
+    return "\n".join(map(read, parts))
 
 
 def test_newcomer_sees_the_clean_room_first(built: Workspace, monkeypatch) -> None:
@@ -331,7 +347,7 @@ def test_bad_edits_are_refused(built: Workspace, monkeypatch, words: str, said: 
     test.text_input(key="edit-words").set_value(words)
     test.button(key="edit-add-words").click().run()
     assert not test.exception
-    assert said in test.error[0].value
+    assert said in read(test.error[0])
     assert "None: the model is as it is." in text(test)
 
 
@@ -374,7 +390,7 @@ def test_a_circuit_is_drawn_changed_and_compared(built: Workspace, monkeypatch) 
         page(built, monkeypatch, model="cleanroom", site="line", unit="4")
     )
     odd = page(built, monkeypatch, "circuit", model="cleanroom", circuit="none such")
-    assert "no circuit 'none such'" in odd.error[0].value
+    assert "no circuit 'none such'" in read(odd.error[0])
 
 
 def test_ones_own_text_and_what_is_responsible(built: Workspace, monkeypatch) -> None:
@@ -390,7 +406,7 @@ def test_ones_own_text_and_what_is_responsible(built: Workspace, monkeypatch) ->
     assert "Most active at" in text(test)
     assert "Rank correlation with true ablation" in text(test)
     test.text_input(key="own text").set_value("1 2 999").run()
-    assert "999" in test.error[0].value
+    assert "999" in read(test.error[0])
 
 
 def test_the_case_is_live(built: Workspace, monkeypatch) -> None:
@@ -406,9 +422,8 @@ def test_two_units_side_by_side(built: Workspace, monkeypatch) -> None:
     assert not test.exception
     assert "line:1 · line 15°" in text(test)
     assert "line:2 · line 30°" in text(test)
-    assert (
-        "line:999"
-        in page(built, monkeypatch, "compare", model="cleanroom", unit="line:999").error[0].value
+    assert "line:999" in read(
+        page(built, monkeypatch, "compare", model="cleanroom", unit="line:999").error[0]
     )
 
 
@@ -438,3 +453,77 @@ def test_no_page_is_long() -> None:
         if "@st.cache_" in p.read_text() and p.name != "cached.py"
     ]
     assert not cached
+
+
+# --- what others write ---------------------------------------------------------------------------
+
+PICTURE = "![x](http://a.example/x.png) :red[b] `c` $d$ \u202e"
+
+
+def test_nothing_that_people_write_becomes_markdown(tmp_path: Path, monkeypatch) -> None:
+    """Names, notes, URLs: a picture in them would be fetched by everybody who looks."""
+    place, model = Workspace(tmp_path), load_model("cleanroom")
+    place.register(ModelRecord("cleanroom", model.hash))
+    call(place.database, model.hash, Unit("line", 1), PICTURE, PICTURE, author=PICTURE)
+    graph = build_graph(model, place.model_folder(model.hash)).neighbourhood("line:1", 1, 2)
+    save_circuit(place.database, PICTURE, graph, PICTURE, author=PICTURE)
+    members, nan = (Member(0.0, Unit("line", 1), 1.0),), float("nan")
+    save_family(
+        place.database,
+        Family(
+            PICTURE, "line", "rotation", 180.0, members, nan, nan, PICTURE, 0, model.hash, "", 0
+        ),
+    )
+    seen = [
+        page(place, monkeypatch, model="cleanroom", site="line", unit="1"),
+        page(place, monkeypatch, "edits", model="cleanroom", on=PICTURE),
+        page(place, monkeypatch, "circuit", model="cleanroom", unit="line:1"),
+        page(place, monkeypatch, "circuit", model="cleanroom", circuit="none " + PICTURE),
+        page(place, monkeypatch, "compare", model="cleanroom", unit=PICTURE, other=PICTURE),
+    ]
+    for test in seen:
+        assert not test.exception
+        parts = [
+            *test.markdown,
+            *test.caption,
+            *test.subheader,
+            *test.info,
+            *test.warning,
+            *test.error,
+        ]
+        links = [link.proto.label for link in test.get("page_link")]
+        for written in [*(str(part.value) for part in parts), *links]:
+            assert "![x]" not in written, written
+            assert "http:" not in written, written
+            assert "\u202e" not in written, written
+    assert "Called “![x](http://a.example/x.png)" in text(seen[0])
+
+
+def test_damaged_files_leave_the_rest_to_be_seen(tmp_path: Path, monkeypatch) -> None:
+    place, model = Workspace(tmp_path), load_model("cleanroom")
+    harvest(model, open_source("curves"), ["line"], place, ModelRecord("cleanroom", model.hash))
+    (place.database.path).write_bytes(b"no database" * 100)
+    for view in ("home", "unit", "site", "circuit"):
+        test = page(place, monkeypatch, view, model="cleanroom", guard=True)
+        assert not test.exception, view
+        assert "cannot be read" in text(test), view
+    place.database.path.unlink()
+    folder = place.model_folder(model.hash)
+    build_graph(model, folder).close()
+    whole = (folder / "graph.h5").read_bytes()
+    (folder / "graph.h5").write_bytes(whole[: len(whole) // 2])
+    test = page(place, monkeypatch, "circuit", model="cleanroom", unit="line:1")
+    assert not test.exception
+    assert "nodes" in text(test), "it is made anew"
+    statistics = next(folder.glob("*/*/statistics.h5"))
+    statistics.write_bytes(statistics.read_bytes()[:5000])
+    test = page(place, monkeypatch, "home", guard=True)
+    assert not test.exception
+    assert "Models in this workspace" in text(test)
+
+
+def test_a_database_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch) -> None:
+    place = Workspace(tmp_path)
+    call(place.database, "h", Unit("a", 1), "kept")
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert names_of(place.database, "h")["a:1"].body["text"] == "kept"

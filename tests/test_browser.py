@@ -190,20 +190,20 @@ def test_a_newcomer_takes_negative_weights_away_and_an_echo_appears(
     shoot(page, "a-canvas")
     page.get_by_role("link", name="Edit it").click()
     expect(page.get_by_role("heading", name="Edits", exact=True)).to_be_visible()
-    expect(caption(page, "intact: prefers")).to_be_visible()
-    assert number(caption(page, "intact: prefers").inner_text(), "echo") == 0.0
+    expect(caption(page, "intact: mean direction")).to_be_visible()
+    assert number(caption(page, "intact: mean direction").inner_text(), "echo") == 0.0
 
     pick(page, "How", "Its weights: keep only positive ones")
     page.get_by_role("button", name="Add this edit").click()
-    expect(caption(page, "edited: prefers")).to_be_visible()
-    assert number(caption(page, "edited: prefers").inner_text(), "echo") > 0.1
-    assert number(caption(page, "intact: prefers").inner_text(), "echo") == 0.0
+    expect(caption(page, "edited: mean direction")).to_be_visible()
+    assert number(caption(page, "edited: mean direction").inner_text(), "echo") > 0.1
+    assert number(caption(page, "intact: mean direction").inner_text(), "echo") == 0.0
     shoot(page, "a-echo")
     page.get_by_role("button", name="Undo").click()
-    expect(caption(page, "edited: prefers")).to_have_count(0)
+    expect(caption(page, "edited: mean direction")).to_have_count(0)
     expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
     page.get_by_role("button", name="Redo").click()
-    expect(caption(page, "edited: prefers")).to_be_visible()
+    expect(caption(page, "edited: mean direction")).to_be_visible()
     page.get_by_role("button", name="Undo").click()
     quiet(page)
     assert not errors
@@ -382,7 +382,7 @@ def test_two_people_do_not_see_each_others_edits(server: str, page: Page) -> Non
     other.get_by_label("Watch unit").press("Enter")
     quiet(other)
     expect(other.get_by_text("None: the model is as it is.")).to_be_visible()
-    expect(caption(other, "edited: prefers")).to_have_count(0)
+    expect(caption(other, "edited: mean direction")).to_have_count(0)
     other.close()
 
 

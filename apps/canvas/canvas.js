@@ -2,19 +2,27 @@
 // What Python gives is drawn; clicks and moves go back to it. Positions and the view stay where they are when
 // elements come and go.
 
-const EXCITES = "#b2182b", INHIBITS = "#2166ac"; // as in the figures: distinct to colour-blind eyes
+// as in the figures, distinct to colour-blind eyes; lighter on dark
+const LIGHT = { excites: "#b2182b", inhibits: "#2166ac" }, DARK = { excites: "#ef8a62", inhibits: "#67a9cf" };
 
 function themed(element) {
   const style = getComputedStyle(element);
   const of = (name, otherwise) => style.getPropertyValue(name).trim() || otherwise;
-  return { text: of("--st-text-color", "#31333f"), back: of("--st-background-color", "#ffffff") };
+  const text = of("--st-text-color", "#31333f"), back = of("--st-background-color", "#ffffff");
+  return { text, back, ...(dark(back) ? DARK : LIGHT) };
+}
+
+function dark(color) {
+  const [r, g, b] = color.match(/\w\w/g).map((part) => parseInt(part, 16));
+  return r + g + b < 384;
 }
 
 function styles(colors) {
   return [
     { selector: "node", style: {
       "label": "data(label)", "font-size": 8, "color": colors.text, "text-valign": "bottom", "text-margin-y": 3,
-      "text-wrap": "wrap", "text-max-width": 76, "width": 46, "height": 46, "shape": "round-rectangle",
+      "text-wrap": "wrap", "text-max-width": 76,
+      "text-background-color": colors.back, "text-background-opacity": 0.75, "width": 46, "height": 46, "shape": "round-rectangle",
       "background-color": colors.back, "border-width": 1, "border-color": "#888888", "min-zoomed-font-size": 5 } },
     { selector: "node[picture]", style: { "background-image": "data(picture)", "background-fit": "cover" } },
     { selector: "node[count]", style: { "shape": "round-hexagon", "border-width": 2 } },
@@ -22,8 +30,9 @@ function styles(colors) {
       "width": 1, "height": 1, "border-width": 0, "background-opacity": 0, "label": "data(label)",
       "text-valign": "center", "text-halign": "left", "font-size": 12, "color": "#888888", "events": "no" } },
     { selector: "edge", style: {
-      "width": "data(width)", "line-color": "data(color)", "target-arrow-color": "data(color)",
-      "curve-style": "haystack", "line-opacity": 0.55 } },
+      "width": "data(width)", "line-color": colors.excites, "target-arrow-color": colors.excites,
+      "curve-style": "haystack", "line-opacity": 0.6 } },
+    { selector: "edge[sum < 0]", style: { "line-color": colors.inhibits, "target-arrow-color": colors.inhibits } },
     { selector: "edge[?arrow]", style: { "curve-style": "bezier", "target-arrow-shape": "triangle", "arrow-scale": 0.7 } },
     { selector: ":selected", style: { "border-width": 4, "border-color": "#E69F00", "line-opacity": 1, "z-index": 9 } },
     { selector: "edge:selected", style: { "overlay-color": "#E69F00", "overlay-opacity": 0.25, "overlay-padding": 3 } },
@@ -38,7 +47,7 @@ function elements(data) {
     ...data.nodes.map((n) => ({ group: "nodes", position: { x: n.x, y: n.y },
       data: { id: n.id, label: n.label, ...(n.picture && { picture: n.picture }), ...(n.count && { count: n.count }) } })),
     ...data.edges.map((e) => ({ group: "edges", data: { id: e.id, source: e.source, target: e.target,
-      width: e.width, color: e.sum > 0 ? EXCITES : INHIBITS, arrow: few } })),
+      width: e.width, sum: e.sum, arrow: few } })),
   ];
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from apps import cached, drawing
-from apps.choosing import TROUBLE, line, link, named, rerun_part
+from apps.choosing import TROUBLE, line, link, named, plain, rerun_part
 from apps.drawing import Drawing
 from circuits.figures import circuit_figure
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, diff
@@ -159,7 +159,7 @@ def _save(record: ModelRecord, now: Drawing) -> None:
         except (ValueError, OSError) as error:
             st.error(line(error))
         else:
-            st.success(f"Saved as version {made.version} of {made.name}.")
+            st.success(f"Saved as version {made.version} of {plain(made.name)}.")
 
 
 def _saved(record: ModelRecord, now: Drawing) -> None:

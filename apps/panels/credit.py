@@ -10,7 +10,7 @@ import streamlit as st
 
 from apps import cached
 from apps.cached import Shown
-from apps.choosing import TROUBLE, line, link, named
+from apps.choosing import TROUBLE, line, link, named, part
 from circuits.attribution.channels import ChannelMethod
 from circuits.attribution.saliency import METHODS
 from circuits.attribution.saliency import Method as PixelMethod
@@ -25,7 +25,7 @@ FAST = ("gradient_x_input", "integrated_gradients", "grad_cam", "relevance")
 """Methods offered first."""
 
 
-@st.fragment
+@part
 def credit_panel(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> None:
     """Which units, and which pixels, are responsible for a target."""
     st.subheader("What is responsible")
@@ -57,7 +57,7 @@ def credit_panel(record: ModelRecord, model: HookedModel, shown: Shown, site: st
             else f" Rank correlation with true ablation {check.correlation:.2f} (by chance up to {check.chance:.2f})."
         )
         st.caption(
-            f"`{found.target}`: {found.target_values[0]:.3g}. {found.method}.{agreed} Seed {found.seed}."
+            f"`{found.aims[0]}`: {found.target_values[0]:.3g}. {found.method}.{agreed} Seed {found.seed}."
         )
         with st.container(horizontal=True):
             for i, _ in found.top(0, 5):
@@ -80,5 +80,5 @@ def _pixels(model: HookedModel, shown: Shown, target: str) -> None:
     heat = found.heat()[0].numpy()
     st.image(overlaid(np.asarray(shown.picture) / 255, heat), width=320)
     st.caption(
-        f"{method}: red for, blue against `{found.target}`. `circuits sanity {model.name}` says which to believe."
+        f"{method}: red for, blue against `{found.aims[0]}`. `circuits sanity {model.name}` says which to believe."
     )

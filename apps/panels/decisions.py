@@ -10,7 +10,7 @@ import streamlit as st
 
 from apps import cached, editing
 from apps.cached import Decisions
-from apps.choosing import TROUBLE, line, link, python
+from apps.choosing import TROUBLE, line, link, part, python
 from circuits.database import Record
 from circuits.sae import Intervention, as_recipe
 from circuits.sae.bottleneck import Explanation
@@ -21,7 +21,7 @@ from circuits.workspace import ModelRecord
 SHARES = 10
 
 
-@st.fragment
+@part
 def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record]) -> None:
     """The bottleneck: how often it is right, one decision, and interventions."""
     st.subheader("Decisions by latents")

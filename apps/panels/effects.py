@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.choosing import link, python
+from apps.choosing import link, part, python
 from apps.inputs import shown_example
 from apps.looking import Look
 from circuits.edits.activations import zero
@@ -18,7 +18,7 @@ from circuits.store import ActivationStore
 STRONGEST = 24  # examples offered first for an ablation
 
 
-@st.fragment
+@part
 def ablation_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     """A switch that removes the unit, and what the model's predictions become."""
     model, unit = look.model, look.unit

@@ -10,6 +10,7 @@ import streamlit as st
 from PIL import Image, ImageDraw
 
 from apps import cached
+from apps.choosing import part
 from apps.inputs import shown_example
 from apps.looking import Look
 from apps.panels.pictures import pictures_of
@@ -24,7 +25,7 @@ SHOWN, TENTHS, SAMPLED = 9, 10, 3
 """Strongest examples; groups that the range is cut into, and how many examples are shown of each."""
 
 
-@st.fragment
+@part
 def examples_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     """The examples with the unit's largest activations, cut to what it sees there."""
     model, unit = look.model, look.unit
@@ -63,7 +64,7 @@ def _credited(column: Any, look: Look, inputs: Inputs, example: Example) -> None
     column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
 
 
-@st.fragment
+@part
 def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     """A sample from each tenth of the examples, ranked by the unit's activation: not only the top."""
     model, unit, model_hash = look.model, look.unit, look.record.hash

@@ -9,7 +9,7 @@ import streamlit as st
 
 from apps import cached
 from apps.canvas import canvas
-from apps.choosing import python
+from apps.choosing import line, python
 from circuits.graph import CircuitGraph
 from circuits.graph.circuit import Node
 from circuits.graph.layout import PLACE
@@ -38,18 +38,23 @@ def map_panel(
     try:
         found = cached.map_of(model, None if by_weights else store, site.name, method)
     except ValueError as error:
-        st.warning(str(error))
+        st.warning(line(error))
         return None
     span = float(max(found.xy.max(0) - found.xy.min(0))) or 1.0
     graph = CircuitGraph(model_hash=record.hash)
     for index in table["unit"]:
         x, y = found.xy[int(index)] * (_SPREAD * len(found.xy) ** 0.5 / span)
         graph.add_node(site.unit(int(index)), **{PLACE: [float(x), float(y) / 2]})
+    if not len(graph):
+        st.info("No unit is left: change what names contain.")
+        return None
+    known = zip(table["unit"], table["name"], strict=True)
+    names: dict[Node, str] = {site.unit(int(i)): name for i, name in known if name}
     pictures: dict[Node, str] = {
         u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
     }
     tapped = canvas(
-        graph, pictures, {}, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
+        graph, pictures, names, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
     )
     st.caption(
         f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
+from apps.choosing import line, plain
 from circuits.database import Record
 from circuits.sae import call, history, names_of
 from circuits.units import Unit
@@ -26,14 +27,14 @@ def names_panel(unit: Unit, model_hash: str) -> None:
             try:
                 call(cached.workspace().writable().database, model_hash, unit, name, why)
             except (ValueError, OSError) as error:
-                st.error(str(error))
+                st.error(line(error))
             else:
                 st.rerun()
 
 
 def _in_words(record: Record) -> str:
     body = record.body
-    said = [f"Called “{body['text']}” by {record.author}, {record.created[:10]}"]
+    said = [f"Called “{plain(body['text'])}” by {plain(record.author)}, {record.created[:10]}"]
     if body["score"] is not None:
         said.append(
             f"AUROC {body['score']:.2f} on examples that it was not chosen on (by chance 0.50), p {body['p_value']:.2g}"
@@ -45,5 +46,5 @@ def _in_words(record: Record) -> str:
                 f"{100 * evidence['base_rate']:.0f} % of all"
             )
     if record.note:
-        said.append(record.note)
+        said.append(plain(record.note))
     return "; ".join(said) + f" (version {record.version})."

@@ -10,6 +10,7 @@ import streamlit as st
 from PIL import Image
 
 from apps import cached
+from apps.choosing import line
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.reliability import natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
@@ -78,6 +79,7 @@ def picture_panel(model: HookedModel, unit: Unit, model_hash: str, inputs: Input
 def _make(model: HookedModel, unit: Unit, model_hash: str, kind: str = "positive") -> None:
     bar = st.progress(0.0, f"{STEPS} steps of gradient ascent")
     try:
+        cached.workspace().writable()  # before the work
         pictures = visualize_units(
             model,
             [unit],
@@ -86,8 +88,8 @@ def _make(model: HookedModel, unit: Unit, model_hash: str, kind: str = "positive
             steps=STEPS,
             progress=lambda done, total: bar.progress(done / total),
         )
-    except ValueError as error:
-        st.warning(str(error))
+    except (ValueError, OSError) as error:
+        st.warning(line(error))
         return
     finally:
         bar.empty()
@@ -145,13 +147,14 @@ def _measured(
     """Make the picture again with its badge, and keep both."""
     settings = Settings(steps=STEPS)
     try:
+        cached.workspace().writable()
         natural = natural_responses(
             model, unit.site, inputs.upto(COMPARED, size=8), inputs.source.spec
         )
         pictures = visualize_units(model, [unit], **settings.options())
         found = reliability(model, pictures, natural, settings)[0].to_dict()
     except (ValueError, OSError) as error:
-        st.warning(str(error))
+        st.warning(line(error))
         return None
     _save(pictures[0], unit, model_hash, "", reliability=found)
     return found

@@ -17,8 +17,8 @@ from circuits.models.adapter import HookedModel
 from circuits.units import Unit, Units
 from circuits.workspace import ModelRecord
 
-MOST_BYTES = 5_000_000
-"""Of a recipe that is opened from a file."""
+MOST_BYTES, MOST_EDITS, LISTED = 5_000_000, 1000, 50
+"""Of a recipe that is opened from a file; edits in the list."""
 
 _UNITS = {
     "Remove (set to zero)": "zero {on}",
@@ -46,7 +46,9 @@ def stack_panel(record: ModelRecord) -> None:
     """The session's edits, in order, with undo and redo."""
     now = editing.stack(record.hash)
     st.subheader("Edits in force")
-    for i, edit in enumerate(now.edits):
+    if len(now.edits) > LISTED:
+        st.caption(f"{len(now.edits)} edits; the last {LISTED} are listed.")
+    for i, edit in list(enumerate(now.edits))[-LISTED:]:
         st.code(str(edit), language=None, wrap_lines=True)
         st.button(
             "Remove this", key=f"edit-remove-{i}", on_click=editing.remove, args=(record.hash, i)
@@ -96,6 +98,7 @@ def add_panel(record: ModelRecord, model: HookedModel) -> None:
         if st.button("Add", key="edit-add-words") and words.strip():
             _add(record, model, words)
         st.caption("  \n".join(f"`{name}`: {kind.about}" for name, kind in OPERATORS.items()))
+        st.caption("`zero UNITS` is `scale UNITS factor=0`.")
 
 
 def _ways(record: ModelRecord, model: HookedModel, on: str) -> dict[str, str]:
@@ -181,6 +184,8 @@ def _load(record: ModelRecord, model: HookedModel, data: bytes) -> None:
             raise ValueError("the file is not a recipe file: expected JSON") from error
         found = Recipe.from_dict(raw, "the file")
         found.check(model)
+        if len(found.edits) > MOST_EDITS:
+            raise ValueError(f"the file has {len(found.edits)} edits: the app takes {MOST_EDITS}")
         edits: Sequence = Recipe.of(model, found.edits).edits
     except TROUBLE as error:
         st.error(line(error))

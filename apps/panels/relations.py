@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.choosing import link, named
+from apps.choosing import link, named, plain
 from apps.looking import Look
 from circuits.families import saved_families
 from circuits.graph.circuit import units_of
@@ -23,7 +23,7 @@ def relations_panel(look: Look) -> None:
     for family in saved_families(database, look.record.hash):
         if look.unit not in family.units:
             continue
-        st.subheader(f"Family “{family.name}”")
+        st.subheader(f"Family “{plain(family.name)}”")
         chance = (
             f"p {family.p_value:.2g}"
             if family.p_value == family.p_value
@@ -31,7 +31,8 @@ def relations_panel(look: Look) -> None:
         )
         st.caption(
             f"{family.transformation}, {len(family.units)} units, agreement {family.score:.2f}, {chance} "
-            f"({family.null or 'no null'}, seed {family.seed})."
+            f"({plain(family.null) or 'no null'}, seed {family.seed})."
+            + (f" The first {_SIBLINGS} are shown." if len(family.members) > _SIBLINGS else "")
         )
         with st.container(horizontal=True):
             for member in family.members[:_SIBLINGS]:

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line
+from apps.choosing import TROUBLE, line, part
 from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
 from circuits.models.adapter import HookedModel
@@ -16,7 +16,7 @@ from circuits.workspace import ModelRecord
 EXAMPLES = (16, 64, 256)
 
 
-@st.fragment
+@part
 def side_effects_panel(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
     """What else changes, on many examples, beside random twins and random changes of the same size."""
     st.subheader("Side effects")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apps import cached
+from apps.choosing import part
 from apps.inputs import shown_example
 from apps.looking import Look
 from circuits.edits.recipes import Recipe
@@ -71,7 +72,7 @@ def _marked(
     )
 
 
-@st.fragment
+@part
 def pattern_panel(look: Look, inputs: Inputs, example: int) -> None:
     """Where a head looks, on the example that excites it most."""
     head = _HEAD.fullmatch(look.unit.site)
@@ -98,9 +99,7 @@ def logits_panel(look: Look) -> None:
     if _NEURON.fullmatch(look.unit.site):
         st.subheader("What it adds to logits")
         values = direct_logits(look.model, look.unit)
-        table = {
-            side: _words(values if side == "most" else -values, spec) for side in ("most", "least")
-        }
+        table = {side: _words(values, spec, side == "most") for side in ("most", "least")}
         st.dataframe(pd.DataFrame(table), width="content")
         st.caption(
             f"Per unit of activation, directly (W_out W_U); over all tokens ± {values.std().item():.3g}."
@@ -124,8 +123,8 @@ def logits_panel(look: Look) -> None:
         )
 
 
-def _words(values: Tensor, spec: TokenInput) -> list[str]:
-    found = values.topk(min(LISTED, len(values)))
+def _words(values: Tensor, spec: TokenInput, largest: bool) -> list[str]:
+    found = values.topk(min(LISTED, len(values)), largest=largest)
     return [
         f"{spec.word(i)} {v:+.2f}"
         for i, v in zip(found.indices.tolist(), found.values.tolist(), strict=True)

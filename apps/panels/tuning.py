@@ -5,14 +5,14 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, python
+from apps.choosing import TROUBLE, line, part, python
 from apps.looking import Look
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
 from circuits.plots import heat_map_figure, tuning_figure
 
 
-@st.fragment
+@part
 def tuning_panel(look: Look) -> None:
     """Radial tuning, and the map of orientation x curvature."""
     spec = look.model.input
@@ -34,7 +34,7 @@ def tuning_panel(look: Look) -> None:
     right.plotly_chart(heat_map_figure(heat), key="heat")
     m = tuned.measures
     st.caption(
-        f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: prefers "
+        f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: mean direction "
         f"{m.direction.value:.0f}° ({m.direction.low:.0f} to {m.direction.high:.0f}), half-width "
         f"{m.half_width.value:.0f}° ({m.half_width.low:.0f} to {m.half_width.high:.0f}), echo {m.echo.value:.2f} "
         f"({m.echo.low:.2f} to {m.echo.high:.2f}); intervals over polarity, contrast and thickness, seed {tuned.seed}."

@@ -7,7 +7,7 @@ import streamlit as st
 import torch
 
 from apps import cached, editing
-from apps.choosing import TROUBLE, line, link, python
+from apps.choosing import TROUBLE, line, link, part, python
 from apps.panels.evidence import evidence_panel
 from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
@@ -36,7 +36,7 @@ def page() -> None:
     evidence_panel()
 
 
-@st.fragment
+@part
 def _live(model: HookedModel) -> None:
     """A curve under the person's hand, and what each layer makes of it."""
     left, right = st.columns([1, 2])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import streamlit as st
 
 from apps import cached, drawing
 from apps.canvas import canvas
-from apps.choosing import TROUBLE, choose_model, line, python
+from apps.choosing import TROUBLE, choose_model, line, part, python
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, selection_panel, tools_panel
 from circuits.families import saved_families
@@ -49,11 +51,19 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
         database = cached.workspace().database
         graph = load_circuit(database, asked["circuit"], record.hash, version)
         latest = circuit_history(database, asked["circuit"], record.hash)[-1].version
-        drawing.begin(record.hash, Drawing(graph, (), origin, version or latest))
+        _replace(record, now, Drawing(graph, (), origin, version or latest))
     else:
         unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
         graph = store.neighbourhood(unit, 1, TOP)
-        drawing.begin(record.hash, Drawing(graph, (), origin))
+        _replace(record, now, Drawing(graph, (), origin))
+
+
+def _replace(record: ModelRecord, before: Drawing | None, new: Drawing) -> None:
+    """Begin with another circuit; what was drawn before comes back by undo."""
+    if before is not None and before.past:
+        new = replace(new, past=(before.graph,))
+        st.toast("Undo brings back the circuit that you had drawn.")
+    drawing.begin(record.hash, new)
 
 
 def _first(store: GraphStore, model: HookedModel) -> Unit:
@@ -61,7 +71,7 @@ def _first(store: GraphStore, model: HookedModel) -> Unit:
     return Unit(next(n for n in reversed(names) if any(b.target == n for b in store.blocks)), 0)
 
 
-@st.fragment
+@part
 def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     now = drawing.drawing(record.hash)
     assert now is not None, "begun by the page"
@@ -99,7 +109,10 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     )
     selection_panel(record, model, store, shown, st.session_state.get(key, ""))
     keep_panel(record, now, shown)
-    unit = next((n for n in now.graph if isinstance(n, Unit)), None)
+    start = now.graph.graph.get("made", {}).get("neighbourhood")
+    made = f"GraphStore(folder).neighbourhood({start!r}, hops=1, top={TOP})"
+    if now.past or now.version:  # changed by hand: as exported above
+        made = 'circuits.read_circuit("circuit.json")'
     python(f"""
 import circuits
 from circuits.graph import GraphStore
@@ -107,8 +120,8 @@ from circuits.graph import GraphStore
 model = circuits.load_model({record.spec!r})
 folder = circuits.Workspace.default().model_folder(model.hash)
 circuits.build_graph(model, folder)  # once
-graph = GraphStore(folder).neighbourhood({str(unit)!r}, hops=1, top={TOP})
-circuits.write_circuit(graph, "circuit.json")
+graph = {made}
+print(len(graph), graph.number_of_edges())
 """)
 
 

@@ -52,8 +52,8 @@ def _side(name: str, model_name: str, labels: list[str], default: int) -> None:
     st.caption(f"{model.name} · weights {record.hash[:16]}")
     link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
     picture = cached.pictured(record).get(unit)
-    if picture is not None:
-        st.image(cached.thumbnail(picture, 224), width=224)
+    if picture is not None and (small := cached.thumbnail(picture, 224)):
+        st.image(small, width=224)
     _harvested(record, unit, name)
     spec = model.input
     if (
@@ -65,7 +65,7 @@ def _side(name: str, model_name: str, labels: list[str], default: int) -> None:
         st.plotly_chart(tuning_figure({"intact": tuned}), key=f"compare-curve-{name}")
         m = tuned.measures
         st.caption(
-            f"prefers {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"
+            f"mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"
         )
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import choose, link
+from apps.choosing import choose, line, link
 from apps.panels.decisions import decisions_panel
 from circuits.autoencoders import Autoencoder
 from circuits.database import Record
@@ -33,7 +33,7 @@ def page() -> None:
         code = cached.autoencoder_of(path)
         measured = load_evaluation(path)
     except (ValueError, OSError) as error:
-        st.error(str(error))
+        st.error(line(error))
         return
     a = code.about
     st.subheader(name)

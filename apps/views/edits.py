@@ -6,7 +6,7 @@ import streamlit as st
 
 from apps import cached, editing
 from apps.cached import Shown
-from apps.choosing import TROUBLE, choose_model, line, python
+from apps.choosing import TROUBLE, choose_model, line, part, python
 from apps.inputs import choose_input, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
@@ -88,7 +88,7 @@ def _losses(model: HookedModel, recipe: Recipe, shown: Shown) -> None:
         )
 
 
-@st.fragment
+@part
 def _tuning(model: HookedModel, recipe: Recipe) -> None:
     """A unit's tuning, before and after."""
     spec = model.input
@@ -118,6 +118,6 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
             st.caption(f"{name}: silent at every angle, radius {tuned.radius:.3g} px")
             continue
         st.caption(
-            f"{name}: prefers {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f} "
-            f"({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
+            f"{name}: mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo "
+            f"{m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
         )

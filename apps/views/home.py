@@ -38,7 +38,10 @@ def page() -> None:
     st.subheader("Models in this workspace")
     st.caption(f"{place.root}")
     for record in records:
-        _model(record, place.database)
+        try:
+            _model(record, place.database)
+        except TROUBLE as error:  # of one model: the others are shown
+            st.error(line(error))
     here = {r.spec for r in records}
     missing = [m.name for m in MODELS.values() if m.builtin and m.name not in here]
     if missing:
@@ -74,7 +77,7 @@ def _model(record: ModelRecord, database: Database) -> None:
         stores = cached.stores_of(record)
         rows = [
             {
-                "data": s.provenance.data, "examples": len(s.provenance.examples), "sites": len(s.sites),
+                "data": s.provenance.data, "examples": len(s.provenance.examples), "sites": len(s.provenance.sites),
                 "units": sum(site.n_units for site in s.provenance.sites), "skipped": len(s.skipped),
             }
             for s in stores
@@ -89,8 +92,8 @@ def _model(record: ModelRecord, database: Database) -> None:
             "pictures": len(cached.pictured(record)), "families": len(saved_families(database, record.hash)),
             "circuits": len(saved_circuits(database, record.hash)), "named units": len(names_of(database, record.hash)),
         }  # fmt: skip
-        st.caption(", ".join(f"{n} {what}" for what, n in kept.items()))
-        _links(record, label, [name for s in stores for name in s.sites])
+        st.caption(", ".join(f"{what}: {n}" for what, n in kept.items()))
+        _links(record, label, [site.name for s in stores for site in s.provenance.sites])
 
 
 def _links(record: ModelRecord, label: str, sites: list[str]) -> None:

@@ -56,15 +56,22 @@ def _units(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> 
                 return
             unit = Unit(place.name, order.pop(0))
             with column:
-                if unit in pictures:
-                    st.image(cached.thumbnail(pictures[unit], 96), width=96)
+                if unit in pictures and (small := cached.thumbnail(pictures[unit], 96)):
+                    st.image(small, width=96)
                 number = float(strengths[unit.index])
                 beside = (
                     f", {number / deviations[unit.index]:.1f} SD" if deviations is not None else ""
                 )
-                link("unit", named(model, unit), model=label, site=unit.site, unit=unit.index)
+                link(
+                    "unit",
+                    str(unit.index),
+                    help=named(model, unit),
+                    model=label,
+                    site=unit.site,
+                    unit=unit.index,
+                )
                 st.caption(f"{number:.3g}{beside}")
-                if value.ndim == 4:
+                if place.position_axes == ("y", "x"):
                     figure = map_figure(value[0, unit.index].numpy())
                     st.plotly_chart(figure, key=f"own-map-{unit}", config={"displayModeBar": False})
     python(f"""

@@ -266,7 +266,7 @@ def open_app(
 ) -> None:
     """Start the app on a workspace."""
 
-    serve_app(Workspace.default(workspace).writable().root, port, host, trust_python)
+    serve_app(Workspace.default(workspace).root, port, host, trust_python)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -61,4 +61,5 @@ def serve_app(
     if trust_python:
         environment[TRUST_PYTHON] = "1"
     sys.stdout.flush()
-    os.execve(sys.executable, command, environment)  # the server takes this process' place, memory and all
+    # the server takes this process' place, memory and all
+    os.execve(sys.executable, command, environment)
