@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from circuits.workspace import ModelRecord
+from circuits.workspace import ModelRecord, Workspace
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
@@ -64,10 +64,18 @@ def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
         from circuits.models.loading import find_autoencoder
 
         base = record_of(spec, weights, model_hash)
-        paths = [str(find_autoencoder(a).resolve()) for a in attached]
-        return ModelRecord("+".join([base.spec, *paths]), model_hash, base.weights)
+        names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]
+        return ModelRecord("+".join([base.spec, *names]), model_hash, base.weights)
     scheme, _, rest = spec.partition(":")
     path = Path(rest.partition(":")[0])
     if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
         spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
     return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
+
+
+def _in_workspace(path: Path) -> str:
+    """An autoencoder by its name where it is the workspace's own, so that the workspace can be moved."""
+    place = Workspace.default().root.resolve() / "saes"
+    if not path.is_relative_to(place):
+        return str(path)
+    return f"sae/{path.relative_to(place).with_suffix('')}"
