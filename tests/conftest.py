@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from circuits.models.adapter import HookedModel
 from circuits.models.inception import Concatenate
 from circuits.models.inputs import TokenInput
 from circuits.models.transformers import native_bridge
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with many slow tests first, so that no worker is left alone with one at the end."""
+    slow = Counter(
+        item.nodeid.partition("::")[0] for item in items if item.get_closest_marker("slow")
+    )
+    items.sort(key=lambda item: -slow[item.nodeid.partition("::")[0]])
 
 
 class Block(nn.Module):

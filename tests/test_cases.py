@@ -12,6 +12,8 @@ from PIL import Image
 
 from circuits.cli.main import run
 
+pytestmark = pytest.mark.slow
+
 CASE = Path(__file__).parents[1] / "cases/curve_detector"
 
 

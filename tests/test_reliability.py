@@ -152,10 +152,10 @@ def test_badges_separate_on_the_built_in_model(
 def test_badges_separate_units_of_googlenet(assets: Path) -> None:
     model = load_model("googlenet")
     source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
-    batches = Inputs(model, source).upto(160, size=8)
+    batches = Inputs(model, source).upto(96, size=8)
     natural = natural_responses(model, "mixed3b", batches, source.spec)
     settings = Settings(steps=64, size=96)
-    units = list(range(0, 480, 24)) + list(range(320, 416, 12))
+    units = list(range(0, 480, 40)) + list(range(330, 416, 24))
     assert separated(model, "mixed3b", sorted(set(units)), natural, settings) >= 0.9
 
 
