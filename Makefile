@@ -23,6 +23,7 @@ app: $(STAMP)
 # Two workers with one thread each: as fast as it gets on two cores, and the same everywhere. A module's tests stay
 # together, so that what they share is made once; the slow modules come first (tests/conftest.py).
 SPREAD := --dist loadscope --no-loadscope-reorder
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) $(ARGS)
 
