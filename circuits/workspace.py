@@ -7,6 +7,7 @@
                               /graph.h5, graph/     the graph store
        saes/<name>/                                 autoencoders, and where their training stands
        workspace.db                                 what people wrote, with its history
+       jobs/<id>/                                   work in the background
        natural-images/<dataset hash>-<shape>.safetensors   colours and spectrum of a dataset
 """
 
