@@ -43,6 +43,8 @@ def place(tmp_path: Path, monkeypatch) -> Iterator[Workspace]:
     monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path / "ws"))
     made = Workspace(tmp_path / "ws")
     yield made
+    hurried = ((signal.SIGINT, 0.3), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
+    monkeypatch.setattr(circuits.jobs, "PATIENCE", hurried)
     for one in jobs(made):
         cancel(one)
     assert not _processes(made.root), "nothing is left behind"

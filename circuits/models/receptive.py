@@ -92,20 +92,31 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
         values = unit_activations(site, cache[site])[0].reshape(-1, *site.position_shape)
         return bool(values.movedim(1 + axis, 0)[position].isnan().any())
 
+    # pixels that had to be spoiled, by side, positions from the border, and the input's length
+    found: dict[tuple[str, int, int], int] = {}
+
     def extent(axis: int) -> Extent:
         length, last = size[axis], site.position_shape[axis] - 1
+
+        def least(
+            side: str, spoils: list[Callable[[Tensor], object]], position: int, away: int
+        ) -> int:
+            """How many pixels to spoil at a border until a position is; rows and columns are mostly alike."""
+            known = found.get((side, away, length))
+            number = _least(1, length, lambda n: reaches(axis, spoils[n], position), known)
+            return found.setdefault((side, away, length), number)
 
         def first(position: int) -> int:
             """The first pixel that a position sees."""
             spoils = [lambda x, n=n: x[..., :n].fill_(torch.nan) for n in range(length + 1)]
-            return _least(1, length, lambda n: reaches(axis, spoils[n], position)) - 1
+            return least("first", spoils, position, last - position) - 1
 
         def end(position: int) -> int:
             """One past the last pixel that a position sees."""
             spoils = [
                 lambda x, n=n: x[..., length - n :].fill_(torch.nan) for n in range(length + 1)
             ]
-            return length - _least(1, length, lambda n: reaches(axis, spoils[n], position)) + 1
+            return length - least("end", spoils, position, position) + 1
 
         low, high = first(last), end(0)
         # where the input cuts off the next position too, it cuts off all others
@@ -116,8 +127,10 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
     return ReceptiveField(size, (extent(0), extent(1)))
 
 
-def _least(low: int, high: int, holds: Callable[[int], bool]) -> int:
+def _least(low: int, high: int, holds: Callable[[int], bool], guess: int | None = None) -> int:
     """The smallest number from low to high for which something holds that goes on to hold."""
+    if guess is not None and holds(guess) and (guess == low or not holds(guess - 1)):
+        return guess
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
