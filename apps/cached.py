@@ -20,6 +20,7 @@ import streamlit as st
 from PIL import Image
 from torch import Tensor
 
+from apps.preparing import ALONE
 from circuits.attribution import Attribution, attribute, saliency
 from circuits.attribution.channels import ChannelMethod
 from circuits.attribution.saliency import Method as PixelMethod
@@ -71,7 +72,8 @@ def _check_trust(what: str) -> None:
 def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
     if spec.startswith("python:"):
         _check_trust(f"model {spec}")
-    model = load_model(spec, weights)
+    with ALONE:
+        model = load_model(spec, weights)
     if model.hash != model_hash:
         raise ValueError(
             f"model {spec} has other weights ({model.hash[:16]}) than the workspace's "

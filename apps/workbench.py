@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import streamlit as st
 
-from apps.choosing import TITLES, guarded
-from apps.views import case, circuit, compare, concepts, edits, home, jobs, site, unit, yours
+from apps.preparing import ALONE
 
-# the pages, by their path in the URL (not as a string: Streamlit would show it)
-VIEWS = {
-    "home": home.page, "unit": unit.page, "site": site.page, "compare": compare.page, "circuit": circuit.page,
-    "edits": edits.page, "yours": yours.page, "concepts": concepts.page, "case": case.page, "jobs": jobs.page,
-}  # fmt: skip
+with ALONE:
+    from apps.choosing import TITLES, guarded
+
+    VIEWS = {name: import_module(f"apps.views.{name}") for name in TITLES}
 
 
 def main() -> None:
-    """The app's pages."""
+    """The app's pages, by their path in the URL."""
     st.set_page_config("circuits", page_icon="🔬", layout="wide")
     pages = [
-        st.Page(guarded(view), title=TITLES[name], url_path=name, default=name == "home")
+        st.Page(guarded(view.page), title=TITLES[name], url_path=name, default=name == "home")
         for name, view in VIEWS.items()
     ]
     st.navigation(pages).run()

@@ -97,11 +97,6 @@ def _model(record: ModelRecord, database: Database) -> None:
 
 
 def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
-    try:
-        cached.model_of(record)
-    except TROUBLE as error:
-        st.error(line(error))
-        return
     with st.container(horizontal=True):
         site = {"site": sites[-1]} if sites else {}
         link("unit", "Units", model=label, **site)
