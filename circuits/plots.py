@@ -223,22 +223,22 @@ def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
 
 
 def matrix_figure(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
-    """A kernel, zero in the middle of its scale."""
-    limit = float(np.abs(matrix).max()) or 1.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=matrix, zmin=-limit, zmax=limit, colorscale="RdBu_r", colorbar_title=what,
-            hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
-        )
-    )  # fmt: skip
-    figure.update_xaxes(visible=False, constrain="domain")
-    figure.update_yaxes(visible=False, scaleanchor="x", constrain="domain", autorange="reversed")
+    """A kernel with its scale."""
+    figure = _signed(matrix)
+    figure.update_traces(showscale=True, colorbar_title=what)
     figure.update_layout(width=300, height=240, margin={"l": 5, "r": 5, "t": 10, "b": 5})
     return figure
 
 
 def map_figure(values: Float[np.ndarray, "y x"]) -> go.Figure:
-    """A unit's map, zero in the middle of its scale."""
+    """A unit's map, small and without a scale."""
+    figure = _signed(values)
+    figure.update_layout(height=120, margin={"l": 0, "r": 0, "t": 0, "b": 0})
+    return figure
+
+
+def _signed(values: Float[np.ndarray, "y x"]) -> go.Figure:
+    """Numbers in squares, the first row on top, zero in the middle of the scale."""
     limit = float(np.abs(values).max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
@@ -248,7 +248,6 @@ def map_figure(values: Float[np.ndarray, "y x"]) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(visible=False, constrain="domain")
     figure.update_yaxes(visible=False, scaleanchor="x", constrain="domain", autorange="reversed")
-    figure.update_layout(height=120, margin={"l": 0, "r": 0, "t": 0, "b": 0})
     return figure
 
 
@@ -273,8 +272,7 @@ def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figur
         figure.add_vline(x=at % 360, line_color=ORANGE, line_width=1, row=row, col=1)  # type: ignore[arg-type]
     figure.update_xaxes(range=[-5, 365], tickvals=list(range(0, 361, 45)))
     figure.update_xaxes(title="angle written for, degrees (orange: stimulus)", row=len(layers))
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title="activation")
+    figure.update_yaxes(rangemode="tozero", title="activation")
     figure.update_layout(height=150 * len(layers) + 60, margin=_MARGIN, showlegend=False)
     return figure
 

@@ -391,6 +391,8 @@ def test_a_circuit_is_drawn_changed_and_compared(built: Workspace, monkeypatch) 
     )
     odd = page(built, monkeypatch, "circuit", model="cleanroom", circuit="none such")
     assert "no circuit 'none such'" in read(odd.error[0])
+    odd = page(built, monkeypatch, "circuit", model="cleanroom", circuit="lines", version="x1")
+    assert "version 'x1' of a circuit is not a whole number" in read(odd.error[0])
 
 
 def test_ones_own_text_and_what_is_responsible(built: Workspace, monkeypatch) -> None:

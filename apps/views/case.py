@@ -69,10 +69,14 @@ def _live(model: HookedModel) -> None:
     key = f"{angle} {radius} {thickness} {light}"
     active = cached.answers_to(model, recipe, LAYERS, image, key)
     with right:
-        st.plotly_chart(
-            layers_figure({layer: _families(layer, active[layer]) for layer in LAYERS}, angle),
-            key="layers",
-        )
+        families = {layer: _families(layer, active[layer]) for layer in LAYERS}
+        st.plotly_chart(layers_figure(families, angle), key="layers")
+        several = [
+            f"{layer}: {', '.join(name for name, *_ in lines)}"
+            for layer, lines in families.items()
+            if len(lines) > 1
+        ]
+        st.caption(f"Solid, dashed, dotted, dash-dotted, in this order: {'; '.join(several)}.")
     python(f"""
 import circuits
 import torch

@@ -47,7 +47,9 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     if now is not None and origin in ("", now.origin):
         return
     if asked["circuit"]:
-        version = int(asked["version"]) if asked["version"].isdigit() else None
+        if asked["version"] and not asked["version"].isdecimal():
+            raise ValueError(f"version {asked['version']!r} of a circuit is not a whole number")
+        version = int(asked["version"]) if asked["version"] else None
         database = cached.workspace().database
         graph = load_circuit(database, asked["circuit"], record.hash, version)
         latest = circuit_history(database, asked["circuit"], record.hash)[-1].version
