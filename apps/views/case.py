@@ -101,6 +101,7 @@ def _families(layer: str, active: np.ndarray) -> list[tuple[str, np.ndarray, np.
         angles = angles_of(family).numpy() % 360
         if family[0].period == 180:
             angles, own = np.concatenate([angles, (angles + 180) % 360]), np.concatenate([own, own])
-        about = f", radius {family[0].radius:g}" if family[0].radius else ""
+        about = f" of radius {family[0].radius:g}" if family[0].radius else ""
+        about += "" if family[0].phase is None else f" of phase {family[0].phase:g}°"
         found.append((f"{family[0].kind}{about}", angles, own))
     return found
