@@ -4,19 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from circuits.autoencoders import FILE, load_autoencoder
+from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.files import write_json
-from circuits.harvesting import harvest
+from circuits.harvesting import Sample, harvest
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import BUILTIN, load_model
 from circuits.models.weights_files import file_hash
-from circuits.stimuli.sources import batches, open_source
+from circuits.sae import (
+    ModelRows,
+    Name,
+    Rule,
+    Schedule,
+    Settings,
+    behaviour,
+    load_evaluation,
+    measure,
+    name_by_attributes,
+    names_of,
+    pooled,
+    save_evaluation,
+    save_names,
+    train,
+    unseen,
+)
+from circuits.stimuli.labels import read_labels
+from circuits.stimuli.sources import Source, batches, open_source
 from circuits.workspace import ModelRecord, Workspace
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """An autoencoder that the demo trains, measures and names.
+
+    Attributes:
+        name: what it is called.
+        site: of whose activations.
+        data: name of the source; its examples have labels, which give latents their names.
+        settings: of the autoencoder.
+        schedule: of the training.
+        examples: at most so many held-out ones show what the model does with it.
+    """
+
+    name: str
+    site: str
+    data: str
+    settings: Settings
+    schedule: Schedule
+    examples: int = 100
 
 
 @dataclass(frozen=True)
@@ -28,12 +69,16 @@ class Plan:
         data: names of sources to harvest.
         sites: what to record.
         pictured: site and units to visualize.
+        families: sites whose units are sorted into turned versions of one another.
+        concepts: autoencoders.
     """
 
     model: str
     data: tuple[str, ...]
     sites: tuple[str, ...]
     pictured: tuple[tuple[str, range], ...] = ()
+    families: tuple[str, ...] = ()
+    concepts: tuple[Concepts, ...] = ()
 
 
 PLANS = (
@@ -42,12 +87,22 @@ PLANS = (
         ("photos", "curves"),
         ("gabor", "complex", "line", "early", "curve", "shape"),
         (("line", range(12)), ("curve", range(24, 48))),
+        families=("line", "curve"),
     ),
     Plan(
         "shapes",
         ("photos", "shapes"),
         ("conv2d0", "conv2d1", "conv2d2", "mixed3a", "mixed3b", "logits"),
         (("mixed3a", range(96, 144)), ("mixed3b", range(160, 224))),  # the 5x5 branches
+        concepts=(
+            Concepts(
+                "shapes-mixed3b",
+                "mixed3b",
+                "shapes",
+                Settings("topk", 512, k=16, lr=1e-3),
+                Schedule(200, 1024),
+            ),
+        ),
     ),
     Plan(
         "induction",
@@ -105,26 +160,39 @@ def _noted(note: Path, made_from: str) -> list[Row] | None:
 
 
 def _build(workspace: Workspace, progress: Callable[[int, int], object] | None) -> list[Row]:
-    total = sum(len(plan.data) + len(plan.pictured) for plan in PLANS)
+    total = sum(len(p.data) + len(p.pictured) + len(p.families) + len(p.concepts) for p in PLANS)
     rows: list[Row] = []
+
+    def built(row: Row) -> None:
+        rows.append(row)
+        if progress:
+            progress(len(rows), total)
+
     for plan in PLANS:
         model = load_model(plan.model)
-        record = ModelRecord(plan.model, model.hash)
-        for spec in plan.data:
-            store = harvest(model, open_source(spec), plan.sites, workspace, record)
-            units = sum(s.n_units for s in store.provenance.sites)
-            result = f"{len(store.provenance.examples)} examples, {units} units"
-            rows.append(Row(plan.model, f"activations on {spec}", result, str(store.folder)))
-            _report(progress, len(rows), total)
+        for data in plan.data:
+            built(
+                _activations(
+                    ModelRecord(plan.model, model.hash), model, data, plan.sites, workspace
+                )
+            )
         for site, indices in plan.pictured:
-            rows.append(_pictures(model, site, indices, workspace))
-            _report(progress, len(rows), total)
+            built(_pictures(model, site, indices, workspace))
+        for site in plan.families:
+            built(_families(model, site, workspace))
+        for concepts in plan.concepts:
+            built(_concepts(plan.model, model, concepts, workspace))
     return rows
 
 
-def _report(progress: Callable[[int, int], object] | None, done: int, total: int) -> None:
-    if progress:
-        progress(done, total)
+def _activations(
+    record: ModelRecord, model: HookedModel, data: str, sites: Sequence[str], workspace: Workspace
+) -> Row:
+    """Harvest a model on a dataset; what is there already is kept."""
+    store = harvest(model, open_source(data), sites, workspace, record)
+    units = sum(s.n_units for s in store.provenance.sites)
+    result = f"{len(store.provenance.examples)} examples, {units} units"
+    return Row(record.spec, f"activations on {data}", result, str(store.folder))
 
 
 def _pictures(model: HookedModel, site: str, indices: range, workspace: Workspace) -> Row:
@@ -144,3 +212,55 @@ def _pictures(model: HookedModel, site: str, indices: range, workspace: Workspac
             picture.save(paths[str(picture.unit)])
     what = f"pictures of {site}:{indices.start} to {indices.stop - 1}"
     return Row(model.name, what, f"{len(units)} units", str(paths[str(units[0])].parent))
+
+
+def _families(model: HookedModel, site: str, workspace: Workspace) -> Row:
+    """Find a site's families and save them, unless some of the site are saved already."""
+    database, model_hash = workspace.database, model.hash
+    known = [f for f in saved_families(database, model_hash) if f.site == site]
+    if not known:
+        known = find_families(model, site)
+        for family in known:
+            save_family(database, family, "found by the demo")
+    result = ", ".join(f"{f.name}: {len(f.members)} units" for f in known) or "none"
+    return Row(model.name, f"families of {site}", result, str(database.path))
+
+
+def _concepts(spec: str, model: HookedModel, plan: Concepts, workspace: Workspace) -> Row:
+    """Train an autoencoder, measure it beside its nulls, harvest its latents and name them."""
+    folder, source = workspace.autoencoder_path(plan.name), open_source(plan.data)
+    path = folder / FILE
+    rows = ModelRows(model, source, plan.site)
+    if not path.is_file():
+        train(rows, plan.settings, plan.schedule, folder, rule=Rule(0, hold_out=0.2))
+    code = load_autoencoder(path)
+    labels = read_labels(source, model.classes)
+    if load_evaluation(path) is None:
+        sample = Sample(model, source, plan.examples, unseen(code, source))
+        behaved = behaviour(
+            model, code, sample, labels=[labels[i] for i in sample.which], data=source.spec
+        ).to_dict()
+        behaved["examples"] = "held out of training"
+        save_evaluation(
+            path, {"rows": measure(code, rows, rows=8192).to_dict(), "behaviour": behaved}
+        )
+    attached = model.attach(code, plan.name, plan.site)
+    latents = f"sae/{plan.name}"
+    record = ModelRecord(f"{spec}+{latents}", attached.hash)
+    row = _activations(record, attached, plan.data, [latents], workspace)
+    if not names_of(workspace.database, attached.hash):
+        save_names(workspace.database, attached.hash, _names(attached, latents, source, labels))
+    named = len(names_of(workspace.database, attached.hash))
+    return replace(
+        row, what=f"autoencoder of {plan.site}", result=f"{code.n_latents} latents, {named} named"
+    )
+
+
+def _names(
+    model: HookedModel, site: str, source: Source, labels: Sequence[int]
+) -> tuple[Name, ...]:
+    """Latents that tell a class, on examples that did not choose their name too."""
+    strengths = pooled(model, site, Sample(model, source, len(source)))
+    classes = [[model.classes[i]] for i in labels]
+    found = name_by_attributes(site, strengths, classes, data=source.spec, by="class labels")
+    return found.holding

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from circuits import demo
+from circuits.families import save_family, saved_families
 from circuits.harvesting import find_stores
+from circuits.models.loading import load_model
+from circuits.sae import Schedule, Settings, load_evaluation
+from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace
 
 
@@ -49,12 +53,48 @@ def test_rebuilds_what_was_deleted(small, tmp_path: Path) -> None:
     assert picture.exists()
 
 
-def test_plans_name_sites_that_exist() -> None:
-    from circuits.models.loading import load_model
+def test_families_and_concepts_are_there_and_stay(monkeypatch, tmp_path: Path) -> None:
+    drawn = open_source("shapes")
+    for i in range(0, 400, 10):
+        folder = tmp_path / "drawn" / drawn.names[i].partition(" #")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn.image(i).save(folder / f"{i}.png")
+    data = f"folder:{tmp_path / 'drawn'}"
+    concepts = demo.Concepts(
+        "little", "mixed3b", data, Settings("topk", 32, k=4), Schedule(3, 256), examples=8
+    )
+    plans = (
+        demo.Plan("cleanroom", (), (), families=("line",)),
+        demo.Plan("shapes", (), (), concepts=(concepts,)),
+    )
+    monkeypatch.setattr(demo, "PLANS", plans)
+    place = Workspace(tmp_path)
+    rows = demo.build(place)
+    (family,) = saved_families(place.database, load_model("cleanroom").hash)
+    assert (family.site, len(family.members)) == ("line", 12)
+    path = tmp_path / "saes" / "little" / "sae.safetensors"
+    found = load_evaluation(path)
+    assert found is not None
+    assert found["behaviour"]["examples"] == "held out of training"
+    assert found["rows"]["nulls"]
+    (record,) = [r for r in place.models() if r.spec == "shapes+sae/little"]
+    assert [s.provenance.data for s in find_stores(place, record.hash)] == [data]
 
+    save_family(place.database, family.renamed("mine"))  # what people change is not undone
+    place.database.save("family", family.model_hash, family.name, None)
+    before = path.read_bytes()
+    (tmp_path / "demo.json").unlink()
+    assert [r.what for r in demo.build(place)] == [r.what for r in rows]
+    assert [f.name for f in saved_families(place.database, family.model_hash)] == ["mine"]
+    assert path.read_bytes() == before
+
+
+def test_plans_name_sites_that_exist() -> None:
     for plan in demo.PLANS:
         model = load_model(plan.model)
         for site in plan.sites:
             assert model.site(site)
         for site, units in plan.pictured:
             assert model.site(site).unit(units[-1])
+        for site in (*plan.families, *(c.site for c in plan.concepts)):
+            assert model.site(site)

@@ -1,7 +1,6 @@
 """What the commands about autoencoders share: their options, and what these name (layer 7)."""
 
 # no `from __future__ import annotations`: typer reads the annotations
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,43 +67,6 @@ def opened(
     return code, loaded, attached_to(loaded, code)
 
 
-class Batches(Sequence[Any]):
-    """Examples spread over a source, as the model takes them; each batch is read when it is asked for.
-
-    Attributes:
-        which: their numbers.
-    """
-
-    def __init__(
-        self, model: Any, source: Any, limit: int, among: Sequence[int] | None = None
-    ) -> None:
-        from circuits.harvesting import Inputs
-        from circuits.models.inputs import ImageInput
-
-        if limit < 1:
-            raise ValueError(f"limit {limit} must be at least 1")
-        among = range(len(source)) if among is None else among
-        n = min(limit, len(among))
-        self.which = [among[i * len(among) // n] for i in range(n)]
-        self._inputs = Inputs(model, source)
-        self._groups: list[list[int]] = []
-        last = -1
-        for i in self.which:
-            # images have one size; texts of one length go together
-            size = 0 if isinstance(model.input, ImageInput) else len(self._inputs.load(i))
-            if self._groups and len(self._groups[-1]) < 32 and last == size:
-                self._groups[-1].append(i)
-            else:
-                self._groups.append([i])
-            last = size
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._inputs.batch(self._groups[i])
-
-
 def attached_to(model: Any, code: Any) -> Any:
     """The model with the autoencoder in it."""
     about = code.about
@@ -120,17 +82,3 @@ def data_of(code: Any, data: str) -> str:
             f"autoencoder {code.about.name!r} does not say on what it was trained: name examples with --data"
         )
     return data or code.about.data
-
-
-def unseen(code: Any, source: Any) -> list[int] | None:
-    """The examples that training held out; None, for all, if it was on other data."""
-    import numpy as np
-
-    from circuits.sae.metrics import rule_of
-
-    plan, rule = code.about.settings.get("plan"), rule_of(code)
-    trained = plan.get("rows") if isinstance(plan, Mapping) else None
-    known = trained.get("data_hash") if isinstance(trained, Mapping) else None
-    if known != source.hash or not rule.hold_out:
-        return None
-    return np.flatnonzero(rule.held_out(np.arange(len(source)))).tolist() or None

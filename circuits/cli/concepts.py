@@ -16,7 +16,6 @@ from circuits.cli.arguments import (
     within,
 )
 from circuits.cli.autoencoders import (
-    Batches,
     CodeArgument,
     DataOfOption,
     LabelsOption,
@@ -26,7 +25,6 @@ from circuits.cli.autoencoders import (
     code_of,
     data_of,
     model_of,
-    unseen,
 )
 from circuits.cli.choosing import stored
 from circuits.cli.latents import bottleneck, name_latents
@@ -283,8 +281,9 @@ def evaluate(
     What is found of an autoencoder of the workspace is kept beside it: the app shows it.
     """
     from circuits.autoencoders import FILE
+    from circuits.harvesting import Sample
     from circuits.models.loading import find_autoencoder, list_autoencoders
-    from circuits.sae import behaviour, measure, save_evaluation
+    from circuits.sae import behaviour, measure, save_evaluation, unseen
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
@@ -304,10 +303,10 @@ def evaluate(
         if examples == "unseen"
         else "those of the training too"
     )
-    batches = Batches(loaded, source, limit, among)
+    sample = Sample(loaded, source, limit, among)
     measured = measure(code, own, rows=rows, seed=seed)
-    chosen = None if own_labels is None else [own_labels[i] for i in batches.which]
-    behaved = behaviour(loaded, code, batches, labels=chosen, data=data, seed=seed)
+    chosen = None if own_labels is None else [own_labels[i] for i in sample.which]
+    behaved = behaviour(loaded, code, sample, labels=chosen, data=data, seed=seed)
     found = {"rows": measured.to_dict(), "behaviour": {**behaved.to_dict(), "examples": which}}
     file = find_autoencoder(sae, place)
     file = file / FILE if file.is_dir() else file

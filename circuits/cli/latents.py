@@ -16,7 +16,6 @@ from circuits.cli.arguments import (
     within,
 )
 from circuits.cli.autoencoders import (
-    Batches,
     CodeArgument,
     DataOfOption,
     LabelsOption,
@@ -55,6 +54,7 @@ def name_latents(
     json: JsonOption = False,
 ) -> None:
     """Name latents after the attributes that they tell; names are checked on other examples."""
+    from circuits.harvesting import Sample
     from circuits.sae import call, name_by_attributes, names_of, save_names
     from circuits.stimuli.sources import open_source
 
@@ -78,10 +78,10 @@ def name_latents(
     if attributes and labels:
         raise ValueError("--attributes and --labels: expected one of them")
     source = open_source(data_of(code, data))
-    batches = Batches(attached, source, limit)
+    sample = Sample(attached, source, limit)
     each = _attributes_of(source, attributes, labels, loaded.classes)
     found = name_by_attributes(
-        site.name, _pooled(attached, code, site.name, batches, "max"), [each[i] for i in batches.which], level=level,
+        site.name, _pooled(attached, code, site.name, sample, "max"), [each[i] for i in sample.which], level=level,
         data=source.spec, by="class labels" if labels else "attributes", seed=seed,
     )  # fmt: skip
     if keep:
@@ -113,12 +113,11 @@ def name_latents(
     )
 
 
-def _pooled(model: Any, code: Any, site: str, batches: Any, pool: Any) -> Any:
+def _pooled(model: Any, code: Any, site: str, sample: Any, pool: Any) -> Any:
     """Activations of latents an example, without the positions that training left out."""
-    from circuits.sae import pooled
-    from circuits.sae.metrics import rule_of
+    from circuits.sae import pooled, rule_of
 
-    return pooled(model, site, batches, pool, rule_of(code).positions)
+    return pooled(model, site, sample, pool, rule_of(code).positions)
 
 
 def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> list[list[str]]:
@@ -190,6 +189,7 @@ def bottleneck(
     """Classify with latents: what decisions rest on, and what changes if latents are switched."""
     import numpy as np
 
+    from circuits.harvesting import Sample
     from circuits.sae import as_recipe, intervene, train_bottleneck
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
@@ -209,15 +209,15 @@ def bottleneck(
     if not strength > 0:
         raise ValueError(f"--strength {strength} must be above 0")
     source = open_source(data_of(code, data))
-    batches = Batches(attached, source, limit)
-    which = batches.which
+    sample = Sample(attached, source, limit)
+    which = sample.which
     if explain is not None and explain not in which:
         raise ValueError(
             f"--explain {explain}: expected one of the {len(which)} examples that are read"
         )
     every = read_labels(source, loaded.classes, labels)
     own = np.array([every[i] for i in which])
-    units = _pooled(attached, code, site.name, batches, pool)
+    units = _pooled(attached, code, site.name, sample, pool)
     first = np.random.default_rng(seed).permutation(len(own)) < len(own) // 2
     found = train_bottleneck(
         site.name, units[first], own[first].tolist(), loaded.classes or tuple(map(str, range(own.max() + 1))),

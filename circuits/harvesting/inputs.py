@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -163,3 +164,52 @@ class Inputs:
     def tokens(self, example: int) -> list[int]:
         """The tokens of a text, as the model sees them."""
         return self._tokens[example].tolist()
+
+
+class Sample(Sequence[Tensor]):
+    """Examples spread evenly over a source, as a model takes them; each batch is read when it is asked for.
+
+    Args:
+        model: the model.
+        source: the examples.
+        limit: at most so many.
+        among: the numbers of those to choose among; all if None.
+
+    Attributes:
+        which: the numbers of those chosen, in the order of the batches.
+
+    Raises:
+        ValueError: if `limit` is not positive, or the model does not take what the source holds.
+    """
+
+    def __init__(
+        self, model: HookedModel, source: Source, limit: int, among: Sequence[int] | None = None
+    ) -> None:
+        if limit < 1:
+            raise ValueError(f"limit {limit} must be at least 1")
+        among = range(len(source)) if among is None else among
+        n = min(limit, len(among))
+        self.which = [among[i * len(among) // n] for i in range(n)]
+        self._inputs = Inputs(model, source)
+        self._groups: list[list[int]] = []
+        last = -1
+        for i in self.which:
+            # images have one size; texts of one length go together
+            size = 0 if isinstance(model.input, ImageInput) else len(self._inputs.load(i))
+            if self._groups and len(self._groups[-1]) < 32 and last == size:
+                self._groups[-1].append(i)
+            else:
+                self._groups.append([i])
+            last = size
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self._inputs.batch(group) for group in self._groups[index]]
+        return self._inputs.batch(self._groups[index])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.autoencoders import Autoencoder
 from circuits.sae.batches import Batches, Group, Part, RowSource, Rule
+from circuits.stimuli.sources import Source
 
 _FIT = 2**14
 """Rows that PCA and NMF are fitted on, beside those that are measured."""
@@ -152,6 +153,16 @@ def rule_of(code: Autoencoder) -> Rule:
     """Which rows were left out of an autoencoder's training; of one from elsewhere, nothing is known: none."""
     known = code.about.settings.get("rule")
     return Rule(**known) if isinstance(known, Mapping) else Rule(norms=0, hold_out=0)
+
+
+def unseen(code: Autoencoder, source: Source) -> list[int] | None:
+    """The examples that an autoencoder's training held out; None if it was on other data, or held out none."""
+    plan, rule = code.about.settings.get("plan"), rule_of(code)
+    trained = plan.get("rows") if isinstance(plan, Mapping) else None
+    known = trained.get("data_hash") if isinstance(trained, Mapping) else None
+    if known != source.hash or not rule.hold_out:
+        return None
+    return np.flatnonzero(rule.held_out(np.arange(len(source)))).tolist() or None
 
 
 def _rows(
