@@ -10,7 +10,7 @@ import base64
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -341,7 +341,7 @@ def thumbnail(path: Path, size: int = 64) -> str:
         return ""
 
 
-def pictured(record: ModelRecord) -> dict[Unit, Path]:
+def pictured(record: ModelRecord) -> Mapping[Unit, Path]:
     """Every unit of a model that has a picture, with the newest: a tile of a sheet, or one of its own."""
     folder = workspace().model_folder(record.hash)
     places = [folder / "pictures", *sorted((folder / "sheets").glob("*/sheet.json"))]
@@ -349,7 +349,7 @@ def pictured(record: ModelRecord) -> dict[Unit, Path]:
     return _pictured(record.hash, tuple(stamp))
 
 
-@st.cache_data(show_spinner=False, max_entries=16)
+@st.cache_resource(show_spinner=False, max_entries=16)
 def _pictured(model_hash: str, stamp: tuple[int, ...]) -> dict[Unit, Path]:
     found: dict[Unit, Path] = {}
     for sheet in find_sheets(workspace().sheets_folder(model_hash)):

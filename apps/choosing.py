@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import ParamSpec
 
@@ -71,9 +72,14 @@ def _elsewhere() -> None:
 
 
 def choose(
-    label: str, options: Sequence[str], parameter: str, show: Callable[[str], str] = str
+    label: str,
+    options: Sequence[str],
+    parameter: str,
+    show: Callable[[str], str] = str,
+    *,
+    sidebar: bool = True,
 ) -> str:
-    """A select box in the sidebar whose choice is the URL's `parameter`; `show` says how options look."""
+    """A select box whose choice is the URL's `parameter`; `show` says how options look."""
     key = f"choose-{parameter}"
     wanted = st.query_params.get(parameter)
     if wanted is not None and wanted not in options:
@@ -87,7 +93,8 @@ def choose(
     def changed() -> None:
         st.query_params[parameter] = st.session_state[key]
 
-    return st.sidebar.selectbox(label, options, key=key, on_change=changed, format_func=show)
+    with st.sidebar if sidebar else nullcontext():
+        return st.selectbox(label, options, key=key, on_change=changed, format_func=show)
 
 
 def choose_model() -> tuple[ModelRecord, HookedModel] | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import streamlit as st
 
+from apps import keeping
 from apps.canvas import edge_id
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, collapse
 from circuits.graph.circuit import Node, parse_node, units_of
+from circuits.graph.formats import from_node_link, to_node_link
 from circuits.graph.layout import ORDER, PLACE
 from circuits.units import Unit
 
@@ -33,15 +37,49 @@ class Drawing:
     origin: str = ""
     version: int = 0
 
+    @cached_property
+    def text(self) -> str:
+        """What a person has drawn, for the browser's tab to keep; empty if nothing was changed."""
+        if not self.past:
+            return ""
+        graph = to_node_link(self.graph)
+        return json.dumps({"graph": graph, "origin": self.origin, "version": self.version})
+
+
+def slot(model_hash: str) -> str:
+    """Where the session, and the tab, keep the circuit of a model."""
+    return f"drawing {model_hash}"
+
 
 def drawing(model_hash: str) -> Drawing | None:
-    """This session's circuit of a model."""
-    return st.session_state.get(f"drawing {model_hash}")
+    """This session's circuit of a model; what was drawn in the tab's last session, if nothing has been yet."""
+    name = slot(model_hash)
+    kept = keeping.recall(name, _read)
+    now: Drawing | None = st.session_state.get(name)
+    if kept is None or (now is not None and now.past):
+        return now
+    begun = kept.graph if now is None else now.graph
+    begin(model_hash, Drawing(kept.graph, (begun,), kept.origin, kept.version))
+    return st.session_state[name]
+
+
+def _read(text: str) -> Drawing:
+    """A circuit that comes from a browser.
+
+    Raises:
+        ValueError, KeyError: if it is none, or too large.
+    """
+    try:
+        raw = json.loads(text)
+        graph, origin, version = raw["graph"], str(raw["origin"]), int(raw["version"])
+    except (TypeError, RecursionError) as error:
+        raise ValueError("it is no circuit") from error
+    return Drawing(_small(from_node_link(graph)), (), origin, version)
 
 
 def begin(model_hash: str, drawn: Drawing) -> None:
     """Begin with another circuit."""
-    st.session_state[f"drawing {model_hash}"] = drawn
+    st.session_state[slot(model_hash)] = drawn
 
 
 def change(model_hash: str, graph: CircuitGraph) -> None:
@@ -50,13 +88,18 @@ def change(model_hash: str, graph: CircuitGraph) -> None:
     Raises:
         ValueError: if it has become too large to draw.
     """
-    if len(graph) > MOST_NODES:
-        raise ValueError(f"circuit has {len(graph)} nodes: a canvas takes {MOST_NODES}")
+    _small(graph)
     now = drawing(model_hash)
     assert now is not None, "begun before"
     if graph.same_as(now.graph):
         return
     begin(model_hash, Drawing(graph, (*now.past, now.graph)[-50:], now.origin, now.version))
+
+
+def _small(graph: CircuitGraph) -> CircuitGraph:
+    if len(graph) > MOST_NODES:
+        raise ValueError(f"circuit has {len(graph)} nodes: a canvas takes {MOST_NODES}")
+    return graph
 
 
 def undo(model_hash: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import streamlit as st
 
+from apps import keeping
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit
 
@@ -23,6 +26,11 @@ class Stack:
     edits: tuple[Edit, ...] = ()
     past: tuple[tuple[Edit, ...], ...] = ()
     future: tuple[tuple[Edit, ...], ...] = ()
+
+    @cached_property
+    def text(self) -> str:
+        """The edits in force, for the browser's tab to keep; empty if there are none."""
+        return json.dumps(Recipe(self.edits).to_dict()) if self.edits else ""
 
     def changed(self, edits: tuple[Edit, ...]) -> Stack:
         """With other edits in force; what was taken back is forgotten."""
@@ -47,14 +55,45 @@ MOST_STATES = 200
 """How many changes can be taken back."""
 
 
+MOST_EDITS = 1000
+"""In a recipe that comes from a file or from the tab."""
+
+_STACK = "edits "
+
+
 def stack(model_hash: str) -> Stack:
-    """This session's edits of a model."""
-    return st.session_state.get(f"edits {model_hash}", Stack())
+    """This session's edits of a model; those of the tab's last session if there are none yet."""
+    name = _STACK + model_hash
+    kept = keeping.recall(name, read_recipe)
+    if kept is not None and name not in st.session_state:
+        keep(model_hash, Stack().changed(kept.edits))
+    return st.session_state.get(name, Stack())
 
 
 def keep(model_hash: str, stack: Stack) -> None:
     """Make these the session's edits."""
-    st.session_state[f"edits {model_hash}"] = stack
+    st.session_state[_STACK + model_hash] = stack
+
+
+def kept() -> dict[str, str]:
+    """The edits of all models that this session has had any of, for the tab to keep."""
+    return {str(name): now.text for name, now in st.session_state.items() if isinstance(now, Stack)}
+
+
+def read_recipe(text: str | bytes) -> Recipe:
+    """A recipe that comes from a browser.
+
+    Raises:
+        ValueError, KeyError: if it is none, or has too many edits.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the file is not a recipe file: expected JSON") from error
+    found = Recipe.from_dict(raw, "the file")
+    if len(found.edits) > MOST_EDITS:
+        raise ValueError(f"the file has {len(found.edits)} edits: the app takes {MOST_EDITS}")
+    return found
 
 
 def recipe(model_hash: str) -> Recipe:

@@ -9,6 +9,7 @@ import streamlit as st
 from apps.preparing import ALONE
 
 with ALONE:
+    from apps import editing, keeping
     from apps.choosing import TITLES, guarded
 
     VIEWS = {name: import_module(f"apps.views.{name}") for name in TITLES}
@@ -22,6 +23,7 @@ def main() -> None:
         for name, view in VIEWS.items()
     ]
     st.navigation(pages).run()
+    keeping.keep(editing.kept(), recalls=True)
 
 
 main()

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 
 from circuits.effects import Effect, Prediction
 from circuits.store import UnitStatistics
@@ -50,7 +49,7 @@ def histogram_figure(statistics: UnitStatistics) -> go.Figure:
         )
     figure.add_vline(x=0, line_color=GREY, line_width=1)
     figure.update_yaxes(type="log", dtick=1, title="positions")
-    figure.update_xaxes(title="activation (outer bars: all beyond)")
+    figure.update_xaxes(title="activation")
     figure.update_layout(height=260, margin=_MARGIN, bargap=0, showlegend=False)
     return figure
 
@@ -71,32 +70,40 @@ def kernels_figure(connections: Sequence[Connection], end: str) -> go.Figure:
     limit = max(float(np.abs(k).max()) for k in kernels) or 1.0
     columns = min(5, len(kernels))
     rows = -(-len(kernels) // columns)
-    titles = [f"{getattr(c, end).site}<br>:{getattr(c, end).index}" for c in connections]
-    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.2 / rows)
-    for i, kernel in enumerate(kernels):
-        heat = go.Heatmap(
-            z=kernel[::-1],  # plotly draws the first row at the bottom
-            coloraxis="coloraxis",
-            hovertemplate="%{z:.3g}<extra></extra>",
+    layout: dict[str, object] = {
+        "height": 40 + 150 * rows,
+        "margin": {"l": 5, "r": 5, "t": 40, "b": 5},
+        "coloraxis": {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar_title": "weight"},
+    }  # fmt: skip
+    data, titles = [], []
+    across, down = 0.2 / columns, 0.2 / rows  # of the figure: between panels
+    width, height = (1 - across * (columns - 1)) / columns, (1 - down * (rows - 1)) / rows
+    for i, (connection, kernel) in enumerate(zip(connections, kernels, strict=True)):
+        row, column = divmod(i, columns)
+        left, top = column * (width + across), 1 - row * (height + down)
+        axis = str(i + 1) if i else ""
+        layout[f"xaxis{axis}"] = {
+            "visible": False, "anchor": f"y{axis}", "domain": [left, min(1.0, left + width)],
+        }  # fmt: skip
+        layout[f"yaxis{axis}"] = {  # square by its own axes
+            "visible": False, "anchor": f"x{axis}", "domain": [max(0.0, top - height), top], "scaleanchor": f"x{axis}",
+        }  # fmt: skip
+        unit = getattr(connection, end)
+        titles.append({
+            "text": f"{unit.site}<br>:{unit.index}", "x": left + width / 2, "y": top, "xref": "paper", "yref": "paper",
+            "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font_size": 10,
+        })  # fmt: skip
+        data.append(
+            go.Heatmap(
+                z=kernel[::-1],  # plotly draws the first row at the bottom
+                coloraxis="coloraxis",
+                hovertemplate="%{z:.3g}<extra></extra>",
+                xaxis=f"x{axis}",
+                yaxis=f"y{axis}",
+            )
         )
-        figure.add_trace(heat, row=i // columns + 1, col=i % columns + 1)
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x")
-    for i in range(len(kernels)):  # each panel square by its own axes
-        axis = "" if i == 0 else str(i + 1)
-        figure.layout[f"yaxis{axis}"].scaleanchor = f"x{axis}"
-    figure.update_annotations(font_size=10)
-    figure.update_layout(
-        height=40 + 150 * rows,
-        margin={"l": 5, "r": 5, "t": 40, "b": 5},
-        coloraxis={
-            "colorscale": "RdBu_r",
-            "cmin": -limit,
-            "cmax": limit,
-            "colorbar_title": "weight",
-        },
-    )
-    return figure
+    # all at once: each change of a figure costs as much as making it
+    return go.Figure(data, {**layout, "annotations": titles})
 
 
 def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:
@@ -257,24 +264,39 @@ Angles = tuple[str, Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]
 
 def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figure:
     """How active the units of each layer's families are, by their angle; `at` is the stimulus'."""
-    figure = make_subplots(
-        len(layers), 1, shared_xaxes=True, subplot_titles=list(layers), vertical_spacing=0.07
-    )
-    for row, families in enumerate(layers.values(), 1):
-        for (name, angles, active), dash in zip(
-            families, ("solid", "dash", "dot", "dashdot"), strict=False
-        ):
+    n, gap = len(layers), 0.07
+    height = (1 - gap * (n - 1)) / n
+    layout: dict[str, object] = {"height": 150 * n + 60, "margin": _MARGIN, "showlegend": False}
+    data, titles, lines = [], [], []
+    for i, (layer, families) in enumerate(layers.items()):
+        axis = str(i + 1) if i else ""
+        top = 1 - i * (height + gap)
+        layout[f"xaxis{axis}"] = {
+            "range": [-5, 365], "tickvals": list(range(0, 361, 45)), "anchor": f"y{axis}", "showticklabels": i == n - 1,
+            "title": "angle written for, degrees (orange: stimulus)" if i == n - 1 else None,
+        }  # fmt: skip
+        layout[f"yaxis{axis}"] = {
+            "rangemode": "tozero", "title": "activation", "anchor": f"x{axis}", "domain": [max(0.0, top - height), top],
+        }  # fmt: skip
+        titles.append({
+            "text": layer, "x": 0.5, "y": top, "xref": "paper", "yref": "paper", "yanchor": "bottom",
+            "showarrow": False,
+        })  # fmt: skip
+        lines.append({
+            "type": "line", "x0": at % 360, "x1": at % 360, "y0": 0, "y1": 1, "xref": f"x{axis}",
+            "yref": f"y{axis} domain", "line": {"color": ORANGE, "width": 1},
+        })  # fmt: skip
+        dashes = ("solid", "dash", "dot", "dashdot")
+        for (name, angles, active), dash in zip(families, dashes, strict=False):
             order = np.argsort(angles)
-            figure.add_scatter(
-                x=angles[order], y=active[order], name=name, mode="lines+markers", line={"color": BLUE, "dash": dash},
-                marker_size=4, hovertemplate="%{x}°: %{y:.3g}<extra>" + name + "</extra>", row=row, col=1,
+            data.append(
+                go.Scatter(
+                    x=angles[order], y=active[order], name=name, mode="lines+markers", marker_size=4,
+                    line={"color": BLUE, "dash": dash}, xaxis=f"x{axis}", yaxis=f"y{axis}",
+                    hovertemplate="%{x}°: %{y:.3g}<extra>" + name + "</extra>",
+                )
             )  # fmt: skip
-        figure.add_vline(x=at % 360, line_color=ORANGE, line_width=1, row=row, col=1)  # type: ignore[arg-type]
-    figure.update_xaxes(range=[-5, 365], tickvals=list(range(0, 361, 45)))
-    figure.update_xaxes(title="angle written for, degrees (orange: stimulus)", row=len(layers))
-    figure.update_yaxes(rangemode="tozero", title="activation")
-    figure.update_layout(height=150 * len(layers) + 60, margin=_MARGIN, showlegend=False)
-    return figure
+    return go.Figure(data, {**layout, "annotations": titles, "shapes": lines})
 
 
 def losses_figure(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+from apps.keeping import RECALLED
 from circuits.cli.main import run
 from circuits.edits.activations import zero
 from circuits.edits.ledger import Ledger
@@ -331,6 +332,61 @@ def test_edits_are_stacked_undone_and_kept(built: Workspace, monkeypatch) -> Non
     assert "1 on branch main" in test.success[0].value
     model = load_model("cleanroom")
     assert str(Ledger(built.database, model).recipe().edits[0]) == "scale units=line:4 factor=2"
+
+
+def test_what_the_tab_kept_is_in_force_again(built: Workspace, monkeypatch) -> None:
+    model_hash = load_model("cleanroom").hash
+    test = page(built, monkeypatch, "edits", model="cleanroom", on="line:3")
+    test.button(key="edit-add").click().run()
+    edits = test.session_state[f"edits {model_hash}"].text
+    test = page(built, monkeypatch, "circuit", model="cleanroom", unit="line:3")
+    test.text_input[0].set_value("line:4")
+    next(b for b in test.button if b.label == "Add").click().run()
+    drawn = test.session_state[f"drawing {model_hash}"].text
+    grown = next(c.value for c in test.caption if "nodes" in c.value)
+
+    kept = {f"edits {model_hash}": edits, f"drawing {model_hash}": drawn}
+    test = page(built, monkeypatch, "edits", model="cleanroom")
+    assert "None: the model is as it is." in text(test)
+    test.session_state[RECALLED] = dict(kept)
+    test.run()
+    assert "scale units=line:3 factor=0" in [c.value for c in test.code]
+    test.button(key="edit-undo").click().run()
+    assert "None: the model is as it is." in text(test)
+    test = page(built, monkeypatch, "circuit", model="cleanroom", unit="line:3")
+    test.session_state[RECALLED] = dict(kept)
+    test.run()
+    assert next(c.value for c in test.caption if "nodes" in c.value) == grown
+    test.button(key="canvas-undo").click().run()
+    assert next(c.value for c in test.caption if "nodes" in c.value) != grown
+    assert not test.exception
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ('{"schema": 2, "edits": [{"operator": "explode"}]}', "explode"),
+        ('{"schema": 2, "edits": [' + ",".join(["{}"] * 1001) + "]}", ""),
+        (" " * 3_000_000, "3000000 characters"),
+    ],
+)
+def test_nonsense_from_the_tab_is_refused(
+    built: Workspace, monkeypatch, kept: str, said: str
+) -> None:
+    model_hash = load_model("cleanroom").hash
+    for view in ("edits", "circuit"):
+        test = page(built, monkeypatch, view, model="cleanroom")
+        slot = ("edits " if view == "edits" else "drawing ") + model_hash
+        test.session_state[RECALLED] = {slot: kept}
+        test.run()
+        assert not test.exception
+        (warning,) = [read(w) for w in test.warning]
+        assert "could not be taken up again" in warning
+        assert said in warning or view == "circuit"
+        test.run()
+        assert not test.warning
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,12 @@ def server(place: Workspace) -> Iterator[str]:
 
 
 class started:  # noqa: N801 (a context manager, used as a function)
-    """A server on a free port."""
+    """A server on a free port, or on a given one."""
 
-    def __init__(self, place: Workspace) -> None:
+    def __init__(self, place: Workspace, port: int = 0) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         command = [
             sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(place.root), "--port", str(self.port),
@@ -103,6 +104,10 @@ def page() -> Iterator[Page]:
         expect.set_options(timeout=60_000)  # a loaded machine is slow, not wrong
         yield context.new_page()
         browser.close()
+
+
+ON_CANVAS = "id => document.querySelector('.circuit-canvas')?.cy?.getElementById(id).length > 0"
+"""Whether a node is on the canvas."""
 
 
 def shoot(page: Page, name: str) -> None:
@@ -342,11 +347,20 @@ def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page
     shoot(page, "d-switched")
 
 
-def test_a_job_outlives_a_reload_and_the_server_and_is_cancelled(
+def test_a_job_edits_and_a_circuit_outlive_a_reload_and_the_server(
     place: Workspace, page: Page
 ) -> None:
     first = started(place)
     with first as url:
+        page.goto(f"{url}/edits?model=cleanroom&on=line:3")
+        page.get_by_role("button", name="Add this edit").click()
+        expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
+        quiet(page)
+        page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
+        page.get_by_label("Add units").fill("mixed3a:0")
+        page.get_by_label("Add units").press("Enter")
+        page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
+        quiet(page)
         page.goto(f"{url}/jobs?model=shapes&do=sheet&site=mixed3b")
         page.get_by_role("button", name="Start", exact=True).click()
         expect(page.get_by_text("▶ running")).to_be_visible()
@@ -357,12 +371,29 @@ def test_a_job_outlives_a_reload_and_the_server_and_is_cancelled(
         os.killpg(first.process.pid, 9)
         first.process.wait(timeout=20)
         first.process = subprocess.Popen(["sleep", "600"], start_new_session=True)  # for __exit__
-    with started(place) as url:
+    with started(place, first.port) as url:
         page.goto(f"{url}/jobs")
         expect(page.get_by_text("▶ running")).to_be_visible()
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_text("◼ cancelled")).to_be_visible()
         shoot(page, "e-cancelled")
+        page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
+        page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
+        page.get_by_role("button", name="Undo").click()
+        page.wait_for_function(f"id => !({ON_CANVAS})(id)", arg="mixed3a:0")
+        page.goto(f"{url}/edits?model=cleanroom")
+        expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
+        other = page.context.new_page()  # another tab
+        other.goto(f"{url}/edits?model=cleanroom")
+        quiet(other)
+        expect(other.get_by_text("None: the model is as it is.")).to_be_visible()
+        other.close()
+        page.get_by_role("button", name="Undo").click()
+        expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("heading", name="Edits in force")).to_be_visible()
+        quiet(page)
+        expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
 
 
 # --- other promises ------------------------------------------------------------------------------

@@ -274,8 +274,8 @@ def test_without_negative_weights_googlenets_curves_answer_the_opposite(assets: 
 def test_editing_curves_of_googlenet_beside_random_twins(assets: Path, tmp_path: Path) -> None:
     model = load_model("googlenet")
     source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
-    batches = Inputs(model, source).upto(64)
-    labels = read_labels(source, model.classes, assets / "images" / "imagenet500_labels.json")[:64]
+    batches = Inputs(model, source).upto(32)
+    labels = read_labels(source, model.classes, assets / "images" / "imagenet500_labels.json")[:32]
     direction = Direction(
         "mixed4c", torch.randn(512, generator=torch.Generator().manual_seed(0)).double()
     )

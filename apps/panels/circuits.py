@@ -174,7 +174,12 @@ def _saved(record: ModelRecord, now: Drawing) -> None:
             "circuit", f"version {old.version}, {old.created[:16]}, {old.author}: {old.note or 'no note'}", model=label,
             circuit=name, version=old.version,
         )  # fmt: skip
-    before = st.selectbox("Compare with version", [r.version for r in versions], key="circuit-diff")
+    before = st.selectbox(
+        "Compare with version", [None, *(r.version for r in versions)], key="circuit-diff",
+        format_func=lambda version: "none" if version is None else str(version),
+    )  # fmt: skip
+    if before is None:
+        return
     found = diff(load_circuit(database, name, record.hash, before), now.graph)
     if found.empty:
         st.caption("The same as what is drawn.")

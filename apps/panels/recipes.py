@@ -17,11 +17,11 @@ from circuits.models.adapter import HookedModel
 from circuits.units import Unit, Units
 from circuits.workspace import ModelRecord
 
-MOST_BYTES, MOST_EDITS, LISTED = 5_000_000, 1000, 50
+MOST_BYTES, LISTED = 5_000_000, 50
 """Of a recipe that is opened from a file; edits in the list."""
 
 _UNITS = {
-    "Remove (set to zero)": "zero {on}",
+    "Set to zero": "zero {on}",
     "Multiply by": "scale {on} factor={n}",
     "Pin to": "clamp {on} low={n} high={n}",
     "Not above": "clamp {on} high={n}",
@@ -70,7 +70,9 @@ def stack_panel(record: ModelRecord) -> None:
             disabled=not now.future,
             key="edit-redo",
         )
-    st.caption("Only you see them: they hold while a number is computed, and nowhere else.")
+    st.caption(
+        "Only you see them: they hold while a number is computed, and nowhere else. This tab keeps them."
+    )
 
 
 def add_panel(record: ModelRecord, model: HookedModel) -> None:
@@ -178,14 +180,8 @@ def _load(record: ModelRecord, model: HookedModel, data: bytes) -> None:
     try:
         if len(data) > MOST_BYTES:
             raise ValueError(f"the file has {len(data)} bytes: expected at most {MOST_BYTES}")
-        try:
-            raw = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("the file is not a recipe file: expected JSON") from error
-        found = Recipe.from_dict(raw, "the file")
+        found = editing.read_recipe(data)
         found.check(model)
-        if len(found.edits) > MOST_EDITS:
-            raise ValueError(f"the file has {len(found.edits)} edits: the app takes {MOST_EDITS}")
         edits: Sequence = Recipe.of(model, found.edits).edits
     except TROUBLE as error:
         st.error(line(error))

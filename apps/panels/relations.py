@@ -8,8 +8,7 @@ from apps import cached
 from apps.choosing import link, named, plain
 from apps.looking import Look
 from circuits.families import saved_families
-from circuits.graph.circuit import units_of
-from circuits.graph.saved import load_circuit, saved_circuits
+from circuits.graph.saved import circuits_with
 from circuits.units import Unit
 
 _SIBLINGS = 48
@@ -39,13 +38,7 @@ def relations_panel(look: Look) -> None:
                 with st.container(width=72):
                     _sibling(look, label, member.unit, f"{member.phase:.0f}°")
             link("edits", "Edit the family", model=label, on=family.name)
-    seen = [
-        record
-        for record in saved_circuits(database, look.record.hash)
-        if any(
-            look.unit in units_of(n) for n in load_circuit(database, record.name, look.record.hash)
-        )
-    ]
+    seen = circuits_with(database, look.record.hash, look.unit)
     if seen:
         st.subheader("Seen in circuits")
         for record in seen:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import streamlit as st
 
-from apps import cached, drawing
+from apps import cached, drawing, keeping
 from apps.canvas import canvas
 from apps.choosing import TROUBLE, choose_model, line, part, python
 from apps.drawing import Drawing
@@ -77,6 +77,7 @@ def _first(store: GraphStore, model: HookedModel) -> Unit:
 def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     now = drawing.drawing(record.hash)
     assert now is not None, "begun by the page"
+    keeping.keep({drawing.slot(record.hash): now.text}, "keeper-drawing")
     tools_panel(record, model, store, now)
     shown = _shown(record, now.graph)
     if not len(shown):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, choose_model, line, link, named
+from apps.choosing import TROUBLE, choose, choose_model, line, link, named
 from apps.inputs import shown_example
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
@@ -19,24 +19,20 @@ STRONGEST = 6
 def page() -> None:
     """The page that compares two units."""
     st.title("Compare")
-    chosen = choose_model()
-    if chosen is None:
-        return
     labels = [cached.label_of(r) for r in cached.workspace().models()]
-    left, right = st.columns(2)
-    with left:
-        _side("unit", "model", labels, labels.index(cached.label_of(chosen[0])))
-    with right:
-        _side("other", "other_model", labels, labels.index(cached.label_of(chosen[0])))
+    if not labels:
+        choose_model()  # says what to do
+        return
+    for column, name in zip(st.columns(2), ("unit", "other"), strict=True):
+        with column:
+            _side(name, "model" if name == "unit" else "other_model", labels)
 
 
-def _side(name: str, model_name: str, labels: list[str], default: int) -> None:
+def _side(name: str, model_name: str, labels: list[str]) -> None:
     """One of the two: its choice, kept in the URL, and what is known of it."""
-    wanted = st.query_params.get(model_name, labels[default])
-    label = wanted if wanted in labels else labels[default]
-    if model_name != "model":
-        label = st.selectbox("Model", labels, labels.index(label), key=f"compare-{model_name}")
-        st.query_params[model_name] = label
+    if model_name not in st.query_params:
+        st.query_params[model_name] = st.query_params.get("model", labels[0])
+    label = choose("Model", labels, model_name, sidebar=False)
     record = next(r for r in cached.workspace().models() if cached.label_of(r) == label)
     address = st.text_input(
         "Unit, SITE:INDEX", st.query_params.get(name, ""), key=f"compare-{name}", max_chars=200

@@ -6,10 +6,11 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, link
+from apps.choosing import TROUBLE, line, link, plain
 from circuits.database import Database
 from circuits.families import saved_families
 from circuits.graph.saved import saved_circuits
+from circuits.harvesting import unusable_stores
 from circuits.models.loading import MODELS
 from circuits.sae import names_of
 from circuits.workspace import ModelRecord
@@ -88,6 +89,8 @@ def _model(record: ModelRecord, database: Database) -> None:
             st.caption(
                 f"No activations yet: `circuits harvest {record.spec} --data DATA --sites SITES`."
             )
+        for trouble in unusable_stores(cached.workspace(), record.hash):
+            st.caption(f"⚠ {plain(trouble)}")
         kept = {
             "pictures": len(cached.pictured(record)), "families": len(saved_families(database, record.hash)),
             "circuits": len(saved_circuits(database, record.hash)), "named units": len(names_of(database, record.hash)),
@@ -104,4 +107,6 @@ def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
         link("circuit", "Circuit", model=label)
         link("edits", "Edits", model=label)
         link("yours", "Your own input", model=label, **site)
+        if (name := record.spec.partition("+sae/")[2]) in cached.autoencoders():
+            link("concepts", "Concepts", sae=name)
         link("jobs", "Harvest more", model=label, do="harvest")

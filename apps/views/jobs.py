@@ -115,7 +115,7 @@ def _running() -> None:
 
 def _show(job: Job) -> None:
     with st.container(border=True):
-        left, right = st.columns([5, 1], vertical_alignment="center")
+        left, right = st.columns([3, 1], vertical_alignment="center")
         left.markdown(f"**{STATES[job.state]}**")
         left.text(f"{job.title} · {job.started[:19]}")
         if job.state == "running":

@@ -79,15 +79,15 @@ def _table(
 
 def _filtered(record: ModelRecord, table: pd.DataFrame, site: Site) -> pd.DataFrame:
     """The units that the person wants to see, in the order that they want."""
-    left, middle, right = st.columns([2, 2, 1])
+    left, right = st.columns(2)
     words = (
         left.text_input("Name, label or family contains", key="site-filter", max_chars=80)
         .lower()
         .split()
     )
     numbers = [c for c in table.columns if c not in ("name", "family", "largest example")]
-    order = middle.selectbox("Sort by", numbers, key="site-sort")
-    downward = right.toggle("Largest first", value=order != "unit", key="site-down")
+    order = right.selectbox("Sort by", numbers, key="site-sort")
+    downward = st.toggle("Largest first", value=order != "unit", key="site-down")
     text = (table["name"] + " " + table["family"]).str.lower()
     keep = pd.Series(True, index=table.index)
     for word in words:

@@ -36,6 +36,7 @@ def page() -> None:
     _heading(look)
     _search(record, model)
     names_panel(unit, record.hash)
+    examples = None
     if look.store is None:
         picture_panel(model, unit, record.hash, None)
         st.info(
@@ -48,10 +49,13 @@ def page() -> None:
             picture_panel(model, unit, record.hash, look.inputs)
         with right:
             statistics_panel(look, look.store)
-        _examples(look)
+        examples = st.container()
     tuning_panel(look)
     weights_panel(look)
     logits_panel(look)
+    if examples is not None:
+        with examples:  # here, for they take longest the first time: what they see has to be found
+            _examples(look)
     if look.store is not None and look.inputs is not None:
         ablation_panel(look, look.store, look.inputs)
     relations_panel(look)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from circuits.database import Database, Record
-from circuits.graph.circuit import CircuitGraph
+from circuits.graph.circuit import CircuitGraph, parse_node, units_of
 from circuits.graph.formats import from_node_link, to_node_link
+from circuits.units import Unit
 
 KIND = "circuit"
 
@@ -51,6 +52,15 @@ def load_circuit(
 def saved_circuits(database: Database, model_hash: str) -> list[Record]:
     """The last versions of all circuits of some weights, by name."""
     return database.latest(KIND, model_hash)
+
+
+def circuits_with(database: Database, model_hash: str, unit: Unit) -> list[Record]:
+    """The last versions of the circuits that a unit is in, by itself or in a group, by name."""
+    return [
+        record
+        for record in saved_circuits(database, model_hash)
+        if any(unit in units_of(parse_node(node["id"])) for node in record.body["nodes"])
+    ]
 
 
 def circuit_history(database: Database, name: str, model_hash: str) -> list[Record]:

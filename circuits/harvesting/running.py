@@ -319,9 +319,18 @@ def _same(model: HookedModel, sites: Sequence[Site]) -> dict[str, str]:
 
 
 def find_stores(workspace: Workspace, model_hash: str) -> Iterator[ActivationStore]:
-    """The finished stores of a model; unfinished and damaged ones are left out."""
+    """The finished stores of a model; unfinished and damaged ones are left out (see `unusable_stores`)."""
     for folder in workspace.store_folders(model_hash):
         try:
             yield ActivationStore.open(folder, model_hash)
         except (FileNotFoundError, ValueError):
             continue
+
+
+def unusable_stores(workspace: Workspace, model_hash: str) -> Iterator[str]:
+    """What is wrong with each store of a model that is not finished, or damaged, and what to do."""
+    for folder in workspace.store_folders(model_hash):
+        try:
+            ActivationStore.open(folder, model_hash)
+        except (FileNotFoundError, ValueError) as error:
+            yield str(error)

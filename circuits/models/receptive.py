@@ -97,13 +97,21 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
 
     def extent(axis: int) -> Extent:
         length, last = size[axis], site.position_shape[axis] - 1
+        stride = round(length / (last + 1))
 
         def least(
             side: str, spoils: list[Callable[[Tensor], object]], position: int, away: int
         ) -> int:
-            """How many pixels to spoil at a border until a position is; rows and columns are mostly alike."""
-            known = found.get((side, away, length))
-            number = _least(1, length, lambda n: reaches(axis, spoils[n], position), known)
+            """How many pixels to spoil at a border until a position is.
+
+            Rows and columns are mostly alike, so are both borders, and neighbours are a stride apart: tried first.
+            """
+            guess = found.get((side, away, length))
+            if guess is None and away:
+                guess = found[side, 0, length] - stride
+            elif guess is None:
+                guess = found.get(("first", 0, length))
+            number = _least(1, length, lambda n: reaches(axis, spoils[n], position), guess)
             return found.setdefault((side, away, length), number)
 
         def first(position: int) -> int:
@@ -129,8 +137,13 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
 
 def _least(low: int, high: int, holds: Callable[[int], bool], guess: int | None = None) -> int:
     """The smallest number from low to high for which something holds that goes on to hold."""
-    if guess is not None and holds(guess) and (guess == low or not holds(guess - 1)):
-        return guess
+    if guess is not None and low <= guess <= high:
+        if not holds(guess):
+            low = min(guess + 1, high)
+        elif guess > low and holds(guess - 1):
+            high = guess - 1
+        else:
+            return guess
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.models.normalisation import FastNormalisation
 from circuits.models.receptive import receptive_field
 from circuits.models.sites import unit_activations
 from circuits.units import Site
@@ -50,7 +51,8 @@ def responses(
             if place.position_axes != ("y", "x"):  # it may read a map of the model's own size only
                 own = _framed(own, spec)
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
-            value = model.run(x, read=[place], until=place)[place]
+            with FastNormalisation():
+                value = model.run(x, read=[place], until=place)[place]
             found.append(_largest(place, value, central).cpu())
             done += len(part)
             if progress is not None:
