@@ -18,18 +18,16 @@ from circuits.edits.activations import (
     Steer,
     random_basis,
 )
-from circuits.edits.records import OPERATORS, Edit
-from circuits.edits.weights import (
-    Associate,
-    EraseWeights,
+from circuits.edits.connections import (
     FilterWeights,
     KeepWeights,
-    LowRank,
     RotateWeights,
     ScaleWeights,
     SetWeights,
     Transplant,
 )
+from circuits.edits.layers import Associate, EraseWeights, LowRank
+from circuits.edits.records import OPERATORS, Edit
 from circuits.models.adapter import HookedModel
 from circuits.models.matrices import WeightMatrix
 from circuits.units import Site, Units

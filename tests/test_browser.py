@@ -366,7 +366,8 @@ def test_a_job_edits_and_a_circuit_outlive_a_reload_and_the_server(
         expect(page.get_by_text("▶ running")).to_be_visible()
         page.reload()
         expect(page.get_by_text("▶ running")).to_be_visible()
-        expect(page.get_by_text(re.compile(r"^\d+ of \d+$")).first).to_be_visible()
+        moved = page.get_by_text(re.compile(r"^\d+ of \d+$")).first
+        expect(moved).to_be_visible(timeout=240_000)  # two processes import torch
         shoot(page, "e-running")
         os.killpg(first.process.pid, 9)
         first.process.wait(timeout=20)

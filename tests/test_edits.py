@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from circuits.edits.activations import Clamp, Erase, Patch, Scale, Set, Steer, scale, zero
 from circuits.edits.associative import associate, second_moment
+from circuits.edits.connections import (
+    FilterWeights,
+    KeepWeights,
+    RotateWeights,
+    ScaleWeights,
+    SetWeights,
+    turned_kernels,
+)
+from circuits.edits.layers import Associate, EraseWeights, LowRank
 from circuits.edits.making import leace_of, means, patch, project_out, resample, steer, transplant
 from circuits.edits.recipes import (
     MOST_EDITS,
@@ -26,17 +35,6 @@ from circuits.edits.recipes import (
     save_baked,
 )
 from circuits.edits.records import OPERATORS, parse_edit, read_edit
-from circuits.edits.weights import (
-    Associate,
-    EraseWeights,
-    FilterWeights,
-    KeepWeights,
-    LowRank,
-    RotateWeights,
-    ScaleWeights,
-    SetWeights,
-    turned_kernels,
-)
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from circuits.edits.activations import scale, zero
 from circuits.edits.associative import associate, second_moment
+from circuits.edits.connections import FilterWeights
 from circuits.edits.making import project_out
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import read_edit, twin_of
-from circuits.edits.weights import FilterWeights
 from circuits.effects import fine_tune, measure, predictions, token_losses
 from circuits.effects.variants import Variant, noise_of, variant_of
 from circuits.figures import edit_figure, save_figure

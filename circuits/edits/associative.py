@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import edited
 from circuits.edits.records import fitting
-from circuits.edits.weights import Associate, LowRank, layer_named
+from circuits.edits.weights import layer_named
 from circuits.models.adapter import HookedModel
 from circuits.models.answers import answer_name, answers, check_answer
 from circuits.models.matrices import WeightMatrix

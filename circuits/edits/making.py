@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.edits.activations import Erase, Patch, Resample, Set, Steer
+from circuits.edits.connections import Part, Transplant, parts_of
 from circuits.edits.recipes import edited
 from circuits.edits.records import compact, fitting
-from circuits.edits.weights import Part, Transplant, parts_of
 from circuits.models.adapter import HookedModel
 from circuits.models.sites import unit_activations
 from circuits.models.topology import INPUT

@@ -487,7 +487,7 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
 def edit_schema() -> dict[str, Any]:
     """The JSON schema of an edit: one of the operators, each with its fields."""
     kinds = []
-    for name, kind in OPERATORS.items():
+    for name, kind in sorted(OPERATORS.items()):
         parts: dict[str, Any] = {"operator": {"const": name}}
         for field in fields(kind):
             schema = _SCHEMAS[re.split(r"[ \[]", str(field.type))[0]]

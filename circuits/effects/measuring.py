@@ -18,9 +18,11 @@ from circuits.attribution.counting import (
 )
 from circuits.attribution.targets import Aim, Target, as_target, output_site
 from circuits.edits.activations import ActivationEdit
+from circuits.edits.connections import ConnectionEdit
+from circuits.edits.layers import LayerEdit
 from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit
-from circuits.edits.weights import ConnectionEdit, LayerEdit, layer_named
+from circuits.edits.weights import layer_named
 from circuits.effects.reports import EditReport, Effect, TuningChange
 from circuits.effects.variants import Variant, noise_of, twins_of, variant_of
 from circuits.models.adapter import HookedModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ class ReceptiveField:
         return (top, left, bottom, right)
 
 
+_FIELDS: WeakKeyDictionary[HookedModel, dict[Site, ReceptiveField]] = WeakKeyDictionary()
+"""What has been measured: it does not depend on the weights."""
+
+
 def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
     """Measure a site's receptive field: which pixels, made NaN, make a position NaN.
 
@@ -79,6 +84,15 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
         raise ValueError(
             f"model {model.name} takes tokens: only image models have receptive fields"
         )
+    if model.edited:  # an edit may set what pixels would have changed
+        return _measured(model, spec, site)
+    known = _FIELDS.setdefault(model, {})
+    if site not in known:
+        known[site] = _measured(model, spec, site)
+    return known[site]
+
+
+def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveField:
     size = (spec.height, spec.width)
     if site.position_axes != ("y", "x"):
         return ReceptiveField(size)

@@ -5,14 +5,15 @@ As in Cammarata et al. 2020, "Curve Detectors", and its supplements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 
-Curves = Float[np.ndarray, "replicate angle"]
-Curve = Float[np.ndarray, " angle"]
+Angles = Float[np.ndarray, " angle"]
+Curves = Float[np.ndarray, "*curve angle"]
+Numbers = Float[np.ndarray, "*curve"]
+"""One for each curve."""
 
 
 @dataclass(frozen=True)
@@ -56,78 +57,74 @@ class TuningMeasures:
     seed: int
 
 
-def preferred(angles: Curve, curve: Curve) -> float:
+def preferred(angles: Angles, curves: Curves) -> Numbers:
     """The angle with the largest response, the first of equals.
 
-    >>> preferred(np.array([0.0, 90.0, 180.0, 270.0]), np.array([0.0, 3.0, 1.0, 0.0]))
+    >>> float(preferred(np.array([0.0, 90.0, 180.0, 270.0]), np.array([0.0, 3.0, 1.0, 0.0])))
     90.0
     """
-    return float(angles[int(curve.argmax())])
+    return np.asarray(angles[curves.argmax(-1)])
 
 
-def half_width(angles: Curve, curve: Curve) -> float:
+def half_width(angles: Angles, curves: Curves) -> Numbers:
     """Degrees around the peak, without a gap, that respond with at least half of it; NaN without a peak.
 
     The full width at half of the maximum, in steps of the curve: what the articles plot as half-width.
 
-    >>> half_width(np.arange(0.0, 360.0, 10.0), np.eye(36)[3])
+    >>> float(half_width(np.arange(0.0, 360.0, 10.0), np.eye(36)[3]))
     10.0
     """
-    peak = curve.max()
-    if not peak > 0:
-        return float("nan")
-    n = len(curve)
-    high = curve >= peak / 2
-    if high.all():
-        return 360.0
+    n, peak = len(angles), curves.max(-1)
+    high = curves >= peak[..., None] / 2
     # begin at the peak and walk both ways
-    from_peak = np.roll(high, -int(curve.argmax()))
-    right, left = int(np.argmin(from_peak)), int(np.argmin(from_peak[::-1]))
-    return (right + left) * 360.0 / n
+    places = (np.asarray(curves.argmax(-1))[..., None] + np.arange(n)) % n
+    from_peak = np.take_along_axis(high, places, -1)
+    steps = from_peak.argmin(-1) + from_peak[..., ::-1].argmin(-1)
+    width = np.where(high.all(-1), 360.0, steps * 360.0 / n)
+    return np.where(peak > 0, width, np.nan)
 
 
-def echo(angles: Curve, curve: Curve) -> float:
+def echo(angles: Angles, curves: Curves) -> Numbers:
     """The largest response 180 +- 45 degrees from the peak, over the peak; NaN without a peak.
 
-    >>> echo(np.arange(0.0, 360.0, 90.0), np.array([4.0, 0.0, 1.0, 0.0]))
+    >>> float(echo(np.arange(0.0, 360.0, 90.0), np.array([4.0, 0.0, 1.0, 0.0])))
     0.25
     """
-    peak = curve.max()
-    if not peak > 0:
-        return float("nan")
-    apart = (angles - angles[int(curve.argmax())] - 180 + 180) % 360 - 180
-    return float(max(0.0, curve[np.abs(apart) <= 45].max()) / peak)
+    peak = curves.max(-1)
+    apart = (angles - preferred(angles, curves)[..., None]) % 360 - 180
+    opposite = np.where(np.abs(apart) <= 45, curves, 0.0).max(-1)
+    return np.where(peak > 0, np.maximum(opposite, 0.0) / np.where(peak > 0, peak, 1.0), np.nan)
 
 
-def circular_variance(angles: Curve, curve: Curve, period: float = 360.0) -> float:
+def circular_variance(angles: Angles, curves: Curves, period: float = 360.0) -> Numbers:
     """1 - the length of the mean response vector; NaN without a response.
 
     For what is itself again after half a turn, angles are doubled.
 
-    >>> round(circular_variance(np.array([0.0, 90.0, 180.0, 270.0]), np.array([1.0, 1.0, 1.0, 1.0])), 6)
+    >>> even = np.array([1.0, 1.0, 1.0, 1.0])
+    >>> round(float(circular_variance(np.array([0.0, 90.0, 180.0, 270.0]), even)), 6)
     1.0
     """
-    vector = _vector(angles * (360 / period), curve)
-    return float("nan") if np.isnan(vector) else float(1 - abs(vector))
+    return np.asarray(1 - np.abs(_vector(angles * (360 / period), curves)))
 
 
-def direction(angles: Curve, curve: Curve, period: float = 360.0) -> float:
+def direction(angles: Angles, curves: Curves, period: float = 360.0) -> Numbers:
     """The angle of the mean response vector, from 0 to the period."""
-    turned = float(np.rad2deg(np.angle(_vector(angles * (360 / period), curve))) % 360)
-    return turned * period / 360
+    turned = np.rad2deg(np.angle(_vector(angles * (360 / period), curves))) % 360
+    return np.asarray(turned * period / 360)
 
 
-def _vector(angles: Curve, curve: Curve) -> complex:
-    responses = curve.clip(min=0)
-    total = responses.sum()
-    if total <= 0:
-        return complex("nan")
-    return complex((responses * np.exp(1j * np.deg2rad(angles))).sum() / total)
+def _vector(angles: Angles, curves: Curves) -> Complex[np.ndarray, "*curve"]:
+    """The mean of the angles as points of the unit circle, weighted by responses; NaN without any."""
+    responses = curves.clip(min=0)
+    total = np.asarray(responses.sum(-1))
+    summed = (responses * np.exp(1j * np.deg2rad(angles))).sum(-1)
+    return np.where(total > 0, summed / np.where(total > 0, total, 1.0), np.nan)
 
 
 def measure_tuning(
-    angles: Curve,
-    curves: Curves | Curve,
+    angles: Angles,
+    curves: Float[np.ndarray, "replicate angle"] | Angles,
     resamples: int = 500,
     seed: int = 0,
     period: float = 360.0,
@@ -159,12 +156,14 @@ def measure_tuning(
     generator = np.random.default_rng(seed)
     k = len(replicates)
     rows = generator.integers(0, k, (resamples if k > 1 else 0, k))
-    means = replicates[rows].mean(1) if len(rows) else replicates.mean(0)[None]
     mean = replicates.mean(0)
+    means = np.concatenate(
+        [mean[None], replicates[rows].mean(1)]
+    )  # the mean itself, then resampled
 
-    def interval(measure: Callable[[Curve, Curve], float], around: float = 0.0) -> Interval:
-        value = measure(angles, mean)
-        drawn = np.array([measure(angles, row) for row in means])
+    def interval(found: Numbers, around: float = 0.0) -> Interval:
+        value = float(found[0])
+        drawn = found[1:] if len(found) > 1 else found
         if around:  # percentiles of the difference, the short way round
             drawn = value + (drawn - value + around / 2) % around - around / 2
         if np.isnan(drawn).all():
@@ -172,11 +171,9 @@ def measure_tuning(
         low, high = np.nanquantile(drawn, [0.025, 0.975])
         return Interval(value, float(low), float(high))
 
-    def opposite(angles: Curve, curve: Curve) -> float:
-        return echo(angles, curve) if period == 360 else float("nan")
-
     return TuningMeasures(
-        interval(preferred, around=period), interval(lambda _, c: float(c.max())), interval(half_width),
-        interval(opposite), interval(lambda a, c: circular_variance(a, c, period)),
-        interval(lambda a, c: direction(a, c, period), around=period), k, seed,
+        interval(preferred(angles, means), around=period), interval(means.max(1)), interval(half_width(angles, means)),
+        interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan)),
+        interval(circular_variance(angles, means, period)),
+        interval(direction(angles, means, period), around=period), k, seed,
     )  # fmt: skip

@@ -1,0 +1,502 @@
+"""Edits of the weights between units: scaled, filtered, set, turned, transplanted (layer 4).
+
+A connection is named by its units at both ends: `into` (units of a site that the layer writes) and `source`
+(units of a site that it reads). Left out, an end is all there is. `layer` names one of several layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from circuits.edits.records import Edit, Others
+from circuits.edits.weights import WeightEdit, Weights, layer_named
+from circuits.models.adapter import HookedModel
+from circuits.models.matrices import End, WeightMatrix
+from circuits.models.topology import INPUT
+from circuits.units import Unit, Units, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows and columns of a matrix that an edit is about."""
+
+    matrix: WeightMatrix
+    rows: Tensor
+    columns: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
+
+    def effective(self, block: Tensor) -> Tensor:
+        """Weights as they act from unit to unit: with what lies between the layer and the sites."""
+        factor = self.row_factor[:, None] * self.column_factor[None, :]
+        return block * factor.reshape(*factor.shape, *(1,) * (block.ndim - 2)).to(block)
+
+
+def parts_of(
+    matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
+) -> list[Part]:
+    """The weights between units.
+
+    Raises:
+        KeyError: if the layer is unknown.
+        ValueError: if no layer connects them, or several write the same units and none is named.
+    """
+    among = (layer_named(matrices, layer),) if layer else matrices
+    found: list[Part] = []
+    for matrix in among:
+        written = None if into is None else matrix.end(into.site, "writes")
+        read = None if source is None else matrix.end(source.site, "reads")
+        if (into is not None and written is None) or (source is not None and read is None):
+            continue
+        if into is None and read is not None and not read.direct and not layer:
+            continue
+        rows, row_factor = _of(written, into, matrix.shape[0])
+        columns, column_factor = _of(read, source, matrix.shape[1])
+        if len(rows) and len(columns) and bool(matrix.there(rows, columns).any()):
+            found.append(Part(matrix, rows, columns, row_factor, column_factor))
+    if not found:
+        raise ValueError(_nothing(matrices, into, source, layer))
+    for units, side in ((into, "writes"), (source, "reads")):
+        if units is not None:
+            _check_covered(found, units, side, alone=side == "writes" and not layer)
+    if into is None:  # a parameter that several layers share is changed once
+        found = list({part.matrix.weight: part for part in found}.values())
+    return found
+
+
+def _nothing(
+    matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
+) -> str:
+    """Why nothing was found, and what there is."""
+    ends = f"{f' into {into}' if into else ''}{f' from {source}' if source else ''}"
+    text = f"no weights{' of ' + layer if layer else ''} lead{ends}"
+    for units, side in ((into, "writes"), (source, "reads")):
+        if units is None or any(m.end(units.site, side) for m in matrices):
+            continue
+        sites = [end.site for m in matrices for end in getattr(m, side)]
+        near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
+        return (
+            f"{text}: no layer {side} {units.site} (weights that are computed from others are not followed); "
+            f"layers have what {side} {near}"
+        )
+    return f"{text} directly"
+
+
+def _check_covered(parts: Sequence[Part], units: Units, side: str, alone: bool) -> None:
+    """Raise ValueError if a unit has no weights here, or (`alone`) several layers' weights."""
+    seen: dict[int, list[str]] = {}
+    for part in parts:
+        end = part.matrix.end(units.site, side)
+        assert end is not None
+        which = part.rows if side == "writes" else part.columns
+        for unit in end.owner[which].unique().tolist():
+            seen.setdefault(unit, []).append(part.matrix.name)
+    if units.indices is not None and (missing := [i for i in units.indices if i not in seen]):
+        known = ", ".join(part.matrix.name for part in parts)
+        raise ValueError(f"unit {units.site}:{missing[0]} has no weights here (layers: {known})")
+    if alone and any(len(names) > 1 for names in seen.values()):
+        names = next(names for names in seen.values() if len(names) > 1)
+        raise ValueError(f"several layers write {units}: name one as layer: {', '.join(names)}")
+
+
+def _of(end: End | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
+    if end is None or units is None:
+        return torch.arange(n), torch.ones(n)
+    which = end.of(units.indices)
+    return which, end.factor[which].float()
+
+
+@dataclass(frozen=True, eq=False)
+class ConnectionEdit(WeightEdit):
+    """An edit of the weights between units.
+
+    Attributes:
+        into: units that a layer writes; all if None.
+        source: units that it reads; all if None.
+        layer: which layer; the only one that connects them if empty.
+    """
+
+    into: Units | None = None
+    source: Units | None = None
+    layer: str = ""
+
+    def _check_values(self) -> None:
+        if self.into is None and self.source is None:
+            raise ValueError(f"edit {self.operator!r} needs into, source or both")
+
+    def checked(self, model: HookedModel) -> ConnectionEdit:
+        ends: dict[str, Any] = {}
+        for name in ("into", "source"):
+            units: Units | None = getattr(self, name)
+            if units is None:
+                continue
+            if name == "source" and units.site == INPUT:
+                n = model.n_units(INPUT)
+                if units.indices is not None and max(units.indices) >= n:
+                    raise ValueError(
+                        f"unit input:{max(units.indices)} does not exist: there are {n}"
+                    )
+                continue
+            site = model.site(units.site)
+            units.among(site)
+            ends[name] = Units(site.name, units.indices)
+        own = replace(self, **ends)
+        parts = own.parts(model.matrices)
+        for part in parts:
+            if part.matrix.tied and not own.layer:
+                shared = ", ".join(part.matrix.tied)
+                raise ValueError(
+                    f"weights of {part.matrix.name} are those of {shared} too: name layer={part.matrix.name} "
+                    "to change all of them"
+                )
+        own._check_parts(parts)
+        return own
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        """Raise ValueError if arrays do not fit."""
+
+    def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
+        """The weights that the edit is about."""
+        return parts_of(matrices, self.into, self.source, self.layer)
+
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        return [part.matrix.weight for part in self.parts(matrices)]
+
+    def twin(self, model: HookedModel, others: Others) -> Edit | None:
+        name, units = self._end()
+        instead = None if units.site == INPUT else others.of(units)
+        if instead is None:
+            return None
+        try:
+            return replace(self, **{name: instead}).checked(model)
+        except ValueError:  # units that together have not the weights that these have
+            return None
+
+    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+        name, units = self._end()
+        if units.site == INPUT:
+            return {}
+        site = model.site(units.site)
+        side: Literal["reads", "writes"] = "writes" if name == "into" else "reads"
+        found: dict[Unit, frozenset[int] | None] = {}
+        for part in self.parts(model.matrices):
+            end = part.matrix.end(units.site, side)
+            assert end is not None
+            pool = frozenset(i for i in range(site.n_units) if self._like(part, end, side, i))
+            which = part.rows if side == "writes" else part.columns
+            for index in end.owner[which].unique().tolist():
+                before = found.get(site.unit(index))
+                found[site.unit(index)] = pool if before is None else pool & before
+        return found
+
+    def _like(self, part: Part, end: End, side: str, unit: int) -> bool:
+        """Whether a unit has weights at the other end, where that is named."""
+        which = end.of((unit,))
+        if not len(which):
+            return False
+        if self.into is None or self.source is None:
+            return True
+        rows, columns = (which, part.columns) if side == "writes" else (part.rows, which)
+        return part.matrix.groups == 1 or bool(part.matrix.there(rows, columns).all())
+
+    def _end(self) -> tuple[Literal["into", "source"], Units]:
+        """The end whose units a twin swaps."""
+        if self.into is not None:
+            return "into", self.into
+        assert self.source is not None
+        return "source", self.source
+
+    def apply(self, weights: Weights) -> None:
+        for part in self.parts(weights.matrices):
+            parameter = weights.writable(part.matrix.weight)
+            block = part.matrix.block(parameter, part.rows, part.columns)
+            part.matrix.put(parameter, part.rows, part.columns, self.new(part, block))
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        """What takes the place of a block of weights, row x column x kernel."""
+        raise NotImplementedError
+
+    def _one(self, parts: list[Part]) -> Part:
+        if len(parts) != 1:
+            names = ", ".join(part.matrix.name for part in parts)
+            raise ValueError(f"edit {self.operator!r} is of one layer: name one of {names}")
+        return parts[0]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleWeights(
+    ConnectionEdit, operator="scale_weights", about="Multiply weights between units; 0 cuts them."
+):
+    """Multiply the weights between units by a factor; 0 cuts the connection.
+
+    Attributes:
+        factor: a finite number.
+        bias: the biases of the rows too.
+    """
+
+    factor: float = 0.0
+    bias: bool = False
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return torch.zeros_like(block) if self.factor == 0 else block * self.factor
+
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        biases = [p.matrix.bias for p in self.parts(matrices) if self.bias and p.matrix.bias]
+        return super().parameters(matrices) + biases
+
+    def apply(self, weights: Weights) -> None:
+        super().apply(weights)
+        for part in self.parts(weights.matrices):
+            if self.bias and part.matrix.bias is not None:
+                weights.writable(part.matrix.bias)[part.rows] *= self.factor
+
+
+Sign = Literal["positive", "negative"]
+
+
+@dataclass(frozen=True, eq=False)
+class FilterWeights(
+    ConnectionEdit, operator="filter_weights", about="Keep weights of one sign only."
+):
+    """Keep the weights of one sign and remove the others.
+
+    The sign is that of a weight as it acts between the sites: batch norm between may turn it.
+
+    Attributes:
+        keep: `positive` or `negative`.
+    """
+
+    keep: str = "positive"
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.keep not in ("positive", "negative"):
+            raise ValueError(
+                f"keep {self.keep!r} of edit 'filter_weights' is not one of positive, negative"
+            )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        acting = part.effective(block)
+        kept = acting > 0 if self.keep == "positive" else acting < 0
+        return torch.where(kept, block, torch.zeros_like(block))
+
+
+@dataclass(frozen=True, eq=False)
+class KeepWeights(
+    ConnectionEdit, operator="keep_weights", about="Keep only what comes from some units."
+):
+    """Keep only the weights that come from `source`, a family say, and remove all others into `into`.
+
+    Of every layer that writes these units, or of the one that is named. Biases stay.
+    """
+
+    def _check_values(self) -> None:
+        if self.into is None or self.source is None:
+            raise ValueError("edit 'keep_weights' needs both into and source")
+
+    def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
+        parts_of(
+            matrices, self.into, None, self.layer
+        )  # raises where several layers write the units
+        return parts_of(matrices, self.into, self.source, self.layer)
+
+    def apply(self, weights: Weights) -> None:
+        for part in self.parts(weights.matrices):
+            parameter, matrix = weights.writable(part.matrix.weight), part.matrix
+            kept = matrix.block(parameter, part.rows, part.columns)
+            _clear(matrix, parameter, part.rows)
+            matrix.put(parameter, part.rows, part.columns, kept)
+
+
+def _clear(matrix: WeightMatrix, parameter: Tensor, rows: Tensor) -> None:
+    """Set whole rows to 0."""
+    matrix.view(parameter)[rows] = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights between units."):
+    """Set the weights between units: a kernel, or a block of kernels.
+
+    Attributes:
+        values: row x column x kernel, in the order of the units; a kernel alone for one connection.
+        bias: one a row; left as it is if None.
+    """
+
+    values: Tensor | None = None
+    bias: Tensor | None = None
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.values is None:
+            raise ValueError("edit 'set_weights' lacks values")
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        part = self._one(parts)
+        if self.values is not None and not bool(part.matrix.there(part.rows, part.columns).all()):
+            raise ValueError(
+                f"layer {part.matrix.name} has no weights between some of these units (groups)"
+            )
+        self._shaped(part)
+        if self.bias is not None and (
+            part.matrix.bias is None or tuple(self.bias.shape) != (len(part.rows),)
+        ):
+            has = "no bias" if part.matrix.bias is None else f"{len(part.rows)} rows here"
+            raise ValueError(
+                f"bias of shape {tuple(self.bias.shape)}: {part.matrix.name} has {has}"
+            )
+
+    def _shaped(self, part: Part) -> Tensor:
+        wanted = (len(part.rows), len(part.columns), *part.matrix.shape[2:])
+        assert self.values is not None
+        if tuple(self.values.shape) == wanted:
+            return self.values
+        if wanted[:2] == (1, 1) and tuple(self.values.shape) == wanted[2:]:
+            return self.values.reshape(wanted)
+        raise ValueError(
+            f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit: expected "
+            f"{' x '.join(map(str, wanted))}"
+        )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return self._shaped(part)
+
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        more = [
+            p.matrix.bias for p in self.parts(matrices) if p.matrix.bias and self.bias is not None
+        ]
+        return super().parameters(matrices) + more
+
+    def apply(self, weights: Weights) -> None:
+        super().apply(weights)
+        if self.bias is not None:
+            part = self._one(self.parts(weights.matrices))
+            assert part.matrix.bias is not None
+            own = weights.writable(part.matrix.bias)
+            own[part.rows] = self.bias.to(own)
+
+
+@dataclass(frozen=True, eq=False)
+class RotateWeights(
+    ConnectionEdit, operator="rotate_weights", about="Turn kernels about their middle."
+):
+    """Turn kernels about their middle, counterclockwise as one looks at them (y down).
+
+    Multiples of 90 degrees are exact for square kernels, others interpolated between the four nearest weights,
+    with zero around.
+
+    Attributes:
+        degrees: how far.
+    """
+
+    degrees: float = 90.0
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        for part in parts:
+            kernel = part.matrix.shape[2:]
+            if len(kernel) != 2 or kernel == (1, 1):
+                raise ValueError(
+                    f"edit 'rotate_weights': {part.matrix.name} has kernels of "
+                    f"{' x '.join(map(str, kernel)) or 'one number'}, which cannot be turned"
+                )
+
+    def new(self, part: Part, block: Tensor) -> Tensor:
+        return turned_kernels(block, self.degrees)
+
+
+def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
+    """Kernels (… x y x x) turned counterclockwise as one looks at them."""
+    height, width = kernels.shape[-2:]
+    quarter = degrees / 90
+    if quarter == round(quarter) and (height == width or round(quarter) % 2 == 0):
+        return torch.rot90(kernels, round(quarter) % 4, (-2, -1)).contiguous()
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    y = (torch.arange(height) - (height - 1) / 2).double()[:, None]
+    x = (torch.arange(width) - (width - 1) / 2).double()[None, :]
+    back_x = x * angle.cos() - y * angle.sin() + (width - 1) / 2
+    back_y = x * angle.sin() + y * angle.cos() + (height - 1) / 2
+    padded = F.pad(kernels.cpu().double().reshape(-1, height, width), (1, 1, 1, 1))
+    found = torch.zeros(len(padded), height, width, dtype=torch.float64)
+    left, top = back_x.floor(), back_y.floor()
+    for dy in (0, 1):
+        for dx in (0, 1):
+            share = (1 - (back_x - left - dx).abs()) * (1 - (back_y - top - dy).abs())
+            column = (left + dx + 1).clamp(0, width + 1).long()
+            row = (top + dy + 1).clamp(0, height + 1).long()
+            found += padded[:, row, column] * share
+    return found.reshape(kernels.shape).to(kernels)
+
+
+@dataclass(frozen=True, eq=False)
+class Transplant(
+    ConnectionEdit, operator="transplant", about="Replace units by ones of another network."
+):
+    """Replace units by units of another network: their weights and biases, times a gain, plus an offset.
+
+    All other weights into the units become 0.
+
+    Attributes:
+        weights: row x column x kernel: of the donor's units, from the units that match `source`.
+        biases: one a row; 0 if None.
+        gain: one a row; 1 if None.
+        offset: one a row; 0 if None.
+        donor: which units of which network.
+    """
+
+    weights: Tensor | None = None
+    biases: Tensor | None = None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    donor: str = ""
+
+    def _check_values(self) -> None:
+        if self.into is None or self.source is None or self.weights is None:
+            raise ValueError("edit 'transplant' needs into, source and weights")
+
+    def _check_parts(self, parts: list[Part]) -> None:
+        part = self._one(parts)
+        assert self.weights is not None
+        wanted = (len(part.rows), len(part.columns), *part.matrix.shape[2:])
+        if tuple(self.weights.shape) != wanted:
+            raise ValueError(
+                f"weights of shape {tuple(self.weights.shape)} of edit 'transplant' do not fit "
+                f"{part.matrix.name}: expected {' x '.join(map(str, wanted))}"
+            )
+        if not bool(part.matrix.there(part.rows, part.columns).all()):
+            raise ValueError(
+                f"layer {part.matrix.name} has no weights between some of these units (groups)"
+            )
+        for name in ("biases", "gain", "offset"):
+            array: Tensor | None = getattr(self, name)
+            if array is not None and tuple(array.shape) != wanted[:1]:
+                raise ValueError(
+                    f"{name} of shape {tuple(array.shape)}: expected {wanted[0]} numbers"
+                )
+            if name != "gain" and array is not None and part.matrix.bias is None:
+                raise ValueError(f"{name}: layer {part.matrix.name} has no bias")
+
+    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        more = [p.matrix.bias for p in self.parts(matrices) if p.matrix.bias]
+        return super().parameters(matrices) + more
+
+    def apply(self, weights: Weights) -> None:
+        part = self._one(self.parts(weights.matrices))
+        assert self.weights is not None
+        matrix, rows = part.matrix, part.rows
+        n = len(rows)
+        gain = torch.ones(n) if self.gain is None else self.gain
+        parameter = weights.writable(matrix.weight)
+        every = torch.arange(matrix.shape[1])
+        matrix.put(parameter, rows, every, torch.zeros_like(matrix.block(parameter, rows, every)))
+        shape = (n, *(1,) * (self.weights.ndim - 1))
+        matrix.put(parameter, rows, part.columns, self.weights * gain.reshape(shape))
+        if matrix.bias is not None:
+            biases = torch.zeros(n) if self.biases is None else self.biases
+            offset = torch.zeros(n) if self.offset is None else self.offset
+            own = weights.writable(matrix.bias)
+            own[rows] = (gain * biases + offset).to(own)
