@@ -12,7 +12,7 @@ from PIL import Image
 
 from circuits.cli.main import run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # all of it is made for the first test
 
 CASE = Path(__file__).parents[1] / "cases/curve_detector"
 
