@@ -116,14 +116,10 @@ def inputs_of(model: HookedModel, store: ActivationStore) -> Inputs:
     return _inputs(p.model_hash, p.data, p.data_hash, model)
 
 
-@st.cache_data(show_spinner="Finding what it sees…", max_entries=4096)
-def _field(model_hash: str, site: str, _model: HookedModel) -> ReceptiveField:
-    return receptive_field(_model, _model.site(site))
-
-
-def field_of(model: HookedModel, site: str, model_hash: str) -> ReceptiveField:
-    """Which input pixels a site's units see."""
-    return _field(model_hash, site, model)
+def field_of(model: HookedModel, site: str) -> ReceptiveField:
+    """Which input pixels a site's units see; the model remembers it."""
+    with st.spinner("Finding what it sees…"):
+        return receptive_field(model, model.site(site))
 
 
 @st.cache_resource(show_spinner="Reading the weights…", max_entries=2048)

@@ -136,12 +136,18 @@ def go_to(unit: Unit) -> None:
     st.query_params["unit"] = str(unit.index)
 
 
-def named(model: HookedModel, unit: Unit) -> str:
-    """A unit with what it is known to be: a class, or what it was written to detect."""
+def name_of(model: HookedModel, unit: Unit) -> str:
+    """What a unit is known to be: a class, or what it was written to detect; empty if nothing is known."""
     names = model.unit_names.get(unit.site, ())
     if unit.site in {s.name for s in model.sites} and model.site(unit.site).kind == "logit":
         names = model.classes
-    return f"{unit} · {names[unit.index]}" if names else str(unit)
+    return names[unit.index] if unit.index < len(names) else ""
+
+
+def named(model: HookedModel, unit: Unit) -> str:
+    """A unit with what it is known to be."""
+    name = name_of(model, unit)
+    return f"{unit} · {name}" if name else str(unit)
 
 
 def python(code: str, key: str = "") -> None:

@@ -1,8 +1,8 @@
 """What a person has in hand outlives a reload, and the server: their browser's tab keeps it (layer 7).
 
 Edits in force and circuits that were drawn are texts by slot. After each change they go to the tab's
-`sessionStorage`, which no other tab sees; a new session gets back what the last one of its tab has left. What
-comes back is read as an upload would be: it comes from a browser.
+`sessionStorage`, which no other tab sees; a new session gets back what the last one of its tab has left. It comes
+from a browser: it is parsed with the limits of an upload, and what does not fit the model shows as an error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def keep(slots: Mapping[str, str], key: str = "keeper", *, recalls: bool = False
     session = st.session_state.setdefault("session", secrets.token_hex(8))
     large = [slot for slot, text in slots.items() if len(text) > MOST_CHARACTERS]
     if large:
-        st.caption(f"Too large to outlive a reload: save it, or download it ({', '.join(large)}).")
+        what = " and ".join(sorted({slot.split()[0] for slot in large}))
+        st.caption(f"Your {what}: too large to outlive a reload. Save or download it.")
 
     def recalled() -> None:
         found = st.session_state[key].recalled
@@ -53,7 +54,7 @@ def keep(slots: Mapping[str, str], key: str = "keeper", *, recalls: bool = False
 
     def full() -> None:
         if st.session_state[key].full:
-            st.toast("The tab cannot keep more: save what must outlive a reload.")
+            st.toast("This tab cannot keep more: save what must outlive a reload.")
 
     _component()(
         key=key, on_recalled_change=recalled, on_full_change=full,

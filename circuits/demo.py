@@ -23,6 +23,7 @@ from circuits.sae import (
     Rule,
     Schedule,
     Settings,
+    as_evaluation,
     behaviour,
     load_evaluation,
     measure,
@@ -239,11 +240,9 @@ def _concepts(spec: str, model: HookedModel, plan: Concepts, workspace: Workspac
         sample = Sample(model, source, plan.examples, unseen(code, source))
         behaved = behaviour(
             model, code, sample, labels=[labels[i] for i in sample.which], data=source.spec
-        ).to_dict()
-        behaved["examples"] = "held out of training"
-        save_evaluation(
-            path, {"rows": measure(code, rows, rows=8192).to_dict(), "behaviour": behaved}
         )
+        measured = measure(code, rows, rows=8192)
+        save_evaluation(path, as_evaluation(measured, behaved, "held out of training"))
     attached = model.attach(code, plan.name, plan.site)
     latents = f"sae/{plan.name}"
     record = ModelRecord(f"{spec}+{latents}", attached.hash)

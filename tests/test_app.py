@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,8 @@ from circuits.edits.recipes import Recipe
 from circuits.families import Family, Member, save_family
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
+from circuits.graph import CircuitGraph
+from circuits.graph.formats import to_node_link
 from circuits.graph.saved import save_circuit
 from circuits.harvesting import harvest
 from circuits.models.loading import load_model
@@ -389,6 +392,30 @@ def test_nonsense_from_the_tab_is_refused(
         assert not test.warning
 
 
+def test_units_from_the_tab_that_are_not_there_are_named(built: Workspace, monkeypatch) -> None:
+    model_hash = load_model("cleanroom").hash
+    edit = {"operator": "scale", "units": "curve:999", "factor": 0.0}
+    test = page(built, monkeypatch, "edits", guard=True, model="cleanroom")
+    test.session_state[RECALLED] = {
+        f"edits {model_hash}": json.dumps({"schema": 2, "edits": [edit]})
+    }
+    test.run()
+    assert not test.exception
+    assert any("unit curve:999 does not exist" in read(e) for e in test.error)
+    test.button(key="edit-undo").click().run()
+    assert not test.error
+    graph = CircuitGraph()
+    graph.add_nodes_from([Unit("curve", 999), Unit("nope", 0), Unit("line", 3)])
+    drawn = {"graph": to_node_link(graph), "origin": "unit=line:3", "version": 0}
+    for selected in ("", "curve:999", "nope:0"):
+        test = page(built, monkeypatch, "circuit", guard=True, model="cleanroom", unit="line:3")
+        test.session_state[RECALLED] = {f"drawing {model_hash}": json.dumps(drawn)}
+        test.session_state[f"selected {model_hash}"] = selected
+        test.run()
+        assert not test.exception
+        assert "3 nodes" in text(test)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -578,6 +605,10 @@ def test_damaged_files_leave_the_rest_to_be_seen(tmp_path: Path, monkeypatch) ->
     test = page(place, monkeypatch, "home", guard=True)
     assert not test.exception
     assert "Models in this workspace" in text(test)
+    statistics.write_bytes(b"nothing")
+    assert "has a damaged statistics.h5" in text(page(place, monkeypatch, "home", guard=True))
+    statistics.unlink()
+    assert "is not finished" in text(page(place, monkeypatch, "home", guard=True))
 
 
 def test_a_database_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch) -> None:

@@ -37,7 +37,13 @@ from circuits.graph.formats import (
     to_node_link,
     write_circuit,
 )
-from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
+from circuits.graph.saved import (
+    circuit_history,
+    circuits_with,
+    load_circuit,
+    save_circuit,
+    saved_circuits,
+)
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.units import Unit
@@ -495,6 +501,14 @@ def test_saved_circuits_keep_their_history(tmp_path: Path) -> None:
     changed.remove_node(Unit("x", 1))
     save_circuit(database, "curves", changed, "fewer", replaces=1)
     assert load_circuit(database, "curves", graph.model_hash).same_as(changed)
+    left, gone = next(n for n in changed if isinstance(n, Unit)), Unit("x", 1)
+    assert [r.version for r in circuits_with(database, graph.model_hash, left)] == [2]
+    assert circuits_with(database, graph.model_hash, gone) == []
+    group = CircuitGraph(model_hash=graph.model_hash)
+    group.add_node(UnitGroup("both", (Unit("x", 0), gone)))
+    save_circuit(database, "grouped", group)
+    assert [r.name for r in circuits_with(database, graph.model_hash, gone)] == ["grouped"]
+    database.save("circuit", graph.model_hash, "grouped", None)
     assert load_circuit(database, "curves", graph.model_hash, version=1).same_as(graph)
     assert [r.note for r in circuit_history(database, "curves", graph.model_hash)] == [
         "a start",

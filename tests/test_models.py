@@ -176,6 +176,33 @@ def test_receptive_field_without_padding_and_beyond_the_input() -> None:
     assert receptive_field(large, large.site("1")).at((0, 31)) == (0, 15, 17, 32)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_receptive_fields_follow_from_kernels_strides_and_paddings(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    layers = []
+    for _ in range(3):
+        kernel, stride = draw.integers(1, 6, 2).tolist(), draw.integers(1, 3, 2).tolist()
+        padding = [int(draw.integers(0, k)) for k in kernel]
+        layers.append(torch.nn.Conv2d(3, 3, kernel, stride, padding))
+    size = (int(draw.integers(40, 60)), int(draw.integers(40, 60)))
+    model = HookedModel(seeded(torch.nn.Sequential(*layers)), (3, *size))
+    field = receptive_field(model, model.site("2"))
+    assert receptive_field(model, model.site("2")) is field
+    last = [n - 1 for n in model.site("2").position_shape]
+
+    def seen(axis: int, position: int) -> tuple[int, int]:
+        """Backwards through the layers."""
+        low = high = position
+        for conv in reversed(layers):
+            low = low * conv.stride[axis] - conv.padding[axis]
+            high = high * conv.stride[axis] - conv.padding[axis] + conv.kernel_size[axis] - 1
+        return max(0, low), min(size[axis], high + 1)
+
+    for y, x in itertools.product((0, last[0] // 2, last[0]), (0, last[1] // 2, last[1])):
+        (top, bottom), (left, right) = seen(0, y), seen(1, x)
+        assert field.at((y, x)) == (top, left, bottom, right)
+
+
 def test_receptive_field_with_strides_against_single_pixels() -> None:
     net = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 5, 2, 1), torch.nn.MaxPool2d(3, 2, ceil_mode=True), torch.nn.Conv2d(2, 2, 3, 1, 1)

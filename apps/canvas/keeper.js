@@ -1,9 +1,22 @@
 // Keeps texts in the browser's tab, and gives Python what the tab's last session has left there.
 const SESSION = "circuits session", KEPT = "circuits kept ";
-let told = false; // that the tab is full: once
+let told = false; // that the tab cannot keep things: once
+
+function opened() {
+  try {
+    return window.sessionStorage;
+  } catch { // a browser that lets no page keep anything
+    return null;
+  }
+}
 
 export default function ({ data, setTriggerValue }) {
-  const tab = window.sessionStorage;
+  const tab = opened();
+  if (tab === null) {
+    if (!told) setTriggerValue("full", true);
+    told = true;
+    return;
+  }
   if (tab.getItem(SESSION) !== data.session) {
     if (!data.recalls) return;
     tab.setItem(SESSION, data.session);
@@ -18,7 +31,7 @@ export default function ({ data, setTriggerValue }) {
       if (text) tab.setItem(KEPT + slot, text);
     } catch (error) {
       if (error.name !== "QuotaExceededError") throw error;
-      if (!told) setTriggerValue("full", slot);
+      if (!told) setTriggerValue("full", true);
       told = true;
     }
   }

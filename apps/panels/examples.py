@@ -41,7 +41,7 @@ def examples_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
             key="overlay",
             help="Gradient × input of the unit's activation: red adds to it.",
         )
-    field = cached.field_of(model, unit.site, look.record.hash)
+    field = cached.field_of(model, unit.site)
     for column, example in zip(st.columns(SHOWN), examples, strict=False):
         if credit:
             _credited(column, look, inputs, example)
@@ -78,7 +78,7 @@ def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
             st.caption(_share(i))
             texts_panel(look, inputs, examples)
         return
-    field = cached.field_of(model, unit.site, model_hash)
+    field = cached.field_of(model, unit.site)
     high, *columns, low = st.columns(TENTHS + 2)
     made = pictures_of(unit, model_hash)
     for column, kind in ((high, "positive"), (low, "negative")):

@@ -8,7 +8,7 @@ import streamlit as st
 
 from apps import cached, drawing, keeping
 from apps.canvas import canvas
-from apps.choosing import TROUBLE, choose_model, line, part, python
+from apps.choosing import TROUBLE, choose_model, line, name_of, part, python
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, selection_panel, tools_panel
 from circuits.families import saved_families
@@ -87,11 +87,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     pictures: dict[Node, str] = {
         n: cached.thumbnail(paths[n]) for n in shown if isinstance(n, Unit) and n in paths
     }
-    names: dict[Node, str] = {
-        n: model.unit_names[n.site][n.index]
-        for n in shown
-        if isinstance(n, Unit) and n.site in model.unit_names
-    }
+    names: dict[Node, str] = {n: name_of(model, n) for n in shown if isinstance(n, Unit)}
     key = f"selected {record.hash}"
 
     def select(node: str) -> None:

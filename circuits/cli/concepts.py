@@ -283,7 +283,7 @@ def evaluate(
     from circuits.autoencoders import FILE
     from circuits.harvesting import Sample
     from circuits.models.loading import find_autoencoder, list_autoencoders
-    from circuits.sae import behaviour, measure, save_evaluation, unseen
+    from circuits.sae import as_evaluation, behaviour, measure, save_evaluation, unseen
     from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
@@ -307,7 +307,7 @@ def evaluate(
     measured = measure(code, own, rows=rows, seed=seed)
     chosen = None if own_labels is None else [own_labels[i] for i in sample.which]
     behaved = behaviour(loaded, code, sample, labels=chosen, data=data, seed=seed)
-    found = {"rows": measured.to_dict(), "behaviour": {**behaved.to_dict(), "examples": which}}
+    found = as_evaluation(measured, behaved, which)
     file = find_autoencoder(sae, place)
     file = file / FILE if file.is_dir() else file
     if file.resolve() in [path.resolve() for path in list_autoencoders(place).values()]:

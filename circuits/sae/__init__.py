@@ -19,7 +19,7 @@ from circuits.sae.comparing import (
     stability,
 )
 from circuits.sae.dissecting import Dissection, dissect
-from circuits.sae.evaluations import load_evaluation, save_evaluation
+from circuits.sae.evaluations import as_evaluation, load_evaluation, save_evaluation
 from circuits.sae.learners import Architecture, Settings
 from circuits.sae.metrics import Metrics, measure, rule_of, unseen
 from circuits.sae.naming import (
@@ -39,7 +39,8 @@ from circuits.sae.training import Progress, Schedule, train
 __all__ = [
     "Architecture", "ArrayRows", "Behaviour", "Bottleneck", "Dissection", "Intervention", "Matching", "Metrics",
     "ModelRows", "Name", "Naming", "Probe", "Progress", "Rule", "Schedule", "Settings", "Stability", "StoreRows",
-    "as_recipe", "behaviour", "call", "dissect", "history", "intervene", "known_dictionary", "load_evaluation", "match",
-    "measure", "name_by_attributes", "name_by_text", "names_of", "pooled", "probe", "recovery", "rule_of",
-    "save_evaluation", "save_names", "stability", "suspects", "train", "train_bottleneck", "unseen",
+    "as_evaluation", "as_recipe", "behaviour", "call", "dissect", "history", "intervene", "known_dictionary",
+    "load_evaluation", "match", "measure", "name_by_attributes", "name_by_text", "names_of", "pooled", "probe",
+    "recovery", "rule_of", "save_evaluation", "save_names", "stability", "suspects", "train", "train_bottleneck",
+    "unseen",
 ]  # fmt: skip

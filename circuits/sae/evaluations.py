@@ -9,6 +9,8 @@ from typing import Any
 
 from circuits.files import write_json
 from circuits.hdf5 import file_hash
+from circuits.sae.behaviour import Behaviour
+from circuits.sae.metrics import Metrics
 
 
 def evaluation_path(code: Path) -> Path:
@@ -16,12 +18,20 @@ def evaluation_path(code: Path) -> Path:
     return code.with_suffix(".eval.json")
 
 
+def as_evaluation(rows: Metrics, behaviour: Behaviour, examples: str) -> dict[str, Any]:
+    """What was measured of an autoencoder, as JSON has it; `examples` says which the behaviour was measured on."""
+    return {
+        "rows": rows.to_dict(),
+        "behaviour": {**behaviour.to_dict(), "examples": examples},
+    }
+
+
 def save_evaluation(code: Path, found: Mapping[str, Any]) -> Path:
     """Keep what was measured, with the hash of the file that it was measured on.
 
     Args:
         code: the autoencoder's file.
-        found: as JSON has it: `rows` (see `Metrics`) and `behaviour` (see `Behaviour`).
+        found: as `as_evaluation` makes it.
     """
     path = evaluation_path(code)
     write_json(path, {"file_hash": file_hash(code), **found})

@@ -157,9 +157,8 @@ def measure_tuning(
     k = len(replicates)
     rows = generator.integers(0, k, (resamples if k > 1 else 0, k))
     mean = replicates.mean(0)
-    means = np.concatenate(
-        [mean[None], replicates[rows].mean(1)]
-    )  # the mean itself, then resampled
+    # the mean itself, then resampled ones
+    means = np.concatenate([mean[None], replicates[rows].mean(1)])
 
     def interval(found: Numbers, around: float = 0.0) -> Interval:
         value = float(found[0])
