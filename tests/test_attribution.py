@@ -28,6 +28,7 @@ from circuits.attribution import (
     saliency,
     surrogates,
 )
+from circuits.attribution.channels import check_by_ablation
 from circuits.attribution.perturbations import hard, shown_by
 from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
@@ -392,6 +393,10 @@ def test_ablation_is_what_the_target_loses(branches: HookedModel) -> None:
         close(made.units()[:, unit], lost, rtol=1e-4, atol=1e-4)
     assert made.check is not None
     assert made.check.correlation == pytest.approx(1.0)
+    passes = Passes(branches, x, "class:1", "cat")
+    noise = torch.linspace(-1e-7, 1e-7, 6) * passes.values.abs().max()
+    noisy = check_by_ablation(passes, made.units() + noise, n=6)
+    assert noisy.correlation == pytest.approx(1.0), "what is rounding alone has no rank"
     mean = attribute(branches, x, "class:1", "cat", "ablation", baseline="mean", check=0)
     assert not torch.allclose(mean.values, made.values)
 

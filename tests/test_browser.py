@@ -101,7 +101,8 @@ def page() -> Iterator[Page]:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=flags)
         context = browser.new_context(viewport={"width": 1280, "height": 1000})
-        expect.set_options(timeout=60_000)  # a loaded machine is slow, not wrong
+        expect.set_options(timeout=120_000)  # a loaded machine is slow, not wrong
+        context.set_default_timeout(120_000)
         yield context.new_page()
         browser.close()
 
@@ -142,11 +143,16 @@ def on_canvas(page: Page, node: str) -> None:
     """Click a node of the canvas."""
     there = """id => { const box = document.querySelector('.circuit-canvas'), at = box.getBoundingClientRect(),
         p = box.cy.getElementById(id).renderedPosition(); return [at.x + p.x, at.y + p.y]; }"""
-    page.wait_for_function("document.querySelector('.circuit-canvas')?.cy?.nodes().length > 0")
-    page.locator(".circuit-canvas").scroll_into_view_if_needed()
-    page.wait_for_timeout(300)
-    x, y = page.evaluate(there, node)
-    page.mouse.click(x, y)
+    chosen = "document.querySelector('.circuit-canvas').cy.$(':selected').map(one => one.id())"
+    page.wait_for_function(f"({ON_CANVAS})({json.dumps(node)})")
+    quiet(page)
+    before = None
+    while (at := page.evaluate(there, node)) != before:  # still being laid out
+        page.locator(".circuit-canvas").scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
+        before = at
+    page.mouse.click(*at)
+    waited(lambda: page.evaluate(chosen) == [node])
     quiet(page)
 
 
@@ -420,6 +426,9 @@ def test_two_people_do_not_see_each_others_edits(server: str, page: Page) -> Non
 
 def test_a_circuit_is_grown_saved_and_opened_again(server: str, page: Page) -> None:
     page.goto(f"{server}/circuit?model=shapes&unit=mixed3b:200")
+    on_canvas(page, "logits:6")
+    pushed = "document.querySelector('h1').insertAdjacentHTML('afterend', '<div style=\"height: 60px\"></div>')"
+    page.evaluate(pushed)  # as what is drawn late above the canvas does
     on_canvas(page, "mixed3b:200")
     nodes = "document.querySelector('.circuit-canvas').cy.nodes('[^count]').filter(n => !n.hasClass('row')).length"
     before = page.evaluate(nodes)

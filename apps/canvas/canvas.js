@@ -80,6 +80,9 @@ export default function (component) {
       hideEdgesOnViewport: data.edges.length > 600, textureOnViewport: false, boxSelectionEnabled: false });
     box.cy = cy;
     new ResizeObserver(() => { cy.resize(); cy.fit(undefined, 24); }).observe(box);
+    // the library remembers where on the screen its box is, and does not see what is drawn above it push it down
+    for (const name of ["pointerdown", "wheel"])
+      box.addEventListener(name, () => cy.renderer().invalidateContainerClientCoordsCache(), { capture: true, passive: true });
   }
   const tell = component.setTriggerValue;
   cy.off("tap dragfree"); // the functions of this call, not of an earlier one

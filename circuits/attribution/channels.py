@@ -37,6 +37,9 @@ ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablati
 _CHECKED = 4
 """Examples of which units are removed in truth."""
 
+_RESOLUTION = 100
+"""Times the spacing of floats at the target's value: smaller shares and losses are rounding, all alike zero."""
+
 Baseline = Literal["zero", "mean"]
 """What stands for a unit that says nothing: zero, or its mean over these examples and positions."""
 
@@ -253,6 +256,8 @@ def check_by_ablation(
 ) -> AblationCheck:
     """How far units' shares rank them as removing each does, in up to four examples.
 
+    Shares and losses that are no more than rounding are ties.
+
     Args:
         passes: at the units' site.
         units: each unit's share.
@@ -274,7 +279,9 @@ def check_by_ablation(
         drawn = generator.choice(len(rest), min(n - len(chosen), len(rest)), replace=False)
         chosen += [rest[i] for i in sorted(drawn.tolist())]
         lost = losses(passes, example, base, chosen)
-        pairs.append((units[example, chosen].double().cpu().numpy(), lost.double().cpu().numpy()))
+        size = float(passes.values[example].abs().max())
+        rounding = _RESOLUTION * torch.finfo(lost.dtype).eps * size
+        pairs.append(tuple(_settled(x, rounding) for x in (units[example, chosen], lost)))
     found = [spearman(a, b) for a, b in pairs]
     chance = [
         float(np.mean([spearman(generator.permutation(a), b) for a, b in pairs]))
@@ -287,6 +294,12 @@ def check_by_ablation(
         min(n, site.n_units),
         seed,
     )
+
+
+def _settled(values: Float[Tensor, " unit"], rounding: float) -> np.ndarray:
+    """Values with those that are rounding alone at zero: in ranks they would stand in an order of chance."""
+    found = values.double().cpu().numpy()
+    return np.where(np.abs(found) <= rounding, 0.0, found)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
