@@ -48,7 +48,7 @@ SCRIPT = """
 window.bench ??= (() => {
   const seen = new WeakSet();
   const all = (what) => [...document.querySelectorAll(what)];
-  const plot = (key) => document.querySelector(`.st-key-${key} .js-plotly-plot`);
+  const plot = (key) => document.querySelector(`.st-key-${key} [role=img]`);
   const app = () => document.querySelector("[data-testid=stApp]");
   const finished = () => app()?.getAttribute("data-test-script-state") === "notRunning";
   const heading = (text, tags = "h1") => all(tags).some((h) => h.getClientRects().length &&
@@ -58,8 +58,7 @@ window.bench ??= (() => {
   // drawn, from data that was not there when `mark` was called
   const drawn = (key) => {
     const found = plot(key);
-    return Boolean(found?.data) && !seen.has(found.data) && found.getBoundingClientRect().height > 0 &&
-      found.querySelector(".barlayer path, .heatmaplayer image, .scatterlayer path") !== null;
+    return Boolean(found) && !seen.has(found) && found.getBoundingClientRect().height > 0;
   };
   const nodes = () => {
     const cy = document.querySelector(".circuit-canvas")?.cy;
@@ -105,7 +104,7 @@ window.bench ??= (() => {
     return times;
   }
   async function click(element, wanted) {
-    for (const p of all(".js-plotly-plot")) if (p.data) seen.add(p.data);
+    for (const p of all("[role=img]")) seen.add(p);
     const begin = performance.now();
     element.click();
     const times = await until(wanted);

@@ -22,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from circuits.database import Database
-from circuits.edits.ledger import Ledger, verify
+from circuits.edits.auditing import verify
+from circuits.edits.ledger import Ledger
 from circuits.edits.records import OPERATORS
 from circuits.models.loading import load_model
 from tests.random_edits import RandomEdits

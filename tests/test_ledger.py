@@ -18,13 +18,9 @@ import torch
 from benchmarks.edit_fuzz import sequence
 from circuits.database import Database
 from circuits.edits.activations import zero
-from circuits.edits.ledger import (
-    Ledger,
-    original_bytes,
-    tensor_hash,
-    verify,
-    with_original,
-)
+from circuits.edits.auditing import verify
+from circuits.edits.ledger import Ledger
+from circuits.edits.originals import original_bytes, tensor_hash, with_original
 from circuits.edits.recipes import Recipe, edited
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model

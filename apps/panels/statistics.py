@@ -6,7 +6,7 @@ import streamlit as st
 
 from apps.choosing import python
 from apps.looking import Look
-from circuits.plots import histogram_figure
+from circuits.plots import histogram_html
 from circuits.store import ActivationStore
 
 
@@ -14,7 +14,8 @@ def statistics_panel(look: Look, store: ActivationStore) -> None:
     """How active the unit is over the dataset."""
     s, p = store.statistics(look.unit), store.provenance
     st.subheader("How active it is")
-    st.plotly_chart(histogram_figure(s), key="histogram", config={"displayModeBar": False})
+    with st.container(key="histogram"):
+        st.html(histogram_html(s))
     st.caption(
         f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
         f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of "

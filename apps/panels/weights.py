@@ -8,7 +8,7 @@ from apps import cached
 from apps.choosing import go_to, link, named, python
 from apps.looking import Look
 from circuits.models.topology import INPUT
-from circuits.plots import kernels_figure
+from circuits.plots import kernels_html
 from circuits.units import Unit
 from circuits.weights import Connection
 
@@ -28,7 +28,8 @@ def weights_panel(look: Look) -> None:
             continue
         kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
         if kernels:
-            st.plotly_chart(kernels_figure(kernels, end), key=f"kernels-{end}")
+            with st.container(key=f"kernels-{end}"):
+                st.html(kernels_html(kernels, end))
         for column, connection in zip(st.columns(TOP), connections, strict=False):
             with column:
                 _connection(look, connection, end)

@@ -9,7 +9,7 @@ from apps.choosing import TROUBLE, choose, choose_model, line, link, named
 from apps.inputs import shown_example
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
-from circuits.plots import histogram_figure, tuning_figure
+from circuits.plots import histogram_html, tuning_figure
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -71,7 +71,7 @@ def _harvested(record: ModelRecord, unit: Unit, name: str) -> None:
     if store is None:
         st.info(f"No activations of {unit.site} yet.")
         return
-    st.plotly_chart(histogram_figure(store.statistics(unit)), key=f"compare-histogram-{name}")
+    st.html(histogram_html(store.statistics(unit)))
     st.caption(f"on {len(store.provenance.examples)} examples of {store.provenance.data}")
     try:
         inputs = cached.inputs_of(model, store)

@@ -411,7 +411,7 @@ def replay(
 @edits.command()
 def verify(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """Check every hash of the ledger; exit code 1 if something was changed."""
-    from circuits.edits.ledger import verify as faults
+    from circuits.edits.auditing import verify as faults
 
     found = faults(Workspace.default(workspace).database)
     if json:

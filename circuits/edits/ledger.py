@@ -13,137 +13,28 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as written_tensors
 from torch import Tensor
 
 from circuits.database import Database, now, user
 from circuits.edits.activations import ActivationEdit, changes
+from circuits.edits.auditing import verify
+from circuits.edits.entries import SCHEMA, TABLES, Entry, Event, Kind, LedgerError, text_hash
+from circuits.edits.originals import original_bytes, tensor_hash, with_original
 from circuits.edits.recipes import Recipe, checked
-from circuits.edits.records import Edit, canonical, parse_edit
+from circuits.edits.records import Edit, canonical
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import finite
 from circuits.models.adapter import HookedModel
-
-SCHEMA = 1
-"""Version of the layout of entries and events."""
-
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS edit_entries (hash TEXT PRIMARY KEY, model_hash TEXT NOT NULL, "
-    "body TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS edit_entries_of ON edit_entries (model_hash)",
-    "CREATE TABLE IF NOT EXISTS edit_originals (hash TEXT PRIMARY KEY, bytes BLOB NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
-    "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS edit_events_of ON edit_events (model_hash, branch, id)",
-    "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
-)
 
 _LAST_OF = (
     "SELECT hash, body FROM edit_events WHERE model_hash=? AND branch=? ORDER BY id DESC LIMIT 1"
 )
 
-Kind = Literal["apply", "undo", "redo", "branch", "measure"]
-"""What an event does: the first three move a branch's head, `branch` begins one, `measure` adds a report."""
-
 _TRIES = 20
 _FEW = 20
-
-
-class LedgerError(ValueError):
-    """The ledger is not what it was when it was written, or a replay gave something else."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An edit in the ledger.
-
-    Attributes:
-        hash: SHA-256 of everything below, in hexadecimal.
-        parent: the hash of the entry before; of the weights, for a first one.
-        model_hash: of the weights outside all edits.
-        edit: what was done.
-        note: why.
-        author: who.
-        created: when, in UTC.
-        seed: of whatever was random when the edit was made.
-        before: SHA-256 of each parameter that it changed, as it was.
-        after: as it became.
-        originals: SHA-256 of the stored original bytes, by parameter.
-    """
-
-    hash: str
-    parent: str
-    model_hash: str
-    edit: Edit
-    note: str
-    author: str
-    created: str
-    seed: int
-    before: Mapping[str, str]
-    after: Mapping[str, str]
-    originals: Mapping[str, str]
-
-    @classmethod
-    def read(cls, digest: str, text: str) -> Entry:
-        """From its row.
-
-        Raises:
-            LedgerError: if it is not what its hash says.
-        """
-        if _sha(text) != digest:
-            raise LedgerError(f"ledger entry {digest[:12]} was changed: its text has another hash")
-        raw = json.loads(text)
-        if raw.pop("schema") != SCHEMA:
-            raise LedgerError(f"ledger entry {digest[:12]} has a layout that is not known")
-        return cls(**raw | {"hash": digest, "edit": parse_edit(raw["edit"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"edit": self.edit.to_dict()}
-
-    @property
-    def text(self) -> str:
-        """The canonical JSON of which its hash is taken."""
-        return canonical(
-            {k: v for k, v in self.to_dict().items() if k != "hash"} | {"schema": SCHEMA}
-        )
-
-    def hashed(self) -> Entry:
-        """The entry under the hash of its text."""
-        return replace(self, hash=_sha(self.text))
-
-
-@dataclass(frozen=True)
-class Event:
-    """A move of a branch's head.
-
-    Attributes:
-        kind: what happened.
-        branch: of which branch.
-        start: the head before.
-        end: the head after.
-        author: who.
-        created: when, in UTC.
-        entry: what was measured, of a report; else empty.
-        report: the SHA-256 of the report that was added, if one was.
-        hash: of all this and the event before.
-    """
-
-    kind: Kind
-    branch: str
-    start: str
-    end: str
-    author: str
-    created: str
-    entry: str
-    report: str
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -194,7 +85,7 @@ class Ledger:
         if not rows and branch != "main":
             known = ", ".join(self.branches())
             raise KeyError(f"no branch {branch!r} of {self.model.name}: there are {known}")
-        return (_event(*rows[0]).end, rows[0][0]) if rows else (self.model_hash, "")
+        return (Event.read(*rows[0]).end, rows[0][0]) if rows else (self.model_hash, "")
 
     def branches(self) -> list[str]:
         """The names of the branches, `main` first, others as they were begun."""
@@ -208,7 +99,7 @@ class Ledger:
         else:
             query = "SELECT hash, body FROM edit_events WHERE model_hash=? AND branch=? ORDER BY id"
             rows = self._rows(query, branch)
-        return [_event(digest, text) for digest, text in rows]
+        return [Event.read(digest, text) for digest, text in rows]
 
     def entry(self, digest: str) -> Entry:
         """An entry by its hash, or by the first digits of it.
@@ -277,7 +168,7 @@ class Ledger:
 
     def _report(self, digest: str) -> str:
         rows = self._all("SELECT body FROM edit_reports WHERE hash=?", digest)
-        if not rows or _sha(rows[0][0]) != digest:
+        if not rows or text_hash(rows[0][0]) != digest:
             raise LedgerError(f"report {digest[:12]} was changed or is missing")
         return rows[0][0]
 
@@ -477,7 +368,7 @@ class Ledger:
             KeyError: if there is no such branch or entry.
         """
         text = canonical(finite(dict(report)))
-        digest, name = _sha(text), user() if author is None else author
+        digest, name = text_hash(text), user() if author is None else author
         entry = None if at is None else self._resolved(at)
         for _ in range(_TRIES):
             head, last = self._state(branch)
@@ -504,7 +395,7 @@ class Ledger:
     @contextmanager
     def _writing(self, branch: str, last: str) -> Iterator[sqlite3.Connection | None]:
         """A transaction; None in it if the branch's last event is another by now."""
-        with self.database.writing(*_TABLES) as connection:
+        with self.database.writing(*TABLES) as connection:
             row = connection.execute(_LAST_OF, (self.model_hash, branch)).fetchone()
             yield connection if (row[0] if row else "") == last else None
 
@@ -530,7 +421,7 @@ class Ledger:
         )  # fmt: skip
         connection.execute(
             "INSERT INTO edit_events (model_hash, branch, hash, body) VALUES (?, ?, ?, ?)",
-            (self.model_hash, branch, _sha(text), text),
+            (self.model_hash, branch, text_hash(text), text),
         )
 
     def _rows(self, query: str, *more: str) -> list[tuple[Any, ...]]:
@@ -539,7 +430,7 @@ class Ledger:
     def _all(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         if not self.database.path.is_file():
             return []
-        with self.database.open(*_TABLES) as connection:
+        with self.database.open(*TABLES) as connection:
             return connection.execute(query, values).fetchall()
 
     # --- the weights -----------------------------------------------------------------------------
@@ -643,112 +534,6 @@ class Ledger:
         return verify(self.database)
 
 
-def verify(database: Database) -> list[str]:
-    """What is wrong with a workspace's ledger, one line each.
-
-    Every hash is taken again: of entries, events, reports and original bytes; every reference is followed, and
-    SQLite checks its own pages.
-    """
-    if not database.path.is_file():
-        return []
-    try:
-        with database.open(*_TABLES) as connection:
-            connection.execute("BEGIN")  # all of it as it is now, whoever else writes
-            return list(_faults(connection))
-    except sqlite3.OperationalError as error:
-        if any(word in str(error) for word in ("locked", "readonly", "unable to open", "full")):
-            raise  # that says nothing about the ledger
-        return [f"the database is damaged: {error}"]
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        return [f"the database is damaged: {error}"]
-
-
-def _faults(connection: sqlite3.Connection) -> Iterator[str]:
-    for (line,) in connection.execute("PRAGMA integrity_check"):
-        if line != "ok":
-            yield f"the database is damaged: {line}"
-    entries: dict[str, Entry] = {}
-    for digest, model_hash, text in connection.execute("SELECT * FROM edit_entries"):
-        try:
-            entries[digest] = Entry.read(digest, text)
-            if entries[digest].model_hash != model_hash:
-                yield f"ledger entry {digest[:12]} stands under another model"
-        except (ValueError, KeyError, TypeError) as error:
-            yield str(error.args[0])
-    originals: set[str] = set()
-    for digest, data in connection.execute("SELECT hash, bytes FROM edit_originals"):
-        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
-            yield f"original bytes {str(digest)[:12]} were changed"
-        originals.add(digest)
-    reports: set[str] = set()
-    for digest, text in connection.execute("SELECT hash, body FROM edit_reports"):
-        if not isinstance(text, str) or _sha(text) != digest:
-            yield f"report {str(digest)[:12]} was changed"
-        reports.add(digest)
-    for entry in entries.values():
-        if entry.parent != entry.model_hash and entry.parent not in entries:
-            yield f"ledger entry {entry.hash[:12]} stands on one that is missing: {entry.parent[:12]}"
-        for name, digest in entry.originals.items():
-            if digest not in originals:
-                yield f"original bytes {digest[:12]} of {name} are missing"
-    yield from _event_faults(connection, entries, reports)
-
-
-def _event_faults(
-    connection: sqlite3.Connection, entries: Mapping[str, Entry], reports: set[str]
-) -> Iterator[str]:
-    last: dict[str, str] = {}
-    reached: set[str] = set()
-    heads: dict[tuple[str, str], str] = {}
-    query = "SELECT id, model_hash, branch, hash, body FROM edit_events ORDER BY id"
-    for i, model_hash, branch, digest, text in connection.execute(query):
-        try:
-            event = _event(digest, text)
-            raw = json.loads(text)
-        except (ValueError, KeyError, TypeError) as error:
-            yield f"event {i}: {error.args[0]}"
-            continue
-        if (raw["model_hash"], raw["branch"]) != (model_hash, branch):
-            yield f"event {i} was changed: it stands under another model or branch"
-            continue
-        if raw["previous"] != last.get(model_hash, model_hash):
-            yield f"event {i} does not follow the one before it: one is missing or out of order"
-        last[model_hash] = digest
-        ends = {event.start, event.end} | ({event.entry} if event.entry else set())
-        for end in ends - {model_hash}:
-            if end not in entries or entries[end].model_hash != model_hash:
-                yield f"event {i} names an entry that is missing: {end[:12]}"
-        if not _moves(event, entries):
-            yield f"event {i} is no {event.kind}: its entries do not follow each other"
-        head = heads.get((model_hash, branch), model_hash if branch == "main" else event.start)
-        if event.start != head:
-            yield f"event {i} does not begin where branch {branch!r} was"
-        heads[model_hash, branch] = event.end
-        if event.report and event.report not in reports:
-            yield f"report {event.report[:12]} is missing"
-        reached.update(ends)
-    for digest in entries.keys() - reached:
-        yield f"ledger entry {digest[:12]} is in no event: one is missing"
-
-
-def _moves(event: Event, entries: Mapping[str, Entry]) -> bool:
-    """Whether an event's ends are what its kind says; True where an entry is missing, which is told apart."""
-    if event.kind in ("branch", "measure"):
-        return event.start == event.end
-    child, parent = (event.start, event.end) if event.kind == "undo" else (event.end, event.start)
-    return child not in entries or entries[child].parent == parent
-
-
-def _event(digest: str, text: str) -> Event:
-    if not isinstance(text, str) or _sha(text) != digest:
-        raise LedgerError(f"ledger event {str(digest)[:12]} was changed: its text has another hash")
-    raw = json.loads(text)
-    if raw["schema"] != SCHEMA or raw["kind"] not in get_args(Kind):
-        raise LedgerError(f"ledger event {digest[:12]} is of a layout or kind that is not known")
-    names = ("kind", "branch", "start", "end", "author", "created", "entry", "report")
-    return Event(**{name: raw[name] for name in names}, hash=digest)
-
-
 def _made_again(entry: Entry, weights: Weights) -> bool:
     """Apply an entry's edit; whether its parameters had, and have, the hashes that were noted."""
     if not isinstance(entry.edit, WeightEdit):
@@ -758,50 +543,3 @@ def _made_again(entry: Entry, weights: Weights) -> bool:
     return same and all(
         tensor_hash(weights.value(n)) == digest for n, digest in entry.after.items()
     )
-
-
-# --- bytes -----------------------------------------------------------------------------------------
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 over a tensor's type, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(_as_bytes(tensor).numpy().data)
-    return digest.hexdigest()
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-_GAP = 4
-
-
-def original_bytes(before: Tensor, after: Tensor) -> bytes:
-    """What a tensor was where it changed, as safetensors: runs of elements and their bytes."""
-    size = before.element_size()
-    old, new = _as_bytes(before).reshape(-1, size), _as_bytes(after).reshape(-1, size)
-    at = (old != new).any(1).nonzero().flatten()
-    # a few unchanged elements between cost less than a run of their own
-    breaks = (at.diff() > _GAP).nonzero().flatten()
-    starts = at[torch.cat([torch.zeros(1, dtype=torch.int64), breaks + 1])]
-    ends = at[torch.cat([breaks, torch.tensor([len(at) - 1])])] + 1
-    kept = torch.cat([old[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
-    runs = torch.stack([starts, ends - starts], 1)
-    return written_tensors({"runs": runs.contiguous(), "bytes": kept.contiguous()})
-
-
-def with_original(after: Tensor, data: bytes) -> Tensor:
-    """The tensor as it was, from `original_bytes`."""
-    stored = read_tensors(data)
-    flat = _as_bytes(after).clone().reshape(-1, after.element_size())
-    done = 0
-    for start, n in stored["runs"].tolist():
-        flat[start : start + n] = stored["bytes"][done : done + n]
-        done += n
-    made = flat.reshape(-1).view(after.dtype).reshape(after.shape)
-    return made.to(after.device)

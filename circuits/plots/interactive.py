@@ -1,4 +1,4 @@
-"""Results as figures (layer 6). Zero is in the middle of every diverging scale."""
+"""Results as figures that can be looked into, with Plotly (layer 6)."""
 
 from __future__ import annotations
 
@@ -9,101 +9,11 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from circuits.effects import Effect, Prediction
-from circuits.store import UnitStatistics
+from circuits.plots.colors import BLUE, GREY, ORANGE
 from circuits.tuning import HeatMap, RadialTuning
-from circuits.weights import Connection
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # distinct to colour-blind eyes
 _MARGIN = {"l": 50, "r": 10, "t": 30, "b": 40}
 _LABELLED = 32  # positions whose tokens can be read beside a map
-
-
-def histogram_figure(statistics: UnitStatistics) -> go.Figure:
-    """How often a unit is how active: counts on a log scale over activation."""
-    edges, counts = statistics.edges, statistics.histogram
-    width = edges[1] - edges[0]
-    middles = np.concatenate(
-        [[edges[0] - width / 2], edges[:-1] + width / 2, [edges[-1] + width / 2]]
-    )
-    figure = go.Figure(
-        go.Bar(
-            x=middles,
-            y=np.where(counts > 0, counts, np.nan),
-            width=width,
-            marker_color=BLUE,
-            hovertemplate="activation %{x:.3g}<br>%{y} positions<extra></extra>",
-        )
-    )
-    tail = statistics.tail
-    if np.isfinite(tail.rate):
-        lefts = edges[:-1][edges[:-1] >= tail.threshold]
-        falling = np.exp(-tail.rate * (lefts - tail.threshold))
-        expected = tail.count * (1 - np.exp(-tail.rate * width)) * falling
-        seen = expected >= 0.5
-        figure.add_scatter(
-            x=lefts[seen] + width / 2,
-            y=expected[seen],
-            mode="lines",
-            line_color=ORANGE,
-            hovertemplate="exponential tail: %{y:.3g}<extra></extra>",
-        )
-    figure.add_vline(x=0, line_color=GREY, line_width=1)
-    figure.update_yaxes(type="log", dtick=1, title="positions")
-    figure.update_xaxes(title="activation")
-    figure.update_layout(height=260, margin=_MARGIN, bargap=0, showlegend=False)
-    return figure
-
-
-def kernels_figure(connections: Sequence[Connection], end: str) -> go.Figure:
-    """Kernels as small multiples with one shared colour scale, zero in the middle.
-
-    Args:
-        connections: at least one, all convolution kernels (y x x).
-        end: which unit names each kernel: `source` or `target`.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not connections:
-        raise ValueError("connections is empty: nothing to draw")
-    kernels = [np.atleast_2d(c.kernel.numpy()) for c in connections]
-    limit = max(float(np.abs(k).max()) for k in kernels) or 1.0
-    columns = min(5, len(kernels))
-    rows = -(-len(kernels) // columns)
-    layout: dict[str, object] = {
-        "height": 40 + 150 * rows,
-        "margin": {"l": 5, "r": 5, "t": 40, "b": 5},
-        "coloraxis": {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar_title": "weight"},
-    }  # fmt: skip
-    data, titles = [], []
-    across, down = 0.2 / columns, 0.2 / rows  # of the figure: between panels
-    width, height = (1 - across * (columns - 1)) / columns, (1 - down * (rows - 1)) / rows
-    for i, (connection, kernel) in enumerate(zip(connections, kernels, strict=True)):
-        row, column = divmod(i, columns)
-        left, top = column * (width + across), 1 - row * (height + down)
-        axis = str(i + 1) if i else ""
-        layout[f"xaxis{axis}"] = {
-            "visible": False, "anchor": f"y{axis}", "domain": [left, min(1.0, left + width)],
-        }  # fmt: skip
-        layout[f"yaxis{axis}"] = {  # square by its own axes
-            "visible": False, "anchor": f"x{axis}", "domain": [max(0.0, top - height), top], "scaleanchor": f"x{axis}",
-        }  # fmt: skip
-        unit = getattr(connection, end)
-        titles.append({
-            "text": f"{unit.site}<br>:{unit.index}", "x": left + width / 2, "y": top, "xref": "paper", "yref": "paper",
-            "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font_size": 10,
-        })  # fmt: skip
-        data.append(
-            go.Heatmap(
-                z=kernel[::-1],  # plotly draws the first row at the bottom
-                coloraxis="coloraxis",
-                hovertemplate="%{z:.3g}<extra></extra>",
-                xaxis=f"x{axis}",
-                yaxis=f"y{axis}",
-            )
-        )
-    # all at once: each change of a figure costs as much as making it
-    return go.Figure(data, {**layout, "annotations": titles})
 
 
 def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:

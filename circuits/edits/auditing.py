@@ -1,0 +1,107 @@
+"""Whether anybody changed the ledger behind its back (layer 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+
+from circuits.database import Database
+from circuits.edits.entries import TABLES, Entry, Event, text_hash
+
+
+def verify(database: Database) -> list[str]:
+    """What is wrong with a workspace's ledger, one line each.
+
+    Every hash is taken again: of entries, events, reports and original bytes; every reference is followed, and
+    SQLite checks its own pages.
+    """
+    if not database.path.is_file():
+        return []
+    try:
+        with database.open(*TABLES) as connection:
+            connection.execute("BEGIN")  # all of it as it is now, whoever else writes
+            return list(_faults(connection))
+    except sqlite3.OperationalError as error:
+        if any(word in str(error) for word in ("locked", "readonly", "unable to open", "full")):
+            raise  # that says nothing about the ledger
+        return [f"the database is damaged: {error}"]
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return [f"the database is damaged: {error}"]
+
+
+def _faults(connection: sqlite3.Connection) -> Iterator[str]:
+    for (line,) in connection.execute("PRAGMA integrity_check"):
+        if line != "ok":
+            yield f"the database is damaged: {line}"
+    entries: dict[str, Entry] = {}
+    for digest, model_hash, text in connection.execute("SELECT * FROM edit_entries"):
+        try:
+            entries[digest] = Entry.read(digest, text)
+            if entries[digest].model_hash != model_hash:
+                yield f"ledger entry {digest[:12]} stands under another model"
+        except (ValueError, KeyError, TypeError) as error:
+            yield str(error.args[0])
+    originals: set[str] = set()
+    for digest, data in connection.execute("SELECT hash, bytes FROM edit_originals"):
+        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
+            yield f"original bytes {str(digest)[:12]} were changed"
+        originals.add(digest)
+    reports: set[str] = set()
+    for digest, text in connection.execute("SELECT hash, body FROM edit_reports"):
+        if not isinstance(text, str) or text_hash(text) != digest:
+            yield f"report {str(digest)[:12]} was changed"
+        reports.add(digest)
+    for entry in entries.values():
+        if entry.parent != entry.model_hash and entry.parent not in entries:
+            yield f"ledger entry {entry.hash[:12]} stands on one that is missing: {entry.parent[:12]}"
+        for name, digest in entry.originals.items():
+            if digest not in originals:
+                yield f"original bytes {digest[:12]} of {name} are missing"
+    yield from _event_faults(connection, entries, reports)
+
+
+def _event_faults(
+    connection: sqlite3.Connection, entries: Mapping[str, Entry], reports: set[str]
+) -> Iterator[str]:
+    last: dict[str, str] = {}
+    reached: set[str] = set()
+    heads: dict[tuple[str, str], str] = {}
+    query = "SELECT id, model_hash, branch, hash, body FROM edit_events ORDER BY id"
+    for i, model_hash, branch, digest, text in connection.execute(query):
+        try:
+            event = Event.read(digest, text)
+            raw = json.loads(text)
+        except (ValueError, KeyError, TypeError) as error:
+            yield f"event {i}: {error.args[0]}"
+            continue
+        if (raw["model_hash"], raw["branch"]) != (model_hash, branch):
+            yield f"event {i} was changed: it stands under another model or branch"
+            continue
+        if raw["previous"] != last.get(model_hash, model_hash):
+            yield f"event {i} does not follow the one before it: one is missing or out of order"
+        last[model_hash] = digest
+        ends = {event.start, event.end} | ({event.entry} if event.entry else set())
+        for end in ends - {model_hash}:
+            if end not in entries or entries[end].model_hash != model_hash:
+                yield f"event {i} names an entry that is missing: {end[:12]}"
+        if not _moves(event, entries):
+            yield f"event {i} is no {event.kind}: its entries do not follow each other"
+        head = heads.get((model_hash, branch), model_hash if branch == "main" else event.start)
+        if event.start != head:
+            yield f"event {i} does not begin where branch {branch!r} was"
+        heads[model_hash, branch] = event.end
+        if event.report and event.report not in reports:
+            yield f"report {event.report[:12]} is missing"
+        reached.update(ends)
+    for digest in entries.keys() - reached:
+        yield f"ledger entry {digest[:12]} is in no event: one is missing"
+
+
+def _moves(event: Event, entries: Mapping[str, Entry]) -> bool:
+    """Whether an event's ends are what its kind says; True where an entry is missing, which is told apart."""
+    if event.kind in ("branch", "measure"):
+        return event.start == event.end
+    child, parent = (event.start, event.end) if event.kind == "undo" else (event.end, event.start)
+    return child not in entries or entries[child].parent == parent
