@@ -71,7 +71,7 @@ def stack(model_hash: str) -> Stack:
 
 
 def keep(model_hash: str, stack: Stack) -> None:
-    """Make these the session's edits."""
+    """Make these the session's edits; the tab keeps them when the page runs anew."""
     st.session_state[_STACK + model_hash] = stack
 
 

@@ -22,8 +22,10 @@ def main() -> None:
         st.Page(guarded(view.page), title=TITLES[name], url_path=name, default=name == "home")
         for name, view in VIEWS.items()
     ]
-    st.navigation(pages).run()
-    keeping.keep(editing.kept(), recalls=True)
+    page = st.navigation(pages)
+    with st.sidebar:  # before the page: a change is kept at once, and what was kept is there before anything else
+        keeping.keep(editing.kept(), recalls=True)
+    page.run()
 
 
 main()

@@ -131,7 +131,8 @@ def _keep(record: ModelRecord, done: list[Intervention]) -> None:
         if st.button("Put in force as edits of the model", key="decide-edit"):
             edits = as_recipe(model, done).edits
             editing.keep(record.hash, editing.stack(record.hash).changed(edits))
-            st.success("In force in your session.")
+            st.toast("In force in your session.")
+            st.rerun()  # all of the page: the tab keeps them
         link("edits", "See the edits", model=cached.label_of(record))
         python(
             f"""

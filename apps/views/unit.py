@@ -6,6 +6,7 @@ import streamlit as st
 
 from apps import cached
 from apps.choosing import choose_model, choose_unit, go_to, link, named
+from apps.keys import keys
 from apps.looking import Look, look_at
 from apps.panels.effects import ablation_panel
 from apps.panels.examples import examples_panel, range_panel
@@ -96,19 +97,21 @@ def _heading(look: Look) -> None:
 
 
 def _search(record: ModelRecord, model: HookedModel) -> None:
-    """Units by name, label or address."""
+    """Units by name, class, label or address."""
     words = st.sidebar.text_input(
-        "Search units", key="search", placeholder="curve 45, line:3 …", max_chars=80
+        "Search units  `/`", key="search", placeholder="curve 45, line:3 …", max_chars=80
     )
+    keys({"/": "search"})
     if not words.strip():
         return
     given = {
         str(u): r.body["text"]
         for u, r in names_of(cached.workspace().database, record.hash).items()
     }
+    outputs = {s.name: model.classes for s in model.sites if s.kind == "logit"}
     known = {
         str(Unit(site, i)): name
-        for site, names in model.unit_names.items()
+        for site, names in (outputs | dict(model.unit_names)).items()
         for i, name in enumerate(names)
     }
     wanted = words.lower().split()
