@@ -23,7 +23,9 @@ def main() -> None:
         for name, view in VIEWS.items()
     ]
     page = st.navigation(pages)
-    with st.sidebar:  # before the page: a change is kept at once, and what was kept is there before anything else
+    with (
+        st.sidebar
+    ):  # before the page: a change is kept at once, and what was kept is there before anything else
         keeping.keep(editing.kept(), recalls=True)
     page.run()
 

@@ -455,7 +455,9 @@ def test_a_circuit_is_grown_saved_and_opened_again(server: str, page: Page) -> N
 
 
 def test_units_are_walked_and_searched_by_keys(server: str, page: Page) -> None:
-    page = page.context.new_page()  # a tab that has kept nothing: what comes back would run the page once more
+    page = (
+        page.context.new_page()
+    )  # a tab that has kept nothing: what comes back would run the page once more
 
     def at(unit: str) -> None:
         expect(page.get_by_role("heading", name=unit, level=1)).to_be_visible()
