@@ -476,7 +476,6 @@ def test_units_are_walked_and_searched_by_keys(server: str, page: Page) -> None:
     at("mixed3b:200")
     page.get_by_role("link", name="logits:7 · curve 210°").click()
     at("logits:7")
-    page.close()
 
 
 def test_pages_can_be_read_wide_and_narrow_in_light_and_dark(server: str, page: Page) -> None:
