@@ -23,9 +23,8 @@ def main() -> None:
         for name, view in VIEWS.items()
     ]
     page = st.navigation(pages)
-    with (
-        st.sidebar
-    ):  # before the page: a change is kept at once, and what was kept is there before anything else
+    # before the page: a change is kept at once, and what was kept comes back first
+    with st.sidebar:
         keeping.keep(editing.kept(), recalls=True)
     page.run()
 

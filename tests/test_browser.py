@@ -351,6 +351,10 @@ def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page
     expect(caption(page, "Accuracy on")).to_be_visible()
     assert "random others" in caption(page, "Accuracy on").inner_text()
     shoot(page, "d-switched")
+    page.get_by_role("button", name="Put in force as edits of the model").click()
+    expect(page.get_by_text("In force in your session.")).to_be_visible()
+    page.goto(f"{server}/edits?model=shapes%2Bsae/little")  # a new session: the tab has kept them
+    expect(page.get_by_text(re.compile("units=sae/little:"))).to_be_visible()
 
 
 def test_a_job_edits_and_a_circuit_outlive_a_reload_and_the_server(

@@ -8,7 +8,7 @@ from typing import Literal
 import pandas as pd
 import streamlit as st
 
-from apps import cached, editing
+from apps import cached, editing, keeping
 from apps.cached import Decisions
 from apps.choosing import TROUBLE, line, link, part, python
 from circuits.database import Record
@@ -131,8 +131,8 @@ def _keep(record: ModelRecord, done: list[Intervention]) -> None:
         if st.button("Put in force as edits of the model", key="decide-edit"):
             edits = as_recipe(model, done).edits
             editing.keep(record.hash, editing.stack(record.hash).changed(edits))
-            st.toast("In force in your session.")
-            st.rerun()  # all of the page: the tab keeps them
+            st.success("In force in your session.")
+            keeping.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
         link("edits", "See the edits", model=cached.label_of(record))
         python(
             f"""
