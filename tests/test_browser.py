@@ -458,28 +458,20 @@ def test_a_circuit_is_grown_saved_and_opened_again(server: str, page: Page) -> N
     expect(page.get_by_role("link", name="mine (version 1)")).to_be_visible()
 
 
-def test_units_are_walked_and_searched_by_keys(server: str, page: Page) -> None:
-    page = (
-        page.context.new_page()
-    )  # a tab that has kept nothing: what comes back would run the page once more
-
-    def at(unit: str) -> None:
-        expect(page.get_by_role("heading", name=unit, level=1)).to_be_visible()
-        quiet(page)
-
+def test_a_key_leads_to_the_search_which_finds_classes(server: str, page: Page) -> None:
     page.goto(f"{server}/unit?model=shapes&site=mixed3b&unit=200")
-    at("mixed3b:200")
-    page.keyboard.press("n")
-    at("mixed3b:201")
-    page.keyboard.press("p")
-    at("mixed3b:200")
-    page.keyboard.press("/")
-    page.keyboard.type("curve 210")  # in the field, n and p and / are letters
-    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="next →")).to_be_visible()  # the sidebar is drawn last
     quiet(page)
-    at("mixed3b:200")
+
+    def led() -> bool:
+        page.keyboard.press("/")
+        return page.evaluate("document.activeElement.tagName") == "INPUT"
+
+    waited(led)
+    page.keyboard.type("curve 210")  # in the field, keys are letters
+    page.keyboard.press("Enter")
     page.get_by_role("link", name="logits:7 · curve 210°").click()
-    at("logits:7")
+    expect(page.get_by_role("heading", name="logits:7", level=1)).to_be_visible()
 
 
 def test_pages_can_be_read_wide_and_narrow_in_light_and_dark(server: str, page: Page) -> None:
