@@ -23,10 +23,10 @@ def main() -> None:
         for name, view in VIEWS.items()
     ]
     page = st.navigation(pages)
-    # before the page: a change is kept at once, and what was kept comes back first
-    with st.sidebar:
-        keeping.keep(editing.kept(), recalls=True)
+    with st.sidebar:  # before the page: a change is kept at once
+        keeping.keep(editing.kept(), "keeper-first")
     page.run()
+    keeping.keep(editing.kept(), recalls=True)
 
 
 main()
