@@ -23,6 +23,9 @@ from circuits.workspace import ModelRecord
 TROUBLE = (ValueError, KeyError, OSError, ImportError)
 """What loading and reading raise for things a person can mend; anything else is a bug and shows as one."""
 
+AGAIN = "run again for what was recalled"
+"""In a session whose page runs once more though nobody asked for it: what it has said has to be said again."""
+
 TITLES: Mapping[str, str] = {
     "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "circuit": "Circuit", "edits": "Edits",
     "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
@@ -80,12 +83,18 @@ def choose(
     sidebar: bool = True,
 ) -> str:
     """A select box whose choice is the URL's `parameter`; `show` says how options look."""
-    key = f"choose-{parameter}"
+    key, odd = f"choose-{parameter}", f"odd-{parameter}"
     wanted = st.query_params.get(parameter)
     if wanted is not None and wanted not in options:
         shown = wanted[:80].replace("`", "'")  # as code: a link in a URL must not become one here
-        st.warning(f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`.")
+        st.session_state[odd] = (
+            f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`."
+        )
         wanted = None
+    elif AGAIN not in st.session_state:
+        st.session_state.pop(odd, None)
+    if odd in st.session_state:
+        st.warning(st.session_state[odd])
     value = wanted or options[0]
     st.session_state[key] = value
     st.query_params[parameter] = value

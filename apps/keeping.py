@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import streamlit as st
 from streamlit.components import v2
 
-from apps.choosing import TROUBLE, line
+from apps.choosing import AGAIN, TROUBLE, line
 
 MOST_CHARACTERS = 2_000_000
 """Of one slot; a tab keeps a few of this size."""
@@ -51,6 +51,7 @@ def keep(slots: Mapping[str, str], key: str = "keeper", *, recalls: bool = False
         found = st.session_state[key].recalled
         if isinstance(found, Mapping):
             st.session_state[RECALLED] = {str(slot): str(text) for slot, text in found.items()}
+            st.session_state[AGAIN] = True
 
     def full() -> None:
         if st.session_state[key].full:

@@ -10,7 +10,7 @@ from apps.preparing import ALONE
 
 with ALONE:
     from apps import editing, keeping
-    from apps.choosing import TITLES, guarded
+    from apps.choosing import AGAIN, TITLES, guarded
 
     VIEWS = {name: import_module(f"apps.views.{name}") for name in TITLES}
 
@@ -23,10 +23,12 @@ def main() -> None:
         for name, view in VIEWS.items()
     ]
     page = st.navigation(pages)
-    with st.sidebar:  # before the page: a change is kept at once
-        keeping.keep(editing.kept(), "keeper-first")
+    with (
+        st.sidebar
+    ):  # before the page: a change is kept at once, and what was kept comes back first
+        keeping.keep(editing.kept(), recalls=True)
     page.run()
-    keeping.keep(editing.kept(), recalls=True)
+    st.session_state.pop(AGAIN, None)
 
 
 main()
