@@ -497,7 +497,9 @@ def test_pages_can_be_read_wide_and_narrow_in_light_and_dark(server: str, page: 
 
 def test_odd_urls_and_uploads_get_a_message(server: str, page: Page, tmp_path: Path) -> None:
     script = "<script>window.hacked=1</script>"
-    page.goto(f"{server}/edits?model=cleanroom&on=line:3")  # the tab keeps something: it runs pages once more
+    page.goto(
+        f"{server}/edits?model=cleanroom&on=line:3"
+    )  # the tab keeps something: it runs pages once more
     page.get_by_role("button", name="Add this edit").click()
     expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
     quiet(page)
