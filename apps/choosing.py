@@ -47,8 +47,11 @@ def plain(text: str) -> str:
     >>> plain("![x](http://a.example) :red[b]")
     '\\!\\[x\\]\\(http\\://a.example\\) \\:red\\[b\\]'
     """
-    seen = "".join("�" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
-    return _MARKS.sub(r"\\\1", seen)
+    return _MARKS.sub(r"\\\1", _seen(text))
+
+
+def _seen(text: str) -> str:
+    return "".join("�" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
 
 
 _MARKS = re.compile(r"([\\`*_\[\](){}<>$~:!#|@&])")
@@ -86,7 +89,9 @@ def choose(
     key, odd = f"choose-{parameter}", f"odd-{parameter}"
     wanted = st.query_params.get(parameter)
     if wanted is not None and wanted not in options:
-        shown = wanted[:80].replace("`", "'")  # as code: a link in a URL must not become one here
+        shown = _seen(wanted[:80]).replace(
+            "`", "'"
+        )  # as code: a link in a URL must not become one here
         st.session_state[odd] = (
             f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`."
         )
