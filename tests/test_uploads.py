@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, TiffImagePlugin
 
@@ -247,6 +247,9 @@ def test_damage_gives_an_image_or_one_line(form: str, changes: list[tuple[int, i
 
 # --- names -------------------------------------------------------------------------------------
 
+ODD = " ._=…/<aeK\u00a0\u200d\u0085\u0301\u0308\u0328\u0338\u0344\u0958\u1100\u1161\u11a8\u212b\u2028\U0001d15e"
+"""Letters that compose and those that never do, marks, what is removed, what is replaced, spaces."""
+
 
 @pytest.mark.parametrize(
     ("name", "shown"),
@@ -269,10 +272,20 @@ def test_names_are_shown_harmlessly(name: str, shown: str) -> None:
     assert refusal(b"text", name).startswith(f"image {shown!r} cannot be read")
 
 
-@given(st.text())
+@given(st.text() | st.text(ODD, min_size=55, max_size=70))
+@example("x" * 61)  # the mark of what was cut out stays
+@example("x" * 44 + "…" + "x" * 15)
+@example("x" * 43 + "   " + "y" * 15 + " ")  # spaces around the cut
+@example("a\u200d\u0308.png")  # a letter and its mark meet when what was between them is gone
+@example("=\u200d\u0338.png")  # and may become a character that is not kept
+@example("\u1100\u200d\u1161\u200d\u11a8")
+@example("x" * 45 + "a" + "\u0308" * 15)  # a mark without its letter behind the cut
+@example("a\u0328\u0301" * 20 + "\u0344")
+@example("\u0958" * 31)  # a letter that is always written as two
 def test_any_name_is_short_and_printable(name: str) -> None:
     shown = shown_name(name)
     assert 1 <= len(shown) <= 60
+    assert shown.isprintable()
     assert not set(shown) & set("/\\<>&'\"`*[]$:|~#\n")
     assert shown_name(shown) == shown
 

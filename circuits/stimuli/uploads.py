@@ -50,21 +50,24 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
 def shown_name(name: str) -> str:
     """A file's name as it can be shown anywhere: its last part, at most 60 harmless characters.
 
-    Letters and digits of all scripts, spaces and `. - _ ( ) + , @ =` are kept, control characters removed,
+    Letters and digits of all scripts, spaces and `. - _ ( ) + , @ = …` are kept, control characters removed,
     others (also those that mean something in HTML or Markdown) become `_`. A long name loses its middle.
+    What is shown is its own short form: `shown_name(shown_name(name)) == shown_name(name)`.
 
     >>> shown_name("../../etc/passwd")
     'passwd'
     >>> shown_name("<b>cat</b>.png")
     'b_.png'
     """
-    last = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
-    kept = "".join(_harmless(c) for c in last if unicodedata.category(c)[0] != "C").strip()
+    last = re.split(r"[/\\]", name)[-1]
+    printable = "".join(c for c in last if unicodedata.category(c)[0] != "C")
+    composed = unicodedata.normalize("NFC", printable)  # after that: control characters part marks
+    kept = "".join(map(_harmless, composed)).strip()
     if len(kept) > _LONGEST:
         kept = f"{kept[: _LONGEST - _ENDING - 1]}…{kept[-_ENDING:]}"
     return kept or "without a name"
 
 
 def _harmless(character: str) -> str:
-    kept = character.isalnum() or character in " .-_()+,@="
+    kept = character.isalnum() or character in " .-_()+,@=…"
     return character if kept or unicodedata.category(character)[0] == "M" else "_"
