@@ -231,8 +231,8 @@ def trace(
     """Run `forward` once and list every tensor that `modules` put out, in order of execution.
 
     `given` is the first tensor that the module was called with. A module called several times
-    gives `name@0`, `name@1`, …; a nested output gives `name[0]`, `name[key]`, …. Tensors that a
-    later step overwrites in place are marked on their taps.
+    gives `name@0`, `name@1`, …; a nested output gives `name[0]`, `name[key]`, …. A name that is
+    taken gets a `_`. Tensors that a later step overwrites in place are marked on their taps.
     """
     seen: list[tuple[str, Tap, Tensor, int, Tensor | None]] = []
     calls: Counter[str] = Counter()
@@ -257,11 +257,15 @@ def trace(
         for handle in handles:
             handle.remove()
     parts = Counter((name, tap.call) for name, tap, *_ in seen)
-    traces = []
+    traces: list[Trace] = []
+    taken: set[str] = set()
     for name, tap, value, version, given in seen:
         label = name if calls[name] == 1 else f"{name}@{tap.call}"
         if parts[name, tap.call] > 1:
             label += "".join(f"[{_FORBIDDEN.sub('_', str(key))}]" for key in tap.path)
+        while label in taken:
+            label += "_"
+        taken.add(label)
         overwritten = value._version != version
         traces.append(Trace(replace(tap, overwritten=overwritten), label, value, given))
     return traces

@@ -260,6 +260,33 @@ def test_odd_layouts_are_understood() -> None:
     assert model.logits(x).shape == (4, 3)
 
 
+def test_modules_and_outputs_of_one_name_as_sites_stay_apart() -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> dict[object, Tensor]:
+            return {"a b": x + 1, "a_b": x + 2, 0: x + 3, "0": x + 4}
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("in:1", Several())
+            self.add_module("in_1", nn.Identity())
+            self.add_module("in 1", nn.ReLU())
+            self.add_module("in_1__", nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            many, same, relu, sigmoid = self.children()
+            return sigmoid(relu(same(many(x)["a_b"])))
+
+    model = HookedModel(Outer(), (1, 2, 2))
+    x = torch.full((1, 1, 2, 2), -3.0)
+    wanted = {"in_1_[a_b]": -2.0, "in_1_[a_b]_": -1.0, "in_1_[0]": 0.0, "in_1_[0]_": 1.0}
+    wanted |= {"in_1": -1.0, "in_1___": 0.0, "in_1__": 0.5}
+    assert {s.name for s in model.sites} == set(wanted)
+    cache = model.run(x, read=list(wanted))
+    for name, value in wanted.items():
+        assert cache[name].eq(value).all(), name
+
+
 def test_precision_follows_the_model() -> None:
     model = HookedModel(seeded(OwnNet().double()), OwnNet.input_shape)
     out = model.logits(torch.rand(2, 5, 40, 56))

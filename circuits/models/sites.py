@@ -137,11 +137,15 @@ Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
 
 
 def _modules(root: nn.Module) -> Named:
-    return {
-        re.sub(r"[\s:,+*]|^-", "_", name): (module, ())
-        for name, module in root.named_modules()
-        if name
-    }
+    """Every module, under its own name or, where no site can have it, under the nearest that is free."""
+    modules = {name: module for name, module in root.named_modules() if name}
+    found: Named = {}
+    for name, module in modules.items():
+        allowed = re.sub(r"[\s:,+*]|^-", "_", name)
+        while allowed != name and (allowed in modules or allowed in found):
+            allowed += "_"
+        found[allowed] = (module, ())
+    return found
 
 
 def _spot_site(t: Trace, spot: Spot) -> Site:
