@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,8 @@ ROOT = "CIRCUITS_WORKSPACE"
 
 TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
 """Environment variable: the app may load the workspace's `python:` models, that is run their code."""
+
+_LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file systems take
 
 _OF_UNIT = re.compile(r"(?P<unit>[^:]+:(0|[1-9][0-9]*))-[0-9]+steps-")
 
@@ -147,7 +150,10 @@ class Workspace:
         return sorted(found, key=lambda path: -path.stat().st_mtime)
 
     def pictured(self, model_hash: str) -> Iterator[tuple[Unit, Path]]:
-        """The pictures of all units, oldest first; those of other objectives are left out."""
+        """The pictures of all units, oldest first.
+
+        Those of other objectives are left out, and those of units whose names are too long for a file's.
+        """
         found = (self.model_folder(model_hash) / "pictures").glob("*.png")
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if name := _OF_UNIT.match(path.name):
@@ -165,4 +171,9 @@ def _read_record(path: Path) -> ModelRecord | None:
 
 
 def _file_name(target: str) -> str:
-    return target.replace("%", "%25").replace("/", "%2F")[:160]
+    """Of a target and of no other, in at most 160 bytes: a long one ends in its hash."""
+    name = target.replace("%", "%25").replace("/", "%2F")
+    if len(name.encode()) <= _LONGEST:
+        return name
+    mark = f"~{hashlib.sha256(target.encode()).hexdigest()[:DIGITS]}"
+    return name.encode()[: _LONGEST - len(mark)].decode(errors="ignore") + mark

@@ -1,0 +1,37 @@
+"""The workspace: names of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from circuits.units import Unit
+from circuits.workspace import Workspace
+
+HASH = "0" * 64
+
+
+def test_pictures_of_two_targets_are_two_files(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    terms = " + ".join(f"channel(conv:{i})" for i in range(20))
+    letters = "\u732b" * 100  # 300 bytes
+    targets = [f"{terms}{end}" for end in (" + a", " + b", "/", "%2F")] + [
+        *(f"{letters}:{i}" for i in (1, 12)),
+        *("conv/1:2", "conv%2F1:2", "conv:2"),
+    ]
+    paths = {place.picture_path(HASH, target, "64steps-512px-seed0") for target in targets}
+    assert len(paths) == len(targets)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # a file system takes it
+        assert path.parent == tmp_path / HASH[:16] / "pictures"
+
+
+def test_a_picture_is_found_by_its_unit(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    units = [Unit("conv/1", 2), Unit("conv%2F1", 2), Unit("conv" * 100, 1), Unit("conv" * 100, 12)]
+    for unit in units:
+        path = place.picture_path(HASH, str(unit), "64steps-512px-seed0")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert place.pictures(HASH, unit) == [path]
+    assert {unit for unit, _ in place.pictured(HASH)} == set(units[:2]), "never another unit"
