@@ -18,6 +18,7 @@ import torch
 from circuits.autoencoders import Autoencoder, load_autoencoder
 from circuits.harvesting import Inputs, harvest
 from circuits.models.adapter import HookedModel
+from circuits.models.attaching import check_name
 from circuits.models.loading import load_model
 from circuits.sae import (
     ArrayRows,
@@ -144,6 +145,14 @@ def test_rows_of_a_store_are_those_of_the_model(
     assert np.array_equal(a.position[:n], b.position[:n])
     heads = StoreRows(store, "blocks.0.attn.hook_z")
     assert heads.about["width"] == 64
+
+
+def test_settings_that_differ_are_called_differently() -> None:
+    sizes = (0.1, 0.12345671, 0.12345672, 1.0, 1000000.0, 1000001.0, 1e-05)
+    labels = [Settings("relu", 8, sparsity=size).label() for size in sizes]
+    assert labels[0] == "relu-8-l0_1-s0"
+    assert labels[3] == "relu-8-l1-s0"
+    assert len(set(map(check_name, labels))) == len(sizes)
 
 
 def test_the_geometric_median_has_the_least_sum_of_distances() -> None:

@@ -87,7 +87,8 @@ class Settings:
     def label(self) -> str:
         """What tells it from others trained beside it."""
         by_count = self.architecture in _BY_COUNT
-        how = f"k{self.k}" if by_count else f"l{self.sparsity:g}".replace(".", "_")
+        sparsity = repr(self.sparsity).removesuffix(".0").replace(".", "_")  # every digit counts
+        how = f"k{self.k}" if by_count else f"l{sparsity}"
         return f"{self.architecture}-{self.n_latents}-{how}-s{self.seed}"
 
 
