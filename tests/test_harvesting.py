@@ -193,6 +193,12 @@ def test_store_of_something_else_is_stale(model: HookedModel, tmp_path: Path) ->
     path.write_text(json.dumps(raw | {"version": "0.0.1"}))
     with pytest.raises(StaleCacheError, match=r"version was 0\.0\.1.*delete the folder"):
         harvest(model, source, ["line"], Workspace(tmp_path))
+    long = raw["model_hash"][:-1] + "-"
+    path.write_text(json.dumps(raw | {"model_hash": long}))
+    with pytest.raises(
+        StaleCacheError, match=rf"was ….*{long[-9:]}, is ….*{raw['model_hash'][-9:]};"
+    ):
+        harvest(model, source, ["line"], Workspace(tmp_path))
     for text in ("{", "null", "5"):
         path.write_text(text)
         with pytest.raises(ValueError, match="damaged"):

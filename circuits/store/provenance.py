@@ -132,7 +132,8 @@ class Provenance:
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             # json has no tuples
             if json.dumps(ours, default=asdict) != json.dumps(theirs, default=asdict):
-                return f"{field.name} was {_short(theirs)}, is {_short(ours)}"
+                was, now = _where_unlike(theirs, ours)
+                return f"{field.name} was {was}, is {now}"
         return None
 
 
@@ -147,6 +148,19 @@ def _of(kind: type, raw: dict[str, Any]) -> Any:
     return kind(**{**raw, **lists})
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _where_unlike(one: Any, other: Any) -> tuple[str, str]:
+    """Two values for a message: in full if both are short, else from just before they first differ.
+
+    >>> _where_unlike(list(range(30)), [*range(29), 7])
+    ('…24, 25, 26, 27, 28, 29]', '…24, 25, 26, 27, 28, 7]')
+    """
+    a, b = str(one), str(other)
+    shortest = min(len(a), len(b))
+    same = next((i for i in range(shortest) if a[i] != b[i]), shortest)
+    start = max(same - 20, 0) if max(len(a), len(b)) > 60 else 0
+    return _excerpt(a, start), _excerpt(b, start)
+
+
+def _excerpt(text: str, start: int) -> str:
+    kept = text[start:] if len(text) - start <= 60 else f"{text[start : start + 57]}…"
+    return f"…{kept}" if start else kept
