@@ -5,7 +5,7 @@ STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo app test lint check format bench clean
+.PHONY: setup demo app test fuzz lint check format bench clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,14 @@ SPREAD := --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) $(ARGS)
+
+# Searches for inputs that break a property; `make fuzz SEED=n` repeats the search that printed n.
+fuzz: $(STAMP)
+	@seed=$(or $(SEED),$$($(BIN)/python -c "import secrets; print(secrets.randbits(32))")); \
+	echo "SEED=$$seed"; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) -m hypothesis --timeout=3600 \
+	  --hypothesis-profile=fuzz --hypothesis-seed=$$seed tests $(ARGS) \
+	  || { echo "to repeat it: make fuzz SEED=$$seed"; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

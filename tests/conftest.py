@@ -1,19 +1,61 @@
-"""Tiny seeded models and the optional real ones."""
+"""Tiny seeded models, the optional real ones, and how Hypothesis searches."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
+import circuits
 from circuits.models.adapter import HookedModel
 from circuits.models.inception import Concatenate
 from circuits.models.inputs import TokenInput
 from circuits.models.transformers import native_bridge
+
+settings.register_profile(
+    "gate",  # the same examples in every run, on any machine
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "fuzz",  # `make fuzz`: others for every seed, and twenty times as many
+    database=None,  # a failure depends on the seed alone, not on failures before
+    deadline=None,
+    max_examples=20 * settings.default.max_examples,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("gate")
+
+
+def examples(n: int) -> int:
+    """`n` examples, for a test that needs fewer or more than usual; in the profile `fuzz` twenty times as many."""
+    return n * settings.default.max_examples // settings.get_profile("gate").max_examples
+
+
+@pytest.hookimpl(trylast=True)  # after Hypothesis's own
+def pytest_sessionstart() -> None:
+    """Fix the literals of our code among which Hypothesis draws.
+
+    It takes them from whatever modules are loaded, so that examples would change with other tests and any
+    change to the code. The gate does without them; a search takes those of the whole package.
+    """
+    literals = providers.Constants()
+    if settings.get_current_profile_name() == "fuzz":
+        for found in pkgutil.walk_packages(circuits.__path__, "circuits."):
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
+        literals = providers._get_local_constants()
+    providers._get_local_constants = lambda: literals
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,7 +65,7 @@ def test_recipes_load_what_they_save(tmp_path_factory, made, note: str) -> None:
         else:
             edits.append(FilterWeights(into=units, keep="negative"))
     recipe = Recipe(tuple(edits), "a" * 64, note, "somebody", 7)
-    path = tmp_path_factory.mktemp("recipe") / "r.json"
+    path = tmp_path_factory.getbasetemp() / "recipe.json"
     recipe.save(path)
     assert Recipe.load(path) == recipe
 

@@ -49,7 +49,7 @@ from circuits.models.loading import load_model
 from circuits.units import Unit
 from circuits.weights import expand_weights, incoming, outgoing, raw_weights
 from circuits.weights.graphs import build_graph, expanded_block
-from tests.conftest import seeded
+from tests.conftest import examples, seeded
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def circuits(draw: st.DrawFn) -> CircuitGraph:
 # the type checker looks at a random element of a tuple, which Hypothesis takes for the strategy's doing
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 @pytest.mark.parametrize("format", ["json", "graphml", "gexf", "attribution"])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
 @given(graph=circuits())
 def test_every_format_is_read_back_equal(format: str, tmp_path: Path, graph: CircuitGraph) -> None:
     path = tmp_path / "circuit"

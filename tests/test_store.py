@@ -28,6 +28,7 @@ from circuits.store.rows import Rows
 from circuits.store.summaries import BINS, edges, histogram_range, skewness_and_kurtosis
 from circuits.units import Site, Unit
 from circuits.workspace import Workspace
+from tests.conftest import examples
 
 
 def site(shape: tuple[int, ...], axes: tuple[str, ...], unit_axis: int) -> Site:
@@ -122,7 +123,7 @@ def test_compiled_and_torch_statistics_agree() -> None:
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_order_of_bits_is_the_order_of_numbers(numbers: list[float]) -> None:
     values = np.array(numbers, np.float32)
     keys = kernels.ordered(values.view(np.int32))

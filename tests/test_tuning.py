@@ -23,6 +23,7 @@ from circuits.tuning import (
     radial_tuning,
 )
 from circuits.tuning.measures import echo, half_width, preferred
+from tests.conftest import examples
 
 TURN = np.arange(360.0)
 
@@ -34,7 +35,7 @@ def bump(center: float, width: float, opposite: float = 0.0) -> np.ndarray:
     return np.maximum(0, 1 - away / width) + opposite * np.maximum(0, 1 - back / width)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 @given(st.integers(0, 359), st.integers(10, 80), st.floats(0, 0.9))
 def test_measures_of_a_known_curve(center: int, width: int, opposite: float) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from circuits.stimuli.uploads import FORMATS, MAX_BYTES, decode_image, shown_name
+from tests.conftest import examples
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -226,7 +227,7 @@ def test_what_is_cut_off_is_refused(form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-@settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(FORMATS),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
