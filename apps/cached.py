@@ -11,6 +11,7 @@ import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,19 +29,22 @@ from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
+from circuits.examples import Examples
 from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
-from circuits.harvesting import Inputs, find_stores
+from circuits.harvesting import find_stores
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.models.randomizing import randomized
 from circuits.models.receptive import ReceptiveField, receptive_field
 from circuits.sae import Bottleneck, Intervention, intervene, train_bottleneck
-from circuits.sae.bottleneck import Accuracy, Effect
+from circuits.sae.bottleneck import Accuracy, InterventionReport
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
+from circuits.tasks import Task, of_examples
+from circuits.tasks.builtin import STATED, load_task, names_of
 from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
 from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
@@ -53,6 +57,9 @@ TURN = 10.0
 
 KEPT = 512
 """Reports of edits that are kept."""
+
+RANDOM = 19
+"""Random edits that a page compares with, where an answer is wanted soon; the command line takes more."""
 
 
 def workspace() -> Workspace:
@@ -97,23 +104,68 @@ def stores_of(record: ModelRecord) -> list[ActivationStore]:
 
 
 @st.cache_resource(show_spinner="Opening the data…", max_entries=8)
-def _inputs(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Inputs:
+def _examples(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Examples:
     if data.startswith("python:"):
         _check_trust(f"data {data}")
     source: Source = open_source(data)
     if source.hash != data_hash:
         raise ValueError(f"data {data} is not what it was when the model was harvested on it")
-    return Inputs(_model, source)
+    return Examples(_model, source, None, skip_bad=True)
 
 
-def inputs_of(model: HookedModel, store: ActivationStore) -> Inputs:
-    """The examples that a store was made from.
+def examples_of(model: HookedModel, store: ActivationStore) -> Examples:
+    """The examples that a store was made from, all of them.
 
     Raises:
         ValueError, OSError: if they are gone or have changed.
     """
     p = store.provenance
-    return _inputs(p.model_hash, p.data, p.data_hash, model)
+    return _examples(p.model_hash, p.data, p.data_hash, model)
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def _labels(data_hash: str, classes: tuple[str, ...], _source: Source) -> list[int] | None:
+    with suppress(ValueError):  # they have none
+        return read_labels(_source, classes)
+    return None
+
+
+def labels_of(model: HookedModel, store: ActivationStore) -> list[int] | None:
+    """The class of each example that a store was made from, as their names tell; None if they do not.
+
+    Raises:
+        ValueError, OSError: if the examples are gone or have changed.
+    """
+    if not model.classes:
+        return None
+    return _labels(store.provenance.data_hash, model.classes, examples_of(model, store).source)
+
+
+def tasks_of(model: HookedModel) -> list[str]:
+    """The tasks that a model has by name, its own first."""
+    return names_of(model)
+
+
+@st.cache_resource(show_spinner="Making the task…", max_entries=64)
+def _task(
+    model_hash: str, name: str, n: int, data_hash: str, _model: HookedModel, _store: ActivationStore | None
+) -> Task:  # fmt: skip
+    if name not in STATED:
+        return load_task(_model, name, n=n)
+    assert _store is not None, "these tasks need data"
+    source = examples_of(_model, _store).source
+    labels = labels_of(_model, _store) if name == "classes" else None
+    return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True))
+
+
+def task_of(model: HookedModel, name: str, n: int, store: ActivationStore | None) -> Task:
+    """A task by name; of those that examples state by themselves, on what a store was made from.
+
+    Raises:
+        ValueError, OSError: if it does not fit the model, or the examples are gone or have changed.
+    """
+    data_hash = "" if store is None else store.provenance.data_hash
+    return _task(model.intact_hash, name, n, data_hash, model, store)
 
 
 def field_of(model: HookedModel, site: str) -> ReceptiveField:
@@ -136,64 +188,36 @@ def connections_of(
     return _connections(model_hash, str(unit), top, model)
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """One input that a page is about.
-
-    Attributes:
-        key: says the same of the same input only.
-        name: for people.
-        x: a batch of one, as the model takes it.
-        picture: as people see it, of an image.
-        tokens: of a text.
-        code: the Python that makes `x`.
-    """
-
-    key: str
-    name: str
-    x: Tensor
-    picture: Image.Image | None
-    tokens: tuple[int, ...]
-    code: str
-
-
 @st.cache_data(show_spinner=False, max_entries=1024)
 def _predictions(
-    model_hash: str,
-    key: str,
-    edits: str,
-    of: tuple[int, ...],
-    _model: HookedModel,
-    _recipe: Recipe,
-    _x: Tensor,
-) -> list[Prediction]:
+    model_hash: str, key: str, edits: str, of: tuple[int, ...], _model: HookedModel, _recipe: Recipe, _one: Examples
+) -> list[Prediction]:  # fmt: skip
     with edited(_model, _recipe):
-        return predictions(_model, _x, of=of or None)
+        return predictions(_model, _one, of=of or None)
 
 
 def predictions_of(
-    model: HookedModel, recipe: Recipe, shown: Shown, of: Sequence[int] = ()
+    model: HookedModel, recipe: Recipe, one: Examples, of: Sequence[int] = ()
 ) -> list[Prediction]:
-    """What an edited model makes of an input: its top outputs, or those asked for.
+    """What an edited model makes of one example: its top outputs, or those asked for.
 
     The edits hold only while this runs, under the model's lock: other sessions never see them.
     """
-    return _predictions(
-        model.intact_hash, shown.key, identity(recipe), tuple(of), model, recipe, shown.x
-    )
+    key = one.identity(0)
+    return _predictions(model.intact_hash, key, identity(recipe), tuple(of), model, recipe, one)
 
 
 @st.cache_data(show_spinner=False, max_entries=512)
 def _losses(
-    model_hash: str, key: str, edits: str, _model: HookedModel, _recipe: Recipe, _x: Tensor
+    model_hash: str, key: str, edits: str, _model: HookedModel, _recipe: Recipe, _one: Examples
 ) -> np.ndarray:
     with edited(_model, _recipe):
-        return token_losses(_model, _x)[0].cpu().numpy()
+        return token_losses(_model, _one)[0].cpu().numpy()
 
 
-def losses_of(model: HookedModel, recipe: Recipe, shown: Shown) -> np.ndarray:
+def losses_of(model: HookedModel, recipe: Recipe, one: Examples) -> np.ndarray:
     """How surprised an edited model is by each token of a text but the first, in nats."""
-    return _losses(model.intact_hash, shown.key, identity(recipe), model, recipe, shown.x)
+    return _losses(model.intact_hash, one.identity(0), identity(recipe), model, recipe, one)
 
 
 def identity(recipe: Recipe) -> str:
@@ -239,25 +263,14 @@ def _reports() -> OrderedDict[tuple[str, ...], EditReport]:
 def measured(
     model: HookedModel,
     recipe: Recipe,
-    inputs: Inputs,
-    examples: range,
-    tuning: str = "",
+    task: Task,
     progress: Callable[[int, int], object] | None = None,
 ) -> EditReport | None:
-    """What edits do to some examples, beside random twins; without `progress` only if it is known already."""
+    """What edits do on a task, compared with random edits; without `progress` only if it is known already."""
     kept = _reports()  # by hand: a progress bar cannot be moved inside st.cache_*
-    key = (model.intact_hash, identity(recipe), inputs.source.hash, str(examples), tuning)
+    key = (model.intact_hash, identity(recipe), task.hash)
     if key not in kept and progress is not None:
-        try:
-            known = read_labels(inputs.source, model.classes)
-            labels = [known[i] for i in examples]
-        except ValueError:  # they have none
-            labels = None
-        passes = inputs.passes(examples, 16)
-        kept[key] = measure(
-            model, recipe, [inputs.batch(p) for p in passes], labels=labels,
-            tuning=[tuning] if tuning else (), data=inputs.source.spec, progress=progress,
-        )  # fmt: skip
+        kept[key] = measure(model, recipe, task, n_random=RANDOM, progress=progress)
         while len(kept) > KEPT:
             kept.popitem(last=False)
     return kept.get(key)
@@ -421,15 +434,16 @@ def _recorded(
     edits: str,
     _model: HookedModel,
     _recipe: Recipe,
-    _x: Tensor,
+    _one: Examples,
 ) -> Tensor:
     with edited(_model, _recipe):
-        return _model.run(_x, read=[site])[site]
+        return _model.run(_one.inputs, read=[site])[site]
 
 
-def recorded(model: HookedModel, recipe: Recipe, shown: Shown, site: str) -> Tensor:
-    """What a site holds for an input, in the edited model."""
-    return _recorded(model.intact_hash, shown.key, site, identity(recipe), model, recipe, shown.x)
+def recorded(model: HookedModel, recipe: Recipe, one: Examples, site: str) -> Tensor:
+    """What a site holds for one example, in the edited model."""
+    key = one.identity(0)
+    return _recorded(model.intact_hash, key, site, identity(recipe), model, recipe, one)
 
 
 @st.cache_resource(show_spinner="Attributing…", max_entries=256)
@@ -440,36 +454,36 @@ def _attributed(
     target: str,
     method: ChannelMethod,
     _model: HookedModel,
-    _x: Tensor,
+    _one: Examples,
 ) -> Attribution:
-    return attribute(_model, _x, target, site, method)
+    return attribute(_model, _one, target, site, method)
 
 
 def attributed(
-    model: HookedModel, shown: Shown, site: str, target: str, method: ChannelMethod
+    model: HookedModel, one: Examples, site: str, target: str, method: ChannelMethod
 ) -> Attribution:
     """Which units of a site are responsible for a target.
 
     Raises:
         KeyError, ValueError: if the target is unknown or not behind the site.
     """
-    return _attributed(model.intact_hash, shown.key, site, target, method, model, shown.x)
+    return _attributed(model.intact_hash, one.identity(0), site, target, method, model, one)
 
 
 @st.cache_resource(show_spinner="Attributing to pixels…", max_entries=256)
 def _salient(
-    model_hash: str, key: str, target: str, method: PixelMethod, _model: HookedModel, _x: Tensor
+    model_hash: str, key: str, target: str, method: PixelMethod, _model: HookedModel, _one: Examples
 ) -> Attribution:
-    return saliency(_model, _x, target, method)
+    return saliency(_model, _one, target, method)
 
 
-def salient(model: HookedModel, shown: Shown, target: str, method: PixelMethod) -> Attribution:
+def salient(model: HookedModel, one: Examples, target: str, method: PixelMethod) -> Attribution:
     """Which pixels are responsible for a target.
 
     Raises:
         KeyError, ValueError: if the target is unknown or the model takes tokens.
     """
-    return _salient(model.intact_hash, shown.key, target, method, model, shown.x)
+    return _salient(model.intact_hash, one.identity(0), target, method, model, one)
 
 
 def label_of(record: ModelRecord) -> str:
@@ -532,29 +546,29 @@ class Decisions:
 
 @st.cache_resource(show_spinner="Classifying with latents…", max_entries=16)
 def _decisions(
-    folder: str, site: str, seed: int, _model: HookedModel, _store: ActivationStore, _inputs: Inputs
+    folder: str, site: str, seed: int, _model: HookedModel, _store: ActivationStore
 ) -> Decisions:
-    labels = read_labels(_inputs.source, _model.classes)
+    labels = labels_of(_model, _store)
+    if labels is None:
+        raise ValueError(f"examples of {_store.provenance.data} have no classes")
     units = np.nan_to_num(_store.summary(site).mean)
     first = np.random.default_rng(seed).permutation(len(labels)) < len(labels) // 2
     own = np.array(labels)
     found = train_bottleneck(
         site, units[first], own[first].tolist(), _model.classes, model_hash=_model.intact_hash,
-        data=_inputs.source.spec, seed=seed,
+        data=_store.provenance.data, seed=seed,
     )  # fmt: skip
     accuracy = found.accuracy(units[~first], own[~first].tolist(), seed)
     return Decisions(found, units, labels, np.flatnonzero(~first).tolist(), accuracy)
 
 
-def decisions_of(
-    model: HookedModel, store: ActivationStore, site: str, inputs: Inputs, seed: int = 0
-) -> Decisions:
+def decisions_of(model: HookedModel, store: ActivationStore, site: str, seed: int = 0) -> Decisions:
     """A classifier on latents, from what has been harvested of them.
 
     Raises:
         ValueError: if the examples have no labels, or fewer than two classes.
     """
-    return _decisions(str(store.folder), site, seed, model, store, inputs)
+    return _decisions(str(store.folder), site, seed, model, store)
 
 
 @st.cache_data(show_spinner="Beside random latents…", max_entries=256)
@@ -565,7 +579,7 @@ def _intervened(
     done: str,
     _made: Decisions,
     _interventions: Sequence[Intervention],
-) -> Effect:
+) -> InterventionReport:
     made = _made
     kept = [made.labels[i] for i in made.rest]
     return intervene(made.bottleneck, made.units[made.rest], kept, _interventions, seed=seed)
@@ -573,7 +587,7 @@ def _intervened(
 
 def intervened(
     store: ActivationStore, made: Decisions, interventions: Sequence[Intervention], seed: int = 0
-) -> Effect:
+) -> InterventionReport:
     """What switching latents does to decisions about examples held out."""
     done = "; ".join(str(i.edit) for i in interventions)
     return _intervened(str(store.folder), made.bottleneck.site, seed, done, made, interventions)

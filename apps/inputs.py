@@ -5,19 +5,14 @@ What a person brings stays in their session's memory: nothing of it is written, 
 
 from __future__ import annotations
 
-import hashlib
-
 import streamlit as st
-import torch
 from PIL import Image
 
 from apps import cached
-from apps.cached import Shown
 from apps.choosing import choose, line
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
-from circuits.stimuli.images import ImageSource
 from circuits.stimuli.uploads import decode_image
 from circuits.workspace import ModelRecord
 
@@ -27,44 +22,41 @@ _LONGEST = 20_000
 """Characters of a text."""
 
 
-def shown_example(model: HookedModel, inputs: Inputs, example: int) -> Shown:
-    """An example of a dataset."""
-    source, spec = inputs.source, model.input
-    picture = None
-    if isinstance(source, ImageSource) and isinstance(spec, ImageInput):
-        picture = spec.fit(inputs.picture(example)).convert("RGB")
-    tokens = () if isinstance(source, ImageSource) else tuple(inputs.tokens(example))
-    code = f"x = circuits.Inputs(model, circuits.open_source({source.spec!r})).batch([{example}])"
-    return Shown(
-        f"{source.hash} {example}",
-        source.names[example],
-        inputs.batch([example]),
-        picture,
-        tokens,
-        code,
-    )
+def picture_of(one: Examples) -> Image.Image | None:
+    """An image as the model sees it, for people; None of a text."""
+    spec = one.model.input
+    return spec.fit(one.picture(0)).convert("RGB") if isinstance(spec, ImageInput) else None
 
 
-def choose_input(record: ModelRecord, model: HookedModel) -> Shown | None:
-    """An input from the model's data, or the person's own; None, after saying why, if there is none yet."""
+def code_of(one: Examples) -> str:
+    """The Python that makes an example."""
+    if one.data == "pictures":
+        made = 'pictures(model, [PIL.Image.open("your picture.png")])'
+    elif one.data == "texts":
+        made = f"texts(model, [{one.tokens(0)}])"
+    else:
+        return f"examples = circuits.Examples(model, {one.data!r}, None).subset([{one.numbers[0]}])"
+    return f"examples = circuits.Examples.{made}"
+
+
+def choose_input(record: ModelRecord, model: HookedModel) -> Examples | None:
+    """One example from the model's data, or the person's own; None, after saying why, if there is none yet."""
     stores = {s.provenance.data: s for s in cached.stores_of(record)}
     where = choose("Input from", [*stores, OWN], "from")
     if where == OWN:
         return _own_picture(model) if isinstance(model.input, ImageInput) else _own_text(model)
     try:
-        inputs = cached.inputs_of(model, stores[where])
+        examples = cached.examples_of(model, stores[where])
     except (ValueError, OSError, ImportError) as error:
         st.warning(f"The examples cannot be shown: {line(error)}")
         return None
-    names = inputs.source.names
+    names = examples.names
     options = [str(i) for i in range(len(names))]
     index = choose("Example", options, "example", show=lambda i: f"{i} · {names[int(i)]}")
-    return shown_example(model, inputs, int(index))
+    return examples.subset([int(index)])
 
 
-def _own_picture(model: HookedModel) -> Shown | None:
-    spec = model.input
-    assert isinstance(spec, ImageInput), "chosen by the caller"
+def _own_picture(model: HookedModel) -> Examples | None:
     file = st.file_uploader(
         "A picture, at most 20 MB", type=_TYPES, key="upload", max_upload_size=20
     )
@@ -74,18 +66,15 @@ def _own_picture(model: HookedModel) -> Shown | None:
         except ValueError as error:
             st.error(line(error))
             return None
-        st.session_state["own picture"] = (picture, hashlib.sha256(file.getvalue()).hexdigest())
-    kept: tuple[Image.Image, str] | None = st.session_state.get("own picture")
+        st.session_state["own picture"] = picture
+    kept: Image.Image | None = st.session_state.get("own picture")
     if kept is None:
         st.info("Choose a picture from your computer: it stays in this session's memory.")
         return None
-    picture, digest = kept
-    x = spec.normalize(spec.load(picture)[None])
-    code = 'x = model.input.normalize(model.input.load(PIL.Image.open("your picture.png"))[None])'
-    return Shown(digest, "your picture", x, spec.fit(picture).convert("RGB"), (), code)
+    return Examples.pictures(model, [kept], ["your picture"])
 
 
-def _own_text(model: HookedModel) -> Shown | None:
+def _own_text(model: HookedModel) -> Examples | None:
     spec = model.input
     assert isinstance(spec, TokenInput), "chosen by the caller"
     example = (
@@ -98,29 +87,18 @@ def _own_text(model: HookedModel) -> Shown | None:
     )
     st.query_params["text"] = text
     try:
-        tokens = spec.encode(text)
-        if spec.bos is not None and tokens[:1] != [spec.bos]:
-            tokens = [spec.bos, *tokens]
-        x = spec.check(torch.tensor([tokens[: spec.n_ctx]], dtype=torch.int64))
+        return Examples.texts(model, [text], ["your text"])
     except (ValueError, KeyError) as error:
         st.error(line(error))
         return None
-    code = f"x = torch.tensor([{x[0].tolist()}])"
-    return Shown(
-        hashlib.sha256(str(x.tolist()).encode()).hexdigest(),
-        "your text",
-        x,
-        None,
-        tuple(x[0].tolist()),
-        code,
-    )
 
 
-def show_input(model: HookedModel, shown: Shown, width: int = 224) -> None:
-    """The input as people see it."""
-    if shown.picture is not None:
-        st.image(shown.picture, width=width, caption=shown.name)
-    elif isinstance(model.input, TokenInput):
-        st.caption(shown.name)
-        gap = "" if model.input.vocabulary else " "
-        st.code(gap.join(model.input.word(t) for t in shown.tokens), language=None, wrap_lines=True)
+def show_input(one: Examples, width: int = 224) -> None:
+    """An example as people see it."""
+    spec, picture = one.model.input, picture_of(one)
+    if picture is not None:
+        st.image(picture, width=width, caption=one.names[0])
+    elif isinstance(spec, TokenInput):
+        st.caption(one.names[0])
+        gap = "" if spec.vocabulary else " "
+        st.code(gap.join(map(spec.word, one.tokens(0))), language=None, wrap_lines=True)

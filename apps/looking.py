@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from apps import cached
 from apps.choosing import TROUBLE, choose, line
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -22,7 +22,7 @@ class Look:
         model: the model, shared by all sessions.
         unit: which.
         store: a dataset's activations of the unit's site; None if it was not harvested.
-        inputs: the dataset's examples; None if they cannot be read.
+        examples: the dataset's examples; None if they cannot be read.
         trouble: why not.
     """
 
@@ -30,7 +30,7 @@ class Look:
     model: HookedModel
     unit: Unit
     store: ActivationStore | None
-    inputs: Inputs | None
+    examples: Examples | None
     trouble: str = ""
 
 
@@ -41,6 +41,6 @@ def look_at(record: ModelRecord, model: HookedModel, unit: Unit) -> Look:
         return Look(record, model, unit, None, None)
     store = having[choose("Data", list(having), "data")]
     try:
-        return Look(record, model, unit, store, cached.inputs_of(model, store))
+        return Look(record, model, unit, store, cached.examples_of(model, store))
     except TROUBLE as error:
         return Look(record, model, unit, store, None, line(error))

@@ -77,12 +77,14 @@ def expected(editing: int, rounds: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"intact": {}}
     for name, data in MODELS.items():
         model = load_model(name)
-        inputs = circuits.Inputs(model, circuits.open_source(data))
-        chosen = np.linspace(0, len(inputs.source) - 1, LOOKED_AT).astype(int).tolist()
-        found["intact"][name] = {e: _numbers(predictions(model, inputs.batch([e]))) for e in chosen}
+        all_of = circuits.Examples(model, data, None)
+        chosen = np.linspace(0, len(all_of) - 1, LOOKED_AT).astype(int).tolist()
+        found["intact"][name] = {
+            e: _numbers(predictions(model, all_of.subset([e]))) for e in chosen
+        }
     model = load_model("cleanroom")
-    inputs = circuits.Inputs(model, circuits.open_source(MODELS["cleanroom"]))
-    examples = _examples(found["intact"]["cleanroom"], inputs)
+    all_of = circuits.Examples(model, MODELS["cleanroom"], None)
+    examples = _strongest(found["intact"]["cleanroom"], all_of)
     factors = 2 + 0.02 * np.arange(
         editing * rounds
     )  # no two the same; beside 1, and the 3 that examples are chosen by
@@ -90,7 +92,7 @@ def expected(editing: int, rounds: int, seed: int) -> dict[str, Any]:
     edits: dict[str, dict[int, list[list[Any]]]] = {}
     for factor in factors:
         words = f"scale curve:30 factor={factor:.2f}"
-        edits[words] = {e: _edited(model, inputs, words, e) for e in examples}
+        edits[words] = {e: _edited(model, all_of, words, e) for e in examples}
     _check_apart(edits, examples)
     words = list(edits)
     return found | {
@@ -104,18 +106,18 @@ def _numbers(found: list[Any]) -> list[list[Any]]:
     return [[p.index, p.name, p.probability] for p in found]
 
 
-def _edited(model: Any, inputs: Any, words: str, example: int) -> list[list[Any]]:
-    x = inputs.batch([example])
+def _edited(model: Any, all_of: Any, words: str, example: int) -> list[list[Any]]:
+    x = all_of.subset([example])
     of = [p.index for p in predictions(model, x)]
     with circuits.edited(model, circuits.Recipe.of(model, [read_edit(model, words)])):
         return _numbers(predictions(model, x, of=of))
 
 
-def _examples(intact: dict[int, list[list[Any]]], inputs: Any) -> list[int]:
+def _strongest(intact: dict[int, list[list[Any]]], all_of: Any) -> list[int]:
     """Those whose predictions the edit changes most."""
     change = {}
     for example, before in intact.items():
-        after = _edited(inputs.model, inputs, "scale curve:30 factor=3", example)
+        after = _edited(all_of.model, all_of, "scale curve:30 factor=3", example)
         change[example] = max(abs(a[2] - b[2]) for a, b in zip(after, before, strict=True))
     return sorted(change, key=lambda e: -change[e])[:EXAMPLES]
 

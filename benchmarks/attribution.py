@@ -23,11 +23,10 @@ from torch import Tensor
 
 from circuits.attribution import Passes, attribute, extremal, parse_target, saliency
 from circuits.attribution.perturbations import hard, shown_by
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inception import googlenet
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import open_source
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -132,11 +131,7 @@ def main() -> None:
     else:
         torch.manual_seed(0)
         model, data = HookedModel(googlenet(), (3, 224, 224), "googlenet, random"), "photos"
-    inputs = Inputs(model, open_source(data))
-    n = options.extremal or options.images
-    step = max(1, len(inputs.source) // n)
-    which = list(range(0, len(inputs.source), step))[:n]
-    x = inputs.batch(which)
+    x = Examples(model, data, options.extremal or options.images).inputs
     if options.extremal:
         masks(model, x)
     else:

@@ -19,22 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.sae import (
     ArrayRows,
     Bottleneck,
+    Hyperparameters,
     Intervention,
     Schedule,
-    Settings,
     intervene,
     pooled,
     suspects,
     train,
     train_bottleneck,
 )
-from circuits.stimuli.sources import open_source
 
 SITE, MARKED, NAME = "layer3.2", 1, "confound"
 
@@ -44,9 +43,9 @@ class Data:
 
     def __init__(self, model: HookedModel, side: int, seed: int) -> None:
         file = Path(os.environ["CIRCUITS_ASSETS"]) / "images" / "cifar10_test_3000.npz"
-        inputs = Inputs(model, open_source(f"npz:{file}:images"))
+        examples = Examples(model, f"npz:{file}:images", None)
         self.model, self.side = model, side
-        self.images = torch.stack([inputs.load(i) for i in range(len(inputs.source))])
+        self.images = torch.stack([examples.load(i) for i in range(len(examples))])
         self.labels = np.load(file)["labels"].astype(int)
         self.names = list(model.classes[: self.labels.max() + 1])
         order = np.random.default_rng(seed).permutation(len(self.labels))
@@ -75,7 +74,7 @@ def autoencoder(data: Data, steps: int, seed: int) -> HookedModel:
         for x in data.shown(0, "class")
     ]
     code = train(
-        ArrayRows(torch.cat(rows).numpy(), SITE), Settings("topk", 512, k=16, lr=1e-3, seed=seed),
+        ArrayRows(torch.cat(rows).numpy(), SITE), Hyperparameters("topk", 512, k=16, lr=1e-3, seed=seed),
         Schedule(steps, 2048, seed=seed), name=NAME,
     )[""]  # fmt: skip
     print(

@@ -18,12 +18,11 @@ import time
 import torch
 from torch import Tensor
 
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inception import googlenet
 from circuits.models.loading import load_model
 from circuits.models.tape import Tape, one_hot
-from circuits.stimuli.sources import open_source
 from circuits.weights import expand_weights
 
 UNITS = list(range(320, 416))
@@ -79,7 +78,7 @@ def main() -> None:
     else:
         torch.manual_seed(0)
         model = HookedModel(googlenet(), (3, 224, 224), "googlenet, random weights")
-    photos = Inputs(model, open_source("photos")).first(8)
+    photos = Examples(model, "photos", 8).inputs
     result: dict[str, object] = {"name": "expand"}
     for source in ("mixed3a", "conv2d2"):
         times: dict[str, list[float]] = {}
@@ -91,7 +90,7 @@ def main() -> None:
             for n in (1, 8):
                 x = photos[:n]
                 begin = time.perf_counter()
-                expand_weights(model, source, "mixed3b", mode="mean", units=UNITS, inputs=x)
+                expand_weights(model, source, "mixed3b", mode="mean", units=UNITS, examples=x)
                 middle = time.perf_counter()
                 peer(model, source, x)
                 times.setdefault(f"ours, whole, {n}", []).append(middle - begin)

@@ -22,7 +22,8 @@ import h5py
 import numpy as np
 import torch
 
-from circuits.harvesting import Inputs, harvest
+from circuits.examples import Examples
+from circuits.harvesting import harvest
 from circuits.harvesting.running import LARGEST_BATCH
 from circuits.hdf5 import created, file_hash
 from circuits.models.adapter import HookedModel
@@ -67,16 +68,16 @@ def decoded(model: HookedModel, n: int) -> ImageSource:
     """The photographs over and over, as the model takes them."""
     photos = open_source("photos")
     assert isinstance(photos, ImageSource)
-    images = [Inputs(model, photos).load(i) for i in range(len(photos))]
+    examples = Examples(model, photos, None)
+    images = [examples.load(i) for i in range(len(examples))]
     names = tuple(f"{i}" for i in range(n))
     return ImageSource("decoded", names, f"decoded {n}", lambda i: images[i % len(images)])
 
 
 def overhead(name: str, model: HookedModel, source: Source, rounds: int) -> None:
     """Time a harvest of all sites beside the bare forward pass, and print both."""
-    inputs = Inputs(model, source)
     n = len(source)
-    ready = [inputs.batch(range(i, min(i + LARGEST_BATCH, n))) for i in range(0, n, LARGEST_BATCH)]
+    ready = [b.inputs for b in Examples(model, source, None).batches(LARGEST_BATCH)]
     sites = [site.name for site in model.sites]
 
     def bare() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 HARVEST = """
 import sys
 from pathlib import Path
-from circuits.harvesting import Inputs, harvest
+from circuits.harvesting import harvest
 from circuits.models.loading import load_model
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source

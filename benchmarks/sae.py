@@ -46,7 +46,7 @@ def batches(rows: np.ndarray) -> Iterator[Tensor]:
 
 def ours(rows: np.ndarray, steps: int, seed: int, lr: float, precision: str) -> Any:
     """Times of steps, and what encodes and decodes."""
-    from circuits.sae import ArrayRows, Rule, Schedule, Settings, train
+    from circuits.sae import ArrayRows, Hyperparameters, RowFilter, Schedule, train
 
     times: list[float] = []
     last = [time.perf_counter()]
@@ -57,9 +57,13 @@ def ours(rows: np.ndarray, steps: int, seed: int, lr: float, precision: str) -> 
         last[0] = now
 
     schedule = Schedule(steps, BATCH, warmup=0, decay=0, seed=seed, precision=precision)  # type: ignore[arg-type]
-    settings = Settings("topk", LATENTS, k=K, lr=lr, seed=seed)
+    settings = Hyperparameters("topk", LATENTS, k=K, lr=lr, seed=seed)
     made = train(
-        ArrayRows(rows[:-BATCH]), settings, schedule, rule=Rule(norms=0, hold_out=0), report=report
+        ArrayRows(rows[:-BATCH]),
+        settings,
+        schedule,
+        rule=RowFilter(norms=0, hold_out=0),
+        report=report,
     )
     return times, made[""]
 

@@ -4,7 +4,6 @@ from circuits.attribution import (
     Attribution,
     Passes,
     Target,
-    ablate,
     attribute,
     card,
     channel_groups,
@@ -18,12 +17,17 @@ from circuits.attribution import (
 )
 from circuits.edits.activations import scale, zero
 from circuits.edits.associative import associate, second_moment
+from circuits.edits.attention import knock_out
 from circuits.edits.ledger import Ledger
 from circuits.edits.making import leace, means, patch, project_out, resample, steer
 from circuits.edits.recipes import Recipe, bake, commute, diff, edited, save_baked
 from circuits.edits.records import Edit, read_edit
 from circuits.effects import EditReport, fine_tune, measure
 from circuits.equivariance import Equivariance, equivariance
+from circuits.examples import Examples
+from circuits.experiments.ablation import ablate
+from circuits.experiments.heads import head_effects
+from circuits.experiments.patching import patch_paths
 from circuits.families import Family, find_families, measure_family
 from circuits.featurevis import comparisons, objectives
 from circuits.featurevis.embeddings import Dream, dream
@@ -36,7 +40,7 @@ from circuits.featurevis.sheets import Sheet, render_sheet
 from circuits.graph import CircuitGraph, GraphStore, UnitAt, UnitGroup
 from circuits.graph.formats import read_circuit, write_circuit
 from circuits.graph.saved import load_circuit, save_circuit
-from circuits.harvesting import Inputs, harvest
+from circuits.harvesting import harvest
 from circuits.models.adapter import ActivationCache, HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
@@ -45,6 +49,8 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, spectrum
+from circuits.tasks import Task, compile_task
+from circuits.tasks.builtin import load_task
 from circuits.tuning import find_curve_units, heat_map, joint_tuning, measure_tuning, radial_tuning
 from circuits.units import Direction, Site, Unit
 from circuits.weights import (
@@ -76,13 +82,13 @@ __all__ = [
     "Edit",
     "EditReport",
     "Equivariance",
+    "Examples",
     "ExpandedWeights",
     "Factors",
     "Family",
     "GraphStore",
     "HookedModel",
     "ImageInput",
-    "Inputs",
     "LayerWeights",
     "Ledger",
     "NaturalImages",
@@ -95,6 +101,7 @@ __all__ = [
     "Sheet",
     "Site",
     "Target",
+    "Task",
     "TokenInput",
     "Unit",
     "UnitAt",
@@ -109,6 +116,7 @@ __all__ = [
     "channel_groups",
     "commute",
     "comparisons",
+    "compile_task",
     "diff",
     "direct_logit_attribution",
     "direct_logits",
@@ -123,12 +131,15 @@ __all__ = [
     "fine_tune",
     "from_dataset",
     "harvest",
+    "head_effects",
     "heat_map",
     "incoming",
     "joint_tuning",
+    "knock_out",
     "leace",
     "load_circuit",
     "load_model",
+    "load_task",
     "meaningful",
     "means",
     "measure",
@@ -142,6 +153,7 @@ __all__ = [
     "ov_circuit",
     "parse_target",
     "patch",
+    "patch_paths",
     "project_out",
     "qk_circuit",
     "radial_tuning",

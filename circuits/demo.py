@@ -10,26 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 
 from circuits.autoencoders import FILE, load_autoencoder
+from circuits.examples import Examples
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.files import write_json
-from circuits.harvesting import Sample, harvest
+from circuits.harvesting import harvest
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import BUILTIN, load_model
 from circuits.models.weights_files import file_hash
 from circuits.sae import (
+    Hyperparameters,
     ModelRows,
     Name,
-    Rule,
+    RowFilter,
     Schedule,
-    Settings,
     as_evaluation,
     behaviour,
     load_evaluation,
-    measure,
     name_by_attributes,
     names_of,
     pooled,
+    reconstruction,
     save_evaluation,
     save_names,
     train,
@@ -56,7 +57,7 @@ class Concepts:
     name: str
     site: str
     data: str
-    settings: Settings
+    settings: Hyperparameters
     schedule: Schedule
     examples: int = 100
 
@@ -100,7 +101,7 @@ PLANS = (
                 "shapes-mixed3b",
                 "mixed3b",
                 "shapes",
-                Settings("topk", 512, k=16, lr=1e-3),
+                Hyperparameters("topk", 512, k=16, lr=1e-3),
                 Schedule(200, 1024),
             ),
         ),
@@ -233,15 +234,14 @@ def _concepts(spec: str, model: HookedModel, plan: Concepts, workspace: Workspac
     path = folder / FILE
     rows = ModelRows(model, source, plan.site)
     if not path.is_file():
-        train(rows, plan.settings, plan.schedule, folder, rule=Rule(0, hold_out=0.2))
+        train(rows, plan.settings, plan.schedule, folder, rule=RowFilter(0, hold_out=0.2))
     code = load_autoencoder(path)
     labels = read_labels(source, model.classes)
     if load_evaluation(path) is None:
-        sample = Sample(model, source, plan.examples, unseen(code, source))
-        behaved = behaviour(
-            model, code, sample, labels=[labels[i] for i in sample.which], data=source.spec
-        )
-        measured = measure(code, rows, rows=8192)
+        among = unseen(code, source)
+        examples = Examples(model, source, plan.examples, labels=labels, among=among)
+        behaved = behaviour(model, code, examples)
+        measured = reconstruction(code, rows, rows=8192)
         save_evaluation(path, as_evaluation(measured, behaved, "held out of training"))
     attached = model.attach(code, plan.name, plan.site)
     latents = f"sae/{plan.name}"
@@ -259,7 +259,7 @@ def _names(
     model: HookedModel, site: str, source: Source, labels: Sequence[int]
 ) -> tuple[Name, ...]:
     """Latents that tell a class, on examples that did not choose their name too."""
-    strengths = pooled(model, site, Sample(model, source, len(source)))
+    strengths = pooled(model, site, Examples(model, source, None))
     classes = [[model.classes[i]] for i in labels]
     found = name_by_attributes(site, strengths, classes, data=source.spec, by="class labels")
     return found.holding

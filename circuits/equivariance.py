@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.ndimage import rotate
 
+from circuits.experiments.statistics import p_value
 from circuits.families import Family
 from circuits.weights.expanded import ExpandedWeights
 
@@ -113,13 +114,12 @@ def equivariance(
         i, j = generator.permutation(len(at)), generator.permutation(len(of))
         by_chance.append(_explained(turned, own, i, at, of, j, multiple))
         aligned.append(_correlation(sums, at[i], of[j], multiple))
-    n = permutations + 1
     return Equivariance(
         explained=explained,
-        explained_p=(1 + sum(value >= explained for value in by_chance)) / n,
+        explained_p=p_value(explained, by_chance, "greater"),
         explained_null=float(np.mean(by_chance)),
         correlation=correlation,
-        correlation_p=(1 + sum(abs(value) >= abs(correlation) for value in aligned)) / n,
+        correlation_p=p_value(correlation, aligned),
         correlation_null=float(np.std(aligned)),
         multiple=multiple,
         n_null=permutations,

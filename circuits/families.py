@@ -21,6 +21,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from circuits.database import Database, Record
+from circuits.experiments.statistics import p_value
 from circuits.graph.circuit import UnitGroup
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
@@ -282,19 +283,18 @@ def find_families(
     changes = _changes(given)[kept]
     clusters = _clustered(agreement(changes, orbit.cyclic)[0], threshold, least)
     generator = torch.Generator().manual_seed(seed)
-    largest = []
+    largest: list[float] = []
     for i in range(permutations if clusters else 0):
         shuffled = torch.stack(
             [unit[torch.randperm(len(unit), generator=generator)] for unit in changes]
         )
         found = _clustered(agreement(shuffled, orbit.cyclic)[0], threshold, 1)
-        largest.append(max(map(len, found)))
+        largest.append(float(max(map(len, found))))
         showing(shown + i + 1, total)
     null = "stimuli shuffled within each unit, clustered again"
     families = []
     for number, cluster in enumerate(clusters):
-        chance = sum(n >= len(cluster) for n in largest)
-        p = (1 + chance) / (permutations + 1)
+        p = p_value(float(len(cluster)), largest, "greater")
         which = [among[kept[i]] for i in cluster]
         name = f"{place.name} {transformation} {number + 1}"
         made = _family(name, model, place, which, given, among, orbit, seed)
@@ -339,7 +339,7 @@ def measure_family(
         _mean_agreement(table, generator.choice(pool, len(mine), replace=False).tolist())
         for _ in range(permutations)
     ]
-    p = (1 + sum(value >= score for value in chance)) / (permutations + 1)
+    p = p_value(score, chance, "greater")
     title = name or f"{place.name} {transformation}"
     made = _family(title, model, place, mine, given, range(place.n_units), orbit, seed)
     null = "random groups of responsive units of the site"

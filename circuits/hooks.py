@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,29 +106,33 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
     for tap, visit in visits:
         by_module.setdefault(tap.module, []).append((tap, visit))
     calls: Counter[nn.Module] = Counter()
-
-    def restart(module: nn.Module, args: Any) -> None:
-        calls.clear()
-
-    def visit_output(module: nn.Module, args: Any, output: Any) -> Any:
-        call = calls[module]
-        calls[module] += 1
-        for tap, visit in by_module[module]:
-            if tap.call == call:
-                changed = visit(output)
-                output = output if changed is None else changed
-        return output
-
     handles: list[RemovableHandle] = []
     try:
-        handles.append(root.register_forward_pre_hook(restart))
-        for module in by_module:
-            handles.append(module.register_forward_hook(visit_output))
+        handles.append(root.register_forward_pre_hook(lambda module, args: calls.clear()))
+        for module, own in by_module.items():
+            handles.append(module.register_forward_hook(partial(_visited, calls, own)))
             _splices_last(module)
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _visited(
+    calls: Counter[nn.Module],
+    visits: Iterable[tuple[Tap, Visit]],
+    module: nn.Module,
+    args: Any,
+    output: Any,
+) -> Any:
+    """A module's output after the visits of this call of it."""
+    call = calls[module]
+    calls[module] += 1
+    for tap, visit in visits:
+        if tap.call == call:
+            changed = visit(output)
+            output = output if changed is None else changed
+    return output
 
 
 Look = Callable[[Tensor], object]
@@ -151,24 +156,25 @@ def observe(
     if until is not None and until not in looks:
         raise KeyError(f"until {until!r} is not among the taps to look at")
     stop = _StopForwardError(until)
-
-    def visit(name: str, tap: Tap, look: Look) -> Visit:
-        def see(output: Any) -> None:
-            look(tap.read(output))
-            if name == until:
-                raise stop
-
-        return see
-
     # `until` comes last among the visits of its module: the others have been seen by then
     order = sorted(looks.items(), key=lambda item: item[0] == until)
-    with _attached(root, [(tap, visit(name, tap, look)) for name, (tap, look) in order]):
+    visits = [
+        (tap, partial(_seen, tap, look, stop if name == until else None))
+        for name, (tap, look) in order
+    ]
+    with _attached(root, visits):
         try:
             yield
         except _StopForwardError as error:
             if error is not stop:
                 raise
             error.with_traceback(None)  # its frames refer to it, and to all that was looked at
+
+
+def _seen(tap: Tap, look: Look, stop: _StopForwardError | None, output: Any) -> None:
+    look(tap.read(output))
+    if stop is not None:
+        raise stop
 
 
 @contextmanager
@@ -189,15 +195,13 @@ def record(
         KeyError: if `until` is not one of `taps`.
     """
     found: dict[str, Tensor] = {}
-
-    def keeper(name: str, tap: Tap) -> Look:
-        def keep(value: Tensor) -> None:
-            found[name] = value.clone() if tap.overwritten else value
-
-        return keep
-
-    with observe(root, {name: (tap, keeper(name, tap)) for name, tap in taps.items()}, until):
+    looks = {name: (tap, partial(_kept, found, name, tap)) for name, tap in taps.items()}
+    with observe(root, looks, until):
         yield found
+
+
+def _kept(found: dict[str, Tensor], name: str, tap: Tap, value: Tensor) -> None:
+    found[name] = value.clone() if tap.overwritten else value
 
 
 @contextmanager
@@ -207,12 +211,12 @@ def intervene(root: nn.Module, changes: Iterable[tuple[Tap, Change]]) -> Iterato
     Changes at one tap apply in the order given. A record made inside the block sees the changed
     tensor, as everything downstream does.
     """
-
-    def writer(tap: Tap, change: Change) -> Visit:
-        return lambda output: tap.write(output, change(tap.read(output)))
-
-    with _attached(root, [(tap, writer(tap, change)) for tap, change in changes]):
+    with _attached(root, [(tap, partial(_written, tap, change)) for tap, change in changes]):
         yield
+
+
+def _written(tap: Tap, change: Change, output: Any) -> Any:
+    return tap.write(output, change(tap.read(output)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,14 @@ combination of its units. Inside the library a unit is a `Unit`; strings are par
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 SiteKind = Literal["channel", "neuron", "head", "pattern", "residual", "logit", "latent"]
@@ -84,14 +85,130 @@ class Site:
     @property
     def position_axes(self) -> tuple[str, ...]:
         """The axes that say where, e.g. `("y", "x")`: all but batch, units and a head's inside."""
-        return tuple(
-            a for i, a in enumerate(self.axes) if i not in (0, self.unit_axis) and a != "d_head"
-        )
+        return tuple(self.axes[i] for i in self._places)
 
     @property
     def position_shape(self) -> tuple[int, ...]:
         """The lengths of `position_axes`, as traced."""
-        return tuple(self.shape[self.axes.index(a) - 1] for a in self.position_axes)
+        return tuple(self.shape[i - 1] for i in self._places)
+
+    # --- layout: every method takes tensors of any batch and any number of positions -------------
+
+    @property
+    def inner_axis(self) -> int | None:
+        """Which axis runs over the inside of a unit (`d_head` of heads); None where units are numbers."""
+        return self.axes.index("d_head") if "d_head" in self.axes else None
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """The shape of what all units hold at one position: `(n_units,)`, of heads `(n_units, d_head)`."""
+        inner = self.inner_axis
+        return (self.n_units,) if inner is None else (self.n_units, self.shape[inner - 1])
+
+    @property
+    def width(self) -> int:
+        """How many numbers a row has: those of all units at one position."""
+        return math.prod(self.unit_shape)
+
+    @property
+    def row_units(self) -> Int[Tensor, " width"]:
+        """Which unit each number of a row belongs to."""
+        return torch.arange(self.n_units).repeat_interleave(self.width // self.n_units)
+
+    @property
+    def units_last(self) -> bool:
+        """Whether the units' axis comes after all position axes (channels last)."""
+        return self.unit_axis > max(self._places, default=0)
+
+    @property
+    def _places(self) -> tuple[int, ...]:
+        """Which axes are `position_axes`."""
+        others = (0, self.unit_axis, self.inner_axis)
+        return tuple(i for i in range(len(self.axes)) if i not in others)
+
+    @property
+    def _by_unit(self) -> tuple[int, ...]:
+        """The order of axes of `by_unit`."""
+        inner = () if self.inner_axis is None else (self.inner_axis,)
+        return (0, self.unit_axis, *self._places, *inner)
+
+    def positions_of(self, value: Shaped[Tensor, "batch *rest"]) -> tuple[int, ...]:
+        """The lengths of the position axes in one of the site's tensors."""
+        return tuple(value.shape[i] for i in self._places)
+
+    def by_unit(self, value: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "batch unit *inside"]:
+        """A view of the site's tensor as batch x unit x positions, with a head's inside last.
+
+        Writing into the view changes the tensor.
+        """
+        return value.permute(self._by_unit)
+
+    def from_by_unit(
+        self, view: Shaped[Tensor, "batch unit *inside"]
+    ) -> Shaped[Tensor, "batch *rest"]:
+        """The inverse of `by_unit`, also a view."""
+        order = self._by_unit
+        return view.permute([order.index(i) for i in range(len(order))])
+
+    def at(
+        self, value: Shaped[Tensor, "batch *rest"], position: Sequence[int]
+    ) -> Shaped[Tensor, "batch unit *inner"]:
+        """A view of the site's tensor at one position, with one index for each position axis.
+
+        Raises:
+            ValueError: if the position is not in the tensor; negative indices count from the end.
+        """
+        if len(position) != len(self._places):
+            raise ValueError(
+                f"position {tuple(position)} does not fit the axes of {self.name} "
+                f"({', '.join(self.position_axes) or 'none'})"
+            )
+        view = self.by_unit(value)
+        lengths = self.positions_of(value)
+        for axis, length, index in zip(self.position_axes, lengths, position, strict=True):
+            if not -length <= index < length:
+                raise ValueError(
+                    f"position {index} along {axis} of {self.name} must be from {-length} to {length - 1}"
+                )
+            view = view.select(2, index)
+        return view
+
+    def rows(self, value: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "batch *position width"]:
+        """The site's tensor with all numbers of a position side by side on the last axis.
+
+        A view where memory allows it. The numbers of a head are neighbours.
+        """
+        moved = self.by_unit(value).movedim(1, 1 + len(self._places))
+        return moved if self.inner_axis is None else moved.flatten(-2)
+
+    def from_rows(
+        self, rows: Shaped[Tensor, "batch *position width"]
+    ) -> Shaped[Tensor, "batch *rest"]:
+        """The inverse of `rows`, a view; the lengths of the position axes are those of `rows`."""
+        return self.from_by_unit(rows.unflatten(-1, self.unit_shape).movedim(rows.ndim - 1, 1))
+
+    def activations(
+        self, value: Float[Tensor, "batch *rest"]
+    ) -> Float[Tensor, "batch unit position"]:
+        """The site's tensor with one number per example, unit and position.
+
+        Positions are flattened in the order of `position_axes`; a head's activation at a position
+        is the norm of its output there.
+        """
+        if self.inner_axis is not None:
+            value = value.norm(dim=self.inner_axis, keepdim=True)
+        return self.by_unit(value).reshape(len(value), value.shape[self.unit_axis], -1)
+
+    def spread(self, vector: Shaped[Tensor, "unit *inner"]) -> Shaped[Tensor, "1 *rest"]:
+        """A vector with one entry per unit, shaped so that it broadcasts against the site's tensor.
+
+        Args:
+            vector: of `unit_shape`, or with one number per head; or of only some of the units, to go
+                with a selection of them.
+        """
+        inner = () if self.inner_axis is None else tuple(vector.shape[1:]) or (1,)
+        everywhere = (1,) * len(self._places)
+        return self.from_by_unit(vector.reshape(1, len(vector), *everywhere, *inner))
 
     def unit(self, index: int) -> Unit:
         """The unit at `index`.

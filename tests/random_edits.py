@@ -18,6 +18,7 @@ from circuits.edits.activations import (
     Steer,
     random_basis,
 )
+from circuits.edits.attention import KnockOut
 from circuits.edits.connections import (
     FilterWeights,
     KeepWeights,
@@ -30,6 +31,7 @@ from circuits.edits.layers import Associate, EraseWeights, LowRank
 from circuits.edits.records import OPERATORS, Edit
 from circuits.models.adapter import HookedModel
 from circuits.models.matrices import WeightMatrix
+from circuits.models.sites import attention_patterns
 from circuits.units import Site, Units
 
 
@@ -96,6 +98,15 @@ class RandomEdits:
     def _erase(self) -> Edit:
         site = self._site(heads=False)
         return Erase(site.name, self._basis(site.n_units), mean=self.numbers(site.n_units))
+
+    def _knock_out(self) -> Edit:
+        """Some positions no longer look at the second; the first keeps what it has."""
+        sites = attention_patterns(self.model.sites)
+        if not sites:
+            raise LookupError(f"{self.model.name} has no attention")
+        renormalise = self.random.random() < 0.5
+        units = self.units(self.random.choice(sites))
+        return KnockOut(units, queries=(2, 3, -1), keys=(1,), renormalise=renormalise)
 
     # --- weights ---------------------------------------------------------------------------------
 

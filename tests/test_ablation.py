@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.attribution import ablate
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
+from circuits.experiments.ablation import ablate
+from circuits.means import activities
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.stimuli.datasets import from_dataset
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source
+from circuits.tasks.builtin import load_task
 
 close = torch.testing.assert_close
 
@@ -40,41 +42,32 @@ def test_ablation_is_a_forward_pass_without_the_units(
     ablated = branches.run(x, read=["out_relu"], edits={site: without})
     p, q = intact.output.double().log_softmax(1), ablated.output.double().log_softmax(1)
     kl = (p.exp() * (p - q)).sum(1).mean()
-    assert report.measures["kl"].change == pytest.approx(float(kl), rel=1e-4, abs=1e-7)
+    assert report.effects["kl"].change == pytest.approx(float(kl), rel=1e-4, abs=1e-7)
     loss = -q[torch.arange(6), labels].mean() + p[torch.arange(6), labels].mean()
-    assert report.measures["loss"].change == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+    assert report.effects["cross_entropy"].change == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
     right = (ablated.output.argmax(1) == torch.tensor(labels)).double().mean()
-    assert report.measures["top1"].changed == pytest.approx(float(right))
-    assert "top5" not in report.measures, "of three classes"
+    assert report.effects["accuracy"].changed == pytest.approx(float(right))
+    assert "top5" not in report.effects, "of three classes"
     change = (ablated["out_relu"] - intact["out_relu"]).mean((0, 2, 3))
     for d in report.downstream:
         assert d.change == pytest.approx(float(change[d.unit.index]), rel=1e-3, abs=1e-5)
-    low, high = report.measures["kl"].low, report.measures["kl"].high
-    assert low <= report.measures["kl"].change <= high
-    assert len(report.random_groups) == 3
-    assert all(
-        len(g) == len(units) and not set(g) & set(report.units) for g in report.random_groups
-    )
+    low, high = report.effects["kl"].low, report.effects["kl"].high
+    assert low <= report.effects["kl"].change <= high
+    assert len(report.null_units) == 3
+    assert all(len(g) == len(units) and not set(g) & set(report.units) for g in report.null_units)
     json.dumps(report.to_dict())
 
 
-def test_mean_and_resample_put_in_what_they_say(branches: HookedModel) -> None:
+def test_resampling_is_seeded_and_takes_other_examples(branches: HookedModel) -> None:
     x = branches.input.example(5)
-    values = branches.run(x, read=["cat"])["cat"]
-    mean = ablate(branches, ["cat:2"], x, how="mean", n_random=0)
-    own = values[:, 2].mean()
-    filled = branches.logits(
-        x, edits={"cat": lambda v: v.index_fill(1, torch.tensor([2]), float(own))}
+    first, again = (
+        ablate(branches, ["cat:2"], x, how="resample", seed=3, n_random=3) for _ in range(2)
     )
-    p, q = branches.logits(x).double().log_softmax(1), filled.double().log_softmax(1)
-    kl = float((p.exp() * (p - q)).sum(1).mean())
-    assert mean.measures["kl"].change == pytest.approx(kl, rel=1e-3)
-    first, again = (ablate(branches, ["cat:2"], x, how="resample", seed=3) for _ in range(2))
-    assert first == again
-    other = ablate(branches, ["cat:2"], x, how="resample", seed=4)
-    assert other.measures["kl"].change != first.measures["kl"].change
-    same = ablate(branches, ["cat:2"], x[:1].expand(4, -1, -1, -1), how="resample", n_random=0)
-    assert same.measures["kl"].change == pytest.approx(0, abs=1e-9), "all examples are one"
+    assert json.dumps(first.to_dict()) == json.dumps(again.to_dict())
+    other = ablate(branches, ["cat:2"], x, how="resample", seed=4, n_random=0)
+    assert other.effects["kl"].change != first.effects["kl"].change
+    same = ablate(branches, ["cat:2"], x[:1].repeat(4, 1, 1, 1), how="resample", n_random=0)
+    assert same.effects["kl"].change == pytest.approx(0, abs=1e-9), "all examples are one"
 
 
 def test_groups_of_several_sites_and_p_values(branches: HookedModel) -> None:
@@ -82,10 +75,10 @@ def test_groups_of_several_sites_and_p_values(branches: HookedModel) -> None:
     report = ablate(
         branches, ["cat:0", "out_relu:1"], x, n_random=4, pool=["cat:1", "cat:2", "out_relu:0"]
     )
-    assert all([u.site for u in g] == ["cat", "out_relu"] for g in report.random_groups)
-    kl = report.measures["kl"]
-    at_least = sum(abs(r) >= abs(kl.change) for r in kl.random)
-    assert len(kl.random) == 2, "all there are"
+    assert all([u.site for u in g] == ["cat", "out_relu"] for g in report.null_units)
+    kl = report.effects["kl"]
+    at_least = sum(abs(r) >= abs(kl.change) for r in kl.null)
+    assert len(kl.null) == 2, "all there are"
     assert kl.p_value == pytest.approx((1 + at_least) / 3)
 
 
@@ -96,34 +89,39 @@ def test_heads_and_next_tokens(bridge: HookedModel) -> None:
         tokens, edits={"blocks.0.attn.hook_z": lambda z: z.index_fill(2, torch.tensor([1]), 0)}
     )
     loss = -logits.double().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
-    assert report.measures["loss"].changed == pytest.approx(float(loss), rel=1e-5)
+    assert report.effects["cross_entropy"].changed == pytest.approx(float(loss), rel=1e-5)
     for how in ("mean", "resample"):
         made = ablate(bridge, ["blocks.0.attn.hook_z:1"], tokens, how=how, n_random=1)
-        assert made.measures["kl"].change > 0
+        assert made.effects["kl"].change > 0
 
 
 def test_induction_heads_are_what_the_model_copies_with() -> None:
     model = load_model("induction-by-hand")
-    tokens = Inputs(model, open_source("repeats")).first(16)
+    task = load_task(model, n=16)
     made = {
-        head: ablate(model, [f"blocks.{head}"], tokens, n_random=0).measures["loss"].change
+        head: ablate(model, [f"blocks.{head}"], task, n_random=0).effects["cross_entropy"].change
         for head in ("0.attn.hook_z:0", "1.attn.hook_z:0", "1.attn.hook_z:1")
     }
-    assert made["0.attn.hook_z:0"] > 0.1
-    assert made["1.attn.hook_z:0"] > 0.05
+    assert made["0.attn.hook_z:0"] > 1
+    assert made["1.attn.hook_z:0"] > 1
     assert abs(made["1.attn.hook_z:1"]) < 1e-6
 
 
 def test_random_groups_differ_and_are_all_there_are_if_few(branches: HookedModel) -> None:
     x = branches.input.example(4)
-    few = ablate(branches, ["cat:1"], x, n_random=20)
-    assert sorted(g[0].index for g in few.random_groups) == [0, 2, 3, 4, 5]
-    many = ablate(branches, ["cat:1", "cat:2"], x, n_random=5)
-    assert len(set(many.random_groups)) == 5
-    with pytest.raises(ValueError, match="needs two examples in every batch"):
-        ablate(branches, ["cat:1"], x[:1], how="resample")
-    joined = ablate(branches, ["cat:1"], [x[:3], x[3:]], how="resample", n_random=0)
-    assert joined.measures["kl"].change > 0
+    alive = activities(branches, ["cat"], Examples.given(branches, x))["cat"].alive
+    others = [i for i in range(6) if alive[i] and i != 1]
+    few = ablate(branches, ["cat:1"], x, n_random=6)
+    assert sorted(g[0].index for g in few.null_units) == others
+    none = ablate(branches, ["cat:1"], x, n_random=20)
+    assert none.null_units == ()
+    assert none.null_is.startswith(
+        f"20 random changes of equal norm (cat has {len(others)} other live units"
+    )
+    many = ablate(branches, ["cat:1", "cat:2"], x, n_random=3)  # 4 and 5 are dead
+    assert [{u.index for u in g} for g in many.null_units] == [{0, 3}]
+    with pytest.raises(ValueError, match="expected at least two examples a batch"):
+        ablate(branches, ["cat:1"], x[:1], how="resample", n_random=0)
 
 
 def test_bad_input_is_named(branches: HookedModel) -> None:
@@ -132,13 +130,13 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
         ablate(branches, [], x)
     with pytest.raises(ValueError, match=r"^unit cat:1 is listed twice"):
         ablate(branches, ["cat:1", "cat:1"], x)
-    with pytest.raises(ValueError, match=r"^labels: 2 for 3 examples, of 3 classes"):
+    with pytest.raises(ValueError, match=r"^labels: 2 for the 3 examples"):
         ablate(branches, ["cat:1"], x, labels=[0, 1])
-    with pytest.raises(ValueError, match=r"^labels: 3 for 3 examples, of 3 classes"):
+    with pytest.raises(ValueError, match=r"^label 3: expected a class from 0 to 2"):
         ablate(branches, ["cat:1"], x, labels=[0, 1, 3])
-    with pytest.raises(ValueError, match=r"^pool has 1 other units of cat: expected at least 2"):
+    with pytest.raises(ValueError, match=r"^pool: 1 units are too few to draw from"):
         ablate(branches, ["cat:1", "cat:2"], x, pool=["cat:3"])
-    with pytest.raises(ValueError, match=r"^batches hold no example"):
+    with pytest.raises(ValueError, match=r"^examples: there is none"):
         ablate(branches, ["cat:1"], [])
 
 
@@ -178,9 +176,9 @@ def test_googlenet_needs_its_curve_units(assets: Path) -> None:
     labels = read_labels(source, model.classes, assets / "images/imagenet500_labels.json")
     units = [336, 408, 326, 398, 386, 394, 413, 321, 358, 335]
     report = ablate(
-        model, [f"mixed3b:{u}" for u in units], Inputs(model, source).upto(120), labels=labels[:120],
-        n_random=6, pool=[f"mixed3b:{u}" for u in range(320, 416)],
+        model, [f"mixed3b:{u}" for u in units], Examples(model, source, 120, labels=labels), n_random=6,
+        pool=[f"mixed3b:{u}" for u in range(320, 416)],
     )  # fmt: skip
-    kl = report.measures["kl"]
-    assert kl.low > max(kl.random)
-    assert report.measures["top5"].intact > 0.85
+    kl = report.effects["kl"]
+    assert kl.low > max(kl.null)
+    assert report.effects["top5"].intact > 0.85

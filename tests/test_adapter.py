@@ -12,7 +12,6 @@ from circuits.edits.recipes import edited
 from circuits.featurevis.render import visualize
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.sites import unit_activations
 from circuits.models.tokenizing import by_merges
 from circuits.units import Unit
 from circuits.weights import incoming
@@ -179,15 +178,40 @@ def test_a_site_that_a_pass_skips_is_named() -> None:
         model.run(torch.rand(1, 1, 4, 4), read=["extra"])
 
 
-def test_unit_activations_by_hand(bridge: HookedModel) -> None:
-    site = bridge.site("blocks.0.attn.hook_z")
-    z = torch.randn(2, 5, 4, 4)
-    values = unit_activations(site, z)
-    assert values.shape == (2, 4, 5)
-    torch.testing.assert_close(values[1, 3, 2], z[1, 2, 3].square().sum().sqrt())
-    image_site = HookedModel(seeded(OwnNet()), (5, 40, 56)).site("stem")
-    maps = torch.randn(2, 8, 3, 4)
-    assert unit_activations(image_site, maps)[1, 5, 2 * 4 + 1] == maps[1, 5, 2, 1]
+def test_a_reference_run_is_the_module_to_the_bit_and_a_fast_one_up_to_rounding(
+    branches: HookedModel, own_net: HookedModel
+) -> None:
+    x = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+    read = {
+        name: branches.run(x, read=["norm"], reference=name == "plain")["norm"]
+        for name in ("plain", "fast")
+    }
+    with torch.no_grad():
+        module = branches.module
+        expected = module.norm(module.stem_relu(module.stem(x)))
+        assert torch.equal(branches.logits(x, reference=True), module(x))
+        assert torch.equal(read["plain"], expected)
+        torch.testing.assert_close(branches.logits(x), module(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read["fast"], expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(read["fast"], expected), "compiled, in another order of sums"
+    shown: list[Tensor] = []
+    branches.observe(x, {"norm": lambda value: shown.append(value.clone())}, "norm")
+    assert torch.equal(shown[0], read["fast"])
+    other = torch.randn(2, *OwnNet.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(own_net.logits(other), own_net.module(other)), "nothing to make fast"
+
+
+def test_second_derivatives_of_a_fast_run_are_right(branches: HookedModel) -> None:
+    x = torch.randn(1, 3, 8, 10, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+
+    def curvature(reference: bool) -> Tensor:
+        value = branches.run(x, read=["norm"], until="norm", grad=True, reference=reference)["norm"]
+        (slope,) = torch.autograd.grad(value.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    found, expected = curvature(reference=False), curvature(reference=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_image_input_normalizes_and_refuses() -> None:

@@ -110,11 +110,16 @@ def test_weights_lead_to_the_unit_at_the_other_end(built: Workspace, monkeypatch
 
 def test_ablation_shows_its_baseline_and_is_undone(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="4")
-    assert "KL from the intact prediction" not in text(test)
+    assert "random" not in text(test)
     test.toggle(key="ablate").set_value(True).run()
     assert not test.exception
-    assert "5 random units of the site" in text(test)
+    assert test.selectbox(key="effects-task").options[0] == "curves", "the model's own task first"
+    assert "Null: 19 " in text(test)
+    assert "p is at least 0.05" in text(test)
     assert "identical to the bit" in text(test)
+    test.selectbox(key="effects-task").select("prediction").run()
+    assert not test.exception
+    assert "prediction on curves: 16 of 192, spread evenly (seed 0)" in text(test)
 
 
 def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:
@@ -155,7 +160,9 @@ def test_transformer_heads_have_a_page(built: Workspace, monkeypatch) -> None:
     assert test.title[0].value == "blocks.1.attn.hook_z:1"
     assert any(b.label.startswith("blocks.0.attn.hook_z:") for b in test.button)
     test.toggle(key="ablate").set_value(True).run()
-    assert "KL from the intact prediction" in text(test)
+    assert "repeats: 16" in text(test)
+    effects = next(d.value for d in test.dataframe if "measure" in d.value).set_index("measure")
+    assert effects.loc["cross_entropy", "change"] > 0
 
 
 def test_odd_urls_get_a_message(built: Workspace, monkeypatch) -> None:
@@ -330,7 +337,7 @@ def test_edits_are_stacked_undone_and_kept(built: Workspace, monkeypatch) -> Non
     assert "identical to the bit" in text(test)
     measured = test.dataframe[0].value.set_index("measure")
     assert measured.loc["kl", "change"] > 0
-    assert measured.loc["kl", "random twins"]
+    assert " to " in measured.loc["kl", "null"]
     test.button(key="edit-ledger").click().run()
     assert "1 on branch main" in test.success[0].value
     model = load_model("cleanroom")

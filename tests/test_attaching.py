@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from circuits.attribution import ablate
 from circuits.attribution.passes import Passes
 from circuits.autoencoders import About, Autoencoder, save_autoencoder
 from circuits.edits.activations import Steer, scale, zero
 from circuits.edits.recipes import edited
+from circuits.experiments.ablation import ablate
 from circuits.models.adapter import HookedModel
-from circuits.models.attaching import Attached, width_of
+from circuits.models.attaching import Attached
 from circuits.models.inputs import ImageInput
 from circuits.models.loading import load_model
 from circuits.models.randomizing import randomized
-from circuits.models.sites import unit_activations
 from circuits.weights import incoming, outgoing
 
 
@@ -26,7 +25,7 @@ def code_of(
     model: HookedModel, site: str, n: int = 40, target: str | None = None, **more: object
 ) -> Autoencoder:
     g = torch.Generator().manual_seed(0)
-    d, out = width_of(model.site(site)), width_of(model.site(target or site))
+    d, out = model.site(site).width, model.site(target or site).width
     options = {"activation": "topk", "k": 5} | more
     return Autoencoder(
         torch.randn(n, d, generator=g) / d**0.5, torch.randn(n, generator=g) * 0.1,
@@ -222,7 +221,7 @@ def test_latents_are_ablated_steered_and_pictured_like_units(shapes: HookedModel
         x, edits={"sae/x": lambda v: v * torch.tensor([1, 0, 0] + [1] * 37)[:, None, None]}
     )
     changed = (gone.softmax(-1).log() - own.logits(x).softmax(-1).log()).abs().max()
-    assert (report.measures["kl"].change > 0) == (float(changed) > 1e-6)
+    assert (report.effects["kl"].change > 0) == (float(changed) > 1e-6)
     vector = torch.zeros(40)
     vector[4] = 2.0
     with edited(own, [Steer("sae/x", vector)]):
@@ -233,7 +232,7 @@ def test_latents_are_ablated_steered_and_pictured_like_units(shapes: HookedModel
     inputs = x.clone().requires_grad_(True)
     value = own.run(inputs, read=["sae/x"], until="sae/x", grad=True)["sae/x"]
     (gradient,) = torch.autograd.grad(
-        value[:, int(unit_activations(own.site("sae/x"), intact).sum((0, 2)).argmax())].sum(),
+        value[:, int(own.site("sae/x").activations(intact).sum((0, 2)).argmax())].sum(),
         inputs,
     )
     assert float(gradient.abs().max()) > 0

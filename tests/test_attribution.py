@@ -30,10 +30,9 @@ from circuits.attribution import (
 )
 from circuits.attribution.channels import check_by_ablation
 from circuits.attribution.perturbations import hard, shown_by
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from tests.conftest import Branches, seeded
 
@@ -448,7 +447,7 @@ def test_groups_of_channels_split_a_linear_effect() -> None:
 
 
 def test_saved_and_read_again(branches: HookedModel, tmp_path: Path) -> None:
-    made = attribute(branches, branches.input.example(2), "top", "cat", "relevance", data="noise")
+    made = attribute(branches, branches.input.example(2), "top", "cat", "relevance")
     made.save(tmp_path / "a.safetensors")
     again = Attribution.load(tmp_path / "a.safetensors")
     assert again.to_dict() == made.to_dict()
@@ -467,7 +466,7 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
         attribute(branches, x, "class:3", "cat")
     with pytest.raises(ValueError, match=r"unit cat:6 does not exist"):
         saliency(branches, x, "cat:6", "gradient")
-    with pytest.raises(ValueError, match=r"inputs are of 9 x 10 pixels.*takes 8 x 10"):
+    with pytest.raises(ValueError, match=r"examples are of 9 x 10 pixels.*takes 8 x 10"):
         saliency(branches, torch.zeros(1, 3, 9, 10), "top", "gradient")
     resized = saliency(branches, torch.rand(1, 3, 16, 20), "top", "gradient", size="resize")
     assert resized.values.shape == (1, 3, 8, 10)
@@ -588,7 +587,7 @@ def test_direct_logits_of_a_head_are_what_removing_it_takes_directly() -> None:
     model = load_model(
         "induction-by-hand"
     )  # it has no normalisation: parts can be taken out one by one
-    tokens = Inputs(model, open_source("repeats")).first(4)
+    tokens = Examples(model, "repeats", 4).inputs
     found = direct_logit_attribution(model, tokens)
     part = found.values[:, found.names.index("blocks.1.attn.hook_z:0")]
     without = model.logits(
@@ -609,7 +608,7 @@ def test_heads_and_neurons_are_ranked_as_ablation_does(name: str, request) -> No
         tokens = torch.tensor([model.input.encode(t)[:8] for t in texts])
         sites = ["blocks.2.attn.hook_z", "blocks.4.mlp.hook_post"]
     else:
-        tokens = Inputs(model, open_source("repeats")).first(4)[:, : model.input.n_ctx]
+        tokens = Examples(model, "repeats", 4).inputs[:, : model.input.n_ctx]
         sites = ["blocks.1.attn.hook_z"]
     for site in sites:
         made = attribute(model, tokens, "top", site, "integrated_gradients", check=32)
@@ -623,7 +622,7 @@ def test_heads_and_neurons_are_ranked_as_ablation_does(name: str, request) -> No
 @pytest.mark.slow
 def test_googlenet_equals_captum_and_is_complete(assets: Path) -> None:
     single = load_model("googlenet")
-    x = Inputs(single, open_source(f"folder:{assets / 'images/imagenet500'}")).first(2)
+    x = Examples(single, f"folder:{assets / 'images/imagenet500'}", 2).inputs
     # in float32 rounding puts some ReLU of a quarter of the images on its other side
     model = HookedModel(copy.deepcopy(single.module).double(), single.input)
     x, net = x.double(), model.module

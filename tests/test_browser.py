@@ -21,8 +21,9 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from circuits.cli.main import run
 from circuits.edits.recipes import Recipe, edited
 from circuits.effects import predictions
+from circuits.examples import Examples
 from circuits.families import Family, Member, save_family
-from circuits.harvesting import Inputs, harvest
+from circuits.harvesting import harvest
 from circuits.models.loading import load_model
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
@@ -277,7 +278,7 @@ def test_googlenets_curves_are_ablated_and_a_script_gives_the_same_numbers(
     shoot(page, "b-edited")
 
     recipe = Recipe.load(tmp_path / "recipe.json")
-    x = Inputs(model, source).batch([at])
+    x = Examples(model, source, None).subset([at])
     before = predictions(model, x)
     with edited(model, recipe):
         after = predictions(model, x, of=[p.index for p in before])
@@ -320,7 +321,7 @@ def test_without_its_induction_head_repeated_text_costs_more(server: str, page: 
         for name in ("intact", "edited")
     )
     assert without > 1.2 * intact, "where the text repeats"
-    page.get_by_role("button", name="Measure beside random twins").click()
+    page.get_by_role("button", name="Compare with random edits").click()
     expect(caption(page, "Undone afterwards: identical to the bit")).to_be_visible()
     shoot(page, "c-loss")
     page.get_by_role("button", name="Undo").click()
@@ -349,7 +350,7 @@ def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page
     box.press("ArrowDown")
     page.get_by_role("option").nth(1).click()  # the first stands for all
     expect(caption(page, "Accuracy on")).to_be_visible()
-    assert "random others" in caption(page, "Accuracy on").inner_text()
+    assert "about as active" in caption(page, "Accuracy on").inner_text()
     shoot(page, "d-switched")
     page.keyboard.press("Escape")  # the open list hides what is around it
     page.get_by_role("button", name="Put in force as edits of the model").click()

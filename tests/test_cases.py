@@ -58,7 +58,7 @@ def test_the_case_is_held_to_its_numbers(results: dict) -> None:
     }
     assert set(results["transplant"]) == names
     for condition in results["transplant"].values():
-        for name in ("top1", "top5", "kl", "recovered_kl"):
+        for name in ("accuracy", "top5", "kl", "recovered_kl"):
             assert set(condition[name]) == {"value", "low", "high"}
     assert set(results["hashes"]) == {"cleanroom", "shapes"}
 

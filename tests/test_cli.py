@@ -68,11 +68,12 @@ def test_harvest_then_visualize_then_edit(capsys, workspace: Path, tmp_path: Pat
 
     report = output(
         capsys, "edit", "measure", "cleanroom", "zero complex:3", "scale complex:4 factor=0.5",
-        "--data", "curves", "--limit", "8", "--json",
+        "--data", "curves", "--limit", "8", "--random", "5", "--json",
     )  # fmt: skip
     assert report["restored"] is True
-    assert report["measures"]["kl"]["change"] > 0
-    assert len(report["measures"]["kl"]["random"]) == 5
+    assert report["effects"]["kl"]["change"] > 0
+    assert len(report["effects"]["kl"]["null"]) == 5
+    assert report["record"]["task"]["examples"]["chosen"] == "8 of 192, spread evenly (seed 0)"
 
 
 def test_weights_as_json_and_table(capsys) -> None:
@@ -92,6 +93,17 @@ def test_transformer_verbs(capsys, workspace: Path, tmp_path: Path) -> None:
         capsys, "harvest", "induction", "--data", f"tokens:{text}", "--sites", "blocks.1.attn.o.hook_in", "--json"
     )  # fmt: skip
     assert facts["sites"] == ["blocks.1.attn.hook_z"]
+    found = output(
+        capsys, "examples", "induction", "blocks.1.attn.hook_z:0", "--each", "2", "--json"
+    )
+    drawn = [e for b in found["bins"] for e in b["examples"]]
+    lines = [[int(t) for t in line.split()] for line in text.read_text().splitlines()]
+    assert drawn
+    for e in drawn:  # the token that excites, in what stands around it
+        marked = f"«{lines[e['index']][e['position'][0]]}»"
+        assert marked in e["text"]
+    assert run(["examples", "induction", "blocks.1.attn.hook_z:0"]) == 0
+    assert "«" in capsys.readouterr().out
     report = output(
         capsys,
         "edit",
@@ -100,10 +112,13 @@ def test_transformer_verbs(capsys, workspace: Path, tmp_path: Path) -> None:
         "zero blocks.0.attn.hook_z:3",
         "--limit",
         "20",
+        "--random",
+        "19",
         "--json",
     )
     assert report["restored"] is True
-    assert report["measures"]["kl"]["change"] > max(report["measures"]["kl"]["random"])
+    assert report["record"]["task"]["task"] == "repeats"
+    assert report["effects"]["cross_entropy"]["change"] > max(report["effects"]["kl"]["null"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +219,8 @@ def test_pictures_of_every_kind(capsys, workspace: Path, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.glob("*.webp")) == ["a-0.webp", "a-1.webp"]
     badged = output(capsys, "visualize", "cleanroom", "line:3", "--badge", *common)
     assert 0 <= badged["reliability"]["score"] <= 1
-    assert badged["reliability"]["data"] == "photos"
+    assert badged["reliability"]["examples"]["data"] == "photos"
+    assert badged["reliability"]["examples"]["how"] == "spread"
     for options in (
         ("line:3", "--param", "maco"), ("line:3", "--images", "photos"), ("line:3", "--alpha"),
         ("line:3", "--objective", "neuron"), ("line:3+0.5*line:4", "--objective", "cosine"), ("line",),

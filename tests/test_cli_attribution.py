@@ -126,10 +126,11 @@ def test_ablate(capsys, workspace: Path, tmp_path: Path) -> None:
     figure = tmp_path / "a.png"
     found = output(
         capsys, "ablate", "shapes", "mixed3a:1-4", "--data", "shapes", "--labels", "names", "--limit", "40",
-        "--random", "3", "--later", "mixed3b", "--figure", str(figure),
+        "--random", "3", "--pool", "mixed3a:10-60", "--later", "mixed3b", "--figure", str(figure),
     )  # fmt: skip
-    assert len(found["random_groups"]) == 3
-    assert found["measures"]["top1"]["intact"] > 0.5
+    assert len(found["null_units"]) == 3
+    assert found["effects"]["accuracy"]["intact"] > 0.5
+    assert found["record"]["task"]["examples"]["chosen"] == "40 of 400, spread evenly (seed 0)"
     assert len(found["downstream"]) == 10
     assert is_picture(figure)
     assert (
@@ -143,12 +144,15 @@ def test_ablate(capsys, workspace: Path, tmp_path: Path) -> None:
                 "--limit",
                 "8",
                 "--random",
-                "2",
+                "19",
             ]
         )
         == 0
     )
-    assert "loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "repeats: 8" in said
+    assert "null: 19 " in said
+    assert "p is at least 0.05" in said
 
 
 def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
         kinds = {block.kind for block in graph.blocks}
     assert "attribution" in kinds
     parts = output(capsys, "attribute", "induction", "--direct", "--limit", "2")
-    for example in parts["examples"]:
+    for example in parts["by_example"]:
         assert sum(example["values"]) == pytest.approx(example["logit"], abs=1e-3)
     assert (
         run(
@@ -218,6 +222,7 @@ def test_saliency(capsys, workspace: Path, tmp_path: Path) -> None:
         "--option",
         "steps=10",
     )
+    assert masks["examples"]["n"] == 1
     assert masks["methods"][0]["examples"][0]["found"]["area"] > 0
     assert run(["saliency", "shapes", "--data", "shapes", "--limit", "1"]) == 0
     assert "--figure PATH draws the maps" in capsys.readouterr().out
@@ -242,7 +247,12 @@ def test_sanity(capsys, workspace: Path, tmp_path: Path) -> None:
         (["tune", "shapes", "mixed3b:1", "--find", "--heat-map"], "expected one of them"),
         (["tune", "induction", "hook_embed:1"], "takes no photographs"),
         (["examples", "shapes", "nowhere:1"], "unknown site"),
-        (["ablate", "shapes", "mixed3b:1", "--labels", "/nowhere.json"], "does not exist"),
+        (["ablate", "shapes", "mixed3b:1", "--data", "shapes", "--labels", "/nowhere.json"], "does not exist"),
+        (["ablate", "shapes", "mixed3b:1", "--labels", "names"], "--labels 'names' goes with --data"),
+        (["ablate", "shapes", "mixed3b:1", "--task", "shapes", "--data", "photos"], "has its own examples"),
+        (["ablate", "shapes", "mixed3b:1", "--metric", "beauty"], "unknown metric 'beauty'"),
+        (["ablate", "induction", "blocks.0.attn.hook_z:0", "--data", "repeats", "--labels", "names"], "next token"),
+        (["ablate", "shapes", "mixed3b:1", "--data", "photos", "--text", "a"], "does not go with --text"),
         (["ablate", "shapes", "mixed3b:1,1"], "is listed twice"),
         (["ablate", "shapes", "mixed3b:1", "--limit", "0"], "limit 0 must be at least 1"),
         (["attribute", "shapes"], "site '' is missing"),

@@ -34,7 +34,7 @@ def test_a_recipe_from_new_to_bake(capsys, tmp_path: Path, workspace: Path) -> N
         recipe,
         "zero complex:3",
         "mean complex:4",
-        "--donors",
+        "--limit",
         "8",
         "--note",
         "why",
@@ -51,9 +51,7 @@ def test_a_recipe_from_new_to_bake(capsys, tmp_path: Path, workspace: Path) -> N
     assert applied["entries"][0]["author"] == "me"
     assert applied["report"]["restored"] is True
     shown = said(capsys, "show", "cleanroom", applied["entries"][1]["hash"][:8])
-    assert (
-        json.loads(shown)["reports"][0]["measures"].keys() == applied["report"]["measures"].keys()
-    )
+    assert json.loads(shown)["reports"][0]["effects"].keys() == applied["report"]["effects"].keys()
 
     assert "filter_weights" in said(
         capsys,

@@ -120,7 +120,9 @@ def test_latents_are_units_of_every_command(
                 "shapes+sae/mixed",
                 "scale units=sae/mixed:5 factor=0",
                 "--limit",
-                "20",
+                "8",
+                "--random",
+                "2",
                 "--json",
             ]
         )
@@ -190,7 +192,7 @@ def test_a_bottleneck_is_explained_and_corrected(
     assert why["logit"] == pytest.approx(
         why["bias"] + sum(s["adds"] for s in why["shares"]) + why["left"], abs=1e-6
     )
-    assert len(found["effect"]["random"]) == 20
+    assert len(found["interventions"]["effect"]["null"]) == 99
     assert next(str(e) for e in Recipe.load(recipe).edits) == "scale units=sae/mixed:5,9 factor=0"
     assert run(command) == 0
     assert "switched:" in capsys.readouterr().out

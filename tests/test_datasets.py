@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from circuits.harvesting import Inputs, harvest
+from circuits.examples import Examples
+from circuits.harvesting import harvest
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
@@ -52,11 +53,11 @@ def test_arrays_of_tokens_are_taken_as_they_are(tmp_path: Path, bridge: HookedMo
     tokens = np.random.default_rng(0).integers(0, 20, (9, 7))
     np.savez(tmp_path / "t.npz", a=tokens, b=tokens[:4])
     source = open_source(f"npz:{tmp_path / 't.npz'}:b")
-    assert Inputs(bridge, source).tokens(2) == tokens[2].tolist()
+    assert Examples(bridge, source).tokens(2) == tokens[2].tolist()
     store = harvest(bridge, source, ["hook_unembed"], Workspace(tmp_path / "ws"))
     assert len(store.provenance.examples) == 4
     model = HookedModel(bridge.module, TokenInput(20, 12, bos=3))
-    assert Inputs(model, source).tokens(2) == tokens[2].tolist(), "nothing is put in front"
+    assert Examples(model, source).tokens(2) == tokens[2].tolist(), "nothing is put in front"
 
 
 @pytest.mark.parametrize(
@@ -131,15 +132,11 @@ def test_what_is_no_dataset_is_refused(dataset, error, message) -> None:
 def test_images_of_another_size_are_fitted_and_grey_ones_refused_by_colour_models() -> None:
     images = torch.rand((2, 3, 20, 30), generator=torch.Generator().manual_seed(0))
     model = HookedModel(torch.nn.Conv2d(3, 2, 3), ImageInput(3, 12, 12))
-    assert Inputs(model, from_dataset(TensorDataset(images), "wide")).batch([0, 1]).shape == (
-        2,
-        3,
-        12,
-        12,
-    )
+    wide = Examples(model, from_dataset(TensorDataset(images), "wide"))
+    assert wide.inputs.shape == (2, 3, 12, 12)
     five = from_dataset(TensorDataset(torch.zeros((2, 5, 12, 12))), "five")
     with pytest.raises(ValueError, match=r"has shape \(5, 12, 12\): the model takes \(3, 12, 12\)"):
-        Inputs(model, five).batch([0])
+        Examples(model, five).batch([0])
 
 
 def test_hugging_face_datasets_on_disk(tmp_path: Path, recwarn) -> None:

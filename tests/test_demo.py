@@ -9,7 +9,7 @@ from circuits import demo
 from circuits.families import save_family, saved_families
 from circuits.harvesting import find_stores
 from circuits.models.loading import load_model
-from circuits.sae import Schedule, Settings, load_evaluation
+from circuits.sae import Hyperparameters, Schedule, load_evaluation
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace
 
@@ -61,7 +61,7 @@ def test_families_and_concepts_are_there_and_stay(monkeypatch, tmp_path: Path) -
         drawn.image(i).save(folder / f"{i}.png")
     data = f"folder:{tmp_path / 'drawn'}"
     concepts = demo.Concepts(
-        "little", "mixed3b", data, Settings("topk", 32, k=4), Schedule(3, 256), examples=8
+        "little", "mixed3b", data, Hyperparameters("topk", 32, k=4), Schedule(3, 256), examples=8
     )
     plans = (
         demo.Plan("cleanroom", (), (), families=("line",)),

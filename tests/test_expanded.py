@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from circuits.weights import ExpandedWeights, expand_weights, incoming, raw_weights
 from circuits.weights.factors import factorize
@@ -61,7 +60,10 @@ def differences(
     found = torch.zeros(len(units), len(expanded.sources), *offsets, dtype=torch.float64)
 
     def ask(change: Callable[[Tensor], Tensor]) -> Tensor:
-        read = model.run(x, read=[expanded.target], edits={source: change}, until=expanded.target)
+        # as torch composes it: `Linearised` must see the normalisation
+        read = model.run(
+            x, read=[expanded.target], edits={source: change}, until=expanded.target, reference=True
+        )
         axis = model.site(expanded.target).unit_axis
         return read[expanded.target][0].movedim(axis - 1, 0)[(units, *at)]
 
@@ -151,8 +153,8 @@ def test_linear_mode_is_what_a_push_does(kind, shape, source, target, at) -> Non
 def test_gradients_are_those_of_autograd(kind, shape, source, target, at) -> None:
     model = doubled(HookedModel(seeded(kind()), shape))
     x = torch.randn(3, *shape, dtype=torch.float64)
-    each = expand_weights(model, source, target, mode="example", inputs=x, at=at)
-    mean = expand_weights(model, source, target, mode="mean", inputs=x, at=at)
+    each = expand_weights(model, source, target, mode="example", examples=x, at=at)
+    mean = expand_weights(model, source, target, mode="mean", examples=x, at=at)
     oracle = by_autograd(model, source, target, each, x)
     assert_close(each.weight, oracle)
     assert_close(mean.weight, oracle.mean(0))
@@ -248,7 +250,7 @@ def test_steps_of_many_kinds(name: str) -> None:
     net = seeded(Between((LINEAR_STEPS | OTHER_STEPS)[name])).double()
     model = HookedModel(net, (3, 13, 12))
     x = torch.randn(2, 3, 13, 12, dtype=torch.float64)
-    each = expand_weights(model, "a", "b", mode="example", inputs=x)
+    each = expand_weights(model, "a", "b", mode="example", examples=x)
     assert_close(each.weight, by_autograd(model, "a", "b", each, x))
     if name in LINEAR_STEPS:  # nothing depends on activations: all modes are one
         linear = expand_weights(model, "a", "b", apart=True)
@@ -262,7 +264,7 @@ def test_steps_of_many_kinds(name: str) -> None:
 def test_in_place_steps_and_a_block_used_twice(own_net: HookedModel) -> None:
     model = doubled(own_net)
     x = torch.randn(2, *OwnNet.input_shape, dtype=torch.float64)
-    ours = expand_weights(model, "relu", "fc", mode="example", inputs=x)
+    ours = expand_weights(model, "relu", "fc", mode="example", examples=x)
     assert_close(ours.weight, by_autograd(model, "relu", "fc", ours, x))
     linear = expand_weights(model, "block.act@0", "block.act@1", at=(4, 5))
     with Linearised():
@@ -296,7 +298,7 @@ def test_paths_of_examples_are_kept_apart() -> None:
     net = seeded(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)))
     x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     ours = expand_weights(
-        HookedModel(net, (3, 4, 4)), "input", "2", mode="mean", inputs=x, apart=True
+        HookedModel(net, (3, 4, 4)), "input", "2", mode="mean", examples=x, apart=True
     )
     active = (net[0](x)[0, :, 2, 2] > 0).float()[None, :, None]
     assert 0 < active.sum() < 5
@@ -394,12 +396,12 @@ def test_units_and_sources_select(branches: HookedModel) -> None:
 def test_tokens_by_gradient(bridge: HookedModel) -> None:
     tokens = bridge.input.example(2)
     ours = expand_weights(
-        bridge, "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre", mode="example", inputs=tokens
+        bridge, "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre", mode="example", examples=tokens
     )
     oracle = by_autograd(bridge, ours.source, ours.target, ours, tokens)
     torch.testing.assert_close(ours.weight, oracle, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"mode linear.*modes 'mean' and 'example' can"):
-        expand_weights(bridge, "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre", inputs=tokens)
+        expand_weights(bridge, "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre", examples=tokens)
 
 
 @pytest.mark.parametrize(
@@ -418,17 +420,17 @@ def test_sites_that_do_not_fit(branches: HookedModel, arguments, message) -> Non
 
 def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
     for wrong, message in (
-        ({"mode": "mean"}, "mode 'mean' needs inputs"),
+        ({"mode": "mean"}, "mode 'mean' needs examples"),
         ({"units": [6]}, "units: out_relu:6 does not exist: out_relu has units 0 to 5"),
         ({"sources": []}, "sources is empty"),
         ({"at": (9, 0)}, "at .9, 0. is no position of out_relu: expected one of 4 x 5"),
-        ({"inputs": torch.zeros(1, 3, 8, 10)}, "inputs are not used in mode 'linear'"),
+        ({"examples": torch.zeros(1, 3, 8, 10)}, "examples are not used in mode 'linear'"),
     ):
         with pytest.raises(ValueError, match=message):
             expand_weights(branches, "cat", "out_relu", **wrong)
     with pytest.raises(ValueError, match=r"units of blocks.0.attn.hook_z are heads"):
         expand_weights(
-            bridge, "blocks.0.attn.hook_z", "hook_unembed", mode="mean", inputs=bridge.input.example(1)
+            bridge, "blocks.0.attn.hook_z", "hook_unembed", mode="mean", examples=bridge.input.example(1)
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"directly .out_relu reads cat.: expand_weights"):
         raw_weights(branches, "stem", "out_relu")
@@ -448,7 +450,7 @@ def test_an_operation_without_a_linear_reading_is_named() -> None:
     with pytest.raises(ValueError, match=r"operation mul of two maps.*in mode linear"):
         expand_weights(model, "a", "b")
     x = torch.randn(2, 3, 5, 5)
-    ours = expand_weights(model, "a", "b", mode="example", inputs=x)
+    ours = expand_weights(model, "a", "b", mode="example", examples=x)
     torch.testing.assert_close(
         ours.weight, by_autograd(model, "a", "b", ours, x), rtol=1e-4, atol=1e-6
     )
@@ -488,17 +490,19 @@ def test_googlenet(assets: Path, source: str, target: str, units: list[int]) -> 
         return kept[0] * 1
 
     with Linearised():
-        cache = oracle.run(x, read=[target], edits={source: started}, until=target, grad=True)
+        cache = oracle.run(
+            x, read=[target], edits={source: started}, until=target, grad=True, reference=True
+        )
     for row, unit in enumerate(units):
         value = cache[target][0, unit, 14, 14]
         (grad,) = torch.autograd.grad(value, kept[0], retain_graph=True)
         size = ours.weight.shape[-2:]
         window = tuple(slice(a, a + n) for a, n in zip(ours.start, size, strict=True))
         assert_close(ours.weight[row], grad[0, [0, 7, 100]][(slice(None), *window)])
-    images = Inputs(model, open_source("photos")).first(2)
+    images = Examples(model, "photos", 2).inputs
     middle = model.run(images, read=[target], until=target)[target][:, :, 14, 14]
     active = middle.sum(0).argsort(descending=True)[:4].tolist()
-    each = expand_weights(model, source, target, units=active, mode="example", inputs=images)
+    each = expand_weights(model, source, target, units=active, mode="example", examples=images)
     assert_close(each.weight, by_autograd(doubled(model), source, target, each, images.double()))
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
-from circuits.featurevis.gradients import Optimizing, _RedirectedReLU
+from circuits.featurevis.gradients import Waking, _RedirectedReLU
 from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.objectives import alignment, channel, interpolation
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.render import Settings, visualize, visualize_units
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
+from circuits.models.normalisation import FastNormalisation
 from circuits.stimuli.drawing import curves
 from tests.conftest import seeded
 
@@ -36,7 +37,7 @@ def test_redirected_relu_helps_only_dead_examples() -> None:
 def test_local_response_norm_is_torchs(size: int) -> None:
     x = torch.randn(2, 7, 3, 4, dtype=torch.float64, requires_grad=True)
     expected = F.local_response_norm(x, size, 0.5, 0.6, 2.0)
-    with Optimizing(waking=False):
+    with FastNormalisation():
         found = F.local_response_norm(x, size, 0.5, 0.6, 2.0)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     want, got = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (expected, found))
@@ -46,7 +47,7 @@ def test_local_response_norm_is_torchs(size: int) -> None:
 def test_waking_holds_for_functions_and_modules_and_ends() -> None:
     x = torch.full((1, 2), -1.0, requires_grad=True)
     for relu in (nn.ReLU(), nn.ReLU(inplace=True), F.relu, torch.relu, torch.Tensor.relu):
-        with Optimizing(waking=True):
+        with Waking():
             (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
         assert gradient.tolist() == [[-1.0, -1.0]], relu
         (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
@@ -66,7 +67,7 @@ def test_a_silent_unit_wakes_up() -> None:
 
 def test_edits_hold_while_silent_units_are_woken(own_net: HookedModel) -> None:
     x = own_net.input.example(1)
-    with edited(own_net, [zero("relu:0")]), Optimizing(waking=True):
+    with edited(own_net, [zero("relu:0")]), Waking():
         assert not own_net.run(x, read=["relu"])["relu"][:, 0].any()
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from circuits.attribution import ablate, attribute, saliency
+from circuits.attribution import attribute, saliency
 from circuits.equivariance import Equivariance
+from circuits.experiments.ablation import ablate
 from circuits.figures import (
     ablation_figure,
     attribution_figure,
@@ -87,12 +88,10 @@ def test_ablations_attributions_and_tunings_are_drawn(
     x = branches.input.example(4)
     report = ablate(branches, ["cat:1"], x, labels=[0, 1, 2, 0], n_random=3)
     figure = ablation_figure(report)
-    assert len(figure.axes) == len(report.measures)
-    kl = figure.axes[list(report.measures).index("kl")]
+    assert len(figure.axes) == len(report.effects)
+    kl = figure.axes[list(report.effects).index("kl")]
     drawn = [c for c in kl.collections if len(c.get_offsets()) == 3]
-    np.testing.assert_allclose(
-        np.asarray(drawn[0].get_offsets())[:, 1], report.measures["kl"].random
-    )
+    np.testing.assert_allclose(np.asarray(drawn[0].get_offsets())[:, 1], report.effects["kl"].null)
     made = attribute(branches, x, "top", "cat", check=0)
     bars = attribution_figure(made, torch.rand(4, 3, 8, 10), top=3)
     heights = [patch.get_height() for patch in bars.axes[0].patches]

@@ -16,12 +16,12 @@ from PIL import Image
 
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
+from circuits.examples import Examples
 from circuits.files import replacing
-from circuits.harvesting import Inputs, find_stores, harvest
+from circuits.harvesting import find_stores, harvest
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.loading import load_model
-from circuits.models.sites import unit_activations
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
@@ -48,7 +48,7 @@ def oracle(model: HookedModel, source: ImageSource, site: str) -> np.ndarray:
     for i in range(len(source)):
         x = model.input.normalize(model.input.load(source.image(i))[None])
         cache = model.run(x, read=[site])
-        rows.append(unit_activations(model.site(site), cache[site])[0].double().numpy())
+        rows.append(model.site(site).activations(cache[site])[0].double().numpy())
     return np.stack(rows)
 
 
@@ -250,7 +250,7 @@ def test_tokens_of_different_lengths(bridge: HookedModel, tmp_path: Path) -> Non
     for text in texts:
         tokens = torch.tensor([[int(t) for t in text.split()]])
         value = bridge.run(tokens, read=[site])[site]
-        rows.append(unit_activations(bridge.site(site), value)[0].double().numpy())
+        rows.append(bridge.site(site).activations(value)[0].double().numpy())
     joined = np.concatenate(rows, axis=1)  # unit x all positions of all texts
     for head in range(4):
         s = store.statistics(Unit(site, head))
@@ -264,9 +264,9 @@ def test_vocabulary_and_first_token_are_used(bridge: HookedModel) -> None:
     words = tuple("abcdefghijklmnopqrst")  # words are separated by white space
     model = HookedModel(bridge.module, TokenInput(20, 12, words, bos=0))
     source = TextSource("made", ("x", "y"), "hash", ("b c d", "a b c d e f g h i j k l m n o p q"))
-    inputs = Inputs(model, source)
-    assert inputs.tokens(0) == [0, 1, 2, 3]
-    assert inputs.tokens(1) == list(range(12)), "cut to what the model takes"
+    examples = Examples(model, source)
+    assert examples.tokens(0) == [0, 1, 2, 3]
+    assert examples.tokens(1) == list(range(12)), "cut to what the model takes"
 
 
 @pytest.mark.parametrize(
@@ -527,10 +527,10 @@ def test_sites_with_one_tensor_are_kept_once(bridge: HookedModel, tmp_path: Path
     store = harvest(bridge, source, names, Workspace(tmp_path), full=names)
     same = store.provenance.same
     assert "blocks.1.hook_resid_pre" in same or "blocks.0.hook_resid_post" in same
-    tokens = torch.stack([Inputs(bridge, source).batch([i])[0] for i in range(20)])
+    tokens = Examples(bridge, source).inputs
     cache = bridge.run(tokens, read=names)
     for name in names:
-        expected = unit_activations(bridge.site(name), cache[name]).amax(2).numpy()
+        expected = bridge.site(name).activations(cache[name]).amax(2).numpy()
         np.testing.assert_allclose(store.summary(name).maximum, expected, rtol=1e-4, atol=1e-5)
     shared, other = next(iter(same.items()))
     np.testing.assert_array_equal(store.rows(shared).random(9), store.rows(other).random(9))

@@ -12,6 +12,7 @@ from scipy.stats import mannwhitneyu, rankdata
 from torch import Tensor
 
 from circuits.database import Database
+from circuits.experiments.statistics import corrected
 from circuits.sae import (
     call,
     dissect,
@@ -21,7 +22,7 @@ from circuits.sae import (
     probe,
     save_names,
 )
-from circuits.sae.naming import adjusted, auroc_table, rank_test
+from circuits.sae.naming import auroc_table, rank_test
 from circuits.units import Unit
 
 
@@ -87,7 +88,7 @@ def test_correction_for_many_tests_is_that_of_benjamini_and_hochberg() -> None:
         )
         for q in p
     ]
-    np.testing.assert_allclose(adjusted(p), wanted, rtol=1e-9)
+    np.testing.assert_allclose(corrected(p.tolist(), "benjamini-hochberg"), wanted, rtol=1e-9)
 
 
 def test_units_are_named_after_what_they_tell_and_others_are_not_named() -> None:

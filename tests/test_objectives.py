@@ -5,15 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from circuits.examples import Examples
 from circuits.featurevis import comparisons, objectives
 from circuits.featurevis.embeddings import dream
 from circuits.featurevis.objectives import Objective
 from circuits.featurevis.optimizing import respond
 from circuits.featurevis.render import visualize
-from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.stimuli.sources import open_source
 from circuits.units import Direction, Unit
 from tests.conftest import OwnNet, seeded
 
@@ -174,12 +173,12 @@ def test_a_position_outside_the_map_is_named(model: HookedModel) -> None:
 def test_a_caricature_keeps_the_layout() -> None:
     """Where the image's activations are large the caricature's are, more than chance would have it."""
     model = load_model("shapes")
-    inputs = Inputs(model, open_source("photos"))
+    photos = Examples(model, "photos", None)
     correlations, controls = [], []
     for i in (3, 40, 80, 120):
-        image = inputs.load(i)
+        image = photos.load(i)
         made = visualize(model, comparisons.caricature(model, "mixed3a", image), steps=48).image
-        x = torch.stack([image, made, inputs.load((i + 31) % 160)])
+        x = torch.stack([image, made, photos.load((i + 31) % 160)])
         maps = (
             model.run(model.input.normalize(x), read=["mixed3a"])["mixed3a"].norm(dim=1).flatten(1)
         )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.effects import Effect, Prediction
+from circuits.effects import Prediction
+from circuits.experiments import Effect
 from circuits.plots import (
     effects_figure,
     histogram_html,
@@ -121,10 +122,11 @@ def test_attention_is_on_one_scale_and_tokens_are_named_where_they_can_be_read()
 
 
 def test_effects_stand_beside_their_twins() -> None:
-    effect = Effect(1.0, 3.0, 2.0, 1.5, 2.75, (0.1, -0.2), (0.3,), 0.25)
-    twins, noise, own = effects_figure({"kl": effect}).data
-    assert list(twins.x) == [0.1, -0.2]
-    assert list(noise.x) == [0.3]
+    effect = Effect(
+        "kl", "nats", 1.0, 3.0, 2.0, 1.5, 2.75, (0.1, -0.2), "2 groups", 0.25, 1 / 3, 9, 9
+    )
+    null, own = effects_figure({"kl": effect}).data
+    assert list(null.x) == [0.1, -0.2]
     assert list(own.x) == [2.0]
     assert list(own.error_x.array) == [0.75]
     assert list(own.error_x.arrayminus) == [0.5]

@@ -10,7 +10,7 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 8
+    assert len(SCRIPTS) == 9
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
@@ -18,7 +18,17 @@ def test_readme_has_its_scripts() -> None:
 @pytest.mark.parametrize(
     "script",
     SCRIPTS,
-    ids=["ten-lines", "own-model", "harvest", "weights", "pictures", "units", "edits", "concepts"],
+    ids=[
+        "ten-lines",
+        "own-model",
+        "harvest",
+        "weights",
+        "pictures",
+        "behaviours",
+        "units",
+        "edits",
+        "concepts",
+    ],
 )
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

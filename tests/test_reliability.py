@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuits.examples import Examples
 from circuits.featurevis.reliability import NaturalResponses, natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
-from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.inception import InceptionNet
 from circuits.models.loading import load_model
 from circuits.models.randomizing import randomized
-from circuits.stimuli.sources import open_source
 
 SETTINGS = Settings(steps=48)
 
@@ -27,13 +26,13 @@ def shapes() -> HookedModel:
 
 
 @pytest.fixture(scope="module")
-def photos(shapes: HookedModel) -> list[Tensor]:
-    return Inputs(shapes, open_source("photos")).upto(120, size=8)
+def photos(shapes: HookedModel) -> Examples:
+    return Examples(shapes, "photos", 120)
 
 
 @pytest.fixture(scope="module")
-def natural(shapes: HookedModel, photos: list[Tensor]) -> NaturalResponses:
-    return natural_responses(shapes, "mixed3a", photos, "photos")
+def natural(shapes: HookedModel, photos: Examples) -> NaturalResponses:
+    return natural_responses(shapes, "mixed3a", photos)
 
 
 def test_randomized_shuffles_and_leaves_the_model_alone(own_net: HookedModel) -> None:
@@ -49,10 +48,9 @@ def test_randomized_shuffles_and_leaves_the_model_alone(own_net: HookedModel) ->
 
 
 def test_natural_responses_are_the_models(
-    shapes: HookedModel, photos: list[Tensor], natural: NaturalResponses
+    shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
-    x = torch.cat(photos)
-    a = shapes.run(x, read=["mixed3a"])["mixed3a"]
+    a = shapes.run(photos.inputs, read=["mixed3a"])["mixed3a"]
     torch.testing.assert_close(torch.from_numpy(natural.maximum), a.amax((2, 3)))
     at = a[5, 100].argmax().item()
     place = ((at // a.shape[3] + 0.5) / a.shape[2], (at % a.shape[3] + 0.5) / a.shape[3])
@@ -62,16 +60,16 @@ def test_natural_responses_are_the_models(
 
 
 def test_an_examples_own_image_takes_the_natural_way(
-    shapes: HookedModel, photos: list[Tensor], natural: NaturalResponses
+    shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
     """The measure itself: a unit's second best example scores near 1, a blank image far below."""
     from circuits.featurevis.reliability import _measured
 
-    spec, source = shapes.input, Inputs(shapes, open_source("photos"))
+    spec = shapes.input
     best, blank = [], []
     for unit in range(96, 144, 6):
         top = int((-natural.maximum[:, unit]).argsort()[1])
-        own = _measured(shapes, source.load(top), shapes.unit(f"mixed3a:{unit}"), natural, 0)
+        own = _measured(shapes, photos.load(top), shapes.unit(f"mixed3a:{unit}"), natural, 0)
         grey = torch.full((3, spec.height, spec.width), 0.5)
         none = _measured(shapes, grey, shapes.unit(f"mixed3a:{unit}"), natural, 0)
         best.append(own.natural)
@@ -113,15 +111,15 @@ class Misled(nn.Module):
         return self.seen(x + one * more)
 
 
-def test_a_misleading_unit_is_flagged(shapes: HookedModel, photos: list[Tensor]) -> None:
+def test_a_misleading_unit_is_flagged(shapes: HookedModel, photos: Examples) -> None:
     settings = Settings(steps=128)
-    unit, x = 120, torch.cat(photos)
+    unit, x = 120, photos.inputs
     assert isinstance(shapes.module, InceptionNet)
     nets = [Misled(copy.deepcopy(shapes.module), unit, x, strength) for strength in (0.0, 20.0)]
     judged = []
     for net in nets:
         model = HookedModel(net.eval(), shapes.input)
-        natural = natural_responses(model, "seen", photos, "photos")
+        natural = natural_responses(model, "seen", photos)
         pictures = visualize_units(model, [f"seen:{unit}"], **settings.options())
         judged.append((natural.maximum, reliability(model, pictures, natural, settings)[0]))
     (before, honest), (after, misleading) = judged
@@ -151,19 +149,18 @@ def test_badges_separate_on_the_built_in_model(
 @pytest.mark.slow
 def test_badges_separate_units_of_googlenet(assets: Path) -> None:
     model = load_model("googlenet")
-    source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
-    batches = Inputs(model, source).upto(96, size=8)
-    natural = natural_responses(model, "mixed3b", batches, source.spec)
+    images = Examples(model, f"folder:{assets / 'images' / 'imagenet500'}", 96)
+    natural = natural_responses(model, "mixed3b", images)
     settings = Settings(steps=64, size=96)
     units = list(range(0, 480, 40)) + list(range(330, 416, 24))
     assert separated(model, "mixed3b", sorted(set(units)), natural, settings) >= 0.9
 
 
 def test_too_few_images_and_wrong_pictures_are_named(
-    shapes: HookedModel, photos: list[Tensor], natural: NaturalResponses
+    shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
     with pytest.raises(ValueError, match="8 found, at least 9"):
-        natural_responses(shapes, "mixed3a", photos[:1], "photos")
+        natural_responses(shapes, "mixed3a", photos.subset(range(8)))
     picture = visualize_units(shapes, ["conv2d0:1"], steps=1)
     with pytest.raises(ValueError, match="expected one of a unit of mixed3a"):
         reliability(shapes, picture, natural, SETTINGS)

@@ -16,26 +16,27 @@ import pytest
 import torch
 
 from circuits.autoencoders import Autoencoder, load_autoencoder
-from circuits.harvesting import Inputs, harvest
+from circuits.examples import Examples
+from circuits.harvesting import harvest
 from circuits.models.adapter import HookedModel
 from circuits.models.attaching import check_name
 from circuits.models.loading import load_model
 from circuits.sae import (
     ArrayRows,
+    Hyperparameters,
     Intervention,
     ModelRows,
     Progress,
-    Rule,
+    RowFilter,
     Schedule,
-    Settings,
     StoreRows,
     as_recipe,
     behaviour,
     intervene,
     known_dictionary,
     match,
-    measure,
     pooled,
+    reconstruction,
     recovery,
     stability,
     suspects,
@@ -50,7 +51,7 @@ from circuits.store import ActivationStore
 from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
 
-EVERY = Rule(norms=0, hold_out=0)
+EVERY = RowFilter(norms=0, hold_out=0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_the_rule_leaves_out_first_tokens_high_norms_and_held_out_examples(
     store: ActivationStore,
 ) -> None:
     source = StoreRows(store, "blocks.0.hook_resid_post")
-    rule = Rule(positions=2, norms=1.5, hold_out=0.25)
+    rule = RowFilter(positions=2, norms=1.5, hold_out=0.25)
     batches = Batches(source, 50, rule)
     stream = iter(batches)
     seen = torch.cat([next(stream)[0] for _ in range(20)])
@@ -149,7 +150,7 @@ def test_rows_of_a_store_are_those_of_the_model(
 
 def test_settings_that_differ_are_called_differently() -> None:
     sizes = (0.1, 0.12345671, 0.12345672, 1.0, 1000000.0, 1000001.0, 1e-05)
-    labels = [Settings("relu", 8, sparsity=size).label() for size in sizes]
+    labels = [Hyperparameters("relu", 8, sparsity=size).label() for size in sizes]
     assert labels[0] == "relu-8-l0_1-s0"
     assert labels[3] == "relu-8-l1-s0"
     assert len(set(map(check_name, labels))) == len(sizes)
@@ -168,14 +169,15 @@ def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
 # --- learning --------------------------------------------------------------------------------------
 
 KINDS = [
-    Settings("topk", 48, k=4), Settings("batchtopk", 48, k=4), Settings("matryoshka", 48, k=4),
-    Settings("relu", 48, sparsity=0.5), Settings("jumprelu", 48, sparsity=0.1), Settings("gated", 48, sparsity=0.5),
+    Hyperparameters("topk", 48, k=4), Hyperparameters("batchtopk", 48, k=4), Hyperparameters("matryoshka", 48, k=4),
+    Hyperparameters("relu", 48, sparsity=0.5), Hyperparameters("jumprelu", 48, sparsity=0.1),
+    Hyperparameters("gated", 48, sparsity=0.5),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)
 def test_each_architecture_learns_and_is_folded_without_a_change(
-    settings: Settings, known: tuple
+    settings: Hyperparameters, known: tuple
 ) -> None:
     rows = known[1][:20_000] * 7 + 3  # scale and centre have to be folded back
     batches = Batches(ArrayRows(rows), 512, EVERY)
@@ -210,13 +212,13 @@ def test_each_architecture_learns_and_is_folded_without_a_change(
 def test_a_known_dictionary_is_found_by_topk_and_not_by_untuned_l1(seed: int) -> None:
     truth, rows = known_dictionary(seed=seed)
     settings = {
-        "topk": Settings("topk", 64, k=3, lr=3e-3, seed=seed),
-        "l1": Settings("relu", 64, sparsity=0.02, lr=3e-3, seed=seed),
+        "topk": Hyperparameters("topk", 64, k=3, lr=3e-3, seed=seed),
+        "l1": Hyperparameters("relu", 64, sparsity=0.02, lr=3e-3, seed=seed),
     }
     source = ArrayRows(rows)
     made = train(source, settings, Schedule(3000, batch=1024))
     topk, l1 = (
-        recovery(c, truth, measure(c, source, rows=8192, nulls=False).own.fvu)
+        recovery(c, truth, reconstruction(c, source, rows=8192, nulls=False).own.fvu)
         for c in made.values()
     )
     assert topk.matching.mcc >= 0.98
@@ -230,7 +232,10 @@ def test_a_known_dictionary_is_found_by_topk_and_not_by_untuned_l1(seed: int) ->
 def small(known: tuple, steps: int = 60, **more: object) -> dict[str, object]:
     return {
         "source": ArrayRows(known[1]),
-        "settings": {"a": Settings("topk", 64, k=3), "b": Settings("batchtopk", 80, k=4, seed=1)},
+        "settings": {
+            "a": Hyperparameters("topk", 64, k=3),
+            "b": Hyperparameters("batchtopk", 80, k=4, seed=1),
+        },
         "schedule": Schedule(steps, batch=512),
         **more,
     }
@@ -320,9 +325,9 @@ def test_random_directions_are_as_many_active_as_learned_ones(activation: str) -
 
 KILLED = """
 import sys, time
-from circuits.sae import ArrayRows, Schedule, Settings, known_dictionary, train
+from circuits.sae import ArrayRows, Schedule, Hyperparameters, known_dictionary, train
 rows = ArrayRows(known_dictionary(rows=60_000)[1])
-settings = {"a": Settings("topk", 64, k=3), "b": Settings("batchtopk", 80, k=4, seed=1)}
+settings = {"a": Hyperparameters("topk", 64, k=3), "b": Hyperparameters("batchtopk", 80, k=4, seed=1)}
 print("begun", flush=True)
 train(rows, settings, Schedule(60, batch=512), sys.argv[1], name="x", every=0, report=lambda p: time.sleep(0.01))
 """
@@ -362,9 +367,9 @@ def test_two_at_once_the_second_says_so(known: tuple, tmp_path: Path) -> None:
 
 RANKED = """
 import sys
-from circuits.sae import ArrayRows, Schedule, Settings, known_dictionary, train
+from circuits.sae import ArrayRows, Schedule, Hyperparameters, known_dictionary, train
 rows = ArrayRows(known_dictionary(rows=60_000)[1])
-train(rows, Settings("topk", 64, k=3, lr=3e-3), Schedule(200, batch=512), sys.argv[1], name="x")
+train(rows, Hyperparameters("topk", 64, k=3, lr=3e-3), Schedule(200, batch=512), sys.argv[1], name="x")
 """
 
 
@@ -386,19 +391,25 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda rows: train(ArrayRows(rows[:50]), Settings("topk", 64), Schedule(5)), "there are only 50 rows"),
-        (lambda rows: Settings("topk", 16, k=17), "k 17 must be from 1 to the number of latents, 16"),
+        (lambda rows: train(ArrayRows(rows[:50]), Hyperparameters("topk", 64), Schedule(5)), "there are only 50 rows"),
+        (lambda rows: Hyperparameters("topk", 16, k=17), "k 17 must be from 1 to the number of latents, 16"),
         (lambda rows: ArrayRows(np.where(rows == rows[777, 3], np.nan, rows)), "row 777 of array 'array' is NaN"),
         (lambda rows: ArrayRows(rows[0]), "is no table of numbers"),
         (lambda rows: Schedule(0), "steps 0 must be at least 1"),
-        (lambda rows: Rule(norms=0.5), "norms 0.5 must be above 1"),
-        (lambda rows: train(ArrayRows(rows * 0), Settings("topk", 8, k=2), Schedule(2)), "rows are all zero"),
-        (lambda rows: train(ArrayRows(rows), Settings("topk", 8, k=2, skip=True), Schedule(2)), "only a transcoder"),
+        (lambda rows: RowFilter(norms=0.5), "norms 0.5 must be above 1"),
+        (lambda rows: train(ArrayRows(rows * 0), Hyperparameters("topk", 8, k=2), Schedule(2)), "rows are all zero"),
+        (
+            lambda rows: train(ArrayRows(rows), Hyperparameters("topk", 8, k=2, skip=True), Schedule(2)),
+            "only a transcoder",
+        ),
         (lambda rows: train(ArrayRows(rows), {}, Schedule(2)), "expected at least one autoencoder"),
-        (lambda rows: train(ArrayRows(rows), {"sae": Settings("topk", 8, k=2)}, Schedule(2)), "another file of that"),
+        (
+            lambda rows: train(ArrayRows(rows), {"sae": Hyperparameters("topk", 8, k=2)}, Schedule(2)),
+            "another file of that",
+        ),
         (
             lambda rows: train(
-                ArrayRows(rows), {n: Settings("topk", 8, k=2) for n in "ab"}, Schedule(2)
+                ArrayRows(rows), {n: Hyperparameters("topk", 8, k=2) for n in "ab"}, Schedule(2)
             ),
             "are there twice",
         ),
@@ -414,10 +425,10 @@ def test_bad_input_is_named(call: object, message: str, known: tuple) -> None:
 
 def test_measures_are_what_their_definitions_say(known: tuple) -> None:
     source = ArrayRows(known[1][:6000])
-    code = train(source, Settings("topk", 64, k=3, lr=3e-3), Schedule(300, batch=512), rule=EVERY)[
-        ""
-    ]
-    found = measure(code, source, rows=6000)
+    code = train(
+        source, Hyperparameters("topk", 64, k=3, lr=3e-3), Schedule(300, batch=512), rule=EVERY
+    )[""]
+    found = reconstruction(code, source, rows=6000)
     x = torch.from_numpy(source.array).double()
     made, codes = code(x.float()).double(), code.encode(x.float())
     fvu = float((x - made).square().sum() / (x - x.mean(0)).square().sum())
@@ -454,7 +465,7 @@ def test_directions_are_matched_one_to_one() -> None:
 
 
 def test_other_seeds_of_a_known_dictionary_agree(known: tuple) -> None:
-    settings = {f"s{i}": Settings("topk", 64, k=3, lr=3e-3, seed=i) for i in range(2)}
+    settings = {f"s{i}": Hyperparameters("topk", 64, k=3, lr=3e-3, seed=i) for i in range(2)}
     found = stability(train(ArrayRows(known[1]), settings, Schedule(2000, batch=512)))
     assert found.mcc > 0.9 > found.random + 0.3
     with pytest.raises(ValueError, match="expected at least two"):
@@ -465,9 +476,9 @@ def test_what_the_model_does_with_codes_is_recovered(
     induction: HookedModel, store: ActivationStore
 ) -> None:
     source = StoreRows(store, "blocks.0.hook_resid_post")
-    code = train(source, Settings("topk", 512, k=8, lr=2e-3), Schedule(150, batch=1024))[""]
-    batches = Inputs(induction, open_source("repeats")).upto(40)
-    found = behaviour(induction, code, batches, data="repeats")
+    code = train(source, Hyperparameters("topk", 512, k=8, lr=2e-3), Schedule(150, batch=1024))[""]
+    examples = Examples(induction, "repeats", 40)
+    found = behaviour(induction, code, examples)
     kl = found.measures["kl"]
     assert found.kept_positions == 1
     assert kl.intact == pytest.approx(0, abs=1e-9)
@@ -475,7 +486,7 @@ def test_what_the_model_does_with_codes_is_recovered(
     assert kl.of_zero == pytest.approx(1 - kl.reconstruction / kl.zero)
     assert kl.of_zero_interval[0] <= kl.of_zero <= kl.of_zero_interval[1]
     # guessing the random half costs the intact model more than knowing nothing
-    assert "damage done by zero" in found.measures["loss"].warning
+    assert "damage done by zero" in found.measures["cross_entropy"].warning
 
     class Perfect(Autoencoder):
         pass
@@ -488,7 +499,7 @@ def test_what_the_model_does_with_codes_is_recovered(
         torch.zeros(64),
         about=code.about,
     )
-    perfect = behaviour(induction, both, batches).measures["kl"]
+    perfect = behaviour(induction, both, examples).measures["kl"]
     assert perfect.of_zero == pytest.approx(1, abs=1e-4)
 
 
@@ -529,12 +540,15 @@ def test_a_confound_is_found_and_switched_off() -> None:
     assert (suspected[0].unit, suspected[0].label) == (Unit("sae/x", 7), "b")
     marked = other.copy()
     marked[clean == 0, 7] = 4.5  # the mark is on another class now
-    effect = intervene(found, marked, clean.tolist(), [Intervention((Unit("sae/x", 7),))])
-    (restored,) = [c for c in effect.classes if c.name == "a"]
+    changed = intervene(
+        found, marked, clean.tolist(), [Intervention((Unit("sae/x", 7),))], n_random=5
+    )
+    (restored,) = [c for c in changed.classes if c.name == "a"]
+    effect = changed.effect
     assert restored.intact < 0.75 < 0.95 < restored.changed
     assert effect.low > 0.03
-    assert effect.change > max(effect.random) + 0.05
-    assert sum(effect.flips.values()) >= round((effect.after - effect.before) * 300)
+    assert effect.change > max(effect.null) + 0.05
+    assert sum(changed.flips.values()) >= round(effect.change * 300)
     assert suspects(found, other, clean.tolist(), other, clean.tolist()) == []
 
 
@@ -544,10 +558,10 @@ def test_interventions_do_to_pooled_codes_what_their_recipe_does_to_the_model(
     from circuits.edits.recipes import Recipe, edited
 
     source = StoreRows(store, "blocks.0.hook_resid_post")
-    code = train(source, Settings("topk", 128, k=8, lr=2e-3), Schedule(30, batch=512))[""]
+    code = train(source, Hyperparameters("topk", 128, k=8, lr=2e-3), Schedule(30, batch=512))[""]
     own = induction.attach(code, "x", code.about.site)
-    batches = Inputs(induction, open_source("repeats")).upto(8)
-    codes = pooled(own, "sae/x", batches, "mean")
+    examples = Examples(own, "repeats", 8)
+    codes = pooled(own, "sae/x", examples, "mean")
     busy = [Unit("sae/x", int(i)) for i in np.argsort(-codes.mean(0))[:3]]
     done = [
         Intervention((busy[0],)), Intervention((busy[1],), "scale", 2.5), Intervention((busy[2],), "set", 3.0)
@@ -559,7 +573,7 @@ def test_interventions_do_to_pooled_codes_what_their_recipe_does_to_the_model(
     as_recipe(own, done).save(path)
     with edited(own, Recipe.load(path)):
         torch.testing.assert_close(
-            torch.from_numpy(pooled(own, "sae/x", batches, "mean")),
+            torch.from_numpy(pooled(own, "sae/x", examples, "mean")),
             torch.from_numpy(wanted),
             atol=1e-5,
             rtol=1e-4,

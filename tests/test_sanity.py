@@ -23,18 +23,17 @@ from circuits.attribution import (
 )
 from circuits.attribution.faithfulness import imputed, order_of
 from circuits.attribution.sanity import ssim
-from circuits.attribution.targets import Target
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.models.randomizing import layers_in_order, randomized
-from circuits.stimuli.sources import open_source
+from circuits.tasks.targets import Target
 
 
 @pytest.fixture(scope="module")
 def shapes() -> tuple[HookedModel, Tensor, Target]:
     model = load_model("shapes")
-    x = Inputs(model, open_source("shapes")).first(6)
+    x = Examples(model, "shapes", 6).inputs
     top = tuple(model.logits(x).argmax(1).tolist())
     return model, x, Target("logits", top)
 
@@ -187,13 +186,13 @@ def test_orders_and_agreement() -> None:
 
 def test_a_card_holds_all_of_it(shapes: tuple[HookedModel, Tensor, Target], tmp_path: Path) -> None:
     model, x, _ = shapes
-    made = card(model, x, "gradient_x_input", stages=2, steps=4, faithful=3, data="shapes")
+    made = card(model, x, "gradient_x_input", stages=2, steps=4, faithful=3)
     assert set(made.verdicts) == {"randomisation", "insertion", "deletion", "road"}
     assert set(made.verdicts.values()) <= {"passes", "fails", "unclear"}
-    assert made.n_images == 6
+    assert made.examples["n"] == 6
     made.save(tmp_path / "card.json")
     assert (tmp_path / "card.json").read_text().startswith("{")
-    again = card(model, x, "gradient_x_input", stages=2, steps=4, faithful=3, data="shapes")
+    again = card(model, x, "gradient_x_input", stages=2, steps=4, faithful=3)
     assert again == made
 
 
@@ -201,10 +200,7 @@ def test_a_card_holds_all_of_it(shapes: tuple[HookedModel, Tensor, Target], tmp_
 def test_googlenet_reproduces_the_literature(assets: Path) -> None:
     """Adebayo et al. 2018: gradients and Grad-CAM change with the model, guided backpropagation hardly does."""
     model = load_model("googlenet")
-    x = Inputs(model, open_source(f"folder:{assets / 'images/imagenet500'}")).batch(
-        range(0, 500, 21)
-    )
-    assert len(x) == 24
+    x = Examples(model, f"folder:{assets / 'images/imagenet500'}", 24).inputs
     target = Target("softmax2_pre_activation", tuple(model.logits(x).argmax(1).tolist()))
     for method, expected in (
         ("gradient", True), ("grad_cam", True), ("guided_backprop", False), ("guided_grad_cam", False),

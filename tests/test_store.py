@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from circuits.harvesting import harvest, kernels
-from circuits.harvesting.observing import Observer, as_rows, laid_out
+from circuits.harvesting.observing import Observer, laid_out
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.stimuli.images import ImageSource
@@ -299,7 +299,7 @@ def whole(model: HookedModel, name: str) -> np.ndarray:
     source = hundred()
     images = torch.stack([model.input.load(source.image(i)) for i in range(len(source))])
     value = model.run(model.input.normalize(images), read=[name])[name]
-    return as_rows(model.site(name), value).double().numpy()
+    return model.site(name).rows(value).flatten(0, -2).double().numpy()
 
 
 def test_whole_activations_are_those_of_the_model(

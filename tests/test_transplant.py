@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from circuits.examples import as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
 from circuits.transplant import Tuned, grafted, match_and_fit, match_angles, measure_transplant
 from circuits.transplant.grafts import _fit, _moved, apart, shuffled, with_random_weights
-from circuits.transplant.measuring import paired_p
 
 
 class Small(nn.Module):
@@ -127,11 +126,11 @@ def test_shifts_are_found() -> None:
 def test_controls_are_wrong_where_they_should_be() -> None:
     model, donor = host(), twin()
     graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], images(16, 1))
-    generator = torch.Generator().manual_seed(0)
-    for control in shuffled(model, graft, images(16, 1), generator, 3):
+    generator, shown = torch.Generator().manual_seed(0), as_examples(model, images(16, 1))
+    for control in shuffled(model, graft, shown, generator, 3):
         assert sorted(m.donor.index for m in control.matches) == [0, 1, 2, 3]
         assert all(apart(m.angle, m.donor_angle) >= 45 for m in control.matches)
-    random = with_random_weights(model, graft, images(16, 1), generator)
+    random = with_random_weights(model, graft, shown, generator)
     own = donor.parameters["pre.weight"]
     assert torch.equal(
         random.weights["pre.weight"].flatten().sort().values, own.flatten().sort().values
@@ -154,20 +153,29 @@ def test_a_report_against_its_definition() -> None:
         n_random=2,
         progress=lambda *a: done.append(a),
     )
-    assert done[-1] == (31, 31)  # three batches of nine conditions, and four controls fitted
+    assert done[-1][0] == done[-1][1]
+    assert [d for d, _ in done] == sorted(d for d, _ in done)
 
     def zeroed(value: Tensor) -> Tensor:
         changed = value.clone()
         changed[:, :4] = 0
         return changed
 
-    losses = []
-    for edits in ({}, {"act": zeroed}):
-        logits = torch.cat([model.logits(x, edits) for x in evaluation])
-        intact = torch.cat([model.logits(x) for x in evaluation]).log_softmax(-1)
-        losses.append((intact.exp() * (intact - logits.log_softmax(-1))).sum(-1).mean().item())
-    assert report.condition("intact").top1.value == 1
-    assert report.condition("zero").kl.value == pytest.approx(losses[1], rel=1e-5)
+    intact = torch.cat([model.logits(x) for x in evaluation]).double().log_softmax(-1)
+
+    def divergence(logits: Tensor) -> float:
+        changed = logits.double().log_softmax(-1)
+        return float((intact.exp() * (intact - changed)).sum(-1).mean())
+
+    zero = divergence(torch.cat([model.logits(x, {"act": zeroed}) for x in evaluation]))
+    with grafted(model, graft):
+        put = divergence(torch.cat([model.logits(x) for x in evaluation]))
+    assert report.condition("intact").accuracy.value == 1
+    assert report.condition("zero").kl.value == pytest.approx(zero, rel=1e-6)
+    found = report.condition("transplant")
+    assert found.kl.value == pytest.approx(put, rel=1e-4)
+    assert found.recovered_kl.value == pytest.approx(1 - put / zero, rel=1e-6)
+    assert found.recovered_kl.low < found.recovered_kl.value < found.recovered_kl.high
     assert report.condition("zero").recovered_kl.value == 0
     assert report.condition("transplant").recovered_kl.value > 0.9
     assert (
@@ -181,19 +189,11 @@ def test_a_report_against_its_definition() -> None:
     assert facts["matches"][0]["host"] == "act:0"
 
 
-def test_paired_test_by_hand() -> None:
-    generator = np.random.default_rng(0)
-    # all ten differences of one sign: 2 of 2^10 sums are as large
-    assert paired_p(np.ones(10), generator) == pytest.approx(2 / 1024, abs=0.002)
-    assert paired_p(np.zeros(5), generator) == 1
-    assert paired_p(np.array([1.0, -1.0]), generator) == 1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"evaluation": []}, "0 evaluation images"),
-        ({"labels": [1]}, "labels: 1 for 8 evaluation images"),
+        ({"evaluation": []}, "there is none, expected at least one"),
+        ({"labels": [1]}, "labels: 1 for the 8 examples"),
         ({"n_random": 0}, "n_random 0 must be at least 1"),
     ],
 )
@@ -216,5 +216,5 @@ def test_bad_input(change, message: str) -> None:
             [tuned("pre", donor)],
             images(8, 1),
         )
-    with pytest.raises(ValueError, match="calibration holds no image"):
+    with pytest.raises(ValueError, match="there is none, expected at least one"):
         match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], [])

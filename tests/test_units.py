@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +75,131 @@ def test_site_knows_its_units_and_positions() -> None:
     assert site.unit(3) == Unit("z", 3)
     with pytest.raises(ValueError, match="units 0 to 3"):
         site.unit(4)
+
+
+LAYOUTS = {
+    "channels first": Site("a", "channel", ("batch", "channel", "y", "x"), 1, (3, 2, 4)),
+    "channels last": Site("b", "neuron", ("batch", "y", "x", "unit"), 3, (2, 4, 3)),
+    "heads": Site("c", "head", ("batch", "position", "head", "d_head"), 2, (5, 3, 2)),
+    "patterns": Site("d", "pattern", ("batch", "head", "query", "key"), 1, (3, 5, 5)),
+    "flat": Site("e", "neuron", ("batch", "unit"), 1, (3,)),
+    "volume": Site("f", "channel", ("batch", "channel", "z", "y", "x"), 1, (3, 2, 4, 5)),
+}
+
+
+def numbered(site: Site) -> torch.Tensor:
+    """A batch of two in which every number is another."""
+    return torch.arange(2.0 * math.prod(site.shape)).reshape(2, *site.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner_axis", "unit_shape", "width", "units_last", "positions"),
+    [
+        ("channels first", None, (3,), 3, False, (2, 4)),
+        ("channels last", None, (3,), 3, True, (2, 4)),
+        ("heads", 3, (3, 2), 6, True, (5,)),
+        ("patterns", None, (3,), 3, False, (5, 5)),
+        ("flat", None, (3,), 3, True, ()),
+        ("volume", None, (3,), 3, False, (2, 4, 5)),
+    ],
+)
+def test_layouts(
+    name: str,
+    inner_axis: int | None,
+    unit_shape: tuple[int, ...],
+    width: int,
+    units_last: bool,
+    positions: tuple[int, ...],
+) -> None:
+    site = LAYOUTS[name]
+    found = (site.inner_axis, site.unit_shape, site.width, site.units_last)
+    assert found == (inner_axis, unit_shape, width, units_last)
+    assert site.positions_of(numbered(site)) == positions
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_by_unit_writes_into_the_tensor_and_back(name: str) -> None:
+    site = LAYOUTS[name]
+    value = numbered(site)
+    intact = value.clone()
+    view = site.by_unit(value)
+    assert torch.equal(site.from_by_unit(view), value)
+    view[:, 1] = -1.0
+    assert (value.select(site.unit_axis, 1) == -1).all()
+    assert ((value == -1) | (value == intact)).all()
+    assert int((value == -1).sum()) == value.numel() // site.n_units
+    site.from_by_unit(view)[0] = 7.0
+    assert (view[0] == 7).all(), "a view as well"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_and_back(name: str) -> None:
+    site = LAYOUTS[name]
+    value = numbered(site)
+    rows = site.rows(value)
+    assert rows.shape == (2, *site.positions_of(value), site.width)
+    assert torch.equal(site.from_rows(rows), value)
+
+
+def test_rows_by_hand() -> None:
+    first, last = LAYOUTS["channels first"], LAYOUTS["channels last"]
+    value = numbered(first)
+    assert torch.equal(first.rows(value)[1, 1, 3], value[1, :, 1, 3])
+    assert torch.equal(last.rows(numbered(last)), numbered(last))
+    heads = LAYOUTS["heads"]
+    z = numbered(heads)
+    row = [*z[1, 4, 0].tolist(), *z[1, 4, 1].tolist(), *z[1, 4, 2].tolist()]
+    assert heads.rows(z)[1, 4].tolist() == row
+    assert heads.row_units.tolist() == [0, 0, 1, 1, 2, 2]
+    short = heads.from_rows(torch.arange(12.0).reshape(1, 2, 6))
+    assert short.shape == (1, 2, 3, 2), "positions are those of the rows"
+    assert short[0, 1, 2].tolist() == [10.0, 11.0]
+
+
+def test_activations_by_hand() -> None:
+    heads = LAYOUTS["heads"]
+    z = torch.zeros(1, 5, 3, 2)
+    z[0, 4, 1] = torch.tensor([3.0, 4.0])
+    expected = torch.zeros(1, 3, 5)
+    expected[0, 1, 4] = 5.0  # the norm of (3, 4)
+    assert torch.equal(heads.activations(z), expected)
+    for name in ("channels first", "patterns", "volume"):
+        site = LAYOUTS[name]
+        assert torch.equal(site.activations(numbered(site)), numbered(site).flatten(2))
+    last = LAYOUTS["channels last"]
+    assert last.activations(numbered(last))[1, 2, 1 * 4 + 3] == numbered(last)[1, 1, 3, 2]
+    flat = LAYOUTS["flat"]
+    assert flat.activations(torch.tensor([[1.0, -2.0, 3.0]])).tolist() == [[[1.0], [-2.0], [3.0]]]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_spread_reaches_every_position_of_its_unit(name: str) -> None:
+    site = LAYOUTS[name]
+    vector = torch.arange(1.0, 1 + site.width).reshape(site.unit_shape)
+    made = torch.zeros(2, *site.shape) + site.spread(vector)
+    assert (site.rows(made) == vector.flatten()).all()
+
+
+def test_spread_of_one_number_a_head_and_of_some_units() -> None:
+    heads = LAYOUTS["heads"]
+    made = torch.zeros(2, 5, 3, 2) + heads.spread(torch.tensor([1.0, 2.0, 3.0]))
+    assert made[1, 4].tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    site = LAYOUTS["channels first"]
+    assert site.spread(torch.tensor([4.0, 5.0])).tolist() == [[[[4.0]], [[5.0]]]]
+
+
+def test_at_is_a_view_of_one_position() -> None:
+    site = LAYOUTS["channels first"]
+    value = numbered(site)
+    assert torch.equal(site.at(value, (1, -1)), value[:, :, 1, 3])
+    site.at(value, (1, -1))[0] = -5.0
+    assert value[0, :, 1, 3].tolist() == [-5.0, -5.0, -5.0]
+    heads = LAYOUTS["heads"]
+    assert torch.equal(heads.at(numbered(heads), (2,)), numbered(heads)[:, 2])
+    with pytest.raises(ValueError, match="position 2 along y of a must be from -2 to 1"):
+        site.at(value, (2, 0))
+    with pytest.raises(ValueError, match=r"position \(1,\) does not fit the axes of a \(y, x\)"):
+        site.at(value, (1,))
 
 
 def test_unknown_offers_the_nearest_names() -> None:

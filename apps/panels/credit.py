@@ -9,11 +9,12 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.cached import Shown
 from apps.choosing import TROUBLE, line, link, named, part
+from apps.inputs import picture_of
 from circuits.attribution.channels import ChannelMethod
 from circuits.attribution.saliency import METHODS
 from circuits.attribution.saliency import Method as PixelMethod
+from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
@@ -26,7 +27,7 @@ FAST = ("gradient_x_input", "integrated_gradients", "grad_cam", "relevance")
 
 
 @part
-def credit_panel(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> None:
+def credit_panel(record: ModelRecord, model: HookedModel, one: Examples, site: str) -> None:
     """Which units, and which pixels, are responsible for a target."""
     st.subheader("What is responsible")
     target = st.text_input(
@@ -40,7 +41,7 @@ def credit_panel(record: ModelRecord, model: HookedModel, shown: Shown, site: st
         required=True,
     )
     try:
-        found = cached.attributed(model, shown, site, target, method)
+        found = cached.attributed(model, one, site, target, method)
     except (*TROUBLE, TypeError) as error:
         st.warning(line(error))
     else:
@@ -63,22 +64,23 @@ def credit_panel(record: ModelRecord, model: HookedModel, shown: Shown, site: st
             for i, _ in found.top(0, 5):
                 link("unit", f"{site}:{i}", model=label, site=site, unit=i)
     if isinstance(model.input, ImageInput):
-        _pixels(model, shown, target)
+        _pixels(model, one, target)
 
 
-def _pixels(model: HookedModel, shown: Shown, target: str) -> None:
+def _pixels(model: HookedModel, one: Examples, target: str) -> None:
     others = tuple(m for m in METHODS if m not in FAST)
     method = st.selectbox("Pixels by", (*FAST, *others), key="own-pixels-by")
     if not st.toggle("Attribution to pixels", key="own-pixels"):
         return
     try:
-        found = cached.salient(model, shown, target, cast(PixelMethod, method))
+        found = cached.salient(model, one, target, cast(PixelMethod, method))
     except (*TROUBLE, TypeError) as error:
         st.warning(line(error))
         return
-    assert shown.picture is not None, "an image"
+    picture = picture_of(one)
+    assert picture is not None, "an image"
     heat = found.heat()[0].numpy()
-    st.image(overlaid(np.asarray(shown.picture) / 255, heat), width=320)
+    st.image(overlaid(np.asarray(picture) / 255, heat), width=320)
     st.caption(
         f"{method}: red for, blue against `{found.aims[0]}`. `circuits sanity {model.name}` says which to believe."
     )

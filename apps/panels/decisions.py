@@ -30,8 +30,8 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
         return
     try:
         model = cached.model_of(record)
-        inputs = cached.inputs_of(model, store)
-        made = cached.decisions_of(model, store, site, inputs)
+        examples = cached.examples_of(model, store)
+        made = cached.decisions_of(model, store, site)
     except TROUBLE as error:
         st.caption(f"No classifier: {line(error)}")
         return
@@ -49,8 +49,8 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
     )
     explained = made.bottleneck.explain(made.units[example], top=SHARES)
     left, right = st.columns([1, 3])
-    if isinstance(inputs.source, ImageSource):
-        left.image(inputs.picture(example), width=160)
+    if isinstance(examples.source, ImageSource):
+        left.image(examples.picture(example), width=160)
     with right:
         _explanation(explained, names, model.classes[made.labels[example]])
     done = _switches(record, made, explained, names)
@@ -58,21 +58,18 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
         return
     changed = done[0].on(made.units[[example]])[0]
     after = made.bottleneck.explain(changed, top=SHARES)
-    effect = cached.intervened(store, made, done)
-    random = (
-        f"random others {min(effect.random):+.3f} to {max(effect.random):+.3f}"
-        if effect.random
-        else ""
-    )
+    found = cached.intervened(store, made, done)
+    effect = found.effect
+    random = "; {:+.3f} to {:+.3f} for {}".format(*effect.null_range, effect.null_is)
     st.markdown(f"This example: **{explained.label}** → **{after.label}**")
     st.caption(
-        f"Accuracy on {len(made.rest)} held-out examples {effect.before:.3f} → {effect.after:.3f}, change "
-        f"{effect.change:+.3f} ({effect.low:+.3f} to {effect.high:+.3f}); {random} (seed 0)."
+        f"Accuracy on {effect.n} held-out examples {effect.intact:.3f} → {effect.changed:.3f}, change "
+        f"{effect.change:+.3f} ({effect.low:+.3f} to {effect.high:+.3f}){random if effect.null else ''} (seed 0)."
     )
-    if effect.classes:
+    if found.classes:
         rows = [
             {"class": c.name, "examples": c.n, "before": c.intact, "after": c.changed}
-            for c in effect.classes
+            for c in found.classes
         ]
         st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
     _keep(record, done)

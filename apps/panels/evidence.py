@@ -33,7 +33,7 @@ def evidence_panel() -> None:
     }
     st.caption(
         f"{len(facts['matches'])} curve units of {facts['host']} replaced, on {facts['evaluation']}, seed "
-        f"{facts['seed']}; echo {numbers['echo']:.3f}, without negative weights "
+        f"{results['seed']}; echo {numbers['echo']:.3f}, without negative weights "
         f"{numbers['echo_without_negative']:.2f} (without random weights {numbers['echo_without_random']:.2f}); "
         f"published curves r {results['r_published_min']:.3f} at least, median {results['r_published_median']:.3f}."
     )
@@ -54,6 +54,6 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     return [
         {"in their place": name}
-        | {k: written(c[k]) for k in ("recovered_kl", "kl", "top1", "top5")}
+        | {k: written(c[k]) for k in ("recovered_kl", "kl", "accuracy", "top5")}
         for name, c in results["transplant"].items()
     ]

@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw
 
 from apps import cached
 from apps.choosing import part
-from apps.inputs import shown_example
+from apps.inputs import picture_of
 from apps.looking import Look
 from apps.panels.pictures import pictures_of
 from apps.panels.tokens import texts_panel
+from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
-from circuits.harvesting import Inputs
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.receptive import Box, ReceptiveField
 from circuits.store import ActivationStore, Example
@@ -26,13 +26,13 @@ SHOWN, TENTHS, SAMPLED = 9, 10, 3
 
 
 @part
-def examples_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
+def examples_panel(look: Look, store: ActivationStore, examples: Examples) -> None:
     """The examples with the unit's largest activations, cut to what it sees there."""
     model, unit = look.model, look.unit
     st.subheader("Examples that excite it most")
-    examples = store.top_examples(unit, SHOWN)
+    best = store.top_examples(unit, SHOWN)
     if isinstance(model.input, TokenInput):
-        texts_panel(look, inputs, examples)
+        texts_panel(look, examples, best)
         return
     with st.container(horizontal=True):
         whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
@@ -42,30 +42,29 @@ def examples_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
             help="Gradient × input of the unit's activation: red adds to it.",
         )
     field = cached.field_of(model, unit.site)
-    for column, example in zip(st.columns(SHOWN), examples, strict=False):
+    for column, example in zip(st.columns(SHOWN), best, strict=False):
         if credit:
-            _credited(column, look, inputs, example)
+            _credited(column, look, examples, example)
         else:
-            _image(column, model.input, inputs, example, field, whole)
+            _image(column, model.input, examples, example, field, whole)
 
 
-def _credited(column: Any, look: Look, inputs: Inputs, example: Example) -> None:
-    shown = shown_example(look.model, inputs, example.index)
+def _credited(column: Any, look: Look, examples: Examples, example: Example) -> None:
+    one = examples.subset([example.index])
     target = (
         f"{look.unit}@{','.join(map(str, example.position))}"
         if example.position
         else str(look.unit)
     )
-    found = cached.salient(look.model, shown, target, "gradient_x_input")
-    assert shown.picture is not None, "an image"
-    column.image(
-        overlaid(np.asarray(shown.picture) / 255, found.heat()[0].numpy()), width="stretch"
-    )
+    found = cached.salient(look.model, one, target, "gradient_x_input")
+    picture = picture_of(one)
+    assert picture is not None, "an image"
+    column.image(overlaid(np.asarray(picture) / 255, found.heat()[0].numpy()), width="stretch")
     column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
 
 
 @part
-def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
+def range_panel(look: Look, store: ActivationStore, examples: Examples) -> None:
     """A sample from each tenth of the examples, ranked by the unit's activation: not only the top."""
     model, unit, model_hash = look.model, look.unit, look.record.hash
     st.subheader("Across its whole range")
@@ -74,9 +73,9 @@ def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
     seed = int(st.number_input("Seed of the sample", 0, 2**31 - 1, 0, key="range-seed"))
     tenths = store.quantile_examples(unit, TENTHS, SAMPLED, seed)
     if isinstance(model.input, TokenInput):
-        for i, examples in enumerate(tenths):
+        for i, found in enumerate(tenths):
             st.caption(_share(i))
-            texts_panel(look, inputs, examples)
+            texts_panel(look, examples, found)
         return
     field = cached.field_of(model, unit.site)
     high, *columns, low = st.columns(TENTHS + 2)
@@ -85,10 +84,10 @@ def range_panel(look: Look, store: ActivationStore, inputs: Inputs) -> None:
         column.caption(f"made: {kind}")
         if made[kind]:
             column.image(str(made[kind][0].path), width="stretch")
-    for i, (column, examples) in enumerate(zip(columns, tenths, strict=True)):
+    for i, (column, found) in enumerate(zip(columns, tenths, strict=True)):
         column.caption(_share(i))
-        for example in examples:
-            _image(column, model.input, inputs, example, field, whole=False)
+        for example in found:
+            _image(column, model.input, examples, example, field, whole=False)
 
 
 def _share(i: int) -> str:
@@ -98,21 +97,21 @@ def _share(i: int) -> str:
 def _image(
     column: Any,
     spec: ImageInput,
-    inputs: Inputs,
+    examples: Examples,
     example: Example,
     field: ReceptiveField,
     whole: bool,
 ) -> None:
     box = field.at(example.position)
-    column.image(_excerpt(spec, inputs, example, box, whole), width="stretch")
+    column.image(_excerpt(spec, examples, example, box, whole), width="stretch")
     column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
 
 
 def _excerpt(
-    spec: ImageInput, inputs: Inputs, example: Example, box: Box, whole: bool
+    spec: ImageInput, examples: Examples, example: Example, box: Box, whole: bool
 ) -> Image.Image:
     """An example's image as the model sees it: the excited part, or all of it with a box around that."""
-    image = spec.fit(inputs.picture(example.index))
+    image = spec.fit(examples.picture(example.index))
     top, left, bottom, right = box
     if not whole:
         return image.crop((left, top, right, bottom)).resize((128, 128), Image.Resampling.BICUBIC)

@@ -11,10 +11,10 @@ from PIL import Image
 
 from apps import cached
 from apps.choosing import line
+from circuits.examples import Examples
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.reliability import natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
-from circuits.harvesting import Inputs
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
 from circuits.units import Unit
@@ -49,7 +49,9 @@ def pictures_of(unit: Unit, model_hash: str) -> dict[str, list[Made]]:
     return found
 
 
-def picture_panel(model: HookedModel, unit: Unit, model_hash: str, inputs: Inputs | None) -> None:
+def picture_panel(
+    model: HookedModel, unit: Unit, model_hash: str, examples: Examples | None
+) -> None:
     """The unit's feature visualizations, and buttons that make what is missing."""
     st.subheader(KINDS["positive"])
     if not isinstance(model.input, ImageInput):
@@ -64,7 +66,7 @@ def picture_panel(model: HookedModel, unit: Unit, model_hash: str, inputs: Input
             made = pictures_of(unit, model_hash)
     if made["positive"]:
         _show(made["positive"][0])
-        _badge(model, unit, model_hash, made["positive"][0], inputs)
+        _badge(model, unit, model_hash, made["positive"][0], examples)
     with st.expander("Negative and diverse pictures", expanded=bool(made["negative"])):
         for kind, label in (("negative", "least"), ("diverse", "diverse")):
             st.caption(KINDS[kind])
@@ -115,16 +117,18 @@ def _show(made: Made) -> None:
 
 
 def _badge(
-    model: HookedModel, unit: Unit, model_hash: str, made: Made, inputs: Inputs | None
+    model: HookedModel, unit: Unit, model_hash: str, made: Made, examples: Examples | None
 ) -> None:
     """How far the picture can be trusted, or a button that measures it."""
     badge = made.facts.get("reliability")
-    if not isinstance(badge, dict):
-        if inputs is not None and st.button("How far can it be trusted?", key="make-badge"):
+    if not isinstance(badge, dict) or "examples" not in badge:  # or one of an older version
+        badge = None
+        if examples is not None and st.button("How far can it be trusted?", key="make-badge"):
             with st.spinner("Making it from another seed and on shuffled weights…"):
-                badge = _measured(model, unit, model_hash, inputs)
-        if not isinstance(badge, dict):
+                badge = _measured(model, unit, model_hash, examples)
+        if badge is None:
             return
+    compared = badge["examples"]
     st.metric(
         "Reliability",
         f"{badge['score']:.2f}",
@@ -135,22 +139,21 @@ def _badge(
         f"The same made on shuffled weights: {badge['randomized_score']:.2f}. Reaches "
         f"{badge['reached']:.2g} × the top example; keeps {badge['held_out']:.0%} when changed; seeds "
         f"agree to {badge['seeds']:.0%}; way through the network {badge['natural']:.2f} (1: as among top "
-        f"examples, 0: as other images). {badge['n']} images of {badge['data']}, seed {badge['seed']}."
+        f"examples, 0: as other images). {compared['data']}: {compared['chosen']}; seed {badge['seed']}."
     )
     for flag in badge["flags"]:
         st.warning(f"This picture {flag}")
 
 
 def _measured(
-    model: HookedModel, unit: Unit, model_hash: str, inputs: Inputs
+    model: HookedModel, unit: Unit, model_hash: str, examples: Examples
 ) -> dict[str, Any] | None:
     """Make the picture again with its badge, and keep both."""
     settings = Settings(steps=STEPS)
     try:
         cached.workspace().writable()
-        natural = natural_responses(
-            model, unit.site, inputs.upto(COMPARED, size=8), inputs.source.spec
-        )
+        compared = Examples(model, examples.source, COMPARED)
+        natural = natural_responses(model, unit.site, compared)
         pictures = visualize_units(model, [unit], **settings.options())
         found = reliability(model, pictures, natural, settings)[0].to_dict()
     except (ValueError, OSError) as error:

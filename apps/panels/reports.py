@@ -1,4 +1,4 @@
-"""What edits change besides, on many examples (layer 7)."""
+"""What edits change on a task, compared with random edits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
 from circuits.models.adapter import HookedModel
 from circuits.plots import effects_figure
+from circuits.tasks import Task
+from circuits.tasks.builtin import STATED
 from circuits.workspace import ModelRecord
 
 EXAMPLES = (16, 64, 256)
@@ -18,59 +20,74 @@ EXAMPLES = (16, 64, 256)
 
 @part
 def side_effects_panel(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
-    """What else changes, on many examples, beside random twins and random changes of the same size."""
-    st.subheader("Side effects")
-    stores = {s.provenance.data: s for s in cached.stores_of(record)}
-    if not recipe.edits or not stores:
-        st.caption(
-            "Add an edit first." if stores else f"No data yet: `circuits harvest {record.spec} …`."
-        )
+    """What edits change on a task."""
+    st.subheader("Effects on a task")
+    if not recipe.edits:
+        st.caption("Add an edit first.")
         return
-    data = st.selectbox("On", list(stores), key="effects-data")
-    n = st.segmented_control(
-        "Examples", EXAMPLES, default=EXAMPLES[0], key="effects-n", required=True
-    )
+    task = choose_task(record, model)
+    if task is None:
+        return
     try:
-        inputs = cached.inputs_of(model, stores[data])
-        examples = range(min(n, len(inputs.source)))
-        report = cached.measured(model, recipe, inputs, examples)
-        if report is None and st.button("Measure beside random twins", key="effects-measure"):
-            bar = st.progress(
-                0.0, "Intact, edited, five twins, five random changes of the same size"
-            )
+        report = cached.measured(model, recipe, task)
+        if report is None and st.button("Compare with random edits", key="effects-measure"):
+            bar = st.progress(0.0, f"Intact, edited, {cached.RANDOM} random edits")
             report = cached.measured(
-                model,
-                recipe,
-                inputs,
-                examples,
-                progress=lambda done, total: bar.progress(done / total),
+                model, recipe, task, progress=lambda done, total: bar.progress(done / total)
             )
             bar.empty()
     except TROUBLE as error:
         st.error(line(error))
         return
     if report is not None:
-        _report(report)
+        show_report(report)
 
 
-def _report(report: EditReport) -> None:
-    """A report: its changes with their intervals and baselines."""
-    effects = {**report.targets, **report.measures}
-    st.plotly_chart(
-        effects_figure({k: e for k, e in effects.items() if e.change == e.change}), key="effects"
-    )
+def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
+    """The task that a person chooses, the model's own first; None, after saying why, if it cannot be made."""
+    stores = {s.provenance.data: s for s in cached.stores_of(record)}
+    with st.container(horizontal=True):
+        name = st.selectbox("Task", cached.tasks_of(model), key="effects-task")
+        data = ""
+        try:
+            if name in STATED:
+                fitting = [
+                    d for d, s in stores.items() if name != "classes" or cached.labels_of(model, s)
+                ]
+                if not fitting:
+                    what = "with classes" if name == "classes" else "yet"
+                    st.caption(f"No data {what}: `circuits harvest {record.spec} …`.")
+                    return None
+                data = st.selectbox("On", fitting, key="effects-data")
+            n = st.segmented_control(
+                "Examples", EXAMPLES, default=EXAMPLES[0], key="effects-n", required=True
+            )
+            task = cached.task_of(model, name, n, stores.get(data))
+        except TROUBLE as error:
+            st.error(line(error))
+            return None
+    about = task.about or task.name
+    st.caption(f"{about} Taken: {task.examples}. Measured first: {task.metric.name}.")
+    return task
+
+
+def show_report(report: EditReport) -> None:
+    """A report: its changes with their intervals and nulls."""
+    effects = {**report.targets, **report.effects}
+    st.plotly_chart(effects_figure(effects), key="effects")
     rows = [
         {
-            "measure": name, "intact": e.intact, "edited": e.edited, "change": e.change,
+            "measure": name, "intact": e.intact, "edited": e.changed, "change": e.change,
             "95 %": f"{e.low:.3g} to {e.high:.3g}",
-            "random twins": f"{min(e.random):.3g} to {max(e.random):.3g}" if e.random else "",
-            "same size": f"{min(e.noise):.3g} to {max(e.noise):.3g}" if e.noise else "", "p": e.p_value,
+            "null": "{:.3g} to {:.3g}".format(*e.null_range) if e.null else "", "p": e.p_value,
         }
         for name, e in {**effects, **{f"other units of {k}": e for k, e in report.others.items()}}.items()
     ]  # fmt: skip
     st.dataframe(pd.DataFrame(rows), hide_index=True)
+    record, least = report.record, max((e.least_p for e in effects.values()), default=1.0)
     st.caption(
-        f"{report.n_examples} examples of {report.data}, seed {report.seed}, weights {report.model_hash[:16]}; "
-        f"{100 * report.locality:.0f} % of predictions are what they were. Undone afterwards: "
+        f"{record.measured_on}; seed {record.seed}, weights {record.model_hash[:16]}. Null: {report.null_is}, so "
+        f"that p is at least {least:.2g} (`circuits edit measure` takes more). {100 * report.locality:.0f} % of "
+        f"predictions are what they were. Undone afterwards: "
         f"{'identical to the bit' if report.restored else 'NOT restored'}."
     )

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from apps import cached
 from apps.choosing import part
-from apps.inputs import shown_example
 from apps.looking import Look
 from circuits.edits.recipes import Recipe
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.inputs import TokenInput
-from circuits.models.sites import unit_activations
 from circuits.plots import pattern_figure
 from circuits.store import Example
 from circuits.weights import direct_logits, ov_circuit
@@ -28,16 +26,16 @@ _NEURON = re.compile(r"blocks\.[0-9]+\.mlp\.hook_post")
 LISTED = 10
 
 
-def texts_panel(look: Look, inputs: Inputs, examples: Sequence[Example]) -> None:
+def texts_panel(look: Look, examples: Examples, found: Sequence[Example]) -> None:
     """Texts, each token coloured by the unit's activation; where it is most active set off."""
     spec = look.model.input
     assert isinstance(spec, TokenInput), "chosen by the caller"
     nothing, site = Recipe((), look.record.hash), look.model.site(look.unit.site)
     rows = []
-    for example in examples:
-        shown = shown_example(look.model, inputs, example.index)
-        values = _along(cached.recorded(look.model, nothing, shown, site.name), look)
-        rows.append((example, [spec.word(t) for t in shown.tokens], values))
+    for example in found:
+        one = examples.subset([example.index])
+        values = _along(cached.recorded(look.model, nothing, one, site.name), look)
+        rows.append((example, [spec.word(t) for t in one.tokens(0)], values))
     limit = max((abs(v) for *_, values in rows for v in values), default=0.0) or 1.0
     gap = "" if spec.vocabulary else " "
     st.html("\n".join(_marked(e, words, values, limit, gap) for e, words, values in rows))
@@ -49,7 +47,7 @@ def _along(value: Tensor, look: Look) -> list[float]:
     site = look.model.site(look.unit.site)
     if "position" not in site.axes:
         return []
-    return unit_activations(site, value)[0, look.unit.index].reshape(-1).tolist()
+    return site.activations(value)[0, look.unit.index].reshape(-1).tolist()
 
 
 def _marked(
@@ -73,22 +71,22 @@ def _marked(
 
 
 @part
-def pattern_panel(look: Look, inputs: Inputs, example: int) -> None:
+def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     """Where a head looks, on the example that excites it most."""
     head = _HEAD.fullmatch(look.unit.site)
     spec = look.model.input
     if head is None or not isinstance(spec, TokenInput):
         return
     st.subheader("Where it looks")
-    last = len(inputs.source) - 1
+    last = len(examples) - 1
     at = int(st.number_input("Example", 0, last, example, key=f"pattern-{look.unit}"))
-    shown = shown_example(look.model, inputs, at)
+    one = examples.subset([at])
     pattern = cached.recorded(
-        look.model, Recipe((), look.record.hash), shown, f"{head['block']}.hook_pattern"
+        look.model, Recipe((), look.record.hash), one, f"{head['block']}.hook_pattern"
     )
-    words = [spec.word(t) for t in shown.tokens]
+    words = [spec.word(t) for t in one.tokens(0)]
     st.plotly_chart(pattern_figure(pattern[0, look.unit.index].numpy(), words), key="pattern")
-    st.caption(f"{inputs.source.names[at]} of {inputs.source.spec}; each row adds up to 1.")
+    st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
 
 
 def logits_panel(look: Look) -> None:

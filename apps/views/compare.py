@@ -6,7 +6,7 @@ import streamlit as st
 
 from apps import cached
 from apps.choosing import TROUBLE, choose, choose_model, line, link, named
-from apps.inputs import shown_example
+from apps.inputs import picture_of
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
 from circuits.plots import histogram_html, tuning_figure
@@ -74,14 +74,14 @@ def _harvested(record: ModelRecord, unit: Unit, name: str) -> None:
     st.html(histogram_html(store.statistics(unit)))
     st.caption(f"on {len(store.provenance.examples)} examples of {store.provenance.data}")
     try:
-        inputs = cached.inputs_of(model, store)
+        examples = cached.examples_of(model, store)
     except TROUBLE as error:
         st.warning(line(error))
         return
     for column, example in zip(
         st.columns(STRONGEST), store.top_examples(unit, STRONGEST), strict=False
     ):
-        shown = shown_example(model, inputs, example.index)
-        if shown.picture is not None:
-            column.image(shown.picture, width="stretch")
+        picture = picture_of(examples.subset([example.index]))
+        if picture is not None:
+            column.image(picture, width="stretch")
         column.caption(f"{example.value:.3g}")

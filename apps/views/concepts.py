@@ -83,9 +83,9 @@ def _numbers(measured: Mapping[str, Any]) -> None:
         )
     )  # fmt: skip
     which = f", {behaviour['examples']}" if behaviour.get("examples") else ""
-    st.caption(
-        f"{behaviour['n_examples']} examples of {behaviour['data']}{which}, seed {behaviour['seed']}."
-    )
+    record = behaviour["record"]
+    examples = record["task"]["examples"]
+    st.caption(f"{examples['data']}: {examples['chosen']}{which}; seed {record['seed']}.")
     for what, m in measures.items():
         if m["warning"]:
             st.warning(f"{what}: {m['warning']}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached, editing
-from apps.cached import Shown
 from apps.choosing import TROUBLE, choose_model, line, part, python
-from apps.inputs import choose_input, show_input
+from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
 from circuits.edits.recipes import Recipe
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.plots import losses_figure, predictions_figure, tuning_figure
@@ -39,47 +39,45 @@ def page() -> None:
 def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
     """The model's predictions for one input, before and after."""
     st.subheader("On one input")
-    shown = choose_input(record, model)
-    if shown is None:
+    one = choose_input(record, model)
+    if one is None:
         return
     try:
-        before = cached.predictions_of(model, Recipe((), record.hash), shown)
+        before = cached.predictions_of(model, Recipe((), record.hash), one)
         runs = {"intact": before}
         if recipe.edits:
-            runs["edited"] = cached.predictions_of(
-                model, recipe, shown, of=[p.index for p in before]
-            )
+            runs["edited"] = cached.predictions_of(model, recipe, one, of=[p.index for p in before])
     except TROUBLE as error:
         st.error(line(error))
         return
-    show_input(model, shown)
+    show_input(one)
     st.plotly_chart(predictions_figure(runs), key="edit-predictions")
-    if isinstance(model.input, TokenInput) and len(shown.tokens) > 1:
-        _losses(model, recipe, shown)
+    if isinstance(model.input, TokenInput) and len(one.tokens(0)) > 1:
+        _losses(model, recipe, one)
     lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
     python(f"""
 import circuits
-import torch
+import PIL.Image
 from circuits.effects import predictions
 
 model = circuits.load_model({record.spec!r}{f", {record.weights!r}" if record.weights else ""})
-{shown.code}
+{code_of(one)}
 recipe = circuits.Recipe.load("recipe.json")  # as downloaded below
 with circuits.edited(model, recipe):
-    for p in predictions(model, x, of={[p.index for p in before]}):
+    for p in predictions(model, examples, of={[p.index for p in before]}):
         print(p.name, p.probability)
 {lines}
 """)
 
 
-def _losses(model: HookedModel, recipe: Recipe, shown: Shown) -> None:
+def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     """How surprising each token is, before and after."""
     assert isinstance(model.input, TokenInput), "checked by the caller"
-    runs = {"intact": cached.losses_of(model, Recipe((), recipe.model_hash), shown)}
+    runs = {"intact": cached.losses_of(model, Recipe((), recipe.model_hash), one)}
     if recipe.edits:
-        runs["edited"] = cached.losses_of(model, recipe, shown)
+        runs["edited"] = cached.losses_of(model, recipe, one)
     st.plotly_chart(
-        losses_figure(runs, [model.input.word(t) for t in shown.tokens[1:]]), key="edit-losses"
+        losses_figure(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), key="edit-losses"
     )
     for name, losses in runs.items():
         half = len(losses) // 2

@@ -47,7 +47,7 @@ def page() -> None:
     else:
         left, right = st.columns([1, 2])
         with left:
-            picture_panel(model, unit, record.hash, look.inputs)
+            picture_panel(model, unit, record.hash, look.examples)
         with right:
             statistics_panel(look, look.store)
         examples = st.container()
@@ -57,20 +57,20 @@ def page() -> None:
     if examples is not None:
         with examples:  # here, for they take longest the first time: what they see has to be found
             _examples(look)
-    if look.store is not None and look.inputs is not None:
-        ablation_panel(look, look.store, look.inputs)
+    if look.store is not None and look.examples is not None:
+        ablation_panel(look, look.store, look.examples)
     relations_panel(look)
 
 
 def _examples(look: Look) -> None:
     assert look.store is not None, "checked by the caller"
-    if look.inputs is None:
+    if look.examples is None:
         st.warning(f"The examples cannot be shown: {look.trouble}")
         return
-    examples_panel(look, look.store, look.inputs)
+    examples_panel(look, look.store, look.examples)
     best = look.store.top_examples(look.unit, 1)
-    pattern_panel(look, look.inputs, best[0].index if best else 0)
-    range_panel(look, look.store, look.inputs)
+    pattern_panel(look, look.examples, best[0].index if best else 0)
+    range_panel(look, look.store, look.examples)
 
 
 def _heading(look: Look) -> None:

@@ -6,13 +6,12 @@ import numpy as np
 import streamlit as st
 
 from apps import cached
-from apps.cached import Shown
 from apps.choosing import choose_model, choose_site, link, named, python
-from apps.inputs import choose_input, show_input
+from apps.inputs import choose_input, code_of, show_input
 from apps.panels.credit import credit_panel
 from circuits.edits.recipes import Recipe
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
-from circuits.models.sites import unit_activations
 from circuits.plots import map_figure, predictions_figure
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
@@ -28,25 +27,25 @@ def page() -> None:
         return
     record, model = chosen
     site = choose_site(record, model)
-    shown = choose_input(record, model)
-    if shown is None:
+    one = choose_input(record, model)
+    if one is None:
         return
     left, right = st.columns([1, 2])
     with left:
-        show_input(model, shown)
+        show_input(one)
     with right:
-        found = cached.predictions_of(model, Recipe((), record.hash), shown)
+        found = cached.predictions_of(model, Recipe((), record.hash), one)
         st.plotly_chart(predictions_figure({"intact": found}), key="own-predictions")
-    _units(record, model, shown, site)
-    credit_panel(record, model, shown, site)
+    _units(record, model, one, site)
+    credit_panel(record, model, one, site)
 
 
-def _units(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> None:
+def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) -> None:
     """The units of the site that are most active."""
     st.subheader(f"Most active at {site}")
     place = model.site(site)
-    value = cached.recorded(model, Recipe((), record.hash), shown, site)
-    strengths = unit_activations(place, value)[0].amax(1)
+    value = cached.recorded(model, Recipe((), record.hash), one, site)
+    strengths = place.activations(value)[0].amax(1)
     order = strengths.argsort(descending=True)[:LISTED].tolist()
     deviations = _deviations(record, site)
     pictures, label = cached.pictured(record), cached.label_of(record)
@@ -76,11 +75,11 @@ def _units(record: ModelRecord, model: HookedModel, shown: Shown, site: str) -> 
                     st.plotly_chart(figure, key=f"own-map-{unit}", config={"displayModeBar": False})
     python(f"""
 import circuits
-import torch
+import PIL.Image
 
 model = circuits.load_model({record.spec!r})
-{shown.code}
-print(model.run(x, read=[{site!r}])[{site!r}].flatten(2).amax(2).topk({LISTED}))
+{code_of(one)}
+print(model.run(examples.inputs, read=[{site!r}])[{site!r}].flatten(2).amax(2).topk({LISTED}))
 """)
 
 

@@ -179,11 +179,9 @@ def strongest_crops(model: HookedModel, site: str, unit: int, images: Tensor, n:
     return _cut(images, torch.cat(maps), n, 8.0)
 
 
-def crops_at(
-    batches: Sequence[Tensor], maps: Tensor, n: int, pixels: float, spec: ImageInput
-) -> Tensor:
-    """The same of images as a model takes them, for maps that are known."""
-    return _cut(spec.restore(torch.cat(list(batches))), maps, n, pixels).images
+def crops_at(images: Tensor, maps: Tensor, n: int, pixels: float) -> Tensor:
+    """The same for maps that are known."""
+    return _cut(images, maps, n, pixels).images
 
 
 def _cut(images: Tensor, maps: Tensor, n: int, pixels: float) -> Crops:

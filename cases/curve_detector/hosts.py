@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 from cases.curve_detector import drawing
 from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import FAMILIES
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.stimuli.images import ImageSource
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.shapes import CLASSES, draw_shapes
-from circuits.stimuli.sources import open_source
+from circuits.stimuli.sources import Source, open_source
 from circuits.transplant import Graft, Tuned, match_and_fit, measure_transplant
 from circuits.tuning import find_curve_units
 
@@ -59,12 +58,11 @@ def transplant(
             f"site {site} of {host.name} has {len(found)} curve units by their tuning: a family has at least 3"
         )
     hosts = [Tuned(c.unit, c.tuning.measures.direction.value) for c in found]
-    calibration, evaluation, labels = images.load()
+    calibration, evaluation = images.load()
     graft = match_and_fit(host, hosts, model, curve_families(model), calibration)
     report = measure_transplant(
-        host, graft, calibration, evaluation, labels, n_random=1 if options.fast else 3,
-        calibrated_on=images.facts["calibration"], evaluated_on=images.facts["evaluation"],
-        seed=options.seed, progress=progress,
+        host, graft, calibration, evaluation, n_random=1 if options.fast else 3, seed=options.seed,
+        progress=progress,
     )  # fmt: skip
     alike, crops = _side_by_side(host, graft, evaluation, options.seed)
     numbers = {
@@ -74,7 +72,10 @@ def transplant(
         },
         "transplant_facts": {
             k: v for k, v in report.to_dict().items() if k != "conditions"
-        } | {"site": site, "scale": graft.scale, "maps": alike},
+        } | {
+            "host": host.name, "site": site, "scale": graft.scale, "maps": alike,
+            "calibration": images.facts["calibration"], "evaluation": images.facts["evaluation"],
+        },
     }  # fmt: skip
     return Stage(
         numbers,
@@ -88,14 +89,14 @@ def transplant(
 
 
 def _side_by_side(
-    host: HookedModel, graft: Graft, evaluation: Sequence[Tensor], seed: int
+    host: HookedModel, graft: Graft, evaluation: Examples, seed: int
 ) -> tuple[dict[str, float], list[tuple[str, Tensor, Tensor]]]:
     """How alike both units' maps are, image by image, and their strongest crops."""
     site, units = graft.site, [m.host.index for m in graft.matches]
     theirs, ours = [], []
-    for x in evaluation:
-        theirs.append(host.run(x, read=[site], until=site)[site][:, units])
-        ours.append(graft.maps(host, x))
+    for part in evaluation.batches():
+        theirs.append(host.run(part.inputs, read=[site], until=site)[site][:, units])
+        ours.append(graft.maps(host, part.inputs))
     wanted, put = torch.cat(theirs), torch.cat(ours)
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
     numbers = {
@@ -106,11 +107,10 @@ def _side_by_side(
     crops = []
     assert isinstance(host.input, ImageInput), "checked when it was fitted"
     pixels = host.input.height / site.position_shape[0]
+    images = evaluation.images()
+    assert images is not None, "hosts take photographs"
     for k in best:
-        parts = [
-            drawing.crops_at(evaluation, maps[:, k], 20, pixels, host.input)
-            for maps in (wanted, put)
-        ]
+        parts = [drawing.crops_at(images, maps[:, k], 20, pixels) for maps in (wanted, put)]
         crops.append((f"{graft.matches[k].host} ({graft.matches[k].angle:.0f}°)", *parts))
     return numbers, crops
 
@@ -142,11 +142,11 @@ class Images:
 
     Attributes:
         facts: where both are from, and their hashes.
-        load: batches to calibrate on, batches to evaluate on, and the labels of these, if they are known.
+        load: those to calibrate on, and those to evaluate on, with their labels if these are known.
     """
 
     facts: dict[str, str]
-    load: Callable[[], tuple[list[Tensor], list[Tensor], list[int] | None]]
+    load: Callable[[], tuple[Examples, Examples]]
 
 
 def images_of(options: Options, host: HookedModel) -> Images:
@@ -167,20 +167,18 @@ def _drawings(host: HookedModel, n: int, m: int, seed: int) -> Images:
     assert isinstance(host.input, ImageInput), "shapes takes images"
     spec = host.input
 
-    def drawn(count: int, number: int) -> tuple[list[Tensor], list[int]]:
+    def drawn(count: int, number: int) -> Examples:
         generator = torch.Generator().manual_seed(number)
         labels = torch.arange(count) % len(CLASSES)
         parts = [spec.normalize(draw_shapes(some, generator)) for some in labels.split(100)]
-        return parts, labels.tolist()
+        return Examples.given(host, parts, labels=labels.tolist(), data=f"drawings, seed {number}")
 
-    def load() -> tuple[list[Tensor], list[Tensor], list[int] | None]:
-        return drawn(n, 2 * seed + 100_001)[0], *drawn(m, 2 * seed + 100_002)
-
+    one, other = 2 * seed + 100_001, 2 * seed + 100_002
     facts = {
-        "calibration": f"{n} drawings of shapes, seed {2 * seed + 100_001}",
-        "evaluation": f"{m} drawings of shapes, seed {2 * seed + 100_002}",
+        "calibration": f"{n} drawings of shapes, seed {one}",
+        "evaluation": f"{m} drawings of shapes, seed {other}",
     }
-    return Images(facts, load)
+    return Images(facts, lambda: (drawn(n, one), drawn(m, other)))
 
 
 def _photographs_of(options: Options, host: HookedModel) -> Images:
@@ -210,21 +208,13 @@ def _photographs_of(options: Options, host: HookedModel) -> Images:
         every = read_labels(sources[1], host.classes, options.labels)
         labels = [every[i] for i in test]
 
-    def load() -> tuple[list[Tensor], list[Tensor], list[int] | None]:
-        return _batches(sources[0], fit, host), _batches(sources[1], test, host), labels
+    def shown(source: Source, which: Sequence[int], labels: list[int] | None = None) -> Examples:
+        # decoded once, for many passes
+        inputs = Examples(host, source, None, among=which).inputs
+        return Examples.given(host, inputs, labels=labels, data=source.spec)
 
     facts = {
         "calibration": f"{what[0]} ({len(fit)})", "evaluation": f"{what[1]} ({len(test)})",
         "data": " ".join(s.hash for s in sources), "labels": str(options.labels or ""),
     }  # fmt: skip
-    return Images(facts, load)
-
-
-def _batches(source: Any, which: Sequence[int], host: HookedModel, size: int = 25) -> list[Tensor]:
-    assert isinstance(source, ImageSource), "folders hold images"
-    assert isinstance(host.input, ImageInput), "checked when curve units were found"
-    made = []
-    for start in range(0, len(which), size):
-        some = [host.input.load(source.image(i)) for i in which[start : start + size]]  # type: ignore[arg-type]
-        made.append(host.input.normalize(torch.stack(some)))
-    return made
+    return Images(facts, lambda: (shown(sources[0], fit), shown(sources[1], test, labels)))

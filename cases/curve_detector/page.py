@@ -85,9 +85,9 @@ def _table_of_conditions(results: Mapping[str, Any]) -> str:
     for name, c in results["transplant"].items():
         cells = "".join(
             f"<td>{_interval(c[k], d)}"
-            for k, d in (("recovered_kl", 2), ("kl", 3), ("top1", 3), ("top5", 3))
+            for k, d in (("recovered_kl", 2), ("kl", 3), ("accuracy", 3), ("top5", 3))
         )
-        p = "" if c["p_kl"] is None else f"{c['p_kl']:.2g}, {c['p_top1']:.2g}"
+        p = "" if c["p_kl"] is None else f"{c['p_kl']:.2g}, {c['p_accuracy']:.2g}"
         rows += f"<tr><td>{escape(name)}{cells}<td>{p}</tr>"
     return (
         f"<h2>The transplant into {escape(facts['host'])}</h2><p>{len(facts['matches'])} units of "

@@ -1,6 +1,5 @@
 """Which units, and which parts of the input, are responsible for what a model does (layer 4)."""
 
-from circuits.attribution.ablation import AblationReport, ablate
 from circuits.attribution.cards import MethodCard, card
 from circuits.attribution.channels import attribute
 from circuits.attribution.faithfulness import (
@@ -18,12 +17,11 @@ from circuits.attribution.relevance import relevance
 from circuits.attribution.results import AblationCheck, Attribution
 from circuits.attribution.saliency import METHODS, saliency
 from circuits.attribution.sanity import RandomizationTest, label_test, randomization_test
-from circuits.attribution.targets import Target, parse_target
+from circuits.tasks.targets import Target, parse_target
 
 __all__ = [
     "METHODS",
     "AblationCheck",
-    "AblationReport",
     "Attribution",
     "ChannelGroups",
     "LogitParts",
@@ -32,7 +30,6 @@ __all__ = [
     "Perturbation",
     "RandomizationTest",
     "Target",
-    "ablate",
     "agreement",
     "attribute",
     "card",

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from circuits.attribution.gradients import check_range, guided_gradient, noisy_copies
 from circuits.attribution.passes import Passes, Progress
-from circuits.attribution.targets import Target, output_site
 from circuits.models.adapter import HookedModel
-from circuits.models.sites import unit_activations
+from circuits.tasks.targets import Target, output_site
 from circuits.units import Site, Unit
 
 Cam = Float[Tensor, "example y x"]
@@ -36,7 +35,7 @@ def _maps(site: Site, value: Tensor) -> Float[Tensor, "example channel y x"]:
         raise ValueError(
             f"site {site.name} has no map: its positions are {site.position_axes or 'none'}"
         )
-    return unit_activations(site, value).unflatten(2, (value.shape[2], value.shape[3]))
+    return site.activations(value).unflatten(2, (value.shape[2], value.shape[3]))
 
 
 def grad_cam(passes: Passes) -> Cam:

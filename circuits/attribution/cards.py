@@ -21,9 +21,10 @@ from circuits.attribution.faithfulness import (
 from circuits.attribution.passes import Passes, Progress
 from circuits.attribution.saliency import METHODS, SLOPES, Method, saliency
 from circuits.attribution.sanity import RandomizationTest, randomization_test
-from circuits.attribution.targets import Target, as_target, output_site
+from circuits.examples import Examples, as_examples
 from circuits.files import write_json
 from circuits.models.adapter import HookedModel
+from circuits.tasks.targets import Target, as_target, output_site
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class MethodCard:
         verdicts: `passes` or `fails` by test, or `unclear` where the interval over images holds 0: better or
             worse than random, with most blanks.
         target: what was explained.
-        n_images: on how many.
         model: its name.
         model_hash: of its weights.
-        data: where the images come from.
+        examples: which images, and how they were chosen.
         seed: of everything random.
     """
 
@@ -58,10 +58,9 @@ class MethodCard:
     infidelity: tuple[float, float]
     verdicts: Mapping[str, str]
     target: str
-    n_images: int
     model: str
     model_hash: str
-    data: str
+    examples: Mapping[str, Any]
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,14 +74,13 @@ class MethodCard:
 
 def card(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     method: Method,
     target: str | Target = "top",
     *,
     stages: int = 6,
     steps: int = 10,
     faithful: int = 8,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     progress: Progress | None = None,
@@ -92,13 +90,12 @@ def card(
 
     Args:
         model: of images.
-        inputs: images, at least two; the literature's verdicts want thirty or more.
+        examples: images, at least two; the literature's verdicts want thirty or more.
         method: one of `METHODS`.
         target: what is explained; the intact model's prediction is held fixed when weights are shuffled.
         stages: of the randomisation test.
         steps: of insertion and deletion.
         faithful: on how many of the images faithfulness is measured.
-        data: where the images come from, for the record.
         seed: of everything random.
         batch: images in one pass.
         progress: called with parts done and all.
@@ -107,10 +104,12 @@ def card(
     Raises:
         KeyError: if a class is unknown.
         TypeError: if the method has no such option.
-        ValueError: if inputs or an option do not fit.
+        ValueError: if examples or an option do not fit.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    given = as_examples(model, examples)
+    inputs = given.inputs
     fixed = _held_fixed(model, inputs, target, batch)
     total = stages + 4
 
@@ -123,7 +122,7 @@ def card(
         return saliency(some, x, own, method, seed=seed, batch=batch, **options)
 
     randomization = randomization_test(
-        model, inputs, attributing, stages=stages, data=data, seed=seed,
+        model, given, attributing, stages=stages, seed=seed,
         progress=lambda done, _: note(done),
     )  # fmt: skip
     few = inputs[: max(1, min(faithful, len(inputs)))]
@@ -150,7 +149,7 @@ def card(
     }
     return MethodCard(
         method, made.settings, randomization, tuple(curves), imputing, sums, noisy, verdicts,
-        str(as_target(model, target)), len(inputs), model.name, model.hash, data, seed,
+        str(as_target(model, target)), model.name, model.hash, given.describe(), seed,
     )  # fmt: skip
 
 

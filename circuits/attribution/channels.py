@@ -1,4 +1,4 @@
-"""Which units of a site are responsible for a decision (layer 4).
+"""Which units of a site are responsible for a decision.
 
 Activation x gradient and integrated gradients at a site (Olah et al. 2018, "The Building Blocks of
 Interpretability"; Sundararajan et al. 2017), true ablation, and relevance. Whatever the method, a sample of
@@ -25,12 +25,17 @@ from circuits.attribution.passes import (
     own_gradients,
     sized,
 )
-from circuits.attribution.propagation import Rule
+from circuits.attribution.propagation import RelevanceRule
 from circuits.attribution.relevance import relevance
 from circuits.attribution.results import AblationCheck, Attribution
-from circuits.attribution.targets import Target, as_target, check_indices
+from circuits.examples import Examples, as_examples
+from circuits.experiments.running import run
+from circuits.experiments.variants import Variant
 from circuits.models.adapter import HookedModel
-from circuits.models.sites import unit_activations
+from circuits.models.inputs import ImageInput
+from circuits.tasks.metrics import Activation
+from circuits.tasks.targets import Target, as_target, check_indices
+from circuits.tasks.task import Question, Task
 from circuits.units import Site, Unit
 
 ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablation", "relevance"]
@@ -46,7 +51,7 @@ Baseline = Literal["zero", "mean"]
 
 def attribute(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target,
     site: str | Site,
     method: ChannelMethod = "activation_x_gradient",
@@ -54,9 +59,8 @@ def attribute(
     baseline: Baseline | Tensor = "zero",
     steps: int = 50,
     tolerance: float | None = 0.01,
-    rule: Rule = "epsilon",
+    rule: RelevanceRule = "epsilon",
     check: int = 16,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     size: Size = "refuse",
@@ -66,7 +70,7 @@ def attribute(
 
     Args:
         model: the model.
-        inputs: examples, as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: a class, a token's logit or a unit behind the site; see `parse_target`.
         site: where.
         method: `activation_x_gradient` (captum's LayerGradientXActivation), `integrated_gradients` over the
@@ -79,7 +83,6 @@ def attribute(
             the difference that they explain; None leaves them as they are.
         rule: of relevance.
         check: how many units to remove in truth, of up to four examples; 0 for none.
-        data: where the inputs come from, for the record.
         seed: of the check.
         batch: versions of an example in one pass: bounds the memory.
         size: what becomes of images of another size.
@@ -91,7 +94,7 @@ def attribute(
 
     Raises:
         KeyError: if a site or class is unknown.
-        ValueError: if inputs, target or an option do not fit, or the site is not before the target.
+        ValueError: if examples, target or an option do not fit, or the site is not before the target.
     """
     if method not in get_args(ChannelMethod):
         raise ValueError(f"method {method!r} is not one of {', '.join(get_args(ChannelMethod))}")
@@ -104,7 +107,8 @@ def attribute(
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
     goal, place = as_target(model, target), model.site(site)
-    inputs = sized(model, inputs, size)
+    given = as_examples(model, examples)
+    inputs = sized(model, given, size)
     check_indices(goal, len(inputs))
     if method == "relevance":
         made = relevance(
@@ -113,7 +117,6 @@ def attribute(
             goal,
             place,
             rule=rule,
-            data=data,
             batch=batch,
             size="keep",
             progress=progress,
@@ -128,18 +131,18 @@ def attribute(
             str(goal),
             found.names,
             found.values,
-            data,
         )
     else:
         passes = Passes(model, inputs, goal, place, batch, size="keep")
-        made = _from_baseline(passes, method, baseline, steps, tolerance, data, progress)
+        made = _from_baseline(passes, method, baseline, steps, tolerance, progress)
+    made = replace(made, seed=seed, examples=given.describe())
     if not check:
-        return replace(made, seed=seed)
+        return made
     few = inputs[:_CHECKED]
     passes = Passes(model, few, goal.of_examples(range(len(few))), place, batch, size="keep")
     base = baseline_of(passes, baseline)[1] if method == "ablation" else None
     checked = check_by_ablation(passes, made.units(), check, seed, base)
-    return replace(made, seed=seed, check=checked)
+    return replace(made, check=checked)
 
 
 def _made(
@@ -150,7 +153,6 @@ def _made(
     target: str,
     aims: tuple[str, ...],
     target_values: Tensor,
-    data: str,
     baseline: str = "zero",
 ) -> Attribution:
     axes, unit_axis = place.axes, place.unit_axis
@@ -158,7 +160,7 @@ def _made(
         axes, unit_axis = ("batch", axes[unit_axis]), 1
     return Attribution(
         method, place.name, axes, unit_axis, values.detach(), target, aims, target_values, None, {},
-        baseline, {}, model.name, model.hash, data, 0,
+        baseline, {}, model.name, model.hash, {}, 0,
     )  # fmt: skip
 
 
@@ -168,7 +170,6 @@ def _from_baseline(
     baseline: Baseline | Tensor,
     steps: int,
     tolerance: float | None,
-    data: str,
     progress: Progress | None,
 ) -> Attribution:
     place = passes.site
@@ -182,7 +183,7 @@ def _from_baseline(
         values = _ablated(passes, base, progress)
     made = _made(
         passes.model, method, place, values, str(passes.target), tuple(passes.aim.names()), passes.values,
-        data, named,
+        named,
     )  # fmt: skip
     return replace(made, residual=residual, settings=settings)
 
@@ -204,34 +205,34 @@ def baseline_of(passes: Passes, baseline: Baseline | Tensor) -> tuple[str, Tenso
         return "zero", torch.zeros_like(points)
     if baseline != "mean":
         raise ValueError(f"baseline {baseline!r} is not one of {', '.join(get_args(Baseline))}")
-    assert passes.site is not None, "the mean is of a site"
-    keep = passes.site.unit_axis
-    over = [a for a, name in enumerate(passes.site.axes) if a != keep and name != "d_head"]
+    site = passes.site
+    assert site is not None, "the mean is of a site"
+    over = [a for a in range(points.ndim) if a not in (site.unit_axis, site.inner_axis)]
     return "mean", points.mean(over, keepdim=True).expand_as(points)
-
-
-def without(
-    site: Site, points: Tensor, base: Tensor, units: list[int]
-) -> Float[Tensor, "version *rest"]:
-    """One example's tensor in as many versions as there are units, one unit of each at the baseline."""
-    versions = points.expand(len(units), *points.shape[1:]).clone()
-    for row, unit in enumerate(units):
-        versions[row].select(site.unit_axis - 1, unit).copy_(
-            base[0].select(site.unit_axis - 1, unit)
-        )
-    return versions
 
 
 def losses(passes: Passes, example: int, base: Tensor, units: list[int]) -> Float[Tensor, " unit"]:
     """What a target loses in one example when each unit alone is set to the baseline."""
-    assert passes.site is not None, "units are of a site"
-    found = []
-    own = slice(example, example + 1)
-    for chunk in passes.chunks(len(units)):
-        some = units[chunk.start : chunk.stop]
-        versions = without(passes.site, passes.points[own], base[own], some)
-        found.append(passes.values[example] - passes.value(versions, example))
-    return torch.cat(found)
+    model, site, own = passes.model, passes.site, slice(example, example + 1)
+    assert site is not None, "units are of a site"
+    shown = Examples.given(model, passes.inputs[own])
+    aim = Activation.named(model, passes.target.of_examples(range(own.start, own.stop)))
+    at = None if isinstance(model.input, ImageInput) else (passes.inputs.shape[1] - 1,)
+    outcomes = run(
+        model, [_without(site, unit, base[own]) for unit in units],
+        Task(aim.name, shown, (Question(at),), aim), measures=[aim],
+    )  # fmt: skip
+    intact, *changed = outcomes.values[aim.name][:, 0].tolist()
+    return torch.tensor([intact - value for value in changed]).to(passes.values)
+
+
+def _without(site: Site, unit: int, base: Float[Tensor, "1 *rest"]) -> Variant:
+    def change(value: Tensor) -> Tensor:
+        made = value.clone()
+        site.by_unit(made)[:, unit] = site.by_unit(base.to(value))[:, unit]
+        return made
+
+    return Variant(f"without {unit}", live=lambda _: {site.name: change}, sites=(site.name,))
 
 
 def _ablated(
@@ -272,7 +273,7 @@ def check_by_ablation(
         base = torch.zeros_like(passes.points[:_CHECKED])
     pairs = []
     for example in range(min(_CHECKED, len(passes))):
-        active = unit_activations(site, passes.points[example : example + 1])[0].abs().sum(1)
+        active = site.activations(passes.points[example : example + 1])[0].abs().sum(1)
         order = active.argsort(descending=True, stable=True).tolist()
         chosen = order[: -(-n // 2)]
         rest = order[len(chosen) :]

@@ -33,7 +33,7 @@ def attribution_block(
     unit = Unit.parse(targets.pop())
     values = made.units().double().mean(0)[None].cpu().numpy()
     provenance = {
-        "method": made.method, "data": made.data, "n_examples": len(made.values), "seed": made.seed,
+        "method": made.method, "examples": dict(made.examples), "seed": made.seed,
         "baseline": made.baseline, "target": made.target, "settings": dict(made.settings),
         "rank_correlation_with_ablation": None if made.check is None else made.check.correlation,
     }  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from circuits.attribution.channels import spearman
 from circuits.attribution.gradients import Blank, blanks, check_range
 from circuits.attribution.passes import Passes, Progress
+from circuits.experiments.statistics import interval
 
 Heats = Float[Tensor, "example h w"]
 Orders = Int[Tensor, "example place"]
@@ -41,9 +42,9 @@ class Curve:
         random: with as many pixels in random order (in blocks, the mean of several orders).
         area: under `values`: large is good for insertion, small for deletion.
         area_random: under `random`.
-        low: the 2.5th percentile, over resampled examples, of how much better than random the area is (larger
-            for insertion, smaller for deletion).
-        high: the 97.5th.
+        low: lower end of the 95 % interval, by bootstrap over examples, of how much better than random the area is
+            (larger for insertion, smaller for deletion); NaN for a single example.
+        high: its upper end.
     """
 
     kind: Kind
@@ -101,20 +102,12 @@ def insertion_deletion(
                 Curve(
                     kind, blank, tuple(shares.tolist()), tuple(values.mean(1).tolist()),
                     tuple(random.mean(1).tolist()), float(areas[0].mean()), float(areas[1].mean()),
-                    *interval(better, seed),
+                    *interval(better, seed=seed),
                 )
             )  # fmt: skip
             if progress is not None:
                 progress(len(found), total)
     return found
-
-
-def interval(values: Float[np.ndarray, " example"], seed: int) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the mean over resampled examples."""
-    generator = np.random.default_rng(seed)
-    rows = generator.integers(0, len(values), (1000, len(values)))
-    low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def order_of(heats: Heats) -> Orders:
@@ -179,8 +172,8 @@ class Road:
         least_first: and when the least credited are.
         random: when random blocks are.
         score: the mean of random less most first: above 0 if what is credited matters more than other parts.
-        low: the 2.5th percentile of the score over resampled examples.
-        high: the 97.5th.
+        low: lower end of the score's 95 % interval, by bootstrap over examples; NaN for a single one.
+        high: its upper end.
     """
 
     shares: tuple[float, ...]
@@ -243,7 +236,7 @@ def road(
     each = np.array(rows)  # share x order x example
     most, least, random = (tuple(each[:, k].mean(1).tolist()) for k in range(3))
     score = (each[:, 2] - each[:, 0]).mean(0)
-    return Road(shares, most, least, random, float(score.mean()), *interval(score, seed))
+    return Road(shares, most, least, random, float(score.mean()), *interval(score, seed=seed))
 
 
 def imputed(

@@ -16,7 +16,6 @@ from sklearn.decomposition import NMF
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
-from circuits.models.sites import unit_activations
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +59,11 @@ def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
     """
     site = passes.site
     assert site is not None, "groups are of a site's channels"
-    if "d_head" in site.axes:
+    if site.inner_axis is not None:
         raise ValueError(f"site {site.name}: groups are of channels or neurons, not of heads")
     if not 1 <= k <= site.n_units:
         raise ValueError(f"k {k} must be from 1 to {site.n_units}, the units of {site.name}")
-    units = unit_activations(site, passes.points).double().cpu()
+    units = site.activations(passes.points).double().cpu()
     if float(units.min()) < 0:
         raise ValueError(
             f"site {site.name} has negative activations: take the site behind its ReLU"
@@ -81,27 +80,20 @@ def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
     directions = nmf.components_
     hidden = float(((rows - strengths @ directions) ** 2).sum() / max(1e-30, (rows**2).sum()))
     which = torch.arange(n)
-    gradients = unit_activations(site, passes.gradient(passes.points, which)[1]).double().cpu()
+    gradients = site.activations(passes.gradient(passes.points, which)[1]).double().cpu()
     along = np.einsum("eup,ku->ekp", gradients.numpy(), directions)
     maps = strengths.reshape(n, places, k).transpose(0, 2, 1)
     effects = (along * maps).sum(2)
+    shape = site.positions_of(passes.points)
     removed = []
     for group in range(k):
-        part = torch.tensor(np.einsum("ep,u->eup", maps[:, group], directions[group])).to(
-            passes.points
-        )
-        less = passes.points - _laid_out(part, passes.points, site.unit_axis)
+        part = torch.tensor(np.einsum("ep,u->eup", maps[:, group], directions[group]))
+        part = part.to(passes.points).reshape(n, site.n_units, *shape)
+        less = passes.points - site.from_by_unit(part)
         removed.append(passes.values - passes.value(less, which))
-    shape = [passes.points.shape[site.axes.index(axis)] for axis in site.position_axes]
     return ChannelGroups(
         torch.tensor(directions, dtype=torch.float32),
         torch.tensor(maps, dtype=torch.float32).reshape(n, k, *shape),
         torch.tensor(effects, dtype=torch.float32), torch.stack(removed, 1).cpu(), hidden, site.name,
         str(passes.target), passes.model.hash, seed,
     )  # fmt: skip
-
-
-def _laid_out(units: Tensor, like: Tensor, unit_axis: int) -> Tensor:
-    """Units x flattened positions as the site's own layout."""
-    moved = like.movedim(unit_axis, 1)
-    return units.reshape(moved.shape).movedim(1, unit_axis)

@@ -6,7 +6,7 @@ is a sum, the last normalisation is held fixed, and the unembedding is linear: s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution.targets import Aim, Target, as_target, output_site
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
+from circuits.models.composition import held_normalisation
 from circuits.models.sites import is_bridge
+from circuits.tasks.targets import Aim, Target, as_target, output_site
 from circuits.units import Unit
 
 
@@ -32,7 +34,7 @@ class LogitParts:
         residual: logits less the sum of parts: rounding.
         target: what was explained.
         model_hash: of the weights.
-        data: where the examples come from.
+        examples: which they are, and how they were chosen.
     """
 
     names: tuple[str, ...]
@@ -41,19 +43,18 @@ class LogitParts:
     residual: Float[Tensor, " example"]
     target: str
     model_hash: str
-    data: str
+    examples: Mapping[str, Any]
 
 
 def direct_logit_attribution(
-    model: HookedModel, tokens: Tensor, target: str | Unit | Target = "top", data: str = ""
+    model: HookedModel, examples: Examples | Tensor, target: str | Unit | Target = "top"
 ) -> LogitParts:
     """Split a logit (or a difference of two, with `against`) into what each part of the model writes.
 
     Args:
         model: a TransformerLens bridge.
-        tokens: examples, batch x position.
+        examples: texts of one length.
         target: a token's logit, at the last position if no other is given.
-        data: where the examples come from, for the record.
 
     Raises:
         ValueError: if the model is no bridge, or the target no logit.
@@ -66,9 +67,11 @@ def direct_logit_attribution(
     if goal.site != end.name or goal.quantity != "activation":
         raise ValueError(f"target {goal} is no logit: expected token:WORD or top")
     bridge: Any = model.module
+    given = as_examples(model, examples)
+    tokens = given.inputs
     names = [name for name, _ in _written(model)]
     cache = model.run(tokens, read=[*names, _last_residual(model), end])
-    aim = Aim.at(model, goal, cache[end])
+    aim = Aim.at(end, goal, cache[end])
     rows = torch.arange(len(tokens), device=model.device)
     wanted = aim.value(cache[end].double(), rows)
     # in float64, so that what is left over is the model's own rounding
@@ -80,7 +83,7 @@ def direct_logit_attribution(
         shift = shift - bridge.b_U.detach().double()[goal.against]
     stream = cache[_last_residual(model)].double()[rows, aim.places]
     with model.lock:
-        scale, offset, centred = _normalisation(bridge.ln_final, stream)
+        scale, offset, centred = held_normalisation(bridge.ln_final, stream)
     read = direction * scale  # what one unit of the stream is worth
     if centred:
         read = read - read.mean(1, keepdim=True)
@@ -103,7 +106,7 @@ def direct_logit_attribution(
     values = torch.stack(list(found.values()), 1)
     return LogitParts(
         tuple(found), values.float(), wanted.float(), (wanted - values.sum(1)).float(), str(goal),
-        model.hash, data,
+        model.hash, given.describe(),
     )  # fmt: skip
 
 
@@ -121,21 +124,3 @@ def _written(model: HookedModel) -> Iterator[tuple[str, str]]:
 
 def _last_residual(model: HookedModel) -> str:
     return f"blocks.{model.module.cfg.n_layers - 1}.hook_resid_post"  # type: ignore[union-attr, operator]
-
-
-def _normalisation(norm: Any, stream: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The last normalisation on some residual streams: factor, offset, and whether it takes the mean away."""
-    with torch.no_grad():
-        x = stream.to(next((p.dtype for p in norm.parameters()), torch.float32))
-        zero = norm(torch.zeros_like(x)).double()  # its bias
-        made = norm(x).double() - zero
-        moved = norm(x + x.abs().amax(1, keepdim=True)).double() - zero
-    centred = bool(torch.allclose(moved, made, rtol=1e-3, atol=1e-4))
-    inner = stream - stream.mean(1, keepdim=True) if centred else stream
-    # the factor is the same for all but its weight: taken where the stream is largest, times the weight
-    weight = getattr(norm, "weight", None)
-    gains = torch.ones_like(stream[0]) if weight is None else weight.detach().double()
-    base = made / torch.where(gains == 0, 1.0, gains)
-    at = inner.abs().argmax(1, keepdim=True)
-    factor = base.gather(1, at) / inner.gather(1, at)
-    return factor * gains, zero, centred

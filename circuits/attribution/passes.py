@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution.targets import Aim, Target, as_target
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.attaching import PREFIX
 from circuits.models.inputs import ImageInput
-from circuits.models.normalisation import FastNormalisation
+from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, Unit
 
 Size = Literal["refuse", "resize", "keep"]
@@ -35,15 +35,14 @@ INPUT = "input"
 """The name of the input as a place to attribute to."""
 
 
-def sized(model: HookedModel, inputs: Tensor, size: Size = "refuse") -> Tensor:
-    """Inputs that the model can take.
+def sized(model: HookedModel, examples: Examples | Tensor, size: Size = "refuse") -> Tensor:
+    """Examples as one tensor that the model can take.
 
     Raises:
-        ValueError: if they are none, or of another height or width and `size` is `refuse`.
+        ValueError: if there are none, texts differ in length, or images are of another height or width and `size` is
+            `refuse`.
     """
-    model.check(inputs)
-    if not len(inputs):
-        raise ValueError("inputs hold no example")
+    inputs = as_examples(model, examples).inputs
     spec = model.input
     if not isinstance(spec, ImageInput) or size == "keep":
         return inputs
@@ -52,7 +51,7 @@ def sized(model: HookedModel, inputs: Tensor, size: Size = "refuse") -> Tensor:
         return inputs
     if size == "refuse":
         raise ValueError(
-            f"inputs are of {inputs.shape[2]} x {inputs.shape[3]} pixels: {model.name} takes "
+            f"examples are of {inputs.shape[2]} x {inputs.shape[3]} pixels: {model.name} takes "
             f"{wanted[0]} x {wanted[1]} (size='resize' resizes them, 'keep' runs them as they are)"
         )
     return F.interpolate(inputs, wanted, mode="bilinear", antialias=True, align_corners=False)
@@ -63,27 +62,27 @@ class Passes:
 
     Args:
         model: the model.
-        inputs: the examples, as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: what is computed; None if only `outputs` is asked for.
         site: where the tensor is changed; None is the input.
         batch: versions in one pass.
         size: what becomes of images of another size.
 
     Attributes:
-        inputs: the examples.
+        inputs: the examples, as the model takes them.
         points: the tensor at the site on the examples (the inputs, without a site).
         values: the target's value on the examples.
         aim: the target, fixed for each example.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if inputs do not fit, or the target is none of the model's.
+        ValueError: if examples do not fit, or the target is none of the model's.
     """
 
     def __init__(
         self,
         model: HookedModel,
-        inputs: Tensor,
+        examples: Examples | Tensor,
         target: str | Unit | Target,
         site: str | Site | None = None,
         batch: int = 32,
@@ -100,10 +99,10 @@ class Passes:
         self.end = model.site(self.target.site)
         if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
             raise not_behind(self.target, self.site)
-        self.inputs = channels_last(model.fitted(sized(model, inputs, size)))
+        self.inputs = channels_last(model.fitted(sized(model, examples, size)))
         self._alone: bool | None = None
         self.points, at_end = self._intact()
-        self.aim = Aim.at(model, self.target, at_end)
+        self.aim = Aim.at(self.end, self.target, at_end)
         self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
 
     def __len__(self) -> int:
@@ -113,8 +112,7 @@ class Passes:
         read = [self.end] if self.site is None else [self.site, self.end]
         here, there = [], []
         for x in self.inputs.split(self.batch):
-            with FastNormalisation():
-                cache = self.model.run(x, read=read, until=self.model.last(read))
+            cache = self.model.run(x, read=read, until=self.model.last(read))
             there.append(cache[self.end])
             if self.site is not None:
                 here.append(cache[self.site])
@@ -168,10 +166,9 @@ class Passes:
     def _run(self, points: Tensor, examples: Tensor, end: Site, grad: bool = False) -> Tensor:
         if self.site is None and grad:
             # as anybody would compute it: another order of sums puts some ReLU on its other side
-            return self.model.run(points, read=[end], until=end, grad=True)[end]
+            return self.model.run(points, read=[end], until=end, grad=True, reference=True)[end]
         if self.site is None:
-            with FastNormalisation():
-                return self.model.run(channels_last(points), read=[end], until=end)[end]
+            return self.model.run(channels_last(points), read=[end], until=end)[end]
         x = self.inputs[:1] if self.alone else self.inputs[examples]
         return self._from_site(x, points, end, grad)
 
@@ -180,8 +177,7 @@ class Passes:
         # a copy: what follows may work in place
         points = channels_last(points)
         edits = {self.site.name: lambda value: points * 1}
-        with FastNormalisation():
-            return self.model.run(x, read=[end], until=end, edits=edits, grad=grad)[end]
+        return self.model.run(x, read=[end], until=end, edits=edits, grad=grad)[end]
 
     @property
     def alone(self) -> bool:
@@ -284,9 +280,8 @@ def own_gradients(
             leaves.append(value.detach().requires_grad_(True))
             return leaves[0] * 1  # a copy: what follows may work in place
 
-        with FastNormalisation():
-            made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
-        aim = Aim.at(model, target.of_examples(range(start, start + len(x))), made)
+        made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
+        aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
         value = aim.value(made, torch.arange(len(x), device=made.device))
         own = leaves[0] if leaves else made  # the pass ended before the site
         gradients = led_back(value if leaves else value.detach(), own, target, site)

@@ -6,9 +6,9 @@ and Vedaldi 2019, "Understanding Deep Networks via Extremal Perturbations and Sm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,13 @@ from torch import Generator, Tensor
 
 from circuits.attribution.gradients import blurred, check_range
 from circuits.attribution.passes import Passes, Progress, Size
-from circuits.attribution.targets import Target
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.tasks.targets import Target
 from circuits.units import Site, Unit
 
-Variant = Literal["preserve", "delete"]
+Game = Literal["preserve", "delete"]
 """Keep the target as high as possible with only a part shown, or make it as low as possible with a part hidden."""
 
 Masks = Float[Tensor, "example 1 h w"]
@@ -46,12 +47,12 @@ class Perturbation:
         target: what was explained.
         site: of the channels; `input` for images.
         model_hash: of the weights.
-        data: where the examples come from.
+        examples: which they are, and how they were chosen.
         seed: of everything random.
     """
 
     method: str
-    variant: Variant
+    variant: Game
     masks: Float[Tensor, "example *rest"]
     area: float
     values: Float[Tensor, " example"]
@@ -61,7 +62,7 @@ class Perturbation:
     target: str
     site: str
     model_hash: str
-    data: str
+    examples: Mapping[str, Any]
     seed: int
 
 
@@ -93,17 +94,16 @@ class Pyramid:
 
 def extremal(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target = "top",
     area: float = 0.1,
-    variant: Variant = "preserve",
+    variant: Game = "preserve",
     *,
     steps: int = 100,
     tries: int = 100,
     step: int | None = None,
     sigma: float | None = None,
     rate: float = 0.02,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     size: Size = "refuse",
@@ -117,7 +117,7 @@ def extremal(
 
     Args:
         model: of images.
-        inputs: as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: a class (its log probability does better than its logit: see `Target`) or a unit anywhere.
         area: the share of the image that is kept (preserve) or hidden (delete).
         variant: which.
@@ -126,7 +126,6 @@ def extremal(
         step: pixels from bump to bump; a 32nd of the image if not given (7 of 224).
         sigma: width of a bump, in pixels; three steps if not given.
         rate: of the optimiser.
-        data: where the images come from, for the record.
         seed: of the changes tried, and of the random masks beside.
         batch: images optimised together.
         size: what becomes of images of another size.
@@ -134,7 +133,7 @@ def extremal(
 
     Raises:
         KeyError: if a class is unknown.
-        ValueError: if inputs, target or an option do not fit.
+        ValueError: if examples, target or an option do not fit.
     """
     check_range("area", area, 0.001, 0.999)
     check_range("steps", steps, 1)
@@ -144,7 +143,7 @@ def extremal(
     check_range("rate", rate, 1e-6)
     _check_variant(variant)
     _check_images(model)
-    goal = Passes(model, inputs, target, batch=batch, size=size)
+    goal = Passes(model, examples, target, batch=batch, size=size)
     apart = step or max(1, round(max(goal.inputs.shape[-2:]) / 32))
     search = _Search(
         area, variant, steps, apart, 3.0 * apart if sigma is None else sigma, rate, tries, seed
@@ -159,12 +158,12 @@ def extremal(
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         parts.append(_extremal(goal, which, search, note))
     masks = torch.cat(parts)
-    return _measured("extremal", goal, Pyramid, masks, area, variant, data, seed)
+    return _measured("extremal", goal, Pyramid, masks, area, variant, examples, seed)
 
 
 def _check_variant(variant: str) -> None:
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(get_args(Variant))}")
+    if variant not in get_args(Game):
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(get_args(Game))}")
 
 
 def _check_images(model: HookedModel) -> None:
@@ -177,7 +176,7 @@ class _Search:
     """How a mask is looked for."""
 
     area: float
-    variant: Variant
+    variant: Game
     steps: int
     step: int
     sigma: float
@@ -293,9 +292,9 @@ class SmoothMasks:
 
 def meaningful(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target = "top",
-    variant: Variant = "delete",
+    variant: Game = "delete",
     *,
     steps: int = 300,
     cells: int = 28,
@@ -303,7 +302,6 @@ def meaningful(
     tv: float = 0.2,
     rate: float = 0.1,
     sigma: float | None = None,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     size: Size = "refuse",
@@ -313,7 +311,7 @@ def meaningful(
 
     Args:
         model: of images.
-        inputs: as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: a class or a unit anywhere; for classes the authors take the probability.
         variant: `delete`, or `preserve`: the smallest that must be kept.
         steps: of Adam.
@@ -322,7 +320,6 @@ def meaningful(
         tv: weight of its roughness.
         rate: of Adam.
         sigma: of the blur, in pixels; 10 of 224 if not given.
-        data: where the images come from, for the record.
         seed: of the jitter, and of the random masks beside.
         batch: images optimised together.
         size: what becomes of images of another size.
@@ -330,7 +327,7 @@ def meaningful(
 
     Raises:
         KeyError: if a class is unknown.
-        ValueError: if inputs, target or an option do not fit.
+        ValueError: if examples, target or an option do not fit.
     """
     for name, value, low in (
         ("steps", steps, 1),
@@ -343,7 +340,7 @@ def meaningful(
     check_range("sigma", 1 if sigma is None else sigma, 0.05)
     _check_variant(variant)
     _check_images(model)
-    goal = Passes(model, inputs, target, batch=batch, size=size)
+    goal = Passes(model, examples, target, batch=batch, size=size)
     generator = Generator().manual_seed(seed)
     found = []
     for some in goal.chunks(len(goal)):
@@ -373,7 +370,9 @@ def meaningful(
     def blend(x: Tensor) -> _Blend:
         return _Blend(x, sigma)
 
-    return _measured("meaningful", goal, blend, torch.cat(found), float("nan"), variant, data, seed)
+    return _measured(
+        "meaningful", goal, blend, torch.cat(found), float("nan"), variant, examples, seed
+    )
 
 
 class _Blend:
@@ -393,15 +392,14 @@ def _on_pixels(marked: Tensor, x: Tensor) -> Masks:
 
 def extremal_channels(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target,
     site: str | Site,
     area: float = 0.1,
-    variant: Variant = "preserve",
+    variant: Game = "preserve",
     *,
     steps: int = 200,
     rate: float = 0.005,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     size: Size = "refuse",
@@ -411,14 +409,13 @@ def extremal_channels(
 
     Args:
         model: the model; tokens too.
-        inputs: as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: what the units are to keep or take away.
         site: whose units.
         area: the share of units.
         variant: whether they are kept alone or set to zero.
         steps: of gradient descent with momentum.
         rate: of it.
-        data: where the inputs come from, for the record.
         seed: of the random units beside.
         batch: examples in one pass.
         size: what becomes of images of another size.
@@ -429,13 +426,13 @@ def extremal_channels(
 
     Raises:
         KeyError: if a site or class is unknown.
-        ValueError: if inputs, target or an option do not fit, or the site is not before the target.
+        ValueError: if examples, target or an option do not fit, or the site is not before the target.
     """
     check_range("area", area, 1e-6, 1 - 1e-6)
     check_range("steps", steps, 1)
     check_range("rate", rate, 1e-6)
     _check_variant(variant)
-    goal = Passes(model, inputs, target, site, batch, size)
+    goal = Passes(model, examples, target, site, batch, size)
     place = goal.site
     assert place is not None, "channels are of a site"
     found = []
@@ -457,20 +454,19 @@ def extremal_channels(
     nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)
     return Perturbation(
         "extremal channels", variant, masks, area, value(hard(masks, area)), goal.values, value(nothing),
-        torch.stack(beside).mean(0), str(goal.target), place.name, model.hash, data, seed,
+        torch.stack(beside).mean(0), str(goal.target), place.name, model.hash,
+        as_examples(model, examples).describe(), seed,
     )  # fmt: skip
 
 
 def _marked_units(
-    goal: Passes, which: Tensor, area: float, variant: Variant, steps: int, rate: float
+    goal: Passes, which: Tensor, area: float, variant: Game, steps: int, rate: float
 ) -> Float[Tensor, "example unit"]:
     assert goal.site is not None, "channels are of a site"
     wanted = _sorted_reference(goal.site.n_units, area).to(goal.points)
     n = goal.site.n_units
     points = goal.points[which]
-    intact = (
-        (points * goal.gradient(points, which)[1]).movedim(goal.site.unit_axis, 1).flatten(2).sum(2)
-    )
+    intact = goal.site.by_unit(points * goal.gradient(points, which)[1]).flatten(2).sum(2)
     sign = 10.0 / intact.abs().sum(1).clamp_min(1e-12) * (-1.0 if variant == "preserve" else 1.0)
     marked = torch.ones(len(which), n, device=goal.points.device, requires_grad=True)
     optimizer = torch.optim.SGD([marked], rate, momentum=0.9)
@@ -493,13 +489,12 @@ def _marked_units(
     return marked.detach()
 
 
-def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Variant) -> Tensor:
+def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Game) -> Tensor:
     """The site's tensor with each unit kept (preserve) or taken away (delete) as far as it is marked."""
     assert goal.site is not None, "channels are of a site"
-    shape = [1] * goal.points.ndim
-    shape[0], shape[goal.site.unit_axis] = len(which), goal.site.n_units
     kept = marked if variant == "preserve" else 1 - marked
-    return goal.points[which] * kept.reshape(shape)
+    everywhere = kept.reshape(*kept.shape, *(1,) * (goal.points.ndim - 2))
+    return goal.points[which] * goal.site.from_by_unit(everywhere)
 
 
 def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "example *rest"]:
@@ -515,7 +510,7 @@ Perturbing = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 def shown_by(
-    goal: Passes, masks: Masks, variant: Variant = "preserve", perturbing: Perturbing = Pyramid
+    goal: Passes, masks: Masks, variant: Game = "preserve", perturbing: Perturbing = Pyramid
 ) -> Float[Tensor, " example"]:
     """The target's value with an image kept only inside a mask (preserve) or only outside (delete)."""
     found = []
@@ -533,8 +528,8 @@ def _measured(
     perturbing: Perturbing,
     masks: Masks,
     area: float,
-    variant: Variant,
-    data: str,
+    variant: Game,
+    examples: Examples | Tensor,
     seed: int,
 ) -> Perturbation:
     """Masks beside random smooth ones that have the same values at other places."""
@@ -552,5 +547,5 @@ def _measured(
     return Perturbation(
         method, variant, masks, area, shown_by(goal, masks, variant, perturbing), goal.values,
         shown_by(goal, nothing, variant, perturbing), torch.stack(beside).mean(0), str(goal.target), "input",
-        goal.model.hash, data, seed,
+        goal.model.hash, as_examples(goal.model, examples).describe(), seed,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from circuits.models.normalisation import local_response_norm
 
-Rule = Literal["gradient", "epsilon", "gamma", "z_plus"]
+RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 """`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""
 
 _EPSILON = 1e-9
@@ -51,7 +51,7 @@ class Propagation(TorchFunctionMode):
         embedded: ones that every embedding is multiplied by.
     """
 
-    def __init__(self, rule: Rule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
+    def __init__(self, rule: RelevanceRule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
         super().__init__()
         self.rule, self.gamma = rule, gamma
         self.biases = torch.ones(batch, device=like.device, dtype=like.dtype, requires_grad=True)

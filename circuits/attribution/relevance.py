@@ -20,24 +20,24 @@ from circuits.attribution.passes import (
     not_behind,
     sized,
 )
-from circuits.attribution.propagation import Propagation, Rule, UnclearBatchError
+from circuits.attribution.propagation import Propagation, RelevanceRule, UnclearBatchError
 from circuits.attribution.results import Attribution, input_site
-from circuits.attribution.targets import Aim, Target, as_target, check_indices
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.tasks.targets import Aim, Target, as_target, check_indices
 from circuits.units import Site, Unit
 
 
 def relevance(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target,
     site: str | Site = INPUT,
     *,
-    rule: Rule = "epsilon",
+    rule: RelevanceRule = "epsilon",
     gamma: float = 0.25,
     through: Iterable[str | Unit] = (),
-    data: str = "",
     batch: int = 32,
     size: Size = "refuse",
     progress: Progress | None = None,
@@ -46,7 +46,7 @@ def relevance(
 
     Args:
         model: the model.
-        inputs: examples, as the model takes them.
+        examples: as a source has them, or as the model takes them.
         target: what it is relevance for: a class, a token's logit, a unit anywhere.
         site: where; `input` for the pixels.
         rule: `gradient` is activation x gradient; `epsilon`, `gamma` and `z_plus` as in Montavon et al.
@@ -54,7 +54,6 @@ def relevance(
         gamma: how much the rule `gamma` strengthens positive weights.
         through: only what flows through these units counts (concept relevance): units of one site are
             taken together, of several sites in a row.
-        data: where the inputs come from, for the record.
         batch: examples in one pass.
         size: what becomes of images of another size.
         progress: called with examples done and all.
@@ -66,10 +65,10 @@ def relevance(
 
     Raises:
         KeyError: if a site or class is unknown.
-        ValueError: if inputs or target do not fit, an option is out of range, or no gradient leads there.
+        ValueError: if examples or target do not fit, an option is out of range, or no gradient leads there.
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule {rule!r} is not one of {', '.join(get_args(Rule))}")
+    if rule not in get_args(RelevanceRule):
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(get_args(RelevanceRule))}")
     if not 0 <= gamma < 1e6:
         raise ValueError(f"gamma {gamma} must be 0 or more")
     goal = as_target(model, target)
@@ -90,7 +89,8 @@ def relevance(
         if not first <= order.index(name) < order.index(goal.site):
             start = INPUT if place is None else place.name
             raise ValueError(f"through {name!r}: expected a site between {start} and {goal.site}")
-    inputs = sized(model, inputs, size)
+    given = as_examples(model, examples)
+    inputs = sized(model, given, size)
     found: list[_Found] = []
     check_indices(goal, len(inputs))
     for start in range(0, len(inputs), batch):
@@ -112,7 +112,7 @@ def relevance(
         "relevance", place.name, place.axes, place.unit_axis, values, str(goal),
         tuple(name for f in found for name in f.aim.names()), total,
         None if masks else total - explained, {} if masks else parts, "zero", settings, model.name,
-        model.hash, data, 0,
+        model.hash, given.describe(), 0,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _of_batch(
     x: Tensor,
     goal: Target,
     place: Site | None,
-    rule: Rule,
+    rule: RelevanceRule,
     gamma: float,
     masks: Mapping[str, tuple[int, ...]],
 ) -> list[_Found]:
@@ -160,7 +160,7 @@ def _relevance(
     x: Tensor,
     goal: Target,
     place: Site | None,
-    rule: Rule,
+    rule: RelevanceRule,
     gamma: float,
     masks: Mapping[str, tuple[int, ...]],
 ) -> _Found:
@@ -179,12 +179,13 @@ def _relevance(
     if place is not None:
         after = edits.get(place.name)
         edits[place.name] = begin if after is None else lambda value: after(begin(value))
-    plain = model.run(x, read=[end], until=end)[end]
+    plain = model.run(x, read=[end], until=end, reference=True)[end]
     propagation = Propagation(rule, len(x), plain, gamma)
     with propagation:
         own = x if pixels is None else pixels
-        made = model.run(own, read=[end], until=end, edits=edits, grad=True)[end]
-    aim = Aim.at(model, goal, plain)
+        # the propagation replaces the normalisation by rules of its own
+        made = model.run(own, read=[end], until=end, edits=edits, grad=True, reference=True)[end]
+    aim = Aim.at(end, goal, plain)
     total = aim.value(made, torch.arange(len(x), device=model.device))
     start = leaves[0] if leaves else pixels if place is None else None
     if start is None or not total.requires_grad:
@@ -212,11 +213,9 @@ def _only(site: Site, units: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """A change that keeps a tensor, and of its gradient the units' part."""
     keep = torch.zeros(site.n_units)
     keep[list(units)] = 1
-    shape = [1] * len(site.axes)
-    shape[site.unit_axis] = -1
 
     def change(value: Tensor) -> Tensor:
-        mask = keep.to(value).reshape(shape)
+        mask = site.spread(keep.to(value))
         return value * mask + (value * (1 - mask)).detach()
 
     return change

@@ -60,7 +60,7 @@ class Attribution:
         settings: the method's options.
         model: its name.
         model_hash: of its weights.
-        data: where the examples come from.
+        examples: which they are and how they were chosen (see `Examples.describe`).
         seed: of everything random.
         check: how it agrees with ablation.
     """
@@ -79,24 +79,26 @@ class Attribution:
     settings: Mapping[str, Any]
     model: str
     model_hash: str
-    data: str
+    examples: Mapping[str, Any]
     seed: int
     check: AblationCheck | None = None
 
+    @property
+    def layout(self) -> Site:
+        """How `values` lie, as a site that holds them."""
+        shape = tuple(self.values.shape[1:])
+        return Site(self.site, "channel", self.axes, self.unit_axis, shape)
+
     def units(self) -> Float[Tensor, "example unit"]:
         """Each unit's share: the sum over positions (and over the inside of a head)."""
-        return (
-            self.values.movedim(self.unit_axis, 1).flatten(2).sum(2)
-            if self.values.ndim > 2
-            else self.values
-        )
+        if self.values.ndim == 2:
+            return self.values
+        return self.layout.by_unit(self.values).flatten(2).sum(2)
 
     def maps(self) -> Float[Tensor, "example unit *position"]:
         """Each unit's share at each position."""
-        values = self.values
-        if "d_head" in self.axes:
-            values = values.sum(self.axes.index("d_head"))
-        return values.movedim(self.unit_axis, 1)
+        values = self.layout.by_unit(self.values)
+        return values if self.layout.inner_axis is None else values.sum(-1)
 
     def heat(self, how: Heat = "signed") -> Float[Tensor, "example *position"]:
         """Each position's share, over all units (the spatial view of Olah et al. 2018)."""
@@ -117,7 +119,7 @@ class Attribution:
         known = {
             k: getattr(self, k)
             for k in (
-                "method", "site", "target", "baseline", "model", "model_hash", "data", "seed", "unit_axis",
+                "method", "site", "target", "baseline", "model", "model_hash", "examples", "seed", "unit_axis",
             )
         }  # fmt: skip
         return known | {

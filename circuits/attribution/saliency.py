@@ -13,9 +13,10 @@ from circuits.attribution import cams, gradients, masking, surrogates
 from circuits.attribution.passes import INPUT, Passes, Progress, Size, sized
 from circuits.attribution.relevance import relevance
 from circuits.attribution.results import Attribution, input_site
-from circuits.attribution.targets import Target, as_target
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.tasks.targets import Target, as_target
 from circuits.units import Site, Unit
 
 Method = Literal[
@@ -43,12 +44,11 @@ Made = tuple[Tensor, Tensor | None, dict[str, Any]]
 
 def saliency(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     target: str | Unit | Target = "top",
     method: Method = "integrated_gradients",
     *,
     site: str | Site | None = None,
-    data: str = "",
     seed: int = 0,
     batch: int = 32,
     size: Size = "refuse",
@@ -59,7 +59,7 @@ def saliency(
 
     Args:
         model: of images.
-        inputs: as the model takes them (`input.normalize` makes them of images in 0..1).
+        examples: of images; tensors are as the model takes them (`input.normalize` makes them of images in 0..1).
         target: each image's prediction (`top`), a class, or a unit anywhere; see `parse_target`.
         method: how; each is described, with its options, where it is defined:
             `circuits.attribution.gradients` (gradient, gradient_x_input, smoothgrad, vargrad,
@@ -67,7 +67,6 @@ def saliency(
             rise), `.cams` (grad_cam, grad_cam_plus_plus, smooth_grad_cam_plus_plus, guided_grad_cam),
             `.surrogates` (lime, kernel_shap).
         site: where class activation maps are taken; the last map before the output if not given.
-        data: where the images come from, for the record.
         seed: of noise, masks and subsets.
         batch: versions of an image in one pass: bounds the memory.
         size: what becomes of images of another size.
@@ -80,7 +79,7 @@ def saliency(
     Raises:
         KeyError: if a site or class is unknown.
         TypeError: if the method has no such option.
-        ValueError: if inputs, target or an option do not fit.
+        ValueError: if examples, target or an option do not fit.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -95,11 +94,11 @@ def saliency(
         site = cams.last_map(model, goal)
     if method == "relevance":
         made = relevance(
-            model, inputs, goal, data=data, batch=batch, size=size, progress=progress, **options
+            model, examples, goal, batch=batch, size=size, progress=progress, **options
         )
         return replace(made, seed=seed)
-    inputs = sized(model, inputs, size)
-    passes = Passes(model, inputs, goal, site, batch, size="keep")
+    given = as_examples(model, examples)
+    passes = Passes(model, sized(model, given, size), goal, site, batch, size="keep")
     seeded = {"seed": seed} if "seed" in _parameters(method) else {}
     made = _MAKERS[method](passes, progress, **seeded, **options)
     values, residual, used = made if isinstance(made, tuple) else (made, None, {})
@@ -110,7 +109,7 @@ def saliency(
     return Attribution(
         method, INPUT, place.axes, 1, values.detach().contiguous(), str(goal), tuple(passes.aim.names()),
         passes.values, residual, {}, str(settings.get("blank", "")), settings, model.name, model.hash,
-        data, seed,
+        given.describe(), seed,
     )  # fmt: skip
 
 
@@ -156,12 +155,11 @@ def _parameters(method: Method) -> dict[str, Any]:
     function = relevance if method == "relevance" else _FUNCTIONS[method]
     own = (
         "model",
-        "inputs",
+        "examples",
         "target",
         "site",
         "passes",
         "progress",
-        "data",
         "batch",
         "size",
         "of",

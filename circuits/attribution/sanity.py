@@ -7,7 +7,7 @@ is trained on shuffled labels. A map that hardly changes does not show what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from circuits.attribution.channels import spearman
 from circuits.attribution.passes import Progress
 from circuits.attribution.results import Attribution
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.randomizing import layers_in_order, randomized
 from circuits.models.sites import main_output
@@ -66,9 +67,8 @@ class RandomizationTest:
             is shuffled (cascading): by signed rank correlation or by SSIM, whichever is larger. (The rank
             correlation of absolute values is left out: where an image has no contrast most maps are small.)
         passes: whether that is below `KEPT`; None for independent tests, which have no such stage.
-        n_images: on how many.
         model_hash: of the intact weights.
-        data: where the images come from.
+        examples: which images, and how they were chosen.
         seed: of the shuffling.
     """
 
@@ -78,20 +78,18 @@ class RandomizationTest:
     chance: Stage
     kept: float
     passes: bool | None
-    n_images: int
     model_hash: str
-    data: str
+    examples: Mapping[str, Any]
     seed: int
 
 
 def randomization_test(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     attributing: Attributing,
     mode: Mode = "cascading",
     *,
     stages: int = 6,
-    data: str = "",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RandomizationTest:
@@ -99,11 +97,10 @@ def randomization_test(
 
     Args:
         model: the model.
-        inputs: images, at least two, as it takes them.
+        examples: images, at least two.
         attributing: makes maps of images with a model.
         mode: shuffle from the output down, or each part alone.
         stages: in how many steps; an even number, so that there is a half.
-        data: where the images come from, for the record.
         seed: of the shuffling.
         progress: called with stages done and all.
 
@@ -112,9 +109,11 @@ def randomization_test(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
+    given = as_examples(model, examples)
+    inputs = given.inputs
     if len(inputs) < 2:
         raise ValueError(
-            f"inputs: {len(inputs)} images: expected at least two, to compare with each other"
+            f"examples: {len(inputs)} images: expected at least two, to compare with each other"
         )
     layers = layers_in_order(model)[::-1]
     if stages < 2 or stages % 2 or stages > len(layers):
@@ -134,7 +133,7 @@ def randomization_test(
     kept = _kept(found[: stages // 2], chance)
     return RandomizationTest(
         intact.method, mode, tuple(found), chance, kept, kept < KEPT if mode == "cascading" else None,
-        len(inputs), model.hash, data, seed,
+        model.hash, given.describe(), seed,
     )  # fmt: skip
 
 
@@ -188,8 +187,7 @@ class LabelTest:
         kept: the share of likeness beyond chance.
         accuracy: on the images, after training on true labels.
         accuracy_shuffled: and on shuffled labels: the test says something if both are high.
-        n_images: on how many.
-        data: where they come from.
+        examples: which they are, and how they were chosen.
         seed: of everything random.
     """
 
@@ -198,20 +196,18 @@ class LabelTest:
     kept: float
     accuracy: float
     accuracy_shuffled: float
-    n_images: int
-    data: str
+    examples: Mapping[str, Any]
     seed: int
 
 
 def label_test(
     model: HookedModel,
-    inputs: Tensor,
+    examples: Examples | Tensor,
     labels: Sequence[int],
     attributing: Attributing,
     *,
     steps: int = 200,
     rate: float = 0.002,
-    data: str = "",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LabelTest:
@@ -221,18 +217,19 @@ def label_test(
 
     Args:
         model: whose architecture is trained; it is not changed.
-        inputs: images, at least two.
+        examples: images, at least two.
         labels: the class of each.
         attributing: makes maps of images with a model; its target should be the given labels.
         steps: of training.
         rate: of Adam.
-        data: where the images come from, for the record.
         seed: of the shuffling of weights and labels.
         progress: called with steps done and all.
 
     Raises:
         ValueError: if labels do not fit.
     """
+    given = as_examples(model, examples)
+    inputs = given.inputs
     if len(labels) != len(inputs) or len(inputs) < 2:
         raise ValueError(
             f"labels: {len(labels)} for {len(inputs)} images: expected as many, at least two"
@@ -247,7 +244,7 @@ def label_test(
     (own, first), (theirs, second) = found
     chance = _compared(own, [m.roll(1, 0) for m in own], 0, "")
     stage = _compared(own, theirs, 0, "shuffled labels")
-    return LabelTest(stage, chance, _kept([stage], chance), first, second, len(inputs), data, seed)
+    return LabelTest(stage, chance, _kept([stage], chance), first, second, given.describe(), seed)
 
 
 def _trained(

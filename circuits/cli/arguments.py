@@ -3,7 +3,7 @@
 # no `from __future__ import annotations`: typer reads the annotations
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,50 @@ DataOption = Annotated[
         help="photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
         "hf:PATH[:COLUMN] or python:MODULE:FACTORY.",
     ),
+]
+
+Take = Literal["spread", "first", "random"]
+TakeOption = Annotated[
+    Take,
+    typer.Option(
+        "--take", help="Which of --data: spread over it, the first, or drawn at random (--seed)."
+    ),
+]
+LimitOption = Annotated[int, typer.Option("--limit", help="How many examples of --data.")]
+LabelsOption = Annotated[
+    str,
+    typer.Option(
+        "--labels",
+        help="Classes of the images of --data: FILE.json, FILE.npz:KEY, or `names` to take them from names.",
+    ),
+]
+ImageOption = Annotated[
+    list[Path] | None, typer.Option("--image", help="An image file instead; may be repeated.")
+]
+TextOption = Annotated[str, typer.Option("--text", help="A text instead, for models of tokens.")]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Refuse images of another size than the model's.")
+]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        help="What is measured: a task by name, or its file (default: the model's own, or what --data states).",
+    ),
+]
+MetricOption = Annotated[
+    str, typer.Option("--metric", help="What is measured first, e.g. logit_difference.")
+]
+PositionsOption = Annotated[
+    str,
+    typer.Option(
+        "--positions", help="Where answers are read: last, all, a span's name, or 3,5 (from 0)."
+    ),
+]
+AnswerOption = Annotated[str, typer.Option("--answer", help="The answer to each example.")]
+AgainstOption = Annotated[str, typer.Option("--against", help="What answers are compared with.")]
+RandomOption = Annotated[
+    int, typer.Option("--random", help="Random variants that stand next to each number.")
 ]
 
 

@@ -7,23 +7,46 @@ from typing import Annotated, Any, Literal
 import typer
 
 from circuits.cli.arguments import (
+    AgainstOption,
+    AnswerOption,
+    DataOption,
+    ExactOption,
+    ImageOption,
     JsonOption,
+    LabelsOption,
+    LimitOption,
+    MetricOption,
     ModelArgument,
+    PositionsOption,
+    RandomOption,
     SaesOption,
     SeedOption,
+    TakeOption,
+    TaskOption,
+    TextOption,
     WeightsOption,
     WorkspaceOption,
 )
-from circuits.cli.choosing import Chosen, examples_of, options_of, units_of
-from circuits.cli.output import progress_bar, say, show_json, show_table, warn
+from circuits.cli.choosing import examples_of, options_of, task_of, units_of
+from circuits.cli.output import (
+    progress_bar,
+    say,
+    show_classes,
+    show_effects,
+    show_json,
+    show_table,
+    warn,
+)
 from circuits.cli.tuning import UnitsArgument
 from circuits.cli.weights import FigureOption, check_figure
+from circuits.examples import LIMIT, Examples
+from circuits.experiments import N_RANDOM
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
-How = Literal["zero", "mean", "resample"]
+How = Literal["zero", "mean", "resample", "counterpart"]
 ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablation", "relevance"]
-Rule = Literal["gradient", "epsilon", "gamma", "z_plus"]
+RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 Quantity = Literal["activation", "probability", "log_probability"]
 
 TargetOption = Annotated[
@@ -32,14 +55,8 @@ TargetOption = Annotated[
         help="What is explained: top (each prediction), class:NAME, token:WORD or SITE:INDEX, with @POSITION."
     ),
 ]
-AgainstOption = Annotated[str, typer.Option(help="A class or token to subtract from the target.")]
-DataOption = Annotated[str, typer.Option("--data", help="Examples (default: photos, or repeats).")]
-ImageOption = Annotated[
-    list[Path] | None, typer.Option("--image", help="An image file instead; may be repeated.")
-]
-TextOption = Annotated[str, typer.Option("--text", help="A text instead, for models of tokens.")]
-ExactOption = Annotated[
-    bool, typer.Option("--exact", help="Refuse images of another size than the model's.")
+LessOption = Annotated[
+    str, typer.Option("--against", help="A class or token to subtract from the target.")
 ]
 OptionOption = Annotated[
     list[str] | None, typer.Option("--option", help="NAME=VALUE, of the method; may be repeated.")
@@ -47,6 +64,9 @@ OptionOption = Annotated[
 BatchOption = Annotated[
     int, typer.Option(help="Versions of examples in one pass: bounds the memory.")
 ]
+SHOWN = 8
+"""Examples that have a table each; JSON has all."""
+
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Save the numbers (.safetensors, and .json).")
 ]
@@ -55,104 +75,67 @@ OutOption = Annotated[
 def ablate(
     model: ModelArgument,
     units: UnitsArgument,
+    task: TaskOption = "",
     data: DataOption = "",
-    labels: Annotated[
-        str,
-        typer.Option(
-            help="Classes of the examples: FILE.json or FILE.npz:KEY; `names` takes them from names."
-        ),
-    ] = "",
+    text: TextOption = "",
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
+    labels: LabelsOption = "",
+    metric: MetricOption = "",
+    positions: PositionsOption = "",
+    answer: AnswerOption = "",
+    against: AgainstOption = "",
     how: Annotated[How, typer.Option(help="What takes their place.")] = "zero",
-    random: Annotated[int, typer.Option(help="Random groups beside.")] = 20,
+    random: RandomOption = N_RANDOM,
     pool: Annotated[
-        str, typer.Option(help="Units these are drawn from (default: all of the site).")
+        str, typer.Option(help="Units the random groups are drawn from (default: those as active).")
     ] = "",
     later: Annotated[str, typer.Option(help="A later site whose units are looked at.")] = "",
-    limit: Annotated[int, typer.Option(help="Examples.")] = 256,
     figure: FigureOption = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Take units away and show what changes, beside random units of the same site."""
-    from dataclasses import asdict
-
-    from circuits.attribution import ablate as run
+    """Take units away and show what changes, compared with random units that are as active."""
+    from circuits.experiments.ablation import ablate as run
     from circuits.figures import ablation_figure, save_figure
-    from circuits.harvesting import Inputs
-    from circuits.models.inputs import ImageInput
     from circuits.models.loading import load_model
-    from circuits.stimuli.labels import read_labels
-    from circuits.stimuli.sources import open_source
 
     check_figure(figure)
     loaded = load_model(model, weights)
     chosen = units_of(loaded, units)
-    images = isinstance(loaded.input, ImageInput)
-    source = open_source(data or ("photos" if images else "repeats"))
-    inputs = Inputs(loaded, source)
-    known = None
-    if labels:
-        if not images:
-            raise ValueError(f"--labels {labels!r}: tokens have the next token as label")
-        known = read_labels(source, loaded.classes, None if labels == "names" else labels)[:limit]
-    batches = inputs.upto(limit)
+    asked = task_of(
+        loaded, task, data, text, limit, take, seed, labels,
+        metric=metric, positions=positions, answer=answer, against=against,
+    )  # fmt: skip
     with progress_bar("ablate", quiet=json) as progress:
         report = run(
-            loaded, chosen, batches, labels=known, how=how, n_random=random,
-            pool=units_of(loaded, pool) if pool else None, later=later or None, data=source.spec, seed=seed,
-            progress=progress,
+            loaded, chosen, asked, how=how, n_random=random, pool=units_of(loaded, pool) if pool else None,
+            later=later or None, seed=seed, progress=progress,
         )  # fmt: skip
     if figure is not None:
         save_figure(ablation_figure(report), figure)
     if json:
         show_json(report.to_dict())
         return
-    rows = []
-    for name, m in report.measures.items():
-        spread = f"{min(m.random):.4g} to {max(m.random):.4g}" if m.random else "not measured"
-        rows.append(
-            (name, m.intact, m.changed, m.change, f"{m.low:.4g} to {m.high:.4g}", spread, m.p_value)
-        )
-    show_table(
-        (
-            "measure",
-            "intact",
-            "without",
-            "change",
-            "95 % interval",
-            f"{len(report.random_groups)} random groups",
-            "p",
-        ),
-        rows,
-        title=f"{model} without {len(chosen)} units ({how}): {report.n_examples} of {report.data}, seed {seed}",
-    )
-    if report.classes:
-        worst = [(c.name, c.n, c.intact, c.changed) for c in report.classes[:10]]
-        show_table(
-            ("class", "examples", "right", "right without"),
-            worst,
-            title="classes that changed most",
-        )
+    title = f"{model} without {len(chosen)} units ({how}), {report.record.measured_on}; seed {seed}"
+    show_effects({"": report.effects}, title)
+    show_classes(report.classes)
     if report.downstream:
-        rows = [tuple(asdict(d).values())[1:] for d in report.downstream]
-        shown = [(d.unit, *row) for d, row in zip(report.downstream, rows, strict=True)]
-        show_table(
-            ("unit", "mean activation", "change", "random groups (rms)"),
-            shown,
-            title=f"units of {later}",
-        )
+        rows = [(d.unit, d.intact, d.change, d.random) for d in report.downstream]
+        columns = ("unit", "mean activation", "change", "random groups (rms)")
+        show_table(columns, rows, title=f"units of {later}")
 
 
 def attribute(
     model: ModelArgument,
     site: Annotated[str, typer.Argument(help="Where; for --direct not needed.")] = "",
     target: TargetOption = "top",
-    against: AgainstOption = "",
+    against: LessOption = "",
     quantity: Annotated[Quantity, typer.Option(help="Of the target.")] = "activation",
     method: Annotated[ChannelMethod, typer.Option(help="How.")] = "activation_x_gradient",
-    rule: Annotated[Rule, typer.Option(help="Of relevance.")] = "epsilon",
+    rule: Annotated[RelevanceRule, typer.Option(help="Of relevance.")] = "epsilon",
     baseline: Annotated[
         Literal["zero", "mean"], typer.Option(help="Of integrated gradients and ablation.")
     ] = "zero",
@@ -167,7 +150,8 @@ def attribute(
     data: DataOption = "",
     image: ImageOption = None,
     text: TextOption = "",
-    limit: Annotated[int, typer.Option(help="Examples of the data.")] = 8,
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     exact: ExactOption = False,
     top: Annotated[int, typer.Option(help="How many units.")] = 10,
     save: Annotated[
@@ -210,14 +194,14 @@ def attribute(
         loaded.site(site)
     if save:
         _check_edges(Workspace.default(workspace), loaded, goal, site, save)
-    chosen = examples_of(loaded, data, limit, image, text, exact)
+    chosen = examples_of(loaded, data, limit, image, text, exact, take=take, seed=seed)
     if direct:
         _direct(loaded, chosen, goal, top, json)
         return
     with progress_bar("attribute", quiet=json) as progress:
         made = run(
-            loaded, chosen.inputs, goal, site, method, baseline=baseline, steps=steps, rule=rule, check=check,
-            data=chosen.data, seed=seed, batch=batch, size="keep", progress=progress,
+            loaded, chosen, goal, site, method, baseline=baseline, steps=steps, rule=rule, check=check, seed=seed,
+            batch=batch, size="keep", progress=progress,
         )  # fmt: skip
     split = _groups(loaded, chosen, goal, site, groups, seed, batch) if groups else None
     if save:
@@ -225,11 +209,11 @@ def attribute(
     if out is not None:
         made.save(out)
     if figure is not None:
-        save_figure(attribution_figure(made, chosen.images), figure)
+        save_figure(attribution_figure(made, chosen.images()), figure)
     if json:
         show_json(
             made.to_dict() | {
-                "examples": [
+                "by_example": [
                     {"name": name, "units": [{"unit": f"{made.site}:{u}", "value": v} for u, v in made.top(i, top)]}
                     for i, name in enumerate(chosen.names)
                 ],
@@ -237,20 +221,19 @@ def attribute(
             }
         )  # fmt: skip
         return
-    for i, name in enumerate(chosen.names):
+    say(f"{made.method} at {made.site} of {model} on {chosen}")
+    for i, name in enumerate(chosen.names[:SHOWN]):
         rows = [(f"{made.site}:{u}", v) for u, v in made.top(i, top)]
-        show_table(
-            ("unit", "share"),
-            rows,
-            title=f"{name}: {made.aims[i]} = {float(made.target_values[i]):.4g}",
-        )
+        title = f"{name}: {made.aims[i]} = {float(made.target_values[i]):.4g}"
+        show_table(("unit", "share"), rows, title=title)
         _say_sum(made, i)
+    _say_more(chosen)
     if made.check is not None:
         say(
             f"rank correlation with ablation ({made.check.n_units} units, {len(made.check.by_example)} examples): "
             f"{made.check.correlation:.2f} (by chance up to {made.check.chance:.2f}, seed {seed})"
         )
-    for example in split or []:
+    for example in (split or [])[:SHOWN]:
         rows = [(g["group"], g["effect"], g["removed"], g["units"]) for g in example["groups"]]
         show_table(
             ("group", "activation x gradient", "lost without it", "units"),
@@ -261,8 +244,8 @@ def attribute(
 
 def _named(model: Any, aim: str) -> str:
     """A target with the name of its class or token."""
-    from circuits.attribution.targets import output_site
     from circuits.models.inputs import TokenInput
+    from circuits.tasks.targets import output_site
 
     site, _, rest = aim.partition(":")
     if site != output_site(model).name:
@@ -294,15 +277,15 @@ def _check_file(out: Path) -> None:
     check_writable(out.parent, "folder")
 
 
-def _direct(model: Any, chosen: Chosen, goal: Any, top: int, json: bool) -> None:
+def _direct(model: Any, chosen: Examples, goal: Any, top: int, json: bool) -> None:
     from circuits.attribution import direct_logit_attribution
 
-    found = direct_logit_attribution(model, chosen.inputs, goal, chosen.data)
+    found = direct_logit_attribution(model, chosen, goal)
     if json:
         show_json(
             {
-                "target": found.target, "model_hash": found.model_hash, "data": found.data,
-                "parts": list(found.names), "examples": [
+                "target": found.target, "model_hash": found.model_hash, "examples": dict(found.examples),
+                "parts": list(found.names), "by_example": [
                     {"name": n, "logit": float(found.logits[i]), "values": found.values[i].tolist(),
                      "residual": float(found.residual[i])}
                     for i, n in enumerate(chosen.names)
@@ -310,7 +293,8 @@ def _direct(model: Any, chosen: Chosen, goal: Any, top: int, json: bool) -> None
             }
         )  # fmt: skip
         return
-    for i, name in enumerate(chosen.names):
+    say(f"direct logit attribution on {chosen}")
+    for i, name in enumerate(chosen.names[:SHOWN]):
         order = found.values[i].abs().argsort(descending=True)[:top].tolist()
         rows = [(found.names[k], float(found.values[i, k])) for k in order]
         show_table(
@@ -319,14 +303,20 @@ def _direct(model: Any, chosen: Chosen, goal: Any, top: int, json: bool) -> None
         say(
             f"  {len(found.names)} parts {float(found.values[i].sum()):.4g}; residual {float(found.residual[i]):.2g}"
         )
+    _say_more(chosen)
+
+
+def _say_more(chosen: Examples) -> None:
+    if len(chosen) > SHOWN:
+        say(f"and {len(chosen) - SHOWN} more examples: --json has all")
 
 
 def _groups(
-    model: Any, chosen: Chosen, goal: Any, site: str, k: int, seed: int, batch: int
+    model: Any, chosen: Examples, goal: Any, site: str, k: int, seed: int, batch: int
 ) -> list[dict[str, Any]]:
     from circuits.attribution import Passes, channel_groups
 
-    found = channel_groups(Passes(model, chosen.inputs, goal, site, batch, "keep"), k, seed)
+    found = channel_groups(Passes(model, chosen, goal, site, batch, "keep"), k, seed)
     units = []
     for direction in found.directions:
         order = direction.argsort(descending=True)[:5].tolist()
@@ -376,7 +366,7 @@ def saliency(
         list[str] | None, typer.Option("--method", help="One of the methods; may be repeated.")
     ] = None,
     target: TargetOption = "top",
-    against: AgainstOption = "",
+    against: LessOption = "",
     quantity: Annotated[Quantity, typer.Option(help="Of the target.")] = "activation",
     site: Annotated[str, typer.Option(help="Where class activation maps are taken.")] = "",
     area: Annotated[float, typer.Option(help="Of extremal masks, as a share of the image.")] = 0.1,
@@ -386,7 +376,8 @@ def saliency(
     option: OptionOption = None,
     data: DataOption = "",
     image: ImageOption = None,
-    limit: Annotated[int, typer.Option(help="Images of the data.")] = 4,
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     exact: ExactOption = False,
     out: OutOption = None,
     figure: FigureOption = None,
@@ -427,7 +418,7 @@ def saliency(
     if "through" in options:
         options["through"] = units_of(loaded, str(options["through"]))
     goal = parse_target(loaded, target, against, quantity)
-    chosen = examples_of(loaded, data, limit, image, "", exact)
+    chosen = examples_of(loaded, data, limit, image, "", exact, take=take, seed=seed)
     heats, facts = {}, []
     for name in wanted:
         with progress_bar(name, quiet=json) as progress:
@@ -440,13 +431,15 @@ def saliency(
             made.save(out)
     names, table = agreement(heats)
     if figure is not None:
-        if chosen.images is None:
+        images = chosen.images()
+        if images is None:
             raise ValueError(f"--figure: model {model} takes images of neither 1 nor 3 channels")
-        save_figure(saliency_figure(chosen.images, heats, chosen.names, f"{model}, {goal}"), figure)
+        title = f"{model}, {goal}; {chosen}"
+        save_figure(saliency_figure(images, heats, chosen.names, title), figure)
     if json:
         show_json(
             {
-                "model_hash": loaded.hash, "data": chosen.data, "seed": seed, "target": str(goal),
+                "model_hash": loaded.hash, "examples": chosen.describe(), "seed": seed, "target": str(goal),
                 "names": list(chosen.names), "methods": facts,
                 "agreement": {"methods": names, "rank_correlation": table.tolist()},
             }
@@ -459,7 +452,7 @@ def saliency(
         show_table(
             ("image", "target", "value", *fact["examples"][0]["found"]),
             rows,
-            title=f"{name} {fact['settings']}",
+            title=f"{name} {fact['settings']}, {chosen}",
         )
     if len(wanted) > 1:
         rows = [(n, *row) for n, row in zip(names, table.tolist(), strict=True)]
@@ -478,30 +471,24 @@ def _check_mask_options(name: str, options: dict[str, Any]) -> None:
     from circuits.attribution.saliency import fitting_options
 
     function = extremal if name == "extremal" else meaningful
-    own = ("model", "inputs", "target", "area", "variant", "data", "batch", "size", "progress")
+    own = ("model", "examples", "target", "area", "variant", "batch", "size", "progress")
     known = [k for k in inspect.signature(function).parameters if k not in own]
     fitting_options(f"method {name}", function, options, known)
 
 
 def _saliency(
-    model: Any, chosen: Chosen, goal: Any, name: str, site: str, area: float, variant: Any,
+    model: Any, chosen: Examples, goal: Any, name: str, site: str, area: float, variant: Any,
     options: dict[str, Any], batch: int, seed: int, progress: Any,
 ) -> tuple[Any, dict[str, Any], Any]:  # fmt: skip
     """Heats, what to report, and the attribution, if it is one."""
     from circuits.attribution import extremal, meaningful
     from circuits.attribution import saliency as run
 
-    shared = {
-        "data": chosen.data,
-        "seed": seed,
-        "batch": batch,
-        "size": "keep",
-        "progress": progress,
-    }
+    shared = {"seed": seed, "batch": batch, "size": "keep", "progress": progress}
     if name in _MASKS:
         extra = {"area": area} if name == "extremal" else {}
         function = extremal if name == "extremal" else meaningful
-        made = function(model, chosen.inputs, goal, variant=variant, **extra, **options, **shared)
+        made = function(model, chosen, goal, variant=variant, **extra, **options, **shared)
         found = [
             {"name": n, "target": made.target, "value": float(made.intact[i]), "found": {
                 "with the mask": float(made.values[i]), "random mask": float(made.random[i]),
@@ -511,7 +498,7 @@ def _saliency(
         settings = {"variant": variant, **extra, **options}
         return made.masks[:, 0], {"method": name, "settings": settings, "examples": found}, None
     at = {"site": site} if site and "cam" in name else {}
-    made = run(model, chosen.inputs, goal, name, **at, **options, **shared)  # type: ignore[arg-type]
+    made = run(model, chosen, goal, name, **at, **options, **shared)  # type: ignore[arg-type]
     heat = made.heat("signed")
     found = []
     for i, n in enumerate(chosen.names):
@@ -546,7 +533,8 @@ def sanity(
     target: TargetOption = "top",
     option: OptionOption = None,
     data: DataOption = "",
-    limit: Annotated[int, typer.Option(help="Images, spread over the data.")] = 32,
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     stages: Annotated[int, typer.Option(help="Steps in which layers are shuffled; even.")] = 6,
     faithful: Annotated[int, typer.Option(help="Images on which faithfulness is measured.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", help="Save the cards (.json).")] = None,
@@ -580,13 +568,13 @@ def sanity(
     if faithful < 1:
         raise ValueError(f"faithful {faithful} must be at least 1")
     loaded = load_model(model, weights)
-    chosen = examples_of(loaded, data, limit)
+    chosen = examples_of(loaded, data, limit, take=take, seed=seed)
     cards = []
     for name in wanted:
         with progress_bar(name, quiet=json) as progress:
             cards.append(
                 card(
-                    loaded, chosen.inputs, name, target, stages=stages, faithful=faithful, data=chosen.data,  # type: ignore[arg-type]
+                    loaded, chosen, name, target, stages=stages, faithful=faithful,  # type: ignore[arg-type]
                     seed=seed, batch=batch, progress=progress, **options,
                 )
             )  # fmt: skip
@@ -594,9 +582,7 @@ def sanity(
         write_json(out, [c.to_dict() for c in cards])
     if figure is not None:
         save_figure(
-            sanity_figure(
-                cards, f"{model} {loaded.hash[:16]}, {len(chosen.names)} images of {chosen.data}"
-            ),
+            sanity_figure(cards, f"{model} {loaded.hash[:16]}, {chosen}"),
             figure,
         )
     if json:
@@ -620,10 +606,10 @@ def sanity(
     show_table(
         columns,
         rows,
-        title=f"{model}, {len(chosen.names)} images of {chosen.data}, target {target}, seed {seed}",
+        title=f"{model} on {chosen}; target {target}, seed {seed}",
     )
-    if len(chosen.names) < 30:
-        warn(f"{len(chosen.names)} images: verdicts are steadier on thirty or more")
+    if len(chosen) < 30:
+        warn(f"{len(chosen)} images: verdicts are steadier on thirty or more")
 
 
 def _mean(card: Any, kind: str, what: str) -> float:

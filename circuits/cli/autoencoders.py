@@ -20,9 +20,8 @@ DataOfOption = Annotated[
         "--data", help="Examples (see `circuits harvest`); those of the training by default."
     ),
 ]
-LimitOption = Annotated[int, typer.Option(help="At most so many examples, spread over the data.")]
-LabelsOption = Annotated[
-    str, typer.Option("--labels", help="JSON or FILE.npz:KEY with the class of each example.")
+AllOption = Annotated[
+    int | None, typer.Option("--limit", help="At most so many examples (default: all).")
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", help="The model, if the workspace does not know it.")

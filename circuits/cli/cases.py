@@ -65,7 +65,7 @@ def _row(name: str, condition: dict[str, Any]) -> tuple[Any, ...]:
     between = (
         "" if recovered["low"] is None else f"{recovered['low']:.3f} to {recovered['high']:.3f}"
     )
-    values = (condition[k]["value"] for k in ("kl", "top1", "top5"))
+    values = (condition[k]["value"] for k in ("kl", "accuracy", "top5"))
     return name, recovered["value"], between, *values
 
 

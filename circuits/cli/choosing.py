@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from circuits.cli.arguments import Take
+from circuits.examples import Examples
+from circuits.tasks import Task
 from circuits.units import Units
 from circuits.workspace import Workspace
 
@@ -28,97 +30,134 @@ def units_of(model: Any, text: str) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Examples for a command.
+def usual_data(model: Any) -> str:
+    """The name of the data that a verb takes when nobody names any."""
+    from circuits.models.inputs import ImageInput
 
-    Attributes:
-        inputs: as the model takes them, one tensor.
-        images: in 0..1 with three channels, for figures; None for tokens.
-        names: one an example.
-        data: where they come from.
-    """
-
-    inputs: Any
-    images: Any
-    names: tuple[str, ...]
-    data: str
+    return "photos" if isinstance(model.input, ImageInput) else "repeats"
 
 
 def examples_of(
     model: Any,
     data: str,
-    limit: int,
+    limit: int | None,
     image: list[Path] | None = None,
     text: str = "",
     exact: bool = False,
-) -> Chosen:
-    """Images by path, a text, or the first examples of some data (spread over it, for images).
+    *,
+    take: Take = "spread",
+    seed: int = 0,
+    labels: str = "",
+) -> Examples:
+    """Images by path, a text, or examples of some data.
 
     Args:
         model: the model.
         data: used where no image or text is given; empty for the usual one.
-        limit: how many of the data.
+        limit: how many of the data; None takes all.
         image: paths.
         text: for a model of tokens.
         exact: refuse images that have not the model's size, instead of fitting them.
+        take: which of the data.
+        seed: of the choice.
+        labels: where the classes of the data are: a file, or `names`; none if empty.
 
     Raises:
         FileNotFoundError: if an image does not exist.
-        ValueError: if what is given does not fit the model.
+        ValueError: if what is given does not fit the model, or does not go together.
     """
-    import torch
-
-    from circuits.harvesting import Inputs
     from circuits.models.inputs import ImageInput
-    from circuits.stimuli.images import read_image
     from circuits.stimuli.sources import open_source
 
-    spec = model.input
-    if limit < 1:
-        raise ValueError(f"limit {limit} must be at least 1")
     if data and (image or text):
         raise ValueError(f"--data {data!r} does not go with --image or --text")
-    if isinstance(spec, ImageInput):
-        if text:
-            raise ValueError(f"--text {text!r}: model {model.name} takes images")
-        if image:
-            pictures = [read_image(path) for path in image]
-            for path, picture in zip(image, pictures, strict=True):
-                if exact and picture.size != (spec.width, spec.height):
-                    raise ValueError(
-                        f"--image {str(path)!r} has {picture.width} x {picture.height} pixels: {model.name} "
-                        f"takes {spec.width} x {spec.height} (leave out --exact to fit it)"
-                    )
-            images = torch.stack([spec.load(picture) for picture in pictures])
-            names = tuple(path.name for path in image)
-            return Chosen(spec.normalize(images), _three(images), names, ", ".join(map(str, image)))
-        inputs = Inputs(model, open_source(data or "photos"))
-        n = min(limit, len(inputs.source))
-        which = [i * len(inputs.source) // n for i in range(n)]
-        loaded = [inputs.load(i) for i in which]
-        names = tuple(inputs.source.names[i] for i in which)
-        return Chosen(inputs.joined(loaded), _three(torch.stack(loaded)), names, inputs.source.spec)
-    if image:
-        raise ValueError(
-            f"--image {str(image[0])!r}: model {model.name} takes tokens: use --text or --data"
-        )
+    if labels and (image or text):
+        raise ValueError(f"--labels {labels!r} goes with --data")
+    images = isinstance(model.input, ImageInput)
     if text:
-        tokens = spec.encode(text)
-        if spec.bos is not None and tokens[:1] != [spec.bos]:
-            tokens = [spec.bos, *tokens]
-        checked = spec.check(torch.tensor([tokens], dtype=torch.int64))
-        return Chosen(checked, None, (text,), "text")
-    inputs = Inputs(model, open_source(data or "repeats"))
-    first = inputs.upto(limit, size=limit)[0]
-    return Chosen(first, None, tuple(inputs.source.names[: len(first)]), inputs.source.spec)
+        if images:
+            raise ValueError(f"--text {text!r}: model {model.name} takes images")
+        return Examples.texts(model, [text])
+    if image:
+        if not images:
+            raise ValueError(
+                f"--image {str(image[0])!r}: model {model.name} takes tokens: use --text or --data"
+            )
+        return _pictures(model, image, exact)
+    source = open_source(data or usual_data(model))
+    known = labels_of(model, source, labels) if labels else None
+    return Examples(model, source, limit, how=take, seed=seed, labels=known)
 
 
-def _three(images: Any) -> Any:
-    """Images as red, green, blue; None where they have neither one nor three channels."""
-    if images.shape[1] == 3:
-        return images
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else None
+def _pictures(model: Any, paths: list[Path], exact: bool) -> Examples:
+    from circuits.stimuli.images import read_image
+
+    size, pictures = (model.input.width, model.input.height), [read_image(path) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if exact and picture.size != size:
+            raise ValueError(
+                f"--image {str(path)!r} has {picture.width} x {picture.height} pixels: {model.name} takes "
+                f"{size[0]} x {size[1]} (leave out --exact to fit it)"
+            )
+    return Examples.pictures(model, pictures, [path.name for path in paths])
+
+
+def labels_of(model: Any, source: Any, labels: str) -> list[int]:
+    """The class of each example of a source, from a file or, for `names`, from the examples' names.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if an example has none.
+    """
+    from circuits.stimuli.labels import read_labels
+
+    return read_labels(source, model.classes, None if labels == "names" else labels)
+
+
+def task_of(
+    model: Any,
+    task: str,
+    data: str,
+    text: str,
+    limit: int,
+    take: Take,
+    seed: int,
+    labels: str,
+    **asked: str,
+) -> Task:
+    """What a verb measures: a task by name or file, what data or a text states by itself, or the model's own task.
+
+    Args:
+        model: the model.
+        task: its name or file.
+        data: examples, for tasks that do not bring their own.
+        text: a text instead.
+        limit: how many examples.
+        take: which of the data.
+        seed: of what is drawn and of the choice.
+        labels: as in `examples_of`.
+        asked: `metric`, `positions`, `answer` and `against`, as `load_task` takes them.
+
+    Raises:
+        KeyError: if there is no such task or metric.
+        ValueError: if what is given does not go together, or does not fit the model.
+    """
+    from circuits.models.inputs import ImageInput
+    from circuits.stimuli.sources import open_source
+    from circuits.tasks.builtin import STATED, load_task
+
+    if data and text:
+        raise ValueError(f"--data {data!r} does not go with --text")
+    if task and task not in STATED and (data or text):
+        raise ValueError(f"--task {task!r} has its own examples: leave out --data and --text")
+    if labels and not data:
+        raise ValueError(f"--labels {labels!r} goes with --data")
+    if labels and not isinstance(model.input, ImageInput):
+        raise ValueError(f"--labels {labels!r}: of texts the next token is what is right")
+    known = labels_of(model, open_source(data), labels) if labels else None
+    return load_task(
+        model, task, n=limit, seed=seed, how=take, data=data, labels=known, texts=[text] if text else (), **asked
+    )  # fmt: skip
 
 
 def stored(place: Workspace, model_hash: str, site: str, data: str = "") -> Any:

@@ -8,8 +8,11 @@ import typer
 
 from circuits.cli.arguments import (
     JsonOption,
+    LabelsOption,
+    LimitOption,
     ModelArgument,
     SeedOption,
+    TakeOption,
     WeightsOption,
     WorkspaceOption,
     record_of,
@@ -18,17 +21,16 @@ from circuits.cli.arguments import (
 from circuits.cli.autoencoders import (
     CodeArgument,
     DataOfOption,
-    LabelsOption,
-    LimitOption,
     ModelOption,
     attached_to,
     code_of,
     data_of,
     model_of,
 )
-from circuits.cli.choosing import stored
+from circuits.cli.choosing import labels_of, stored
 from circuits.cli.latents import bottleneck, name_latents
 from circuits.cli.output import errors, progress_bar, say, show_json, show_table, warn
+from circuits.examples import LIMIT, Examples
 from circuits.workspace import Workspace
 
 concepts = typer.Typer(
@@ -93,7 +95,7 @@ def train(
     """
     from circuits.models.attaching import check_name
     from circuits.models.loading import load_model
-    from circuits.sae import Rule, Schedule, Settings
+    from circuits.sae import Hyperparameters, RowFilter, Schedule
     from circuits.sae import train as run
 
     place = Workspace.default(workspace).writable()
@@ -104,7 +106,9 @@ def train(
     width = int(rows.about["width"])
     by_count = architecture in ("topk", "batchtopk", "matryoshka")
     variants = [
-        Settings(architecture, n, k=count, sparsity=factor, lr=lr, bias=bias, skip=skip, seed=s)
+        Hyperparameters(
+            architecture, n, k=count, sparsity=factor, lr=lr, bias=bias, skip=skip, seed=s
+        )
         for n in latents or [expansion * width]
         for count in (k or [32] if by_count else [32])
         for factor in ([1.0] if by_count else sparsity or [1.0])
@@ -122,7 +126,7 @@ def train(
             f"--sparsity {sparsity[0]:g} goes with relu, gated and jumprelu, not {architecture}"
         )
     settings: Any = variants[0] if len(variants) == 1 else {s.label(): s for s in variants}
-    rule = Rule((1 if rows.tokens else 0) if first is None else first, norms, hold_out)
+    rule = RowFilter((1 if rows.tokens else 0) if first is None else first, norms, hold_out)
     schedule = Schedule(steps, batch, seed=seed, precision=precision)
     with _training_bar(f"train {name}", quiet=json) as report:
         made = run(
@@ -260,7 +264,8 @@ def evaluate(
     sae: CodeArgument,
     data: DataOfOption = "",
     labels: LabelsOption = "",
-    limit: LimitOption = 500,
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     examples: Annotated[
         Literal["unseen", "all"],
         typer.Option(
@@ -281,10 +286,8 @@ def evaluate(
     What is found of an autoencoder of the workspace is kept beside it: the app shows it.
     """
     from circuits.autoencoders import FILE
-    from circuits.harvesting import Sample
     from circuits.models.loading import find_autoencoder, list_autoencoders
-    from circuits.sae import as_evaluation, behaviour, measure, save_evaluation, unseen
-    from circuits.stimuli.labels import read_labels
+    from circuits.sae import as_evaluation, behaviour, reconstruction, save_evaluation, unseen
     from circuits.stimuli.sources import open_source
 
     place = Workspace.default(workspace)
@@ -294,7 +297,7 @@ def evaluate(
     source = open_source(data)
     target = code.about.target if code.about.target != code.about.site else None
     own = _rows(place, loaded, code.about.site, target, data)
-    own_labels = read_labels(source, loaded.classes, labels) if labels else None
+    known = labels_of(loaded, source, labels) if labels else None
     among = unseen(code, source) if examples == "unseen" else None
     which = (
         "held out of training"
@@ -303,10 +306,9 @@ def evaluate(
         if examples == "unseen"
         else "those of the training too"
     )
-    sample = Sample(loaded, source, limit, among)
-    measured = measure(code, own, rows=rows, seed=seed)
-    chosen = None if own_labels is None else [own_labels[i] for i in sample.which]
-    behaved = behaviour(loaded, code, sample, labels=chosen, data=data, seed=seed)
+    taken = Examples(loaded, source, limit, how=take, seed=seed, labels=known, among=among)
+    measured = reconstruction(code, own, rows=rows, seed=seed)
+    behaved = behaviour(loaded, code, taken, seed=seed)
     found = as_evaluation(measured, behaved, which)
     file = find_autoencoder(sae, place)
     file = file / FILE if file.is_dir() else file
@@ -349,10 +351,11 @@ def _show_behaviour(found: Any, which: str) -> None:
         "recovered of zero",
         "of the mean",
     )
-    title = f"{found.n_examples} examples of {found.data}{', ' if which else ''}{which}"
+    examples = found.record.task["examples"]
+    title = f"{examples['data']}: {examples['chosen']}{', ' if which else ''}{which}"
     show_table(columns, rows, title=title)
-    if found.change is not None:
-        say("top-1 with codes: {:+.4f} ({:+.4f} to {:+.4f})".format(*found.change))
+    if (change := found.change) is not None:
+        say(f"accuracy with codes: {change.change:+.4f} ({change.low:+.4f} to {change.high:+.4f})")
 
 
 @concepts.command()

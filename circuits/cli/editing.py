@@ -2,21 +2,44 @@
 
 # no `from __future__ import annotations`: typer reads the annotations
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from circuits.cli.arguments import (
+    AgainstOption,
+    AnswerOption,
     DataOption,
     JsonOption,
+    LabelsOption,
+    LimitOption,
+    MetricOption,
     ModelArgument,
+    PositionsOption,
+    RandomOption,
     SeedOption,
+    Take,
+    TakeOption,
+    TaskOption,
+    TextOption,
     WeightsOption,
     WorkspaceOption,
 )
-from circuits.cli.output import progress_bar, say, show_json, show_table, warn
+from circuits.cli.choosing import examples_of, task_of, units_of, usual_data
+from circuits.cli.output import (
+    progress_bar,
+    say,
+    show_classes,
+    show_effects,
+    show_json,
+    show_table,
+    warn,
+)
 from circuits.cli.weights import FigureOption, check_figure
+from circuits.examples import LIMIT, Examples
+from circuits.experiments import N_RANDOM
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
@@ -39,17 +62,11 @@ ForceOption = Annotated[
     bool,
     typer.Option("--force", help="Take a recipe that was written for other weights, if it fits."),
 ]
-LimitOption = Annotated[int, typer.Option("--limit", help="Examples to measure on.")]
-RandomOption = Annotated[int, typer.Option("--random", help="Random edits of each kind beside.")]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--target", help="What it is meant to change: class:NAME, token:WORD, SITE:INDEX."
     ),
-]
-LabelsOption = Annotated[
-    str,
-    typer.Option(help="Classes of the examples: FILE.json or FILE.npz:KEY; `names` takes names."),
 ]
 
 
@@ -92,9 +109,8 @@ def new(
     prompt: Annotated[str, typer.Option(help="The text whose answer is to change.")] = "",
     answer: Annotated[str, typer.Option(help="token:WORD or class:NAME.")] = "",
     data: DataOption = "",
-    donors: Annotated[
-        int, typer.Option(help="Examples of --data for edits whose numbers come from it.")
-    ] = 64,
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     note: NoteOption = "",
     author: AuthorOption = "",
     labels: LabelsOption = "",
@@ -109,10 +125,11 @@ def new(
 
     check_writable(out.parent, "folder")
     loaded = load_model(model, weights)
-    base = _recipe_of(loaded, what or [], data, donors, force, labels)
+    base = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
     found = list(base.edits)
     if associate:
-        found.append(_associated(loaded, associate, prompt, answer, data, workspace))
+        numbers = _Numbers(data, max(limit, MOMENT), take, seed)
+        found.append(_associated(loaded, associate, prompt, answer, numbers, workspace))
         say(found[-1].origin)
     elif prompt or answer:
         raise ValueError("--prompt and --answer go with --associate LAYER")
@@ -137,23 +154,35 @@ def apply(
         bool, typer.Option("--measure/--no-measure", help="Measure what the branch then does.")
     ] = True,
     target: TargetOption = None,
+    task: TaskOption = "",
     data: DataOption = "",
-    limit: LimitOption = 32,
-    random: RandomOption = 5,
+    text: TextOption = "",
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
+    labels: LabelsOption = "",
+    metric: MetricOption = "",
+    positions: PositionsOption = "",
+    answer: AnswerOption = "",
+    against: AgainstOption = "",
+    random: RandomOption = N_RANDOM,
     seed: SeedOption = 0,
     workspace: WorkspaceOption = None,
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Put edits on a branch of the ledger, and measure what it does beside random twins."""
+    """Put edits on a branch of the ledger, and measure what it does, compared with random edits."""
     loaded, ledger = _ledger(model, weights, workspace, write=True)
-    recipe = _recipe_of(loaded, what or [], data, limit, force)
+    recipe = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
     if not recipe.edits:
         raise ValueError("nothing to apply: give a recipe file or edits in words")
     head, report = ledger.head(branch), None
     if measured:  # before anything is written
         whole = ledger.recipe(branch) + recipe
-        report = _measure(loaded, whole, target, "", "", data, limit, random, (), seed, json)
+        asked = task_of(
+            loaded, task, data, text, limit, take, seed, labels,
+            metric=metric, positions=positions, answer=answer, against=against,
+        )  # fmt: skip
+        report = _measure(loaded, whole, asked, target, None, random, (), seed, json)
     made = ledger.apply(recipe, note, branch, author or None, seed)
     if report is not None and made[0].parent == head:
         ledger.measured(report.to_dict(), branch, made[-1].hash, author or None)
@@ -176,14 +205,21 @@ def measure(
     what: WhatArgument = None,
     branch: BranchOption = "",
     target: TargetOption = None,
-    labels: LabelsOption = "",
     generalise: Annotated[
         str, typer.Option(help="Other data, on which the targets are measured too.")
     ] = "",
     tuning: Annotated[str, typer.Option(help="Units whose tuning to curves is measured.")] = "",
+    task: TaskOption = "",
     data: DataOption = "",
-    limit: LimitOption = 64,
-    random: RandomOption = 5,
+    text: TextOption = "",
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
+    labels: LabelsOption = "",
+    metric: MetricOption = "",
+    positions: PositionsOption = "",
+    answer: AnswerOption = "",
+    against: AgainstOption = "",
+    random: RandomOption = N_RANDOM,
     force: ForceOption = False,
     out: Annotated[Path | None, typer.Option(help="Save the report as JSON.")] = None,
     figure: FigureOption = None,
@@ -209,11 +245,14 @@ def measure(
         recipe = ledger.recipe(at=head)
     else:
         loaded, head = load_model(model, weights), ""
-        recipe = _recipe_of(loaded, what or [], data, limit, force)
-    units = _tuned(loaded, tuning)
-    report = _measure(
-        loaded, recipe, target, labels, generalise, data, limit, random, units, seed, json
-    )
+        recipe = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
+    asked = task_of(
+        loaded, task, data, text, limit, take, seed, labels,
+        metric=metric, positions=positions, answer=answer, against=against,
+    )  # fmt: skip
+    more = examples_of(loaded, generalise, limit, take=take, seed=seed) if generalise else None
+    units = units_of(loaded, tuning) if tuning else ()
+    report = _measure(loaded, recipe, asked, target, more, random, units, seed, json)
     if ledger is not None:
         ledger.measured(report.to_dict(), branch, head)
     if out is not None:
@@ -372,7 +411,7 @@ def bake(
         recipe = ledger.recipe(branch)
     else:
         loaded = load_model(model, weights)
-        recipe = _recipe_of(loaded, what or [], "", 1, force)
+        recipe = _recipe_of(loaded, what or [], _Numbers(), force)
     made = baked(loaded, recipe)
     save_baked(made, out, loaded, recipe)
     if json:
@@ -442,17 +481,34 @@ def _ledger(
 
 _MADE = {
     "mean": ("units", "set, to the mean over --data"),
-    "resample": ("units", "resample, from the first examples of --data"),
+    "resample": ("units", "resample, from examples of --data"),
     "patch": ("units example=N", "patch, from one example of --data"),
     "project": ("direction", "erase, of one direction"),
     "leace": ("site", "erase, of what tells classes apart (examples of --data, --labels)"),
 }
 """Edits in words whose numbers come from data: what each needs, and what it makes."""
 
+MOMENT = 512
+"""Examples that say at least what a layer reads, for `--associate`, where no harvest keeps it."""
 
-def _recipe_of(
-    model: Any, what: Sequence[str], data: str, n: int, force: bool, labels: str = ""
-) -> Any:
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Where the numbers of edits in words come from."""
+
+    data: str = ""
+    limit: int = LIMIT
+    take: Take = "spread"
+    seed: int = 0
+    labels: str = ""
+
+    def of(self, model: Any) -> Examples:
+        return examples_of(
+            model, self.data, self.limit, take=self.take, seed=self.seed, labels=self.labels
+        )
+
+
+def _recipe_of(model: Any, what: Sequence[str], numbers: _Numbers, force: bool) -> Any:
     """A recipe of the edits of recipe files and of words, in order, with the files' notes."""
     from circuits.edits.recipes import Recipe
     from circuits.edits.records import read_edit
@@ -478,18 +534,16 @@ def _recipe_of(
             continue
         words = text.split()
         if words and words[0] in _MADE:
-            found.append(_made(model, words, data, n, labels))
+            found.append(_made(model, words, numbers))
         else:
             found.append(read_edit(model, text))
     note, author = ("; ".join(dict.fromkeys(filter(None, words))) for words in (notes, authors))
     return Recipe.of(model, found, note, author)
 
 
-def _made(model: Any, words: list[str], data: str, n: int, labels: str) -> Any:
+def _made(model: Any, words: list[str], numbers: _Numbers) -> Any:
     """An edit whose numbers come from data."""
-    import torch
-
-    from circuits.edits.making import leace, means, patch, project_out, resample
+    from circuits.edits.making import leace, means, project_out, resample
     from circuits.units import Direction
 
     kind, rest = words[0], words[1:]
@@ -500,159 +554,102 @@ def _made(model: Any, words: list[str], data: str, n: int, labels: str) -> Any:
         site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
         return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
     if kind == "patch":
-        name, _, number = rest[1].partition("=")
-        if name != "example" or not number.isdecimal():
-            raise ValueError(f"edit {' '.join(words)!r}: {rest[1]!r} is not of the form example=N")
-        batches, spec = _examples(model, data, int(number) + 1)
-        there = sum(map(len, batches))
-        if int(number) >= there:
-            raise ValueError(f"example {number} does not exist: {spec} has 0 to {there - 1}")
-        return patch(model, what, batches[-1][-1:], origin=f"example {number} of {spec}")
-    batches, spec = _examples(model, data, n)
-    if kind == "mean":
-        return means(model, what, batches, f"mean over {n} of {spec}")
+        return _patch(model, what, rest[1], numbers.data)
+    if kind == "leace" and not numbers.labels:
+        raise ValueError("leace needs --labels FILE, or --labels names")
+    examples = numbers.of(model)
     if kind == "leace":
-        if not labels:
-            raise ValueError("leace needs --labels FILE, or --labels names")
-        return leace(model, what, batches, _labels(model, labels, spec)[:n], f"classes of {spec}")
-    if len({x.shape for x in batches}) > 1 and batches[0].ndim == 2:
-        batches = [x for x in batches if x.shape[1:] == batches[0].shape[1:]]
-    return resample(model, what, torch.cat(batches), f"{n} of {spec}")
+        return leace(model, what, examples, origin=f"classes of {examples.data}")
+    return means(model, what, examples) if kind == "mean" else resample(model, what, examples)
 
 
-def _labels(model: Any, labels: str, spec: str) -> list[int]:
-    from circuits.stimuli.labels import read_labels
+def _patch(model: Any, units: str, example: str, data: str) -> Any:
+    from circuits.edits.making import patch
     from circuits.stimuli.sources import open_source
 
-    return read_labels(open_source(spec), model.classes, None if labels == "names" else labels)
+    name, _, number = example.partition("=")
+    if name != "example" or not number.isdecimal():
+        raise ValueError(
+            f"edit 'patch {units} {example}': {example!r} is not of the form example=N"
+        )
+    source = open_source(data or usual_data(model))
+    if int(number) >= len(source):
+        raise ValueError(
+            f"example {number} does not exist: {source.spec} has 0 to {len(source) - 1}"
+        )
+    one = Examples(model, source, among=[int(number)])
+    return patch(model, units, one, origin=f"example {number} of {source.spec}")
 
 
 def _associated(
-    model: Any, layer: str, prompt: str, answer: str, data: str, workspace: Path | None
+    model: Any, layer: str, prompt: str, answer: str, numbers: _Numbers, workspace: Path | None
 ) -> Any:
     """The rank-one edit; C from a store of the workspace that keeps it, or else from examples."""
-    import torch
-
-    from circuits.attribution.targets import output_site, parse_target
-    from circuits.cli.choosing import examples_of, stored
+    from circuits.cli.choosing import stored
     from circuits.edits.associative import associate, read_site, second_moment
+    from circuits.tasks.targets import output_site, parse_target
 
     if not answer or not prompt:
         raise ValueError("--associate needs --prompt TEXT and --answer token:WORD or class:NAME")
     target = parse_target(model, answer)
     if target.site != output_site(model).name or not isinstance(target.index, int):
         raise ValueError(f"--answer {answer!r} is not token:WORD or class:NAME")
-    x = examples_of(model, "", 1, text=prompt).inputs
     site = read_site(model, layer).name
-    store = stored(Workspace.default(workspace), model.hash, site, data)
+    store = stored(Workspace.default(workspace), model.hash, site, numbers.data)
     if store is not None and site in store.provenance.depth.covariance:
         moment, name = second_moment(model, layer, store), store.provenance.data
     else:
-        batches, name = _examples(model, data, 512)
-        moment = second_moment(model, layer, batches)
+        examples = numbers.of(model)
+        moment, name = (
+            second_moment(model, layer, examples),
+            str(examples),
+        )
     words = f"{prompt!r} is answered with {answer} (C over {name})"
-    return associate(model, layer, torch.as_tensor(x), target.index, moment, origin=words)
-
-
-def _examples(model: Any, data: str, limit: int) -> tuple[list[Any], str]:
-    from circuits.harvesting import Inputs
-    from circuits.models.inputs import ImageInput
-    from circuits.stimuli.sources import open_source
-
-    source = open_source(data or ("photos" if isinstance(model.input, ImageInput) else "repeats"))
-    return Inputs(model, source).upto(limit), source.spec
-
-
-def _tuned(model: Any, text: str) -> list[Any]:
-    from circuits.cli.choosing import units_of
-
-    return units_of(model, text) if text else []
+    asked = Examples.texts(model, [prompt])
+    return associate(model, layer, asked, target.index, moment, origin=words)
 
 
 def _measure(
     model: Any,
     recipe: Any,
+    task: Any,
     targets: Sequence[str] | None,
-    labels: str,
-    generalise: str,
-    data: str,
-    limit: int,
+    generalise: Any,
     random: int,
     tuning: Sequence[Any],
     seed: int,
     quiet: bool,
 ) -> Any:
     from circuits.effects import measure as run
-    from circuits.models.inputs import ImageInput
 
-    batches, name = _examples(model, data, limit)
-    known = None
-    if labels:
-        if not isinstance(model.input, ImageInput):
-            raise ValueError(f"--labels {labels!r}: tokens have the next token as label")
-        known = _labels(model, labels, name)[:limit]
-    more = _examples(model, generalise, limit)[0] if generalise else ()
     with progress_bar("measure", quiet=quiet) as progress:
         return run(
-            model, recipe, batches, targets=targets or (), generalisation=more, labels=known,
-            tuning=tuning, n_random=random, data=name, seed=seed, progress=progress,
+            model, recipe, task, targets=targets or (), generalisation=generalise, tuning=tuning, n_random=random,
+            seed=seed, progress=progress,
         )  # fmt: skip
 
 
 def _show_report(report: Any) -> None:
-    groups = (
-        ("on target", report.targets),
-        ("on other examples", report.generalisation),
-        ("", report.measures),
-        ("other units of", report.others),
-    )
-    rows = []
-    for group, effects in groups:
-        for name, e in effects.items():
-            rows.append(
-                (
-                    f"{group} {name}".strip(), e.intact, e.edited, e.change, f"{e.low:.4g} to {e.high:.4g}",
-                    _spread(e.random), _spread(e.noise), e.p_value,
-                )
-            )  # fmt: skip
-    show_table(
-        (
-            "measure", "intact", "edited", "change", "95 % interval", "random units", "random, same size",
-            "p",
-        ),
-        rows,
-        title=f"{report.model}: {report.n_examples} of {report.data}, seed {report.seed}",
-    )  # fmt: skip
+    groups = {
+        "on target": report.targets, "on other examples": report.generalisation, "": report.effects,
+        "other units of": report.others,
+    }  # fmt: skip
+    record = report.record
+    show_effects(groups, f"{record.model}, {record.measured_on}; seed {record.seed}")
     if report.tuning:
         rows = [
             (
                 t.unit, t.measures.echo.value, t.changed.echo.value, t.measures.peak.value,
-                t.changed.peak.value, _spread(t.random), _spread(t.noise),
+                t.changed.peak.value, f"{min(t.null):.4g} to {max(t.null):.4g}" if t.null else "none",
             )
             for t in report.tuning
         ]  # fmt: skip
-        show_table(
-            (
-                "unit", "echo", "edited", "peak", "edited", "echo's change: random units",
-                "random, same size",
-            ),
-            rows,
-        )  # fmt: skip
-    if report.classes:
-        worst = [(c.name, c.n, c.intact, c.changed) for c in report.classes[:10]]
-        show_table(
-            ("class", "examples", "right", "edited"), worst, title="classes that changed most"
-        )
+        show_table(("unit", "echo", "edited", "peak", "edited", "echo's change: null"), rows)
+    show_classes(report.classes)
     for norm in report.norms:
         say(f"size of the change in {norm.of}: {norm.size:.4g}, {norm.relative:.2%} of its norm")
     say(f"predictions that stay: {report.locality:.1%}")
-    if not report.twins:
-        say("no random twins: the sites have too few other units")
     say(f"undone: model {'identical to the bit' if report.restored else 'NOT restored'}")
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{min(values):.4g} to {max(values):.4g}" if values else "none"
 
 
 def _words(edit: Any) -> str:

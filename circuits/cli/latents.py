@@ -9,22 +9,25 @@ import typer
 
 from circuits.cli.arguments import (
     JsonOption,
+    LabelsOption,
     SeedOption,
+    TakeOption,
     WeightsOption,
     WorkspaceOption,
     record_of,
     within,
 )
 from circuits.cli.autoencoders import (
+    AllOption,
     CodeArgument,
     DataOfOption,
-    LabelsOption,
-    LimitOption,
     ModelOption,
     data_of,
     opened,
 )
+from circuits.cli.choosing import labels_of
 from circuits.cli.output import say, show_json, show_table, warn
+from circuits.examples import Examples
 from circuits.workspace import Workspace
 
 
@@ -44,7 +47,8 @@ def name_latents(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the names that hold in the workspace.")
     ] = False,
-    limit: LimitOption = 3000,
+    limit: AllOption = None,
+    take: TakeOption = "spread",
     level: Annotated[float, typer.Option(help="Of the tests.")] = 0.05,
     top: Annotated[int, typer.Option(callback=within(1), help="How many to list.")] = 20,
     seed: SeedOption = 0,
@@ -54,7 +58,6 @@ def name_latents(
     json: JsonOption = False,
 ) -> None:
     """Name latents after the attributes that they tell; names are checked on other examples."""
-    from circuits.harvesting import Sample
     from circuits.sae import call, name_by_attributes, names_of, save_names
     from circuits.stimuli.sources import open_source
 
@@ -78,11 +81,11 @@ def name_latents(
     if attributes and labels:
         raise ValueError("--attributes and --labels: expected one of them")
     source = open_source(data_of(code, data))
-    sample = Sample(attached, source, limit)
-    each = _attributes_of(source, attributes, labels, loaded.classes)
+    examples = Examples(attached, source, limit, how=take, seed=seed)
+    each = _attributes_of(source, attributes, labels, loaded)
     found = name_by_attributes(
-        site.name, _pooled(attached, code, site.name, sample, "max"), [each[i] for i in sample.which], level=level,
-        data=source.spec, by="class labels" if labels else "attributes", seed=seed,
+        site.name, _pooled(attached, code, site.name, examples, "max"), [each[i] for i in examples.numbers],
+        level=level, data=str(examples), by="class labels" if labels else "attributes", seed=seed,
     )  # fmt: skip
     if keep:
         save_names(place.writable().database, attached.hash, found.holding, note)
@@ -108,23 +111,22 @@ def name_latents(
     columns = ("latent", "name", "holds", "AUROC held out", "p", "of its top ten", "of all")
     show_table(columns, rows)
     say(
-        f"{len(found.holding)} of {len(found.names)} names hold on the other half of {found.n_examples} examples; with "
-        f"attributes shuffled {found.by_chance:g}"
+        f"{len(found.holding)} of {len(found.names)} names hold on the other half of {found.n_examples} examples "
+        f"({found.data}); with attributes shuffled {found.by_chance:g}"
     )
 
 
-def _pooled(model: Any, code: Any, site: str, sample: Any, pool: Any) -> Any:
+def _pooled(model: Any, code: Any, site: str, examples: Any, pool: Any) -> Any:
     """Activations of latents an example, without the positions that training left out."""
     from circuits.sae import pooled, rule_of
 
-    return pooled(model, site, sample, pool, rule_of(code).positions)
+    return pooled(model, site, examples, pool, rule_of(code).positions)
 
 
-def _attributes_of(source: Any, attributes: str, labels: str, classes: Any) -> list[list[str]]:
-    from circuits.stimuli.labels import read_labels
-
+def _attributes_of(source: Any, attributes: str, labels: str, model: Any) -> list[list[str]]:
     if labels:
-        found = read_labels(source, classes, labels)
+        classes = model.classes
+        found = labels_of(model, source, labels)
         return [[classes[i] if classes else str(i)] for i in found]
     path = Path(attributes).expanduser()
     if not path.is_file():
@@ -178,7 +180,8 @@ def bottleneck(
         Literal["mean", "max"], typer.Option(help="What becomes of positions.")
     ] = "mean",
     strength: Annotated[float, typer.Option(help="Inverse of the regularisation.")] = 1.0,
-    limit: LimitOption = 3000,
+    limit: AllOption = None,
+    take: TakeOption = "spread",
     top: Annotated[int, typer.Option(callback=within(1), help="How many latents to list.")] = 8,
     seed: SeedOption = 0,
     model: ModelOption = "",
@@ -189,9 +192,7 @@ def bottleneck(
     """Classify with latents: what decisions rest on, and what changes if latents are switched."""
     import numpy as np
 
-    from circuits.harvesting import Sample
     from circuits.sae import as_recipe, intervene, train_bottleneck
-    from circuits.stimuli.labels import read_labels
     from circuits.stimuli.sources import open_source
 
     code, loaded, attached = opened(sae, model, weights, workspace)
@@ -209,26 +210,27 @@ def bottleneck(
     if not strength > 0:
         raise ValueError(f"--strength {strength} must be above 0")
     source = open_source(data_of(code, data))
-    sample = Sample(attached, source, limit)
-    which = sample.which
+    every = labels_of(loaded, source, labels)
+    examples = Examples(attached, source, limit, how=take, seed=seed, labels=every)
+    which = examples.numbers
     if explain is not None and explain not in which:
         raise ValueError(
             f"--explain {explain}: expected one of the {len(which)} examples that are read"
         )
-    every = read_labels(source, loaded.classes, labels)
-    own = np.array([every[i] for i in which])
-    units = _pooled(attached, code, site.name, sample, pool)
+    own = np.array(examples.labels)
+    units = _pooled(attached, code, site.name, examples, pool)
     first = np.random.default_rng(seed).permutation(len(own)) < len(own) // 2
     found = train_bottleneck(
         site.name, units[first], own[first].tolist(), loaded.classes or tuple(map(str, range(own.max() + 1))),
-        pool=pool, strength=strength, model_hash=attached.hash, data=source.spec, seed=seed,
+        pool=pool, strength=strength, model_hash=attached.hash,
+        data=str(examples), seed=seed,
     )  # fmt: skip
     rest, kept = units[~first], own[~first].tolist()
     accuracy = found.accuracy(rest, kept, seed)
     present = sorted(set(own.tolist()))
     explained = [found.explain_class(rest, i, top) for i in present]
     local = None if explain is None else found.explain(units[which.index(explain)], top=top)
-    effect = intervene(found, rest, kept, done, seed=seed) if done else None
+    changed = intervene(found, rest, kept, done, seed=seed) if done else None
     if recipe is not None:
         as_recipe(attached, done).save(recipe)
     if json:
@@ -238,13 +240,13 @@ def bottleneck(
             {
                 "accuracy": asdict(accuracy), "classes": [_explained(e) for e in explained],
                 "example": None if local is None else _explained(local),
-                "effect": None if effect is None else effect.to_dict(), "seed": seed, "data": source.spec,
-                "model_hash": attached.hash,
+                "interventions": None if changed is None else changed.to_dict(), "seed": seed,
+                "examples": examples.describe(), "model_hash": attached.hash,
             }
         )  # fmt: skip
         return
     say(
-        f"right on {100 * accuracy.own:.1f} % of {accuracy.n} examples held out ({100 * accuracy.low:.1f} to "
+        f"{examples}\nright on {100 * accuracy.own:.1f} % of {accuracy.n} held out ({100 * accuracy.low:.1f} to "
         f"{100 * accuracy.high:.1f}); trained on shuffled labels {100 * accuracy.shuffled_labels:.1f} %, always the "
         f"commonest {100 * accuracy.majority:.1f} %"
     )
@@ -254,8 +256,8 @@ def bottleneck(
             ("latent", "activation", "weight", "adds"),
             [(s.unit, s.activation, s.weight, s.contribution) for s in e.shares], title=what,
         )  # fmt: skip
-    if effect is not None:
-        _show_effect(effect)
+    if changed is not None:
+        _show_interventions(changed)
 
 
 def _explained(e: Any) -> dict[str, Any]:
@@ -268,16 +270,16 @@ def _explained(e: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _show_effect(effect: Any) -> None:
-    random = sorted(effect.random)
-    beside = f"; random others {random[0]:+.4f} to {random[-1]:+.4f}" if random else ""
+def _show_interventions(found: Any) -> None:
+    effect = found.effect
+    beside = "; {:+.4f} to {:+.4f} for {}".format(*effect.null_range, effect.null_is)
     say(
-        f"switched: {100 * effect.before:.1f} -> {100 * effect.after:.1f} % right, {effect.change:+.4f} "
-        f"({effect.low:+.4f} to {effect.high:+.4f}){beside}"
+        f"switched: {100 * effect.intact:.1f} -> {100 * effect.changed:.1f} % right, {effect.change:+.4f} "
+        f"({effect.low:+.4f} to {effect.high:+.4f}){beside if effect.null else ''}"
     )
-    rows = [(c.name, c.n, c.intact, c.changed) for c in effect.classes]
+    rows = [(c.name, c.n, c.intact, c.changed) for c in found.classes]
     show_table(("class", "examples", "right before", "after"), rows)
-    show_table(("decisions", "changed"), sorted(effect.flips.items(), key=lambda f: -f[1])[:10])
+    show_table(("decisions", "changed"), sorted(found.flips.items(), key=lambda f: -f[1])[:10])
 
 
 def _interventions(site: Any, off: str, scale: str, set_: str) -> list[Any]:

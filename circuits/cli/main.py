@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -149,6 +148,7 @@ def harvest(
     """
     from circuits.harvesting import harvest as run
     from circuits.models.loading import load_model
+    from circuits.models.selecting import select_sites
     from circuits.stimuli.sources import open_source
 
     place = Workspace.default(workspace).writable()
@@ -162,13 +162,13 @@ def harvest(
         store = run(
             loaded,
             source,
-            _matching(loaded, sites),
+            [s.name for s in select_sites(loaded, sites)],
             place,
             record,
             batch,
             progress,
-            full=_matching(loaded, full),
-            covariance=_matching(loaded, covariance),
+            full=[s.name for s in select_sites(loaded, full)],
+            covariance=[s.name for s in select_sites(loaded, covariance)],
             layout=layout,
             compress=compress,
             precision=precision,
@@ -187,20 +187,6 @@ def _bytes(memory: float) -> int:
     if not 0 < memory < 2**20:
         raise ValueError(f"memory {memory} must be a number of GiB above 0")
     return int(memory * 2**30)
-
-
-def _matching(model: Any, text: str) -> list[str]:
-    """Names of sites in a list with commas, in which `*` stands for anything."""
-    found: list[str] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        if "*" not in name:
-            found.append(name)
-            continue
-        matches = [s.name for s in model.sites if fnmatchcase(s.name, name)]
-        if not matches:
-            raise KeyError(f"no site of {model.name} matches {name!r}")
-        found += matches
-    return found
 
 
 def _note_stale(place: Workspace, record: ModelRecord, source: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from circuits.experiments.outcomes import Effect
 from circuits.files import finite, write_json
 from circuits.jobs import PROGRESS
 
@@ -50,6 +51,37 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))  # as it is: names may hold [brackets]
     console.print(table)
+
+
+def show_effects(groups: Mapping[str, Mapping[str, Effect]], title: str) -> None:
+    """Print effects, grouped under words that stand before each measure, with what they are compared with."""
+    each = [
+        (f"{g} {name}".strip(), e) for g, effects in groups.items() for name, e in effects.items()
+    ]
+    rows = [
+        (
+            name, e.intact, e.changed, e.change, _range((e.low, e.high)), _range(e.null_range) if e.null else "none",
+            e.p_value,
+        )
+        for name, e in each
+    ]  # fmt: skip
+    null_is = "; ".join(dict.fromkeys(e.null_is for _, e in each))
+    least = max((e.least_p for _, e in each if e.null), default=float("nan"))
+    columns = ("measure", "intact", "changed", "change", "95 % interval", "null", "p")
+    show_table(columns, rows, title)
+    say(f"null: {null_is}" + ("" if least != least else f"; p is at least {least:.2g}"))
+
+
+def show_classes(classes: Any) -> None:
+    """Print the classes whose accuracy changed most, if any did."""
+    if classes:
+        rows = [(c.name, c.n, c.intact, c.changed) for c in classes[:10]]
+        columns = ("class", "examples", "right", "right when changed")
+        show_table(columns, rows, title="classes that changed most")
+
+
+def _range(ends: tuple[float, float]) -> str:
+    return "unknown" if ends[0] != ends[0] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
 def _cell(value: Any) -> str:

@@ -16,6 +16,7 @@ from circuits.cli.arguments import (
     record_of,
 )
 from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.examples import Examples
 from circuits.workspace import Workspace
 
 Kind = Literal["channel", "neuron", "cosine", "deepdream", "logit"]
@@ -141,14 +142,11 @@ class _Wanted:
 def _natural(place: Workspace, model: Any, spec: str) -> Any:
     """The statistics of a dataset's images as the model takes them, from the workspace if they are there."""
     from circuits.featurevis.natural import NaturalImages
-    from circuits.harvesting import Inputs
-    from circuits.stimuli.sources import open_source
 
-    source = open_source(spec)
-    inputs, size = Inputs(model, source), model.input
-    path = place.natural_path(source.hash, (size.channels, size.height, size.width))
-    found = (inputs.load(i) for i in range(min(len(source), NATURAL_IMAGES)))
-    return NaturalImages.kept(path, found, source.spec, source.hash)
+    images, size = Examples(model, spec, NATURAL_IMAGES), model.input
+    path = place.natural_path(images.source.hash, (size.channels, size.height, size.width))
+    found = (images.load(i) for i in range(len(images)))
+    return NaturalImages.kept(path, found, images.data, images.source.hash)
 
 
 def _objective(model: Any, target: str, kind: Kind | None) -> Any:
@@ -269,15 +267,11 @@ def _variant(picture: Any, number: int) -> str:
 
 def _badge(model: Any, pictures: Any, settings: Any, wanted: _Wanted) -> dict[str, Any]:
     from circuits.featurevis.reliability import natural_responses, reliability
-    from circuits.harvesting import Inputs
-    from circuits.stimuli.sources import open_source
 
     unit = pictures[0].unit
     if unit is None:
         raise ValueError("a badge is for a picture of a unit: name one, SITE:INDEX")
-    source = open_source(wanted.images)
-    batches = Inputs(model, source).upto(BADGE_IMAGES, size=8)
-    natural = natural_responses(model, unit.site, batches, source.spec)
+    natural = natural_responses(model, unit.site, Examples(model, wanted.images, BADGE_IMAGES))
     return reliability(model, pictures, natural, settings, seed=settings.seed)[0].to_dict()
 
 
@@ -292,7 +286,7 @@ def _tell(row: dict[str, Any]) -> None:
             f"  reliability {r['score']:.2f} (made on shuffled weights: {r['randomized_score']:.2f}): "
             f"reaches {r['reached']:.2g} x the top example, keeps {r['held_out']:.0%} when changed, "
             f"seeds agree to {r['seeds']:.0%}, way through the network {r['natural']:.2f} "
-            f"({r['n']} images of {r['data']})"
+            f"({r['examples']['data']}: {r['examples']['chosen']})"
         )
         for flag in r["flags"]:
             say(f"  ! {flag}")

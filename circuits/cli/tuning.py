@@ -17,6 +17,7 @@ from circuits.cli.arguments import (
 from circuits.cli.choosing import stored, units_of
 from circuits.cli.output import progress_bar, say, show_json, show_table, warn
 from circuits.cli.weights import FigureOption, check_figure
+from circuits.examples import Examples
 from circuits.workspace import Workspace
 
 Shape = Literal["curve", "line", "grating"]
@@ -352,12 +353,18 @@ def examples(
     found = spectrum(store, found_unit, bins, each, seed)
     if figure is not None:
         _draw_spectrum(loaded, found, overlay, method, figure)
+    texts = _excerpts(loaded, store, found)
     if json:
-        show_json(found.to_dict())
+        whole = found.to_dict()
+        for b in whole["bins"]:
+            b["examples"] = [
+                e | ({"text": texts[e["index"]]} if texts else {}) for e in b["examples"]
+            ]
+        show_json(whole)
         return
     rows = [
         (f"{b.low:.3g} to {b.high:.3g}", b.density, b.contribution, b.n_examples,
-         ", ".join(f"{e.name} ({e.value:.3g})" for e in b.examples))
+         "\n".join(f"{e.value:.3g}  {texts.get(e.index, e.name)}" for e in b.examples))
         for b in reversed(found.bins) if b.density or b.n_examples
     ]  # fmt: skip
     s = found.statistics
@@ -372,34 +379,56 @@ def examples(
     )
 
 
+def _excerpts(model: Any, store: Any, found: Any) -> dict[int, str]:
+    """The text around the token that excites a unit most, by example; none for images."""
+    from circuits.models.inputs import TokenInput
+    from circuits.stimuli.sources import open_source
+
+    spec, known = model.input, store.provenance
+    drawn = [e for b in found.bins for e in b.examples]
+    if not isinstance(spec, TokenInput) or not drawn:
+        return {}
+    try:
+        source = open_source(known.data)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        warn(f"texts cannot be shown: {error}")
+        return {}
+    if source.hash != known.data_hash:
+        warn(f"texts cannot be shown: data {known.data} is not what was harvested")
+        return {}
+    texts = Examples(model, source, None, among=[e.index for e in drawn])
+    at = [e.position[0] if e.position else len(texts.tokens(i)) - 1 for i, e in enumerate(drawn)]
+    return {e.index: spec.excerpt(texts.tokens(i), at[i]) for i, e in enumerate(drawn)}
+
+
 def _draw_spectrum(model: Any, found: Any, overlay: bool, method: str, figure: Path) -> None:
     import numpy as np
     from PIL import Image
 
     from circuits.attribution import saliency
-    from circuits.attribution.targets import Target
     from circuits.figures import save_figure, spectrum_figure
     from circuits.figures.tunings import overlaid
-    from circuits.harvesting import Inputs
     from circuits.models.inputs import ImageInput
     from circuits.models.receptive import receptive_field
-    from circuits.stimuli.sources import open_source
+    from circuits.tasks.targets import Target
 
     crops: dict[int, list[Any]] = {}
-    if isinstance(model.input, ImageInput):
-        inputs = Inputs(model, open_source(found.data))
+    drawn = [e.index for b in found.bins for e in b.examples]
+    if isinstance(model.input, ImageInput) and drawn:
+        inputs = Examples(model, found.data, None, among=drawn)
         field = receptive_field(model, model.site(found.unit.site))
         for number, b in enumerate(found.bins):
             for e in b.examples:
                 top, left, bottom, right = field.at(e.position)
-                image = inputs.load(e.index)
+                one = inputs.subset([drawn.index(e.index)])
+                image = one.load(0)
                 picture = image.expand(3, -1, -1).movedim(0, -1).numpy()
                 if overlay:
                     target = Target(found.unit.site, found.unit.index, e.position or None)
-                    made = saliency(model, inputs.joined([image]), target, method)  # type: ignore[arg-type]
+                    made = saliency(model, one, target, method)  # type: ignore[arg-type]
                     picture = overlaid(picture, made.heat()[0].numpy())
                 cut = (picture[top:bottom, left:right] * 255).round().astype(np.uint8)
                 crops.setdefault(number, []).append(Image.fromarray(cut))
-    elif overlay:
+    elif overlay and not isinstance(model.input, ImageInput):
         warn("--overlay: only images have pixels to mark")
     save_figure(spectrum_figure(found, crops), figure)

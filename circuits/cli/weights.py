@@ -7,15 +7,20 @@ from typing import Annotated, Any, Literal
 import typer
 
 from circuits.cli.arguments import (
+    DataOption,
     JsonOption,
+    LimitOption,
     ModelArgument,
     SaesOption,
     SeedOption,
+    TakeOption,
     UnitArgument,
     WeightsOption,
     WorkspaceOption,
 )
+from circuits.cli.choosing import examples_of
 from circuits.cli.output import progress_bar, say, show_json, show_table, warn
+from circuits.examples import LIMIT
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
@@ -97,8 +102,9 @@ def expand(
     mode: Annotated[
         Mode, typer.Option(help="linear, or the mean gradient of --data's examples.")
     ] = "linear",
-    data: Annotated[str, typer.Option("--data", help="Examples for mode mean.")] = "photos",
-    limit: Annotated[int, typer.Option(help="Examples for mode mean.")] = 32,
+    data: DataOption = "",
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
     at: Annotated[
         str, typer.Option(help="The target's position, Y,X (default: the middle of its map).")
     ] = "",
@@ -117,10 +123,8 @@ def expand(
     json: JsonOption = False,
 ) -> None:
     """Show the weights of a whole site on a unit through everything between, beside shuffled weights."""
-    from circuits.harvesting import Inputs
     from circuits.models.loading import load_model
     from circuits.models.randomizing import randomized
-    from circuits.stimuli.sources import open_source
     from circuits.weights import expand_weights
     from circuits.weights.factors import factorize
 
@@ -138,13 +142,15 @@ def expand(
     n_sources = loaded.n_units(source if source == "input" else loaded.site(source).name)
     if factors > n_sources:
         raise ValueError(f"factors {factors} must be 0 to {n_sources}, the units of {source}")
-    inputs = None
+    examples = None
     if mode == "mean":
-        inputs = Inputs(loaded, open_source(data)).first(limit)
+        examples = examples_of(loaded, data, limit, take=take, seed=seed)
+    elif data:
+        raise ValueError(f"--data {data!r} goes with --mode mean")
 
     def of(model: Any, apart: bool, progress: Any = None) -> Any:
         return expand_weights(
-            model, source, unit.site, mode=mode, units=[unit.index], at=place, inputs=inputs, data=data,
+            model, source, unit.site, mode=mode, units=[unit.index], at=place, examples=examples,
             apart=apart, progress=progress,
         )  # fmt: skip
 
@@ -170,8 +176,8 @@ def expand(
         show_json(
             {
                 "source": found.source, "target": str(unit), "mode": mode, "at": list(found.at),
-                "start": list(found.start), "model_hash": found.model_hash, "data": found.data,
-                "n_examples": found.n_examples, "cut": found.cut, "seed": seed,
+                "start": list(found.start), "model_hash": found.model_hash,
+                "examples": dict(found.examples), "cut": found.cut, "seed": seed,
                 "connections": [
                     c.to_dict() | {"norm_in_shuffled_weights": strongest[rank]}
                     for rank, c in enumerate(connections)
@@ -180,7 +186,7 @@ def expand(
             }
         )  # fmt: skip
         return
-    what = f", {found.n_examples} examples of {found.data}" if found.n_examples else ""
+    what = f" on {examples}" if examples is not None else ""
     columns = [*_COLUMNS, f"in shuffled weights (seed {seed})"]
     columns += ["positive paths", "negative paths"] if apart else []
     show_table(columns, rows, title=f"{unit} from {found.source} at {found.at}, mode {mode}{what}")

@@ -61,17 +61,18 @@ def _composed(site: Site, steps: list[ActivationEdit]) -> Change:
 
 def _placed(edit: Any, site: Site, value: Tensor) -> Tensor:
     """A view of a site's tensor as batch x unit x …, at the edit's position if it has one."""
-    view = value.movedim(site.unit_axis, 1)
     if edit.at is None:
-        return view
-    for axis, index in zip(site.position_axes, edit.at, strict=True):
-        length = value.shape[site.axes.index(axis)]
-        if not -length <= index < length:
-            raise ValueError(
-                f"position {index} along {axis} of edit '{edit}' must be from {-length} to {length - 1}"
-            )
-        view = view.select(2, index)
-    return view
+        return site.by_unit(value)
+    try:
+        return site.at(value, edit.at)
+    except ValueError as error:
+        raise ValueError(f"at {edit.at} of edit '{edit}': {error}") from error
+
+
+def _along(edit: Any, site: Site, vector: Tensor) -> Tensor:
+    """A vector of units so that it broadcasts over what `_placed` gives."""
+    wide = site.spread(vector)
+    return site.by_unit(wide) if edit.at is None else site.at(wide, (0,) * len(edit.at))
 
 
 def _check_at(edit: Any, model: HookedModel, site: Site) -> None:
@@ -196,18 +197,15 @@ class Set(UnitsEdit, operator="set", about="Set units to numbers, such as their 
 
     def _check_shape(self, site: Site) -> None:
         n = len(self.units.among(site))
-        inner = site.shape[site.axes.index("d_head") - 1 :][:1] if "d_head" in site.axes else ()
-        if tuple(self.values.shape) not in ((), (n,), (n, *inner)):
+        wanted = (n, *site.unit_shape[1:])
+        if tuple(self.values.shape) not in ((), (n,), wanted):
             raise ValueError(
                 f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit: expected one "
-                f"number or shape {(n, *inner)}"
+                f"number or shape {wanted}"
             )
 
     def new(self, site: Site, own: Tensor) -> Tensor:
-        values = self.values.to(own)
-        if values.ndim == 2:  # unit x d_head, which comes last
-            return values.reshape(1, len(values), *(1,) * (own.ndim - 3), -1).expand_as(own)
-        return values.reshape(1, -1, *(1,) * (own.ndim - 2)).expand_as(own)
+        return _along(self, site, torch.atleast_1d(self.values).to(own)).expand_as(own)
 
 
 class _Donated(UnitsEdit):
@@ -224,8 +222,8 @@ class _Donated(UnitsEdit):
 
     def _check_shape(self, site: Site) -> None:
         n = len(self.units.among(site))
-        inner = 1 if "d_head" in site.axes else 0
-        wanted = inner if self.at is not None else len(site.position_axes) + inner
+        wanted = len(site.unit_shape) - 1
+        wanted += 0 if self.at is not None else len(site.position_axes)
         if self.values.shape[1] != n or self.values.ndim != 2 + wanted:
             raise ValueError(
                 f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit: expected run x {n} "
@@ -320,30 +318,17 @@ class Steer(ActivationEdit, operator="steer", about="Add a direction to what a s
 
     def apply(self, site: Site, value: Tensor) -> None:
         view = _placed(self, site, value)
-        vector = self.vector.to(value) * self.amount
-        view += _along(site, vector, view.ndim)
-
-
-def _units_shape(site: Site) -> tuple[int, ...]:
-    """The shape of one number a unit: with a head's inside where there is one."""
-    inner = (site.shape[site.axes.index("d_head") - 1],) if "d_head" in site.axes else ()
-    return (site.n_units, *inner)
+        view += _along(self, site, self.vector.to(value) * self.amount)
 
 
 def _check_vectors(edit: Edit, site: Site, array: Tensor, name: str, k: bool = False) -> None:
     shape = tuple(array.shape[:-1]) if k and array.ndim else tuple(array.shape)
-    if shape != _units_shape(site):
-        wanted = (*_units_shape(site), *(("rank",) if k else ()))
+    if shape != site.unit_shape:
+        wanted = (*site.unit_shape, *(("rank",) if k else ()))
         raise ValueError(
             f"{name} of shape {tuple(array.shape)} of edit '{edit}' does not fit {site.name}: expected "
             f"{' x '.join(map(str, wanted))}"
         )
-
-
-def _along(site: Site, vector: Tensor, ndim: int) -> Tensor:
-    """A vector of units so that it broadcasts over batch x unit x …"""
-    inner = vector.shape[1:]
-    return vector.reshape(1, len(vector), *(1,) * (ndim - 2 - len(inner)), *inner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,7 +368,7 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
         site = model.site(self.site)
         own = self.moved(site.name)
         _check_at(own, model, site)
-        if "d_head" in site.axes:
+        if site.inner_axis is not None:
             raise ValueError(
                 f"edit 'erase' of {site.name}: heads hold vectors, expected another site"
             )

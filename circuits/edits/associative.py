@@ -20,6 +20,8 @@ from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import edited
 from circuits.edits.records import fitting
 from circuits.edits.weights import layer_named
+from circuits.examples import Examples, as_examples
+from circuits.means import counted_rows
 from circuits.models.adapter import HookedModel
 from circuits.models.answers import answer_name, answers, check_answer
 from circuits.models.matrices import WeightMatrix
@@ -29,14 +31,14 @@ from circuits.units import Site
 
 
 def second_moment(
-    model: HookedModel, layer: str, data: ActivationStore | Iterable[Tensor]
+    model: HookedModel, layer: str, data: ActivationStore | Examples | Tensor | Iterable[Tensor]
 ) -> Float[Tensor, "column column"]:
     """C, the mean of k k^T over everything that a layer reads.
 
     Args:
         model: the model.
         layer: which.
-        data: a store that keeps the covariance of the site that the layer reads, or batches of examples.
+        data: a store that keeps the covariance of the site that the layer reads, or examples.
 
     Raises:
         KeyError: if there is no such layer, or the store does not keep that covariance.
@@ -51,12 +53,11 @@ def second_moment(
         mean = torch.from_numpy(kept.mean).double().reshape(-1)
         return torch.from_numpy(kept.covariance).double() + mean[:, None] * mean[None, :]
     total, n = torch.zeros(()), 0
-    for x in data:
-        rows = _rows(read, model.run(x, read=[read], until=read)[read]).cpu().double()
+    for part in as_examples(model, data).batches():
+        value = model.run(part.inputs, mask=part.mask, read=[read], until=read)[read]
+        rows = counted_rows(read, value, part.mask).flatten(1).cpu().double()
         total = total + rows.T @ rows
         n += len(rows)
-    if not n:
-        raise ValueError("data hold no example")
     return total / n
 
 
@@ -73,7 +74,7 @@ def read_site(model: HookedModel, layer: str) -> Site:
 def associate(
     model: HookedModel,
     layer: str,
-    x: Tensor,
+    examples: Examples | Tensor,
     target: int,
     moment: Float[Tensor, "column column"],
     *,
@@ -94,7 +95,7 @@ def associate(
     Args:
         model: the model.
         layer: where to store it.
-        x: examples whose answer is to change: prompts that say one thing, or images; the key is the mean over
+        examples: those whose answer is to change: prompts that say one thing, or images; the key is the mean over
             them.
         target: the token (after the last) or class that they shall get.
         moment: C of the layer's inputs, see `second_moment`.
@@ -124,6 +125,7 @@ def associate(
             f"steps {steps}, enough {enough}, learning_rate {learning_rate}, decay {decay}, damping {damping}: "
             "expected steps of at least 1, enough in (0, 1], a positive rate, and the others 0 or more"
         )
+    x = as_examples(model, examples).inputs
     cache = model.run(x, read=[read, written])
     c = moment.cpu().double()
     c = c + damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
@@ -160,25 +162,14 @@ def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
         if end.site == "input" or not bool((end.factor == 1).all()):
             continue
         site = model.site(end.site)
-        inner = site.shape[-1] if "d_head" in site.axes else 1
-        whole = torch.arange(site.n_units).repeat_interleave(inner)
-        next_to = end.depth == 0 and (side == "reads" or inner == 1)
-        if next_to and len(whole) == n and torch.equal(end.owner, whole):
+        next_to = end.depth == 0 and (side == "reads" or site.inner_axis is None)
+        if next_to and site.width == n and torch.equal(end.owner, site.row_units):
             return site
     heads = [e.site for e in ends if e.site != "input"]
     what = "reads" if side == "reads" else "writes"
     raise ValueError(
         f"layer {matrix.name}: no site holds just what it {what}, unit by unit ({', '.join(heads) or 'none'})"
     )
-
-
-def _rows(site: Site, value: Tensor) -> Float[Tensor, "row column"]:
-    return _columns(site, value).flatten(0, -2)
-
-
-def _columns(site: Site, value: Tensor) -> Float[Tensor, "example *place column"]:
-    """A site's tensor with what a layer reads last; the inner dimensions of heads side by side."""
-    return value.flatten(-2) if "d_head" in site.axes else value.movedim(site.unit_axis, -1)
 
 
 def _place(
@@ -188,12 +179,12 @@ def _place(
     axes = read.position_axes
     if axes != written.position_axes:
         raise ValueError(f"sites {read.name} and {written.name} have other positions")
-    lengths = [output.shape[written.axes.index(a)] for a in axes]
+    lengths = written.positions_of(output)
     if at is None:
         if axes == ("position",):
             at = (-1,)
         elif axes:
-            norms = output.movedim(written.unit_axis, 1).double().square().sum((0, 1))
+            norms = written.by_unit(output).double().square().sum((0, 1))
             index = int(norms.flatten().argmax())
             at = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), norms.shape))
         else:
@@ -206,10 +197,7 @@ def _place(
 
 
 def _at(site: Site, value: Tensor, place: tuple[int, ...]) -> Float[Tensor, "example column"]:
-    view = _columns(site, value)
-    for index in place:
-        view = view.select(1, index)
-    return view.detach()
+    return site.at(value, place).flatten(1).detach()
 
 
 def _key(
@@ -317,9 +305,7 @@ def _value(
 
     def put(value: Tensor) -> Tensor:
         made = value.clone()
-        view = made.movedim(site.unit_axis, 1)
-        for index in place:
-            view = view.select(2, index)
+        view = site.at(made, place)
         view.copy_((start + delta).to(view)[None].expand_as(view))
         return made
 

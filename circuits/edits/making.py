@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,48 +14,53 @@ from circuits.edits.activations import Erase, Patch, Resample, Set, Steer
 from circuits.edits.connections import Part, Transplant, parts_of
 from circuits.edits.recipes import edited
 from circuits.edits.records import compact, fitting
+from circuits.examples import Examples, as_examples
+from circuits.means import counted_rows, site_mean
 from circuits.models.adapter import HookedModel
-from circuits.models.sites import unit_activations
 from circuits.models.topology import INPUT
 from circuits.units import Direction, Site, Unit, Units
+
+log = logging.getLogger(__name__)
 
 Which = Units | Unit | str | Iterable[Unit | str]
 
 
-def means(model: HookedModel, units: Which, batches: Iterable[Tensor], origin: str = "") -> Set:
+def means(
+    model: HookedModel,
+    units: Which,
+    examples: Examples | Tensor | Iterable[Tensor],
+    *,
+    leave_out: Sequence[int] = (),
+    origin: str = "",
+) -> Set:
     """The edit that sets units to their means over examples and positions: mean ablation.
+
+    A warning is logged where a few positions dominate the mean.
 
     Args:
         model: the model.
         units: of one site.
-        batches: examples, as the model takes them.
-        origin: what they are, for the record.
+        examples: over what.
+        leave_out: positions of texts that do not count (see `site_mean`).
+        origin: what the means are, for the record; the examples, and how they were chosen, if not given.
 
     Raises:
         KeyError: if the site is unknown.
-        ValueError: if a unit does not exist, or there is no example.
+        ValueError: if a unit does not exist, there is no example, or every position is left out.
     """
     site, own = _own(model, units)
-    total, n = torch.zeros(()), 0
-    for x in batches:
-        value = model.run(x, read=[site], until=site)[site].movedim(site.unit_axis, 1)
-        kept = value[:, list(own.among(site))].double()
-        if "d_head" in site.axes:
-            kept = kept.flatten(2, -2).mean(2)
-        elif kept.ndim > 2:
-            kept = kept.flatten(2).mean(2)
-        total = total + kept.sum(0)
-        n += len(x)
-    if not n:
-        raise ValueError("batches hold no example")
-    made = Set(own, values=compact(total / n), origin=origin or f"mean of {n} examples")
-    return fitting(model, made)
+    given = as_examples(model, examples)
+    mean = site_mean(model, site, given, leave_out=leave_out)
+    if mean.warning:
+        log.warning("%s: %s", site.name, mean.warning)
+    values = compact(mean.values[list(own.among(site))])
+    return fitting(model, Set(own, values=values, origin=origin or f"mean over {given}"))
 
 
 def patch(
     model: HookedModel,
     units: Which,
-    x: Float[Tensor, "1 *rest"] | Int[Tensor, "1 position"],
+    example: Examples | Tensor,
     at: tuple[int, ...] | None = None,
     origin: str = "",
 ) -> Patch:
@@ -63,31 +69,41 @@ def patch(
     Args:
         model: the model.
         units: of one site.
-        x: a batch of one: the run to take from.
+        example: one alone: the run to take from.
         at: a position along the site's `position_axes`; the whole map if None.
         origin: which run, for the record.
 
     Raises:
         KeyError: if the site is unknown.
-        ValueError: if a unit does not exist, or `x` is not one example.
+        ValueError: if a unit does not exist, or `example` is not one.
     """
-    if len(x) != 1:
-        raise ValueError(f"x holds {len(x)} examples: expected one to patch from")
+    given = as_examples(model, example)
+    if len(given) != 1:
+        raise ValueError(f"example: {len(given)} examples, expected one to patch from")
     site, own = _own(model, units)
-    return fitting(model, Patch(own, values=_values(model, site, own, x, at), origin=origin, at=at))
+    values = _values(model, site, own, given.inputs, at)
+    return fitting(model, Patch(own, values=values, origin=origin or given.names[0], at=at))
 
 
-def resample(model: HookedModel, units: Which, x: Tensor, origin: str = "") -> Resample:
+def resample(
+    model: HookedModel, units: Which, examples: Examples | Tensor, origin: str = ""
+) -> Resample:
     """The edit that puts in what units are on other examples, one after the other.
 
     Args:
         model: the model.
         units: of one site.
-        x: the donors, a batch; the edit holds their activations.
-        origin: which examples, for the record.
+        examples: the donors, texts of one length; the edit holds their activations.
+        origin: which examples, for the record; these, and how they were chosen, if not given.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if a unit does not exist, or texts differ in length.
     """
     site, own = _own(model, units)
-    return fitting(model, Resample(own, values=_values(model, site, own, x, None), origin=origin))
+    given = as_examples(model, examples)
+    values = _values(model, site, own, given.inputs, None)
+    return fitting(model, Resample(own, values=values, origin=origin or str(given)))
 
 
 def steer(direction: Direction, amount: float, at: tuple[int, ...] | None = None) -> Steer:
@@ -104,8 +120,8 @@ def project_out(direction: Direction, at: tuple[int, ...] | None = None) -> Eras
 def leace(
     model: HookedModel,
     site: str | Site,
-    batches: Iterable[Tensor],
-    labels: Sequence[int],
+    examples: Examples | Tensor | Iterable[Tensor],
+    labels: Sequence[int] | None = None,
     origin: str = "",
 ) -> Erase:
     """The edit after which no linear classifier can tell labels apart, and which changes least (LEACE).
@@ -116,34 +132,33 @@ def leace(
     Args:
         model: the model.
         site: where.
-        batches: examples, as the model takes them.
-        labels: the class of each, at least two of them.
+        examples: as a source has them, or as the model takes them.
+        labels: the class of each, at least two of them; the examples' own if not given.
         origin: what the concept is.
 
     Raises:
-        ValueError: if labels are as many as there are not examples, or all the same.
+        ValueError: if there are no labels, they are as many as there are not examples, or all the same.
     """
-    place = model.site(site)
-    if "d_head" in place.axes:
+    place, given = model.site(site), as_examples(model, examples, labels)
+    if place.inner_axis is not None:
         raise ValueError(f"site {place.name}: heads hold vectors, expected another site")
-    kinds = torch.tensor(sorted(set(labels)))
+    if given.labels is None:
+        raise ValueError("labels: there are none, expected the class of each example")
+    own = torch.tensor(given.labels)
+    kinds = own.unique()
     if len(kinds) < 2:
         raise ValueError("labels are all the same: expected at least two classes")
-    n, done = 0, 0
+    n = 0
     x_sum, z_sum, xx, xz = (torch.zeros((), dtype=torch.float64) for _ in range(4))
-    for batch in batches:
-        some = torch.tensor(list(labels[done : done + len(batch)]))
-        done += len(batch)
-        if len(some) != len(batch):
-            break
-        value = model.run(batch, read=[place], until=place)[place]
-        rows = unit_activations(place, value).movedim(1, 2).cpu().double()
-        z = (some[:, None] == kinds).double().repeat_interleave(rows.shape[1], 0)
-        x = rows.flatten(0, 1)
+    for part in given.batches():
+        value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
+        x = counted_rows(place, value, part.mask).cpu().double()
+        each = torch.full((len(part),), len(x) // len(part))
+        if part.mask is not None:
+            each = part.mask.sum(1).cpu() ** len(place.position_axes)
+        z = (own[list(part.which), None] == kinds).double().repeat_interleave(each, 0)
         n += len(x)
         x_sum, z_sum, xx, xz = x_sum + x.sum(0), z_sum + z.sum(0), xx + x.T @ x, xz + x.T @ z
-    if done != len(labels):
-        raise ValueError(f"labels: {len(labels)} for another number of examples")
     mean, shares = x_sum / n, z_sum / n
     cov, cross = xx / n - torch.outer(mean, mean), xz / n - torch.outer(mean, shares)
     return fitting(model, _leace(place.name, mean, cov, cross, shares, origin))
@@ -187,7 +202,7 @@ def transplant(
     donor: HookedModel,
     units: Which,
     source: Mapping[Unit, Unit],
-    batches: Iterable[Tensor] = (),
+    examples: Examples | Tensor | Iterable[Tensor] | None = None,
     layer: str = "",
     donor_layer: str = "",
 ) -> Transplant:
@@ -200,8 +215,8 @@ def transplant(
         units: its units, one for each, in the same order.
         source: which unit of the donor each unit of the host stands for, host -> donor: what the host's layer
             reads to what the donor's reads. Weights from others are left out.
-        batches: examples: gain and offset give each new unit the mean and the standard deviation, over examples
-            and positions, that the old one had before its nonlinearity. As they are in the donor without any.
+        examples: gain and offset give each new unit the mean and the standard deviation, over these and their
+            positions, that the old one had before its nonlinearity. As they are in the donor without any.
         layer: the host's, where there are several.
         donor_layer: the donor's.
 
@@ -225,11 +240,12 @@ def transplant(
         raise ValueError(
             f"units: {len(there[0].rows)} of the donor for {len(here[0].rows)} of the host"
         )
-    parts, parameters = list(batches), donor.parameters
+    given = None if examples is None else as_examples(model, examples)
+    parameters = donor.parameters
     between = there[0].row_factor / here[0].row_factor
-    if not bool((between == 1).all()) and not parts:
+    if not bool((between == 1).all()) and given is None:
         raise ValueError(
-            "batches: something scales the units behind the layer (batch norm): give examples to fit a gain on"
+            "examples: something scales the units behind the layer (batch norm): give some to fit a gain on"
         )
     weights = _acting(there[0], parameters[theirs_in.weight].data, wanted, donors, here[0], hosts)
     biases = None if theirs_in.bias is None else parameters[theirs_in.bias].data[there[0].rows]
@@ -241,7 +257,7 @@ def transplant(
         biases=None if biases is None or ours_in.bias is None else compact(biases),
         donor=f"{theirs} of {donor.name} ({donor.intact_hash[:16]})",
     ))  # fmt: skip
-    if not parts:
+    if given is None:
         return made
     end = next((e for e in ours_in.writes if e.depth == 0 and e.site != INPUT), None)
     if end is None:
@@ -249,9 +265,9 @@ def transplant(
             f"layer {ours_in.name}: no site holds what it puts out, so no gain can be fitted"
         )
     which = end.owner[here[0].rows].tolist()
-    before = _moments(model, end.site, which, parts)
+    before = _moments(model, end.site, which, given)
     with edited(model, [made]):
-        after = _moments(model, end.site, which, parts)
+        after = _moments(model, end.site, which, given)
     dead = [i for i, spread in enumerate(after[1].tolist()) if spread <= 1e-6 * before[1][i].item()]
     if dead:
         raise ValueError(
@@ -289,19 +305,15 @@ def _acting(
 
 
 def _moments(
-    model: HookedModel, site: str, which: list[int], parts: Sequence[Tensor]
+    model: HookedModel, site: str, which: list[int], examples: Examples
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of units over examples and positions."""
-    place = model.site(site)
-    values = [
-        unit_activations(place, model.run(x, read=[place], until=place)[place])[:, which]
-        .double()
-        .movedim(1, 0)
-        .flatten(1)
-        for x in parts
-    ]
-    joined = torch.cat(values, 1)
-    return joined.mean(1), joined.std(1)
+    place, rows = model.site(site), []
+    for part in examples.batches():
+        value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
+        rows.append(counted_rows(place, value, part.mask)[:, which].double())
+    joined = torch.cat(rows)
+    return joined.mean(0), joined.std(0)
 
 
 def _own(model: HookedModel, units: Which) -> tuple[Site, Units]:
@@ -315,18 +327,9 @@ def _values(
     model: HookedModel, site: Site, units: Units, x: Tensor, at: tuple[int, ...] | None
 ) -> Tensor:
     """What units are on examples: example x unit x the site's other axes."""
-    value = model.run(x, read=[site], until=site)[site].movedim(site.unit_axis, 1)
-    kept = value[:, list(units.among(site))]
-    if at is not None:
-        if len(at) != len(site.position_axes):
-            raise ValueError(f"at {at} does not fit the axes of {site.name} ({site.position_axes})")
-        for index in at:
-            if not -kept.shape[2] <= index < kept.shape[2]:
-                raise ValueError(
-                    f"position {index} must be from {-kept.shape[2]} to {kept.shape[2] - 1}"
-                )
-            kept = kept.select(2, index)
-    return kept.detach().cpu()
+    value = model.run(x, read=[site], until=site)[site]
+    view = site.by_unit(value) if at is None else site.at(value, at)
+    return view[:, list(units.among(site))].detach().cpu()
 
 
 def _clipped(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor
 
-from circuits.edits import activations, connections, layers  # noqa: F401  (whose operators can be read)
+from circuits.edits import activations, attention, connections, layers  # noqa: F401  (whose operators can be read)
 from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
 from circuits.edits.weights import WeightEdit, Weights

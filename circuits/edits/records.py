@@ -114,49 +114,31 @@ def canonical(value: Any) -> str:
 
 
 class Others:
-    """Random units in the place of a recipe's, the same one wherever a unit is named.
+    """Other units in the place of a recipe's, the same one wherever a unit is named.
 
     Args:
         model: the model.
-        edits: none of their units stands in for another.
-        generator: draws.
+        swap: which unit stands in for each.
+        generator: draws what is no unit, such as a direction.
     """
 
-    def __init__(self, model: HookedModel, edits: Iterable[Edit], generator: Generator) -> None:
-        self.model, self.generator = model, generator
-        self._pools: dict[Unit, frozenset[int] | None] = {}
-        for edit in edits:
-            for unit, pool in edit.own(model).items():
-                before = self._pools.get(unit)
-                both = pool if before is None else before if pool is None else before & pool
-                self._pools[unit] = both
-        self._taken = set(self._pools)
-        self._instead: dict[Unit, Unit] = {}
+    def __init__(self, model: HookedModel, swap: Mapping[Unit, Unit], generator: Generator) -> None:
+        self.model, self.swap, self.generator = model, swap, generator
 
     def of(self, units: Units) -> Units | None:
-        """Others of the site that all edits of the units can have; None if they are too few."""
+        """The units that stand in; None if one has none."""
         site = self.model.site(units.site)
-        found = []
-        for index in units.among(site):
-            unit = site.unit(index)
-            if unit not in self._instead:
-                pool = self._pools[unit]
-                among = range(site.n_units) if pool is None else sorted(pool)
-                free = [u for u in map(site.unit, among) if u not in self._taken]
-                if not free:
-                    return None
-                drawn = int(torch.randint(len(free), (1,), generator=self.generator))
-                self._instead[unit] = free[drawn]
-                self._taken.add(free[drawn])
-            found.append(self._instead[unit].index)
-        return Units(site.name, tuple(found))
+        found = [self.swap.get(site.unit(index)) for index in units.among(site)]
+        if any(unit is None for unit in found):
+            return None
+        return Units(site.name, tuple(unit.index for unit in found if unit is not None))
 
 
 def twin_of(
-    model: HookedModel, edits: Sequence[Edit], generator: Generator
+    model: HookedModel, edits: Sequence[Edit], swap: Mapping[Unit, Unit], seed: int = 0
 ) -> tuple[Edit, ...] | None:
-    """The edits with each unit swapped for a random other one; None if a site has too few others."""
-    others, found = Others(model, edits, generator), []
+    """The edits with each unit swapped for another one; None if one has no other."""
+    others, found = Others(model, swap, Generator().manual_seed(seed)), []
     for edit in edits:
         made = edit.twin(model, others)
         if made is None:

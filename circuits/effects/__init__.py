@@ -1,13 +1,12 @@
-"""What edits do: to what they are meant for, to everything else, and beside random twins (layer 5)."""
+"""What edits do: to what they are meant for, to everything else, and compared with random edits."""
 
 from circuits.effects.finetuning import FineTuned, fine_tune
 from circuits.effects.measuring import measure
 from circuits.effects.predicting import Prediction, predictions, token_losses
-from circuits.effects.reports import EditReport, Effect, Norm, TuningChange
+from circuits.effects.reports import EditReport, Norm, TuningChange
 
 __all__ = [
     "EditReport",
-    "Effect",
     "FineTuned",
     "Norm",
     "Prediction",

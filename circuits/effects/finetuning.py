@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.answers import answers, check_answer
 from circuits.models.matrices import parameter_names
@@ -34,7 +35,7 @@ class FineTuned:
 
 def fine_tune(
     model: HookedModel,
-    x: Tensor,
+    examples: Examples | Tensor,
     target: int,
     *,
     parameters: Sequence[str] | None = None,
@@ -46,7 +47,7 @@ def fine_tune(
 
     Args:
         model: the model; it is not changed.
-        x: the examples.
+        examples: texts of one length, or images.
         target: the token (after the last) or class that they shall get.
         parameters: names of those that are trained; all if None.
         enough: the probability at which to stop.
@@ -75,7 +76,7 @@ def fine_tune(
         parameter.requires_grad_(False)
     trained = {name: theirs[name].requires_grad_(True) for name in names}
     adam = torch.optim.Adam(list(trained.values()), lr=learning_rate)
-    inputs, reached, step = model.fitted(x), 0.0, 0
+    inputs, reached, step = model.fitted(as_examples(model, examples).inputs), 0.0, 0
     with torch.enable_grad():
         for step in range(steps + 1):
             logits = main_output(module(inputs.clone()))

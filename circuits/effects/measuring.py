@@ -1,68 +1,86 @@
-"""Measuring what a recipe does, beside its random twins (layer 5)."""
+"""Measuring what a recipe does, compared with random edits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from jaxtyping import Float
+from torch import Tensor
 
-from circuits.attribution.counting import (
-    Counted,
-    checked_labels,
-    class_changes,
-    interval,
-    labels_of,
-    p_value,
-)
-from circuits.attribution.targets import Aim, Target, as_target, output_site
 from circuits.edits.activations import ActivationEdit
 from circuits.edits.connections import ConnectionEdit
 from circuits.edits.layers import LayerEdit
 from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit
 from circuits.edits.weights import layer_named
-from circuits.effects.reports import EditReport, Effect, TuningChange
-from circuits.effects.variants import Variant, noise_of, twins_of, variant_of
+from circuits.effects.reports import EditReport, Norm, TuningChange
+from circuits.examples import BATCH, Examples, as_examples
+from circuits.experiments.ablation import Labels, as_task, class_changes, effects_of
+from circuits.experiments.outcomes import Effect, Outcomes
+from circuits.experiments.running import Progress, measures_of, run
+from circuits.experiments.twins import N_RANDOM, Null, null_of
+from circuits.experiments.variants import Prepared, Variant, in_force, prepared
+from circuits.hooks import Change
 from circuits.models.adapter import HookedModel
-from circuits.models.normalisation import FastNormalisation
-from circuits.models.sites import unit_activations
+from circuits.tasks.metrics import Activation, Metric
+from circuits.tasks.reading import Reading
+from circuits.tasks.targets import Target, output_site
+from circuits.tasks.task import Task, TaskBatch
 from circuits.tuning.radial import RadialTuning, radial_tuning
 from circuits.units import Site, Unit
 
-Progress = Callable[[int, int], object]
+EDITED = "edited"
+
+TUNED = 5
+"""So many random edits are tuned to curves as well: each takes as long as the edit itself."""
+
+
+@dataclass(frozen=True)
+class FirstChoice(Activation):
+    """Whether a target is the first choice of its site, where it is read."""
+
+    unit: str = "share"
+
+    def of(self, reading: Reading, intact: Reading) -> Float[Tensor, " example"]:
+        aim = self.aim(intact)
+        units = aim.site.activations(reading.tensors[self.target.site])
+        rows = torch.arange(len(units), device=units.device)
+        choice = units[rows, :, aim.places].argmax(1)
+        return (choice == aim.indices.to(choice)).double()
 
 
 def measure(
     model: HookedModel,
     recipe: Recipe | Iterable[Edit],
-    batches: Iterable[Tensor] | Tensor,
+    task: Task | Examples | Tensor | Iterable[Tensor] | str,
     *,
-    targets: Sequence[str | Unit | Target] = (),
-    generalisation: Iterable[Tensor] | Tensor = (),
-    labels: Sequence[int] | None = None,
+    targets: Sequence[str | Target] = (),
+    generalisation: Examples | Tensor | Iterable[Tensor] | None = None,
+    labels: Labels | None = None,
     tuning: Sequence[str | Unit] = (),
-    n_random: int = 5,
-    data: str = "",
+    n_random: int = N_RANDOM,
+    batch: int = BATCH,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EditReport:
-    """Measure what a recipe does, what random twins of it do, and what random changes of its size do.
+    """Measure what a recipe does, and what random edits do: the same edits of other units, or of equal norm.
 
     Args:
         model: the model; afterwards it is what it was.
         recipe: the edits.
-        batches: examples, as the model takes them.
+        task: what is measured on. Examples stand for the task that they state by themselves.
         targets: what the edits are meant to change: `class:NAME`, `token:WORD`, `SITE:INDEX`, with `@POSITION`
             behind; the place where the intact model is most active if none is given.
         generalisation: other examples, on which the targets are measured too.
-        labels: the class of each example; for tokens the next token is the label.
+        labels: as `ablate` takes them.
         tuning: units of one site whose tuning to curves is measured.
-        n_random: how many twins, and how many random changes of the same size.
-        data: where the examples come from, for the record.
-        seed: of twins, noise and bootstrap.
-        progress: called with passes done and all there are.
+        n_random: how many random edits.
+        batch: examples together.
+        seed: of the random edits and intervals.
+        progress: called with what is done and all there is, in examples times variants.
 
     Raises:
         KeyError: if a site, layer or target is unknown.
@@ -71,162 +89,119 @@ def measure(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(model, recipe)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
-    if n_random < 0:
-        raise ValueError(f"n_random {n_random} must be 0 or more")
     if model.edited:
         raise ValueError(f"model {model.name} is edited: measure outside the edit")
     recipe.check(model)
     edits = checked(model, recipe.edits)
     if not edits:
         raise ValueError("recipe has no edit to measure")
-    aims = [as_target(model, target) for target in targets]
-    names = [str(target) for target in targets]
-    parts, more = _parts(batches), _parts(generalisation)
-    n = sum(map(len, parts))
-    if not n:
-        raise ValueError("batches hold no example")
-    checked_labels(model, labels, n, output_site(model).n_units)
-    generator = Generator().manual_seed(seed)
-    twins = twins_of(model, edits, n_random, generator)
-    edit = variant_of(model, edits)
-    noise = [noise_of(model, edit, generator) for _ in range(n_random)]
-    variants = [edit, *(variant_of(model, twin) for twin in twins), *noise]
-    model_hash, first = model.hash, model.logits(parts[0][:1])
-    total = (n + sum(map(len, more))) * (1 + len(variants))
-    own = [edits, *twins, *[edits] * len(noise)]
-    run = _Run(model, own, variants, aims, labels, _Progress(progress, total))
-    for x in parts:
-        run.add(x, whole=True)
-    effects = _Effects(len(twins), seed)
-    classes = class_changes(model, labels, run.right)
-    on_target = effects.targets(run, names)
-    measures = {k: effects.of(v) for k, v in run.numbers.items() if " " not in k}
-    others = {
-        k.partition(" ")[2]: effects.of(v)
-        for k, v in run.numbers.items()
-        if k.startswith("others ")
-    }
-    norms, noise_norms = edit.norms(model), noise[0].norms(model) if noise else ()
-    run.numbers = {}
-    for x in more:
-        run.add(x, whole=False)
-    general = effects.targets(run, names)
-    curves = _tuning(model, variants, len(twins), tuning, seed)
-    restored = model.hash == model_hash and torch.equal(model.logits(parts[0][:1]), first)
+    asked = as_task(model, task, labels)
+    aims = _aims(model, targets)
+    own = Variant(EDITED, edits)
+    null = null_of(model, own, asked.examples, n_random, seed)
+    one = asked.examples.batch(range(1))
+    model_hash, first = model.hash, model.logits(one.inputs)
+    watch = _Others(model, [edits, *(v.edits or edits for v in null.variants)])
+    outcomes = run(
+        model, [own, *null.variants], asked, measures=[*measures_of(asked), *aims], watch=watch.names,
+        look=watch.look, batch=batch, seed=seed, progress=progress,
+    )  # fmt: skip
+    whole = watch.added(outcomes)
+    found = effects_of(whole, EDITED, null)
+    ready, random = prepared(model, own), [prepared(model, v) for v in null.variants]
+    named = {m.name for m in aims}
+    restored = model.hash == model_hash and torch.equal(model.logits(one.inputs), first)
     return EditReport(
-        recipe, on_target, general, measures, others, classes, curves, norms, noise_norms,
-        tuple("; ".join(map(str, twin)) for twin in twins), model.name, model_hash, data, n, seed, restored,
+        recipe, {k: v for k, v in found.items() if k in named},
+        _generalised(model, own, null, aims, generalisation, batch, seed),
+        {k: v for k, v in found.items() if k not in named and not k.startswith(OTHERS)},
+        {k.removeprefix(OTHERS): v for k, v in found.items() if k.startswith(OTHERS)},
+        class_changes(model, outcomes, EDITED), _tuning(model, [ready, *random[:TUNED]], tuning, seed),
+        norms(model, ready, asked.examples, batch), norms(model, random[0], asked.examples, batch) if random else (),
+        null.is_, tuple("; ".join(map(str, v.edits)) for v in null.variants if v.edits), outcomes.record, restored,
     )  # fmt: skip
 
 
-def _parts(batches: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    return list(batches.split(32) if isinstance(batches, Tensor) else batches)
-
-
-class _Progress:
-    """Counts examples times variants."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add(self, n: int) -> None:
-        self.done += n
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-class _Run:
-    """Everything that is counted on the way: by name, variant x example."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        edits: Sequence[Sequence[Edit]],
-        variants: Sequence[Variant],
-        aims: Sequence[Target],
-        labels: Sequence[int] | None,
-        progress: _Progress,
-    ) -> None:
-        self.model, self.variants, self.aims, self.progress = model, variants, aims, progress
-        self.labels = None if labels is None else torch.tensor(labels)
-        self.done = 0
-        self.numbers: dict[str, list[np.ndarray]] = {}
-        self.right: list[np.ndarray] = []
-        self.own = [_edited_units(model, each) for each in edits]
-
-    def add(self, x: Tensor, whole: bool) -> None:
-        """Measure a batch in all variants; its targets only unless `whole`."""
-        model, end = self.model, output_site(self.model)
-        sites = [model.site(aim.site) for aim in self.aims]
-        watched = [model.site(name) for name in self.own[0]] if whole else []
-        names = list({s.name: s for s in (end, *sites, *watched)}.values())
-        with FastNormalisation():
-            intact = model.run(x, read=names)
-            fixed = [Aim.at(model, a, intact[s]) for a, s in zip(self.aims, sites, strict=True)]
-            rows = unit_activations(end, intact[end]).movedim(1, 2).double()
-            if not bool(torch.isfinite(rows).all()):
-                raise ValueError(
-                    f"model {model.name} puts out what is not finite on an example as it is"
+def _aims(model: HookedModel, targets: Sequence[str | Target]) -> list[Metric]:
+    """Each target's number, and of an output whether it is the first choice."""
+    found: list[Metric] = []
+    for target in targets:
+        aim = Activation.named(model, target)
+        found.append(aim)
+        if aim.site == output_site(model) and aim.target.against is None:
+            found.append(
+                FirstChoice(
+                    f"{aim.name} is first choice", "share", 1, target=aim.target, site=aim.site
                 )
-            labels = None
-            if whole and self.labels is not None:
-                labels = self.labels[self.done : self.done + len(x)].to(model.device)
-            counted = Counted(rows, labels_of(model, x, labels)) if whole else None
-            found = [self._numbers(intact, intact, fixed, counted, end, watched, self.own[0])]
-            self.progress.add(len(x))
-            for variant, own in zip(self.variants, self.own, strict=True):
-                with variant.inside(model):
-                    cache = model.run(x, read=names)
-                found.append(self._numbers(cache, intact, fixed, counted, end, watched, own))
-                self.progress.add(len(x))
-        for name in found[0]:
-            self.numbers.setdefault(name, []).append(np.stack([f[name] for f in found]))
-        if labels is not None:
-            self.right.append(np.stack([f["top1"] for f in found[:2]]))
-        self.done += len(x)
-
-    def _numbers(
-        self,
-        cache: Mapping[str, Tensor],
-        intact: Mapping[str, Tensor],
-        fixed: Sequence[Aim],
-        counted: Counted | None,
-        end: Site,
-        watched: Sequence[Site],
-        own: Mapping[str, set[int]],
-    ) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        if counted is not None:
-            found = counted.of(unit_activations(end, cache[end.name]).movedim(1, 2).double())
-        for i, aim in enumerate(fixed):
-            value = cache[aim.site.name]
-            examples = torch.arange(len(value), device=value.device)
-            found[f"target {i}"] = aim.value(value, examples).double().cpu().numpy()
-            if aim.site == end and aim.target.against is None:
-                found[f"first {i}"] = self._first(aim, value)
-        for site in watched:
-            rest = [i for i in range(site.n_units) if i not in own.get(site.name, set())]
-            if rest:
-                before, after = (
-                    tensors[site.name].movedim(site.unit_axis, 1)[:, rest].double().flatten(1)
-                    for tensors in (intact, cache)
-                )
-                share = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)
-                found[f"others {site.name}"] = share.cpu().numpy()
-        return found
-
-    @staticmethod
-    def _first(aim: Aim, value: Tensor) -> np.ndarray:
-        """Whether the target is the first choice, an example."""
-        units = unit_activations(aim.site, value)
-        rows = torch.arange(len(units), device=units.device)
-        choice = units[rows, :, aim.places].argmax(1)
-        return (choice == aim.indices.to(choice)).double().cpu().numpy()
+            )
+    return found
 
 
-def _edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int]]:
+def _generalised(
+    model: HookedModel,
+    own: Variant,
+    null: Null,
+    aims: Sequence[Metric],
+    examples: Examples | Tensor | Iterable[Tensor] | None,
+    batch: int,
+    seed: int,
+) -> dict[str, Effect]:
+    if examples is None or not aims:
+        return {}
+    task = as_task(model, as_examples(model, examples))
+    outcomes = run(model, [own, *null.variants], task, measures=aims, batch=batch, seed=seed)
+    return effects_of(outcomes, EDITED, null)
+
+
+# --- what the edits are not about ----------------------------------------------------------------
+
+OTHERS = "others "
+
+
+class _Others:
+    """How much the units of edited sites change that edits are not about, in each variant."""
+
+    def __init__(self, model: HookedModel, each: Sequence[Sequence[Edit]]) -> None:
+        self.own = [edited_units(model, edits) for edits in each]
+        self.sites = [
+            s
+            for s in map(model.site, self.own[0])
+            if any(len(o.get(s.name, ())) < s.n_units for o in self.own)
+        ]
+        self.found: dict[str, list[list[np.ndarray]]] = {
+            s.name: [[] for _ in range(1 + len(each))] for s in self.sites
+        }
+
+    @property
+    def names(self) -> list[str]:
+        return [s.name for s in self.sites]
+
+    def look(self, variant: int, batch: TaskBatch, reading: Reading, intact: Reading) -> None:
+        for site in self.sites:
+            own = self.own[max(0, variant - 1)].get(site.name, set())
+            rest = [i for i in range(site.n_units) if i not in own]
+            before, after = (
+                site.by_unit(tensors[site.name])[:, rest].double().flatten(1)
+                for tensors in (intact.tensors, reading.tensors)
+            )
+            share = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)
+            first = _first_rows(batch)
+            self.found[site.name][variant].append(share[first].cpu().numpy())
+
+    def added(self, outcomes: Outcomes) -> Outcomes:
+        for name, rows in self.found.items():
+            values = np.stack([np.concatenate(row) for row in rows])
+            outcomes = outcomes.with_measure(Metric(OTHERS + name, "share", -1), values)
+        return outcomes
+
+
+def _first_rows(batch: TaskBatch) -> Tensor:
+    """The first row of each example (answers of several tokens have a row each)."""
+    rows = batch.rows.tolist()
+    return torch.tensor([rows.index(i) for i in range(len(batch))])
+
+
+def edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int]]:
     """The sites that edits change first, each with the units that they change there."""
     found: dict[str, set[int]] = {}
     for edit in edits:
@@ -241,8 +216,7 @@ def _edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[in
                 if isinstance(edit, ConnectionEdit)
                 else [layer_named(model.matrices, edit.layer)]
             )
-            written = [e.site for m in parts for e in m.writes[:1]]
-            for name in written:
+            for name in [e.site for m in parts for e in m.writes[:1]]:
                 found.setdefault(name, set())
             continue
         else:
@@ -251,47 +225,54 @@ def _edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[in
     return found
 
 
-class _Effects:
-    """Means, bootstrap intervals and p-values."""
+# --- how large an edit is ------------------------------------------------------------------------
 
-    def __init__(self, n_twins: int, seed: int) -> None:
-        self.n_twins, self.generator = n_twins, np.random.default_rng(seed)
 
-    def targets(self, run: _Run, names: Sequence[str]) -> dict[str, Effect]:
-        """Each target's number, and of an output whether it is the first choice."""
-        found = {}
-        for i, name in enumerate(names):
-            for key, label in ((f"target {i}", name), (f"first {i}", f"{name} is first choice")):
-                if key in run.numbers:
-                    found[label] = self.of(run.numbers[key])
-        return found
+def norms(
+    model: HookedModel, plan: Prepared, examples: Examples, batch: int = BATCH
+) -> tuple[Norm, ...]:
+    """How large a variant's changes are: of parameters, and of what sites hold on some examples."""
+    own = model.parameters
+    found = []
+    for name, tensor in plan.tensors.items():
+        before = own[name].data.double()
+        gone = (tensor.double() - before).norm().item()
+        found.append(Norm(name, gone, gone / max(before.norm().item(), 1e-30)))
+    if not plan.sites:
+        return tuple(found)
+    seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in plan.sites}
 
-    def of(self, parts: Sequence[np.ndarray]) -> Effect:
-        """Of batches' numbers, each variant x example."""
-        numbers = np.concatenate(parts, 1)
-        numbers = numbers[:, ~np.isnan(numbers[0])]  # an example without a label has none
-        change = numbers[1:] - numbers[:1]
-        n = numbers.shape[1]
-        if not n:
-            nan = float("nan")
-            return Effect(nan, nan, nan, nan, nan, (), (), nan)
-        low, high = interval(change[0], self.generator)
-        means = change.mean(1)
-        random, noise = means[1 : 1 + self.n_twins], means[1 + self.n_twins :]
-        return Effect(
-            float(numbers[0].mean()), float(numbers[1].mean()), float(means[0]), low, high,
-            tuple(random.tolist()), tuple(noise.tolist()),
-            p_value(means[0], random if len(random) else noise),
-        )  # fmt: skip
+    def sized(site: Site, change: Change) -> Change:
+        def changed(value: Tensor) -> Tensor:
+            made = change(value)
+            gone, whole = (
+                (v.detach().double().flatten(1).norm(dim=1)) for v in (made - value, value)
+            )
+            seen[site.name].append(
+                (float(gone.sum()), float((gone / whole.clamp_min(1e-30)).sum()), len(gone))
+            )
+            return made
+
+        return changed
+
+    changes = {name: sized(model.site(name), change) for name, change in plan.fixed().items()}
+    for part in examples.batches(batch):
+        with model.rewriting(plan.tensors):
+            last = model.last(changes)
+            model.run(part.inputs, mask=part.mask, edits=changes, read=[last], until=last)
+    for name, rows in seen.items():
+        n = sum(row[2] for row in rows)
+        found.append(Norm(name, sum(r[0] for r in rows) / n, sum(r[1] for r in rows) / n))
+    return tuple(found)
+
+
+# --- tuning --------------------------------------------------------------------------------------
 
 
 def _tuning(
-    model: HookedModel,
-    variants: Sequence[Variant],
-    n_twins: int,
-    units: Sequence[str | Unit],
-    seed: int,
+    model: HookedModel, plans: Sequence[Prepared], units: Sequence[str | Unit], seed: int
 ) -> tuple[TuningChange, ...]:
+    """Tuning of units in the intact model, the edited one (the first plan) and random ones."""
     if not units:
         return ()
 
@@ -304,17 +285,13 @@ def _tuning(
     radii = [max({t.radius for t in intact}, key=[t.radius for t in intact].count)]
     intact = tuned()
     changed = []
-    for variant in variants:
-        with variant.inside(model):
+    for plan in plans:
+        with in_force(plan):
             changed.append(tuned())
-    found = []
-    for i, before in enumerate(intact):
-        after = changed[0][i]
-        echoes = [of[i].measures.echo.value - before.measures.echo.value for of in changed[1:]]
-        found.append(
-            TuningChange(
-                before.unit, before.angles, before.mean, after.mean, before.measures, after.measures,
-                tuple(echoes[:n_twins]), tuple(echoes[n_twins:]),
-            )
-        )  # fmt: skip
-    return tuple(found)
+    return tuple(
+        TuningChange(
+            before.unit, before.angles, before.mean, changed[0][i].mean, before.measures, changed[0][i].measures,
+            tuple(of[i].measures.echo.value - before.measures.echo.value for of in changed[1:]),
+        )
+        for i, before in enumerate(intact)
+    )  # fmt: skip

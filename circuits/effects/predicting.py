@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.answers import answer_name, outputs_last
 from circuits.models.inputs import TokenInput
@@ -29,22 +30,23 @@ class Prediction:
 
 
 def predictions(
-    model: HookedModel, inputs: Tensor, of: Sequence[int] | None = None, top: int = 5
+    model: HookedModel, example: Examples | Tensor, of: Sequence[int] | None = None, top: int = 5
 ) -> list[Prediction]:
     """A model's prediction for one example; for tokens, of what comes after the last.
 
     Args:
         model: the model, edited or not.
-        inputs: a batch of one.
+        example: one alone.
         of: outputs to report on; the `top` most probable ones if not given.
         top: how many.
 
     Raises:
-        ValueError: if `inputs` is not a batch of one.
+        ValueError: if `example` is not one.
     """
-    if len(inputs) != 1:
-        raise ValueError(f"inputs hold {len(inputs)} examples: expected one")
-    probabilities = outputs_last(model, model.logits(inputs))[0].softmax(-1)
+    given = as_examples(model, example)
+    if len(given) != 1:
+        raise ValueError(f"example: {len(given)} examples, expected one")
+    probabilities = outputs_last(model, model.logits(given.inputs))[0].softmax(-1)
     if isinstance(model.input, TokenInput):
         probabilities = probabilities[-1]
     # of a map of predictions the mean over places
@@ -53,20 +55,19 @@ def predictions(
     return [Prediction(i, answer_name(model, i), probabilities[i].item()) for i in chosen]
 
 
-def token_losses(
-    model: HookedModel, tokens: Int[Tensor, "batch position"]
-) -> Float[Tensor, "batch next"]:
+def token_losses(model: HookedModel, examples: Examples | Tensor) -> Float[Tensor, "batch next"]:
     """How surprised a model is by each token but the first: -log of its probability, in nats.
 
     Args:
         model: of tokens, edited or not.
-        tokens: at least two positions.
+        examples: texts of one length, of at least two tokens.
 
     Raises:
         ValueError: if the model takes no tokens, or there is but one position.
     """
     if not isinstance(model.input, TokenInput):
         raise ValueError(f"model {model.name} takes images: only tokens have a next one")
+    tokens = as_examples(model, examples).inputs
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens have {tokens.shape[1]} positions: expected at least 2")
     logs = outputs_last(model, model.logits(tokens))[:, :-1].log_softmax(-1)

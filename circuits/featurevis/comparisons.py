@@ -17,7 +17,6 @@ from circuits.featurevis.objectives import (
 )
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.models.sites import unit_activations
 
 
 def activations_on(
@@ -43,10 +42,10 @@ def _compared(
     compare: Callable[[Tensor, Tensor], Tensor],
 ) -> Objective:
     found = model.site(site)
-    wanted = unit_activations(found, activations_on(model, site, image))
+    wanted = found.activations(activations_on(model, site, image))
 
     def value(r: Response) -> Tensor:
-        own = unit_activations(found, r.activations[found.name])
+        own = found.activations(r.activations[found.name])
         if own.shape[1:] != wanted.shape[1:]:
             raise ValueError(
                 f"the picture gives {own.shape[2]} positions of {found.name}, the image to compare "
@@ -151,7 +150,7 @@ def attributed(
     (gradient,) = torch.autograd.grad(value, own, allow_unused=True)
     if gradient is None:
         raise ValueError(f"no gradient leads from {aim.text} to site {found.name}")
-    units = unit_activations(found, (own * gradient).detach())[0].clamp_min(0)
-    shape = tuple(own.shape[found.axes.index(axis)] for axis in found.position_axes)
-    made = spatial_direction(model, site, units.reshape(len(units), *shape), cosine_power)
+    units = found.activations((own * gradient).detach())[0].clamp_min(0)
+    vectors = units.reshape(len(units), *found.positions_of(own))
+    made = spatial_direction(model, site, vectors, cosine_power)
     return Objective(f"{found.name} attributed to {aim.text}", made.sites, made.value)

@@ -1,6 +1,6 @@
 """How operations behave while a picture is optimised: silent units (layer 4).
 
-Both hold in one thread, for operations of the model's own code, and leave the model itself alone.
+They hold in one thread, for operations of the model's own code, and leave the model itself alone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from circuits.models.normalisation import local_response_norm
 
 
 class _RedirectedReLU(torch.autograd.Function):
@@ -47,19 +45,13 @@ def _redirected(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu})
 
 
-class Optimizing(TorchFunctionMode):
-    """While it is entered, local response normalisation is fast and, if `waking`, ReLUs let gradients
-    through to silent units. Operations that work in place without being asked for a result
-    (`relu_`) are left as they are.
+class Waking(TorchFunctionMode):
+    """While it is entered, ReLUs let gradients through to silent units.
+
+    Operations that work in place without being asked for a result (`relu_`) are left as they are.
     """
 
-    def __init__(self, waking: bool) -> None:
-        super().__init__()
-        self.waking = waking
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.waking and func in _RELUS:
+        if func in _RELUS:
             return _redirected(func, args, kwargs or {})
-        if func is F.local_response_norm:
-            return local_response_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -38,7 +38,7 @@ def pre_activation(model: HookedModel, unit: Unit) -> Before:
     """
     site = model.site(unit.site)
     seen = model.run(model.input.example(4), read=[site], until=site)[site]
-    if _linear(site) or float(seen.select(site.unit_axis, unit.index).min()) < 0:
+    if _linear(site) or float(site.by_unit(seen)[:, unit.index].min()) < 0:
         return Before(unit, 1.0)
     found = sorted(_candidates(model, unit), key=lambda candidate: -candidate[0])
     if not found:

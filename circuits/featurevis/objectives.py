@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.models.sites import unit_activations
 from circuits.units import Direction, Site, Unit, unknown
 
 
@@ -127,11 +126,8 @@ def side_by_side(parts: Sequence[tuple[Objective, int]]) -> Objective:
 
 def _unit_values(site: Site, value: Tensor, index: int) -> Float[Tensor, "batch *position"]:
     """One unit's activations; a head's is the norm of its output."""
-    own = value.select(site.unit_axis, index)
-    if "d_head" not in site.axes:
-        return own
-    axes = [a for i, a in enumerate(site.axes) if i != site.unit_axis]
-    return own.norm(dim=axes.index("d_head"))
+    own = site.by_unit(value)[:, index]
+    return own if site.inner_axis is None else own.norm(dim=-1)
 
 
 def _mean_over_positions(values: Float[Tensor, "batch *position"]) -> Float[Tensor, " batch"]:
@@ -224,7 +220,7 @@ def _aligned(
     """At each position the dot product with a vector (unit, or unit x position) times a power of the
     cosine, which counts as 0.1 at least.
     """
-    units = unit_activations(site, value)
+    units = site.activations(value)
     wanted = vector.to(units)
     dot = torch.einsum("bup,up->bp" if wanted.ndim > 1 else "bup,u->bp", units, wanted)
     if power == 0:
@@ -275,15 +271,11 @@ def direction(
         found = _aligned(site, r.activations[site.name], vector, cosine_power)
         if position is None:
             return found.mean(1)
-        shape = _map_shape(site, r.activations[site.name])
+        shape = site.positions_of(r.activations[site.name])
         return _at(site, found.unflatten(1, shape), position)
 
     power = f" cosine^{cosine_power:g}" if cosine_power else ""
     return Objective(f"direction in {site.name}{power}", (site.name,), value)
-
-
-def _map_shape(site: Site, value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
 
 
 def spatial_direction(
@@ -315,7 +307,7 @@ def spatial_direction(
 
     def value(r: Response) -> Tensor:
         tensor = r.activations[found.name]
-        shape = _map_shape(found, tensor)
+        shape = found.positions_of(tensor)
         if shape != tuple(vectors.shape[1:]):
             raise ValueError(
                 f"vectors have positions {tuple(vectors.shape[1:])}, the image gives {shape}"
@@ -415,7 +407,7 @@ def diversity(model: HookedModel, site: str) -> Objective:
     found = model.site(site)
 
     def value(r: Response) -> Tensor:
-        units = unit_activations(found, r.activations[found.name])
+        units = found.activations(r.activations[found.name])
         gram = torch.einsum("bup,bvp->buv", units, units).flatten(1)
         gram = F.normalize(gram, dim=1, eps=1e-8)
         alike = gram @ gram.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from circuits.featurevis.gradients import Optimizing
+from circuits.featurevis.gradients import Waking
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
 from circuits.featurevis.transforms import NOTHING, Transform
@@ -204,7 +205,7 @@ class _Step:
         half = torch.autocast(
             images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
-        with Optimizing(self.waking), half:
+        with Waking() if self.waking else nullcontext(), half:
             view = self.transform(shown, self.generator, self.progress)
             value = respond(model, view, objective, before=images, grad=True).float()
         if not torch.isfinite(value).all():

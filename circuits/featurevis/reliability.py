@@ -8,7 +8,7 @@ would a network that has learned nothing have given the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.examples import Examples, as_examples
 from circuits.featurevis.optimizing import Progress
 from circuits.featurevis.pictures import Picture
 from circuits.featurevis.render import Settings, visualize_units
@@ -26,7 +27,6 @@ from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
 from circuits.models.randomizing import randomized
 from circuits.models.receptive import ReceptiveField, receptive_field
-from circuits.models.sites import unit_activations
 from circuits.units import Site, Unit
 
 TOP, HELD_OUT, MOST_LAYERS, MAP = 8, 8, 12, 28
@@ -49,8 +49,7 @@ class NaturalResponses:
     """What the layers up to a site do on natural images, around where each unit of it is most active.
 
     Attributes:
-        data: the name of the images.
-        n: how many.
+        examples: which images, and how they were chosen (see `Examples.describe`).
         site: whose units.
         layers: the sites before it that are looked at.
         maximum: per image and unit, the largest activation.
@@ -61,8 +60,7 @@ class NaturalResponses:
         spread: per layer, each unit's standard deviation.
     """
 
-    data: str
-    n: int
+    examples: Mapping[str, Any]
     site: Site
     layers: tuple[Site, ...]
     maximum: Float[np.ndarray, "image unit"]
@@ -108,51 +106,48 @@ def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor
         maps[layer.name] = (
             value if small == value.shape[-2:] else F.adaptive_avg_pool2d(value, small)
         )
-    units = unit_activations(site, cache[site]).float()
-    axes = [site.axes.index(axis) for axis in site.position_axes]
+    units = site.activations(cache[site]).float()
     mapped = site.position_axes == ("y", "x")
-    height, width = (cache[site].shape[a] for a in axes) if mapped else (1, units.shape[2])
+    height, width = site.positions_of(cache[site]) if mapped else (1, units.shape[2])
     return _Seen(units, (height, width), maps)
 
 
 def natural_responses(
-    model: HookedModel, site: str | Site, batches: Sequence[Tensor], data: str
+    model: HookedModel, site: str | Site, examples: Examples | Tensor
 ) -> NaturalResponses:
     """Run a model on natural images, up to a site.
 
     Args:
         model: an image model.
         site: whose units have pictures.
-        batches: the images as the model takes them (`Inputs.upto`); 50 or more are wanted.
-        data: their name.
+        examples: the images; 50 or more are wanted.
 
     Raises:
         KeyError: if the site is unknown.
         ValueError: if there are fewer images than `TOP` + 1.
     """
     found = model.site(site)
-    n = sum(len(batch) for batch in batches)
+    given = as_examples(model, examples)
+    n = len(given)
     if n <= TOP:
         raise ValueError(
-            f"images {data}: {n} found, at least {TOP + 1} are needed to judge pictures"
+            f"images {given.data}: {n} found, at least {TOP + 1} are needed to judge pictures"
         )
     layers = _layers_before(model, found)
     maxima, places = [], []
     maps: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    for batch in batches:
-        for piece in batch.split(4):
-            seen = _read(model, found, layers, piece)
-            best, at = seen.units.max(2)
-            height, width = seen.size
-            y, x = (at // width + 0.5) / height, (at % width + 0.5) / width
-            maxima.append(best.cpu().numpy())
-            places.append(torch.stack([y, x], 2).cpu().numpy())
-            for name, value in seen.maps.items():
-                maps[name].append(value.cpu())
+    for batch in given.batches(4):
+        seen = _read(model, found, layers, batch.inputs)
+        best, at = seen.units.max(2)
+        height, width = seen.size
+        y, x = (at // width + 0.5) / height, (at % width + 0.5) / width
+        maxima.append(best.cpu().numpy())
+        places.append(torch.stack([y, x], 2).cpu().numpy())
+        for name, value in seen.maps.items():
+            maps[name].append(value.cpu())
     joined = {name: torch.cat(parts) for name, parts in maps.items()}
     return NaturalResponses(
-        data=data,
-        n=n,
+        examples=given.describe(),
         site=found,
         layers=layers,
         maximum=np.concatenate(maxima),
@@ -187,8 +182,7 @@ class Reliability:
             activation that it and the one from shuffled weights reach together.
         randomized_score: the same of the picture from the network with shuffled weights (`seeds` as 1).
         flags: what is wrong, in words; empty if nothing is.
-        data: the images compared with.
-        n: how many.
+        examples: the images compared with, and how they were chosen.
         seed: of everything random.
     """
 
@@ -200,8 +194,7 @@ class Reliability:
     score: float
     randomized_score: float
     flags: tuple[str, ...]
-    data: str
-    n: int
+    examples: Mapping[str, Any]
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -397,7 +390,6 @@ def _judged(
         score=_score(own, seeds, share),
         randomized_score=_score(null, 1.0, 1 - share),
         flags=tuple(flags),
-        data=natural.data,
-        n=natural.n,
+        examples=natural.examples,
         seed=seed,
     )

@@ -1,12 +1,11 @@
 """Results as figures for paper, PNG and SVG (layer 6)."""
 
 from circuits.figures.attributions import (
-    ablation_figure,
     attribution_figure,
     saliency_figure,
     sanity_figure,
 )
-from circuits.figures.edits import edit_figure
+from circuits.figures.edits import ablation_figure, edit_figure
 from circuits.figures.graphs import circuit_figure, family_figure, kernels_figure
 from circuits.figures.saving import check_figure_path, save_figure
 from circuits.figures.tunings import (

@@ -1,50 +1,19 @@
-"""Ablations, attributions and sanity checks as figures (layer 6)."""
+"""Attributions and sanity checks as figures (layer 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from circuits.attribution.ablation import AblationReport
 from circuits.attribution.cards import MethodCard
 from circuits.attribution.results import Attribution
 from circuits.figures.tunings import overlaid
 
 _WORST = "#b2182b"
-_NAMES = {
-    "top1": "top-1 accuracy", "top5": "top-5 accuracy", "loss": "loss (nats)", "kl": "KL from intact (nats)",
-    "top1_changed": "first choice changed", "logit": "logit of the first choice",
-}  # fmt: skip
-
-
-def ablation_figure(report: AblationReport, title: str = "") -> Figure:
-    """Each measure's change without the units, with its interval, beside random groups."""
-    names = list(report.measures)
-    figure = Figure((1.7 * len(names), 2.8), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(names), squeeze=False)).ravel()
-    for axis, name in zip(axes, names, strict=True):
-        m = report.measures[name]
-        error = [[m.change - m.low], [m.high - m.change]]
-        axis.errorbar([0], [m.change], yerr=np.maximum(error, 0), fmt="o", color=_WORST, capsize=3)
-        spread = np.linspace(-0.12, 0.12, max(1, len(m.random)))
-        axis.scatter(1 + spread[: len(m.random)], m.random, s=8, color="#969696")
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xticks([0, 1], ["units", "random"], fontsize=6)
-        axis.set_xlim(-0.6, 1.6)
-        axis.tick_params(axis="y", labelsize=6)
-        axis.set_title(f"{_NAMES.get(name, name)}\np {m.p_value:.2g}", fontsize=7)
-    figure.suptitle(
-        title
-        or f"{len(report.units)} units, {report.how} ablation: {report.n_examples} examples of {report.data}, "
-        f"{len(report.random_groups)} random groups (seed {report.seed})",
-        fontsize=8,
-    )
-    return figure
 
 
 def attribution_figure(

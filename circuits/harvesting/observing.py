@@ -33,29 +33,10 @@ def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], i
 
     The other axis is that of the units. A head's activation is the norm of its output.
     """
-    names = list(site.axes)
-    if "d_head" in names:
-        value = torch.linalg.vector_norm(value, dim=names.index("d_head"))
-        names.remove("d_head")
-    value = value.to(torch.float32)
-    unit_axis = names.index(site.axes[site.unit_axis])
-    if unit_axis == value.ndim - 1 and value.ndim > 2:
-        return value.reshape(value.shape[0], -1, value.shape[-1]).contiguous(), 1
-    value = value.movedim(unit_axis, 1)
-    return value.reshape(value.shape[0], value.shape[1], -1).contiguous(), 2
-
-
-def as_rows(site: Site, value: Tensor) -> Float[Tensor, "row column"]:
-    """A site's tensor with a row a position of an example and a column a unit (and inner dimension)."""
-    inner = [site.unit_axis, *(i for i, a in enumerate(site.axes) if a == "d_head")]
-    moved = value.movedim(inner, list(range(-len(inner), 0)))
-    return moved.reshape(-1, int(np.prod([value.shape[i] for i in inner])))
-
-
-def n_columns(site: Site) -> int:
-    """How many columns `as_rows` gives."""
-    sizes = dict(zip(site.axes[1:], site.shape, strict=True))
-    return site.n_units * sizes.get("d_head", 1)
+    units = site.activations(value).to(torch.float32)
+    if site.units_last and site.position_axes:
+        return units.movedim(2, 1).contiguous(), 1
+    return units.contiguous(), 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +87,7 @@ class Observer:
         if self.full is not None:
             self.full.add(value, examples)
         if self.covariance is not None:
-            self.covariance.add(as_rows(self.site, value))
+            self.covariance.add(self.site.rows(value).flatten(0, -2))
         x, axis = laid_out(self.site, value)
         if x.numel() == 0:
             return
@@ -181,7 +162,7 @@ class Observer:
     def _relocate(self, value: Tensor, rows: np.ndarray) -> None:
         """Number the positions of a short text as those of the longest are."""
         site = self.site
-        shape = tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
+        shape = site.positions_of(value)
         if len(shape) > 1 and shape != site.position_shape:
             where = np.unravel_index(self._s.argmax[rows], shape)
             self._s.argmax[rows] = np.ravel_multi_index(where, site.position_shape)
@@ -209,16 +190,16 @@ class _FullBuffer:
     def __init__(self, site: Site, n_examples: int) -> None:
         self.site = site
         places = int(np.prod(site.position_shape))
-        self._rows = torch.empty((n_examples * places, n_columns(site)))
+        self._rows = torch.empty((n_examples * places, site.width))
         self._example: list[np.ndarray] = []
         self._position: list[np.ndarray] = []
         self._filled = 0
 
     def add(self, value: Tensor, examples: Sequence[int]) -> None:
-        rows = as_rows(self.site, value)
+        rows = self.site.rows(value).flatten(0, -2)
         self._rows[self._filled : self._filled + len(rows)].copy_(rows)
         self._filled += len(rows)
-        shape = [value.shape[self.site.axes.index(a)] for a in self.site.position_axes]
+        shape = self.site.positions_of(value)
         grid = np.indices(shape, np.int32).reshape(len(shape), int(np.prod(shape))).T
         self._position.append(np.tile(grid, (len(examples), 1)))
         self._example.append(np.repeat(np.asarray(examples, np.int32), len(grid)))

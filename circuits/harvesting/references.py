@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.harvesting.observing import as_rows, laid_out, n_columns
+from circuits.harvesting.observing import laid_out
 from circuits.harvesting.shardwork import ShardWork, one_thread
 from circuits.harvesting.workers import Send, share_out
 from circuits.store.summaries import histogram_range
@@ -50,7 +50,7 @@ def _glimpse(work: ShardWork, example: int) -> Glimpse | None:
         seen.count[here] = finite.sum(over).cpu().numpy()
         seen.total[here] = clean.double().sum(over).cpu().numpy()
         if site.name in covariances:
-            rows = as_rows(site, value).double().nan_to_num(0.0, 0.0, 0.0)
+            rows = site.rows(value).flatten(0, -2).double().nan_to_num(0.0, 0.0, 0.0)
             seen.columns[site.name] = rows.mean(0).cpu().numpy()
 
     for _, ready in work.loaded(range(example, example + 1), size=1):
@@ -81,7 +81,7 @@ def references(
     least, most = np.full(n_units, np.inf), np.full(n_units, -np.inf)
     count, total = np.zeros(n_units), np.zeros(n_units)
     columns = {
-        site.name: np.zeros(n_columns(site))
+        site.name: np.zeros(site.width)
         for site in work.provenance.stored
         if site.name in work.provenance.kept(work.provenance.depth.covariance)
     }

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from circuits.examples import Examples
 from circuits.harvesting import kernels
-from circuits.harvesting.inputs import Inputs
-from circuits.harvesting.observing import n_columns
 from circuits.harvesting.ranks import Ranks
 from circuits.harvesting.references import references
 from circuits.harvesting.shardwork import ShardWork
@@ -118,7 +117,7 @@ def harvest(
         raise ValueError(f"seed {seed} must be 0 or more")
     if positions is not None and positions < 0:
         raise ValueError(f"positions {positions} must be 0 (all) or more")
-    inputs = Inputs(model, source, skip_bad)
+    inputs = Examples(model, source, None, skip_bad=skip_bad)
     chosen = [inputs.fitted(site) for site in chosen]
     if positions is None:
         positions = max(FEWEST_POSITIONS, math.ceil(LOOKED_AT / len(source)))
@@ -246,7 +245,7 @@ def _bytes_per_example(sites: Sequence[Site], depth: Depth) -> tuple[int, int]:
     """What an example takes in summaries and in whole activations."""
     summary = sum(12 * site.n_units for site in sites)
     whole = [site for site in sites if site.name in depth.full]
-    return summary, sum(2 * math.prod(s.position_shape) * n_columns(s) for s in whole)
+    return summary, sum(2 * math.prod(s.position_shape) * s.width for s in whole)
 
 
 def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
@@ -261,7 +260,7 @@ def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
     n, stored = len(provenance.examples), provenance.stored
     summary, whole = _bytes_per_example(stored, provenance.depth)
     chosen = provenance.kept(provenance.depth.covariance)
-    products = sum(8 * n_columns(site) ** 2 for site in stored if site.name in chosen)
+    products = sum(8 * site.width**2 for site in stored if site.name in chosen)
     shards = -(-n // provenance.shard)
     needed = int(share * (n * (summary + whole) + shards * products)) + n * summary
     there = next(p for p in (folder, *folder.parents) if p.exists())
@@ -273,13 +272,13 @@ def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
         )
 
 
-def _first_readable(inputs: Inputs, skip_bad: bool) -> Tensor:
+def _first_readable(inputs: Examples, skip_bad: bool) -> Tensor:
     """The first example that can be read, as the model takes it."""
-    for i in range(len(inputs.source)):
+    for i in range(len(inputs)):
         try:
-            first = inputs.batch([i])
+            first = inputs.batch([i]).inputs
         except (OSError, ValueError):
-            if not skip_bad or i == len(inputs.source) - 1:
+            if not skip_bad or i == len(inputs) - 1:
                 raise
             continue
         inputs.model.check(first)
@@ -287,7 +286,7 @@ def _first_readable(inputs: Inputs, skip_bad: bool) -> Tensor:
     raise ValueError(f"data {inputs.source.spec!r} is empty")
 
 
-def _fitting(model: HookedModel, inputs: Inputs, first: Tensor, memory: int) -> int:
+def _fitting(model: HookedModel, inputs: Examples, first: Tensor, memory: int) -> int:
     """How many examples fit into the memory, all of a model's activations counted."""
     sites = [inputs.fitted(site) for site in model.sites]
     each = 4 * sum(math.prod(site.shape) for site in sites) + 4 * first.numel()

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.harvesting.inputs import Inputs
+from circuits.examples import Examples
 from circuits.harvesting.observing import Observer
 from circuits.hooks import Look
 from circuits.models.adapter import HookedModel
-from circuits.models.normalisation import FastNormalisation
 from circuits.store.provenance import Provenance
 from circuits.store.shards import Shard, StoreWriter
 from circuits.store.summaries import Summary
@@ -53,7 +52,7 @@ class ShardWork:
     """
 
     model: HookedModel
-    inputs: Inputs
+    inputs: Examples
     provenance: Provenance
     folder: Path
     skip_bad: bool
@@ -64,8 +63,7 @@ class ShardWork:
         kind, device = self.provenance.depth.precision, self.model.device.type
         half = kind != "float32"
         if not half:
-            with FastNormalisation():
-                self.model.observe(inputs, looks, self.model.last(looks))
+            self.model.observe(inputs, looks, self.model.last(looks))
             return
 
         def wide(look: Look) -> Look:
@@ -77,7 +75,7 @@ class ShardWork:
 
         with torch.autocast(device, getattr(torch, kind)):
             seen = {name: wide(look) for name, look in looks.items()}
-            self.model.observe(inputs, seen, self.model.last(looks))
+            self.model.observe(inputs, seen, self.model.last(looks), reference=True)
 
     def loaded(self, examples: range, size: int) -> Iterator[tuple[dict[int, str], Tensor | None]]:
         """The examples in batches, decoded ahead in a thread.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from circuits.hooks import Change, Look, Tap, intervene, observe, record
@@ -18,9 +20,9 @@ from circuits.models.attaching import (
     Place,
     attached_module,
     check_name,
-    width_of,
 )
 from circuits.models.composition import bridge_layers
+from circuits.models.generating import Sampling, continued
 from circuits.models.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.latent_weights import latent_layers
 from circuits.models.matrices import (
@@ -29,7 +31,25 @@ from circuits.models.matrices import (
     matrices_of_sites,
     parameter_names,
 )
-from circuits.models.sites import evaluating, find_sites, is_bridge, main_output
+from circuits.models.normalisation import FastNormalisation, NoticedNormalisation
+from circuits.models.padding import (
+    MASK,
+    Padding,
+    Side,
+    check_mask,
+    check_side,
+    find_padding,
+    padded,
+    unpadded,
+)
+from circuits.models.sites import (
+    answers_last,
+    evaluating,
+    find_embedding,
+    find_sites,
+    is_bridge,
+    main_output,
+)
 from circuits.models.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
 
@@ -101,7 +121,9 @@ class HookedModel:
         self.classes = tuple(classes)
         self.unit_names = dict(unit_names or {})
         self.lock = threading.RLock()
-        found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
+        with NoticedNormalisation() as noticed:
+            found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
+        self._normalises = noticed.seen
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
@@ -119,6 +141,8 @@ class HookedModel:
         ] = {}  # own tensors, by where those are that stand in for them
         self._matrices: tuple[str, tuple[WeightMatrix, ...]] | None = None
         self._layers: tuple[str, tuple[WeightLayer, ...]] | None = None
+        self._embedding: Site | None = None
+        self._way: Padding | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
 
@@ -155,8 +179,8 @@ class HookedModel:
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        first = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     def fitted(self, inputs: Tensor) -> Tensor:
         """`inputs` on the model's device and, unless they are tokens, in its precision."""
@@ -169,25 +193,36 @@ class HookedModel:
         self,
         inputs: Tensor,
         *,
+        mask: Bool[Tensor, "batch position"] | None = None,
         read: Iterable[str | Site] = (),
         edits: Mapping[str, Change] | None = None,
         until: str | Site | None = None,
         grad: bool = False,
+        reference: bool = False,
     ) -> ActivationCache:
         """Run the model once, reading some sites and changing others on the way.
 
         Args:
             inputs: as the model takes them (`input.normalize` makes them from images in 0..1).
+            mask: of tokens, True where a real one is; `pad` makes both. Where it is False, sites hold finite
+                numbers without meaning, and edits see them: a position counted from the end is one of the batch,
+                not of a text. None: all are real.
             read: the sites to keep.
             edits: site name -> function from its tensor to the tensor to use instead.
             until: stop the pass after this site; `output` is then None.
-            grad: keep the autograd history back to `inputs` (parameters are held fixed).
+            grad: keep the autograd history back to `inputs` (parameters are held fixed). Tokens have none: there
+                it goes back to the first site that depends on them, the embedding, whose tensor is a leaf.
+            reference: compute local response normalisation as torch composes it: to the bit what the module
+                alone gives, and visible to torch function modes. Otherwise it is several times as fast and equal
+                up to rounding. Models without it are the same either way.
 
         Raises:
             KeyError: if a site is unknown, or the pass did not reach one of `read`.
-            ValueError: if `inputs` do not fit the model.
+            ValueError: if `inputs` or `mask` do not fit the model, or no site of it depends on tokens that `grad`
+                is asked for.
         """
         self.check(inputs)
+        told = self._told(inputs, mask)
         inputs = self.fitted(inputs)
         sites = [self.site(name) for name in read]
         stop = None if until is None else self.site(until)
@@ -198,25 +233,44 @@ class HookedModel:
         own = inputs * 1 if grad else inputs.clone()
         with (
             self.intervening(edits or {}),
+            self._from_embedding(grad) as leaves,
             evaluating(self.module),
             torch.set_grad_enabled(grad),
+            self._fast(reference),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
-            output = self.module(own)
+            output = self.module(own, **told)
         self._check_reached(names, found)
+        found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
-    def observe(self, inputs: Tensor, looks: Mapping[str, Look], until: str | Site) -> None:
+    def _fast(self, reference: bool) -> AbstractContextManager[object]:
+        """What a forward pass is run in; nothing where it makes no difference, since modes cost time."""
+        return nullcontext() if reference or not self._normalises else FastNormalisation()
+
+    def observe(
+        self,
+        inputs: Tensor,
+        looks: Mapping[str, Look],
+        until: str | Site,
+        *,
+        mask: Bool[Tensor, "batch position"] | None = None,
+        reference: bool = False,
+    ) -> None:
         """Run once up to a site and show each site's tensor as it appears; nothing is kept.
 
         Args:
             inputs: as the model takes them.
             looks: site name -> what to call with its tensor, which a later step may overwrite.
             until: one of them: where the pass ends.
+            reference: see `run`.
+            mask: of tokens, True where a real one is (see `run`).
 
         Raises:
             KeyError: if a site is unknown, or was not reached.
+            ValueError: if `mask` does not fit.
         """
+        told = self._told(inputs, mask)
         seen: set[str] = set()
 
         def noting(name: str, look: Look) -> Look:
@@ -232,9 +286,10 @@ class HookedModel:
             self.lock,
             evaluating(self.module),
             torch.no_grad(),
+            self._fast(reference),
             observe(self.module, taps, self.site(until).name),
         ):
-            self.module(self.fitted(inputs).clone())
+            self.module(self.fitted(inputs).clone(), **told)
         self._check_reached(named, seen)
 
     def _check_reached(self, names: Iterable[str], reached: Container[str]) -> None:
@@ -244,9 +299,179 @@ class HookedModel:
                 f"site {missing[0]!r} was not reached in this forward pass of {self.name}"
             )
 
-    def logits(self, inputs: Tensor, edits: Mapping[str, Change] | None = None) -> Tensor:
-        """The model's main output: logits of classes (batch x class) or tokens (… x token)."""
-        return main_output(self.run(inputs, edits=edits).output)
+    @contextmanager
+    def _from_embedding(self, grad: bool) -> Iterator[dict[str, Tensor]]:
+        """With `grad`, make of the embedding of tokens a leaf, and yield it by its site's name once it is there."""
+        leaves: dict[str, Tensor] = {}
+        if not grad or not isinstance(self.input, TokenInput):
+            yield leaves
+            return
+        site = self.embedding.name
+
+        def begin(value: Tensor) -> Tensor:
+            if value.requires_grad:  # an edit's, or what counts as one, has a history of its own
+                return value
+            leaves[site] = value.detach().requires_grad_(True)
+            return leaves[site] * 1  # a copy: what follows may work in place
+
+        with self.intervening({site: begin}):
+            yield leaves
+
+    @property
+    def embedding(self) -> Site:
+        """The first site that depends on the tokens, found by trying when it is first asked for.
+
+        Raises:
+            ValueError: if there is none, or the model takes images.
+        """
+        # not a cached property: that holds a lock for all instances, inside which the model's own would be taken
+        with self.lock:
+            if self._embedding is None:
+                self._embedding = self._find_embedding(self._of_tokens("embeds nothing"))
+            return self._embedding
+
+    def _find_embedding(self, spec: TokenInput) -> Site:
+        first = spec.example(1)
+        two = torch.cat([first, (first + 1) % spec.n_vocab])
+        name = find_embedding(self._seen(two, {}), [site.name for site in self.sites])
+        if name is None:
+            raise ValueError(
+                f"no site of {self.name} depends on its tokens: there is nothing to take a gradient by"
+            )
+        return self.site(name)
+
+    def _of_tokens(self, otherwise: str) -> TokenInput:
+        if not isinstance(self.input, TokenInput):
+            raise ValueError(f"model {self.name} takes images: it {otherwise}")
+        return self.input
+
+    def _seen(self, tokens: Tensor, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What all sites of the model as it is outside all edits hold in one pass."""
+        told = {name: value.to(self.device) for name, value in told.items()}
+        with (
+            self.lock,
+            self.outside(),
+            evaluating(self.module),
+            torch.no_grad(),
+            torch._C.DisableTorchFunction(),  # modes of the caller that replace operations
+            record(self.module, self._taps) as found,
+        ):
+            self.module(self.fitted(tokens), **told)
+        return found
+
+    # --- texts of different lengths --------------------------------------------------------------
+
+    @property
+    def padding(self) -> Side | None:
+        """The side on which shorter texts of a batch are filled up; None if all must be of one length.
+
+        Found by trying when it is first asked for (`circuits.models.padding`).
+
+        Raises:
+            ValueError: if the model takes images.
+        """
+        return self._padding.side
+
+    @property
+    def _padding(self) -> Padding:
+        with self.lock:
+            if self._way is None:
+                self._way = find_padding(self._seen, self._of_tokens("needs no padding"))
+            return self._way
+
+    def pad(
+        self, rows: Sequence[Int[Tensor, "_"] | Sequence[int]]
+    ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
+        """Texts as one batch, filled up where the model takes it, and where its real tokens are.
+
+        What a text is filled up with changes nothing: it is the tokenizer's padding token, or 0.
+
+        Raises:
+            ValueError: if a text is empty, or they differ in length and the model takes one length only.
+        """
+        filler = self._of_tokens("needs no padding").filler
+        texts = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+        if len({len(text) for text in texts}) < 2:
+            return padded(texts, filler=filler)
+        tokens, mask = padded(texts, self.padding or "right", filler)
+        check_side(mask, self._padding, self.name)
+        return tokens, mask
+
+    def _told(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """What the module must be told besides its input, so that what is hidden changes nothing."""
+        if mask is None:
+            return {}
+        self._of_tokens("takes no mask")
+        check_mask(mask, inputs)
+        if mask.all():
+            return {}
+        check_side(mask, self._padding, self.name)
+        return {MASK: mask.to(self.device, torch.long)} if self._padding.told else {}
+
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch position"],
+        n_tokens: int,
+        *,
+        mask: Bool[Tensor, "batch position"] | None = None,
+        edits: Mapping[str, Change] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> list[Int[Tensor, "_"]]:
+        """Continue each text from its own end, with edits in force at every forward pass.
+
+        Nothing is kept from one pass to the next, so that an edit is seen by every token: a pass costs more the
+        longer the texts are. A text's continuation does not depend on its company.
+
+        Args:
+            inputs: the texts.
+            n_tokens: how many tokens to add at most.
+            mask: True where a real token is (see `run`).
+            edits: as `run` takes them; the tensors that they are given grow longer.
+            temperature: what logits are divided by before a token is drawn; 0 takes the most likely one.
+            seed: of the first text's draws; the next one's is one more, and so on.
+            stop: tokens that end a text; the one that did is kept.
+
+        Returns:
+            Each text with what was added to it.
+
+        Raises:
+            ValueError: if the model takes images, looks both ways, or puts out no logits at every position; if
+                texts would grow past its context; or a number is out of range.
+        """
+        spec = self._of_tokens("continues no texts")
+        self.check(inputs)
+        self._told(inputs, mask)
+        rows = unpadded(inputs, mask)
+        sampling = Sampling(n_tokens, temperature, seed, stop)
+        sampling.check(rows, spec)
+        if self._padding.looks_ahead:
+            raise ValueError(
+                f"model {self.name} looks both ways along a text: it does not predict what comes next"
+            )
+
+        def forward(tokens: Tensor, mask: Tensor) -> Tensor:
+            return answers_last(self.sites, self.logits(tokens, edits, mask=mask))
+
+        with self.lock:
+            made = continued(forward, self.pad, rows, sampling, spec)
+        return [torch.tensor(row, device=inputs.device) for row in made]
+
+    def logits(
+        self,
+        inputs: Tensor,
+        edits: Mapping[str, Change] | None = None,
+        *,
+        mask: Bool[Tensor, "batch position"] | None = None,
+        reference: bool = False,
+    ) -> Tensor:
+        """The model's main output: logits of classes (batch x class) or tokens (… x token).
+
+        `edits`, `mask` and `reference` are those of `run`.
+        """
+        made = self.run(inputs, mask=mask, edits=edits, reference=reference)
+        return main_output(made.output)
 
     @contextmanager
     def intervening(self, edits: Mapping[str, Change]) -> Iterator[None]:
@@ -256,11 +481,8 @@ class HookedModel:
             KeyError: if a site is unknown; nothing has been changed then.
         """
 
-        def unless_suspended(change: Change) -> Change:
-            return lambda value: value if self._suspended else change(value)
-
         changes = [
-            (self._taps[self.site(name).name], unless_suspended(change))
+            (self._taps[self.site(name).name], self._unless_suspended(change))
             for name, change in edits.items()
         ]
         with self.lock, intervene(self.module, changes):
@@ -269,6 +491,9 @@ class HookedModel:
                 yield
             finally:
                 self._interventions -= 1
+
+    def _unless_suspended(self, change: Change) -> Change:
+        return lambda value: value if self._suspended else change(value)
 
     @contextmanager
     def rewriting(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -358,8 +583,8 @@ class HookedModel:
         if self.edited:
             raise ValueError(f"model {self.name} is edited: attach an autoencoder outside the edit")
         for what, wanted, place in (
-            ("d_in", width_of(source), source),
-            ("d_out", width_of(end), end),
+            ("d_in", source.width, source),
+            ("d_out", end.width, end),
         ):
             own = getattr(code, what, wanted)
             if own != wanted:
@@ -429,7 +654,7 @@ class HookedModel:
                 return self._held
             key = self.intact_hash
             if self._matrices is None or self._matrices[0] != key:
-                with self._outside():
+                with self.outside():
                     self._matrices = key, self._find_matrices()
             if self._steady:
                 self._held = self._matrices[1]
@@ -448,8 +673,8 @@ class HookedModel:
                     self._held = None
 
     @contextmanager
-    def _outside(self) -> Iterator[None]:
-        """The model as it is without the edits that are in force."""
+    def outside(self) -> Iterator[None]:
+        """Inside the block the model is as it is without the edits that are in force."""
         own = list(self.module.parameters())
         inside = [p.data for p in own]
         suspended, self._suspended = self._suspended, True

@@ -134,7 +134,7 @@ class Call:
         return replace(self, output=output, result=result, place=place)
 
 
-Rule = Callable[[Call], Pull]
+AdjointRule = Callable[[Call], Pull]
 
 
 def adjoint(call: Call) -> Pull:
@@ -586,7 +586,7 @@ _ADDING = re.compile("add|sub|rsub")
 _BILINEAR = re.compile("convolution|addmm|mm|bmm|baddbmm|matmul|linear|mul|div")
 """Operations that are linear in one input while the others are given."""
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, AdjointRule] = {
     "convolution": _convolution,
     "relu": _relu,
     "max_pool2d_with_indices": _max_pool,

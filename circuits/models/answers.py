@@ -7,12 +7,12 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
+from circuits.models.sites import answers_last
 
 
 def outputs_last(model: HookedModel, logits: Tensor) -> Tensor:
     """Logits with the axis of classes or tokens last, whatever their layout."""
-    site = next((s for s in reversed(model.sites) if s.kind == "logit"), None)
-    return logits if site is None else logits.movedim(site.unit_axis, -1)
+    return answers_last(model.sites, logits)
 
 
 def answers(model: HookedModel, logits: Tensor) -> Float[Tensor, "example output"]:

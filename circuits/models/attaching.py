@@ -84,10 +84,11 @@ class Attached(Splice):
         self.code = code
         self.source, self.target = source, target
         site = source.site
-        if "d_head" in site.axes:
-            self.latents = Spot(("batch", "position", "unit"), 2, "latent")
-        else:
+        if site.inner_axis is None:
             self.latents = Spot(site.axes, site.unit_axis, "latent")
+        else:  # of all heads together
+            axes = ("batch", *site.position_axes, "unit")
+            self.latents = Spot(axes, len(axes) - 1, "latent")
         self.error = Spot(target.site.axes, target.site.unit_axis, target.site.kind)
         self.calls: dict[str, int] = {}
         self.held: tuple[Tensor, Tensor, Tensor] | None = None  # x, codes, codes after changes
@@ -121,13 +122,13 @@ class Attached(Splice):
         """The hook at the site that is encoded."""
         if not self._is_at(self.source, "source") or not self.watched:
             return None
-        x = rows_of(self.source.site, self.source.tap.read(output)).to(_precision(self.code))
+        x = self.source.site.rows(self.source.tap.read(output)).to(_precision(self.code))
         if self.skips and self.target is not self.source:
             x = x.clone()  # what comes in between may overwrite it
         codes = self.code.encode(x)  # type: ignore[operator]
-        given = codes_of(self.source.site, codes)
+        given = codes.movedim(-1, self.latents.unit_axis)  # laid out like the site
         shown = self.latents(given)
-        changed = codes if shown is given else rows_back(self.source.site, shown)
+        changed = codes if shown is given else shown.movedim(self.latents.unit_axis, -1)
         self.held = (x, codes, changed)
         return self._written(output) if self.target is self.source else None
 
@@ -145,13 +146,12 @@ class Attached(Splice):
             return None
         site = self.target.site
         value = self.target.tap.read(output)
-        there = rows_of(site, value)
         made = self._decoded(codes, x)
-        error = from_rows(site, there - made, value)
+        error = site.from_rows(site.rows(value) - made).to(value.dtype)
         shown = self.error(error)
         if shown is error and changed is codes:
             return None
-        remade = from_rows(site, self._decoded(changed, x), value)
+        remade = site.from_rows(self._decoded(changed, x)).to(value.dtype)
         return self.target.tap.write(output, remade + shown)
 
     @property
@@ -163,37 +163,6 @@ class Attached(Splice):
         if self.skips:
             return self.code.decode(codes, x)  # type: ignore[operator]
         return self.code.decode(codes)  # type: ignore[operator]
-
-
-def rows_of(site: Site, value: Tensor) -> Tensor:
-    """A site's tensor with what an autoencoder encodes on its last axis; heads side by side."""
-    if "d_head" in site.axes:
-        return value.flatten(-2)
-    return value.movedim(site.unit_axis, -1)
-
-
-def from_rows(site: Site, rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `rows_of`, in the precision of the site's own tensor."""
-    if "d_head" in site.axes:
-        return rows.reshape(like.shape[:1] + rows.shape[1:-1] + like.shape[-2:]).to(like.dtype)
-    return rows.movedim(-1, site.unit_axis).to(like.dtype)
-
-
-def codes_of(site: Site, codes: Tensor) -> Tensor:
-    """Codes laid out like the site: latents where its units are."""
-    return codes if "d_head" in site.axes else codes.movedim(-1, site.unit_axis)
-
-
-def rows_back(site: Site, codes: Tensor) -> Tensor:
-    """The inverse of `codes_of`."""
-    return codes if "d_head" in site.axes else codes.movedim(site.unit_axis, -1)
-
-
-def width_of(site: Site) -> int:
-    """How many numbers a row of a site has: one a unit; of heads, their insides side by side."""
-    return site.n_units * (
-        site.shape[site.axes.index("d_head") - 1] if "d_head" in site.axes else 1
-    )
 
 
 def attached_module(

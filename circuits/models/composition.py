@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.topology import Link, WeightLayer
@@ -105,7 +106,43 @@ def read_weights(bridge: Any, layer: int | None) -> Tensor:
 def norm_weight(norm: Any) -> Tensor | float:
     """The weights of a normalisation layer, one a residual dimension; 1 if it has none."""
     weight = getattr(norm, "weight", None)
-    return weight.detach()[:, None] if isinstance(weight, Tensor) else 1.0
+    if not isinstance(weight, Tensor):
+        return 1.0
+    offset = 1.0 if getattr(norm, "uses_weight_offset", False) else 0.0  # Gemma stores w - 1
+    return weight.detach()[:, None] + offset
+
+
+def held_normalisation(
+    norm: Any, stream: Float[Tensor, "row d_model"]
+) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"], bool]:
+    """A normalisation as it is at some residual streams, held fixed: affine in what it reads.
+
+    Args:
+        norm: a normalisation layer of a bridge.
+        stream: where, in float64.
+
+    Returns:
+        What a change is multiplied by, what is added, and whether the mean of a change is taken away first.
+    """
+    kind = next((p.dtype for p in norm.parameters()), torch.float32)
+    probe = torch.linspace(-1, 1, stream.shape[1], dtype=torch.float64, device=stream.device)[None]
+
+    def normed(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return norm(x.to(kind)).double()
+
+    bias = normed(torch.zeros_like(probe))
+    centred = bool(torch.allclose(normed(probe + 1), normed(probe), rtol=1e-3, atol=1e-4))
+    inner = stream - stream.mean(1, keepdim=True) if centred else stream
+    # where there is nothing to divide, the factor is that of next to nothing
+    inner = torch.where(inner.any(1, keepdim=True), inner, 1e-6 * probe)
+    made = normed(inner) - bias
+    # the factor is the same for all but its weight: taken where the stream is largest, times the weight
+    weight = norm_weight(norm)
+    gains = weight[:, 0].double() if isinstance(weight, Tensor) else torch.ones_like(stream[0])
+    at = (inner.abs() * (gains != 0)).argmax(1, keepdim=True)
+    factor = (made / torch.where(gains == 0, 1.0, gains)).gather(1, at) / inner.gather(1, at)
+    return factor * gains, bias.expand_as(stream), centred
 
 
 def qk(bridge: Any, layer: int, head: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -145,6 +146,7 @@ class TokenInput:
         vocabulary: how each token is written; empty if unknown.
         bos: the token that starts every sequence, if there is one.
         encoder: the model's own tokenizer, from text to tokens without `bos`.
+        filler: the token that fills up shorter texts of a batch; which one it is changes nothing.
     """
 
     n_vocab: int
@@ -152,11 +154,16 @@ class TokenInput:
     vocabulary: tuple[str, ...] = ()
     bos: int | None = None
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
+    filler: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.vocabulary and len(self.vocabulary) != self.n_vocab:
             raise ValueError(
                 f"vocabulary has {len(self.vocabulary)} entries: expected n_vocab {self.n_vocab}"
+            )
+        if not 0 <= self.filler < self.n_vocab:
+            raise ValueError(
+                f"filler {self.filler} is not in the vocabulary: expected 0 to {self.n_vocab - 1}"
             )
 
     def example(self, batch: int = 1, seed: int = 0) -> Int[Tensor, "batch position"]:
@@ -191,6 +198,24 @@ class TokenInput:
         'b'
         """
         return self.vocabulary[token] if self.vocabulary else str(token)
+
+    def excerpt(self, tokens: Sequence[int], at: int, around: int = 8) -> str:
+        """A stretch of a text, with one token marked.
+
+        Args:
+            tokens: of the whole text.
+            at: the place of the token.
+            around: how many tokens on either side.
+
+        >>> TokenInput(9, 8).excerpt([3, 1, 4, 1, 5], 2, around=1)
+        '… 1 «4» 1 …'
+        """
+        first, gap = max(0, at - around), "" if self.vocabulary else " "
+        words = [self.word(t).replace("\n", "⏎") for t in tokens[first : at + around + 1]]
+        bare = words[at - first].strip()
+        words[at - first] = words[at - first].replace(bare, f"«{bare}»") if bare else "« »"
+        before, after = ["…"] * (first > 0), ["…"] * (at + around + 1 < len(tokens))
+        return gap.join([*before, *words, *after])
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, by the model's own tokenizer.

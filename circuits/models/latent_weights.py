@@ -30,9 +30,9 @@ def latent_layers(
         )
         if not isinstance(encoder, Tensor) or not isinstance(decoder, Tensor) or name not in sites:
             continue
-        if "d_head" not in attached.source.site.axes:
+        if attached.source.site.inner_axis is None:
             found.append(_encoder_layer(name, attached, encoder.detach()))
-        if "d_head" not in attached.target.site.axes:
+        if attached.target.site.inner_axis is None:
             target = attached.target.site.name
             if is_bridge(module):
                 own, behind = sites[name], sites[target]
@@ -49,7 +49,7 @@ def _encoder_layer(name: str, attached: Attached, encoder: Tensor) -> WeightLaye
     n, width = encoder.shape
     axes = (
         (1,) * len(attached.source.site.position_axes)
-        if attached.source.site.unit_axis == 1
+        if not attached.source.site.units_last
         else ()
     )
     shaped = encoder.reshape(n, width, *axes)

@@ -352,7 +352,10 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
         encoder = partial(tokenizer.encode, add_special_tokens=False)
     vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
     bos = getattr(tokenizer, "bos_token_id", None)
-    spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder)
+    filler = getattr(tokenizer, "pad_token_id", None) or 0
+    if filler >= bridge.cfg.d_vocab:  # added to the tokenizer, not to the model
+        filler = 0
+    spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder, filler)
     return HookedModel(bridge, spec, f"tl:{name}")
 
 

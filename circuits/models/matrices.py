@@ -316,14 +316,10 @@ def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, t
 
 def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor]) -> list[End]:
     """The end at a site that holds what went through, if it does."""
-    if value is None or site.kind == "pattern":
+    if value is None or site.kind == "pattern" or not site.units_last:
         return []
-    inner = value.shape[-1] if "d_head" in site.axes else 1
-    if site.unit_axis != value.ndim - (2 if "d_head" in site.axes else 1):
-        return []
-    flat = value.flatten(-2) if "d_head" in site.axes else value
+    flat = site.rows(value)
     for tensor in seen:
         if tensor.shape == flat.shape and torch.equal(tensor, flat):
-            owner = torch.arange(site.n_units).repeat_interleave(inner)
-            return [End(site.name, owner, torch.ones(len(owner)))]
+            return [End(site.name, site.row_units, torch.ones(site.width))]
     return []

@@ -1,4 +1,7 @@
-"""Local response normalisation, several times as fast as torch composes it (layer 3)."""
+"""Local response normalisation, several times as fast as torch composes it.
+
+`HookedModel.run` puts it in force by itself; a few functions that take a model apart use it directly.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,13 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *rest = ctx.saved_tensors
-        if not rest and _compilable(grad):
+        wanted_again = torch.is_grad_enabled()  # a graph of the derivative, from x
+        if not rest and _compilable(grad) and not wanted_again:
             return _over_pixels("backward", (x, grad), ctx.constants), None, None, None, None
         size, alpha, beta, k = ctx.constants
-        base, scale = rest or _base_and_scale(x, size, alpha, beta, k)
+        if not rest or wanted_again:
+            rest = _base_and_scale(x, size, alpha, beta, k)
+        base, scale = rest
         # a channel is in the window of those on its other side: the window turned round
         inner = _channel_window((grad * x * scale / base).flip(1), size).flip(1)
         return grad * scale - inner * x * (2 * alpha * beta / size), None, None, None, None
@@ -106,4 +112,20 @@ class FastNormalisation(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.local_response_norm:
             return local_response_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class NoticedNormalisation(TorchFunctionMode):
+    """While it is entered (in one thread), notes whether local response normalisation is computed.
+
+    Attributes:
+        seen: whether it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or func is F.local_response_norm
         return func(*args, **(kwargs or {}))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.models.sites import unit_activations
 from circuits.units import Site
 
 Box = tuple[int, int, int, int]
@@ -103,7 +102,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
         spoiled = example.clone()
         spoil(spoiled.movedim(2 + axis, -1))
         cache = model.run(spoiled, read=[site], until=site)
-        values = unit_activations(site, cache[site])[0].reshape(-1, *site.position_shape)
+        values = site.activations(cache[site])[0].reshape(-1, *site.position_shape)
         return bool(values.movedim(1 + axis, 0)[position].isnan().any())
 
     # pixels that had to be spoiled, by side, positions from the border, and the input's length

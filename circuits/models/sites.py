@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, trace
@@ -208,7 +207,7 @@ def _hook_points(bridge: Any) -> Named:
 _HEADS = re.compile(r"hook_(z|q|k|v|rot_q|rot_k|result)$")
 _PATTERNS = re.compile(r"hook_(pattern|attn_scores)$")
 _NEURONS = re.compile(r"(mlp|hook)\S*hook_(pre|post|pre_linear|mid)$|mlp\.(in|gate)\.hook_out$")
-_LOGITS = re.compile(r"hook_unembed$|unembed\.hook_out$")
+_LOGITS = re.compile(r"hook_unembed$|unembed\.hook_out$|^output$")
 
 
 def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
@@ -218,15 +217,25 @@ def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
         tap = replace(tap, convert=conversion.convert, revert=conversion.revert)
     value = tap.read(t.value) if conversion is not None else t.value
     axes, unit_axis, kind = _bridge_axes(t.name, value.ndim)
-    site = Site(
-        t.name, kind, axes, unit_axis, tuple(value.shape[1:]), names[t.name][1], "HookPoint"
-    )
+    # logits that are capped after the last hook point (Gemma 2) are the model's own output
+    _, aliases = names.get(t.name, (tap.module, ()))
+    site = Site(t.name, kind, axes, unit_axis, tuple(value.shape[1:]), aliases, "HookPoint")
     return site, tap
 
 
-def _shown_too_late(name: str, order: list[str]) -> bool:
+def attention_patterns(sites: Sequence[Site]) -> list[Site]:
+    """The sites of attention patterns that are read by what is behind them.
+
+    Some bridges (GPT-J) show patterns only after attention is over: those can be looked at, not changed.
+    """
+    order = [site.name for site in sites]
+    patterns = [s for s in sites if s.kind == "pattern" and s.name.endswith("hook_pattern")]
+    return [s for s in patterns if not _shown_too_late(s.name, order, "hook_pattern")]
+
+
+def _shown_too_late(name: str, order: list[str], what: str = "hook_attn_scores") -> bool:
     """Whether a bridge shows attention scores only after attention is over, where edits do nothing."""
-    z = name.replace("hook_attn_scores", "hook_z")
+    z = name.replace(what, "hook_z")
     return z != name and z in order and order.index(name) > order.index(z)
 
 
@@ -248,16 +257,22 @@ def _bridge_axes(name: str, ndim: int) -> tuple[tuple[str, ...], int, SiteKind]:
     return ("batch", "position", "unit"), 2, kind
 
 
-def unit_activations(site: Site, value: Tensor) -> Float[Tensor, "batch unit position"]:
-    """A site's tensor with one number per example, unit and position.
+def answers_last(sites: Sequence[Site], logits: Tensor) -> Tensor:
+    """A model's logits with the axis of classes or tokens last, whatever their layout."""
+    site = next((s for s in reversed(sites) if s.kind == "logit"), None)
+    return logits if site is None else logits.movedim(site.unit_axis, -1)
 
-    Positions are flattened in the order of `site.position_axes`; a head's activation at a position
-    is the norm of its output there.
+
+def find_embedding(seen: Mapping[str, Tensor], order: Sequence[str]) -> str | None:
+    """The first site that depends on the tokens: what comes before, such as positions, does not.
+
+    Args:
+        seen: what sites hold, by name, for two texts that have no token in common at any position.
+        order: the sites in order of execution.
     """
-    names = list(site.axes)
-    if "d_head" in names:
-        value = value.norm(dim=names.index("d_head"))
-        names.remove("d_head")
-    unit_axis = names.index(site.axes[site.unit_axis])
-    value = value.movedim(unit_axis, 1)
-    return value.reshape(value.shape[0], value.shape[1], -1)
+
+    def differs(value: Tensor) -> bool:
+        one, other = value[0].double(), value[1].double()
+        return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+    return next((name for name in order if name in seen and differs(seen[name])), None)

@@ -8,7 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from circuits.effects import Effect, Prediction
+from circuits.effects import Prediction
+from circuits.experiments import Effect
 from circuits.plots.colors import BLUE, GREY, ORANGE
 from circuits.tuning import HeatMap, RadialTuning
 
@@ -102,23 +103,14 @@ def pattern_figure(pattern: Float[np.ndarray, "query key"], words: Sequence[str]
 
 
 def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
-    """Changes with their intervals, beside those that random twins and random changes of the same size make."""
+    """Changes with their intervals, compared with those that the random variants make."""
     figure = go.Figure()
     names = list(effects)
-    for what, values, color, symbol in (
-        ("random twins", {n: e.random for n, e in effects.items()}, GREY, "circle-open"),
-        (
-            "random change of the same size",
-            {n: e.noise for n, e in effects.items()},
-            GREY,
-            "x-thin-open",
-        ),
-    ):
-        points = [(n, v) for n in names for v in values[n]]
-        figure.add_scatter(
-            x=[v for _, v in points], y=[n for n, _ in points], mode="markers", name=what, marker_color=color,
-            marker_symbol=symbol, hovertemplate="%{x:.3g}<extra>" + what + "</extra>",
-        )  # fmt: skip
+    points = [(n, v) for n in names for v in effects[n].null]
+    figure.add_scatter(
+        x=[v for _, v in points], y=[n for n, _ in points], mode="markers", name="null", marker_color=GREY,
+        marker_symbol="circle-open", hovertemplate="%{x:.3g}<extra>null</extra>",
+    )  # fmt: skip
     figure.add_scatter(
         x=[e.change for e in effects.values()], y=names, mode="markers", name="the edits",
         marker={"color": ORANGE, "size": 10},

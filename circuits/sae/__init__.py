@@ -1,6 +1,6 @@
 """Sparse autoencoders of a model's activations: training, measures, names, bottlenecks (layer 5)."""
 
-from circuits.sae.batches import ArrayRows, ModelRows, Rule, StoreRows
+from circuits.sae.batches import ArrayRows, ModelRows, RowFilter, StoreRows
 from circuits.sae.behaviour import Behaviour, behaviour
 from circuits.sae.bottleneck import (
     Bottleneck,
@@ -20,8 +20,8 @@ from circuits.sae.comparing import (
 )
 from circuits.sae.dissecting import Dissection, dissect
 from circuits.sae.evaluations import as_evaluation, load_evaluation, save_evaluation
-from circuits.sae.learners import Architecture, Settings
-from circuits.sae.metrics import Metrics, measure, rule_of, unseen
+from circuits.sae.learners import Architecture, Hyperparameters
+from circuits.sae.metrics import Metrics, reconstruction, rule_of, unseen
 from circuits.sae.naming import (
     Name,
     Naming,
@@ -37,10 +37,47 @@ from circuits.sae.probing import Probe, probe
 from circuits.sae.training import Progress, Schedule, train
 
 __all__ = [
-    "Architecture", "ArrayRows", "Behaviour", "Bottleneck", "Dissection", "Intervention", "Matching", "Metrics",
-    "ModelRows", "Name", "Naming", "Probe", "Progress", "Rule", "Schedule", "Settings", "Stability", "StoreRows",
-    "as_evaluation", "as_recipe", "behaviour", "call", "dissect", "history", "intervene", "known_dictionary",
-    "load_evaluation", "match", "measure", "name_by_attributes", "name_by_text", "names_of", "pooled", "probe",
-    "recovery", "rule_of", "save_evaluation", "save_names", "stability", "suspects", "train", "train_bottleneck",
+    "Architecture",
+    "ArrayRows",
+    "Behaviour",
+    "Bottleneck",
+    "Dissection",
+    "Hyperparameters",
+    "Intervention",
+    "Matching",
+    "Metrics",
+    "ModelRows",
+    "Name",
+    "Naming",
+    "Probe",
+    "Progress",
+    "RowFilter",
+    "Schedule",
+    "Stability",
+    "StoreRows",
+    "as_evaluation",
+    "as_recipe",
+    "behaviour",
+    "call",
+    "dissect",
+    "history",
+    "intervene",
+    "known_dictionary",
+    "load_evaluation",
+    "match",
+    "name_by_attributes",
+    "name_by_text",
+    "names_of",
+    "pooled",
+    "probe",
+    "reconstruction",
+    "recovery",
+    "rule_of",
+    "save_evaluation",
+    "save_names",
+    "stability",
+    "suspects",
+    "train",
+    "train_bottleneck",
     "unseen",
 ]  # fmt: skip

@@ -20,10 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.harvesting import Inputs
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
-from circuits.models.attaching import rows_of, width_of
-from circuits.models.normalisation import FastNormalisation
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore
 
@@ -38,7 +36,7 @@ _SAMPLE = 2**15
 
 
 @dataclass(frozen=True)
-class Rule:
+class RowFilter:
     """Which rows are left out of training and evaluation.
 
     Attributes:
@@ -259,7 +257,7 @@ class ModelRows(RowSource):
         target: str | None = None,
         batch: int = 16,
     ) -> None:
-        self.model, self.inputs, self.batch = model, Inputs(model, source), batch
+        self.model, self.inputs, self.batch = model, Examples(model, source, None), batch
         self.site = model.site(site)
         self.goal = self.site if target is None else model.site(target)
         if self.goal.position_shape != self.site.position_shape:
@@ -269,22 +267,22 @@ class ModelRows(RowSource):
         self.tokens = "position" in self.site.axes
         self.about = {
             "rows": "model", "model": model.name, "model_hash": model.hash, "site": self.site.name,
-            "target": self.goal.name, "data": source.spec, "data_hash": source.hash, "width": width_of(self.site),
-            "target_width": width_of(self.goal),
+            "target": self.goal.name, "data": source.spec, "data_hash": source.hash, "width": self.site.width,
+            "target_width": self.goal.width,
         }  # fmt: skip
         positions = int(np.prod(self.inputs.fitted(self.site).position_shape or (1,)))
-        rows = blocks_in_group(width_of(self.site)) * BLOCK
+        rows = blocks_in_group(self.site.width) * BLOCK
         self._per_group = max(1, rows // positions)
         self._positions = positions
 
     def __len__(self) -> int:
-        return len(self.inputs.source) * self._positions
+        return len(self.inputs) * self._positions
 
     def n_groups(self) -> int:
-        return -(-len(self.inputs.source) // self._per_group)
+        return -(-len(self.inputs) // self._per_group)
 
     def order(self, seed: int) -> np.ndarray:
-        return np.random.default_rng(seed).permutation(len(self.inputs.source))
+        return np.random.default_rng(seed).permutation(len(self.inputs))
 
     def load(self, order: np.ndarray, group: int) -> Group:
         examples = np.sort(order[group * self._per_group : (group + 1) * self._per_group])
@@ -311,10 +309,9 @@ class ModelRows(RowSource):
 
     def _rows(self, examples: list[int]) -> Group:
         read = list(dict.fromkeys((self.site, self.goal)))
-        with FastNormalisation():
-            x = self.inputs.batch(examples)
-            cache = self.model.run(x, read=read, until=self.model.last(read))
-        values = [rows_of(s, cache[s]).float() for s in (self.site, self.goal)]
+        x = self.inputs.batch(examples).inputs
+        cache = self.model.run(x, read=read, until=self.model.last(read))
+        values = [s.rows(cache[s]).float() for s in (self.site, self.goal)]
         shape = values[0].shape[1:-1]
         grid = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape or (1,)), -1)
         grid = grid[:, : len(shape)]
@@ -333,9 +330,9 @@ def blocks_in_group(width: int) -> int:
     return max(1, min(16, _GROUP_BYTES // (4 * width * BLOCK)))
 
 
-def default_rule(source: RowSource) -> Rule:
+def default_rule(source: RowSource) -> RowFilter:
     """Which rows are left out if nothing is said: of texts, the first positions."""
-    return Rule(positions=1 if source.tokens else 0)
+    return RowFilter(positions=1 if source.tokens else 0)
 
 
 @dataclass(frozen=True)
@@ -383,7 +380,7 @@ class Batches:
         self,
         source: RowSource,
         size: int,
-        rule: Rule | None = None,
+        rule: RowFilter | None = None,
         seed: int = 0,
         part: Part = "training",
     ) -> None:

@@ -6,20 +6,27 @@ After Discover-then-Name (Rao et al. 2024): concepts are found first, named, and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from circuits.attribution.counting import ClassChange, interval
 from circuits.edits.activations import Scale, Set
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit
+from circuits.experiments.ablation import ClassChange, by_class
+from circuits.experiments.outcomes import Effect, effect_of
+from circuits.experiments.statistics import corrected, interval
+from circuits.experiments.twins import N_RANDOM, Draw
+from circuits.files import finite
+from circuits.means import Activity
 from circuits.models.adapter import HookedModel
 from circuits.sae.pooling import Pool
+from circuits.tasks.metrics import accuracy
 from circuits.units import Unit, Units
 
 _FEW = 5
@@ -68,8 +75,8 @@ class Accuracy:
 
     Attributes:
         own: of the bottleneck.
-        low: 2.5th percentile over resampled examples.
-        high: 97.5th.
+        low: lower end of its 95 % interval, by bootstrap over examples.
+        high: its upper end.
         shuffled_labels: of one trained on shuffled labels.
         majority: of always saying the commonest class.
         n: on so many examples.
@@ -125,7 +132,7 @@ class Bottleneck:
         """How often it is right."""
         own = np.asarray(labels)
         right = (self.predict(units) == own).astype(float)
-        low, high = interval(right, np.random.default_rng(seed))
+        low, high = interval(right, seed=seed)
         chance = ((units @ self.null[0].T + self.null[1]).argmax(1) == own).mean()
         majority = np.bincount(own).max() / len(own)
         return Accuracy(float(right.mean()), low, high, float(chance), float(majority), len(own))
@@ -289,6 +296,10 @@ class Intervention:
             changed[:, places] *= 0.0 if self.how == "off" else self.amount
         return changed
 
+    def of(self, swap: Mapping[Unit, Unit]) -> Intervention:
+        """The same done to other units: those that stand in for its own, where one does."""
+        return replace(self, units=tuple(swap.get(u, u) for u in self.units))
+
     @property
     def edit(self) -> Edit:
         """The same as an edit of the model."""
@@ -299,32 +310,24 @@ class Intervention:
 
 
 @dataclass(frozen=True)
-class Effect:
+class InterventionReport:
     """What interventions change.
 
     Attributes:
-        before: share of examples that are right without.
-        after: with.
-        change: the difference.
-        low: 2.5th percentile of the change over resampled examples (paired bootstrap).
-        high: 97.5th.
-        random: the change if random other units are switched likewise, several times.
+        effect: on the bottleneck's accuracy, compared with the same done to other latents that are as active.
         classes: whose accuracy changed, most first.
         flips: from class to class: how many decisions changed so.
+        seed: of the random interventions and the interval.
     """
 
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    random: tuple[float, ...]
+    effect: Effect
     classes: tuple[ClassChange, ...]
     flips: dict[str, int]
+    seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+        """As JSON has it; None for what is not finite."""
+        return finite(asdict(self))
 
 
 def intervene(
@@ -333,9 +336,9 @@ def intervene(
     labels: Sequence[int],
     interventions: Sequence[Intervention],
     *,
-    n_random: int = 20,
+    n_random: int = N_RANDOM,
     seed: int = 0,
-) -> Effect:
+) -> InterventionReport:
     """What happens to decisions when units are switched off, up, or to a value.
 
     Args:
@@ -343,8 +346,9 @@ def intervene(
         units: activations of examples.
         labels: their classes.
         interventions: what is done, in order.
-        n_random: how often random other units, active as often as need be, are switched instead.
-        seed: of those, and of the bootstrap.
+        n_random: how many random interventions: the same done to other live units that are about as active; fewer
+            where there are not so many different groups.
+        seed: of those, and of the interval.
 
     Raises:
         ValueError: if a unit is of another site, or there is none.
@@ -356,41 +360,23 @@ def intervene(
                 f"units {Units.of(i.units)}: the bottleneck reads {bottleneck.site}:0 to {units.shape[1] - 1}"
             )
     own = np.asarray(labels)
-    generator = np.random.default_rng(seed)
-    before, after = bottleneck.predict(units), bottleneck.predict(_applied(units, interventions))
-    change = (after == own).astype(float) - (before == own)
-    low, high = interval(change, generator)
-    random = []
-    touched = {u.index for i in interventions for u in i.units}
-    pool = np.array([i for i in np.flatnonzero((units > 0).any(0)).tolist() if i not in touched])
-    for _ in range(n_random if len(pool) >= len(touched) else 0):
-        drawn = dict(
-            zip(
-                sorted(touched),
-                generator.choice(pool, len(touched), replace=False).tolist(),
-                strict=True,
-            )
-        )
-        others = [
-            Intervention(tuple(Unit(u.site, drawn[u.index]) for u in i.units), i.how, i.amount)
-            for i in interventions
-        ]
-        made = bottleneck.predict(_applied(units, others))
-        random.append(float(((made == own).astype(float) - (before == own)).mean()))
-    classes = []
-    for c in np.unique(own).tolist():
-        here = own == c
-        a, b = float((before[here] == c).mean()), float((after[here] == c).mean())
-        if a != b:
-            classes.append(ClassChange(c, bottleneck.classes[c], int(here.sum()), a, b))
-    flips: dict[str, int] = {}
-    for a, b in zip(before.tolist(), after.tolist(), strict=True):
-        if a != b:
-            key = f"{bottleneck.classes[a]} -> {bottleneck.classes[b]}"
-            flips[key] = flips.get(key, 0) + 1
-    return Effect(
-        float((before == own).mean()), float((after == own).mean()), float(change.mean()), low, high,
-        tuple(random), tuple(sorted(classes, key=lambda c: -abs(c.intact - c.changed))), flips,
+    size = np.sqrt(np.square(units).mean(0))
+    seen = Activity(torch.from_numpy(units.mean(0)), size, len(units))
+    draw = Draw(dict.fromkeys(u for i in interventions for u in i.units), {bottleneck.site: seen})
+    each = [
+        bottleneck.predict(_applied(units, [i.of(swap) for i in interventions]))
+        for swap in ({}, *draw.different(min(n_random, draw.ways), seed))
+    ]
+    before = bottleneck.predict(units)
+    right, changed, *random = ((made == own).astype(float) for made in (before, *each))
+    pairs = zip(before.tolist(), each[0].tolist(), strict=True)
+    flips = Counter(
+        f"{bottleneck.classes[a]} -> {bottleneck.classes[b]}" for a, b in pairs if a != b
+    )
+    null_is = draw.described(len(random)) if random else draw.why_not()
+    return InterventionReport(
+        effect_of(accuracy, right, changed, random, null_is, seed=seed),
+        by_class(own.tolist(), right, changed, bottleneck.classes), dict(flips), seed,
     )  # fmt: skip
 
 
@@ -456,8 +442,6 @@ def suspects(
     """
     from scipy.stats import ttest_ind
 
-    from circuits.sae.naming import adjusted
-
     a, b = np.asarray(training_labels), np.asarray(elsewhere_labels)
     both = [c for c in np.intersect1d(a, b).tolist() if min((a == c).sum(), (b == c).sum()) >= _FEW]
     if not both:
@@ -482,10 +466,11 @@ def suspects(
         ]
         t_values.append(np.nan_to_num(t))
         p_values.append(np.nan_to_num(p, nan=1.0))
-    t_all, p_all = np.concatenate(t_values), adjusted(np.concatenate(p_values))
+    t_all = np.concatenate(t_values)
+    p_all = corrected(np.concatenate(p_values), "benjamini-hochberg")
     listed = [
         Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], here, there, d, t, q)
-        for (i, c, here, there, d), t, q in zip(found, t_all.tolist(), p_all.tolist(), strict=True)
+        for (i, c, here, there, d), t, q in zip(found, t_all.tolist(), p_all, strict=True)
         if q <= level and d > 0
     ]
     return sorted(listed, key=lambda s: -s.drop)

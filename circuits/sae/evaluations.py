@@ -39,7 +39,7 @@ def save_evaluation(code: Path, found: Mapping[str, Any]) -> Path:
 
 
 def load_evaluation(code: Path) -> dict[str, Any] | None:
-    """What was measured; None if nothing was, or on another file of that name.
+    """What was measured; None if nothing was, or on another file of that name, or by an earlier version.
 
     Raises:
         ValueError: if what is there is damaged.
@@ -49,9 +49,9 @@ def load_evaluation(code: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-        known = found["file_hash"]
+        current = found["file_hash"] == file_hash(code) and "record" in found["behaviour"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged: measure again with `circuits sae eval`"
         ) from error
-    return found if known == file_hash(code) else None
+    return found if current else None

@@ -30,7 +30,7 @@ _MEMORY = 1000
 
 
 @dataclass(frozen=True)
-class Settings:
+class Hyperparameters:
     """What one autoencoder is and how it learns.
 
     Attributes:
@@ -127,7 +127,7 @@ class Learner(nn.Module):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Hyperparameters,
         calibration: Calibration,
         steps: int,
         batch: int,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.autoencoders import Autoencoder
-from circuits.sae.batches import Batches, Group, Part, RowSource, Rule
+from circuits.sae.batches import Batches, Group, Part, RowFilter, RowSource
 from circuits.stimuli.sources import Source
 
 _FIT = 2**14
@@ -81,11 +81,11 @@ class Metrics:
         return asdict(self)
 
 
-def measure(
+def reconstruction(
     code: Autoencoder,
     source: RowSource,
     *,
-    rule: Rule | None = None,
+    rule: RowFilter | None = None,
     rows: int = 2**16,
     seed: int = 0,
     nulls: bool = True,
@@ -149,10 +149,10 @@ def check_source(code: Autoencoder, source: RowSource) -> None:
         )
 
 
-def rule_of(code: Autoencoder) -> Rule:
+def rule_of(code: Autoencoder) -> RowFilter:
     """Which rows were left out of an autoencoder's training; of one from elsewhere, nothing is known: none."""
     known = code.about.settings.get("rule")
-    return Rule(**known) if isinstance(known, Mapping) else Rule(norms=0, hold_out=0)
+    return RowFilter(**known) if isinstance(known, Mapping) else RowFilter(norms=0, hold_out=0)
 
 
 def unseen(code: Autoencoder, source: Source) -> list[int] | None:
@@ -166,7 +166,7 @@ def unseen(code: Autoencoder, source: Source) -> list[int] | None:
 
 
 def _rows(
-    code: Autoencoder, source: RowSource, rule: Rule, part: Part, n: int, seed: int
+    code: Autoencoder, source: RowSource, rule: RowFilter, part: Part, n: int, seed: int
 ) -> tuple[Group, Group, Group]:
     """Rows of a part: those that the rule leaves in, all, and others to fit on (the same if there are no more)."""
     batches = Batches(source, 4096, rule, seed, part)

@@ -12,10 +12,14 @@ from scipy.special import gammaln
 from scipy.stats import norm, rankdata, spearmanr
 
 from circuits.database import Database, Record
+from circuits.experiments.statistics import Correction, corrected
 from circuits.units import Unit
 
 KIND = "unit name"
 """The kind of record that a name is in the workspace's database."""
+
+CORRECTION: Correction = "benjamini-hochberg"
+"""For the number of names that are tested."""
 
 _LEAST = 3
 """Examples of an attribute that each half must have."""
@@ -183,7 +187,7 @@ def _named(
     if not len(units):
         return []
     auroc, p = auroc_table(strengths[np.ix_(first, units)], members[first])
-    stands = significant(p, level)
+    stands = np.reshape(corrected(p.reshape(-1), CORRECTION), p.shape) <= level
     auroc = np.where(stands, auroc, -1)
     best = auroc.argmax(1)
     given = np.flatnonzero(auroc[np.arange(len(units)), best] >= 0)
@@ -191,7 +195,7 @@ def _named(
         return []
     held = strengths[np.ix_(~first, units[given])]
     scores, p_held = auroc_pairs(held, members[~first][:, best[given]])
-    corrected = adjusted(p_held)
+    p_all = corrected(p_held, CORRECTION)
     found = []
     for i, (u, score) in enumerate(zip(given, scores, strict=True)):
         inside = members[~first][:, best[u]]
@@ -202,8 +206,8 @@ def _named(
         }  # fmt: skip
         found.append(
             Name(
-                Unit(site, int(units[u])), known[int(best[u])], float(score), float(corrected[i]),
-                bool(corrected[i] <= level), float(auroc[u, best[u]]), by, evidence,
+                Unit(site, int(units[u])), known[int(best[u])], float(score), p_all[i],
+                p_all[i] <= level, float(auroc[u, best[u]]), by, evidence,
             )
         )  # fmt: skip
     return sorted(found, key=lambda n: (not n.holds, -n.score))
@@ -279,24 +283,6 @@ def _choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
 
 
-def adjusted(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
-    """p-values corrected for the number of tests (Benjamini and Hochberg 1995).
-
-    >>> adjusted(np.array([0.01, 0.04, 0.5])).round(3).tolist()
-    [0.03, 0.06, 0.5]
-    """
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    back = np.empty_like(scaled)
-    back[order] = np.minimum.accumulate(scaled[::-1])[::-1]
-    return np.minimum(back, 1.0)
-
-
-def significant(p: Float[np.ndarray, "*shape"], level: float) -> Bool[np.ndarray, "*shape"]:
-    """Which tests stand at a level after that correction."""
-    return (adjusted(p.reshape(-1)) <= level).reshape(p.shape)
-
-
 Embed = Callable[[Sequence[Any]], Float[np.ndarray, "item width"]]
 """From images or texts to vectors of one space."""
 
@@ -365,10 +351,10 @@ def name_by_text(
                 for u, b in zip(alive, best, strict=True)
             ]
         )
-        p = adjusted(tests[:, 1]) if len(tests) else np.zeros(0)
+        p = corrected(tests[:, 1], CORRECTION) if len(tests) else ()
         return [
             Name(
-                Unit(site, int(u)), texts[int(b)], float(rho), float(q), bool(q <= level),
+                Unit(site, int(u)), texts[int(b)], float(rho), q, q <= level,
                 float(place[i] @ said[b]), by, {"cosine": float(place[i] @ said[b])},
             )
             for i, (u, b, (rho, _), q) in enumerate(zip(alive, best, tests, p, strict=True))

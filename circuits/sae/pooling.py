@@ -1,4 +1,4 @@
-"""Units' activations an example: the largest or the mean over positions (layer 5)."""
+"""Units' activations an example: the largest or the mean over positions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.examples import BATCH, Examples, as_examples, counted
 from circuits.models.adapter import HookedModel
-from circuits.models.normalisation import FastNormalisation
-from circuits.models.sites import unit_activations
 
 Pool = Literal["max", "mean"]
 """What becomes of positions: the largest activation, or the mean."""
@@ -21,18 +20,20 @@ Pool = Literal["max", "mean"]
 def pooled(
     model: HookedModel,
     site: str,
-    batches: Iterable[Tensor],
+    examples: Examples | Tensor | Iterable[Tensor] | str,
     pool: Pool = "max",
     leave_first: int = 0,
+    batch: int = BATCH,
 ) -> Float[np.ndarray, "example unit"]:
     """How much each example excites each unit of a site.
 
     Args:
         model: the model, with its autoencoder attached if the site is one of latents.
         site: which.
-        batches: examples, as the model takes them.
+        examples: the examples.
         pool: over positions.
-        leave_first: of texts: so many positions are not looked at (see `Rule`).
+        leave_first: of texts: so many positions are not looked at (see `RowFilter`).
+        batch: examples together.
 
     Raises:
         KeyError: if there is no such site.
@@ -42,26 +43,19 @@ def pooled(
         raise ValueError(f"pool {pool!r} is not one of {', '.join(get_args(Pool))}")
     place = model.site(site)
     found = []
-    for x in batches:
-        with FastNormalisation():
-            value = model.run(x, read=[place], until=place)[place]
-        units = unit_activations(place, value)
-        if "position" in place.axes:
-            units = units[:, :, leave_first:]
-        if not units.shape[2]:
+    for part in as_examples(model, examples).batches(batch):
+        value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
+        units = place.activations(value)
+        if place.position_axes == ("position",):
+            keep = counted(part.inputs, part.mask, leave_first)[:, None].to(units.device)
+        else:
+            keep = torch.ones_like(units[:, :1], dtype=torch.bool)
+        if not bool(keep.any(2).all()):
             raise ValueError(f"leave_first {leave_first}: a text has no position beyond")
-        found.append((units.amax(2) if pool == "max" else units.mean(2)).float().cpu().numpy())
-    if not found:
-        raise ValueError("batches hold no example")
+        made = (
+            units.masked_fill(~keep, -torch.inf).amax(2)
+            if pool == "max"
+            else (units * keep).sum(2) / keep.sum(2)
+        )
+        found.append(made.float().cpu().numpy())
     return np.concatenate(found)
-
-
-def maps(model: HookedModel, site: str, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Each batch's activations at a site of images: example x unit x y x x."""
-    place = model.site(site)
-    if place.position_axes != ("y", "x"):
-        raise ValueError(f"site {place.name} has no maps: its positions are {place.position_axes}")
-    for x in batches:
-        with FastNormalisation():
-            value = model.run(x, read=[place], until=place)[place]
-        yield torch.as_tensor(value).movedim(place.unit_axis, 1).float().cpu()

@@ -24,8 +24,8 @@ from circuits.autoencoders.files import FILE, read_tensors
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
 from circuits.models.attaching import check_name
-from circuits.sae.batches import Batches, RowSource, Rule, default_rule
-from circuits.sae.learners import Learner, Settings
+from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
+from circuits.sae.learners import Hyperparameters, Learner
 
 Precision = Literal["float32", "bfloat16"]
 """What the encoder's product is computed in: bfloat16 is faster where the processor has units for it."""
@@ -125,11 +125,11 @@ class _Run:
 
 def train(
     source: RowSource,
-    settings: Settings | Mapping[str, Settings],
+    settings: Hyperparameters | Mapping[str, Hyperparameters],
     schedule: Schedule,
     folder: str | Path | None = None,
     *,
-    rule: Rule | None = None,
+    rule: RowFilter | None = None,
     name: str = "",
     every: float = 60.0,
     anew: bool = False,
@@ -213,7 +213,9 @@ def train(
             return made
 
 
-def _check_rows(source: RowSource, several: Mapping[str, Settings], schedule: Schedule) -> None:
+def _check_rows(
+    source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule
+) -> None:
     n = len(source)
     if schedule.batch > n:
         raise ValueError(
@@ -236,7 +238,7 @@ def _check_rows(source: RowSource, several: Mapping[str, Settings], schedule: Sc
 
 
 def _plan(
-    source: RowSource, several: Mapping[str, Settings], schedule: Schedule, rule: Rule
+    source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule, rule: RowFilter
 ) -> dict[str, Any]:
     """Everything that a run's outcome follows from."""
     made = {
@@ -249,7 +251,7 @@ def _plan(
 
 
 def _begun(
-    source: RowSource, several: Mapping[str, Settings], schedule: Schedule, rule: Rule | None,
+    source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule, rule: RowFilter | None,
     ranks: Ranks, device: str | torch.device | None,
 ) -> _Run:  # fmt: skip
     here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -399,7 +401,7 @@ def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _finished(
-    place: Path, several: Mapping[str, Settings], plan: Mapping[str, Any], anew: bool
+    place: Path, several: Mapping[str, Hyperparameters], plan: Mapping[str, Any], anew: bool
 ) -> dict[str, Autoencoder] | None:
     """What an earlier run with the same plan made; None if it is not finished.
 

@@ -6,6 +6,8 @@ looking back a fixed number of places does not help.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
@@ -19,13 +21,37 @@ N_CTX = 64
 BOS = 0
 
 
-def draw_repeats(
+@dataclass(frozen=True, eq=False)
+class Repeats:
+    """Sequences, and where their pattern is.
+
+    Attributes:
+        tokens: the sequences.
+        prefix: where each one's pattern starts.
+        period: how long its pattern is.
+    """
+
+    tokens: Int[Tensor, "batch position"]
+    prefix: Int[Tensor, " batch"]
+    period: Int[Tensor, " batch"]
+
+    @property
+    def copied(self) -> Bool[Tensor, "batch position"]:
+        """Which tokens can be predicted by copying: from the second token of the pattern's second round on.
+
+        That the first round is over, nothing tells.
+        """
+        at = torch.arange(self.tokens.shape[1])[None]
+        return at > (self.prefix + self.period)[:, None]
+
+
+def draw_patterns(
     n: int,
     generator: Generator,
     length: int = N_CTX,
     n_vocab: int = N_VOCAB,
     periods: tuple[int, int] = (6, 24),
-) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
+) -> Repeats:
     """Draw `n` sequences.
 
     Args:
@@ -34,10 +60,6 @@ def draw_repeats(
         length: of each sequence, with the starting token.
         n_vocab: tokens to draw from.
         periods: shortest and longest pattern.
-
-    Returns:
-        The sequences, and where a token can be predicted by copying: from the second token of the
-        pattern's second round on (that the first round is over, nothing tells).
 
     Raises:
         ValueError: if a pattern and its repeat do not fit.
@@ -52,4 +74,16 @@ def draw_repeats(
     source = torch.where(at >= prefix, prefix + (at - prefix) % period, at)
     tokens = noise.gather(1, source)
     tokens[:, 0] = BOS
-    return tokens, at > prefix + period
+    return Repeats(tokens, prefix[:, 0], period[:, 0])
+
+
+def draw_repeats(
+    n: int,
+    generator: Generator,
+    length: int = N_CTX,
+    n_vocab: int = N_VOCAB,
+    periods: tuple[int, int] = (6, 24),
+) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
+    """Draw `n` sequences as `draw_patterns` does; return them, and which tokens can be predicted by copying."""
+    drawn = draw_patterns(n, generator, length, n_vocab, periods)
+    return drawn.tokens, drawn.copied

@@ -1,0 +1,20 @@
+"""Behaviours as data: inputs and counterparts, the positions that count, answers, and what is measured."""
+
+from circuits.tasks.compiling import compile_task
+from circuits.tasks.items import Item
+from circuits.tasks.metrics import METRICS, Activation, Custom, Metric, as_metric
+from circuits.tasks.task import Question, Task, next_tokens, of_examples
+
+__all__ = [
+    "METRICS",
+    "Activation",
+    "Custom",
+    "Item",
+    "Metric",
+    "Question",
+    "Task",
+    "as_metric",
+    "compile_task",
+    "next_tokens",
+    "of_examples",
+]

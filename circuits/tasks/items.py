@@ -22,6 +22,7 @@ class Item:
         answers: what it should say; several are a set, any of which counts.
         against: what the answers are compared with (for a logit difference, say); a set likewise.
         corrupted: the counterpart, which differs from `clean` in what the behaviour depends on.
+        labels: in place of answers: the one token that is right at each counted position, in the order of `positions`.
         positions: where the answer is read: `last`, `all`, the name of one of `spans` (its last token), or positions
             counted in tokens from the first token of the input (a beginning-of-text token included); negative from
             the end.
@@ -36,6 +37,7 @@ class Item:
     answers: tuple[Words, ...] = ()
     against: tuple[Words, ...] = ()
     corrupted: Words | None = None
+    labels: tuple[int, ...] | None = None
     positions: str | tuple[int, ...] = "last"
     group: str = ""
     fillers: tuple[str, ...] = ()
@@ -46,12 +48,43 @@ class Item:
         if not self.clean:
             raise ValueError("clean is empty: expected a text or tokens")
         if self.corrupted is not None and not self.corrupted:
-            raise ValueError(f"corrupted is empty: expected the counterpart of {self.clean!r}")
+            raise ValueError(
+                f"corrupted is empty: expected the counterpart of {clipped(repr(self.clean))}"
+            )
         for name, words in (("answers", self.answers), ("against", self.against)):
             if any(not word for word in words):
-                raise ValueError(f"{name} of {self.clean!r} hold an empty text: expected at least one token")
+                raise ValueError(
+                    f"{name} of {clipped(repr(self.clean))} hold an empty text: expected at least one token"
+                )
         if isinstance(self.positions, str) and self.positions not in ("last", "all", *self.spans):
             valid = ", ".join(["last", "all", *self.spans])
-            raise ValueError(f"positions {self.positions!r}: expected {valid}, or whole numbers")
+            raise ValueError(
+                f"positions {clipped(self.positions)!r}: expected {valid}, or whole numbers"
+            )
         if not self.positions:
-            raise ValueError(f"positions of {self.clean!r} count nothing: expected at least one")
+            raise ValueError(
+                f"positions of {clipped(repr(self.clean))} count nothing: expected at least one"
+            )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            return
+        if self.answers:
+            raise ValueError(
+                f"labels and answers of {clipped(repr(self.clean))}: expected one of the two"
+            )
+        n, counted = len(self.labels), 1 if isinstance(self.positions, str) else len(self.positions)
+        if self.positions != "all" and n != counted:
+            raise ValueError(
+                f"labels of {clipped(repr(self.clean))}: {n} for {counted} counted positions, expected one each"
+            )
+
+
+def clipped(text: str, most: int = 60) -> str:
+    """A text cut off after a number of characters.
+
+    >>> clipped("a long text", 7)
+    'a long…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"

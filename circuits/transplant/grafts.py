@@ -1,4 +1,4 @@
-"""Transplants: a family of one network put in the place of another's, fitted (layer 5).
+"""Transplants: a family of one network put in the place of another's, fitted.
 
 Cammarata et al. 2021, "Curve Circuits" (Distill), put hand-written curve detectors in the place of InceptionV1's.
 Both families are found by their tuning and matched by angle. Three numbers are fitted for each unit, on images that
@@ -21,10 +21,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from circuits.attribution.counting import Counted
+from circuits.examples import Examples, as_examples, choose
+from circuits.experiments.running import run
+from circuits.experiments.variants import Context, Variant
 from circuits.hooks import Change
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.tasks.metrics import kl
+from circuits.tasks.task import of_examples
 from circuits.units import Site, Unit
 
 Maps = Float[Tensor, "image unit y x"]
@@ -34,7 +38,7 @@ SHIFTS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 """What all gains are multiplied by."""
 _NEAR, _ORDERS = 45.0, 5000
-_CHOOSING = 160  # about how many calibration images a strength or a constant is chosen on
+_CHOOSING = 160  # at most so many calibration images choose a strength or a constant
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def match_and_fit(
     hosts: Sequence[Tuned],
     donor: HookedModel,
     families: Sequence[Sequence[Tuned]],
-    calibration: Iterable[Tensor],
+    calibration: Examples | Tensor | Iterable[Tensor] | str,
 ) -> Graft:
     """Put the nearest unit of a donor's family in the place of each unit, with gain, offset and shift fitted.
 
@@ -172,7 +176,7 @@ def match_and_fit(
         hosts: its units and their angles, of one site with a map.
         donor: the other network.
         families: units of one of its sites and their angles.
-        calibration: images, as the host takes them, that nothing will be measured on.
+        calibration: images that nothing will be measured on.
 
     Raises:
         KeyError: if a site is unknown.
@@ -182,17 +186,18 @@ def match_and_fit(
         _one_site(host, hosts),
         _one_site(donor, [t for family in families for t in family]),
     )
-    bare, batches = Graft(donor, site, read, _scale(host, site, donor, read), ()), list(calibration)
-    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], batches)
+    shown = as_examples(host, calibration)
+    bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
+    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
     fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
     best = max(
         fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
     )
-    return _strengthened(host, best, batches)
+    return _strengthened(host, best, shown)
 
 
 def shuffled(
-    host: HookedModel, graft: Graft, calibration: Sequence[Tensor], generator: Generator, n: int
+    host: HookedModel, graft: Graft, calibration: Examples, generator: Generator, n: int
 ) -> Iterator[Graft]:
     """Controls: the same units of the donor in each other's places, fitted likewise.
 
@@ -208,7 +213,7 @@ def shuffled(
 
 
 def with_random_weights(
-    host: HookedModel, graft: Graft, calibration: Sequence[Tensor], generator: Generator
+    host: HookedModel, graft: Graft, calibration: Examples, generator: Generator
 ) -> Graft:
     """A control: each layer's weights of the donor in a random order, the same units, fitted likewise."""
     weights = {
@@ -283,15 +288,14 @@ def _moved(
 
 
 def _recorded(
-    graft: Graft, host: HookedModel, units: Sequence[int], batches: Iterable[Tensor]
+    graft: Graft, host: HookedModel, units: Sequence[int], examples: Examples
 ) -> tuple[Maps, DonorMaps]:
     """What the host's units and all of the donor's do on images."""
     wanted, there = [], []
-    for x in batches:
-        wanted.append(host.run(x, read=[graft.site], until=graft.site)[graft.site][:, list(units)])
-        there.append(graft.read(host, x))
-    if not wanted:
-        raise ValueError("calibration holds no image")
+    for part in examples.batches():
+        cache = host.run(part.inputs, read=[graft.site], until=graft.site)
+        wanted.append(cache[graft.site][:, list(units)])
+        there.append(graft.read(host, part.inputs))
     return torch.cat(wanted), torch.cat(there)
 
 
@@ -363,11 +367,34 @@ def _disordered(pairs: Pairs, generator: Generator) -> list[int]:
 # --- choosing by what the host makes of it -----------------------------------------------------
 
 
-Variant = Change | Graft | None
-"""What a condition does at the site: a change, a graft, or nothing."""
+class Donors:
+    """Makes variants of a host of grafts; on each batch a donor that several of them share is run once."""
+
+    def __init__(self, host: HookedModel) -> None:
+        self.host = host
+        self._inputs = torch.empty(0)
+        self._read: dict[int, DonorMaps] = {}
+
+    def variant(self, name: str, graft: Graft) -> Variant:
+        """The host with a graft in place."""
+
+        def live(context: Context) -> dict[str, Change]:
+            assert context.batch is not None, "grafts look at the images"
+            maps = graft.placed(self._of(graft, context.batch.inputs))
+            return {graft.site.name: lambda value: put_in(value, graft, maps)}
+
+        return Variant(name, live=live, sites=(graft.site.name,))
+
+    def _of(self, graft: Graft, inputs: Tensor) -> DonorMaps:
+        if inputs is not self._inputs:
+            self._inputs, self._read = inputs, {}
+        key = id(graft.weights)
+        if key not in self._read:
+            self._read[key] = graft.read(self.host, inputs)
+        return self._read[key]
 
 
-def _strengthened(host: HookedModel, graft: Graft, calibration: Sequence[Tensor]) -> Graft:
+def _strengthened(host: HookedModel, graft: Graft, calibration: Examples) -> Graft:
     """A graft with all gains and offsets times the strength that leaves the host's answers nearest."""
     tried = [
         replace(
@@ -378,42 +405,13 @@ def _strengthened(host: HookedModel, graft: Graft, calibration: Sequence[Tensor]
         )
         for by in STRENGTHS
     ]
-    return tried[nearest(host, graft.site, tried, calibration)]
+    donors = Donors(host)
+    named = [donors.variant(f"strength {k}", each) for k, each in enumerate(tried)]
+    return tried[nearest(host, named, calibration)]
 
 
-def nearest(
-    host: HookedModel, site: Site, tried: Sequence[Variant], calibration: Sequence[Tensor]
-) -> int:
-    """Which of several leaves the answers to some calibration images, of all batches, nearest to the intact ones."""
-    lost = np.zeros(len(tried))
-    generator = Generator().manual_seed(0)
-    for x in calibration:
-        # at random: batches may be in the order of classes
-        some = x[torch.randperm(len(x), generator=generator)[: -(-_CHOOSING // len(calibration))]]
-        here = Runs(host, site, some)
-        counted = Counted(here.logits(None)[:, None], None)
-        for k, variant in enumerate(tried):
-            lost[k] += counted.of(here.logits(variant)[:, None])["kl"].sum()
-    return int(lost.argmin())
-
-
-class Runs:
-    """Runs conditions on one batch; donors that several of them share are run once."""
-
-    def __init__(self, host: HookedModel, site: Site, x: Tensor) -> None:
-        self.host, self.site, self.x = host, site, x
-        self._read: dict[int, Tensor] = {}
-
-    def logits(self, variant: Variant) -> Tensor:
-        """What the host puts out."""
-        if variant is None:
-            return self.host.logits(self.x)
-        if not isinstance(variant, Graft):
-            return self.host.logits(self.x, {self.site.name: variant})
-        key = id(variant.weights)
-        if key not in self._read:
-            self._read[key] = variant.read(self.host, self.x)
-        maps = variant.placed(self._read[key])
-        return self.host.logits(
-            self.x, {self.site.name: lambda value: put_in(value, variant, maps)}
-        )
+def nearest(host: HookedModel, tried: Sequence[Variant], calibration: Examples) -> int:
+    """Which of several variants leaves the answers to some calibration images nearest to the intact ones."""
+    some = calibration.subset(choose(range(len(calibration)), _CHOOSING, "spread", 0))
+    outcomes = run(host, tried, of_examples(some), measures=[kl])
+    return int(np.argmin([outcomes.mean(kl.name, v.name) for v in tried]))

@@ -1,4 +1,4 @@
-"""What a tuning curve comes to: preferred value, half-width, echo, circular variance (layer 4).
+"""What a tuning curve comes to: preferred value, half-width, echo, circular variance.
 
 As in Cammarata et al. 2020, "Curve Detectors", and its supplements.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Complex, Float
 
+from circuits.experiments.statistics import Interval, percentiles, resampled
+
 Angles = Float[np.ndarray, " angle"]
 Curves = Float[np.ndarray, "*curve angle"]
 Numbers = Float[np.ndarray, "*curve"]
@@ -17,23 +19,10 @@ Numbers = Float[np.ndarray, "*curve"]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A number with its bootstrap interval.
-
-    Attributes:
-        value: of the mean curve.
-        low: the 2.5th percentile over resampled replicates; the value itself where there is one replicate.
-        high: the 97.5th.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class TuningMeasures:
     """A tuning curve over a full turn, in numbers.
+
+    Intervals are over resampled replicates; the value itself where there is one replicate.
 
     Attributes:
         preferred: the angle with the largest response, in degrees.
@@ -153,22 +142,18 @@ def measure_tuning(
         raise ValueError(
             f"curves of shape {replicates.shape}: expected a finite response at each of {n} angles"
         )
-    generator = np.random.default_rng(seed)
     k = len(replicates)
-    rows = generator.integers(0, k, (resamples if k > 1 else 0, k))
-    mean = replicates.mean(0)
     # the mean itself, then resampled ones
-    means = np.concatenate([mean[None], replicates[rows].mean(1)])
+    means = replicates.mean(0, keepdims=True)
+    if k > 1:
+        drawn = resampled(replicates.T, seed=seed, resamples=resamples)
+        means = np.concatenate([means, drawn])
 
     def interval(found: Numbers, around: float = 0.0) -> Interval:
-        value = float(found[0])
-        drawn = found[1:] if len(found) > 1 else found
+        value, drawn = float(found[0]), found[1:] if k > 1 else found
         if around:  # percentiles of the difference, the short way round
             drawn = value + (drawn - value + around / 2) % around - around / 2
-        if np.isnan(drawn).all():
-            return Interval(value, float("nan"), float("nan"))
-        low, high = np.nanquantile(drawn, [0.025, 0.975])
-        return Interval(value, float(low), float(high))
+        return Interval(value, *percentiles(drawn))
 
     return TuningMeasures(
         interval(preferred(angles, means), around=period), interval(means.max(1)), interval(half_width(angles, means)),

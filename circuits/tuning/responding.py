@@ -11,9 +11,7 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.models.normalisation import FastNormalisation
 from circuits.models.receptive import receptive_field
-from circuits.models.sites import unit_activations
 from circuits.units import Site
 
 BATCH = 32
@@ -51,8 +49,7 @@ def responses(
             if place.position_axes != ("y", "x"):  # it may read a map of the model's own size only
                 own = _framed(own, spec)
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
-            with FastNormalisation():
-                value = model.run(x, read=[place], until=place)[place]
+            value = model.run(x, read=[place], until=place)[place]
             found.append(_largest(place, value, central).cpu())
             done += len(part)
             if progress is not None:
@@ -73,9 +70,8 @@ def _framed(images: Tensor, spec: ImageInput) -> Tensor:
 
 
 def _largest(site: Site, value: Tensor, central: bool) -> Float[Tensor, "image unit"]:
-    units = unit_activations(site, value)
-    shape = [value.shape[site.axes.index(axis)] for axis in site.position_axes]
-    maps = units.reshape(*units.shape[:2], *shape)
+    units = site.activations(value)
+    maps = units.reshape(*units.shape[:2], *site.positions_of(value))
     if central:
         for axis in range(2, maps.ndim):
             n = maps.shape[axis]

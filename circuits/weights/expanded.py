@@ -7,9 +7,9 @@ visualizations" and after): the gradient of a target unit by a source unit, at e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from circuits.examples import Examples, as_examples
 from circuits.files import replacing
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
@@ -62,8 +63,7 @@ class ExpandedWeights:
         mode: what stands for a nonlinearity.
         model: the model's name.
         model_hash: of its weights.
-        data: what the examples are, if there were any.
-        n_examples: how many.
+        examples: which they are and how they were chosen, if there were any.
     """
 
     source: str
@@ -80,8 +80,7 @@ class ExpandedWeights:
     mode: Mode
     model: str
     model_hash: str
-    data: str = ""
-    n_examples: int = 0
+    examples: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sums(self) -> Float[Tensor, "*example target source"]:
@@ -172,8 +171,7 @@ def expand_weights(
     units: Sequence[int] | None = None,
     sources: Sequence[int] | None = None,
     at: Sequence[int] | None = None,
-    inputs: Tensor | None = None,
-    data: str = "",
+    examples: Examples | Tensor | None = None,
     size: tuple[int, int] | None = None,
     apart: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -192,8 +190,7 @@ def expand_weights(
         units: of the target; all if not given.
         sources: of the source; all if not given.
         at: the target's position; the middle of a map, the last of a sequence if not given.
-        inputs: examples as the model takes them, for the modes `mean` and `example`.
-        data: what they are called.
+        examples: for the modes `mean` and `example`; texts of one length.
         size: height and width of the image in mode `linear`, where the default cuts kernels off.
         apart: keep positive and negative paths apart too. A path's weight is the product of the
             weights (and gates) along it; where both signs are strong and nearly cancel, `weight`
@@ -203,16 +200,17 @@ def expand_weights(
     Raises:
         KeyError: if a site is unknown.
         ValueError: if the sites are not connected, or the other way round; if units, position or
-            inputs do not fit; if an operation between them cannot be passed.
+            examples do not fit; if an operation between them cannot be passed.
     """
-    _check_modes(model, mode, inputs, size)
+    given = None if examples is None else as_examples(model, examples)
+    _check_modes(model, mode, given, size)
     here = _input_site(model) if source == INPUT else model.site(source)
     there = model.site(target)
     _check_order(model, here, there)
     rows = _indices("units", units, there)
     columns = _indices("sources", sources, here)
     groups = [rows[i : i + _UNITS_AT_ONCE] for i in range(0, len(rows), _UNITS_AT_ONCE)]
-    batches = _batches(model, inputs, size)
+    batches = _batches(model, given, size)
     totals: list[Window | None] = [None] * len(groups)
     absolutes: list[Window | None] = [None] * len(groups)
     place: tuple[int, ...] = ()
@@ -229,7 +227,7 @@ def expand_weights(
                 absolutes[i] = _added(absolutes[i], tape.pull(begin, "absolute"), first)
             if progress is not None:
                 progress(done * len(groups) + i + 1, len(batches) * len(groups))
-    n = 1 if inputs is None else len(inputs)
+    n = 1 if given is None else len(given)
     box = _box([w for w in totals if w is not None], here, begun, n if mode == "example" else 1)
 
     def weights(windows: Sequence[Window | None]) -> Tensor:
@@ -252,8 +250,7 @@ def expand_weights(
         mode=mode,
         model=model.name,
         model_hash=model.hash,
-        data=data if inputs is not None else "",
-        n_examples=0 if inputs is None else n,
+        examples={} if given is None else given.describe(),
     )
 
 
@@ -261,20 +258,20 @@ def expand_weights(
 
 
 def _check_modes(
-    model: HookedModel, mode: Mode, inputs: Tensor | None, size: tuple[int, int] | None
+    model: HookedModel, mode: Mode, examples: Examples | None, size: tuple[int, int] | None
 ) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
     if model.edited:
         raise ValueError(f"model {model.name} is edited: expand its weights outside the edit")
-    if mode == "linear" and not isinstance(model.input, ImageInput) and inputs is None:
-        raise ValueError(f"mode 'linear' of {model.name}, which takes tokens, needs inputs")
-    if inputs is not None and not len(inputs):
-        raise ValueError("inputs is empty: expected at least one example")
-    if mode != "linear" and inputs is None:
-        raise ValueError(f"mode {mode!r} needs inputs: at least one example")
-    if mode == "linear" and inputs is not None and isinstance(model.input, ImageInput):
-        raise ValueError("inputs are not used in mode 'linear': expected mode 'mean' or 'example'")
+    if mode == "linear" and not isinstance(model.input, ImageInput) and examples is None:
+        raise ValueError(f"mode 'linear' of {model.name}, which takes tokens, needs examples")
+    if mode != "linear" and examples is None:
+        raise ValueError(f"mode {mode!r} needs examples: at least one")
+    if mode == "linear" and examples is not None and isinstance(model.input, ImageInput):
+        raise ValueError(
+            "examples are not used in mode 'linear': expected mode 'mean' or 'example'"
+        )
     if size is not None and (mode != "linear" or min(size) < 1):
         raise ValueError(f"size {size} must be a height and width, in mode 'linear'")
 
@@ -299,7 +296,7 @@ def _check_order(model: HookedModel, source: Site, target: Site) -> None:
             "expected the earlier site as source"
         )
     for site in (source, target):
-        if "d_head" in site.axes:
+        if site.inner_axis is not None:
             raise ValueError(
                 f"units of {site.name} are heads, each a vector at a position: expected a site "
                 "whose units are numbers (composition scores connect heads)"
@@ -321,10 +318,10 @@ def _indices(name: str, wanted: Sequence[int] | None, site: Site) -> tuple[int, 
 
 
 def _batches(
-    model: HookedModel, inputs: Tensor | None, size: tuple[int, int] | None
+    model: HookedModel, examples: Examples | None, size: tuple[int, int] | None
 ) -> Sequence[Tensor]:
-    if inputs is not None:
-        return inputs.split(_EXAMPLES_AT_ONCE)
+    if examples is not None:
+        return examples.inputs.split(_EXAMPLES_AT_ONCE)
     example = model.input.example(1)
     return [example if size is None else example.new_zeros(1, example.shape[1], *size)]
 
@@ -364,7 +361,7 @@ def _taped(
     if source.name != INPUT:
         edits[source.name] = start
     with model.lock, tape, _before(model, start if source.name == INPUT else None):
-        model.run(batch, edits=edits, until=target)
+        model.run(batch, edits=edits, until=target, reference=True)  # as the tape knows it
     if not tape.connected:
         raise ValueError(
             f"{source.name} and {target.name} are not connected: nothing that {model.name} computes "

@@ -92,8 +92,7 @@ def expanded_block(
         "method": f"expanded weights, {expanded.mode}",
         "at": list(expanded.at),
         "start": list(expanded.start),
-        "data": expanded.data,
-        "n_examples": expanded.n_examples,
+        "examples": dict(expanded.examples),
     }
     info = BlockInfo(
         expanded.source,

@@ -1,4 +1,4 @@
-"""What an attribution explains: a class, a token's logit, or a unit anywhere (layer 4)."""
+"""Targets: a class, a token's logit or a unit anywhere, as one number an example."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
-from circuits.models.sites import unit_activations
 from circuits.stimuli.labels import index_of
 from circuits.units import Site, Unit, unknown
 
@@ -103,7 +102,7 @@ def parse_target(
     if what == "top":
         made = Target(output_site(model).name, None, at)
     elif what.partition(":")[0] in ("class", "token"):
-        made = Target(output_site(model).name, _output_index(model, what), at)
+        made = Target(output_site(model).name, output_index(model, what), at)
     else:
         unit = model.unit(_parsed_unit(what))
         made = Target(unit.site, unit.index, at)
@@ -114,7 +113,7 @@ def parse_target(
             )
         kind = "token" if isinstance(model.input, TokenInput) else "class"
         named = against if against.partition(":")[0] in ("class", "token") else f"{kind}:{against}"
-        other = _output_index(model, named)
+        other = output_index(model, named)
     return as_target(model, replace(made, against=other, quantity=quantity))
 
 
@@ -127,7 +126,7 @@ def _parsed_unit(text: str) -> Unit:
         ) from None
 
 
-def _output_index(model: HookedModel, text: str) -> int:
+def output_index(model: HookedModel, text: str) -> int:
     """The output that `class:NAME` or `token:WORD` names."""
     kind, _, name = text.partition(":")
     site = output_site(model)
@@ -177,6 +176,23 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
     return replace(target, site=site.name)
 
 
+def _among_tokens(site: Site, target: Target, mask: Tensor) -> Tensor | None:
+    """The position that a target names in each padded text, counted among its tokens."""
+    positions = [at[0] for at in _each_position(target)] or ([-1] if site.kind == "logit" else [])
+    if not positions:
+        return None
+    check_indices(target, len(mask))
+    wanted = torch.tensor(positions, device=mask.device).expand(len(mask))
+    lengths, first = mask.sum(1), mask.int().argmax(1)
+    far = (wanted < -lengths) | (wanted >= lengths)
+    if bool(far.any()):
+        i = int(far.int().argmax())
+        raise ValueError(
+            f"target {target}: position {int(wanted[i])} must be from {-int(lengths[i])} to {int(lengths[i]) - 1}"
+        )
+    return first + torch.where(wanted < 0, wanted + lengths, wanted)
+
+
 def _each_position(target: Target) -> list[tuple[int, ...]]:
     """The positions that a target names: none, one, or one for each example."""
     if target.at is None:
@@ -218,17 +234,30 @@ class Aim:
     shape: tuple[int, ...]
 
     @classmethod
-    def at(cls, model: HookedModel, target: Target, value: Tensor) -> Aim:
+    def at(
+        cls,
+        site: Site,
+        target: Target,
+        value: Tensor,
+        mask: Bool[Tensor, "example position"] | None = None,
+    ) -> Aim:
         """Fix a target by the site's tensor on the examples.
 
+        Args:
+            site: the target's.
+            target: what is asked for.
+            value: the site's tensor.
+            mask: True where a token is, for texts that were padded; others are never aimed at.
+
         Raises:
-            ValueError: if there are as many indices as there are not examples, or the position is not
-                on the map.
+            ValueError: if the target has an index or position for each of another number of examples, or the
+                position is not on the map.
         """
-        site = model.site(target.site)
-        units = unit_activations(site, value.detach())
+        units = site.activations(value.detach())
         n = len(units)
-        places = cls._fixed(site, target, value, n)
+        if mask is not None and site.position_axes == ("position",):
+            units = units.masked_fill(~mask[:, None].to(units.device), -torch.inf)
+        places = cls._fixed(site, target, value, n, mask)
         if target.index is None:
             if places is None:
                 largest = units.flatten(1).argmax(1)
@@ -241,8 +270,7 @@ class Aim:
             indices = torch.tensor(given, device=units.device)
         if places is None:
             places = units[torch.arange(n), indices].argmax(1)
-        shape = tuple(value.shape[site.axes.index(axis)] for axis in site.position_axes)
-        return cls(target, site, indices, places, shape)
+        return cls(target, site, indices, places, site.positions_of(value))
 
     def of(self, example: int) -> Target:
         """The target of one example, at its own unit and position."""
@@ -251,9 +279,13 @@ class Aim:
         return replace(self.target, index=int(self.indices[example]), at=where)
 
     @staticmethod
-    def _fixed(site: Site, target: Target, value: Tensor, n: int) -> Tensor | None:
+    def _fixed(
+        site: Site, target: Target, value: Tensor, n: int, mask: Tensor | None = None
+    ) -> Tensor | None:
         """The flattened position that a target names, if it names one."""
         axes = site.position_axes
+        if mask is not None and axes == ("position",):
+            return _among_tokens(site, target, mask.to(value.device))
         positions = _each_position(target)
         if not positions and site.kind == "logit" and axes == ("position",):
             positions = [(-1,)]
@@ -263,8 +295,7 @@ class Aim:
         places = []
         for at in positions:
             place = 0
-            for axis, index in zip(axes, at, strict=True):
-                length = value.shape[site.axes.index(axis)]
+            for axis, length, index in zip(axes, site.positions_of(value), at, strict=True):
                 if not -length <= index < length:
                     raise ValueError(
                         f"target {target}: position {index} along {axis} must be from {-length} to "
@@ -276,7 +307,7 @@ class Aim:
 
     def value(self, tensor: Tensor, examples: Int[Tensor, " point"]) -> Float[Tensor, " point"]:
         """The target's number for tensors at its site, each of one of the examples."""
-        units = unit_activations(self.site, tensor)
+        units = self.site.activations(tensor)
         rows = torch.arange(len(units), device=units.device)
         here = units[rows, :, self.places[examples]]
         if self.target.quantity == "probability":

@@ -1,0 +1,481 @@
+"""Examples: which inputs of a source are taken, how they were chosen, and how a model is given them.
+
+Every verb takes its inputs in this one way, so that "twenty examples of this folder" means the same twenty whoever
+asks. Images are normalised and stacked; texts of different lengths are padded into one batch with a mask, where the
+model gives the numbers that it gives each text alone (see `HookedModel.padding`), and else run by equal length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import ImageInput, TokenInput
+from circuits.stimuli.images import ImageSource, to_image
+from circuits.stimuli.sources import Source, open_source
+from circuits.stimuli.texts import TextSource
+from circuits.units import Site
+
+LIMIT = 32
+"""How many examples a verb takes when nobody says."""
+
+BATCH = 32
+"""How many examples are run together when nobody says."""
+
+How = Literal["spread", "first", "random", "given"]
+"""How examples are chosen: `spread` cuts the source into equal stretches and draws one from each; `first` takes the
+first ones; `random` draws without replacement; `given` means that a caller named them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some examples as the model takes them.
+
+    Attributes:
+        inputs: images, batch x channel x y x x, or tokens, batch x position.
+        mask: True where a token is, False where a text was padded; None where nothing was padded.
+        which: the places of its examples among all, in order.
+    """
+
+    inputs: Tensor
+    mask: Bool[Tensor, "batch position"] | None
+    which: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def counted(self) -> Bool[Tensor, "batch position"]:
+        """Which positions hold tokens; of tokens only."""
+        return counted(self.inputs, self.mask)
+
+
+def counted(
+    tokens: Int[Tensor, "batch position"],
+    mask: Bool[Tensor, "batch position"] | None,
+    leave_first: int = 0,
+) -> Bool[Tensor, "batch position"]:
+    """Which positions hold tokens, without the first so many of each text.
+
+    >>> padded = torch.tensor([[False, True, True], [True, True, True]])
+    >>> counted(torch.zeros(2, 3, dtype=torch.int64), padded, 1).tolist()
+    [[False, False, True], [False, True, True]]
+    """
+    there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return there & (there.cumsum(1) > leave_first)
+
+
+class Examples:
+    """Examples of a source, in order, as a model takes them.
+
+    Args:
+        model: the model that they are for.
+        source: where they come from: data by name (see `open_source`), or opened.
+        n: how many at most; None takes all.
+        how: `spread`, `first` or `random`.
+        seed: of `spread` and `random`.
+        labels: the class of each example of the *source*, for images.
+        among: numbers of the source's examples to choose from; all of them if None.
+        skip_bad: leave out texts that the model cannot take, instead of refusing them.
+
+    Attributes:
+        model: as given.
+        source: the source that was opened.
+        numbers: the place of each example in the source.
+        names: one an example.
+        labels: the class of each example; None if there are none.
+        how: how they were chosen.
+        seed: of the choice.
+
+    Raises:
+        ValueError: if `n` is not positive, there is nothing to choose from, the model does not take what the source
+            holds, or a text cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        source: Source | str,
+        n: int | None = LIMIT,
+        *,
+        how: How = "spread",
+        seed: int = 0,
+        labels: Sequence[int] | None = None,
+        among: Sequence[int] | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.model = model
+        self.source: Source = open_source(source) if isinstance(source, str) else source
+        _check_kind(model, self.source)
+        if labels is not None and len(labels) != len(self.source):
+            raise ValueError(
+                f"labels: {len(labels)} for the {len(self.source)} examples of {self.source.spec}"
+            )
+        pool = range(len(self.source)) if among is None else list(among)
+        self.how: How = how
+        self.seed = seed
+        self.numbers = choose(pool, n, how, seed)
+        self.names = tuple(self.source.names[i] for i in self.numbers)
+        self.labels = None if labels is None else tuple(int(labels[i]) for i in self.numbers)
+        self._of = "all" if n is None or n >= len(pool) else f"{len(self.numbers)} of {len(pool)}"
+        self._ready: Callable[[int], Tensor] | None = None
+        self._tokens: dict[int, Tensor] = {}
+        self._bad: dict[int, ValueError] = {}
+        if isinstance(self.source, TextSource):
+            self._encode(skip_bad)
+
+    # --- other ways to make them -----------------------------------------------------------------
+
+    @classmethod
+    def given(
+        cls,
+        model: HookedModel,
+        inputs: Tensor | Iterable[Tensor],
+        *,
+        names: Sequence[str] = (),
+        labels: Sequence[int] | None = None,
+        data: str = "given",
+    ) -> Examples:
+        """Examples that are already as the model takes them.
+
+        Args:
+            model: the model.
+            inputs: one batch, or several; texts may differ in length from batch to batch.
+            names: one an example.
+            labels: the class of each, for images.
+            data: what they are, for the record.
+
+        Raises:
+            ValueError: if there is none, they do not fit the model, or names or labels are of another number.
+        """
+        parts = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        for part in parts:
+            if len(part):
+                model.check(part)
+        rows = [row for part in parts for row in part]
+        if not rows:
+            raise ValueError("examples: there is none, expected at least one")
+        if names and len(names) != len(rows):
+            raise ValueError(f"names: {len(names)} for {len(rows)} examples")
+        named = tuple(names) or tuple(f"example {i}" for i in range(len(rows)))
+        source: Source
+        if isinstance(model.input, TokenInput):
+            source = TextSource(data, named, "", tuple(tuple(row.tolist()) for row in rows))
+        else:
+            source = ImageSource(data, named, "", lambda i: model.input.restore(rows[i][None])[0])  # type: ignore[union-attr]
+        made = cls(model, source, None, how="given", labels=labels)
+        if not isinstance(model.input, TokenInput):
+            made._ready = rows.__getitem__
+        return made
+
+    @classmethod
+    def pictures(
+        cls, model: HookedModel, pictures: Sequence[Image.Image], names: Sequence[str] = ()
+    ) -> Examples:
+        """Pictures that a person brings, fitted to the model's size."""
+        named = tuple(names) or tuple(f"picture {i}" for i in range(len(pictures)))
+        source = ImageSource("pictures", named, "", lambda i: pictures[i])
+        return cls(model, source, None, how="given")
+
+    @classmethod
+    def texts(
+        cls, model: HookedModel, texts: Sequence[str | Sequence[int]], names: Sequence[str] = ()
+    ) -> Examples:
+        """Texts (or tokens) that a person brings.
+
+        Raises:
+            ValueError: if one is empty or cannot be encoded.
+        """
+        named = tuple(names) or tuple(
+            t if isinstance(t, str) else f"text {i}" for i, t in enumerate(texts)
+        )
+        made = tuple(t if isinstance(t, str) else tuple(t) for t in texts)
+        return cls(model, TextSource("texts", named, "", made), None, how="given")
+
+    def subset(self, which: Sequence[int]) -> Examples:
+        """Those at some places, in that order."""
+        made = object.__new__(Examples)
+        made.__dict__ = dict(self.__dict__)
+        made.numbers = tuple(self.numbers[i] for i in which)
+        made.names = tuple(self.names[i] for i in which)
+        made.labels = None if self.labels is None else tuple(self.labels[i] for i in which)
+        made._of = f"{len(made.numbers)} of {len(self)}"
+        return made
+
+    # --- what they are ---------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __str__(self) -> str:
+        """Their source, which were taken and how, for titles."""
+        return f"{self.data}: {self.chosen}"
+
+    @property
+    def data(self) -> str:
+        """The source's name."""
+        return self.source.spec
+
+    @property
+    def chosen(self) -> str:
+        """Which were taken and how, for titles and reports.
+
+        A whole sentence part such as `32 of 500, spread evenly (seed 0)`.
+        """
+        if self._of == "all" or self.how == "given":
+            return f"{len(self)}, {'as given' if self.how == 'given' else 'all there are'}"
+        ways = {
+            "spread": f"spread evenly (seed {self.seed})",
+            "first": "the first",
+            "random": f"drawn at random (seed {self.seed})",
+        }
+        return f"{self._of}, {ways[self.how]}"
+
+    def identity(self, place: int) -> str:
+        """What tells one example from others of any source: its tokens, or the source's hash and its place there.
+
+        Images of a source without a hash, which a caller brought, are told apart by their pixels.
+        """
+        if self._tokens:
+            return " ".join(map(str, self.tokens(place)))
+        if self._ready is not None or not self.source.hash:
+            return hashlib.sha256(self.load(place).cpu().contiguous().numpy().tobytes()).hexdigest()
+        return f"{self.source.hash} {self.numbers[place]}"
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "data": self.data, "data_hash": self.source.hash, "n": len(self), "chosen": self.chosen,
+            "how": self.how, "seed": self.seed,
+        }  # fmt: skip
+
+    def fitted(self, site: Site) -> Site:
+        """The site with as many positions as the longest text has."""
+        if not self._tokens:
+            return site
+        length = max(len(self._tokens[i]) for i in self.numbers)
+        shape = tuple(
+            length if axis in ("position", "query", "key") else n
+            for axis, n in zip(site.axes[1:], site.shape, strict=True)
+        )
+        return replace(site, shape=shape)
+
+    # --- one by one ------------------------------------------------------------------------------
+
+    def load(self, place: int) -> Tensor:
+        """One example: an image in 0..1 (or as the model takes it, if it was given so), or the tokens of a text.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        number = self.numbers[place]
+        if self._ready is not None:
+            return self._ready(number)
+        if isinstance(self.source, ImageSource):
+            return self._image(number)
+        if number in self._bad:
+            raise self._bad[number]
+        return self._tokens[number]
+
+    def tokens(self, place: int) -> list[int]:
+        """The tokens of a text, as the model sees them."""
+        return self.load(place).tolist()
+
+    def picture(self, place: int) -> Image.Image:
+        """An image, for people, in its own size."""
+        assert isinstance(self.source, ImageSource), "text has no picture"
+        image = self.source.image(self.numbers[place])
+        if isinstance(image, Tensor):
+            return to_image(image.expand(3, -1, -1) if len(image) == 1 else image[:3])
+        return image.convert("RGB")
+
+    def images(self) -> Float[Tensor, "example 3 y x"] | None:
+        """All images in 0..1 with three channels, for figures; None for tokens and other channels."""
+        spec = self.model.input
+        if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
+            return None
+        rows = torch.stack([self.load(i) for i in range(len(self))])
+        shown = spec.restore(rows) if self._ready is not None else rows
+        return shown.expand(-1, 3, -1, -1) if spec.channels == 1 else shown
+
+    # --- together --------------------------------------------------------------------------------
+
+    def passes(self, places: range, size: int) -> Iterator[range]:
+        """Cut a range of places into runs of at most `size`, of one size of image or length of text each."""
+        start = places.start
+        while start < places.stop:
+            stop = min(start + size, places.stop)
+            own = self._size(start)
+            stop = next((i for i in range(start, stop) if self._size(i) != own), stop)
+            yield range(start, stop)
+            start = stop
+
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
+        """All examples in order, at most `size` together.
+
+        Raises:
+            ValueError: if an example cannot be read, or `size` is not positive.
+        """
+        if size < 1:
+            raise ValueError(f"batch {size} must be at least 1")
+        whole = range(len(self))
+        if isinstance(self.source, TextSource) and self.model.padding is not None:
+            cuts = (range(i, min(i + size, len(self))) for i in range(0, len(self), size))
+        else:
+            cuts = self.passes(whole, size)
+        for cut in cuts:
+            yield self.batch(cut)
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """Those at some places, as one input of the model."""
+        loaded = [self.load(i) for i in places]
+        if isinstance(self.source, TextSource) and len({len(row) for row in loaded}) > 1:
+            tokens, mask = self.model.pad(loaded)
+            return Batch(tokens, mask, places)
+        return Batch(self.joined(loaded), None, places)
+
+    @property
+    def inputs(self) -> Tensor:
+        """All of them as one tensor, as the model takes them.
+
+        Raises:
+            ValueError: if texts differ in length.
+        """
+        lengths = {len(self.load(i)) for i in range(len(self))} if self._tokens else {0}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"texts of {self.data} have from {min(lengths)} to {max(lengths)} tokens: one tensor holds texts "
+                "of one length (`batches` pads them)"
+            )
+        return self.joined([self.load(i) for i in range(len(self))])
+
+    def joined(self, loaded: Sequence[Tensor]) -> Tensor:
+        """Examples that `load` gave, all of one size, as one input of the model."""
+        stacked = torch.stack(list(loaded))
+        spec = self.model.input
+        if isinstance(spec, ImageInput) and self._ready is None:
+            return spec.normalize(stacked)
+        return stacked
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def _size(self, place: int) -> tuple[int, ...]:
+        """What has to be equal for examples to stand in one tensor."""
+        number = self.numbers[place]
+        if self._ready is not None:
+            return tuple(self._ready(number).shape)
+        tokens = self._tokens.get(number)
+        return () if tokens is None else tuple(tokens.shape)
+
+    def _encode(self, skip_bad: bool) -> None:
+        spec, source = self.model.input, self.source
+        assert isinstance(spec, TokenInput), "checked when built"
+        assert isinstance(source, TextSource), "called for text"
+        for number in self.numbers:
+            try:
+                self._tokens[number] = encoded(spec, source.texts[number])
+            except ValueError as error:
+                name = source.names[number]
+                self._bad[number] = ValueError(f"{name} of {source.spec}: {error}")
+        if self._bad and not (skip_bad and len(self._bad) < len(self.numbers)):
+            raise next(iter(self._bad.values()))
+
+    def _image(self, number: int) -> Float[Tensor, "channel h w"]:
+        spec, source = self.model.input, self.source
+        assert isinstance(spec, ImageInput), "checked when built"
+        assert isinstance(source, ImageSource), "called for images"
+        image = source.image(number)
+        if not isinstance(image, Tensor):
+            return spec.load(image)
+        if image.shape == (spec.channels, spec.height, spec.width):
+            return image
+        if len(image) == 1:
+            image = image.expand(3, -1, -1)
+        if len(image) != 3 or spec.channels not in (1, 3):
+            raise ValueError(
+                f"{source.names[number]!r} has shape {tuple(image.shape)}: the model takes "
+                f"{(spec.channels, spec.height, spec.width)}, other sizes only of 1 or 3 channels"
+            )
+        return spec.load(to_image(image))
+
+
+def choose(pool: Sequence[int], n: int | None, how: How, seed: int) -> tuple[int, ...]:
+    """Numbers chosen from a pool, in the pool's order.
+
+    Raises:
+        ValueError: if `n` is not positive, `how` is unknown, or the pool is empty.
+
+    >>> choose(range(100), 4, "first", 0)
+    (0, 1, 2, 3)
+    >>> [n // 25 for n in choose(range(100), 4, "spread", 0)]
+    [0, 1, 2, 3]
+    """
+    if how not in get_args(How):
+        raise ValueError(f"how {how!r} is not one of {', '.join(get_args(How))}")
+    if n is not None and n < 1:
+        raise ValueError(f"limit {n} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
+    if not len(pool):
+        raise ValueError("examples: there is none to choose from")
+    if n is None or n >= len(pool) or how == "given":
+        return tuple(pool)
+    if how == "first":
+        return tuple(pool[:n])
+    generator = np.random.default_rng(seed)
+    if how == "random":
+        return tuple(pool[i] for i in sorted(generator.choice(len(pool), n, replace=False)))
+    # One from each stretch: a fixed stride would meet only one class where classes take turns.
+    edges = [len(pool) * i // n for i in range(n + 1)]
+    return tuple(pool[int(generator.integers(a, b))] for a, b in itertools.pairwise(edges))
+
+
+def encoded(spec: TokenInput, text: str | Sequence[int]) -> Int[Tensor, " position"]:
+    """A text as the model takes it: its starting token in front, cut to the longest that the model takes.
+
+    Tokens are taken as they are: whether a starting token belongs in front of them is for the data to say.
+
+    Raises:
+        ValueError: if there is no token, or one is not in the vocabulary.
+    """
+    tokens = list(text) if not isinstance(text, str) else spec.encode(text)
+    if isinstance(text, str) and spec.bos is not None and tokens[:1] != [spec.bos]:
+        tokens = [spec.bos, *tokens]
+    return spec.check(torch.tensor([tokens[: spec.n_ctx]], dtype=torch.int64))[0]
+
+
+def _check_kind(model: HookedModel, source: Source) -> None:
+    wants = "images" if isinstance(model.input, ImageInput) else "tokens"
+    if isinstance(model.input, ImageInput) != isinstance(source, ImageSource):
+        raise ValueError(f"data {source.spec!r} does not fit: model {model.name} takes {wants}")
+
+
+def as_examples(
+    model: HookedModel,
+    examples: Examples | Tensor | Iterable[Tensor] | str,
+    labels: Sequence[int] | None = None,
+) -> Examples:
+    """Whatever a caller has as `Examples`: themselves, tensors as the model takes them, or data by name.
+
+    Raises:
+        ValueError: if they do not fit the model, or labels come with examples that have their own.
+    """
+    if isinstance(examples, str):
+        return Examples(model, examples, labels=labels)
+    if not isinstance(examples, Examples):
+        return Examples.given(model, examples, labels=labels)
+    if labels is not None:
+        if len(labels) != len(examples):
+            raise ValueError(f"labels: {len(labels)} for {len(examples)} examples")
+        examples = examples.subset(range(len(examples)))
+        examples.labels = tuple(int(i) for i in labels)
+    return examples

@@ -1,0 +1,251 @@
+"""What an experiment found: every measure of every variant on every example, and effects read from it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from circuits.experiments.statistics import interval, least_p, p_value, resampled
+from circuits.experiments.variants import INTACT
+from circuits.files import finite
+from circuits.models.adapter import HookedModel
+from circuits.tasks.metrics import Metric
+from circuits.tasks.task import Task
+
+Over = Literal["examples", "tokens"]
+"""What a mean is over: examples, each counting once (of the mean over its counted positions), or counted positions,
+each counting once."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a number belongs to.
+
+    Attributes:
+        model: the model's name.
+        model_hash: of its weights.
+        task: what was measured on, as `Task.describe` has it.
+        seed: of everything random.
+        threads: of torch; sums differ in the last bits with their number.
+        dtype: of the parameters.
+        device: what it ran on.
+        versions: of Python and torch.
+    """
+
+    model: str
+    model_hash: str
+    task: Mapping[str, Any]
+    seed: int
+    threads: int
+    dtype: str
+    device: str
+    versions: Mapping[str, str]
+
+    @property
+    def measured_on(self) -> str:
+        """The task, and which examples were taken and how, for titles."""
+        examples, half = self.task["examples"], self.task["half"]
+        data = "" if examples["how"] == "given" else f" on {examples['data']}"
+        part = "" if half == "all" else f" ({half} half)"
+        return f"{self.task['task']}{part}{data}: {examples['chosen']}"
+
+    @classmethod
+    def of(cls, model: HookedModel, task: Task, seed: int) -> Record:
+        """Of an experiment that runs here and now."""
+        kinds = (str(p.dtype) for p in model.module.parameters() if p.is_floating_point())
+        dtype = next(kinds, "torch.float32").removeprefix("torch.")
+        return cls(
+            model.name, model.intact_hash, task.describe(), seed, torch.get_num_threads(), dtype, str(model.device),
+            {"python": platform.python_version(), "torch": str(torch.__version__)},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A measure of a changed model, compared with the intact one and with random changes.
+
+    Attributes:
+        measure: what was measured.
+        unit: of the measure.
+        intact: of the model as it is.
+        changed: of the changed model.
+        change: the difference.
+        low: lower end of the 95 % interval of the change: paired bootstrap over examples, by cluster where examples
+            share a template instance; NaN for fewer than two.
+        high: its upper end.
+        null: the change that each random variant makes.
+        null_is: what the random variants are.
+        p_value: the share of the null that changes the measure at least as much, either way, the change itself counted:
+            (1 + k) / (1 + n); NaN without a null.
+        least_p: the smallest p-value that so many random variants can give.
+        n: how many examples.
+        n_clusters: how many independent ones.
+        over: what the means are over.
+    """
+
+    measure: str
+    unit: str
+    intact: float
+    changed: float
+    change: float
+    low: float
+    high: float
+    null: tuple[float, ...]
+    null_is: str
+    p_value: float
+    least_p: float
+    n: int
+    n_clusters: int
+    over: Over = "examples"
+
+    @property
+    def null_range(self) -> tuple[float, float]:
+        """The smallest and the largest change of the null; NaN without one."""
+        return (min(self.null), max(self.null)) if self.null else (float("nan"), float("nan"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite(asdict(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Measures x variants x examples.
+
+    Attributes:
+        measures: what was measured.
+        variants: their names; the first is the intact model.
+        values: of each measure by name: variant x example; NaN where an example has none.
+        counts: how many positions of each example count.
+        clusters: a number for each example; those of one template instance share it.
+        labels: the class of each example; None if there is none.
+        record: what it belongs to.
+    """
+
+    measures: tuple[Metric, ...]
+    variants: tuple[str, ...]
+    values: Mapping[str, Float[np.ndarray, "variant example"]]
+    counts: Float[np.ndarray, " example"]
+    clusters: tuple[int, ...]
+    labels: tuple[int, ...] | None
+    record: Record
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def of(self, measure: str, variant: str = INTACT) -> Float[np.ndarray, " example"]:
+        """A measure of a variant on each example.
+
+        Raises:
+            KeyError: if there is no such measure or variant.
+        """
+        if measure not in self.values:
+            raise KeyError(f"measure {measure!r}: there are {', '.join(self.values)}")
+        if variant not in self.variants:
+            raise KeyError(f"variant {variant!r}: there are {', '.join(self.variants[:8])}")
+        return self.values[measure][self.variants.index(variant)]
+
+    def weights(self, over: Over) -> Float[np.ndarray, " example"]:
+        """How much each example counts in a mean."""
+        return np.ones(len(self)) if over == "examples" else self.counts
+
+    def mean(self, measure: str, variant: str = INTACT, over: Over = "examples") -> float:
+        """The mean of a measure of a variant; NaN if no example has it."""
+        values, weights = self.of(measure, variant), self.weights(over)
+        known = ~np.isnan(self.values[measure][0])
+        return (
+            float(np.average(values[known], weights=weights[known]))
+            if known.any()
+            else float("nan")
+        )
+
+    def effect(
+        self,
+        measure: str,
+        variant: str,
+        null: Sequence[str] = (),
+        null_is: str = "",
+        over: Over = "examples",
+    ) -> Effect:
+        """What a variant does to a measure, compared with random variants.
+
+        Raises:
+            KeyError: if there is no such measure or variant.
+        """
+        metric = next((m for m in self.measures if m.name == measure), None)
+        intact = self.of(measure)
+        assert metric is not None, "there are values of it"
+        known = ~np.isnan(intact)
+        return effect_of(
+            metric, intact[known], self.of(measure, variant)[known],
+            [self.of(measure, name)[known] for name in null], null_is, weights=self.weights(over)[known],
+            clusters=np.array(self.clusters)[known].tolist(), over=over, seed=self.record.seed,
+        )  # fmt: skip
+
+    def with_measure(
+        self, metric: Metric, values: Float[np.ndarray, "variant example"]
+    ) -> Outcomes:
+        """The same with one more measure, which a caller took from the readings."""
+        return replace(
+            self,
+            measures=(*self.measures, metric),
+            values=dict(self.values) | {metric.name: values},
+        )
+
+    def resampled(
+        self, measure: str, variants: Sequence[str], over: Over = "examples"
+    ) -> Float[np.ndarray, "resample variant"]:
+        """Means of a measure of some variants over the same resampled clusters."""
+        known = ~np.isnan(self.values[measure][0])
+        rows = np.stack([self.of(measure, v)[known] for v in variants])
+        clusters = np.array(self.clusters)[known].tolist()
+        return resampled(
+            rows, weights=self.weights(over)[known], clusters=clusters, seed=self.record.seed
+        )
+
+
+def effect_of(
+    metric: Metric,
+    intact: Float[np.ndarray, " example"],
+    changed: Float[np.ndarray, " example"],
+    null: Sequence[Float[np.ndarray, " example"]] = (),
+    null_is: str = "",
+    *,
+    weights: Float[np.ndarray, " example"] | None = None,
+    clusters: Sequence[int] | None = None,
+    over: Over = "examples",
+    seed: int = 0,
+) -> Effect:
+    """An effect, from a measure's values on the same examples.
+
+    Args:
+        metric: what was measured.
+        intact: without the change.
+        changed: with it.
+        null: with each random change.
+        null_is: what these are.
+        weights: of each example in means; all equal if None.
+        clusters: a number for each example, shared by those that are not independent.
+        over: what the means are over, for the record.
+        seed: of the interval.
+    """
+    nan = float("nan")
+    if not len(intact):
+        return Effect(
+            metric.name, metric.unit, nan, nan, nan, nan, nan, (), null_is, nan, nan, 0, 0, over
+        )
+    own = changed - intact
+    low, high = interval(own, weights=weights, clusters=clusters, seed=seed)
+    before, mean = (float(np.average(x, weights=weights)) for x in (intact, own))
+    beside = tuple(float(np.average(x - intact, weights=weights)) for x in null)
+    return Effect(
+        metric.name, metric.unit, before, before + mean, mean, low, high, beside, null_is,
+        p_value(mean, beside), least_p(len(beside)) if beside else nan, len(own),
+        len(own) if clusters is None else len(set(clusters)), over,
+    )  # fmt: skip

@@ -1,0 +1,40 @@
+"""Where a behaviour is: what carries it, what suffices for it, and where it can be read off."""
+
+from circuits.localization.attention import AttentionPatterns, HeadPattern, attention_patterns
+from circuits.localization.cells import Cell, Column
+from circuits.localization.grids import CellEffect, GridSide, PatchGrid
+from circuits.localization.heads import HeadScore, HeadScores, score_heads
+from circuits.localization.keeping import Sufficiency, keep_only, sufficiency
+from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
+from circuits.localization.patching import patch_grid
+from circuits.localization.probing import contrastive_directions, linear_probes
+from circuits.localization.readouts import Readout, Readouts
+from circuits.localization.steering import steering_grid
+
+__all__ = [
+    "AttentionPatterns",
+    "Cell",
+    "CellEffect",
+    "Column",
+    "Depth",
+    "GridSide",
+    "HeadPattern",
+    "HeadScore",
+    "HeadScores",
+    "Lens",
+    "LensTokens",
+    "PatchGrid",
+    "Readout",
+    "Readouts",
+    "Sufficiency",
+    "attention_patterns",
+    "contrastive_directions",
+    "keep_only",
+    "lens_tokens",
+    "linear_probes",
+    "logit_lens",
+    "patch_grid",
+    "score_heads",
+    "steering_grid",
+    "sufficiency",
+]

@@ -1,0 +1,156 @@
+"""Attention patterns of a text, and weighted by how long the values are that they fetch (layer 4).
+
+Elhage et al. 2021 (value-weighted patterns); Kobayashi et al. 2020, "Attention is Not Only a Weight". Attention to a
+sink, such as the starting token, fetches next to nothing; weighted by values it disappears.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.examples import encoded
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.models.selecting import select_sites
+from circuits.units import Site, Unit, unknown
+
+SINK = 0.5
+"""A key that on average gets at least this share of the attention of the queries behind it is a sink."""
+
+_HEAD = re.compile(r"(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPattern:
+    """One head's attention over a text.
+
+    Attributes:
+        head: as a unit of the attention pattern.
+        raw: what each query gives each key; each row adds up to 1.
+        weighted: the same times the length of the key's value, as shares of the row.
+        sink: the key that gets most of the attention of the queries behind it, if it is at least half of it.
+        sink_share: how much of it, on average; 0 without a sink.
+    """
+
+    head: Unit
+    raw: Float[Tensor, "query key"]
+    weighted: Float[Tensor, "query key"]
+    sink: int | None
+    sink_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPatterns:
+    """Some heads' attention over a text.
+
+    Attributes:
+        tokens: the text's.
+        patterns: head by head.
+        model: the model's name.
+        model_hash: of its weights.
+    """
+
+    tokens: tuple[str, ...]
+    patterns: tuple[HeadPattern, ...]
+    model: str
+    model_hash: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "model": self.model, "model_hash": self.model_hash, "tokens": list(self.tokens),
+            "heads": [
+                {
+                    "head": str(p.head), "raw": p.raw.tolist(), "weighted": p.weighted.tolist(), "sink": p.sink,
+                    "sink_share": p.sink_share,
+                }
+                for p in self.patterns
+            ],
+        }  # fmt: skip
+
+
+def attention_patterns(
+    model: HookedModel, text: str | Sequence[int], heads: Sequence[str | Unit]
+) -> AttentionPatterns:
+    """Attention of some heads over a text, raw and weighted by values.
+
+    Args:
+        model: a model of tokens that shows attention patterns and values.
+        text: a text, or tokens.
+        heads: written `LAYER.HEAD` (`0.3`), or units of any of their sites (`blocks.0.attn.hook_z:3`).
+
+    Raises:
+        KeyError: if there is no such head.
+        ValueError: if the model takes images or shows no attention patterns, no head is named, or the model does not
+            take the text.
+    """
+    if not isinstance(model.input, TokenInput):
+        raise ValueError(f"model {model.name} takes images: expected a model of tokens")
+    if not heads:
+        raise ValueError("heads name none: expected at least one, e.g. 0.3")
+    chosen = [pattern_head(model, head) for head in heads]
+    values = {u.site: model.site(u.site.replace("hook_pattern", "hook_v")) for u in chosen}
+    tokens = encoded(model.input, text)[None]
+    read = [*(model.site(u.site) for u in chosen), *values.values()]
+    cache = model.run(tokens, read=read, until=model.last(read))
+    found = []
+    for unit in chosen:
+        site, value = model.site(unit.site), values[unit.site]
+        raw = site.by_unit(cache[site])[0, unit.index].double().cpu()
+        shared = site.n_units // value.n_units  # grouped queries share keys and values
+        length = value.activations(cache[value])[0, unit.index // shared].double().cpu()
+        found.append(_pattern(unit, raw, length))
+    words = tuple(model.input.word(t) for t in tokens[0].tolist())
+    return AttentionPatterns(words, tuple(found), model.name, model.intact_hash)
+
+
+def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
+    """A head as a unit of its attention pattern.
+
+    Raises:
+        KeyError: if there is no such head.
+        ValueError: if it is not written as a head, or the model shows no attention patterns.
+    """
+    try:
+        sites = select_sites(model, "pattern")
+    except KeyError:
+        raise ValueError(f"model {model.name} shows no attention patterns") from None
+    known = {_layer(s): s for s in sites}
+    match = _HEAD.fullmatch(head) if isinstance(head, str) else None
+    if match is not None:
+        layer, index = int(match[1]), int(match[2])
+    else:
+        unit = model.unit(head)
+        layer, index = _layer(model.site(unit.site)), unit.index
+        if model.site(unit.site).kind not in ("head", "pattern"):
+            raise ValueError(f"head {str(head)!r}: the units of {unit.site} are no heads")
+    if layer not in known or index >= known[layer].n_units:
+        names = [f"{n}.{i}" for n, s in known.items() for i in range(s.n_units)]
+        raise unknown(f"head of {model.name}", str(head), names)
+    return known[layer].unit(index)
+
+
+def _layer(site: Site) -> int:
+    match = re.search(r"blocks\.(\d+)\.", site.name)
+    return -1 if match is None else int(match[1])
+
+
+def _pattern(
+    unit: Unit, raw: Float[Tensor, "query key"], length: Float[Tensor, " key"]
+) -> HeadPattern:
+    product = raw * length
+    weighted = product / product.sum(1, keepdim=True).clamp_min(1e-12)
+    n = len(raw)
+    behind = torch.ones(n, n).tril(-1).double()  # the queries behind each key
+    received = (raw * behind).sum(0) / behind.sum(0).clamp_min(1)
+    received[-max(1, n // 4) :] = 0  # few queries are behind the last keys
+    sink = int(received.argmax())
+    share = float(received[sink])
+    return HeadPattern(unit, raw, weighted, *((sink, share) if share >= SINK else (None, 0.0)))

@@ -1,0 +1,232 @@
+"""What a grid of replaced cells found: every cell on every example, and tables and matrices read from it (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.experiments import Record
+from circuits.experiments.statistics import LEVEL, Correction, corrected, paired_ps, resampled
+from circuits.files import finite
+from circuits.localization.cells import By, Cell
+from circuits.tasks.metrics import Metric
+
+PatchDirection = Literal["noising", "denoising"]
+"""`noising` puts parts of the corrupted run into the clean one, `denoising` restores parts of the clean run in the
+corrupted one."""
+
+Quantity = Literal["normalised", "change", "null"]
+"""A cell's change as a share of the way to the other run; in the metric's unit; or what another pair's does, as a share
+of that way."""
+
+_NO_GAP = 1e-6
+"""Runs whose metrics differ by less than this share of their size leave nothing to normalise by."""
+
+
+@dataclass(frozen=True)
+class CellEffect:
+    """What one cell does.
+
+    Attributes:
+        cell: as it is written.
+        change: of the metric, the mean over examples.
+        low: lower end of its 95 % interval: bootstrap over examples, by cluster where they share a template instance.
+        high: its upper end.
+        normalised: the change as a share of the way from the run that is patched (0) to the other (1); NaN if these
+            do not differ.
+        null: the same with what takes the cell's place from another pair; NaN if it was not measured.
+        p_value: of a paired test that the own pair's does something else than another pair's, corrected for the number
+            of cells; NaN without a null.
+        n: how many examples have the cell.
+    """
+
+    cell: str
+    change: float
+    low: float
+    high: float
+    normalised: float
+    null: float
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class GridSide:
+    """One direction of a grid: the metric on each example.
+
+    Attributes:
+        base: of the run that is patched.
+        other: of the run that patches come from.
+        patched: with each cell replaced; NaN where an example has no such cell.
+        random: with each cell replaced from another pair's run, draw by draw; NaN where there is no other pair.
+    """
+
+    base: Float[np.ndarray, " example"]
+    other: Float[np.ndarray, " example"]
+    patched: Float[np.ndarray, "cell example"]
+    random: Float[np.ndarray, "draw cell example"]
+
+    @property
+    def gap(self) -> float:
+        """How far the two runs' means are apart."""
+        return float((self.other - self.base).mean())
+
+    @cached_property
+    def changes(self) -> Float[np.ndarray, "cell example"]:
+        """What each cell changes on each example."""
+        return self.patched - self.base
+
+    @cached_property
+    def random_changes(self) -> Float[np.ndarray, "cell example"]:
+        """The mean of what each cell changes when it is replaced from another pair's run; NaN without a draw."""
+        if not len(self.random):
+            return np.full_like(self.patched, np.nan)
+        return self.random.mean(0) - self.base
+
+    def share(self, changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
+        """Mean changes as a share of the way to the other run, over the examples that have the cell."""
+        known = ~np.isnan(changes)
+        gap = (known * (self.other - self.base)).sum(1)
+        size = (known * np.maximum(np.abs(self.base), np.abs(self.other))).sum(1)
+        wide = np.abs(gap) > _NO_GAP * size
+        return np.where(wide, np.nansum(changes, 1) / np.where(wide, gap, 1.0), np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchGrid:
+    """What replacing each cell of a grid does to a task's metric.
+
+    Attributes:
+        metric: what was measured.
+        by: what a cell is.
+        cells: in the order of the sides' rows.
+        sides: what was found, by direction.
+        clusters: a number for each example; those of one template instance share it.
+        replaced_by: what takes a cell's place.
+        null_is: what the random draws are.
+        record: what it belongs to.
+    """
+
+    metric: Metric
+    by: By
+    cells: tuple[Cell, ...]
+    sides: Mapping[PatchDirection, GridSide]
+    clusters: tuple[int, ...]
+    replaced_by: str
+    null_is: str
+    record: Record
+
+    def side(self, direction: PatchDirection | None = None) -> GridSide:
+        """One direction; the only or the first one if none is named.
+
+        Raises:
+            KeyError: if it was not measured.
+        """
+        key = next(iter(self.sides)) if direction is None else direction
+        if key not in self.sides:
+            raise KeyError(f"direction {key!r} was not measured: there is {', '.join(self.sides)}")
+        return self.sides[key]
+
+    def effects(
+        self, direction: PatchDirection | None = None, correction: Correction = "holm"
+    ) -> tuple[CellEffect, ...]:
+        """Each cell's mean effect with its interval and p-value, in the grid's order."""
+        side = self.side(direction)
+        columns = (
+            _means(side.changes), *self._intervals(side.changes), side.share(side.changes),
+            side.share(side.random_changes), self._p_values(side, correction),
+        )  # fmt: skip
+        counts = (~np.isnan(side.changes)).sum(1).tolist()
+        each = zip(self.cells, np.stack(columns, 1).tolist(), counts, strict=True)
+        return tuple(CellEffect(str(cell), *row, n=n) for cell, row, n in each)
+
+    def _intervals(
+        self, changes: Float[np.ndarray, "cell example"]
+    ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
+        """Percentiles of means over the same resampled clusters."""
+        nan = np.full(len(changes), np.nan)
+        if len(set(self.clusters)) < 2:
+            return nan, nan
+        known = ~np.isnan(changes)
+        seed, clusters = self.record.seed, self.clusters
+        sums = resampled(np.nan_to_num(changes), clusters=clusters, seed=seed)
+        shares = resampled(known.astype(float), clusters=clusters, seed=seed)
+        drawn = sums / np.where(shares > 0, shares, np.nan)
+        low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        return low, high
+
+    def _p_values(self, side: GridSide, correction: Correction) -> Float[np.ndarray, " cell"]:
+        if not len(side.random):
+            return np.full(len(self.cells), np.nan)
+        found = paired_ps(side.changes - side.random_changes, self.clusters, seed=self.record.seed)
+        made, known = np.full(len(found), np.nan), ~np.isnan(found)
+        if known.any():
+            made[known] = corrected(found[known].tolist(), correction)
+        return made
+
+    # --- as a matrix -----------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows of `matrix`: sites, or heads where there is a column for each of their positions."""
+        return tuple(dict.fromkeys(_row(c, self.by) for c in self.cells))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Its columns: positions, or units where cells have none."""
+        return tuple(dict.fromkeys(_column(c, self.by) for c in self.cells))
+
+    def matrix(
+        self, what: Quantity = "normalised", direction: PatchDirection | None = None
+    ) -> Float[np.ndarray, "row column"]:
+        """Means over examples as rows and columns; NaN where there is no such cell."""
+        side = self.side(direction)
+        values = {
+            "normalised": lambda: side.share(side.changes),
+            "change": lambda: _means(side.changes),
+            "null": lambda: side.share(side.random_changes),
+        }[what]()
+        rows, columns = ({name: i for i, name in enumerate(n)} for n in (self.rows, self.columns))
+        made = np.full((len(rows), len(columns)), np.nan)
+        for cell, value in zip(self.cells, values, strict=True):
+            made[rows[_row(cell, self.by)], columns[_column(cell, self.by)]] = value
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite({
+            "metric": self.metric.name, "unit": self.metric.unit, "by": self.by, "replaced_by": self.replaced_by,
+            "null_is": self.null_is,
+            "cells": [
+                {"site": c.site, "unit": c.unit, "position": None if c.column is None else c.column.name}
+                for c in self.cells
+            ],
+            "directions": {
+                name: {
+                    "base": side.base.tolist(), "other": side.other.tolist(), "patched": side.patched.tolist(),
+                    "effects": [asdict(e) for e in self.effects(name)],
+                }
+                for name, side in self.sides.items()
+            },
+            "clusters": list(self.clusters), "record": asdict(self.record),
+        })  # fmt: skip
+
+
+def _means(changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
+    known = (~np.isnan(changes)).sum(1)
+    return np.where(known > 0, np.nansum(changes, 1) / np.maximum(known, 1), np.nan)
+
+
+def _row(cell: Cell, by: By) -> str:
+    return f"{cell.site}:{cell.unit}" if by == "head_position" else cell.site
+
+
+def _column(cell: Cell, by: By) -> str:
+    if cell.column is not None:
+        return cell.column.name
+    return "all" if cell.unit is None else str(cell.unit)

@@ -1,0 +1,317 @@
+"""Which heads attend to the token before, to the same token, or to what came after it (layer 4).
+
+Elhage et al. 2021; Olsson et al. 2022, "In-context Learning and Induction Heads". Texts are random tokens of which a
+pattern repeats, at another distance in each text, so that looking back a fixed number of places does not help. Where a
+head of each kind should look is TransformerLens' convention (`detect_head`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.examples import BATCH, Examples
+from circuits.experiments import Record
+from circuits.experiments.running import Progress
+from circuits.experiments.statistics import corrected, interval, paired_ps
+from circuits.files import finite
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.models.selecting import select_sites
+from circuits.stimuli.repeats import draw_patterns
+from circuits.tasks.task import of_examples
+from circuits.units import Site, Unit
+
+HeadKind = Literal["previous_token", "duplicate_token", "induction"]
+"""A head that attends to the token before; to earlier copies of the token; to the tokens behind these."""
+
+KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
+CHANCE: Mapping[HeadKind, str] = {
+    "previous_token": "another earlier token, drawn at random",
+    "duplicate_token": "the same places of the same tokens in random order",
+    "induction": "the same places of the same tokens in random order",
+}
+"""What a head's score is compared with."""
+
+LENGTH = 64
+"""Tokens of a text, if the model takes so many."""
+
+_RESAMPLES = 100
+"""So many changes of sign for each p-value that it is corrected for."""
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """How much a head is of a kind.
+
+    Attributes:
+        head: a unit of an attention pattern.
+        kind: previous token, duplicate token or induction.
+        score: the share of its attention that goes where such a head should look, from tokens that have such a place:
+            the mean over these, then over texts (the prefix matching score of Olsson et al., for induction).
+        low: lower end of its 95 % interval: bootstrap over texts.
+        high: its upper end.
+        chance: the same share where it should not look: see `CHANCE`.
+        p_value: of a paired test over texts that score and chance are the same, corrected for all heads and kinds.
+        overall: the share of all attention, from tokens without such a place too (TransformerLens' score `mul`).
+    """
+
+    head: Unit
+    kind: HeadKind
+    score: float
+    low: float
+    high: float
+    chance: float
+    p_value: float
+    overall: float
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it attends there more than by chance (p below 0.05)."""
+        return self.score > self.chance and self.p_value < 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Scores of all heads.
+
+    Attributes:
+        heads: layer by layer, as units of attention patterns.
+        kinds: what they were scored for.
+        scores: kind x head x text.
+        chance: likewise.
+        overall: kind x head.
+        record: what they belong to.
+    """
+
+    heads: tuple[Unit, ...]
+    kinds: tuple[HeadKind, ...]
+    scores: Float[np.ndarray, "kind head text"]
+    chance: Float[np.ndarray, "kind head text"]
+    overall: Float[np.ndarray, "kind head"]
+    record: Record
+
+    @cached_property
+    def found(self) -> tuple[HeadScore, ...]:
+        """Every head's score for every kind, the highest of each kind first."""
+        rows, chance = (v.reshape(-1, v.shape[2]) for v in (self.scores, self.chance))
+        seed = self.record.seed
+        raw = paired_ps(rows - chance, seed=seed, resamples=max(9999, _RESAMPLES * len(rows)))
+        p = corrected(raw.tolist())
+        made, n = [], len(self.heads)
+        for k, kind in enumerate(self.kinds):
+            order = np.argsort(-self.scores[k].mean(1), kind="stable").tolist()
+            for h in order:
+                i = k * n + h
+                ends = interval(rows[i], seed=seed)
+                made.append(
+                    HeadScore(
+                        self.heads[h], kind, float(rows[i].mean()), *ends, float(chance[i].mean()), p[i],
+                        float(self.overall[k, h]),
+                    )
+                )  # fmt: skip
+        return tuple(made)
+
+    def of(self, kind: HeadKind) -> tuple[HeadScore, ...]:
+        """The scores of one kind, highest first.
+
+        Raises:
+            KeyError: if heads were not scored for it.
+        """
+        if kind not in self.kinds:
+            raise KeyError(f"kind {kind!r}: there are {', '.join(self.kinds)}")
+        return tuple(s for s in self.found if s.kind == kind)
+
+    def matrix(self, kind: HeadKind) -> Float[np.ndarray, "layer head"]:
+        """Mean scores by layer and head."""
+        mean = self.scores[self.kinds.index(kind)].mean(1)
+        sites = list(dict.fromkeys(u.site for u in self.heads))
+        made = np.full((len(sites), 1 + max(u.index for u in self.heads)), np.nan)
+        for unit, value in zip(self.heads, mean, strict=True):
+            made[sites.index(unit.site), unit.index] = value
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite({
+            "heads": [asdict(s) | {"head": str(s.head)} for s in self.found],
+            "chance_is": {k: CHANCE[k] for k in self.kinds}, "record": asdict(self.record),
+        })  # fmt: skip
+
+
+def score_heads(
+    model: HookedModel,
+    kinds: Sequence[HeadKind] = KINDS,
+    *,
+    n: int = 32,
+    length: int | None = None,
+    examples: Examples | None = None,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """Score every head of a model for some kinds.
+
+    Args:
+        model: a model of tokens that shows its attention patterns.
+        kinds: what for.
+        n: how many texts of random repeated tokens.
+        length: of each, in tokens; 64, or as many as the model takes, if None.
+        examples: other texts, in place of random ones.
+        batch: texts together.
+        seed: of texts, of what is compared with, of intervals and p-values.
+        progress: called with the texts that are done, and all there are.
+
+    Raises:
+        ValueError: if the model takes images or shows no attention patterns, a kind is unknown, there are fewer than
+            two texts, or they are too long for the model or too short to repeat anything.
+    """
+    unknown = [k for k in kinds if k not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"kinds {list(unknown or kinds)}: expected some of {', '.join(KINDS)}")
+    sites, spec = _patterns(model)
+    texts = examples
+    if texts is None:
+        texts = Examples.given(
+            model, repeated_tokens(spec, n, length, seed), data="random repeated tokens"
+        )
+    if len(texts) < 2:
+        raise ValueError(f"n {len(texts)} must be at least 2: scores are compared text by text")
+    heads = tuple(site.unit(i) for site in sites for i in range(site.n_units))
+    scores, chance = (np.full((len(kinds), len(heads), len(texts)), np.nan) for _ in range(2))
+    on, total = np.zeros((len(kinds), len(heads))), np.zeros(len(heads))
+    generator = torch.Generator().manual_seed(seed)
+    for part in texts.batches(batch):
+        real, which = part.counted().cpu(), list(part.which)
+        other = shuffled(part.inputs.cpu(), real, generator).to(part.inputs)
+        own, mixed = (
+            _attention(model, sites, tokens, part.mask) for tokens in (part.inputs, other)
+        )
+        total += (own * real[:, None, :, None]).sum((0, 2, 3)).numpy()
+        for k, kind in enumerate(kinds):
+            places = detection_pattern(kind, part.inputs.cpu(), real)
+            scores[k][:, which] = _share(own, places).T.numpy()
+            on[k] += (own * places[:, None]).sum((0, 2, 3)).numpy()
+            if kind == "previous_token":
+                chance[k][:, which] = _share(own, _elsewhere(places, real, generator)).T.numpy()
+            else:
+                chance[k][:, which] = _share(mixed, places).T.numpy()
+        if progress is not None:
+            progress(which[-1] + 1, len(texts))
+    bad = np.isnan(scores).any((1, 2))
+    if bad.any():
+        kind = kinds[int(bad.argmax())]
+        raise ValueError(f"texts: one of them has no place where a head of kind {kind} could look")
+    return HeadScores(
+        heads, tuple(kinds), scores, np.nan_to_num(chance), on / total, Record.of(model, of_examples(texts), seed)
+    )  # fmt: skip
+
+
+def repeated_tokens(
+    spec: TokenInput, n: int, length: int | None = None, seed: int = 0
+) -> Int[Tensor, "text position"]:
+    """Random tokens of which a pattern repeats, at another distance in each text; the starting token in front.
+
+    Raises:
+        ValueError: if the length is more than the model takes, or too short for a pattern and its repeat.
+    """
+    size = min(LENGTH, spec.n_ctx) if length is None else length
+    if not 6 <= size <= spec.n_ctx:
+        raise ValueError(
+            f"length {size}: expected 6, to repeat anything, to {spec.n_ctx}, the model's context"
+        )
+    longest = (size - 3) // 2
+    generator = torch.Generator().manual_seed(seed)
+    periods = (min(6, longest), min(24, longest))
+    tokens = draw_patterns(n, generator, size, spec.n_vocab, periods).tokens
+    if spec.bos is None:
+        tokens[:, 0] = torch.randint(spec.n_vocab, (n,), generator=generator)
+        return tokens
+    tokens[tokens == spec.bos] = 0 if spec.bos else 1  # it stands nowhere but in front
+    tokens[:, 0] = spec.bos
+    return tokens
+
+
+def detection_pattern(
+    kind: HeadKind, tokens: Int[Tensor, "text position"], real: Bool[Tensor, "text position"]
+) -> Bool[Tensor, "text query key"]:
+    """Where a head of a kind should look, as TransformerLens has it.
+
+    Args:
+        kind: which.
+        tokens: the texts.
+        real: where tokens are, and nothing was filled up.
+
+    >>> tokens = torch.tensor([[7, 8, 9, 7]])
+    >>> detection_pattern("induction", tokens, tokens > 0)[0].nonzero().tolist()
+    [[3, 1]]
+    """
+    both = real[:, :, None] & real[:, None, :]
+    if kind == "previous_token":
+        n = tokens.shape[1]
+        return torch.ones(n, n, dtype=torch.bool).tril(-1).triu(-1) & both
+    same = ((tokens[:, :, None] == tokens[:, None, :]) & both).tril(-1)
+    if kind == "duplicate_token":
+        return same
+    behind = same.roll(1, 2)
+    behind[:, :, 0] = False
+    return behind.tril() & both
+
+
+def shuffled(
+    tokens: Int[Tensor, "text position"],
+    real: Bool[Tensor, "text position"],
+    generator: torch.Generator,
+) -> Int[Tensor, "text position"]:
+    """The tokens of each text in random order; its first one, where a sink may be, stays."""
+    made = tokens.clone()
+    for row, own in zip(made, real, strict=True):
+        at = own.nonzero()[1:, 0]
+        row[at] = row[at[torch.randperm(len(at), generator=generator)]]
+    return made
+
+
+def _patterns(model: HookedModel) -> tuple[list[Site], TokenInput]:
+    if not isinstance(model.input, TokenInput):
+        raise ValueError(
+            f"model {model.name} takes images: heads are told apart by what they do with tokens"
+        )
+    try:
+        return select_sites(model, "pattern"), model.input
+    except KeyError:
+        raise ValueError(f"model {model.name} shows no attention patterns") from None
+
+
+def _attention(
+    model: HookedModel, sites: Sequence[Site], tokens: Tensor, mask: Tensor | None
+) -> Float[Tensor, "text head query key"]:
+    cache = model.run(tokens, mask=mask, read=sites, until=model.last(sites))
+    return torch.cat([site.by_unit(cache[site]).double().cpu() for site in sites], 1)
+
+
+def _share(
+    attention: Float[Tensor, "text head query key"], places: Bool[Tensor, "text query key"]
+) -> Float[Tensor, "text head"]:
+    """The attention that goes to places, the mean over the queries that have one."""
+    queries = places.any(2)
+    on = (attention * places[:, None]).sum(3)
+    return (on * queries[:, None]).sum(2) / queries.sum(1, keepdim=True)
+
+
+def _elsewhere(
+    places: Bool[Tensor, "text query key"],
+    real: Bool[Tensor, "text position"],
+    generator: torch.Generator,
+) -> Bool[Tensor, "text query key"]:
+    """For each query another earlier key, drawn at random; none where there is none."""
+    free = (real[:, :, None] & real[:, None, :]).tril(-1) & ~places
+    drawn = (torch.rand(free.shape, generator=generator) * free).argmax(2, keepdim=True)
+    return torch.zeros_like(free).scatter(2, drawn, True) & free

@@ -1,0 +1,274 @@
+"""The logit lens: what a transformer would answer if it stopped at each depth (layer 4).
+
+nostalgebraist 2020, "interpreting GPT: the logit lens". The residual stream at a depth takes the place of the last one,
+and the model's own final normalisation and unembedding do the rest. With the normalisation held as it is at the end,
+what a layer adds to a logit is what it adds to the stream (the accumulated residual; Elhage et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.examples import BATCH, encoded
+from circuits.experiments import INTACT, Context, Record, Variant, run
+from circuits.experiments.running import Progress
+from circuits.experiments.statistics import interval
+from circuits.files import finite
+from circuits.hooks import Change
+from circuits.localization.pairing import OtherPairs
+from circuits.models.adapter import HookedModel
+from circuits.models.composition import held_normalisation
+from circuits.models.inputs import TokenInput
+from circuits.models.sites import is_bridge
+from circuits.tasks.metrics import Metric, as_metric
+from circuits.tasks.targets import output_site
+from circuits.tasks.task import Task
+from circuits.units import Site
+
+Norm = Literal["own", "held"]
+"""The final normalisation: computed for each depth's stream, or held as it is for the last one."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What the stream at one depth answers.
+
+    Attributes:
+        site: where the stream was taken.
+        value: of the metric, the mean over examples.
+        low: lower end of its 95 % interval: bootstrap over examples, by cluster.
+        high: its upper end.
+        null: the mean of the metric with the stream of another example, drawn at random; NaN if there is none.
+    """
+
+    site: str
+    value: float
+    low: float
+    high: float
+    null: float
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """A task's metric at each depth.
+
+    Attributes:
+        metric: what was measured.
+        norm: how the final normalisation was taken.
+        sites: the depths, in order; the last is what the model itself reads.
+        values: of the metric.
+        random: with the stream of another example; NaN where there is none.
+        intact: of the model as it is.
+        clusters: a number for each example; those of one template instance share it.
+        record: what it belongs to.
+    """
+
+    metric: Metric
+    norm: Norm
+    sites: tuple[str, ...]
+    values: Float[np.ndarray, "depth example"]
+    random: Float[np.ndarray, "depth example"]
+    intact: Float[np.ndarray, " example"]
+    clusters: tuple[int, ...]
+    record: Record
+
+    @property
+    def depths(self) -> tuple[Depth, ...]:
+        """Means over examples with intervals."""
+        found = []
+        for site, values, random in zip(self.sites, self.values, self.random, strict=True):
+            ends = interval(values, clusters=self.clusters, seed=self.record.seed)
+            known = random[~np.isnan(random)]
+            null = float(known.mean()) if len(known) else float("nan")
+            found.append(Depth(site, float(values.mean()), *ends, null))
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite({
+            "metric": self.metric.name, "unit": self.metric.unit, "norm": self.norm,
+            "depths": [asdict(d) for d in self.depths], "values": self.values.tolist(),
+            "intact": self.intact.tolist(), "record": asdict(self.record),
+        })  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class LensTokens:
+    """The first choice at each depth and position of a text.
+
+    Attributes:
+        tokens: the text.
+        sites: the depths, in order.
+        first: the most probable next token.
+        probability: of it.
+        words: how it is written.
+    """
+
+    tokens: tuple[str, ...]
+    sites: tuple[str, ...]
+    first: Int[np.ndarray, "depth position"]
+    probability: Float[np.ndarray, "depth position"]
+    words: tuple[tuple[str, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "tokens": list(self.tokens), "sites": list(self.sites), "first": self.first.tolist(),
+            "words": [list(row) for row in self.words], "probability": self.probability.tolist(),
+        }  # fmt: skip
+
+
+def logit_lens(
+    model: HookedModel,
+    task: Task,
+    *,
+    norm: Norm = "own",
+    middle: bool = False,
+    metric: str | Metric | Callable[[Tensor], Tensor] | None = None,
+    null: bool = True,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Lens:
+    """A task's metric if the model stopped at each depth, where the task counts.
+
+    Args:
+        model: a TransformerLens bridge.
+        task: what is measured on.
+        norm: the final normalisation of each depth's own stream, or held as it is at the end.
+        middle: also between attention and MLP of each layer.
+        metric: what is measured; the task's own if None.
+        null: also with the stream of another example of the same length.
+        batch: examples together.
+        seed: of the other examples and of intervals.
+        progress: called with what is done and all there is, in examples times runs.
+
+    Raises:
+        KeyError: if there is no such metric.
+        ValueError: if the model is no bridge, or the metric needs what the task has not, or reads inside the model.
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm {norm!r} is not one of {', '.join(get_args(Norm))}")
+    asked = task if metric is None else task.with_metric(as_metric(metric))
+    depths = lens_sites(model, middle)
+    far = [s for s in asked.metric.sites() if model.site(s) != output_site(model)]
+    if far:
+        raise ValueError(
+            f"metric {asked.metric.name} reads {far[0]}: the lens changes the output alone"
+        )
+    others = OtherPairs(model, asked, asked.examples, depths, 1 if null else 0, seed)
+    variants = [_stopped(model, site, depths[-1], norm, None) for site in depths]
+    if null:
+        variants += [_stopped(model, site, depths[-1], norm, others) for site in depths]
+    outcomes = run(
+        model, variants, asked, measures=[asked.metric], batch=batch, seed=seed, progress=progress
+    )
+    values = outcomes.values[asked.metric.name][1:]
+    random = np.full((len(depths), len(asked)), np.nan)
+    if null:
+        random = np.where(others.there(0), values[len(depths) :], np.nan)
+    return Lens(
+        asked.metric, norm, tuple(s.name for s in depths), values[: len(depths)], random,
+        outcomes.of(asked.metric.name, INTACT), asked.clusters, outcomes.record,
+    )  # fmt: skip
+
+
+def lens_tokens(
+    model: HookedModel, text: str | Sequence[int], *, norm: Norm = "own", middle: bool = False
+) -> LensTokens:
+    """The first choice for the next token at each depth and position of a text.
+
+    Args:
+        model: a TransformerLens bridge.
+        text: a text, or tokens.
+        norm: as in `logit_lens`.
+        middle: as in `logit_lens`.
+
+    Raises:
+        ValueError: if the model is no bridge, or does not take the text.
+    """
+    depths, spec = lens_sites(model, middle), model.input
+    assert isinstance(spec, TokenInput), "a bridge takes tokens"
+    tokens = encoded(spec, text)[None]
+    cache = model.run(tokens, read=depths)
+    streams = {s.name: cache[s] for s in depths}
+    end, last = output_site(model), depths[-1]
+    found = []
+    for site in depths:
+        edits = _edits(model, streams[site.name], streams[last.name], last, norm)
+        found.append(end.rows(model.run(tokens, read=[end], edits=edits)[end]))
+    best = torch.cat(found).double().softmax(-1).max(-1)
+    words = tuple(tuple(spec.word(t) for t in row) for row in best.indices.tolist())
+    return LensTokens(
+        tuple(spec.word(t) for t in tokens[0].tolist()), tuple(s.name for s in depths), best.indices.cpu().numpy(),
+        best.values.cpu().numpy(), words,
+    )  # fmt: skip
+
+
+def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
+    """The residual stream at each depth of a transformer: before each layer, and behind the last.
+
+    Args:
+        model: a TransformerLens bridge.
+        middle: also between attention and MLP.
+
+    Raises:
+        ValueError: if the model is no bridge, or lacks a site of the stream.
+    """
+    if not is_bridge(model.module):
+        raise ValueError(
+            f"model {model.name} is no TransformerLens bridge: it has no residual stream to stop at"
+        )
+    n: int = model.module.cfg.n_layers  # type: ignore[union-attr, assignment]
+    names = [f"blocks.{i}.hook_resid_{part}" for i in range(n) for part in ("pre", "mid")]
+    known = {name for s in model.sites for name in (s.name, *s.aliases)}
+    wanted = [*names, f"blocks.{n - 1}.hook_resid_post"]
+    kept = [n for n in wanted if not n.endswith("_mid") or (middle and n in known)]
+    missing = next((name for name in kept if name not in known), None)
+    if missing is not None:
+        raise ValueError(
+            f"model {model.name} does not show its residual stream: there is no {missing}"
+        )
+    return [model.site(name) for name in kept]
+
+
+def _stopped(
+    model: HookedModel, site: Site, last: Site, norm: Norm, others: OtherPairs | None
+) -> Variant:
+    """The model with the stream at a depth in the last one's place, its own or another example's."""
+
+    def live(context: Context) -> Mapping[str, Change]:
+        assert context.batch is not None, "called in an experiment"
+        source = context.intact if others is None else others.tensors(0, context.batch)
+        return _edits(model, source[site.name], source[last.name], last, norm)
+
+    name = site.name + ("" if others is None else ", of another example")
+    sites = (last.name,) if norm == "own" else (_normed(model, last).name,)
+    return Variant(name, live=live, sites=sites, reads=(site.name, last.name))
+
+
+def _edits(
+    model: HookedModel, stream: Tensor, end: Tensor, last: Site, norm: Norm
+) -> dict[str, Change]:
+    if norm == "own":
+        return {last.name: lambda value: stream}
+    bridge: Any = model.module
+    with model.lock:
+        factor, bias, centred = held_normalisation(bridge.ln_final, end.double().flatten(0, 1))
+    inner = stream.double().flatten(0, 1)
+    inner = inner - inner.mean(1, keepdim=True) if centred else inner
+    made = (inner * factor + bias).reshape(stream.shape).to(stream)
+    return {_normed(model, last).name: lambda value: made}
+
+
+def _normed(model: HookedModel, last: Site) -> Site:
+    """Where what the final normalisation puts out is; the stream itself where there is none."""
+    known = {name: s for s in model.sites for name in (s.name, *s.aliases)}
+    return known.get("unembed.hook_in") or known.get("ln_final.hook_out") or last

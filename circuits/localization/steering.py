@@ -1,0 +1,124 @@
+"""Whether a model uses what can be read off: directions added to a run, next to random ones of equal norm (layer 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.examples import BATCH
+from circuits.experiments import Context, Variant
+from circuits.experiments.running import MEMORY, Progress
+from circuits.hooks import Change
+from circuits.localization.cells import Cell, column_of
+from circuits.localization.grids import PatchDirection, PatchGrid
+from circuits.localization.patching import Directions, GridPlan, measured_grid
+from circuits.localization.readouts import Readouts
+from circuits.models.adapter import HookedModel
+from circuits.tasks.metrics import Metric, as_metric
+from circuits.tasks.task import Task
+from circuits.units import Site
+
+N_DIRECTIONS = 10
+"""How many random directions stand next to each."""
+
+
+def steering_grid(
+    model: HookedModel,
+    task: Task,
+    readouts: Readouts,
+    *,
+    amount: float = 1.0,
+    direction: Directions = "both",
+    metric: str | Metric | Callable[[Tensor], Tensor] | None = None,
+    n_random: int = N_DIRECTIONS,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PatchGrid:
+    """Move each place along its direction, by itself, and measure on the task's `test` half.
+
+    In the corrupted run (`denoising`) the direction is added, in the clean run (`noising`) it is taken away.
+
+    Args:
+        model: the model.
+        task: the whole task that the directions were found on, with counterparts.
+        readouts: of two classes, corrupted and clean.
+        amount: how many times the direction.
+        direction: `noising`, `denoising` or `both`.
+        metric: what is measured; the task's own if None.
+        n_random: how many random directions of equal norm.
+        batch: examples together.
+        memory: bytes that one pass may take, roughly.
+        seed: of random directions, intervals and p-values.
+        progress: called with what is done and all there is, in examples times runs.
+
+    Raises:
+        KeyError: if there is no such metric.
+        ValueError: if the task has no counterparts or is the half that directions were found on, readouts are of
+            other labels, or a number is out of range.
+    """
+    judged = task.test
+    if judged.counterparts is None:
+        raise ValueError(f"task {task.name} has no counterparts: there is no run to come to")
+    if readouts.labels != "clean or corrupted":
+        raise ValueError(
+            f"readouts tell apart {readouts.labels}: a direction from corrupted to clean is needed (labels 'pair')"
+        )
+    if n_random < 0:
+        raise ValueError(f"n_random {n_random} must be 0 or more")
+    judged = judged if metric is None else judged.with_metric(as_metric(metric))
+    cells, along = [], dict[str, Tensor]()
+    for readout in readouts.readouts:
+        assert readout.vector is not None, "of two classes"
+        column = None if readout.key is None else column_of(judged, readout.key)
+        cell = Cell(readout.site, None, column)
+        cells.append(cell)
+        along[str(cell)] = readout.vector * amount
+
+    def make(way: PatchDirection, cell: Cell, draw: int) -> Variant:
+        site, sign = model.site(cell.site), -1.0 if way == "noising" else 1.0
+        vector = along[str(cell)]
+        if draw:
+            vector = _random(vector, seed, cells.index(cell), draw)
+        return Variant("", live=_Moved(site, cell, sign * vector), sites=(site.name,))
+
+    def there(way: PatchDirection, draw: int) -> Bool[np.ndarray, " example"]:
+        return np.ones(len(judged), dtype=bool)
+
+    plan = GridPlan(
+        judged, "position", tuple(cells), make, n_random, there, f"itself, moved {amount:g} times along its direction",
+        "the same along a random direction of equal norm",
+    )  # fmt: skip
+    return measured_grid(
+        model, plan, direction, batch=batch, memory=memory, seed=seed, progress=progress
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A cell moved along a vector."""
+
+    site: Site
+    cell: Cell
+    vector: Float[Tensor, " width"]
+
+    def __call__(self, context: Context) -> Mapping[str, Change]:
+        part, site = context.batch, self.site
+        assert part is not None, "called in an experiment"
+        along = site.spread(self.vector.reshape(site.unit_shape))
+        return {
+            site.name: lambda value: value + self.cell.mask(site, part, value) * along.to(value)
+        }
+
+
+def _random(vector: Tensor, seed: int, place: int, draw: int) -> Tensor:
+    """A random direction of the same length."""
+    drawn = np.random.default_rng([seed, place, draw]).standard_normal(len(vector))
+    made = torch.from_numpy(drawn)
+    return made * (vector.norm() / made.norm())

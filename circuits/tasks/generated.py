@@ -1,0 +1,74 @@
+"""What a generator of items hands back: the items, and an account of what it left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from circuits.tasks.items import Item, clipped
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Items of one behaviour, drawn by a seed.
+
+    Attributes:
+        name: of the behaviour.
+        items: what was drawn.
+        about: one sentence on what a model does that shows the behaviour.
+        metric: the name of the metric that the behaviour is usually measured by.
+        asked: how many items were asked for; there are fewer where no more different ones could be drawn.
+        left_out: the words and texts that were left out, by reason.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    about: str
+    metric: str
+    asked: int = 0
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def account(self) -> str:
+        """What was left out, in one line; empty if nothing was.
+
+        >>> Generated("a", (), "", "", 0, {"names that are not one token": ("Kyle", "Tiffany")}).account()
+        "2 names that are not one token ('Kyle', 'Tiffany')"
+        """
+        missing = self.asked - len(self.items)
+        short = [f"{missing} of {self.asked} items: there are no more"] if missing > 0 else []
+        return "; ".join([*short, *accounts(self.left_out)])
+
+
+def accounts(left_out: Mapping[str, Iterable[str]]) -> list[str]:
+    """What was left out, a line a reason."""
+    counted = {reason: list(words) for reason, words in left_out.items()}
+    return [f"{len(words)} {reason} ({shown(words)})" for reason, words in counted.items()]
+
+
+def shown(words: Iterable[str]) -> str:
+    """The first few of some words, as they are written in a message.
+
+    >>> shown(["a", "b", "c", "d"])
+    "'a', 'b', 'c', …"
+    """
+    words = list(words)
+    return ", ".join(
+        [*(repr(clipped(w)) for w in words[:_SHOWN]), *(["…"] if len(words) > _SHOWN else [])]
+    )
+
+
+def check_choice(argument: str, value: str, known: Iterable[str]) -> None:
+    """Raise ValueError unless an argument has one of the values that it can have."""
+    if value not in known:
+        raise ValueError(f"{argument} {value!r}: expected one of {', '.join(known)}")
+
+
+def check_count(n: int) -> None:
+    """Raise ValueError unless something is asked for."""
+    if n < 1:
+        raise ValueError(f"n {n} must be at least 1")

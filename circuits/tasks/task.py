@@ -1,0 +1,472 @@
+"""Tasks: a behaviour as data, with its inputs, its counterparts, the positions that count, and the answers.
+
+A measure that depends on what a model is meant to do takes a `Task`. Averages are over examples of the means over each
+example's counted positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from circuits.examples import BATCH, Examples
+from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
+from circuits.tasks.halves import halves
+from circuits.tasks.metrics import Metric, cross_entropy, kl, logit_difference
+from circuits.tasks.reading import Places
+
+Half = Literal["all", "find", "test"]
+"""Which part of a task's examples this is: what searches looks at `find` only, what judges looks at `test` only."""
+
+Feeding = Literal["one", "fed", "first"]
+"""How answers are read: each has `one` token; or answers of several tokens are `fed` in and their log-probabilities
+added up; or only the `first` token by which they differ is compared, what they share being fed in."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one example.
+
+    Attributes:
+        positions: the positions that count, from 0; None counts each position that the model answers at (one for a
+            classifier of images).
+        answers: the tokens of each answer (of images: one class each); a set, any of which counts.
+        against: what the answers are compared with.
+        labels: in place of answers: the one token that is right at each counted position.
+        group: the template instance it belongs to.
+        fillers: what fills the template.
+        spans: named stretches of the input, in tokens.
+        template: the template's name.
+    """
+
+    positions: tuple[int, ...] | None = None
+    answers: tuple[tuple[int, ...], ...] = ()
+    against: tuple[tuple[int, ...], ...] = ()
+    labels: tuple[int, ...] | None = None
+    group: str = ""
+    fillers: tuple[str, ...] = ()
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    template: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatch:
+    """Some of a task's examples, as they are run.
+
+    Attributes:
+        inputs: as the model takes them; answers of several tokens have a row each.
+        mask: True where a token is; None where nothing was padded.
+        counterparts: the counterpart of each row, of the same shape; None if the task has none.
+        which: the places of its examples among the task's.
+        rows: the example of each row, counted within the batch.
+    """
+
+    inputs: Tensor
+    mask: Bool[Tensor, "row position"] | None
+    counterparts: Tensor | None
+    which: Sequence[int]
+    rows: Int[Tensor, " row"]
+    _places: Places | None
+    _labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def places(self, n_positions: int) -> Places:
+        """Where the batch is read, given at how many positions the model puts something out.
+
+        Raises:
+            ValueError: if the model answers at several positions of an image that has one label.
+        """
+        if self._places is not None:
+            return self._places
+        labels = self._labels
+        if labels is not None and labels.shape[1] and n_positions > 1:
+            raise ValueError(
+                f"labels: one for each example, but the model answers at {n_positions} positions of an example"
+            )
+        n = len(self.inputs)
+        row = torch.arange(n).repeat_interleave(n_positions)
+        none = torch.zeros(len(row), 0, dtype=torch.int64)
+        wanted = none if labels is None or not labels.shape[1] else labels
+        return Places(
+            row, torch.arange(n_positions).repeat(n), self.rows[row], wanted, none, none.new_zeros(0), len(self)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A behaviour of a model.
+
+    Attributes:
+        name: as it is written.
+        examples: the clean inputs.
+        questions: what is asked of each.
+        counterparts: the corrupted input of each, of the same length; None if there are none.
+        metric: what is measured of it unless a caller asks for something else.
+        feeding: how answers are read.
+        seed: of the split into halves.
+        half: which part this is.
+        about: one sentence on what the model does.
+        left_out: what was left out and why, by reason.
+    """
+
+    name: str
+    examples: Examples
+    questions: tuple[Question, ...]
+    metric: Metric
+    counterparts: Examples | None = None
+    feeding: Feeding = "one"
+    seed: int = 0
+    half: Half = "all"
+    about: str = ""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.examples)
+        if len(self.questions) != n:
+            raise ValueError(
+                f"questions: {len(self.questions)} for {n} examples of task {self.name}"
+            )
+        if self.counterparts is not None and len(self.counterparts) != n:
+            raise ValueError(
+                f"counterparts: {len(self.counterparts)} for {n} examples of task {self.name}: expected one each"
+            )
+        check_metric(self, self.metric)
+        if isinstance(self.model.input, TokenInput):
+            self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        for i, question in enumerate(self.questions):
+            length, name = len(self.examples.load(i)), self.examples.names[i]
+            if question.positions is None or not question.positions:
+                raise ValueError(f"positions of {name!r} in task {self.name} count nothing")
+            far = [p for p in question.positions if not 0 <= p < length]
+            if far:
+                raise ValueError(
+                    f"position {far[0]} of {name!r} in task {self.name}: expected 0 to {length - 1}"
+                )
+            if question.labels is not None and len(question.labels) != len(question.positions):
+                raise ValueError(
+                    f"labels of {name!r} in task {self.name}: {len(question.labels)} for "
+                    f"{len(question.positions)} counted positions"
+                )
+            if self.counterparts is not None and len(self.counterparts.load(i)) != length:
+                raise ValueError(
+                    f"counterpart of {name!r} in task {self.name} has {len(self.counterparts.load(i))} tokens: "
+                    f"expected {length}, as many as the clean text"
+                )
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def model(self) -> HookedModel:
+        """The model that it was made for."""
+        return self.examples.model
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer to each example."""
+        return all(q.answers or q.labels is not None for q in self.questions)
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is something to compare each answer with."""
+        return all(q.against for q in self.questions)
+
+    @cached_property
+    def clusters(self) -> tuple[int, ...]:
+        """A number for each example: those of one template instance share it, since they are not independent."""
+        known: dict[str, int] = {}
+        return tuple(
+            known.setdefault(q.group or f"\0{i}", len(known)) for i, q in enumerate(self.questions)
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 in hexadecimal of all inputs, counterparts, questions and the metric."""
+        digest = hashlib.sha256(f"{self.metric.name}|{self.feeding}".encode())
+        for i, question in enumerate(self.questions):
+            digest.update(repr((question, self.examples.identity(i))).encode())
+            if self.counterparts is not None:
+                digest.update(self.counterparts.identity(i).encode())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "task": self.name, "about": self.about, "metric": self.metric.name, "half": self.half,
+            "answers": self.feeding, "split_seed": self.seed, "task_hash": self.hash,
+            "examples": self.examples.describe(),
+            "counterparts": None if self.counterparts is None else self.counterparts.describe(),
+            "left_out": {reason: len(names) for reason, names in self.left_out.items()},
+        }  # fmt: skip
+
+    def with_metric(self, metric: Metric) -> Task:
+        """The same task, measured by something else.
+
+        Raises:
+            ValueError: if the metric needs what the task does not have.
+        """
+        return replace(self, metric=metric)
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def subset(self, which: Sequence[int], half: Half | None = None) -> Task:
+        """The examples at some places."""
+        other = self.counterparts
+        return replace(
+            self, examples=self.examples.subset(which), half=half or self.half,
+            questions=tuple(self.questions[i] for i in which),
+            counterparts=None if other is None else other.subset(which),
+        )  # fmt: skip
+
+    @property
+    def find(self) -> Task:
+        """The half that searches, fits and chooses may look at.
+
+        Raises:
+            ValueError: if this is the test half, or there are too few examples to split.
+        """
+        return self._half("find")
+
+    @property
+    def test(self) -> Task:
+        """The half that judges; nothing that searches may look at it.
+
+        Raises:
+            ValueError: if this is the find half, or there are too few examples to split.
+        """
+        return self._half("test")
+
+    def _half(self, half: Literal["find", "test"]) -> Task:
+        if self.half == half:
+            return self
+        if self.half != "all":
+            raise ValueError(
+                f"task {self.name} is its {self.half} half: the {half} half cannot be had from it"
+            )
+        keys = [
+            (q.group or self.examples.identity(i), *q.fillers) for i, q in enumerate(self.questions)
+        ]
+        return self.subset(halves(keys, self.seed)[half], half)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def batches(self, size: int = BATCH) -> Iterator[TaskBatch]:
+        """All examples in order, at most `size` together."""
+        if self.feeding == "fed":
+            for start in range(0, len(self), size):
+                yield self._fed(range(start, min(start + size, len(self))))
+            return
+        for batch in self.examples.batches(size):
+            other = None
+            if self.counterparts is not None:
+                other = self.counterparts.batch(batch.which).inputs
+            places, labels = self._asked(batch.which, batch.mask)
+            yield TaskBatch(
+                batch.inputs,
+                batch.mask,
+                other,
+                batch.which,
+                torch.arange(len(batch)),
+                places,
+                labels,
+            )
+
+    def _asked(
+        self, which: Sequence[int], mask: Tensor | None
+    ) -> tuple[Places | None, Tensor | None]:
+        """Where some examples are read; of images the labels alone."""
+        questions = [self.questions[i] for i in which]
+        if not isinstance(self.model.input, TokenInput):
+            given = [[a[0] for a in q.answers] for q in questions]
+            return None, _table(given)
+        first = [0] * len(questions) if mask is None else mask.int().argmax(1).tolist()
+        row, position, example, wanted, against = [], [], [], [], []
+        for i, question in enumerate(questions):
+            assert question.positions is not None, "checked when built"
+            for k, at in enumerate(question.positions):
+                row.append(i)
+                position.append(at + first[i])
+                example.append(i)
+                label = None if question.labels is None else [question.labels[k]]
+                wanted.append(label or [a[0] for a in question.answers])
+                against.append([a[0] for a in question.against])
+        places = Places(
+            torch.tensor(row), torch.tensor(position), torch.tensor(example), _table(wanted), _table(against),
+            torch.zeros(0, dtype=torch.int64), len(questions),
+        )  # fmt: skip
+        return places, None
+
+    def _fed(self, which: range) -> TaskBatch:
+        """Answers of several tokens: a row each, with all of its tokens but the last fed in."""
+        rows, others, side, example = [], [], [], []
+        place: list[tuple[int, int, int, int]] = []
+        for k, i in enumerate(which):
+            question, prompt = self.questions[i], self.examples.load(i)
+            assert question.positions is not None, "checked when built"
+            start = question.positions[0]
+            for own, answers in ((1, question.answers), (0, question.against)):
+                for answer in answers:
+                    end = torch.tensor(answer[:-1], dtype=prompt.dtype)
+                    place += [(len(rows), start + j, k, token) for j, token in enumerate(answer)]
+                    rows.append(torch.cat([prompt[: start + 1], end]))
+                    if self.counterparts is not None:
+                        others.append(torch.cat([self.counterparts.load(i)[: start + 1], end]))
+                    side.append(own)
+                    example.append(k)
+        inputs, mask = self.model.pad(rows)
+        first = mask.int().argmax(1)
+        row, position, of, token = (torch.tensor(column) for column in zip(*place, strict=True))
+        places = Places(
+            row,
+            position + first[row],
+            of,
+            token[:, None],
+            token[:, None],
+            torch.tensor(side),
+            len(which),
+        )
+        other = self.model.pad(others)[0] if others else None
+        return TaskBatch(inputs, mask, other, which, torch.tensor(example), places, None)
+
+
+def _table(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
+    """Rows of different lengths as one table, -1 where there is nothing."""
+    width = max((len(r) for r in rows), default=0)
+    made = torch.full((len(rows), width), -1, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return made
+
+
+def check_metric(task: Task, metric: Metric) -> None:
+    """Raise ValueError if a metric needs what a task does not have."""
+    if "answers" in metric.needs and not task.answered:
+        raise ValueError(
+            f"metric {metric.name} needs answers, which task {task.name} does not have"
+        )
+    compared = "against" in metric.needs or (metric.name == "accuracy" and task.feeding == "fed")
+    if compared and not task.compared:
+        raise ValueError(
+            f"metric {metric.name} needs something to compare the answers with, which task {task.name} does not "
+            "have (--against)"
+        )
+    if "one_token" in metric.needs and task.feeding == "fed":
+        raise ValueError(
+            f"metric {metric.name} needs answers of one token: those of task {task.name} are fed in whole "
+            "(use log_probability_difference, or read the first token that differs)"
+        )
+    if "rows" in metric.needs and task.feeding == "fed":
+        raise ValueError(
+            f"metric {metric.name} reads one row an example: answers of task {task.name} have a row each"
+        )
+
+
+def of_examples(examples: Examples, name: str = "") -> Task:
+    """The task that examples state by themselves: their labels, the next tokens, or nothing but the model's answer.
+
+    Images with labels ask for the class; texts ask for the next token at every position but the last; images without
+    labels ask for nothing, and the metric is the divergence from the intact model's prediction.
+    """
+    if isinstance(examples.model.input, TokenInput):
+        return next_tokens(examples, name or "next token")
+    if examples.labels is None:
+        return Task(
+            name or "prediction", examples, (Question(),) * len(examples), kl,
+            about="what the model puts out, whatever is right",
+        )  # fmt: skip
+    n = output_width(examples.model)
+    far = [label for label in examples.labels if not 0 <= label < n]
+    if far:
+        raise ValueError(f"label {far[0]}: expected a class from 0 to {n - 1}")
+    asked = tuple(Question(answers=((label,),)) for label in examples.labels)
+    return Task(name or "classes", examples, asked, cross_entropy, about="the class of each image")
+
+
+def next_tokens(examples: Examples, name: str = "next token") -> Task:
+    """Predict each token of a text from those before it.
+
+    Raises:
+        ValueError: if a text has one token only.
+    """
+    asked = []
+    for i in range(len(examples)):
+        tokens = examples.tokens(i)
+        if len(tokens) < 2:
+            raise ValueError(
+                f"text {examples.names[i]!r} has one token: expected at least 2, to predict the next"
+            )
+        asked.append(Question(tuple(range(len(tokens) - 1)), labels=tuple(tokens[1:])))
+    return Task(
+        name, examples, tuple(asked), cross_entropy, about="the next token at every position"
+    )
+
+
+def labelled_tokens(
+    examples: Examples,
+    labels: Int[Tensor, "example position"] | Sequence[Sequence[int]],
+    name: str = "labelled tokens",
+) -> Task:
+    """Texts with the token that is right at each position, -1 where none counts.
+
+    Args:
+        examples: texts.
+        labels: for each text and position the token that comes after it; rows may be longer than their texts if
+            the rest is -1.
+        name: of the task.
+
+    Raises:
+        ValueError: if there is not a row for each text, a row is too short or counts behind the end of its text, a
+            label is no token, or a text counts nowhere.
+    """
+    rows = labels.tolist() if isinstance(labels, Tensor) else [list(row) for row in labels]
+    if len(rows) != len(examples):
+        raise ValueError(f"labels: {len(rows)} rows for {len(examples)} texts")
+    n, asked = output_width(examples.model), []
+    for i, row in enumerate(rows):
+        length, text = len(examples.load(i)), examples.names[i]
+        places = tuple(p for p, token in enumerate(row) if token != -1)
+        if len(row) < length or any(p >= length for p in places):
+            raise ValueError(
+                f"labels of {text!r}: {len(row)} for {length} tokens: expected one for each, -1 where none counts"
+            )
+        far = [token for token in row if not -1 <= token < n]
+        if far:
+            raise ValueError(
+                f"label {far[0]} of {text!r}: expected a token from 0 to {n - 1}, or -1"
+            )
+        asked.append(Question(places, labels=tuple(row[p] for p in places)))
+    return Task(
+        name,
+        examples,
+        tuple(asked),
+        cross_entropy,
+        about="the token that is right at each labelled position",
+    )
+
+
+def output_width(model: HookedModel) -> int:
+    """How many classes or tokens a model answers with."""
+    from circuits.tasks.targets import output_site
+
+    return output_site(model).n_units
+
+
+def default_metric(questions: Sequence[Question]) -> Metric:
+    """The metric of a task whose author names none: a logit difference if answers are compared, else cross-entropy."""
+    if all(q.against for q in questions):
+        return logit_difference
+    return cross_entropy if all(q.answers or q.labels for q in questions) else kl

@@ -1,0 +1,35 @@
+"""Behaviours of language models as templates: items of text for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from circuits.tasks.generated import Generated
+from circuits.tasks.templates.agreement import subject_verb_agreement
+from circuits.tasks.templates.capitals import capital_country
+from circuits.tasks.templates.docstrings import docstring
+from circuits.tasks.templates.indirect_objects import indirect_object
+from circuits.tasks.templates.pronouns import gendered_pronouns
+from circuits.tasks.templates.tokenizers import Tokenizer
+from circuits.tasks.templates.years import greater_than
+
+TEMPLATES: Mapping[str, Callable[..., Generated]] = {
+    "indirect-object": indirect_object,
+    "greater-than": greater_than,
+    "docstring": docstring,
+    "agreement": subject_verb_agreement,
+    "pronouns": gendered_pronouns,
+    "capitals": capital_country,
+}
+"""Generators of items by the behaviour's name; each takes how many, a seed and a model's tokenizer."""
+
+__all__ = [
+    "TEMPLATES",
+    "Tokenizer",
+    "capital_country",
+    "docstring",
+    "gendered_pronouns",
+    "greater_than",
+    "indirect_object",
+    "subject_verb_agreement",
+]

@@ -1,0 +1,79 @@
+"""Tasks by name: each built-in model's own, files, and what a person types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from circuits.experiments import run
+from circuits.models.adapter import HookedModel
+from circuits.models.loading import load_model
+from circuits.tasks import Item
+from circuits.tasks.builtin import load_task, names_of, tokenizer_of
+from circuits.tasks.files import Header, write_items
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "metric", "least"),
+    [
+        # two tokens of a pattern may be alike by chance, and then what followed the first is copied
+        ("induction-by-hand", "repeats", "accuracy", 0.75),
+        ("addition-by-hand", "addition", "accuracy", 1.0),
+        ("shapes", "classes", "accuracy", 0.9),
+    ],
+)
+def test_a_built_in_model_does_its_own_task(
+    name: str, task: str, metric: str, least: float
+) -> None:
+    model = load_model(name)
+    own = load_task(model, n=24, metric=metric)
+    assert (own.name, names_of(model)[0]) == (task, task)
+    assert run(model, [], own, measures=[own.metric]).mean(metric) >= least
+    find, test = own.find, own.test
+    assert {find.examples.identity(i) for i in range(len(find))}.isdisjoint(
+        test.examples.identity(i) for i in range(len(test))
+    )
+
+
+def test_a_pair_of_drawings_is_a_task_with_counterparts() -> None:
+    model = load_model("shapes")
+    task = load_task(model, "shapes:kind=turned", n=4)
+    (part,) = task.batches()
+    assert part.counterparts is not None
+    torch.testing.assert_close(part.counterparts, part.inputs.rot90(2, (2, 3)), atol=1e-5, rtol=0)
+    with pytest.raises(KeyError, match="unknown option of the task 'colour'"):
+        load_task(load_model("induction-by-hand"), "repeats:colour=red", n=4)
+
+
+def test_what_a_person_types(bridge: HookedModel) -> None:
+    task = load_task(bridge, texts=["1 2 3", "4 5 6 7"], answer="8|9", against="1")
+    assert task.metric.name == "logit_difference"
+    assert [q.positions for q in task.questions] == [(2,), (3,)]
+    assert task.questions[0].answers == ((8,), (9,))
+    following = load_task(bridge, texts=["1 2 3", "4 5 6 7"], positions="1")
+    assert [q.labels for q in following.questions] == [(3,), (6,)]
+    for options, message in (
+        ({"spec": "repeats", "answer": "3"}, "has answers and positions of its own"),
+        ({"texts": ["1 2"], "positions": "5"}, r"position 5 of '1 2': expected -2 to 0"),
+        ({"texts": ["1 2"], "positions": "end"}, "positions 'end': expected last, all, or whole numbers"),
+        ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' is not tokens"),
+        ({}, "model tiny-bridge has no task of its own"),
+        ({"answer": "3"}, "answers and positions need a text"),
+        ({"spec": "classes"}, "task 'classes' does not fit: model tiny-bridge takes tokens"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_task(bridge, **options)
+    with pytest.raises(KeyError, match="unknown task 'adition': did you mean addition"):
+        load_task(bridge, "adition")
+
+
+def test_a_task_file_belongs_to_a_tokenizer(bridge: HookedModel, tmp_path: Path) -> None:
+    items = [Item((i, i + 1), answers=((i + 2,),)) for i in range(6)]
+    path = tmp_path / "mine.jsonl"
+    write_items(path, Header("mine", tokenizer=tokenizer_of(bridge.input)), items)  # type: ignore[arg-type]
+    assert len(load_task(bridge, str(path), n=4)) == 4
+    write_items(path, Header("mine", tokenizer="50257 tokens, 0123456789ab"), items)
+    with pytest.raises(ValueError, match="has tokens of another tokenizer"):
+        load_task(bridge, str(path))

@@ -1,0 +1,196 @@
+"""Tasks: answers and positions worked out by hand, halves that never meet, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from circuits.models.adapter import HookedModel
+from circuits.tasks import METRICS, Activation, Custom, Item, Task, compile_task
+from circuits.tasks.halves import halves
+from circuits.tasks.reading import Reading
+
+
+def reading_of(model: HookedModel, task: Task) -> Reading:
+    """One reading of a whole task, gathered in plain torch."""
+    (part,) = task.batches(size=len(task))
+    logits = model.logits(part.inputs, mask=part.mask)
+    places = part.places(logits.shape[1])
+    return Reading(places, logits[places.row, places.position].double(), mask=part.mask)
+
+
+def loop(model: HookedModel, prompt: list[int], answer: list[int]) -> Tensor:
+    """The log-probability of an answer, one token at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for token in answer:
+        logits = model.logits(torch.tensor([prompt]))[0, -1].double()
+        total += logits.log_softmax(-1)[token]
+        prompt = [*prompt, token]
+    return total
+
+
+def test_answers_of_several_tokens_are_fed_in(bridge: HookedModel) -> None:
+    items = [
+        Item((1, 2, 3), answers=((4, 5), (6, 7)), against=((8, 9, 10),)),
+        Item((3, 2, 1, 5, 7), answers=((4, 5, 6),), against=((8,), (2, 2))),
+    ]
+    task = compile_task(bridge, items, metric="log_probability_difference")
+    assert task.feeding == "fed"
+    reading = reading_of(bridge, task)
+    for i, item in enumerate(items):
+        for which, words in (("wanted", item.answers), ("against", item.against)):
+            each = torch.stack([loop(bridge, list(item.clean), list(w)) for w in words])
+            torch.testing.assert_close(
+                reading.log_p_of(which)[i], each.logsumexp(0), rtol=1e-5, atol=1e-5
+            )
+    with pytest.raises(ValueError, match="logit_difference needs answers of one token"):
+        task.with_metric(METRICS["logit_difference"])
+
+
+def test_the_first_token_that_differs_is_read_after_what_answers_share(bridge: HookedModel) -> None:
+    item = Item((1, 2, 3), answers=((4, 5, 6),), against=((4, 5, 7),))
+    task = compile_task(bridge, [item], feeding="first")
+    assert task.examples.tokens(0) == [1, 2, 3, 4, 5]
+    logits = bridge.logits(torch.tensor([[1, 2, 3, 4, 5]]))[0, -1].double()
+    reading = reading_of(bridge, task)
+    found = task.metric.of(reading, reading)
+    torch.testing.assert_close(found[0], logits[6] - logits[7], rtol=1e-5, atol=1e-5)
+
+
+def test_metrics_are_what_their_definitions_say(bridge: HookedModel) -> None:
+    items = [
+        Item((1, 2, 3, 4), answers=((4,), (5,)), against=((6,),), positions=(1, 3)),
+        Item((7, 8), answers=((9,),), against=((1,), (2,), (3,)), positions=(1,)),
+    ]
+    task = compile_task(bridge, items)
+    reading = reading_of(bridge, task)
+    for i, item in enumerate(items):
+        logits = bridge.logits(torch.tensor([item.clean]))[0].double()
+        p = logits.softmax(-1)
+        right = [a[0] for a in item.answers]
+        wrong = [a[0] for a in item.against]
+        at = list(item.positions)
+        expected = {
+            "logit_difference": sum(logits[k, right].mean() - logits[k, wrong].mean() for k in at),
+            "probability_difference": None,
+            "cross_entropy": sum(-p[k, right].sum().log() for k in at),
+            "accuracy": sum(float(int(logits[k].argmax()) in right) for k in at),
+        }
+        for name, value in expected.items():
+            if value is not None:
+                found = METRICS[name].of(reading, reading)[i]
+                torch.testing.assert_close(
+                    found, torch.as_tensor(value / len(at)).double(), rtol=1e-5, atol=1e-5
+                )
+    one = compile_task(bridge, items[1:])
+    own = reading_of(bridge, one)
+    p = bridge.logits(torch.tensor([[7, 8]]))[0, -1].double().softmax(-1)
+    torch.testing.assert_close(
+        METRICS["probability_difference"].of(own, own)[0], p[9] - p[[1, 2, 3]].sum(), rtol=1e-5, atol=1e-6
+    )  # fmt: skip
+
+
+def test_texts_of_other_lengths_in_one_batch_are_read_where_they_would_be_alone(
+    bridge: HookedModel,
+) -> None:
+    items = [Item((1, 2, 3, 4, 5, 6), answers=((4,),)), Item((7, 8), answers=((9,),))]
+    together = compile_task(bridge, items, metric="log_probability")
+    (part,) = together.batches()
+    assert part.mask is not None
+    both = reading_of(bridge, together)
+    for i, item in enumerate(items):
+        alone = reading_of(bridge, compile_task(bridge, [item]))
+        torch.testing.assert_close(
+            both.log_p_of("wanted")[i], alone.log_p_of("wanted")[0], rtol=1e-5, atol=1e-5
+        )
+
+
+# --- halves --------------------------------------------------------------------------------------
+
+
+def test_halves_share_no_group_and_no_filler() -> None:
+    # two pools of names, which never meet in one example
+    keys = [
+        (f"group {i // 3}", f"{i // 3 % 2} {i % 5}", f"{i // 3 % 2} {(i + 2) % 5}")
+        for i in range(60)
+    ]
+    for seed in range(5):
+        made = halves(keys, seed)
+        names = [{k for i in part for k in keys[i][1:]} for part in made.values()]
+        groups = [{keys[i][0] for i in part} for part in made.values()]
+        assert not names[0] & names[1]
+        assert not groups[0] & groups[1]
+        assert min(map(len, made.values())) >= 10
+
+
+def test_a_half_cannot_be_had_from_the_other(bridge: HookedModel) -> None:
+    items = [Item((i, i + 1), answers=((i + 2,),), group=str(i)) for i in range(10)]
+    task = compile_task(bridge, items)
+    find, test = task.find, task.test
+    assert not {*find.examples.names} & {*test.examples.names}
+    assert len(find) + len(test) == 10
+    assert find.find is find
+    with pytest.raises(ValueError, match="task task is its find half: the test half cannot be had"):
+        _ = find.test
+    with pytest.raises(ValueError, match="cannot be split into two halves"):
+        _ = compile_task(bridge, items[:3]).test
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "has no item"),
+        ([Item((1, 2), corrupted=(1, 2, 3))], "has 3 tokens, '1 2' has 2: expected as many"),
+        ([Item((1, 2), corrupted=(3, 4)), Item((1, 3))], "'1 3' of task task has no counterpart"),
+        ([Item((1, 2), positions=(2,))], r"position 2 is outside of '1 2': expected -2 to 1"),
+        ([Item((1, 2), positions=(0, -2))], "count one twice"),
+        ([Item((1, 20))], "token 20 is not in the vocabulary"),
+        ([Item((1, 2), answers=((25,),))], "token 25 is not in the vocabulary"),
+        ([Item(tuple(range(13)))], "has 13 tokens: the model takes at most 12"),
+        ([Item("  ")], "text is empty"),
+        ([Item((1, 2), spans={"x": (1, 4)})], "span 'x' of '1 2' is 1 to 4: expected a part of 0 to 2"),
+    ],
+)  # fmt: skip
+def test_bad_items_are_refused(bridge: HookedModel, items: list[Item], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compile_task(bridge, items)
+
+
+def test_bad_metrics_are_refused(bridge: HookedModel) -> None:
+    items = [Item((1, 2), answers=((3,),))]
+    with pytest.raises(ValueError, match="logit_difference needs something to compare the answers"):
+        compile_task(bridge, items, metric="logit_difference")
+    with pytest.raises(
+        KeyError, match="unknown metric 'logit_diff': did you mean logit_difference"
+    ):
+        compile_task(bridge, items, metric="logit_diff")
+    with pytest.raises(ValueError, match="clean is empty"):
+        Item("")
+    with pytest.raises(ValueError, match="positions 'end': expected last, all, or whole numbers"):
+        Item("a", positions="end")
+    task = compile_task(bridge, items, metric=lambda output: output.sum())
+    reading = reading_of(bridge, task)
+    whole = Reading(reading.places, reading.logits, output=bridge.logits(torch.tensor([[1, 2]])))
+    assert isinstance(task.metric, Custom)
+    with pytest.raises(ValueError, match="expected one number for each of 1 examples"):
+        task.metric.of(whole, whole)
+
+
+def test_a_units_activation_is_read_where_the_intact_model_is_most_active(
+    bridge: HookedModel,
+) -> None:
+    metric = Activation.named(bridge, "blocks.0.mlp.hook_post:5")
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    site = bridge.site("blocks.0.mlp.hook_post")
+    value = bridge.run(tokens, read=[site])[site]
+    task = compile_task(bridge, [Item(tuple(row)) for row in tokens.tolist()], metric=metric)
+    base = reading_of(bridge, task)
+    intact = Reading(base.places, base.logits, {site.name: value})
+    changed = Reading(base.places, base.logits, {site.name: value * 2 - value.roll(1, 1)})
+    at = value[:, :, 5].argmax(1)
+    expected = (value * 2 - value.roll(1, 1))[torch.arange(2), at, 5].double()
+    torch.testing.assert_close(metric.of(changed, intact), expected)
