@@ -262,7 +262,7 @@ class Examples:
         """The site with as many positions as the longest text has."""
         if not self._tokens:
             return site
-        length = max(len(self._tokens[i]) for i in self.numbers)
+        length = max(len(self._tokens[i]) for i in self.numbers if i in self._tokens)
         shape = tuple(
             length if axis in ("position", "query", "key") else n
             for axis, n in zip(site.axes[1:], site.shape, strict=True)
