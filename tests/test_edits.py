@@ -414,7 +414,7 @@ def test_transplants_carry_what_batch_norm_does(branches: HookedModel) -> None:
     donor, host = net(1, -1.0), net(2, 2.0)
     x = host.input.example(8)
     match = {Unit("input", i): Unit("input", i) for i in range(3)}
-    with pytest.raises(ValueError, match="give examples to fit a gain on"):
+    with pytest.raises(ValueError, match="give some to fit a gain on"):
         transplant(host, "1:2", donor, "1:0", match)
     with edited(host, [transplant(host, "1:2", donor, "1:0", match, [x])]):
         got = host.run(x, read=["1"])["1"][:, 2]
