@@ -44,7 +44,7 @@ def test_expand(capsys, tmp_path: Path) -> None:
     assert (
         run(["expand", "shapes", "mixed3a", "mixed3b:200", "--mode", "mean", "--limit", "4"]) == 0
     )
-    assert "4 examples of photos" in " ".join(capsys.readouterr().out.split())
+    assert "4 of 163, spread evenly (seed 0)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_graph_from_build_to_export(capsys, tmp_path: Path, workspace: Path) -> None:
