@@ -149,7 +149,7 @@ def test_badges_separate_on_the_built_in_model(
 @pytest.mark.slow
 def test_badges_separate_units_of_googlenet(assets: Path) -> None:
     model = load_model("googlenet")
-    images = Examples(model, f"folder:{assets / 'images' / 'imagenet500'}", 96)
+    images = Examples(model, f"folder:{assets / 'images' / 'imagenet500'}", 96, how="first")
     natural = natural_responses(model, "mixed3b", images)
     settings = Settings(steps=64, size=96)
     units = list(range(0, 480, 40)) + list(range(330, 416, 24))
