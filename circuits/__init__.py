@@ -41,6 +41,18 @@ from circuits.graph import CircuitGraph, GraphStore, UnitAt, UnitGroup
 from circuits.graph.formats import read_circuit, write_circuit
 from circuits.graph.saved import load_circuit, save_circuit
 from circuits.harvesting import harvest
+from circuits.localization import (
+    attention_patterns,
+    contrastive_directions,
+    keep_only,
+    lens_tokens,
+    linear_probes,
+    logit_lens,
+    patch_grid,
+    score_heads,
+    steering_grid,
+    sufficiency,
+)
 from circuits.models.adapter import ActivationCache, HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
@@ -109,6 +121,7 @@ __all__ = [
     "Workspace",
     "ablate",
     "associate",
+    "attention_patterns",
     "attribute",
     "bake",
     "build_graph",
@@ -117,6 +130,7 @@ __all__ = [
     "commute",
     "comparisons",
     "compile_task",
+    "contrastive_directions",
     "diff",
     "direct_logit_attribution",
     "direct_logits",
@@ -135,11 +149,15 @@ __all__ = [
     "heat_map",
     "incoming",
     "joint_tuning",
+    "keep_only",
     "knock_out",
     "leace",
+    "lens_tokens",
+    "linear_probes",
     "load_circuit",
     "load_model",
     "load_task",
+    "logit_lens",
     "meaningful",
     "means",
     "measure",
@@ -153,6 +171,7 @@ __all__ = [
     "ov_circuit",
     "parse_target",
     "patch",
+    "patch_grid",
     "patch_paths",
     "project_out",
     "qk_circuit",
@@ -171,9 +190,12 @@ __all__ = [
     "save_baked",
     "save_circuit",
     "scale",
+    "score_heads",
     "second_moment",
     "spectrum",
     "steer",
+    "steering_grid",
+    "sufficiency",
     "visualize",
     "visualize_units",
     "write_circuit",

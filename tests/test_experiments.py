@@ -20,8 +20,11 @@ from circuits.experiments import INTACT, Variant, null_of, run
 from circuits.experiments.ablation import ablate
 from circuits.means import activities, site_mean
 from circuits.models.adapter import HookedModel
+from circuits.models.inputs import TokenInput
 from circuits.tasks import Item, compile_task, of_examples
 from circuits.units import Direction, Unit
+from tests.conftest import seeded
+from tests.test_padding import Attending
 
 TOKENS = torch.randint(20, (7, 9), generator=torch.Generator().manual_seed(4))
 
@@ -79,8 +82,8 @@ def test_a_pass_begins_at_the_first_site_that_differs(branches: HookedModel) -> 
         run(branches, variants, of_examples(pictures(branches, 12)), batch=6)
     finally:
         handle.remove()
-    # two batches of the intact model, two passes to try it, and two passes of all six variants
-    assert sorted(seen) == [1, 1, 1, 2, 6, 6]
+    # two batches of the intact model, a pass to try it, and two passes of all six variants
+    assert sorted(seen) == [1, 1, 1, 6, 6]
 
 
 def test_tokens_begin_at_the_stream_before_a_head(bridge: HookedModel) -> None:
@@ -341,3 +344,22 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         pytest.raises(ValueError, match="Branches is edited: run experiments outside the edit"),
     ):
         ablate(branches, ["out_relu:1"], branches.input.example(2), n_random=0)
+
+
+def test_what_a_model_must_be_told_of_padded_texts_it_is_told_in_every_variant() -> None:
+    """A model that looks both ways: a pass that began behind its embedding would see what texts are filled up with."""
+    model = HookedModel(seeded(Attending()), TokenInput(20, 9), "both ways")
+    rows = [
+        TOKENS[0, :3].tolist(),
+        TOKENS[1, :9].tolist(),
+        TOKENS[2, :9].tolist(),
+        TOKENS[3, :5].tolist(),
+    ]
+    variants = [Variant(str(i), (zero(f"embed:{i}"),)) for i in range(4)]
+    together = run(model, variants, of_examples(Examples.texts(model, rows)))
+    for i, row in enumerate(rows):
+        alone = run(model, variants, of_examples(Examples.texts(model, [row])))
+        for name in ("intact", "0", "3"):
+            assert together.of("cross_entropy", name)[i] == pytest.approx(
+                float(alone.of("cross_entropy", name)[0]), abs=1e-5
+            )

@@ -125,10 +125,10 @@ def new(
 
     check_writable(out.parent, "folder")
     loaded = load_model(model, weights)
-    base = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
+    base = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
     found = list(base.edits)
     if associate:
-        numbers = _Numbers(data, max(limit, MOMENT), take, seed)
+        numbers = Numbers(data, max(limit, MOMENT), take, seed)
         found.append(_associated(loaded, associate, prompt, answer, numbers, workspace))
         say(found[-1].origin)
     elif prompt or answer:
@@ -172,7 +172,7 @@ def apply(
 ) -> None:
     """Put edits on a branch of the ledger, and measure what it does, compared with random edits."""
     loaded, ledger = _ledger(model, weights, workspace, write=True)
-    recipe = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
+    recipe = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
     if not recipe.edits:
         raise ValueError("nothing to apply: give a recipe file or edits in words")
     head, report = ledger.head(branch), None
@@ -245,7 +245,7 @@ def measure(
         recipe = ledger.recipe(at=head)
     else:
         loaded, head = load_model(model, weights), ""
-        recipe = _recipe_of(loaded, what or [], _Numbers(data, limit, take, seed, labels), force)
+        recipe = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
     asked = task_of(
         loaded, task, data, text, limit, take, seed, labels,
         metric=metric, positions=positions, answer=answer, against=against,
@@ -411,7 +411,7 @@ def bake(
         recipe = ledger.recipe(branch)
     else:
         loaded = load_model(model, weights)
-        recipe = _recipe_of(loaded, what or [], _Numbers(), force)
+        recipe = recipe_of(loaded, what or [], Numbers(), force)
     made = baked(loaded, recipe)
     save_baked(made, out, loaded, recipe)
     if json:
@@ -493,7 +493,7 @@ MOMENT = 512
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """Where the numbers of edits in words come from."""
 
     data: str = ""
@@ -508,7 +508,7 @@ class _Numbers:
         )
 
 
-def _recipe_of(model: Any, what: Sequence[str], numbers: _Numbers, force: bool) -> Any:
+def recipe_of(model: Any, what: Sequence[str], numbers: Numbers, force: bool) -> Any:
     """A recipe of the edits of recipe files and of words, in order, with the files' notes."""
     from circuits.edits.recipes import Recipe
     from circuits.edits.records import read_edit
@@ -541,7 +541,7 @@ def _recipe_of(model: Any, what: Sequence[str], numbers: _Numbers, force: bool) 
     return Recipe.of(model, found, note, author)
 
 
-def _made(model: Any, words: list[str], numbers: _Numbers) -> Any:
+def _made(model: Any, words: list[str], numbers: Numbers) -> Any:
     """An edit whose numbers come from data."""
     from circuits.edits.making import leace, means, project_out, resample
     from circuits.units import Direction
@@ -582,7 +582,7 @@ def _patch(model: Any, units: str, example: str, data: str) -> Any:
 
 
 def _associated(
-    model: Any, layer: str, prompt: str, answer: str, numbers: _Numbers, workspace: Path | None
+    model: Any, layer: str, prompt: str, answer: str, numbers: Numbers, workspace: Path | None
 ) -> Any:
     """The rank-one edit; C from a store of the workspace that keeps it, or else from examples."""
     from circuits.cli.choosing import stored

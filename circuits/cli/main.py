@@ -30,9 +30,11 @@ from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
 from circuits.cli.jobs import background
 from circuits.cli.output import errors, progress_bar, show_json, show_table, warn
+from circuits.cli.patching import keep, lens, patch, probe
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
+from circuits.cli.texts import attention, generate, heads
 from circuits.cli.tuning import examples, tune
 from circuits.cli.weights import expand, families, weights
 from circuits.store.provenance import Layout, Precision
@@ -57,7 +59,9 @@ app.command()(visualize)
 app.command()(weights)
 app.command()(expand)
 app.command()(families)
-for _command in (tune, examples, ablate, attribute, saliency, sanity, case):
+for _command in (
+    tune, examples, ablate, patch, keep, lens, probe, heads, attention, generate, attribute, saliency, sanity, case
+):  # fmt: skip
     app.command()(_command)
 
 

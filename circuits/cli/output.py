@@ -90,6 +90,15 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def visible(token: str) -> str:
+    """A token on one line, with its line ends marked.
+
+    >>> visible(" a\\n")
+    ' a↵'
+    """
+    return token.replace("\n", "↵")
+
+
 def say(text: str) -> None:
     """Print one line for people."""
     console.print(text, markup=False, highlight=False)

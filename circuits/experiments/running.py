@@ -294,7 +294,9 @@ class _Engine:
         if part.mask is not None and self.model.padding != "right":
             return None
         ends = self._behind(first)
-        return beginning(self.model, first, ends, part.inputs, tensors)
+        # of padded texts the shortest too: what a model has to be told, it is not told where a pass begins
+        rows = (0, 1) if part.mask is None else tuple(part.mask.sum(1).argsort()[:2].tolist())
+        return beginning(self.model, first, ends, part.inputs, tensors, rows)
 
     def _behind(self, site: Site) -> list[Site]:
         """What is read at a site or behind it; what is before is as in the intact model."""

@@ -22,7 +22,8 @@ from circuits.models.selecting import select_sites
 from circuits.units import Site, Unit, unknown
 
 SINK = 0.5
-"""A key that on average gets at least this share of the attention of the queries behind it is a sink."""
+"""A key in the first half of a text is a sink if it gets on average at least this share of the attention of the queries
+behind it."""
 
 _HEAD = re.compile(r"(\d+)\.(\d+)")
 
@@ -35,7 +36,7 @@ class HeadPattern:
         head: as a unit of the attention pattern.
         raw: what each query gives each key; each row adds up to 1.
         weighted: the same times the length of the key's value, as shares of the row.
-        sink: the key that gets most of the attention of the queries behind it, if it is at least half of it.
+        sink: the key that gets most of the attention of the queries behind it, if it is one (see `SINK`).
         sink_share: how much of it, on average; 0 without a sink.
     """
 
@@ -150,7 +151,7 @@ def _pattern(
     n = len(raw)
     behind = torch.ones(n, n).tril(-1).double()  # the queries behind each key
     received = (raw * behind).sum(0) / behind.sum(0).clamp_min(1)
-    received[-max(1, n // 4) :] = 0  # few queries are behind the last keys
+    received[(n + 1) // 2 :] = 0  # too few queries are behind these keys
     sink = int(received.argmax())
     share = float(received[sink])
     return HeadPattern(unit, raw, weighted, *((sink, share) if share >= SINK else (None, 0.0)))

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from sklearn.linear_model import LogisticRegression
 
 Method = Literal["mean_difference", "logistic"]
 """The direction between two classes' means, with the boundary half way; or a logistic regression on standardised
@@ -69,6 +68,8 @@ def fit(
             raise ValueError(f"labels: {len(classes)} classes, a difference of means takes two")
         low, high = (rows[labels == c].mean(0) for c in classes)
         return along(high - low, rows, labels)
+    from sklearn.linear_model import LogisticRegression  # here, not at the top: it takes a second
+
     mean, spread = rows.mean(0), rows.std(0)
     scale = np.where(spread > 0, spread, 1.0)
     made = LogisticRegression(C=strength, max_iter=_ITERATIONS).fit((rows - mean) / scale, labels)

@@ -23,54 +23,66 @@ ALIKE = 1e-5
 _BACK = 40
 """How many sites before a changed one are looked through for one to begin at."""
 
-_STREAM = re.compile(r"hook_resid_(mid|post)$")
+_STREAM = re.compile(r"hook_resid_(pre|post)$")
+"""Streams of TransformerLens; what it calls the middle of a block is only what the MLP reads."""
 
-_STREAMS = 4
-"""How many residual streams among them are tried."""
+_KNOWN, _STREAMS = 2, 4
+"""How many residual streams among them are tried, of those known by name and else."""
 
 
 def begins(
-    model: HookedModel, site: Site, ends: Sequence[Site], inputs: Tensor, value: Tensor
+    model: HookedModel,
+    site: Site,
+    ends: Sequence[Site],
+    inputs: Tensor,
+    values: Mapping[str, Tensor],
+    rows: Sequence[int] = (0, 1),
 ) -> bool:
     """Whether all that is read behind a site depends on the site's tensor alone.
 
-    Two tensors are put in behind another input, a single one: if the outcome is that of their own inputs, a pass may
+    The tensors of two examples are put in behind another input, a single one: if the outcome is theirs, a pass may
     begin with any one input.
 
     Args:
         model: the model.
         site: where a pass would begin.
         ends: what is read, none of it before the site.
-        inputs: examples, of which one is used.
-        value: the site's tensor on them.
+        inputs: examples.
+        values: the tensors of the site and of the ends on them.
+        rows: the places of two examples to try it on; the first one twice if there is no other.
     """
-    if len(value) != len(inputs) or site.name.startswith(PREFIX):
+    if len(values[site.name]) != len(inputs) or site.name.startswith(PREFIX):
         return False  # what latents leave of the input goes on next to them
     own = inputs[:1]
     other = _other_tokens(model, own) if isinstance(model.input, TokenInput) else -own.flip(-1) - 1
-    two = torch.cat([value[:1], value[:1] * 0.5])
-
-    def ran(x: Tensor) -> list[Tensor]:
-        cache = model.run(x, read=ends, edits={site.name: lambda _: two * 1})
-        return [cache[end] for end in ends]
-
+    two = [min(row, len(inputs) - 1) for row in rows]
+    value = values[site.name][two]
     try:
-        expected, found = ran(torch.cat([own, own])), ran(other)
+        found = model.run(other, read=ends, edits={site.name: lambda _: value * 1})
     except (RuntimeError, IndexError):  # shapes that follow the input's batch
         return False
-    return all(
-        a.shape == b.shape and bool(torch.allclose(a, b, rtol=0, atol=ALIKE * float(b.abs().max())))
-        for a, b in zip(found, expected, strict=True)
-    )
+    return all(_alike(found[end], values[end.name][two]) for end in ends)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return bool(torch.allclose(found, expected, rtol=0, atol=ALIKE * float(expected.abs().max())))
 
 
 def candidates(model: HookedModel, site: Site) -> list[Site]:
-    """Sites at which a pass that changes a site might begin: itself, or a residual stream before it, nearest first."""
+    """Sites at which a pass that changes a site might begin, nearest first.
+
+    The site itself, and residual streams before it. Where streams are known by name they are the ones that are tried,
+    and inside of a block the site itself is not: the stream goes past it.
+    """
     names = [s.name for s in model.sites]
     at = names.index(site.name)
-    before = model.sites[max(0, at - _BACK) : at]
-    among = [s for s in streams(model) if s in before]
-    return [site, *among[: -_STREAMS - 1 : -1]]
+    before = {s.name for s in model.sites[max(0, at - _BACK) : at]}
+    among = [s for s in streams(model) if s.name in before]
+    known = [s for s in among if _STREAM.search(s.name)]
+    own = [] if known and site.kind != "residual" else [site]
+    return [*own, *known[: -_KNOWN - 1 : -1]] if known else [*own, *among[: -_STREAMS - 1 : -1]]
 
 
 def beginning(
@@ -79,6 +91,7 @@ def beginning(
     ends: Sequence[Site],
     inputs: Tensor,
     values: Mapping[str, Tensor],
+    rows: Sequence[int] = (0, 1),
 ) -> Site | None:
     """The site nearest to a changed one at which a pass may begin; None if it has to begin with the input.
 
@@ -87,10 +100,11 @@ def beginning(
         site: the first that is changed.
         ends: what is read behind it.
         inputs: examples.
-        values: the tensors of the candidates on them.
+        values: the tensors of the candidates and of the ends on them.
+        rows: see `begins`.
     """
     for place in candidates(model, site):
-        if begins(model, place, ends, inputs, values[place.name]):
+        if begins(model, place, ends, inputs, values, rows):
             return place
     return None
 
@@ -113,10 +127,7 @@ def narrows(model: HookedModel, site: Site, end: Site, inputs: Tensor, output: T
         found = model.run(own, read=[end], edits={site.name: lambda value: value[:, some]})[end]
     except (RuntimeError, IndexError):  # shapes that follow the input's positions
         return False
-    wanted = output[:2, some]
-    return found.shape == wanted.shape and bool(
-        torch.allclose(found, wanted, rtol=0, atol=ALIKE * float(wanted.abs().max()))
-    )
+    return _alike(found, output[:2, some])
 
 
 def narrowable(model: HookedModel, end: Site) -> list[Site]:
