@@ -353,6 +353,7 @@ def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page
     assert "about as active" in caption(page, "Accuracy on").inner_text()
     shoot(page, "d-switched")
     page.keyboard.press("Escape")  # the open list hides what is around it
+    quiet(page)
     page.get_by_role("button", name="Put in force as edits of the model").click()
     expect(page.get_by_text("In force in your session.")).to_be_visible()
     page.goto(f"{server}/edits?model=shapes%2Bsae/little")  # a new session: the tab has kept them

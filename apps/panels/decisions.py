@@ -125,11 +125,12 @@ def _switches(
 def _keep(record: ModelRecord, done: list[Intervention]) -> None:
     model = cached.model_of(record)
     with st.container(horizontal=True):
+        edits = as_recipe(model, done).edits
         if st.button("Put in force as edits of the model", key="decide-edit"):
-            edits = as_recipe(model, done).edits
             editing.keep(record.hash, editing.stack(record.hash).changed(edits))
-            st.success("In force in your session.")
             keeping.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
+        if editing.stack(record.hash).text == editing.Stack(edits).text:
+            st.success("In force in your session.")
         link("edits", "See the edits", model=cached.label_of(record))
         python(
             f"""
