@@ -85,7 +85,7 @@ def measured(model: HookedModel, n: int) -> dict[str, float]:
     ways = {
         "one by one": batches(model, rows, [[i] for i in every]),
         "one batch": batches(model, rows, [every]),
-        "by length": batches(model, rows, grouped(lengths)),
+        "by length": batches(model, rows, grouped(lengths, len(lengths))),
     }
     alone = run(model, ways["one by one"])
     for way, parts in ways.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.padding import grouped
 from circuits.stimuli.images import ImageSource, to_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
@@ -319,21 +320,30 @@ class Examples:
             yield range(start, stop)
             start = stop
 
-    def batches(self, size: int = BATCH) -> Iterator[Batch]:
-        """All examples in order, at most `size` together.
+    def batches(self, size: int = BATCH, one_length: bool = False) -> Iterator[Batch]:
+        """All examples, at most `size` together; those of similar length are together, so that the order is another.
+
+        Args:
+            size: the most examples in a batch.
+            one_length: whether a batch holds texts of one length only, as it does where the model takes no others.
 
         Raises:
             ValueError: if an example cannot be read, or `size` is not positive.
         """
         if size < 1:
             raise ValueError(f"batch {size} must be at least 1")
-        whole = range(len(self))
-        if isinstance(self.source, TextSource) and self.model.padding is not None:
-            cuts = (range(i, min(i + size, len(self))) for i in range(0, len(self), size))
-        else:
-            cuts = self.passes(whole, size)
-        for cut in cuts:
-            yield self.batch(cut)
+        for places in self._together(size, one_length):
+            yield self.batch(places)
+
+    def _together(self, size: int, one_length: bool) -> list[Sequence[int]]:
+        """Which examples stand in each batch."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place in range(len(self)):
+            alike.setdefault(self._size(place), []).append(place)
+        texts = isinstance(self.source, TextSource)
+        if len(alike) > 1 and texts and not one_length and self.model.padding is not None:
+            return [*grouped([len(self.load(i)) for i in range(len(self))], size)]
+        return [part for places in alike.values() for part in _evenly(places, size)]
 
     def batch(self, places: Sequence[int]) -> Batch:
         """Those at some places, as one input of the model."""
@@ -406,6 +416,13 @@ class Examples:
                 f"{(spec.channels, spec.height, spec.width)}, other sizes only of 1 or 3 channels"
             )
         return spec.load(to_image(image))
+
+
+def _evenly(places: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Cut into as few parts of at most `size` as there can be, of about the same number each: none is left alone."""
+    n = -(-len(places) // size)
+    edges = [len(places) * i // n for i in range(n + 1)]
+    return [places[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def choose(pool: Sequence[int], n: int | None, how: How, seed: int) -> tuple[int, ...]:

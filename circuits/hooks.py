@@ -23,6 +23,11 @@ Change = Callable[[Tensor], Tensor]
 """Takes the tensor at a tap and returns the one to put in its place; never works in place."""
 
 
+def placed(change: Change) -> bool:
+    """Whether a change says (`change.placed`) that it names positions of a text."""
+    return bool(getattr(change, "placed", False))
+
+
 @dataclass(frozen=True, eq=False)
 class Tap:
     """Where a tensor is in a model.

@@ -21,8 +21,8 @@ from circuits.graph import (
     UnitAt,
     UnitGroup,
     add_edges,
+    circuit_diff,
     collapse,
-    diff,
     difference,
     remove_edges,
     union,
@@ -294,11 +294,11 @@ def test_union_difference_and_diff() -> None:
     two.edges[Unit("x", 0), Unit("y", 7), "effect"]["sum"] = 0.5
     assert set(union(one, two)) == set(one) | set(two)
     assert list(difference(one, two).edges(keys=True)) == [(Unit("x", 1), Unit("y", 7), "weight:l")]
-    changes = diff(one, two)
+    changes = circuit_diff(one, two)
     assert changes.nodes_added == (Unit("z", 0),)
     assert changes.nodes_removed == (Unit("x", 1),)
     assert changes.edges_changed == ((Unit("x", 0), Unit("y", 7), "effect"),)
-    assert diff(one, one).empty
+    assert circuit_diff(one, one).empty
     two.graph["model_hash"] = "cd" * 32
     with pytest.raises(ValueError, match=r"different weights, abab.* and cdcd"):
         union(one, two)

@@ -16,7 +16,7 @@ from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.loading import load_model
 from circuits.models.transformers import native_bridge
-from circuits.tasks import Activation, Item, Task, compile_task
+from circuits.tasks import Item, Task, UnitActivation, compile_task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.targets import parse_target
 
@@ -120,7 +120,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         ValueError, match="model Branches is no TransformerLens bridge: it has no residual stream"
     ):
         lens_tokens(branches, "1 2")
-    inside = task.with_metric(Activation.named(bridge, "blocks.0.mlp.hook_post:3"))
+    inside = task.with_metric(UnitActivation.named(bridge, "blocks.0.mlp.hook_post:3"))
     with pytest.raises(
         ValueError, match=r"reads blocks\.0\.mlp\.hook_post: the lens changes the output alone"
     ):

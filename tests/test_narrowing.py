@@ -13,7 +13,7 @@ from circuits.experiments import Variant, run
 from circuits.experiments.narrowing import Narrowing
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.tasks import METRICS, Activation, Item, Task, as_metric, compile_task
+from circuits.tasks import METRICS, Item, Task, UnitActivation, as_metric, compile_task
 from circuits.tasks.reading import Places
 
 NAMES = ("blocks.0.attn.hook_z", "blocks.1.mlp.hook_post")
@@ -75,7 +75,7 @@ def test_whoever_reads_all_of_the_output_gets_it(
     def at_the_start(output: Tensor) -> Tensor:
         return output[:, 1, 5]
 
-    metric = Activation.named(bridge, "token:5@1")
+    metric = UnitActivation.named(bridge, "token:5@1")
     by_unit = run(bridge, variants, task, measures=[metric])
     custom = run(bridge, variants, task, measures=[as_metric(at_the_start)])
     run(bridge, variants, task, measures=[METRICS["kl"]], watch=["hook_unembed"])

@@ -16,7 +16,7 @@ from circuits.examples import Examples
 from circuits.experiments.ablation import AblationReport, ablate
 from circuits.models.adapter import HookedModel
 from circuits.sae import behaviour
-from circuits.tasks import Activation, Question, Task, of_examples
+from circuits.tasks import Question, Task, UnitActivation, of_examples
 
 IMAGES = ["stem_relu", "pool", "left_relu", "cat", "inner", "out_relu"]
 TOKENS = ["blocks.0.mlp.hook_post", "blocks.1.attn.hook_z", "blocks.0.hook_resid_mid"]
@@ -70,7 +70,7 @@ def test_ablating_and_measuring_an_edit(
 def test_attribution_by_ablation(seed: int, branches: HookedModel, bridge: HookedModel) -> None:
     """What each unit is credited with is what the target loses without it."""
     model, examples, units, _ = question(seed, branches, bridge)
-    aim = Activation.named(model, "class:1")
+    aim = UnitActivation.named(model, "class:1")
     task = Task("target", examples, (Question(),) * len(examples), aim)
     site = units[0].partition(":")[0]
     made = attribute(model, examples.inputs, "class:1", site, "ablation", baseline="zero")

@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from circuits.edits.activations import zero
+from circuits.edits.activations import Scale, changes, scale, zero
 from circuits.edits.recipes import edited
+from circuits.examples import Examples
+from circuits.experiments import Variant, run
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.loading import load_model
 from circuits.models.padding import grouped, padded, unpadded
 from circuits.models.transformers import native_bridge
-from circuits.units import Site
+from circuits.tasks.task import of_examples
+from circuits.units import Site, Units
 from tests.conftest import seeded
 from tests.random_models import WORDS, booted
 
@@ -281,12 +284,14 @@ def test_what_is_padded_can_be_taken_apart_again(rows, side, filler) -> None:
     assert mask.sum().item() == sum(map(len, rows))
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 100))
-def test_groups_hold_each_text_once_and_are_not_too_large(lengths, most) -> None:
-    groups = grouped(lengths, most)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(3, 40), st.integers(1, 100))
+def test_groups_hold_each_text_once_in_company_and_are_not_too_large(lengths, rows, most) -> None:
+    groups = grouped(lengths, rows, most)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= most
+        assert len(group) <= 3 or max(lengths[i] for i in group) * len(group) <= most
+        assert len(group) <= rows
+        assert len(group) > 1 or len(lengths) == 1
 
 
 def test_what_a_mask_must_be(bridge: HookedModel, own_net: HookedModel) -> None:
@@ -511,3 +516,33 @@ def test_a_model_that_does_not_depend_on_its_tokens_has_no_gradient() -> None:
     model = own(Constant())
     with pytest.raises(ValueError, match="no site of Constant depends on its tokens"):
         model.run(model.input.example(1), grad=True)
+
+
+def test_edits_at_positions_mean_those_of_each_text(bridge: HookedModel) -> None:
+    texts = [[1, 2, 3], [4, 5], [2, 1], [3, 3, 3], [5, 4, 3, 2]]
+    edit = Scale(Units("blocks.0.hook_resid_pre", (0, 3)), factor=0.0, at=(-1,))
+    wanted = {"changed": Variant("changed", (edit,))}
+    ragged = of_examples(Examples.texts(bridge, texts))
+    found = run(bridge, wanted.values(), ragged).values["kl"][1]
+    for i, text in enumerate(texts):
+        alone = of_examples(Examples.texts(bridge, [text]))
+        own = run(bridge, wanted.values(), alone).values["kl"][1]
+        assert found[i] == pytest.approx(own[0], abs=1e-6)
+    tokens, mask = bridge.pad(texts)
+    change = changes(bridge, [edit])
+    with pytest.raises(ValueError, match="expected texts of one length"):
+        bridge.run(tokens, mask=mask, edits=change)
+    with bridge.intervening(change), pytest.raises(ValueError, match="edits name positions"):
+        bridge.generate(tokens, 2, mask=mask)
+
+
+def test_examples_are_in_their_order_whatever_batch_they_were_in(bridge: HookedModel) -> None:
+    texts = [[1] * 9, [2, 3], [4] * 5, [5, 6, 7], [1, 2], [3] * 9]
+    task = of_examples(Examples.texts(bridge, texts))
+    variants = [Variant("less", (scale("blocks.1.hook_mlp_out:2", 0.5),))]
+    found = run(bridge, variants, task, batch=2)
+    for i in range(len(texts)):
+        own = run(bridge, variants, task.subset([i]))
+        for name, values in found.values.items():
+            assert values[:, i] == pytest.approx(own.values[name][:, 0], abs=1e-5)
+    assert [len(b) for b in Examples.texts(bridge, [[1, 2]] * 33).batches()] == [16, 17]

@@ -21,7 +21,7 @@ from circuits.localization.pairing import OtherPairs
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
 from circuits.models.selecting import select_sites
-from circuits.tasks import Activation, Item, Task, compile_task, of_examples
+from circuits.tasks import Item, Task, UnitActivation, compile_task, of_examples
 from circuits.tasks.builtin import load_task
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -209,7 +209,11 @@ def test_answers_of_several_tokens_are_patched_in_the_prompt_alone(bridge: Hooke
 def test_metrics_that_read_inside_or_compare_with_the_model(bridge: HookedModel) -> None:
     task, unit = pairs(bridge), "blocks.1.mlp.hook_post:3@-1"
     inside = patch_grid(
-        bridge, task, "blocks.0.hook_resid_pre", by="site", metric=Activation.named(bridge, unit)
+        bridge,
+        task,
+        "blocks.0.hook_resid_pre",
+        by="site",
+        metric=UnitActivation.named(bridge, unit),
     )
     value = {d: bridge.run(t, read=["blocks.1.mlp.hook_post"])["blocks.1.mlp.hook_post"][:, -1, 3]
              for d, t in (("noising", CORRUPTED), ("denoising", CLEAN))}  # fmt: skip

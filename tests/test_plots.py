@@ -9,15 +9,15 @@ import torch
 from circuits.effects import Prediction
 from circuits.experiments import Effect
 from circuits.plots import (
-    effects_figure,
+    effects_chart,
     histogram_html,
     kernels_html,
-    layers_figure,
-    losses_figure,
-    map_figure,
-    matrix_figure,
-    pattern_figure,
-    predictions_figure,
+    layers_chart,
+    losses_chart,
+    map_chart,
+    matrix_chart,
+    pattern_chart,
+    predictions_chart,
 )
 from circuits.store import TailFit, UnitStatistics
 from circuits.units import Unit
@@ -98,7 +98,7 @@ def test_histogram_of_any_scale(scale: float) -> None:
 
 def test_predictions_are_side_by_side() -> None:
     before, after = [Prediction(3, "cat", 0.75)], [Prediction(3, "cat", 0.25)]
-    figure = predictions_figure({"intact": before, "a:1 removed": after})
+    figure = predictions_chart({"intact": before, "a:1 removed": after})
     assert [(bar.name, bar.x[0]) for bar in figure.data] == [
         ("intact", 0.75),
         ("a:1 removed", 0.25),
@@ -107,17 +107,17 @@ def test_predictions_are_side_by_side() -> None:
 
 def test_signed_maps_have_zero_in_the_middle() -> None:
     values = np.array([[0.5, -2.0], [0.0, 1.0]])
-    for figure in (map_figure(values), matrix_figure(values, "weight")):
+    for figure in (map_chart(values), matrix_chart(values, "weight")):
         assert (figure.data[0].zmin, figure.data[0].zmax) == (-2.0, 2.0)
         assert figure.layout.yaxis.autorange == "reversed", "the first row is drawn on top"
 
 
 def test_attention_is_on_one_scale_and_tokens_are_named_where_they_can_be_read() -> None:
-    few = pattern_figure(np.eye(3), ["a", "b", "c"])
+    few = pattern_chart(np.eye(3), ["a", "b", "c"])
     assert (few.data[0].zmin, few.data[0].zmax) == (0, 1)
     assert few.layout.xaxis.ticktext == ("a", "b", "c")
     assert few.data[0].customdata[2][0] == "c → a", "a row looks at columns"
-    many = pattern_figure(np.eye(40), ["x"] * 40)
+    many = pattern_chart(np.eye(40), ["x"] * 40)
     assert many.layout.xaxis.ticktext is None
 
 
@@ -125,7 +125,7 @@ def test_effects_stand_beside_their_twins() -> None:
     effect = Effect(
         "kl", "nats", 1.0, 3.0, 2.0, 1.5, 2.75, (0.1, -0.2), "2 groups", 0.25, 1 / 3, 9, 9
     )
-    null, own = effects_figure({"kl": effect}).data
+    null, own = effects_chart({"kl": effect}).data
     assert list(null.x) == [0.1, -0.2]
     assert list(own.x) == [2.0]
     assert list(own.error_x.array) == [0.75]
@@ -134,14 +134,14 @@ def test_effects_stand_beside_their_twins() -> None:
 
 def test_layers_are_drawn_by_angle() -> None:
     family = ("line", np.array([90.0, 0.0, 45.0]), np.array([3.0, 1.0, 2.0]))
-    figure = layers_figure({"one": [family], "two": [family]}, at=400.0)
+    figure = layers_chart({"one": [family], "two": [family]}, at=400.0)
     assert list(figure.data[0].x) == [0.0, 45.0, 90.0]
     assert list(figure.data[0].y) == [1.0, 2.0, 3.0]
     assert {shape.x0 for shape in figure.layout.shapes} == {40.0}
 
 
 def test_losses_are_in_nats_by_token() -> None:
-    figure = losses_figure(
+    figure = losses_chart(
         {"intact": np.array([1.0, 2.0]), "edited": np.array([3.0, 4.0])}, ["b", "c"]
     )
     assert figure.layout.yaxis.title.text == "loss, nats"

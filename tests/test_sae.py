@@ -26,10 +26,10 @@ from circuits.sae import (
     Hyperparameters,
     Intervention,
     ModelRows,
-    Progress,
     RowFilter,
     Schedule,
     StoreRows,
+    TrainingProgress,
     as_recipe,
     behaviour,
     intervene,
@@ -248,7 +248,7 @@ def test_stopped_at_any_step_and_gone_on_ends_with_the_same_bits(
 
     for stop in (1, 17, 59):
 
-        def report(progress: Progress, stop: int = stop) -> None:
+        def report(progress: TrainingProgress, stop: int = stop) -> None:
             if progress.step == stop:
                 raise KeyboardInterrupt
 
@@ -283,7 +283,7 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     new = train(**small(known, steps=61), folder=tmp_path / "r", anew=True)
     assert not same(made["a"], new["a"])
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: TrainingProgress) -> None:
         if progress.step == 5:
             raise KeyboardInterrupt
 
@@ -358,7 +358,7 @@ def test_killed_and_resumed_equals_the_uninterrupted_one(known: tuple, tmp_path:
 
 
 def test_two_at_once_the_second_says_so(known: tuple, tmp_path: Path) -> None:
-    def report(progress: Progress) -> None:
+    def report(progress: TrainingProgress) -> None:
         with pytest.raises(BlockingIOError, match="somebody else is training into it"):
             train(**small(known), folder=tmp_path / "r")
 

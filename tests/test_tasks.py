@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
-from circuits.tasks import METRICS, Activation, Custom, Item, Task, compile_task
+from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.halves import halves
 from circuits.tasks.reading import Reading
 
@@ -183,7 +183,7 @@ def test_bad_metrics_are_refused(bridge: HookedModel) -> None:
 def test_a_units_activation_is_read_where_the_intact_model_is_most_active(
     bridge: HookedModel,
 ) -> None:
-    metric = Activation.named(bridge, "blocks.0.mlp.hook_post:5")
+    metric = UnitActivation.named(bridge, "blocks.0.mlp.hook_post:5")
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     site = bridge.site("blocks.0.mlp.hook_post")
     value = bridge.run(tokens, read=[site])[site]

@@ -11,13 +11,13 @@ from apps import cached, drawing
 from apps.choosing import TROUBLE, line, link, named, plain, rerun_part
 from apps.drawing import Drawing
 from circuits.figures import circuit_figure
-from circuits.graph import CircuitGraph, GraphStore, UnitGroup, diff
+from circuits.graph import CircuitGraph, GraphStore, UnitGroup, circuit_diff
 from circuits.graph.circuit import Node
 from circuits.graph.formats import circuit_text
 from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
 from circuits.models.adapter import HookedModel
 from circuits.models.topology import INPUT
-from circuits.plots import matrix_figure
+from circuits.plots import matrix_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -102,7 +102,7 @@ def _edge(
     st.caption(f"`{key}`: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
     left, right = st.columns(2)
     if kernel.size > 1:
-        left.plotly_chart(matrix_figure(kernel, "weight"), key="edge-kernel", width="content")
+        left.plotly_chart(matrix_chart(kernel, "weight"), key="edge-kernel", width="content")
     if not (isinstance(a, Unit) and isinstance(b, Unit) and a.site != INPUT):
         return
     link("edits", "Edit this connection", model=cached.label_of(record), on=f"{a}->{b}")
@@ -113,7 +113,7 @@ def _edge(
             right.warning(line(error))
             return
         right.plotly_chart(
-            matrix_figure(np.atleast_2d(expanded), "effect"), key="edge-expanded", width="content"
+            matrix_chart(np.atleast_2d(expanded), "effect"), key="edge-expanded", width="content"
         )
         right.caption(
             f"linear mode; root of the sum of squares {np.sqrt((expanded**2).sum()):.3g}, with shuffled weights "
@@ -180,7 +180,7 @@ def _saved(record: ModelRecord, now: Drawing) -> None:
     )  # fmt: skip
     if before is None:
         return
-    found = diff(load_circuit(database, name, record.hash, before), now.graph)
+    found = circuit_diff(load_circuit(database, name, record.hash, before), now.graph)
     if found.empty:
         st.caption("The same as what is drawn.")
     else:

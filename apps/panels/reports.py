@@ -10,7 +10,7 @@ from apps.choosing import TROUBLE, line, part
 from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
 from circuits.models.adapter import HookedModel
-from circuits.plots import effects_figure
+from circuits.plots import effects_chart
 from circuits.tasks import Task
 from circuits.tasks.builtin import STATED
 from circuits.workspace import ModelRecord
@@ -74,7 +74,7 @@ def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
 def show_report(report: EditReport) -> None:
     """A report: its changes with their intervals and nulls."""
     effects = {**report.targets, **report.effects}
-    st.plotly_chart(effects_figure(effects), key="effects")
+    st.plotly_chart(effects_chart(effects), key="effects")
     rows = [
         {
             "measure": name, "intact": e.intact, "edited": e.changed, "change": e.change,

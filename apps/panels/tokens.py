@@ -17,7 +17,7 @@ from apps.looking import Look
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
 from circuits.models.inputs import TokenInput
-from circuits.plots import pattern_figure
+from circuits.plots import pattern_chart
 from circuits.store import Example
 from circuits.weights import direct_logits, ov_circuit
 
@@ -85,7 +85,7 @@ def pattern_panel(look: Look, examples: Examples, example: int) -> None:
         look.model, Recipe((), look.record.hash), one, f"{head['block']}.hook_pattern"
     )
     words = [spec.word(t) for t in one.tokens(0)]
-    st.plotly_chart(pattern_figure(pattern[0, look.unit.index].numpy(), words), key="pattern")
+    st.plotly_chart(pattern_chart(pattern[0, look.unit.index].numpy(), words), key="pattern")
     st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
 
 

@@ -9,7 +9,7 @@ from apps.choosing import TROUBLE, line, part, python
 from apps.looking import Look
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
-from circuits.plots import heat_map_figure, tuning_figure
+from circuits.plots import heat_map_chart, tuning_chart
 
 
 @part
@@ -30,8 +30,8 @@ def tuning_panel(look: Look) -> None:
         st.warning(line(error))
         return
     left, right = st.columns(2)
-    left.plotly_chart(tuning_figure({"intact": tuned}), key="radial")
-    right.plotly_chart(heat_map_figure(heat), key="heat")
+    left.plotly_chart(tuning_chart({"intact": tuned}), key="radial")
+    right.plotly_chart(heat_map_chart(heat), key="heat")
     m = tuned.measures
     st.caption(
         f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: mean direction "

@@ -13,7 +13,7 @@ from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.plots import layers_figure
+from circuits.plots import layers_chart
 from circuits.stimuli.images import to_image
 from circuits.stimuli.patterns import arcs
 
@@ -70,7 +70,7 @@ def _live(model: HookedModel) -> None:
     active = cached.answers_to(model, recipe, LAYERS, image, key)
     with right:
         families = {layer: _families(layer, active[layer]) for layer in LAYERS}
-        st.plotly_chart(layers_figure(families, angle), key="layers")
+        st.plotly_chart(layers_chart(families, angle), key="layers")
         several = [
             f"{layer}: {', '.join(name for name, *_ in lines)}"
             for layer, lines in families.items()

@@ -9,7 +9,7 @@ from apps.choosing import TROUBLE, choose, choose_model, line, link, named
 from apps.inputs import picture_of
 from circuits.edits.recipes import Recipe
 from circuits.models.inputs import ImageInput
-from circuits.plots import histogram_html, tuning_figure
+from circuits.plots import histogram_html, tuning_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -58,7 +58,7 @@ def _side(name: str, model_name: str, labels: list[str]) -> None:
         and st.toggle("Tuning", key=f"compare-tuning-{name}")
     ):
         tuned = cached.tuning_of(model, Recipe((), record.hash), unit)
-        st.plotly_chart(tuning_figure({"intact": tuned}), key=f"compare-curve-{name}")
+        st.plotly_chart(tuning_chart({"intact": tuned}), key=f"compare-curve-{name}")
         m = tuned.measures
         st.caption(
             f"mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"

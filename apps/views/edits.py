@@ -13,7 +13,7 @@ from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
-from circuits.plots import losses_figure, predictions_figure, tuning_figure
+from circuits.plots import losses_chart, predictions_chart, tuning_chart
 from circuits.workspace import ModelRecord
 
 
@@ -51,7 +51,7 @@ def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
         st.error(line(error))
         return
     show_input(one)
-    st.plotly_chart(predictions_figure(runs), key="edit-predictions")
+    st.plotly_chart(predictions_chart(runs), key="edit-predictions")
     if isinstance(model.input, TokenInput) and len(one.tokens(0)) > 1:
         _losses(model, recipe, one)
     lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
@@ -77,7 +77,7 @@ def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     if recipe.edits:
         runs["edited"] = cached.losses_of(model, recipe, one)
     st.plotly_chart(
-        losses_figure(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), key="edit-losses"
+        losses_chart(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), key="edit-losses"
     )
     for name, losses in runs.items():
         half = len(losses) // 2
@@ -109,7 +109,7 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
     except TROUBLE as error:
         st.error(line(error))
         return
-    st.plotly_chart(tuning_figure(runs), key="edit-tuning")
+    st.plotly_chart(tuning_chart(runs), key="edit-tuning")
     for name, tuned in runs.items():
         m = tuned.measures
         if not tuned.mean.any():

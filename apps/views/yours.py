@@ -12,7 +12,7 @@ from apps.panels.credit import credit_panel
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
-from circuits.plots import map_figure, predictions_figure
+from circuits.plots import map_chart, predictions_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -35,7 +35,7 @@ def page() -> None:
         show_input(one)
     with right:
         found = cached.predictions_of(model, Recipe((), record.hash), one)
-        st.plotly_chart(predictions_figure({"intact": found}), key="own-predictions")
+        st.plotly_chart(predictions_chart({"intact": found}), key="own-predictions")
     _units(record, model, one, site)
     credit_panel(record, model, one, site)
 
@@ -71,7 +71,7 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
                 )
                 st.caption(f"{number:.3g}{beside}")
                 if place.position_axes == ("y", "x"):
-                    figure = map_figure(value[0, unit.index].numpy())
+                    figure = map_chart(value[0, unit.index].numpy())
                     st.plotly_chart(figure, key=f"own-map-{unit}", config={"displayModeBar": False})
     python(f"""
 import circuits

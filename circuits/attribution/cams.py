@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.gradients import check_range, guided_gradient, noisy_copies
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tasks.targets import Target, output_site
 from circuits.units import Site, Unit
 

@@ -18,12 +18,13 @@ from circuits.attribution.faithfulness import (
     road,
     sensitivity_n,
 )
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
 from circuits.attribution.saliency import METHODS, SLOPES, Method, saliency
 from circuits.attribution.sanity import RandomizationTest, randomization_test
 from circuits.examples import Examples, as_examples
 from circuits.files import write_json
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tasks.targets import Target, as_target, output_site
 
 

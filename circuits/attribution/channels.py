@@ -19,7 +19,6 @@ from torch import Tensor
 from circuits.attribution.integrating import integrate
 from circuits.attribution.passes import (
     Passes,
-    Progress,
     Size,
     check_batch,
     own_gradients,
@@ -33,7 +32,8 @@ from circuits.experiments.running import run
 from circuits.experiments.variants import Variant
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
-from circuits.tasks.metrics import Activation
+from circuits.progress import Progress
+from circuits.tasks.metrics import UnitActivation
 from circuits.tasks.targets import Target, as_target, check_indices
 from circuits.tasks.task import Question, Task
 from circuits.units import Site, Unit
@@ -216,7 +216,7 @@ def losses(passes: Passes, example: int, base: Tensor, units: list[int]) -> Floa
     model, site, own = passes.model, passes.site, slice(example, example + 1)
     assert site is not None, "units are of a site"
     shown = Examples.given(model, passes.inputs[own])
-    aim = Activation.named(model, passes.target.of_examples(range(own.start, own.stop)))
+    aim = UnitActivation.named(model, passes.target.of_examples(range(own.start, own.stop)))
     at = None if isinstance(model.input, ImageInput) else (passes.inputs.shape[1] - 1,)
     outcomes = run(
         model, [_without(site, unit, base[own]) for unit in units],

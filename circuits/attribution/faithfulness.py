@@ -18,8 +18,9 @@ from torch import Generator, Tensor
 
 from circuits.attribution.channels import spearman
 from circuits.attribution.gradients import Blank, blanks, check_range
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
 from circuits.experiments.statistics import interval
+from circuits.progress import Progress
 
 Heats = Float[Tensor, "example h w"]
 Orders = Int[Tensor, "example place"]

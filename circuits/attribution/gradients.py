@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from circuits.attribution.integrating import integrate
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 
 Blank = Literal["zero", "black", "white", "blur"]
 """What stands for no image: zero as the model takes it (the mean colour), black, white, or itself blurred."""

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
+from circuits.progress import Progress
 
 _DOUBLINGS = 4
 

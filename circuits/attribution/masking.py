@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from circuits.attribution.gradients import Blank, blanks, check_range
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
+from circuits.progress import Progress
 
 
 def occlusion(

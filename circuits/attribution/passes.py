@@ -6,7 +6,7 @@ changed, where everything behind it depends on that tensor alone (which is tried
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +25,6 @@ from circuits.units import Site, Unit
 Size = Literal["refuse", "resize", "keep"]
 """What becomes of images that have not the model's height and width."""
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
 
 _ALIKE = 1e-5
 """How far numbers may differ, beside the largest of them, and count as the same."""

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from circuits.attribution.gradients import blurred, check_range
-from circuits.attribution.passes import Passes, Progress, Size
+from circuits.attribution.passes import Passes, Size
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 from circuits.tasks.targets import Target
 from circuits.units import Site, Unit
 

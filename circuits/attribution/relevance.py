@@ -14,7 +14,6 @@ from torch import Tensor
 
 from circuits.attribution.passes import (
     INPUT,
-    Progress,
     Size,
     check_batch,
     not_behind,
@@ -25,6 +24,7 @@ from circuits.attribution.results import Attribution, input_site
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 from circuits.tasks.targets import Aim, Target, as_target, check_indices
 from circuits.units import Site, Unit
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from circuits.attribution import cams, gradients, masking, surrogates
-from circuits.attribution.passes import INPUT, Passes, Progress, Size, sized
+from circuits.attribution.passes import INPUT, Passes, Size, sized
 from circuits.attribution.relevance import relevance
 from circuits.attribution.results import Attribution, input_site
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 from circuits.tasks.targets import Target, as_target
 from circuits.units import Site, Unit
 

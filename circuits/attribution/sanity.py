@@ -19,12 +19,12 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from circuits.attribution.channels import spearman
-from circuits.attribution.passes import Progress
 from circuits.attribution.results import Attribution
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
 from circuits.models.randomizing import layers_in_order, randomized
 from circuits.models.sites import main_output
+from circuits.progress import Progress
 
 Attributing = Callable[[HookedModel, Tensor], Attribution]
 """Makes the maps of images with a model: a method with its options and its target bound."""

@@ -12,7 +12,8 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from circuits.attribution.gradients import Blank, blanks, check_range
-from circuits.attribution.passes import Passes, Progress
+from circuits.attribution.passes import Passes
+from circuits.progress import Progress
 
 Segments = Int[Tensor, "example h w"]
 Coalitions = Float[np.ndarray, "sample segment"]

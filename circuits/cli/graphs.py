@@ -306,7 +306,7 @@ def diff(
     json: JsonOption = False,
 ) -> None:
     """Show what changed between two versions of a circuit."""
-    from circuits.graph import diff as compare
+    from circuits.graph import circuit_diff as compare
     from circuits.graph.saved import load_circuit
     from circuits.models.loading import load_model
 

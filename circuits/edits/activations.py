@@ -28,6 +28,11 @@ class ActivationEdit(Edit):
     def where(self) -> str:
         """The name of the site."""
 
+    @property
+    def placed(self) -> bool:
+        """Whether it names positions, which texts of different lengths in one batch do not share."""
+        return getattr(self, "at", None) is not None
+
     @abstractmethod
     def apply(self, site: Site, value: Tensor) -> None:
         """Change a tensor of the site in place.
@@ -46,17 +51,26 @@ def changes(model: HookedModel, edits: Iterable[ActivationEdit]) -> dict[str, Ch
     by_site: dict[str, list[ActivationEdit]] = {}
     for edit in edits:
         by_site.setdefault(edit.where, []).append(edit)
-    return {name: _composed(model.site(name), steps) for name, steps in by_site.items()}
+    return {name: _Composed(model.site(name), tuple(steps)) for name, steps in by_site.items()}
 
 
-def _composed(site: Site, steps: list[ActivationEdit]) -> Change:
-    def change(value: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Composed:
+    """Edits of one site as a change of its tensor."""
+
+    site: Site
+    steps: tuple[ActivationEdit, ...]
+
+    @property
+    def placed(self) -> bool:
+        """See `circuits.hooks.placed`."""
+        return any(step.placed for step in self.steps)
+
+    def __call__(self, value: Tensor) -> Tensor:
         made = value.clone()
-        for step in steps:
-            step.apply(site, made)
+        for step in self.steps:
+            step.apply(self.site, made)
         return made
-
-    return change
 
 
 def _placed(edit: Any, site: Site, value: Tensor) -> Tensor:

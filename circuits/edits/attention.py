@@ -84,6 +84,10 @@ class KnockOut(
         drawn = torch.randperm(len(free), generator=others.generator)[: len(self.keys)]
         return replace(self, keys=tuple(sorted(free[i] for i in drawn.tolist())))
 
+    @property
+    def placed(self) -> bool:
+        return self.queries is not None or self.keys is not None
+
     def new(self, site: Site, own: Tensor) -> Tensor:
         queries = self._places("queries", own.shape[2])
         keys = self._places("keys", own.shape[3])

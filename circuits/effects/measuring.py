@@ -20,12 +20,13 @@ from circuits.effects.reports import EditReport, Norm, TuningChange
 from circuits.examples import BATCH, Examples, as_examples
 from circuits.experiments.ablation import Labels, as_task, class_changes, effects_of
 from circuits.experiments.outcomes import Effect, Outcomes
-from circuits.experiments.running import Progress, measures_of, run
+from circuits.experiments.running import measures_of, run
 from circuits.experiments.twins import N_RANDOM, Null, null_of
 from circuits.experiments.variants import Prepared, Variant, in_force, prepared
 from circuits.hooks import Change
 from circuits.models.adapter import HookedModel
-from circuits.tasks.metrics import Activation, Metric
+from circuits.progress import Progress
+from circuits.tasks.metrics import Metric, UnitActivation
 from circuits.tasks.reading import Reading
 from circuits.tasks.targets import Target, output_site
 from circuits.tasks.task import Task, TaskBatch
@@ -39,7 +40,7 @@ TUNED = 5
 
 
 @dataclass(frozen=True)
-class FirstChoice(Activation):
+class FirstChoice(UnitActivation):
     """Whether a target is the first choice of its site, where it is read."""
 
     unit: str = "share"
@@ -126,7 +127,7 @@ def _aims(model: HookedModel, targets: Sequence[str | Target]) -> list[Metric]:
     """Each target's number, and of an output whether it is the first choice."""
     found: list[Metric] = []
     for target in targets:
-        aim = Activation.named(model, target)
+        aim = UnitActivation.named(model, target)
         found.append(aim)
         if aim.site == output_site(model) and aim.target.against is None:
             found.append(
@@ -171,12 +172,15 @@ class _Others:
         self.found: dict[str, list[list[np.ndarray]]] = {
             s.name: [[] for _ in range(1 + len(each))] for s in self.sites
         }
+        self.order: list[int] = []
 
     @property
     def names(self) -> list[str]:
         return [s.name for s in self.sites]
 
     def look(self, variant: int, batch: TaskBatch, reading: Reading, intact: Reading) -> None:
+        if variant == 0:
+            self.order += batch.which
         for site in self.sites:
             own = self.own[max(0, variant - 1)].get(site.name, set())
             rest = [i for i in range(site.n_units) if i not in own]
@@ -189,8 +193,9 @@ class _Others:
             self.found[site.name][variant].append(share[first].cpu().numpy())
 
     def added(self, outcomes: Outcomes) -> Outcomes:
+        back = np.argsort(self.order)
         for name, rows in self.found.items():
-            values = np.stack([np.concatenate(row) for row in rows])
+            values = np.stack([np.concatenate(row)[back] for row in rows])
             outcomes = outcomes.with_measure(Metric(OTHERS + name, "share", -1), values)
         return outcomes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from circuits.edits.activations import Set, zero
 from circuits.examples import BATCH, Examples, as_examples
 from circuits.experiments.outcomes import Effect, Outcomes, Record
-from circuits.experiments.running import Progress, run
+from circuits.experiments.running import run
 from circuits.experiments.twins import N_RANDOM, Null, null_of
 from circuits.experiments.variants import Context, Variant
 from circuits.files import finite
@@ -22,6 +22,7 @@ from circuits.hooks import Change
 from circuits.means import Activity, activities
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
+from circuits.progress import Progress
 from circuits.tasks.reading import Reading
 from circuits.tasks.task import Task, TaskBatch, labelled_tokens, of_examples
 from circuits.units import Site, Unit, Units

@@ -7,7 +7,7 @@ the same place of a batch of the same size, so that what does nothing changes no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,11 +19,10 @@ from circuits.models.adapter import HookedModel
 from circuits.models.contributions import input_change, position_embedding, stream_change
 from circuits.models.residual import STREAMS, Path, Receiver, Sender, Stream
 from circuits.models.sites import main_output
+from circuits.progress import Progress
 
 Direction = Literal["noising", "denoising"]
 
-Progress = Callable[[int, int], object]
-"""Called with how many sets of paths are done, and how many there are."""
 
 MEMORY = 2**29
 """Bytes that the tensors of one pass may take, roughly."""

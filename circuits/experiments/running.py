@@ -18,10 +18,11 @@ from circuits.examples import BATCH
 from circuits.experiments.narrowing import Cuts, Narrowing, few
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
-from circuits.hooks import Change
+from circuits.hooks import Change, placed
 from circuits.models.adapter import HookedModel
 from circuits.models.restarting import beginning, candidates
 from circuits.models.sites import main_output
+from circuits.progress import Progress
 from circuits.tasks.metrics import (
     Custom,
     Metric,
@@ -36,9 +37,6 @@ from circuits.tasks.reading import Places, Reading
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch, check_metric
 from circuits.units import Site
-
-Progress = Callable[[int, int], object]
-"""Called with what is done and all there is."""
 
 Look = Callable[[int, TaskBatch, Reading, Reading], None]
 """Sees each variant's reading of each batch: the variant's place (0 is the intact model), the batch, the variant's and
@@ -122,8 +120,11 @@ def run(
     engine = _Engine(model, plans, own, tuple(model.site(w) for w in watch), memory)
     values: dict[str, list[np.ndarray]] = {m.name: [] for m in own}
     counts: list[np.ndarray] = []
+    order: list[int] = []
+    one_length = any(placed(change) for plan in plans for change in plan.changes.values())
     done, total = 0, len(task) * (1 + len(plans))
-    for part in task.batches(batch):
+    for part in task.batches(batch, one_length):
+        order += part.which
         found: list[dict[str, np.ndarray]] = [{} for _ in names]
         for k, reading, intact in engine.readings(_swapped(part) if corrupted else part):
             found[k] = {m.name: _numbers(m, reading, intact, k, part, task) for m in own}
@@ -136,9 +137,10 @@ def run(
                 counts.append(_counts(reading))
         for metric in own:
             values[metric.name].append(np.stack([f[metric.name] for f in found]))
-    joined = {name: np.concatenate(rows, 1) for name, rows in values.items()}
+    back = np.argsort(order)
+    joined = {name: np.concatenate(rows, 1)[:, back] for name, rows in values.items()}
     return Outcomes(
-        own, tuple(names), joined, np.concatenate(counts), task.clusters, task.examples.labels,
+        own, tuple(names), joined, np.concatenate(counts)[back], task.clusters, task.examples.labels,
         Record.of(model, task, seed),
     )  # fmt: skip
 

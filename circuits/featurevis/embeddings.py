@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.featurevis.objectives import Objective, Response, as_objective
-from circuits.featurevis.optimizing import Progress
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
+from circuits.progress import Progress
 
 EMBEDDINGS = ("hook_embed", "embed.hook_out", "embed", "embedding", "wte")
 """Names of sites that may hold the embeddings of tokens."""

@@ -17,6 +17,7 @@ from circuits.featurevis.parameterizations import Parameterization, fourier
 from circuits.featurevis.transforms import NOTHING, Transform
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 
 WAKING_STEPS = 16
 """Steps at the start in which gradients pass silent units, as in lucid; more while an image has none."""
@@ -24,8 +25,6 @@ WAKING_STEPS = 16
 MICRO_BATCH = 4
 """Images that go through the network at a time on a CPU, at most, unless one objective is for more."""
 
-Progress = Callable[[int, int], object]
-"""Called with how much is done and how much there is; False stops the work."""
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.featurevis.optimizing import Progress
 from circuits.featurevis.pictures import Picture
 from circuits.featurevis.render import Settings, visualize_units
 from circuits.featurevis.transforms import held_out
@@ -27,6 +26,7 @@ from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
 from circuits.models.randomizing import randomized
 from circuits.models.receptive import ReceptiveField, receptive_field
+from circuits.progress import Progress
 from circuits.units import Site, Unit
 
 TOP, HELD_OUT, MOST_LAYERS, MAP = 8, 8, 12, 28

@@ -19,7 +19,7 @@ from circuits.featurevis.objectives import (
     channel,
     diversity,
 )
-from circuits.featurevis.optimizing import Optimized, Precision, Progress, optimize, values_of
+from circuits.featurevis.optimizing import Optimized, Precision, optimize, values_of
 from circuits.featurevis.parameterizations import (
     MAKERS,
     PARAMS,
@@ -33,9 +33,10 @@ from circuits.featurevis.pictures import Picture
 from circuits.featurevis.transforms import Transform, maco_standard, standard
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 from circuits.units import Direction, Unit, unknown
 
-Target = str | Unit | Direction | Objective
+Subject = str | Unit | Direction | Objective
 """What can be visualized: a unit, a direction, a site (all of it, as in deepdream), an objective."""
 
 MACO_VIEWS = 4
@@ -163,7 +164,7 @@ class Options(TypedDict, total=False):
 
 def visualize(
     model: HookedModel,
-    target: Target,
+    target: Subject,
     *,
     negative: bool = False,
     progress: Progress | None = None,
@@ -178,7 +179,7 @@ def visualize(
 
 def visualize_units(
     model: HookedModel,
-    targets: Sequence[Target],
+    targets: Sequence[Subject],
     *,
     negative: bool = False,
     images: int = 1,
@@ -245,13 +246,13 @@ def visualize_units(
     return _pictures(model, found, parts, units, settings, kind)
 
 
-def _unit(model: HookedModel, target: Target) -> Unit | None:
+def _unit(model: HookedModel, target: Subject) -> Unit | None:
     if isinstance(target, str) and ":" in target and not set(target) & set("+* "):
         return model.unit(target)
     return model.unit(target) if isinstance(target, Unit) else None
 
 
-def _objective(model: HookedModel, target: Target, negative: bool) -> Objective:
+def _objective(model: HookedModel, target: Subject, negative: bool) -> Objective:
     if not negative:
         return as_objective(model, target)
     unit = _unit(model, target)

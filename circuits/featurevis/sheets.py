@@ -17,12 +17,12 @@ from typing import Any, Unpack
 
 from PIL import Image
 
-from circuits.featurevis.optimizing import Progress
 from circuits.featurevis.pictures import read_facts, write_image
 from circuits.featurevis.render import Options, Settings, visualize_units
 from circuits.files import write_json
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput
+from circuits.progress import Progress
 from circuits.units import Site
 
 TILES_AT_ONCE = 16

@@ -262,7 +262,7 @@ class CircuitDiff:
         }
 
 
-def diff(before: CircuitGraph, after: CircuitGraph) -> CircuitDiff:
+def circuit_diff(before: CircuitGraph, after: CircuitGraph) -> CircuitDiff:
     """What changed from one version of a circuit to another."""
     _, old_nodes, old_edges = _contents(before)
     _, new_nodes, new_edges = _contents(after)

@@ -20,6 +20,7 @@ from circuits.harvesting.references import references
 from circuits.harvesting.shardwork import ShardWork
 from circuits.harvesting.workers import Send, share_out
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore, Provenance
 from circuits.store.provenance import Depth, Layout, Precision, run_name
@@ -44,9 +45,6 @@ MEMORY = 4 << 30
 
 LARGEST_BATCH = 8
 """Examples in one forward pass at most, unless told otherwise: more leave the processor's cache."""
-
-Progress = Callable[[int, int], object]
-"""Called with how much is done and how much there is."""
 
 
 def harvest(

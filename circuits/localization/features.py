@@ -63,8 +63,10 @@ def _rows(
     kept: dict[tuple[str, int], list[Tensor]] = {
         (s.name, c): [] for s in sites for c in range(len(columns))
     }
+    order: list[int] = []
     for part in examples.batches(batch):
         cache = model.run(part.inputs, mask=part.mask, read=sites, until=model.last(sites))
+        order += part.which
         first = [0] * len(part) if part.mask is None else part.mask.int().argmax(1).tolist()
         for site in sites:
             rows = site.rows(cache[site]).double()
@@ -76,7 +78,8 @@ def _rows(
                         for k, i in enumerate(part.which)
                     ]).cpu()
                 )  # fmt: skip
-    return {key: torch.cat(rows).numpy() for key, rows in kept.items()}
+    back = np.argsort(order)
+    return {key: torch.cat(rows).numpy()[back] for key, rows in kept.items()}
 
 
 def _mean(

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from circuits.examples import BATCH, Examples
 from circuits.experiments import Record
-from circuits.experiments.running import Progress
 from circuits.experiments.statistics import corrected, interval, paired_ps
 from circuits.files import finite
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.selecting import select_sites
+from circuits.progress import Progress
 from circuits.stimuli.repeats import draw_patterns
 from circuits.tasks.task import of_examples
 from circuits.units import Site, Unit
@@ -205,7 +205,7 @@ def score_heads(
             else:
                 chance[k][:, which] = _share(mixed, places).T.numpy()
         if progress is not None:
-            progress(which[-1] + 1, len(texts))
+            progress(int(np.isfinite(scores[0, 0]).sum()), len(texts))
     bad = np.isnan(scores).any((1, 2))
     if bad.any():
         kind = kinds[int(bad.argmax())]

@@ -17,13 +17,13 @@ from circuits.edits.activations import Set
 from circuits.examples import BATCH, Examples
 from circuits.experiments import INTACT, N_RANDOM, Outcomes, Record, Variant, run
 from circuits.experiments.ablation import replaced
-from circuits.experiments.running import Progress
 from circuits.experiments.statistics import least_p, p_value, percentiles
 from circuits.files import finite
 from circuits.means import activities, site_mean
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.models.selecting import select_sites
+from circuits.progress import Progress
 from circuits.tasks.task import Task
 from circuits.units import Site, Unit, Units
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from circuits.examples import BATCH, encoded
 from circuits.experiments import INTACT, Context, Record, Variant, run
-from circuits.experiments.running import Progress
 from circuits.experiments.statistics import interval
 from circuits.files import finite
 from circuits.hooks import Change
@@ -27,6 +26,7 @@ from circuits.models.adapter import HookedModel
 from circuits.models.composition import held_normalisation
 from circuits.models.inputs import TokenInput
 from circuits.models.sites import is_bridge
+from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from circuits.examples import BATCH
 from circuits.experiments import Context, Outcomes, Record, Variant, run
-from circuits.experiments.running import MEMORY, Progress
+from circuits.experiments.running import MEMORY
 from circuits.hooks import Change
 from circuits.localization.cells import By, Cell, Key, cells_of
 from circuits.localization.grids import GridSide, PatchDirection, PatchGrid
 from circuits.localization.pairing import OtherPairs
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task

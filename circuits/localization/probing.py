@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Int
 
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM, Record
-from circuits.experiments.running import Progress
 from circuits.experiments.statistics import interval, p_value
 from circuits.localization.cells import Key, column_of, keys_of, sites_of
 from circuits.localization.classifiers import Method, along, fit
@@ -27,6 +26,7 @@ from circuits.localization.features import Features, features_of
 from circuits.localization.readouts import Readout, Readouts
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
+from circuits.progress import Progress
 from circuits.tasks.task import Task
 from circuits.units import Site
 

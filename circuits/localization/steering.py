@@ -12,13 +12,14 @@ from torch import Tensor
 
 from circuits.examples import BATCH
 from circuits.experiments import Context, Variant
-from circuits.experiments.running import MEMORY, Progress
+from circuits.experiments.running import MEMORY
 from circuits.hooks import Change
 from circuits.localization.cells import Cell, column_of
 from circuits.localization.grids import PatchDirection, PatchGrid
 from circuits.localization.patching import Directions, GridPlan, measured_grid
 from circuits.localization.readouts import Readouts
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.task import Task
 from circuits.units import Site

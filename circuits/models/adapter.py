@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from circuits.hooks import Change, Look, Tap, intervene, observe, record
+from circuits.hooks import Change, Look, Tap, intervene, observe, placed, record
 from circuits.models.attaching import (
     PREFIX,
     Place,
@@ -133,6 +133,7 @@ class HookedModel:
         )
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
         self._interventions = 0
+        self._placed = 0  # changes in force that name positions
         self._suspended = False
         self._steady = 0
         self._held: tuple[WeightMatrix, ...] | None = None  # while `steady`
@@ -205,8 +206,7 @@ class HookedModel:
         Args:
             inputs: as the model takes them (`input.normalize` makes them from images in 0..1).
             mask: of tokens, True where a real one is; `pad` makes both. Where it is False, sites hold finite
-                numbers without meaning, and edits see them: a position counted from the end is one of the batch,
-                not of a text. None: all are real.
+                numbers without meaning, and edits see them. None: all are real.
             read: the sites to keep.
             edits: site name -> function from its tensor to the tensor to use instead.
             until: stop the pass after this site; `output` is then None.
@@ -218,11 +218,11 @@ class HookedModel:
 
         Raises:
             KeyError: if a site is unknown, or the pass did not reach one of `read`.
-            ValueError: if `inputs` or `mask` do not fit the model, or no site of it depends on tokens that `grad`
-                is asked for.
+            ValueError: if `inputs` or `mask` do not fit the model, edits name positions that texts of different
+                lengths do not share, or no site depends on tokens that `grad` is asked for.
         """
         self.check(inputs)
-        told = self._told(inputs, mask)
+        told = self._told(inputs, mask, edits)
         inputs = self.fitted(inputs)
         sites = [self.site(name) for name in read]
         stop = None if until is None else self.site(until)
@@ -397,7 +397,9 @@ class HookedModel:
         check_side(mask, self._padding, self.name)
         return tokens, mask
 
-    def _told(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _told(
+        self, inputs: Tensor, mask: Tensor | None, edits: Mapping[str, Change] | None = None
+    ) -> dict[str, Tensor]:
         """What the module must be told besides its input, so that what is hidden changes nothing."""
         if mask is None:
             return {}
@@ -405,6 +407,10 @@ class HookedModel:
         check_mask(mask, inputs)
         if mask.all():
             return {}
+        if self._placed or any(map(placed, (edits or {}).values())):
+            raise ValueError(
+                "edits name positions, and the texts of this batch differ in length: expected texts of one length"
+            )
         check_side(mask, self._padding, self.name)
         return {MASK: mask.to(self.device, torch.long)} if self._padding.told else {}
 
@@ -442,7 +448,7 @@ class HookedModel:
         """
         spec = self._of_tokens("continues no texts")
         self.check(inputs)
-        self._told(inputs, mask)
+        self._told(inputs, mask, edits)
         rows = unpadded(inputs, mask)
         sampling = Sampling(n_tokens, temperature, seed, stop)
         sampling.check(rows, spec)
@@ -485,12 +491,15 @@ class HookedModel:
             (self._taps[self.site(name).name], self._unless_suspended(change))
             for name, change in edits.items()
         ]
+        own = sum(map(placed, edits.values()))
         with self.lock, intervene(self.module, changes):
             self._interventions += 1
+            self._placed += own
             try:
                 yield
             finally:
                 self._interventions -= 1
+                self._placed -= own
 
     def _unless_suspended(self, change: Change) -> Change:
         return lambda value: value if self._suspended else change(value)

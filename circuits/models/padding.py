@@ -101,26 +101,38 @@ def padded(
     return tokens, mask
 
 
-def grouped(lengths: Sequence[int], most: int = 1024) -> list[list[int]]:
-    """Which texts to run together: those of similar length, at most `most` tokens a batch with what fills them up.
+def grouped(lengths: Sequence[int], rows: int, most: int = 1024) -> list[list[int]]:
+    """Which texts to run together: those of similar length, the shortest first; in a batch, in their order.
 
     A batch of very different lengths computes more padding than text; on a processor one of about 1024 tokens also
-    stays in its cache (`benchmarks/padding.py`). A longer text has a batch of its own.
+    stays in its cache (`benchmarks/padding.py`). No text is alone if it can have company, which is what resampling
+    needs.
+
+    Args:
+        lengths: of the texts, in tokens.
+        rows: the most texts in a batch.
+        most: the most tokens in a batch, filling counted; more where texts would be alone.
 
     Raises:
-        ValueError: if `most` is not positive.
+        ValueError: if `rows` or `most` is not positive.
 
-    >>> grouped([3, 100, 4, 90], most=200)
-    [[0, 2], [3, 1]]
+    >>> grouped([3, 100, 4, 90], rows=32, most=200)
+    [[0, 2], [1, 3]]
     """
-    if most < 1:
-        raise ValueError(f"most {most} must be at least 1")
+    if min(rows, most) < 1:
+        raise ValueError(f"rows {rows} and most {most} must be at least 1")
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] * (len(groups[-1]) + 1) > most:
+        size = len(groups[-1]) + 1 if groups else 0
+        if not groups or size > rows or (size > 2 and lengths[i] * size > most):
             groups.append([])
         groups[-1].append(i)
-    return groups
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        if len(groups[-2]) > 2:
+            groups[-1].insert(0, groups[-2].pop())
+        elif rows > 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [sorted(group) for group in groups]
 
 
 def unpadded(tokens: Tokens, mask: Mask | None = None) -> list[list[int]]:

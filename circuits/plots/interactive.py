@@ -17,7 +17,7 @@ _MARGIN = {"l": 50, "r": 10, "t": 30, "b": 40}
 _LABELLED = 32  # positions whose tokens can be read beside a map
 
 
-def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:
+def predictions_chart(runs: Mapping[str, Sequence[Prediction]]) -> go.Figure:
     """Probabilities of the same outputs in one or two runs, by the runs' names."""
     figure = go.Figure()
     for (name, predictions), color in zip(runs.items(), (BLUE, ORANGE), strict=False):
@@ -47,7 +47,7 @@ def _label(prediction: Prediction, among: Sequence[Prediction]) -> str:
     return prediction.name if alone else f"{prediction.name} ({prediction.index})"
 
 
-def tuning_figure(runs: Mapping[str, RadialTuning]) -> go.Figure:
+def tuning_chart(runs: Mapping[str, RadialTuning]) -> go.Figure:
     """A unit's responses to a curve at every angle, in one run or several, with the spread over replicates."""
     figure = go.Figure()
     for (name, tuned), color in zip(runs.items(), (BLUE, ORANGE), strict=False):
@@ -69,7 +69,7 @@ def tuning_figure(runs: Mapping[str, RadialTuning]) -> go.Figure:
     return figure
 
 
-def heat_map_figure(found: HeatMap) -> go.Figure:
+def heat_map_chart(found: HeatMap) -> go.Figure:
     """Responses by where a curve bulges and how much it is bent."""
     limit = float(np.abs(found.responses).max()) or 1.0
     figure = go.Figure(
@@ -85,7 +85,7 @@ def heat_map_figure(found: HeatMap) -> go.Figure:
     return figure
 
 
-def pattern_figure(pattern: Float[np.ndarray, "query key"], words: Sequence[str]) -> go.Figure:
+def pattern_chart(pattern: Float[np.ndarray, "query key"], words: Sequence[str]) -> go.Figure:
     """How much each position (row) looks at each (column)."""
     places = list(range(len(words)))
     figure = go.Figure(
@@ -102,7 +102,7 @@ def pattern_figure(pattern: Float[np.ndarray, "query key"], words: Sequence[str]
     return figure
 
 
-def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
+def effects_chart(effects: Mapping[str, Effect]) -> go.Figure:
     """Changes with their intervals, compared with those that the random variants make."""
     figure = go.Figure()
     names = list(effects)
@@ -131,7 +131,7 @@ def effects_figure(effects: Mapping[str, Effect]) -> go.Figure:
     return figure
 
 
-def matrix_figure(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
+def matrix_chart(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
     """A kernel with its scale."""
     figure = _signed(matrix)
     figure.update_traces(showscale=True, colorbar_title=what)
@@ -139,7 +139,7 @@ def matrix_figure(matrix: Float[np.ndarray, "y x"], what: str) -> go.Figure:
     return figure
 
 
-def map_figure(values: Float[np.ndarray, "y x"]) -> go.Figure:
+def map_chart(values: Float[np.ndarray, "y x"]) -> go.Figure:
     """A unit's map, small and without a scale."""
     figure = _signed(values)
     figure.update_layout(height=120, margin={"l": 0, "r": 0, "t": 0, "b": 0})
@@ -164,7 +164,7 @@ Angles = tuple[str, Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]
 """A family: its name, the angle of each unit, and how active each is."""
 
 
-def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figure:
+def layers_chart(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figure:
     """How active the units of each layer's families are, by their angle; `at` is the stimulus'."""
     n, gap = len(layers), 0.07
     height = (1 - gap * (n - 1)) / n
@@ -201,7 +201,7 @@ def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> go.Figur
     return go.Figure(data, {**layout, "annotations": titles, "shapes": lines})
 
 
-def losses_figure(
+def losses_chart(
     runs: Mapping[str, Float[np.ndarray, " position"]], words: Sequence[str]
 ) -> go.Figure:
     """How surprising each token is, in one run or two; `words` are those that are predicted."""

@@ -34,7 +34,7 @@ from circuits.sae.naming import (
 )
 from circuits.sae.pooling import pooled
 from circuits.sae.probing import Probe, probe
-from circuits.sae.training import Progress, Schedule, train
+from circuits.sae.training import Schedule, TrainingProgress, train
 
 __all__ = [
     "Architecture",
@@ -50,11 +50,11 @@ __all__ = [
     "Name",
     "Naming",
     "Probe",
-    "Progress",
     "RowFilter",
     "Schedule",
     "Stability",
     "StoreRows",
+    "TrainingProgress",
     "as_evaluation",
     "as_recipe",
     "behaviour",

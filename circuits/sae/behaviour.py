@@ -15,7 +15,7 @@ from circuits.autoencoders import Autoencoder
 from circuits.examples import BATCH, Examples, counted
 from circuits.experiments.ablation import Labels, as_task
 from circuits.experiments.outcomes import Effect, Outcomes, Record
-from circuits.experiments.running import Progress, run
+from circuits.experiments.running import run
 from circuits.experiments.statistics import percentiles
 from circuits.experiments.variants import INTACT, Context, Variant
 from circuits.files import finite
@@ -23,6 +23,7 @@ from circuits.hooks import Change
 from circuits.means import counted_rows, site_mean
 from circuits.models.adapter import HookedModel
 from circuits.models.attaching import PREFIX
+from circuits.progress import Progress
 from circuits.sae.metrics import random_dictionary, rule_of
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task

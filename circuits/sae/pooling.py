@@ -42,8 +42,9 @@ def pooled(
     if pool not in get_args(Pool):
         raise ValueError(f"pool {pool!r} is not one of {', '.join(get_args(Pool))}")
     place = model.site(site)
-    found = []
-    for part in as_examples(model, examples).batches(batch):
+    given = as_examples(model, examples)
+    found = np.empty((len(given), place.n_units), np.float32)
+    for part in given.batches(batch):
         value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
         units = place.activations(value)
         if place.position_axes == ("position",):
@@ -57,5 +58,5 @@ def pooled(
             if pool == "max"
             else (units * keep).sum(2) / keep.sum(2)
         )
-        found.append(made.float().cpu().numpy())
-    return np.concatenate(found)
+        found[list(part.which)] = made.float().cpu().numpy()
+    return found

@@ -89,7 +89,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands.
 
     Attributes:
@@ -107,7 +107,7 @@ class Progress:
     dead: Mapping[str, float]
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[TrainingProgress], None]
 
 
 @dataclass
@@ -325,7 +325,7 @@ def _interrupts() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _one_step(run: _Run, x: Tensor, y: Tensor) -> Progress:
+def _one_step(run: _Run, x: Tensor, y: Tensor) -> TrainingProgress:
     size, rank = run.ranks.size, run.ranks.rank
     said: dict[str, tuple[float, float, float]] = {}
     for name, learner in run.learners.items():
@@ -357,7 +357,7 @@ def _one_step(run: _Run, x: Tensor, y: Tensor) -> Progress:
     if run.step % max(1, steps // _SAID) == 0 or run.step == steps:
         run.curve.append({"step": run.step, **{name: list(s) for name, s in said.items()}})
     parts: Sequence[dict[str, float]] = [{n: s[i] for n, s in said.items()} for i in range(3)]
-    return Progress(run.step, steps, *parts)
+    return TrainingProgress(run.step, steps, *parts)
 
 
 def _averaged(

@@ -2,17 +2,17 @@
 
 from circuits.tasks.compiling import compile_task
 from circuits.tasks.items import Item
-from circuits.tasks.metrics import METRICS, Activation, Custom, Metric, as_metric
+from circuits.tasks.metrics import METRICS, Custom, Metric, UnitActivation, as_metric
 from circuits.tasks.task import Question, Task, next_tokens, of_examples
 
 __all__ = [
     "METRICS",
-    "Activation",
     "Custom",
     "Item",
     "Metric",
     "Question",
     "Task",
+    "UnitActivation",
     "as_metric",
     "compile_task",
     "next_tokens",

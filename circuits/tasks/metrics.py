@@ -169,7 +169,7 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Activation(Metric):
+class UnitActivation(Metric):
     """A unit's own number, or an output's: where the intact model is most active, or at a fixed position.
 
     The position of each example is fixed on the intact model and stays where it is while the model is changed.
@@ -183,7 +183,7 @@ class Activation(Metric):
     site: Site | None = None
 
     @classmethod
-    def named(cls, model: HookedModel, target: str | Target) -> Activation:
+    def named(cls, model: HookedModel, target: str | Target) -> UnitActivation:
         """From what people write: `SITE:INDEX`, `class:NAME`, `token:WORD`, `top`, with `@POSITION`.
 
         Raises:

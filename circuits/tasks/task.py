@@ -264,13 +264,13 @@ class Task:
 
     # --- running ---------------------------------------------------------------------------------
 
-    def batches(self, size: int = BATCH) -> Iterator[TaskBatch]:
-        """All examples in order, at most `size` together."""
+    def batches(self, size: int = BATCH, one_length: bool = False) -> Iterator[TaskBatch]:
+        """All examples, at most `size` together, in the order of `Examples.batches`."""
         if self.feeding == "fed":
             for start in range(0, len(self), size):
                 yield self._fed(range(start, min(start + size, len(self))))
             return
-        for batch in self.examples.batches(size):
+        for batch in self.examples.batches(size, one_length):
             other = None
             if self.counterparts is not None:
                 other = self.counterparts.batch(batch.which).inputs

@@ -13,12 +13,13 @@ from circuits.edits.activations import Set, zero
 from circuits.examples import BATCH, Examples, as_examples
 from circuits.experiments.ablation import as_task
 from circuits.experiments.outcomes import Outcomes, Record
-from circuits.experiments.running import Progress, run
+from circuits.experiments.running import run
 from circuits.experiments.statistics import Interval, paired_p, percentiles
 from circuits.experiments.variants import INTACT, Variant
 from circuits.files import finite
 from circuits.means import activities
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tasks.metrics import accuracy, kl, top5
 from circuits.tasks.task import Task
 from circuits.transplant.grafts import (

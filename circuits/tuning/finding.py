@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.tuning.radial import RadialTuning, radial_tuning
-from circuits.tuning.responding import Progress
 from circuits.units import Unit
 
 

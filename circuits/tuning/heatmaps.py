@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs
-from circuits.tuning.responding import BATCH, Progress, responses, stimulus_size
+from circuits.tuning.responding import BATCH, responses, stimulus_size
 from circuits.units import Unit
 
 

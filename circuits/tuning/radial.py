@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import HookedModel
+from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs, gratings
 from circuits.tuning.measures import TuningMeasures, measure_tuning
-from circuits.tuning.responding import BATCH, Progress, responses, stimulus_size
+from circuits.tuning.responding import BATCH, responses, stimulus_size
 from circuits.units import Unit
 
 Shape = Literal["curve", "line", "grating"]

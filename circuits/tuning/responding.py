@@ -16,7 +16,6 @@ from circuits.units import Site
 
 BATCH = 32
 _LARGEST = 1024
-Progress = Callable[[int, int], None]
 
 
 def responses(

@@ -1,0 +1,19 @@
+"""What the packages export."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import circuits
+
+
+def test_no_name_is_exported_for_two_things() -> None:
+    packages = [m.name for m in pkgutil.walk_packages(circuits.__path__, "circuits.") if m.ispkg]
+    meanings: dict[str, dict[int, str]] = {}
+    for name in ("circuits", *packages):
+        package = importlib.import_module(name)
+        for word in getattr(package, "__all__", ()):
+            meanings.setdefault(word, {})[id(getattr(package, word))] = name
+    assert len(meanings) > 200
+    assert {word: list(m.values()) for word, m in meanings.items() if len(m) > 1} == {}
