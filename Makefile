@@ -5,7 +5,7 @@ STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo app test fuzz lint check format bench clean
+.PHONY: setup demo app test nightly fuzz lint check format bench clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,11 @@ app: $(STAMP)
 SPREAD := --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m "not nightly" $(ARGS)
+
+# What takes minutes a test: published findings on real networks, and the same for more seeds.
+nightly: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(ARGS)
 
 # Searches for inputs that break a property; `make fuzz SEED=n` repeats the search that printed n.
 fuzz: $(STAMP)
@@ -42,7 +46,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) -m "not slow and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) -m "not slow and not browser and not nightly" $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

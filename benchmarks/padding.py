@@ -1,9 +1,9 @@
-"""64 texts of 3 to 100 tokens run in padded batches, and one by one, on one thread.
+"""64 texts of 3 to 100 tokens run in padded batches, and one by one.
 
-Ours are batches of texts of similar length (`circuits.models.padding.grouped`); all 64 in a single batch are timed
-too. Models are `stories260k`, if `$CIRCUITS_ASSETS` has its weights, and random GPT-2, Llama (with keys and values
-shared among heads) and GPT-NeoX of a width that can be chosen. The time is that of the processor, of the fastest of n
-interleaved rounds; logits must be equal to 1e-5. The last line has the smallest ratio among the models.
+Ours are the batches of texts of similar length that `Examples.batches` makes; all 64 in a single batch are timed too.
+Models are `stories260k`, if `$CIRCUITS_ASSETS` has its weights, and random GPT-2, Llama (with keys and values shared
+among heads) and GPT-NeoX of a width that can be chosen. The time is the least of n interleaved rounds; logits must be
+equal to 1e-5. The last line has the smallest ratio among the models.
 
     python benchmarks/padding.py --n 5 --width 64
 """
@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from circuits.examples import Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.loading import load_model
-from circuits.models.padding import grouped
 from tests.random_models import booted
 
 Batches = list[tuple[list[int], Tensor, Tensor]]
@@ -61,10 +61,10 @@ def run(model: HookedModel, parts: Batches) -> dict[int, Tensor]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The processor's time for one call."""
-    start = time.process_time()
+    """How long one call takes."""
+    start = time.perf_counter()
     work()
-    return time.process_time() - start
+    return time.perf_counter() - start
 
 
 def apart(found: dict[int, Tensor], expected: dict[int, Tensor]) -> float:
@@ -85,7 +85,11 @@ def measured(model: HookedModel, n: int) -> dict[str, float]:
     ways = {
         "one by one": batches(model, rows, [[i] for i in every]),
         "one batch": batches(model, rows, [every]),
-        "by length": batches(model, rows, grouped(lengths, len(lengths))),
+        "by length": batches(
+            model,
+            rows,
+            [list(b.which) for b in Examples.texts(model, [r.tolist() for r in rows]).batches()],
+        ),
     }
     alone = run(model, ways["one by one"])
     for way, parts in ways.items():
@@ -105,7 +109,6 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=5, help="rounds")
     parser.add_argument("--width", type=int, default=64, help="of the random models")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     found = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         for name, model in models(Path(folder), args.width):

@@ -26,7 +26,6 @@ from circuits.effects import EditReport, fine_tune, measure
 from circuits.equivariance import Equivariance, equivariance
 from circuits.examples import Examples
 from circuits.experiments.ablation import ablate
-from circuits.experiments.heads import head_effects
 from circuits.experiments.patching import patch_paths
 from circuits.families import Family, find_families, measure_family
 from circuits.featurevis import comparisons, objectives
@@ -44,11 +43,13 @@ from circuits.harvesting import harvest
 from circuits.localization import (
     attention_patterns,
     contrastive_directions,
+    head_effects,
     keep_only,
     lens_tokens,
     linear_probes,
     logit_lens,
     patch_grid,
+    path_grid,
     score_heads,
     steering_grid,
     sufficiency,
@@ -173,6 +174,7 @@ __all__ = [
     "patch",
     "patch_grid",
     "patch_paths",
+    "path_grid",
     "project_out",
     "qk_circuit",
     "radial_tuning",

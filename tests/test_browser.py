@@ -511,7 +511,7 @@ def test_odd_urls_and_uploads_get_a_message(server: str, page: Page, tmp_path: P
         ("unit?model=cleanroom&site=curve&unit=99999", "There is no unit"),
         ("circuit?model=cleanroom&unit=nope:1", "nope"),
         (f"circuit?model=cleanroom&circuit={script}", "no circuit"),
-        (f"edits?model=cleanroom&on={script}", "is not"),
+        (f"edits?model=cleanroom&on={script}", "not of the form"),
         ("compare?model=cleanroom&unit=curve:99999&other=x", "99999"),
     ):
         page.goto(f"{server}/{name}")

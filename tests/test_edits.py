@@ -788,7 +788,7 @@ def test_recipes_of_layout_1_are_read(tmp_path: Path) -> None:
     assert Recipe.load(path).edits == (scale("a:1", 2),)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_large_recipes_work_up_to_their_limit(own_net: HookedModel, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     some = tuple(scale(f"relu:{i % 8}", 1.0 if i % 3 else -1.0) for i in range(9_998))

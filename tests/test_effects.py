@@ -271,7 +271,7 @@ def test_without_negative_weights_lines_of_the_clean_room_answer_other_angles() 
     assert (after - before).mean() > 3 * np.abs(random - before).mean(), (before, after, random)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_negative_weights_googlenets_curves_answer_the_opposite(assets: Path) -> None:
     model = load_model("googlenet")
     units = [f"mixed3b:{i}" for i in CURVES]

@@ -363,3 +363,28 @@ def test_what_a_model_must_be_told_of_padded_texts_it_is_told_in_every_variant()
             assert together.of("cross_entropy", name)[i] == pytest.approx(
                 float(alone.of("cross_entropy", name)[0]), abs=1e-5
             )
+
+
+def test_what_holds_the_same_for_all_examples_is_changed_in_whole_passes(
+    bridge: HookedModel,
+) -> None:
+    """Behind the embedding of tokens that of positions is there once, not once an example."""
+    task = of_examples(Examples.given(bridge, bridge.input.example(5)))
+    spec = [("hook_embed", 1), ("hook_pos_embed", 2), ("hook_pos_embed", 3)]
+    variants = [
+        Variant(f"{i}", (zero(f"hook_embed:{j}"), zero(f"{site}:{j}")))
+        for i, (site, j) in enumerate(spec)
+    ]
+    together = run(bridge, variants, task)
+    for i, variant in enumerate(variants):
+        alone = run(bridge, [variant], task)
+        for name, values in together.values.items():
+            assert values[1 + i] == pytest.approx(alone.values[name][1], abs=1e-6)
+    x = task.examples.inputs
+    changed = {
+        name: lambda v: v * (torch.arange(v.shape[-1]) != 2)
+        for name in ("hook_embed", "hook_pos_embed")
+    }
+    own, other = bridge.logits(x).log_softmax(-1), bridge.logits(x, changed).log_softmax(-1)
+    expected = (own.exp() * (own - other)).sum(-1)[:, :-1].mean(1)  # at all but the last position
+    assert together.values["kl"][2] == pytest.approx(expected.numpy(), abs=1e-5)

@@ -207,7 +207,7 @@ def test_bad_input_is_named(bridge: HookedModel, branches: HookedModel) -> None:
             ask()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_googlenets_curves_and_what_builds_them(assets: Path) -> None:
     """The curve units of mixed3b's 5x5 branch are one rotational family, random units are none, and they
     are excited by mixed3a's curves of their own orientation and inhibited by opposed ones.

@@ -343,7 +343,7 @@ def test_bfloat16_pictures_report_in_float32() -> None:
     assert value == pytest.approx(half.activation, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_curve_units_of_googlenet_show_their_orientation(assets: Path) -> None:
     """Ten units of mixed3b's 5x5 branch, found by their tuning to drawn curves: the orientation of each
     picture's own gradients is the unit's preferred one within 20 degrees.

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import circuits
 from circuits.cleanroom import addition, induction
-from circuits.experiments.heads import head_effects
+from circuits.examples import Examples
 from circuits.experiments.patching import patch_paths, path_changes, record_senders
+from circuits.localization import head_effects, path_grid
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import ImageInput, TokenInput
 from circuits.models.loading import load_model
@@ -21,6 +22,8 @@ from circuits.models.paths import paths, receivers, senders, stream_of
 from circuits.models.residual import Sender, Stream
 from circuits.models.transformers import huggingface_bridge, native_bridge
 from circuits.stimuli.repeats import draw_repeats
+from circuits.tasks import Item, Question, Task, as_metric, compile_task
+from circuits.tasks.builtin import load_task
 from tests.plain_transformer import Plain, of_native, of_neox
 from tests.test_by_hand import Parts
 
@@ -76,6 +79,13 @@ def weighed(logits: Tensor) -> Tensor:
     shape = logits.shape[1:]
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return (logits * weights.to(logits)).flatten(1).sum(1)
+
+
+def pairs(model: HookedModel, clean: Tensor, corrupted: Tensor, metric: Any = weighed) -> Task:
+    """Texts and their counterparts as a task."""
+    asked = (Question((clean.shape[1] - 1,)),) * len(clean)
+    source, other = (Examples.given(model, tokens) for tokens in (clean, corrupted))
+    return Task("pairs", source, asked, as_metric(metric), counterparts=other)
 
 
 # --- known truth -----------------------------------------------------------------------------------
@@ -334,6 +344,103 @@ def test_hooks_are_gone_and_the_model_is_as_it_was(case: Case) -> None:
     assert model.hash == weights
 
 
+# --- on tasks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through_mlps", [False, True])
+def test_a_grid_of_paths_is_what_patching_each_gives(case: Case, through_mlps: bool) -> None:
+    model, _ = case
+    clean, corrupted = drawn()
+    some = [
+        ("token", "0.0.v"),
+        ("0.1", "1.0.q"),
+        ("mlp:0", "1.1.k"),
+        ("0.0", "logits"),
+        ("1.0", "mlp:1"),
+    ]
+    grid = path_grid(
+        model, pairs(model, clean, corrupted), some, through_mlps=through_mlps, n_random=1
+    )
+    for way in ("noising", "denoising"):
+        own = patch_paths(
+            model, clean, corrupted, some, direction=way, through_mlps=through_mlps, metric=weighed
+        )
+        close = {"rtol": 1e-5, "atol": 1e-5 * float(own.values.abs().max())}
+        side = grid.side(way)
+        torch.testing.assert_close(torch.tensor(side.patched), own.values.double(), **close)
+        torch.testing.assert_close(torch.tensor(side.base), own.patched.double(), **close)
+        torch.testing.assert_close(torch.tensor(side.other), own.source.double(), **close)
+        for i, path in enumerate(some):
+            for k, partner in enumerate(others_of(grid, way, model, clean, corrupted)):
+                mixed = (
+                    (clean, corrupted[[partner]])
+                    if way == "noising"
+                    else (clean[[partner]], corrupted)
+                )
+                one = [t if len(t) == 1 else t[[k]] for t in mixed]
+                drawn_by_hand = patch_paths(
+                    model, *one, [path], direction=way, through_mlps=through_mlps, metric=weighed
+                )  # fmt: skip
+                assert side.random[0, i, k] == pytest.approx(
+                    float(drawn_by_hand.values), abs=close["atol"]
+                )
+    assert grid.rows == ("token", "0.1", "mlp:0", "0.0", "1.0")
+    assert grid.matrix("change").shape == (5, 5)
+    assert [e.cell for e in grid.effects()][1] == "0.1 -> 1.0.q"
+
+
+def test_a_grid_of_all_paths_is_what_patching_them_gives(case: Case) -> None:
+    model, _ = case
+    clean, corrupted = drawn()
+    grid = path_grid(model, pairs(model, clean, corrupted), direction="noising", n_random=0)
+    own = patch_paths(model, clean, corrupted, metric=weighed)
+    assert [str(cell) for cell in grid.cells] == [name for name, _ in own.items()]
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(own.values.abs().max())}
+    torch.testing.assert_close(torch.tensor(grid.side().patched), own.values.double(), **close)
+
+
+def others_of(
+    grid: Any, way: str, model: HookedModel, clean: Tensor, corrupted: Tensor
+) -> list[int]:
+    """Which pair stood in for each, as the grid drew it."""
+    from circuits.localization.pairing import OtherPairs
+
+    task = pairs(model, clean, corrupted)
+    source = task.counterparts if way == "noising" else task.examples
+    assert source is not None
+    return OtherPairs(model, task, source, [], 1, grid.record.seed).partners[0]
+
+
+def test_paths_of_texts_of_other_lengths_are_those_of_each_alone(case: Case) -> None:
+    model, _ = case
+    texts = [((1, 2, 3, 4), (4, 2, 3, 4)), ((5, 6), (7, 6)), ((8, 9, 1, 2, 3), (2, 9, 1, 2, 3))]
+    items = [Item(a, answers=((3,),), against=((4,),), corrupted=b) for a, b in texts]
+    task, some = (
+        compile_task(model, items),
+        [("token", "0.0.v"), ("0.1", "1.0.k"), ("1.1", "logits")],
+    )
+    together = path_grid(model, task, some, n_random=0)
+    for i in range(len(items)):
+        alone = path_grid(model, task.subset([i]), some, n_random=0)
+        for way in ("noising", "denoising"):
+            assert together.side(way).patched[:, i] == pytest.approx(
+                alone.side(way).patched[:, 0], abs=1e-5
+            )
+
+
+def test_induction_heads_keys_read_the_previous_token_head() -> None:
+    """Wang et al.'s finding on the model whose mechanism is known: K-composition carries copying."""
+    model = load_model("induction")
+    task = load_task(model, n=32)
+    if task.counterparts is None:
+        pytest.fail("the model's own task has no counterparts")
+    grid = path_grid(
+        model, task, [("0.3", "1.0.k"), ("0.3", "1.0.q"), ("0.3", "1.0.v"), ("0.0", "1.0.k")], direction="noising"
+    )  # fmt: skip
+    shares = [e.normalised for e in grid.effects("noising")]
+    assert shares[0] == max(shares)
+
+
 # --- heads -----------------------------------------------------------------------------------------
 
 
@@ -341,7 +448,8 @@ def test_head_effects_equal_runs_by_hand(case: Case) -> None:
     model, plain = case
     clean, corrupted = drawn()
     (before, own), (_, other) = plain.run(clean), plain.run(corrupted)
-    found = head_effects(model, clean, corrupted, ["0.1", "1.0"], weighed)
+    task = pairs(model, clean, corrupted)
+    found = head_effects(model, task, ["0.1", "1.0"])
     for i, head in enumerate(("0.1", "1.0")):
         everywhere = {(head, target) for target, sources in plain.targets() if head in sources}
         total = weighed(plain.run(clean, everywhere, other)[0]) - weighed(before)
@@ -353,14 +461,20 @@ def test_head_effects_equal_runs_by_hand(case: Case) -> None:
         scale = (stream.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         held = weighed(change / scale * plain.w["ln_final"] @ plain.w["unembed"].T)
         close = {"rtol": 1e-4, "atol": 1e-5 * float(weighed(before).abs().max())}
-        torch.testing.assert_close(found.total[i].double(), total, **close)
-        torch.testing.assert_close(found.direct[i].double(), direct, **close)
-        torch.testing.assert_close(found.direct_held[i].double(), held, **close)
-        torch.testing.assert_close(found.self_repair[i].double(), total - held, **close)
-        torch.testing.assert_close(found.indirect[i].double(), total - direct, **close)
+        expected = {
+            "total": total, "direct": direct, "direct_held": held, "self_repair": total - held,
+            "indirect": total - direct,
+        }  # fmt: skip
+        for name, value in expected.items():
+            torch.testing.assert_close(torch.tensor(getattr(found, name)[i]), value, **close)
+        (effect,) = head_effects(model, task, ["0.1", "1.0"][i], n_random=0).effects()
+        assert effect.total.value == pytest.approx(float(total.mean()), abs=1e-3)
+        assert effect.total.low <= effect.total.value <= effect.total.high
     repaired = found.indirect + found.repaired_by_norm
-    torch.testing.assert_close(found.self_repair, repaired, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.patched.double(), weighed(before), rtol=1e-5, atol=1e-5)
+    assert found.self_repair == pytest.approx(repaired, abs=1e-5)
+    base = torch.tensor(found.grid.side().base)
+    torch.testing.assert_close(base, weighed(before).double(), rtol=1e-5, atol=1e-5)
+    assert [e.head for e in head_effects(model, task, n_random=0).effects()][:2] == ["0.0", "0.1"]
 
 
 def backup() -> HookedModel:
@@ -386,20 +500,14 @@ def backup() -> HookedModel:
 
 def test_a_backup_repairs_all_that_the_head_did() -> None:
     model = backup()
-    clean, corrupted = torch.tensor([[1]]), torch.tensor([[0]])
-    found = head_effects(model, clean, corrupted, ["0.0", "0.1"], lambda logits: logits[:, 0, 0])
-    assert found.patched.tolist() == [1]
+    both = torch.tensor([[1]]), torch.tensor([[0]])
+    task = pairs(model, *both, metric=lambda logits: logits[:, 0, 0])
+    found = head_effects(model, task, ["0.0", "0.1"])
+    assert found.grid.side().base.tolist() == [1]
     assert found.direct.tolist() == [[-1], [0]]
     assert found.total.tolist() == [[0], [0]]
     assert found.self_repair.tolist() == [[1], [0]], "all of the direct effect is made up for"
-    back = head_effects(
-        model,
-        clean,
-        corrupted,
-        ["0.0", "0.1"],
-        lambda logits: logits[:, 0, 0],
-        direction="denoising",
-    )
+    back = head_effects(model, task, ["0.0", "0.1"], direction="denoising")
     assert back.total.tolist() == [[1], [1]], "each of the two is enough"
     assert back.direct.tolist() == [[1], [0]], "the backup acts through the MLP alone"
 

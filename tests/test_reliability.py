@@ -146,7 +146,7 @@ def test_badges_separate_on_the_built_in_model(
     assert separated(shapes, "mixed3a", units, natural, Settings(steps=24)) >= 0.75
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_badges_separate_units_of_googlenet(assets: Path) -> None:
     model = load_model("googlenet")
     images = Examples(model, f"folder:{assets / 'images' / 'imagenet500'}", 96, how="first")

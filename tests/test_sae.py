@@ -208,7 +208,7 @@ def test_each_architecture_learns_and_is_folded_without_a_change(
     assert active == pytest.approx(float(kept.l0), abs=1.0 if loose else 1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.nightly) for s in (1, 2))])
 def test_a_known_dictionary_is_found_by_topk_and_not_by_untuned_l1(seed: int) -> None:
     truth, rows = known_dictionary(seed=seed)
     settings = {
@@ -464,6 +464,7 @@ def test_directions_are_matched_one_to_one() -> None:
     assert half.shared == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.nightly
 def test_other_seeds_of_a_known_dictionary_agree(known: tuple) -> None:
     settings = {f"s{i}": Hyperparameters("topk", 64, k=3, lr=3e-3, seed=i) for i in range(2)}
     found = stability(train(ArrayRows(known[1]), settings, Schedule(2000, batch=512)))

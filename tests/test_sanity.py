@@ -196,7 +196,7 @@ def test_a_card_holds_all_of_it(shapes: tuple[HookedModel, Tensor, Target], tmp_
     assert again == made
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_googlenet_reproduces_the_literature(assets: Path) -> None:
     """Adebayo et al. 2018: gradients and Grad-CAM change with the model, guided backpropagation hardly does."""
     model = load_model("googlenet")

@@ -178,7 +178,7 @@ def test_bad_input_is_named(templates: HookedModel, bridge: HookedModel) -> None
         joint_tuning([])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_googlenets_curve_units_are_found_by_tuning_alone(assets: Path) -> None:
     model = load_model("googlenet")
     found = find_curve_units(model, "mixed3b", range(320, 416), step=10)

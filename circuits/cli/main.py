@@ -30,7 +30,7 @@ from circuits.cli.editing import edits
 from circuits.cli.graphs import graphs
 from circuits.cli.jobs import background
 from circuits.cli.output import errors, progress_bar, show_json, show_table, warn
-from circuits.cli.patching import keep, lens, patch, probe
+from circuits.cli.patching import keep, lens, patch, paths, probe
 from circuits.cli.pictures import visualize
 from circuits.cli.serving import check_port, serve_app
 from circuits.cli.stores import show_store, stores
@@ -60,7 +60,8 @@ app.command()(weights)
 app.command()(expand)
 app.command()(families)
 for _command in (
-    tune, examples, ablate, patch, keep, lens, probe, heads, attention, generate, attribute, saliency, sanity, case
+    tune, examples, ablate, patch, paths, keep, lens, probe, heads, attention, generate, attribute, saliency, sanity,
+    case,
 ):  # fmt: skip
     app.command()(_command)
 

@@ -1,4 +1,4 @@
-"""`circuits patch`, `keep`, `lens` and `probe` (layer 7)."""
+"""`circuits patch`, `paths`, `keep`, `lens` and `probe` (layer 7)."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from dataclasses import dataclass
@@ -50,6 +50,9 @@ AtOption = Annotated[
         help="Positions that are looked at: 3,-1, spans of the task by name, or `spans`; all if empty.",
     ),
 ]
+PairsOption = Annotated[
+    int, typer.Option("--random", help="How often each is also taken from another pair.")
+]
 TopOption = Annotated[
     int, typer.Option("--top", callback=within(1), help="How many lines; JSON has all.")
 ]
@@ -69,9 +72,7 @@ def patch(
     limit: LimitOption = LIMIT,
     take: TakeOption = "spread",
     metric: MetricOption = "",
-    random: Annotated[
-        int, typer.Option("--random", help="How often each is also taken from another pair.")
-    ] = 1,
+    random: PairsOption = 1,
     top: TopOption = 15,
     figure: FigureOption = None,
     seed: SeedOption = 0,
@@ -97,21 +98,130 @@ def patch(
     if json:
         show_json(grid.to_dict())
         return
+    _show_grid(grid, "cell", top)
+
+
+def _show_grid(grid: Any, word: str, top: int) -> None:
+    """A table of the cells (or paths) with the largest effects in each direction."""
     for way, side in grid.sides.items():
         effects = sorted(grid.effects(way), key=lambda e: -abs(e.change))
         rows = [
             (e.cell, e.normalised, e.change, f"{e.low:.4g} to {e.high:.4g}", e.null, e.p_value, e.n)
             for e in effects[:top]
         ]
-        columns = ("cell", "share", "change", "95 % interval", "another pair's", "p", "examples")
+        columns = (word, "share", "change", "95 % interval", "another pair's", "p", "examples")
         title = (
             f"{way}: {grid.metric.name} of {grid.record.measured_on}; {side.base.mean():.4g} in the run that is "
-            f"patched, {side.other.mean():.4g} in the other; {len(rows)} of {len(effects)} cells, seed {seed}"
+            f"patched, {side.other.mean():.4g} in the other; {len(rows)} of {len(effects)} {word}s, "
+            f"seed {grid.record.seed}"
         )
         show_table(columns, rows, title)
     say(
         "share: of the way from the run that is patched (0) to the other (1); another pair's: the same share, "
-        f"{grid.null_is}; p: that both do the same (paired, Holm over all cells)"
+        f"{grid.null_is}; p: that both do the same (paired, Holm over all {word}s)"
+    )
+
+
+def paths(
+    model: ModelArgument,
+    path: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Direct paths, SENDER,RECEIVER: 0.3,1.0.k or mlp:0,logits; every path if there is none."
+        ),
+    ] = None,
+    heads: Annotated[
+        str,
+        typer.Option(
+            "--heads",
+            help="Instead: the total, direct and indirect effect of heads, LAYER.HEAD with commas, or `all`.",
+        ),
+    ] = "",
+    through_mlps: Annotated[
+        bool, typer.Option("--through-mlps", help="MLPs between both ends recompute.")
+    ] = False,
+    direction: Annotated[
+        Directions, typer.Option(help="Into the clean run, into the corrupted one, or both.")
+    ] = "noising",
+    task: TaskOption = "",
+    data: DataOption = "",
+    text: TextOption = "",
+    limit: LimitOption = LIMIT,
+    take: TakeOption = "spread",
+    metric: MetricOption = "",
+    random: PairsOption = 1,
+    top: TopOption = 15,
+    figure: FigureOption = None,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    workspace: SaesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Patch direct paths of a transformer, each from the other run of its pair: what reads what, for a task."""
+    from circuits.figures import head_effects_figure, patch_grid_figure, save_figure
+    from circuits.localization import head_effects, path_grid
+    from circuits.models.loading import load_model
+
+    check_figure(figure)
+    if heads and (path or through_mlps or direction == "both"):
+        raise ValueError("--heads goes with one --direction, and not with paths or --through-mlps")
+    loaded = load_model(model, weights)
+    asked = task_of(loaded, task, data, text, limit, take, seed, "", metric=metric)
+    if heads:
+        named = None if heads == "all" else heads.split(",")
+        with progress_bar("heads", quiet=json) as progress:
+            found = head_effects(
+                loaded, asked, named, direction=direction, n_random=random, seed=seed, progress=progress  # type: ignore[arg-type]
+            )  # fmt: skip
+        if figure is not None:
+            save_figure(head_effects_figure(found), figure)
+        if json:
+            show_json(found.to_dict())
+            return
+        _show_heads(found, top)
+        return
+    pairs = [_path(text) for text in path] if path else None
+    with progress_bar("paths", quiet=json) as progress:
+        grid = path_grid(
+            loaded, asked, pairs, direction=direction, through_mlps=through_mlps, n_random=random, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    if figure is not None:
+        save_figure(patch_grid_figure(grid), figure)
+    if json:
+        show_json(grid.to_dict())
+        return
+    _show_grid(grid, "path", top)
+
+
+def _path(text: str) -> tuple[str, str]:
+    """A path in words."""
+    sender, comma, receiver = text.partition(",")
+    if not (sender and comma and receiver):
+        raise ValueError(f"path {text!r} is not of the form SENDER,RECEIVER, such as 0.3,1.0.k")
+    return sender.strip(), receiver.strip()
+
+
+def _show_heads(found: Any, top: int) -> None:
+    """A table of the heads with the largest effects."""
+    grid = found.grid
+    (way, side), *_ = grid.sides.items()
+    effects = sorted(found.effects(), key=lambda e: -abs(e.total.value))
+    rows = []
+    for e in effects[:top]:
+        parts = (e.total, e.direct, e.indirect, e.self_repair)
+        rows.append(
+            (e.head, *(f"{p.value:.4g} ({p.low:.4g} to {p.high:.4g})" for p in parts), e.null)
+        )
+    columns = ("head", "total", "direct", "indirect", "self-repair", "another pair's total")
+    title = (
+        f"{way}: change of {grid.metric.name} of {grid.record.measured_on}; {side.base.mean():.4g} in the run that is "
+        f"patched, {side.other.mean():.4g} in the other; {len(rows)} of {len(effects)} heads, seed {grid.record.seed}"
+    )
+    show_table(columns, rows, title)
+    say(
+        "total: all that reads the head recomputes; direct: only the logits read the change; indirect: the rest; "
+        "self-repair: total less the direct effect at the last normalisation's own scale; in brackets 95 % intervals"
     )
 
 

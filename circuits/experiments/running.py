@@ -20,7 +20,7 @@ from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
 from circuits.hooks import Change, placed
 from circuits.models.adapter import HookedModel
-from circuits.models.restarting import beginning, candidates
+from circuits.models.restarting import Start, beginning, candidates
 from circuits.models.sites import main_output
 from circuits.progress import Progress
 from circuits.tasks.metrics import (
@@ -42,8 +42,8 @@ Look = Callable[[int, TaskBatch, Reading, Reading], None]
 """Sees each variant's reading of each batch: the variant's place (0 is the intact model), the batch, the variant's and
 the intact model's reading."""
 
-MEMORY = 2**30
-"""Bytes that the tensors of one pass may take, roughly."""
+MEMORY = 2**28
+"""Bytes that the tensors of one pass may take, roughly; with larger ones a processor is slower."""
 
 _ABOUT = 24
 """So many times the tensor at which a pass begins is what the pass holds at once."""
@@ -185,12 +185,12 @@ def _counts(reading: Reading) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """Variants that begin at one site, or with the input (None), and run together.
+    """Variants that begin at one site, or with their input (None), and run together.
 
     Behind `narrow` only the positions that count are run.
     """
 
-    begin: Site | None
+    begin: Start | None
     members: tuple[int, ...]
     narrow: Site | None = None
 
@@ -245,7 +245,7 @@ class _Engine:
     def _starts(self) -> list[Site]:
         """Sites at which passes may begin."""
         if self.shares is not None:
-            return [s.begin for s in self.shares if s.begin is not None]
+            return [s.begin.site for s in self.shares if s.begin is not None]
         firsts = dict.fromkeys(p.sites[0] for p in self.plans if self._plain(p))
         found = [c for name in firsts for c in candidates(self.model, self.model.site(name))]
         return list(dict.fromkeys(found))
@@ -255,9 +255,9 @@ class _Engine:
 
     def _planned(self, part: TaskBatch, tensors: Mapping[str, Tensor]) -> list[_Share]:
         """Where each variant's passes begin, decided on the first batch."""
-        begin: dict[str, Site | None] = {}
+        begin: dict[str, Start | None] = {}
         groups: dict[str | int | None, list[int]] = {}
-        where: dict[str | int | None, Site | None] = {}
+        where: dict[str | int | None, Start | None] = {}
         for k, plan in enumerate(self.plans):
             if not self._plain(plan):
                 groups[k], where[k] = [k], None
@@ -266,7 +266,7 @@ class _Engine:
             if first.name not in begin:
                 begin[first.name] = self._beginning(first, part, tensors)
             place = begin[first.name]
-            key = None if place is None else place.name
+            key = None if place is None else place.site.name
             groups.setdefault(key, []).append(k)
             where[key] = place
         return [
@@ -292,13 +292,17 @@ class _Engine:
 
     def _beginning(
         self, first: Site, part: TaskBatch, tensors: Mapping[str, Tensor]
-    ) -> Site | None:
+    ) -> Start | None:
         if part.mask is not None and self.model.padding != "right":
             return None
         ends = self._behind(first)
         # of padded texts the shortest too: what a model has to be told, it is not told where a pass begins
         rows = (0, 1) if part.mask is None else tuple(part.mask.sum(1).argsort()[:2].tolist())
-        return beginning(self.model, first, ends, part.inputs, tensors, rows)
+        own = [p.sites for p in self.plans if self._plain(p) and p.sites[0] == first.name]
+        changed = [
+            self.model.site(name) for name in dict.fromkeys(n for names in own for n in names)
+        ]
+        return beginning(self.model, first, ends, part.inputs, tensors, changed, rows)
 
     def _behind(self, site: Site) -> list[Site]:
         """What is read at a site or behind it; what is before is as in the intact model."""
@@ -308,7 +312,7 @@ class _Engine:
         """How many variants fit into one pass."""
         if len(share.members) == 1:
             return 1
-        like = tensors[share.begin.name if share.begin is not None else self.end.name]
+        like = tensors[self.end.name if share.begin is None else share.begin.site.name]
         output = tensors[self.end.name]
         each = like.nbytes * _ABOUT + (output.nbytes * _OUTPUT if share.narrow is None else 0)
         return max(1, self.memory // max(1, each))
@@ -330,12 +334,13 @@ class _Engine:
             mask = None if mask is None else mask.repeat(len(some), 1)
             edits = self._shared(each, len(part.inputs))
         else:
-            ends, inputs, mask = self._behind(begin), inputs[:1], None
-            value = context.intact[begin.name]
-            own = [made.pop(begin.name, None) for made in each]
+            site = begin.site.name
+            ends, inputs, mask = self._behind(begin.site), begin.inputs, None
+            value = context.intact[site]
+            own = [made.pop(site, None) for made in each]
             edits = self._shared(each, len(part.inputs))
             # put together when the pass gets there; a copy each, since what follows may work in place
-            edits[begin.name] = lambda _: torch.cat(
+            edits[site] = lambda _: torch.cat(
                 [value if change is None else change(value) for change in own]
             )
         n, cut = len(part.inputs), None

@@ -9,6 +9,7 @@ from circuits.figures.attributions import (
 from circuits.figures.edits import ablation_figure, edit_figure
 from circuits.figures.graphs import circuit_figure, family_figure, kernels_figure
 from circuits.figures.localization import (
+    head_effects_figure,
     heads_figure,
     lens_figure,
     lens_tokens_figure,
@@ -32,6 +33,7 @@ __all__ = [
     "circuit_figure",
     "edit_figure",
     "family_figure",
+    "head_effects_figure",
     "heads_figure",
     "heat_map_figure",
     "invariance_figure",

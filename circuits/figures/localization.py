@@ -11,7 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from circuits.localization import HeadScores, Lens, LensTokens, PatchGrid, Readouts, Sufficiency
+from circuits.localization import (
+    HeadEffects,
+    HeadScores,
+    Lens,
+    LensTokens,
+    PatchGrid,
+    Readouts,
+    Sufficiency,
+)
 from circuits.localization.grids import Quantity
 
 _OWN, _NULL, _WHOLE = "#b2182b", "#969696", "#2166ac"
@@ -140,6 +148,39 @@ def heads_figure(scores: HeadScores, title: str = "") -> Figure:
         "(framed: above chance, p < 0.05 corrected)",
         fontsize=8,
     )  # fmt: skip
+    return figure
+
+
+def head_effects_figure(found: HeadEffects, title: str = "") -> Figure:
+    """Total, direct and indirect effect and self-repair of each head with 95 % intervals, next to another pair's."""
+    effects = found.effects()
+    parts = ("total", "direct", "indirect", "self_repair")
+    figure = Figure((max(3.6, 0.45 * len(effects) + 1.5), 3.0), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(effects))
+    for k, (part, colour) in enumerate(
+        zip(parts, (_OWN, _WHOLE, "#92c5de", "#f4a582"), strict=True)
+    ):
+        each = [getattr(e, part) for e in effects]
+        value = np.array([p.value for p in each])
+        ends = np.array([[p.value - p.low, p.high - p.value] for p in each]).T
+        axis.errorbar(
+            places + 0.16 * (k - 1.5), value, yerr=np.nan_to_num(np.abs(ends)), fmt="o", markersize=3, capsize=2,
+            color=colour, label=part.replace("_", "-"),
+        )  # fmt: skip
+    axis.scatter(
+        places, [e.null for e in effects], marker="_", color=_NULL, label="another pair's total"
+    )
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xticks(
+        places, [e.head for e in effects], fontsize=6, rotation=90 if len(effects) > 12 else 0
+    )
+    axis.tick_params(axis="y", labelsize=6)
+    unit = f" ({found.grid.metric.unit})" if found.grid.metric.unit else ""
+    axis.set_ylabel(f"change of {found.grid.metric.name}{unit}", fontsize=7)
+    axis.legend(fontsize=6)
+    way = next(iter(found.grid.sides))
+    figure.suptitle(title or f"{way}: {found.grid.record.measured_on}", fontsize=8)
     return figure
 
 

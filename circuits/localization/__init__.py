@@ -7,6 +7,7 @@ from circuits.localization.heads import HeadScore, HeadScores, score_heads
 from circuits.localization.keeping import Sufficiency, keep_only, sufficiency
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
 from circuits.localization.patching import patch_grid
+from circuits.localization.paths import HeadEffect, HeadEffects, PathCell, head_effects, path_grid
 from circuits.localization.probing import contrastive_directions, linear_probes
 from circuits.localization.readouts import Readout, Readouts
 from circuits.localization.steering import steering_grid
@@ -18,22 +19,27 @@ __all__ = [
     "Column",
     "Depth",
     "GridSide",
+    "HeadEffect",
+    "HeadEffects",
     "HeadPattern",
     "HeadScore",
     "HeadScores",
     "Lens",
     "LensTokens",
     "PatchGrid",
+    "PathCell",
     "Readout",
     "Readouts",
     "Sufficiency",
     "attention_patterns",
     "contrastive_directions",
+    "head_effects",
     "keep_only",
     "lens_tokens",
     "linear_probes",
     "logit_lens",
     "patch_grid",
+    "path_grid",
     "score_heads",
     "steering_grid",
     "sufficiency",

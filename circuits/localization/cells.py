@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool
@@ -65,6 +65,24 @@ class Cell:
     def __str__(self) -> str:
         unit = "" if self.unit is None else f":{self.unit}"
         return f"{self.site}{unit}" + ("" if self.column is None else f"@{self.column.name}")
+
+    @property
+    def row(self) -> str:
+        """Its row in a matrix: the site, or the head where there is a column for each of its positions."""
+        both = self.unit is not None and self.column is not None
+        return f"{self.site}:{self.unit}" if both else self.site
+
+    @property
+    def place(self) -> str:
+        """Its column in a matrix: the position, or the unit where it has none."""
+        if self.column is not None:
+            return self.column.name
+        return "all" if self.unit is None else str(self.unit)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        column = None if self.column is None else self.column.name
+        return {"site": self.site, "unit": self.unit, "position": column}
 
     def reaches(self, n: int) -> Bool[Tensor, " example"]:
         """Which of a task's examples have the cell at all."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from circuits.experiments import Record
 from circuits.experiments.statistics import LEVEL, Correction, corrected, paired_ps, resampled
 from circuits.files import finite
-from circuits.localization.cells import By, Cell
+from circuits.localization.cells import By
 from circuits.tasks.metrics import Metric
 
 PatchDirection = Literal["noising", "denoising"]
@@ -26,6 +27,29 @@ of that way."""
 
 _NO_GAP = 1e-6
 """Runs whose metrics differ by less than this share of their size leave nothing to normalise by."""
+
+
+@runtime_checkable
+class GridCell(Protocol):
+    """What is replaced at once: some units of a site, or a path."""
+
+    @property
+    def row(self) -> str:
+        """Its row in a matrix."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Its column in a matrix."""
+        ...
+
+    def reaches(self, n: int) -> Bool[Tensor, " example"]:
+        """Which of a task's examples have it at all."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,8 +137,8 @@ class PatchGrid:
     """
 
     metric: Metric
-    by: By
-    cells: tuple[Cell, ...]
+    by: By | Literal["path"]
+    cells: tuple[GridCell, ...]
     sides: Mapping[PatchDirection, GridSide]
     clusters: tuple[int, ...]
     replaced_by: str
@@ -138,7 +162,7 @@ class PatchGrid:
         """Each cell's mean effect with its interval and p-value, in the grid's order."""
         side = self.side(direction)
         columns = (
-            _means(side.changes), *self._intervals(side.changes), side.share(side.changes),
+            means(side.changes), *self._intervals(side.changes), side.share(side.changes),
             side.share(side.random_changes), self._p_values(side, correction),
         )  # fmt: skip
         counts = (~np.isnan(side.changes)).sum(1).tolist()
@@ -173,13 +197,13 @@ class PatchGrid:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The rows of `matrix`: sites, or heads where there is a column for each of their positions."""
-        return tuple(dict.fromkeys(_row(c, self.by) for c in self.cells))
+        """The rows of `matrix`: sites, heads where there is a column for each of their positions, or senders."""
+        return tuple(dict.fromkeys(c.row for c in self.cells))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Its columns: positions, or units where cells have none."""
-        return tuple(dict.fromkeys(_column(c, self.by) for c in self.cells))
+        """Its columns: positions, units where cells have none, or receivers."""
+        return tuple(dict.fromkeys(c.place for c in self.cells))
 
     def matrix(
         self, what: Quantity = "normalised", direction: PatchDirection | None = None
@@ -188,13 +212,13 @@ class PatchGrid:
         side = self.side(direction)
         values = {
             "normalised": lambda: side.share(side.changes),
-            "change": lambda: _means(side.changes),
+            "change": lambda: means(side.changes),
             "null": lambda: side.share(side.random_changes),
         }[what]()
         rows, columns = ({name: i for i, name in enumerate(n)} for n in (self.rows, self.columns))
         made = np.full((len(rows), len(columns)), np.nan)
         for cell, value in zip(self.cells, values, strict=True):
-            made[rows[_row(cell, self.by)], columns[_column(cell, self.by)]] = value
+            made[rows[cell.row], columns[cell.place]] = value
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,10 +226,7 @@ class PatchGrid:
         return finite({
             "metric": self.metric.name, "unit": self.metric.unit, "by": self.by, "replaced_by": self.replaced_by,
             "null_is": self.null_is,
-            "cells": [
-                {"site": c.site, "unit": c.unit, "position": None if c.column is None else c.column.name}
-                for c in self.cells
-            ],
+            "cells": [cell.describe() for cell in self.cells],
             "directions": {
                 name: {
                     "base": side.base.tolist(), "other": side.other.tolist(), "patched": side.patched.tolist(),
@@ -217,16 +238,7 @@ class PatchGrid:
         })  # fmt: skip
 
 
-def _means(changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
+def means(changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
+    """Of each cell over the examples that have it; NaN if none has."""
     known = (~np.isnan(changes)).sum(1)
     return np.where(known > 0, np.nansum(changes, 1) / np.maximum(known, 1), np.nan)
-
-
-def _row(cell: Cell, by: By) -> str:
-    return f"{cell.site}:{cell.unit}" if by == "head_position" else cell.site
-
-
-def _column(cell: Cell, by: By) -> str:
-    if cell.column is not None:
-        return cell.column.name
-    return "all" if cell.unit is None else str(cell.unit)

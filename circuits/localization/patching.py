@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from circuits.experiments import Context, Outcomes, Record, Variant, run
 from circuits.experiments.running import MEMORY
 from circuits.hooks import Change
 from circuits.localization.cells import By, Cell, Key, cells_of
-from circuits.localization.grids import GridSide, PatchDirection, PatchGrid
+from circuits.localization.grids import GridCell, GridSide, PatchDirection, PatchGrid
 from circuits.localization.pairing import OtherPairs
 from circuits.models.adapter import HookedModel
 from circuits.progress import Progress
@@ -34,7 +34,7 @@ Directions = Literal["noising", "denoising", "both"]
 OTHER = "the other run"
 """The name of the variant whose whole output comes from the other run."""
 
-Make = Callable[[PatchDirection, Cell, int], Variant]
+Make = Callable[[PatchDirection, Any, int], Variant]
 """The model with a cell replaced in one direction: as asked (0), or by a random draw (1, 2, …)."""
 
 
@@ -147,8 +147,8 @@ class GridPlan:
     """
 
     task: Task
-    by: By
-    cells: tuple[Cell, ...]
+    by: By | Literal["path"]
+    cells: tuple[GridCell, ...]
     make: Make
     n_random: int
     there: Callable[[PatchDirection, int], Bool[np.ndarray, " example"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from circuits.units import Site
 ALIKE = 1e-5
 """How far numbers may differ, as a share of the largest of them, and count as the same."""
 
+_SMALLER = 4
+"""How many times smaller each side of an image is that stands in for another."""
+
 _BACK = 40
 """How many sites before a changed one are looked through for one to begin at."""
 
@@ -30,18 +34,32 @@ _KNOWN, _STREAMS = 2, 4
 """How many residual streams among them are tried, of those known by name and else."""
 
 
-def begins(
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a pass begins again.
+
+    Attributes:
+        site: whose tensor is put in.
+        inputs: what the model is given, although nothing that is read depends on it.
+    """
+
+    site: Site
+    inputs: Tensor
+
+
+def start_at(
     model: HookedModel,
     site: Site,
     ends: Sequence[Site],
     inputs: Tensor,
     values: Mapping[str, Tensor],
+    changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> bool:
-    """Whether all that is read behind a site depends on the site's tensor alone.
+) -> Start | None:
+    """How a pass may begin at a site; None unless all that is read behind it depends on the site's tensor alone.
 
     The tensors of two examples are put in behind another input, a single one: if the outcome is theirs, a pass may
-    begin with any one input.
+    begin with that one. Of images a small one is tried first, since what is before the site is computed for nothing.
 
     Args:
         model: the model.
@@ -49,19 +67,35 @@ def begins(
         ends: what is read, none of it before the site.
         inputs: examples.
         values: the tensors of the site and of the ends on them.
+        changed: further sites that are to be changed, which have to hold something for each example.
         rows: the places of two examples to try it on; the first one twice if there is no other.
     """
     if len(values[site.name]) != len(inputs) or site.name.startswith(PREFIX):
-        return False  # what latents leave of the input goes on next to them
-    own = inputs[:1]
-    other = _other_tokens(model, own) if isinstance(model.input, TokenInput) else -own.flip(-1) - 1
+        return None  # what latents leave of the input goes on next to them
     two = [min(row, len(inputs) - 1) for row in rows]
     value = values[site.name][two]
-    try:
-        found = model.run(other, read=ends, edits={site.name: lambda _: value * 1})
-    except (RuntimeError, IndexError):  # shapes that follow the input's batch
-        return False
-    return all(_alike(found[end], values[end.name][two]) for end in ends)
+    for other in _others(model, inputs[:1]):
+        try:
+            found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
+        except (
+            RuntimeError,
+            LookupError,
+            ValueError,
+            AssertionError,
+        ):  # shapes that follow the input's
+            continue
+        whole = all(len(found[place]) == len(two) for place in changed)
+        if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
+            return Start(site, other)
+    return None
+
+
+def _others(model: HookedModel, own: Tensor) -> list[Tensor]:
+    """Inputs that have nothing to do with the own one."""
+    if isinstance(model.input, TokenInput):
+        return [_other_tokens(model, own)]
+    other = -own.flip(-1) - 1
+    return [other[..., ::_SMALLER, ::_SMALLER], other]
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
@@ -91,9 +125,10 @@ def beginning(
     ends: Sequence[Site],
     inputs: Tensor,
     values: Mapping[str, Tensor],
+    changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> Site | None:
-    """The site nearest to a changed one at which a pass may begin; None if it has to begin with the input.
+) -> Start | None:
+    """A pass that begins as near to a changed site as it may; None if it has to begin with the input.
 
     Args:
         model: the model.
@@ -101,12 +136,13 @@ def beginning(
         ends: what is read behind it.
         inputs: examples.
         values: the tensors of the candidates and of the ends on them.
-        rows: see `begins`.
+        changed: see `start_at`.
+        rows: see `start_at`.
     """
-    for place in candidates(model, site):
-        if begins(model, place, ends, inputs, values, rows):
-            return place
-    return None
+    tried = (
+        start_at(model, p, ends, inputs, values, changed, rows) for p in candidates(model, site)
+    )
+    return next((start for start in tried if start is not None), None)
 
 
 def narrows(model: HookedModel, site: Site, end: Site, inputs: Tensor, output: Tensor) -> bool:

@@ -1,0 +1,338 @@
+"""Path patching on tasks: which paths of a transformer carry a behaviour, and by which ways a head acts (layer 4).
+
+Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"; Wang et al. 2022, "Interpretability in the
+Wild", appendix B. `experiments.patching` says what patching a path is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.examples import BATCH
+from circuits.experiments import Context, Variant
+from circuits.experiments.patched_runs import Options, changes_of
+from circuits.experiments.running import MEMORY
+from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.files import finite
+from circuits.hooks import Change
+from circuits.localization.grids import PatchDirection, PatchGrid, means
+from circuits.localization.pairing import OtherPairs
+from circuits.localization.patching import Directions, GridPlan, measured_grid
+from circuits.models.adapter import HookedModel
+from circuits.models.contributions import check_mlps
+from circuits.models.paths import stream_of
+from circuits.models.residual import Path, PathName, Receiver, Sender, Stream
+from circuits.progress import Progress
+from circuits.tasks.metrics import Metric, as_metric
+from circuits.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class PathCell:
+    """A direct path.
+
+    Attributes:
+        sender: what writes to the residual stream.
+        receiver: what reads it.
+        options: how it is patched.
+    """
+
+    sender: Sender
+    receiver: Receiver
+    options: Options
+
+    @property
+    def path(self) -> Path:
+        """Both ends."""
+        return self.sender, self.receiver
+
+    @property
+    def row(self) -> str:
+        """Its row in a matrix."""
+        return str(self.sender)
+
+    @property
+    def place(self) -> str:
+        """Its column in a matrix."""
+        return str(self.receiver)
+
+    def __str__(self) -> str:
+        held = ", last normalisation held" if self.options.hold_norms else ""
+        return f"{self.sender} -> {self.receiver}{held}"
+
+    def reaches(self, n: int) -> Bool[Tensor, " example"]:
+        """Every example has it."""
+        return torch.ones(n, dtype=torch.bool)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "sender": str(self.sender), "receiver": str(self.receiver), "through_mlps": self.options.through_mlps,
+            "hold_norms": self.options.hold_norms,
+        }  # fmt: skip
+
+
+def path_grid(
+    model: HookedModel,
+    task: Task,
+    paths: Sequence[PathName] | None = None,
+    *,
+    direction: Directions = "both",
+    through_mlps: bool = False,
+    metric: str | Metric | Callable[[Tensor], Tensor] | None = None,
+    n_random: int = 1,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PatchGrid:
+    """Patch each path, by itself, from the other run of its pair, and measure a task.
+
+    Args:
+        model: a TransformerLens bridge.
+        task: with counterparts.
+        paths: pairs of a sender (`token`, `position`, `0.3`, `mlp:0`) and a receiver (`1.0.q`, `mlp:1`, `logits`);
+            every direct path if None.
+        direction: `noising`, `denoising` or `both`.
+        through_mlps: MLPs between sender and receiver recompute, heads do not (Wang et al. 2022). Otherwise a path
+            leads through the residual stream alone.
+        metric: as in `patch_grid`.
+        n_random: as in `patch_grid`.
+        batch: examples together.
+        memory: bytes that one pass may take, roughly.
+        seed: of the random pairs, of intervals and p-values.
+        progress: called with what is done and all there is, in examples times runs.
+
+    Returns:
+        A grid of senders (rows) and receivers (columns).
+
+    Raises:
+        KeyError: if there is no such sender, receiver or metric.
+        ValueError: if a path leads backwards, the model's residual stream is not the sum of its senders, the task has
+            no counterparts, or the metric needs what the task does not have or is not a number.
+    """
+    stream = stream_of(model)
+    if through_mlps:
+        check_mlps(stream)
+    chosen = stream.paths() if paths is None else [stream.path(path) for path in paths]
+    if not chosen:
+        raise ValueError("paths name none: expected at least one pair of a sender and a receiver")
+    cells = tuple(PathCell(s, r, Options(through_mlps)) for s, r in dict.fromkeys(chosen))
+    asked = task if metric is None else task.with_metric(as_metric(metric))
+    return _measured(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class _Carried:
+    """A path carries what it does in the other run of a pair, or in that of another pair."""
+
+    stream: Stream
+    cell: PathCell
+    others: OtherPairs | None
+    draw: int
+
+    def __call__(self, context: Context) -> Mapping[str, Change]:
+        assert context.batch is not None, "called in an experiment"
+        source = context.counterpart
+        if self.others is not None:
+            source = self.others.tensors(self.draw - 1, context.batch)
+        return changes_of(self.stream, [frozenset({self.cell.path})], source, self.cell.options)
+
+
+def _measured(
+    stream: Stream,
+    task: Task,
+    cells: Sequence[PathCell],
+    direction: Directions,
+    n_random: int,
+    batch: int,
+    memory: int,
+    seed: int,
+    progress: Progress | None,
+) -> PatchGrid:
+    if task.counterparts is None:
+        raise ValueError(f"task {task.name} has no counterparts: there is nothing to patch from")
+    if n_random < 0:
+        raise ValueError(f"n_random {n_random} must be 0 or more")
+    model = stream.model
+    places = [model.site(name) for name in stream.written({cell.sender for cell in cells})]
+    others = {
+        "noising": OtherPairs(model, task, task.counterparts, places, n_random, seed),
+        "denoising": OtherPairs(model, task, task.examples, places, n_random, seed),
+    }
+
+    def make(way: PatchDirection, cell: PathCell, draw: int) -> Variant:
+        live = _Carried(stream, cell, others[way] if draw else None, draw)
+        changed = changes_of(stream, [frozenset({cell.path})], {}, cell.options)
+        return Variant(
+            "", live=live, sites=tuple(changed), reads=tuple(stream.written({cell.sender}))
+        )
+
+    plan = GridPlan(
+        task, "path", tuple(cells), make, n_random, lambda way, draw: others[way].there(draw - 1),
+        "what it carries in the other run of its pair", "the same of another pair, drawn at random",
+    )  # fmt: skip
+    return measured_grid(
+        model, plan, direction, batch=batch, memory=memory, seed=seed, progress=progress
+    )
+
+
+# --- heads ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadEffect:
+    """What replacing a head's output does to a metric, the mean over examples, and by which ways.
+
+    Attributes:
+        head: written `layer.head`.
+        total: everything behind the head recomputes.
+        direct: only the logits read the change, behind the last normalisation, recomputed.
+        indirect: total less direct: what other heads and MLPs make of the change.
+        self_repair: see `HeadEffects.self_repair`.
+        null: the total effect of what the head puts out in another pair's run; NaN if it was not measured.
+    """
+
+    head: str
+    total: Interval
+    direct: Interval
+    indirect: Interval
+    self_repair: Interval
+    null: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEffects:
+    """What replacing heads' outputs does to a metric, head x example, and by which ways.
+
+    Each is the metric with a head replaced less the metric without.
+
+    Attributes:
+        heads: written `layer.head`.
+        grid: of the paths that were patched: each head into all that reads it, into the logits, and into the logits
+            with the last normalisation held.
+    """
+
+    heads: tuple[str, ...]
+    grid: PatchGrid
+
+    def _part(self, k: int) -> Float[np.ndarray, "head example"]:
+        n = len(self.heads)
+        return self.grid.side().changes[k * n : (k + 1) * n]
+
+    @property
+    def total(self) -> Float[np.ndarray, "head example"]:
+        """Everything behind the head recomputes."""
+        return self._part(0)
+
+    @property
+    def direct(self) -> Float[np.ndarray, "head example"]:
+        """Only the logits read the change, behind the last normalisation, recomputed."""
+        return self._part(1)
+
+    @property
+    def direct_held(self) -> Float[np.ndarray, "head example"]:
+        """The same with the last normalisation held at its scale, as direct logit attribution has it."""
+        return self._part(2)
+
+    @property
+    def indirect(self) -> Float[np.ndarray, "head example"]:
+        """Total less direct: what other heads and MLPs make of the change."""
+        return self.total - self.direct
+
+    @property
+    def self_repair(self) -> Float[np.ndarray, "head example"]:
+        """Total less what the head's own direct effect predicts, the last normalisation held.
+
+        Of the opposite sign as `direct_held` where the rest of the model makes up for the head (McGrath et al. 2023,
+        "The Hydra Effect"; Rushing and Nanda 2024, "Explorations of Self-Repair", who count the last
+        normalisation's part as repair too).
+        """
+        return self.total - self.direct_held
+
+    @property
+    def repaired_by_norm(self) -> Float[np.ndarray, "head example"]:
+        """The part of `self_repair` that the last normalisation's new scale makes up; `indirect` is the rest."""
+        return self.direct - self.direct_held
+
+    def effects(self) -> tuple[HeadEffect, ...]:
+        """Means over examples with 95 % intervals (bootstrap over examples, by template instance)."""
+        total, direct, indirect, repair = map(
+            self._intervals, (self.total, self.direct, self.indirect, self.self_repair)
+        )
+        null = means(self.grid.side().random_changes).tolist()
+        return tuple(
+            HeadEffect(head, total[i], direct[i], indirect[i], repair[i], null[i])
+            for i, head in enumerate(self.heads)
+        )
+
+    def _intervals(self, values: Float[np.ndarray, "head example"]) -> list[Interval]:
+        drawn = resampled(values, clusters=self.grid.clusters, seed=self.grid.record.seed)
+        means = values.mean(1).tolist()
+        return [Interval(m, *percentiles(drawn[:, i])) for i, m in enumerate(means)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        (way, side), *_ = self.grid.sides.items()
+        return finite({
+            "metric": self.grid.metric.name, "unit": self.grid.metric.unit, "direction": way,
+            "patched": float(side.base.mean()), "other": float(side.other.mean()), "null_is": self.grid.null_is,
+            "heads": [asdict(effect) for effect in self.effects()], "record": asdict(self.grid.record),
+        })  # fmt: skip
+
+
+def head_effects(
+    model: HookedModel,
+    task: Task,
+    heads: str | Sender | Sequence[str | Sender] | None = None,
+    *,
+    direction: PatchDirection = "noising",
+    metric: str | Metric | Callable[[Tensor], Tensor] | None = None,
+    n_random: int = 1,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HeadEffects:
+    """What a metric loses when heads put out what they do in the other run: in all, and directly.
+
+    Args:
+        model: a TransformerLens bridge.
+        task: with counterparts.
+        heads: written `layer.head`; any other sender will do as well (`mlp:0`). Every head if None.
+        direction: `noising` replaces in the clean run, `denoising` in the corrupted one.
+        metric: as in `patch_grid`.
+        n_random: as in `patch_grid`.
+        batch: examples together.
+        memory: bytes that one pass may take, roughly.
+        seed: of the random pairs and of intervals.
+        progress: called with what is done and all there is, in examples times runs.
+
+    Raises:
+        KeyError: if there is no such head or metric.
+        ValueError: if the model's residual stream is not the sum of its senders, the task has no counterparts, or the
+            metric needs what the task does not have or is not a number.
+    """
+    stream = stream_of(model)
+    named = [heads] if isinstance(heads, str | Sender) else heads
+    chosen = [s for s in stream.senders if s.kind == "head"]
+    if named is not None:
+        chosen = list(dict.fromkeys(stream.sender(head) for head in named))
+    if not chosen:
+        raise ValueError("heads name none: expected at least one, written layer.head")
+    asked = task if metric is None else task.with_metric(as_metric(metric))
+    logits, usual, held = Receiver("logits"), Options(), Options(hold_norms=True)
+    cells = [
+        *(PathCell(head, stream.behind(head), usual) for head in chosen),
+        *(PathCell(head, logits, usual) for head in chosen),
+        *(PathCell(head, logits, held) for head in chosen),
+    ]
+    grid = _measured(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
+    return HeadEffects(tuple(map(str, chosen)), grid)
