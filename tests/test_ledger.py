@@ -386,6 +386,10 @@ class Writers:
         self.process.stdin.flush()
         return int(self._line())
 
+    def wrote(self) -> str:
+        """The next edit that the writer says it wrote."""
+        return self._line()
+
     def said(self) -> list[str]:
         """What the writer said that it wrote, once it is over."""
         return list(iter(self._line, "over"))
@@ -421,6 +425,8 @@ def check_killed(database: Database, kills: int) -> int:
     writers = Writers(database.path)
     for i in range(kills):
         pid = writers.start(100 + i, 10_000)
+        if i % 3 == 0:  # some are killed after an edit, however slow the machine is
+            said.append(writers.wrote())
         time.sleep(chance.uniform(0.0, 0.15))
         os.kill(pid, signal.SIGKILL)
         said += writers.said()
@@ -436,7 +442,7 @@ def check_killed(database: Database, kills: int) -> int:
 
 
 def test_the_ledger_survives_fifty_kills(database: Database) -> None:
-    assert check_killed(database, 50) > 15  # acknowledged edits: few on a slow machine
+    assert check_killed(database, 50) > 15
 
 
 def test_ledgers_json_is_canonical(database: Database, branches: HookedModel) -> None:
