@@ -23,13 +23,15 @@ app: $(STAMP)
 # Two workers with one thread each: as fast as it gets on two cores, and the same everywhere. A module's tests stay
 # together, so that what they share is made once; the slow modules come first (tests/conftest.py).
 SPREAD := --dist loadscope --no-loadscope-reorder
+# Every call's tensors against the shapes in its annotations: two thirds more time, so not in `make test`.
+SHAPES := --jaxtyping-packages=circuits,apps,tests.typechecker
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m "not nightly" $(ARGS)
 
 # What takes minutes a test: published findings on real networks, and the same for more seeds.
 nightly: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(SHAPES) $(ARGS)
 
 # Searches for inputs that break a property; `make fuzz SEED=n` repeats the search that printed n.
 fuzz: $(STAMP)
@@ -46,7 +48,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) -m "not slow and not browser and not nightly" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) -m "not slow and not browser and not nightly" $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
