@@ -165,9 +165,8 @@ class Examples:
         rows = [row for part in parts for row in part]
         if not rows:
             raise ValueError("examples: there is none, expected at least one")
-        if names and len(names) != len(rows):
-            raise ValueError(f"names: {len(names)} for {len(rows)} examples")
         named = tuple(names) or tuple(f"example {i}" for i in range(len(rows)))
+        _check_names(named, len(rows))
         source: Source
         if isinstance(model.input, TokenInput):
             source = TextSource(data, named, "", tuple(tuple(row.tolist()) for row in rows))
@@ -184,6 +183,7 @@ class Examples:
     ) -> Examples:
         """Pictures that a person brings, fitted to the model's size."""
         named = tuple(names) or tuple(f"picture {i}" for i in range(len(pictures)))
+        _check_names(named, len(pictures))
         source = ImageSource("pictures", named, "", lambda i: pictures[i])
         return cls(model, source, None, how="given")
 
@@ -199,6 +199,7 @@ class Examples:
         named = tuple(names) or tuple(
             t if isinstance(t, str) else f"text {i}" for i, t in enumerate(texts)
         )
+        _check_names(named, len(texts))
         made = tuple(t if isinstance(t, str) else tuple(t) for t in texts)
         return cls(model, TextSource("texts", named, "", made), None, how="given")
 
@@ -419,7 +420,7 @@ class Examples:
 
 
 def _evenly(places: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Cut into as few parts of at most `size` as there can be, of about the same number each: none is left alone."""
+    """Cut into as few parts of at most `size` as there can be, of about the same number each."""
     n = -(-len(places) // size)
     edges = [len(places) * i // n for i in range(n + 1)]
     return [places[a:b] for a, b in itertools.pairwise(edges)]
@@ -464,10 +465,20 @@ def encoded(spec: TokenInput, text: str | Sequence[int]) -> Int[Tensor, " positi
     Raises:
         ValueError: if there is no token, or one is not in the vocabulary.
     """
+    return spec.check(torch.tensor([whole(spec, text)[: spec.n_ctx]], dtype=torch.int64))[0]
+
+
+def whole(spec: TokenInput, text: str | Sequence[int]) -> list[int]:
+    """All tokens of a text, its starting token in front; see `encoded`."""
     tokens = list(text) if not isinstance(text, str) else spec.encode(text)
     if isinstance(text, str) and spec.bos is not None and tokens[:1] != [spec.bos]:
-        tokens = [spec.bos, *tokens]
-    return spec.check(torch.tensor([tokens[: spec.n_ctx]], dtype=torch.int64))[0]
+        return [spec.bos, *tokens]
+    return tokens
+
+
+def _check_names(names: Sequence[str], n: int) -> None:
+    if len(names) != n:
+        raise ValueError(f"names: {len(names)} for {n} examples")
 
 
 def _check_kind(model: HookedModel, source: Source) -> None:

@@ -6,7 +6,8 @@ of images each place of the map. Means by position and by template are asked for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from circuits.examples import BATCH, Examples
 from circuits.models.adapter import HookedModel
 from circuits.units import Site
+
+log = logging.getLogger(__name__)
 
 By = Literal["token", "position", "template"]
 """One mean over all counted positions, one for each position, or one for each template and position."""
@@ -73,7 +76,7 @@ class SiteMean:
 
     @property
     def warning(self) -> str:
-        """What is to be said of it; empty if nothing."""
+        """A warning for reports; empty if there is none."""
         if not self.sinks or self.by != "token":
             return ""
         named = ", ".join(f"{at} ({times:.0f} times)" for at, times in self.sinks)
@@ -81,6 +84,15 @@ class SiteMean:
             f"rows at position {named} are far longer than at others and dominate this mean: leave_out names positions "
             "to leave out, by='position' keeps them apart"
         )
+
+
+def warn_of_sinks(model: HookedModel, sites: Iterable[str], examples: Examples) -> None:
+    """Log a warning for each site of texts whose mean a few positions dominate."""
+    for site in dict.fromkeys(sites):
+        if model.site(site).position_axes == ("position",):
+            warning = site_mean(model, site, examples).warning
+            if warning:
+                log.warning("%s: %s", site, warning)
 
 
 def activities(

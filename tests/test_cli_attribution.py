@@ -152,7 +152,7 @@ def test_ablate(capsys, workspace: Path, tmp_path: Path) -> None:
     said = capsys.readouterr().out
     assert "repeats: 8" in said
     assert "null: 19 " in said
-    assert "p is at least 0.05" in said
+    assert "smallest possible p: 0.05" in said
 
 
 def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_sanity(capsys, workspace: Path, tmp_path: Path) -> None:
         (["ablate", "induction", "blocks.0.attn.hook_z:0", "--data", "repeats", "--labels", "names"], "next token"),
         (["ablate", "shapes", "mixed3b:1", "--data", "photos", "--text", "a"], "does not go with --text"),
         (["ablate", "shapes", "mixed3b:1,1"], "is listed twice"),
-        (["ablate", "shapes", "mixed3b:1", "--limit", "0"], "limit 0 must be at least 1"),
+        (["ablate", "shapes", "mixed3b:1", "--limit", "0"], "'--limit': 0 must be 1 to 1000000"),
         (["attribute", "shapes"], "site '' is missing"),
         (["attribute", "shapes", "mixed3b", "--target", "class:elephant"], "unknown class of shapes 'elephant'"),
         (["attribute", "shapes", "mixed3b", "--target", "class:999"], "out of range"),

@@ -41,7 +41,9 @@ def test_scores_are_the_share_of_attention_that_goes_one_back(induction: HookedM
     tokens = repeated_tokens(induction.input, 4, seed=5)  # type: ignore[arg-type]
     name = "blocks.0.attn.hook_pattern"
     pattern = induction.run(tokens, read=[name])[name].double()
-    share = pattern.diagonal(-1, 2, 3).mean(-1).mean(0)  # head
+    share = (
+        pattern.diagonal(-1, 2, 3)[..., 1:].mean(-1).mean(0)
+    )  # head; at 1 there is nowhere else to look
     for score in scores.of("previous_token"):
         if score.head.site == name:
             assert score.score == pytest.approx(float(share[score.head.index]), abs=1e-5)

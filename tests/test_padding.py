@@ -21,6 +21,8 @@ from circuits.models.inputs import TokenInput
 from circuits.models.loading import load_model
 from circuits.models.padding import grouped, padded, unpadded
 from circuits.models.transformers import native_bridge
+from circuits.tasks import Question, Task, as_metric
+from circuits.tasks.metrics import cross_entropy
 from circuits.tasks.task import of_examples
 from circuits.units import Site, Units
 from tests.conftest import seeded
@@ -546,3 +548,32 @@ def test_examples_are_in_their_order_whatever_batch_they_were_in(bridge: HookedM
         for name, values in found.values.items():
             assert values[:, i] == pytest.approx(own.values[name][:, 0], abs=1e-5)
     assert [len(b) for b in Examples.texts(bridge, [[1, 2]] * 33).batches()] == [16, 17]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox"])
+def test_batches_of_other_lengths_each_begin_with_their_own(boot, kind: str) -> None:
+    """A pass of a later batch is run on a text of its own length; the first has one token, which fits anywhere."""
+    model = boot(kind)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, 30, (n,), generator=generator).tolist() for n in (1, 6, 7, 8)]
+    asked = tuple(Question((len(text) - 1,), answers=((7,),)) for text in texts)
+    task = Task("next", Examples.texts(model, texts), asked, cross_entropy)
+    head = Units("blocks.0.attn.hook_z", (1,))
+    for edit, batch in ((Scale(head, factor=-3.0, at=(-1,)), 32), (Scale(head, factor=0.0), 1)):
+        found = run(model, [Variant("less", (edit,))], task, batch=batch).of(
+            "cross_entropy", "less"
+        )
+        for i, text in enumerate(texts):
+            change = changes(model, [edit])
+            logits = model.logits(torch.tensor([text]), change)[0, -1].double()
+            assert found[i] == pytest.approx(float(-logits.log_softmax(-1)[7]), abs=1e-5)
+
+
+def test_a_persons_own_metric_sees_texts_of_one_length(bridge: HookedModel) -> None:
+    texts = [[1, 2, 3, 4], [5, 6], [7, 8]]
+    asked = tuple(Question((len(text) - 1,)) for text in texts)
+    task = Task("own", Examples.texts(bridge, texts), asked, as_metric(lambda out: out[:, -1, 5]))
+    found = run(bridge, [], task).of("<lambda>")
+    for i, text in enumerate(texts):
+        own = bridge.logits(torch.tensor([text]))[0, -1, 5]
+        assert found[i] == pytest.approx(float(own), abs=1e-5)

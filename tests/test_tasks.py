@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from circuits.experiments.ablation import _another, ablate
 from circuits.models.adapter import HookedModel
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.halves import halves
-from circuits.tasks.reading import Reading
+from circuits.tasks.reading import Places, Reading
 
 
 def reading_of(model: HookedModel, task: Task) -> Reading:
@@ -194,3 +197,71 @@ def test_a_units_activation_is_read_where_the_intact_model_is_most_active(
     at = value[:, :, 5].argmax(1)
     expected = (value * 2 - value.roll(1, 1))[torch.arange(2), at, 5].double()
     torch.testing.assert_close(metric.of(changed, intact), expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (Item((1, 2), answers=((3,), (3,))), "answer (3,) to '1 2' is there twice"),
+        (Item((1, 2), answers=((3,),), against=((3,),)), "is also what the answers are compared with"),
+        (Item((1, 2), labels=(99999,)), "label 99999 of '1 2' is no token: expected 0 to"),
+        (Item((1, 2), labels=(-1,)), "label -1 of '1 2' is no token"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_meant(bridge: HookedModel, item: Item, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        compile_task(bridge, [item])
+
+
+def test_no_text_and_no_answer_is_cut(bridge: HookedModel) -> None:
+    full = bridge.input.n_ctx
+    with pytest.raises(ValueError, match=f"has {full + 1} tokens: the model takes at most {full}"):
+        compile_task(bridge, [Item((1,) * (full + 1), answers=((2,),))])
+    with pytest.raises(ValueError, match=f"ends past the {full} tokens"):
+        compile_task(bridge, [Item((1,) * full, answers=((2, 3),))])
+    assert compile_task(bridge, [Item((1,) * full, answers=((2,),))]).feeding == "one"
+
+
+def test_answers_of_several_tokens_that_are_compared_have_a_metric(bridge: HookedModel) -> None:
+    task = compile_task(bridge, [Item((1, 2), answers=((3, 4),), against=((5,),))])
+    assert (task.feeding, task.metric.name) == ("fed", "log_probability_difference")
+
+
+def test_resampling_takes_answers_of_another_example(bridge: HookedModel) -> None:
+    items = [Item((i, i + 1), answers=((3, 4), (5, 6)), against=((8,),)) for i in range(3)]
+    task = compile_task(bridge, items)
+    (part,) = task.batches()
+    other = _another(part, 0)
+    assert all(part.rows[other] != part.rows)
+    with pytest.raises(ValueError, match="at least two examples"):
+        ablate(bridge, ["blocks.0.attn.hook_z:0"], task.subset([0]), how="resample", n_random=0)
+
+
+def test_equal_outputs_are_no_right_answers() -> None:
+    """A model that puts out the same everywhere guesses: of n outputs an answer is the first choice in 1 of n cases."""
+    places = Places(
+        torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.tensor([[1, -1], [1, 2]]),
+        torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 2,
+    )  # fmt: skip
+    flat = Reading(places, torch.zeros(2, 10, dtype=torch.float64))
+    assert METRICS["accuracy"].of(flat, flat).tolist() == pytest.approx([0.1, 0.2])
+    assert METRICS["top5"].of(flat, flat).tolist() == pytest.approx([0.5, 1.0])
+    nan = Reading(places, torch.full((2, 10), torch.nan, dtype=torch.float64))
+    assert METRICS["accuracy"].of(nan, flat).tolist() == [0, 0]
+
+
+def test_probabilities_are_averaged_and_not_their_logarithms(bridge: HookedModel) -> None:
+    task = compile_task(bridge, [Item((1, 2, 3), labels=(2, 3), positions=(0, 1))])
+    own = reading_of(bridge, task)
+    p = bridge.logits(torch.tensor([[1, 2, 3]]))[0].double().softmax(-1)
+    expected = (p[0, 2] + p[1, 3]) / 2
+    assert float(METRICS["probability"].of(own, own)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_parts_of_a_task_keep_its_halves(bridge: HookedModel) -> None:
+    task = compile_task(bridge, [Item((i % 9, i // 9), answers=((i % 7,),)) for i in range(60)])
+    find = {task.find.examples.identity(i) for i in range(len(task.find))}
+    part = task.subset(range(10, 40)).test
+    judged = {part.examples.identity(i) for i in range(len(part))}
+    assert judged
+    assert not judged & find

@@ -9,6 +9,20 @@ import typer
 
 from circuits.workspace import ModelRecord, Workspace
 
+
+def within(least: int, most: int | None = None) -> Callable[[Any], Any]:
+    """A check of an option's value, or of each of several."""
+
+    def check(value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not least <= one <= (one if most is None else most):
+                wanted = f"{least} or more" if most is None else f"{least} to {most}"
+                raise typer.BadParameter(f"{one} must be {wanted}")
+        return value
+
+    return check
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A model that `circuits models` lists, e.g. shapes or tl:gpt2.")
 ]
@@ -44,7 +58,9 @@ TakeOption = Annotated[
         "--take", help="Which of --data: spread over it, the first, or drawn at random (--seed)."
     ),
 ]
-LimitOption = Annotated[int, typer.Option("--limit", help="How many examples of --data.")]
+LimitOption = Annotated[
+    int, typer.Option("--limit", callback=within(1, 10**6), help="How many examples of --data.")
+]
 LabelsOption = Annotated[
     str,
     typer.Option(
@@ -80,19 +96,6 @@ AgainstOption = Annotated[str, typer.Option("--against", help="What answers are 
 RandomOption = Annotated[
     int, typer.Option("--random", help="Random variants that stand next to each number.")
 ]
-
-
-def within(least: int, most: int | None = None) -> Callable[[Any], Any]:
-    """A check of an option's value, or of each of several."""
-
-    def check(value: Any) -> Any:
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not least <= one <= (one if most is None else most):
-                wanted = f"{least} or more" if most is None else f"{least} to {most}"
-                raise typer.BadParameter(f"{one} must be {wanted}")
-        return value
-
-    return check
 
 
 SeedOption = Annotated[

@@ -69,7 +69,7 @@ def show_effects(groups: Mapping[str, Mapping[str, Effect]], title: str) -> None
     least = max((e.least_p for _, e in each if e.null), default=float("nan"))
     columns = ("measure", "intact", "changed", "change", "95 % interval", "null", "p")
     show_table(columns, rows, title)
-    say(f"null: {null_is}" + ("" if least != least else f"; p is at least {least:.2g}"))
+    say(f"null: {null_is}" + ("" if least != least else f"; smallest possible p: {least:.2g}"))
 
 
 def show_classes(classes: Any) -> None:

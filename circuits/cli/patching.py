@@ -51,7 +51,10 @@ AtOption = Annotated[
     ),
 ]
 PairsOption = Annotated[
-    int, typer.Option("--random", help="How often each is also taken from another pair.")
+    int,
+    typer.Option(
+        "--random", help="How many other pairs each is also patched from, at random, as a control."
+    ),
 ]
 TopOption = Annotated[
     int, typer.Option("--top", callback=within(1), help="How many lines; JSON has all.")
@@ -109,7 +112,15 @@ def _show_grid(grid: Any, word: str, top: int) -> None:
             (e.cell, e.normalised, e.change, f"{e.low:.4g} to {e.high:.4g}", e.null, e.p_value, e.n)
             for e in effects[:top]
         ]
-        columns = (word, "share", "change", "95 % interval", "another pair's", "p", "examples")
+        columns = (
+            word,
+            "share",
+            "change",
+            "95 % interval",
+            "another pair's",
+            "p of the pair",
+            "examples",
+        )
         title = (
             f"{way}: {grid.metric.name} of {grid.record.measured_on}; {side.base.mean():.4g} in the run that is "
             f"patched, {side.other.mean():.4g} in the other; {len(rows)} of {len(effects)} {word}s, "
@@ -118,7 +129,8 @@ def _show_grid(grid: Any, word: str, top: int) -> None:
         show_table(columns, rows, title)
     say(
         "share: of the way from the run that is patched (0) to the other (1); another pair's: the same share, "
-        f"{grid.null_is}; p: that both do the same (paired, Holm over all {word}s)"
+        f"{grid.null_is}; p of the pair: tests whether its own differs from another pair's, not whether there is an "
+        f"effect (paired, Holm over all {word}s)"
     )
 
 
@@ -220,8 +232,9 @@ def _show_heads(found: Any, top: int) -> None:
     )
     show_table(columns, rows, title)
     say(
-        "total: all that reads the head recomputes; direct: only the logits read the change; indirect: the rest; "
-        "self-repair: total less the direct effect at the last normalisation's own scale; in brackets 95 % intervals"
+        "total: all that reads the head recomputes; direct: only the logits read the change; indirect: total less "
+        "direct; self-repair: total less the direct effect with the last normalisation held, which repairs where its sign is "
+        "opposite to the direct effect's; in brackets 95 % intervals"
     )
 
 
@@ -283,7 +296,7 @@ def keep(
     show_table(
         columns, [row], f"{kept} of {model} ({how}), {found.record.measured_on}; seed {seed}"
     )
-    least = f"; p is at least {found.least_p:.2g}" if found.null else ""
+    least = f"; smallest possible p: {found.least_p:.2g}" if found.null else ""
     say(
         f"faithfulness: from nothing kept (0) to the whole model (1); random sets: {found.null_is}{least}"
     )
@@ -384,7 +397,9 @@ def probe(
     ] = "pair",
     steer: Annotated[
         float,
-        typer.Option(help="Also add the direction so many times in the corrupted run (0: do not)."),
+        typer.Option(
+            help="Also steer the corrupted run with this multiple of the direction (0: do not)."
+        ),
     ] = 0.0,
     task: TaskOption = "",
     data: DataOption = "",

@@ -24,7 +24,12 @@ N_TOKENS = 20
 
 def heads(
     model: ModelArgument,
-    n: Annotated[int, typer.Option("--texts", help="Texts of random tokens that repeat.")] = 32,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--texts", callback=within(2, 10**5), help="Texts of random tokens that repeat."
+        ),
+    ] = 32,
     length: Annotated[
         int, typer.Option(help="Tokens of each; 0: 64, or what the model takes.")
     ] = 0,
@@ -100,7 +105,7 @@ def attention(
         if pattern.sink is not None:
             word, share = found.tokens[pattern.sink], f"{pattern.sink_share:.0%}"
             say(
-                f"sink: {word!r} at {pattern.sink} gets {share} of the attention of tokens behind it"
+                f"sink of {pattern.head}: {word!r} at {pattern.sink} gets {share} of the attention of later tokens"
             )
 
 

@@ -137,7 +137,7 @@ def leace(
         origin: what the concept is.
 
     Raises:
-        ValueError: if there are no labels, they are as many as there are not examples, or all the same.
+        ValueError: if there are no labels, their number is not that of the examples, or they are all the same.
     """
     place, given = model.site(site), as_examples(model, examples, labels)
     if place.inner_axis is not None:

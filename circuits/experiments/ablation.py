@@ -19,7 +19,7 @@ from circuits.experiments.twins import N_RANDOM, Null, null_of
 from circuits.experiments.variants import Context, Variant
 from circuits.files import finite
 from circuits.hooks import Change
-from circuits.means import Activity, activities
+from circuits.means import Activity, activities, warn_of_sinks
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.progress import Progress
@@ -153,7 +153,10 @@ def ablate(
     asked = as_task(model, task, labels)
     watched = _later(model, later, group)
     given = None if pool is None else [model.unit(unit) for unit in pool]
-    seen = activities(model, [u.site for u in group], asked.examples) if how == "mean" else {}
+    seen: Mapping[str, Activity] = {}
+    if how == "mean":
+        seen = activities(model, [u.site for u in group], asked.examples)
+        warn_of_sinks(model, seen, asked.examples)
 
     def made(swap: Mapping[Unit, Unit]) -> Variant:
         return replaced(model, [swap.get(u, u) for u in group], how, seen, ABLATED, seed)
@@ -298,8 +301,11 @@ def replaced(
 
 
 def _another(batch: TaskBatch, seed: int) -> Tensor:
-    """For each row another one of the batch: the next in a random order."""
-    n = len(batch.inputs)
+    """For each row one of another example of the batch, the next in a random order.
+
+    Of several rows of an example, one an answer, it is the one in its place, or the last one if there are fewer.
+    """
+    n = len(batch)
     if n < 2:
         raise ValueError(
             "how 'resample' takes what units are on another example: expected at least two examples a batch"
@@ -307,7 +313,15 @@ def _another(batch: TaskBatch, seed: int) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + batch.which[0]))
     other = torch.empty_like(order)
     other[order] = order.roll(-1)
-    return other
+    rows = batch.rows.tolist()
+    own: dict[int, list[int]] = {}
+    for row, example in enumerate(rows):
+        own.setdefault(example, []).append(row)
+    found = []
+    for row, example in enumerate(rows):
+        theirs = own[int(other[example])]
+        found.append(theirs[min(own[example].index(row), len(theirs) - 1)])
+    return torch.tensor(found)
 
 
 def _taken(

@@ -46,13 +46,13 @@ MEMORY = 2**28
 """Bytes that the tensors of one pass may take, roughly; with larger ones a processor is slower."""
 
 _ABOUT = 24
-"""So many times the tensor at which a pass begins is what the pass holds at once."""
+"""The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
 
 _OUTPUT = 2
-"""So many times the output it holds besides, where all of its positions are computed."""
+"""Copies of the output that a pass holds besides, where every position is computed."""
 
 _ENOUGH = 8
-"""With fewer variants in a pass it is not tried whether positions may be left out."""
+"""With fewer variants than this in a pass it is not checked whether positions can be left out."""
 
 
 def measures_of(task: Task) -> tuple[Metric, ...]:
@@ -121,7 +121,10 @@ def run(
     values: dict[str, list[np.ndarray]] = {m.name: [] for m in own}
     counts: list[np.ndarray] = []
     order: list[int] = []
-    one_length = any(placed(change) for plan in plans for change in plan.changes.values())
+    # a position of an edit, or of a person's own metric, is one of each text
+    one_length = any(isinstance(metric, Custom) for metric in own) or any(
+        placed(change) for plan in plans for change in plan.changes.values()
+    )
     done, total = 0, len(task) * (1 + len(plans))
     for part in task.batches(batch, one_length):
         order += part.which
@@ -179,6 +182,9 @@ def _numbers(
 
 
 def _counts(reading: Reading) -> np.ndarray:
+    """How many positions count in each example; answers that are fed in are measured as a whole, and count once."""
+    if reading.places.fed:
+        return np.ones(reading.places.n_examples)
     where = reading.places.example
     return torch.bincount(where.cpu(), minlength=reading.places.n_examples).double().numpy()
 
@@ -335,7 +341,7 @@ class _Engine:
             edits = self._shared(each, len(part.inputs))
         else:
             site = begin.site.name
-            ends, inputs, mask = self._behind(begin.site), begin.inputs, None
+            ends, inputs, mask = self._behind(begin.site), begin.inputs(inputs), None
             value = context.intact[site]
             own = [made.pop(site, None) for made in each]
             edits = self._shared(each, len(part.inputs))

@@ -41,7 +41,7 @@ def patch_grid_figure(
     panels = [(f"{way}\n{_word(grid, what)}", grid.matrix(what, way)) for way in grid.sides]
     if null and what == "normalised":
         panels += [
-            (f"{way}\nfrom another pair", grid.matrix("null", way))
+            (f"{way}\ncontrol: another pair", grid.matrix("null", way))
             for way, side in grid.sides.items()
             if len(side.random)
         ]

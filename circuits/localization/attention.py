@@ -23,7 +23,7 @@ from circuits.units import Site, Unit, unknown
 
 SINK = 0.5
 """A key in the first half of a text is a sink if it gets on average at least this share of the attention of the queries
-behind it."""
+after it, the next one left out."""
 
 _HEAD = re.compile(r"(\d+)\.(\d+)")
 
@@ -36,7 +36,7 @@ class HeadPattern:
         head: as a unit of the attention pattern.
         raw: what each query gives each key; each row adds up to 1.
         weighted: the same times the length of the key's value, as shares of the row.
-        sink: the key that gets most of the attention of the queries behind it, if it is one (see `SINK`).
+        sink: the key that gets most of the attention of the queries after it, if it is one (see `SINK`).
         sink_share: how much of it, on average; 0 without a sink.
     """
 
@@ -149,7 +149,9 @@ def _pattern(
     product = raw * length
     weighted = product / product.sum(1, keepdim=True).clamp_min(1e-12)
     n = len(raw)
-    behind = torch.ones(n, n).tril(-1).double()  # the queries behind each key
+    behind = (
+        torch.ones(n, n).tril(-2).double()
+    )  # queries after each key; the next one may just look back
     received = (raw * behind).sum(0) / behind.sum(0).clamp_min(1)
     received[(n + 1) // 2 :] = 0  # too few queries are behind these keys
     sink = int(received.argmax())

@@ -236,7 +236,7 @@ def keys_of(task: Task, positions: str | Sequence[Key] | None = None) -> tuple[K
             )
     if not keys:
         raise ValueError("positions name none: expected at least one")
-    return tuple(keys)
+    return tuple(dict.fromkeys(keys))
 
 
 def _parsed(text: str) -> list[Key]:

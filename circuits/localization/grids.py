@@ -25,6 +25,9 @@ Quantity = Literal["normalised", "change", "null"]
 """A cell's change as a share of the way to the other run; in the metric's unit; or what another pair's does, as a share
 of that way."""
 
+_RESAMPLES = 40
+"""Changes of sign for each cell: twice as many as p = 0.05 needs after the correction."""
+
 _NO_GAP = 1e-6
 """Runs whose metrics differ by less than this share of their size leave nothing to normalise by."""
 
@@ -187,7 +190,12 @@ class PatchGrid:
     def _p_values(self, side: GridSide, correction: Correction) -> Float[np.ndarray, " cell"]:
         if not len(side.random):
             return np.full(len(self.cells), np.nan)
-        found = paired_ps(side.changes - side.random_changes, self.clusters, seed=self.record.seed)
+        resamples = max(
+            9999, _RESAMPLES * len(self.cells)
+        )  # so many that none is lost to the correction
+        found = paired_ps(
+            side.changes - side.random_changes, self.clusters, seed=self.record.seed, resamples=resamples
+        )  # fmt: skip
         made, known = np.full(len(found), np.nan), ~np.isnan(found)
         if known.any():
             made[known] = corrected(found[known].tolist(), correction)

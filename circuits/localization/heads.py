@@ -198,10 +198,13 @@ def score_heads(
         total += (own * real[:, None, :, None]).sum((0, 2, 3)).numpy()
         for k, kind in enumerate(kinds):
             places = detection_pattern(kind, part.inputs.cpu(), real)
+            elsewhere = _elsewhere(places, real, generator)
+            if kind == "previous_token":  # queries that could look elsewhere
+                places = places & elsewhere.any(2, keepdim=True)
             scores[k][:, which] = _share(own, places).T.numpy()
             on[k] += (own * places[:, None]).sum((0, 2, 3)).numpy()
             if kind == "previous_token":
-                chance[k][:, which] = _share(own, _elsewhere(places, real, generator)).T.numpy()
+                chance[k][:, which] = _share(own, elsewhere).T.numpy()
             else:
                 chance[k][:, which] = _share(mixed, places).T.numpy()
         if progress is not None:

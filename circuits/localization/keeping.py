@@ -6,7 +6,6 @@ et al. 2022, section 4; Chan et al. 2022, "Causal Scrubbing").
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -213,7 +212,7 @@ def _report(
     recovered, least = share(only), least_p(len(null)) if null else float("nan")
     return Sufficiency(
         written(units, places), tuple(s.name for s in places), how, metric, intact, nothing, only, recovered, low, high,
-        null, tuple(drawn), null_is, p_value(recovered, null), least, len(outcomes),
+        null, tuple(drawn), null_is, p_value(recovered, null, "greater"), least, len(outcomes),
         outcomes.record,
     )  # fmt: skip
 
@@ -285,7 +284,7 @@ def written(units: Sequence[Unit], places: Sequence[Site]) -> tuple[str, ...]:
 def _random_sets(
     model: HookedModel, units: Sequence[Unit], places: Sequence[Site], n: int, seed: int
 ) -> list[list[Unit]]:
-    """Sets of the same kinds, drawn at random; none that is the set itself."""
+    """Different sets of the same kinds, drawn at random; none that is the set itself."""
     generator = np.random.default_rng(seed)
     first = model.embedding if isinstance(model.input, TokenInput) else None
     own = {s: [u for u in units if u.site == s.name] for s in places}
@@ -308,8 +307,12 @@ def _random_sets(
 
     fixed = [] if first is None else own.get(first, [])
     tried = (fixed + drawn() for _ in range(_TRIES * n))
-    different = (some for some in tried if set(some) != set(units))
-    return list(itertools.islice(different, n))
+    found: dict[frozenset[Unit], list[Unit]] = {frozenset(units): []}
+    for some in tried:
+        found.setdefault(frozenset(some), some)
+        if len(found) > n:
+            break
+    return list(found.values())[1:]
 
 
 # --- means by position ---------------------------------------------------------------------------

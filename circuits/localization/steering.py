@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ from circuits.units import Site
 
 N_DIRECTIONS = 10
 """How many random directions stand next to each."""
+
+
+_MOST = 1e6
+"""So many times a direction is as far as steering goes."""
 
 
 def steering_grid(
@@ -64,6 +69,8 @@ def steering_grid(
         ValueError: if the task has no counterparts or is the half that directions were found on, readouts are of
             other labels, or a number is out of range.
     """
+    if not math.isfinite(amount) or abs(amount) > _MOST:
+        raise ValueError(f"amount {amount:g} must be a number from {-_MOST:g} to {_MOST:g}")
     judged = task.test
     if judged.counterparts is None:
         raise ValueError(f"task {task.name} has no counterparts: there is no run to come to")

@@ -22,7 +22,7 @@ ALIKE = 1e-5
 """How far numbers may differ, as a share of the largest of them, and count as the same."""
 
 _SMALLER = 4
-"""How many times smaller each side of an image is that stands in for another."""
+"""By how much each side of the image is shrunk that stands in for others."""
 
 _BACK = 40
 """How many sites before a changed one are looked through for one to begin at."""
@@ -40,11 +40,16 @@ class Start:
 
     Attributes:
         site: whose tensor is put in.
-        inputs: what the model is given, although nothing that is read depends on it.
+        small: what the model is given in place of any images; None: one of the batch's own inputs, since texts differ
+            in length. Nothing that is read depends on it.
     """
 
     site: Site
-    inputs: Tensor
+    small: Tensor | None
+
+    def inputs(self, own: Tensor) -> Tensor:
+        """What the model is given for a batch."""
+        return own[:1] if self.small is None else self.small
 
 
 def start_at(
@@ -74,7 +79,7 @@ def start_at(
         return None  # what latents leave of the input goes on next to them
     two = [min(row, len(inputs) - 1) for row in rows]
     value = values[site.name][two]
-    for other in _others(model, inputs[:1]):
+    for other, stays in _others(model, inputs[:1]):
         try:
             found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
         except (
@@ -86,16 +91,16 @@ def start_at(
             continue
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
-            return Start(site, other)
+            return Start(site, other if stays else None)
     return None
 
 
-def _others(model: HookedModel, own: Tensor) -> list[Tensor]:
-    """Inputs that have nothing to do with the own one."""
+def _others(model: HookedModel, own: Tensor) -> list[tuple[Tensor, bool]]:
+    """Inputs that have nothing to do with the own one, and whether they can stand in for those of any batch."""
     if isinstance(model.input, TokenInput):
-        return [_other_tokens(model, own)]
+        return [(_other_tokens(model, own), False)]
     other = -own.flip(-1) - 1
-    return [other[..., ::_SMALLER, ::_SMALLER], other]
+    return [(other[..., ::_SMALLER, ::_SMALLER], True), (other, False)]
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:

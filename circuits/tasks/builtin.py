@@ -295,6 +295,8 @@ def _typed(
 ) -> Task:
     """A task from examples, and answers and positions that a person types, the same for all."""
     right, wrong = ([w for w in words.split("|") if w] for words in (answer, against))
+    if wrong and not right:
+        raise ValueError(f"against {against!r} needs an answer that is compared with it")
     if isinstance(model.input, ImageInput):
         if positions:
             raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits.examples import Examples, encoded
+from circuits.examples import Examples, encoded, whole
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
 from circuits.tasks.items import Item, Words
@@ -88,7 +88,7 @@ def compile_task(
         Examples.texts(model, [q.corrupted or () for q in asked], names) if all(paired) else None
     )
     return Task(
-        name, clean, questions, default_metric(questions) if metric is None else as_metric(metric), other,
+        name, clean, questions, default_metric(questions, feeding) if metric is None else as_metric(metric), other,
         "one" if feeding == "first" else feeding, seed, about=about, left_out=left_out or {},
     )  # fmt: skip
 
@@ -107,6 +107,13 @@ def _asked(spec: TokenInput, item: Item) -> _Asked:
         tuple(_answer(spec, item.clean, clean, word) for word in words)
         for words in (item.answers, item.against)
     )
+    _check_distinct(item, answers, against)
+    if item.labels is not None:
+        far = [token for token in item.labels if not 0 <= token < spec.n_vocab]
+        if far:
+            raise ValueError(
+                f"label {far[0]} of {_shown(item.clean)} is no token: expected 0 to {spec.n_vocab - 1}"
+            )
     return _Asked(
         clean, corrupted,
         Question(
@@ -119,15 +126,15 @@ def _tokens(spec: TokenInput, words: Words) -> tuple[int, ...]:
     if not words or (isinstance(words, str) and not words.strip()):
         raise ValueError("text is empty: expected at least one token")
     try:
-        found = tuple(encoded(spec, words).tolist())
+        found = whole(spec, words)
+        spec.check(_row(found[: spec.n_ctx]))
     except ValueError as error:
         raise ValueError(f"text {_shown(words)}: {error}") from None
-    whole = len(words) if not isinstance(words, str) else len(spec.encode(words))
-    if whole > spec.n_ctx:
+    if len(found) > spec.n_ctx:
         raise ValueError(
-            f"text {_shown(words)} has {whole} tokens: the model takes at most {spec.n_ctx}"
+            f"text {_shown(words)} has {len(found)} tokens: the model takes at most {spec.n_ctx}"
         )
-    return found
+    return tuple(found)
 
 
 def _answer(
@@ -139,21 +146,39 @@ def _answer(
         ValueError: if the tokenizer does not take it, or joins its beginning to the end of the prompt.
     """
     if not isinstance(word, str):
-        return tuple(spec.check(_row(word))[0].tolist())
-    if isinstance(prompt, str) and spec.encoder is not None:
-        whole = tuple(encoded(spec, prompt + word).tolist())
-        if whole[: len(clean)] != clean:
+        found = tuple(word)
+    elif isinstance(prompt, str) and spec.encoder is not None:
+        both = tuple(whole(spec, prompt + word))
+        if both[: len(clean)] != clean:
             raise ValueError(
                 f"answer {word!r} is joined to the end of {_shown(prompt)} by the tokenizer: expected the prompt's "
                 "own tokens first (a space belongs in front of the answer, not at the end of the prompt)"
             )
-        found = whole[len(clean) :]
+        found = both[len(clean) :]
     else:
         found = tuple(spec.encode(word))
     if not found:
         raise ValueError(f"answer {word!r} to {_shown(prompt)} has no token")
+    if len(clean) + len(found) - 1 > spec.n_ctx:
+        raise ValueError(
+            f"answer {word!r} to {_shown(prompt)} ends past the {spec.n_ctx} tokens that the model takes"
+        )
     spec.check(_row(found))
     return found
+
+
+def _check_distinct(
+    item: Item, answers: Sequence[tuple[int, ...]], against: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise ValueError if an answer counts twice, or both as right and as wrong."""
+    every = [*answers, *against]
+    words = [*item.answers, *item.against]
+    for i, tokens in enumerate(every):
+        first = every.index(tokens)
+        if first < i:
+            both = first < len(answers) <= i
+            what = "is also what the answers are compared with" if both else "is there twice"
+            raise ValueError(f"answer {words[i]!r} to {_shown(item.clean)} {what}")
 
 
 def _row(tokens: Sequence[int]):

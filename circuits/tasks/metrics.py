@@ -84,19 +84,24 @@ def _logit(reading: Reading, intact: Reading) -> Tensor:
     return reading.by_example(reading.logits.gather(1, _first(intact))[:, 0])
 
 
-def _rank(reading: Reading) -> Tensor:
-    """How many outputs are above the best of the answers; NaN is above and below everything."""
+def _among(reading: Reading, k: int) -> Tensor:
+    """How often an answer is among the k highest outputs at each place, if equal ones are in random order.
+
+    NaN is above and below everything.
+    """
     ids = reading.places.wanted
-    best = reading.logits.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
-    best = best.max(-1, keepdim=True).values
-    return (~(reading.logits <= best)).sum(-1)
+    own = reading.logits.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+    best = own.max(-1, keepdim=True).values
+    above = (~(reading.logits <= best)).sum(-1)
+    tied, answers = ((values == best).sum(-1) for values in (reading.logits, own))
+    return ((k - above) * answers / tied.clamp_min(1)).clamp(0, 1)
 
 
 def _within(k: int) -> Callable[[Reading, Reading], Tensor]:
     def share(reading: Reading, intact: Reading) -> Tensor:
         if reading.places.fed:
             return (reading.log_p_of("wanted") > reading.log_p_of("against")).to(reading.logits)
-        return reading.by_example((_rank(reading) < k).to(reading.logits))
+        return reading.by_example(_among(reading, k).to(reading.logits))
 
     return share
 
@@ -130,21 +135,19 @@ log_probability_difference = _made(
 
 probability_difference = _made(
     "probability_difference", "probability", 1, {"answers", "against"},
-    lambda r, _: r.log_p_of("wanted").exp() - r.log_p_of("against").exp(),
+    lambda r, _: r.p_of("wanted") - r.p_of("against"),
 )  # fmt: skip
 """The probability of the answers minus that of what they are against, both as sets (Hanna et al. 2023)."""
 
-probability = _made(
-    "probability", "probability", 1, {"answers"}, lambda r, _: r.log_p_of("wanted").exp()
-)
+probability = _made("probability", "probability", 1, {"answers"}, lambda r, _: r.p_of("wanted"))
 """The probability of the answers, as a set."""
 
 cross_entropy = _made("cross_entropy", "nats", -1, {"answers"}, lambda r, _: -r.log_p_of("wanted"))
 """Minus the log-probability of the answers, the mean over counted positions, in nats."""
 
 accuracy = _made("accuracy", "share", 1, {"answers"}, _within(1))
-"""The share of counted positions at which an answer is the first choice; of answers of several tokens, whether they
-are more probable than what they are against."""
+"""The share of counted positions at which an answer is the first choice (of n that tie for it, the n-th part); of
+answers of several tokens, whether they are more probable than what they are against."""
 
 top5 = _made("top5", "share", 1, {"answers", "one_token"}, _within(5))
 """The share of counted positions at which an answer is among the first five choices."""

@@ -68,11 +68,13 @@ class Reading:
         return self.logits.log_softmax(-1)
 
     def by_example(self, values: Float[Tensor, " place"]) -> Float[Tensor, " example"]:
-        """The mean over each example's places."""
+        """The mean over each example's places; of answers that are fed in, those of the answers that are right."""
         where, n = self.places.example, self.places.n_examples
-        total = values.new_zeros(n).index_add(0, where, values)
-        count = values.new_zeros(n).index_add(0, where, torch.ones_like(values))
-        return total / count
+        counts = torch.ones_like(values)
+        if self.places.fed:
+            counts = (self.places.side[self.places.row] == 1).to(values)
+        total = values.new_zeros(n).index_add(0, where, values * counts)
+        return total / values.new_zeros(n).index_add(0, where, counts)
 
     def log_p_of(self, which: str) -> Float[Tensor, " example"]:
         """Log-probability of a set (`wanted` or `against`): of any of its members, the mean over counted positions.
@@ -93,6 +95,13 @@ class Reading:
         for example in range(self.places.n_examples):
             found.append(rows[mine & (of_row == example)].logsumexp(0))
         return torch.stack(found)
+
+    def p_of(self, which: str) -> Float[Tensor, " example"]:
+        """Probability of a set, the mean over counted positions; see `log_p_of`."""
+        if self.places.fed:
+            return self.log_p_of(which).exp()
+        ids: Tensor = getattr(self.places, which)
+        return self.by_example(_masked(self.log_p, ids).logsumexp(-1).exp())
 
     def logit_of(self, which: str) -> Float[Tensor, " example"]:
         """The mean logit of a set (`wanted` or `against`), then over counted positions."""

@@ -19,8 +19,14 @@ from torch import Tensor
 from circuits.examples import BATCH, Examples
 from circuits.models.adapter import HookedModel
 from circuits.models.inputs import TokenInput
-from circuits.tasks.halves import halves
-from circuits.tasks.metrics import Metric, cross_entropy, kl, logit_difference
+from circuits.tasks.halves import LEAST, halves
+from circuits.tasks.metrics import (
+    Metric,
+    cross_entropy,
+    kl,
+    log_probability_difference,
+    logit_difference,
+)
 from circuits.tasks.reading import Places
 
 Half = Literal["all", "find", "test"]
@@ -117,6 +123,8 @@ class Task:
         half: which part this is.
         about: one sentence on what the model does.
         left_out: what was left out and why, by reason.
+        split: which half each example is in, of a part of a task: that of the whole task, so that nothing which one
+            part searched is what another judges. None: it is decided when a half is asked for.
     """
 
     name: str
@@ -129,6 +137,7 @@ class Task:
     half: Half = "all"
     about: str = ""
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    split: tuple[Literal["find", "test", "neither"], ...] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.examples)
@@ -226,11 +235,29 @@ class Task:
     def subset(self, which: Sequence[int], half: Half | None = None) -> Task:
         """The examples at some places."""
         other = self.counterparts
+        try:
+            split = self._halves
+        except ValueError:  # too few to split
+            split = None
         return replace(
             self, examples=self.examples.subset(which), half=half or self.half,
             questions=tuple(self.questions[i] for i in which),
             counterparts=None if other is None else other.subset(which),
+            split=None if split is None else tuple(split[i] for i in which),
         )  # fmt: skip
+
+    @cached_property
+    def _halves(self) -> tuple[Literal["find", "test", "neither"], ...]:
+        """The half of each example."""
+        if self.split is not None:
+            return self.split
+        keys = [
+            (q.group or self.examples.identity(i), *q.fillers) for i, q in enumerate(self.questions)
+        ]
+        of: dict[int, Literal["find", "test"]] = {}
+        for half, places in halves(keys, self.seed).items():
+            of |= dict.fromkeys(places, half)
+        return tuple(of.get(i, "neither") for i in range(len(keys)))
 
     @property
     def find(self) -> Task:
@@ -257,15 +284,20 @@ class Task:
             raise ValueError(
                 f"task {self.name} is its {self.half} half: the {half} half cannot be had from it"
             )
-        keys = [
-            (q.group or self.examples.identity(i), *q.fillers) for i, q in enumerate(self.questions)
-        ]
-        return self.subset(halves(keys, self.seed)[half], half)
+        places = [i for i, own in enumerate(self._halves) if own == half]
+        if len(places) < LEAST:
+            raise ValueError(
+                f"{len(places)} of the {len(self)} examples of task {self.name} are in the {half} half: expected at "
+                f"least {LEAST}"
+            )
+        return self.subset(places, half)
 
     # --- running ---------------------------------------------------------------------------------
 
     def batches(self, size: int = BATCH, one_length: bool = False) -> Iterator[TaskBatch]:
         """All examples, at most `size` together, in the order of `Examples.batches`."""
+        if size < 1:
+            raise ValueError(f"batch {size} must be at least 1")
         if self.feeding == "fed":
             for start in range(0, len(self), size):
                 yield self._fed(range(start, min(start + size, len(self))))
@@ -465,8 +497,11 @@ def output_width(model: HookedModel) -> int:
     return output_site(model).n_units
 
 
-def default_metric(questions: Sequence[Question]) -> Metric:
-    """The metric of a task whose author names none: a logit difference if answers are compared, else cross-entropy."""
+def default_metric(questions: Sequence[Question], feeding: Feeding = "one") -> Metric:
+    """The metric of a task whose author names none.
+
+    A difference of logits if answers are compared (of log-probabilities if they are fed in), else cross-entropy.
+    """
     if all(q.against for q in questions):
-        return logit_difference
+        return log_probability_difference if feeding == "fed" else logit_difference
     return cross_entropy if all(q.answers or q.labels for q in questions) else kl
