@@ -214,6 +214,8 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel) -> None:
         ValueError, match=r"positions: site blocks\.0\.attn\.hook_pattern holds nothing by position"
     ):
         linear_probes(bridge, task, "pattern", positions=[1])
+    with pytest.raises(ValueError, match="none in the test half occurs in the find half"):
+        linear_probes(bridge, task, labels=range(24))
     with pytest.raises(ValueError, match="strength 0 must be above 0"):
         linear_probes(bridge, task, strength=0)
     with pytest.raises(ValueError, match="n_control -1 must be 0 or more"):

@@ -29,6 +29,7 @@ from circuits.models.tokenizing import by_words
 from circuits.stimuli.drawing import curves
 from circuits.stimuli.repeats import BOS, draw_repeats
 from circuits.stimuli.shapes import CLASSES
+from circuits.tasks.builtin import load_task
 from circuits.tasks.files import Header, read_items, write_items
 from circuits.tasks.generated import Generated, check_choice
 from circuits.tasks.generators import GENERATORS, addition, balanced_sequence, brackets, repeats
@@ -46,6 +47,7 @@ from circuits.tasks.images import (
 from circuits.tasks.items import Item
 from circuits.tasks.schema import HEADER, ITEM, task_schema
 from circuits.tasks.tables import read_table
+from circuits.tasks.task import Task
 from circuits.tasks.templates import (
     TEMPLATES,
     capital_country,
@@ -1074,3 +1076,18 @@ def test_a_table_of_another_form_is_refused_by_one_line(
         read_table(tmp_path / "b.csv", "mib")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_table(tmp_path / "none.csv")
+
+
+def test_halves_of_addition_share_no_sum_and_no_counterpart() -> None:
+    task = load_task(load_model("addition-by-hand"), n=2000)
+
+    def seen(half: Task) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+        sides = (half.examples, half.counterparts)
+        clean, other = (
+            {tuple(sorted(e.tokens(i)[:2])) for i in range(len(e))} for e in sides if e is not None
+        )
+        return clean, other
+
+    find, test = seen(task.find), seen(task.test)
+    assert min(len(task.find), len(task.test)) > 700
+    assert not (find[0] | find[1]) & (test[0] | test[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,17 +18,14 @@ from torch import Tensor
 
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter import HookedModel
-from circuits.models.attaching import PREFIX
 from circuits.models.inputs import ImageInput
+from circuits.models.restarting import Start, start_at
 from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, Unit
 
 Size = Literal["refuse", "resize", "keep"]
 """What becomes of images that have not the model's height and width."""
 
-
-_ALIKE = 1e-5
-"""How far numbers may differ, beside the largest of them, and count as the same."""
 
 INPUT = "input"
 """The name of the input as a place to attribute to."""
@@ -98,7 +96,6 @@ class Passes:
         if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
             raise not_behind(self.target, self.site)
         self.inputs = channels_last(model.fitted(sized(model, examples, size)))
-        self._alone: bool | None = None
         self.points, at_end = self._intact()
         self.aim = Aim.at(self.end, self.target, at_end)
         self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
@@ -167,7 +164,8 @@ class Passes:
             return self.model.run(points, read=[end], until=end, grad=True, reference=True)[end]
         if self.site is None:
             return self.model.run(channels_last(points), read=[end], until=end)[end]
-        x = self.inputs[:1] if self.alone else self.inputs[examples]
+        start = self._start
+        x = self.inputs[examples] if start is None else start.inputs(self.inputs)
         return self._from_site(x, points, end, grad)
 
     def _from_site(self, x: Tensor, points: Tensor, end: Site, grad: bool) -> Tensor:
@@ -179,32 +177,22 @@ class Passes:
 
     @property
     def alone(self) -> bool:
-        """Whether all that the target computes behind the site depends on the site's tensor alone.
+        """Whether all that the target computes behind the site depends on the site's tensor alone."""
+        return self._start is not None
 
-        Tried with two tensors behind another input, a single one: if the outcome is that of their own
-        inputs, a pass may begin with any one input.
-        """
-        if self._alone is None:
-            self._alone = self.site is not None and self._tried()
-        return self._alone
-
-    def _tried(self) -> bool:
-        if self.points.shape[0] != len(self.inputs):
-            return False
-        assert self.site is not None, "there is a site to begin at"
-        if self.site.name.startswith(PREFIX):  # what latents leave of the input goes on beside them
-            return False
-        own = self.inputs[:1]
-        other = -own.flip(-1) - 1 if own.is_floating_point() else _other_tokens(self.model, own)
+    @cached_property
+    def _start(self) -> Start | None:
+        """How a pass may begin at the site, tried with a tensor of it and another one."""
+        if self.site is None or len(self.points) != len(self.inputs):
+            return None
+        twice = torch.cat([self.inputs[:1]] * 2)
         two = torch.cat([self.points[:1], self.points[:1] * 0.5])
         try:
-            expected = self._from_site(torch.cat([own, own]), two, self.end, grad=False)
-            found = self._from_site(other, two, self.end, grad=False)
-        except (RuntimeError, IndexError):  # shapes that follow the input's batch
-            return False
-        return found.shape == expected.shape and bool(
-            torch.allclose(found, expected, rtol=0, atol=_ALIKE * float(expected.abs().max()))
-        )
+            expected = self._from_site(twice, two, self.end, grad=False)
+        except (RuntimeError, LookupError):  # shapes that follow the input's batch
+            return None
+        values = {self.site.name: two, self.end.name: expected}
+        return start_at(self.model, self.site, [self.end], twice, values)
 
     def chunks(self, n: int) -> Iterator[range]:
         """Cut `n` versions into runs of at most `batch`."""
@@ -292,8 +280,3 @@ def own_gradients(
 def channels_last(x: Tensor) -> Tensor:
     """Images in the memory layout that convolutions are fastest in; anything else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-def _other_tokens(model: HookedModel, tokens: Tensor) -> Tensor:
-    n = model.input.n_vocab if not isinstance(model.input, ImageInput) else 2
-    return (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device)) % n

@@ -233,8 +233,8 @@ def _show_heads(found: Any, top: int) -> None:
     show_table(columns, rows, title)
     say(
         "total: all that reads the head recomputes; direct: only the logits read the change; indirect: total less "
-        "direct; self-repair: total less the direct effect with the last normalisation held, which repairs where its sign is "
-        "opposite to the direct effect's; in brackets 95 % intervals"
+        "direct; self-repair: total less the direct effect with the last normalisation held, which repairs where its "
+        "sign is opposite to the direct effect's; in brackets 95 % intervals"
     )
 
 

@@ -242,6 +242,11 @@ def _readouts(
         at = [None if c is None else column_of(half, c[0]) for c in columns]
         own = None if labels is None else labels[[place[n] for n in half.examples.numbers]]
         each.append((half, features_of(model, half, chosen, at, batch), own))
+    if labels is not None and not set(each[0][2].tolist()) & set(each[1][2].tolist()):
+        raise ValueError(
+            f"labels {way.named}: none in the test half occurs in the find half, so that nothing can be learned "
+            f"({len(task)} examples with {len(set(labels.tolist()))} labels)"
+        )
     found, total = [], len(chosen) * len(columns)
     for s, c in itertools.product(range(len(chosen)), range(len(columns))):
         fitting, judging = (

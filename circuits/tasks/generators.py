@@ -121,8 +121,13 @@ def addition(n: int, seed: int = 0, *, corruption: Added = "both", p: int = 113)
         share = random.choice([s for s in range(1, p) if s != step])
         moves = {"first": (step, 0), "second": (0, step), "both": (share, step - share)}[corruption]
         moved = ((a + moves[0]) % p, (b + moves[1]) % p)
+        # a sum, the same one with its numbers exchanged, and what is a counterpart elsewhere stay in one half
+        sums = tuple(f"{min(two)} + {max(two)}" for two in ((a, b), moved))
         items.append(
-            Item((a, b, p), (((a + b) % p,),), corrupted=(*moved, p), group=f"pair {k}", template="addition")
+            Item(
+                (a, b, p), (((a + b) % p,),), corrupted=(*moved, p), group=f"pair {k}", fillers=sums,
+                template="addition",
+            )
         )  # fmt: skip
     about = f"The sum of two numbers mod {p}, at the equals sign."
     return Generated("addition", tuple(items), about, "cross_entropy", n)
