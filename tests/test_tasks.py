@@ -206,6 +206,7 @@ def test_a_units_activation_is_read_where_the_intact_model_is_most_active(
         (Item((1, 2), answers=((3,),), against=((3,),)), "is also what the answers are compared with"),
         (Item((1, 2), labels=(99999,)), "label 99999 of '1 2' is no token: expected 0 to"),
         (Item((1, 2), labels=(-1,)), "label -1 of '1 2' is no token"),
+        (Item((1, 2), answers=((3,),), corrupted=(1, 2)), "counterpart of '1 2' is the same: expected another text"),
     ],
 )  # fmt: skip
 def test_answers_that_cannot_be_meant(bridge: HookedModel, item: Item, words: str) -> None:

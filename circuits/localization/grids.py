@@ -190,9 +190,8 @@ class PatchGrid:
     def _p_values(self, side: GridSide, correction: Correction) -> Float[np.ndarray, " cell"]:
         if not len(side.random):
             return np.full(len(self.cells), np.nan)
-        resamples = max(
-            9999, _RESAMPLES * len(self.cells)
-        )  # so many that none is lost to the correction
+        # enough for the smallest p to stay below 0.05 after the correction
+        resamples = max(9999, _RESAMPLES * len(self.cells))
         found = paired_ps(
             side.changes - side.random_changes, self.clusters, seed=self.record.seed, resamples=resamples
         )  # fmt: skip

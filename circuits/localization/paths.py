@@ -275,8 +275,10 @@ class HeadEffects:
 
     def _intervals(self, values: Float[np.ndarray, "head example"]) -> list[Interval]:
         drawn = resampled(values, clusters=self.grid.clusters, seed=self.grid.record.seed)
-        means = values.mean(1).tolist()
-        return [Interval(m, *percentiles(drawn[:, i])) for i, m in enumerate(means)]
+        return [
+            Interval(mean, *percentiles(drawn[:, i]))
+            for i, mean in enumerate(values.mean(1).tolist())
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""

@@ -30,7 +30,7 @@ N_DIRECTIONS = 10
 
 
 _MOST = 1e6
-"""So many times a direction is as far as steering goes."""
+"""The largest multiple of a direction that is added."""
 
 
 def steering_grid(

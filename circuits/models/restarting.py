@@ -21,6 +21,8 @@ from circuits.units import Site
 ALIKE = 1e-5
 """How far numbers may differ, as a share of the largest of them, and count as the same."""
 
+_FAILURES = (RuntimeError, LookupError, ValueError, AssertionError)
+
 _SMALLER = 4
 """By how much each side of the image is shrunk that stands in for others."""
 
@@ -82,12 +84,7 @@ def start_at(
     for other, stays in _others(model, inputs[:1]):
         try:
             found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
-        except (
-            RuntimeError,
-            LookupError,
-            ValueError,
-            AssertionError,
-        ):  # shapes that follow the input's
+        except _FAILURES:  # shapes that follow the input's
             continue
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):

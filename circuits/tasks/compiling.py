@@ -101,6 +101,8 @@ def _asked(spec: TokenInput, item: Item) -> _Asked:
             f"counterpart {_shown(item.corrupted or ())} has {len(corrupted)} tokens, {_shown(item.clean)} has "
             f"{len(clean)}: expected as many"
         )
+    if corrupted == clean:
+        raise ValueError(f"counterpart of {_shown(item.clean)} is the same: expected another text")
     spans = {name: _span(spec, item, name, clean) for name in item.spans}
     positions = _positions(item, spans, len(clean))
     answers, against = (
