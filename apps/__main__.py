@@ -1,4 +1,4 @@
-"""The app's server, as `circuits app` starts it (layer 7)."""
+"""The app's server, as `circuits app` starts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pages share: the workspace, loaded models and cached results (layer 7).
+"""What pages share: the workspace, loaded models and cached results.
 
 The only file with `st.cache_*`. Everything is keyed by the model's hash (and edits, data, inputs by theirs), so
 that other weights never show old results. What sessions share is never changed: edits hold inside one call.
@@ -22,24 +22,26 @@ from PIL import Image
 from torch import Tensor
 
 from apps.preparing import ALONE
-from circuits.attribution import Attribution, attribute, saliency
+from circuits.attribution import Attribution, attribute
 from circuits.attribution.channels import ChannelMethod
-from circuits.attribution.saliency import Method as PixelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
+from circuits.concepts import Bottleneck, Intervention, intervene, train_bottleneck
+from circuits.concepts.bottleneck import Accuracy, InterventionReport
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
+from circuits.environment import TRUST_PYTHON
 from circuits.examples import Examples
 from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
 from circuits.harvesting import find_stores
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import find_autoencoder, list_autoencoders, load_model
-from circuits.models.randomizing import randomized
-from circuits.models.receptive import ReceptiveField, receptive_field
-from circuits.sae import Bottleneck, Intervention, intervene, train_bottleneck
-from circuits.sae.bottleneck import Accuracy, InterventionReport
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.randomizing import randomized
+from circuits.models.paths.receptive import ReceptiveField, receptive_field
+from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, load_model
+from circuits.saliency import saliency_map
+from circuits.saliency.maps import Method as PixelMethod
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -50,7 +52,7 @@ from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
 from circuits.units import Unit
 from circuits.weights import Connection, build_graph, expand_weights, incoming, outgoing
-from circuits.workspace import TRUST_PYTHON, ModelRecord, Workspace
+from circuits.workspace import ModelRecord, Workspace
 
 TURN = 10.0
 """Degrees from drawing to drawing in tuning curves."""
@@ -474,7 +476,7 @@ def attributed(
 def _salient(
     model_hash: str, key: str, target: str, method: PixelMethod, _model: HookedModel, _one: Examples
 ) -> Attribution:
-    return saliency(_model, _one, target, method)
+    return saliency_map(_model, _one, target, method)
 
 
 def salient(model: HookedModel, one: Examples, target: str, method: PixelMethod) -> Attribution:

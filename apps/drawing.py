@@ -1,4 +1,4 @@
-"""A session's circuit on the canvas, with what it was before (layer 7)."""
+"""A session's circuit on the canvas, with what it was before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from apps import keeping
+from apps import tab_storage
 from apps.canvas import edge_id
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, collapse
 from circuits.graph.circuit import Node, parse_node, units_of
@@ -54,7 +54,7 @@ def slot(model_hash: str) -> str:
 def drawing(model_hash: str) -> Drawing | None:
     """This session's circuit of a model; what was drawn in the tab's last session, if nothing has been yet."""
     name = slot(model_hash)
-    kept = keeping.recall(name, _read)
+    kept = tab_storage.recall(name, _read)
     now: Drawing | None = st.session_state.get(name)
     if kept is None or (now is not None and now.past):
         return now

@@ -1,4 +1,4 @@
-"""A session's edits: on a stack, undone and done again; nobody else sees them (layer 7)."""
+"""A session's edits: on a stack, undone and done again; nobody else sees them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 
 import streamlit as st
 
-from apps import keeping
+from apps import tab_storage
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit
 
@@ -64,7 +64,7 @@ _STACK = "edits "
 def stack(model_hash: str) -> Stack:
     """This session's edits of a model; those of the tab's last session if there are none yet."""
     name = _STACK + model_hash
-    kept = keeping.recall(name, read_recipe)
+    kept = tab_storage.recall(name, read_recipe)
     if kept is not None and name not in st.session_state:
         keep(model_hash, Stack().changed(kept.edits))
     return st.session_state.get(name, Stack())

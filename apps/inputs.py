@@ -1,4 +1,4 @@
-"""The input that a page is about: an example of the data, a person's own picture, or a text (layer 7).
+"""The input that a page is about: an example of the data, a person's own picture, or a text.
 
 What a person brings stays in their session's memory: nothing of it is written, its name is never a path.
 """
@@ -9,10 +9,10 @@ import streamlit as st
 from PIL import Image
 
 from apps import cached
-from apps.choosing import choose, line
+from apps.address import choose, line
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.stimuli.uploads import decode_image
 from circuits.workspace import ModelRecord
 

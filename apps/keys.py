@@ -1,4 +1,4 @@
-"""Keys that bring the cursor into a field (layer 7); those of buttons are Streamlit's."""
+"""Keys that bring the cursor into a field; those of buttons are Streamlit's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports that take seconds, one thread at a time: of two at once, one may see half a module (layer 7)."""
+"""Imports that take seconds, one thread at a time: of two at once, one may see half a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The app: browse and edit circuits (layer 7). Start it with `circuits app`."""
+"""The app: browse and edit circuits. Start it with `circuits app`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import streamlit as st
 from apps.preparing import ALONE
 
 with ALONE:
-    from apps import editing, keeping
-    from apps.choosing import AGAIN, TITLES, guarded
+    from apps import editing, tab_storage
+    from apps.address import AGAIN, TITLES, guarded
 
     VIEWS = {name: import_module(f"apps.views.{name}") for name in TITLES}
 
@@ -26,7 +26,7 @@ def main() -> None:
     with (
         st.sidebar
     ):  # before the page: a change is kept at once, and what was kept comes back first
-        keeping.keep(editing.kept(), recalls=True)
+        tab_storage.keep(editing.kept(), recalls=True)
     page.run()
     st.session_state.pop(AGAIN, None)
 

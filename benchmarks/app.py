@@ -38,7 +38,7 @@ import numpy as np
 from app_server import NODES, Server, Subject, circuit_name, prepare, serving
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
 PARTS = ["cold", "warm", "sheet", "canvas"]

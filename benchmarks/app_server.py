@@ -23,8 +23,8 @@ from circuits.files import write_json
 from circuits.graph import CircuitGraph, GraphStore
 from circuits.graph.saved import save_circuit, saved_circuits
 from circuits.harvesting import find_stores, harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from circuits.weights import build_graph

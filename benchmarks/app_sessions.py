@@ -50,7 +50,7 @@ import circuits
 from circuits.demo import PLANS, build
 from circuits.edits.records import read_edit
 from circuits.effects import predictions
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
 MODELS = {"cleanroom": "curves", "shapes": "shapes"}

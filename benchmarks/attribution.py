@@ -21,12 +21,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuits.attribution import Passes, attribute, extremal, parse_target, saliency
-from circuits.attribution.perturbations import hard, shown_by
+from circuits.attribution import Passes, attribute, parse_target
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import googlenet
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.inception import googlenet
+from circuits.models.zoo.loading import load_model
+from circuits.saliency import extremal, saliency_map
+from circuits.saliency.perturbations import hard, shown_by
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -95,7 +96,7 @@ def layers(model: HookedModel, x: Tensor, rounds: int, windows: int) -> None:
     few = x[:windows]
     compared(
         "occlusion, 49 windows",
-        lambda: saliency(model, few, "top", "occlusion", window=32, stride=32).values.expand(-1, 3, -1, -1),
+        lambda: saliency_map(model, few, "top", "occlusion", window=32, stride=32).values.expand(-1, 3, -1, -1),
         lambda: captum.Occlusion(net).attribute(few, (3, 32, 32), strides=(3, 32, 32), target=top[: len(few)]),
         rounds, len(few),
     )  # fmt: skip
@@ -105,7 +106,7 @@ def masks(model: HookedModel, x: Tensor) -> None:
     """Extremal masks against the best part of Grad-CAM."""
     probability = parse_target(model, "top", quantity="probability")
     goal = Passes(model, x, probability)
-    cam = shown_by(goal, hard(saliency(model, x, "top", "grad_cam").values, 0.1))
+    cam = shown_by(goal, hard(saliency_map(model, x, "top", "grad_cam").values, 0.1))
     start = time.perf_counter()
     found = extremal(model, x, replace(probability, quantity="log_probability"))
     seconds = time.perf_counter() - start

@@ -19,21 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
-from circuits.sae import (
-    ArrayRows,
+from circuits.concepts import (
     Bottleneck,
-    Hyperparameters,
     Intervention,
-    Schedule,
     intervene,
     pooled,
     suspects,
-    train,
     train_bottleneck,
 )
+from circuits.examples import Examples
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+from circuits.sae import ArrayRows, Hyperparameters, Schedule, train
 
 SITE, MARKED, NAME = "layer3.2", 1, "confound"
 

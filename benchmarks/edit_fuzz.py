@@ -25,7 +25,7 @@ from circuits.database import Database
 from circuits.edits.auditing import verify
 from circuits.edits.ledger import Ledger
 from circuits.edits.records import OPERATORS
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from tests.random_edits import RandomEdits
 
 MODELS = ("shapes", "induction")

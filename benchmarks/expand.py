@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import googlenet
-from circuits.models.loading import load_model
-from circuits.models.tape import Tape, one_hot
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.tape import Tape, one_hot
+from circuits.models.zoo.inception import googlenet
+from circuits.models.zoo.loading import load_model
 from circuits.weights import expand_weights
 
 UNITS = list(range(320, 416))

@@ -23,9 +23,9 @@ from pathlib import Path
 from circuits.edits.activations import zero
 from circuits.examples import Examples
 from circuits.experiments import Variant, run
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import googlenet
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.inception import googlenet
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import of_examples
 from circuits.tasks.targets import output_site
 
@@ -38,7 +38,7 @@ import time, json, circuits
 model = circuits.load_model("shapes")
 x = model.input.example(64)
 new = hasattr(circuits, "Examples")
-edit = [circuits.zero("mixed3b:200")]
+edit = [circuits.edits.zero("mixed3b:200")]
 def seconds(n):
     start = time.perf_counter()
     report = circuits.measure(model, edit, x if new else list(x.split(32)), n_random=n)

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from circuits.featurevis.render import visualize_units
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import googlenet
-from circuits.models.inputs import ImageInput
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.inception import googlenet
+from circuits.models.zoo.loading import load_model
 
 PEER = """
 import importlib.util, json, sys, time, warnings

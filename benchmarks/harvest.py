@@ -26,11 +26,11 @@ from circuits.examples import Examples
 from circuits.harvesting import harvest
 from circuits.harvesting.running import LARGEST_BATCH
 from circuits.hdf5 import created, file_hash
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
-from circuits.models.sites import evaluating
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.sites import evaluating
+from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.transformers import native_bridge
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource

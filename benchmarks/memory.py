@@ -18,7 +18,7 @@ HARVEST = """
 import sys
 from pathlib import Path
 from circuits.harvesting import harvest
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from tests.random_models import booted
 
 Batches = list[tuple[list[int], Tensor, Tensor]]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from circuits.localization import patch_grid
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.transformers import native_bridge
 from circuits.tasks import Item, Task, compile_task
 
 N_CTX = 64

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from circuits.harvesting import harvest
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.store.shards import shard_name

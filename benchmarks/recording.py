@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.transformers import native_bridge
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -134,7 +134,7 @@ def made_rows(folder: Path) -> Path:
     """The rows, as a file."""
     path = folder / "rows.npy"
     if "CIRCUITS_ASSETS" in os.environ:
-        from circuits.models.loading import load_model
+        from circuits.models.zoo.loading import load_model
         from circuits.sae import ModelRows
         from circuits.stimuli.sources import open_source
 

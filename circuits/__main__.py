@@ -1,4 +1,4 @@
-"""`python -m circuits`: the command line (layer 7)."""
+"""`python -m circuits`: the command line."""
 
 from circuits.cli.main import main
 

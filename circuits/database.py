@@ -1,4 +1,4 @@
-"""The workspace's database: what people write, with its history (layer 1).
+"""The workspace's database: what people write, with its history.
 
 SQLite in WAL mode. Nothing is changed or deleted: each save is a new version that says who made it, when,
 and why. Two people who change the same thing are told: a save names the version that it started from.

@@ -1,4 +1,4 @@
-"""The default workspace: the built-in models on photographs and drawings, no network (layer 6)."""
+"""The default workspace: the built-in models on photographs and drawings, no network."""
 
 from __future__ import annotations
 
@@ -10,29 +10,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 from circuits.autoencoders import FILE, load_autoencoder
+from circuits.concepts import Name, name_by_attributes, names_of, pooled, save_names
 from circuits.examples import Examples
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.files import write_json
 from circuits.harvesting import harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import BUILTIN, load_model
-from circuits.models.weights_files import file_hash
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import BUILTIN, load_model
+from circuits.models.zoo.weights_files import file_hash
 from circuits.sae import (
     Hyperparameters,
     ModelRows,
-    Name,
     RowFilter,
     Schedule,
     as_evaluation,
     behaviour,
     load_evaluation,
-    name_by_attributes,
-    names_of,
-    pooled,
     reconstruction,
     save_evaluation,
-    save_names,
     train,
     unseen,
 )

@@ -1,4 +1,4 @@
-"""Whether the weights between two families turn with them (layer 5).
+"""Whether the weights between two families turn with them.
 
 Olah et al. 2020, "Naturally Occurring Equivariance in Neural Networks": W[i + k, j + k] = R(theta) W[i, j].
 Turned back by the target's angle, a kernel should depend on the angle between source and target alone.
@@ -54,7 +54,7 @@ class Equivariance:
     sums: Float[np.ndarray, "target source"]
 
 
-def equivariance(
+def measure_equivariance(
     expanded: ExpandedWeights,
     targets: Family,
     sources: Family,

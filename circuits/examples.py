@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.padding import grouped
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.adapter.padding import grouped
 from circuits.stimuli.images import ImageSource, to_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource

@@ -1,4 +1,4 @@
-"""Calling what a person names in their own code (layer 1)."""
+"""Calling what a person names in their own code."""
 
 from __future__ import annotations
 

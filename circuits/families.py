@@ -1,4 +1,4 @@
-"""Families: units that are one unit turned, mirrored, scaled or hue-shifted (layer 5).
+"""Families: units that are one unit turned, mirrored, scaled or hue-shifted.
 
 Cammarata et al. 2020, "Curve Detectors", and Olah et al. 2020, "Naturally Occurring Equivariance in Neural
 Networks" (Distill). Units are compared by how they answer to stimuli in every step of a transformation
@@ -23,8 +23,8 @@ from torch import Tensor
 from circuits.database import Database, Record
 from circuits.experiments.statistics import p_value
 from circuits.graph.circuit import UnitGroup
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.orbits import Orbit, Transformation, hues, mirrors, rotations, scales
 from circuits.stimuli.sources import open_source

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one (layer 1)."""
+"""Writing files so that a reader never sees half of one."""
 
 from __future__ import annotations
 

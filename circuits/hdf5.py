@@ -1,4 +1,4 @@
-"""HDF5 files: opening them, making them and their checksums (layer 1)."""
+"""HDF5 files: opening them, making them and their checksums."""
 
 from __future__ import annotations
 

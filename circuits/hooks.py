@@ -1,4 +1,4 @@
-"""Record, observe and intervene: context managers over torch forward hooks (layer 2).
+"""Record, observe and intervene: context managers over torch forward hooks.
 
 A `Tap` says where a tensor is: the output of a module, which of its calls, which part of a nested
 output. `record` reads any number of taps in one forward pass and can stop the pass early; `observe`

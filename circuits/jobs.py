@@ -1,4 +1,4 @@
-"""Work that runs in the background: verbs of the command line in processes of their own (layer 2).
+"""Work that runs in the background: verbs of the command line in processes of their own.
 
 A job goes on when what started it ends, and its folder in the workspace says all there is to know:
 
@@ -35,12 +35,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import write_json
 from circuits.units import nearest, unknown
-from circuits.workspace import ROOT, Workspace
-
-PROGRESS = "CIRCUITS_PROGRESS"
-"""Environment variable: the file in which a verb notes how far it is."""
+from circuits.workspace import Workspace
 
 VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tune")
 """What can run as a job."""
@@ -230,7 +228,7 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, ROOT: str(root)},
+                env={**os.environ, WORKSPACE: str(root)},
                 start_new_session=True,  # Ctrl-C where it was started is not meant for it
                 pass_fds=(lock,),
             )

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.examples import BATCH, Examples
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Site
 
 log = logging.getLogger(__name__)

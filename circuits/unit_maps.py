@@ -1,4 +1,4 @@
-"""Unit maps: the units of a site laid out in two dimensions, like beside like, to browse by look (layer 5).
+"""Unit maps: the units of a site laid out in two dimensions, like beside like, to browse by look.
 
 What is alike is the cosine between vectors: of responses (how each unit answers to the examples of a store) or
 of weights (what each unit is built from). Two dimensions cannot hold all of it, so a map comes with a number
@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 
-from circuits.models.adapter import HookedModel
-from circuits.models.topology import INPUT
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import INPUT
 from circuits.store import ActivationStore
 from circuits.weights.expanded import expand_weights
 from circuits.weights.raw import LayerWeights, raw_weights

@@ -1,4 +1,4 @@
-"""The workspace: a folder with everything that the workbench has computed (layer 2).
+"""The workspace: a folder with everything that the workbench has computed.
 
 <root>/<model hash, 16 digits>/model.json          how to load the model again
                               /<dataset hash>/…     activation stores
@@ -24,14 +24,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from circuits.database import Database
+from circuits.environment import WORKSPACE
 from circuits.files import check_writable, write_json
 from circuits.units import Unit
-
-ROOT = "CIRCUITS_WORKSPACE"
-"""Environment variable: the folder to use instead of `cache`."""
-
-TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
-"""Environment variable: the app may load the workspace's `python:` models, that is run their code."""
 
 _LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file systems take
 
@@ -72,7 +67,7 @@ class Workspace:
     @classmethod
     def default(cls, root: str | Path | None = None) -> Workspace:
         """The folder given, or that `CIRCUITS_WORKSPACE` names, or `cache`."""
-        return cls(Path(root or os.environ.get(ROOT) or "cache").expanduser().absolute())
+        return cls(Path(root or os.environ.get(WORKSPACE) or "cache").expanduser().absolute())
 
     def writable(self) -> Workspace:
         """This workspace, if files can be written into it.

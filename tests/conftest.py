@@ -15,10 +15,10 @@ from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
 import circuits
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import Concatenate
-from circuits.models.inputs import TokenInput
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.inception import Concatenate
+from circuits.models.zoo.transformers import native_bridge
 
 settings.register_profile(
     "gate",  # the same examples in every run, on any machine

@@ -29,9 +29,9 @@ from circuits.edits.connections import (
 )
 from circuits.edits.layers import Associate, EraseWeights, LowRank
 from circuits.edits.records import OPERATORS, Edit
-from circuits.models.adapter import HookedModel
-from circuits.models.matrices import WeightMatrix
-from circuits.models.sites import attention_patterns
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import WeightMatrix
+from circuits.models.adapter.sites import attention_patterns
 from circuits.units import Site, Units
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 
 WORDS = ["<s>", "<unk>", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 KINDS = ("gpt2", "llama", "neox", "bert")

@@ -10,8 +10,8 @@ import torch
 from circuits.examples import Examples
 from circuits.experiments.ablation import ablate
 from circuits.means import activities
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.datasets import from_dataset
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source

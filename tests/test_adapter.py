@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.featurevis.render import visualize
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.tokenizing import by_merges
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.adapter.tokenizing import by_merges
 from circuits.units import Unit
 from circuits.weights import incoming
 from tests.conftest import OwnNet, seeded

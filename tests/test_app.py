@@ -12,8 +12,9 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from apps.keeping import RECALLED
+from apps.tab_storage import RECALLED
 from circuits.cli.main import run
+from circuits.concepts import name_unit, names_of
 from circuits.edits.activations import zero
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
@@ -24,8 +25,7 @@ from circuits.graph import CircuitGraph
 from circuits.graph.formats import to_node_link
 from circuits.graph.saved import save_circuit
 from circuits.harvesting import harvest
-from circuits.models.loading import load_model
-from circuits.sae import call, names_of
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
@@ -53,7 +53,7 @@ def show(name: str, guard: bool) -> None:
     """A page as the app shows it; runs as a script of its own."""
     from importlib import import_module
 
-    from apps.choosing import guarded
+    from apps.address import guarded
 
     view = import_module(f"apps.views.{name}").page
     (guarded(view) if guard else view)()
@@ -556,7 +556,7 @@ def test_nothing_that_people_write_becomes_markdown(tmp_path: Path, monkeypatch)
     """Names, notes, URLs: a picture in them would be fetched by everybody who looks."""
     place, model = Workspace(tmp_path), load_model("cleanroom")
     place.register(ModelRecord("cleanroom", model.hash))
-    call(place.database, model.hash, Unit("line", 1), PICTURE, PICTURE, author=PICTURE)
+    name_unit(place.database, model.hash, Unit("line", 1), PICTURE, PICTURE, author=PICTURE)
     graph = build_graph(model, place.model_folder(model.hash)).neighbourhood("line:1", 1, 2)
     save_circuit(place.database, PICTURE, graph, PICTURE, author=PICTURE)
     members, nan = (Member(0.0, Unit("line", 1), 1.0),), float("nan")
@@ -620,6 +620,6 @@ def test_damaged_files_leave_the_rest_to_be_seen(tmp_path: Path, monkeypatch) ->
 
 def test_a_database_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch) -> None:
     place = Workspace(tmp_path)
-    call(place.database, "h", Unit("a", 1), "kept")
+    name_unit(place.database, "h", Unit("a", 1), "kept")
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     assert names_of(place.database, "h")["a:1"].body["text"] == "kept"

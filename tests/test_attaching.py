@@ -13,11 +13,11 @@ from circuits.autoencoders import About, Autoencoder, save_autoencoder
 from circuits.edits.activations import Steer, scale, zero
 from circuits.edits.recipes import edited
 from circuits.experiments.ablation import ablate
-from circuits.models.adapter import HookedModel
-from circuits.models.attaching import Attached
-from circuits.models.inputs import ImageInput
-from circuits.models.loading import load_model
-from circuits.models.randomizing import randomized
+from circuits.models.adapter.attaching import Attached
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.paths.randomizing import randomized
+from circuits.models.zoo.loading import load_model
 from circuits.weights import incoming, outgoing
 
 

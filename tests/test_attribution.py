@@ -12,27 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from circuits.attribution import (
-    METHODS,
     Attribution,
     Passes,
     Target,
     attribute,
-    cams,
     channel_groups,
     direct_logit_attribution,
+    parse_target,
+    relevance,
+)
+from circuits.attribution.channels import check_by_ablation
+from circuits.examples import Examples
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+from circuits.saliency import (
+    METHODS,
+    cams,
     extremal,
     extremal_channels,
     meaningful,
-    parse_target,
-    relevance,
-    saliency,
+    saliency_map,
     surrogates,
 )
-from circuits.attribution.channels import check_by_ablation
-from circuits.attribution.perturbations import hard, shown_by
-from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.saliency.perturbations import hard, shown_by
 from circuits.units import Unit
 from tests.conftest import Branches, seeded
 
@@ -85,7 +87,7 @@ def theirs(name: str, model: HookedModel, x: Tensor, top: Tensor) -> Tensor:
 )
 def test_input_attribution_equals_captum(double: HookedModel, images: Tensor, method: str) -> None:
     options = {"occlusion": {"window": 4, "stride": 3}, "integrated_gradients": {"tolerance": None}}
-    made = saliency(double, images, "top", method, batch=4, **options.get(method, {}))
+    made = saliency_map(double, images, "top", method, batch=4, **options.get(method, {}))
     top = double.logits(images).argmax(1)
     peer = theirs(method, double, images, top)
     close(made.values, peer.double(), rtol=1e-6, atol=1e-6 if peer.dtype == torch.float32 else 1e-9)
@@ -159,7 +161,7 @@ def test_lime_is_a_weighted_ridge_regression(double: HookedModel, images: Tensor
 def test_integrated_gradients_are_the_mean_gradient_on_the_way(
     double: HookedModel, images: Tensor
 ) -> None:
-    made = saliency(double, images[:1], "class:2", "integrated_gradients", steps=64)
+    made = saliency_map(double, images[:1], "class:2", "integrated_gradients", steps=64)
     x = images[:1]
     total = torch.zeros_like(x)
     for way in ((torch.arange(4000, dtype=x.dtype) + 0.5) / 4000).split(250):
@@ -184,11 +186,11 @@ def test_smoothed_gradients_are_moments_of_noisy_ones(double: HookedModel, image
         "vargrad": each.var(0, correction=0),
     }
     for method, value in expected.items():
-        made = saliency(double, images, "class:1", method, **options)
+        made = saliency_map(double, images, "class:1", method, **options)
         close(made.values[1], value)
-        again = saliency(double, images[1:2], "class:1", method, **options)
+        again = saliency_map(double, images[1:2], "class:1", method, **options)
         close(again.values[0], made.values[1]), "its noise does not depend on its company"
-    other = saliency(double, images, "class:1", "smoothgrad", **(options | {"seed": 5}))
+    other = saliency_map(double, images, "class:1", "smoothgrad", **(options | {"seed": 5}))
     assert not torch.equal(other.values[1], expected["smoothgrad"])
 
 
@@ -204,7 +206,7 @@ def test_grad_cams_by_their_formulas(double: HookedModel, images: Tensor) -> Non
     plus = ((alpha * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
     close(cams.grad_cam_plus_plus(passes), plus)
     close(cams.smooth_grad_cam_plus_plus(passes, samples=3, noise=0.0), plus)
-    large = saliency(double, images, "class:0", "grad_cam", site="out_relu")
+    large = saliency_map(double, images, "class:0", "grad_cam", site="out_relu")
     close(
         large.values.amax((2, 3))[:, 0],
         cams.grad_cam(passes).relu().amax((1, 2)),
@@ -220,7 +222,7 @@ def test_occlusion_by_hand() -> None:
 
     model = HookedModel(Sum(), (1, 4, 4))
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    made = saliency(model, x, "class:0", "occlusion", window=2, stride=2).values[0, 0]
+    made = saliency_map(model, x, "class:0", "occlusion", window=2, stride=2).values[0, 0]
     blocks = torch.tensor([[0 + 1 + 4 + 5, 2 + 3 + 6 + 7], [8 + 9 + 12 + 13, 10 + 11 + 14 + 15.0]])
     close(made, blocks.repeat_interleave(2, 0).repeat_interleave(2, 1))
 
@@ -231,7 +233,7 @@ def test_rise_finds_the_pixels_that_count() -> None:
             return torch.stack([x[:, 0, :8, :8].sum((1, 2)), x.sum((1, 2, 3)) * 0], 1)
 
     model = HookedModel(Corner(), (1, 32, 32))
-    heat = saliency(model, torch.ones(1, 1, 32, 32), "class:0", "rise", samples=400).heat()[0]
+    heat = saliency_map(model, torch.ones(1, 1, 32, 32), "class:0", "rise", samples=400).heat()[0]
     assert heat[:8, :8].mean() > 1.2 * heat[16:, 16:].mean()
 
 
@@ -372,9 +374,9 @@ def test_no_pass_is_larger_than_asked(branches: HookedModel) -> None:
     try:
         attribute(branches, x, "top", "cat", "integrated_gradients", steps=40, batch=5)
         attribute(branches, x, "top", "cat", "ablation", batch=2)
-        saliency(branches, x, "top", "rise", samples=30, cells=3, batch=5)
-        saliency(branches, x, "top", "smoothgrad", samples=30, batch=5)
-        saliency(branches, x, "top", "occlusion", window=2, stride=1, batch=5)
+        saliency_map(branches, x, "top", "rise", samples=30, cells=3, batch=5)
+        saliency_map(branches, x, "top", "smoothgrad", samples=30, batch=5)
+        saliency_map(branches, x, "top", "occlusion", window=2, stride=1, batch=5)
     finally:
         handle.remove()
     assert max(sizes) <= 5
@@ -426,7 +428,7 @@ def test_in_place_and_reused_modules(own_net: HookedModel) -> None:
         made = attribute(own_net, x, "class:2", site, "integrated_gradients", check=4)
         change = own_net.logits(x)[:, 2] - own_net.logits(x, edits={site: torch.zeros_like})[:, 2]
         close(made.units().sum(1) + made.residual, change, rtol=1e-3, atol=1e-4)
-    guided = saliency(own_net, x, "class:2", "guided_backprop")
+    guided = saliency_map(own_net, x, "class:2", "guided_backprop")
     assert guided.values.abs().max() > 0
     assert hooks(own_net) == 0
 
@@ -465,10 +467,10 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
     with pytest.raises(ValueError, match=r"'class:3' is out of range: expected class:0 to 2"):
         attribute(branches, x, "class:3", "cat")
     with pytest.raises(ValueError, match=r"unit cat:6 does not exist"):
-        saliency(branches, x, "cat:6", "gradient")
+        saliency_map(branches, x, "cat:6", "gradient")
     with pytest.raises(ValueError, match=r"examples are of 9 x 10 pixels.*takes 8 x 10"):
-        saliency(branches, torch.zeros(1, 3, 9, 10), "top", "gradient")
-    resized = saliency(branches, torch.rand(1, 3, 16, 20), "top", "gradient", size="resize")
+        saliency_map(branches, torch.zeros(1, 3, 9, 10), "top", "gradient")
+    resized = saliency_map(branches, torch.rand(1, 3, 16, 20), "top", "gradient", size="resize")
     assert resized.values.shape == (1, 3, 8, 10)
     with pytest.raises(ValueError, match="no gradient leads from stem:0 to site cat"):
         attribute(branches, x, "stem:0", "cat")
@@ -483,17 +485,17 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
     with pytest.raises(
         TypeError, match="has no option 'samples': expected blank, steps, tolerance"
     ):
-        saliency(branches, x, "top", "integrated_gradients", samples=3)
+        saliency_map(branches, x, "top", "integrated_gradients", samples=3)
     with pytest.raises(ValueError, match="window 9 must be at least 1 and at most 8"):
-        saliency(branches, x, "top", "occlusion", window=9)
+        saliency_map(branches, x, "top", "occlusion", window=9)
     with pytest.raises(ValueError, match=r"target 'what' is not one of top, class:NAME"):
         parse_target(branches, "what")
     with pytest.raises(ValueError, match="takes tokens"):
-        saliency(bridge, bridge.input.example(2), "top", "gradient")
+        saliency_map(bridge, bridge.input.example(2), "top", "gradient")
     with pytest.raises(ValueError, match="site 'cat': only class activation maps"):
-        saliency(branches, x, "top", "gradient", site="cat")
+        saliency_map(branches, x, "top", "gradient", site="cat")
     with pytest.raises(ValueError, match="has no ReLU before stem:0"):
-        saliency(branches, x, "stem:0", "guided_backprop")
+        saliency_map(branches, x, "stem:0", "guided_backprop")
     assert hooks(branches) == 0
 
 
@@ -508,8 +510,8 @@ def test_every_method_explains_classes_and_units(branches: HookedModel) -> None:
     for method in METHODS:
         for target, site in (("top", None), ("bn:1", "cat")):
             at = {"site": site} if "cam" in method and site else {}
-            made = saliency(branches, x, target, method, **options.get(method, {}), **at)
-            again = saliency(branches, x, target, method, **options.get(method, {}), **at)
+            made = saliency_map(branches, x, target, method, **options.get(method, {}), **at)
+            again = saliency_map(branches, x, target, method, **options.get(method, {}), **at)
             assert torch.equal(made.values, again.values), method
             assert made.heat().shape == (2, 8, 10)
             assert bool(torch.isfinite(made.values).all())
@@ -628,7 +630,7 @@ def test_googlenet_equals_captum_and_is_complete(assets: Path) -> None:
     x, net = x.double(), model.module
     top = model.logits(x).argmax(1)
     for method in ("gradient", "gradient_x_input", "guided_backprop"):
-        made = saliency(model, x, "top", method).values
+        made = saliency_map(model, x, "top", method).values
         peer = theirs(method, model, x, top).detach()
         assert float((made - peer).abs().max() / peer.abs().max()) < 1e-5, method
     layer = net.get_submodule("mixed4c")
@@ -692,8 +694,8 @@ def test_relevance_accounts_for_attention_norms_and_constants(rule: str, n: int)
 def test_results_do_not_depend_on_the_batch(branches: HookedModel) -> None:
     x = branches.input.example(3)
     for method, options in (("rise", {"samples": 20, "cells": 3}), ("smoothgrad", {"samples": 7})):
-        one = saliency(branches, x, "top", method, batch=3, seed=2, **options)
-        other = saliency(branches, x, "top", method, batch=8, seed=2, **options)
+        one = saliency_map(branches, x, "top", method, batch=3, seed=2, **options)
+        other = saliency_map(branches, x, "top", method, batch=8, seed=2, **options)
         close(one.values, other.values, rtol=1e-4, atol=1e-5)
 
 

@@ -24,7 +24,7 @@ from circuits.effects import predictions
 from circuits.examples import Examples
 from circuits.families import Family, Member, save_family
 from circuits.harvesting import harvest
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.units import Unit

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from circuits.experiments import run
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import Item
 from circuits.tasks.builtin import load_task, names_of, tokenizer_of
 from circuits.tasks.files import Header, write_items

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits.cleanroom import addition, induction
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.repeats import draw_repeats
 
 

@@ -19,8 +19,8 @@ from circuits.cleanroom.network import CURVES, FAMILIES, RADII, UNIT_NAMES, Clea
 from circuits.cleanroom.paths import Path as Stroke
 from circuits.cleanroom.paths import arc, circle, s_shape, straight
 from circuits.cleanroom.tiling import Affinity, differences, tile
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli import drawing
 from circuits.stimuli.patterns import STRAIGHT, arcs, circles
 from circuits.tuning.radial import RadialTuning, radial_tuning

@@ -10,7 +10,7 @@ from PIL import Image
 
 from circuits.cli.main import run
 from circuits.cli.output import show_json
-from circuits.models.loading import BUILTIN
+from circuits.models.zoo.loading import BUILTIN
 from tests.test_models import OWN
 
 
@@ -176,7 +176,7 @@ def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr("circuits.models.loading.load_model", broken)
+    monkeypatch.setattr("circuits.models.zoo.loading.load_model", broken)
     assert run(["sites", "shapes"]) == 2
     assert (
         "ZeroDivisionError: deep inside (CIRCUITS_DEBUG=1 shows where)" in capsys.readouterr().err

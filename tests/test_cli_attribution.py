@@ -10,7 +10,7 @@ from circuits.attribution import Attribution
 from circuits.cli.choosing import units_of
 from circuits.cli.main import run
 from circuits.graph.store import GraphStore
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
 
@@ -193,7 +193,7 @@ def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
     assert "rank correlation with ablation" in capsys.readouterr().out
 
 
-def test_saliency(capsys, workspace: Path, tmp_path: Path) -> None:
+def test_saliency_map(capsys, workspace: Path, tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     Image.new("RGB", (90, 70), "red").save(picture)
     figure, out = tmp_path / "f.png", tmp_path / "o.safetensors"

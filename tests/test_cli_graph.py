@@ -10,7 +10,7 @@ import pytest
 
 from circuits.cli.main import run
 from circuits.graph.formats import read_circuit
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
 from circuits.weights import ExpandedWeights, expand_weights
 

@@ -13,7 +13,7 @@ from circuits.cli.main import run
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import read_edit
 from circuits.localization import patch_grid, sufficiency
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 
 

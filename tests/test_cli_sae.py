@@ -162,7 +162,7 @@ def test_a_bottleneck_is_explained_and_corrected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from circuits.edits.recipes import Recipe
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
     from circuits.stimuli.sources import open_source
 
     classes = load_model("shapes").classes

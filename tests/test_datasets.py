@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 
 from circuits.examples import Examples
 from circuits.harvesting import harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.datasets import from_dataset
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source

@@ -8,7 +8,7 @@ import pytest
 from circuits import demo
 from circuits.families import save_family, saved_families
 from circuits.harvesting import find_stores
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.sae import Hyperparameters, Schedule, load_evaluation
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace

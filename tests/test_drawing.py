@@ -11,7 +11,7 @@ from apps.editing import MOST_STATES, Stack
 from circuits.edits.activations import scale
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.layout import PLACE, layered
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
 from circuits.weights import build_graph
 

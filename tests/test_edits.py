@@ -22,8 +22,16 @@ from circuits.edits.connections import (
     SetWeights,
     turned_kernels,
 )
+from circuits.edits.estimation import (
+    leace_of,
+    means,
+    patch,
+    project_out,
+    resample,
+    steer,
+    transplant,
+)
 from circuits.edits.layers import Associate, EraseWeights, LowRank
-from circuits.edits.making import leace_of, means, patch, project_out, resample, steer, transplant
 from circuits.edits.recipes import (
     MOST_EDITS,
     Recipe,
@@ -36,8 +44,8 @@ from circuits.edits.recipes import (
 )
 from circuits.edits.records import OPERATORS, parse_edit, read_edit
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.units import Direction, Unit, Units
 from tests.conftest import seeded
 from tests.random_edits import RandomEdits
@@ -813,7 +821,7 @@ def test_large_recipes_work_up_to_their_limit(own_net: HookedModel, tmp_path: Pa
 def test_the_published_schema_says_what_is_read(bridge: HookedModel) -> None:
     published = json.loads((Path(__file__).parents[1] / "docs" / "recipe.schema.json").read_text())
     assert published == recipe_schema(), (
-        "write it again: circuits edit schema > docs/recipe.schema.json"
+        "write it again: circuits edit schema > docs/schemas/recipe.json"
     )
     draw, drawn_of_heads = RandomEdits(load_model("shapes"), 0), RandomEdits(bridge, 0)
     edits = [(drawn_of_heads if o == "knock_out" else draw).edit(o) for o in OPERATORS]

@@ -11,7 +11,7 @@ from torch import Tensor
 from circuits.edits.activations import scale, zero
 from circuits.edits.associative import associate, second_moment
 from circuits.edits.connections import FilterWeights
-from circuits.edits.making import project_out
+from circuits.edits.estimation import project_out
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import read_edit, twin_of
 from circuits.effects import fine_tune, measure, predictions, token_losses
@@ -19,8 +19,8 @@ from circuits.examples import Examples
 from circuits.experiments import Variant, null_of
 from circuits.experiments.variants import in_force, prepared
 from circuits.figures import edit_figure, save_figure
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source
 from circuits.tuning import radial_tuning

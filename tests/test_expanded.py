@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
 from circuits.weights import ExpandedWeights, expand_weights, incoming, raw_weights
 from circuits.weights.factors import factorize

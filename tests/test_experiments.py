@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuits.edits.activations import scale, zero
-from circuits.edits.making import steer
+from circuits.edits.estimation import steer
 from circuits.edits.recipes import edited
 from circuits.edits.records import read_edit
 from circuits.effects import measure
@@ -19,8 +19,8 @@ from circuits.examples import Examples
 from circuits.experiments import INTACT, Variant, null_of, run
 from circuits.experiments.ablation import ablate
 from circuits.means import activities, site_mean
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks import Item, compile_task, of_examples
 from circuits.units import Direction, Unit
 from tests.conftest import seeded

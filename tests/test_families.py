@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from circuits.database import Database
-from circuits.equivariance import equivariance
+from circuits.equivariance import measure_equivariance
 from circuits.families import (
     Family,
     agreement,
@@ -23,8 +23,8 @@ from circuits.families import (
     saved_families,
 )
 from circuits.graph.circuit import UnitGroup
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.orbits import hues, mirrors, rotations, scales
 from circuits.units import Unit
 from circuits.weights import expand_weights
@@ -172,7 +172,7 @@ def test_weights_that_turn_with_their_families(branches: HookedModel, turned: bo
         some, source="x", target="y", units=tuple(range(12)), sources=tuple(range(12)),
         weight=torch.from_numpy(weight).float(),
     )  # fmt: skip
-    found = equivariance(expanded, targets, sources, permutations=199)
+    found = measure_equivariance(expanded, targets, sources, permutations=199)
     if turned:
         assert found.explained > 0.95
         assert found.explained_p <= 0.005
@@ -182,9 +182,11 @@ def test_weights_that_turn_with_their_families(branches: HookedModel, turned: bo
         assert found.explained_p > 0.01
         assert found.correlation_p > 0.01
     with pytest.raises(ValueError, match="is of y: expected one of x"):
-        equivariance(expanded, targets, targets)
+        measure_equivariance(expanded, targets, targets)
     with pytest.raises(ValueError, match="weights lack y:1"):
-        equivariance(dataclasses.replace(expanded, units=(0, *range(2, 13))), targets, sources)
+        measure_equivariance(
+            dataclasses.replace(expanded, units=(0, *range(2, 13))), targets, sources
+        )
 
 
 def test_bad_input_is_named(bridge: HookedModel, branches: HookedModel) -> None:
@@ -226,7 +228,7 @@ def test_googlenets_curves_and_what_builds_them(assets: Path) -> None:
     )  # fmt: skip
     one = measure_family(model, branch, size=128, permutations=199)
     assert one.p_value < 0.01
-    weights = equivariance(expanded, one, early)
+    weights = measure_equivariance(expanded, one, early)
     assert weights.correlation > 0.4
     assert weights.correlation_p < 0.01
     assert weights.explained > 5 * weights.explained_null

@@ -18,9 +18,9 @@ from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.objectives import alignment, channel, interpolation
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.render import Settings, visualize, visualize_units
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
-from circuits.models.normalisation import FastNormalisation
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.normalisation import FastNormalisation
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.drawing import curves
 from tests.conftest import seeded
 

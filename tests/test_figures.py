@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from circuits.attribution import attribute, saliency
+from circuits.attribution import attribute
 from circuits.equivariance import Equivariance
 from circuits.experiments.ablation import ablate
 from circuits.figures import (
@@ -22,7 +22,8 @@ from circuits.figures import (
 )
 from circuits.figures.tunings import overlaid
 from circuits.graph import CircuitGraph, UnitGroup, collapse
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.saliency import saliency_map
 from circuits.units import Unit
 from circuits.weights import incoming
 from circuits.weights.graphs import build_graph
@@ -96,7 +97,7 @@ def test_ablations_attributions_and_tunings_are_drawn(
     bars = attribution_figure(made, torch.rand(4, 3, 8, 10), top=3)
     heights = [patch.get_height() for patch in bars.axes[0].patches]
     np.testing.assert_allclose(heights, [v for _, v in made.top(0, 3)], rtol=1e-5)
-    heats = {m: saliency(branches, x, "top", m).heat() for m in ("gradient", "occlusion")}
+    heats = {m: saliency_map(branches, x, "top", m).heat() for m in ("gradient", "occlusion")}
     save_figure(saliency_figure(torch.rand(4, 3, 8, 10), heats), tmp_path / "s.png")
     assert len(np.unique(colours(tmp_path / "s.png"), axis=0)) > 50
     with pytest.raises(ValueError, match="nothing to draw"):

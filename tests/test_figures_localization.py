@@ -28,7 +28,7 @@ from circuits.localization import (
     score_heads,
     sufficiency,
 )
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import Item, Task, compile_task
 
 ROWS = torch.randint(20, (2, 8, 5), generator=torch.Generator().manual_seed(2)).tolist()

@@ -44,8 +44,8 @@ from circuits.graph.saved import (
     save_circuit,
     saved_circuits,
 )
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
 from circuits.weights import expand_weights, incoming, outgoing, raw_weights
 from circuits.weights.graphs import build_graph, expanded_block

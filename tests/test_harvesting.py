@@ -19,9 +19,9 @@ from circuits.edits.recipes import edited
 from circuits.examples import Examples
 from circuits.files import replacing
 from circuits.harvesting import find_stores, harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
@@ -326,7 +326,7 @@ import sys
 import time
 from pathlib import Path
 import circuits.harvesting.running as h
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace
 h._shard = lambda *a: 10

@@ -9,10 +9,10 @@ import torch
 from circuits.examples import Examples
 from circuits.localization import attention_patterns, score_heads
 from circuits.localization.heads import detection_pattern, repeated_tokens, shuffled
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.transformers import native_bridge
 
 
 def test_the_heads_of_induction_are_what_they_are_known_for() -> None:

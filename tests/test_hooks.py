@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, intervene, record, trace
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from tests.conftest import OwnNet, seeded
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import circuits
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +43,10 @@ def test_transformer_lens_from_a_folder(gpt2_folder: Path) -> None:
     assert model.site("blocks.1.attn.hook_z").n_units == 2
     x = model.input.example(2)
     before = model.logits(x)
-    with circuits.edited(model, [circuits.zero("blocks.1.attn.hook_z:1")]):
+    with circuits.edited(model, [circuits.edits.zero("blocks.1.attn.hook_z:1")]):
         assert not torch.equal(model.logits(x), before)
     assert torch.equal(model.logits(x), before)
-    sources = {str(c.source) for c in circuits.incoming(model, "blocks.1.attn.hook_z:1")}
+    sources = {str(c.source) for c in circuits.weights.incoming(model, "blocks.1.attn.hook_z:1")}
     assert sources == {"blocks.0.attn.hook_z:0", "blocks.0.attn.hook_z:1"}
     for site in model.sites:  # every site that is offered matters
         noise = torch.Generator().manual_seed(1)
@@ -74,12 +74,12 @@ def test_hugging_face_image_classifier_from_a_folder(tmp_path: Path) -> None:
     picture = circuits.visualize(model, site.unit(3), steps=12)
     assert picture.activation > picture.start
     # the classifier reads one position of the last normalisation
-    connection = circuits.incoming(model, "classifier:2", top=1)[0]
+    connection = circuits.weights.incoming(model, "classifier:2", top=1)[0]
     row = model.module.classifier.weight[2]
     assert connection.norm == pytest.approx(row.abs().max().item())
     assert torch.equal(connection.kernel, row[connection.source.index])
     x = model.input.example(2)
     before = model.logits(x)
-    with circuits.edited(model, [circuits.zero(site.unit(3))]):
+    with circuits.edited(model, [circuits.edits.zero(site.unit(3))]):
         assert not torch.equal(model.logits(x), before)
     assert torch.equal(model.logits(x), before)

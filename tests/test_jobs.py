@@ -19,6 +19,7 @@ import pytest
 import circuits.jobs
 from circuits.cli import output
 from circuits.cli.main import run
+from circuits.environment import PROGRESS
 from circuits.jobs import Job, cancel, job, jobs, log_of, remove, start
 from circuits.workspace import Workspace
 
@@ -304,7 +305,7 @@ def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monk
 
 
 def test_progress_is_noted_now_and_then_and_at_the_end(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv(circuits.jobs.PROGRESS, str(tmp_path / "progress"))
+    monkeypatch.setenv(PROGRESS, str(tmp_path / "progress"))
     written = []
     real = output.write_json
     monkeypatch.setattr(
@@ -325,7 +326,7 @@ def test_progress_is_noted_now_and_then_and_at_the_end(tmp_path: Path, monkeypat
     assert [w["done"] for w in written] == [0, 7]
     told = json.loads((tmp_path / "progress").read_text())
     assert told == {"what": "count", "done": 7, "total": 9}
-    monkeypatch.setenv(circuits.jobs.PROGRESS, "/proc/nowhere/progress")
+    monkeypatch.setenv(PROGRESS, "/proc/nowhere/progress")
     with output.progress_bar("count", quiet=True) as move:
         move(1, 2)  # no reason to stop
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from circuits.edits.attention import KnockOut, knock_out
 from circuits.edits.recipes import Recipe, commute, edited, recipe_schema
 from circuits.edits.records import parse_edit, read_edit, twin_of
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.transformers import huggingface_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.transformers import huggingface_bridge
 from circuits.units import Unit
 
 PATTERN = "blocks.1.attn.hook_pattern"

@@ -22,8 +22,8 @@ from circuits.edits.auditing import verify
 from circuits.edits.ledger import Ledger
 from circuits.edits.originals import original_bytes, tensor_hash, with_original
 from circuits.edits.recipes import Recipe, edited
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from tests.random_edits import RandomEdits
 
 ROOT = Path(__file__).parents[1]
@@ -350,7 +350,7 @@ import os, sys
 from pathlib import Path
 from circuits.database import Database
 from circuits.edits.ledger import Ledger
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from tests.random_edits import RandomEdits
 
 model = load_model("induction")

@@ -12,10 +12,10 @@ from torch import Tensor
 from circuits.attribution import direct_logit_attribution
 from circuits.localization import lens_tokens, logit_lens
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.transformers import native_bridge
 from circuits.tasks import Item, Task, UnitActivation, compile_task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.targets import parse_target

@@ -13,8 +13,8 @@ from circuits.localization import (
     logit_lens,
     score_heads,
 )
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 
 

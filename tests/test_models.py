@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from circuits.cleanroom import induction
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import BUILTIN, MODELS, load_model
-from circuits.models.receptive import receptive_field
-from circuits.models.training import induction as induction_training
-from circuits.models.training import shapes as shapes_training
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.receptive import receptive_field
+from circuits.models.zoo.loading import BUILTIN, MODELS, load_model
+from circuits.models.zoo.training import induction as induction_training
+from circuits.models.zoo.training import shapes as shapes_training
 from circuits.stimuli.repeats import draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
 from tests.conftest import OwnNet, seeded

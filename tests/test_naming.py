@@ -11,18 +11,18 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata
 from torch import Tensor
 
-from circuits.database import Database
-from circuits.experiments.statistics import corrected
-from circuits.sae import (
-    call,
+from circuits.concepts import (
     dissect,
     name_by_attributes,
     name_by_text,
+    name_unit,
     names_of,
     probe,
     save_names,
 )
-from circuits.sae.naming import auroc_table, rank_test
+from circuits.concepts.naming import auroc_table, rank_test
+from circuits.database import Database
+from circuits.experiments.statistics import corrected
 from circuits.units import Unit
 
 
@@ -140,7 +140,7 @@ def test_names_are_kept_with_their_history(tmp_path: Path) -> None:
     database = Database(tmp_path / "w.db")
     found = name_by_attributes("s", *planted())
     save_names(database, "0" * 64, found.holding)
-    call(database, "0" * 64, Unit("s", 0), "dog faces", note="looked at twenty", author="ada")
+    name_unit(database, "0" * 64, Unit("s", 0), "dog faces", note="looked at twenty", author="ada")
     names = names_of(database, "0" * 64)
     assert {n: (r.body["text"], r.author) for n, r in names.items()} == {
         "s:0": ("dog faces", "ada"), "s:1": ("red", "attributes")
@@ -149,7 +149,7 @@ def test_names_are_kept_with_their_history(tmp_path: Path) -> None:
     assert [r.body["text"] for r in history] == ["dog", "dog faces"]
     assert history[0].body["score"] > 0.9
     with pytest.raises(ValueError, match="must have 1 to 200 characters"):
-        call(database, "0" * 64, Unit("s", 0), " ")
+        name_unit(database, "0" * 64, Unit("s", 0), " ")
 
 
 @pytest.mark.parametrize(

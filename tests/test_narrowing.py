@@ -11,8 +11,8 @@ from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.experiments import Variant, run
 from circuits.experiments.narrowing import Narrowing
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import METRICS, Item, Task, UnitActivation, as_metric, compile_task
 from circuits.tasks.reading import Places
 

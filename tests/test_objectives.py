@@ -11,8 +11,8 @@ from circuits.featurevis.embeddings import dream
 from circuits.featurevis.objectives import Objective
 from circuits.featurevis.optimizing import respond
 from circuits.featurevis.render import visualize
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.units import Direction, Unit
 from tests.conftest import OwnNet, seeded
 

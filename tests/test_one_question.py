@@ -10,11 +10,11 @@ from circuits.attribution import attribute
 from circuits.autoencoders import Autoencoder
 from circuits.autoencoders.autoencoder import About
 from circuits.edits.activations import zero
-from circuits.edits.making import means
+from circuits.edits.estimation import means
 from circuits.effects import measure
 from circuits.examples import Examples
 from circuits.experiments.ablation import AblationReport, ablate
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.sae import behaviour
 from circuits.tasks import Question, Task, UnitActivation, of_examples
 

@@ -16,11 +16,11 @@ from circuits.edits.activations import Scale, changes, scale, zero
 from circuits.edits.recipes import edited
 from circuits.examples import Examples
 from circuits.experiments import Variant, run
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
-from circuits.models.padding import grouped, padded, unpadded
-from circuits.models.transformers import native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.padding import grouped, padded, unpadded
+from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.transformers import native_bridge
 from circuits.tasks import Question, Task, as_metric
 from circuits.tasks.metrics import cross_entropy
 from circuits.tasks.task import of_examples

@@ -18,9 +18,9 @@ from circuits.experiments import run
 from circuits.localization import keep_only, patch_grid, sufficiency
 from circuits.localization.cells import keys_of
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
-from circuits.models.selecting import select_sites
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.selecting import select_sites
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import Item, Task, UnitActivation, compile_task, of_examples
 from circuits.tasks.builtin import load_task
 

@@ -15,12 +15,12 @@ from circuits.cleanroom import addition, induction
 from circuits.examples import Examples
 from circuits.experiments.patching import patch_paths, path_changes, record_senders
 from circuits.localization import head_effects, path_grid
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.loading import load_model
-from circuits.models.paths import paths, receivers, senders, stream_of
-from circuits.models.residual import Sender, Stream
-from circuits.models.transformers import huggingface_bridge, native_bridge
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.paths.residual import Sender, Stream
+from circuits.models.paths.routes import paths, receivers, senders, stream_of
+from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.transformers import huggingface_bridge, native_bridge
 from circuits.stimuli.repeats import draw_repeats
 from circuits.tasks import Item, Question, Task, as_metric, compile_task
 from circuits.tasks.builtin import load_task

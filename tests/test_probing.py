@@ -15,7 +15,7 @@ from circuits.localization import contrastive_directions, linear_probes, steerin
 from circuits.localization.cells import column_of
 from circuits.localization.classifiers import along, fit
 from circuits.localization.features import features_of
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import Item, Task, compile_task, of_examples
 
 SITE = "blocks.1.hook_resid_pre"

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.examples import Examples
-from circuits.featurevis.reliability import NaturalResponses, natural_responses, reliability
+from circuits.featurevis.badges import NaturalResponses, natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import InceptionNet
-from circuits.models.loading import load_model
-from circuits.models.randomizing import randomized
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.randomizing import randomized
+from circuits.models.zoo.inception import InceptionNet
+from circuits.models.zoo.loading import load_model
 
 SETTINGS = Settings(steps=48)
 
@@ -63,7 +63,7 @@ def test_an_examples_own_image_takes_the_natural_way(
     shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
     """The measure itself: a unit's second best example scores near 1, a blank image far below."""
-    from circuits.featurevis.reliability import _measured
+    from circuits.featurevis.badges import _measured
 
     spec = shapes.input
     best, blank = [], []

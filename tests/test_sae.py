@@ -16,32 +16,27 @@ import pytest
 import torch
 
 from circuits.autoencoders import Autoencoder, load_autoencoder
+from circuits.concepts import Intervention, as_recipe, intervene, pooled, suspects, train_bottleneck
 from circuits.examples import Examples
 from circuits.harvesting import harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.attaching import check_name
-from circuits.models.loading import load_model
+from circuits.models.adapter.attaching import check_name
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.sae import (
     ArrayRows,
     Hyperparameters,
-    Intervention,
     ModelRows,
     RowFilter,
     Schedule,
     StoreRows,
     TrainingProgress,
-    as_recipe,
     behaviour,
-    intervene,
     known_dictionary,
     match,
-    pooled,
     reconstruction,
     recovery,
     stability,
-    suspects,
     train,
-    train_bottleneck,
 )
 from circuits.sae.batches import Batches, geometric_median
 from circuits.sae.learners import Learner, _Above

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from circuits.attribution import (
-    Attribution,
-    Passes,
+from circuits.attribution import Attribution, Passes
+from circuits.examples import Examples
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.randomizing import layers_in_order, randomized
+from circuits.models.zoo.loading import load_model
+from circuits.saliency import (
     agreement,
     card,
     infidelity,
@@ -18,15 +21,11 @@ from circuits.attribution import (
     label_test,
     randomization_test,
     road,
-    saliency,
+    saliency_map,
     sensitivity_n,
 )
-from circuits.attribution.faithfulness import imputed, order_of
-from circuits.attribution.sanity import ssim
-from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
-from circuits.models.randomizing import layers_in_order, randomized
+from circuits.saliency.faithfulness import imputed, order_of
+from circuits.saliency.sanity import ssim
 from circuits.tasks.targets import Target
 
 
@@ -59,18 +58,20 @@ def test_what_ignores_the_model_fails_and_what_follows_it_passes(
 
     def edges(some: HookedModel, images: Tensor) -> Attribution:
         """Looks like an explanation and has nothing to do with the model."""
-        made = saliency(model, images, target, "gradient")
+        made = saliency_map(model, images, target, "gradient")
         return replace(made, values=images - images.roll(1, 3))
 
     deaf = randomization_test(model, x, edges, stages=4)
     assert deaf.kept == pytest.approx(1)
     assert deaf.passes is False
-    plain = randomization_test(model, x, lambda m, i: saliency(m, i, target, "gradient"), stages=4)
+    plain = randomization_test(
+        model, x, lambda m, i: saliency_map(m, i, target, "gradient"), stages=4
+    )
     assert plain.passes is True
     assert plain.stages[-1].lowest == layers_in_order(model)[0]
     assert plain.stages[-1].layers == len(layers_in_order(model))
     each = randomization_test(
-        model, x, lambda m, i: saliency(m, i, target, "gradient"), "independent", stages=4
+        model, x, lambda m, i: saliency_map(m, i, target, "gradient"), "independent", stages=4
     )
     assert each.passes is None
     assert sum(s.layers for s in each.stages) == len(layers_in_order(model))
@@ -98,7 +99,9 @@ def test_training_on_shuffled_labels() -> None:
     x = torch.rand(12, 1, 12, 12)
     labels = [int(image[0, :6].mean() > image[0, 6:].mean()) for image in x]
     target = Target(model.sites[-1].name, tuple(labels))
-    found = label_test(model, x, labels, lambda m, i: saliency(m, i, target, "gradient"), steps=80)
+    found = label_test(
+        model, x, labels, lambda m, i: saliency_map(m, i, target, "gradient"), steps=80
+    )
     assert found.accuracy > 0.9
     assert found.accuracy_shuffled > 0.9
     assert found.kept < 0.5
@@ -168,7 +171,7 @@ def test_imputed_pixels_solve_their_system() -> None:
 def test_road_tells_a_map_from_its_reverse(shapes: tuple[HookedModel, Tensor, Target]) -> None:
     model, x, target = shapes
     passes = Passes(model, x, replace(target, quantity="probability"))
-    heat = saliency(model, x, target, "occlusion", window=12, stride=6).heat()
+    heat = saliency_map(model, x, target, "occlusion", window=12, stride=6).heat()
     good, bad = road(passes, heat), road(passes, -heat)
     assert good.score > 0.05
     assert good.score > bad.score
@@ -206,6 +209,6 @@ def test_googlenet_reproduces_the_literature(assets: Path) -> None:
         ("gradient", True), ("grad_cam", True), ("guided_backprop", False), ("guided_grad_cam", False),
     ):  # fmt: skip
         found = randomization_test(
-            model, x, lambda m, i, method=method: saliency(m, i, target, method), stages=4
+            model, x, lambda m, i, method=method: saliency_map(m, i, target, method), stages=4
         )
         assert found.passes is expected, (method, found.kept)

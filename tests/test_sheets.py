@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from circuits.featurevis.sheets import Sheet, find_sheets, render_sheet, sheet_name
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 
 
 def tiles(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from circuits.harvesting import harvest
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, spectrum
 from circuits.units import Unit

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from circuits.harvesting import harvest, kernels
 from circuits.harvesting.observing import Observer, laid_out
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, Provenance, Summary, fit_tail

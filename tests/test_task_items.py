@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from circuits.models.inputs import TokenInput
-from circuits.models.loading import load_model
-from circuits.models.tokenizing import by_words
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.tokenizing import by_words
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.drawing import curves
 from circuits.stimuli.repeats import BOS, draw_repeats
 from circuits.stimuli.shapes import CLASSES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.experiments.ablation import _another, ablate
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.halves import halves
 from circuits.tasks.reading import Places, Reading

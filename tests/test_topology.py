@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.weights import incoming, outgoing, raw_weights
 from tests.conftest import seeded

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from circuits.examples import as_examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.transplant import Tuned, grafted, match_and_fit, match_angles, measure_transplant
 from circuits.transplant.grafts import _fit, _moved, apart, shuffled, with_random_weights
 

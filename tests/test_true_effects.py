@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from circuits.experiments.ablation import ablate
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 
 

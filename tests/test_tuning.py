@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
-from circuits.models.randomizing import randomized
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.randomizing import randomized
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.patterns import arcs
 from circuits.tuning import (
     find_curve_units,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from circuits.cleanroom.network import FAMILIES
 from circuits.harvesting import harvest
-from circuits.models.adapter import HookedModel
-from circuits.models.inception import Concatenate
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.inception import Concatenate
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, Provenance, Summary
 from circuits.store.provenance import Depth

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from circuits.models.adapter import HookedModel
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
 from circuits.weights import Connection, incoming, outgoing
 from circuits.weights.heads import direct_logits, neuron_directions, ov_circuit, qk_circuit

@@ -1,4 +1,4 @@
-"""A circuit on a canvas: Cytoscape.js as a component of the page (layer 7)."""
+"""A circuit on a canvas: Cytoscape.js as a component of the page."""
 
 from __future__ import annotations
 

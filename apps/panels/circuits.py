@@ -1,4 +1,4 @@
-"""What is selected on the canvas, and keeping a circuit (layer 7)."""
+"""What is selected on the canvas, and keeping a circuit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import streamlit as st
 
 from apps import cached, drawing
-from apps.choosing import TROUBLE, line, link, named, plain, rerun_part
+from apps.address import TROUBLE, line, link, named, plain, rerun_part
 from apps.drawing import Drawing
 from circuits.figures import circuit_figure
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, circuit_diff
 from circuits.graph.circuit import Node
 from circuits.graph.formats import circuit_text
 from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
-from circuits.models.adapter import HookedModel
-from circuits.models.topology import INPUT
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import INPUT
 from circuits.plots import matrix_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord

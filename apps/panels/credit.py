@@ -1,4 +1,4 @@
-"""Which units and which pixels are responsible for what a model says (layer 7)."""
+"""Which units and which pixels are responsible for what a model says."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, link, named, part
+from apps.address import TROUBLE, line, link, named, part
 from apps.inputs import picture_of
 from circuits.attribution.channels import ChannelMethod
-from circuits.attribution.saliency import METHODS
-from circuits.attribution.saliency import Method as PixelMethod
 from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.saliency.maps import METHODS
+from circuits.saliency.maps import Method as PixelMethod
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 

@@ -1,4 +1,4 @@
-"""A classifier on latents: why it decides as it does, and what switching latents changes (layer 7)."""
+"""A classifier on latents: why it decides as it does, and what switching latents changes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 import pandas as pd
 import streamlit as st
 
-from apps import cached, editing, keeping
+from apps import cached, editing, tab_storage
+from apps.address import TROUBLE, line, link, part, python
 from apps.cached import Decisions
-from apps.choosing import TROUBLE, line, link, part, python
+from circuits.concepts import Intervention, as_recipe
+from circuits.concepts.bottleneck import Explanation
 from circuits.database import Record
-from circuits.sae import Intervention, as_recipe
-from circuits.sae.bottleneck import Explanation
 from circuits.stimuli.images import ImageSource
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
@@ -128,14 +128,14 @@ def _keep(record: ModelRecord, done: list[Intervention]) -> None:
         edits = as_recipe(model, done).edits
         if st.button("Put in force as edits of the model", key="decide-edit"):
             editing.keep(record.hash, editing.stack(record.hash).changed(edits))
-            keeping.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
+            tab_storage.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
         if editing.stack(record.hash).text == editing.Stack(edits).text:
             st.success("In force in your session.")
         link("edits", "See the edits", model=cached.label_of(record))
         python(
             f"""
 import circuits
-from circuits.sae import Intervention, as_recipe
+from circuits.concepts import Intervention, as_recipe
 
 model = circuits.load_model({record.spec!r})
 done = {done!r}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.choosing import link, part, python
+from apps.address import link, part, python
 from apps.inputs import show_input
-from apps.looking import Look
 from apps.panels.reports import choose_task, show_report
+from apps.subject import Look
 from circuits.edits.activations import zero
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples

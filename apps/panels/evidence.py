@@ -1,4 +1,4 @@
-"""What a case has measured (layer 7)."""
+"""What a case has measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import link
+from apps.address import link
 
 CASE = "curve-detector"
 

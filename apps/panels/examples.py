@@ -1,4 +1,4 @@
-"""The examples on a unit's page: the strongest, and a sample of the whole range (layer 7)."""
+"""The examples on a unit's page: the strongest, and a sample of the whole range."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import streamlit as st
 from PIL import Image, ImageDraw
 
 from apps import cached
-from apps.choosing import part
+from apps.address import part
 from apps.inputs import picture_of
-from apps.looking import Look
 from apps.panels.pictures import pictures_of
 from apps.panels.tokens import texts_panel
+from apps.subject import Look
 from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
-from circuits.models.inputs import ImageInput, TokenInput
-from circuits.models.receptive import Box, ReceptiveField
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.paths.receptive import Box, ReceptiveField
 from circuits.store import ActivationStore, Example
 
 SHOWN, TENTHS, SAMPLED = 9, 10, 3

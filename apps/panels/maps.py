@@ -1,4 +1,4 @@
-"""A site's units in two dimensions (layer 7)."""
+"""A site's units in two dimensions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
+from apps.address import line, python
 from apps.canvas import canvas
-from apps.choosing import line, python
 from circuits.graph import CircuitGraph
 from circuits.graph.circuit import Node
 from circuits.graph.layout import PLACE
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store import ActivationStore
 from circuits.unit_maps import Method
 from circuits.units import Site, Unit

@@ -1,13 +1,13 @@
-"""What a unit is called, why, and by whom (layer 7)."""
+"""What a unit is called, why, and by whom."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import line, plain
+from apps.address import line, plain
+from circuits.concepts import history, name_unit, names_of
 from circuits.database import Record
-from circuits.sae import call, history, names_of
 from circuits.units import Unit
 
 
@@ -25,7 +25,7 @@ def names_panel(unit: Unit, model_hash: str) -> None:
         why = st.text_input("Why", max_chars=1000)
         if st.form_submit_button("Keep"):
             try:
-                call(cached.workspace().writable().database, model_hash, unit, name, why)
+                name_unit(cached.workspace().writable().database, model_hash, unit, name, why)
             except (ValueError, OSError) as error:
                 st.error(line(error))
             else:

@@ -1,4 +1,4 @@
-"""A unit's pictures: what excites it most and least, other ways, and how far to trust them (layer 7)."""
+"""A unit's pictures: what excites it most and least, other ways, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import streamlit as st
 from PIL import Image
 
 from apps import cached
-from apps.choosing import line
+from apps.address import line
 from circuits.examples import Examples
+from circuits.featurevis.badges import natural_responses, reliability
 from circuits.featurevis.pictures import Picture, read_facts
-from circuits.featurevis.reliability import natural_responses, reliability
 from circuits.featurevis.render import Settings, visualize_units
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.units import Unit
 
 STEPS, WIDTH, DIVERSE, COMPARED = 128, 260, 4, 100

@@ -1,4 +1,4 @@
-"""Making edits, and keeping them (layer 7)."""
+"""Making edits, and keeping them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import streamlit as st
 
 from apps import cached, editing
-from apps.choosing import TROUBLE, line
+from apps.address import TROUBLE, line
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import OPERATORS, read_edit
 from circuits.families import saved_families
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit, Units
 from circuits.workspace import ModelRecord
 

@@ -1,12 +1,12 @@
-"""What a unit belongs to: families, circuits (layer 7)."""
+"""What a unit belongs to: families, circuits."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import link, named, plain
-from apps.looking import Look
+from apps.address import link, named, plain
+from apps.subject import Look
 from circuits.families import saved_families
 from circuits.graph.saved import circuits_with
 from circuits.units import Unit

@@ -6,10 +6,10 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, part
+from apps.address import TROUBLE, line, part
 from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.plots import effects_chart
 from circuits.tasks import Task
 from circuits.tasks.builtin import STATED

@@ -1,11 +1,11 @@
-"""How active a unit is over a dataset (layer 7)."""
+"""How active a unit is over a dataset."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from apps.choosing import python
-from apps.looking import Look
+from apps.address import python
+from apps.subject import Look
 from circuits.plots import histogram_html
 from circuits.store import ActivationStore
 

@@ -1,4 +1,4 @@
-"""Transformer units: tokens coloured by activation, attention patterns, what they add to logits (layer 7)."""
+"""Transformer units: tokens coloured by activation, attention patterns, what they add to logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from apps import cached
-from apps.choosing import part
-from apps.looking import Look
+from apps.address import part
+from apps.subject import Look
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.inputs import TokenInput
 from circuits.plots import pattern_chart
 from circuits.store import Example
 from circuits.weights import direct_logits, ov_circuit

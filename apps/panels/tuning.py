@@ -1,14 +1,14 @@
-"""What a unit answers to when a curve is turned and bent (layer 7)."""
+"""What a unit answers to when a curve is turned and bent."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, part, python
-from apps.looking import Look
+from apps.address import TROUBLE, line, part, python
+from apps.subject import Look
 from circuits.edits.recipes import Recipe
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.inputs import ImageInput
 from circuits.plots import heat_map_chart, tuning_chart
 
 

@@ -1,13 +1,13 @@
-"""The strongest weights into a unit and out of it (layer 7)."""
+"""The strongest weights into a unit and out of it."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import go_to, link, named, python
-from apps.looking import Look
-from circuits.models.topology import INPUT
+from apps.address import go_to, link, named, python
+from apps.subject import Look
+from circuits.models.adapter.topology import INPUT
 from circuits.plots import kernels_html
 from circuits.units import Unit
 from circuits.weights import Connection
@@ -40,9 +40,9 @@ def weights_panel(look: Look) -> None:
 import circuits
 
 model = circuits.load_model({look.record.spec!r})
-for c in circuits.incoming(model, {str(look.unit)!r}, top={TOP}):
+for c in circuits.weights.incoming(model, {str(look.unit)!r}, top={TOP}):
     print(c.source, c.norm, c.typical, c.kernel)
-for c in circuits.outgoing(model, {str(look.unit)!r}, top={TOP}):
+for c in circuits.weights.outgoing(model, {str(look.unit)!r}, top={TOP}):
     print(c.target, c.norm, c.typical, c.kernel)
 """)
 

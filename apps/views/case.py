@@ -1,4 +1,4 @@
-"""The curve detector, live: turn the stimulus and watch its layers; and the case's evidence (layer 7)."""
+"""The curve detector, live: turn the stimulus and watch its layers; and the case's evidence."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import streamlit as st
 import torch
 
 from apps import cached, editing
-from apps.choosing import TROUBLE, line, link, part, python
+from apps.address import TROUBLE, line, link, part, python
 from apps.panels.evidence import evidence_panel
 from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.plots import layers_chart
 from circuits.stimuli.images import to_image
 from circuits.stimuli.patterns import arcs

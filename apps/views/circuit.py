@@ -1,4 +1,4 @@
-"""A circuit on the canvas: grown, cut, collapsed, saved, compared (layer 7)."""
+"""A circuit on the canvas: grown, cut, collapsed, saved, compared."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import streamlit as st
 
-from apps import cached, drawing, keeping
+from apps import cached, drawing, tab_storage
+from apps.address import TROUBLE, choose_model, line, name_of, part, python
 from apps.canvas import canvas
-from apps.choosing import TROUBLE, choose_model, line, name_of, part, python
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, selection_panel, tools_panel
 from circuits.families import saved_families
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.circuit import Node, site_of
 from circuits.graph.saved import circuit_history, load_circuit
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -77,7 +77,7 @@ def _first(store: GraphStore, model: HookedModel) -> Unit:
 def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     now = drawing.drawing(record.hash)
     assert now is not None, "begun by the page"
-    keeping.keep({drawing.slot(record.hash): now.text}, "keeper-drawing")
+    tab_storage.keep({drawing.slot(record.hash): now.text}, "keeper-drawing")
     tools_panel(record, model, store, now)
     shown = _shown(record, now.graph)
     if not len(shown):
@@ -111,14 +111,14 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     start = now.graph.graph.get("made", {}).get("neighbourhood")
     made = f"GraphStore(folder).neighbourhood({start!r}, hops=1, top={TOP})"
     if now.past or now.version:  # changed by hand: as exported above
-        made = 'circuits.read_circuit("circuit.json")'
+        made = 'circuits.graph.read_circuit("circuit.json")'
     python(f"""
 import circuits
 from circuits.graph import GraphStore
 
 model = circuits.load_model({record.spec!r})
 folder = circuits.Workspace.default().model_folder(model.hash)
-circuits.build_graph(model, folder)  # once
+circuits.weights.build_graph(model, folder)  # once
 graph = {made}
 print(len(graph), graph.number_of_edges())
 """)

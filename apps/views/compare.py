@@ -1,14 +1,14 @@
-"""Two units side by side, of one model or of two (layer 7)."""
+"""Two units side by side, of one model or of two."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, choose, choose_model, line, link, named
+from apps.address import TROUBLE, choose, choose_model, line, link, named
 from apps.inputs import picture_of
 from circuits.edits.recipes import Recipe
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.inputs import ImageInput
 from circuits.plots import histogram_html, tuning_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord

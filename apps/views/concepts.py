@@ -1,4 +1,4 @@
-"""The autoencoders of a workspace: how good they are, and what their latents are called (layer 7)."""
+"""The autoencoders of a workspace: how good they are, and what their latents are called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import choose, line, link
+from apps.address import choose, line, link
 from apps.panels.decisions import decisions_panel
 from circuits.autoencoders import Autoencoder
+from circuits.concepts import names_of
 from circuits.database import Record
-from circuits.sae import load_evaluation, names_of
+from circuits.sae import load_evaluation
 
 LISTED = 200  # latents in the list, at most
 

@@ -1,18 +1,18 @@
-"""Edits: made, undone, and what they do beside random ones (layer 7)."""
+"""Edits: made, undone, and what they do beside random ones."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached, editing
-from apps.choosing import TROUBLE, choose_model, line, part, python
+from apps.address import TROUBLE, choose_model, line, part, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.plots import losses_chart, predictions_chart, tuning_chart
 from circuits.workspace import ModelRecord
 

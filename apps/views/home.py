@@ -1,4 +1,4 @@
-"""Where a person begins: the workspace, its models, and a short way through (layer 7)."""
+"""Where a person begins: the workspace, its models, and a short way through."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, link, plain
+from apps.address import TROUBLE, line, link, plain
+from circuits.concepts import names_of
 from circuits.database import Database
 from circuits.families import saved_families
 from circuits.graph.saved import saved_circuits
 from circuits.harvesting import unusable_stores
-from circuits.models.loading import MODELS
-from circuits.sae import names_of
+from circuits.models.zoo.loading import MODELS
 from circuits.workspace import ModelRecord
 
 CURVE = ("curve", 30)

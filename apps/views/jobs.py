@@ -1,4 +1,4 @@
-"""Work in the background: started, watched, cancelled; it goes on without the page (layer 7)."""
+"""Work in the background: started, watched, cancelled; it goes on without the page."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import streamlit as st
 
 from apps import cached
-from apps.choosing import TROUBLE, line, rerun_part
+from apps.address import TROUBLE, line, rerun_part
 from circuits import jobs
+from circuits.environment import TRUST_PYTHON
 from circuits.jobs import Job
-from circuits.models.inputs import ImageInput
-from circuits.workspace import TRUST_PYTHON
+from circuits.models.adapter.inputs import ImageInput
 
 STATES = {
     "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",

@@ -1,4 +1,4 @@
-"""All units of a site: as a sheet, as a table, as a map (layer 7)."""
+"""All units of a site: as a sheet, as a table, as a map."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
+from apps.address import choose, choose_model, choose_site, link, open_page
 from apps.canvas import Tile, sheet
-from apps.choosing import choose, choose_model, choose_site, link, open_page
 from apps.panels.maps import map_panel
+from circuits.concepts import names_of
 from circuits.families import saved_families
-from circuits.models.adapter import HookedModel
-from circuits.sae import names_of
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord

@@ -1,13 +1,12 @@
-"""A unit, and what is known of it (layer 7)."""
+"""A unit, and what is known of it."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from apps import cached
-from apps.choosing import choose_model, choose_unit, go_to, link, named
+from apps.address import choose_model, choose_unit, go_to, link, named
 from apps.keys import keys
-from apps.looking import Look, look_at
 from apps.panels.effects import ablation_panel
 from apps.panels.examples import examples_panel, range_panel
 from apps.panels.names import names_panel
@@ -17,8 +16,9 @@ from apps.panels.statistics import statistics_panel
 from apps.panels.tokens import logits_panel, pattern_panel
 from apps.panels.tuning import tuning_panel
 from apps.panels.weights import weights_panel
-from circuits.models.adapter import HookedModel
-from circuits.sae import names_of
+from apps.subject import Look, look_at
+from circuits.concepts import names_of
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 

@@ -1,4 +1,4 @@
-"""A person's own picture or text: what fires, and why the model says what it says (layer 7)."""
+"""A person's own picture or text: what fires, and why the model says what it says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 import streamlit as st
 
 from apps import cached
-from apps.choosing import choose_model, choose_site, link, named, python
+from apps.address import choose_model, choose_site, link, named, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.credit import credit_panel
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.plots import map_chart, predictions_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord

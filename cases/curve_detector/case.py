@@ -21,7 +21,7 @@ from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import provenance
 from circuits.figures import save_figure
 from circuits.files import write_json
-from circuits.models.loading import load_model
+from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
 NAME = "curve-detector"

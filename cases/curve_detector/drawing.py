@@ -12,8 +12,8 @@ from torch import Tensor
 
 from circuits.attribution.results import Attribution
 from circuits.figures.tunings import overlaid
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.transplant import TransplantReport
 from circuits.tuning.radial import RadialTuning
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from cases.curve_detector import drawing
 from cases.curve_detector.stage import Options, Stage
-from circuits.attribution import saliency
 from circuits.cleanroom.network import FAMILIES, RADII, UNIT_NAMES
 from circuits.featurevis.render import visualize_units
 from circuits.figures import heat_map_figure
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
-from circuits.models.loading import load_model
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.loading import load_model
+from circuits.saliency import saliency_map
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.tuning import heat_map, radial_tuning
@@ -234,7 +234,7 @@ def photographs(model: HookedModel, options: Options) -> Stage:
             "strongest": own.values[0],
             "strongest_shuffled": other.values[0],
         }
-        credit = saliency(
+        credit = saliency_map(
             model,
             own.images[:3],
             f"curve:{unit}",

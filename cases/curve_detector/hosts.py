@@ -15,8 +15,8 @@ from cases.curve_detector import drawing
 from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import FAMILIES
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.shapes import CLASSES, draw_shapes
 from circuits.stimuli.sources import Source, open_source

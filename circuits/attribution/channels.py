@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from circuits.attribution.integrating import integrate
+from circuits.attribution.lrp import relevance
 from circuits.attribution.passes import (
     Passes,
     Size,
@@ -25,13 +26,12 @@ from circuits.attribution.passes import (
     sized,
 )
 from circuits.attribution.propagation import RelevanceRule
-from circuits.attribution.relevance import relevance
 from circuits.attribution.results import AblationCheck, Attribution
 from circuits.examples import Examples, as_examples
 from circuits.experiments.running import run
 from circuits.experiments.variants import Variant
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 from circuits.tasks.metrics import UnitActivation
 from circuits.tasks.targets import Target, as_target, check_indices

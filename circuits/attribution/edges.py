@@ -1,4 +1,4 @@
-"""Attributions as edges of the graph store (layer 4)."""
+"""Attributions as edges of the graph store."""
 
 from __future__ import annotations
 

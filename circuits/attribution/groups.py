@@ -1,4 +1,4 @@
-"""A site's channels in a few groups, and what each group does for a target (layer 4).
+"""A site's channels in a few groups, and what each group does for a target.
 
 Olah et al. 2018, "The Building Blocks of Interpretability": non-negative factors of the activations on the
 examples at hand, each a direction in the channels with a map of where it is, and its effect on the target.

@@ -1,4 +1,4 @@
-"""Integrated gradients: the gradient averaged on the way from a baseline, times the way (layer 4).
+"""Integrated gradients: the gradient averaged on the way from a baseline, times the way.
 
 Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", equation 1; the integral by the
 Gauss-Legendre rule, as captum has it.

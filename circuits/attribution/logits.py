@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each part of a transformer adds to a logit by itself (layer 4).
+"""Direct logit attribution: what each part of a transformer adds to a logit by itself.
 
 Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; nostalgebraist 2020. The residual stream
 is a sum, the last normalisation is held fixed, and the unembedding is linear: so is the logit in the parts.
@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter import HookedModel
-from circuits.models.composition import held_normalisation
-from circuits.models.sites import is_bridge
+from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import is_bridge
 from circuits.tasks.targets import Aim, Target, as_target, output_site
 from circuits.units import Unit
 

@@ -1,4 +1,4 @@
-"""Many changed versions of a few examples through a model, a bounded number at a time (layer 4).
+"""Many changed versions of a few examples through a model, a bounded number at a time.
 
 Captum and others run the whole network for every step; here a pass begins at the site whose tensor is
 changed, where everything behind it depends on that tensor alone (which is tried, not assumed).
@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
-from circuits.models.restarting import Start, start_at
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.paths.restarting import Start, start_at
 from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, Unit
 

@@ -1,4 +1,4 @@
-"""Relevance as gradient x activation of a network whose operations are replaced by linear ones (layer 4).
+"""Relevance as gradient x activation of a network whose operations are replaced by linear ones.
 
 Layer-wise relevance propagation (Bach et al. 2015; Montavon et al. 2019, chapter 10 of Explainable AI) is
 usually written as a rule for each layer. Each rule is also a gradient: relevance of an operation's input is
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from circuits.models.normalisation import local_response_norm
+from circuits.models.adapter.normalisation import local_response_norm
 
 RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 """`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""

@@ -1,4 +1,4 @@
-"""What an attribution is, and how it is kept (layer 4)."""
+"""What an attribution is, and how it is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from circuits.files import replacing, write_json
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.inputs import ImageInput
 from circuits.units import Site
 
 Heat = Literal["absolute", "signed", "positive"]

@@ -1,4 +1,4 @@
-"""Sparse autoencoders as modules and as files (layer 2)."""
+"""Sparse autoencoders as modules and as files."""
 
 from circuits.autoencoders.autoencoder import About, Activation, Autoencoder
 from circuits.autoencoders.files import FILE, load_autoencoder, save_autoencoder

@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders as they are used: encode, decode (layer 2).
+"""Sparse autoencoders and transcoders as they are used: encode, decode.
 
 Whatever an autoencoder was trained as, it is used in one form: a linear map, a nonlinearity that leaves few
 latents active, a linear map back. What training needs besides (centring, scaling, gates) is folded into it.

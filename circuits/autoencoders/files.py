@@ -1,4 +1,4 @@
-"""Autoencoders on disk: one safetensors file, what is known about it in its header (layer 2)."""
+"""Autoencoders on disk: one safetensors file, what is known about it in its header."""
 
 from __future__ import annotations
 

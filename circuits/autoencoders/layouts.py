@@ -1,4 +1,4 @@
-"""Autoencoders of other tools: the folders that SAELens, dictionary_learning and sparsify write and read (layer 2).
+"""Autoencoders of other tools: the folders that SAELens, dictionary_learning and sparsify write and read.
 
 File formats only: none of their packages is imported. Read are SAELens 5 and 6, dictionary_learning 0.1 and
 sparsify 1; what is written, those load. Whatever an autoencoder of theirs does beside a linear map, a

@@ -1,4 +1,4 @@
-"""Sparse codes and their products: work is done only where a code is not zero (layer 2).
+"""Sparse codes and their products: work is done only where a code is not zero.
 
 Of a step of a TopK autoencoder four of five matrix products touch k of n latents a row. Here they are sparse
 products (compressed rows), with exact gradients; only the encoder's product is dense.

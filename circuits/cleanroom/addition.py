@@ -1,4 +1,4 @@
-"""Addition mod p written by hand, with five frequencies: known truth for circuit discovery (layer 2).
+"""Addition mod p written by hand, with five frequencies: known truth for circuit discovery.
 
 The algorithm that Nanda et al. 2023 ("Progress measures for grokking via mechanistic interpretability") found in a
 trained network, in the form that needs one head. Sequences are `a b =`; the answer is read at `=`. A token t is

@@ -1,4 +1,4 @@
-"""Families: what hand-written units look for, and the same turned, mirrored, scaled or recoloured (layer 2)."""
+"""Families: what hand-written units look for, and the same turned, mirrored, scaled or recoloured."""
 
 from __future__ import annotations
 

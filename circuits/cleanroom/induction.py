@@ -1,4 +1,4 @@
-"""Induction heads written by hand: the known truth for circuit discovery (layer 2).
+"""Induction heads written by hand: the known truth for circuit discovery.
 
 The residual stream is five spaces side by side: the token here (one-hot), the position (one-hot), the token
 before, the token that will come, and one that nothing reads. Layer 0's first head looks one position back and

@@ -1,4 +1,4 @@
-"""The clean-room network: five layers of units written by hand, and a sixth made of them (layer 2).
+"""The clean-room network: five layers of units written by hand, and a sixth made of them.
 
 Cammarata et al. 2021, "Curve Circuits" (Distill), describe such a network; theirs is not published. Gabor
 filters -> complex Gabors (any phase) -> lines -> early curves and lines -> curves -> circles and S-shapes.

@@ -1,4 +1,4 @@
-"""Paths: what a unit looks for, as points in a row and how they are bent there (layer 2).
+"""Paths: what a unit looks for, as points in a row and how they are bent there.
 
 Offsets are in pixels of the input, x to the right and y down; angles in degrees, counter-clockwise as seen. A
 point's angle is where the path bulges there: the normal, which on an arc points away from its middle. The path

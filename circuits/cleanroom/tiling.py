@@ -1,4 +1,4 @@
-"""Tilings: the weights of a unit from a family of simpler units, laid along the path that it looks for (layer 2).
+"""Tilings: the weights of a unit from a family of simpler units, laid along the path that it looks for.
 
 A family holds one unit at every angle. Along the path each of its units gets weight by how its own angle
 differs from the path's there: it is excited by those that the path excites and inhibited by the rest, in

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take (layer 7)."""
+"""Arguments and options that several commands take."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
     """How to load the model again, from any folder."""
     spec, *attached = spec.split("+")
     if attached:
-        from circuits.models.loading import find_autoencoder
+        from circuits.models.zoo.loading import find_autoencoder
 
         base = record_of(spec, weights, model_hash)
         names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]

@@ -1,4 +1,4 @@
-"""`circuits ablate`, `attribute`, `saliency` and `sanity` (layer 7)."""
+"""`circuits ablate`, `attribute`, `saliency` and `sanity`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from pathlib import Path
@@ -44,6 +44,8 @@ from circuits.experiments import N_RANDOM
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
+app = typer.Typer()
+
 How = Literal["zero", "mean", "resample", "counterpart"]
 ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablation", "relevance"]
 RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
@@ -72,6 +74,7 @@ OutOption = Annotated[
 ]
 
 
+@app.command()
 def ablate(
     model: ModelArgument,
     units: UnitsArgument,
@@ -97,10 +100,10 @@ def ablate(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Take units away and show what changes, compared with random units that are as active."""
+    """Ablate units and show what changes, compared with random units that are as active."""
     from circuits.experiments.ablation import ablate as run
     from circuits.figures import ablation_figure, save_figure
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)
@@ -128,6 +131,7 @@ def ablate(
         show_table(columns, rows, title=f"units of {later}")
 
 
+@app.command()
 def attribute(
     model: ModelArgument,
     site: Annotated[str, typer.Argument(help="Where; for --direct not needed.")] = "",
@@ -165,11 +169,11 @@ def attribute(
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show which units of a site are responsible for a decision, or for another unit's activation."""
+    """Show which units of a site are responsible for a decision or for another unit's activation."""
     from circuits.attribution import attribute as run
     from circuits.attribution import parse_target
     from circuits.figures import attribution_figure, save_figure
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     _check_out(out)
@@ -244,7 +248,7 @@ def attribute(
 
 def _named(model: Any, aim: str) -> str:
     """A target with the name of its class or token."""
-    from circuits.models.inputs import TokenInput
+    from circuits.models.adapter.inputs import TokenInput
     from circuits.tasks.targets import output_site
 
     site, _, rest = aim.partition(":")
@@ -360,6 +364,7 @@ def _save_edges(place: Workspace, model: Any, made: Any, name: str) -> None:
     add_edges(place.model_folder(model.hash), name, [attribution_block(made)])
 
 
+@app.command()
 def saliency(
     model: ModelArgument,
     method: Annotated[
@@ -387,16 +392,17 @@ def saliency(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show which pixels are responsible for a decision, or for a unit's activation, by one or several methods.
+    """Show which pixels are responsible for a decision or for a unit's activation.
 
     Methods are gradient, gradient_x_input, smoothgrad, vargrad, smoothgrad_squared, guided_backprop,
     integrated_gradients, relevance, occlusion, rise, grad_cam, grad_cam_plus_plus, smooth_grad_cam_plus_plus,
     guided_grad_cam, lime, kernel_shap; and the masks extremal and meaningful.
     """
-    from circuits.attribution import METHODS, agreement, parse_target
-    from circuits.attribution.saliency import check_options
+    from circuits.attribution import parse_target
     from circuits.figures import saliency_figure, save_figure
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
+    from circuits.saliency import METHODS, agreement
+    from circuits.saliency.maps import check_options
 
     check_figure(figure)
     _check_out(out)
@@ -467,8 +473,8 @@ _MASKS = ("extremal", "meaningful")
 def _check_mask_options(name: str, options: dict[str, Any]) -> None:
     import inspect
 
-    from circuits.attribution import extremal, meaningful
-    from circuits.attribution.saliency import fitting_options
+    from circuits.saliency import extremal, meaningful
+    from circuits.saliency.maps import fitting_options
 
     function = extremal if name == "extremal" else meaningful
     own = ("model", "examples", "target", "area", "variant", "batch", "size", "progress")
@@ -481,8 +487,8 @@ def _saliency(
     options: dict[str, Any], batch: int, seed: int, progress: Any,
 ) -> tuple[Any, dict[str, Any], Any]:  # fmt: skip
     """Heats, what to report, and the attribution, if it is one."""
-    from circuits.attribution import extremal, meaningful
-    from circuits.attribution import saliency as run
+    from circuits.saliency import extremal, meaningful
+    from circuits.saliency import saliency_map as run
 
     shared = {"seed": seed, "batch": batch, "size": "keep", "progress": progress}
     if name in _MASKS:
@@ -521,6 +527,7 @@ def _saliency(
     return heat, {"method": name, "settings": dict(made.settings), "examples": found}, made
 
 
+@app.command()
 def sanity(
     model: ModelArgument,
     method: Annotated[
@@ -545,12 +552,12 @@ def sanity(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Test whether attribution methods have to do with this model: a card for each."""
-    from circuits.attribution import METHODS, card
-    from circuits.attribution.saliency import check_options
+    """Test whether attribution methods depend on what this model has learned: a card for each."""
     from circuits.figures import sanity_figure, save_figure
     from circuits.files import write_json
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
+    from circuits.saliency import METHODS, card
+    from circuits.saliency.maps import check_options
 
     check_figure(figure)
     if out is not None:

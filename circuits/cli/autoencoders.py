@@ -1,4 +1,4 @@
-"""What the commands about autoencoders share: their options, and what these name (layer 7)."""
+"""What the commands about autoencoders share: their options, and what these name."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from pathlib import Path
@@ -31,14 +31,14 @@ ModelOption = Annotated[
 def code_of(name: str, workspace: Path | None) -> Any:
     """An autoencoder by path, or by name in a workspace."""
     from circuits.autoencoders import load_autoencoder
-    from circuits.models.loading import find_autoencoder
+    from circuits.models.zoo.loading import find_autoencoder
 
     return load_autoencoder(find_autoencoder(name, Workspace.default(workspace)))
 
 
 def model_of(code: Any, model: str, weights: Path | None, place: Workspace) -> Any:
     """The model that an autoencoder belongs to."""
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     if not model:
         known = [r for r in place.models() if r.hash == code.about.model_hash]

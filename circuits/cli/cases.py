@@ -1,4 +1,4 @@
-"""`circuits case` (layer 7): run a case study, by name."""
+"""`circuits case`: run a case study, by name."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 import sys
@@ -12,9 +12,12 @@ from circuits.cli.arguments import JsonOption, SeedOption, WeightsOption, Worksp
 from circuits.cli.output import progress_bar, say, show_json, show_table
 from circuits.workspace import Workspace
 
+app = typer.Typer()
+
 _PROJECT = Path(__file__).parents[2]
 
 
+@app.command()
 def case(
     name: Annotated[str, typer.Argument(help="Which case: curve-detector.")],
     fast: Annotated[
@@ -41,7 +44,7 @@ def case(
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a case study: all of its evidence, as numbers and as one page. What was made is kept."""
+    """Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."""
     study = _study(name)
     options = study.Options(
         fast=fast, transplant=transplant, site=site, weights=weights, calibrate=calibrate,

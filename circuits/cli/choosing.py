@@ -1,4 +1,4 @@
-"""Which units, and which examples, a command is about (layer 7)."""
+"""Which units, and which examples, a command is about."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def units_of(model: Any, text: str) -> list[Any]:
 
 def usual_data(model: Any) -> str:
     """The name of the data that a verb takes when nobody names any."""
-    from circuits.models.inputs import ImageInput
+    from circuits.models.adapter.inputs import ImageInput
 
     return "photos" if isinstance(model.input, ImageInput) else "repeats"
 
@@ -66,7 +66,7 @@ def examples_of(
         FileNotFoundError: if an image does not exist.
         ValueError: if what is given does not fit the model, or does not go together.
     """
-    from circuits.models.inputs import ImageInput
+    from circuits.models.adapter.inputs import ImageInput
     from circuits.stimuli.sources import open_source
 
     if data and (image or text):
@@ -142,7 +142,7 @@ def task_of(
         KeyError: if there is no such task or metric.
         ValueError: if what is given does not go together, or does not fit the model.
     """
-    from circuits.models.inputs import ImageInput
+    from circuits.models.adapter.inputs import ImageInput
     from circuits.stimuli.sources import open_source
     from circuits.tasks.builtin import STATED, load_task
 

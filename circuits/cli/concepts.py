@@ -1,4 +1,4 @@
-"""`circuits sae …`: autoencoders of a model's activations (layer 7)."""
+"""`circuits sae …`: autoencoders of a model's activations."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from pathlib import Path
@@ -33,15 +33,15 @@ from circuits.cli.output import errors, progress_bar, say, show_json, show_table
 from circuits.examples import LIMIT, Examples
 from circuits.workspace import Workspace
 
-concepts = typer.Typer(
-    help="Sparse autoencoders: better units, found in what a site holds.", no_args_is_help=True
+app = typer.Typer(
+    help="Train sparse autoencoders, measure them, and name their latents.", no_args_is_help=True
 )
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"]
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 
 
-@concepts.command()
+@app.command()
 def train(
     model: ModelArgument,
     site: Annotated[str, typer.Argument(help="Of whose activations.")],
@@ -93,8 +93,8 @@ def train(
 
     Several sizes, sparsities and seeds learn from the same pass over the rows.
     """
-    from circuits.models.attaching import check_name
-    from circuits.models.loading import load_model
+    from circuits.models.adapter.attaching import check_name
+    from circuits.models.zoo.loading import load_model
     from circuits.sae import Hyperparameters, RowFilter, Schedule
     from circuits.sae import train as run
 
@@ -241,11 +241,11 @@ def _show_list(codes: list[tuple[str, Any]]) -> None:
     show_table(columns, rows)
 
 
-@concepts.command(name="ls")
+@app.command(name="ls")
 def list_autoencoders(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """List the autoencoders of a workspace."""
     from circuits.autoencoders import load_autoencoder
-    from circuits.models.loading import list_autoencoders as listed
+    from circuits.models.zoo.loading import list_autoencoders as listed
 
     found = []
     for name, path in listed(Workspace.default(workspace)).items():
@@ -259,7 +259,7 @@ def list_autoencoders(workspace: WorkspaceOption = None, json: JsonOption = Fals
         _show_list(found)
 
 
-@concepts.command(name="eval")
+@app.command(name="eval")
 def evaluate(
     sae: CodeArgument,
     data: DataOfOption = "",
@@ -286,7 +286,7 @@ def evaluate(
     What is found of an autoencoder of the workspace is kept beside it: the app shows it.
     """
     from circuits.autoencoders import FILE
-    from circuits.models.loading import find_autoencoder, list_autoencoders
+    from circuits.models.zoo.loading import find_autoencoder, list_autoencoders
     from circuits.sae import as_evaluation, behaviour, reconstruction, save_evaluation, unseen
     from circuits.stimuli.sources import open_source
 
@@ -358,7 +358,7 @@ def _show_behaviour(found: Any, which: str) -> None:
         say(f"accuracy with codes: {change.change:+.4f} ({change.low:+.4f} to {change.high:+.4f})")
 
 
-@concepts.command()
+@app.command()
 def compare(
     saes: Annotated[
         list[str],
@@ -401,11 +401,11 @@ def compare(
     )
 
 
-concepts.command(name="name")(name_latents)
-concepts.command()(bottleneck)
+app.command(name="name")(name_latents)
+app.command()(bottleneck)
 
 
-@concepts.command(name="export")
+@app.command(name="export")
 def export_code(
     sae: CodeArgument,
     folder: Annotated[Path, typer.Argument(help="Where to: new, or empty.")],
@@ -418,7 +418,7 @@ def export_code(
     say(f"written to {export_autoencoder(code_of(sae, workspace), folder, layout)}")
 
 
-@concepts.command(name="import")
+@app.command(name="import")
 def import_code(
     folder: Annotated[
         Path, typer.Argument(help="A folder of SAELens, dictionary_learning or sparsify.")
@@ -437,8 +437,8 @@ def import_code(
 
     from circuits.autoencoders import FILE, About, save_autoencoder
     from circuits.autoencoders.layouts import import_autoencoder
-    from circuits.models.attaching import check_name
-    from circuits.models.loading import load_model
+    from circuits.models.adapter.attaching import check_name
+    from circuits.models.zoo.loading import load_model
 
     place = Workspace.default(workspace).writable()
     path = place.autoencoder_path(check_name(name)) / FILE

@@ -1,4 +1,4 @@
-"""`circuits edit …` (layer 7)."""
+"""`circuits edit …`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ from circuits.experiments import N_RANDOM
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
-edits = typer.Typer(
+app = typer.Typer(
     help="Edit circuits: recipes, what they do, and a ledger in which everything can be undone.",
     no_args_is_help=True,
 )
@@ -70,7 +70,7 @@ TargetOption = Annotated[
 ]
 
 
-@edits.command()
+@app.command()
 def operators(json: JsonOption = False) -> None:
     """List the operators and what each needs."""
     from dataclasses import MISSING, fields
@@ -90,7 +90,7 @@ def operators(json: JsonOption = False) -> None:
     show_table(("in words also", "needs", "makes"), more)
 
 
-@edits.command()
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipe files."""
     from circuits.edits.recipes import recipe_schema
@@ -98,7 +98,7 @@ def schema() -> None:
     show_json(recipe_schema())
 
 
-@edits.command()
+@app.command()
 def new(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The recipe file to write.")],
@@ -121,7 +121,7 @@ def new(
 ) -> None:
     """Write a recipe from edits in words and other recipes."""
     from circuits.edits.recipes import Recipe
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_writable(out.parent, "folder")
     loaded = load_model(model, weights)
@@ -142,7 +142,7 @@ def new(
     say(f"{out}: {len(recipe.edits)} edits of {model} ({recipe.model_hash[:16]})")
 
 
-@edits.command()
+@app.command()
 def apply(
     model: ModelArgument,
     what: WhatArgument = None,
@@ -199,7 +199,7 @@ def apply(
         _show_report(report)
 
 
-@edits.command()
+@app.command()
 def measure(
     model: ModelArgument,
     what: WhatArgument = None,
@@ -231,7 +231,7 @@ def measure(
     """Measure what edits do: a recipe, edits in words, or a branch of the ledger (and note it there)."""
     from circuits.figures import edit_figure, save_figure
     from circuits.files import write_json
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     if out is not None:
@@ -265,7 +265,7 @@ def measure(
         _show_report(report)
 
 
-@edits.command()
+@app.command()
 def undo(
     model: ModelArgument,
     branch: BranchOption = "main",
@@ -279,7 +279,7 @@ def undo(
     say(f"undone: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
-@edits.command()
+@app.command()
 def redo(
     model: ModelArgument,
     branch: BranchOption = "main",
@@ -293,7 +293,7 @@ def redo(
     say(f"made again: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
-@edits.command(name="branch")
+@app.command(name="branch")
 def new_branch(
     model: ModelArgument,
     name: Annotated[str, typer.Argument(help="Its name.")],
@@ -311,7 +311,7 @@ def new_branch(
     say(f"branch {name} begins at {_place(ledger, name)}")
 
 
-@edits.command()
+@app.command()
 def log(
     model: ModelArgument,
     branch: BranchOption = "",
@@ -341,7 +341,7 @@ def log(
         say(f"{name} is at {_place(ledger, name)}: {n} edits, {len(ledger.undone(name))} to redo")
 
 
-@edits.command()
+@app.command()
 def show(
     model: ModelArgument,
     entry: Annotated[str, typer.Argument(help="The first digits of its hash.")],
@@ -354,7 +354,7 @@ def show(
     show_json(found.to_dict() | {"reports": ledger.reports(found.hash)})
 
 
-@edits.command()
+@app.command()
 def diff(
     before: Annotated[str, typer.Argument(help="A recipe file, or a branch with --model.")],
     after: Annotated[str, typer.Argument(help="Another.")],
@@ -385,7 +385,7 @@ def diff(
         say("the same edits")
 
 
-@edits.command()
+@app.command()
 def bake(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Weights file to write, .safetensors.")],
@@ -399,7 +399,7 @@ def bake(
     """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
     from circuits.edits.recipes import bake as baked
     from circuits.edits.recipes import save_baked
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_writable(out.parent, "folder")
     if out.suffix != ".safetensors":
@@ -420,7 +420,7 @@ def bake(
         say(f"{out}: {loaded.hash[:16]} with {len(recipe.edits)} edits is {made.hash[:16]}")
 
 
-@edits.command()
+@app.command()
 def replay(
     model: ModelArgument,
     branch: BranchOption = "main",
@@ -447,7 +447,7 @@ def replay(
         raise typer.Exit(1)
 
 
-@edits.command()
+@app.command()
 def verify(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """Check every hash of the ledger; exit code 1 if something was changed."""
     from circuits.edits.auditing import verify as faults
@@ -470,7 +470,7 @@ def _ledger(
     model: str, weights: Path | None, workspace: Path | None, write: bool = False
 ) -> tuple[Any, Any]:
     from circuits.edits.ledger import Ledger
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     place = Workspace.default(workspace)
     if write:
@@ -543,7 +543,7 @@ def recipe_of(model: Any, what: Sequence[str], numbers: Numbers, force: bool) ->
 
 def _made(model: Any, words: list[str], numbers: Numbers) -> Any:
     """An edit whose numbers come from data."""
-    from circuits.edits.making import leace, means, project_out, resample
+    from circuits.edits.estimation import leace, means, project_out, resample
     from circuits.units import Direction
 
     kind, rest = words[0], words[1:]
@@ -564,7 +564,7 @@ def _made(model: Any, words: list[str], numbers: Numbers) -> Any:
 
 
 def _patch(model: Any, units: str, example: str, data: str) -> Any:
-    from circuits.edits.making import patch
+    from circuits.edits.estimation import patch
     from circuits.stimuli.sources import open_source
 
     name, _, number = example.partition("=")

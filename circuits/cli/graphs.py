@@ -1,4 +1,4 @@
-"""`circuits graph`: the graph store, and circuits out of it (layer 7)."""
+"""`circuits graph`: the graph store, and circuits out of it."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 import hashlib
@@ -22,8 +22,9 @@ from circuits.workspace import Workspace
 
 Format = Literal["json", "graphml", "gexf", "attribution"]
 
-graphs = typer.Typer(
-    help="All weights of a model as a graph, and circuits in it.", no_args_is_help=True
+app = typer.Typer(
+    help="Store all weights of a model as a graph, and look for circuits in it.",
+    no_args_is_help=True,
 )
 
 CircuitOption = Annotated[str, typer.Option("--circuit", help="A saved circuit.")]
@@ -42,7 +43,7 @@ KindsOption = Annotated[
 ToOption = Annotated[str, typer.Option("--to", help="The strongest paths to this unit.")]
 
 
-@graphs.command()
+@app.command()
 def build(
     model: ModelArgument,
     expand: Annotated[
@@ -57,8 +58,8 @@ def build(
 ) -> None:
     """Write all weights between directly connected sites to the workspace's graph.h5."""
     from circuits.graph import GraphStore, add_edges
-    from circuits.models.loading import load_model
-    from circuits.models.topology import INPUT
+    from circuits.models.adapter.topology import INPUT
+    from circuits.models.zoo.loading import load_model
     from circuits.weights import expand_weights
     from circuits.weights.graphs import build_graph, expanded_block
 
@@ -137,7 +138,7 @@ def _known_units(loaded: Any) -> dict[str, int]:
     return known | {site.name: site.n_units for site in loaded.sites}
 
 
-@graphs.command()
+@app.command()
 def show(
     model: ModelArgument,
     units: UnitsArgument = None,
@@ -158,7 +159,7 @@ def show(
     from circuits.figures import circuit_figure, save_figure
     from circuits.graph.formats import to_node_link
     from circuits.graph.saved import save_circuit
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
     from circuits.units import Unit
 
     check_figure(figure)
@@ -201,7 +202,7 @@ def show(
     )
 
 
-@graphs.command()
+@app.command()
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The file: .json, .graphml or .gexf.")],
@@ -224,7 +225,7 @@ def export(
 ) -> None:
     """Write a circuit to a file that other programs read."""
     from circuits.graph.formats import check_format, write_circuit
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_writable(out.parent, "folder")
     check_format(out, format)
@@ -239,7 +240,7 @@ def export(
         say(f"{facts['nodes']} units and {facts['edges']} edges written to {facts['file']}")
 
 
-@graphs.command(name="import")
+@app.command(name="import")
 def import_(
     model: ModelArgument,
     file: Annotated[Path, typer.Argument(help="A circuit in any format that export writes.")],
@@ -253,7 +254,7 @@ def import_(
     """Save a circuit from a file in the workspace; its units must be the model's."""
     from circuits.graph.formats import read_circuit
     from circuits.graph.saved import save_circuit
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     found = read_circuit(file, format)
     loaded = load_model(model, weights)
@@ -266,7 +267,7 @@ def import_(
         say(f"circuit {name!r}, version {record.version}: {found.number_of_nodes()} units")
 
 
-@graphs.command()
+@app.command()
 def ls(
     model: ModelArgument,
     circuit: Annotated[str, typer.Option("--circuit", help="List the versions of this one.")] = "",
@@ -276,7 +277,7 @@ def ls(
 ) -> None:
     """List the saved circuits of a model, or the versions of one."""
     from circuits.graph.saved import KIND, circuit_history, saved_circuits
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     database, key = Workspace.default(workspace).database, load_model(model, weights).hash
     if circuit:
@@ -295,7 +296,7 @@ def ls(
         show_table(columns, rows)
 
 
-@graphs.command()
+@app.command()
 def diff(
     model: ModelArgument,
     name: Annotated[str, typer.Argument(help="A saved circuit.")],
@@ -308,7 +309,7 @@ def diff(
     """Show what changed between two versions of a circuit."""
     from circuits.graph import circuit_diff as compare
     from circuits.graph.saved import load_circuit
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     database, key = Workspace.default(workspace).database, load_model(model, weights).hash
     old, new = (load_circuit(database, name, key, version) for version in (before, after))

@@ -1,4 +1,4 @@
-"""`circuits jobs`: work that runs in the background (layer 7)."""
+"""`circuits jobs`: work that runs in the background."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from dataclasses import asdict
@@ -11,15 +11,15 @@ from circuits.cli.output import say, show_json, show_table
 from circuits.jobs import VERBS, Job, cancel, job, jobs, log_of, remove, start
 from circuits.workspace import Workspace
 
-background = typer.Typer(
-    help="Work that runs in the background: it goes on when what started it ends.",
+app = typer.Typer(
+    help="Start, list and cancel work that runs in the background.",
     no_args_is_help=True,
 )
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `circuits jobs ls` shows it.")]
 
 
-@background.command(name="ls")
+@app.command(name="ls")
 def list_jobs(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """List the jobs of a workspace, newest first."""
     found = jobs(Workspace.default(workspace))
@@ -32,7 +32,7 @@ def list_jobs(workspace: WorkspaceOption = None, json: JsonOption = False) -> No
     )
 
 
-@background.command(name="show")
+@app.command(name="show")
 def show_job(
     id: IdArgument,
     lines: Annotated[
@@ -53,7 +53,7 @@ def show_job(
         say(log)
 
 
-@background.command(
+@app.command(
     name="start", context_settings={"allow_interspersed_args": False}
 )  # options behind the verb are the verb's
 def start_job(
@@ -69,13 +69,13 @@ def start_job(
     _say(start(Workspace.default(workspace), command, title), json)
 
 
-@background.command(name="cancel")
+@app.command(name="cancel")
 def cancel_job(id: IdArgument, workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """Interrupt a job and wait until it has ended. The same verb goes on where it stopped."""
     _say(cancel(job(Workspace.default(workspace), id)), json)
 
 
-@background.command(name="rm")
+@app.command(name="rm")
 def remove_job(id: IdArgument, workspace: WorkspaceOption = None) -> None:
     """Forget a job that is not running. What it made is left alone."""
     remove(job(Workspace.default(workspace), id))

@@ -1,4 +1,4 @@
-"""What latents mean: `circuits sae name` and `circuits sae bottleneck` (layer 7)."""
+"""What latents mean: `circuits sae name` and `circuits sae bottleneck`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 import json as json_module
@@ -58,7 +58,7 @@ def name_latents(
     json: JsonOption = False,
 ) -> None:
     """Name latents after the attributes that they tell; names are checked on other examples."""
-    from circuits.sae import call, name_by_attributes, names_of, save_names
+    from circuits.concepts import name_by_attributes, name_unit, names_of, save_names
     from circuits.stimuli.sources import open_source
 
     code, loaded, attached = opened(sae, model, weights, workspace)
@@ -66,7 +66,7 @@ def name_latents(
     if unit is not None or text:
         if unit is None or not text:
             raise ValueError("--unit and --as go together: a latent's index and what it is called")
-        record = call(place.writable().database, attached.hash, site.unit(unit), text, note)
+        record = name_unit(place.writable().database, attached.hash, site.unit(unit), text, note)
         say(f"{record.name} is called {text!r} (version {record.version}, by {record.author})")
         return
     if not attributes and not labels:
@@ -118,7 +118,8 @@ def name_latents(
 
 def _pooled(model: Any, code: Any, site: str, examples: Any, pool: Any) -> Any:
     """Activations of latents an example, without the positions that training left out."""
-    from circuits.sae import pooled, rule_of
+    from circuits.concepts import pooled
+    from circuits.sae import rule_of
 
     return pooled(model, site, examples, pool, rule_of(code).positions)
 
@@ -192,7 +193,7 @@ def bottleneck(
     """Classify with latents: what decisions rest on, and what changes if latents are switched."""
     import numpy as np
 
-    from circuits.sae import as_recipe, intervene, train_bottleneck
+    from circuits.concepts import as_recipe, intervene, train_bottleneck
     from circuits.stimuli.sources import open_source
 
     code, loaded, attached = opened(sae, model, weights, workspace)
@@ -283,7 +284,7 @@ def _show_interventions(found: Any) -> None:
 
 
 def _interventions(site: Any, off: str, scale: str, set_: str) -> list[Any]:
-    from circuits.sae import Intervention
+    from circuits.concepts import Intervention
     from circuits.units import Units
 
     found = []

@@ -1,4 +1,4 @@
-"""How the command line speaks: tables or JSON on stdout, progress and errors on stderr (layer 7)."""
+"""How the command line speaks: tables or JSON on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from circuits.experiments.outcomes import Effect
+from circuits.environment import PROGRESS
 from circuits.files import finite, write_json
-from circuits.jobs import PROGRESS
+
+if TYPE_CHECKING:
+    from circuits.experiments.outcomes import Effect
 
 _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width to fit
 _NOTE_EVERY = 0.25  # seconds

@@ -1,4 +1,4 @@
-"""`circuits patch`, `paths`, `keep`, `lens` and `probe` (layer 7)."""
+"""`circuits patch`, `paths`, `keep`, `lens` and `probe`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ from circuits.cli.output import progress_bar, say, show_json, show_table, visibl
 from circuits.cli.weights import FigureOption, check_figure
 from circuits.examples import LIMIT
 from circuits.experiments import N_RANDOM
+
+app = typer.Typer()
 
 By = Literal["site", "position", "head", "head_position", "unit"]
 Directions = Literal["noising", "denoising", "both"]
@@ -61,6 +63,7 @@ TopOption = Annotated[
 ]
 
 
+@app.command()
 def patch(
     model: ModelArgument,
     sites: SitesOption = "",
@@ -83,10 +86,10 @@ def patch(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Patch each cell of a grid from the other run of its pair: which sites, heads or positions carry a task."""
+    """Patch sites, heads or positions from the other run of each pair: which of them carry a task?"""
     from circuits.figures import patch_grid_figure, save_figure
     from circuits.localization import patch_grid
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)
@@ -134,6 +137,7 @@ def _show_grid(grid: Any, word: str, top: int) -> None:
     )
 
 
+@app.command()
 def paths(
     model: ModelArgument,
     path: Annotated[
@@ -169,10 +173,10 @@ def paths(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Patch direct paths of a transformer, each from the other run of its pair: what reads what, for a task."""
+    """Patch direct paths of a transformer from the other run of each pair: what reads what for a task?"""
     from circuits.figures import head_effects_figure, patch_grid_figure, save_figure
     from circuits.localization import head_effects, path_grid
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     if heads and (path or through_mlps or direction == "both"):
@@ -238,6 +242,7 @@ def _show_heads(found: Any, top: int) -> None:
     )
 
 
+@app.command()
 def keep(
     model: ModelArgument,
     units: Annotated[
@@ -264,10 +269,10 @@ def keep(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Keep some units alone, replace everything else, and show how much of a task is left."""
+    """Keep only some units, replace everything else, and show how much of a task is left."""
     from circuits.figures import save_figure, sufficiency_figure
     from circuits.localization import sufficiency
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)
@@ -302,6 +307,7 @@ def keep(
     )
 
 
+@app.command()
 def lens(
     model: ModelArgument,
     tokens: Annotated[
@@ -335,7 +341,7 @@ def lens(
     """Show what a transformer would answer if it stopped at each depth (logit lens)."""
     from circuits.figures import lens_figure, lens_tokens_figure, save_figure
     from circuits.localization import lens_tokens, logit_lens
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)
@@ -383,6 +389,7 @@ class _Steered:
     p_value: float
 
 
+@app.command()
 def probe(
     model: ModelArgument,
     method: Annotated[
@@ -418,7 +425,7 @@ def probe(
     """Show where a label can be read off linearly, on held-out examples."""
     from circuits.figures import readout_figure, save_figure
     from circuits.localization import contrastive_directions, linear_probes, steering_grid
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)

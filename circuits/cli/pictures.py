@@ -1,4 +1,4 @@
-"""`circuits visualize`: pictures of units, sheets of sites (layer 7)."""
+"""`circuits visualize`: pictures of units, sheets of sites."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 
@@ -19,6 +19,8 @@ from circuits.cli.output import progress_bar, say, show_json, show_table
 from circuits.examples import Examples
 from circuits.workspace import Workspace
 
+app = typer.Typer()
+
 Kind = Literal["channel", "neuron", "cosine", "deepdream", "logit"]
 Param = Literal["fourier", "pixel", "laplacian", "cppn", "maco"]
 
@@ -26,6 +28,7 @@ NATURAL_IMAGES, BADGE_IMAGES = 512, 200
 """Images that colours and spectrum are fitted to, and that a badge compares with, at most."""
 
 
+@app.command()
 def visualize(
     model: ModelArgument,
     target: Annotated[
@@ -71,12 +74,12 @@ def visualize(
     workspace: WorkspaceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the image that excites a unit most; for a model of tokens, the embeddings."""
+    """Make the image that excites a unit most or, for a language model, the embeddings that do."""
     from circuits.featurevis.pictures import check_suffix
     from circuits.featurevis.render import Settings
     from circuits.files import check_writable
-    from circuits.models.inputs import TokenInput
-    from circuits.models.loading import load_model
+    from circuits.models.adapter.inputs import TokenInput
+    from circuits.models.zoo.loading import load_model
 
     place = Workspace.default(workspace)
     if out is not None and not sheet:
@@ -266,7 +269,7 @@ def _variant(picture: Any, number: int) -> str:
 
 
 def _badge(model: Any, pictures: Any, settings: Any, wanted: _Wanted) -> dict[str, Any]:
-    from circuits.featurevis.reliability import natural_responses, reliability
+    from circuits.featurevis.badges import natural_responses, reliability
 
     unit = pictures[0].unit
     if unit is None:

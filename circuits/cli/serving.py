@@ -1,16 +1,22 @@
-"""Starting the app (layer 7)."""
-
-from __future__ import annotations
+"""Starting the app."""
 
 import importlib.util
 import os
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
-from circuits.cli.output import say
-from circuits.workspace import ROOT, TRUST_PYTHON
+import typer
+
+from circuits.cli.arguments import JsonOption, WorkspaceOption
+from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.demo import build
+from circuits.environment import TRUST_PYTHON, WORKSPACE
+from circuits.workspace import Workspace
+
+app = typer.Typer()
 
 
 def app_file() -> Path:
@@ -57,9 +63,50 @@ def serve_app(
         "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
         "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal", "--runner.magicEnabled", "false",
     ]  # fmt: skip
-    environment = {**os.environ, ROOT: str(workspace.resolve())}
+    environment = {**os.environ, WORKSPACE: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
     sys.stdout.flush()
     # the server takes this process' place, memory and all
     os.execve(sys.executable, command, environment)
+
+
+@app.command()
+def demo(
+    workspace: WorkspaceOption = None,
+    port: Annotated[int, typer.Option(help="Port of the app.")] = 8501,
+    serve: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="Start the app at the end.")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """Build the workspace of the built-in models, without a network, and open the app on it."""
+
+    check_port(port)
+    place = Workspace.default(workspace).writable()
+    with progress_bar("demo", quiet=json) as progress:
+        rows = build(place, progress)
+    if json:
+        show_json([asdict(row) for row in rows])
+    else:
+        show_table(
+            ("model", "what", "result", "where"),
+            [(r.model, r.what, r.result, r.where) for r in rows],
+        )
+    if serve:
+        serve_app(place.root, port)
+
+
+@app.command(name="app")
+def open_app(
+    workspace: WorkspaceOption = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    trust_python: Annotated[
+        bool,
+        typer.Option("--trust-python", help="Run the code of python: models in the workspace."),
+    ] = False,
+) -> None:
+    """Start the app on a workspace."""
+
+    serve_app(Workspace.default(workspace).root, port, host, trust_python)

@@ -1,4 +1,4 @@
-"""`circuits store`: looking after activation stores (layer 7)."""
+"""`circuits store`: looking after activation stores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from circuits.store.shards import remove
 from circuits.units import unknown
 from circuits.workspace import Workspace
 
-stores = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
+app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
 
 StoreArgument = Annotated[
     str, typer.Argument(help="A store's folder, or its name in `circuits store ls`.")
@@ -72,7 +72,7 @@ def _listed(place: Workspace) -> Iterator[dict[str, Any]]:
         }
 
 
-@stores.command(name="ls")
+@app.command(name="ls")
 def list_stores(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """List the stores of a workspace."""
     found = list(_listed(Workspace.default(workspace)))
@@ -86,7 +86,7 @@ def list_stores(workspace: WorkspaceOption = None, json: JsonOption = False) -> 
     )
 
 
-@stores.command()
+@app.command()
 def info(store: StoreArgument, workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
     """Show what a store was made from, and what is in it."""
     show_store(ActivationStore.open(_find(store, workspace)), json)
@@ -141,7 +141,7 @@ def show_store(store: ActivationStore, json: bool) -> None:
             )
 
 
-@stores.command(name="verify")
+@app.command(name="verify")
 def verify_store(
     store: StoreArgument, workspace: WorkspaceOption = None, json: JsonOption = False
 ) -> None:
@@ -159,7 +159,7 @@ def verify_store(
         raise Exit(1)
 
 
-@stores.command(name="export")
+@app.command(name="export")
 def export_store(
     store: StoreArgument,
     site: Annotated[str, typer.Option(help="Which site.")],
@@ -177,7 +177,7 @@ def export_store(
     say(f"{site} -> {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
-@stores.command(name="rm")
+@app.command(name="rm")
 def remove_store(
     store: StoreArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

@@ -1,4 +1,4 @@
-"""`circuits heads`, `attention` and `generate` (layer 7)."""
+"""`circuits heads`, `attention` and `generate`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from collections.abc import Sequence
@@ -18,10 +18,13 @@ from circuits.cli.editing import Numbers, recipe_of
 from circuits.cli.output import progress_bar, say, show_json, show_table, visible
 from circuits.cli.weights import FigureOption, check_figure
 
+app = typer.Typer()
+
 N_TOKENS = 20
 """How many tokens are added when nobody says."""
 
 
+@app.command()
 def heads(
     model: ModelArgument,
     n: Annotated[
@@ -46,7 +49,7 @@ def heads(
     from circuits.figures import heads_figure, save_figure
     from circuits.localization import score_heads
     from circuits.localization.heads import CHANCE
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     loaded = load_model(model, weights)
@@ -67,6 +70,7 @@ def heads(
         show_table(columns, rows, title)
 
 
+@app.command()
 def attention(
     model: ModelArgument,
     heads: Annotated[str, typer.Argument(help="Heads, LAYER.HEAD, with blanks or commas between.")],
@@ -76,10 +80,10 @@ def attention(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show where heads attend in a text, raw and weighted by the length of values."""
+    """Show where heads attend in a text, raw and weighted by the length of the values."""
     from circuits.figures import attention_figure, save_figure
     from circuits.localization import attention_patterns
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     if not text:
@@ -109,6 +113,7 @@ def attention(
             )
 
 
+@app.command()
 def generate(
     model: ModelArgument,
     text: Annotated[
@@ -133,8 +138,8 @@ def generate(
     """Continue texts with the model as it is and, with --edit, as it is edited."""
     from circuits.edits.recipes import edited
     from circuits.examples import Examples
-    from circuits.models.inputs import TokenInput
-    from circuits.models.loading import load_model
+    from circuits.models.adapter.inputs import TokenInput
+    from circuits.models.zoo.loading import load_model
 
     if not text:
         raise ValueError("--text is missing: expected at least one text to continue")

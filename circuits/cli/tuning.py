@@ -1,4 +1,4 @@
-"""`circuits tune` and `circuits examples` (layer 7)."""
+"""`circuits tune` and `circuits examples`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from pathlib import Path
@@ -20,12 +20,15 @@ from circuits.cli.weights import FigureOption, check_figure
 from circuits.examples import Examples
 from circuits.workspace import Workspace
 
+app = typer.Typer()
+
 Shape = Literal["curve", "line", "grating"]
 UnitsArgument = Annotated[
     str, typer.Argument(help="Units, SITE:1,2,5-9 (a site alone: all of them; several in quotes).")
 ]
 
 
+@app.command()
 def tune(
     model: ModelArgument,
     units: UnitsArgument,
@@ -59,8 +62,8 @@ def tune(
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show how units respond as a drawn shape is turned, bent or painted otherwise."""
-    from circuits.models.loading import load_model
+    """Show how units respond as a drawn shape is turned, bent or painted differently."""
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     if find + heat + aspects > 1:
@@ -238,7 +241,7 @@ def _find(
     json: bool,
 ) -> None:
     from circuits.figures import save_figure, tuning_figure
-    from circuits.models.randomizing import randomized
+    from circuits.models.paths.randomizing import randomized
     from circuits.tuning import find_curve_units, joint_tuning
 
     sites = {unit.site for unit in units}
@@ -315,6 +318,7 @@ def _find(
         _say_together(joint)
 
 
+@app.command()
 def examples(
     model: ModelArgument,
     unit: UnitArgument,
@@ -334,8 +338,8 @@ def examples(
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show a unit's activations over its whole range: how often, how much they matter, and examples of each."""
-    from circuits.models.loading import load_model
+    """Show examples from a unit's whole range of activation, and how often each part of it occurs."""
+    from circuits.models.zoo.loading import load_model
     from circuits.store import spectrum
 
     check_figure(figure)
@@ -381,7 +385,7 @@ def examples(
 
 def _excerpts(model: Any, store: Any, found: Any) -> dict[int, str]:
     """The text around the token that excites a unit most, by example; none for images."""
-    from circuits.models.inputs import TokenInput
+    from circuits.models.adapter.inputs import TokenInput
     from circuits.stimuli.sources import open_source
 
     spec, known = model.input, store.provenance
@@ -405,11 +409,11 @@ def _draw_spectrum(model: Any, found: Any, overlay: bool, method: str, figure: P
     import numpy as np
     from PIL import Image
 
-    from circuits.attribution import saliency
     from circuits.figures import save_figure, spectrum_figure
     from circuits.figures.tunings import overlaid
-    from circuits.models.inputs import ImageInput
-    from circuits.models.receptive import receptive_field
+    from circuits.models.adapter.inputs import ImageInput
+    from circuits.models.paths.receptive import receptive_field
+    from circuits.saliency import saliency_map
     from circuits.tasks.targets import Target
 
     crops: dict[int, list[Any]] = {}
@@ -425,7 +429,7 @@ def _draw_spectrum(model: Any, found: Any, overlay: bool, method: str, figure: P
                 picture = image.expand(3, -1, -1).movedim(0, -1).numpy()
                 if overlay:
                     target = Target(found.unit.site, found.unit.index, e.position or None)
-                    made = saliency(model, one, target, method)  # type: ignore[arg-type]
+                    made = saliency_map(model, one, target, method)  # type: ignore[arg-type]
                     picture = overlaid(picture, made.heat()[0].numpy())
                 cut = (picture[top:bottom, left:right] * 255).round().astype(np.uint8)
                 crops.setdefault(number, []).append(Image.fromarray(cut))

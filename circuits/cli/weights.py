@@ -1,4 +1,4 @@
-"""`circuits weights`, `expand` and `families` (layer 7)."""
+"""`circuits weights`, `expand` and `families`."""
 
 # no `from __future__ import annotations`: typer reads the annotations
 from pathlib import Path
@@ -24,6 +24,8 @@ from circuits.examples import LIMIT
 from circuits.files import check_writable
 from circuits.workspace import Workspace
 
+app = typer.Typer()
+
 Mode = Literal["linear", "mean"]
 Kind = Literal["rotation", "mirror", "scale", "hue"]
 
@@ -32,6 +34,7 @@ FigureOption = Annotated[
 ]
 
 
+@app.command()
 def weights(
     model: ModelArgument,
     unit: UnitArgument,
@@ -41,8 +44,8 @@ def weights(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the strongest weights into a unit and out of it."""
-    from circuits.models.loading import load_model
+    """Show the strongest weights into and out of a unit."""
+    from circuits.models.zoo.loading import load_model
     from circuits.weights import incoming, outgoing
 
     check_figure(figure)
@@ -95,6 +98,7 @@ def _draw_kernels(connections: Any, end: str, title: str, figure: Path) -> None:
     save_figure(kernels_figure(connections, end, title), figure)
 
 
+@app.command()
 def expand(
     model: ModelArgument,
     source: Annotated[str, typer.Argument(help="The earlier site, or input.")],
@@ -122,9 +126,9 @@ def expand(
     workspace: SaesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the weights of a whole site on a unit through everything between, beside shuffled weights."""
-    from circuits.models.loading import load_model
-    from circuits.models.randomizing import randomized
+    """Show a site's weights on a unit through everything between them, next to shuffled weights."""
+    from circuits.models.paths.randomizing import randomized
+    from circuits.models.zoo.loading import load_model
     from circuits.weights import expand_weights
     from circuits.weights.factors import factorize
 
@@ -226,6 +230,7 @@ def _position(text: str) -> tuple[int, ...] | None:
         raise ValueError(f"--at {text!r} is not of the form Y,X, e.g. 14,14") from None
 
 
+@app.command()
 def families(
     model: ModelArgument,
     site: Annotated[str, typer.Argument(help="Where to look; not needed to list.")] = "",
@@ -257,9 +262,9 @@ def families(
     weights: WeightsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find groups of units that are one unit turned, mirrored, scaled or hue-shifted; keep them."""
+    """Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."""
     from circuits import families as library
-    from circuits.models.loading import load_model
+    from circuits.models.zoo.loading import load_model
 
     check_figure(figure)
     if (save or name) and (listing or rename or remove or weights_from):
@@ -347,7 +352,7 @@ def _weights_between(
     seed: int,
     json: bool,
 ) -> None:
-    from circuits.equivariance import equivariance
+    from circuits.equivariance import measure_equivariance
     from circuits.families import load_family
     from circuits.weights import expand_weights
 
@@ -360,7 +365,7 @@ def _weights_between(
         loaded, sources.site, targets.site,
         units=[u.index for u in targets.units], sources=[u.index for u in sources.units],
     )  # fmt: skip
-    found = equivariance(expanded, targets, sources, permutations, seed)
+    found = measure_equivariance(expanded, targets, sources, permutations, seed)
     if figure is not None:
         from circuits.figures import family_figure, save_figure
 

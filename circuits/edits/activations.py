@@ -1,4 +1,4 @@
-"""Edits of activations: what a site holds, changed while the model runs (layer 4).
+"""Edits of activations: what a site holds, changed while the model runs.
 
 Each is in force at every forward pass, for every example, at all positions or at one (`at`).
 """
@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 
 from circuits.edits.records import Edit, Others, of_same_norm
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.units import Site, Unit, Units
 
 

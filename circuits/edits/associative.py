@@ -1,4 +1,4 @@
-"""Rank-one edits: a layer as a linear associative memory, one key and value stored in it (layer 4).
+"""Rank-one edits: a layer as a linear associative memory, one key and value stored in it.
 
 The key is what the layer reads at a place, the value what it should put out there, found by optimisation so
 that the model answers as wanted (Meng et al. 2022; for convolutions Bau et al. 2020). The record holds the
@@ -22,10 +22,10 @@ from circuits.edits.records import fitting
 from circuits.edits.weights import layer_named
 from circuits.examples import Examples, as_examples
 from circuits.means import counted_rows
-from circuits.models.adapter import HookedModel
-from circuits.models.answers import answer_name, answers, check_answer
-from circuits.models.matrices import WeightMatrix
-from circuits.models.sites import main_output
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import WeightMatrix
+from circuits.models.adapter.sites import main_output
+from circuits.models.paths.logits import answer_name, answers, check_answer
 from circuits.store import ActivationStore
 from circuits.units import Site
 

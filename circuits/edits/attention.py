@@ -1,4 +1,4 @@
-"""Attention knocked out between spans of positions, as an edit of attention patterns (layer 4)."""
+"""Attention knocked out between spans of positions, as an edit of attention patterns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from circuits.edits.activations import UnitsEdit
 from circuits.edits.records import Edit, Others
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.sites import attention_patterns
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.sites import attention_patterns
 from circuits.units import Site, Unit, Units
 
 

@@ -1,4 +1,4 @@
-"""Whether anybody changed the ledger behind its back (layer 4)."""
+"""Whether anybody changed the ledger behind its back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits of the weights between units: scaled, filtered, set, turned, transplanted (layer 4).
+"""Edits of the weights between units: scaled, filtered, set, turned, transplanted.
 
 A connection is named by its units at both ends: `into` (units of a site that the layer writes) and `source`
 (units of a site that it reads). Left out, an end is all there is. `layer` names one of several layers.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from circuits.edits.records import Edit, Others
 from circuits.edits.weights import WeightEdit, Weights, layer_named
-from circuits.models.adapter import HookedModel
-from circuits.models.matrices import End, WeightMatrix
-from circuits.models.topology import INPUT
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import End, WeightMatrix
+from circuits.models.adapter.topology import INPUT
 from circuits.units import Unit, Units, nearest
 
 

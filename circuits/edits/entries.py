@@ -1,4 +1,4 @@
-"""The rows of the ledger: entries and events, each under the hash of its text (layer 4)."""
+"""The rows of the ledger: entries and events, each under the hash of its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits of a whole layer's weights: low rank, associations, erased directions (layer 4)."""
+"""Edits of a whole layer's weights: low rank, associations, erased directions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from circuits.edits.activations import check_projection, random_basis
 from circuits.edits.records import Edit, Others, of_same_norm
 from circuits.edits.weights import WeightEdit, Weights, layer_named
-from circuits.models.adapter import HookedModel
-from circuits.models.matrices import WeightMatrix
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import WeightMatrix
 
 
 class LayerEdit(WeightEdit):

@@ -1,4 +1,4 @@
-"""The ledger: every edit that was made, what it did to the weights, and how to undo it (layer 4).
+"""The ledger: every edit that was made, what it did to the weights, and how to undo it.
 
 In `workspace.db`. An entry is an edit on top of its parent, the entry before, or of the model as it is. Its
 hash is the SHA-256 of its canonical JSON, which holds the parent's hash: nobody can change an entry without
@@ -27,7 +27,7 @@ from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit, canonical
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import finite
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 
 _LAST_OF = (
     "SELECT hash, body FROM edit_events WHERE model_hash=? AND branch=? ORDER BY id DESC LIMIT 1"

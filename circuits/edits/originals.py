@@ -1,4 +1,4 @@
-"""The bytes that an edit replaced, for undoing it to the bit (layer 4)."""
+"""The bytes that an edit replaced, for undoing it to the bit."""
 
 from __future__ import annotations
 

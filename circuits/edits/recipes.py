@@ -1,4 +1,4 @@
-"""Recipes: ordered edits with the hash of the model they were written for (layer 4)."""
+"""Recipes: ordered edits with the hash of the model they were written for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import replacing, write_json
-from circuits.models.adapter import HookedModel
-from circuits.models.weights_files import BAKED
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.weights_files import BAKED
 from circuits.units import unknown
 
 SCHEMA = 2

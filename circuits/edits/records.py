@@ -1,4 +1,4 @@
-"""An edit as data: its operator's name and its fields, to and from JSON and words (layer 4)."""
+"""An edit as data: its operator's name and its fields, to and from JSON and words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
 OPERATORS: dict[str, type[Edit]] = {}
@@ -209,7 +209,7 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
         ValueError: if it cannot be read or does not fit the model.
         FileNotFoundError: if a file does not exist.
 
-    >>> from circuits.models.loading import load_model
+    >>> from circuits.models.zoo.loading import load_model
     >>> str(read_edit(load_model("shapes"), "scale mixed3b:3,4 factor=0.5"))
     'scale units=mixed3b:3-4 factor=0.5'
     """

@@ -1,4 +1,4 @@
-"""Edits of weights: what they are made on, and what they have in common (layer 4)."""
+"""Edits of weights: what they are made on, and what they have in common."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from circuits.edits.records import Edit
-from circuits.models.adapter import HookedModel
-from circuits.models.matrices import WeightMatrix
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import WeightMatrix
 from circuits.units import unknown
 
 

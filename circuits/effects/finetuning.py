@@ -1,4 +1,4 @@
-"""Fine-tuning to the same effect: what an edit has to be better than (layer 5)."""
+"""Fine-tuning to the same effect: what an edit has to be better than."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter import HookedModel
-from circuits.models.answers import answers, check_answer
-from circuits.models.matrices import parameter_names
-from circuits.models.sites import main_output
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.matrices import parameter_names
+from circuits.models.adapter.sites import main_output
+from circuits.models.paths.logits import answers, check_answer
 
 
 @dataclass(frozen=True, eq=False)

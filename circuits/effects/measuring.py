@@ -24,7 +24,7 @@ from circuits.experiments.running import measures_of, run
 from circuits.experiments.twins import N_RANDOM, Null, null_of
 from circuits.experiments.variants import Prepared, Variant, in_force, prepared
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, UnitActivation
 from circuits.tasks.reading import Reading

@@ -1,4 +1,4 @@
-"""A model's predictions for one example (layer 5)."""
+"""A model's predictions for one example."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter import HookedModel
-from circuits.models.answers import answer_name, outputs_last
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.paths.logits import answer_name, outputs_last
 
 
 @dataclass(frozen=True)

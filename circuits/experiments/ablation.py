@@ -20,8 +20,8 @@ from circuits.experiments.variants import Context, Variant
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.means import Activity, activities, warn_of_sinks
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
 from circuits.tasks.reading import Reading
 from circuits.tasks.task import Task, TaskBatch, labelled_tokens, of_examples

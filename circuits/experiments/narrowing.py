@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
-from circuits.models.restarting import narrowable, narrows
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.restarting import narrowable, narrows
 from circuits.tasks.reading import Places
 from circuits.units import Site
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from circuits.experiments.statistics import interval, least_p, p_value, resampled
 from circuits.experiments.variants import INTACT
 from circuits.files import finite
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 

@@ -1,4 +1,4 @@
-"""Runs of a transformer with paths patched, many in one pass: the machinery of `patching` (layer 4).
+"""Runs of a transformer with paths patched, many in one pass: the machinery of `patching`.
 
 Sets of paths lie one behind the other in a batch, the examples of each set in order. Whatever is compared comes from
 the same place of a batch of the same size, so that what does nothing changes no bit.
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
-from circuits.models.contributions import input_change, position_embedding, stream_change
-from circuits.models.residual import STREAMS, Path, Receiver, Sender, Stream
-from circuits.models.sites import main_output
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import main_output
+from circuits.models.paths.contributions import input_change, position_embedding, stream_change
+from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 from circuits.progress import Progress
 
 Direction = Literal["noising", "denoising"]

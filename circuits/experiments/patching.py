@@ -1,4 +1,4 @@
-"""Path patching: one direct path of a transformer carries what it carried in another run (layer 4).
+"""Path patching: one direct path of a transformer carries what it carried in another run.
 
 Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"; Wang et al. 2022, "Interpretability in the
 Wild", appendix B. A path leads from a sender to a receiver through the residual stream alone. Patched, the receiver
@@ -26,10 +26,10 @@ from circuits.experiments.patched_runs import (
     standing_at,
 )
 from circuits.hooks import Change
-from circuits.models.adapter import ActivationCache, HookedModel
-from circuits.models.contributions import check_mlps
-from circuits.models.paths import stream_of
-from circuits.models.residual import Path, PathName, Sender, Stream
+from circuits.models.adapter.hooked_model import ActivationCache, HookedModel
+from circuits.models.paths.contributions import check_mlps
+from circuits.models.paths.residual import Path, PathName, Sender, Stream
+from circuits.models.paths.routes import stream_of
 
 LogitMetric = Callable[[Float[Tensor, "example position token"]], Float[Tensor, " example"]]
 """One number an example from the logits of all examples."""

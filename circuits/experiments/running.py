@@ -19,9 +19,9 @@ from circuits.experiments.narrowing import Cuts, Narrowing, few
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
 from circuits.hooks import Change, placed
-from circuits.models.adapter import HookedModel
-from circuits.models.restarting import Start, beginning, candidates
-from circuits.models.sites import main_output
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import main_output
+from circuits.models.paths.restarting import Start, beginning, candidates
 from circuits.progress import Progress
 from circuits.tasks.metrics import (
     Custom,

@@ -21,7 +21,7 @@ from circuits.examples import Examples
 from circuits.experiments.variants import Context, Prepared, Variant, prepared
 from circuits.hooks import Change
 from circuits.means import Activity, activities
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Site, Unit
 
 N_RANDOM = 99

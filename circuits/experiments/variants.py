@@ -12,7 +12,7 @@ from circuits.edits.activations import ActivationEdit, changes
 from circuits.edits.recipes import checked, rewritten
 from circuits.edits.records import Edit
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.task import TaskBatch
 
 INTACT = "intact"

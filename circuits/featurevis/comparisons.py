@@ -1,4 +1,4 @@
-"""Objectives that compare with what a model does on an image: caricature, inversion, attribution (layer 4)."""
+"""Objectives that compare with what a model does on an image: caricature, inversion, attribution."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from circuits.featurevis.objectives import (
     as_objective,
     spatial_direction,
 )
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 
 
 def activations_on(

@@ -1,4 +1,4 @@
-"""Inputs that excite a unit of a model of tokens: embeddings, which are continuous (layer 4)."""
+"""Inputs that excite a unit of a model of tokens: embeddings, which are continuous."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.featurevis.objectives import Objective, Response, as_objective
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
 
 EMBEDDINGS = ("hook_embed", "embed.hook_out", "embed", "embedding", "wte")

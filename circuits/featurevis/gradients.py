@@ -1,4 +1,4 @@
-"""How operations behave while a picture is optimised: silent units (layer 4).
+"""How operations behave while a picture is optimised: silent units.
 
 They hold in one thread, for operations of the model's own code, and leave the model itself alone.
 """

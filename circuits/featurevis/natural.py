@@ -1,4 +1,4 @@
-"""What natural images look like on average: their colours and their spectrum (layer 4).
+"""What natural images look like on average: their colours and their spectrum.
 
 Decorrelated colour needs the first, MACO both. They are fitted from a person's own images, never
 downloaded.

@@ -1,12 +1,12 @@
-"""What a unit does below zero: after a ReLU that is only seen before it (layer 4)."""
+"""What a unit does below zero: after a ReLU that is only seen before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from circuits.models.adapter import HookedModel
-from circuits.models.topology import Link, WeightLayer
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import Link, WeightLayer
 from circuits.units import Site, Unit
 
 _LINEAR = ("Conv", "Linear", "BatchNorm", "LayerNorm")

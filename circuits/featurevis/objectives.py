@@ -1,4 +1,4 @@
-"""What a picture is optimised for: objectives that add and multiply (layer 4).
+"""What a picture is optimised for: objectives that add and multiply.
 
 An objective gives one number an image, higher is better. They are made from a model, so that what it
 does not have is an error at once.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Site, Unit, unknown
 
 

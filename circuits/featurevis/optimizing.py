@@ -1,4 +1,4 @@
-"""Gradient ascent on images (layer 4)."""
+"""Gradient ascent on images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from circuits.featurevis.gradients import Waking
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
 from circuits.featurevis.transforms import NOTHING, Transform
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 
 WAKING_STEPS = 16

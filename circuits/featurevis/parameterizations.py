@@ -1,4 +1,4 @@
-"""Images as functions of the numbers that are optimised (layer 4).
+"""Images as functions of the numbers that are optimised.
 
 `Values` are unbounded and can be added, which is how images share parts; `squashed` makes pictures
 in 0..1 of them. `maco` has its own way to a picture.

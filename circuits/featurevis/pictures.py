@@ -1,4 +1,4 @@
-"""Feature visualizations as results: the image, what it reached, and how it was made (layer 4)."""
+"""Feature visualizations as results: the image, what it reached, and how it was made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature visualization: the image that excites a unit (layer 4)."""
+"""Feature visualization: the image that excites a unit."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from circuits.featurevis.parameterizations import (
 )
 from circuits.featurevis.pictures import Picture
 from circuits.featurevis.transforms import Transform, maco_standard, standard
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 from circuits.units import Direction, Unit, unknown
 

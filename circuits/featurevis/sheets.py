@@ -1,4 +1,4 @@
-"""Neuron sheets: a picture of every unit of a site, as tiles and as one atlas (layer 4).
+"""Neuron sheets: a picture of every unit of a site, as tiles and as one atlas.
 
 <folder>/00000.webp …   a unit's picture, with its metadata inside
         sheet.json      what was made, by unit; written when all tiles are there
@@ -20,8 +20,8 @@ from PIL import Image
 from circuits.featurevis.pictures import read_facts, write_image
 from circuits.featurevis.render import Options, Settings, visualize_units
 from circuits.files import write_json
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 from circuits.units import Site
 

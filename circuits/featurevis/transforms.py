@@ -1,4 +1,4 @@
-"""Random small changes of an image, so that a picture does not hang on single pixels (layer 4).
+"""Random small changes of an image, so that a picture does not hang on single pixels.
 
 Each draws from the generator that it is given, once for the whole batch, so that a picture does not
 depend on what it is made together with. Shifts, scalings and turns in a row become one resampling; what

@@ -1,4 +1,4 @@
-"""Results as figures for paper, PNG and SVG (layer 6)."""
+"""Results as figures for paper, PNG and SVG."""
 
 from circuits.figures.attention import attention_figure
 from circuits.figures.attributions import (

@@ -1,4 +1,4 @@
-"""Attention patterns as a figure: raw next to weighted by values (layer 6)."""
+"""Attention patterns as a figure: raw next to weighted by values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributions and sanity checks as figures (layer 6)."""
+"""Attributions and sanity checks as figures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from circuits.attribution.cards import MethodCard
 from circuits.attribution.results import Attribution
 from circuits.figures.tunings import overlaid
+from circuits.saliency.cards import MethodCard
 
 _WORST = "#b2182b"
 

@@ -1,4 +1,4 @@
-"""Kernels, families and circuits as figures (layer 6). Zero is in the middle of every diverging scale."""
+"""Kernels, families and circuits as figures. Zero is in the middle of every diverging scale."""
 
 from __future__ import annotations
 

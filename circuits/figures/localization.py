@@ -1,4 +1,4 @@
-"""Patched grids, readouts, lenses and heads as figures (layer 6)."""
+"""Patched grids, readouts, lenses and heads as figures."""
 
 from __future__ import annotations
 

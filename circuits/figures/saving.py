@@ -1,4 +1,4 @@
-"""Writing figures (layer 6)."""
+"""Writing figures."""
 
 from __future__ import annotations
 

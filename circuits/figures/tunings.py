@@ -1,4 +1,4 @@
-"""Tuning curves, heat maps and activation spectra as figures (layer 6)."""
+"""Tuning curves, heat maps and activation spectra as figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 
-from circuits.store.spectrum import Spectrum
+from circuits.store.spectra import Spectrum
 from circuits.tuning.heatmaps import HeatMap
 from circuits.tuning.invariances import Invariance
 from circuits.tuning.radial import RadialTuning

@@ -1,4 +1,4 @@
-"""Units and the edges between them: the whole network on disk, circuits in memory (layer 2)."""
+"""Units and the edges between them: the whole network on disk, circuits in memory."""
 
 from circuits.graph.blocks import BlockInfo
 from circuits.graph.circuit import (
@@ -11,6 +11,8 @@ from circuits.graph.circuit import (
     difference,
     union,
 )
+from circuits.graph.formats import read_circuit, write_circuit
+from circuits.graph.saved import load_circuit, save_circuit
 from circuits.graph.store import GraphStore, add_edges, remove_edges
 
 __all__ = [
@@ -24,6 +26,10 @@ __all__ = [
     "circuit_diff",
     "collapse",
     "difference",
+    "load_circuit",
+    "read_circuit",
     "remove_edges",
+    "save_circuit",
     "union",
+    "write_circuit",
 ]

@@ -1,4 +1,4 @@
-"""Attribution graphs as circuit-tracer writes and Neuronpedia reads them (layer 2).
+"""Attribution graphs as circuit-tracer writes and Neuronpedia reads them.
 
 A file has `metadata`, `qParams`, `nodes` and `links`; a node is a feature of a layer at a token, an error,
 a token's embedding or a logit. Its ids can collide: errors are `0_{layer}_{position}` and features of

@@ -1,4 +1,4 @@
-"""Blocks of edges in a file of the graph store, and writing them (layer 2)."""
+"""Blocks of edges in a file of the graph store, and writing them."""
 
 from __future__ import annotations
 

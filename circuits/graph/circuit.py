@@ -1,4 +1,4 @@
-"""`CircuitGraph`: units and the edges between them, in memory (layer 2)."""
+"""`CircuitGraph`: units and the edges between them, in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuits as files that other programs read: node-link JSON, GraphML, GEXF (layer 2).
+"""Circuits as files that other programs read: node-link JSON, GraphML, GEXF.
 
 Every format is read back equal, types included. What a format cannot hold (None, lists, tuples,
 dictionaries, columns of mixed types) is written as JSON text under a name that ends in `__json`.

@@ -1,4 +1,4 @@
-"""Where a circuit's nodes are drawn (layer 2)."""
+"""Where a circuit's nodes are drawn."""
 
 from __future__ import annotations
 

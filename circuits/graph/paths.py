@@ -1,4 +1,4 @@
-"""The strongest paths between two units, found a site at a time (layer 2)."""
+"""The strongest paths between two units, found a site at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuits that people name and keep, with their history (layer 2)."""
+"""Circuits that people name and keep, with their history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph store: the edges of a whole network on disk (layer 2).
+"""The graph store: the edges of a whole network on disk.
 
     <folder>/graph.h5              the weights, written once
              graph/<name>.h5       what was added later: expanded weights, attributions, effects

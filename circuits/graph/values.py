@@ -1,4 +1,4 @@
-"""Values of attributes as JSON that gives them back with their types (layer 2)."""
+"""Values of attributes as JSON that gives them back with their types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass of a model over a dataset into an activation store (layer 4)."""
+"""One pass of a model over a dataset into an activation store."""
 
 from circuits.harvesting.running import find_stores, harvest, unusable_stores
 

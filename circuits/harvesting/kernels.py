@@ -1,4 +1,4 @@
-"""Compiled loops over activations on a CPU: every number is read once (layer 4).
+"""Compiled loops over activations on a CPU: every number is read once.
 
 Summaries of every site of a network touch as many numbers as its forward pass writes, so each extra
 pass over memory shows. These loops are compiled by numba, for the processor they run on, and cached.

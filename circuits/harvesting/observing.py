@@ -1,4 +1,4 @@
-"""What a shard keeps of one site, gathered while forward passes run (layer 4).
+"""What a shard keeps of one site, gathered while forward passes run.
 
 On a CPU by compiled loops (`kernels`), elsewhere by torch; what is not finite is left to a third, slow
 way that both fall back to.

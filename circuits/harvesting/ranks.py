@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started, and how they agree (layer 4)."""
+"""The processes that `torchrun` started, and how they agree."""
 
 from __future__ import annotations
 

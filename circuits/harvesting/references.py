@@ -1,4 +1,4 @@
-"""What all shards of a store share: centers of sums, edges of histograms (layer 4)."""
+"""What all shards of a store share: centers of sums, edges of histograms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planning a harvest, sharing it out among processes, and joining what they wrote (layer 4)."""
+"""Planning a harvest, sharing it out among processes, and joining what they wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from circuits.harvesting.ranks import Ranks
 from circuits.harvesting.references import references
 from circuits.harvesting.shardwork import ShardWork
 from circuits.harvesting.workers import Send, share_out
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore, Provenance

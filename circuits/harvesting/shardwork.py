@@ -1,4 +1,4 @@
-"""Making one shard: examples are decoded ahead, run forward, observed, written behind (layer 4)."""
+"""Making one shard: examples are decoded ahead, run forward, observed, written behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.examples import Examples
 from circuits.harvesting.observing import Observer
 from circuits.hooks import Look
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store.provenance import Provenance
 from circuits.store.shards import Shard, StoreWriter
 from circuits.store.summaries import Summary

@@ -1,4 +1,4 @@
-"""Sharing out work among processes of this machine (layer 4).
+"""Sharing out work among processes of this machine.
 
 Processes are forked: they have the model and the data at once, share the weights' memory, and each
 computes with one thread. That is faster than one process with all threads, whose layers are too small

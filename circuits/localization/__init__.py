@@ -4,13 +4,13 @@ from circuits.localization.attention import AttentionPatterns, HeadPattern, atte
 from circuits.localization.cells import Cell, Column
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
-from circuits.localization.keeping import Sufficiency, keep_only, sufficiency
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
 from circuits.localization.patching import patch_grid
 from circuits.localization.paths import HeadEffect, HeadEffects, PathCell, head_effects, path_grid
 from circuits.localization.probing import contrastive_directions, linear_probes
 from circuits.localization.readouts import Readout, Readouts
 from circuits.localization.steering import steering_grid
+from circuits.localization.subsets import Sufficiency, keep_only, sufficiency
 
 __all__ = [
     "AttentionPatterns",

@@ -1,4 +1,4 @@
-"""Attention patterns of a text, and weighted by how long the values are that they fetch (layer 4).
+"""Attention patterns of a text, and weighted by how long the values are that they fetch.
 
 Elhage et al. 2021 (value-weighted patterns); Kobayashi et al. 2020, "Attention is Not Only a Weight". Attention to a
 sink, such as the starting token, fetches next to nothing; weighted by values it disappears.
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import encoded
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.selecting import select_sites
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.paths.selecting import select_sites
 from circuits.units import Site, Unit, unknown
 
 SINK = 0.5

@@ -1,4 +1,4 @@
-"""Cells of a grid: a site, or some of its units, at some positions of each example (layer 4)."""
+"""Cells of a grid: a site, or some of its units, at some positions of each example."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.selecting import select_sites
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.paths.selecting import select_sites
 from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site
 

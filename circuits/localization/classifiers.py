@@ -1,4 +1,4 @@
-"""Linear classifiers of rows: along the difference of means, and by logistic regression (layer 4)."""
+"""Linear classifiers of rows: along the difference of means, and by logistic regression."""
 
 from __future__ import annotations
 

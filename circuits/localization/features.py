@@ -1,4 +1,4 @@
-"""What sites hold of a task's examples and counterparts, one row an example, by position (layer 4)."""
+"""What sites hold of a task's examples and counterparts, one row an example, by position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.examples import BATCH, Examples
 from circuits.localization.cells import Column
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.task import Task
 from circuits.units import Site
 

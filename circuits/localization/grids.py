@@ -1,4 +1,4 @@
-"""What a grid of replaced cells found: every cell on every example, and tables and matrices read from it (layer 4)."""
+"""What a grid of replaced cells found: every cell on every example, and tables and matrices read from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which heads attend to the token before, to the same token, or to what came after it (layer 4).
+"""Which heads attend to the token before, to the same token, or to what came after it.
 
 Elhage et al. 2021; Olsson et al. 2022, "In-context Learning and Induction Heads". Texts are random tokens of which a
 pattern repeats, at another distance in each text, so that looking back a fixed number of places does not help. Where a
@@ -21,9 +21,9 @@ from circuits.examples import BATCH, Examples
 from circuits.experiments import Record
 from circuits.experiments.statistics import corrected, interval, paired_ps
 from circuits.files import finite
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
-from circuits.models.selecting import select_sites
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.paths.selecting import select_sites
 from circuits.progress import Progress
 from circuits.stimuli.repeats import draw_patterns
 from circuits.tasks.task import of_examples

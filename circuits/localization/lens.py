@@ -1,4 +1,4 @@
-"""The logit lens: what a transformer would answer if it stopped at each depth (layer 4).
+"""The logit lens: what a transformer would answer if it stopped at each depth.
 
 nostalgebraist 2020, "interpreting GPT: the logit lens". The residual stream at a depth takes the place of the last one,
 and the model's own final normalisation and unembedding do the rest. With the normalisation held as it is at the end,
@@ -22,10 +22,10 @@ from circuits.experiments.statistics import interval
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter import HookedModel
-from circuits.models.composition import held_normalisation
-from circuits.models.inputs import TokenInput
-from circuits.models.sites import is_bridge
+from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.sites import is_bridge
 from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.targets import output_site

@@ -1,4 +1,4 @@
-"""Other pairs' runs: what takes a cell's place where it is to say nothing about the pair itself (layer 4)."""
+"""Other pairs' runs: what takes a cell's place where it is to say nothing about the pair itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from circuits.examples import Examples
 from circuits.localization.cells import length_of
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site
 

@@ -1,4 +1,4 @@
-"""Activation patching over a grid: each cell in turn takes what it is in the other run of its pair (layer 4).
+"""Activation patching over a grid: each cell in turn takes what it is in the other run of its pair.
 
 Meng et al. 2022 (causal tracing); Zhang and Nanda 2024, "Towards Best Practices of Activation Patching", on the two
 directions and on metrics. Many cells share a pass, which begins at the first site that differs.
@@ -22,7 +22,7 @@ from circuits.hooks import Change
 from circuits.localization.cells import By, Cell, Key, cells_of
 from circuits.localization.grids import GridCell, GridSide, PatchDirection, PatchGrid
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.targets import output_site

@@ -1,4 +1,4 @@
-"""Path patching on tasks: which paths of a transformer carry a behaviour, and by which ways a head acts (layer 4).
+"""Path patching on tasks: which paths of a transformer carry a behaviour, and by which ways a head acts.
 
 Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"; Wang et al. 2022, "Interpretability in the
 Wild", appendix B. `experiments.patching` says what patching a path is.
@@ -25,10 +25,10 @@ from circuits.hooks import Change
 from circuits.localization.grids import PatchDirection, PatchGrid, means
 from circuits.localization.pairing import OtherPairs
 from circuits.localization.patching import Directions, GridPlan, measured_grid
-from circuits.models.adapter import HookedModel
-from circuits.models.contributions import check_mlps
-from circuits.models.paths import stream_of
-from circuits.models.residual import Path, PathName, Receiver, Sender, Stream
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.contributions import check_mlps
+from circuits.models.paths.residual import Path, PathName, Receiver, Sender, Stream
+from circuits.models.paths.routes import stream_of
 from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.task import Task

@@ -1,4 +1,4 @@
-"""Where it can be read off linearly whether an example is clean or corrupted, or any other label (layer 4).
+"""Where it can be read off linearly whether an example is clean or corrupted, or any other label.
 
 A direction or a probe is fitted on a task's `find` half and judged on its `test` half, next to random directions of
 equal norm and to control tasks in which each template instance has a random label (Hewitt and Liang 2019, "Designing
@@ -24,8 +24,8 @@ from circuits.localization.cells import Key, column_of, keys_of, sites_of
 from circuits.localization.classifiers import Method, along, fit
 from circuits.localization.features import Features, features_of
 from circuits.localization.readouts import Readout, Readouts
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 from circuits.units import Site

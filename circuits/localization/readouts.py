@@ -1,4 +1,4 @@
-"""Readouts: linear classifiers by site and position, and how well they do on examples they have not seen (layer 4)."""
+"""Readouts: linear classifiers by site and position, and how well they do on examples they have not seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from circuits.experiments.statistics import corrected
 from circuits.files import finite
 from circuits.localization.cells import Key
 from circuits.localization.classifiers import Method
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 
 What = Literal["accuracy", "selectivity", "fitted", "control", "random"]
 """A readout's accuracy on held-out examples; that less the control task's; its accuracy where it was fitted; the

@@ -1,4 +1,4 @@
-"""Whether a model uses what can be read off: directions added to a run, next to random ones of equal norm (layer 4)."""
+"""Whether a model uses what can be read off: directions added to a run, next to random ones of equal norm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from circuits.localization.cells import Cell, column_of
 from circuits.localization.grids import PatchDirection, PatchGrid
 from circuits.localization.patching import Directions, GridPlan, measured_grid
 from circuits.localization.readouts import Readouts
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.task import Task

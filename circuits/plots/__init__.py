@@ -1,4 +1,4 @@
-"""Results as plots for the app (layer 6). Zero is in the middle of every diverging scale."""
+"""Results as plots for the app. Zero is in the middle of every diverging scale."""
 
 from circuits.plots.inline import histogram_html, kernels_html
 from circuits.plots.interactive import (

@@ -1,4 +1,4 @@
-"""Colours of plots (layer 6)."""
+"""Colours of plots."""
 
 from __future__ import annotations
 

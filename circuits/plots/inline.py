@@ -1,4 +1,4 @@
-"""Results as plain HTML (layer 6): what every unit's page shows, for a browser draws it at once.
+"""Results as plain HTML: what every unit's page shows, for a browser draws it at once.
 
 A figure of Plotly costs a browser tens of milliseconds, and its library some hundred more. Numbers are in tooltips.
 """

@@ -1,4 +1,4 @@
-"""Results as figures that can be looked into, with Plotly (layer 6)."""
+"""Results as figures that can be looked into, with Plotly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to train on: from a store, an array, or a model as it runs; shuffled, and to be gone on with (layer 5).
+"""Rows to train on: from a store, an array, or a model as it runs; shuffled, and to be gone on with.
 
 Rows come in groups that fit in memory: blocks of a store drawn at random, or the positions of examples drawn
 at random. A group is shuffled and cut into batches; what is left goes to the next. So where a run stands is a
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore
 

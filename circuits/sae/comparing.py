@@ -1,4 +1,4 @@
-"""Two dictionaries beside each other: seeds, sizes, a known truth (layer 5)."""
+"""Two dictionaries beside each other: seeds, sizes, a known truth."""
 
 from __future__ import annotations
 

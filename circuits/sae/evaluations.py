@@ -1,4 +1,4 @@
-"""What was measured of an autoencoder, kept beside its file (layer 5)."""
+"""What was measured of an autoencoder, kept beside its file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from circuits.files import write_json
 from circuits.hdf5 import file_hash
-from circuits.sae.behaviour import Behaviour
 from circuits.sae.metrics import Metrics
+from circuits.sae.substitution import Behaviour
 
 
 def evaluation_path(code: Path) -> Path:

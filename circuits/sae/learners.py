@@ -1,4 +1,4 @@
-"""Autoencoders as they are trained: losses and constraints of each architecture (layer 5).
+"""Autoencoders as they are trained: losses and constraints of each architecture.
 
 Rows come scaled, so that E||x||^2 is their width. All losses are fractions of the variance of what is to be
 written: 1 is what the mean alone leaves.

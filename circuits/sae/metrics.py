@@ -1,4 +1,4 @@
-"""How well codes describe rows, beside nulls of the same size (layer 5)."""
+"""How well codes describe rows, beside nulls of the same size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training autoencoders: many in one pass over the rows, stopped and gone on with at any time (layer 5)."""
+"""Training autoencoders: many in one pass over the rows, stopped and gone on with at any time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from circuits.autoencoders import About, Autoencoder, load_autoencoder, save_aut
 from circuits.autoencoders.files import FILE, read_tensors
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
-from circuits.models.attaching import check_name
+from circuits.models.adapter.attaching import check_name
 from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
 from circuits.sae.learners import Hyperparameters, Learner
 

@@ -1,4 +1,4 @@
-"""Data from arrays, Hugging Face datasets and any other sequence of examples (layer 2)."""
+"""Data from arrays, Hugging Face datasets and any other sequence of examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: a sequence of them, reading them from files, bringing them to 8-bit RGB (layer 2)."""
+"""Images: a sequence of them, reading them from files, bringing them to 8-bit RGB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right for each example of a dataset (layer 2)."""
+"""What is right for each example of a dataset."""
 
 from __future__ import annotations
 

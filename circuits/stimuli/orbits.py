@@ -1,4 +1,4 @@
-"""Stimuli under a transformation, step by step: what families are found with (layer 2).
+"""Stimuli under a transformation, step by step: what families are found with.
 
 An orbit is a set of images, each in every step of a transformation. Two units are the same unit transformed
 if one answers to step k of every image as the other does to step k + shift.

@@ -1,4 +1,4 @@
-"""Stimuli that vary one thing at a time: curves, lines, angles, gratings, edges, boards (layer 2).
+"""Stimuli that vary one thing at a time: curves, lines, angles, gratings, edges, boards.
 
 Every argument that says how an image looks is a number, or one number an image; sizes are in pixels, angles
 in degrees, counter-clockwise on the screen, and colours red, green, blue in 0..1 (or one grey level).

@@ -1,4 +1,4 @@
-"""Sequences that repeat: a random prefix, then a random pattern over and over (layer 2).
+"""Sequences that repeat: a random prefix, then a random pattern over and over.
 
 An induction head predicts the pattern's second and later rounds. Prefix and period both vary, so that
 looking back a fixed number of places does not help.

@@ -1,4 +1,4 @@
-"""Data by name: photographs, folders of images, drawings, text (layer 2).
+"""Data by name: photographs, folders of images, drawings, text.
 
 A source is a fixed sequence of examples with a hash; the same name gives the same examples.
 """

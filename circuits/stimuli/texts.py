@@ -1,4 +1,4 @@
-"""Texts, or sequences of tokens (layer 2)."""
+"""Texts, or sequences of tokens."""
 
 from __future__ import annotations
 

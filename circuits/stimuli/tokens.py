@@ -1,4 +1,4 @@
-"""Sequences of tokens with one thing changed: swapped, prefixed, repeated (layer 2)."""
+"""Sequences of tokens with one thing changed: swapped, prefixed, repeated."""
 
 from __future__ import annotations
 

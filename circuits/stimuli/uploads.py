@@ -1,4 +1,4 @@
-"""Uploads: images that come from a browser, decoded from bytes that nobody has looked at (layer 2).
+"""Uploads: images that come from a browser, decoded from bytes that nobody has looked at.
 
 Nothing is written to disk, and a file's name is text to show, never a path.
 """

@@ -1,9 +1,9 @@
-"""Activation stores: what a model's units did on a dataset, on disk (layer 2)."""
+"""Activation stores: what a model's units did on a dataset, on disk."""
 
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.reading import ActivationStore, Example, UnitStatistics
 from circuits.store.rows import Rows
-from circuits.store.spectrum import Spectrum, spectrum
+from circuits.store.spectra import Spectrum, spectrum
 from circuits.store.summaries import BINS, Summary, TailFit, fit_tail
 
 __all__ = [

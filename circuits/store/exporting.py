@@ -1,4 +1,4 @@
-"""A store's numbers in the formats of others: npz, safetensors, parquet (layer 2)."""
+"""A store's numbers in the formats of others: npz, safetensors, parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole activations in HDF5 files (layer 2)."""
+"""Whole activations in HDF5 files."""
 
 from __future__ import annotations
 

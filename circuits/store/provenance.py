@@ -1,4 +1,4 @@
-"""Where a store's numbers come from, and how it was asked for (layer 2)."""
+"""Where a store's numbers come from, and how it was asked for."""
 
 from __future__ import annotations
 

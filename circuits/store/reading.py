@@ -1,4 +1,4 @@
-"""Reading a store: statistics and examples of units, summaries of sites, whole activations (layer 2)."""
+"""Reading a store: statistics and examples of units, summaries of sites, whole activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading whole activations: by example, by range, at random, as a shuffled stream (layer 2)."""
+"""Reading whole activations: by example, by range, at random, as a shuffled stream."""
 
 from __future__ import annotations
 

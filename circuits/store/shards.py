@@ -1,4 +1,4 @@
-"""Writing a store: shards under temporary names, renamed, then noted in the manifest (layer 2).
+"""Writing a store: shards under temporary names, renamed, then noted in the manifest.
 
 A store is a folder: `provenance.json` (what was measured, on what), `reference.h5` (what all shards
 share), `shard-00000.h5` … (consecutive examples), `manifest.jsonl` (one line a finished file, with its

@@ -1,4 +1,4 @@
-"""What a summary of a site holds, how summaries join, and what follows from them (layer 2)."""
+"""What a summary of a site holds, how summaries join, and what follows from them."""
 
 from __future__ import annotations
 

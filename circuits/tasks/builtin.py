@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from circuits.examples import LIMIT, Examples, How, choose
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput, TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import open_source

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples, encoded, whole
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.items import Item, Words
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.task import Feeding, Question, Task, default_metric

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.reading import Reading
 from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, unknown

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.stimuli.labels import index_of
 from circuits.units import Site, Unit, unknown
 
@@ -89,7 +89,7 @@ def parse_target(
         KeyError: if there is no such class, token or site.
         ValueError: if it is none of these forms, or there is no such unit.
 
-    >>> from circuits.models.loading import load_model
+    >>> from circuits.models.zoo.loading import load_model
     >>> str(parse_target(load_model("shapes"), "mixed3b:3@4,4"))
     'mixed3b:3@4,4'
     """

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.examples import BATCH, Examples
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.halves import LEAST, halves
 from circuits.tasks.metrics import (
     Metric,

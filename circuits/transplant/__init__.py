@@ -1,4 +1,4 @@
-"""Transplants: a family of one network in the place of another's (layer 5)."""
+"""Transplants: a family of one network in the place of another's."""
 
 from circuits.transplant.grafts import Graft, Match, Tuned, grafted, match_and_fit, match_angles
 from circuits.transplant.measuring import Condition, TransplantReport, measure_transplant

@@ -25,8 +25,8 @@ from circuits.examples import Examples, as_examples, choose
 from circuits.experiments.running import run
 from circuits.experiments.variants import Context, Variant
 from circuits.hooks import Change
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.tasks.metrics import kl
 from circuits.tasks.task import of_examples
 from circuits.units import Site, Unit

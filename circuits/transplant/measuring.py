@@ -18,7 +18,7 @@ from circuits.experiments.statistics import Interval, paired_p, percentiles
 from circuits.experiments.variants import INTACT, Variant
 from circuits.files import finite
 from circuits.means import activities
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tasks.metrics import accuracy, kl, top5
 from circuits.tasks.task import Task

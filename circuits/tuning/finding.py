@@ -1,4 +1,4 @@
-"""Finding curve units by tuning alone, and how a family of them covers the circle (layer 4)."""
+"""Finding curve units by tuning alone, and how a family of them covers the circle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tuning.radial import RadialTuning, radial_tuning
 from circuits.units import Unit

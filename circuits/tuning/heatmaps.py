@@ -1,4 +1,4 @@
-"""Orientation x curvature: a unit's response to curves of every radius at every angle (layer 4)."""
+"""Orientation x curvature: a unit's response to curves of every radius at every angle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs
 from circuits.tuning.responding import BATCH, responses, stimulus_size

@@ -1,4 +1,4 @@
-"""What should not matter to a curve detector, tried: contrast, colour, fill, thickness, corners (layer 4)."""
+"""What should not matter to a curve detector, tried: contrast, colour, fill, thickness, corners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.patterns import arcs
 from circuits.tuning.radial import RadialTuning
 from circuits.tuning.responding import responses

@@ -1,4 +1,4 @@
-"""Radial tuning: how a unit's response changes as what it looks for is turned (layer 4).
+"""Radial tuning: how a unit's response changes as what it looks for is turned.
 
 Cammarata et al. 2020, "Curve Detectors" (section on radial tuning curves).
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs, gratings
 from circuits.tuning.measures import TuningMeasures, measure_tuning

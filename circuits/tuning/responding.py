@@ -1,4 +1,4 @@
-"""How units respond to images that are about their middle (layer 4)."""
+"""How units respond to images that are about their middle."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
-from circuits.models.receptive import receptive_field
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.paths.receptive import receptive_field
 from circuits.units import Site
 
 BATCH = 32

@@ -1,4 +1,4 @@
-"""Weights between units: what builds a unit and what it builds (layer 4)."""
+"""Weights between units: what builds a unit and what it builds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.topology import WeightLayer
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import WeightLayer
 from circuits.units import Unit
 from circuits.weights.kernels import by_site, kernels_from, kernels_into, written
 

@@ -1,4 +1,4 @@
-"""Expanded weights: the linear effect of a unit on another through what lies between (layer 4).
+"""Expanded weights: the linear effect of a unit on another through what lies between.
 
 Voss et al. 2021, "Visualizing Weights" (Distill, section "Contextualizing weights with feature
 visualizations" and after): the gradient of a target unit by a source unit, at each offset in space.
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from circuits.examples import Examples, as_examples
 from circuits.files import replacing
-from circuits.models.adapter import HookedModel
-from circuits.models.inputs import ImageInput
-from circuits.models.tape import Tape, Window, one_hot
-from circuits.models.topology import INPUT
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.adapter.topology import INPUT
+from circuits.models.paths.tape import Tape, Window, one_hot
 from circuits.units import Site, Unit
 from circuits.weights.connections import Connection
 

@@ -1,4 +1,4 @@
-"""Weights in factors: groups of upstream units with the map of where each acts (layer 4).
+"""Weights in factors: groups of upstream units with the map of where each acts.
 
 Voss et al. 2021, "Visualizing Weights" (section "Small Multiples", weight factors): a one-sided
 non-negative matrix factorisation, which allows positive and negative weights over space.

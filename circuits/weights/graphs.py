@@ -1,4 +1,4 @@
-"""A model's weights as a graph on disk (layer 4)."""
+"""A model's weights as a graph on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from circuits.graph.blocks import BlockInfo, writing
 from circuits.graph.store import FILE, GraphStore
-from circuits.models.adapter import HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.weights.expanded import ExpandedWeights
 from circuits.weights.raw import Pair, connected_pairs
 

@@ -1,4 +1,4 @@
-"""What transformer units read and write in the residual stream (layer 4).
+"""What transformer units read and write in the residual stream.
 
 Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits": row vectors on the left, as
 TransformerLens has them. The weights of normalisation layers are multiplied in; what they do besides is
@@ -13,9 +13,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models import composition
-from circuits.models.adapter import HookedModel
-from circuits.models.sites import is_bridge
+from circuits.models.adapter import composition
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import is_bridge
 from circuits.units import Unit
 
 _HEAD = re.compile(r"blocks\.(?P<layer>[0-9]+)\.attn\.hook_z")

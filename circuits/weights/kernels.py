@@ -1,4 +1,4 @@
-"""Kernels between the units of two sites, out of a layer's weights (layer 4)."""
+"""Kernels between the units of two sites, out of a layer's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from circuits.models.topology import Link, WeightLayer
+from circuits.models.adapter.topology import Link, WeightLayer
 
 
 def by_site(links: Iterable[Link]) -> dict[str, list[Link]]:

@@ -1,4 +1,4 @@
-"""Raw weights: a layer's own, between the units of the sites that it connects (layer 4)."""
+"""Raw weights: a layer's own, between the units of the sites that it connects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter import HookedModel
-from circuits.models.topology import INPUT, WeightLayer
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import INPUT, WeightLayer
 from circuits.weights.connections import directly_read, nearest_written, passed
 from circuits.weights.kernels import by_site, kernels_into, written
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from circuits.models.inputs import TokenInput
+from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.items import Item, Words
 
 Tokenizer = Callable[[str], list[int]] | TokenInput | None

@@ -1,0 +1,199 @@
+"""What a page shows is in its URL: choices, links, and what a page says of trouble.
+
+The URL is the single truth: widgets are set from it and write to it, so that every view can be linked to.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import ParamSpec
+
+import streamlit as st
+from streamlit.errors import StreamlitAPIException
+
+from apps import cached
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.units import Unit
+from circuits.workspace import ModelRecord
+
+TROUBLE = (ValueError, KeyError, OSError, ImportError)
+"""What loading and reading raise for things a person can mend; anything else is a bug and shows as one."""
+
+AGAIN = "run again for what was recalled"
+"""In a session whose page runs once more though nobody asked for it: what it has said has to be said again."""
+
+TITLES: Mapping[str, str] = {
+    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "circuit": "Circuit", "edits": "Edits",
+    "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
+}  # fmt: skip
+"""The pages by their path in the URL."""
+
+
+def line(error: BaseException) -> str:
+    """An error as one line, which shows as it is."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return plain(text) or type(error).__name__
+
+
+def plain(text: str) -> str:
+    r"""Words of a URL, a file or a person, for Markdown: no link, picture or emoji comes of them.
+
+    Control and formatting characters, which can turn what is around them, become a mark.
+
+    >>> plain("![x](http://a.example) :red[b]")
+    '\\!\\[x\\]\\(http\\://a.example\\) \\:red\\[b\\]'
+    """
+    return _MARKS.sub(r"\\\1", _seen(text))
+
+
+def _seen(text: str) -> str:
+    return "".join("�" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+
+
+_MARKS = re.compile(r"([\\`*_\[\](){}<>$~:!#|@&])")
+
+
+def link(page: str, label: str, help: str | None = None, **choices: object) -> None:
+    """A link to a page with choices in its URL; it stays in the session, or opens in a new tab."""
+    st.page_link(
+        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=plain(label), help=help,
+        query_params={name: str(value) for name, value in choices.items()},
+    )  # fmt: skip
+
+
+def open_page(page: str, **choices: object) -> None:
+    """Go to a page, as a click on a link would."""
+    st.switch_page(
+        st.Page(_elsewhere, title=TITLES[page], url_path=page),
+        query_params={name: str(value) for name, value in choices.items()},
+    )
+
+
+def _elsewhere() -> None:
+    """Stands for the page of the same path, which `workbench` has."""
+
+
+def choose(
+    label: str,
+    options: Sequence[str],
+    parameter: str,
+    show: Callable[[str], str] = str,
+    *,
+    sidebar: bool = True,
+) -> str:
+    """A select box whose choice is the URL's `parameter`; `show` says how options look."""
+    key, odd = f"choose-{parameter}", f"odd-{parameter}"
+    wanted = st.query_params.get(parameter)
+    if wanted is not None and wanted not in options:
+        shown = _seen(wanted[:80]).replace(
+            "`", "'"
+        )  # as code: a link in a URL must not become one here
+        st.session_state[odd] = (
+            f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`."
+        )
+        wanted = None
+    elif AGAIN not in st.session_state:
+        st.session_state.pop(odd, None)
+    if odd in st.session_state:
+        st.warning(st.session_state[odd])
+    value = wanted or options[0]
+    st.session_state[key] = value
+    st.query_params[parameter] = value
+
+    def changed() -> None:
+        st.query_params[parameter] = st.session_state[key]
+
+    with st.sidebar if sidebar else nullcontext():
+        return st.selectbox(label, options, key=key, on_change=changed, format_func=show)
+
+
+def choose_model() -> tuple[ModelRecord, HookedModel] | None:
+    """A model of the workspace, loaded; None, after saying why, if there is none to show."""
+    records = sorted(cached.workspace().models(), key=lambda r: (r.spec != "cleanroom", r.spec))
+    if not records:
+        st.info(
+            f"The workspace {str(cached.workspace().root)!r} is empty. Build it with "
+            "`circuits demo`, or harvest a model: `circuits harvest MODEL --data DATA --sites SITES`."
+        )
+        return None
+    by_label = {cached.label_of(r): r for r in records}
+    record = by_label[choose("Model", list(by_label), "model")]
+    try:
+        return record, cached.model_of(record)
+    except TROUBLE as error:
+        st.error(line(error))
+        return None
+
+
+def choose_site(record: ModelRecord, model: HookedModel) -> str:
+    """A site of the model, harvested ones first."""
+    stores = cached.stores_of(record)
+    harvested = dict.fromkeys(s.name for store in stores for s in store.provenance.sites)
+    names = list(harvested | dict.fromkeys(s.name for s in model.sites))
+    return choose("Site", names, "site")
+
+
+def choose_unit(record: ModelRecord, model: HookedModel) -> Unit:
+    """A site and a unit of it."""
+    site = choose_site(record, model)
+    index = choose("Unit", [str(i) for i in range(model.site(site).n_units)], "unit")
+    return Unit(site, int(index))
+
+
+def go_to(unit: Unit) -> None:
+    """Make `unit` the page's choice."""
+    st.query_params["site"] = unit.site
+    st.query_params["unit"] = str(unit.index)
+
+
+def name_of(model: HookedModel, unit: Unit) -> str:
+    """What a unit is known to be: a class, or what it was written to detect; empty if nothing is known."""
+    names = model.unit_names.get(unit.site, ())
+    if unit.site in {s.name for s in model.sites} and model.site(unit.site).kind == "logit":
+        names = model.classes
+    return names[unit.index] if unit.index < len(names) else ""
+
+
+def named(model: HookedModel, unit: Unit) -> str:
+    """A unit with what it is known to be."""
+    name = name_of(model, unit)
+    return f"{unit} · {name}" if name else str(unit)
+
+
+def python(code: str, key: str = "") -> None:
+    """What was shown, as the Python that makes it."""
+    with st.popover("Python", help="The same from a script"):
+        st.code(code.strip("\n"), language="python")
+
+
+def rerun_part() -> None:
+    """Run the fragment anew, or the page where it is all that runs."""
+    try:
+        st.rerun(scope="fragment")
+    except StreamlitAPIException:  # not in a run of the fragment alone
+        st.rerun()
+
+
+_P = ParamSpec("_P")
+
+
+def guarded(view: Callable[_P, None]) -> Callable[_P, None]:
+    """A page, or a part of one, that says what is wrong with damaged files instead of where it happened."""
+
+    @wraps(view)
+    def shown(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            view(*args, **kwargs)
+        except TROUBLE as error:
+            st.error(line(error))
+
+    return shown
+
+
+def part(view: Callable[_P, None]) -> Callable[_P, None]:
+    """A part of a page that runs anew by itself when something in it is changed."""
+    return st.fragment(guarded(view))

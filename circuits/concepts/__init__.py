@@ -1,0 +1,45 @@
+"""What units stand for: names with their evidence, masks, probes, and classifiers made of named concepts."""
+
+from circuits.concepts.bottleneck import (
+    Bottleneck,
+    Intervention,
+    as_recipe,
+    intervene,
+    suspects,
+    train_bottleneck,
+)
+from circuits.concepts.dissection import Dissection, dissect
+from circuits.concepts.naming import (
+    Name,
+    Naming,
+    history,
+    name_by_attributes,
+    name_by_text,
+    name_unit,
+    names_of,
+    save_names,
+)
+from circuits.concepts.pooling import pooled
+from circuits.concepts.probes import Probe, probe
+
+__all__ = [
+    "Bottleneck",
+    "Dissection",
+    "Intervention",
+    "Name",
+    "Naming",
+    "Probe",
+    "as_recipe",
+    "dissect",
+    "history",
+    "intervene",
+    "name_by_attributes",
+    "name_by_text",
+    "name_unit",
+    "names_of",
+    "pooled",
+    "probe",
+    "save_names",
+    "suspects",
+    "train_bottleneck",
+]

@@ -1,0 +1,476 @@
+"""Concept bottlenecks: a linear classifier on units whose decisions can be read and corrected.
+
+After Discover-then-Name (Rao et al. 2024): concepts are found first, named, and then classified with.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from circuits.concepts.pooling import Pool
+from circuits.edits.activations import Scale, Set
+from circuits.edits.recipes import Recipe
+from circuits.edits.records import Edit
+from circuits.experiments.ablation import ClassChange, by_class
+from circuits.experiments.outcomes import Effect, effect_of
+from circuits.experiments.statistics import corrected, interval
+from circuits.experiments.twins import N_RANDOM, Draw
+from circuits.files import finite
+from circuits.means import Activity
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tasks.metrics import accuracy
+from circuits.units import Unit, Units
+
+_FEW = 5
+"""Fewer examples of a class say nothing of it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a unit has to do with a decision.
+
+    Attributes:
+        unit: which.
+        activation: of it on the example; its mean over examples of the class in a global explanation.
+        weight: from it to the class.
+        contribution: their product.
+    """
+
+    unit: Unit
+    activation: float
+    weight: float
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a bottleneck decides as it does.
+
+    Attributes:
+        label: the class.
+        logit: of it.
+        bias: of it; logit = bias + contributions.
+        shares: units, the largest contribution (either way) first.
+        left: the sum of the contributions that are not listed.
+    """
+
+    label: str
+    logit: float
+    bias: float
+    shares: tuple[Share, ...]
+    left: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a bottleneck is right, beside what else there is.
+
+    Attributes:
+        own: of the bottleneck.
+        low: lower end of its 95 % interval, by bootstrap over examples.
+        high: its upper end.
+        shuffled_labels: of one trained on shuffled labels.
+        majority: of always saying the commonest class.
+        n: on so many examples.
+    """
+
+    own: float
+    low: float
+    high: float
+    shuffled_labels: float
+    majority: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """A linear classifier on units.
+
+    Attributes:
+        site: of the units.
+        classes: names of what it tells apart.
+        weights: class x unit, of activations as they are.
+        bias: one a class.
+        pool: over positions.
+        null: class x unit, of one that was trained on shuffled labels, and its bias.
+        model_hash: of the model that the units are of.
+        data: on what it was trained.
+        seed: of the training.
+    """
+
+    site: str
+    classes: tuple[str, ...]
+    weights: Float[np.ndarray, "class unit"]
+    bias: Float[np.ndarray, " class"]
+    pool: Pool
+    null: tuple[Float[np.ndarray, "class unit"], Float[np.ndarray, " class"]]
+    model_hash: str
+    data: str
+    seed: int
+
+    def logits(
+        self, units: Float[np.ndarray, "example unit"]
+    ) -> Float[np.ndarray, "example class"]:
+        """Of examples, by their units' activations."""
+        return units @ self.weights.T + self.bias
+
+    def predict(self, units: Float[np.ndarray, "example unit"]) -> Int[np.ndarray, " example"]:
+        """The class of each example."""
+        return self.logits(units).argmax(1)
+
+    def accuracy(
+        self, units: Float[np.ndarray, "example unit"], labels: Sequence[int], seed: int = 0
+    ) -> Accuracy:
+        """How often it is right."""
+        own = np.asarray(labels)
+        right = (self.predict(units) == own).astype(float)
+        low, high = interval(right, seed=seed)
+        chance = ((units @ self.null[0].T + self.null[1]).argmax(1) == own).mean()
+        majority = np.bincount(own).max() / len(own)
+        return Accuracy(float(right.mean()), low, high, float(chance), float(majority), len(own))
+
+    def explain(
+        self, units: Float[np.ndarray, " unit"], label: str | int | None = None, top: int = 10
+    ) -> Explanation:
+        """Why an example is decided as it is: what each unit adds to the logit.
+
+        Args:
+            units: its units' activations.
+            label: of which class; the one decided for if None.
+            top: how many units to list.
+
+        Raises:
+            KeyError: if there is no such class.
+        """
+        logits = self.logits(units[None])[0]
+        index = int(logits.argmax()) if label is None else self._index(label)
+        added = units * self.weights[index]
+        return self._explanation(index, float(logits[index]), units, added, top)
+
+    def explain_class(
+        self, units: Float[np.ndarray, "example unit"], label: str | int, top: int = 10
+    ) -> Explanation:
+        """What a class rests on, over the examples that are decided for it."""
+        index = self._index(label)
+        logits = self.logits(units)
+        chosen = units[logits.argmax(1) == index]
+        mean = chosen.mean(0) if len(chosen) else units.mean(0)
+        own = float((mean * self.weights[index]).sum() + self.bias[index])
+        return self._explanation(index, own, mean, mean * self.weights[index], top)
+
+    def _explanation(
+        self, index: int, logit: float, units: np.ndarray, added: np.ndarray, top: int
+    ) -> Explanation:
+        order = np.argsort(-np.abs(added), kind="stable")[:top]
+        shares = tuple(
+            Share(
+                Unit(self.site, int(i)),
+                float(units[i]),
+                float(self.weights[index, i]),
+                float(added[i]),
+            )
+            for i in order
+        )
+        return Explanation(
+            self.classes[index],
+            logit,
+            float(self.bias[index]),
+            shares,
+            float(added.sum() - added[order].sum()),
+        )
+
+    def _index(self, label: str | int) -> int:
+        if isinstance(label, int) and 0 <= label < len(self.classes):
+            return label
+        if label in self.classes:
+            return self.classes.index(str(label))
+        raise KeyError(
+            f"class {label!r} is none of the bottleneck's: {', '.join(self.classes[:12])}"
+        )
+
+
+def train_bottleneck(
+    site: str,
+    units: Float[np.ndarray, "example unit"],
+    labels: Sequence[int],
+    classes: Sequence[str],
+    *,
+    pool: Pool = "mean",
+    strength: float = 1.0,
+    model_hash: str = "",
+    data: str = "",
+    seed: int = 0,
+) -> Bottleneck:
+    """Train a linear classifier (logistic regression) on units.
+
+    Args:
+        site: of the units.
+        units: their activations, an example each.
+        labels: the class of each example.
+        classes: names of the classes.
+        pool: how activations were pooled, for the record.
+        strength: inverse of the regularisation, as scikit-learn's C, on units scaled to a standard deviation of 1.
+        model_hash: of the model that units are of.
+        data: where examples come from.
+        seed: of the shuffled labels.
+
+    Raises:
+        ValueError: if numbers do not fit, fewer than two classes are there, or `strength` is not positive.
+    """
+    own = np.asarray(labels)
+    if len(units) != len(own) or not np.isfinite(units).all():
+        raise ValueError(
+            f"units of {len(units)} examples, labels of {len(own)}: expected finite units, one label each"
+        )
+    if len(np.unique(own)) < 2 or own.min() < 0 or own.max() >= len(classes):
+        raise ValueError(
+            f"labels {sorted(set(own.tolist()))[:8]} of {len(classes)} classes: expected at least two classes"
+        )
+    if not strength > 0:
+        raise ValueError(f"strength {strength} must be above 0")
+    weights, bias = _fitted(units, own, len(classes), strength)
+    null = _fitted(units, np.random.default_rng(seed).permutation(own), len(classes), strength)
+    return Bottleneck(site, tuple(classes), weights, bias, pool, null, model_hash, data, seed)
+
+
+def _fitted(
+    units: np.ndarray, own: np.ndarray, n: int, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.linear_model import LogisticRegression
+
+    scale = units.std(0)
+    scale[scale == 0] = 1
+    fitted = LogisticRegression(C=strength, max_iter=2000).fit(units / scale, own)
+    present = fitted.classes_
+    weights, bias = np.zeros((n, units.shape[1])), np.full(n, -1e9)
+    if len(present) == 2:  # one row stands for both
+        weights[present[0]], bias[present[0]] = -fitted.coef_[0] / 2, -fitted.intercept_[0] / 2
+        weights[present[1]], bias[present[1]] = fitted.coef_[0] / 2, fitted.intercept_[0] / 2
+    else:
+        weights[present], bias[present] = fitted.coef_, fitted.intercept_
+    return weights / scale, bias
+
+
+# --- interventions -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to units before a bottleneck decides.
+
+    Attributes:
+        units: which.
+        how: `off`, `scale` (times `amount`) or `set` (to `amount`, everywhere).
+        amount: of `scale` and `set`.
+    """
+
+    units: tuple[Unit, ...]
+    how: Literal["off", "scale", "set"] = "off"
+    amount: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.units or len({u.site for u in self.units}) != 1:
+            raise ValueError("units of an intervention: expected some of one site")
+        if self.how not in ("off", "scale", "set"):
+            raise ValueError(f"how {self.how!r} is not one of off, scale, set")
+        if not abs(self.amount) < 1e30 or (self.how == "scale" and self.amount < 0):
+            raise ValueError(
+                f"amount {self.amount} to {self.how} must be below 1e30 in size, and 0 or more to scale"
+            )
+
+    def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
+        """Pooled activations as the edit would make them: scaling and pooling change places."""
+        changed = units.copy()
+        places = [u.index for u in self.units]
+        if self.how == "set":
+            changed[:, places] = self.amount
+        else:
+            changed[:, places] *= 0.0 if self.how == "off" else self.amount
+        return changed
+
+    def of(self, swap: Mapping[Unit, Unit]) -> Intervention:
+        """The same done to other units: those that stand in for its own, where one does."""
+        return replace(self, units=tuple(swap.get(u, u) for u in self.units))
+
+    @property
+    def edit(self) -> Edit:
+        """The same as an edit of the model."""
+        units = Units.of(self.units)
+        if self.how == "set":
+            return Set(units, values=torch.tensor(float(self.amount)), origin="intervention")
+        return Scale(units, factor=0.0 if self.how == "off" else self.amount)
+
+
+@dataclass(frozen=True)
+class InterventionReport:
+    """What interventions change.
+
+    Attributes:
+        effect: on the bottleneck's accuracy, compared with the same done to other latents that are as active.
+        classes: whose accuracy changed, most first.
+        flips: from class to class: how many decisions changed so.
+        seed: of the random interventions and the interval.
+    """
+
+    effect: Effect
+    classes: tuple[ClassChange, ...]
+    flips: dict[str, int]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite(asdict(self))
+
+
+def intervene(
+    bottleneck: Bottleneck,
+    units: Float[np.ndarray, "example unit"],
+    labels: Sequence[int],
+    interventions: Sequence[Intervention],
+    *,
+    n_random: int = N_RANDOM,
+    seed: int = 0,
+) -> InterventionReport:
+    """What happens to decisions when units are switched off, up, or to a value.
+
+    Args:
+        bottleneck: the classifier.
+        units: activations of examples.
+        labels: their classes.
+        interventions: what is done, in order.
+        n_random: how many random interventions: the same done to other live units that are about as active; fewer
+            where there are not so many different groups.
+        seed: of those, and of the interval.
+
+    Raises:
+        ValueError: if a unit is of another site, or there is none.
+    """
+    for i in interventions:
+        site, most = i.units[0].site, max(u.index for u in i.units)
+        if site != bottleneck.site or most >= units.shape[1]:
+            raise ValueError(
+                f"units {Units.of(i.units)}: the bottleneck reads {bottleneck.site}:0 to {units.shape[1] - 1}"
+            )
+    own = np.asarray(labels)
+    size = np.sqrt(np.square(units).mean(0))
+    seen = Activity(torch.from_numpy(units.mean(0)), size, len(units))
+    draw = Draw(dict.fromkeys(u for i in interventions for u in i.units), {bottleneck.site: seen})
+    each = [
+        bottleneck.predict(_applied(units, [i.of(swap) for i in interventions]))
+        for swap in ({}, *draw.different(min(n_random, draw.ways), seed))
+    ]
+    before = bottleneck.predict(units)
+    right, changed, *random = ((made == own).astype(float) for made in (before, *each))
+    pairs = zip(before.tolist(), each[0].tolist(), strict=True)
+    flips = Counter(
+        f"{bottleneck.classes[a]} -> {bottleneck.classes[b]}" for a, b in pairs if a != b
+    )
+    null_is = draw.described(len(random)) if random else draw.why_not()
+    return InterventionReport(
+        effect_of(accuracy, right, changed, random, null_is, seed=seed),
+        by_class(own.tolist(), right, changed, bottleneck.classes), dict(flips), seed,
+    )  # fmt: skip
+
+
+def _applied(units: np.ndarray, interventions: Sequence[Intervention]) -> np.ndarray:
+    for i in interventions:
+        units = i.on(units)
+    return units
+
+
+def as_recipe(model: HookedModel, interventions: Sequence[Intervention]) -> Recipe:
+    """Interventions as a recipe of edits of the model with the autoencoder attached."""
+    return Recipe.of(
+        model, [i.edit for i in interventions], "interventions of a concept bottleneck"
+    )
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A unit that a class rests on in training and not elsewhere.
+
+    Attributes:
+        unit: which.
+        label: the class.
+        training: its mean contribution to the class's logit, on training examples of the class.
+        elsewhere: on other examples of the class.
+        drop: the difference.
+        t: the drop over its standard error.
+        p_value: of that, one-sided, corrected for all units and classes (Benjamini-Hochberg).
+    """
+
+    unit: Unit
+    label: str
+    training: float
+    elsewhere: float
+    drop: float
+    t: float
+    p_value: float
+
+
+def suspects(
+    bottleneck: Bottleneck,
+    training: Float[np.ndarray, "example unit"],
+    training_labels: Sequence[int],
+    elsewhere: Float[np.ndarray, "other unit"],
+    elsewhere_labels: Sequence[int],
+    level: float = 0.01,
+) -> list[Suspect]:
+    """Units that carry a class in training and are missing on other examples of it: likely confounds.
+
+    A unit is suspected of a class if what it adds to the class's logit drops from training to elsewhere (Welch's
+    test, corrected for all units and classes), the largest drop first.
+
+    Args:
+        bottleneck: the classifier.
+        training: activations that it was trained on.
+        training_labels: their classes.
+        elsewhere: activations of examples from another source, which should look alike.
+        elsewhere_labels: their classes.
+        level: of the test.
+
+    Raises:
+        ValueError: if no class has five examples in both.
+    """
+    from scipy.stats import ttest_ind
+
+    a, b = np.asarray(training_labels), np.asarray(elsewhere_labels)
+    both = [c for c in np.intersect1d(a, b).tolist() if min((a == c).sum(), (b == c).sum()) >= _FEW]
+    if not both:
+        raise ValueError(f"elsewhere_labels: no class has {_FEW} examples there and in training")
+    found, t_values, p_values = [], [], []
+    for c in both:
+        here, there = (
+            x[y == c] * bottleneck.weights[c] for x, y in ((training, a), (elsewhere, b))
+        )
+        drop = here.mean(0) - there.mean(0)
+        vary = (here.std(0) > 0) | (there.std(0) > 0)
+        t, p = np.zeros_like(drop), np.ones_like(drop)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of units that hardly vary
+            tested: Any = ttest_ind(
+                here[:, vary], there[:, vary], equal_var=False, alternative="greater"
+            )
+        t[vary], p[vary] = tested.statistic, tested.pvalue
+        found += [
+            (i, c, float(here[:, i].mean()), float(there[:, i].mean()), float(drop[i]))
+            for i in range(len(drop))
+        ]
+        t_values.append(np.nan_to_num(t))
+        p_values.append(np.nan_to_num(p, nan=1.0))
+    t_all = np.concatenate(t_values)
+    p_all = corrected(np.concatenate(p_values), "benjamini-hochberg")
+    listed = [
+        Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], here, there, d, t, q)
+        for (i, c, here, there, d), t, q in zip(found, t_all.tolist(), p_all, strict=True)
+        if q <= level and d > 0
+    ]
+    return sorted(listed, key=lambda s: -s.drop)

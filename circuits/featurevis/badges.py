@@ -1,0 +1,395 @@
+"""How far a picture of a unit can be trusted.
+
+A feature visualization can be made to show anything without changing what a network does (Geirhos et
+al. 2023), so each is shown with measurements of its own: does it excite the unit as examples do, also
+when it is changed and made anew; does it do so along the way that examples take through the network; and
+would a network that has learned nothing have given the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.examples import Examples, as_examples
+from circuits.featurevis.pictures import Picture
+from circuits.featurevis.render import Settings, visualize_units
+from circuits.featurevis.transforms import held_out
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.paths.randomizing import randomized
+from circuits.models.paths.receptive import ReceptiveField, receptive_field
+from circuits.progress import Progress
+from circuits.units import Site, Unit
+
+TOP, HELD_OUT, MOST_LAYERS, MAP = 8, 8, 12, 28
+"""Natural examples that a picture is compared with; held-out changes of it; layers that are looked at, and
+the largest map of one that is kept."""
+
+LOW_REACH, LOW_HELD, LOW_SEEDS, LOW_NATURAL, HIGH_RANDOM, HIGH_REACH = (
+    0.5,
+    0.1,
+    0.5,
+    0.25,
+    0.5,
+    50.0,
+)
+"""Where a measurement is flagged."""
+
+
+@dataclass(frozen=True, eq=False)
+class NaturalResponses:
+    """What the layers up to a site do on natural images, around where each unit of it is most active.
+
+    Attributes:
+        examples: which images, and how they were chosen (see `Examples.describe`).
+        site: whose units.
+        layers: the sites before it that are looked at.
+        maximum: per image and unit, the largest activation.
+        places: per image and unit, where that is: y and x as shares of the map's height and width.
+        reach: half the side of the window that is looked at, as a share of the input's height and width.
+        maps: per layer, its activations, image x unit x y x x, at most `MAP` places along an axis.
+        center: per layer, each unit's mean.
+        spread: per layer, each unit's standard deviation.
+    """
+
+    examples: Mapping[str, Any]
+    site: Site
+    layers: tuple[Site, ...]
+    maximum: Float[np.ndarray, "image unit"]
+    places: Float[np.ndarray, "image unit 2"]
+    reach: tuple[float, float]
+    maps: dict[str, Float[Tensor, "_ _ _ _"]]
+    center: dict[str, Float[Tensor, " _"]]
+    spread: dict[str, Float[Tensor, " _"]]
+
+
+def _layers_before(model: HookedModel, site: Site) -> tuple[Site, ...]:
+    """Maps before a site, spread over the way to it, the last included."""
+    order = [s.name for s in model.sites]
+    before = [
+        s
+        for s in model.sites[: order.index(site.name)]
+        if s.position_axes == ("y", "x") and s.n_units >= 4
+    ]
+    chosen = sorted({round(i * (len(before) - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
+    return tuple(before[i] for i in chosen if 0 <= i < len(before))
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """A site on some inputs, and the layers before it, made smaller where their maps are large."""
+
+    units: Float[Tensor, "image unit position"]
+    size: tuple[int, int]
+    maps: dict[str, Float[Tensor, "_ _ _ _"]]
+
+    def best(self, image: int, unit: int) -> tuple[float, float]:
+        """Where a unit is most active, as shares of height and width; the middle of a single place."""
+        at, width = int(self.units[image, unit].argmax()), self.size[1]
+        return (at // width + 0.5) / self.size[0], (at % width + 0.5) / width
+
+
+def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor) -> _Seen:
+    cache = model.run(inputs, read=[*layers, site], until=site)
+    maps = {}
+    for layer in layers:
+        value = cache[layer].float()
+        small = (min(MAP, value.shape[-2]), min(MAP, value.shape[-1]))
+        maps[layer.name] = (
+            value if small == value.shape[-2:] else F.adaptive_avg_pool2d(value, small)
+        )
+    units = site.activations(cache[site]).float()
+    mapped = site.position_axes == ("y", "x")
+    height, width = site.positions_of(cache[site]) if mapped else (1, units.shape[2])
+    return _Seen(units, (height, width), maps)
+
+
+def natural_responses(
+    model: HookedModel, site: str | Site, examples: Examples | Tensor
+) -> NaturalResponses:
+    """Run a model on natural images, up to a site.
+
+    Args:
+        model: an image model.
+        site: whose units have pictures.
+        examples: the images; 50 or more are wanted.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if there are fewer images than `TOP` + 1.
+    """
+    found = model.site(site)
+    given = as_examples(model, examples)
+    n = len(given)
+    if n <= TOP:
+        raise ValueError(
+            f"images {given.data}: {n} found, at least {TOP + 1} are needed to judge pictures"
+        )
+    layers = _layers_before(model, found)
+    maxima, places = [], []
+    maps: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    for batch in given.batches(4):
+        seen = _read(model, found, layers, batch.inputs)
+        best, at = seen.units.max(2)
+        height, width = seen.size
+        y, x = (at // width + 0.5) / height, (at % width + 0.5) / width
+        maxima.append(best.cpu().numpy())
+        places.append(torch.stack([y, x], 2).cpu().numpy())
+        for name, value in seen.maps.items():
+            maps[name].append(value.cpu())
+    joined = {name: torch.cat(parts) for name, parts in maps.items()}
+    return NaturalResponses(
+        examples=given.describe(),
+        site=found,
+        layers=layers,
+        maximum=np.concatenate(maxima),
+        places=np.concatenate(places),
+        reach=_reach(receptive_field(model, found), found),
+        maps=joined,
+        center={name: value.mean((0, 2, 3)) for name, value in joined.items()},
+        spread={name: value.std((0, 2, 3)).clamp_min(1e-6) for name, value in joined.items()},
+    )
+
+
+def _reach(field: ReceptiveField, site: Site) -> tuple[float, float]:
+    """Half the side of the middle half of what a unit sees, as a share of the input's sides."""
+    middle = tuple(n // 2 for n in site.position_shape)
+    top, left, bottom, right = field.at(middle)
+    return (bottom - top) / field.size[0] / 4, (right - left) / field.size[1] / 4
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far a picture can be trusted: each number beside what would be expected.
+
+    Attributes:
+        reached: the unit's largest activation on the picture over that on the dataset's top example.
+        held_out: its mean activation under changes that no optimisation saw, over that without.
+        seeds: the smaller mean activation over the larger, of this picture and of one from another seed.
+        natural: how alike the layers before are on the picture and on the unit's top examples, where it
+            is most active: 1 is as alike as top examples are to each other, 0 as other images are.
+        randomized: the unit's mean activation on a picture made for it on a network with shuffled
+            weights, over that on this one.
+        score: the geometric mean of the first four, cut to 0..1, and of the picture's share of the
+            activation that it and the one from shuffled weights reach together.
+        randomized_score: the same of the picture from the network with shuffled weights (`seeds` as 1).
+        flags: what is wrong, in words; empty if nothing is.
+        examples: the images compared with, and how they were chosen.
+        seed: of everything random.
+    """
+
+    reached: float
+    held_out: float
+    seeds: float
+    natural: float
+    randomized: float
+    score: float
+    randomized_score: float
+    flags: tuple[str, ...]
+    examples: Mapping[str, Any]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plain dictionary."""
+        return asdict(self)
+
+
+def reliability(
+    model: HookedModel,
+    pictures: Sequence[Picture],
+    natural: NaturalResponses,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Reliability]:
+    """Measure how far pictures of a site's units can be trusted.
+
+    Makes each picture twice more: from another seed, and on the network with its weights shuffled.
+    What it does not tell: a high score does not say that the picture shows all that excites the unit,
+    nor what the unit is for.
+
+    Args:
+        model: the model.
+        pictures: of units of one site, excited (not negative).
+        natural: what the model does on natural images.
+        settings: how the pictures were made.
+        seed: of the changes and the shuffling.
+        progress: told the steps done and in all.
+
+    Raises:
+        ValueError: if a picture is not of a unit of the site that `natural` is of.
+    """
+    units: list[Unit] = []
+    for picture in pictures:
+        if picture.unit is None or picture.unit.site != natural.site.name:
+            raise ValueError(
+                f"picture of {picture.objective}: expected one of a unit of {natural.site.name}"
+            )
+        units.append(picture.unit)
+    shuffled = randomized(model, seed)
+    other_seed = replace(settings, seed=(settings.seed + 1) % 2**63)
+    again = visualize_units(
+        model, units, progress=_half(progress, 0, settings.steps), **other_seed.options()
+    )
+    none = visualize_units(
+        shuffled, units, progress=_half(progress, 1, settings.steps), **settings.options()
+    )
+    found = []
+    for picture, other, empty, unit in zip(pictures, again, none, units, strict=True):
+        own = _measured(model, picture.image, unit, natural, seed)
+        null = _measured(model, empty.image, unit, natural, seed)
+        seeds = _ratio(*sorted((own.mean, float(other.activation))))
+        found.append(_judged(own, null, seeds, natural, seed))
+    return found
+
+
+def _half(progress: Progress | None, which: int, steps: int) -> Progress | None:
+    """Progress of the first or second of two equal parts."""
+    if progress is None:
+        return None
+    return lambda done, _: progress(done + which * steps, 2 * steps)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    mean: float
+    reached: float
+    held_out: float
+    natural: float
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b where both are positive; 0 where one is not."""
+    return a / b if a > 0 and b > 0 else 0.0
+
+
+def _measured(
+    model: HookedModel, image: Tensor, unit: Unit, natural: NaturalResponses, seed: int
+) -> _Measured:
+    """What a picture does to a unit, however it was made."""
+    spec = model.input
+    assert isinstance(spec, ImageInput), "pictures are of image models"
+    site, index = natural.site, unit.index
+    inputs = spec.normalize(image[None])
+    seen = _read(model, site, natural.layers, inputs)
+    own = seen.units[0, index]
+    top = float(natural.maximum[:, index].max())
+    generator = torch.Generator().manual_seed(seed)
+    change = held_out()
+    changed = torch.cat([change(image[None], generator) for _ in range(HELD_OUT)])
+    after = _read(model, site, [], spec.normalize(changed)).units
+    scale = (spec.height / image.shape[-2], spec.width / image.shape[-1])
+    return _Measured(
+        mean=float(own.mean()),
+        reached=_ratio(float(own.max()), top),
+        held_out=_ratio(float(after[:, index].mean()), float(own.mean())),
+        natural=_naturalness(seen.maps, seen.best(0, index), scale, index, natural, seed),
+    )
+
+
+def _window(
+    value: Float[Tensor, "unit y x"], place: Sequence[float], reach: Sequence[float]
+) -> Float[Tensor, " unit"]:
+    """The mean over the places around one."""
+    cut = value
+    for axis, (at, half) in enumerate(zip(place, reach, strict=True), 1):
+        n = value.shape[axis]
+        low = min(n - 1, max(0, int((at - half) * n)))
+        high = min(n, max(low + 1, int(np.ceil((at + half) * n))))
+        cut = cut.narrow(axis, low, high - low)
+    return cut.mean((1, 2))
+
+
+def _naturalness(
+    maps: dict[str, Tensor],
+    place: tuple[float, float],
+    scale: tuple[float, float],
+    index: int,
+    natural: NaturalResponses,
+    seed: int,
+) -> float:
+    """See `Reliability.natural`: sums over layers, so that those count where examples are alike."""
+    order = np.argsort(-natural.maximum[:, index], kind="stable")
+    top, rest = order[:TOP].tolist(), order[TOP:]
+    others = np.random.default_rng([seed, index]).choice(rest, min(TOP, len(rest)), replace=False)
+    own_reach = (natural.reach[0] * scale[0], natural.reach[1] * scale[1])
+    gained = possible = 0.0
+    for layer in natural.layers:
+        name = layer.name
+        center, spread = natural.center[name], natural.spread[name]
+
+        def vectors(images: Sequence[int], name: str = name) -> Tensor:
+            seen = natural.maps[name]
+            found = [
+                _window(seen[i], natural.places[i, index].tolist(), natural.reach) for i in images
+            ]
+            return torch.stack(found)
+
+        def unit_length(values: Tensor, center: Tensor = center, spread: Tensor = spread) -> Tensor:
+            # in units of each channel's spread, less what they share: contrast excites all of them
+            typical = (values - center) / spread
+            return F.normalize(typical - typical.mean(-1, keepdim=True), dim=-1)
+
+        best, rest_ = unit_length(vectors(top)), unit_length(vectors(others.tolist()))
+        picture = unit_length(_window(maps[name][0].cpu(), place, own_reach))
+        alike = best @ best.T
+        n = len(best)
+        among = float((alike.sum() - alike.diagonal().sum()) / (n * (n - 1)))
+        chance = float((rest_ @ best.T).mean())
+        gained += float((best @ picture).mean()) - chance
+        possible += max(0.0, among - chance)
+    return gained / possible if possible > 0 else 0.0
+
+
+def _score(measured: _Measured, seeds: float, share: float) -> float:
+    """The geometric mean of five parts in 0..1."""
+    parts = np.clip([measured.reached, measured.held_out, seeds, measured.natural, share], 0, 1)
+    return float(np.prod(parts) ** (1 / len(parts)))
+
+
+def _judged(
+    own: _Measured, null: _Measured, seeds: float, natural: NaturalResponses, seed: int
+) -> Reliability:
+    chance = _ratio(null.mean, own.mean)
+    share = _ratio(own.mean, max(0.0, own.mean) + max(0.0, null.mean))
+    flags = []
+    if own.reached < LOW_REACH:
+        flags.append(
+            f"excites the unit less than its top example does ({own.reached:.2g} times as much)"
+        )
+    if own.reached > HIGH_REACH:
+        flags.append(
+            f"excites the unit {own.reached:.3g} times as much as any example: far outside"
+        )
+    if own.held_out < LOW_HELD:
+        flags.append(f"keeps only {own.held_out:.0%} of its activation when it is changed")
+    if seeds < LOW_SEEDS:
+        flags.append(f"another seed gives another activation (ratio {seeds:.2g})")
+    if own.natural < LOW_NATURAL:
+        flags.append(
+            "takes another way through the network than the unit's examples "
+            f"(similarity {own.natural:.2f}; 1 is as among examples, 0 as other images)"
+        )
+    if chance > HIGH_RANDOM:
+        flags.append(f"a network with shuffled weights gives {chance:.0%} of its activation")
+    return Reliability(
+        reached=own.reached,
+        held_out=own.held_out,
+        seeds=seeds,
+        natural=own.natural,
+        randomized=chance,
+        score=_score(own, seeds, share),
+        randomized_score=_score(null, 1.0, 1 - share),
+        flags=tuple(flags),
+        examples=natural.examples,
+        seed=seed,
+    )

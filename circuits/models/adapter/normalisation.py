@@ -1,0 +1,131 @@
+"""Local response normalisation, several times as fast as torch composes it.
+
+`HookedModel.run` puts it in force by itself; a few functions that take a model apart use it directly.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def _channel_window(x: Tensor, size: int) -> Tensor:
+    """Sums over `size` neighbouring channels, fewer at the ends."""
+    total, channels = x.clone(), x.shape[1]
+    for k in range(1, min(size // 2, channels - 1) + 1):
+        total[:, k:] += x[:, : channels - k]
+    for k in range(1, min((size - 1) // 2, channels - 1) + 1):
+        total[:, : channels - k] += x[:, k:]
+    return total
+
+
+class _LocalResponseNorm(torch.autograd.Function):
+    """x / (k + alpha / size * sum of squares of the channels around)^beta, with its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+        ctx.constants = size, alpha, beta, k
+        if _compilable(x):
+            ctx.save_for_backward(x)
+            return _over_pixels("forward", (x,), ctx.constants)
+        base, scale = _base_and_scale(x, size, alpha, beta, k)
+        ctx.save_for_backward(x, base, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, *rest = ctx.saved_tensors
+        wanted_again = torch.is_grad_enabled()  # a graph of the derivative, from x
+        if not rest and _compilable(grad) and not wanted_again:
+            return _over_pixels("backward", (x, grad), ctx.constants), None, None, None, None
+        size, alpha, beta, k = ctx.constants
+        if not rest or wanted_again:
+            rest = _base_and_scale(x, size, alpha, beta, k)
+        base, scale = rest
+        # a channel is in the window of those on its other side: the window turned round
+        inner = _channel_window((grad * x * scale / base).flip(1), size).flip(1)
+        return grad * scale - inner * x * (2 * alpha * beta / size), None, None, None, None
+
+
+def _base_and_scale(
+    x: Tensor, size: int, alpha: float, beta: float, k: float
+) -> tuple[Tensor, Tensor]:
+    base = _channel_window(x * x, size).mul_(alpha / size).add_(k)
+    return base, base.pow(-beta)
+
+
+def _compilable(x: Tensor) -> bool:
+    return x.ndim == 4 and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def _over_pixels(
+    what: str, given: tuple[Tensor, ...], constants: tuple[int, float, float, float]
+) -> Tensor:
+    """Run a compiled loop over all pixels, in as many threads as torch has."""
+    from circuits.models.adapter import lrn  # numba is imported where it is first needed
+
+    arrays = [_pixels(x.contiguous(memory_format=torch.channels_last)) for x in given]
+    out = torch.empty_like(given[0], memory_format=torch.channels_last)
+    rows = _pixels(out)
+    loop = getattr(lrn, what)
+    n = len(rows)
+    threads = max(1, min(torch.get_num_threads(), n // 1024))
+    cuts = [range(n * i // threads, n * (i + 1) // threads) for i in range(threads)]
+
+    def part(cut: range) -> None:
+        some = slice(cut.start, cut.stop)
+        loop(*(a[some] for a in arrays), *constants, rows[some])
+
+    if threads == 1:
+        part(cuts[0])
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(part, cuts))
+    return out
+
+
+def _pixels(x: Tensor) -> np.ndarray:
+    """A channels-last batch as pixel x channel, without a copy."""
+    return x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1]).numpy()
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """What `torch.nn.functional.local_response_norm` computes, with the same derivative."""
+    return _LocalResponseNorm.apply(input, size, alpha, beta, k)
+
+
+class FastNormalisation(TorchFunctionMode):
+    """While it is entered (in one thread), local response normalisation is fast.
+
+    The model itself is left alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.local_response_norm:
+            return local_response_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class NoticedNormalisation(TorchFunctionMode):
+    """While it is entered (in one thread), notes whether local response normalisation is computed.
+
+    Attributes:
+        seen: whether it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or func is F.local_response_norm
+        return func(*args, **(kwargs or {}))

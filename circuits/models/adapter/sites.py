@@ -1,0 +1,278 @@
+"""Finding the sites of a model: trace one forward pass and describe each tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.hooks import Tap, Trace, trace
+from circuits.models.adapter.attaching import Spot, autoencoders, spots
+from circuits.units import Site, SiteKind
+
+TRACE_BATCHES = (3, 2)
+"""Sizes of the batches that are traced: an axis in front that follows them is the batch."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and fixed parameters inside the block; as before after it."""
+    training = [m for m in module.modules() if m.training]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for m in training:
+            m.training = False
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def is_bridge(module: nn.Module) -> bool:
+    """Whether `module` is a TransformerLens bridge (told by its hook points, without importing it)."""
+    return hasattr(module, "hook_dict") and hasattr(module, "cfg")
+
+
+def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tuple[Site, Tap]]:
+    """Every site of a model with the tap that reaches it, in order of execution.
+
+    Args:
+        module: any module, or a TransformerLens bridge (its hook points become the sites).
+        examples: makes an input of so many examples.
+
+    Raises:
+        ValueError: if the model cannot run on its example, or no module puts out a batch of real
+            numbers.
+    """
+    names = _hook_points(module) if is_bridge(module) else _modules(module)
+    latents = spots(module)
+    inside = {f"{name}." for name in autoencoders(module)}
+    names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
+    names |= {name: (spot, ()) for name, spot in latents.items()}
+    size, other = TRACE_BATCHES
+    traces, final = _traced(module, names, examples(size))
+    shapes = {t.name: t.value.shape for t in _traced(module, names, examples(other))[0]}
+    found: dict[str, tuple[Site, Tap]] = {}
+    axes: dict[int, tuple[tuple[str, ...], SiteKind]] = {}
+    for t in traces:
+        if not t.value.is_floating_point() or t.value.ndim < 2 or t.name not in shapes:
+            continue
+        if (*t.value.shape[:1], *shapes[t.name]) != (size, other, *t.value.shape[1:]):
+            continue  # no batch in front
+        if isinstance(t.tap.module, Spot):
+            site, tap = _spot_site(t, t.tap.module), t.tap
+        elif is_bridge(module):
+            site, tap = _bridge_site(t, names)
+        else:
+            site, tap = _module_site(t, final, axes)
+        found.setdefault(site.name, (site, tap))
+    for name in [n for n in found if _shown_too_late(n, list(found))]:
+        del found[name]
+    if not found:
+        raise ValueError(
+            f"model {type(module).__name__} has no site: no module puts out a batch of real numbers"
+        )
+    return list(found.values())
+
+
+def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trace], Tensor]:
+    """The tensors of one pass, the model's own output last if no module put it out; and that."""
+    outputs: list[Any] = []
+    with evaluating(module), torch.no_grad():
+        try:
+            traces = trace(
+                module,
+                {name: m for name, (m, _) in names.items()},
+                lambda: outputs.append(module(example)),
+            )
+        except (RuntimeError, TypeError, IndexError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"model {type(module).__name__} cannot run on an input of shape "
+                f"{tuple(example.shape)}: {first}"
+            ) from error
+    final = main_output(outputs[0])
+    if not any(t.value is final for t in traces):
+        path = () if final is outputs[0] else (_main_key(outputs[0]),)
+        traces.append(Trace(Tap(module, 0, path), "output", final))
+    return traces, final
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor of a model's output that holds its logits.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping | list | tuple) and len(output):
+        return main_output(output[_main_key(output)])
+    raise TypeError(f"model output of type {type(output).__name__} holds no tensor")
+
+
+def _main_key(output: Any) -> Any:
+    """Which entry of a nested output holds the logits: `logits` of a mapping, else the first."""
+    if isinstance(output, Mapping):
+        return "logits" if "logits" in output else next(iter(output))
+    fields = getattr(output, "_fields", ())
+    return fields.index("logits") if "logits" in fields else 0
+
+
+Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
+"""Site name -> its module and the site's other names."""
+
+
+# --- any module --------------------------------------------------------------------------------
+
+
+def _modules(root: nn.Module) -> Named:
+    """Every module, under its own name or, where no site can have it, under the nearest that is free."""
+    modules = {name: module for name, module in root.named_modules() if name}
+    found: Named = {}
+    for name, module in modules.items():
+        allowed = re.sub(r"[\s:,+*]|^-", "_", name)
+        while allowed != name and (allowed in modules or allowed in found):
+            allowed += "_"
+        found[allowed] = (module, ())
+    return found
+
+
+def _spot_site(t: Trace, spot: Spot) -> Site:
+    return Site(t.name, spot.kind, spot.axes, spot.unit_axis, tuple(t.value.shape[1:]), (), "Spot")
+
+
+_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
+_FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
+
+
+def _module_site(
+    t: Trace, final: Tensor, known: dict[int, tuple[tuple[str, ...], SiteKind]]
+) -> tuple[Site, Tap]:
+    """Describe a module's output; `known` has the axes of the tensors so far, by identity."""
+    axes, kind = _module_axes(t.value.ndim, t.tap.module)
+    plain = not any(True for _ in t.tap.module.parameters())
+    if plain and t.given is not None and t.given.shape == t.value.shape and id(t.given) in known:
+        axes, kind = known[id(t.given)]  # an activation, dropout …: laid out like what it was given
+    known.setdefault(id(t.value), (axes, kind))
+    site = Site(
+        t.name,
+        "logit" if t.value is final else kind,
+        axes,
+        axes.index("channel" if "channel" in axes else "unit"),
+        tuple(t.value.shape[1:]),
+        module=type(t.tap.module).__name__,
+    )
+    return site, t.tap
+
+
+def _module_axes(ndim: int, module: nn.Module) -> tuple[tuple[str, ...], SiteKind]:
+    """Axis names of a module's output, and what its units are."""
+    if ndim == 2:
+        return ("batch", "unit"), "neuron"
+    space = {3: ("position",), 4: ("y", "x"), 5: ("z", "y", "x")}.get(
+        ndim, tuple(f"axis{i}" for i in range(ndim - 2))
+    )
+    unit_last = isinstance(module, _LAST_AXIS) or ndim > 5
+    if unit_last or (ndim == 3 and not isinstance(module, _FIRST_AXIS_1D)):
+        return ("batch", *space, "unit"), "neuron"
+    return ("batch", "channel", *space), "channel"
+
+
+# --- TransformerLens bridges -------------------------------------------------------------------
+
+
+def _hook_points(bridge: Any) -> Named:
+    """Hook points by the name that TransformerLens users know; other names become aliases."""
+    by_point: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, point in bridge.hook_dict.items():
+        by_point.setdefault(id(point), (point, []))[1].append(name)
+    named: Named = {}
+    for point, names in by_point.values():
+        # `blocks.0.attn.hook_z` before `blocks.0.attn.o.hook_in`, which is the same hook point
+        names.sort(key=lambda name: (name.endswith(("hook_in", "hook_out")), len(name), name))
+        named[names[0]] = (point, tuple(names[1:]))
+    return named
+
+
+_HEADS = re.compile(r"hook_(z|q|k|v|rot_q|rot_k|result)$")
+_PATTERNS = re.compile(r"hook_(pattern|attn_scores)$")
+_NEURONS = re.compile(r"(mlp|hook)\S*hook_(pre|post|pre_linear|mid)$|mlp\.(in|gate)\.hook_out$")
+_LOGITS = re.compile(r"hook_unembed$|unembed\.hook_out$|^output$")
+
+
+def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
+    tap = t.tap
+    conversion = getattr(tap.module, "hook_conversion", None)
+    if conversion is not None:
+        tap = replace(tap, convert=conversion.convert, revert=conversion.revert)
+    value = tap.read(t.value) if conversion is not None else t.value
+    axes, unit_axis, kind = _bridge_axes(t.name, value.ndim)
+    # logits that are capped after the last hook point (Gemma 2) are the model's own output
+    _, aliases = names.get(t.name, (tap.module, ()))
+    site = Site(t.name, kind, axes, unit_axis, tuple(value.shape[1:]), aliases, "HookPoint")
+    return site, tap
+
+
+def attention_patterns(sites: Sequence[Site]) -> list[Site]:
+    """The sites of attention patterns that are read by what is behind them.
+
+    Some bridges (GPT-J) show patterns only after attention is over: those can be looked at, not changed.
+    """
+    order = [site.name for site in sites]
+    patterns = [s for s in sites if s.kind == "pattern" and s.name.endswith("hook_pattern")]
+    return [s for s in patterns if not _shown_too_late(s.name, order, "hook_pattern")]
+
+
+def _shown_too_late(name: str, order: list[str], what: str = "hook_attn_scores") -> bool:
+    """Whether a bridge shows attention scores only after attention is over, where edits do nothing."""
+    z = name.replace(what, "hook_z")
+    return z != name and z in order and order.index(name) > order.index(z)
+
+
+def _bridge_axes(name: str, ndim: int) -> tuple[tuple[str, ...], int, SiteKind]:
+    if _PATTERNS.search(name) and ndim == 4:
+        return ("batch", "head", "query", "key"), 1, "pattern"
+    if _HEADS.search(name) and ndim == 4:
+        return ("batch", "position", "head", "d_head"), 2, "head"
+    if ndim == 2:
+        return ("batch", "unit"), 1, "neuron"
+    if ndim != 3:
+        between = tuple(f"axis{i}" for i in range(ndim - 2))
+        return ("batch", *between, "unit"), ndim - 1, "neuron"
+    kind: SiteKind = "residual"
+    if _LOGITS.search(name):
+        kind = "logit"
+    elif _NEURONS.search(name):
+        kind = "neuron"
+    return ("batch", "position", "unit"), 2, kind
+
+
+def answers_last(sites: Sequence[Site], logits: Tensor) -> Tensor:
+    """A model's logits with the axis of classes or tokens last, whatever their layout."""
+    site = next((s for s in reversed(sites) if s.kind == "logit"), None)
+    return logits if site is None else logits.movedim(site.unit_axis, -1)
+
+
+def find_embedding(seen: Mapping[str, Tensor], order: Sequence[str]) -> str | None:
+    """The first site that depends on the tokens: what comes before, such as positions, does not.
+
+    Args:
+        seen: what sites hold, by name, for two texts that have no token in common at any position.
+        order: the sites in order of execution.
+    """
+
+    def differs(value: Tensor) -> bool:
+        one, other = value[0].double(), value[1].double()
+        return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+    return next((name for name in order if name in seen and differs(seen[name])), None)

@@ -1,0 +1,72 @@
+"""From text to tokens, for models that come without a tokenizer of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+Encoder = Callable[[str], list[int]]
+"""Takes a text and returns its tokens, without a starting token."""
+
+
+def by_numbers(text: str) -> list[int]:
+    """Whole numbers separated by white space.
+
+    Raises:
+        ValueError: if it is anything else.
+
+    >>> by_numbers("3 1 4")
+    [3, 1, 4]
+    """
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError:
+        raise ValueError(
+            f"text {text[:20]!r} is not tokens: this model has no vocabulary, expected whole numbers"
+        ) from None
+
+
+def by_words(vocabulary: Sequence[str]) -> Encoder:
+    """Words of a vocabulary separated by white space.
+
+    >>> by_words(("one", "two"))("two one")
+    [1, 0]
+    """
+    ids = {word: i for i, word in enumerate(vocabulary)}
+
+    def encode(text: str) -> list[int]:
+        unknown = next((word for word in text.split() if word not in ids), None)
+        if unknown is not None:
+            raise ValueError(f"text has the word {unknown!r}, which is not in the vocabulary")
+        return [ids[word] for word in text.split()]
+
+    return encode
+
+
+def by_merges(pieces: Sequence[str], scores: Sequence[float]) -> Encoder:
+    """SentencePiece byte-pair encoding: of all adjacent pairs, the best-scored is merged first.
+
+    As the models of llama2.c are trained: a space in front of the text, characters outside the
+    vocabulary as the bytes `<0xNN>` of their UTF-8.
+    """
+    ids: Mapping[str, int] = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+
+    def of_character(character: str) -> list[int]:
+        if character in ids:
+            return [ids[character]]
+        return [ids[f"<0x{byte:02X}>"] for byte in character.encode()]
+
+    def encode(text: str) -> list[int]:
+        tokens = [token for c in f" {text}" for token in of_character(c)] if text else []
+        while True:
+            joined = [
+                (scores[merged], -i, merged)
+                for i, (a, b) in enumerate(itertools.pairwise(tokens))
+                if (merged := ids.get(pieces[a] + pieces[b])) is not None
+            ]
+            if not joined:
+                return tokens
+            _, place, merged = max(joined)
+            tokens[-place : -place + 2] = [merged]
+
+    return encode

@@ -1,0 +1,615 @@
+"""What operations do to gradients that are zero outside of a window.
+
+One rule an operation, after its name in torch's own list (`torch.ops.aten`). A rule reads what the
+operation was given and returns a pull: from a window of its output's gradient to windows of its
+inputs' gradients. Operations without a rule are pulled back by torch, as whole maps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Paths = Literal["all", "absolute"]
+"""Whether paths are added up as they are, or their absolute values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Gradients of some numbers by a tensor, on a box of it; zero elsewhere.
+
+    Attributes:
+        value: number (row) x the axes of the box.
+        start: the box's first place along each axis of the tensor.
+    """
+
+    value: Tensor
+    start: tuple[int, ...]
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """One past the box's last place along each axis."""
+        return tuple(s + n for s, n in zip(self.start, self.value.shape[1:], strict=True))
+
+    def cut(self, start: Sequence[int], stop: Sequence[int]) -> Window | None:
+        """The part inside another box; None if there is none."""
+        low = tuple(map(max, self.start, start))
+        high = tuple(map(min, self.stop, stop))
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return None
+        places = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, self.start, strict=True))
+        return Window(self.value[(slice(None), *places)], low)
+
+    def within(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
+        """Its values on a box that holds it: zeros are put around it."""
+        pads = [
+            (s - a, b - e) for s, e, a, b in zip(self.start, self.stop, start, stop, strict=True)
+        ]
+        if not any(itertools.chain(*pads)):
+            return self.value
+        return F.pad(self.value, [n for pair in reversed(pads) for n in pair])
+
+    def whole(self, shape: Sequence[int]) -> Tensor:
+        """Its values on the whole tensor."""
+        return self.within([0] * len(shape), shape)
+
+    def plus(self, other: Window) -> Window:
+        """The sum, on the box that holds both."""
+        start = tuple(map(min, self.start, other.start))
+        stop = tuple(map(max, self.stop, other.stop))
+        return Window(self.within(start, stop) + other.within(start, stop), start)
+
+    def times(self, factor: Tensor) -> Window:
+        """The product with a tensor of the whole tensor's shape, or one that broadcasts to it."""
+        aligned = factor.reshape(*[1] * (len(self.start) - factor.ndim), *factor.shape)
+        places = tuple(
+            slice(None) if n == 1 else slice(a, b)
+            for n, a, b in zip(aligned.shape, self.start, self.stop, strict=True)
+        )
+        return Window(self.value * aligned[places].to(self.value), self.start)
+
+    def moved(self, axis: int, start: int) -> Window:
+        """The same values elsewhere along an axis."""
+        return Window(self.value, (*self.start[:axis], start, *self.start[axis + 1 :]))
+
+
+Pull = Callable[[Window, Paths], Sequence[Window | None]]
+"""From the gradient of an operation's output to those of the inputs that are recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An operation that was carried out.
+
+    Attributes:
+        function: the operation.
+        values: what it was given, by argument.
+        output: what it put out, or one of several tensors.
+        dependents: the inputs that are recorded, in order.
+        sources: the arguments that hold them.
+        linear: whether a nonlinearity is to be taken as linear.
+        mutates: whether the output is an input, changed in place.
+        result: all that it put out.
+        place: which of several tensors `output` is.
+    """
+
+    function: Any
+    values: dict[str, Any]
+    output: Tensor
+    dependents: tuple[Tensor, ...]
+    sources: tuple[str, ...]
+    linear: bool
+    mutates: bool = False
+    result: Any = None
+    place: int = 0
+
+    @property
+    def name(self) -> str:
+        """The operation's name, without the mark of working in place."""
+        packet = getattr(self.function, "overloadpacket", self.function)
+        name = getattr(packet, "__name__", str(packet))
+        return name.removesuffix("_") if self.mutates else name
+
+    def keeping(self) -> Call:
+        """With copies of what an operation is about to overwrite."""
+        if not self.mutates:
+            return self
+        copies = {id(v): v.clone() for v in self.values.values() if isinstance(v, Tensor)}
+        values = {
+            k: copies.get(id(v), v) if isinstance(v, Tensor) else v for k, v in self.values.items()
+        }
+        return replace(self, values=values)
+
+    def giving(self, output: Tensor, result: Any, place: int) -> Call:
+        """With what it put out."""
+        return replace(self, output=output, result=result, place=place)
+
+
+AdjointRule = Callable[[Call], Pull]
+
+
+def adjoint(call: Call) -> Pull:
+    """How gradients are pulled back through an operation."""
+    rule = _RULES.get(call.name)
+    if call.place:
+        return _by_torch(call)  # rules are of an operation's first tensor
+    if rule is not None:
+        return rule(call)
+    if _ACTIVATIONS.fullmatch(call.name):
+        return _activation(call)
+    return _by_torch(call)
+
+
+# --- one number a place ------------------------------------------------------------------------
+
+
+def _same(call: Call) -> Pull:
+    return lambda gradient, paths: [gradient]
+
+
+def _detached(call: Call) -> Pull:
+    """No gradient goes through; the linear effect does."""
+    return (lambda g, paths: [g]) if call.linear else (lambda g, paths: [None])
+
+
+def _scaled(factor: Tensor) -> Pull:
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        return [g.times(factor.to(g.value).abs() if paths == "absolute" else factor)]
+
+    return pull
+
+
+def _relu(call: Call) -> Pull:
+    if call.linear:
+        return _same(call)
+    return _scaled(call.output > 0)
+
+
+def _activation(call: Call) -> Pull:
+    """A function of one number: its derivative at the activations of the run."""
+    if len(call.dependents) != 1 or call.output.shape != call.dependents[0].shape:
+        return _by_torch(call)
+    if call.linear:
+        return _same(call)
+    given = call.values["self"].detach().clone()
+
+    @cache  # not before the first pull: torch cannot differentiate while it is being recorded
+    def slope() -> Tensor:
+        _, pull, *_ = torch.func.vjp(lambda x: _again(call, {"self": x}), given)
+        return pull(torch.ones_like(given))[0]
+
+    return lambda g, paths: _scaled(slope())(g, paths)
+
+
+def _sum(call: Call) -> Pull:
+    """`self + alpha * other`, and its difference."""
+    minus = call.name in ("sub", "rsub")
+    alpha = float(call.values.get("alpha", 1))
+    weights = {"self": 1.0, "other": -alpha if minus else alpha}
+    if call.name == "rsub":
+        weights = {"self": -alpha, "other": 1.0}
+    factors = [weights[name] for name in call.sources]
+    if any(value.shape != call.output.shape for value in call.dependents):
+        return _by_torch(call)
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        signed = [abs(f) if paths == "absolute" else f for f in factors]
+        return [g if f == 1 else Window(g.value * f, g.start) for f in signed]
+
+    return pull
+
+
+def _product(call: Call) -> Pull:
+    places = call.sources
+    if any(value.shape != call.output.shape for value in call.dependents):
+        return _by_torch(call)
+    if call.values.get("rounding_mode") is not None:
+        return _refusing(call, " with rounding") if call.linear else _by_torch(call)
+    divides = call.name == "div"
+    if len(places) == 2 or (divides and places == ("other",)):
+        if call.linear:
+            return _refusing(call, " of two maps that both depend on the source")
+        if divides:
+            return _by_torch(call)
+        a, b = (call.values[name].detach().clone() for name in ("self", "other"))
+        return lambda g, paths: [*_scaled(b)(g, paths), *_scaled(a)(g, paths)]
+    other = call.values["other" if places == ("self",) else "self"]
+    factor = torch.as_tensor(other, dtype=None if isinstance(other, Tensor) else torch.float64)
+    return _scaled(1 / factor if divides else factor)
+
+
+def _negative(call: Call) -> Pull:
+    return _scaled(torch.tensor(-1.0, dtype=torch.float64))
+
+
+def _batch_norm(call: Call) -> Pull:
+    v = call.values
+    if v.get("training") or v.get("running_var") is None:
+        return _by_torch(call)
+    scale = (v["running_var"].double() + v.get("eps", v.get("epsilon"))).rsqrt()
+    if v["weight"] is not None:
+        scale = scale * v["weight"].double()
+    return _scaled(scale.reshape(-1, *[1] * (call.output.ndim - 2)))
+
+
+def _local_response_norm(call: Call) -> Pull:
+    v = call.values
+    x, size, alpha, beta, k = (v[n] for n in ("input", "size", "alpha", "beta", "k"))
+    if call.linear:  # where nothing is active, only k is left
+        return _scaled(torch.tensor(float(k), dtype=torch.float64) ** -beta)
+    x = x.detach().double()
+    base = k + alpha / size * _channel_sums(x.square(), size // 2, (size - 1) // 2)
+    scale, inner = base.pow(-beta), x * base.pow(-beta - 1)
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        n = x.shape[1]
+        start, stop = (g.start[0], 0, *g.start[2:]), (g.stop[0], n, *g.stop[2:])
+        g = Window(g.within(start, stop), start)
+        direct = g.times(scale)
+        # a channel is in the window of those on its other side: the window turned round
+        sums = _channel_sums(g.times(inner).value.flatten(0, 1), (size - 1) // 2, size // 2)
+        indirect = Window(sums.reshape(g.value.shape), start).times(x * (-2 * alpha * beta / size))
+        if paths == "absolute":
+            raise ValueError("paths cannot be kept apart through local response normalisation "
+                             "at the activations of a run: expected mode 'linear'")  # fmt: skip
+        return [direct.plus(indirect)]
+
+    return pull
+
+
+def _channel_sums(x: Tensor, below: int, above: int) -> Tensor:
+    """Sums over each channel (axis 1), `below` channels before it and `above` after it."""
+    pads = [0, 0] * (x.ndim - 2) + [below, above]
+    return F.pad(x, pads).unfold(1, below + above + 1, 1).sum(-1)
+
+
+# --- places into other places ------------------------------------------------------------------
+
+
+def _convolution(call: Call) -> Pull:
+    v = call.values
+    if v["transposed"] or call.sources != ("input",):
+        return _by_torch(call)
+    weight, size = v["weight"].detach(), tuple(call.dependents[0].shape)
+    n = weight.ndim - 2
+    stride, padding, dilation = (_each(v[name], n) for name in ("stride", "padding", "dilation"))
+    transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+    groups = v["groups"]
+
+    def pull(g: Window, paths: Paths) -> list[Window | None]:
+        kernels = weight.to(g.value)
+        kernels = kernels.abs() if paths == "absolute" else kernels
+        if groups == 1:
+            kernels = kernels[g.start[1] : g.stop[1]]
+        else:
+            start, stop = (g.start[0], 0, *g.start[2:]), (g.stop[0], len(weight), *g.stop[2:])
+            g = Window(g.within(start, stop), start)
+        value = transposed(
+            g.value.flatten(0, 1), kernels, stride=stride, dilation=dilation, groups=groups
+        )
+        first = [p * s - q for p, s, q in zip(g.start[2:], stride, padding, strict=True)]
+        spread = Window(value.unflatten(0, g.value.shape[:2]), (g.start[0], 0, *first))
+        return [spread.cut([0] * len(size), size)]
+
+    return pull
+
+
+def _each(value: Any, n: int) -> list[int]:
+    """One number an axis."""
+    return list(value) * n if len(value) == 1 else list(value)
+
+
+def _max_pool(call: Call) -> Pull:
+    v, size = call.values, tuple(call.dependents[0].shape)
+    if call.output.ndim != 4:
+        return _by_torch(call)
+    kernel = _each(v["kernel_size"], 2)
+    stride = _each(v["stride"], 2) if v["stride"] else kernel
+    padding, dilation = _each(v["padding"], 2), _each(v["dilation"], 2)
+    if call.linear:
+        return _averaging(call, kernel, stride, padding, dilation, _Count("inside"))
+    indices = call.result[1]
+
+    def pull(g: Window, paths: Paths) -> list[Window | None]:
+        low = [max(0, p * s - q) for p, s, q in zip(g.start[2:], stride, padding, strict=True)]
+        high = [
+            min(n, (p - 1) * s - q + (k - 1) * d + 1)
+            for n, p, s, q, k, d in zip(
+                size[2:], g.stop[2:], stride, padding, kernel, dilation, strict=True
+            )
+        ]
+        here = indices[tuple(slice(a, b) for a, b in zip(g.start, g.stop, strict=True))]
+        width = high[1] - low[1]
+        flat = (here // size[3] - low[0]) * width + here % size[3] - low[1]
+        value = g.value.new_zeros(*g.value.shape[:3], (high[0] - low[0]) * width)
+        value.scatter_add_(3, flat.flatten(2).expand(*g.value.shape[:3], -1), g.value.flatten(3))
+        shaped = value.unflatten(3, (high[0] - low[0], width))
+        return [Window(shaped, (*g.start[:2], *low))]
+
+    return pull
+
+
+@dataclass(frozen=True)
+class _Count:
+    """By what an average is divided: places inside the map, with padding, or a number."""
+
+    how: Literal["inside", "padded"] | int
+
+    def along(self, size: int, out: int, k: int, s: int, p: int, d: int) -> Tensor:
+        """Places that each output counts along one axis."""
+        first = torch.arange(out)[:, None] * s - p
+        places = first + torch.arange(k) * d
+        low, high = (0, size) if self.how == "inside" else (-p, size + p)
+        return ((places >= low) & (places < high)).sum(1)
+
+
+def _averaging(
+    call: Call,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    count: _Count,
+) -> Pull:
+    size = tuple(call.dependents[0].shape)
+    if isinstance(count.how, int):
+        divisor = torch.tensor(count.how, dtype=torch.float64)
+    else:
+        along = [
+            count.along(size[2 + i], call.output.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i])
+            for i in range(2)
+        ]  # fmt: skip
+        divisor = (along[0][:, None] * along[1]).double()
+    ones = torch.ones(1, 1, *kernel, dtype=torch.float64)
+
+    def pull(g: Window, paths: Paths) -> list[Window | None]:
+        g = g.times(1 / divisor)
+        value = F.conv_transpose2d(
+            g.value.flatten(0, 2)[:, None], ones.to(g.value), stride=tuple(stride), dilation=tuple(dilation)
+        )  # fmt: skip
+        value = value[:, 0].unflatten(0, g.value.shape[:3])
+        first = [p * s - q for p, s, q in zip(g.start[2:], stride, padding, strict=True)]
+        return [Window(value, (*g.start[:2], *first)).cut([0] * len(size), size)]
+
+    return pull
+
+
+def _avg_pool(call: Call) -> Pull:
+    v = call.values
+    if call.output.ndim != 4:
+        return _by_torch(call)
+    kernel = _each(v["kernel_size"], 2)
+    stride = _each(v["stride"], 2) if v["stride"] else kernel
+    override = v["divisor_override"]
+    how = override or ("padded" if v["count_include_pad"] else "inside")
+    return _averaging(call, kernel, stride, _each(v["padding"], 2), [1, 1], _Count(how))
+
+
+def _mean(call: Call) -> Pull:
+    """A mean or a sum over axes: every place gets its share."""
+    v, shape = call.values, tuple(call.dependents[0].shape)
+    listed = v.get("dim")
+    listed = range(len(shape)) if listed is None else listed
+    dims = sorted({d % len(shape) for d in ([listed] if isinstance(listed, int) else listed)})
+    if not dims or 0 in dims:
+        return _by_torch(call)
+    share = 1 / math.prod(shape[d] for d in dims) if call.name == "mean" else 1.0
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        value, start = g.value * share, list(g.start)
+        for d in dims:
+            if not v.get("keepdim"):
+                value = value.unsqueeze(d + 1)
+                start.insert(d, 0)
+            value = value.expand(*value.shape[: d + 1], shape[d], *value.shape[d + 2 :])
+        return [Window(value, tuple(start))]
+
+    return pull
+
+
+def _cat(call: Call) -> Pull:
+    dim = call.values.get("dim", 0) % call.output.ndim
+    recorded = {id(value) for value in call.dependents}
+    parts, offset = [], 0
+    for value in call.values["tensors"]:
+        if value.ndim != call.output.ndim:
+            continue  # torch passes over empty tensors of one axis
+        if id(value) in recorded:
+            parts.append((offset, tuple(value.shape)))
+        offset += value.shape[dim]
+
+    def pull(g: Window, paths: Paths) -> list[Window | None]:
+        found = []
+        for offset, shape in parts:
+            here = g.moved(dim, g.start[dim] - offset)
+            found.append(here.cut([0] * len(shape), shape))
+        return found
+
+    return pull
+
+
+def _slice(call: Call) -> Pull:
+    v, shape = call.values, tuple(call.dependents[0].shape)
+    if v.get("step", 1) != 1:
+        return _by_torch(call)
+    dim = v.get("dim", 0) % len(shape)
+    first, *_ = slice(v.get("start"), v.get("end")).indices(shape[dim])
+    return lambda g, paths: [g.moved(dim, g.start[dim] + first)]
+
+
+def _pad(call: Call) -> Pull:
+    pad, shape = call.values["pad"], tuple(call.dependents[0].shape)
+    before = [0] * len(shape)
+    for i in range(len(pad) // 2):  # torch lists the last axis first
+        before[len(shape) - 1 - i] = pad[2 * i]
+
+    def pull(g: Window, paths: Paths) -> list[Window | None]:
+        start = tuple(s - b for s, b in zip(g.start, before, strict=True))
+        return [Window(g.value, start).cut([0] * len(shape), shape)]
+
+    return pull
+
+
+def _matrix(call: Call) -> Pull:
+    """Rows times a matrix that does not depend on the source."""
+    rows = "mat1" if call.name == "addmm" else "self"
+    if call.sources != (rows,):
+        return _by_torch(call)
+    matrix = call.values["mat2"].detach() * call.values.get("alpha", 1)
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        columns = matrix[:, g.start[1] : g.stop[1]].to(g.value)
+        columns = columns.abs() if paths == "absolute" else columns
+        return [Window(g.value @ columns.mT, (g.start[0], 0))]
+
+    return pull
+
+
+# --- what has no rule --------------------------------------------------------------------------
+
+
+def _refusing(call: Call, why: str = "") -> Pull:
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        also = ": modes 'mean' and 'example' can" if call.linear else ""
+        raise ValueError(
+            f"weights cannot be expanded through the operation {call.name}{why}"
+            f"{' in mode linear' if call.linear else ''}{also}"
+        )
+
+    return pull
+
+
+def _is_linear(call: Call) -> bool:
+    """Whether an operation is linear in its recorded inputs."""
+    if _MOVING.fullmatch(call.name) or _ADDING.fullmatch(call.name):
+        return True
+    divisor = call.name == "div" and "other" in call.sources
+    return _BILINEAR.fullmatch(call.name) is not None and len(call.sources) == 1 and not divisor
+
+
+def _by_torch(call: Call) -> Pull:
+    """The whole operation's gradient, by torch."""
+    if call.linear and not _is_linear(call):
+        return _refusing(call)
+    recorded = {id(value) for value in call.dependents}
+    slots: list[tuple[str, int | None]] = []
+    for name in call.sources:
+        value = call.values[name]
+        if isinstance(value, Tensor):
+            slots.append((name, None))
+        else:
+            slots += [(name, i) for i, item in enumerate(value) if id(item) in recorded]
+    given = {k: _copied(v) if k in call.sources else v for k, v in call.values.items()}
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        if paths == "absolute" and not _is_linear(call):
+            raise ValueError(
+                f"paths cannot be kept apart through the operation {call.name} at the activations of "
+                "a run: expected mode 'linear'"
+            )
+        wide = {k: _in_precision(v, g.value) for k, v in given.items()}
+        if paths == "absolute" and _BILINEAR.fullmatch(call.name):
+            wide = {
+                k: v.abs() if isinstance(v, Tensor) and k not in call.sources else v
+                for k, v in wide.items()
+            }
+
+        def again(*values: Tensor) -> Tensor:
+            changed = {k: list(v) if isinstance(v, list) else v for k, v in wide.items()}
+            for (name, i), value in zip(slots, values, strict=True):
+                if i is None:
+                    changed[name] = value
+                else:
+                    changed[name][i] = value
+            return _again(call, changed)
+
+        first = [wide[name] if i is None else wide[name][i] for name, i in slots]
+        output, back, *_ = torch.func.vjp(again, *first)
+        grads = torch.func.vmap(back)(g.whole(output.shape))
+        if paths == "absolute":  # of what is at least zero, through one sign an input
+            grads = [grad.abs() for grad in grads]
+        return [Window(grad, (0,) * (grad.ndim - 1)) for grad in grads]
+
+    return pull
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _in_precision(value: Any, like: Tensor) -> Any:
+    if isinstance(value, list):
+        return [_in_precision(item, like) for item in value]
+    return value.to(like) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _again(call: Call, changed: dict[str, Any]) -> Tensor:
+    """The operation carried out once more, on other values."""
+    values = call.values | changed
+    if call.mutates:
+        values |= {name: values[name].clone() for name in call.sources}
+    arguments = call.function._schema.arguments
+    args = [values[a.name] for a in arguments if not a.kwarg_only]
+    kwargs = {a.name: values[a.name] for a in arguments if a.kwarg_only}
+    output = call.function(*args, **kwargs)
+    return output[call.place] if isinstance(output, tuple | list) else output
+
+
+_ACTIVATIONS = re.compile(
+    "gelu|silu|sigmoid|tanh|hardtanh|leaky_relu|elu|hardswish|hardsigmoid|softplus|mish|clamp|"
+    "clamp_min|clamp_max|threshold|celu|_?prelu(_kernel)?|log_sigmoid_forward"
+)
+"""Functions of one number, which linear mode takes as the identity."""
+
+_MOVING = re.compile(
+    "view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|"
+    "slice|flatten|mean|sum|_adaptive_avg_pool[23]d|avg_pool[123]d|flip|roll|pixel_(un)?shuffle|"
+    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|index|gather|narrow|diagonal|repeat|"
+    "(replication|reflection)_pad[123]d|(unsafe_)?split(_with_sizes)?|(unsafe_)?chunk|unbind|stack|cat"
+)
+"""Operations that move, average or copy: no weight is below zero, and torch's gradient is the linear one."""
+
+_ADDING = re.compile("add|sub|rsub")
+"""Sums and differences of what may be broadcast."""
+
+_BILINEAR = re.compile("convolution|addmm|mm|bmm|baddbmm|matmul|linear|mul|div")
+"""Operations that are linear in one input while the others are given."""
+
+_RULES: dict[str, AdjointRule] = {
+    "convolution": _convolution,
+    "relu": _relu,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "mean": _mean,
+    "sum": _mean,
+    "cat": _cat,
+    "add": _sum,
+    "sub": _sum,
+    "rsub": _sum,
+    "mul": _product,
+    "div": _product,
+    "neg": _negative,
+    "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "cudnn_batch_norm": _batch_norm,
+    "local_response_norm": _local_response_norm,
+    "clone": _same,
+    "alias": _same,
+    "detach": _detached,
+    "_to_copy": _same,
+    "constant_pad_nd": _pad,
+    "slice": _slice,
+    "addmm": _matrix,
+    "mm": _matrix,
+}

@@ -1,0 +1,79 @@
+"""The same network with its weights shuffled: what is left when nothing was learned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import evaluating
+
+
+def randomized(
+    model: HookedModel, seed: int = 0, modules: Collection[str] | None = None
+) -> HookedModel:
+    """A copy of a model in which the numbers of each weight tensor are shuffled (Adebayo et al. 2018).
+
+    Each tensor keeps its numbers, so sizes of activations stay near what they were; what the numbers
+    have to do with each other is lost. Buffers (batch-norm statistics) are shuffled too.
+
+    Args:
+        model: it is not changed.
+        seed: of the shuffling; a tensor is shuffled the same way whichever others are.
+        modules: shuffle only what these modules (see `layers_in_order`) hold themselves.
+
+    Raises:
+        ValueError: if edits are in force.
+    """
+    if model.edited:
+        raise ValueError(f"model {model.name} is edited: shuffle its weights outside the edit")
+    with model.lock:
+        module = copy.deepcopy(model.module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in sorted(module.state_dict().items()):
+            if tensor.is_floating_point() and tensor.numel() > 1:
+                order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+                if modules is None or name.rpartition(".")[0] in modules:
+                    tensor.copy_(tensor.flatten()[order].reshape(tensor.shape))
+    aliases = {alias: site.name for site in model.sites for alias in site.aliases}
+    which = "" if modules is None else f", {len(modules)} layers"
+    return HookedModel(
+        module,
+        model.input,
+        f"{model.name}, randomized{which} (seed {seed})",
+        aliases,
+        model.classes,
+    )
+
+
+def layers_in_order(model: HookedModel) -> list[str]:
+    """The modules that hold weights themselves, in the order in which they are first called.
+
+    One that is never called (its weights are used by the module around it) comes where that is called.
+    """
+    names = {m: name for name, m in model.module.named_modules()}
+    called: dict[str, int] = {}
+
+    def note(module: nn.Module, args: object) -> None:
+        called.setdefault(names[module], len(called))
+
+    with model.lock:
+        handles = [m.register_forward_pre_hook(note) for m in names]
+        try:
+            with evaluating(model.module), torch.no_grad():
+                model.module(model.fitted(model.input.example(1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def when(name: str) -> int:
+        while name and name not in called:
+            name = name.rpartition(".")[0]
+        return called.get(name, -1)
+
+    own = [name for m, name in names.items() if next(m.parameters(False), None) is not None]
+    return sorted(own, key=when)

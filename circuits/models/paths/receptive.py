@@ -1,0 +1,163 @@
+"""Which part of the input a unit sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.units import Site
+
+Box = tuple[int, int, int, int]
+"""(top, left, bottom, right) in pixels of the input; bottom and right are excluded."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the positions along one axis of a map see of the input's axis.
+
+    Attributes:
+        length: pixels of the input along the axis.
+        last: the map's last position.
+        first_pixel: the first pixel that the last position sees, and the step from the one before.
+        end_pixel: the end of what position 0 sees, and the step to position 1.
+    """
+
+    length: int
+    last: int
+    first_pixel: tuple[int, int]
+    end_pixel: tuple[int, int]
+
+    def at(self, position: int) -> tuple[int, int]:
+        """First pixel and end of what a position sees."""
+        start, back = self.first_pixel
+        end, forth = self.end_pixel
+        low = max(0, start - back * (self.last - position))
+        return low, min(self.length, end + forth * position)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The boxes of input pixels that can change a site's units, by position of its map.
+
+    Attributes:
+        size: height and width of the input.
+        extents: of y and x; empty for a site without a map, which sees everything.
+    """
+
+    size: tuple[int, int]
+    extents: tuple[Extent, ...] = ()
+
+    def at(self, position: tuple[int, ...]) -> Box:
+        """The box at a map position (y, x), cut off at the border of the input."""
+        if len(self.extents) != 2 or len(position) != 2:
+            return (0, 0, *self.size)
+        (top, bottom), (left, right) = (
+            e.at(p) for e, p in zip(self.extents, position, strict=True)
+        )
+        return (top, left, bottom, right)
+
+
+_FIELDS: WeakKeyDictionary[HookedModel, dict[Site, ReceptiveField]] = WeakKeyDictionary()
+"""What has been measured: it does not depend on the weights."""
+
+
+def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
+    """Measure a site's receptive field: which pixels, made NaN, make a position NaN.
+
+    NaN passes through every operation that reads it. Each border is found by bisection where the
+    input cuts it off least, at the two outermost positions, and moves from position to position by
+    their difference: exact for convolutions and pooling of any stride and padding, to a pixel or
+    two where a map is enlarged again.
+
+    Raises:
+        ValueError: if the model does not take images.
+    """
+    spec = model.input
+    if not isinstance(spec, ImageInput):
+        raise ValueError(
+            f"model {model.name} takes tokens: only image models have receptive fields"
+        )
+    if model.edited:  # an edit may set what pixels would have changed
+        return _measured(model, spec, site)
+    known = _FIELDS.setdefault(model, {})
+    if site not in known:
+        known[site] = _measured(model, spec, site)
+    return known[site]
+
+
+def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveField:
+    size = (spec.height, spec.width)
+    if site.position_axes != ("y", "x"):
+        return ReceptiveField(size)
+    example = spec.example(1).to(model.device)
+
+    def reaches(axis: int, spoil: Callable[[Tensor], object], position: int) -> bool:
+        """Whether spoiled pixels reach a row (axis 0) or column (axis 1) of the map."""
+        spoiled = example.clone()
+        spoil(spoiled.movedim(2 + axis, -1))
+        cache = model.run(spoiled, read=[site], until=site)
+        values = site.activations(cache[site])[0].reshape(-1, *site.position_shape)
+        return bool(values.movedim(1 + axis, 0)[position].isnan().any())
+
+    # pixels that had to be spoiled, by side, positions from the border, and the input's length
+    found: dict[tuple[str, int, int], int] = {}
+
+    def extent(axis: int) -> Extent:
+        length, last = size[axis], site.position_shape[axis] - 1
+        stride = round(length / (last + 1))
+
+        def least(
+            side: str, spoils: list[Callable[[Tensor], object]], position: int, away: int
+        ) -> int:
+            """How many pixels to spoil at a border until a position is.
+
+            Rows and columns are mostly alike, so are both borders, and neighbours are a stride apart: tried first.
+            """
+            guess = found.get((side, away, length))
+            if guess is None and away:
+                guess = found[side, 0, length] - stride
+            elif guess is None:
+                guess = found.get(("first", 0, length))
+            number = _least(1, length, lambda n: reaches(axis, spoils[n], position), guess)
+            return found.setdefault((side, away, length), number)
+
+        def first(position: int) -> int:
+            """The first pixel that a position sees."""
+            spoils = [lambda x, n=n: x[..., :n].fill_(torch.nan) for n in range(length + 1)]
+            return least("first", spoils, position, last - position) - 1
+
+        def end(position: int) -> int:
+            """One past the last pixel that a position sees."""
+            spoils = [
+                lambda x, n=n: x[..., length - n :].fill_(torch.nan) for n in range(length + 1)
+            ]
+            return length - least("end", spoils, position, position) + 1
+
+        low, high = first(last), end(0)
+        # where the input cuts off the next position too, it cuts off all others
+        back = low - first(last - 1) if last and low else length
+        forth = end(1) - high if last and high < length else length
+        return Extent(length, last, (low, back), (high, forth))
+
+    return ReceptiveField(size, (extent(0), extent(1)))
+
+
+def _least(low: int, high: int, holds: Callable[[int], bool], guess: int | None = None) -> int:
+    """The smallest number from low to high for which something holds that goes on to hold."""
+    if guess is not None and low <= guess <= high:
+        if not holds(guess):
+            low = min(guess + 1, high)
+        elif guess > low and holds(guess - 1):
+            high = guess - 1
+        else:
+            return guess
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

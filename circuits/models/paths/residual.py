@@ -1,0 +1,295 @@
+"""The residual stream of a transformer: what adds to it, what reads it, in which order, and at which sites.
+
+The stream is a sum (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Its senders are the token
+and position embeddings, every head and every MLP; its receivers are the queries, keys and values of every head, every
+MLP and the logits, each behind a normalisation of its own. This module alone knows what the sites in between are
+called; `contributions` says what they carry, `paths` lists and checks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.units import unknown
+
+SenderKind = Literal["token", "position", "head", "mlp", "bias"]
+ReceiverKind = Literal["q", "k", "v", "mlp", "logits", "resid_pre", "resid_mid", "resid_post"]
+
+STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
+"""Receivers that are the stream itself: whatever reads it from there on reads the change."""
+
+_PARTS: tuple[ReceiverKind, ...] = ("q", "k", "v")
+
+
+@dataclass(frozen=True, order=True)
+class Sender:
+    """Something that adds to the residual stream.
+
+    Attributes:
+        kind: `token` or `position` embedding, `head`, `mlp`, or `bias`: what an attention layer adds whatever its
+            heads do (the same in every run).
+        layer: of a head, MLP or bias.
+        head: which.
+
+    >>> str(Sender("head", 0, 3)), str(Sender("mlp", 1)), str(Sender("token"))
+    ('0.3', 'mlp:1', 'token')
+    """
+
+    kind: SenderKind
+    layer: int = 0
+    head: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "head":
+            return f"{self.layer}.{self.head}"
+        return self.kind if self.kind in ("token", "position") else f"{self.kind}:{self.layer}"
+
+
+@dataclass(frozen=True, order=True)
+class Receiver:
+    """Something that reads the residual stream.
+
+    Attributes:
+        kind: a head's queries, keys or values; an MLP; the logits; or the stream itself at a layer.
+        layer: where.
+        head: which; where several heads share keys and values, which group of them.
+
+    >>> str(Receiver("q", 1, 0)), str(Receiver("mlp", 0)), str(Receiver("resid_mid", 2))
+    ('1.0.q', 'mlp:0', 'resid_mid:2')
+    """
+
+    kind: ReceiverKind
+    layer: int = 0
+    head: int = 0
+
+    def __str__(self) -> str:
+        if self.kind in _PARTS:
+            return f"{self.layer}.{self.head}.{self.kind}"
+        return self.kind if self.kind == "logits" else f"{self.kind}:{self.layer}"
+
+
+Path = tuple[Sender, Receiver]
+"""A direct path: from a sender to a receiver through the residual stream alone."""
+
+PathName = tuple[str | Sender, str | Receiver]
+"""A path as a person writes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A model's residual stream.
+
+    Attributes:
+        model: a TransformerLens bridge.
+        senders: in the order in which they write.
+        receivers: in the order in which they read.
+        parallel: attention and MLP of a layer read the same stream.
+    """
+
+    model: HookedModel
+    senders: tuple[Sender, ...]
+    receivers: tuple[Receiver, ...]
+    parallel: bool
+
+    @classmethod
+    def shown_by(cls, model: HookedModel) -> Stream:
+        """The stream that a bridge's sites show.
+
+        Raises:
+            ValueError: if a layer lacks a site that is needed.
+        """
+        config: Any = model.module.cfg
+        parallel = bool(getattr(config, "parallel_attn_mlp", False))
+        known = {name for s in model.sites for name in (s.name, *s.aliases)}
+        senders = [Sender("token"), *[Sender("position")] * ("hook_pos_embed" in known)]
+        receivers: list[Receiver] = []
+        for layer in range(config.n_layers):
+            mlp = f"blocks.{layer}.mlp.hook_in" in known
+            _require(model, known, layer, mlp, mlp and not parallel)
+            heads = {p: model.site(f"blocks.{layer}.attn.hook_{p}").n_units for p in _PARTS}
+            bias = getattr(_block(model, layer).attn, "b_O", None) is not None
+            senders += [Sender("head", layer, h) for h in range(heads["q"])]
+            senders += [Sender("bias", layer)] * bias + [Sender("mlp", layer)] * mlp
+            receivers.append(Receiver("resid_pre", layer))
+            receivers += [
+                Receiver(p, layer, h) for h in range(heads["q"]) for p in _PARTS if h < heads[p]
+            ]
+            receivers += [Receiver("resid_mid", layer)] * (mlp and not parallel)
+            receivers += [Receiver("mlp", layer)] * mlp + [Receiver("resid_post", layer)]
+        return cls(model, tuple(senders), (*receivers, Receiver("logits")), parallel)
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the model has."""
+        return self.model.module.cfg.n_layers  # type: ignore[union-attr, return-value]
+
+    def block(self, layer: int) -> Any:
+        """A layer of the bridge."""
+        return _block(self.model, layer)
+
+    # --- names -----------------------------------------------------------------------------------
+
+    def sender(self, text: str | Sender) -> Sender:
+        """The sender that is written so: `token`, `position`, `0.3` or `head:0.3`, `mlp:0`, `bias:0`.
+
+        Raises:
+            KeyError: if there is none; the message offers the nearest.
+        """
+        return self.senders[_place(self.model, "sender", str(text), self.senders)]
+
+    def receiver(self, text: str | Receiver) -> Receiver:
+        """The receiver that is written so: `1.0.q`, `mlp:0`, `logits`, `resid_pre:1`.
+
+        Raises:
+            KeyError: if there is none; the message offers the nearest.
+        """
+        return self.receivers[_place(self.model, "receiver", str(text), self.receivers)]
+
+    def path(self, pair: PathName) -> Path:
+        """The path between two ends that are written so.
+
+        Raises:
+            KeyError: if there is no such sender or receiver.
+            ValueError: if the receiver reads before the sender writes.
+        """
+        sender, receiver = self.sender(pair[0]), self.receiver(pair[1])
+        if not self.reaches(sender, receiver):
+            first = next(r for r in self.receivers if self.reaches(sender, r))
+            raise ValueError(
+                f"path {sender} -> {receiver} leads backwards: the first that {sender} reaches is {first}"
+            )
+        return sender, receiver
+
+    def paths(self) -> tuple[Path, ...]:
+        """Every direct path, by receiver, without constants and streams."""
+        return tuple(
+            (sender, receiver)
+            for receiver in self.receivers
+            if receiver.kind not in STREAMS
+            for sender in self.senders
+            if sender.kind != "bias" and self.reaches(sender, receiver)
+        )
+
+    # --- order -----------------------------------------------------------------------------------
+
+    def reaches(self, sender: Sender, receiver: Receiver) -> bool:
+        """Whether the receiver reads a stream that the sender has written to."""
+        return self._writes_at(sender) < self._reads_at(receiver)
+
+    def behind(self, sender: Sender) -> Receiver:
+        """The stream right behind a sender: all that reads the sender reads it from there."""
+        return next(r for r in self.receivers if r.kind in STREAMS and self.reaches(sender, r))
+
+    def _writes_at(self, sender: Sender) -> int:
+        """When a sender writes; a layer has four steps: attention reads and writes, the MLP reads and writes."""
+        if sender.kind in ("token", "position"):
+            return 0
+        return 4 * sender.layer + (4 if sender.kind == "mlp" or self.parallel else 2)
+
+    def _reads_at(self, receiver: Receiver) -> int:
+        if receiver.kind == "logits":
+            return 4 * self.n_layers + 1
+        late = receiver.kind in ("mlp", "resid_mid") and not self.parallel
+        return 4 * receiver.layer + (5 if receiver.kind == "resid_post" else 3 if late else 1)
+
+    # --- sites -----------------------------------------------------------------------------------
+
+    def written(self, among: Iterable[Sender]) -> tuple[str, ...]:
+        """The sites that show what senders write."""
+        found: dict[str, None] = {}
+        for sender in among:
+            if sender.kind == "head":
+                found[self.heads(sender.layer)] = None
+                if self.has(sender.layer, "ln1_post"):
+                    found[self.before_post_norm(sender.layer)] = None
+            elif sender.kind != "bias":
+                found[self.output(sender)] = None
+        return tuple(found)
+
+    def output(self, sender: Sender) -> str:
+        """The site that holds what an embedding or MLP adds to the stream."""
+        if sender.kind == "mlp":
+            return f"blocks.{sender.layer}.hook_mlp_out"
+        return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
+
+    def heads(self, layer: int) -> str:
+        """The site of a layer's heads, each before its output weights."""
+        return f"blocks.{layer}.attn.hook_z"
+
+    def attention(self, layer: int) -> str:
+        """The site that holds what a layer's heads and bias add to the stream together."""
+        return f"blocks.{layer}.hook_attn_out"
+
+    def before_post_norm(self, layer: int) -> str:
+        """The same before the normalisation that some models (Gemma 2) have behind attention."""
+        return f"blocks.{layer}.attn.hook_out"
+
+    def seen(self, receiver: Receiver) -> str:
+        """The site that shows the stream which a receiver reads."""
+        if receiver.kind == "logits":
+            return "ln_final.hook_in"
+        if receiver.kind in STREAMS:
+            return f"blocks.{receiver.layer}.hook_{receiver.kind}"
+        middle = receiver.kind == "mlp" and not self.parallel
+        return f"blocks.{receiver.layer}.hook_resid_{'mid' if middle else 'pre'}"
+
+    def read(self, receiver: Receiver) -> str:
+        """The site where what a receiver reads can be changed for that receiver (of a head: that layer's) alone."""
+        if receiver.kind == "logits":
+            return "unembed.hook_in"
+        if (
+            receiver.kind == "resid_mid"
+        ):  # `hook_resid_mid` is what the MLP reads, not what passes it by
+            return self.attention(receiver.layer)
+        if receiver.kind in STREAMS:
+            return self.seen(receiver)
+        inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
+        return f"blocks.{receiver.layer}.{inner}"
+
+    def passed(self, receiver: Receiver) -> tuple[Receiver, ...]:
+        """The MLPs whose outputs a receiver reads."""
+        mlps = (s for s in self.senders if s.kind == "mlp" and self.reaches(s, receiver))
+        return tuple(Receiver("mlp", s.layer) for s in mlps)
+
+    def has(self, layer: int, part: str) -> bool:
+        """Whether a layer has a part of its own (bridges pass other names on to what they wrap)."""
+        return part in dict(self.block(layer).named_children())
+
+
+def _block(model: HookedModel, layer: int) -> Any:
+    return model.module.blocks[layer]  # type: ignore[index]
+
+
+def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle: bool) -> None:
+    """Raise ValueError if a layer lacks a site."""
+    needed = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "attn.hook_z"]
+    needed += [f"attn.hook_{part}" for part in _PARTS]
+    needed += ["hook_mlp_out"] * mlp + ["hook_resid_mid"] * middle
+    for name in needed:
+        if f"blocks.{layer}.{name}" not in known:
+            raise ValueError(
+                f"model {model.name} has no site blocks.{layer}.{name} with the batch in front: its residual "
+                "stream cannot be followed"
+            )
+
+
+_HEAD = re.compile(r"head:(\d+\.\d+)")
+
+
+def _place(
+    model: HookedModel, what: str, text: str, known: Sequence[Sender] | Sequence[Receiver]
+) -> int:
+    """Where among `known` the one is that is written so; the only MLP needs no layer."""
+    match = _HEAD.fullmatch(text)
+    name = text if match is None else match[1]
+    names = [str(one) for one in known]
+    mlps = [n for n in names if n.startswith("mlp:")]
+    if name == "mlp" and len(mlps) == 1:
+        name = mlps[0]
+    if name not in names:
+        raise unknown(f"{what} of {model.name}", text, names)
+    return names.index(name)

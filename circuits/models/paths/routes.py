@@ -1,0 +1,66 @@
+"""What leads where in a transformer: its senders, its receivers, and the direct paths between them."""
+
+from __future__ import annotations
+
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import is_bridge
+from circuits.models.paths.contributions import check_stream
+from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
+
+
+def stream_of(model: HookedModel) -> Stream:
+    """The residual stream of a model, after a look whether it is what it has to be.
+
+    Raises:
+        ValueError: if the model is no bridge, lacks a site, or its stream is not the sum of its senders, each receiver
+            reading it through one normalisation.
+    """
+    if not is_bridge(model.module):
+        raise ValueError(
+            f"model {model.name} is no TransformerLens bridge: it has no residual stream to follow"
+        )
+    stream = Stream.shown_by(model)
+    with model.lock, model.outside():
+        check_stream(stream)
+    return stream
+
+
+def senders(model: HookedModel, constants: bool = False) -> tuple[Sender, ...]:
+    """What adds to a transformer's residual stream, in order.
+
+    Args:
+        model: a TransformerLens bridge.
+        constants: also list attention biases, which are the same in every run.
+
+    Raises:
+        ValueError: see `stream_of`.
+    """
+    found = stream_of(model).senders
+    return found if constants else tuple(s for s in found if s.kind != "bias")
+
+
+def receivers(model: HookedModel, streams: bool = False) -> tuple[Receiver, ...]:
+    """What reads a transformer's residual stream, in order.
+
+    Args:
+        model: a TransformerLens bridge.
+        streams: also list the stream itself before, inside and behind each layer.
+
+    Raises:
+        ValueError: see `stream_of`.
+    """
+    found = stream_of(model).receivers
+    return found if streams else tuple(r for r in found if r.kind not in STREAMS)
+
+
+def paths(model: HookedModel) -> tuple[Path, ...]:
+    """Every direct path of a transformer, by receiver, without constants and streams.
+
+    Raises:
+        ValueError: see `stream_of`.
+
+    >>> from circuits.models.zoo.loading import load_model
+    >>> len(paths(load_model("induction-by-hand"))), len(paths(load_model("addition-by-hand")))
+    (71, 21)
+    """
+    return stream_of(model).paths()

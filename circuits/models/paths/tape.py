@@ -1,0 +1,232 @@
+"""The operations between two sites, and gradients pulled back through them.
+
+Autograd computes whole maps, one output at a time. A tape pulls the gradients of many units back at
+once, and of each map only the window that is not zero: a unit's receptive field. What an operation
+does to a window is in `circuits.models.paths.adjoints`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from circuits.models.paths.adjoints import Call, Paths, Pull, Window, adjoint
+
+Gates = Literal["linear", "gradient"]
+"""What stands for a nonlinearity: `linear` takes activation functions as the identity, a maximum as
+an average and local response normalisation as its derivative at zero; `gradient` takes the derivative
+of each at the activations of the run."""
+
+
+class Tape:
+    """Records what a forward pass does to a tensor, from `start` to `end`.
+
+    Enter it around the pass (of a model without edits that work in place on shared memory), and call
+    `start` and `end` on the way with the tensors.
+
+    Args:
+        gates: what stands for a nonlinearity.
+    """
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates: Gates = gates
+        self._operations: list[tuple[int, tuple[int, ...], Pull]] = []
+        self._tracked: dict[int, Tensor] = {}  # kept, so that no other tensor gets its id
+        self._written: dict[int, set[int]] = {}  # memory written in place -> who shows it rightly
+        self._first = self._last = 0
+        self._modes = (_Composites(self), _Operations(self))
+        self.shape: tuple[int, ...] = ()
+
+    def __enter__(self) -> Tape:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(kind, error, traceback)
+
+    def start(self, value: Tensor) -> Tensor:
+        """Begin here: what is made of the tensor that this returns is recorded."""
+        own = value.clone()
+        self._first = self._track(own)
+        return own
+
+    def end(self, value: Tensor) -> Tensor:
+        """End here: gradients will be pulled back from this tensor."""
+        self._last = id(value)
+        self.shape = tuple(value.shape)
+        return value
+
+    @property
+    def connected(self) -> bool:
+        """Whether the end was made of the start."""
+        return self._last in self._tracked
+
+    def pull(self, gradient: Window, paths: Paths = "all") -> Window | None:
+        """Gradients at the end as gradients at the start; None if they are zero everywhere.
+
+        Args:
+            gradient: of any numbers (rows) by the tensor at the end.
+            paths: `all` adds up every path; `absolute` adds up their absolute values.
+
+        Raises:
+            ValueError: if gates are linear and an operation in between has no linear reading.
+        """
+        with torch.no_grad():
+            return self._pull(gradient, paths)
+
+    def _pull(self, gradient: Window, paths: Paths) -> Window | None:
+        found: dict[int, Window] = {self._last: gradient}
+        for output, inputs, pull in reversed(self._operations):
+            here = found.pop(output, None)
+            if here is None:
+                continue
+            for key, window in zip(inputs, pull(here, paths), strict=True):
+                if window is not None and window.value.numel():
+                    there = found.get(key)
+                    found[key] = window if there is None else there.plus(window)
+        return found.get(self._first)
+
+    def note(self, call: Call) -> None:
+        """Record an operation if it was given something that is recorded."""
+        inputs = tuple(id(value) for value in call.dependents)
+        self._operations.append((self._track(call.output), inputs, adjoint(call)))
+        memory = call.output.untyped_storage().data_ptr()
+        if call.mutates:
+            self._written[memory] = {id(call.output)}
+        elif memory in self._written:
+            self._written[memory].add(id(call.output))
+
+    def dependents(self, values: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
+        """Those of the tensors that are recorded.
+
+        Raises:
+            ValueError: if one shares memory with a tensor that was written to in place.
+        """
+        for value in values:
+            shown = self._written.get(value.untyped_storage().data_ptr())
+            if shown is not None and id(value) not in shown:
+                raise ValueError(
+                    f"operation {name} reads a tensor of which a part was changed in place: "
+                    "weights cannot be expanded through it"
+                )
+        return tuple(value for value in values if id(value) in self._tracked)
+
+    def _track(self, value: Tensor) -> int:
+        self._tracked[id(value)] = value
+        return id(value)
+
+
+class _Composites(TorchFunctionMode):
+    """Sees functions that are one operation to us and many to torch."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.local_response_norm:
+            return func(*args, **kwargs)
+        operations = self.tape._modes[1]
+        operations.silent = True
+        try:
+            output = func(*args, **kwargs)
+            names = ("input", "size", "alpha", "beta", "k")
+            values = {"alpha": 1e-4, "beta": 0.75, "k": 1.0}
+            values |= dict(zip(names, args, strict=False)) | kwargs
+            found = self.tape.dependents([values["input"]], "local_response_norm")
+            if found:
+                linear = self.tape.gates == "linear"
+                self.tape.note(Call(func, values, output, found, ("input",), linear))
+        finally:
+            operations.silent = False
+        return output
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every operation that torch carries out."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+        self.silent = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.silent:
+            return func(*args, **kwargs)
+        schema = func._schema
+        values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        values |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        found = self.tape.dependents(_tensors(values.values()), str(func))
+        if not found:
+            return func(*args, **kwargs)
+        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        linear = self.tape.gates == "linear"
+        sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
+        in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
+        call = Call(func, values, found[0], found, sources, linear, in_place)
+        call = call.keeping()  # what it was given, before it may be overwritten
+        output = func(*args, **kwargs)
+        made = [values[written[0]]] if in_place else _tensors([output])
+        self.silent = True  # what a rule computes is no part of the pass
+        try:
+            for place, tensor in enumerate(made):
+                if tensor.is_floating_point():
+                    self.tape.note(call.giving(tensor, output, place))
+        finally:
+            self.silent = False
+        return output
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+def one_hot(
+    shape: Sequence[int],
+    unit_axis: int,
+    units: Sequence[int],
+    at: Sequence[int],
+    device: torch.device,
+) -> Window:
+    """A gradient that is one at a position of some units, in every example: a row a unit.
+
+    Args:
+        shape: of the tensor, batch first.
+        unit_axis: where its units are.
+        units: which.
+        at: the position along the other axes.
+        device: of the gradient.
+    """
+    first, last = min(units), max(units)
+    places = iter(at)
+    start = [0, *(first if axis == unit_axis else next(places) for axis in range(1, len(shape)))]
+    size = [
+        shape[0],
+        *(last - first + 1 if axis == unit_axis else 1 for axis in range(1, len(shape))),
+    ]
+    value = torch.zeros(len(units), *size, dtype=torch.float64, device=device)
+    for row, unit in enumerate(units):
+        value[row].select(unit_axis, unit - first).fill_(1)
+    return Window(value, tuple(start))

@@ -1,0 +1,489 @@
+"""From what a person types to a `HookedModel`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from circuits.autoencoders.files import FILE, load_autoencoder
+from circuits.cleanroom import addition
+from circuits.cleanroom import induction as by_hand
+from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
+from circuits.factories import call_factory
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.models.adapter.tokenizing import by_merges
+from circuits.models.zoo.inception import googlenet, shapes
+from circuits.models.zoo.resnet import ResNet20
+from circuits.models.zoo.transformers import (
+    from_hooked_transformer,
+    from_llama2c,
+    huggingface_bridge,
+    load_native,
+    native_bridge,
+)
+from circuits.models.zoo.weights_files import (
+    asset,
+    find_weights,
+    is_baked,
+    load_weights,
+    read_weights,
+)
+from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
+from circuits.stimuli.shapes import CLASSES
+from circuits.units import unknown
+from circuits.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+BUILTIN = Path(__file__).parent / "builtin"
+"""Where the trained built-in models' weights and cards are."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Loader = Callable[[str, Path | None], HookedModel]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of `circuits models`.
+
+    Attributes:
+        name: what to type, or the form of it (`tl:NAME`).
+        summary: what it is and what it needs.
+        load: from the typed name and an optional weights file to the model.
+    """
+
+    name: str
+    summary: str
+    load: Loader
+
+    @property
+    def builtin(self) -> bool:
+        """Whether it comes with the package."""
+        return self.name in (
+            "cleanroom",
+            "shapes",
+            "induction",
+            "induction-by-hand",
+            "addition-by-hand",
+        )
+
+
+def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
+    """Load a model.
+
+    Args:
+        spec: a name that `circuits models` lists, or `python:module:factory` (a function without
+            required arguments that returns a `HookedModel`, or a module with an `input_shape`),
+            `tl:NAME`, `hf:NAME`, `torchvision:NAME`; then `+PATH` for each autoencoder to attach: a file,
+            its folder, or its name in the workspace (`googlenet+sae/curves`).
+        weights: a safetensors file, or a `.pt` file of plain tensors.
+
+    Raises:
+        KeyError: if there is no such model; the message offers the nearest names.
+        FileNotFoundError: if its weights are not there.
+        ImportError: if it needs a package that is missing.
+        ValueError: if the weights do not fit.
+    """
+    named = spec.partition(":")[2]
+    a_path = bool(named) and os.path.exists(os.path.expanduser(named))
+    spec, *attached = [spec] if a_path else spec.split("+")
+    if attached:
+        return attach_files(load_model(spec, weights), attached)
+    path = Path(weights) if weights is not None else None
+    scheme, _, rest = spec.partition(":")
+    if spec.endswith(":") and spec in MODELS:
+        raise ValueError(f"model {spec!r} names nothing: expected {MODELS[spec].name}")
+    entry = MODELS.get(f"{scheme}:" if rest else spec)
+    if entry is None:
+        raise unknown("model", spec, [e.name for e in MODELS.values()])
+    if path is not None and is_baked(path):  # of the same model, edited: see `circuits.edits.bake`
+        model = entry.load(rest or spec, None)
+        load_weights(model.module.state_dict(), read_weights(path), str(path))
+        return model
+    return entry.load(rest or spec, path)
+
+
+def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
+    """A model with autoencoders attached, each at the site that it was trained at.
+
+    Raises:
+        FileNotFoundError: if there is none at a path.
+        ValueError: if a file is damaged, or its autoencoder is of other weights or another site.
+    """
+    intact = model.hash
+    for path in paths:
+        code = load_autoencoder(find_autoencoder(path))
+        about = code.about
+        if about.model_hash and about.model_hash != intact:
+            raise ValueError(
+                f"autoencoder {path!r} was trained on {about.model} with weights {about.model_hash[:16]}, not "
+                f"{intact[:16]}: its latents would mean something else"
+            )
+        if not about.site:
+            raise ValueError(f"autoencoder {path!r} does not say at which site it belongs")
+        target = about.target if about.target != about.site else ""
+        model = model.attach(code, about.name, about.site, target or None)
+    return model
+
+
+def list_autoencoders(workspace: Workspace) -> dict[str, Path]:
+    """The files of a workspace's autoencoders, by name: `NAME`, or `NAME/VARIANT` of several."""
+    found = {}
+    for path in sorted((workspace.root / "saes").glob("*/*.safetensors")):
+        if path.is_file() and path.stem != "checkpoint":
+            own = path.name == FILE
+            found[path.parent.name if own else f"{path.parent.name}/{path.stem}"] = path
+    return found
+
+
+def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
+    """An autoencoder by its path, or by its name in a workspace (the default one if none is given).
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    inside = (workspace or Workspace.default()).autoencoder_path(path.removeprefix("sae/"))
+    for candidate in (Path(path).expanduser(), inside):
+        if candidate.is_file() or (candidate / FILE).is_file():
+            return candidate
+    if inside.is_dir() and (several := sorted(p.stem for p in inside.glob("*.safetensors"))):
+        names = ", ".join(f"{inside.name}/{name}" for name in several if name != "checkpoint")
+        if not names:
+            raise FileNotFoundError(
+                f"autoencoder {path!r}: its training is not finished; run `circuits sae train` again to go on"
+            )
+        raise FileNotFoundError(
+            f"autoencoder {path!r} has several variants: expected one of {names}"
+        )
+    raise FileNotFoundError(
+        f"there is no autoencoder {path!r}: neither a file or folder, nor {str(inside)!r}"
+    )
+
+
+# --- built in ----------------------------------------------------------------------------------
+
+
+def _refuse_weights(name: str, weights: Path | None) -> None:
+    if weights is not None:
+        raise ValueError(f"weights {str(weights)!r}: model {name} has its own and takes no file")
+
+
+def _cleanroom(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    return HookedModel(
+        CleanRoom(),
+        ImageInput(3, 128, 128),
+        name,
+        classes=UNIT_NAMES["shape"],
+        unit_names=UNIT_NAMES,
+    )
+
+
+def _shapes(name: str, weights: Path | None) -> HookedModel:
+    path = weights or BUILTIN / "shapes.safetensors"
+    module = shapes(len(CLASSES))
+    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    return HookedModel(
+        module, ImageInput(3, 64, 64, mean=(0.5,), std=(0.25,)), name, classes=CLASSES
+    )
+
+
+_ADDITION = 113  # as in the trained network that shows the same algorithm
+
+INDUCTION = {
+    "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": N_VOCAB,
+    "attn_only": True, "normalization_type": None, "act_fn": "relu",
+}  # fmt: skip
+"""Shape of the built-in induction model."""
+
+
+def _induction(name: str, weights: Path | None) -> HookedModel:
+    path = weights or BUILTIN / "induction.safetensors"
+    bridge = native_bridge(**INDUCTION)
+    load_native(bridge, read_weights(path), repr(str(path)))
+    return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
+
+
+def _induction_by_hand(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    bridge = native_bridge(**by_hand.config(N_VOCAB, N_CTX))
+    load_native(bridge, by_hand.weights(N_VOCAB, N_CTX), name)
+    return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
+
+
+def _addition_by_hand(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(name, weights)
+    bridge = native_bridge(**addition.config(_ADDITION))
+    load_native(bridge, addition.weights(_ADDITION), name)
+    vocabulary = (*map(str, range(_ADDITION)), "=")
+    return HookedModel(bridge, TokenInput(_ADDITION + 1, 3, vocabulary), name)
+
+
+# --- by weights file ---------------------------------------------------------------------------
+
+
+def _googlenet(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("googlenet/bvlc_googlenet.safetensors", weights, name)
+    module = googlenet()
+    tensors = {_googlenet_key(k): v for k, v in read_weights(path).items()}
+    load_weights(module.state_dict(), tensors, repr(str(path)))
+    spec = ImageInput(3, 224, 224, (104.0, 117.0, 123.0), (1.0,), 255.0, True, "margin-crop")
+    aliases = {
+        f"inception_{n}/output": f"mixed{n}"
+        for n in ("3a", "3b", *(f"4{c}" for c in "abcde"), "5a", "5b")
+    }
+    return HookedModel(module, spec, name, aliases, classes=_imagenet_classes())
+
+
+def _googlenet_key(key: str) -> str:
+    """From the Caffe layer's name to ours: `inception_3a/5x5_reduce/bias` -> `mixed3a_5x5_bottleneck…`.
+
+    >>> _googlenet_key("inception_3b/5x5/weight")
+    'mixed3b_5x5_pre_relu.weight'
+    """
+    if key.count("/") < 1:
+        return key
+    layer, kind = key.rsplit("/", 1)
+    stem = {"conv1/7x7_s2": "conv2d0", "conv2/3x3_reduce": "conv2d1", "conv2/3x3": "conv2d2"}
+    if layer == "loss3/classifier":
+        return f"softmax2_pre_activation.{kind}"
+    if layer in stem:
+        return f"{stem[layer]}_pre_relu.{kind}"
+    block, _, branch = layer.partition("/")
+    branch = branch.replace("pool_proj", "pool_reduce").replace("x3_reduce", "x3_bottleneck")
+    branch = branch.replace("x5_reduce", "x5_bottleneck")
+    return f"{block.replace('inception_', 'mixed')}_{branch}_pre_relu.{kind}"
+
+
+def _imagenet_classes() -> tuple[str, ...]:
+    """The 1000 class names from the assets; plain numbers where they are not there."""
+    path = asset("images/imagenet500_labels.json")
+    if path is None:
+        return tuple(f"class {i}" for i in range(1000))
+    return tuple(c["name"] for c in json.loads(path.read_text())["classes"])
+
+
+CIFAR_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def _cifar10_resnet20(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("cifar_resnet/cifar10_resnet20.safetensors", weights, name)
+    module = ResNet20()
+    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    spec = ImageInput(3, 32, 32, IMAGENET_MEAN, IMAGENET_STD, resize="stretch")
+    return HookedModel(module, spec, name, classes=CIFAR_CLASSES)
+
+
+def _induction_infinite(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/induction_head_infinite.safetensors", weights, name)
+    bridge = native_bridge(
+        d_model=48, d_head=12, n_heads=4, n_layers=2, n_ctx=85, d_vocab=128,
+        attn_only=True, normalization_type=None, act_fn="relu",
+    )  # fmt: skip
+    _load_tutorial(bridge, path)
+    return HookedModel(bridge, TokenInput(128, 85), name)
+
+
+def _modular_addition(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/wd_10-1_mod_addition_loss_curve.safetensors", weights, name)
+    bridge = native_bridge(
+        d_model=128, d_head=32, n_heads=4, n_layers=1, n_ctx=3, d_vocab=114, d_mlp=512,
+        normalization_type=None, act_fn="relu",
+    )  # fmt: skip
+    _load_tutorial(bridge, path)
+    return HookedModel(bridge, TokenInput(114, 3, (*map(str, range(113)), "=")), name)
+
+
+def _load_tutorial(bridge: nn.Module, path: Path) -> None:
+    tensors = read_weights(path)
+    try:
+        converted = from_hooked_transformer(tensors)
+    except KeyError as error:
+        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
+    load_native(bridge, converted, repr(str(path)))
+
+
+def _stories260k(name: str, weights: Path | None) -> HookedModel:
+    path = find_weights("tiny/stories260K.safetensors", weights, name)
+    vocabulary = path.parent / "tok512.json"
+    if not vocabulary.is_file():
+        raise FileNotFoundError(f"model {name!r} needs its vocabulary {str(vocabulary)!r}")
+    bridge = native_bridge(
+        d_model=64, d_head=8, n_heads=8, n_key_value_heads=4, n_layers=5, n_ctx=512, d_vocab=512,
+        d_mlp=172, gated_mlp=True, act_fn="silu", normalization_type="RMS", final_rms=True,
+        positional_embedding_type="rotary",
+    )  # fmt: skip
+    try:
+        converted = from_llama2c(read_weights(path))
+    except KeyError as error:
+        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
+    load_native(bridge, converted, repr(str(path)))
+    try:
+        pieces = [(str(piece), float(score)) for piece, score in json.loads(vocabulary.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
+    words = tuple(piece for piece, _ in pieces)
+    encoder = by_merges(words, [score for _, score in pieces])
+    return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
+
+
+# --- by package --------------------------------------------------------------------------------
+
+
+def _tl(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(f"tl:{name}", weights)
+    try:
+        bridge = huggingface_bridge(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model 'tl:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"the Hugging Face hub ({first})"
+        ) from error
+    tokenizer, encoder = bridge.tokenizer, None
+    if tokenizer is not None:
+        encoder = partial(tokenizer.encode, add_special_tokens=False)
+    vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    filler = getattr(tokenizer, "pad_token_id", None) or 0
+    if filler >= bridge.cfg.d_vocab:  # added to the tokenizer, not to the model
+        filler = 0
+    spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder, filler)
+    return HookedModel(bridge, spec, f"tl:{name}")
+
+
+def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
+    """How a Hugging Face tokenizer writes each token; empty if there is none."""
+    decode = getattr(tokenizer, "convert_ids_to_tokens", None)
+    if decode is None:
+        return ()
+    known = len(tokenizer)  # type: ignore[arg-type]
+    words = decode(list(range(min(known, n_vocab))))
+    marked = [str(w).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n") for w in words]
+    return tuple(marked + [f"<{i}>" for i in range(len(marked), n_vocab)])
+
+
+def _huggingface(name: str, weights: Path | None) -> HookedModel:
+    _refuse_weights(f"hf:{name}", weights)
+    from transformers import AutoModelForImageClassification
+
+    try:
+        module = AutoModelForImageClassification.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model 'hf:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"the Hugging Face hub ({first}); language models load as tl:{name}"
+        ) from error
+    config = module.config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    labels = getattr(config, "id2label", None) or {}
+    mean, std = _huggingface_preprocessing(name)
+    spec = ImageInput(getattr(config, "num_channels", 3), height, width, mean, std)
+    classes = [str(labels[i]) for i in sorted(labels)]
+    return HookedModel(module.eval(), spec, f"hf:{name}", classes=classes)
+
+
+def _huggingface_preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std as the model's own preprocessor file states them; of ImageNet without one."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+    )
+    if path is None:
+        log.warning("model hf:%s states no preprocessing: taking ImageNet's mean and std", name)
+        return IMAGENET_MEAN, IMAGENET_STD
+    stated = json.loads(Path(path).read_text())
+    if not stated.get("do_normalize", True):
+        return (0.0,), (1.0,)
+    mean, std = stated.get("image_mean", IMAGENET_MEAN), stated.get("image_std", IMAGENET_STD)
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _torchvision(name: str, weights: Path | None) -> HookedModel:
+    try:
+        zoo = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"model 'torchvision:{name}' needs torchvision, which cannot be imported here "
+            f"({str(error).splitlines()[0]}); install the build that matches your torch"
+        ) from error
+    if name not in zoo.list_models():
+        raise unknown("torchvision model", name, zoo.list_models())
+    published = zoo.get_model_weights(name).DEFAULT
+    if weights is None:
+        try:
+            module = zoo.get_model(name, weights=published)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"model 'torchvision:{name}' needs its weights: the download failed ({error}); "
+                "pass --weights PATH"
+            ) from error
+    else:
+        module = zoo.get_model(name, weights=None)
+        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
+    transforms = published.transforms()
+    crop = transforms.crop_size[0]
+    mean, std = tuple(transforms.mean), tuple(transforms.std)
+    spec = ImageInput(3, crop, crop, mean, std, resize="margin-crop")
+    classes = published.meta.get("categories", ())
+    return HookedModel(module.eval(), spec, f"torchvision:{name}", classes=classes)
+
+
+def _python(name: str, weights: Path | None) -> HookedModel:
+    """A person's own factory: it runs their code, by their wish."""
+    made = call_factory("model", name)
+    module = made.module if isinstance(made, HookedModel) else made
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"model 'python:{name}': its factory returned {type(made).__name__}, expected a "
+            "torch module or a HookedModel"
+        )
+    if weights is not None:
+        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
+    if isinstance(made, HookedModel):
+        return made
+    shape = getattr(module, "input_shape", None)
+    if shape is None:
+        raise ValueError(
+            f"model 'python:{name}': give the module an input_shape = (channels, height, width), or "
+            "return a HookedModel"
+        )
+    return HookedModel(module, tuple(shape), f"python:{name}")
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name.partition("NAME")[0].partition("MODULE")[0]: entry
+    for entry in (
+        ModelEntry("cleanroom", "a curve detector written by hand, from Gabor filters to circles", _cleanroom),
+        ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
+        ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
+        ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),
+        ModelEntry("addition-by-hand", "addition mod 113 with five frequencies, written by hand", _addition_by_hand),
+        ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
+        ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
+        ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),
+        ModelEntry("induction-infinite", "2-layer attention-only; needs its weights file", _induction_infinite),
+        ModelEntry("modular-addition", "1 layer, addition mod 113; needs its weights file", _modular_addition),
+        ModelEntry("python:MODULE:FACTORY", "your own: an importable function or FILE.py:FUNCTION", _python),
+        ModelEntry("tl:NAME", "TransformerLens, by hub name or local folder", _tl),
+        ModelEntry("hf:NAME", "Hugging Face image classifier, by hub name or local folder", _huggingface),
+        ModelEntry("torchvision:NAME", "torchvision, if it is installed", _torchvision),
+    )
+}  # fmt: skip
+"""Every kind of model that `load_model` knows, by name or by scheme."""

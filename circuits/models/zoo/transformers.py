@@ -1,0 +1,99 @@
+"""Small transformers as TransformerLens bridges; the only place that imports TransformerLens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from circuits.models.zoo.weights_files import load_weights
+
+
+def native_bridge(**config: Any) -> Any:
+    """A TransformerLens bridge around a small native model; no download.
+
+    Args:
+        config: fields of `TransformerBridgeConfig`; ones it takes only as attributes
+            (`positional_embedding_type`, `d_mlp`) work too.
+    """
+    with _quiet_import():
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.model_bridge import TransformerBridge
+    boot: Any = TransformerBridge  # its constructors are added at import, unseen by type checkers
+    return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
+
+
+def huggingface_bridge(name: str) -> Any:
+    """A TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
+    with _quiet_import():
+        from transformer_lens.model_bridge import TransformerBridge
+    return TransformerBridge.boot_transformers(name, device="cpu").eval()
+
+
+def _quiet_import() -> warnings.catch_warnings:
+    """TransformerLens and what it imports warn about their own deprecations: not our user's concern."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def load_native(bridge: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights, named as in `bridge.state_dict()`, into a native bridge.
+
+    Raises:
+        ValueError: if one is missing, left over or of another shape.
+    """
+    load_weights(bridge.state_dict(), tensors, source)
+
+
+def from_hooked_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the 2022 tutorials (W_Q: head x d_head x d_model, W_E: d_model x token) as a bridge's.
+
+    Biases that those models lack are zero.
+    """
+    out = {
+        "embed.weight": tensors["embed.W_E"].T,
+        "pos_embed.weight": tensors["pos_embed.W_pos"],
+        "unembed.weight": tensors["unembed.W_U"].T,
+        "unembed.bias": torch.zeros(tensors["unembed.W_U"].shape[1]),
+    }
+    blocks = "attn_blocks" if any(k.startswith("attn_blocks") for k in tensors) else "blocks"
+    n_layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith(blocks))
+    for layer in range(n_layers):
+        old, new = f"{blocks}.{layer}", f"blocks.{layer}"
+        for letter in "QKV":
+            weight = tensors[f"{old}.attn.W_{letter}"]
+            name = f"{new}.attn.{letter.lower()}"
+            out[f"{name}.weight"] = rearrange(
+                weight, "head d_head d_model -> (head d_head) d_model"
+            )
+            out[f"{name}.bias"] = torch.zeros(weight.shape[0] * weight.shape[1])
+        out[f"{new}.attn.o.weight"] = tensors[f"{old}.attn.W_O"]
+        out[f"{new}.attn.o.bias"] = torch.zeros(len(tensors[f"{old}.attn.W_O"]))
+        if f"{old}.mlp.W_in" in tensors:
+            for ours, theirs in (("in", "in"), ("out", "out")):
+                out[f"{new}.mlp.{ours}.weight"] = tensors[f"{old}.mlp.W_{theirs}"]
+                out[f"{new}.mlp.{ours}.bias"] = tensors[f"{old}.mlp.b_{theirs}"]
+    return {k: v.contiguous() for k, v in out.items()}
+
+
+def from_llama2c(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in the layout of llama2.c (layers stacked, rotary pairs adjacent) as a bridge's."""
+    out = {
+        "embed.weight": tensors["tok_emb"],
+        "unembed.weight": tensors["tok_emb"],
+        "unembed.bias": torch.zeros(len(tensors["tok_emb"])),
+        "ln_final.weight": tensors["final_norm"],
+    }
+    names = {
+        "attn.q": "wq", "attn.k": "wk", "attn.v": "wv", "attn.o": "wo",
+        "mlp.gate": "w1", "mlp.out": "w2", "mlp.in": "w3", "ln1": "attn_norm", "ln2": "ffn_norm",
+    }  # fmt: skip
+    for layer in range(len(tensors["wq"])):
+        for ours, theirs in names.items():
+            out[f"blocks.{layer}.{ours}.weight"] = tensors[theirs][layer]
+            if ours.startswith("attn"):
+                out[f"blocks.{layer}.{ours}.bias"] = torch.zeros(len(tensors[theirs][layer]))
+    return {k: v.contiguous() for k, v in out.items()}

@@ -1,0 +1,134 @@
+"""Reading weights: safetensors, or `.pt` files without running any pickled code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from circuits.environment import ASSETS
+
+
+def asset(relative: str) -> Path | None:
+    """A file below the folder that `CIRCUITS_ASSETS` names; None if it is not there."""
+    root = os.environ.get(ASSETS)
+    path = Path(root) / relative if root else None
+    return path if path is not None and path.exists() else None
+
+
+def find_weights(relative: str, given: Path | None, model: str) -> Path:
+    """The weights file of a model: the one given, or the one among the assets.
+
+    Raises:
+        FileNotFoundError: if there is neither; the message says how to name one.
+    """
+    path = given or asset(f"weights/{relative}")
+    if path is None:
+        raise FileNotFoundError(
+            f"model {model!r} needs its weights file: pass --weights PATH/{Path(relative).name} "
+            f"(or weights=…), or set {ASSETS} to a folder that holds weights/{relative}"
+        )
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of named tensors.
+
+    Args:
+        path: `.safetensors`, or `.pt`/`.pth`/`.bin` (read with `weights_only=True`; a `state_dict`
+            entry inside is unwrapped).
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is cut off, of another format, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {str(path)!r} does not exist or is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"weights file {str(path)!r} ({path.stat().st_size} bytes) is not a whole "
+                f"safetensors file: {error}"
+            ) from error
+    return _read_torch(path)
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about old pickle protocols
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        IndexError,  # a file of text
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"weights file {str(path)!r} is not a whole, plain file of tensors ({type(error).__name__};"
+            " .pt files are read with weights_only=True: save the model's state_dict())"
+        ) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"weights file {str(path)!r} does not hold a dictionary of tensors")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into the tensors of a model's `state_dict()`, in place; all or nothing.
+
+    Raises:
+        ValueError: if a tensor is missing, left over, of another shape or not finite.
+    """
+    required = {k for k in own if not k.endswith("num_batches_tracked")}
+    missing = sorted(required - set(tensors))
+    extra = sorted(set(tensors) - set(own))
+    if missing:
+        raise ValueError(f"weights {source} lack {len(missing)} tensors, first {missing[0]!r}")
+    if extra:
+        raise ValueError(f"weights {source} have {len(extra)} tensors too many, first {extra[0]!r}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"weights {source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(own[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weights {source}: tensor {name!r} holds NaN or infinite values")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+BAKED = "circuits.base"
+"""The key of a weights file's metadata that holds the hash of the model that was edited."""
+
+
+def is_baked(path: Path) -> bool:
+    """Whether a weights file holds an edited model, with the names of `state_dict()`."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return BAKED in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

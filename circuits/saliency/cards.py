@@ -1,0 +1,176 @@
+"""A card for each attribution method: how it fares on a model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from circuits.attribution.passes import Passes
+from circuits.examples import Examples, as_examples
+from circuits.files import write_json
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.progress import Progress
+from circuits.saliency.faithfulness import (
+    Curve,
+    Road,
+    Sensitivity,
+    infidelity,
+    insertion_deletion,
+    road,
+    sensitivity_n,
+)
+from circuits.saliency.maps import METHODS, SLOPES, Method, saliency_map
+from circuits.saliency.sanity import RandomizationTest, randomization_test
+from circuits.tasks.targets import Target, as_target, output_site
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What tests say of a method on a model.
+
+    Attributes:
+        method: which.
+        settings: its options.
+        randomization: whether its maps have to do with the weights.
+        curves: insertion and deletion, from three blanks.
+        road: with imputed pixels.
+        sensitivity: whether attributions add up.
+        infidelity: whether they foretell the change under noise, 0 best; and of shuffled attributions. Of
+            gradients themselves, where the method credits gradient x input the number says less.
+        verdicts: `passes` or `fails` by test, or `unclear` where the interval over images holds 0: better or
+            worse than random, with most blanks.
+        target: what was explained.
+        model: its name.
+        model_hash: of its weights.
+        examples: which images, and how they were chosen.
+        seed: of everything random.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    randomization: RandomizationTest
+    curves: tuple[Curve, ...]
+    road: Road
+    sensitivity: Sensitivity
+    infidelity: tuple[float, float]
+    verdicts: Mapping[str, str]
+    target: str
+    model: str
+    model_hash: str
+    examples: Mapping[str, Any]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(Path(path), self.to_dict())
+
+
+def card(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    method: Method,
+    target: str | Target = "top",
+    *,
+    stages: int = 6,
+    steps: int = 10,
+    faithful: int = 8,
+    seed: int = 0,
+    batch: int = 32,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MethodCard:
+    """Test a method of input attribution on a model.
+
+    Args:
+        model: of images.
+        examples: images, at least two; the literature's verdicts want thirty or more.
+        method: one of `METHODS`.
+        target: what is explained; the intact model's prediction is held fixed when weights are shuffled.
+        stages: of the randomisation test.
+        steps: of insertion and deletion.
+        faithful: on how many of the images faithfulness is measured.
+        seed: of everything random.
+        batch: images in one pass.
+        progress: called with parts done and all.
+        options: of the method.
+
+    Raises:
+        KeyError: if a class is unknown.
+        TypeError: if the method has no such option.
+        ValueError: if examples or an option do not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    given = as_examples(model, examples)
+    inputs = given.inputs
+    fixed = _held_fixed(model, inputs, target, batch)
+    total = stages + 4
+
+    def note(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    def attributing(some: HookedModel, x: Tensor) -> Any:
+        own = fixed if len(x) == len(inputs) else fixed.of_examples(range(len(x)))
+        return saliency_map(some, x, own, method, seed=seed, batch=batch, **options)
+
+    randomization = randomization_test(
+        model, given, attributing, stages=stages, seed=seed,
+        progress=lambda done, _: note(done),
+    )  # fmt: skip
+    few = inputs[: max(1, min(faithful, len(inputs)))]
+    made = attributing(model, few)
+    heats = made.heat("absolute" if method in SLOPES else "signed")
+    probable = fixed.of_examples(range(len(few)))
+    if fixed.site == output_site(model).name:
+        probable = replace(probable, quantity="probability")
+    passes = Passes(model, few, probable, batch=batch)
+    curves = insertion_deletion(passes, heats, steps=steps, seed=seed)
+    note(stages + 1)
+    imputing = road(passes, heats, seed=seed)
+    note(stages + 2)
+    plain = Passes(model, few, fixed.of_examples(range(len(few))), batch=batch)
+    sums = sensitivity_n(plain, heats, seed=seed)
+    note(stages + 3)
+    noisy = infidelity(plain, made.values, seed=seed)
+    note(total)
+    verdicts = {
+        "randomisation": "passes" if randomization.passes else "fails",
+        "insertion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "insertion"]),
+        "deletion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "deletion"]),
+        "road": _verdict(imputing.low, imputing.high),
+    }
+    return MethodCard(
+        method, made.settings, randomization, tuple(curves), imputing, sums, noisy, verdicts,
+        str(as_target(model, target)), model.name, model.hash, given.describe(), seed,
+    )  # fmt: skip
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "passes"
+    return "fails" if high < 0 else "unclear"
+
+
+def _of_most(verdicts: list[str]) -> str:
+    """What more than half say; else `unclear`."""
+    first = max(set(verdicts), key=verdicts.count)
+    return first if verdicts.count(first) > len(verdicts) / 2 else "unclear"
+
+
+def _held_fixed(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
+    """The target with the intact model's unit and position for each image."""
+    aim = Passes(model, inputs, target, batch=batch).aim
+    each = [aim.of(i) for i in range(len(inputs))]
+    indices = tuple(int(i) for i in aim.indices)
+    places = tuple(of.at for of in each if of.at is not None and not isinstance(of.at[0], tuple))
+    at = places if aim.shape and len(places) == len(each) else aim.target.at
+    return replace(aim.target, index=indices, at=at)  # type: ignore[arg-type]

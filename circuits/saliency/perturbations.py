@@ -1,0 +1,552 @@
+"""Meaningful and extremal perturbations: what must be kept, or hidden, of an image.
+
+Fong and Vedaldi 2017, "Interpretable Explanations of Black Boxes by Meaningful Perturbation"; Fong, Patrick
+and Vedaldi 2019, "Understanding Deep Networks via Extremal Perturbations and Smooth Masks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from circuits.attribution.passes import Passes, Size
+from circuits.examples import Examples, as_examples
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.progress import Progress
+from circuits.saliency.gradients import blurred, check_range
+from circuits.tasks.targets import Target
+from circuits.units import Site, Unit
+
+Game = Literal["preserve", "delete"]
+"""Keep the target as high as possible with only a part shown, or make it as low as possible with a part hidden."""
+
+Masks = Float[Tensor, "example 1 h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """A mask for each example, and what it does.
+
+    Attributes:
+        method: `extremal`, `meaningful`, or `extremal channels`.
+        variant: whether the mask marks what is kept or what is hidden.
+        masks: in 0..1, 1 where the image is kept (preserve) or hidden (delete); for channels
+            `example unit`.
+        area: the share of the image (or of the units) that the mask was to mark; NaN if it was free.
+        values: the target with the mask.
+        intact: the target without.
+        blank: the target with everything hidden.
+        random: the target with the mask's values at other places, in smooth patches (units drawn at random, for
+            channels); the mean of several.
+        target: what was explained.
+        site: of the channels; `input` for images.
+        model_hash: of the weights.
+        examples: which they are, and how they were chosen.
+        seed: of everything random.
+    """
+
+    method: str
+    variant: Game
+    masks: Float[Tensor, "example *rest"]
+    area: float
+    values: Float[Tensor, " example"]
+    intact: Float[Tensor, " example"]
+    blank: Float[Tensor, " example"]
+    random: Float[Tensor, " example"]
+    target: str
+    site: str
+    model_hash: str
+    examples: Mapping[str, Any]
+    seed: int
+
+
+class Pyramid:
+    """Images from all blurred to sharp, by a mask (Fong et al. 2019, section 3.4).
+
+    Args:
+        x: the images.
+        levels: of blur, the sharp image included.
+        sigma: of the most blurred, in pixels; 20 of 224 if not given.
+    """
+
+    def __init__(self, x: Tensor, levels: int = 8, sigma: float | None = None) -> None:
+        sigma = max(x.shape[-2:]) * 20 / 224 if sigma is None else sigma
+        strengths = [sigma * (1 - k / (levels - 1)) for k in range(levels)]
+        self.levels = torch.stack([blurred(x, s) for s in strengths], 1)
+
+    def __call__(self, masks: Masks) -> Tensor:
+        """The images, sharp where the mask is 1, blurred most where it is 0."""
+        n = self.levels.shape[1]
+        at = masks.clamp(0, 1) * (n - 1)
+        low = at.detach().floor().clamp(0, n - 2)
+        share = at - low
+        index = low.long()[:, None].expand(-1, -1, self.levels.shape[2], -1, -1)
+        below = self.levels.gather(1, index)[:, 0]
+        above = self.levels.gather(1, index + 1)[:, 0]
+        return below * (1 - share) + above * share
+
+
+def extremal(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    target: str | Unit | Target = "top",
+    area: float = 0.1,
+    variant: Game = "preserve",
+    *,
+    steps: int = 100,
+    tries: int = 100,
+    step: int | None = None,
+    sigma: float | None = None,
+    rate: float = 0.02,
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The smooth mask of a given area with the greatest effect on a target.
+
+    The mask is a smooth maximum of bumps on a coarse grid, and its sorted values are pulled to those of a
+    mask of this area (equation 4); what it hides is blurred. Gradients lead to a soft mask; it is then moved and
+    reshaped at random while that helps it as a mask of 0 and 1 of exactly the area, and given as that.
+
+    Args:
+        model: of images.
+        examples: as a source has them, or as the model takes them.
+        target: a class (its log probability does better than its logit: see `Target`) or a unit anywhere.
+        area: the share of the image that is kept (preserve) or hidden (delete).
+        variant: which.
+        steps: of the optimiser.
+        tries: random changes of each mask afterwards, kept if they help it as a mask of 0 and 1.
+        step: pixels from bump to bump; a 32nd of the image if not given (7 of 224).
+        sigma: width of a bump, in pixels; three steps if not given.
+        rate: of the optimiser.
+        seed: of the changes tried, and of the random masks beside.
+        batch: images optimised together.
+        size: what becomes of images of another size.
+        progress: called with steps done and all.
+
+    Raises:
+        KeyError: if a class is unknown.
+        ValueError: if examples, target or an option do not fit.
+    """
+    check_range("area", area, 0.001, 0.999)
+    check_range("steps", steps, 1)
+    check_range("tries", tries, 0)
+    check_range("step", 1 if step is None else step, 1)
+    check_range("sigma", 1 if sigma is None else sigma, 0.5)
+    check_range("rate", rate, 1e-6)
+    _check_variant(variant)
+    _check_images(model)
+    goal = Passes(model, examples, target, batch=batch, size=size)
+    apart = step or max(1, round(max(goal.inputs.shape[-2:]) / 32))
+    search = _Search(
+        area, variant, steps, apart, 3.0 * apart if sigma is None else sigma, rate, tries, seed
+    )
+    parts = []
+    for some in goal.chunks(len(goal)):
+
+        def note(done: int, some: range = some) -> None:
+            if progress is not None:
+                progress(some.start * steps + done * len(some), len(goal) * steps)
+
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        parts.append(_extremal(goal, which, search, note))
+    masks = torch.cat(parts)
+    return _measured("extremal", goal, Pyramid, masks, area, variant, examples, seed)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Game):
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(get_args(Game))}")
+
+
+def _check_images(model: HookedModel) -> None:
+    if not isinstance(model.input, ImageInput):
+        raise ValueError(f"model {model.name} takes tokens: masks are of images")
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How a mask is looked for."""
+
+    area: float
+    variant: Game
+    steps: int
+    step: int
+    sigma: float
+    rate: float
+    tries: int
+    seed: int
+
+
+def _extremal(
+    goal: Passes, which: Tensor, search: _Search, progress: Callable[[int], None]
+) -> Masks:
+    """Masks of some examples: by their gradient first, then by trying."""
+    x = goal.inputs[which]
+    smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
+    pyramid = Pyramid(x)
+    wanted = _sorted_reference(smooth.grid[0] * smooth.grid[1], search.area).to(x)
+    keeps = search.variant == "preserve"
+    sign = _reward(goal, which) * (-1.0 if keeps else 1.0)
+    # all is kept, or all hidden, at first: the area then shrinks to what matters
+    parameters = torch.ones(len(x), 1, *smooth.grid, device=x.device, requires_grad=True)
+    optimizer = torch.optim.SGD([parameters], search.rate, momentum=0.9)
+    for done in range(search.steps):
+        coarse = smooth.coarse(parameters)
+        masks = smooth.enlarged(coarse)
+        shown = pyramid(masks if keeps else 1 - masks)
+        gradients = goal.gradient(shown.detach(), which)[1]
+        weight = 100.0 * 20.0 ** (done / search.steps)
+        missed = (coarse.flatten(1).sort(1).values - wanted).square().mean(1)
+        loss = sign * (shown * gradients).flatten(1).sum(1) + weight * missed
+        (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
+        optimizer.step()
+        with torch.no_grad():
+            parameters.clamp_(0, 1)
+        progress(done + 1)
+
+    def cost(some: Tensor) -> Tensor:
+        exact = hard(smooth(some), search.area)
+        return sign * goal.value(pyramid(exact if keeps else 1 - exact), which)
+
+    return hard(smooth(_refined(parameters.detach(), cost, search)), search.area)
+
+
+def _refined(parameters: Tensor, cost: Callable[[Tensor], Tensor], search: _Search) -> Tensor:
+    """Masks moved and reshaped at random as long as that helps them as masks of 0 and 1.
+
+    Gradients are those of soft masks; what is looked for is judged as hard ones.
+    """
+    generator = Generator().manual_seed(search.seed)
+    best, n = cost(parameters), len(parameters)
+    for number in range(search.tries):
+        if number % 2:
+            shift = torch.randint(-3, 4, (n, 2), generator=generator).tolist()
+            moved = [p.roll(s, (1, 2)) for p, s in zip(parameters, shift, strict=True)]
+            tried = torch.stack(moved)
+        else:
+            coarse = torch.randn(n, 1, 6, 6, generator=generator).to(parameters)
+            noise = F.interpolate(
+                coarse, parameters.shape[-2:], mode="bilinear", align_corners=False
+            )
+            tried = (parameters + 0.3 * noise).clamp(0, 1)
+        reached = cost(tried)
+        better = reached < best
+        best = torch.where(better, reached, best)
+        parameters = torch.where(better[:, None, None, None], tried, parameters)
+    return parameters
+
+
+def _reward(goal: Passes, which: Tensor) -> Float[Tensor, " example"]:
+    """What a target's value counts for: a nat is one, and so is a tenth of any other intact value."""
+    if goal.target.quantity == "log_probability":
+        return torch.ones_like(goal.values[which])
+    return 10.0 / goal.values[which].abs().clamp_min(1e-6)
+
+
+def _sorted_reference(n: int, area: float) -> Float[Tensor, " place"]:
+    ones = round(area * n)
+    return torch.cat([torch.zeros(n - ones), torch.ones(ones)])
+
+
+class SmoothMasks:
+    """Masks as a smooth maximum of bumps on a grid (Fong et al. 2019, equation 6).
+
+    Args:
+        size: height and width of the masks.
+        step: pixels from bump to bump.
+        sigma: width of a bump, in pixels.
+    """
+
+    def __init__(self, size: tuple[int, ...], step: int, sigma: float) -> None:
+        self.size = tuple(size)
+        self.grid = tuple(-(-n // step) for n in self.size)
+        self.radius = max(1, round(2 * sigma / step))
+        at = torch.arange(-self.radius, self.radius + 1) * (step / sigma)
+        distance = (at[:, None].square() + at[None].square()).sqrt()
+        self.bump = torch.exp(-2 * (distance - 0.5).clamp_min(0).square()).flatten()
+
+    def __call__(self, parameters: Float[Tensor, "example 1 y x"]) -> Masks:
+        """Masks in 0..1 for parameters in 0..1."""
+        return self.enlarged(self.coarse(parameters))
+
+    def coarse(self, parameters: Float[Tensor, "example 1 y x"]) -> Float[Tensor, "example 1 y x"]:
+        """The masks at the places of the bumps."""
+        r = self.radius
+        around = F.unfold(F.pad(parameters, (r, r, r, r), mode="replicate"), 2 * r + 1)
+        bumps = around * self.bump.to(around)[None, :, None]
+        smooth = (bumps * (20 * bumps).softmax(1)).sum(1)
+        return smooth.reshape(len(parameters), 1, *self.grid)
+
+    def enlarged(self, coarse: Float[Tensor, "example 1 y x"]) -> Masks:
+        """On all pixels."""
+        return F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).clamp(0, 1)
+
+
+def meaningful(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    target: str | Unit | Target = "top",
+    variant: Game = "delete",
+    *,
+    steps: int = 300,
+    cells: int = 28,
+    l1: float = 0.01,
+    tv: float = 0.2,
+    rate: float = 0.1,
+    sigma: float | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The smallest smooth mask that, hidden by a blur, takes a target away (Fong and Vedaldi 2017, equation 5).
+
+    Args:
+        model: of images.
+        examples: as a source has them, or as the model takes them.
+        target: a class or a unit anywhere; for classes the authors take the probability.
+        variant: `delete`, or `preserve`: the smallest that must be kept.
+        steps: of Adam.
+        cells: of the mask along each side.
+        l1: weight of the mask's area.
+        tv: weight of its roughness.
+        rate: of Adam.
+        sigma: of the blur, in pixels; 10 of 224 if not given.
+        seed: of the jitter, and of the random masks beside.
+        batch: images optimised together.
+        size: what becomes of images of another size.
+        progress: called with steps done and all.
+
+    Raises:
+        KeyError: if a class is unknown.
+        ValueError: if examples, target or an option do not fit.
+    """
+    for name, value, low in (
+        ("steps", steps, 1),
+        ("cells", cells, 2),
+        ("l1", l1, 0),
+        ("tv", tv, 0),
+    ):
+        check_range(name, value, low)
+    check_range("rate", rate, 1e-6)
+    check_range("sigma", 1 if sigma is None else sigma, 0.05)
+    _check_variant(variant)
+    _check_images(model)
+    goal = Passes(model, examples, target, batch=batch, size=size)
+    generator = Generator().manual_seed(seed)
+    found = []
+    for some in goal.chunks(len(goal)):
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        x = goal.inputs[which]
+        blending = _Blend(x, sigma)
+        sign = _reward(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
+        marked = torch.full((len(x), 1, cells, cells), 0.5, device=x.device, requires_grad=True)
+        optimizer = torch.optim.Adam([marked], rate)
+        for done in range(steps):
+            masks = _on_pixels(marked, x)
+            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            kept = masks.roll(shift, (2, 3))
+            kept = kept if variant == "preserve" else 1 - kept
+            shown = blending(kept)
+            gradients = goal.gradient(shown.detach(), which)[1]
+            loss = sign * (shown * gradients).flatten(1).sum(1) + l1 * marked.sum((1, 2, 3))
+            loss = loss + tv * sum(marked.diff(dim=d).abs().pow(3).sum((1, 2, 3)) for d in (2, 3))
+            (marked.grad,) = torch.autograd.grad(loss.sum(), marked)
+            optimizer.step()
+            with torch.no_grad():
+                marked.clamp_(0, 1)
+            if progress is not None:
+                progress(some.start * steps + (done + 1) * len(x), len(goal) * steps)
+        found.append(_on_pixels(marked.detach(), x))
+
+    def blend(x: Tensor) -> _Blend:
+        return _Blend(x, sigma)
+
+    return _measured(
+        "meaningful", goal, blend, torch.cat(found), float("nan"), variant, examples, seed
+    )
+
+
+class _Blend:
+    """Images mixed with themselves blurred, by a mask."""
+
+    def __init__(self, x: Tensor, sigma: float | None) -> None:
+        self.x = x
+        self.blur = blurred(x, max(x.shape[-2:]) * 10 / 224 if sigma is None else sigma)
+
+    def __call__(self, masks: Masks) -> Tensor:
+        return masks * self.x + (1 - masks) * self.blur
+
+
+def _on_pixels(marked: Tensor, x: Tensor) -> Masks:
+    return F.interpolate(marked, x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def extremal_channels(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    target: str | Unit | Target,
+    site: str | Site,
+    area: float = 0.1,
+    variant: Game = "preserve",
+    *,
+    steps: int = 200,
+    rate: float = 0.005,
+    seed: int = 0,
+    batch: int = 32,
+    size: Size = "refuse",
+    progress: Progress | None = None,
+) -> Perturbation:
+    """The share of a site's units that keeps, or takes away, most of a target (Fong et al. 2019, section 4).
+
+    Args:
+        model: the model; tokens too.
+        examples: as a source has them, or as the model takes them.
+        target: what the units are to keep or take away.
+        site: whose units.
+        area: the share of units.
+        variant: whether they are kept alone or set to zero.
+        steps: of gradient descent with momentum.
+        rate: of it.
+        seed: of the random units beside.
+        batch: examples in one pass.
+        size: what becomes of images of another size.
+        progress: called with examples done and all.
+
+    Returns:
+        `masks` is `example unit`.
+
+    Raises:
+        KeyError: if a site or class is unknown.
+        ValueError: if examples, target or an option do not fit, or the site is not before the target.
+    """
+    check_range("area", area, 1e-6, 1 - 1e-6)
+    check_range("steps", steps, 1)
+    check_range("rate", rate, 1e-6)
+    _check_variant(variant)
+    goal = Passes(model, examples, target, site, batch, size)
+    place = goal.site
+    assert place is not None, "channels are of a site"
+    found = []
+    for some in goal.chunks(len(goal)):
+        which = torch.arange(some.start, some.stop, device=goal.inputs.device)
+        found.append(_marked_units(goal, which, area, variant, steps, rate))
+        if progress is not None:
+            progress(some.stop, len(goal))
+    masks = torch.cat(found)
+    everyone = torch.arange(len(goal), device=goal.inputs.device)
+    generator = Generator().manual_seed(seed)
+
+    def value(marked: Tensor) -> Tensor:
+        return goal.value(_with_units(goal, everyone, marked, variant), everyone)
+
+    beside = [
+        value(hard(torch.rand(masks.shape, generator=generator).to(masks), area)) for _ in range(5)
+    ]
+    nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)
+    return Perturbation(
+        "extremal channels", variant, masks, area, value(hard(masks, area)), goal.values, value(nothing),
+        torch.stack(beside).mean(0), str(goal.target), place.name, model.hash,
+        as_examples(model, examples).describe(), seed,
+    )  # fmt: skip
+
+
+def _marked_units(
+    goal: Passes, which: Tensor, area: float, variant: Game, steps: int, rate: float
+) -> Float[Tensor, "example unit"]:
+    assert goal.site is not None, "channels are of a site"
+    wanted = _sorted_reference(goal.site.n_units, area).to(goal.points)
+    n = goal.site.n_units
+    points = goal.points[which]
+    intact = goal.site.by_unit(points * goal.gradient(points, which)[1]).flatten(2).sum(2)
+    sign = 10.0 / intact.abs().sum(1).clamp_min(1e-12) * (-1.0 if variant == "preserve" else 1.0)
+    marked = torch.ones(len(which), n, device=goal.points.device, requires_grad=True)
+    optimizer = torch.optim.SGD([marked], rate, momentum=0.9)
+    for done in range(steps):
+        shown = _with_units(goal, which, marked, variant)
+        gradients = goal.gradient(shown.detach(), which)[1]
+        weight = 3.0 * 20.0 ** (done / steps)
+        effect = sign * (shown * gradients).flatten(1).sum(1)
+        (credit,) = torch.autograd.grad(effect.sum(), marked)
+        # of units marked alike, those that do more stay
+        order = (
+            marked - 1e-3 * credit / credit.abs().amax(1, keepdim=True).clamp_min(1e-12)
+        ).argsort(dim=1)
+        missed = (marked.gather(1, order) - wanted).square().mean(1)
+        (pulled,) = torch.autograd.grad((weight * missed).sum(), marked)
+        marked.grad = (credit + pulled) * n  # of the size it has for one unit alone
+        optimizer.step()
+        with torch.no_grad():
+            marked.clamp_(0, 1)
+    return marked.detach()
+
+
+def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Game) -> Tensor:
+    """The site's tensor with each unit kept (preserve) or taken away (delete) as far as it is marked."""
+    assert goal.site is not None, "channels are of a site"
+    kept = marked if variant == "preserve" else 1 - marked
+    everywhere = kept.reshape(*kept.shape, *(1,) * (goal.points.ndim - 2))
+    return goal.points[which] * goal.site.from_by_unit(everywhere)
+
+
+def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "example *rest"]:
+    """Each mask made 1 on its largest part of a given area and 0 elsewhere."""
+    flat = masks.flatten(1)
+    n = max(1, round(area * flat.shape[1]))
+    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, :n]
+    return torch.zeros_like(flat).scatter_(1, chosen, 1.0).reshape(masks.shape)
+
+
+Perturbing = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Takes images, and gives a function from masks to the images, kept where the mask is 1."""
+
+
+def shown_by(
+    goal: Passes, masks: Masks, variant: Game = "preserve", perturbing: Perturbing = Pyramid
+) -> Float[Tensor, " example"]:
+    """The target's value with an image kept only inside a mask (preserve) or only outside (delete)."""
+    found = []
+    for chunk in goal.chunks(len(goal)):
+        which = torch.arange(chunk.start, chunk.stop, device=goal.inputs.device)
+        own = masks[chunk.start : chunk.stop]
+        shown = perturbing(goal.inputs[which])(own if variant == "preserve" else 1 - own)
+        found.append(goal.value(shown, which))
+    return torch.cat(found)
+
+
+def _measured(
+    method: str,
+    goal: Passes,
+    perturbing: Perturbing,
+    masks: Masks,
+    area: float,
+    variant: Game,
+    examples: Examples | Tensor,
+    seed: int,
+) -> Perturbation:
+    """Masks beside random smooth ones that have the same values at other places."""
+    generator = Generator().manual_seed(seed)
+    apart = max(1, round(max(masks.shape[-2:]) / 32))
+    smooth = SmoothMasks(masks.shape[-2:], apart, 3.0 * apart)
+    values = masks.flatten(1).sort(dim=1).values
+    beside = []
+    for _ in range(5):
+        drawn = smooth(torch.rand(len(masks), 1, *smooth.grid, generator=generator).to(masks))
+        order = drawn.flatten(1).argsort(dim=1)
+        elsewhere = torch.zeros_like(values).scatter_(1, order, values).reshape(masks.shape)
+        beside.append(shown_by(goal, elsewhere, variant, perturbing))
+    nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)
+    return Perturbation(
+        method, variant, masks, area, shown_by(goal, masks, variant, perturbing), goal.values,
+        shown_by(goal, nothing, variant, perturbing), torch.stack(beside).mean(0), str(goal.target), "input",
+        goal.model.hash, as_examples(goal.model, examples).describe(), seed,
+    )  # fmt: skip

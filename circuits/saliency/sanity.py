@@ -1,0 +1,271 @@
+"""Whether an attribution has to do with the model: randomisation tests.
+
+Adebayo et al. 2018, "Sanity Checks for Saliency Maps": layers' weights are shuffled from the output down
+(cascading) or one at a time (independent), and maps are compared with those of the intact model; or the model
+is trained on shuffled labels. A map that hardly changes does not show what the model has learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from circuits.attribution.channels import spearman
+from circuits.attribution.results import Attribution
+from circuits.examples import Examples, as_examples
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.sites import main_output
+from circuits.models.paths.randomizing import layers_in_order, randomized
+from circuits.progress import Progress
+
+Attributing = Callable[[HookedModel, Tensor], Attribution]
+"""Makes the maps of images with a model: a method with its options and its target bound."""
+Mode = Literal["cascading", "independent"]
+
+KEPT = 0.5
+"""Maps pass if, while at most the upper half of the layers is shuffled, they keep less than this share of their
+likeness to themselves, beyond that to maps of other images."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Maps with some layers shuffled, beside those of the intact model: means over images.
+
+    Attributes:
+        layers: how many are shuffled.
+        lowest: the name of the lowest of them (independent: of the only group's).
+        spearman: rank correlation of absolute values.
+        spearman_signed: and of signed ones.
+        ssim: structural similarity of absolute values.
+    """
+
+    layers: int
+    lowest: str
+    spearman: float
+    spearman_signed: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class RandomizationTest:
+    """How much of a method's maps survives without the model's weights.
+
+    Attributes:
+        method: which.
+        mode: how layers were shuffled.
+        stages: from the output down; cascading ends with all layers.
+        chance: the same numbers for maps of different images with the intact model.
+        kept: the share of likeness beyond chance that is left, over the stages in which at most the upper half
+            is shuffled (cascading): by signed rank correlation or by SSIM, whichever is larger. (The rank
+            correlation of absolute values is left out: where an image has no contrast most maps are small.)
+        passes: whether that is below `KEPT`; None for independent tests, which have no such stage.
+        model_hash: of the intact weights.
+        examples: which images, and how they were chosen.
+        seed: of the shuffling.
+    """
+
+    method: str
+    mode: Mode
+    stages: tuple[Stage, ...]
+    chance: Stage
+    kept: float
+    passes: bool | None
+    model_hash: str
+    examples: Mapping[str, Any]
+    seed: int
+
+
+def randomization_test(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    attributing: Attributing,
+    mode: Mode = "cascading",
+    *,
+    stages: int = 6,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RandomizationTest:
+    """Compare maps of the intact model with those of models whose layers are shuffled.
+
+    Args:
+        model: the model.
+        examples: images, at least two.
+        attributing: makes maps of images with a model.
+        mode: shuffle from the output down, or each part alone.
+        stages: in how many steps; an even number, so that there is a half.
+        seed: of the shuffling.
+        progress: called with stages done and all.
+
+    Raises:
+        ValueError: if there are fewer than two images, or an option does not fit.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
+    given = as_examples(model, examples)
+    inputs = given.inputs
+    if len(inputs) < 2:
+        raise ValueError(
+            f"examples: {len(inputs)} images: expected at least two, to compare with each other"
+        )
+    layers = layers_in_order(model)[::-1]
+    if stages < 2 or stages % 2 or stages > len(layers):
+        raise ValueError(f"stages {stages} must be even, from 2 to the {len(layers)} layers")
+    ends = [round(len(layers) * (k + 1) / stages) for k in range(stages)]
+    intact = attributing(model, inputs)
+    own = _maps(intact)
+    chance = _compared(own, [m.roll(1, 0) for m in own], 0, "")
+    found = []
+    for k, end in enumerate(ends):
+        start = ends[k - 1] if k and mode == "independent" else 0
+        shuffled = randomized(model, seed, layers[start:end])
+        theirs = _maps(attributing(shuffled, inputs))
+        found.append(_compared(own, theirs, end - start, layers[end - 1]))
+        if progress is not None:
+            progress(k + 1, stages)
+    kept = _kept(found[: stages // 2], chance)
+    return RandomizationTest(
+        intact.method, mode, tuple(found), chance, kept, kept < KEPT if mode == "cascading" else None,
+        model.hash, given.describe(), seed,
+    )  # fmt: skip
+
+
+def _kept(stages: Sequence[Stage], chance: Stage) -> float:
+    def beyond(name: str) -> float:
+        by_chance = getattr(chance, name)
+        return float(
+            np.mean([(getattr(s, name) - by_chance) / max(1e-6, 1 - by_chance) for s in stages])
+        )
+
+    return max(beyond("spearman_signed"), beyond("ssim"))
+
+
+def _maps(made: Attribution) -> list[Float[Tensor, "image y x"]]:
+    """Absolute and signed maps."""
+    return [made.heat("absolute").cpu(), made.heat("signed").cpu()]
+
+
+def _compared(own: Sequence[Tensor], other: Sequence[Tensor], layers: int, lowest: str) -> Stage:
+    n = len(own[0])
+    pairs = [
+        [(a[i].numpy(), b[i].numpy()) for i in range(n)] for a, b in zip(own, other, strict=True)
+    ]
+    ranks = [float(np.mean([spearman(a.ravel(), b.ravel()) for a, b in some])) for some in pairs]
+    return Stage(
+        layers, lowest, ranks[0], ranks[1], float(np.mean([ssim(a, b) for a, b in pairs[0]]))
+    )
+
+
+def ssim(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> float:
+    """Structural similarity of two maps, each stretched to 0..1 (its 99th percentile at 1); 0 if one is flat."""
+    stretched = []
+    for m in (a, b):
+        low, high = np.quantile(m, [0.0, 0.99])
+        high = high if high > low else m.max()  # hardly anything marked: the largest
+        if not high > low:
+            return 0.0
+        stretched.append(((m - low) / (high - low)).clip(0, 1).astype(np.float64))
+    side = min(7, *(n - (n + 1) % 2 for n in a.shape))
+    found: Any = structural_similarity(*stretched, data_range=1.0, win_size=side)
+    return float(found)
+
+
+@dataclass(frozen=True)
+class LabelTest:
+    """Maps of a network trained on true labels beside one trained on shuffled labels.
+
+    Attributes:
+        likeness: of the two.
+        chance: of maps of different images.
+        kept: the share of likeness beyond chance.
+        accuracy: on the images, after training on true labels.
+        accuracy_shuffled: and on shuffled labels: the test says something if both are high.
+        examples: which they are, and how they were chosen.
+        seed: of everything random.
+    """
+
+    likeness: Stage
+    chance: Stage
+    kept: float
+    accuracy: float
+    accuracy_shuffled: float
+    examples: Mapping[str, Any]
+    seed: int
+
+
+def label_test(
+    model: HookedModel,
+    examples: Examples | Tensor,
+    labels: Sequence[int],
+    attributing: Attributing,
+    *,
+    steps: int = 200,
+    rate: float = 0.002,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LabelTest:
+    """Compare maps of a network trained on true labels with those of one trained on shuffled labels.
+
+    Both start from the model's weights shuffled, and see all images in every step (Adam).
+
+    Args:
+        model: whose architecture is trained; it is not changed.
+        examples: images, at least two.
+        labels: the class of each.
+        attributing: makes maps of images with a model; its target should be the given labels.
+        steps: of training.
+        rate: of Adam.
+        seed: of the shuffling of weights and labels.
+        progress: called with steps done and all.
+
+    Raises:
+        ValueError: if labels do not fit.
+    """
+    given = as_examples(model, examples)
+    inputs = given.inputs
+    if len(labels) != len(inputs) or len(inputs) < 2:
+        raise ValueError(
+            f"labels: {len(labels)} for {len(inputs)} images: expected as many, at least two"
+        )
+    true = torch.tensor(labels, device=model.device)
+    order = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))
+    found = []
+    for number, wanted in enumerate((true, true[order])):
+        twin = randomized(model, seed)
+        accuracy = _trained(twin, inputs, wanted, steps, rate, progress, number)
+        found.append((_maps(attributing(twin, inputs)), accuracy))
+    (own, first), (theirs, second) = found
+    chance = _compared(own, [m.roll(1, 0) for m in own], 0, "")
+    stage = _compared(own, theirs, 0, "shuffled labels")
+    return LabelTest(stage, chance, _kept([stage], chance), first, second, given.describe(), seed)
+
+
+def _trained(
+    model: HookedModel,
+    inputs: Tensor,
+    labels: Tensor,
+    steps: int,
+    rate: float,
+    progress: Progress | None,
+    turn: int,
+) -> float:
+    """Train in place, in evaluation mode; the share of images that are right at the end."""
+    module = model.module.eval()
+    x = model.fitted(inputs)
+    parameters = [p.requires_grad_(True) for p in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, rate)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(main_output(module(x.clone())).flatten(1), labels).backward()
+            optimizer.step()
+            if progress is not None:
+                progress(turn * steps + step + 1, 2 * steps)
+    return float((model.logits(x).flatten(1).argmax(1) == labels).double().mean())

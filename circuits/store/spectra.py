@@ -1,0 +1,175 @@
+"""A unit's activation spectrum: how often it is how active, what that contributes, and examples.
+
+Cammarata et al. 2020, "Curve Detectors": the density of activations has an exponential tail, and x p(x) shows
+which activations make up the expected value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.store.reading import ActivationStore, Example, UnitStatistics
+from circuits.units import Unit
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A range of activations.
+
+    Attributes:
+        low: where it begins.
+        high: where it ends.
+        density: the probability of an activation in it, per unit of activation.
+        contribution: what activations in it add to the mean of the positive ones: the integral of x p(x).
+        n_examples: how many examples have their largest activation in it.
+        examples: some of these, drawn; strongest first.
+    """
+
+    low: float
+    high: float
+    density: float
+    contribution: float
+    n_examples: int
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A unit's activations on a dataset, from its smallest to its largest.
+
+    Attributes:
+        unit: which.
+        statistics: its moments, and the exponential that fits the tail.
+        bins: of equal width between the histogram's edges, the outer ones taking the rest.
+        above_two: the share of the positive activations' sum that comes from those more than two standard
+            deviations above the mean.
+        data: what dataset.
+        model_hash: of the weights.
+        seed: of the draw of examples.
+    """
+
+    unit: Unit
+    statistics: UnitStatistics
+    bins: tuple[Bin, ...]
+    above_two: float
+    data: str
+    model_hash: str
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        s = self.statistics
+        keys = (
+            "mean",
+            "std",
+            "skewness",
+            "kurtosis",
+            "minimum",
+            "maximum",
+            "density",
+            "count",
+            "nonfinite",
+        )
+        return {
+            "unit": str(self.unit), "data": self.data, "model_hash": self.model_hash, "seed": self.seed,
+            "statistics": {k: getattr(s, k) for k in keys},
+            "tail": {
+                "threshold": s.tail.threshold, "rate": s.tail.rate, "error": s.tail.error,
+                "distance": s.tail.distance, "count": s.tail.count, "share": s.tail.share,
+            },
+            "above_two_deviations": self.above_two,
+            "bins": [
+                {
+                    "low": b.low, "high": b.high, "density": b.density, "contribution": b.contribution,
+                    "n_examples": b.n_examples,
+                    "examples": [
+                        {"index": e.index, "name": e.name, "value": e.value, "position": list(e.position)}
+                        for e in b.examples
+                    ],
+                }
+                for b in self.bins
+            ],
+        }  # fmt: skip
+
+
+def spectrum(
+    store: ActivationStore, unit: Unit, bins: int = 16, k: int = 4, seed: int = 0
+) -> Spectrum:
+    """A unit's spectrum from a store.
+
+    Args:
+        store: of the unit's site.
+        unit: which.
+        bins: how many ranges; at most the histogram's 64, which they divide.
+        k: examples to draw of each range.
+        seed: of the draw.
+
+    Raises:
+        KeyError: if the site was not recorded.
+        ValueError: if there is no such unit, or `bins` does not divide 64, or `k` is negative.
+    """
+    if bins < 2 or 64 % bins:
+        raise ValueError(f"bins {bins} must divide 64: expected 2, 4, 8, 16, 32 or 64")
+    if k < 0:
+        raise ValueError(f"k {k} must be 0 or more")
+    statistics = store.statistics(unit)
+    edges, counts = statistics.edges, statistics.histogram.astype(np.float64)
+    n = max(1.0, counts.sum())
+    inner = counts[1:-1].copy()
+    centers = (edges[1:] + edges[:-1]) / 2
+    own = inner * centers
+    # what lies outside the edges: at the smallest and largest activation, halfway to the edge
+    below, above = counts[0], counts[-1]
+    inner[0], inner[-1] = inner[0] + below, inner[-1] + above
+    if below:
+        own[0] += below * (statistics.minimum + edges[0]) / 2
+    if above:
+        own[-1] += above * (statistics.maximum + edges[-1]) / 2
+    if statistics.minimum >= 0 and edges[0] <= 0 < edges[1]:
+        # behind a ReLU most of the lowest bin is exactly zero: it has what the others leave of the mean
+        own[0] = min(own[0], max(0.0, statistics.mean * n - own[1:].sum()))
+    per = 64 // bins
+    joined = inner.reshape(bins, per).sum(1)
+    mass = own.clip(min=0).reshape(bins, per).sum(1)
+    borders = edges[::per]
+    groups = _drawn(store, unit, borders, k, seed)
+    widths = np.diff(borders)
+    made = tuple(
+        Bin(
+            float(borders[i]), float(borders[i + 1]), float(joined[i] / n / max(widths[i], 1e-30)),
+            float(mass[i] / n), groups[i][0], groups[i][1],
+        )
+        for i in range(bins)
+    )  # fmt: skip
+    total = own.clip(min=0).sum()
+    high = own.clip(min=0)[centers > statistics.mean + 2 * statistics.std].sum()
+    p = store.provenance
+    return Spectrum(
+        unit,
+        statistics,
+        made,
+        float(high / total) if total > 0 else float("nan"),
+        p.data,
+        p.model_hash,
+        seed,
+    )
+
+
+def _drawn(
+    store: ActivationStore, unit: Unit, borders: Float[np.ndarray, " border"], k: int, seed: int
+) -> list[tuple[int, tuple[Example, ...]]]:
+    """How many examples have their largest activation in each range, and some of them."""
+    ranked = store.top_examples(unit, len(store.provenance.examples))
+    values = np.array([e.value for e in ranked])
+    which = np.clip(np.searchsorted(borders, values, side="right") - 1, 0, len(borders) - 2)
+    generator = np.random.default_rng(seed)
+    found = []
+    for i in range(len(borders) - 1):
+        mine = np.flatnonzero(which == i)
+        chosen = np.sort(generator.choice(mine, min(k, len(mine)), replace=False))
+        found.append((len(mine), tuple(ranked[j] for j in chosen.tolist())))
+    return found
