@@ -5,7 +5,7 @@ STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo app test nightly fuzz lint check format bench clean
+.PHONY: setup demo app test test-models nightly fuzz lint check format bench clean
 
 setup: $(STAMP)
 
@@ -27,9 +27,13 @@ SPREAD := --dist loadscope --no-loadscope-reorder
 SHAPES := --jaxtyping-packages=circuits,apps,tests.typechecker
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m "not nightly" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m "not models and not nightly" $(ARGS)
 
-# What takes minutes a test: published findings on real networks, and the same for more seeds.
+# Published findings on real networks, where CIRCUITS_ASSETS names a folder with their weights; else they are skipped.
+test-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m "models and not nightly" $(ARGS) tests
+
+# What takes minutes a test: whole cases, findings on many units of real networks, and the same for more seeds.
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(SHAPES) $(ARGS)
 
@@ -48,7 +52,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) -m "not slow and not browser and not nightly" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) -m "not slow and not browser and not models and not nightly" $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

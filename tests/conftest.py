@@ -59,8 +59,12 @@ def pytest_sessionstart() -> None:
     providers._get_local_constants = lambda: literals
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with many slow tests first, so that no worker is left alone with one at the end."""
+    """Mark what needs real models; modules with many slow tests first, so that no worker is left alone at the end."""
+    for item in items:
+        if "assets" in getattr(item, "fixturenames", ()):
+            item.add_marker("models")
     slow = Counter(
         item.nodeid.partition("::")[0] for item in items if item.get_closest_marker("slow")
     )

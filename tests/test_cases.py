@@ -12,7 +12,7 @@ from PIL import Image
 
 from circuits.cli.main import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # all of it is made for the first test
+WHOLE = pytest.mark.nightly  # a whole case takes minutes
 
 CASE = Path(__file__).parents[1] / "cases/curve_detector"
 
@@ -35,6 +35,7 @@ def found(results: dict, path: str) -> float:
     return float(value)
 
 
+@WHOLE
 def test_the_case_is_held_to_its_numbers(results: dict) -> None:
     expected = json.loads((CASE / "expected.json").read_text())["fast"]
     for path, (value, tolerance) in expected.items():
@@ -63,6 +64,7 @@ def test_the_case_is_held_to_its_numbers(results: dict) -> None:
     assert set(results["hashes"]) == {"cleanroom", "shapes"}
 
 
+@WHOLE
 def test_the_page_shows_the_same_numbers_and_needs_nothing_else(
     results: dict, workspace: Path
 ) -> None:
@@ -74,6 +76,7 @@ def test_the_page_shows_the_same_numbers_and_needs_nothing_else(
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
 
 
+@WHOLE
 def test_a_second_run_makes_nothing_anew(results: dict, workspace: Path) -> None:
     stages = workspace / "cases/curve-detector/stages"
     before = {p: p.stat().st_mtime_ns for p in stages.rglob("*.json")}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from circuits.models.zoo.loading import load_model
 from circuits.stimuli import drawing
 from circuits.stimuli.patterns import STRAIGHT, arcs, circles
 from circuits.tuning.radial import RadialTuning, radial_tuning
+from tests.forked import Forked
 
 PUBLISHED = Path(__file__).parents[1] / "cases/curve_detector/published_curves.json"
 
@@ -103,7 +103,7 @@ def test_over_200_units_are_named_once_and_in_the_order_of_families() -> None:
     assert UNIT_NAMES["curve"][25] == "curve 15°, radius 26"
 
 
-def test_nothing_is_learned_and_no_file_is_read() -> None:
+def test_nothing_is_learned_and_no_file_is_read(tmp_path: Path) -> None:
     """The package imports torch and itself alone, and the weights are the same where nothing can be opened."""
     folder = Path(network.__file__).parent
     allowed = {
@@ -132,13 +132,10 @@ def test_nothing_is_learned_and_no_file_is_read() -> None:
         "state = CleanRoom().state_dict()\n"
         "print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values())).hexdigest())\n"
     )
-    made = {
-        subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True
-        ).stdout
-        for _ in range(2)
-    }
-    assert len(made) == 1
+    log = tmp_path / "log"
+    assert Forked(script, out=log).wait() == 0, log.read_text()
+    own = b"".join(v.numpy().tobytes() for v in network.CleanRoom().state_dict().values())
+    assert log.read_text().strip() == hashlib.sha256(own).hexdigest()
     assert set(provenance()["sources"]) >= {"network.py", "tiling.py", "paths.py"}
 
 

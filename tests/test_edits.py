@@ -819,7 +819,9 @@ def test_large_recipes_work_up_to_their_limit(own_net: HookedModel, tmp_path: Pa
 
 
 def test_the_published_schema_says_what_is_read(bridge: HookedModel) -> None:
-    published = json.loads((Path(__file__).parents[1] / "docs" / "recipe.schema.json").read_text())
+    published = json.loads(
+        (Path(__file__).parents[1] / "docs" / "schemas" / "recipe.json").read_text()
+    )
     assert published == recipe_schema(), (
         "write it again: circuits edit schema > docs/schemas/recipe.json"
     )

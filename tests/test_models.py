@@ -346,13 +346,14 @@ def test_hand_written_induction_heads_copy() -> None:
     tokens, _ = draw_repeats(1000, torch.Generator().manual_seed(3))
     logits = model.logits(tokens)
     checked = 0
-    for row, given in zip(logits, tokens, strict=True):
+    best, height = logits.argmax(-1).tolist(), logits.amax(-1).tolist()
+    for row, given in enumerate(tokens.tolist()):
         for at in range(2, len(given) - 1):
-            after = [int(given[j]) for j in range(1, at + 1) if given[j - 1] == given[at]]
+            after = [given[j] for j in range(1, at + 1) if given[j - 1] == given[at]]
             if len(set(after)) == 1:
                 checked += 1
-                assert row[at].argmax() == after[0]
-                assert row[at].max() > 19
+                assert best[row][at] == after[0]
+                assert height[row][at] > 19
     assert checked > 10_000
     edges = 3 * 3 * 2 + 3 * 3 * 5 + 8
     assert (edges, len(induction.TRUE_EDGES)) == (71, 7)

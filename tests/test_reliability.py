@@ -142,7 +142,7 @@ def separated(model: HookedModel, site: str, units: list[int], natural, settings
 def test_badges_separate_on_the_built_in_model(
     shapes: HookedModel, natural: NaturalResponses
 ) -> None:
-    units = list(range(0, 160, 8))
+    units = list(range(0, 160, 16))
     assert separated(shapes, "mixed3a", units, natural, Settings(steps=24)) >= 0.75
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +41,7 @@ from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
+from tests.forked import Forked, ranks
 
 EVERY = RowFilter(norms=0, hold_out=0)
 
@@ -320,6 +317,8 @@ def test_random_directions_are_as_many_active_as_learned_ones(activation: str) -
 
 KILLED = """
 import sys, time
+import torch
+torch.set_num_threads(int(sys.argv[2]))
 from circuits.sae import ArrayRows, Schedule, Hyperparameters, known_dictionary, train
 rows = ArrayRows(known_dictionary(rows=60_000)[1])
 settings = {"a": Hyperparameters("topk", 64, k=3), "b": Hyperparameters("batchtopk", 80, k=4, seed=1)}
@@ -331,20 +330,12 @@ train(rows, settings, Schedule(60, batch=512), sys.argv[1], name="x", every=0, r
 def test_killed_and_resumed_equals_the_uninterrupted_one(known: tuple, tmp_path: Path) -> None:
     whole = train(**small(known), folder=tmp_path / "whole", name="x")
     folder = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for wait in (0.05, 0.4, 0.9):
-        child = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert child.stdout is not None
-        child.stdout.readline()
+    for n, wait in enumerate((0.05, 0.4, 0.9)):
+        child = Forked(KILLED, folder, torch.get_num_threads(), out=tmp_path / f"{n}.log")
+        while child.running() and "begun" not in (tmp_path / f"{n}.log").read_text():
+            time.sleep(0.01)
         time.sleep(wait)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        child.kill()
     again = train(**small(known), folder=folder, name="x")
     assert all(same(whole[n], again[n]) for n in whole)
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
@@ -369,15 +360,8 @@ train(rows, Hyperparameters("topk", 64, k=3, lr=3e-3), Schedule(200, batch=512),
 
 
 def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "ranked.py"
-    script.write_text(RANKED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for n, folder in ((1, "one"), (2, "two")):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script),
-            str(tmp_path / folder),
-        ]  # fmt: skip
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
+    for n, name in ((1, "one"), (2, "two")):
+        assert ranks(n, RANKED, tmp_path / name, folder=tmp_path) == [0] * n
     one, two = (load_autoencoder(tmp_path / n) for n in ("one", "two"))
     assert match(one.W_dec, two.W_dec).mcc > 0.99
     assert one.about.metrics["fvu"] == pytest.approx(two.about.metrics["fvu"], abs=0.01)

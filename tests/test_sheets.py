@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +9,7 @@ from PIL import Image
 from circuits.featurevis.sheets import Sheet, find_sheets, render_sheet, sheet_name
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
+from tests.forked import command_line
 
 
 def tiles(folder: Path) -> dict[str, bytes]:
@@ -51,20 +48,17 @@ def test_a_stopped_sheet_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch) 
 
 @pytest.mark.slow
 def test_a_killed_sheet_goes_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "circuits", "visualize", "shapes", "conv2d2", "--sheet", "--steps", "40",
-        "--size", "48", "--out", str(tmp_path / "sheet"),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
+    words = (
+        f"visualize shapes conv2d2 --sheet --steps 24 --size 48 --out {tmp_path / 'sheet'}".split()
+    )
+    process = command_line(*words)
     deadline = time.monotonic() + 120
     while len(tiles(tmp_path / "sheet")) < 16 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     before = tiles(tmp_path / "sheet")
     assert 16 <= len(before) < 64
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert command_line(*words).wait() == 0
     after = tiles(tmp_path / "sheet")
     assert len(after) == 64
     assert before.items() <= after.items()

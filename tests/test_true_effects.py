@@ -25,7 +25,11 @@ def log_p(model: HookedModel, tokens: Tensor, site: str, head: int) -> tuple[Ten
 
 
 @pytest.mark.parametrize(
-    ("name", "true"), [("addition-by-hand", 4.68), ("modular-addition", 0.044)]
+    ("name", "true"),
+    [
+        ("addition-by-hand", 4.68),
+        pytest.param("modular-addition", 0.044, marks=pytest.mark.models),
+    ],
 )
 def test_a_head_of_addition_is_read_at_the_equals_sign(
     name: str, true: float, request: pytest.FixtureRequest
