@@ -5,7 +5,7 @@ STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo app test test-models nightly fuzz lint check format bench clean
+.PHONY: setup demo app test test-models nightly durations fuzz lint check quick format bench clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ test-models: $(STAMP)
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(SHAPES) $(ARGS)
 
+# What each test takes on this machine, with nothing beside it: `make check` goes by it.
+durations: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) --measure -m "not models and not nightly" $(ARGS)
+
 # Searches for inputs that break a property; `make fuzz SEED=n` repeats the search that printed n.
 fuzz: $(STAMP)
 	@seed=$(or $(SEED),$$($(BIN)/python -c "import secrets; print(secrets.randbits(32))")); \
@@ -51,8 +55,12 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) -m "not slow and not browser and not models and not nightly" $(ARGS)
+# Side by side: pyright takes one core for as long as the quick tests take.
+check: $(STAMP)
+	$(MAKE) --no-print-directory -j 2 lint quick
+
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) --quick -m "not browser and not models and not nightly" $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -53,6 +53,7 @@ _ANSI = re.compile(  # colours and movements; titles and links; the rest
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?"
 )
 _LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
+_YIELDING = 5  # of niceness: whoever looks at pages meanwhile does not wait for a job
 _MESSAGE = 500  # characters of its last line
 _A_MOMENT = 1.0  # seconds: for those who hold a lock only to look
 
@@ -401,6 +402,7 @@ def _fork() -> int:
 
 def _become(argv: list[str], folder: Path) -> NoReturn:
     """Be the command line from here on."""
+    os.nice(_YIELDING)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ[PROGRESS] = str(folder / "progress")

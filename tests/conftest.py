@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 from collections import Counter
@@ -59,16 +60,65 @@ def pytest_sessionstart() -> None:
     providers._get_local_constants = lambda: literals
 
 
+DURATIONS = Path(__file__).parent / "durations.json"
+"""Seconds that each test took when `make durations` was last run; those under 0.05 s are not listed."""
+
+QUICK = 0.2
+"""Seconds that a test may take, with all its parameters, to be run by `make check`."""
+
+
+def _name(test: pytest.Item | pytest.TestReport) -> str:
+    return test.nodeid.partition("[")[0]
+
+
+def _module(name: str) -> str:
+    return name.partition("::")[0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help=f"run only tests that take less than {QUICK} s"
+    )
+    parser.addoption(
+        "--measure", action="store_true", help=f"write what each test takes to {DURATIONS.name}"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs real models; modules with many slow tests first, so that no worker is left alone at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs real models, leave out what is not quick, and order the rest.
+
+    Modules that take longest come first: a worker gets whole modules, and none is to be left alone with a long one.
+    """
     for item in items:
         if "assets" in getattr(item, "fixturenames", ()):
             item.add_marker("models")
-    slow = Counter(
-        item.nodeid.partition("::")[0] for item in items if item.get_closest_marker("slow")
-    )
-    items.sort(key=lambda item: -slow[item.nodeid.partition("::")[0]])
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text())
+    if config.getoption("--quick"):
+        slow = [item for item in items if seconds.get(_name(item), 0) > QUICK]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if seconds.get(_name(item), 0) <= QUICK]
+    modules: Counter[str] = Counter()
+    for name in {_name(item) for item in items}:
+        modules[_module(name)] += seconds.get(name, 0)
+    items.sort(key=lambda item: -modules[_module(_name(item))])
+
+
+_measured: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _measured[_name(report)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep what tests took, those of other runs (real models, nightly ones) too."""
+    if not session.config.getoption("--measure") or hasattr(session.config, "workerinput"):
+        return
+    known = json.loads(DURATIONS.read_text()) | dict.fromkeys(_measured, 0)
+    known |= {name: round(seconds, 2) for name, seconds in _measured.items()}
+    kept = {name: known[name] for name in sorted(known) if known[name] >= 0.05}
+    DURATIONS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 class Block(nn.Module):
