@@ -1,4 +1,4 @@
-"""Addresses of things inside a network (layer 1: imports nothing of the package).
+"""Addresses of things inside a network.
 
 A `Site` is a hook point, a `Unit` one channel, neuron, head or latent of it, a `Direction` a linear
 combination of its units. Inside the library a unit is a `Unit`; strings are parsed once, at the edge.

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits.units import Direction, Site, Unit, check_site_name, nearest, unknown
+from circuits.units import Direction, Site, Unit, Units, check_site_name, nearest, unknown
 
 site_names = st.text(
     st.characters(codec="utf-8", exclude_categories=("Z", "C"), exclude_characters=":,+*"),
@@ -206,3 +207,64 @@ def test_unknown_offers_the_nearest_names() -> None:
     assert nearest("mixed3", ["mixed3a", "conv2d0"], 1) == ["mixed3a"]
     assert "did you mean mixed3b" in unknown("site", "mixd3b", ["mixed3b"]).args[0]
     assert "expected one of a, b" in unknown("site", "xyzzy", ["a", "b"]).args[0]
+
+
+@given(site_names, st.none() | st.lists(st.integers(0, 40), min_size=1, unique=True))
+def test_units_parse_what_they_print(site: str, indices: list[int] | None) -> None:
+    units = Units(site, None if indices is None else tuple(indices))
+    assert Units.parse(str(units)) == units
+    assert Units.of(str(units)) == Units.of(units) == units
+
+
+@pytest.mark.parametrize(
+    ("text", "indices", "written"),
+    [
+        ("a:*", None, "a:*"),
+        ("a:7", (7,), "a:7"),
+        ("a:3-5,1", (3, 4, 5, 1), "a:3-5,1"),
+        ("a:1,2,4", (1, 2, 4), "a:1-2,4"),
+        ("a:0-0", (0,), "a:0"),
+    ],
+)
+def test_units_by_hand(text: str, indices: tuple[int, ...] | None, written: str) -> None:
+    units = Units.parse(text)
+    assert (units.site, units.indices, str(units)) == ("a", indices, written)
+
+
+def test_units_of_whatever_names_them() -> None:
+    assert Units.of(Unit("a", 3)) == Units("a", (3,))
+    assert Units.of([Unit("a", 3), "a:1"]) == Units("a", (3, 1))
+    site = Site("a", "channel", ("batch", "channel", "y"), 1, (5, 2))
+    assert Units.parse("a:*").among(site) == (0, 1, 2, 3, 4)
+    assert Units.parse("a:4,2").among(site) == (4, 2)
+    with pytest.raises(ValueError, match="a has units 0 to 4"):
+        Units.parse("a:2-5").among(site)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "'a' are not of the form SITE:1,2,5-9"),
+        ("a:", "are not of the form"),
+        ("a:1,,2", "are not of the form"),
+        ("a:5-3", "5-3 runs backwards"),
+        ("a:0-99999999", "0-99999999 names more than"),
+        ("a:2,1,2", "unit a:2 is listed twice"),
+    ],
+)
+def test_bad_units_lists_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Units.parse(text)
+
+
+def test_units_of_two_sites_or_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"units name 2 sites \(a, b\): expected one"):
+        Units.of(["a:1", "b:1"])
+    with pytest.raises(ValueError, match="units of a name none"):
+        Units("a", ())
+
+
+@pytest.mark.parametrize("unit_axis", [0, 3, -1])
+def test_the_unit_axis_is_one_of_the_axes_but_the_first(unit_axis: int) -> None:
+    with pytest.raises(ValueError, match=f"unit_axis {unit_axis} of site a is not in"):
+        Site("a", "channel", ("batch", "channel", "y"), unit_axis, (5, 2))
