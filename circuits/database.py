@@ -175,17 +175,18 @@ class Database:
         if not self.path.is_file():
             return []
         try:
-            opened = self.open()
-            if not os.access(self.path, os.W_OK) or not os.access(self.path.parent, os.W_OK):
-                # nobody else can write either: SQLite need not look for the files of a writer
-                address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
-                opened = closing(sqlite3.connect(address, uri=True))
-            with opened as connection:
+            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+            with self.open() if writable else self._open_immutable() as connection:
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
                 return []
             raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
+
+    def _open_immutable(self) -> closing[sqlite3.Connection]:
+        # nobody else can write either: SQLite need not look for the files of a writer
+        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        return closing(sqlite3.connect(address, uri=True))
 
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -252,6 +253,15 @@ def test_verify_is_not_confused_by_a_writer(database: Database, shapes: HookedMo
         seen.add(len(Ledger(database, shapes).events()))
     assert len(writer.said()) == 60
     assert len(seen) > 5, "it was verified between edits"
+
+
+def test_a_ledger_is_read_where_nothing_can_be_written(
+    database: Database, branches: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Ledger(database, branches).apply([zero("cat:1"), zero("cat:2")])
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(Database, "open", lambda *_: pytest.fail("it was opened for writing"))
+    assert Ledger(database, branches).entries() == entries
 
 
 # --- damage ----------------------------------------------------------------------------------------

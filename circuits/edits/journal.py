@@ -226,7 +226,17 @@ class Journal:
         return content_hash(text)
 
     def add(self, branch: str, author: str | None, step: Callable[[str], Step]) -> Step:
-        """Add to a branch what follows from its head; from its new head, if somebody else added to it meanwhile."""
+        """Add to a branch.
+
+        Args:
+            branch: which.
+            author: who; the user of the machine if not given.
+            step: what to add on top of the branch's head; asked again if somebody else has moved it meanwhile.
+
+        Raises:
+            KeyError: if there is no such branch.
+            ValueError: if somebody else was faster each time.
+        """
         for _ in range(_TRIES):
             head, last = self._state(branch)
             made = step(head)

@@ -17,8 +17,8 @@ LAST = "ORDER BY id DESC LIMIT 1"
 class Log:
     """A table to which rows are only added. Rows with equal first columns are a stream, in the order of their `id`.
 
-    Whoever adds to a stream reads its last row in the same transaction: if another writer was there since, that
-    shows, and the hash of the last row can be made part of the new one.
+    A writer reads the last row of a stream in the transaction in which it adds the next one. So it notices when
+    somebody else has added to the stream meanwhile, and can chain rows: each holds the hash of the one before.
 
     Attributes:
         table: its name; it has a column `id`, an INTEGER PRIMARY KEY.
