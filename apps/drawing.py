@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import streamlit as st
 
@@ -15,6 +15,7 @@ from circuits.graph import CircuitGraph, GraphStore, UnitGroup, collapse
 from circuits.graph.circuit import Node, parse_node, units_of
 from circuits.graph.formats import from_node_link, to_node_link
 from circuits.graph.layout import ORDER, PLACE
+from circuits.history import UndoStack
 from circuits.units import Unit
 
 MOST_NODES = 600
@@ -22,20 +23,22 @@ MOST_NODES = 600
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A circuit being drawn.
+class Drawing(UndoStack[CircuitGraph]):
+    """A circuit being drawn, with undo; a circuit is never changed, only replaced by another.
 
     Attributes:
-        graph: as it is; never changed, only replaced.
-        past: as it was, oldest first.
         origin: what the URL asked for when it was begun.
         version: of the saved circuit that it was made from; 0 for none.
     """
 
-    graph: CircuitGraph
-    past: tuple[CircuitGraph, ...] = ()
     origin: str = ""
     version: int = 0
+    most: ClassVar[int] = 50
+
+    @property
+    def graph(self) -> CircuitGraph:
+        """The circuit as it is."""
+        return self.now
 
     @cached_property
     def text(self) -> str:
@@ -53,14 +56,7 @@ def slot(model_hash: str) -> str:
 
 def drawing(model_hash: str) -> Drawing | None:
     """This session's circuit of a model; what was drawn in the tab's last session, if nothing has been yet."""
-    name = slot(model_hash)
-    kept = tab_storage.recall(name, _read)
-    now: Drawing | None = st.session_state.get(name)
-    if kept is None or (now is not None and now.past):
-        return now
-    begun = kept.graph if now is None else now.graph
-    begin(model_hash, Drawing(kept.graph, (begun,), kept.origin, kept.version))
-    return st.session_state[name]
+    return tab_storage.in_hand(slot(model_hash), _read)
 
 
 def _read(text: str) -> Drawing:
@@ -74,7 +70,8 @@ def _read(text: str) -> Drawing:
         graph, origin, version = raw["graph"], str(raw["origin"]), int(raw["version"])
     except (TypeError, RecursionError) as error:
         raise ValueError("it is no circuit") from error
-    return Drawing(_small(from_node_link(graph)), (), origin, version)
+    drawn = _small(from_node_link(graph))
+    return Drawing(drawn, past=(drawn,), origin=origin, version=version)
 
 
 def begin(model_hash: str, drawn: Drawing) -> None:
@@ -91,9 +88,8 @@ def change(model_hash: str, graph: CircuitGraph) -> None:
     _small(graph)
     now = drawing(model_hash)
     assert now is not None, "begun before"
-    if graph.same_as(now.graph):
-        return
-    begin(model_hash, Drawing(graph, (*now.past, now.graph)[-50:], now.origin, now.version))
+    if not graph.same_as(now.graph):
+        begin(model_hash, now.changed(graph))
 
 
 def _small(graph: CircuitGraph) -> CircuitGraph:
@@ -105,8 +101,8 @@ def _small(graph: CircuitGraph) -> CircuitGraph:
 def undo(model_hash: str) -> None:
     """Go back by one change."""
     now = drawing(model_hash)
-    if now is not None and now.past:
-        begin(model_hash, Drawing(now.past[-1], now.past[:-1], now.origin, now.version))
+    if now is not None:
+        begin(model_hash, now.undone())
 
 
 # --- changes -------------------------------------------------------------------------------------

@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import streamlit as st
 
 from apps import tab_storage
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Edits of one model, and those that were taken back.
-
-    Attributes:
-        edits: in force, applied first to last.
-        past: the states before, oldest first.
-        future: the states that were taken back, the last one last.
-    """
-
-    edits: tuple[Edit, ...] = ()
-    past: tuple[tuple[Edit, ...], ...] = ()
-    future: tuple[tuple[Edit, ...], ...] = ()
-
-    @cached_property
-    def text(self) -> str:
-        """The edits in force, for the browser's tab to keep; empty if there are none."""
-        return json.dumps(Recipe(self.edits).to_dict()) if self.edits else ""
-
-    def changed(self, edits: tuple[Edit, ...]) -> Stack:
-        """With other edits in force; what was taken back is forgotten."""
-        return Stack(edits, (*self.past, self.edits)[-MOST_STATES:], ())
-
-    def undone(self) -> Stack:
-        """As before the last change."""
-        if not self.past:
-            return self
-        return Stack(self.past[-1], self.past[:-1], (*self.future, self.edits))
-
-    def redone(self) -> Stack:
-        """With the change that was last taken back."""
-        if not self.future:
-            return self
-        return replace(
-            self, edits=self.future[-1], past=(*self.past, self.edits), future=self.future[:-1]
-        )
-
-
-MOST_STATES = 200
-"""How many changes can be taken back."""
-
+from circuits.history import UndoStack
 
 MOST_EDITS = 1000
 """In a recipe that comes from a file or from the tab."""
@@ -61,13 +20,31 @@ MOST_EDITS = 1000
 _STACK = "edits "
 
 
+@dataclass(frozen=True)
+class Stack(UndoStack[tuple[Edit, ...]]):
+    """The edits of one model that are in force, applied first to last, with undo and redo."""
+
+    now: tuple[Edit, ...] = ()
+    most: ClassVar[int] = 200
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits in force."""
+        return self.now
+
+    @cached_property
+    def text(self) -> str:
+        """The edits in force, for the browser's tab to keep; empty if there are none."""
+        return json.dumps(Recipe(self.edits).to_dict()) if self.edits else ""
+
+
 def stack(model_hash: str) -> Stack:
     """This session's edits of a model; those of the tab's last session if there are none yet."""
-    name = _STACK + model_hash
-    kept = tab_storage.recall(name, read_recipe)
-    if kept is not None and name not in st.session_state:
-        keep(model_hash, Stack().changed(kept.edits))
-    return st.session_state.get(name, Stack())
+    return tab_storage.in_hand(_STACK + model_hash, _read) or Stack()
+
+
+def _read(text: str) -> Stack:
+    return Stack().changed(read_recipe(text).edits)
 
 
 def keep(model_hash: str, stack: Stack) -> None:

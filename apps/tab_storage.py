@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import streamlit as st
 from streamlit.components import v2
 
 from apps.address import AGAIN, TROUBLE, line
+from circuits.history import UndoStack
 
 MOST_CHARACTERS = 2_000_000
 """Of one slot; a tab keeps a few of this size."""
@@ -24,7 +26,7 @@ MOST_CHARACTERS = 2_000_000
 RECALLED = "recalled from the tab"
 """Under which the session has what came back, until it is asked for."""
 
-T = TypeVar("T")
+U = TypeVar("U", bound=UndoStack)
 
 
 @cache
@@ -63,15 +65,25 @@ def keep(slots: Mapping[str, str], key: str = "keeper", *, recalls: bool = False
     )  # fmt: skip
 
 
-def recall(slot: str, read: Callable[[str], T]) -> T | None:
-    """What the tab has kept in a slot, once; None, after saying why, if it cannot be read."""
+def in_hand(slot: str, read: Callable[[str], U]) -> U | None:
+    """What the session has in a slot; while nothing was changed in it, what the tab has kept, as a change.
+
+    Says why, if that cannot be read.
+
+    Args:
+        slot: where the session and the tab keep it.
+        read: what a text from the tab stands for, with a past of its own, if the session has nothing yet.
+    """
+    now: U | None = st.session_state.get(slot)
     text = st.session_state.get(RECALLED, {}).pop(slot, "")
-    if not text:
-        return None
+    if not text or (now is not None and not now.untouched):
+        return now
     try:
         if len(text) > MOST_CHARACTERS:
             raise ValueError(f"{len(text)} characters: at most {MOST_CHARACTERS} are kept")
-        return read(text)
+        kept = read(text)
     except TROUBLE as error:
         st.warning(f"What this tab kept could not be taken up again: {line(error)}")
-        return None
+        return now
+    st.session_state[slot] = kept if now is None else replace(kept, past=(now.now,))
+    return st.session_state[slot]

@@ -6,17 +6,17 @@ and why. Two people who change the same thing are told: a save names the version
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from circuits.history import Log, signed
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -32,6 +32,10 @@ CREATE TABLE IF NOT EXISTS records (
     UNIQUE (kind, model_hash, name, version)
 )
 """
+
+_RECORDS = Log(
+    "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
+)
 
 
 @dataclass(frozen=True)
@@ -124,40 +128,29 @@ class Database:
         if not name.strip() or len(name) > 200:
             raise ValueError(f"name {name!r} of a {kind} must have 1 to 200 characters")
         text = None if body is None else json.dumps(body, allow_nan=False)
-        author, created = user() if author is None else author, now()
+        who, when = signed(author)
         with self.writing() as connection:
-            query = (
-                "SELECT version, body IS NULL FROM records WHERE kind=? AND model_hash=? AND name=? "
-                "ORDER BY version DESC LIMIT 1"
-            )
-            found = connection.execute(query, (kind, model_hash, name)).fetchone()
-            latest, deleted = found or (0, True)
-            anew = replaces == 0 and deleted
-            if replaces is not None and replaces != latest and not anew:
+            last = _RECORDS.last(connection, kind, model_hash, name)
+            latest, deleted = (last[3], last[4] is None) if last else (0, True)
+            if replaces not in (None, latest) and not (replaces == 0 and deleted):
                 raise ValueError(
                     f"{kind} {name!r} was changed meanwhile: it is at version {latest}, "
                     f"yours started from {replaces}"
                 )
-            row = (kind, model_hash, name, latest + 1, text, note, author, created)
-            connection.execute(
-                "INSERT INTO records (kind, model_hash, name, version, body, note, author, "
-                "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                row,
-            )
-        return Record(kind, model_hash, name, latest + 1, body, note, author, created)
+            row = (kind, model_hash, name, latest + 1, text, note, who, when)
+            _RECORDS.append(connection, *row)
+        return _record(row)
 
     def history(self, kind: str, model_hash: str, name: str) -> list[Record]:
         """All versions of something, oldest first; empty if there is none."""
-        return self._select("kind=? AND model_hash=? AND name=? ORDER BY version", kind, model_hash, name)  # fmt: skip
+        rows = self.rows(_RECORDS.select(3), kind, model_hash, name)
+        return [_record(row) for row in rows]
 
     def latest(self, kind: str, model_hash: str) -> list[Record]:
         """The last version of everything of a kind that was not deleted, by name."""
-        where = (
-            "kind=? AND model_hash=? AND body IS NOT NULL AND version=(SELECT max(version) FROM "
-            "records AS r WHERE r.kind=records.kind AND r.model_hash=records.model_hash AND "
-            "r.name=records.name) ORDER BY name"
-        )
-        return self._select(where, kind, model_hash)
+        newest = "SELECT max(id) FROM records WHERE kind=?1 AND model_hash=?2 GROUP BY name"
+        last = f"AND body IS NOT NULL AND id IN ({newest}) ORDER BY name"
+        return [_record(row) for row in self.rows(_RECORDS.select(2, last), kind, model_hash)]
 
     def load(self, kind: str, model_hash: str, name: str, version: int | None = None) -> Record:
         """One version of something, the last if none is given.
@@ -166,37 +159,34 @@ class Database:
             KeyError: if there is no such thing or version, or it was deleted.
         """
         found = self.history(kind, model_hash, name)
-        wanted = [r for r in found if version is None or r.version == version]
+        wanted = [r for r in found if version in (None, r.version)]
         if not wanted or wanted[-1].body is None:
             known = ", ".join(r.name for r in self.latest(kind, model_hash)) or "none"
             which = name if version is None else f"{name} version {version}"
             raise KeyError(f"no {kind} {which!r} for weights {model_hash[:16]}: there are {known}")
         return wanted[-1]
 
-    def _select(self, where: str, *values: str) -> list[Record]:
+    def rows(self, query: str, *values: str) -> list[Any]:
+        """What a query finds, also where nothing can be written; nothing if there is no file or no such table.
+
+        Raises:
+            ValueError: if the file is no database, or a damaged one.
+        """
         if not self.path.is_file():
             return []
-        columns = "kind, model_hash, name, version, body, note, author, created"
-        rows = self._read(f"SELECT {columns} FROM records WHERE {where}", values)
-        return [
-            Record(k, h, n, v, None if body is None else json.loads(body), note, author, at)
-            for k, h, n, v, body, note, author, at in rows
-        ]
-
-    def _read(self, query: str, values: Sequence[str]) -> list[Any]:
-        """Rows, also where nothing can be written."""
         try:
-            if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
-                with self.open() as connection:
-                    return connection.execute(query, values).fetchall()
-            # nobody else can write either: SQLite need not look for the files of a writer
-            address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
-            with closing(sqlite3.connect(address, uri=True)) as connection:
+            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+            with self.open() if writable else self._open_immutable() as connection:
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
                 return []
             raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
+
+    def _open_immutable(self) -> closing[sqlite3.Connection]:
+        # nobody else can write either: SQLite need not look for the files of a writer
+        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        return closing(sqlite3.connect(address, uri=True))
 
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
@@ -215,14 +205,6 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
             time.sleep(0.1)
 
 
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def user() -> str:
-    """Who works at this machine."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container may run as a user without a name
-        return "unknown"
+def _record(row: tuple[Any, ...]) -> Record:
+    made = Record(*row)
+    return made if made.body is None else replace(made, body=json.loads(made.body))

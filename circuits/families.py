@@ -22,6 +22,7 @@ from torch import Tensor
 
 from circuits.database import Database, Record
 from circuits.experiments.statistics import p_value
+from circuits.files import finite
 from circuits.graph.circuit import UnitGroup
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -114,7 +115,7 @@ class Family:
         raw["members"] = [
             {"unit": str(m.unit), "phase": m.phase, "fit": m.fit} for m in self.members
         ]
-        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in raw.items()}
+        return finite(raw)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Family:

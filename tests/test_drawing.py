@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from apps import drawing
-from apps.editing import MOST_STATES, Stack
+from apps.editing import Stack
 from circuits.edits.activations import scale
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.layout import PLACE, layered
@@ -16,26 +14,11 @@ from circuits.units import Unit
 from circuits.weights import build_graph
 
 
-@given(st.lists(st.sampled_from(["add", "undo", "redo"]), max_size=30))
-def test_undo_and_redo_walk_along_what_was_done(steps: list[str]) -> None:
-    """Beside a slow oracle: all states that were reached, and where one stands among them."""
-    now, states, at = Stack(), [()], 0
-    for i, step in enumerate(steps):
-        if step == "add":
-            now = now.changed((*now.edits, scale("a:0", float(i))))
-            states, at = [*states[: at + 1], now.edits], at + 1
-        elif step == "undo":
-            now, at = now.undone(), max(0, at - 1)
-        else:
-            now, at = now.redone(), min(len(states) - 1, at + 1)
-        assert now.edits == states[at]
-
-
 def test_a_stack_forgets_what_is_long_ago() -> None:
     now = Stack()
-    for i in range(MOST_STATES + 5):
+    for i in range(Stack.most + 5):
         now = now.changed((scale("a:0", float(i)),))
-    assert len(now.past) == MOST_STATES
+    assert len(now.past) == Stack.most
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,8 @@
-"""Work in the background: real processes, few of them, as each takes seconds to import torch."""
+"""Work in the background: real processes.
+
+A new Python takes seconds to import everything. One job is started as it always is; for others the test's own
+process is forked, see `Forked`.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO, NoReturn
 
 import pytest
+import torch
 
 import circuits.jobs
 from circuits.cli import output
 from circuits.cli.main import run
 from circuits.environment import PROGRESS
+from circuits.harvesting import kernels
 from circuits.jobs import Job, cancel, job, jobs, log_of, remove, start
 from circuits.workspace import Workspace
 
@@ -48,7 +58,8 @@ def place(tmp_path: Path, monkeypatch) -> Iterator[Workspace]:
     monkeypatch.setattr(circuits.jobs, "PATIENCE", hurried)
     for one in jobs(made):
         cancel(one)
-    assert not _processes(made.root), "nothing is left behind"
+    left = [_processes(path.parent) for path in made.root.glob("jobs/*/lock")]
+    assert not any(left), "nothing is left behind"
 
 
 @pytest.fixture
@@ -70,15 +81,74 @@ def idle(tmp_path: Path, monkeypatch) -> Path:
     return script
 
 
-def _processes(folder: Path) -> list[int]:
-    """All processes whose command names a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+class Forked:
+    """Stands in for the `subprocess.Popen` of a job: a fork of this process, which has imported everything.
+
+    What Popen is asked to do it does: a session of its own, streams, environment, and no files but those passed on.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, stdin: int, stdout: BinaryIO, stderr: BinaryIO, env: Mapping[str, str],
+        start_new_session: bool, pass_fds: Sequence[int],
+    ) -> None:  # fmt: skip
+        assert list(command[:-1]) == [sys.executable, "-P", "-m", "circuits.jobs"]
+        assert stdin == subprocess.DEVNULL
+        assert start_new_session
+        with warnings.catch_warnings():
+            # from Python 3.12: the child needs nothing that another thread of this process might hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            streams = os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno()
+            self._become(Path(command[-1]), streams, env, pass_fds)
+
+    def _become(
+        self, folder: Path, streams: Sequence[int], env: Mapping[str, str], kept: Sequence[int]
+    ) -> NoReturn:
+        """Be the job's process from here on; nothing of pytest's may run or be ended here."""
+        code = 1
         try:
-            if str(folder).encode() in path.read_bytes():
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            for number in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *kept}:
+                with suppress(OSError):  # the one that listed them is closed already
+                    os.close(number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ.clear()
+            os.environ.update(env)
+            warnings.resetwarnings()
+            torch.set_num_threads(1)  # a forked process has no other threads
+            circuits.jobs._run(folder)
+            code = 0
+        except SystemExit as end:  # the verb's process, forked once more
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> int:
+        return os.waitpid(self.pid, 0)[1]
+
+
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are forked, once what a harvest needs is loaded."""
+    kernels.prepare()
+    known = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(circuits.jobs, "subprocess", known)
+
+
+def _processes(folder: Path) -> list[int]:
+    """All processes of a job: those of its process group that have not ended."""
+    group = (folder / "lock").read_text()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended just now
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+            if pgrp == group and state != "Z":
                 found.append(int(path.parent.name))
-        except OSError:  # ended just now
-            continue
     return found
 
 
@@ -116,12 +186,21 @@ def _held(folder: Path, content: str) -> Iterator[None]:
         yield
 
 
+def _start(argv: list[str], said: Path) -> None:
+    with said.open("w") as file, redirect_stdout(file):
+        sys.exit(run(["jobs", "start", "--json", *argv]))
+
+
 def test_a_job_outlives_its_starter_is_cancelled_and_goes_on(
-    place: Workspace, harvest: list[str], tmp_path: Path
+    place: Workspace, harvest: list[str], forking: None, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-P", "-m", "circuits", "jobs", "start", "--json", *harvest]
-    starter = subprocess.run(command, check=True, capture_output=True)  # has ended
-    first = job(place, json.loads(starter.stdout)["id"])
+    starter = get_context("fork").Process(target=_start, args=(harvest, tmp_path / "said"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in `Forked`
+        starter.start()
+    starter.join()
+    assert starter.exitcode == 0
+    first = job(place, json.loads((tmp_path / "said").read_text())["id"])
     assert (first.state, first.argv) == ("running", tuple(harvest))
     assert start(place, harvest).id == first.id, "the same runs already"
     first = _until(lambda one: one.done >= 16, first, place)
@@ -151,17 +230,14 @@ def test_a_job_outlives_its_starter_is_cancelled_and_goes_on(
 
 
 def test_two_at_once_of_which_one_fails_and_one_is_killed(
-    place: Workspace, harvest: list[str]
+    place: Workspace, harvest: list[str], forking: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = start(place, harvest, title="Long")
+    monkeypatch.setattr(circuits.jobs, "subprocess", subprocess)  # the other is a new Python
     failed = start(place, ["tune", "shapes", "mixd3b"])
     assert {killed.state, failed.state} == {"running"}
     assert (killed.title, failed.title) == ("Long", "tune shapes mixd3b")
     assert [one.id for one in jobs(place)] == [failed.id, killed.id]
-
-    failed = _until(_ended, failed, place)
-    assert failed.state == "failed"
-    assert failed.message.startswith("circuits: unknown site of shapes 'mixd3b': did you mean")
 
     killed = _until(lambda one: one.total > 0, killed, place)
     group = int((killed.folder / "lock").read_text())
@@ -172,6 +248,10 @@ def test_two_at_once_of_which_one_fails_and_one_is_killed(
     killed = _until(_ended, killed, place)
     assert killed.state == "lost"
     assert cancel(killed).state == "lost"
+
+    failed = _until(_ended, failed, place)
+    assert failed.state == "failed"
+    assert failed.message.startswith("circuits: unknown site of shapes 'mixd3b': did you mean")
 
 
 def test_the_same_started_at_once_is_one_job(place: Workspace, idle: Path) -> None:
@@ -194,7 +274,7 @@ def test_what_does_not_listen_is_killed(place: Workspace, idle: Path, monkeypatc
 def test_a_job_is_cancelled_before_it_has_begun(place: Workspace) -> None:
     first = start(place, ["demo", "--no-serve"])
     assert cancel(first).state == "cancelled"
-    assert not _processes(place.root)
+    assert not _processes(first.folder)
 
 
 @pytest.mark.parametrize(

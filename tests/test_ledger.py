@@ -6,10 +6,12 @@ import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
+import warnings
+from contextlib import suppress
 from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,6 @@ from circuits.edits.recipes import Recipe, edited
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from tests.random_edits import RandomEdits
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -245,14 +245,23 @@ def test_redo_sees_what_others_did_since(database: Database, branches: HookedMod
     assert verify(database) == []
 
 
-def test_verify_is_not_confused_by_a_writer(database: Database) -> None:
-    writers, model = Writers(database.path), load_model("induction")
-    Ledger(database, model).apply(zero("blocks.0.attn.hook_z:1"))
-    writers.start(5, 60)
-    for _ in range(60):
+def test_verify_is_not_confused_by_a_writer(database: Database, shapes: HookedModel) -> None:
+    Ledger(database, shapes).apply(zero("conv2d0:1"))
+    writer, seen = Writer(database, shapes, seed=5, n=60), set()
+    while writer.process.is_alive():
         assert verify(database) == []
-    writers.said()
-    writers.close()
+        seen.add(len(Ledger(database, shapes).events()))
+    assert len(writer.said()) == 60
+    assert len(seen) > 5, "it was verified between edits"
+
+
+def test_a_ledger_is_read_where_nothing_can_be_written(
+    database: Database, branches: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Ledger(database, branches).apply([zero("cat:1"), zero("cat:2")])
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(Database, "open", lambda *_: pytest.fail("it was opened for writing"))
+    assert Ledger(database, branches).entries() == entries
 
 
 # --- damage ----------------------------------------------------------------------------------------
@@ -345,104 +354,86 @@ def test_missing_rows_are_noticed(
 
 # --- two at once, and killed -----------------------------------------------------------------------
 
-WRITER = """
-import os, sys
-from pathlib import Path
-from circuits.database import Database
-from circuits.edits.ledger import Ledger
-from circuits.models.zoo.loading import load_model
-from tests.random_edits import RandomEdits
 
-model = load_model("induction")
-model.matrices
-for line in sys.stdin:  # each line asks for a writer: a seed and how many edits
-    seed, n = line.split()
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        print("over", flush=True)
-        continue
-    ledger, draw = Ledger(Database(Path(sys.argv[1])), model), RandomEdits(model, int(seed))
-    print(os.getpid(), flush=True)
-    for _ in range(int(n)):
-        print(ledger.apply(draw.edit(), f"by {seed}", author=seed)[-1].hash, flush=True)
-    os._exit(0)
-"""
+class Writer:
+    """A process that puts random edits into a ledger and says of each that it wrote it.
 
+    Forked from this one, which has imported and loaded everything: it writes from its first millisecond on.
 
-class Writers:
-    """A process that has loaded everything and forks writers, one after the other."""
+    Args:
+        database: of the ledger.
+        model: whose edits.
+        seed: of the edits.
+        n: how many.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def start(self, seed: int, n: int) -> int:
-        """Begin a writer; its process id."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seed} {n}\n")
-        self.process.stdin.flush()
-        return int(self._line())
+    def __init__(self, database: Database, model: HookedModel, seed: int, n: int) -> None:
+        fork = get_context("fork")
+        self._receiver, sender = fork.Pipe(duplex=False)
+        self.process = fork.Process(target=_write, args=(sender, database, model, seed, n))
+        with warnings.catch_warnings():
+            # from Python 3.12: the child needs nothing that another thread of this process might hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.process.start()
+        sender.close()
 
     def wrote(self) -> str:
-        """The next edit that the writer says it wrote."""
-        return self._line()
+        """The hash of the next edit that it says it wrote."""
+        return self._receiver.recv()
 
     def said(self) -> list[str]:
-        """What the writer said that it wrote, once it is over."""
-        return list(iter(self._line, "over"))
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the writers' process ended"
-        return line.strip()
-
-    def close(self) -> None:
-        self.process.communicate("")
+        """The hashes of all further edits that it said it wrote, once it has ended."""
+        hashes = []
+        with suppress(EOFError):
+            while True:
+                hashes.append(self.wrote())
+        self.process.join()
+        self._receiver.close()
+        return hashes
 
 
-def test_two_processes_write_to_one_branch(database: Database) -> None:
-    both = [Writers(database.path), Writers(database.path)]
-    for seed, writers in enumerate(both):
-        writers.start(seed, 15)
-    said = [writers.said() for writers in both]
-    for writers in both:
-        writers.close()
-    ledger = Ledger(database, load_model("induction"))
+def _write(sender: Connection, database: Database, model: HookedModel, seed: int, n: int) -> None:
+    torch.set_num_threads(1)  # a forked process has no other threads
+    ledger, draw = Ledger(database, model), RandomEdits(model, seed)
+    for _ in range(n):
+        sender.send(ledger.apply(draw.edit(), f"by {seed}", author=str(seed))[-1].hash)
+
+
+def test_two_processes_write_to_one_branch(database: Database, shapes: HookedModel) -> None:
+    both = [Writer(database, shapes, seed, n=25) for seed in range(2)]
+    said = [writer.said() for writer in both]
+    ledger = Ledger(database, shapes)
     entries = ledger.entries()
-    assert len(entries) == 30
+    assert len(entries) == 50
     assert {e.hash for e in entries} == {line for lines in said for line in lines}
+    assert sum(a.author != b.author for a, b in pairwise(entries)) > 1, "they wrote by turns"
     assert all(r.same for r in ledger.replay())
     assert verify(database) == []
 
 
-def check_killed(database: Database, kills: int) -> int:
+def check_killed(database: Database, model: HookedModel, kills: int) -> int:
     """Kill writers at random moments: what they had said they wrote is there, and the ledger is whole."""
-    chance, model, said = random.Random(0), load_model("induction"), []
-    writers = Writers(database.path)
+    chance, said = random.Random(0), []
     for i in range(kills):
-        pid = writers.start(100 + i, 10_000)
+        writer = Writer(database, model, seed=100 + i, n=10_000)
         if i % 3 == 0:  # some are killed after an edit, however slow the machine is
-            said.append(writers.wrote())
-        time.sleep(chance.uniform(0.0, 0.15))
-        os.kill(pid, signal.SIGKILL)
-        said += writers.said()
+            said.append(writer.wrote())
+        time.sleep(chance.uniform(0.0, 0.08))  # an edit takes about 0.01
+        writer.process.kill()
+        said += writer.said()
+        assert writer.process.exitcode == -signal.SIGKILL
         assert verify(database) == []
         kept = {e.hash for e in Ledger(database, model).entries()}
         assert set(said) <= kept, "an edit that was acknowledged is lost"
         assert len(kept) <= len(said) + i + 1, "more than one unacknowledged edit a kill"
-    writers.close()
     ledger = Ledger(database, model)
     assert all(r.same for r in ledger.replay())
-    ledger.apply(zero("blocks.0.attn.hook_z:1"))
+    ledger.apply(zero("conv2d0:1"))
     return len(said)
 
 
-def test_the_ledger_survives_fifty_kills(database: Database) -> None:
-    assert check_killed(database, 50) > 15
+def test_the_ledger_survives_fifty_kills(database: Database, shapes: HookedModel) -> None:
+    assert check_killed(database, shapes, 50) > 15
 
 
 def test_ledgers_json_is_canonical(database: Database, branches: HookedModel) -> None:

@@ -53,11 +53,11 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
         database = cached.workspace().database
         graph = load_circuit(database, asked["circuit"], record.hash, version)
         latest = circuit_history(database, asked["circuit"], record.hash)[-1].version
-        _replace(record, now, Drawing(graph, (), origin, version or latest))
+        _replace(record, now, Drawing(graph, origin=origin, version=version or latest))
     else:
         unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
         graph = store.neighbourhood(unit, 1, TOP)
-        _replace(record, now, Drawing(graph, (), origin))
+        _replace(record, now, Drawing(graph, origin=origin))
 
 
 def _replace(record: ModelRecord, before: Drawing | None, new: Drawing) -> None:

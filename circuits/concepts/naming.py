@@ -13,6 +13,7 @@ from scipy.stats import norm, rankdata, spearmanr
 
 from circuits.database import Database, Record
 from circuits.experiments.statistics import Correction, corrected
+from circuits.files import finite
 from circuits.units import Unit
 
 KIND = "unit name"
@@ -413,11 +414,9 @@ def name_unit(
     """
     if not text.strip() or len(text) > 200:
         raise ValueError(f"name {text!r} of {unit} must have 1 to 200 characters")
-    body = Name(unit, text.strip(), float("nan"), float("nan"), False, float("nan"), "person", {})
-    numbers = {
-        k: (None if isinstance(v, float) and np.isnan(v) else v) for k, v in body.to_dict().items()
-    }
-    return database.save(KIND, model_hash, str(unit), numbers, note, author)
+    unknown = float("nan")
+    name = Name(unit, text.strip(), unknown, unknown, False, unknown, "person", {})
+    return database.save(KIND, model_hash, str(unit), finite(name.to_dict()), note, author)
 
 
 def names_of(database: Database, model_hash: str) -> dict[str, Record]:

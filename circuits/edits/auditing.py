@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 from circuits.database import Database
-from circuits.edits.entries import TABLES, Entry, Event, text_hash
+from circuits.edits.entries import TABLES, Entry, Event
+from circuits.history import content_hash
 
 
 def verify(database: Database) -> list[str]:
@@ -36,30 +36,34 @@ def _faults(connection: sqlite3.Connection) -> Iterator[str]:
         if line != "ok":
             yield f"the database is damaged: {line}"
     entries: dict[str, Entry] = {}
-    for digest, model_hash, text in connection.execute("SELECT * FROM edit_entries"):
+    for name, model_hash, text in connection.execute("SELECT * FROM edit_entries"):
         try:
-            entries[digest] = Entry.read(digest, text)
-            if entries[digest].model_hash != model_hash:
-                yield f"ledger entry {digest[:12]} stands under another model"
+            entries[name] = Entry.read(name, text)
+            if entries[name].model_hash != model_hash:
+                yield f"ledger entry {name[:12]} stands under another model"
         except (ValueError, KeyError, TypeError) as error:
             yield str(error.args[0])
-    originals: set[str] = set()
-    for digest, data in connection.execute("SELECT hash, bytes FROM edit_originals"):
-        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
-            yield f"original bytes {str(digest)[:12]} were changed"
-        originals.add(digest)
-    reports: set[str] = set()
-    for digest, text in connection.execute("SELECT hash, body FROM edit_reports"):
-        if not isinstance(text, str) or text_hash(text) != digest:
-            yield f"report {str(digest)[:12]} was changed"
-        reports.add(digest)
+    rows = connection.execute("SELECT hash, bytes FROM edit_originals")
+    originals = yield from _changed(rows, bytes, "original bytes {} were changed")
+    rows = connection.execute("SELECT hash, body FROM edit_reports")
+    reports = yield from _changed(rows, str, "report {} was changed")
     for entry in entries.values():
         if entry.parent != entry.model_hash and entry.parent not in entries:
             yield f"ledger entry {entry.hash[:12]} stands on one that is missing: {entry.parent[:12]}"
-        for name, digest in entry.originals.items():
-            if digest not in originals:
-                yield f"original bytes {digest[:12]} of {name} are missing"
+        for parameter, name in entry.originals.items():
+            if name not in originals:
+                yield f"original bytes {name[:12]} of {parameter} are missing"
     yield from _event_faults(connection, entries, reports)
+
+
+def _changed(rows: sqlite3.Cursor, kind: type, fault: str) -> Generator[str, None, set[str]]:
+    """The rows whose contents have not the hash that they are under; returns the hashes of all."""
+    found = set()
+    for name, content in rows:
+        if not isinstance(content, kind) or content_hash(content) != name:
+            yield fault.format(str(name)[:12])
+        found.add(name)
+    return found
 
 
 def _event_faults(
@@ -69,9 +73,9 @@ def _event_faults(
     reached: set[str] = set()
     heads: dict[tuple[str, str], str] = {}
     query = "SELECT id, model_hash, branch, hash, body FROM edit_events ORDER BY id"
-    for i, model_hash, branch, digest, text in connection.execute(query):
+    for i, model_hash, branch, name, text in connection.execute(query):
         try:
-            event = Event.read(digest, text)
+            event = Event.read(name, text)
             raw = json.loads(text)
         except (ValueError, KeyError, TypeError) as error:
             yield f"event {i}: {error.args[0]}"
@@ -81,7 +85,7 @@ def _event_faults(
             continue
         if raw["previous"] != last.get(model_hash, model_hash):
             yield f"event {i} does not follow the one before it: one is missing or out of order"
-        last[model_hash] = digest
+        last[model_hash] = name
         ends = {event.start, event.end} | ({event.entry} if event.entry else set())
         for end in ends - {model_hash}:
             if end not in entries or entries[end].model_hash != model_hash:
@@ -95,8 +99,8 @@ def _event_faults(
         if event.report and event.report not in reports:
             yield f"report {event.report[:12]} is missing"
         reached.update(ends)
-    for digest in entries.keys() - reached:
-        yield f"ledger entry {digest[:12]} is in no event: one is missing"
+    for name in entries.keys() - reached:
+        yield f"ledger entry {name[:12]} is in no event: one is missing"
 
 
 def _moves(event: Event, entries: Mapping[str, Entry]) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from circuits.edits.records import Edit, canonical, parse_edit
+from circuits.history import Log, content_hash
 
 SCHEMA = 1
 """Version of the layout of entries and events."""
@@ -25,6 +25,9 @@ TABLES = (
     "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
 )
 """The ledger's tables in `workspace.db`."""
+
+EVENTS = Log("edit_events", ("model_hash", "branch", "hash", "body"))
+"""What happened: a stream for each branch, one chain of hashes through all branches of a model."""
 
 Kind = Literal["apply", "undo", "redo", "branch", "measure"]
 """What an event does: the first three move a branch's head, `branch` begins one, `measure` adds a report."""
@@ -65,18 +68,14 @@ class Entry:
     originals: Mapping[str, str]
 
     @classmethod
-    def read(cls, digest: str, text: str) -> Entry:
+    def read(cls, name: str, text: str) -> Entry:
         """From its row.
 
         Raises:
             LedgerError: if it is not what its hash says.
         """
-        if text_hash(text) != digest:
-            raise LedgerError(f"ledger entry {digest[:12]} was changed: its text has another hash")
-        raw = json.loads(text)
-        if raw.pop("schema") != SCHEMA:
-            raise LedgerError(f"ledger entry {digest[:12]} has a layout that is not known")
-        return cls(**raw | {"hash": digest, "edit": parse_edit(raw["edit"])})
+        raw = _read("entry", name, text)
+        return cls(**raw | {"hash": name, "edit": parse_edit(raw["edit"])})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -91,7 +90,7 @@ class Entry:
 
     def hashed(self) -> Entry:
         """The entry under the hash of its text."""
-        return replace(self, hash=text_hash(self.text))
+        return replace(self, hash=content_hash(self.text))
 
 
 @dataclass(frozen=True)
@@ -121,25 +120,33 @@ class Event:
     hash: str
 
     @classmethod
-    def read(cls, digest: str, text: str) -> Event:
+    def read(cls, name: str, text: str) -> Event:
         """From its row.
 
         Raises:
             LedgerError: if it is not what its hash says.
         """
-        if not isinstance(text, str) or text_hash(text) != digest:
-            raise LedgerError(
-                f"ledger event {str(digest)[:12]} was changed: its text has another hash"
-            )
-        raw = json.loads(text)
-        if raw["schema"] != SCHEMA or raw["kind"] not in get_args(Kind):
-            raise LedgerError(
-                f"ledger event {digest[:12]} is of a layout or kind that is not known"
-            )
-        names = ("kind", "branch", "start", "end", "author", "created", "entry", "report")
-        return cls(**{name: raw[name] for name in names}, hash=digest)
+        raw = _read("event", name, text)
+        if raw["kind"] not in get_args(Kind):
+            raise LedgerError(f"ledger event {name[:12]} is of a kind that is not known")
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name != "hash"}, hash=name)
+
+    def text(self, model_hash: str, previous: str) -> str:
+        """The canonical JSON of which its hash is taken.
+
+        Args:
+            model_hash: of the weights outside all edits.
+            previous: the hash of the model's event before; of the weights, for a first one.
+        """
+        more = {"schema": SCHEMA, "model_hash": model_hash, "previous": previous}
+        return canonical({k: v for k, v in vars(self).items() if k != "hash"} | more)
 
 
-def text_hash(text: str) -> str:
-    """SHA-256 of a text, in hexadecimal."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _read(what: str, name: str, text: str) -> dict[str, Any]:
+    """What a row holds, if that has the hash which is its name."""
+    if not isinstance(text, str) or content_hash(text) != name:
+        raise LedgerError(f"ledger {what} {str(name)[:12]} was changed: its text has another hash")
+    raw = json.loads(text)
+    if raw.pop("schema") != SCHEMA:
+        raise LedgerError(f"ledger {what} {name[:12]} has a layout that is not known")
+    return raw

@@ -1,0 +1,66 @@
+"""Append-only logs in SQLite: rows in streams, never changed, with their hashes and who wrote them when."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import sqlite3
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+LAST = "ORDER BY id DESC LIMIT 1"
+"""The end of a query for the last row only."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """A table to which rows are only added. Rows with equal first columns are a stream, in the order of their `id`.
+
+    A writer reads the last row of a stream in the transaction in which it adds the next one. So it notices when
+    somebody else has added to the stream meanwhile, and can chain rows: each holds the hash of the one before.
+
+    Attributes:
+        table: its name; it has a column `id`, an INTEGER PRIMARY KEY.
+        columns: the columns of a row, those that name the stream first.
+    """
+
+    table: str
+    columns: tuple[str, ...]
+
+    def select(self, n: int, rest: str = "ORDER BY id") -> str:
+        """The query for rows by their first `n` columns; `rest` says which of them, in which order.
+
+        >>> Log("events", ("branch", "text")).select(1)
+        'SELECT branch, text FROM events WHERE branch=?1 ORDER BY id'
+        """
+        key = " AND ".join(f"{column}=?{i}" for i, column in enumerate(self.columns[:n], 1))
+        return f"SELECT {', '.join(self.columns)} FROM {self.table} WHERE {key} {rest}"
+
+    def last(self, connection: sqlite3.Connection, *key: str) -> tuple[Any, ...] | None:
+        """The last row of a stream; None if it has none."""
+        return connection.execute(self.select(len(key), LAST), key).fetchone()
+
+    def append(self, connection: sqlite3.Connection, *row: Any) -> None:
+        """Add a row."""
+        places = ", ".join("?" * len(self.columns))
+        names = ", ".join(self.columns)
+        connection.execute(f"INSERT INTO {self.table} ({names}) VALUES ({places})", row)
+
+
+def content_hash(content: str | bytes) -> str:
+    """SHA-256 of a text (as UTF-8) or of bytes, in hexadecimal."""
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
+
+
+def signed(author: str | None) -> tuple[str, str]:
+    """Who writes (the user of the machine, if no author is given), and the time in UTC, to the second."""
+    return _user() if author is None else author, datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a user without a name
+        return "unknown"
