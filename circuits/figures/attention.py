@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import altair as alt
 import numpy as np
 
@@ -42,6 +44,6 @@ def _matrix(
     top = float(others.max()) if others.size and others.max() > 0 else 1.0
     shown = np.where(np.triu(np.ones(values.shape, bool), 1), np.inf, values)  # no key is later
     return cells(
-        shown, rising(f"{what}, share of the query's", top), rows=words, columns=words, y="query", x="key",
+        shown, replace(rising(f"{what}, share of the query's", top), at="bottom"), rows=words, columns=words, y="query", x="key",
         opacity=None if sink is None else lambda _, key: _DIM if key == sink else 1.0,
     )  # fmt: skip

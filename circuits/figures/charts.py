@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import numpy as np
@@ -36,12 +36,11 @@ PALETTE = (BLUE, ORANGE, GREEN, PINK, "#7f7f00", "#8c6bb1", GREY, "#a65628")
 PANEL = (150, 120)
 """Width and height of one of many panels, in pixels."""
 
-_CELL, _LEAST_CELL, _SIDE = (
-    18,
-    5,
-    560,
-)  # pixels: a cell, the smallest one, a matrix that is not made larger by cells
+_CELL, _LEAST_CELL = 18, 5  # pixels of a cell: usual, smallest
+_SIDE = 340  # pixels of a matrix, where that leaves cells of the smallest size
 _LABEL = 11  # pixels: what a line of small text needs
+_KEY = 64  # characters of a row of a legend
+_DASHES = ([1, 0], [7, 3], [2, 2], [9, 2, 2, 2])
 MOST_CELLS = 20_000
 """Matrices with more cells are drawn as one image, without tooltips: a browser would take seconds for the marks."""
 
@@ -66,18 +65,21 @@ class Shades:
         high: the number of the last one.
         colours: evenly spaced, mixed in between.
         title: what the numbers are, with their unit.
+        at: on which side of the cells the scale is shown.
     """
 
     low: float
     high: float
     colours: tuple[str, ...]
     title: str
+    at: Literal["right", "bottom"] = "right"
 
     def encoding(self, field: str = "value") -> alt.Color:
         """The scale as an encoding of a field; cells without a number are grey."""
         stops = np.linspace(self.low, self.high, len(self.colours)).tolist()
         scale = alt.Scale(domain=stops, range=list(self.colours), clamp=True)
-        legend = alt.Legend(title=textwrap.wrap(self.title, 22), gradientLength=90)
+        words = textwrap.wrap(self.title, 22 if self.at == "right" else 34)
+        legend = alt.Legend(title=words, gradientLength=90, orient=self.at)
         return alt.Color(f"{field}:Q", scale=scale, legend=legend)
 
     def painted(self, matrix: Float[np.ndarray, "row column"]) -> UInt8[np.ndarray, "row column 3"]:
@@ -176,7 +178,7 @@ def panel(figure: Any, title: str | Sequence[str], width: int = 32) -> Any:
     lines = [title] if isinstance(title, str) else title
     text = [part for line in lines for part in folded(line, width)]
     return figure.properties(
-        title=alt.Title(text, fontSize=10, fontWeight="normal", anchor="start", frame="group")
+        title=alt.Title(text, fontSize=11, fontWeight="normal", anchor="start", frame="group")
     )
 
 
@@ -200,15 +202,16 @@ def run_color(
     """A colour for each run, in the order given; a legend where there are several."""
     known = list(dict.fromkeys(names))
     scale = alt.Scale(domain=known, range=[colours[i % len(colours)] for i in range(len(known))])
-    key = _key_of_lines() if of_lines else alt.Legend(orient="top", symbolOpacity=1)
+    key = key_of_lines(known) if of_lines else alt.Legend(orient="top", symbolOpacity=1)
     return alt.Color("run:N", title=None, scale=scale, legend=key if len(known) > 1 else None)
 
 
-def _key_of_lines(colour: str | None = None) -> alt.Legend:
-    """A legend with short lines; of one colour where the colour says nothing."""
-    more = {"symbolStrokeColor": colour} if colour else {}
+def key_of_lines(names: Sequence[str], colour: str | None = None) -> alt.Legend:
+    """A legend with short lines, in as many rows as it takes; of one colour where the colour says nothing."""
+    more: dict[str, Any] = {"symbolStrokeColor": colour} if colour else {}
     return alt.Legend(
-        orient="top", symbolOpacity=1, symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, **more
+        orient="top", columns=max(1, _KEY // (8 + max(map(len, names), default=0))), symbolOpacity=1,
+        symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, **more,
     )  # fmt: skip
 
 
@@ -232,6 +235,7 @@ def named_ticks(names: Sequence[str], size: float, across: bool) -> alt.Axis:
         labelFontSize=9,
         labelLimit=180,
         labelOverlap=False,
+        grid=False,
     )
 
 
@@ -261,7 +265,8 @@ def cells(
         labels: whether the names of rows and columns stand at the sides.
     """
     n, m = matrix.shape
-    wide, high = size or (max(_LEAST_CELL, min(_CELL, _SIDE / max(n, m))),) * 2
+    # whole pixels: between cells of broken sizes the background would shine through
+    wide, high = size or (max(_LEAST_CELL, min(_CELL, _SIDE // max(n, m))),) * 2
     bare = alt.Axis(labels=False, ticks=False, domain=False, titleFontSize=9)
     across = alt.X("j:O", title=x, axis=named_ticks(columns, wide, True) if labels else bare)
     down = alt.Y("i:O", title=y, axis=named_ticks(rows, high, False) if labels else bare)
@@ -334,8 +339,12 @@ def lines(
     base = alt.Chart(data(rows)).encode(x, y, color=run_color(names, colours, of_lines=True))
     drawn = base.mark_line()
     if dashed:
+        kinds = list(dict.fromkeys(row["kind"] for row in rows))
+        patterns = [_DASHES[i % len(_DASHES)] for i in range(len(kinds))]
+        dashes = alt.Scale(domain=kinds, range=patterns)
+        legend = key_of_lines(kinds, GREY)
         drawn = drawn.encode(
-            strokeDash=alt.StrokeDash("kind:N", title=None, sort=None, legend=_key_of_lines(GREY))
+            strokeDash=alt.StrokeDash("kind:N", title=None, scale=dashes, legend=legend)
         )
     shown = [alt.Tooltip(field, title=title) for field, title in tips.items()]
     points = base.mark_point(opacity=0, size=90)  # tooltips are easier to hit than on the line

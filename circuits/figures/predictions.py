@@ -26,8 +26,13 @@ def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> Figure:
     ]  # fmt: skip
     bars = alt.Chart(data(rows)).mark_bar()
     made = bars.encode(
-        alt.X("probability:Q", scale=alt.Scale(domain=[0, 1])),
-        alt.Y("output:N", sort=None, axis=alt.Axis(labelLimit=220)),
+        alt.X(
+            "probability:Q",
+            title="probability",
+            scale=alt.Scale(domain=[0, 1]),
+            axis=alt.Axis(tickCount=5),
+        ),
+        alt.Y("output:N", title="output", sort=None, axis=alt.Axis(labelLimit=220)),
         yOffset=alt.YOffset("run:N", sort=None),
         color=run_color(runs),
         tooltip=tips,

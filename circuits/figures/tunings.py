@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import altair as alt
 import numpy as np
@@ -16,6 +17,7 @@ from circuits.figures.charts import (
     Row,
     cells,
     data,
+    largest,
     lines,
     panel,
     rising,
@@ -150,13 +152,12 @@ def heat_map_figure(maps: Sequence[HeatMap], title: str = "") -> Figure:
         values = m.in_deviations if known else m.responses
         radii = ["line" if c == 0 else f"{1 / c:.3g}" for c in m.curvatures]
         what = "standard deviations from the mean" if known else "activation"
-        shades = (
-            signed(what, values) if values.min() < 0 else rising(what, float(values.max()) or 1)
-        )
+        shades = signed(what, values) if values.min() < 0 else rising(what, largest(values))
+        shades = replace(shades, at="bottom")  # two maps fit next to each other on a page
         drawn = cells(
             values[::-1].astype(float), shades, rows=radii[::-1], columns=[f"{a:g}" for a in m.angles],
             y="radius, pixels", x="angle at which the curve bulges, degrees",
-            size=(max(4.0, min(14.0, 300 / len(m.angles))), 16),
+            size=(max(4, min(14, 300 // len(m.angles))), 16),
         )  # fmt: skip
         panels.append(panel(drawn, str(m.unit)) if len(maps) > 1 else drawn)
     made = together(panels, min(3, len(panels)), title)
