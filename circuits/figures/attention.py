@@ -43,7 +43,8 @@ def _matrix(
     others = values if sink is None else np.delete(values, sink, 1)
     top = float(others.max()) if others.size and others.max() > 0 else 1.0
     shown = np.where(np.triu(np.ones(values.shape, bool), 1), np.inf, values)  # no key is later
+    shades = replace(rising(f"{what}, share of the query's", top), at="bottom")
     return cells(
-        shown, replace(rising(f"{what}, share of the query's", top), at="bottom"), rows=words, columns=words, y="query", x="key",
+        shown, shades, rows=words, columns=words, y="query", x="key",
         opacity=None if sink is None else lambda _, key: _DIM if key == sink else 1.0,
     )  # fmt: skip
