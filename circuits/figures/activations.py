@@ -124,7 +124,7 @@ def spectrum_figure(
     if tail:
         line = alt.Chart(data(tail)).mark_line(color=GREY, strokeDash=[4, 3])
         density = alt.layer(density, line.encode(x, alt.Y("density:Q")))
-    panels: list[alt.Chart | alt.LayerChart] = [
+    panels: list[Figure] = [
         density.properties(width=_WIDE, height=110),
         share.properties(width=_WIDE, height=110),
     ]

@@ -37,9 +37,7 @@ def _pair(pattern: HeadPattern, words: list[str]) -> alt.HConcatChart:
     return alt.hconcat(*drawn).resolve_scale(color="independent")
 
 
-def _matrix(
-    values: np.ndarray, sink: int | None, words: list[str], what: str
-) -> alt.Chart | alt.LayerChart:
+def _matrix(values: np.ndarray, sink: int | None, words: list[str], what: str) -> Figure:
     others = values if sink is None else np.delete(values, sink, 1)
     top = float(others.max()) if others.size and others.max() > 0 else 1.0
     shown = np.where(np.triu(np.ones(values.shape, bool), 1), np.inf, values)  # no key is later

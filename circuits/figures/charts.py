@@ -21,7 +21,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-Figure = alt.Chart | alt.LayerChart | alt.ConcatChart | alt.HConcatChart | alt.VConcatChart
+Figure = (
+    alt.Chart
+    | alt.LayerChart
+    | alt.FacetChart
+    | alt.ConcatChart
+    | alt.HConcatChart
+    | alt.VConcatChart
+)
 """A finished figure."""
 
 Row = dict[str, Any]
@@ -218,7 +225,7 @@ def key_of_lines(names: Sequence[str], colour: str | None = None) -> alt.Legend:
 def zero_line(axis: str = "y") -> alt.Chart:
     """A line at zero."""
     rule = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=GREY)
-    return rule.encode(**{axis: alt.Y("zero:Q") if axis == "y" else alt.X("zero:Q")})
+    return rule.encode(y="zero:Q") if axis == "y" else rule.encode(x="zero:Q")
 
 
 def named_ticks(names: Sequence[str], size: float, across: bool) -> alt.Axis:
@@ -250,7 +257,7 @@ def cells(
     size: tuple[float, float] | None = None,
     opacity: Callable[[int, int], float] | None = None,
     labels: bool = True,
-) -> alt.Chart | alt.LayerChart:
+) -> Figure:
     """A matrix as coloured cells, the first row on top, each with its names and number in a tooltip.
 
     Args:
@@ -297,7 +304,7 @@ def _painted(
     across: alt.X,
     down: alt.Y,
     size: tuple[float, float],
-) -> alt.LayerChart:
+) -> Figure:
     """A large matrix as one image, on the same axes and with the same legend."""
     n, m = matrix.shape
     width, height = size[0] * m, size[1] * n
@@ -324,7 +331,7 @@ def lines(
     names: Iterable[str],
     dashed: bool = False,
     colours: Sequence[str] = PALETTE,
-) -> alt.LayerChart:
+) -> Figure:
     """A line for each run, with its numbers in tooltips.
 
     Args:

@@ -238,7 +238,7 @@ def _grid(
     columns: Sequence[str],
     y: str,
     x: str,
-) -> alt.Chart | alt.LayerChart:
+) -> Figure:
     """A matrix by hook point; token names are printed as they can be seen."""
     names = [short(c).replace("\n", "↵") for c in columns]
     return cells(matrix, shades, rows=[short(r) for r in rows], columns=names, y=y, x=x)

@@ -75,7 +75,7 @@ def tuning_figure(
 
 def curves(
     runs: Mapping[str, tuple[Float[np.ndarray, " angle"], ...]], scale: alt.Scale | None = None
-) -> alt.LayerChart:
+) -> Figure:
     """Lines over all angles: of each run the angles, the responses, and with a band its lower and its upper end."""
     rows: list[Row] = []
     for name, (angles, mean, *band) in runs.items():
