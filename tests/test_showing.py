@@ -27,7 +27,7 @@ def script(name: str) -> None:
 
 
 def test_figures_are_shown_in_the_theme_and_names_are_data() -> None:
-    test = AppTest.from_function(script, kwargs={"name": ODD}).run()
+    test = AppTest.from_function(script, default_timeout=120, kwargs={"name": ODD}).run()
     assert not test.exception
     predictions, kernels, layers = (e.proto for e in test.get("vega_lite_chart"))
     for proto in (predictions, kernels, layers):

@@ -32,7 +32,7 @@ def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> Figure:
             scale=alt.Scale(domain=[0, 1]),
             axis=alt.Axis(tickCount=5),
         ),
-        alt.Y("output:N", title="output", sort=None, axis=alt.Axis(labelLimit=220)),
+        alt.Y("output:N", title="output", sort=None, axis=alt.Axis(labelLimit=160)),
         yOffset=alt.YOffset("run:N", sort=None),
         color=run_color(runs),
         tooltip=tips,
