@@ -36,6 +36,7 @@ from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
 from circuits.harvesting import find_stores
+from circuits.localization import AttentionPatterns, attention_patterns
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
 from circuits.models.paths.receptive import ReceptiveField, receptive_field
@@ -446,6 +447,18 @@ def recorded(model: HookedModel, recipe: Recipe, one: Examples, site: str) -> Te
     """What a site holds for one example, in the edited model."""
     key = one.identity(0)
     return _recorded(model.intact_hash, key, site, identity(recipe), model, recipe, one)
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
+def _attention(
+    model_hash: str, key: str, unit: str, _model: HookedModel, _one: Examples
+) -> AttentionPatterns:
+    return attention_patterns(_model, _one.tokens(0), [_model.unit(unit)])
+
+
+def attention_of(model: HookedModel, one: Examples, unit: Unit) -> AttentionPatterns:
+    """A head's attention over one text, raw and weighted by values."""
+    return _attention(model.intact_hash, one.identity(0), str(unit), model, one)
 
 
 @st.cache_resource(show_spinner="Attributing…", max_entries=256)

@@ -12,9 +12,9 @@ import streamlit as st
 from apps import tab_storage
 from apps.canvas import edge_id
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, collapse
-from circuits.graph.circuit import Node, parse_node, units_of
+from circuits.graph.circuit import ORDER, Node, parse_node, units_of
 from circuits.graph.formats import from_node_link, to_node_link
-from circuits.graph.layout import ORDER, PLACE
+from circuits.graph.layout import PLACE
 from circuits.history import UndoStack
 from circuits.units import Unit
 
@@ -163,7 +163,7 @@ def above(graph: CircuitGraph, share: float) -> CircuitGraph:
     for _, _, data in graph.edges(data=True):
         strongest[data["kind"]] = max(strongest.get(data["kind"], 0.0), data["norm"])
     made = graph.copy()
-    made.graph[ORDER] = graph.sites()  # as all edges have it
+    made.graph[ORDER] = graph.sites()  # as all edges have it, where the circuit does not say it
     made.remove_edges_from(
         [
             (a, b, key)

@@ -48,7 +48,7 @@ SCRIPT = """
 window.bench ??= (() => {
   const seen = new WeakSet();
   const all = (what) => [...document.querySelectorAll(what)];
-  const plot = (key) => document.querySelector(`.st-key-${key} [role=img]`);
+  const plot = (key) => document.querySelector(`.st-key-${key} [role=graphics-document]`);
   const app = () => document.querySelector("[data-testid=stApp]");
   const finished = () => app()?.getAttribute("data-test-script-state") === "notRunning";
   const heading = (text, tags = "h1") => all(tags).some((h) => h.getClientRects().length &&
@@ -106,7 +106,7 @@ window.bench ??= (() => {
   async function click(find, wanted) {
     let element; // the sidebar is drawn last
     while (!(element = find())) await new Promise(requestAnimationFrame);
-    for (const p of all("[role=img]")) seen.add(p);
+    for (const p of all("[role=graphics-document]")) seen.add(p);
     const begin = performance.now();
     element.click();
     const times = await until(wanted);

@@ -38,6 +38,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 from app_server import Server, serving
+from streamlit.dataframe_util import convert_arrow_bytes_to_pandas_df
 from streamlit.proto.Alert_pb2 import Alert
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.Element_pb2 import Element
@@ -163,11 +164,17 @@ class Seen:
         """All its text."""
         return "\n".join(m.body for m in self.of("markdown"))
 
-    def bars(self, key: str) -> dict[str, tuple[list[str], list[float]]]:
-        """The labels and lengths of the bars of a chart, by the run that they are of."""
-        for chart in self.of("plotly_chart"):
-            if chart.id.endswith(f"-{key}"):
-                return {t["name"]: (t["y"], t["x"]) for t in json.loads(chart.spec)["data"]}
+    def bars(self) -> dict[str, tuple[list[str], list[float]]]:
+        """The labels and lengths of the bars of the chart of predictions, by the run that they are of."""
+        for chart in self.of("vega_lite_chart"):
+            if '"field": "probability"' not in chart.spec:
+                continue
+            buffers = [chart.data.data, *(named.data.data for named in chart.datasets)]
+            table = convert_arrow_bytes_to_pandas_df(next(filter(None, buffers)))
+            return {
+                str(run): (of_run["output"].tolist(), of_run["probability"].tolist())
+                for run, of_run in table.groupby("run", sort=False)
+            }
         return {}
 
     def widget(self, kind: str, key: str = "", label: str = "") -> str:
@@ -431,9 +438,7 @@ async def _own(setting: Setting, session: Session, chance: random.Random, who: s
     seen = setting.notes.take(
         who, "own input", await session.visit("yours", **choices), "Your own input"
     )
-    setting.notes.compare(
-        f"{who}, {model}, example {example}", seen.bars("own-predictions"), {"intact": numbers}
-    )
+    setting.notes.compare(f"{who}, {model}, example {example}", seen.bars(), {"intact": numbers})
 
 
 async def _unedited(setting: Setting, session: Session, chance: random.Random, who: str) -> None:
@@ -441,9 +446,7 @@ async def _unedited(setting: Setting, session: Session, chance: random.Random, w
     example, numbers = chance.choice(list(setting.known["intact"]["cleanroom"].items()))
     choices = {"model": "cleanroom", "from": MODELS["cleanroom"], "example": example}
     seen = setting.notes.take(who, "edits, none", await session.visit("edits", **choices), "Edits")
-    setting.notes.compare(
-        f"{who}, example {example}", seen.bars("edit-predictions"), {"intact": numbers}
-    )
+    setting.notes.compare(f"{who}, example {example}", seen.bars(), {"intact": numbers})
     if "None: the model is as it is." not in seen.text():
         setting.notes.wrong.append(f"{who}: the page shows an edit, and the session has made none")
 
@@ -475,9 +478,7 @@ async def _edit_and_undo(
         expectations = {"intact": intact[example]} | (
             {"edited": edited[example]} if in_force else {}
         )
-        notes.compare(
-            f"{who}, {words!r}, example {example}", seen.bars("edit-predictions"), expectations
-        )
+        notes.compare(f"{who}, {words!r}, example {example}", seen.bars(), expectations)
 
     seen = await session.visit("edits", **choices, example=first)
     check(notes.take(who, "edits", seen, "Edits"), first, False)

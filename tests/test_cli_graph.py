@@ -95,9 +95,14 @@ def test_families(capsys, tmp_path: Path) -> None:
     (found,) = output(capsys, "families", "cleanroom", "line", *small, "--name", "lines", "--json")
     assert len(found["members"]) == 12
     assert found["p_value"] == 0.05
+    (tmp_path / "drawn").mkdir()
     (measured,) = output(
-        capsys, "families", "cleanroom", "complex", "--units", "0,3,6,9", *small, "--name", "four", "--json"
+        capsys, "families", "cleanroom", "complex", "--units", "0,3,6,9", *small, "--name", "four", "--json",
+        "--figure", str(tmp_path / "drawn" / "Four.PNG"),
     )  # fmt: skip
+    (drawn,) = (tmp_path / "drawn").iterdir()
+    assert drawn.name == "Four.PNG", "exactly the file that was asked for"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     assert {Unit.parse(m["unit"]).index for m in measured["members"]} == {0, 3, 6, 9}
     listed = output(capsys, "families", "cleanroom", "--rename", "four=gabors", "--json")
     assert [f["name"] for f in listed] == ["gabors", "lines"]

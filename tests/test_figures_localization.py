@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from circuits.figures import (
+    Figure,
     attention_figure,
+    head_effects_figure,
     heads_figure,
     lens_figure,
     lens_tokens_figure,
@@ -22,6 +24,7 @@ from circuits.figures import (
 from circuits.localization import (
     attention_patterns,
     contrastive_directions,
+    head_effects,
     lens_tokens,
     logit_lens,
     patch_grid,
@@ -30,6 +33,7 @@ from circuits.localization import (
 )
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import Item, Task, compile_task
+from tests.specs import View, svg_texts, unlabelled, views
 
 ROWS = torch.randint(20, (2, 8, 5), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -42,7 +46,15 @@ def task(bridge: HookedModel) -> Task:
     return compile_task(bridge, items)
 
 
-def drawn(figure, path: Path) -> bool:
+def shown(view: View) -> np.ndarray:
+    """The numbers of a matrix' cells."""
+    made = np.full((1 + max(view.values("i")), 1 + max(view.values("j"))), np.nan)
+    for row in view.rows:
+        made[row["i"], row["j"]] = np.nan if row["value"] is None else row["value"]
+    return made
+
+
+def drawn(figure: Figure, path: Path) -> bool:
     save_figure(figure, path)
     with Image.open(path) as image:
         return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
@@ -53,37 +65,54 @@ def test_grids_share_a_scale_with_zero_in_the_middle(
 ) -> None:
     grid = patch_grid(bridge, task, n_random=1)
     figure = patch_grid_figure(grid)
-    images = [axis.images[0] for axis in figure.axes if axis.images]
-    assert len(images) == 4, "two directions, each with its null"
-    for image, (what, way) in zip(
-        images, [("normalised", "noising"), ("normalised", "denoising"), ("null", "noising"), ("null", "denoising")],
+    panels = views(figure)
+    assert len(panels) == 4, "two directions, each with its null"
+    for view, (what, way) in zip(
+        panels, [("normalised", "noising"), ("normalised", "denoising"), ("null", "noising"), ("null", "denoising")],
         strict=True,
     ):  # fmt: skip
-        np.testing.assert_array_equal(image.get_array(), grid.matrix(what, way))  # type: ignore[arg-type]
-        low, high = image.get_clim()
+        matrix = grid.matrix(what, way)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(shown(view), matrix)
+        low, *_, high = view.encoding["color"]["condition"]["scale"]["domain"]
         assert low == -high
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
-        "0 resid_pre",
-        "1 resid_pre",
-    ]
+    assert list(dict.fromkeys(panels[0].values("row"))) == ["0 resid_pre", "1 resid_pre"]
+    assert not unlabelled(figure)
     assert drawn(figure, tmp_path / "grid.png")
-    assert len([a for a in patch_grid_figure(grid, "change").axes if a.images]) == 2
+    assert len(views(patch_grid_figure(grid, "change"))) == 2
 
 
 def test_lenses_readouts_and_sufficiency(bridge: HookedModel, task: Task, tmp_path: Path) -> None:
     lens = logit_lens(bridge, task)
-    axis = lens_figure(lens).axes[0]
-    np.testing.assert_allclose(axis.lines[0].get_ydata(), lens.values.mean(1))
+    rows = views(lens_figure(lens), "line")[0].rows
+    own = [r["value"] for r in rows if r["run"] == "this example's stream"]
+    np.testing.assert_allclose(own, lens.values.mean(1))
+    assert not unlabelled(lens_figure(lens))
     assert drawn(lens_figure(lens), tmp_path / "lens.png")
     words = lens_tokens(bridge, ROWS[0][0])
-    texts = [t.get_text() for t in lens_tokens_figure(words).axes[0].texts]
-    assert texts == [w for row in words.words for w in row]
+    (texts,) = views(lens_tokens_figure(words), "text")
+    assert texts.values("word") == [w for row in words.words for w in row]
+    assert not unlabelled(lens_tokens_figure(words))
     found = contrastive_directions(bridge, task, n_random=3)
     figure = readout_figure(found)
-    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), found.matrix("accuracy"))
+    np.testing.assert_array_equal(shown(views(figure)[0]), found.matrix("accuracy"))
+    assert not unlabelled(figure)
     kept = sufficiency(bridge, ["hook_embed", "blocks.0.attn.hook_z"], task, n_random=4)
-    points = sufficiency_figure(kept).axes[0].collections[-1].get_offsets()
-    np.testing.assert_allclose(np.asarray(points)[:, 1], kept.null)
+    figure = sufficiency_figure(kept)
+    assert views(figure, "point")[1].values("value") == list(kept.null)
+    assert not unlabelled(figure)
+
+
+def test_the_parts_of_a_heads_effect_stand_next_to_each_other(
+    bridge: HookedModel, task: Task
+) -> None:
+    found = head_effects(bridge, task)
+    figure = head_effects_figure(found)
+    (points,) = views(figure, "point")
+    rows = {(r["head"], r["run"]): r["change"] for r in points.rows}
+    for effect in found.effects():
+        assert rows[effect.head, "total"] == effect.total.value
+        assert rows[effect.head, "self-repair"] == effect.self_repair.value
+    assert not unlabelled(figure)
 
 
 def test_heads_above_chance_are_framed(bridge: HookedModel, tmp_path: Path) -> None:
@@ -94,8 +123,10 @@ def test_heads_above_chance_are_framed(bridge: HookedModel, tmp_path: Path) -> N
 
     with bridge.intervening({"blocks.0.attn.hook_pattern": previous}):
         scores = score_heads(bridge, ["previous_token"], n=12)
-    frames = heads_figure(scores).axes[0].patches
-    assert (2 - 0.5, 0 - 0.5) in [frame.get_xy() for frame in frames]  # type: ignore[attr-defined]
+    cells, frames = views(heads_figure(scores), "rect")
+    np.testing.assert_array_equal(shown(cells), scores.matrix("previous_token"))
+    assert {"i": 0, "j": 2} in frames.rows
+    assert not unlabelled(heads_figure(scores))
     assert drawn(heads_figure(scores), tmp_path / "heads.png")
 
 
@@ -108,10 +139,13 @@ def test_the_column_of_a_sink_is_dimmed_and_named(bridge: HookedModel, tmp_path:
     with bridge.intervening({"blocks.0.attn.hook_pattern": sinking}):
         found = attention_patterns(bridge, [7, 1, 2, 3, 4, 5], ["0.1"])
     figure = attention_figure(found)
-    raw = figure.axes[0]
-    strength = np.asarray(raw.images[0].get_alpha())
-    assert (strength[:, 0] < strength[:, 1]).all()
-    assert "sink (dimmed): 7 at 0 gets" in raw.get_title()
-    assert raw.images[0].get_clim()[1] == pytest.approx(float(found.patterns[0].raw[:, 1:].max()))
-    assert [t.get_text() for t in raw.get_xticklabels()] == ["7", "1", "2", "3", "4", "5"]
-    assert drawn(figure, tmp_path / "attention.svg".replace("svg", "png"))
+    raw = views(figure)[0]
+    strength = {(r["i"], r["j"]): r["opacity"] for r in raw.rows}
+    assert all(strength[i, 0] < strength[i, 1] for i in range(1, 6))
+    assert all(r["j"] <= r["i"] for r in raw.rows), "no query looks at a later key"
+    assert [text for *_, text in svg_texts(figure) if text.startswith("sink (dimmed): 7 at 0 gets")]
+    top = raw.encoding["color"]["condition"]["scale"]["domain"][-1]
+    assert top == pytest.approx(float(found.patterns[0].raw[:, 1:].max()))
+    assert list(dict.fromkeys(raw.values("row"))) == ["7", "1", "2", "3", "4", "5"]
+    assert not unlabelled(figure)
+    assert drawn(figure, tmp_path / "attention.png")

@@ -15,7 +15,8 @@ from circuits.cli.commands import ENTRIES
 from circuits.cli.main import run
 
 HEAVY = (
-    "torch._dynamo", "numba", "sklearn", "transformers", "transformer_lens", "streamlit", "matplotlib", "scipy.stats",
+    "torch._dynamo", "numba", "sklearn", "transformers", "transformer_lens", "streamlit", "altair", "vl_convert",
+    "pandas", "scipy.stats",
 )  # fmt: skip
 
 LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from typing import get_args
 
 import numpy as np
 import streamlit as st
@@ -10,14 +10,15 @@ import streamlit as st
 from apps import cached, drawing
 from apps.address import TROUBLE, line, link, named, plain, rerun_part
 from apps.drawing import Drawing
-from circuits.figures import circuit_figure
+from apps.showing import show
+from circuits.figures import circuit_figure, figure_bytes, matrix_figure
+from circuits.figures.saving import Format
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, circuit_diff
 from circuits.graph.circuit import Node
 from circuits.graph.formats import circuit_text
 from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.topology import INPUT
-from circuits.plots import matrix_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -102,7 +103,8 @@ def _edge(
     st.caption(f"`{key}`: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
     left, right = st.columns(2)
     if kernel.size > 1:
-        left.plotly_chart(matrix_chart(kernel, "weight"), key="edge-kernel", width="content")
+        with left:
+            show(matrix_figure(kernel, "weight"), "edge-kernel")
     if not (isinstance(a, Unit) and isinstance(b, Unit) and a.site != INPUT):
         return
     link("edits", "Edit this connection", model=cached.label_of(record), on=f"{a}->{b}")
@@ -112,9 +114,8 @@ def _edge(
         except TROUBLE as error:
             right.warning(line(error))
             return
-        right.plotly_chart(
-            matrix_chart(np.atleast_2d(expanded), "effect"), key="edge-expanded", width="content"
-        )
+        with right:
+            show(matrix_figure(np.atleast_2d(expanded), "effect"), "edge-expanded")
         right.caption(
             f"linear mode; root of the sum of squares {np.sqrt((expanded**2).sum()):.3g}, with shuffled weights "
             f"{shuffled:.3g} (seed 0)"
@@ -139,7 +140,7 @@ def keep_panel(record: ModelRecord, now: Drawing, shown: CircuitGraph) -> None:
                 "circuit.graphml",
                 on_click="ignore",
             )
-            for kind in ("svg", "png"):
+            for kind in get_args(Format):
                 st.download_button(
                     kind.upper(),
                     lambda kind=kind: _drawn(record, shown, kind),
@@ -187,9 +188,6 @@ def _saved(record: ModelRecord, now: Drawing) -> None:
         st.json({k: v for k, v in found.to_dict().items() if v}, expanded=False)
 
 
-def _drawn(record: ModelRecord, shown: CircuitGraph, kind: str) -> bytes:
+def _drawn(record: ModelRecord, shown: CircuitGraph, kind: Format) -> bytes:
     pictures = {n: p for n, p in cached.pictured(record).items() if n in shown}
-    figure = circuit_figure(shown, pictures)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150)
-    return buffer.getvalue()
+    return figure_bytes(circuit_figure(shown, pictures), kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast, get_args
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from apps import cached
@@ -50,7 +49,7 @@ def credit_panel(record: ModelRecord, model: HookedModel, one: Examples, site: s
             {"unit": named(model, Unit(found.site, i)), "share": share}
             for i, share in found.top(0, LISTED)
         ]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        st.dataframe(rows, hide_index=True, width="content")
         check = found.check
         agreed = (
             ""

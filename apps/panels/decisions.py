@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import pandas as pd
 import streamlit as st
 
 from apps import cached, editing, tab_storage
@@ -71,7 +70,7 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
             {"class": c.name, "examples": c.n, "before": c.intact, "after": c.changed}
             for c in found.classes
         ]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        st.dataframe(rows, hide_index=True, width="content")
     _keep(record, done)
 
 
@@ -86,7 +85,7 @@ def _explanation(explained: Explanation, names: Mapping[str, Record], true: str)
         }
         for s in explained.shares
     ]
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+    st.dataframe(rows, hide_index=True, width="content")
     st.caption(
         f"logit {explained.logit:.3f} = bias {explained.bias:.3f} + these + all others {explained.left:.3f}"
     )

@@ -8,11 +8,12 @@ from apps import cached
 from apps.address import link, part, python
 from apps.inputs import show_input
 from apps.panels.reports import choose_task, show_report
+from apps.showing import show
 from apps.subject import Look
 from circuits.edits.activations import zero
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
-from circuits.plots import predictions_chart
+from circuits.figures import predictions_figure
 from circuits.store import ActivationStore
 from circuits.tasks.builtin import STATED
 
@@ -37,12 +38,12 @@ def ablation_panel(look: Look, store: ActivationStore, examples: Examples) -> No
     show_input(one, width=160)
     before = cached.predictions_of(model, Recipe((), look.record.hash), one)
     if not removed:
-        st.plotly_chart(predictions_chart({"intact": before}), key="predictions")
+        show(predictions_figure({"intact": before}), "predictions")
         return
     recipe = Recipe.of(model, [zero(unit)])
     after = cached.predictions_of(model, recipe, one, of=[p.index for p in before])
     runs = {"intact": before, f"{unit} removed": after}
-    st.plotly_chart(predictions_chart(runs), key="predictions")
+    show(predictions_figure(runs), "predictions")
     task = choose_task(look.record, model)
     if task is None:
         return

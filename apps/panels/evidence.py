@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from apps import cached
@@ -26,7 +25,7 @@ def evidence_panel() -> None:
         st.caption(f"Not measured here yet: `circuits case {CASE}` (some minutes; `--fast`: one).")
         link("jobs", "Run it in the background", do="case")
         return
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+    st.dataframe(rows, hide_index=True, width="content")
     facts = results["transplant_facts"]
     numbers = {
         name: results[name] for name in ("echo", "echo_without_negative", "echo_without_random")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
 
 from apps import cached
 from apps.address import TROUBLE, line, part
+from apps.showing import show
 from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
+from circuits.figures import edit_figure
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.plots import effects_chart
 from circuits.tasks import Task
 from circuits.tasks.builtin import STATED
 from circuits.workspace import ModelRecord
@@ -74,7 +74,7 @@ def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
 def show_report(report: EditReport) -> None:
     """A report: its changes with their intervals and nulls."""
     effects = {**report.targets, **report.effects}
-    st.plotly_chart(effects_chart(effects), key="effects")
+    show(edit_figure(report), "effects")
     rows = [
         {
             "measure": name, "intact": e.intact, "edited": e.changed, "change": e.change,
@@ -83,7 +83,7 @@ def show_report(report: EditReport) -> None:
         }
         for name, e in {**effects, **{f"other units of {k}": e for k, e in report.others.items()}}.items()
     ]  # fmt: skip
-    st.dataframe(pd.DataFrame(rows), hide_index=True)
+    st.dataframe(rows, hide_index=True)
     record, least = report.record, max((e.least_p for e in effects.values()), default=1.0)
     st.caption(
         f"{record.measured_on}; seed {record.seed}, weights {record.model_hash[:16]}. Null: {report.null_is}, so "

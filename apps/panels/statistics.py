@@ -5,8 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from apps.address import python
+from apps.showing import show
 from apps.subject import Look
-from circuits.plots import histogram_html
+from circuits.figures import histogram_figure
 from circuits.store import ActivationStore
 
 
@@ -14,8 +15,7 @@ def statistics_panel(look: Look, store: ActivationStore) -> None:
     """How active the unit is over the dataset."""
     s, p = store.statistics(look.unit), store.provenance
     st.subheader("How active it is")
-    with st.container(key="histogram"):
-        st.html(histogram_html(s))
+    show(histogram_figure(s), "histogram")
     st.caption(
         f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
         f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of "

@@ -6,22 +6,22 @@ import html
 import re
 from collections.abc import Sequence
 
-import pandas as pd
 import streamlit as st
 import torch
 from torch import Tensor
 
 from apps import cached
 from apps.address import part
+from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
+from circuits.figures import attention_figure
 from circuits.models.adapter.inputs import TokenInput
-from circuits.plots import pattern_chart
 from circuits.store import Example
 from circuits.weights import direct_logits, ov_circuit
 
-_HEAD = re.compile(r"(?P<block>blocks\.[0-9]+\.attn)\.hook_z")
+_HEAD = re.compile(r"blocks\.[0-9]+\.attn\.hook_z")
 _NEURON = re.compile(r"blocks\.[0-9]+\.mlp\.hook_post")
 LISTED = 10
 
@@ -73,19 +73,13 @@ def _marked(
 @part
 def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     """Where a head looks, on the example that excites it most."""
-    head = _HEAD.fullmatch(look.unit.site)
-    spec = look.model.input
-    if head is None or not isinstance(spec, TokenInput):
+    if not (_HEAD.fullmatch(look.unit.site) and isinstance(look.model.input, TokenInput)):
         return
     st.subheader("Where it looks")
     last = len(examples) - 1
     at = int(st.number_input("Example", 0, last, example, key=f"pattern-{look.unit}"))
     one = examples.subset([at])
-    pattern = cached.recorded(
-        look.model, Recipe((), look.record.hash), one, f"{head['block']}.hook_pattern"
-    )
-    words = [spec.word(t) for t in one.tokens(0)]
-    st.plotly_chart(pattern_chart(pattern[0, look.unit.index].numpy(), words), key="pattern")
+    show(attention_figure(cached.attention_of(look.model, one, look.unit)), "pattern")
     st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
 
 
@@ -98,7 +92,7 @@ def logits_panel(look: Look) -> None:
         st.subheader("What it adds to logits")
         values = direct_logits(look.model, look.unit)
         table = {side: _words(values, spec, side == "most") for side in ("most", "least")}
-        st.dataframe(pd.DataFrame(table), width="content")
+        st.dataframe(table, width="content")
         st.caption(
             f"Per unit of activation, directly (W_out W_U); over all tokens ± {values.std().item():.3g}."
         )
@@ -115,7 +109,7 @@ def logits_panel(look: Look) -> None:
             }
             for v, i in zip(flat.values.tolist(), flat.indices.tolist(), strict=True)
         ]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+        st.dataframe(rows, hide_index=True, width="content")
         st.caption(
             f"W_E W_OV W_U: {100 * own:.0f} % of tokens raise themselves most (by chance {100 / len(ov):.1g} %)."
         )

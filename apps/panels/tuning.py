@@ -6,10 +6,11 @@ import streamlit as st
 
 from apps import cached
 from apps.address import TROUBLE, line, part, python
+from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
+from circuits.figures import heat_map_figure, tuning_figure
 from circuits.models.adapter.inputs import ImageInput
-from circuits.plots import heat_map_chart, tuning_chart
 
 
 @part
@@ -30,8 +31,10 @@ def tuning_panel(look: Look) -> None:
         st.warning(line(error))
         return
     left, right = st.columns(2)
-    left.plotly_chart(tuning_chart({"intact": tuned}), key="radial")
-    right.plotly_chart(heat_map_chart(heat), key="heat")
+    with left:
+        show(tuning_figure([tuned]), "radial")
+    with right:
+        show(heat_map_figure([heat]), "heat")
     m = tuned.measures
     st.caption(
         f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: mean direction "

@@ -6,9 +6,10 @@ import streamlit as st
 
 from apps import cached
 from apps.address import go_to, link, named, python
+from apps.showing import show
 from apps.subject import Look
+from circuits.figures import kernels_figure
 from circuits.models.adapter.topology import INPUT
-from circuits.plots import kernels_html
 from circuits.units import Unit
 from circuits.weights import Connection
 
@@ -28,8 +29,7 @@ def weights_panel(look: Look) -> None:
             continue
         kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
         if kernels:
-            with st.container(key=f"kernels-{end}"):
-                st.html(kernels_html(kernels, end))
+            show(kernels_figure(kernels, end), f"kernels-{end}")
         for column, connection in zip(st.columns(TOP), connections, strict=False):
             with column:
                 _connection(look, connection, end)

@@ -9,11 +9,12 @@ import torch
 from apps import cached, editing
 from apps.address import TROUBLE, line, link, part, python
 from apps.panels.evidence import evidence_panel
+from apps.showing import show
 from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
+from circuits.figures import layers_figure
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
-from circuits.plots import layers_chart
 from circuits.stimuli.images import to_image
 from circuits.stimuli.patterns import arcs
 
@@ -70,13 +71,7 @@ def _live(model: HookedModel) -> None:
     active = cached.answers_to(model, recipe, LAYERS, image, key)
     with right:
         families = {layer: _families(layer, active[layer]) for layer in LAYERS}
-        st.plotly_chart(layers_chart(families, angle), key="layers")
-        several = [
-            f"{layer}: {', '.join(name for name, *_ in lines)}"
-            for layer, lines in families.items()
-            if len(lines) > 1
-        ]
-        st.caption(f"Solid, dashed, dotted, dash-dotted, in this order: {'; '.join(several)}.")
+        show(layers_figure(families, angle), "layers")
     python(f"""
 import circuits
 import torch

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import streamlit as st
 
 from apps import cached
 from apps.address import TROUBLE, choose, choose_model, line, link, named
 from apps.inputs import picture_of
+from apps.showing import show
 from circuits.edits.recipes import Recipe
+from circuits.figures import histogram_figure, tuning_figure
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
-from circuits.plots import histogram_html, tuning_chart
+from circuits.store import ActivationStore, UnitStatistics
+from circuits.tuning import RadialTuning
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
 STRONGEST = 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two units."""
+
+    name: str
+    record: ModelRecord
+    model: HookedModel
+    unit: Unit
+
+    @property
+    def store(self) -> ActivationStore | None:
+        """Activations of its site, if there are any."""
+        stores = cached.stores_of(self.record)
+        return next((s for s in stores if self.unit.site in s.sites), None)
 
 
 def page() -> None:
@@ -23,13 +46,28 @@ def page() -> None:
     if not labels:
         choose_model()  # says what to do
         return
-    for column, name in zip(st.columns(2), ("unit", "other"), strict=True):
-        with column:
-            _side(name, "model" if name == "unit" else "other_model", labels)
+    columns = {"unit": "model", "other": "other_model"}
+    places = dict(zip(columns, st.columns(2), strict=True))
+    sides = []
+    for name, model_name in columns.items():
+        with places[name]:
+            sides.append(_chosen(name, model_name, labels))
+    here = [side for side in sides if side is not None]
+    statistics = {s.name: store.statistics(s.unit) for s in here if (store := s.store) is not None}
+    wanted = []
+    for side in here:
+        with places[side.name]:
+            _harvested(side, statistics)
+            if _tunable(side) and st.toggle("Tuning", key=f"compare-tuning-{side.name}"):
+                wanted.append(side)
+    tuned = {s.name: cached.tuning_of(s.model, Recipe((), s.record.hash), s.unit) for s in wanted}
+    for name in tuned:
+        with places[name]:
+            _tuning(name, tuned)
 
 
-def _side(name: str, model_name: str, labels: list[str]) -> None:
-    """One of the two: its choice, kept in the URL, and what is known of it."""
+def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
+    """One of the two as the person chooses it, kept in the URL."""
     if model_name not in st.query_params:
         st.query_params[model_name] = st.query_params.get("model", labels[0])
     label = choose("Model", labels, model_name, sidebar=False)
@@ -43,45 +81,49 @@ def _side(name: str, model_name: str, labels: list[str]) -> None:
         unit = model.unit(address)
     except TROUBLE as error:
         st.error(line(error))
-        return
+        return None
     st.subheader(named(model, unit))
     st.caption(f"{model.name} · weights {record.hash[:16]}")
     link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
     picture = cached.pictured(record).get(unit)
     if picture is not None and (small := cached.thumbnail(picture, 224)):
         st.image(small, width=224)
-    _harvested(record, unit, name)
-    spec = model.input
-    if (
-        isinstance(spec, ImageInput)
-        and spec.channels in (1, 3)
-        and st.toggle("Tuning", key=f"compare-tuning-{name}")
-    ):
-        tuned = cached.tuning_of(model, Recipe((), record.hash), unit)
-        st.plotly_chart(tuning_chart({"intact": tuned}), key=f"compare-curve-{name}")
-        m = tuned.measures
-        st.caption(
-            f"mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"
-        )
+    return Side(name, record, model, unit)
 
 
-def _harvested(record: ModelRecord, unit: Unit, name: str) -> None:
-    model = cached.model_of(record)
-    store = next((s for s in cached.stores_of(record) if unit.site in s.sites), None)
+def _harvested(side: Side, statistics: Mapping[str, UnitStatistics]) -> None:
+    """How active the unit is, on the same axes as the other one, and its strongest examples."""
+    store = side.store
     if store is None:
-        st.info(f"No activations of {unit.site} yet.")
+        st.info(f"No activations of {side.unit.site} yet.")
         return
-    st.html(histogram_html(store.statistics(unit)))
+    own = statistics[side.name]
+    show(histogram_figure(own, list(statistics.values())), f"compare-histogram-{side.name}")
     st.caption(f"on {len(store.provenance.examples)} examples of {store.provenance.data}")
     try:
-        examples = cached.examples_of(model, store)
+        examples = cached.examples_of(side.model, store)
     except TROUBLE as error:
         st.warning(line(error))
         return
     for column, example in zip(
-        st.columns(STRONGEST), store.top_examples(unit, STRONGEST), strict=False
+        st.columns(STRONGEST), store.top_examples(side.unit, STRONGEST), strict=False
     ):
         picture = picture_of(examples.subset([example.index]))
         if picture is not None:
             column.image(picture, width="stretch")
         column.caption(f"{example.value:.3g}")
+
+
+def _tunable(side: Side) -> bool:
+    spec = side.model.input
+    return isinstance(spec, ImageInput) and spec.channels in (1, 3)
+
+
+def _tuning(name: str, tuned: Mapping[str, RadialTuning]) -> None:
+    """How the unit is tuned, on the same axes as the other one."""
+    own = tuned[name]
+    show(tuning_figure([own], compared_with=list(tuned.values())), f"compare-curve-{name}")
+    m = own.measures
+    st.caption(
+        f"mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"
+    )

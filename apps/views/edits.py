@@ -9,11 +9,12 @@ from apps.address import TROUBLE, choose_model, line, part, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
+from apps.showing import show
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
+from circuits.figures import losses_figure, predictions_figure, tuning_figure
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
-from circuits.plots import losses_chart, predictions_chart, tuning_chart
 from circuits.workspace import ModelRecord
 
 
@@ -51,7 +52,7 @@ def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
         st.error(line(error))
         return
     show_input(one)
-    st.plotly_chart(predictions_chart(runs), key="edit-predictions")
+    show(predictions_figure(runs), "edit-predictions")
     if isinstance(model.input, TokenInput) and len(one.tokens(0)) > 1:
         _losses(model, recipe, one)
     lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
@@ -76,9 +77,7 @@ def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     runs = {"intact": cached.losses_of(model, Recipe((), recipe.model_hash), one)}
     if recipe.edits:
         runs["edited"] = cached.losses_of(model, recipe, one)
-    st.plotly_chart(
-        losses_chart(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), key="edit-losses"
-    )
+    show(losses_figure(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), "edit-losses")
     for name, losses in runs.items():
         half = len(losses) // 2
         st.caption(
@@ -109,7 +108,7 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
     except TROUBLE as error:
         st.error(line(error))
         return
-    st.plotly_chart(tuning_chart(runs), key="edit-tuning")
+    show(tuning_figure({name: [tuned] for name, tuned in runs.items()}), "edit-tuning")
     for name, tuned in runs.items():
         m = tuned.measures
         if not tuned.mean.any():

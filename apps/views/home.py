@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
 
 from apps import cached
@@ -84,7 +83,7 @@ def _model(record: ModelRecord, database: Database) -> None:
             for s in stores
         ]  # fmt: skip
         if rows:
-            st.dataframe(pd.DataFrame(rows), hide_index=True, width="content")
+            st.dataframe(rows, hide_index=True, width="content")
         else:
             st.caption(
                 f"No activations yet: `circuits harvest {record.spec} --data DATA --sites SITES`."

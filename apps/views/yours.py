@@ -9,10 +9,11 @@ from apps import cached
 from apps.address import choose_model, choose_site, link, named, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.credit import credit_panel
+from apps.showing import show
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
+from circuits.figures import map_picture, predictions_figure
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.plots import map_chart, predictions_chart
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
@@ -35,7 +36,7 @@ def page() -> None:
         show_input(one)
     with right:
         found = cached.predictions_of(model, Recipe((), record.hash), one)
-        st.plotly_chart(predictions_chart({"intact": found}), key="own-predictions")
+        show(predictions_figure({"intact": found}), "own-predictions")
     _units(record, model, one, site)
     credit_panel(record, model, one, site)
 
@@ -71,8 +72,7 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
                 )
                 st.caption(f"{number:.3g}{beside}")
                 if place.position_axes == ("y", "x"):
-                    figure = map_chart(value[0, unit.index].numpy())
-                    st.plotly_chart(figure, key=f"own-map-{unit}", config={"displayModeBar": False})
+                    st.image(map_picture(value[0, unit.index].numpy()), width="stretch")
     python(f"""
 import circuits
 import PIL.Image

@@ -5,19 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import altair as alt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from circuits.attribution.results import Attribution
+from circuits.figures import Figure
+from circuits.figures.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Row,
+    cells,
+    data,
+    encoded,
+    lines,
+    named_ticks,
+    panel,
+    run_color,
+    signed,
+    sized,
+    together,
+    zero_line,
+)
 from circuits.figures.tunings import overlaid
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.transplant import TransplantReport
 from circuits.tuning.radial import RadialTuning
 
-INK, OTHER, PALE = "#08519c", "#d94801", "#969696"
+_ACROSS = 6  # pictures in a row
+_MONTAGE = 420  # pixels
 _CROP = 72  # pixels: about what a curve of the clean room sees
 
 
@@ -39,21 +59,28 @@ def turned(curve: np.ndarray, other: np.ndarray) -> tuple[float, int]:
 
 
 def families(own: Sequence[RadialTuning], control: Sequence[RadialTuning]) -> Figure:
-    """Tuning curves of a family side by side with a control's."""
-    figure = Figure((9, 2.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, tunings, title in (
-        (axes[0], own, "as written"),
-        (axes[1], control, "shuffled orientations"),
-    ):
-        for t in tunings:
-            if t.mean.max() > 0:
-                axis.plot(t.angles, t.mean / t.mean.max(), linewidth=0.8)
-        axis.set(
-            title=title, xlabel="angle at which the curve bulges, degrees", xticks=range(0, 361, 90)
-        )
-    axes[0].set_ylabel("activation / peak")
-    return figure
+    """Tuning curves of a family side by side with a control's, on the same axes."""
+    panels = []
+    for tunings, title in ((own, "as written"), (control, "shuffled orientations")):
+        rows = [
+            {"unit": str(t.unit), "angle": a, "response": v / t.mean.max()}
+            for t in tunings
+            if t.mean.max() > 0
+            for a, v in zip(t.angles.tolist(), t.mean.tolist(), strict=True)
+        ]
+        drawn = alt.Chart(data(rows)).mark_line(strokeWidth=1, opacity=0.7)
+        x = _degrees("angle at which the curve bulges, degrees", range(0, 361, 90))
+        y = alt.Y("response:Q", title="activation / peak", scale=alt.Scale(domain=[0, 1]))
+        panels.append(panel(sized(drawn.encode(x, y, detail="unit:N"), 320, 160), title))
+    return together(panels, 2)
+
+
+def _degrees(title: str, ticks: range) -> alt.X:
+    scale = alt.Scale(domain=[ticks[0], ticks[-1]], nice=False)
+    return alt.X("angle:Q", title=title, scale=scale, axis=alt.Axis(values=list(ticks)))
+
+
+_PUBLISHED, _CONTROL, _OWN = "published", "shuffled orientations", "as written"
 
 
 def published(
@@ -62,111 +89,130 @@ def published(
     control: Sequence[RadialTuning],
 ) -> Figure:
     """Each published curve with the most similar of ours and of the control's."""
-    figure = Figure((10, 3.6), layout="constrained")
-    axes = figure.subplots(2, 5, sharex=True, sharey=True).ravel()
-    for axis, (unit, values) in zip(axes, curves.items(), strict=True):
+    panels = []
+    for unit, values in curves.items():
         full = np.array(values, float)
         middle = 180 - int(full.argmax())
-        axis.plot(np.arange(360), np.roll(full, middle) / full.max(), color="black", linewidth=1)
+        rows = _turned_rows(_PUBLISHED, np.roll(full, middle) / full.max())
         said = []
-        for tunings, colour in ((control, PALE), (own, OTHER)):
+        for name, tunings in ((_CONTROL, control), (_OWN, own)):
             step = 360 // len(tunings[0].angles)
-            theirs = full[::step]
-            fits = [turned(theirs, t.mean) for t in tunings]
+            fits = [turned(full[::step], t.mean) for t in tunings]
             k = max(range(len(fits)), key=lambda i: fits[i][0])
             moved = np.roll(tunings[k].mean, fits[k][1]) / max(tunings[k].mean.max(), 1e-9)
-            axis.plot(
-                np.arange(0, 360, step),
-                np.roll(moved, round(middle / step)),
-                color=colour,
-                linewidth=0.9,
-            )
+            rows += _turned_rows(name, np.roll(moved, round(middle / step)))
             said.append(fits[k][0])
-        axis.set_title(f"mixed3b:{unit}  r {said[1]:.3f} (control {said[0]:.2f})", fontsize=7)
-        axis.set_xticks([0, 90, 180, 270, 360], ["-180", "-90", "0", "90", "180"], fontsize=6)
-    figure.supxlabel("degrees from the peak", fontsize=8)
-    figure.supylabel("activation / peak", fontsize=8)
-    return figure
+        x = _degrees("degrees from the peak", range(-180, 181, 90))
+        y = alt.Y("response:Q", title="activation / peak", scale=alt.Scale(domain=[0, 1.05]))
+        names = (_PUBLISHED, _CONTROL, _OWN)
+        tips = {"run:N": "curve", "angle:Q": "degrees", "response:Q": "activation / peak"}
+        drawn = lines(rows, x, y, tips, names, colours=(GREEN, GREY, ORANGE))
+        title = [f"mixed3b:{unit}", f"r {said[1]:.3f} (control {said[0]:.2f})"]
+        panels.append(panel(sized(drawn), title))
+    return together(panels, 5)
+
+
+def _turned_rows(name: str, values: np.ndarray) -> list[Row]:
+    """A curve from -180 degrees on, in equal steps."""
+    step = 360 / len(values)
+    return [
+        {"run": name, "angle": -180 + step * i, "response": float(v)} for i, v in enumerate(values)
+    ]
 
 
 def echoes(
     intact: Sequence[RadialTuning], without: Sequence[RadialTuning], control: Sequence[RadialTuning]
 ) -> Figure:
-    """Mean tuning curves about each unit's own angle."""
-    figure = Figure((6, 2.8), layout="constrained")
-    axis = figure.subplots()
-    for tunings, colour, label in (
-        (intact, "black", "as written"), (control, PALE, "without random weights"),
-        (without, OTHER, "without negative weights"),
-    ):  # fmt: skip
+    """Mean tuning curves about each unit's angle, with bands from the smallest to the largest."""
+    runs = {
+        "as written": intact, "without random weights": control, "without negative weights": without,
+    }  # fmt: skip
+    rows: list[Row] = []
+    for name, tunings in runs.items():
         step = 360 / len(tunings[0].angles)
-        rows = np.stack(
+        curves = np.stack(
             [
                 np.roll(t.mean / max(t.mean.max(), 1e-9), round((180 - 15 * k) / step))
                 for k, t in enumerate(tunings)
             ]
         )
-        axis.fill_between(
-            tunings[0].angles - 180, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0
-        )
-        axis.plot(tunings[0].angles - 180, rows.mean(0), color=colour, label=label)
-    axis.set(
-        xlabel="degrees from the unit's own angle",
-        ylabel="activation / peak",
-        xticks=range(-180, 181, 45),
+        parts = zip(_turned_rows(name, curves.mean(0)), curves.min(0), curves.max(0), strict=True)
+        rows += [row | {"low": float(low), "high": float(high)} for row, low, high in parts]
+    x = _degrees("degrees from the angle that the unit is written for", range(-180, 181, 45))
+    y = alt.Y("response:Q", title="activation / peak")
+    tips = {"run:N": "network", "angle:Q": "degrees", "response:Q": "activation / peak"}
+    colours = (BLUE, GREY, ORANGE)
+    drawn = lines(rows, x, y, tips, runs, colours=colours)
+    band = alt.Chart(data(rows)).mark_area(opacity=0.15)
+    band = band.encode(
+        x, alt.Y("low:Q"), y2="high:Q", color=run_color(runs, colours, of_lines=True)
     )
-    axis.legend(fontsize=7)
-    return figure
+    return sized(alt.layer(band, drawn), 480, 200)
 
 
 def matrices(sums: Mapping[str, Sequence[np.ndarray]], radii: Sequence[float]) -> Figure:
-    """Kernel sums between families, by angle; blue inhibits, red excites."""
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.subplots(len(sums), len(radii), squeeze=False)
-    for row, (name, blocks) in enumerate(sums.items()):
-        for axis, block, radius in zip(axes[row], blocks, radii, strict=True):
-            high = np.abs(block).max()
-            drawn = axis.imshow(
-                block, cmap="RdBu_r", vmin=-high, vmax=high, extent=(0, 360, 360, 0)
-            )
-            axis.set_title(f"radius {radius:g}, {name}", fontsize=7)
-            axis.set_xticks([0, 180, 360])
-            axis.set_yticks([0, 180, 360])
-            figure.colorbar(drawn, ax=axis).ax.tick_params(labelsize=5)
-    figure.supxlabel("angle of the early curve, degrees", fontsize=8)
-    figure.supylabel("angle of the curve, degrees", fontsize=8)
-    return figure
+    """Kernel sums between families, by angle; blue inhibits, red excites; one colour scale for all of them."""
+    shades = signed("sum of the kernel", *(b for blocks in sums.values() for b in blocks))
+    panels = []
+    for name, blocks in sums.items():
+        for block, radius in zip(blocks, radii, strict=True):
+            angles = [f"{360 * i / len(block):g}" for i in range(len(block))]
+            drawn = cells(
+                block.astype(float), shades, rows=angles, columns=angles, y="curve, degrees",
+                x="early curve, degrees", size=(7, 7),
+            )  # fmt: skip
+            panels.append(panel(drawn, f"radius {radius:g}, {name}"))
+    return together(panels, len(radii))
 
 
 def kernels(rows: Mapping[str, Tensor]) -> Figure:
     """One row of kernels for each part, with a scale of its own."""
-    figure = Figure((11, 1.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 12)
-    for line, (name, weight) in zip(axes, rows.items(), strict=True):
-        high = float(weight.abs().max())
-        for k, axis in enumerate(line):
-            axis.imshow(weight[k].numpy(), cmap="RdBu_r", vmin=-high, vmax=high)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_title(f"{name} (±{high:.2g})", fontsize=7, loc="left")
-    return figure
+    found = []
+    for name, weight in rows.items():
+        shades = signed("weight", weight.numpy())
+        painted = [shades.painted(w.double().numpy()) for w in weight[:12]]
+        found.append((f"{name} (±{shades.high:.2g})", painted))
+    return _grid(found, 62, "kernels: blue inhibits, white 0, red excites")
+
+
+def _grid(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    side: int,
+    title: str,
+    columns: Sequence[str] = (),
+) -> Figure:
+    """Rows of pictures with their names."""
+    most = max(len(pictures) for _, pictures in rows)
+    labels = list(columns) or [str(i + 1) for i in range(most)]
+    found = [
+        {"row": i, "column": j, "url": encoded(picture)}
+        for i, (_, pictures) in enumerate(rows)
+        for j, picture in enumerate(pictures)
+    ]
+    drawn = alt.Chart(data(found)).mark_image(width=side, height=side, smooth=False)
+    drawn = drawn.encode(
+        alt.X("column:O", title=title, axis=named_ticks(labels, side, True)),
+        alt.Y("row:O", title=None, axis=named_ticks([name for name, _ in rows], side, False)),
+        url="url:N",
+    )
+    return drawn.properties(width=(side + 4) * most, height=(side + 4) * len(rows))
 
 
 def pictures(own: Sequence[Tensor], names: Sequence[str], control: Sequence[Tensor]) -> Figure:
     """Feature visualizations, a control's in the last row."""
-    columns = 6
-    rows = -(-len(own) // columns) + 1
-    figure = Figure((1.5 * columns, 1.65 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for axis, image, name in zip(axes.ravel(), own, names, strict=False):
-        axis.imshow(image.movedim(0, -1).numpy().clip(0, 1))
-        axis.set_title(name, fontsize=6)
-    for axis, image in zip(axes[-1], control, strict=False):
-        axis.imshow(image.movedim(0, -1).numpy().clip(0, 1))
-        axis.set_title("shuffled orientations", fontsize=6)
-    return figure
+    shown = [_upright(image) for image in own]
+    parts = range(0, len(own), _ACROSS)
+    rows = [
+        (f"{names[i]} to {names[min(i + _ACROSS, len(own)) - 1]}", shown[i : i + _ACROSS])
+        for i in parts
+    ]
+    rows.append(("shuffled orientations", [_upright(image) for image in control]))
+    return _grid(rows, 96, "what excites each curve most")
+
+
+def _upright(image: Tensor) -> np.ndarray:
+    """Channels last, as pictures have them."""
+    return image.movedim(0, -1).numpy().clip(0, 1)
 
 
 def strongest_crops(model: HookedModel, site: str, unit: int, images: Tensor, n: int) -> Crops:
@@ -201,14 +247,19 @@ def _cut(images: Tensor, maps: Tensor, n: int, pixels: float) -> Crops:
 
 def crops(rows: Sequence[tuple[str, Tensor, Tensor]]) -> Figure:
     """Two groups of crops in each row."""
-    figure = Figure((11, 1.4 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 2, squeeze=False)
-    for (left, right), (name, one, other) in zip(axes, rows, strict=True):
-        for axis, some in ((left, one), (right, other)):
-            axis.imshow(_montage(some).movedim(0, -1).numpy().clip(0, 1))
-            axis.set_axis_off()
-        left.set_title(name, fontsize=8, loc="left")
-    return figure
+    panels = []
+    for name, one, other in rows:
+        for side, some in (("left", one), ("right", other)):
+            montage = _montage(some)
+            height, width = montage.shape[1:]
+            picture = alt.Chart(data([{"url": encoded(_upright(montage))}]))
+            picture = picture.mark_image(
+                width=_MONTAGE, height=_MONTAGE * height / width, align="left", baseline="top", aspect=False
+            )  # fmt: skip
+            drawn = picture.encode(x=alt.value(0), y=alt.value(0), url="url:N")
+            shown = sized(drawn, _MONTAGE, _MONTAGE * height / width)
+            panels.append(panel(shown, f"{name}, {side}", 60))
+    return together(panels, 2)
 
 
 def _montage(images: Tensor, columns: int = 10) -> Tensor:
@@ -221,33 +272,31 @@ def _montage(images: Tensor, columns: int = 10) -> Tensor:
 
 
 def overlays(rows: Sequence[tuple[Tensor, Attribution]]) -> Figure:
-    """Crops, and beside each what of it counts."""
-    n = max(len(images) for images, _ in rows)
-    figure = Figure((2.4 * n, 1.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 2 * n, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for line, (images, credit) in zip(axes, rows, strict=True):
+    """Crops, and next to each what of it counts."""
+    found = []
+    for number, (images, credit) in enumerate(rows):
         heat = credit.heat("absolute")
+        line = []
         for k, image in enumerate(images):
-            picture = image.movedim(0, -1).numpy().clip(0, 1)
-            line[2 * k].imshow(picture)
-            line[2 * k + 1].imshow(overlaid(picture, heat[k].numpy()))
-    return figure
+            picture = _upright(image)
+            line += [picture, overlaid(picture, heat[k].numpy())]
+        found.append((f"curve {number + 1}", line))
+    return _grid(found, 96, "crops, and next to each what of it counts")
 
 
 def recovered(report: TransplantReport) -> Figure:
     """What each condition recovers, with its interval."""
-    figure = Figure((7, 2.6), layout="constrained")
-    axis = figure.subplots()
-    for k, c in enumerate(report.conditions):
-        m = c.recovered_kl
-        axis.barh(k, m.value, color=OTHER if c.name == "transplant" else PALE)
-        axis.plot([m.low, m.high], [k, k], color="black", linewidth=1)
-    axis.set_yticks(range(len(report.conditions)), [c.name for c in report.conditions], fontsize=7)
-    axis.invert_yaxis()
-    axis.axvline(0, color="black", linewidth=0.5)
+    rows = [
+        {"run": c.name, "value": c.recovered_kl.value, "low": c.recovered_kl.low, "high": c.recovered_kl.high,
+         "own": c.name == "transplant"}
+        for c in report.conditions
+    ]  # fmt: skip
     low = min(min(c.recovered_kl.low for c in report.conditions), 0.0)
-    axis.set_xlim(max(low, -1.5) - 0.05, 1.05)
-    axis.set_xlabel("share of the KL divergence of zeroing that is recovered (below -1.5 cut off)")
-    return figure
+    scale = alt.Scale(domain=[max(low, -1.5) - 0.05, 1.05], nice=False, clamp=True)
+    title = "share of the KL divergence of zeroing that is recovered (below -1.5 cut off)"
+    base = alt.Chart(data(rows)).encode(y=alt.Y("run:N", title="in their place", sort=None))
+    x = alt.X("value:Q", title=title, scale=scale)
+    colour = alt.when("datum.own").then(alt.value(ORANGE)).otherwise(alt.value(GREY))
+    ends = base.mark_rule(strokeWidth=1.5, color="black").encode(alt.X("low:Q"), x2="high:Q")
+    made = alt.layer(zero_line("x"), base.mark_bar().encode(x, color=colour), ends)
+    return made.properties(width=520, height=alt.Step(22))

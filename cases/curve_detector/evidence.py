@@ -87,8 +87,8 @@ def tuning(model: HookedModel, options: Options) -> Stage:
     figures = {
         "Radial tuning of the 24 curves of radius 26 (left), and with shuffled orientations below them (right). Each "
         "is divided by its peak.": drawing.families(shown, control),
-        "The published curves of InceptionV1 mixed3b (Cammarata et al. 2020, 2021; black), the hand-written unit that "
-        "is most alike, turned (red), and with shuffled orientations (grey).": drawing.published(
+        "The published curves of InceptionV1 mixed3b (Cammarata et al. 2020, 2021; green), the hand-written unit that "
+        "is most alike, turned (orange), and with shuffled orientations (grey).": drawing.published(
             published, found["curve"], control
         ),
         "Orientation x radius: three hand-written curves, and one of the control with shuffled orientations.": (

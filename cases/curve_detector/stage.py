@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from circuits.figures import Figure
 
 Progress = Callable[[int, int], object]
 

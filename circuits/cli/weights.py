@@ -288,7 +288,9 @@ def families(
         _weights_between(loaded, database, weights_from, figure, permutations, seed, json)
         return
     if listing or rename or remove:
-        _show_families(library.saved_families(database, key), json)
+        saved = library.saved_families(database, key)
+        _draw_families(saved, figure, f"saved families of {model}")
+        _show_families(saved, json)
         return
     if not site:
         raise ValueError("SITE is missing: where to look (or --list)")
@@ -313,6 +315,7 @@ def families(
     if save or name:
         for family in found:
             library.save_family(database, family, note)
+    _draw_families(found, figure, f"{kind} families of {model} {site}")
     _show_families(found, json)
 
 
@@ -321,6 +324,17 @@ def _whole_numbers(text: str) -> list[str]:
     if not all(part.isdigit() for part in parts):
         raise ValueError(f"--units {text!r} is not a list of indices, e.g. 3,14,15")
     return parts
+
+
+def _draw_families(found: Any, figure: Path | None, title: str) -> None:
+    if figure is None:
+        return
+    from circuits.figures import families_figure, save_figure
+
+    if not found:
+        warn("no family was found: nothing to draw")
+        return
+    save_figure(families_figure(found, title), figure)
 
 
 def _show_families(found: Any, json: bool) -> None:

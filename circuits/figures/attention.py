@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from dataclasses import replace
 
-from circuits.figures.localization import printed, short
+import altair as alt
+import numpy as np
+
+from circuits.figures.charts import Figure, cells, panel, printed, rising, short, titled
 from circuits.localization import AttentionPatterns, HeadPattern
 
 _DIM = 0.25
 """How much of its colour a sink's column keeps."""
-
-_MOST = 48
-"""Tokens beyond which only every other one, or fewer, is written out."""
 
 
 def attention_figure(found: AttentionPatterns, title: str = "") -> Figure:
@@ -22,42 +19,30 @@ def attention_figure(found: AttentionPatterns, title: str = "") -> Figure:
 
     The column of a sink is dimmed and named, and the colour scale is that of the other columns.
     """
-    n = len(found.tokens)
-    side = min(7.0, max(2.2, 0.16 * n + 1.0))
-    figure = Figure((2 * side + 0.6, len(found.patterns) * side + 0.4), layout="constrained")
-    axes = figure.subplots(len(found.patterns), 2, squeeze=False)
-    for row, pattern in zip(axes, found.patterns, strict=True):
-        name = short(pattern.head.site).partition(" ")[0] + f".{pattern.head.index}"
-        _draw(row[0], pattern, pattern.raw.numpy(), found.tokens, f"{name}: attention")
-        _draw(row[1], pattern, pattern.weighted.numpy(), found.tokens, f"{name}: times value norms")
-    figure.suptitle(title or f"{found.model}: queries in rows, keys in columns", fontsize=8)
-    return figure
+    rows = [_pair(pattern, [printed(t) for t in found.tokens]) for pattern in found.patterns]
+    made = alt.vconcat(*rows).resolve_scale(color="independent")
+    return titled(made, title or f"{found.model}: queries in rows, keys in columns")
 
 
-def _draw(
-    axis: Axes,
-    pattern: HeadPattern,
-    values: Float[np.ndarray, "query key"],
-    tokens: tuple[str, ...],
-    name: str,
-) -> None:
-    n = len(tokens)
-    others = np.delete(values, pattern.sink, 1) if pattern.sink is not None else values
-    top = float(others.max()) if others.size and others.max() > 0 else 1.0
-    shown = np.ma.masked_array(values, np.triu(np.ones((n, n), bool), 1))
-    strength = np.ones((n, n))
-    if pattern.sink is not None:
-        strength[:, pattern.sink] = _DIM
-    axis.imshow(shown, cmap="Blues", vmin=0, vmax=top, alpha=strength)
-    step = -(-n // _MOST)
-    at = list(range(0, n, step))
-    labels = [printed(tokens[i]) for i in at]
-    axis.set_xticks(at, labels, rotation=90, fontsize=5)
-    axis.set_yticks(at, labels, fontsize=5)
+def _pair(pattern: HeadPattern, words: list[str]) -> alt.HConcatChart:
+    name = short(pattern.head.site).partition(" ")[0] + f".{pattern.head.index}"
     note = ""
     if pattern.sink is not None:
-        word = printed(tokens[pattern.sink])
-        note = (
-            f"\nsink (dimmed): {word} at {pattern.sink} gets {pattern.sink_share:.0%} of attention"
-        )
-    axis.set_title(f"{name}, up to {top:.2f}{note}", fontsize=6)
+        word = words[pattern.sink]
+        note = f"sink (dimmed): {word} at {pattern.sink} gets {pattern.sink_share:.0%} of attention"
+    drawn = []
+    for what, values in (("attention", pattern.raw), ("times value norms", pattern.weighted)):
+        one = _matrix(values.numpy(), pattern.sink, words, what)
+        drawn.append(panel(one, [f"{name}: {what}", *filter(None, [note])], 48))
+    return alt.hconcat(*drawn).resolve_scale(color="independent")
+
+
+def _matrix(values: np.ndarray, sink: int | None, words: list[str], what: str) -> Figure:
+    others = values if sink is None else np.delete(values, sink, 1)
+    top = float(others.max()) if others.size and others.max() > 0 else 1.0
+    shown = np.where(np.triu(np.ones(values.shape, bool), 1), np.inf, values)  # no key is later
+    shades = replace(rising(f"{what}, share of the query's", top), at="bottom")
+    return cells(
+        shown, shades, rows=words, columns=words, y="query", x="key",
+        opacity=None if sink is None else lambda _, key: _DIM if key == sink else 1.0,
+    )  # fmt: skip

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import altair as alt
+import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from circuits.attribution.results import Attribution
+from circuits.figures.charts import (
+    BLUE,
+    ORANGE,
+    Figure,
+    Row,
+    data,
+    encoded,
+    lines,
+    named_ticks,
+    panel,
+    sized,
+    titled,
+    together,
+)
 from circuits.figures.tunings import overlaid
 from circuits.saliency.cards import MethodCard
 
-_WORST = "#b2182b"
+_PICTURE = 110  # pixels a side
+_EXAMPLES = 8
 
 
 def attribution_figure(
@@ -23,31 +39,43 @@ def attribution_figure(
     title: str = "",
 ) -> Figure:
     """The units credited and blamed most in each example, and where (the spatial view)."""
-    n = min(8, len(made.values))
-    spatial = images is not None and made.heat().ndim == 3
-    figure = Figure((7.0 if spatial else 4.6, 1.9 * n + 0.5), layout="constrained")
-    axes = figure.subplots(n, 2 if spatial else 1, squeeze=False)
     heat = made.heat().cpu()
-    for example in range(n):
-        bars = made.top(example, top)
-        axis = axes[example, 0]
-        values = [v for _, v in bars]
-        colours = [_WORST if v > 0 else "#2166ac" for v in values]
-        axis.bar(range(len(bars)), values, color=colours)
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xticks(range(len(bars)), [str(u) for u, _ in bars], fontsize=6, rotation=60)
-        axis.tick_params(axis="y", labelsize=6)
-        axis.set_title(
-            f"{made.aims[example]} = {float(made.target_values[example]):.3g}", fontsize=7
-        )
-        if spatial:
-            assert images is not None, "spatial only with images"
+    panels = []
+    for example in range(min(_EXAMPLES, len(made.values))):
+        panels.append(_credited(made, example, top))
+        if images is not None and heat.ndim == 3:
             size = images.shape[-2:]
             large = F.interpolate(heat[example][None, None], size, mode="bilinear")[0, 0].numpy()
-            axes[example, 1].imshow(overlaid(images[example].movedim(0, -1).numpy(), large))
-            axes[example, 1].set_axis_off()
-    figure.suptitle(title or f"{made.site}, {made.method}", fontsize=8)
-    return figure
+            panels.append(_picture(overlaid(images[example].movedim(0, -1).numpy(), large)))
+    columns = 2 if len(panels) > len(made.values) else 1
+    drawn = alt.concat(*panels, columns=columns).resolve_scale(color="shared")
+    return titled(drawn, title or f"{made.site}, {made.method}")
+
+
+def _credited(made: Attribution, example: int, top: int) -> Figure:
+    bars = made.top(example, top)
+    rows: list[Row] = [
+        {"place": i, "unit": str(unit), "share": float(share), "run": "for" if share > 0 else "against"}
+        for i, (unit, share) in enumerate(bars)
+    ]  # fmt: skip
+    names = [str(unit) for unit, _ in bars]
+    scale = alt.Scale(domain=["for", "against"], range=[ORANGE, BLUE])
+    drawn = alt.Chart(data(rows)).mark_bar()
+    drawn = drawn.encode(
+        alt.X("place:O", title=f"unit of {made.site}", axis=named_ticks(names, 22, True)),
+        alt.Y("share:Q", title="credit, in the target's unit"),
+        color=alt.Color("run:N", title="speaks", scale=scale),
+        tooltip=[alt.Tooltip("unit:N"), alt.Tooltip("share:Q", format=".3g")],
+    )
+    aim = f"{made.aims[example]} = {float(made.target_values[example]):.3g}"
+    return panel(sized(drawn, 22 * len(bars)), aim, 48)
+
+
+def _picture(picture: Float[np.ndarray, "h w 3"]) -> alt.Chart:
+    drawn = alt.Chart(data([{"url": encoded(picture)}]))
+    drawn = drawn.mark_image(width=_PICTURE, height=_PICTURE, align="left", baseline="top")
+    drawn = drawn.encode(x=alt.value(0), y=alt.value(0), url="url:N")
+    return drawn.properties(width=_PICTURE, height=_PICTURE)
 
 
 def saliency_figure(
@@ -58,22 +86,26 @@ def saliency_figure(
 ) -> Figure:
     """Images in rows, methods in columns: red speaks for the target, blue against it."""
     n = min(12, len(images))
-    columns = 1 + len(heats)
-    figure = Figure((1.6 * columns, 1.7 * n + 0.4), layout="constrained")
-    axes = figure.subplots(n, columns, squeeze=False)
+    rows: list[Row] = []
     for row in range(n):
         picture = images[row].movedim(0, -1).cpu().numpy()
-        axes[row, 0].imshow(picture.clip(0, 1))
-        if names:
-            axes[row, 0].set_title(names[row], fontsize=6)
-        for column, (name, heat) in enumerate(heats.items(), 1):
-            axes[row, column].imshow(overlaid(picture, heat[row].cpu().numpy()))
-            if row == 0:
-                axes[row, column].set_title(name, fontsize=6)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    figure.suptitle(title, fontsize=8)
-    return figure
+        pictures = [
+            picture,
+            *(overlaid(picture, heat[row].cpu().numpy()) for heat in heats.values()),
+        ]
+        rows += [{"row": row, "column": j, "url": encoded(p)} for j, p in enumerate(pictures)]
+    columns = ["image", *heats]
+    labels = list(names[:n]) if names else [str(i) for i in range(n)]
+    across = named_ticks(columns, _PICTURE, False)
+    across.orient = "top"
+    drawn = alt.Chart(data(rows)).mark_image(width=_PICTURE, height=_PICTURE)
+    drawn = drawn.encode(
+        alt.X("column:O", title="method (red: for the target, blue: against it)", axis=across),
+        alt.Y("row:O", title="example", axis=named_ticks(labels, _PICTURE, False)),
+        url="url:N",
+    )
+    side = _PICTURE + 8
+    return titled(drawn.properties(width=side * len(columns), height=side * n), title)
 
 
 def sanity_figure(cards: Sequence[MethodCard], title: str = "") -> Figure:
@@ -84,50 +116,51 @@ def sanity_figure(cards: Sequence[MethodCard], title: str = "") -> Figure:
     """
     if not cards:
         raise ValueError("cards is empty: nothing to draw")
-    figure = Figure((8.4, 1.9 * len(cards) + 0.5), layout="constrained")
-    axes = figure.subplots(len(cards), 3, squeeze=False)
-    for row, card in zip(axes, cards, strict=True):
-        test = card.randomization
-        at = range(len(test.stages) + 1)
-        for name, colour, label in (
-            ("spearman_signed", "#08519c", "rank, signed"),
-            ("spearman", "#6baed6", "rank, absolute"),
-            ("ssim", "#fd8d3c", "SSIM"),
-        ):
-            row[0].plot(
-                at,
-                [1.0, *(getattr(s, name) for s in test.stages)],
-                "o-",
-                color=colour,
-                markersize=3,
-                label=label,
-            )
-            row[0].axhline(getattr(test.chance, name), color=colour, linestyle=":", linewidth=0.8)
-        row[0].set_ylim(-0.3, 1.05)
-        row[0].set_title(
-            f"{card.method}: randomisation {card.verdicts['randomisation']} (keeps {test.kept:.2f})",
-            fontsize=7,
-        )
-        row[0].set_xticks(list(at), ["0", *(str(s.layers) for s in test.stages)], fontsize=5)
-        for axis, kind in ((row[1], "insertion"), (row[2], "deletion")):
-            for curve in card.curves:
-                if curve.kind == kind:
-                    (line,) = axis.plot(curve.shares, curve.values, linewidth=1, label=curve.blank)
-                    axis.plot(
-                        curve.shares,
-                        curve.random,
-                        linewidth=0.8,
-                        linestyle=":",
-                        color=line.get_color(),
-                    )
-            axis.set_title(f"{kind} {card.verdicts[kind]} (dotted: random)", fontsize=7)
-            axis.legend(fontsize=5)
-        row[0].legend(fontsize=5)
-        for axis in row:
-            axis.tick_params(labelsize=5)
-    figure.supxlabel(
-        "layers shuffled, from the output down (dotted: chance)   |   share of the pixels",
-        fontsize=7,
+    panels = []
+    for card in cards:
+        values = [v for c in card.curves for v in (*c.values, *c.random)]
+        scale = alt.Scale(domain=[min(0.0, *values), max(values)] if values else [0, 1])
+        panels.append(_randomised(card))
+        panels += [_curves(card, kind, scale) for kind in ("insertion", "deletion")]
+    made = together(panels, 3, title)
+    return made.resolve_scale(color="independent", strokeDash="independent")
+
+
+def _randomised(card: MethodCard) -> Figure:
+    test = card.randomization
+    rows: list[Row] = []
+    names = {"spearman_signed": "rank, signed", "spearman": "rank, absolute", "ssim": "SSIM"}
+    stages = [0, *(s.layers for s in test.stages)]
+    for field, label in names.items():
+        own = [1.0, *(float(getattr(s, field)) for s in test.stages)]
+        for k, v in zip(stages, own, strict=True):
+            rows.append({"run": label, "kind": "maps", "layers": k, "likeness": v})
+            by_chance = float(getattr(test.chance, field))
+            rows.append({"run": label, "kind": "chance", "layers": k, "likeness": by_chance})
+    x = alt.X(
+        "layers:Q", title="layers shuffled, from the output down", axis=alt.Axis(values=stages)
     )
-    figure.suptitle(title, fontsize=8)
-    return figure
+    y = alt.Y(
+        "likeness:Q", title="correlation, or SSIM", scale=alt.Scale(domain=[-0.3, 1.05], nice=False)
+    )
+    tips = {"run:N": "measure", "kind:N": "of", "layers:Q": "layers", "likeness:Q": "likeness"}
+    said = f"randomisation {card.verdicts['randomisation']} (keeps {test.kept:.2f})"
+    return panel(
+        sized(lines(rows, x, y, tips, names.values(), dashed=True), 190), [card.method, said], 44
+    )
+
+
+def _curves(card: MethodCard, kind: str, scale: alt.Scale) -> Figure:
+    of_kind = [c for c in card.curves if c.kind == kind]
+    rows: list[Row] = [
+        {"run": c.blank, "kind": order, "share": s, "value": v}
+        for c in of_kind
+        for order, values in (("most credited first", c.values), ("random order", c.random))
+        for s, v in zip(c.shares, values, strict=True)
+    ]
+    done = "put in" if kind == "insertion" else "taken out"
+    x = alt.X("share:Q", title=f"share of the pixels {done}")
+    y = alt.Y("value:Q", title="target's value", scale=scale)
+    tips = {"run:N": "blank", "kind:N": "order", "share:Q": "share", "value:Q": "value"}
+    drawn = lines(rows, x, y, tips, [c.blank for c in of_kind], dashed=True)
+    return panel(sized(drawn, 190), [card.method, f"{kind} {card.verdicts[kind]}"], 44)

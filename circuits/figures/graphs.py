@@ -1,80 +1,58 @@
-"""Kernels, families and circuits as figures. Zero is in the middle of every diverging scale."""
+"""Circuits as figures: layers from the bottom up, edges around nodes, kernels on edges."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from jaxtyping import Bool, Float
 from PIL import Image
 
-from circuits.equivariance import Equivariance
+from circuits.figures.charts import (
+    BLUE,
+    GREY,
+    ORANGE,
+    Figure,
+    Row,
+    Shades,
+    data,
+    encoded,
+    signed,
+    titled,
+)
 from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
 from circuits.graph.layout import layered
-from circuits.weights.connections import Connection
 
-_COLORS = "RdBu_r"  # red excites, blue inhibits
-_NODE, _KERNEL, _ROW = 0.62, 0.3, 1.7
+Point = tuple[float, float]
+Places = Mapping[Node, Point]
+Edge = tuple[Node, Node, str, dict[str, Any]]
+
+_NODE, _KERNEL, _ROW = (
+    0.62,
+    0.3,
+    1.7,
+)  # sides of a node and of a kernel, and between rows; nodes of a row are 1 apart
+_LABEL = 0.2  # below a node: its name
+_CLEAR = 0.04  # between an edge and a node that it passes
+_PIXELS = 84  # a unit
+_WIDEST = 1800  # pixels
 _MOST_KERNELS = 150
+_PICTURE = 128  # pixels a side
 
-
-def kernels_figure(connections: Sequence[Connection], end: str, title: str = "") -> Figure:
-    """Kernels as small multiples with one shared colour scale, zero in the middle.
-
-    Args:
-        connections: at least one.
-        end: which unit names each kernel: `source` or `target`.
-        title: of the figure.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not connections:
-        raise ValueError("connections is empty: nothing to draw")
-    kernels = [np.atleast_2d(c.kernel.cpu().numpy()) for c in connections]
-    limit = _limit(kernels)
-    columns = min(8, len(kernels))
-    rows = -(-len(kernels) // columns)
-    figure = Figure((1.3 * columns + 0.8, 1.6 * rows + 0.5), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
-    drawn: Any = None
-    for axis, kernel, connection in zip(axes, kernels, connections, strict=False):
-        drawn = axis.imshow(kernel, cmap=_COLORS, vmin=-limit, vmax=limit)
-        axis.set_title(str(getattr(connection, end)), fontsize=7)
-    for axis in axes:
-        axis.set_axis_off()
-    figure.colorbar(drawn, ax=axes.tolist(), label="weight", shrink=0.8)
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-def family_figure(found: Equivariance, title: str = "") -> Figure:
-    """Sums of kernels between two families, both by angle: bands along the diagonal if weights turn.
-
-    Beside the numbers stand what angles given at random reach.
-    """
-    n, m = found.sums.shape
-    figure = Figure((0.22 * m + 2.4, 0.22 * n + 1.9), layout="constrained")
-    axis = figure.subplots()
-    limit = _limit([found.sums])
-    drawn = axis.imshow(found.sums, cmap=_COLORS, vmin=-limit, vmax=limit)
-    axis.set_xticks(range(m), [str(u) for u in found.sources], fontsize=6, rotation=90)
-    axis.set_yticks(range(n), [str(u) for u in found.targets], fontsize=6)
-    axis.set_xlabel("source units by angle", fontsize=8)
-    axis.set_ylabel("target units by angle", fontsize=8)
-    figure.colorbar(drawn, ax=axis, label="sum of the kernel")
-    angle = "angle between" if found.multiple == 1 else "twice the angle between"
-    figure.suptitle(
-        f"{title}\ncorrelation with cos({angle}) {found.correlation:.2f}, "
-        f"by chance 0 ± {found.correlation_null:.2f}, p {found.correlation_p:.3g}\n"
-        f"turned kernels explained {found.explained:.2f}, by chance {found.explained_null:.2f}, "
-        f"p {found.explained_p:.3g} (seed {found.seed})",
-        fontsize=8,
-    )
-    return figure
+_MEANING = {
+    "weight": ("excites", "inhibits"),
+    "expanded": ("excites", "inhibits"),
+    "attribution": ("adds to the target", "takes from the target"),
+    "effect": ("raises", "lowers"),
+}
+"""What a positive and a negative edge of a kind says."""
+_NEITHER = "sums to zero"
 
 
 def circuit_figure(
@@ -84,9 +62,9 @@ def circuit_figure(
 ) -> Figure:
     """A circuit layer by layer, what comes first at the bottom.
 
-    Nodes carry their pictures, or their names alone; edges are red where they excite and blue where they
-    inhibit on the whole, as wide as they are strong beside the strongest of their kind and layer, with
-    their kernels on them.
+    Nodes carry their pictures, or their names alone. Edges are orange where they excite and blue where they inhibit on
+    the whole (of attributions and effects the legend says what their sign means), as wide as they are strong compared
+    with the strongest of their kind and layer, with their kernels on them; they go around nodes that are in their way.
 
     Args:
         graph: the circuit.
@@ -99,68 +77,266 @@ def circuit_figure(
     if not len(graph):
         raise ValueError("circuit is empty: nothing to draw")
     places = {n: (x, _ROW * y) for n, (x, y) in layered(graph).items()}
-    xs = [x for x, _ in places.values()]
-    ys = [y for _, y in places.values()]
-    wide, high = max(xs) - min(xs) + 3.2, max(ys) - min(ys) + 1.4
-    scale = min(1.1, 20 / wide)
-    figure = Figure((max(3.0, wide * scale), max(2.5, high * scale) + 0.4), layout="constrained")
-    axis = figure.subplots()
-    axis.set_xlim(min(xs) - 2.4, max(xs) + 0.8)
-    axis.set_ylim(min(ys) - 0.7, max(ys) + 0.7)
-    axis.set_aspect("equal")
-    axis.set_axis_off()
-    for site, y in {site_of(node): y for node, (_, y) in places.items()}.items():
-        axis.text(min(xs) - 0.7, y, site, ha="right", va="center", fontsize=7, color="grey")
-    _draw_edges(axis, graph, places)
+    frame = _Frame.around(places)
+    edges = list(graph.edges(keys=True, data=True))
+    ways = {(a, b, key): _way(places, a, b) for a, b, key, _ in edges}
+    images, shades = _kernels(edges, ways)
+    layers = [
+        *_edge_layers(edges, ways, frame),
+        *_image_layers(images, frame),
+        *_node_layers(places, pictures or {}, frame),
+        _site_layer(places, frame),
+    ]
+    width, height = frame.size
+    made = alt.layer(*layers).properties(
+        width=width, height=height, view=alt.ViewBackground(stroke=None)
+    )
+    about = f"{graph.graph.get('model', '')} {graph.model_hash[:16]}".strip()
+    scale = f"kernels: white 0, red +{shades.high:.2g}, blue {shades.low:.2g}" if shades else ""
+    return titled(made, "\n".join(filter(None, (title, about, scale))))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What of the plane is drawn, and how large."""
+
+    low: Point
+    high: Point
+
+    @classmethod
+    def around(cls, places: Places) -> _Frame:
+        xs, ys = zip(*places.values(), strict=True)
+        return cls((min(xs) - 2.4, min(ys) - 0.8), (max(xs) + 0.8, max(ys) + 0.7))
+
+    @property
+    def pixels(self) -> float:
+        """A unit of the plane in pixels."""
+        return min(_PIXELS, _WIDEST / (self.high[0] - self.low[0]))
+
+    @property
+    def size(self) -> Point:
+        (x0, y0), (x1, y1) = self.low, self.high
+        return self.pixels * (x1 - x0), self.pixels * (y1 - y0)
+
+    def x(self, field: str = "x") -> alt.X:
+        domain = [self.low[0], self.high[0]]
+        return alt.X(f"{field}:Q", axis=None, scale=alt.Scale(domain=domain, nice=False))
+
+    def y(self, field: str = "y") -> alt.Y:
+        domain = [self.low[1], self.high[1]]
+        return alt.Y(f"{field}:Q", axis=None, scale=alt.Scale(domain=domain, nice=False))
+
+
+def _edge_layers(
+    edges: Sequence[Edge], ways: Mapping[tuple[Node, Node, str], list[Point]], frame: _Frame
+) -> list[alt.Chart]:
+    strongest: dict[str, float] = {}
+    for *_, key, d in edges:
+        strongest[key] = max(strongest.get(key, 0.0), d["norm"])
+    rows: list[Row] = []
+    for number, (a, b, key, d) in enumerate(edges):
+        same = {
+            "edge": number, "between": f"{a} → {b}", "layer": key, "sign": _sign(d), "kind": d["kind"],
+            "strength": float(d["norm"]), "sum": float(d["sum"]), "width": float(d["norm"]) / (strongest[key] or 1.0),
+        }  # fmt: skip
+        rows += [same | {"step": k, "x": x, "y": y} for k, (x, y) in enumerate(ways[a, b, key])]
+    if not rows:
+        return []
+    kinds = list(dict.fromkeys(d["kind"] for *_, d in edges))
+    colours = {m: c for k in kinds for m, c in zip(_MEANING[k], (ORANGE, BLUE), strict=True)}
+    if any(r["sign"] == _NEITHER for r in rows):
+        colours[_NEITHER] = GREY
+    tips = [alt.Tooltip(f"{f}:N", title=f) for f in ("between", "layer", "sign")]
+    tips += [alt.Tooltip(f"{f}:Q", format=".3g") for f in ("strength", "sum")]
+    strength = ["strength / strongest of", "its kind and layer"]
+    width = alt.StrokeWidth(
+        "width:Q",
+        scale=alt.Scale(domain=[0, 1], range=[0.5, 3.5]),
+        legend=alt.Legend(title=strength, values=[0.25, 0.5, 1], format=".2~f"),
+    )
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    drawn = alt.Chart(data(rows)).mark_line(opacity=0.6, interpolate="linear", strokeJoin="round")
+    drawn = drawn.encode(
+        frame.x(), frame.y(), detail="edge:N", order="step:Q", tooltip=tips, strokeWidth=width,
+        color=alt.Color("sign:N", title="edge", scale=scale, legend=alt.Legend(symbolOpacity=1, symbolStrokeWidth=3)),
+    )  # fmt: skip
+    if len(kinds) > 1:
+        drawn = drawn.encode(strokeDash=alt.StrokeDash("kind:N", scale=alt.Scale(domain=kinds)))
+    return [drawn]
+
+
+def _sign(edge: Mapping[str, Any]) -> str:
+    positive, negative = _MEANING[edge["kind"]]
+    return positive if edge["sum"] > 0 else negative if edge["sum"] < 0 else _NEITHER
+
+
+def _kernels(
+    edges: Sequence[Edge], ways: Mapping[tuple[Node, Node, str], list[Point]]
+) -> tuple[list[Row], Shades | None]:
+    """The strongest edges' kernels, as pictures in the middle of their edges."""
+    found = [e for e in edges if np.ndim(k := e[3].get("kernel", 0)) == 2 and np.size(k) > 1]
+    found = sorted(found, key=lambda e: -e[3]["norm"])[:_MOST_KERNELS]
+    if not found:
+        return [], None
+    kernels = [np.array(e[3]["kernel"], float) for e in found]
+    shades = signed("weight", *kernels)
+    rows: list[Row] = []
+    for number, ((a, b, key, _), kernel) in enumerate(zip(found, kernels, strict=True)):
+        at = 0.42 + 0.16 * (number % 2)  # kernels of neighbouring edges do not hide each other
+        x, y = _along(ways[a, b, key], at)
+        large = np.kron(
+            shades.painted(kernel), np.ones((8, 8, 1), np.uint8)
+        )  # smoothed by no renderer
+        rows.append({"x": x, "y": y, "url": encoded(large), "name": f"{a} → {b}", "side": _KERNEL})
+    return rows, shades
+
+
+def _along(way: Sequence[Point], share: float) -> Point:
+    """The point that a share of a line's length comes before."""
+    points = np.array(way)
+    lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    passed = np.concatenate([[0.0], lengths.cumsum()])
+    at = share * passed[-1]
+    return float(np.interp(at, passed, points[:, 0])), float(np.interp(at, passed, points[:, 1]))
+
+
+def _image_layers(rows: Sequence[Row], frame: _Frame) -> list[alt.Chart]:
+    """Pictures with a thin frame around them."""
+    if not rows:
+        return []
+    side = rows[0]["side"] * frame.pixels
+    base = alt.Chart(data(rows)).encode(frame.x(), frame.y(), tooltip="name:N")
+    return [
+        base.mark_image(width=side, height=side, smooth=False).encode(url="url:N"),
+        base.mark_point(shape="square", size=side**2, stroke=GREY, strokeWidth=0.6, filled=False),
+    ]
+
+
+def _node_layers(
+    places: Places, pictures: Mapping[Any, str | Path], frame: _Frame
+) -> list[alt.Chart]:
+    shown: list[Row] = []
+    plain: list[Row] = []
     for node, (x, y) in places.items():
-        half = _NODE / 2
-        path = (pictures or {}).get(node)
-        if path is not None:
-            image = np.asarray(Image.open(path).convert("RGB").resize((128, 128)))
-            axis.imshow(image, extent=(x - half, x + half, y - half, y + half), zorder=3)
-        else:
-            box = {"facecolor": "white", "edgecolor": "grey", "boxstyle": "round"}
-            axis.text(x, y, _label(node), ha="center", va="center", fontsize=6, zorder=4, bbox=box)
+        row = {"x": x, "y": y, "name": str(node), "side": _NODE, "label": _label(node)}
+        path = pictures.get(node)
+        if path is None:
+            plain.append(row)
             continue
-        axis.text(x, y - half - 0.03, _label(node), ha="center", va="top", fontsize=6, zorder=4)
-    about = graph.graph
-    made = f"{about.get('model', '')} {graph.model_hash[:16]}".strip()
-    figure.suptitle("\n".join(filter(None, (title, made))), fontsize=8)
-    return figure
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((_PICTURE, _PICTURE))
+        shown.append(row | {"url": encoded(small)})
+    layers = _image_layers(shown, frame)
+    text = {"fontSize": 9, "limit": frame.pixels, "lineBreak": "\n"}
+    if shown:
+        below = alt.Chart(data(shown)).mark_text(
+            baseline="top", dy=frame.pixels * _NODE / 2 + 2, color=GREY, **text
+        )
+        layers.append(below.encode(frame.x(), frame.y(), text="label:N"))
+    if plain:
+        base = alt.Chart(data(plain)).encode(frame.x(), frame.y(), tooltip="name:N")
+        side = (_NODE * frame.pixels) ** 2
+        layers += [
+            base.mark_point(
+                shape="square", size=side, filled=True, fill="white", stroke=GREY, strokeWidth=1, opacity=1
+            ),
+            base.mark_text(color="black", **text).encode(text="label:N"),
+        ]  # fmt: skip
+    return layers
 
 
 def _label(node: Node) -> str:
-    """A node's name without its site, which stands beside the row."""
+    """A node's name without its site, which is written at the left of the row."""
     if isinstance(node, UnitGroup):
         return f"{node.name}\n({len(node.units)} units)"
     return str(node).removeprefix(site_of(node))
 
 
-def _draw_edges(axis: Any, graph: CircuitGraph, places: Mapping[Node, tuple[float, float]]) -> None:
-    edges = list(graph.edges(keys=True, data=True))
-    strongest: dict[str, float] = {}
-    for *_, key, data in edges:
-        strongest[key] = max(strongest.get(key, 0.0), data["norm"])
-    with_kernel = [e for e in edges if np.ndim(k := e[3].get("kernel", 0)) == 2 and np.size(k) > 1]
-    with_kernel = sorted(with_kernel, key=lambda e: -e[3]["norm"])[:_MOST_KERNELS]
-    limit = _limit([np.array(e[3]["kernel"]) for e in with_kernel])
-    scale = Normalize(-limit, limit)
-    for a, b, key, data in edges:
-        (x0, y0), (x1, y1) = places[a], places[b]
-        color = "#b2182b" if data["sum"] > 0 else "#2166ac"
-        width = 0.4 + 2.6 * data["norm"] / (strongest[key] or 1.0)
-        axis.plot([x0, x1], [y0, y1], color=color, linewidth=width, alpha=0.55, zorder=1)
-    for number, (a, b, _, data) in enumerate(with_kernel):
-        (x0, y0), (x1, y1) = places[a], places[b]
-        at = 0.42 + 0.16 * (number % 2)  # kernels of neighbouring edges do not hide each other
-        x, y, half = x0 + at * (x1 - x0), y0 + at * (y1 - y0), _KERNEL / 2
-        box = (x - half, x + half, y - half, y + half)
-        axis.imshow(np.array(data["kernel"]), cmap=_COLORS, norm=scale, extent=box, zorder=2)
-        axis.plot(
-            [box[0], box[1], box[1], box[0], box[0]], [box[2], box[2], box[3], box[3], box[2]],
-            color="grey", linewidth=0.4, zorder=2.5,
-        )  # fmt: skip
+def _site_layer(places: Places, frame: _Frame) -> alt.Chart:
+    """The names of sites at the left of their rows."""
+    rows: dict[str, list[float]] = {}
+    for node, (_, y) in places.items():
+        rows.setdefault(site_of(node), []).append(y)
+    left = min(x for x, _ in places.values()) - 0.7
+    found = [{"x": left, "y": float(np.mean(ys)), "site": site} for site, ys in rows.items()]
+    text = alt.Chart(data(found)).mark_text(
+        align="right", fontSize=10, color=GREY, limit=1.6 * frame.pixels
+    )
+    return text.encode(frame.x(), frame.y(), text="site:N", tooltip="site:N")
 
 
-def _limit(arrays: Sequence[np.ndarray]) -> float:
-    return max((float(np.abs(a).max()) for a in arrays if a.size), default=0.0) or 1.0
+# --- the way of an edge --------------------------------------------------------------------------
+
+
+def _way(places: Places, a: Node, b: Node) -> list[Point]:
+    """The shortest way from node to node that goes through no other node.
+
+    A straight line where nothing is in its way. Otherwise the shortest path over the corners of what is: corners of
+    nodes that the path found so far runs into are added until it runs into none. Where nodes lie on each other, which
+    only a person who moves them can bring about, there may be no such way, and the line is straight.
+    """
+    start, end = places[a], places[b]
+    boxes = np.array([_box(p) for n, p in places.items() if n not in (a, b)]).reshape(-1, 4)
+    known = np.zeros(len(boxes), bool)
+    way = [start, end]
+    while True:
+        hit = np.zeros(len(boxes), bool)
+        for p, q in pairwise(way):
+            hit |= _hits(boxes, p, q)
+        if not (hit & ~known).any():
+            return way if not hit.any() else [start, end]
+        known |= hit
+        found = _shortest(start, end, boxes[known])
+        if found is None:
+            return [start, end]
+        way = found
+
+
+def _box(place: Point) -> tuple[float, float, float, float]:
+    """What a node covers, with its name below it: left, bottom, right, top."""
+    (x, y), half = place, _NODE / 2
+    return x - half, y - half - _LABEL, x + half, y + half
+
+
+def _hits(boxes: Float[np.ndarray, "box 4"], p: Point, q: Point) -> Bool[np.ndarray, " box"]:
+    """Which boxes a line from p to q runs through (clipping by Liang and Barsky)."""
+    enter, leave = np.zeros(len(boxes)), np.ones(len(boxes))
+    for axis in (0, 1):
+        step = q[axis] - p[axis]
+        near, far = boxes[:, axis] - p[axis], boxes[:, axis + 2] - p[axis]
+        if step == 0:
+            outside = (near >= 0) | (far <= 0)
+            leave = np.where(outside, -1.0, leave)
+            continue
+        one, other = near / step, far / step
+        enter = np.maximum(enter, np.minimum(one, other))
+        leave = np.minimum(leave, np.maximum(one, other))
+    return enter < leave - 1e-9
+
+
+def _shortest(start: Point, end: Point, boxes: Float[np.ndarray, "box 4"]) -> list[Point] | None:
+    """The shortest way around some boxes, by way of points just outside their corners (Dijkstra)."""
+    outer = boxes + np.array([-_CLEAR, -_CLEAR, _CLEAR, _CLEAR])
+    corners = [(b[i], b[j]) for b in outer.tolist() for i in (0, 2) for j in (1, 3)]
+    points = [start, end, *corners]
+    best, before = {0: 0.0}, {0: 0}
+    queue = [(0.0, 0)]
+    while queue:
+        length, here = heapq.heappop(queue)
+        if here == 1:
+            break
+        if length > best[here]:
+            continue
+        for other, point in enumerate(points):
+            reached = length + float(
+                np.hypot(point[0] - points[here][0], point[1] - points[here][1])
+            )
+            if reached < best.get(other, np.inf) and not _hits(boxes, points[here], point).any():
+                best[other], before[other] = reached, here
+                heapq.heappush(queue, (reached, other))
+    if 1 not in before:
+        return None
+    way = [1]
+    while way[-1] != 0:
+        way.append(before[way[-1]])
+    return [points[i] for i in reversed(way)]

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+import altair as alt
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
+from circuits.figures.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    Figure,
+    Row,
+    Shades,
+    cells,
+    data,
+    named_ticks,
+    panel,
+    printed,
+    rising,
+    run_color,
+    short,
+    signed,
+    titled,
+    together,
+    with_unit,
+    zero_line,
+)
 from circuits.localization import (
     HeadEffects,
     HeadScores,
@@ -22,9 +42,9 @@ from circuits.localization import (
 )
 from circuits.localization.grids import Quantity
 
-_OWN, _NULL, _WHOLE = "#b2182b", "#969696", "#2166ac"
-_MOST_TICKS = 40
-_SQUARE = 0.28  # inches a cell
+_ROWS = {
+    "head": ("site", "head"), "head_position": ("head", "position"), "unit": ("site", "unit"), "path": ("from", "into"),
+}  # fmt: skip
 
 
 def patch_grid_figure(
@@ -38,229 +58,192 @@ def patch_grid_figure(
         null: also what another pair's run does, as a share.
         title: above it.
     """
-    panels = [(f"{way}\n{_word(grid, what)}", grid.matrix(what, way)) for way in grid.sides]
+    panels = {way: grid.matrix(what, way) for way in grid.sides}
     if null and what == "normalised":
-        panels += [
-            (f"{way}\ncontrol: another pair", grid.matrix("null", way))
+        panels |= {
+            f"{way}, control: another pair": grid.matrix("null", way)
             for way, side in grid.sides.items()
             if len(side.random)
-        ]
-    shown = np.concatenate([m.ravel() for _, m in panels])
-    limit = float(np.nanmax(np.abs(shown))) if np.isfinite(shown).any() else 1.0
-    figure, axes = _panels(len(panels), (len(grid.rows), len(grid.columns)))
-    for axis, (name, matrix) in zip(axes, panels, strict=True):
-        _heat(axis, matrix, grid.rows, grid.columns, "RdBu_r", -limit, limit)
-        axis.set_title(name, fontsize=7)
-    _scale(figure, axes)
-    figure.suptitle(title or f"{grid.metric.name} of {grid.record.measured_on}", fontsize=8)
-    return figure
-
-
-def _word(grid: PatchGrid, what: Quantity) -> str:
-    if what == "normalised":
-        return "share of the way"
-    unit = f" ({grid.metric.unit})" if grid.metric.unit else ""
-    return f"change of {grid.metric.name}{unit}"
+        }
+    unit = with_unit(f"change of {grid.metric.name}", grid.metric.unit)
+    shades = signed("share of the way" if what == "normalised" else unit, *panels.values())
+    y, x = _ROWS.get(grid.by, ("site", "position"))
+    drawn = [
+        panel(_grid(matrix, shades, grid.rows, grid.columns, y, x), name, 40)
+        for name, matrix in panels.items()
+    ]
+    return _compared(drawn, title or f"{grid.metric.name} of {grid.record.measured_on}")
 
 
 def readout_figure(readouts: Readouts, title: str = "") -> Figure:
     """Accuracy on held-out examples by site and position, next to random directions and the control task."""
-    two = any(r.random for r in readouts.readouts)
-    parts = ["accuracy", *(["random"] if two else []), "control"]
     names = {
         "accuracy": "held-out accuracy", "random": "random directions (mean)", "control": "control task (mean)",
     }  # fmt: skip
-    figure, axes = _panels(len(parts), (len(readouts.rows), len(readouts.columns)))
-    for axis, part in zip(axes, parts, strict=True):
+    if not any(r.random for r in readouts.readouts):
+        names.pop("random")
+    shades = rising("accuracy, share of examples")
+    drawn = []
+    for part, name in names.items():
         matrix = readouts.matrix(part)  # type: ignore[arg-type]
-        _heat(axis, matrix, readouts.rows, readouts.columns, "viridis", 0.0, 1.0)
-        axis.set_title(names[part], fontsize=7)
-    _scale(figure, axes)
+        drawn.append(
+            panel(_grid(matrix, shades, readouts.rows, readouts.columns, "site", "position"), name)
+        )
     method = {"mean_difference": "mean differences", "logistic": "logistic probes"}[readouts.method]
-    figure.suptitle(
-        title or f"{readouts.labels} by {method}: {readouts.record.measured_on}", fontsize=8
-    )
-    return figure
+    said = f"{readouts.labels} by {method}: {readouts.record.measured_on}"
+    return _compared(drawn, title or said)
 
 
 def lens_figure(lens: Lens, title: str = "") -> Figure:
     """A task's metric at each depth with its interval, next to that with another example's stream."""
-    depths = lens.depths
-    figure = Figure((0.45 * len(depths) + 2.0, 2.8), layout="constrained")
-    axis, at = figure.subplots(), np.arange(len(depths))
-    values = np.array([d.value for d in depths])
-    error = np.abs(np.array([[d.low, d.high] for d in depths]).T - values)
-    axis.errorbar(
-        at,
-        values,
-        yerr=np.nan_to_num(error),
-        fmt="o-",
-        color=_OWN,
-        markersize=3,
-        capsize=2,
-        label="own",
+    names = ("this example's stream", "another example's stream", "whole model")
+    whole = float(lens.intact.mean())
+    rows: list[Row] = []
+    for i, d in enumerate(lens.depths):
+        rows.append({"place": i, "run": names[0], "value": d.value, "low": d.low, "high": d.high})
+        rows += [
+            {"place": i, "run": n, "value": v} for n, v in ((names[1], d.null), (names[2], whole))
+        ]
+    sites = [short(d.site) for d in lens.depths]
+    size = max(26.0, 300 / len(sites))
+    x = alt.X("place:O", title="stream after", axis=named_ticks(sites, size, True))
+    y = alt.Y("value:Q", title=with_unit(lens.metric.name, lens.metric.unit))
+    color = run_color(names, (ORANGE, GREY, BLUE), of_lines=True)
+    tips = [alt.Tooltip("run:N"), alt.Tooltip("value:Q", format=".3g")]
+    line = alt.Chart(data(rows)).encode(x, y, color=color)
+    patterns = alt.Scale(domain=list(names), range=[[1, 0], [3, 3], [6, 2]])
+    dash = alt.StrokeDash("run:N", title=None, scale=patterns)
+    ends = alt.Chart(data([r for r in rows if "low" in r])).mark_rule(color=ORANGE)
+    made = alt.layer(
+        ends.encode(x, alt.Y("low:Q"), y2="high:Q"),
+        line.mark_line().encode(strokeDash=dash),
+        line.mark_point(filled=True, size=25).encode(tooltip=tips),
     )
-    axis.plot(at, [d.null for d in depths], ":", color=_NULL, label="another example's stream")
-    axis.axhline(float(lens.intact.mean()), color=_WHOLE, linewidth=0.8, label="whole model")
-    axis.set_xticks(at, [short(d.site) for d in depths], rotation=60, fontsize=6)
-    axis.tick_params(axis="y", labelsize=6)
-    axis.set_ylabel(
-        lens.metric.name + (f" ({lens.metric.unit})" if lens.metric.unit else ""), fontsize=7
-    )
-    axis.legend(fontsize=6, frameon=False)
+    made = made.properties(width=size * len(sites), height=200)
     held = "" if lens.norm == "own" else ", final normalisation held"
-    figure.suptitle(title or f"logit lens{held}: {lens.record.measured_on}", fontsize=8)
-    return figure
+    return titled(made, title or f"logit lens{held}: {lens.record.measured_on}")
 
 
 def lens_tokens_figure(lens: LensTokens, title: str = "") -> Figure:
     """The first choice at each depth and position of a text; darker where it is more probable."""
-    rows, columns = lens.probability.shape
-    figure = Figure((0.62 * columns + 1.6, 0.26 * rows + 1.2), layout="constrained")
-    axis = figure.subplots()
-    _heat(axis, lens.probability, lens.sites, [printed(t) for t in lens.tokens], "Blues", 0.0, 1.0)
-    for row in range(rows):
-        for column in range(columns):
-            dark = lens.probability[row, column] > 0.6
-            axis.text(
-                column, row, printed(lens.words[row][column]), ha="center", va="center", fontsize=5,
-                color="white" if dark else "black",
-            )  # fmt: skip
-    axis.set_title(title or "most probable next token at each depth", fontsize=8)
-    return figure
+    shades = rising("probability of the first choice")
+    tokens = [printed(t) for t in lens.tokens]
+    grid = cells(
+        lens.probability.astype(float), shades, rows=[short(s) for s in lens.sites], columns=tokens,
+        y="stream after", x="token", size=(58, 20),
+    )  # fmt: skip
+    rows = [
+        {"i": i, "j": j, "word": printed(word), "probability": float(lens.probability[i, j])}
+        for i, row in enumerate(lens.words)
+        for j, word in enumerate(row)
+    ]
+    words = alt.Chart(data(rows)).mark_text(fontSize=9, limit=56)
+    light = (
+        alt.when("datum.probability > 0.5").then(alt.value("white")).otherwise(alt.value("#222"))
+    )
+    made = alt.layer(grid, words.encode(x="j:O", y="i:O", text="word:N", color=light))
+    return titled(made, title or "most probable next token at each depth")
 
 
 def heads_figure(scores: HeadScores, title: str = "") -> Figure:
     """Scores by layer and head for each kind; heads that attend there more than by chance are framed."""
     layers = tuple(dict.fromkeys(u.site for u in scores.heads))
     heads = tuple(str(i) for i in range(1 + max(u.index for u in scores.heads)))
-    figure, axes = _panels(len(scores.kinds), (len(layers), len(heads)))
-    for axis, kind in zip(axes, scores.kinds, strict=True):
-        _heat(axis, scores.matrix(kind), layers, heads, "viridis", 0.0, 1.0)
-        for score in scores.of(kind):
-            if score.is_one:
-                at = (score.head.index - 0.5, layers.index(score.head.site) - 0.5)
-                axis.add_patch(_frame(at))
-        axis.set_title(kind.replace("_", " "), fontsize=7)
-    _scale(figure, axes)
-    figure.suptitle(
-        title or f"heads of {scores.record.model}: {scores.scores.shape[2]} texts, seed {scores.record.seed} "
-        "(framed: above chance, p < 0.05 corrected)",
-        fontsize=8,
-    )  # fmt: skip
-    return figure
+    drawn = []
+    for kind in scores.kinds:
+        grid = _grid(
+            scores.matrix(kind), rising("share of attention"), layers, heads, "layer", "head"
+        )
+        found = [
+            {"i": layers.index(s.head.site), "j": s.head.index} for s in scores.of(kind) if s.is_one
+        ]
+        frames = alt.Chart(data(found)).mark_rect(filled=False, stroke=ORANGE, strokeWidth=2)
+        layered = alt.layer(grid, frames.encode(x="j:O", y="i:O")) if found else grid
+        drawn.append(panel(layered, kind.replace("_", " ")))
+    said = (
+        f"heads of {scores.record.model}: {scores.scores.shape[2]} texts, seed {scores.record.seed} "
+        "(framed: above chance, p < 0.05 corrected)"
+    )
+    return _compared(drawn, title or said)
 
 
 def head_effects_figure(found: HeadEffects, title: str = "") -> Figure:
     """Total, direct and indirect effect and self-repair of each head with 95 % intervals, next to another pair's."""
     effects = found.effects()
     parts = ("total", "direct", "indirect", "self_repair")
-    figure = Figure((max(3.6, 0.45 * len(effects) + 1.5), 3.0), layout="constrained")
-    axis = figure.subplots()
-    places = np.arange(len(effects))
-    for k, (part, colour) in enumerate(
-        zip(parts, (_OWN, _WHOLE, "#92c5de", "#f4a582"), strict=True)
-    ):
-        each = [getattr(e, part) for e in effects]
-        value = np.array([p.value for p in each])
-        ends = np.array([[p.value - p.low, p.high - p.value] for p in each]).T
-        axis.errorbar(
-            places + 0.16 * (k - 1.5), value, yerr=np.nan_to_num(np.abs(ends)), fmt="o", markersize=3, capsize=2,
-            color=colour, label=part.replace("_", "-"),
-        )  # fmt: skip
-    axis.scatter(
-        places, [e.null for e in effects], marker="_", color=_NULL, label="another pair's total"
-    )
-    axis.axhline(0, color="black", linewidth=0.5)
-    axis.set_xticks(
-        places, [e.head for e in effects], fontsize=6, rotation=90 if len(effects) > 12 else 0
-    )
-    axis.tick_params(axis="y", labelsize=6)
-    unit = f" ({found.grid.metric.unit})" if found.grid.metric.unit else ""
-    axis.set_ylabel(f"change of {found.grid.metric.name}{unit}", fontsize=7)
-    axis.legend(fontsize=6)
+    rows: list[Row] = []
+    for e in effects:
+        for part in parts:
+            p = getattr(e, part)
+            rows.append(
+                {
+                    "head": e.head,
+                    "run": part.replace("_", "-"),
+                    "change": p.value,
+                    "low": p.low,
+                    "high": p.high,
+                }
+            )
+        rows.append({"head": e.head, "run": _OTHER_PAIR, "change": e.null})
+    names = [*(part.replace("_", "-") for part in parts), _OTHER_PAIR]
+    metric = found.grid.metric
+    x = alt.X("head:N", title="head", sort=None, axis=alt.Axis(labelAngle=0))
+    y = alt.Y("change:Q", title=with_unit(f"change of {metric.name}", metric.unit))
+    base = alt.Chart(data(rows)).encode(
+        x, y, xOffset=alt.XOffset("run:N", sort=names), color=run_color(names, (ORANGE, BLUE, GREEN, PINK, GREY)),
+        tooltip=[alt.Tooltip("head:N"), alt.Tooltip("run:N", title="effect"), *_interval()],
+    )  # fmt: skip
+    ends = base.mark_rule().encode(alt.Y("low:Q"), y2="high:Q")
+    made = alt.layer(zero_line(), ends, base.mark_point(filled=True, size=36, opacity=1))
     way = next(iter(found.grid.sides))
-    figure.suptitle(title or f"{way}: {found.grid.record.measured_on}", fontsize=8)
-    return figure
+    made = made.properties(width=alt.Step(11), height=200)
+    return titled(made, title or f"{way}: {found.grid.record.measured_on}")
+
+
+_OTHER_PAIR = "another pair's total"
+
+
+def _interval() -> list[alt.Tooltip]:
+    return [alt.Tooltip(f"{field}:Q", format=".3g") for field in ("change", "low", "high")]
 
 
 def sufficiency_figure(found: Sufficiency, title: str = "") -> Figure:
     """How far the kept units come from nothing (0) to the whole model (1), next to random sets."""
-    figure = Figure((3.6, 2.8), layout="constrained")
-    axis = figure.subplots()
-    error = [[found.faithfulness - found.low], [found.high - found.faithfulness]]
-    axis.errorbar(
-        [0], [found.faithfulness], yerr=np.nan_to_num(np.abs(error)), fmt="o", color=_OWN, capsize=3
+    names = ("kept", "random sets")
+    own = [{"run": names[0], "value": found.faithfulness, "low": found.low, "high": found.high}]
+    null = [{"run": names[1], "value": v} for v in found.null]
+    x = alt.X(
+        "run:N",
+        title="units kept",
+        scale=alt.Scale(domain=list(names)),
+        axis=alt.Axis(labelAngle=0),
     )
-    spread = np.linspace(-0.15, 0.15, max(1, len(found.null)))
-    axis.scatter(1 + spread[: len(found.null)], found.null, s=9, color=_NULL)
-    for level in (0, 1):
-        axis.axhline(level, color="black", linewidth=0.5)
-    axis.set_xticks([0, 1], ["kept", "random sets"], fontsize=7)
-    axis.set_xlim(-0.6, 1.6)
-    axis.tick_params(axis="y", labelsize=6)
-    axis.set_ylabel(f"faithfulness ({found.metric})", fontsize=7)
-    figure.suptitle(title or f"{found.record.measured_on}, p {found.p_value:.2g}", fontsize=8)
-    return figure
+    y = alt.Y("value:Q", title=[f"faithfulness ({found.metric}):", "0 nothing kept, 1 whole model"])
+    tip = alt.Tooltip("value:Q", title="faithfulness", format=".3g")
+    levels = alt.Chart(alt.Data(values=[{"value": 0}, {"value": 1}])).mark_rule(color=GREY)
+    layers = [
+        levels.encode(y),
+        alt.Chart(data(own)).mark_rule(color=ORANGE).encode(x, alt.Y("low:Q"), y2="high:Q"),
+        alt.Chart(data(own)).mark_point(color=ORANGE, filled=True, size=70, opacity=1).encode(x, y, tooltip=tip),
+        alt.Chart(data(null)).mark_point(color=GREY).encode(x, y, tooltip=tip),
+    ]  # fmt: skip
+    made = alt.layer(*layers).properties(width=200, height=220)
+    return titled(made, title or f"{found.record.measured_on}, p {found.p_value:.2g}", 60)
 
 
-# --- parts ---------------------------------------------------------------------------------------
-
-
-def short(site: str) -> str:
-    """A hook point's name without what all of them have.
-
-    >>> short("blocks.3.attn.hook_z:1"), short("blocks.0.hook_resid_pre"), short("mixed3b")
-    ('3 z:1', '0 resid_pre', 'mixed3b')
-    """
-    return re.sub(r"^blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_", r"\1 ", site)
-
-
-def printed(token: str) -> str:
-    """A token as it can be seen: blanks and line ends are marked, and `$` starts no formula.
-
-    >>> printed(" a\\n")
-    '·a↵'
-    """
-    made = token.replace(" ", "·").replace("\n", "↵").replace("$", r"\$")
-    return made if len(made) <= 12 else f"{made[:11]}…"
-
-
-def _panels(n: int, shape: tuple[int, int]) -> tuple[Figure, Sequence[Axes]]:
-    rows, columns = shape
-    width, height = max(1.6, _SQUARE * columns + 0.9), max(1.2, _SQUARE * rows + 0.9)
-    figure = Figure((min(16.0, n * width + 0.8), min(20.0, height + 0.5)), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, n, squeeze=False)).ravel())
-
-
-def _scale(figure: Figure, axes: Sequence[Axes]) -> None:
-    """The colour scale that all panels share."""
-    figure.colorbar(axes[0].images[0], ax=list(axes), shrink=0.7).ax.tick_params(labelsize=6)
-
-
-def _heat(
-    axis: Axes,
+def _grid(
     matrix: Float[np.ndarray, "row column"],
+    shades: Shades,
     rows: Sequence[str],
     columns: Sequence[str],
-    colours: str,
-    low: float,
-    high: float,
-) -> None:
-    """A matrix as colours with its rows and columns named; what is not there stays grey."""
-    axis.set_facecolor("#dddddd")
-    axis.imshow(matrix, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    for names, ticks in ((rows, axis.set_yticks), (columns, axis.set_xticks)):
-        step = -(-len(names) // _MOST_TICKS)
-        at = range(0, len(names), step)
-        labels = [short(names[i]).replace("$", r"\$").replace("\n", "↵") for i in at]
-        ticks(
-            list(at),
-            labels,
-            fontsize=5,
-            rotation=90 if names is columns and max(map(len, labels)) > 2 else 0,
-        )
+    y: str,
+    x: str,
+) -> Figure:
+    """A matrix by hook point; token names are printed as they can be seen."""
+    names = [short(c).replace("\n", "↵") for c in columns]
+    return cells(matrix, shades, rows=[short(r) for r in rows], columns=names, y=y, x=x)
 
 
-def _frame(at: tuple[float, float]) -> Rectangle:
-    return Rectangle(at, 1, 1, fill=False, edgecolor=_OWN, linewidth=1.2)
+def _compared(panels: Sequence[Figure], title: str) -> Figure:
+    """Panels that share a colour scale, in one row."""
+    return together(panels, len(panels), title)

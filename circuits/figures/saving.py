@@ -1,13 +1,26 @@
-"""Writing figures."""
+"""Writing figures as PNG and SVG."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any, Literal
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
+from circuits.figures.charts import Figure
 from circuits.files import replacing
+
+Format = Literal["png", "svg"]
+
+_PRINT = {
+    "background": "white",
+    "padding": 8,
+    "axis": {"labelFontSize": 9, "titleFontSize": 10, "titleFontWeight": "normal"},
+    "legend": {"labelFontSize": 9, "titleFontSize": 9, "titleFontWeight": "normal"},
+    "view": {"continuousWidth": 420, "continuousHeight": 220},
+}
+"""How figures look on paper; the app has its own theme."""
+
+_DOTS = 150  # an inch
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -18,9 +31,21 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """
     path = Path(path)
     check_figure_path(path)
-    # kernels and pictures stay images of their own in an SVG
-    with replacing(path) as temporary, rc_context({"image.composite_image": False}):
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight")
+    kind: Any = path.suffix[1:].lower()
+    with replacing(path) as temporary:
+        temporary.write_bytes(figure_bytes(figure, kind))
+
+
+def figure_bytes(figure: Figure, kind: Format) -> bytes:
+    """What a file of the figure holds."""
+    printed = figure.configure(**_PRINT)  # a copy
+    if kind == "png":
+        held = io.BytesIO()
+        printed.save(held, format="png", ppi=_DOTS)
+        return held.getvalue()
+    text = io.StringIO()
+    printed.save(text, format="svg")
+    return text.getvalue().encode()
 
 
 def check_figure_path(path: Path) -> None:

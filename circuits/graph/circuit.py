@@ -53,6 +53,9 @@ class UnitGroup:
         return f"{{{self.name}}}{self.units[0].site}:{indices}"
 
 
+ORDER = "order"
+"""The attribute of a circuit that says in which order the model has its sites; edges alone may not say it."""
+
 Node = Unit | UnitAt | UnitGroup
 """What a circuit's nodes are."""
 
@@ -78,6 +81,15 @@ def parse_node(text: str) -> Node:
     if at := _AT.fullmatch(text):
         return UnitAt(Unit.parse(at["unit"]), int(at["position"]))
     return Unit.parse(text)
+
+
+def _natural(site: str) -> list[tuple[str, int]]:
+    """For sorting: numbers in names count as numbers.
+
+    >>> sorted(["blocks.10", "blocks.2"], key=_natural)
+    ['blocks.2', 'blocks.10']
+    """
+    return [(name, int(part or -1)) for name, part in re.findall(r"(\D*)(\d*)", site)]
 
 
 def site_of(node: Node) -> str:
@@ -124,14 +136,17 @@ class CircuitGraph(nx.MultiDiGraph):
         return str(self.graph.get("model_hash", ""))
 
     def sites(self) -> list[str]:
-        """The sites of its nodes, sources before targets where the edges say so."""
+        """The sites of its nodes in the model's order, or sources before targets where the circuit does not say it."""
+        here = {site_of(node) for node in self}
+        if set(known := self.graph.get(ORDER, ())) >= here:
+            return [site for site in known if site in here]
         order = nx.DiGraph()
         order.add_nodes_from(site_of(node) for node in self)
         order.add_edges_from(
             (site_of(a), site_of(b)) for a, b in self.edges() if site_of(a) != site_of(b)
         )
         if nx.is_directed_acyclic_graph(order):
-            return list(nx.lexicographical_topological_sort(order))
+            return list(nx.lexicographical_topological_sort(order, key=_natural))
         return list(order)
 
     def same_as(self, other: nx.MultiDiGraph) -> bool:

@@ -7,9 +7,6 @@ import math
 from circuits.graph.circuit import CircuitGraph, Node, site_of
 
 _WITHIN = 0.55  # from one row of a site to the next of the same site
-ORDER = "order"
-"""The attribute of a circuit that says in which order its sites stand, where its edges alone do not."""
-
 PLACE = "place"
 """The attribute of a node that a person has moved: its x and y."""
 
@@ -24,10 +21,7 @@ def layered(graph: CircuitGraph) -> dict[Node, tuple[float, float]]:
     """
     places: dict[Node, tuple[float, float]] = {}
     level, widest = 0.0, max(12, math.ceil(math.sqrt(3 * len(graph))))
-    sites = graph.sites()
-    if set(known := graph.graph.get(ORDER, ())) >= set(sites):
-        sites = [site for site in known if site in sites]
-    for site in sites:
+    for site in graph.sites():
         row = [node for node in graph if site_of(node) == site]
         below = {node: _mean_x(graph, node, places) for node in row}
         rows = -(-len(row) // widest)

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from circuits.graph.blocks import FORMAT, BlockInfo, writing
-from circuits.graph.circuit import KINDS, CircuitGraph
+from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
 from circuits.units import Unit, unknown
 
@@ -206,7 +206,8 @@ class GraphStore:
         return unit
 
     def _new(self, how: dict[str, Any]) -> CircuitGraph:
-        return CircuitGraph(model=self.model, model_hash=self.model_hash, made=how)
+        known = {"model": self.model, "model_hash": self.model_hash, ORDER: list(self.sites)}
+        return CircuitGraph(**known, made=how)
 
     def neighbourhood(
         self,

@@ -1,0 +1,40 @@
+"""Showing figures: the one place where a figure of the library becomes a part of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from circuits.figures import Figure
+
+_STYLE = "<style>.stVegaLiteChart {max-width: 100%; overflow-x: auto}</style>"
+"""A figure that is wider than the page can be scrolled, and the page stays as wide as it is."""
+
+
+def show(figure: Figure, key: str) -> None:
+    """Show a figure in the colours and fonts of the person's theme, as wide as there is room unless it has a width.
+
+    Args:
+        figure: what to show.
+        key: names the container around it, also for CSS (`st-key-…`).
+    """
+    # what the library builds is checked by its tests; checking it again takes longer than building it
+    spec = figure.to_dict(validate=False)
+    spec.pop("config", None)  # Altair's own theme: the page has one
+    fixed = _has_width(spec)
+    if fixed:
+        spec["autosize"] = {
+            "type": "pad"
+        }  # widths are those of the panels, without axes and legends
+    with st.container(key=key):
+        st.html(_STYLE)
+        st.vega_lite_chart(spec, width="content" if fixed else "stretch", key=f"{key}-chart")
+
+
+def _has_width(spec: Mapping[str, Any]) -> bool:
+    """Whether a figure says how wide it is: by a number, or by panels next to each other."""
+    if "width" in spec or "concat" in spec or "hconcat" in spec:
+        return True
+    return any(_has_width(part) for part in spec.get("vconcat", ()))
