@@ -61,10 +61,10 @@ _TABLE = {
         ("attention", "texts", "Show where heads attend in a text, raw and weighted by the length of the values."),
     ),
     "Find what carries a behaviour": (
-        ("ablate", "attributing", "Ablate units and show what changes, compared with random units that are as active."),
+        ("ablate", "ablating", "Ablate units and show what changes, compared with random units that are as active."),
         ("attribute", "attributing", "Show which units of a site are responsible for a decision or for another unit's activation."),
-        ("saliency", "attributing", "Show which pixels are responsible for a decision or for a unit's activation."),
-        ("sanity", "attributing", "Test whether attribution methods depend on what this model has learned: a card for each."),
+        ("saliency", "saliency", "Show which pixels are responsible for a decision or for a unit's activation."),
+        ("sanity", "saliency", "Test whether attribution methods depend on what this model has learned: a card for each."),
         ("patch", "patching", "Patch sites, heads or positions from the other run of each pair: which of them carry a task?"),
         ("paths", "patching", "Patch direct paths of a transformer from the other run of each pair: what reads what for a task?"),
         ("keep", "patching", "Keep only some units, replace everything else, and show how much of a task is left."),

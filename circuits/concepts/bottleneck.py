@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from circuits.experiments.twins import N_RANDOM, Draw
 from circuits.files import finite
 from circuits.means import Activity
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tables import Table
 from circuits.tasks.metrics import accuracy
 from circuits.units import Unit, Units
 
@@ -67,6 +68,22 @@ class Explanation:
     bias: float
     shares: tuple[Share, ...]
     left: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "class": self.label, "logit": self.logit, "bias": self.bias, "left": self.left,
+            "shares": [
+                {"unit": str(s.unit), "activation": s.activation, "weight": s.weight, "adds": s.contribution}
+                for s in self.shares
+            ],
+        }  # fmt: skip
+
+    def tables(self) -> Iterator[Table]:
+        """What each unit adds to the logit."""
+        rows = [(s.unit, s.activation, s.weight, s.contribution) for s in self.shares]
+        title = f"{self.label}: logit {self.logit:.3f} = bias {self.bias:.3f} + latents"
+        yield Table(("latent", "activation", "weight", "adds"), rows, title)
 
 
 @dataclass(frozen=True)
@@ -328,6 +345,19 @@ class InterventionReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
         return finite(asdict(self))
+
+    def tables(self) -> Iterator[Table | str]:
+        """The accuracy before and after, by class, and which decisions changed."""
+        e = self.effect
+        null = "; {:+.4f} to {:+.4f} for {}".format(*e.null_range, e.null_is) if e.null else ""
+        yield (
+            f"switched: {100 * e.intact:.1f} -> {100 * e.changed:.1f} % right, {e.change:+.4f} "
+            f"({e.low:+.4f} to {e.high:+.4f}){null}"
+        )
+        rows = [(c.name, c.n, c.intact, c.changed) for c in self.classes]
+        yield Table(("class", "examples", "right before", "after"), rows)
+        flips = sorted(self.flips.items(), key=lambda flip: -flip[1])
+        yield Table(("decisions", "changed"), flips[:10])
 
 
 def intervene(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from circuits.autoencoders import Autoencoder
+from circuits.tables import Table
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,17 @@ class Stability:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
+
+    def tables(self) -> Iterator[Table]:
+        """How alike the directions of each pair are."""
+        rows = [(pair, m.mcc, m.random, m.shared, m.close) for pair, m in self.matchings.items()]
+        share = f"{100 * self.in_all:.1f} %"
+        note = f"in all: {share} of the first one's directions have a partner in every other"
+        yield Table(
+            ("pair", "mean cosine", "of random ones", "shared (0.7)", "close (0.9)"),
+            rows,
+            note=note,
+        )
 
 
 def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
