@@ -83,7 +83,8 @@ def attribute(
         "Also factorise the activations into this many groups of units, and credit these; 0: do not."
     )] = 0,
     direct: Annotated[bool, option(
-        "Instead split a transformer's logit into what each head and MLP adds to it (direct logit attribution).", "--direct"
+        "Instead split a transformer's logit into what each head and MLP adds to it (direct logit attribution).",
+        "--direct",
     )] = False,
     top: Top = TOP,
     save: Annotated[str, option(

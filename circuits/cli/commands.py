@@ -56,7 +56,7 @@ _TABLE = {
         ("tune", "tuning", "Show how units respond as a drawn shape is turned, bent or painted differently."),
         ("weights", "weights", "Show the strongest weights into and out of a unit."),
         ("expand", "weights", "Show a site's weights on a unit through everything between them, next to shuffled weights."),
-        ("families", "weights", "Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."),
+        ("families", "families", "Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."),
         ("heads", "texts", "Find previous-token, duplicate-token and induction heads on random repeated tokens."),
         ("attention", "texts", "Show where heads attend in a text, raw and weighted by the length of the values."),
     ),
@@ -74,7 +74,7 @@ _TABLE = {
     "Edit, name and rebuild": (
         ("edit", "editing", "Edit circuits: recipes, what they do, and a ledger in which everything can be undone."),
         ("generate", "texts", "Continue texts with the model as it is and, with --edit, as it is edited."),
-        ("sae", "concepts", "Train sparse autoencoders, measure them, and name their latents."),
+        ("sae", "autoencoders", "Train sparse autoencoders, measure them, and name their latents."),
         ("case", "cases", "Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."),
     ),
     "Look after the workspace": (

@@ -78,6 +78,9 @@ Data = Annotated[str, option(
 HarvestedData = Annotated[str, option(
     "The dataset whose harvest is used. By default the newest harvest that has the site.", "--data"
 )]  # fmt: skip
+TrainingData = Annotated[str, option(
+    "The dataset (see `circuits harvest`). By default the one that the autoencoder was trained on."
+)]  # fmt: skip
 Take = Literal["spread", "first", "random"]
 TakeOption = Annotated[Take, option(
     "Which examples of the dataset: spread evenly over it, the first ones, or drawn at random by --seed.", "--take"
@@ -89,7 +92,8 @@ LimitOrAll = Annotated[int | None, option(
     "How many examples of the dataset to take. By default all of them.", "--limit", check=within(1, 10**6)
 )]  # fmt: skip
 Labels = Annotated[str, option(
-    "The class of each image of --data: FILE.json, FILE.npz:KEY, or `names` to read classes from the images' names.", "--labels"
+    "The class of each image of --data: FILE.json, FILE.npz:KEY, or `names` to read classes from the images' names.",
+    "--labels",
 )]  # fmt: skip
 Text = Annotated[str, option("One text instead of a dataset, for models of tokens.", "--text")]
 Seed = Annotated[int, option(
@@ -242,7 +246,9 @@ class DataOptions:
 class ImageOptions(DataOptions):
     """Some examples of a dataset, or images by path."""
 
-    image: Annotated[list[Path] | None, option("An image file instead of a dataset; may be repeated.")] = None  # fmt: skip
+    image: Annotated[
+        list[Path] | None, option("An image file instead of a dataset; may be repeated.")
+    ] = None
     exact: Annotated[bool, option(
         "Refuse images that do not have the model's size. By default they are fitted to it.", "--exact"
     )] = False  # fmt: skip
@@ -316,9 +322,7 @@ class TrainingDataOptions:
 
     heading: ClassVar = "Examples"
 
-    data: Annotated[str, option(
-        "The dataset (see `circuits harvest`). By default the one that the autoencoder was trained on."
-    )] = ""  # fmt: skip
+    data: TrainingData = ""
     limit: LimitOrAll = None
     take: TakeOption = "spread"
 
@@ -438,14 +442,16 @@ class Output:
 
     heading: ClassVar = "Output"
 
-    json: Annotated[bool, option("Print the result as JSON, for programs, instead of tables.", "--json")] = False  # fmt: skip
+    json: Annotated[
+        bool, option("Print the result as JSON, for programs, instead of tables.", "--json")
+    ] = False
 
     def progress(self, what: str) -> AbstractContextManager[Progress]:
         """A progress bar, unless JSON is printed."""
         return progress_bar(what, quiet=self.json)
 
     def show(self, facts: Any, parts: Iterable[Table | str] = ()) -> None:
-        """Print `facts` (a result, a list of results, or JSON values) as JSON, or else the tables and lines in `parts`."""
+        """Print `facts` (a result, a list of results, JSON values) as JSON, or else the tables and lines in `parts`."""
         if self.json:
             show_json(_plain(facts))
             return

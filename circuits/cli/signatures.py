@@ -27,7 +27,7 @@ def argument(help: str, metavar: str | None = None) -> Any:
 
 
 def option(help: str, *names: str, check: Callable[[Any], Any] | None = None) -> Any:
-    """An option, for `Annotated`, by its parameter's name unless others are given; `check` returns the value or raises."""
+    """An option, for `Annotated`, named as its parameter if no name is given; `check` returns the value or raises."""
     return typer.Option(*names, help=help, callback=check)
 
 

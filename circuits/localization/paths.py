@@ -302,7 +302,9 @@ class HeadEffects:
             )
         columns = ("head", "total", "direct", "indirect", "self-repair", "another pair's total")
         chosen = f"{len(rows)} of {len(effects)} heads, seed {self.grid.record.seed}"
-        yield Table(columns, rows, f"change by {self.grid.heading(way, side)}; {chosen}")
+        yield Table(
+            columns, rows, f"change of the metric by {self.grid.heading(way, side)}; {chosen}"
+        )
         yield (
             "total: everything that reads the head recomputes; direct: only the logits read the change; indirect: "
             "total less direct; self-repair: total less the direct effect with the last normalisation held, which "
