@@ -176,7 +176,7 @@ def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr("circuits.models.zoo.loading.load_model", broken)
+    monkeypatch.setattr("circuits.cli.options.load_model", broken)
     assert run(["sites", "shapes"]) == 2
     assert (
         "ZeroDivisionError: deep inside (CIRCUITS_DEBUG=1 shows where)" in capsys.readouterr().err

@@ -6,15 +6,8 @@ from typing import Annotated
 
 import typer
 
+from circuits.cli import options
 from circuits.cli.choosing import units_of
-from circuits.cli.options import (
-    FigureOutput,
-    LabelledTaskOptions,
-    ModelOptions,
-    Random,
-    Seed,
-    UnitsArgument,
-)
 from circuits.cli.signatures import command, option
 from circuits.experiments import N_RANDOM, ablation
 
@@ -23,23 +16,21 @@ app = typer.Typer()
 
 @command(app)
 def ablate(
-    model: ModelOptions,
-    units: UnitsArgument,
-    task: LabelledTaskOptions,
-    output: FigureOutput,
+    model: options.Model,
+    units: options.UnitsArgument,
+    task: options.LabelledTask,
+    output: options.FigureOutput,
     how: Annotated[ablation.Replacement, option(
         "What the units' activations are replaced by: zero, their mean over the examples, their activation on "
         "another example (resample) or on the example's counterpart."
     )] = "zero",
-    random: Random = N_RANDOM,
+    random: options.Random = N_RANDOM,
     pool: Annotated[str, option(
         "The units that the random groups are drawn from, written as UNITS. By default units of the same site that "
         "are about as active."
     )] = "",
-    later: Annotated[str, option(
-        "A later site: also list those of its units that change most. By default none."
-    )] = "",
-    seed: Seed = 0,
+    later: Annotated[str, option("A later site: also list those of its units that change most. By default none.")] = "",
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Ablate units and show what changes, compared with random units that are as active."""
     loaded = model.load()

@@ -15,20 +15,7 @@ from circuits.attribution.channels import Baseline, ChannelMethod
 from circuits.attribution.edges import attribution_block
 from circuits.attribution.propagation import RelevanceRule
 from circuits.attribution.results import Attribution
-from circuits.cli.options import (
-    TOP,
-    Batch,
-    FigureOutput,
-    InputOptions,
-    ModelOptions,
-    Output,
-    Quantity,
-    Seed,
-    Subtracted,
-    Target,
-    Top,
-    check_out,
-)
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import Examples
 from circuits.graph.store import GraphStore, add_edges
@@ -66,19 +53,19 @@ class Settings:
         "How many units of each of the first four examples are really ablated, to correlate attributions with their "
         "effects; 0 leaves this check out."
     )] = 16  # fmt: skip
-    batch: Batch = 32
+    batch: options.Batch = 32
 
 
 @command(app)
 def attribute(
-    model: ModelOptions,
+    model: options.Model,
     settings: Settings,
-    examples: InputOptions,
-    output: FigureOutput,
+    examples: options.Inputs,
+    output: options.FigureOutput,
     site: Annotated[str, argument("The site whose units are credited; not needed with --direct.")] = "",
-    target: Target = "top",
-    against: Subtracted = "",
-    quantity: Quantity = "activation",
+    target: options.Target = "top",
+    against: options.Subtracted = "",
+    quantity: options.Quantity = "activation",
     groups: Annotated[int, option(
         "Also factorise the activations into this many groups of units, and credit these; 0: do not."
     )] = 0,
@@ -86,20 +73,18 @@ def attribute(
         "Instead split a transformer's logit into what each head and MLP adds to it (direct logit attribution).",
         "--direct",
     )] = False,
-    top: Top = TOP,
-    save: Annotated[str, option(
-        "Store the mean attributions as edges of the model's graph, under this name."
-    )] = "",
+    top: options.Top = options.TOP,
+    save: Annotated[str, option("Store the mean attributions as edges of the model's graph, under this name.")] = "",
     out: Annotated[Path | None, option(
         "Save all attributions to this .safetensors file, and what they are in a .json file next to it."
     )] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show which units of a site are responsible for a decision or for another unit's activation."""
     _check(
         site, direct, {"--figure": output.figure, "--out": out, "--save": save, "--groups": groups}
     )
-    check_out(out, ".safetensors")
+    options.check_out(out, ".safetensors")
     loaded = model.load()
     goal = targets.parse_target(loaded, target, against, quantity)
     if not direct:
@@ -140,7 +125,11 @@ def _check(site: str, direct: bool, given: dict[str, object]) -> None:
 
 
 def _show(
-    made: Attribution, chosen: Examples, split: ChannelGroups | None, top: int, output: Output
+    made: Attribution,
+    chosen: Examples,
+    split: ChannelGroups | None,
+    top: int,
+    output: options.Output,
 ) -> None:
     by_example = [
         {"name": name, "units": [{"unit": f"{made.site}:{u}", "value": v} for u, v in made.top(i, top)]}
@@ -175,7 +164,7 @@ def _more(chosen: Examples) -> Iterator[str]:
 
 
 def _direct(
-    model: HookedModel, chosen: Examples, goal: targets.Target, top: int, output: Output
+    model: HookedModel, chosen: Examples, goal: targets.Target, top: int, output: options.Output
 ) -> None:
     found = direct_logit_attribution(model, chosen, goal)
     facts = found.to_dict()

@@ -6,30 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from typer import Typer
 
 from circuits import sae as library
 from circuits.autoencoders import FILE, About, Autoencoder, load_autoencoder, save_autoencoder
+from circuits.autoencoders.autoencoder import autoencoders_table
 from circuits.autoencoders.layouts import Layout, export_autoencoder, import_autoencoder
-from circuits.cli.choosing import labels_of, stored
+from circuits.cli import options
+from circuits.cli.choosing import labels_of
 from circuits.cli.latents import bottleneck, name_latents
-from circuits.cli.options import (
-    AutoencoderOptions,
-    Labels,
-    Limit,
-    ModelOptions,
-    Output,
-    Seed,
-    TakeOption,
-    TrainingData,
-    Weights,
-    WorkspaceFolder,
-    attached,
-    training_data,
-    within,
-)
 from circuits.cli.output import errors, progress_bar, say, warn
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import LIMIT, Examples
@@ -38,17 +25,15 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders
 from circuits.sae import (
     Hyperparameters,
-    ModelRows,
     RowFilter,
     Schedule,
-    StoreRows,
     TrainingProgress,
 )
-from circuits.sae.batches import RowSource
+from circuits.sae.batches import RowSource, rows_of
 from circuits.sae.learners import Architecture
 from circuits.sae.training import Precision, Report
 from circuits.stimuli.sources import open_source
-from circuits.tables import Table
+from circuits.store.reading import newest_store
 from circuits.workspace import Workspace
 
 app = Typer(
@@ -76,10 +61,10 @@ class Variants:
         "jumprelu weigh sparsity by --sparsity."
     )] = "topk"  # fmt: skip
     latents: Annotated[list[int] | None, option(
-        "The number of latents; may be repeated to train several sizes.", check=within(1)
+        "The number of latents; may be repeated to train several sizes.", check=options.within(1)
     )] = None  # fmt: skip
     expansion: Annotated[int, option(
-        "Without --latents: how many latents for each number of a row.", check=within(1)
+        "Without --latents: how many latents for each number of a row.", check=options.within(1)
     )] = LATENTS  # fmt: skip
     k: Annotated[list[int] | None, option(
         f"How many latents are active in a row; may be repeated to train several. By default {ACTIVE}.", "--k"
@@ -164,7 +149,7 @@ class Training:
     anew: Annotated[bool, option(
         "Start from the beginning, and overwrite what is there.", "--anew"
     )] = False  # fmt: skip
-    seed: Seed = 0
+    seed: options.Seed = 0
 
     def rule(self, rows: RowSource, site: str) -> RowFilter:
         """Which rows are left out."""
@@ -179,7 +164,7 @@ class Training:
 
 @command(app)
 def train(
-    model: ModelOptions,
+    model: options.Model,
     site: Annotated[str, argument("The site whose activations are encoded.")],
     name: Annotated[str, option("The autoencoder's name: letters, digits, _ and -.")],
     data: Annotated[str, option(
@@ -187,7 +172,7 @@ def train(
     )],
     variants: Variants,
     training: Training,
-    output: Output,
+    output: options.Output,
     target: Annotated[str, option(
         "Train a transcoder: the site whose activations it writes. By default SITE itself, as an autoencoder does."
     )] = "",
@@ -215,19 +200,18 @@ def train(
     paths = {f"{name}/{variant}" if variant else name: code for variant, code in made.items()}
     path, code = next(iter(paths.items()))
     hint = f"latents are units: circuits harvest {model.spec}+sae/{path} --data {data} --sites sae/{code.about.name}"
-    output.show({c.about.name: _summary(c) for c in made.values()}, [_listed(paths), hint])
+    output.show(
+        {c.about.name: c.describe() for c in made.values()}, [autoencoders_table(paths), hint]
+    )
 
 
 def _rows(
     place: Workspace, model: HookedModel, site: str, target: str | None, data: str, live: bool = False
 ) -> RowSource:  # fmt: skip
     """Rows of a harvest, if there is one at full depth; else of the model as it runs."""
-    source = open_source(data)
-    store = None if live else stored(place, model.hash, site, data)
-    if store is not None and {site, target or site} <= set(store.provenance.depth.full):
-        if source.hash == store.provenance.data_hash:
-            return StoreRows(store, site, target)
-    return ModelRows(model, source, site, target)
+    folders = [] if live else place.store_folders(model.hash)
+    store = newest_store(folders, model.hash, site, data)
+    return rows_of(model, site, target, open_source(data), store)
 
 
 @contextmanager
@@ -242,48 +226,16 @@ def _training_bar(what: str, quiet: bool) -> Iterator[Report]:
             tenth = progress.step * 10 // progress.steps
             if not quiet and tenth > told:
                 told = tenth
-                errors.print(_stand(progress))
+                errors.print(str(progress))
 
         yield report
-
-
-def _stand(progress: TrainingProgress) -> str:
-    each = [
-        f"{name + ': ' if name else ''}fvu {fvu:.3f}, l0 {progress.l0[name]:.1f}, dead "
-        f"{100 * progress.dead[name]:.1f} %"
-        for name, fvu in progress.fvu.items()
-    ]
-    return f"step {progress.step} of {progress.steps}: {'; '.join(each)}"
-
-
-def _summary(code: Autoencoder) -> dict[str, Any]:
-    a = code.about
-    return {
-        "name": a.name, "site": a.site, "target": a.target, "model": a.model, "model_hash": a.model_hash,
-        "data": a.data, "architecture": a.architecture, "n_latents": code.n_latents, "width": code.d_in, "k": code.k,
-        "metrics": {k: v for k, v in a.metrics.items() if k != "curve"},
-    }  # fmt: skip
-
-
-def _listed(codes: Mapping[str, Autoencoder]) -> Table:
-    columns = (
-        "autoencoder", "model", "site", "architecture", "latents", "fvu in training", "l0", "dead",
-    )  # fmt: skip
-    rows = [
-        (
-            path, code.about.model, code.about.site, code.about.architecture, code.n_latents,
-            *(code.about.metrics.get(what, "-") for what in ("fvu", "l0", "dead")),
-        )
-        for path, code in codes.items()
-    ]  # fmt: skip
-    return Table(columns, rows)
 
 
 # --- looking at them -------------------------------------------------------------------------------
 
 
 @command(app, "ls")
-def ls(output: Output, workspace: WorkspaceFolder = None) -> None:
+def ls(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """List the autoencoders of a workspace."""
     found: dict[str, Autoencoder] = {}
     for name, path in list_autoencoders(Workspace.default(workspace)).items():
@@ -291,31 +243,33 @@ def ls(output: Output, workspace: WorkspaceFolder = None) -> None:
             found[name] = load_autoencoder(path)
         except ValueError as error:
             warn(str(error))
-    output.show({name: _summary(code) for name, code in found.items()}, [_listed(found)])
+    output.show(
+        {name: code.describe() for name, code in found.items()}, [autoencoders_table(found)]
+    )
 
 
 @command(app, "eval")
 def evaluate(
-    sae: AutoencoderOptions,
-    output: Output,
-    data: TrainingData = "",
-    labels: Labels = "",
-    limit: Limit = LIMIT,
-    take: TakeOption = "spread",
+    sae: options.Sae,
+    output: options.Output,
+    data: options.TrainingData = "",
+    labels: options.Labels = "",
+    limit: options.Limit = LIMIT,
+    take: options.Take = "spread",
     examples: Annotated[Literal["unseen", "all"], option(
         "The examples on which the model's behaviour is measured: those that were held out of training, or all."
     )] = "unseen",
     rows: Annotated[int, option(
-        "The number of rows on which reconstruction is measured.", check=within(2)
+        "The number of rows on which reconstruction is measured.", check=options.within(2)
     )] = 65536,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """How well codes describe rows, and what the model does with them, compared with nulls.
 
     What is found of an autoencoder of the workspace is kept with it: the app shows it.
     """
     place, code = sae.place, sae.load()
-    data = training_data(code, data)
+    data = options.training_data(code, data)
     loaded = sae.load_model(code)
     source = open_source(data)
     target = code.about.target if code.about.target != code.about.site else None
@@ -344,12 +298,10 @@ def evaluate(
 
 @command(app)
 def compare(
-    saes: Annotated[list[str], argument(
-        "The names of autoencoders; a run of several stands for all of its variants."
-    )],
-    output: Output,
-    workspace: WorkspaceFolder = None,
-    seed: Seed = 0,
+    saes: Annotated[list[str], argument("The names of autoencoders; a run of several stands for all of its variants.")],
+    output: options.Output,
+    workspace: options.WorkspaceFolder = None,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Match the directions of autoencoders one to one: what another seed finds too."""
     place = Workspace.default(workspace)
@@ -357,14 +309,6 @@ def compare(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"autoencoder {twice[0]!r} is named twice: expected different ones")
     codes = {name: load_autoencoder(find_autoencoder(name, place)) for name in names}
-    theirs, *_ = (code.about for code in codes.values())
-    for name, code in codes.items():
-        ours = code.about
-        if (ours.model_hash, ours.target) != (theirs.model_hash, theirs.target):
-            raise ValueError(
-                f"autoencoder {name!r} writes {ours.target} of weights {ours.model_hash[:16]}, {names[0]!r} "
-                f"{theirs.target} of {theirs.model_hash[:16]}: expected autoencoders of one site"
-            )
     found = library.stability(codes, seed)
     output.show(found, found.tables())
 
@@ -387,7 +331,7 @@ def export_code(
     sae: Annotated[str, argument("The autoencoder: its name in the workspace, or a path to it.")],
     folder: Annotated[Path, argument("The folder to write: a new or an empty one.")],
     layout: Annotated[Layout, option("The tool that is to read the files.")] = "saelens",
-    workspace: WorkspaceFolder = None,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:
     """Write an autoencoder as another tool reads it."""
     code = load_autoencoder(find_autoencoder(sae, Workspace.default(workspace)))
@@ -399,20 +343,18 @@ def import_code(
     folder: Annotated[Path, argument("A folder of SAELens, dictionary_learning or sparsify.")],
     name: Annotated[str, option("The name that the autoencoder gets here.")],
     model: Annotated[str, option("The model that it belongs to.")],
-    site: Annotated[str, option(
-        "The site whose activations it encodes. By default what its files say."
-    )] = "",
+    site: Annotated[str, option("The site whose activations it encodes. By default what its files say.")] = "",
     target: Annotated[str, option("Of a transcoder: the site that it writes. By default what its files say.")] = "",
-    weights: Weights = None,
-    workspace: WorkspaceFolder = None,
+    weights: options.Weights = None,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Read another tool's autoencoder into the workspace."""
-    options = ModelOptions(model, weights, workspace)
-    place = options.place.writable()
+    owner = options.Model(model, weights, workspace)
+    place = owner.place.writable()
     path = place.autoencoder_path(check_name(name)) / FILE
     if path.parent.exists() and any(path.parent.iterdir()):
         raise FileExistsError(f"--name {name}: the workspace has an autoencoder of that name")
-    loaded = options.load()
+    loaded = owner.load()
     code = import_autoencoder(folder, About(name))
     source = site or code.about.site
     if not source:
@@ -424,7 +366,7 @@ def import_code(
     code.about = replace(
         code.about, name=name, site=read, target=written, model=loaded.name, model_hash=loaded.hash
     )
-    attached(loaded, code)  # whether it fits
+    options.attached(loaded, code)  # whether it fits
     save_autoencoder(code, path)
-    options.register(loaded.hash)
+    owner.register(loaded.hash)
     say(f"{code.n_latents} latents of {read} as sae/{name}: written to {path}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Typer
 
-from circuits.cli.options import Output, Seed, WorkspaceFolder
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.tables import Table
 from circuits.workspace import Workspace
@@ -35,7 +35,7 @@ class Settings:
         "A folder of images on which gains and thresholds are fitted; not needed for shapes, which has its drawings."
     )] = None  # fmt: skip
     evaluate: Annotated[Path | None, option(
-        "A folder of images to measure on; if it is that of --calibrate, half of them are for each. Not needed for shapes."
+        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes."
     )] = None  # fmt: skip
     labels: Annotated[Path | None, option(
         "A JSON file with the class of each of these images; not needed for shapes."
@@ -43,15 +43,15 @@ class Settings:
     weights: Annotated[Path | None, option("A file of weights for the model of --transplant.")] = (
         None
     )
-    seed: Seed = 0
+    seed: options.Seed = 0
 
 
 @command(app)
 def case(
     name: Annotated[str, argument("The name of the case, e.g. curve-detector.")],
     settings: Settings,
-    output: Output,
-    workspace: WorkspaceFolder = None,
+    output: options.Output,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:
     """Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."""
     study = _study(name)

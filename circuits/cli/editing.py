@@ -10,22 +10,8 @@ from typing import Annotated
 import typer
 
 from circuits import effects
+from circuits.cli import options
 from circuits.cli.choosing import units_of
-from circuits.cli.options import (
-    Author,
-    DataOptions,
-    FigureOutput,
-    Force,
-    LabelledOptions,
-    LabelledTaskOptions,
-    ModelOptions,
-    Note,
-    Output,
-    Random,
-    Seed,
-    WorkspaceFolder,
-    check_out,
-)
 from circuits.cli.output import say, show_json, warn
 from circuits.cli.recipes import ESTIMATED, associated, recipe_of
 from circuits.cli.signatures import argument, command, option
@@ -62,21 +48,21 @@ class Measuring:
     target: Annotated[list[str] | None, option(
         "What the edits are meant to change: class:NAME, token:WORD or a unit SITE:INDEX; may be repeated."
     )] = None  # fmt: skip
-    random: Random = N_RANDOM
-    seed: Seed = 0
+    random: options.Random = N_RANDOM
+    seed: options.Seed = 0
 
     def measure(
         self,
         model: HookedModel,
         recipe: recipes.Recipe,
-        task: LabelledTaskOptions,
-        output: Output,
+        task: options.LabelledTask,
+        output: options.Output,
         generalise: str = "",
         tuning: str = "",
     ) -> EditReport:
         """What a recipe does."""
         asked = task.compile(model, self.seed)
-        other = DataOptions(generalise, task.limit, task.take)
+        other = options.Dataset(generalise, task.limit, task.take)
         more = other.choose(model, self.seed) if generalise else None
         units: list[Unit] = units_of(model, tuning) if tuning else []
         with output.progress("measure") as progress:
@@ -90,7 +76,7 @@ class Measuring:
 
 
 @command(app)
-def operators(output: Output) -> None:
+def operators(output: options.Output) -> None:
     """List the operators and what each needs."""
     rows = [("zero", "units", "Remove units: scale by 0.")]
     for name, kind in OPERATORS.items():
@@ -114,22 +100,22 @@ def schema() -> None:
 
 @command(app)
 def new(
-    model: ModelOptions,
+    model: options.Model,
     out: Annotated[Path, argument("The recipe file to write, .json.")],
-    examples: LabelledOptions,
+    examples: options.LabelledDataset,
     what: What = None,
     associate: Annotated[str, option(
         "A layer, in which to store by a rank-one edit that --prompt is answered with --answer."
     )] = "",
     prompt: Annotated[str, option("With --associate: the text whose answer is to change.")] = "",
     answer: Annotated[str, option("With --associate: the new answer, token:WORD or class:NAME.")] = "",
-    note: Note = "",
-    author: Author = "",
-    force: Force = False,
-    seed: Seed = 0,
+    note: options.Note = "",
+    author: options.Author = "",
+    force: options.Force = False,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Write a recipe from edits in words and other recipes."""
-    check_out(out)
+    options.check_out(out)
     loaded = model.load()
     base = recipe_of(loaded, what or [], examples, seed, force)
     found, lines = list(base.edits), []
@@ -151,21 +137,21 @@ def new(
 
 @command(app)
 def measure(
-    model: ModelOptions,
-    task: LabelledTaskOptions,
+    model: options.Model,
+    task: options.LabelledTask,
     measuring: Measuring,
-    output: FigureOutput,
+    output: options.FigureOutput,
     what: What = None,
     branch: BranchInstead = "",
     generalise: Annotated[str, option(
         "Another dataset, on which --target is measured too: does the edit generalise? By default none."
     )] = "",
     tuning: Annotated[str, option("Units whose tuning to curves is measured too, e.g. mixed3b:1,2.")] = "",
-    force: Force = False,
+    force: options.Force = False,
     out: Annotated[Path | None, option("Save the report to this file, as JSON.")] = None,
 ) -> None:  # fmt: skip
     """Measure what edits do: a recipe, edits in words, or a branch of the ledger (and note it there)."""
-    check_out(out)
+    options.check_out(out)
     _either(what, branch)
     ledger, head = None, ""
     if branch:
@@ -188,14 +174,14 @@ def measure(
 def diff(
     before: Annotated[str, argument("A recipe file or, with --model, a branch.")],
     after: Annotated[str, argument("The recipe file or branch that it is compared with.")],
-    output: Output,
+    output: options.Output,
     model: Annotated[str, option("A model: compare two branches of its ledger.")] = "",
-    workspace: WorkspaceFolder = None,
+    workspace: options.WorkspaceFolder = None,
     weights: Annotated[Path | None, option("With --model: a file of weights for it.")] = None,
 ) -> None:  # fmt: skip
     """Show what has to be taken out of one recipe and put in to get another."""
     if model:
-        _, ledger = _ledger(ModelOptions(model, weights, workspace))
+        _, ledger = _ledger(options.Model(model, weights, workspace))
         old, new = (ledger.recipe(name) for name in (before, after))
     else:
         old, new = (recipes.Recipe.load(name) for name in (before, after))
@@ -214,15 +200,15 @@ def diff(
 
 @command(app)
 def bake(
-    model: ModelOptions,
+    model: options.Model,
     out: Annotated[Path, argument("The weights file to write, .safetensors.")],
-    output: Output,
+    output: options.Output,
     what: What = None,
     branch: BranchInstead = "",
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
-    check_out(out, ".safetensors", option="weights file")
+    options.check_out(out, ".safetensors", option="weights file")
     _either(what, branch)
     if branch:
         loaded, ledger = _ledger(model)
@@ -243,15 +229,15 @@ def bake(
 
 @command(app)
 def apply(
-    model: ModelOptions,
-    task: LabelledTaskOptions,
+    model: options.Model,
+    task: options.LabelledTask,
     measuring: Measuring,
-    output: Output,
+    output: options.Output,
     what: What = None,
     branch: Branch = "main",
-    note: Note = "",
-    author: Author = "",
-    force: Force = False,
+    note: options.Note = "",
+    author: options.Author = "",
+    force: options.Force = False,
     measured: Annotated[bool, option(
         "Measure what the branch does with the new edits, as `circuits edit measure` does.", "--measure/--no-measure"
     )] = True,
@@ -277,7 +263,7 @@ def apply(
 
 
 @command(app)
-def undo(model: ModelOptions, branch: Branch = "main", author: Author = "") -> None:
+def undo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
     """Take the last edit of a branch back, and check that the weights are what they were."""
     _, ledger = _ledger(model, write=True)
     entry = ledger.undo(branch, author or None)
@@ -285,7 +271,7 @@ def undo(model: ModelOptions, branch: Branch = "main", author: Author = "") -> N
 
 
 @command(app)
-def redo(model: ModelOptions, branch: Branch = "main", author: Author = "") -> None:
+def redo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
     """Make the edit again that was undone last."""
     _, ledger = _ledger(model, write=True)
     entry = ledger.redo(branch, author or None)
@@ -294,14 +280,14 @@ def redo(model: ModelOptions, branch: Branch = "main", author: Author = "") -> N
 
 @command(app, "branch")
 def new_branch(
-    model: ModelOptions,
+    model: options.Model,
     name: Annotated[str, argument("The name of the new branch.")],
     at: Annotated[str, option(
         "The entry that the branch begins at, or the model's hash: its first digits are enough. By default the last "
         "entry of the branch --from."
     )] = "",
     origin: Annotated[str, option("The branch that it begins on.", "--from")] = "main",
-    author: Author = "",
+    author: options.Author = "",
 ) -> None:  # fmt: skip
     """Begin a branch."""
     _, ledger = _ledger(model, write=True)
@@ -310,7 +296,7 @@ def new_branch(
 
 
 @command(app)
-def log(model: ModelOptions, output: Output, branch: AnyBranch = "") -> None:
+def log(model: options.Model, output: options.Output, branch: AnyBranch = "") -> None:
     """List what happened, oldest first, and where each branch is."""
     _, ledger = _ledger(model)
     if branch:
@@ -338,7 +324,7 @@ def log(model: ModelOptions, output: Output, branch: AnyBranch = "") -> None:
 
 @command(app)
 def show(
-    model: ModelOptions,
+    model: options.Model,
     entry: Annotated[str, argument("The first digits of the entry's hash, as `circuits edit log` shows it.")],
 ) -> None:  # fmt: skip
     """Show an entry of the ledger, with what was measured of it, as JSON."""
@@ -348,7 +334,7 @@ def show(
 
 
 @command(app)
-def replay(model: ModelOptions, output: Output, branch: Branch = "main") -> None:
+def replay(model: options.Model, output: options.Output, branch: Branch = "main") -> None:
     """Make a branch's edits again on the model and compare every hash; exit code 1 if one differs."""
     loaded, ledger = _ledger(model)
     found = ledger.replay(branch)
@@ -369,7 +355,7 @@ def replay(model: ModelOptions, output: Output, branch: Branch = "main") -> None
 
 
 @command(app)
-def verify(output: Output, workspace: WorkspaceFolder = None) -> None:
+def verify(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """Check every hash of the ledger; exit code 1 if something was changed."""
     found = faults(Workspace.default(workspace).database)
     last = f"{len(found)} faults" if found else "the ledger is as it was written"
@@ -381,7 +367,7 @@ def verify(output: Output, workspace: WorkspaceFolder = None) -> None:
 # --- what they share -------------------------------------------------------------------------------
 
 
-def _ledger(model: ModelOptions, write: bool = False) -> tuple[HookedModel, Ledger]:
+def _ledger(model: options.Model, write: bool = False) -> tuple[HookedModel, Ledger]:
     place = model.place.writable() if write else model.place
     loaded = model.load()
     return loaded, Ledger(place.database, loaded)

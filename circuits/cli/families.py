@@ -9,7 +9,7 @@ from typer import Typer
 
 from circuits import equivariance
 from circuits import families as library
-from circuits.cli.options import FigureOutput, ModelOptions, Note, Output, Seed
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.database import Database
 from circuits.families import Family
@@ -35,7 +35,7 @@ class Search:
     size: Annotated[int | None, option(
         "The side of the stimuli in pixels. By default that of the model's images."
     )] = None  # fmt: skip
-    seed: Seed = 0
+    seed: options.Seed = 0
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Saved:
 
 @command(app)
 def families(
-    model: ModelOptions,
+    model: options.Model,
     search: Search,
     saved: Saved,
-    output: FigureOutput,
+    output: options.FigureOutput,
     site: Annotated[str, argument("The site in which to look; not needed for saved families.")] = "",
     units: Annotated[str, option(
         "Measure these units of SITE (their indices, with commas) as one family, instead of looking for families."
     )] = "",
     name: Annotated[str, option("Save what is found or measured under this name.")] = "",
     save: Annotated[bool, option("Save every family that is found.", "--save")] = False,
-    note: Note = "",
+    note: options.Note = "",
 ) -> None:  # fmt: skip
     """Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."""
     if (save or name) and saved.wanted:
@@ -90,7 +90,7 @@ def families(
 
 
 def _found(
-    model: HookedModel, site: str, units: str, name: str, search: Search, output: Output
+    model: HookedModel, site: str, units: str, name: str, search: Search, output: options.Output
 ) -> list[Family]:
     """The families of a site, or one of the units that are named."""
     if units:
@@ -126,7 +126,7 @@ def _pair(option: str, text: str, form: str) -> tuple[str, str]:
 
 
 def _saved(
-    model: HookedModel, database: Database, saved: Saved, search: Search, note: str, output: FigureOutput
+    model: HookedModel, database: Database, saved: Saved, search: Search, note: str, output: options.FigureOutput
 ) -> None:  # fmt: skip
     """Rename, remove, compare or list what is saved."""
     key = model.hash
@@ -148,7 +148,11 @@ def _saved(
 
 
 def _weights_between(
-    model: HookedModel, targets: Family, sources: Family, search: Search, output: FigureOutput
+    model: HookedModel,
+    targets: Family,
+    sources: Family,
+    search: Search,
+    output: options.FigureOutput,
 ) -> None:
     expanded = expand_weights(
         model, sources.site, targets.site,

@@ -10,15 +10,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Typer
 
-from circuits.cli.options import (
-    TOP,
-    FigureOutput,
-    ModelOptions,
-    Note,
-    Output,
-    Top,
-    check_out,
-)
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
 from circuits.graph.formats import check_format, read_circuit, to_node_link, write_circuit
@@ -55,10 +47,10 @@ class CircuitOptions:
         "One unit, SITE:INDEX, for its neighbourhood; several for the edges between them."
     )] = None  # fmt: skip
     hops: Annotated[int, option("How many edges away from the unit to go.")] = 1
-    top: Top = TOP
+    top: options.Top = options.TOP
     kinds: Annotated[str, option(
-        "The kinds of edges, with commas: weight, expanded, attribution, effect. By default all of them, and weight for "
-        "paths."
+        "The kinds of edges, with commas: weight, expanded, attribution, effect. By default all of them, and "
+        "weight for paths."
     )] = ""  # fmt: skip
     to: Annotated[str, option("Take the strongest paths from the unit to this one instead.")] = ""
     circuit: Annotated[str, option("Take the saved circuit of this name instead.")] = ""
@@ -98,8 +90,8 @@ def _known_units(model: HookedModel) -> dict[str, int]:
 
 @command(app)
 def build(
-    model: ModelOptions,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     expand: Annotated[list[str] | None, option(
         "Two sites, written SOURCE=TARGET, whose expanded weights are stored too; may be repeated."
     )] = None,
@@ -144,11 +136,11 @@ def _file_name(found: ExpandedWeights) -> str:
 
 @command(app)
 def show(
-    model: ModelOptions,
+    model: options.Model,
     circuit: CircuitOptions,
-    output: FigureOutput,
+    output: options.FigureOutput,
     save: Annotated[str, option("Save it as a circuit of this name.")] = "",
-    note: Note = "",
+    note: options.Note = "",
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
     loaded, place = model.load(), model.place
@@ -168,14 +160,14 @@ def show(
 
 @command(app)
 def export(
-    model: ModelOptions,
+    model: options.Model,
     out: Annotated[Path, argument("The file to write: .json, .graphml or .gexf.")],
     circuit: CircuitOptions,
-    output: Output,
+    output: options.Output,
     format: Format = None,
 ) -> None:
     """Write a circuit to a file that other programs read."""
-    check_out(out)
+    options.check_out(out)
     check_format(out, format)
     found = circuit.find(model.load(), model.place)
     write_circuit(found, out, format)
@@ -186,12 +178,12 @@ def export(
 
 @command(app, "import")
 def import_(
-    model: ModelOptions,
+    model: options.Model,
     file: Annotated[Path, argument("A circuit, in any format that `circuits graph export` writes.")],
     name: Annotated[str, option("The name under which the circuit is saved.")],
-    output: Output,
+    output: options.Output,
     format: Format = None,
-    note: Note = "",
+    note: options.Note = "",
 ) -> None:  # fmt: skip
     """Save a circuit from a file in the workspace; its units must be the model's."""
     found = read_circuit(file, format)
@@ -208,8 +200,8 @@ def import_(
 
 @command(app)
 def ls(
-    model: ModelOptions,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     circuit: Annotated[str, option("List the versions of this saved circuit instead.")] = "",
 ) -> None:
     """List the saved circuits of a model, or the versions of one."""
@@ -229,10 +221,10 @@ def ls(
 
 @command(app)
 def diff(
-    model: ModelOptions,
+    model: options.Model,
     name: Annotated[str, argument("The name of a saved circuit.")],
     before: Annotated[int, argument("The number of one of its versions.")],
-    output: Output,
+    output: options.Output,
     after: Annotated[int | None, argument("The number of a later one. By default the last.")] = None,
 ) -> None:  # fmt: skip
     """Show what changed between two versions of a circuit."""

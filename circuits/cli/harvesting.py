@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from typer import Typer
 
-from circuits.cli.options import Data, ModelOptions, Output, Seed
+from circuits.cli import options
 from circuits.cli.output import warn
 from circuits.cli.signatures import command, option
 from circuits.cli.stores import show_store
@@ -27,21 +27,13 @@ app = Typer()
 class Depth:
     """What is kept of which sites."""
 
-    sites: Annotated[str, option(
-        "The sites to harvest, with commas; patterns like mixed* too."
-    )] = ""  # fmt: skip
+    sites: Annotated[str, option("The sites to harvest, with commas; patterns like mixed* too.")] = ""  # fmt: skip
     full: Annotated[str, option(
         "The sites of which whole activations are kept, too. By default none."
     )] = ""  # fmt: skip
     covariance: Annotated[str, option(
         "The sites of which the covariance of the units is kept, too. By default none."
     )] = ""  # fmt: skip
-
-    def names(self, model: HookedModel) -> dict[str, list[str]]:
-        """The sites by name."""
-        return {
-            what: [s.name for s in select_sites(model, text)] for what, text in vars(self).items()
-        }
 
 
 @dataclass(frozen=True)
@@ -56,22 +48,20 @@ class Pass:
     layout: Annotated[Layout, option(
         "How whole activations lie on disk: in blocks, or by rows, which are faster to read at random."
     )] = "blocks"  # fmt: skip
-    compress: Annotated[bool, option(
-        "Compress whole activations where it pays.", "--compress"
-    )] = False  # fmt: skip
+    compress: Annotated[bool, option("Compress whole activations where it pays.", "--compress")] = False  # fmt: skip
     precision: Annotated[Precision, option("The precision of the forward pass.")] = "float32"
     memory: Annotated[float, option("The GiB of memory that activations may take.")] = 4.0
     workers: Annotated[int | None, option(
         "How many processes do the work. By default one for each CPU thread."
     )] = None  # fmt: skip
     skip_bad: Annotated[bool, option(
-        "List examples that cannot be read, and continue. By default the harvest stops.", "--skip-bad"
+        "List examples that cannot be read, and continue. By default the harvest stops.", "--skip-bad",
     )] = False  # fmt: skip
     positions: Annotated[int | None, option(
-        "How many positions of an example, drawn at random, histograms look at; 0 is all. By default as many as suit the "
-        "site."
+        "How many positions of an example, drawn at random, histograms look at; 0 is all. By default as few as give "
+        "2048 numbers for each unit, and 8 at least."
     )] = None  # fmt: skip
-    seed: Seed = 0
+    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.memory < 2**20:
@@ -80,11 +70,11 @@ class Pass:
 
 @command(app)
 def harvest(
-    model: ModelOptions,
-    data: Data,
+    model: options.Model,
+    data: options.Data,
     depth: Depth,
     how: Pass,
-    output: Output,
+    output: options.Output,
     resume: Annotated[bool, option(
         "Continue where an earlier run stopped, or start from the beginning.", "--resume/--anew"
     )] = True,
@@ -100,15 +90,22 @@ def harvest(
     lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)
-    settings = vars(how) | {"memory": int(how.memory * 2**30)}
-    names = depth.names(loaded)
+    settings: dict[str, Any] = vars(how) | {"memory": int(how.memory * 2**30)}
+    summary, full, covariance = (
+        _names(loaded, s) for s in (depth.sites, depth.full, depth.covariance)
+    )
     quiet = replace(output, json=output.json or not lead)
     with quiet.progress(f"harvest {model.spec} on {data}") as progress:
         store = run(
-            loaded, source, names.pop("sites"), place, record, progress=progress, anew=not resume, **names, **settings
+            loaded, source, summary, place, record, progress=progress, full=full, covariance=covariance,
+            anew=not resume, **settings,
         )  # fmt: skip
     if lead:
         show_store(store, output)
+
+
+def _names(model: HookedModel, sites: str) -> list[str]:
+    return [site.name for site in select_sites(model, sites)]
 
 
 def _note_stale(place: Workspace, record: ModelRecord, source: Source) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Typer
 
-from circuits.cli.options import Output, WorkspaceFolder, within
+from circuits.cli import options
 from circuits.cli.output import say
 from circuits.cli.signatures import argument, command, option
 from circuits.jobs import VERBS, Job, cancel, job, jobs, log_of, remove, start
@@ -21,7 +21,7 @@ Id = Annotated[str, argument("The job's id, as `circuits jobs ls` shows it.", me
 
 
 @command(app, "ls")
-def list_jobs(output: Output, workspace: WorkspaceFolder = None) -> None:
+def list_jobs(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """List the jobs of a workspace, newest first."""
     found = jobs(Workspace.default(workspace))
     rows = [(one.id, one.state, _share(one), one.title, one.message) for one in found]
@@ -32,9 +32,9 @@ def list_jobs(output: Output, workspace: WorkspaceFolder = None) -> None:
 @command(app, "show")
 def show_job(
     id: Id,
-    output: Output,
-    lines: Annotated[int, option("How many lines of the end of its log to show.", check=within(1))] = 50,
-    workspace: WorkspaceFolder = None,
+    output: options.Output,
+    lines: Annotated[int, option("How many lines of the end of its log to show.", check=options.within(1))] = 50,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Show how far a job is, and the end of what it printed."""
     found = job(Workspace.default(workspace), id)
@@ -56,28 +56,28 @@ def start_job(
     command: Annotated[list[str], argument(
         f"The command to run, with its arguments: {', '.join(VERBS)}.", metavar="VERB"
     )],
-    output: Output,
+    output: options.Output,
     title: Annotated[str, option("What to call the job. By default its command.")] = "",
-    workspace: WorkspaceFolder = None,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Start a verb in the background, unless the same is running."""
     _tell(start(Workspace.default(workspace), command, title), output)
 
 
 @command(app, "cancel")
-def cancel_job(id: Id, output: Output, workspace: WorkspaceFolder = None) -> None:
+def cancel_job(id: Id, output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """Interrupt a job and wait until it has ended. The same verb goes on where it stopped."""
     _tell(cancel(job(Workspace.default(workspace), id)), output)
 
 
 @command(app, "rm")
-def remove_job(id: Id, workspace: WorkspaceFolder = None) -> None:
+def remove_job(id: Id, workspace: options.WorkspaceFolder = None) -> None:
     """Forget a job that is not running. What it made is left alone."""
     remove(job(Workspace.default(workspace), id))
     say(f"deleted job {id}")
 
 
-def _tell(one: Job, output: Output) -> None:
+def _tell(one: Job, output: options.Output) -> None:
     output.show(_facts(one), [f"{one.id}: {one.state}"])
 
 

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from circuits import concepts
 from circuits.autoencoders import Autoencoder
-from circuits.cli.choosing import labels_of, record_of
-from circuits.cli.options import (
-    TOP,
-    AutoencoderOptions,
-    Labels,
-    Note,
-    Output,
-    Seed,
-    Top,
-    TrainingDataOptions,
-    attached,
-)
+from circuits.cli import options
+from circuits.cli.choosing import labels_of
 from circuits.cli.output import say, warn
 from circuits.cli.signatures import option
 from circuits.concepts import Intervention
-from circuits.concepts.bottleneck import Accuracy
+from circuits.concepts.bottleneck import Accuracy, Switch
 from circuits.concepts.pooling import Pool
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import record_of
 from circuits.sae import rule_of
+from circuits.stimuli.labels import read_attributes
 from circuits.stimuli.sources import Source
 from circuits.tables import Table
-from circuits.units import Site, Units
+from circuits.units import Site
 
 
 def _pooled(
@@ -65,21 +56,21 @@ class ByHand:
 
 
 def name_latents(
-    sae: AutoencoderOptions,
-    examples: TrainingDataOptions,
+    sae: options.Sae,
+    examples: options.TrainingDataset,
     by_hand: ByHand,
-    output: Output,
+    output: options.Output,
     attributes: Annotated[str, option(
         "A JSON file that says what is true of each example: lists of texts, by the examples' names or in order."
     )] = "",
-    labels: Labels = "",
+    labels: options.Labels = "",
     keep: Annotated[bool, option(
         "Keep the names that hold in the workspace. By default they are only shown.", "--keep"
     )] = False,
     level: Annotated[float, option("The level of the tests: a name holds if its p is below.")] = 0.05,
-    top: Top = TOP,
-    note: Note = "",
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    note: options.Note = "",
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Name latents after the attributes that they tell; names are checked on other examples.
 
@@ -87,7 +78,7 @@ def name_latents(
     """
     code = sae.load()
     loaded = sae.load_model(code)
-    model, place = attached(loaded, code), sae.place
+    model, place = options.attached(loaded, code), sae.place
     site = model.site(f"sae/{code.about.name}")
     if by_hand.unit is not None:
         unit, text = site.unit(by_hand.unit), by_hand.text
@@ -106,7 +97,14 @@ def name_latents(
         raise ValueError("--attributes and --labels: expected one of them")
     source = examples.source(code)
     chosen = Examples(model, source, examples.limit, how=examples.take, seed=seed)
-    each = _classes(source, labels, loaded) if labels else _attributes(source, attributes)
+    if labels:
+        each = _classes(source, labels, loaded)
+    else:
+        each, missing = read_attributes(source, attributes)
+        if missing:
+            warn(
+                f"attributes {attributes!r}: {missing} of {len(each)} examples are not in it: nothing is true of them"
+            )
     found = concepts.name_by_attributes(
         site.name, _pooled(model, code, site.name, chosen, "max"), [each[i] for i in chosen.numbers], level=level,
         data=str(chosen), by="class labels" if labels else "attributes", seed=seed,
@@ -121,46 +119,6 @@ def name_latents(
 def _classes(source: Source, labels: str, model: HookedModel) -> list[list[str]]:
     classes = model.classes
     return [[classes[i] if classes else str(i)] for i in labels_of(model, source, labels)]
-
-
-def _attributes(source: Source, attributes: str) -> list[list[str]]:
-    """What is true of each example of a source, from a file."""
-    path = Path(attributes).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"attributes file {attributes!r} does not exist or is not a file")
-    try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"attributes file {attributes!r} is no JSON: {error}") from error
-    if isinstance(given, dict):
-        given = _by_name(source, attributes, given)
-    if not isinstance(given, list) or len(given) != len(source):
-        n = len(given) if isinstance(given, list) else "no"
-        raise ValueError(
-            f"attributes {attributes!r}: {n} for {len(source)} examples of {source.spec}"
-        )
-    made = [[v] if isinstance(v, str) else v for v in given]
-    for name, v in zip(source.names, made, strict=True):
-        if not isinstance(v, list) or not all(isinstance(t, str) for t in v):
-            raise ValueError(f"attributes of {name!r} are {v!r}: expected a list of texts")
-    return made
-
-
-def _by_name(source: Source, attributes: str, given: dict[str, Any]) -> list[Any]:
-    """Attributes in the order of the examples, which are found by name or by the name of their file."""
-    known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
-    found = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
-    missing = sum(v is None for v in found)
-    if missing == len(found):
-        raise ValueError(
-            f"attributes {attributes!r}: no key is the name of an example of {source.spec}, such as "
-            f"{source.names[0]!r}"
-        )
-    if missing:
-        warn(
-            f"attributes {attributes!r}: {missing} of {len(found)} examples are not in it: nothing is true of them"
-        )
-    return [[] if v is None else v for v in found]
 
 
 # --- bottlenecks -----------------------------------------------------------------------------------
@@ -190,10 +148,10 @@ class Switches:
             ValueError: if one is not of its form, or there is nothing for the recipe.
             FileExistsError: if the recipe's file cannot be a new one.
         """
-        given: tuple[tuple[Literal["off", "scale", "set"], str], ...] = (
+        given: tuple[tuple[Switch, str], ...] = (
             ("off", self.off), ("scale", self.scale), ("set", self.set_),
         )  # fmt: skip
-        found = [_intervention(site, how, text) for how, text in given if text]
+        found = [Intervention.parse(site, how, text) for how, text in given if text]
         if (recipe := self.recipe) is not None:
             if not found or recipe.suffix != ".json":
                 raise ValueError(
@@ -206,44 +164,24 @@ class Switches:
         return found
 
 
-def _intervention(site: Site, how: Literal["off", "scale", "set"], text: str) -> Intervention:
-    indices, equals, amount = text.partition("=")
-    if bool(equals) == (how == "off"):
-        form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
-        raise ValueError(f"--{how} {text!r} is not of the form {form}")
-    try:
-        units = Units.parse(f"{site.name}:{indices}")
-    except ValueError:
-        raise ValueError(
-            f"--{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
-        ) from None
-    try:
-        number = float(amount) if equals else 0.0
-    except ValueError:
-        raise ValueError(f"--{how} {text!r}: {amount!r} is no number") from None
-    return Intervention(tuple(site.unit(i) for i in units.among(site)), how, number)
-
-
 def bottleneck(
-    sae: AutoencoderOptions,
-    labels: Labels,
-    examples: TrainingDataOptions,
+    sae: options.Sae,
+    labels: options.Labels,
+    examples: options.TrainingDataset,
     switches: Switches,
-    output: Output,
-    explain: Annotated[int | None, option(
-        "The number of an example whose decision is explained, too."
-    )] = None,
+    output: options.Output,
+    explain: Annotated[int | None, option("The number of an example whose decision is explained, too.")] = None,
     pool: Annotated[Literal["mean", "max"], option(
         "How the activations at an example's positions become one number: their mean, or the largest."
     )] = "mean",
     strength: Annotated[float, option("The inverse of the strength of the regularisation.")] = 1.0,
-    top: Top = TOP,
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Classify with latents: what decisions rest on, and what changes if latents are switched."""
     code = sae.load()
     loaded = sae.load_model(code)
-    model = attached(loaded, code)
+    model = options.attached(loaded, code)
     site = model.site(f"sae/{code.about.name}")
     done = switches.read(site)
     if not strength > 0:

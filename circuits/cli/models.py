@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from typer import Typer
 
-from circuits.cli.options import ModelOptions, Output
+from circuits.cli import options
 from circuits.cli.signatures import command
 from circuits.models.zoo.loading import MODELS
 from circuits.tables import Table
@@ -15,7 +15,7 @@ app = Typer()
 
 
 @command(app)
-def models(output: Output) -> None:
+def models(output: options.Output) -> None:
     """List the models that can be loaded."""
     found = MODELS.values()
     rows = [(e.name, "the package" if e.builtin else "", e.summary) for e in found]
@@ -26,7 +26,7 @@ def models(output: Output) -> None:
 
 
 @command(app)
-def sites(model: ModelOptions, output: Output) -> None:
+def sites(model: options.Model, output: options.Output) -> None:
     """List a model's sites: the places where its tensors can be read and changed."""
     found = model.load().sites
     rows = [

@@ -16,15 +16,14 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 from typer import BadParameter
 
 from circuits.autoencoders import Autoencoder, load_autoencoder
-from circuits.cli.choosing import labels_of, record_of, usual_data
+from circuits.cli.choosing import labels_of, usual_data
 from circuits.cli.output import progress_bar, say, show_json, show_table
 from circuits.cli.signatures import argument, option
 from circuits.examples import LIMIT, Examples
 from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
-from circuits.models.zoo.loading import find_autoencoder, load_model
-from circuits.progress import Progress
+from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
 from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
@@ -81,8 +80,7 @@ HarvestedData = Annotated[str, option(
 TrainingData = Annotated[str, option(
     "The dataset (see `circuits harvest`). By default the one that the autoencoder was trained on."
 )]  # fmt: skip
-Take = Literal["spread", "first", "random"]
-TakeOption = Annotated[Take, option(
+Take = Annotated[Literal["spread", "first", "random"], option(
     "Which examples of the dataset: spread evenly over it, the first ones, or drawn at random by --seed.", "--take"
 )]  # fmt: skip
 Limit = Annotated[int, option(
@@ -113,7 +111,7 @@ Author = Annotated[
 Batch = Annotated[int, option(
     "How many versions of examples to compute in one pass: fewer take less memory.", "--batch"
 )]  # fmt: skip
-MethodOption = Annotated[list[str] | None, option(
+MethodOptions = Annotated[list[str] | None, option(
     "An option of the method, written NAME=VALUE, e.g. samples=20; may be repeated.", "--option"
 )]  # fmt: skip
 Target = Annotated[str, option(
@@ -136,7 +134,7 @@ Force = Annotated[bool, option(
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class Model:
     """A model, and the workspace in which it is looked at."""
 
     heading: ClassVar = "Model and workspace"
@@ -166,7 +164,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class AutoencoderOptions:
+class Sae:
     """A sparse autoencoder, and the model that it belongs to."""
 
     heading: ClassVar = "Model and workspace"
@@ -228,14 +226,14 @@ def attached(model: HookedModel, code: Autoencoder) -> HookedModel:
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class Dataset:
     """Some examples of a dataset."""
 
     heading: ClassVar = "Examples"
 
     data: Data = ""
     limit: Limit = LIMIT
-    take: TakeOption = "spread"
+    take: Take = "spread"
 
     def choose(self, model: HookedModel, seed: int) -> Examples:
         """The examples; without --data of photographs, or of repeated tokens."""
@@ -243,7 +241,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class ImageOptions(DataOptions):
+class Images(Dataset):
     """Some examples of a dataset, or images by path."""
 
     image: Annotated[
@@ -282,7 +280,7 @@ class ImageOptions(DataOptions):
 
 
 @dataclass(frozen=True)
-class InputOptions(ImageOptions):
+class Inputs(Images):
     """Some examples of a dataset, images by path, or one text."""
 
     text: Text = ""
@@ -304,7 +302,7 @@ class InputOptions(ImageOptions):
 
 
 @dataclass(frozen=True)
-class LabelledOptions(DataOptions):
+class LabelledDataset(Dataset):
     """Some examples of a dataset, and the class of each where classes are needed."""
 
     labels: Labels = ""
@@ -317,14 +315,14 @@ class LabelledOptions(DataOptions):
 
 
 @dataclass(frozen=True)
-class TrainingDataOptions:
+class TrainingDataset:
     """Some examples of the dataset that an autoencoder was trained on, or of another."""
 
     heading: ClassVar = "Examples"
 
     data: TrainingData = ""
     limit: LimitOrAll = None
-    take: TakeOption = "spread"
+    take: Take = "spread"
 
     def source(self, code: Autoencoder) -> Source:
         """The dataset."""
@@ -344,7 +342,7 @@ def training_data(code: Autoencoder, data: str) -> str:
 
 
 @dataclass(frozen=True)
-class PairsOptions:
+class PairsTask:
     """A task whose examples have counterparts: what is measured, and on which examples."""
 
     heading: ClassVar = "Task and examples"
@@ -359,7 +357,7 @@ class PairsOptions:
     data: Data = ""
     text: Text = ""
     limit: Limit = LIMIT
-    take: TakeOption = "spread"
+    take: Take = "spread"
 
     def compile(self, model: HookedModel, seed: int) -> Task:
         """The task for a model: by name or file, what data or a text states by itself, or the model's own.
@@ -385,7 +383,7 @@ class PairsOptions:
 
 
 @dataclass(frozen=True)
-class TaskOptions(PairsOptions):
+class AnsweredTask(PairsTask):
     """A task: what is measured, where, and on which examples."""
 
     positions: Annotated[str, option(
@@ -405,7 +403,7 @@ class TaskOptions(PairsOptions):
 
 
 @dataclass(frozen=True)
-class LabelledTaskOptions(TaskOptions):
+class LabelledTask(AnsweredTask):
     """A task, with the classes of the images that it is measured on."""
 
     labels: Labels = ""
@@ -419,9 +417,9 @@ class LabelledTaskOptions(TaskOptions):
         return super()._asked(model) | {"labels": known}
 
     @property
-    def examples(self) -> LabelledOptions:
+    def examples(self) -> LabelledDataset:
         """The examples alone."""
-        return LabelledOptions(self.data, self.limit, self.take, self.labels)
+        return LabelledDataset(self.data, self.limit, self.take, self.labels)
 
 
 # --- showing results -------------------------------------------------------------------------------
@@ -446,7 +444,7 @@ class Output:
         bool, option("Print the result as JSON, for programs, instead of tables.", "--json")
     ] = False
 
-    def progress(self, what: str) -> AbstractContextManager[Progress]:
+    def progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A progress bar, unless JSON is printed."""
         return progress_bar(what, quiet=self.json)
 

@@ -7,17 +7,7 @@ from typing import Annotated
 from typer import Typer
 
 from circuits import localization
-from circuits.cli.options import (
-    TOP,
-    FigureOutput,
-    ModelOptions,
-    PairsOptions,
-    Random,
-    Seed,
-    TaskOptions,
-    Top,
-    within,
-)
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.experiments import N_RANDOM
 from circuits.localization.cells import By
@@ -40,7 +30,7 @@ At = Annotated[str, option(
     "default every position."
 )]  # fmt: skip
 Pairs = Annotated[int, option(
-    "From how many other pairs, drawn at random, each place is also patched, as a control.", check=within(0)
+    "From how many other pairs, drawn at random, each place is also patched, as a control.", check=options.within(0)
 )]  # fmt: skip
 Direction = Annotated[Directions, option(
     "Which run is patched: the clean one (noising), the corrupted one (denoising), or both in turn."
@@ -49,9 +39,9 @@ Direction = Annotated[Directions, option(
 
 @command(app)
 def patch(
-    model: ModelOptions,
-    task: PairsOptions,
-    output: FigureOutput,
+    model: options.Model,
+    task: options.PairsTask,
+    output: options.FigureOutput,
     sites: Sites = "",
     by: Annotated[By, option(
         "What is patched at once: a whole site, one position of it, one head, one head at one position, or one unit."
@@ -59,8 +49,8 @@ def patch(
     at: At = "",
     direction: Direction = "both",
     random: Pairs = 1,
-    top: Top = TOP,
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Patch sites, heads or positions from the other run of each pair: which of them carry a task?"""
     loaded = model.load()
@@ -76,9 +66,9 @@ def patch(
 
 @command(app)
 def paths(
-    model: ModelOptions,
-    task: PairsOptions,
-    output: FigureOutput,
+    model: options.Model,
+    task: options.PairsTask,
+    output: options.FigureOutput,
     path: Annotated[list[str] | None, argument(
         "Direct paths, written SENDER,RECEIVER, e.g. 0.3,1.0.k or mlp:0,logits. By default every path."
     )] = None,
@@ -90,8 +80,8 @@ def paths(
     )] = False,
     direction: Direction = "noising",
     random: Pairs = 1,
-    top: Top = TOP,
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Patch direct paths of a transformer from the other run of each pair: what reads what for a task?"""
     if heads and (path or through_mlps):
@@ -121,7 +111,7 @@ def _path(text: str) -> tuple[str, str]:
 
 def _heads(
     model: HookedModel, task: Task, heads: str, direction: Directions, random: int, top: int, seed: int,
-    output: FigureOutput,
+    output: options.FigureOutput,
 ) -> None:  # fmt: skip
     if direction == "both":
         raise ValueError("--heads goes with one --direction: noising or denoising")
@@ -136,19 +126,19 @@ def _heads(
 
 @command(app)
 def keep(
-    model: ModelOptions,
+    model: options.Model,
     units: Annotated[str, argument(
         "What is kept: SITE:1,2,5-9, whole sites (hook_embed) or ends of names (mlp_out), with blanks between."
     )],
-    task: TaskOptions,
-    output: FigureOutput,
+    task: options.AnsweredTask,
+    output: options.FigureOutput,
     sites: Sites = "",
     how: Annotated[Outside, option(
         "What everything else is replaced by: its activation on the example's counterpart, its mean over the examples "
         "(at each position by itself, with position_mean), or zero."
     )] = "counterpart",
-    random: Random = N_RANDOM,
-    seed: Seed = 0,
+    random: options.Random = N_RANDOM,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Keep only some units, replace everything else, and show how much of a task is left."""
     loaded = model.load()
@@ -163,20 +153,18 @@ def keep(
 
 @command(app)
 def lens(
-    model: ModelOptions,
-    task: TaskOptions,
-    output: FigureOutput,
+    model: options.Model,
+    task: options.AnsweredTask,
+    output: options.FigureOutput,
     tokens: Annotated[bool, option(
         "Instead show the most probable next token at each depth and position of --text.", "--tokens"
     )] = False,
     held: Annotated[bool, option(
-        "Hold the final normalisation at the scale of the last layer, so that layers add what they write. By default it "
-        "is computed for each depth.", "--held",
+        "Hold the final normalisation at the scale of the last layer, so that layers add what they write. By default "
+        "it is computed for each depth.", "--held",
     )] = False,
-    middle: Annotated[bool, option(
-        "Also stop between the attention and the MLP of each layer.", "--middle"
-    )] = False,
-    seed: Seed = 0,
+    middle: Annotated[bool, option("Also stop between the attention and the MLP of each layer.", "--middle")] = False,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show what a transformer would answer if it stopped at each depth (logit lens)."""
     loaded = model.load()
@@ -199,9 +187,9 @@ def lens(
 
 @command(app)
 def probe(
-    model: ModelOptions,
-    task: PairsOptions,
-    output: FigureOutput,
+    model: options.Model,
+    task: options.PairsTask,
+    output: options.FigureOutput,
     method: Annotated[Method, option(
         "How the direction is found: as the difference of the classes' means (contrastive directions), or by logistic "
         "regression."
@@ -209,14 +197,15 @@ def probe(
     sites: Sites = "",
     at: At = "",
     labels: Annotated[Labels, option(
-        "The label that is read off: whether a text is an example or its counterpart (pair), its answer, or its template."
+        "The label that is read off: whether a text is an example or its counterpart (pair), its answer, or its "
+        "template."
     )] = "pair",
     steer: Annotated[float, option(
         "Also steer the corrupted run with this multiple of the direction; 0: do not."
     )] = 0.0,
-    random: Random = N_RANDOM,
-    top: Top = TOP,
-    seed: Seed = 0,
+    random: options.Random = N_RANDOM,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show where a label can be read off linearly, on held-out examples."""
     loaded = model.load()

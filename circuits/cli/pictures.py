@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from typer import Typer
 
-from circuits.cli.options import ModelOptions, Output, Seed, within
+from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import Examples
 from circuits.featurevis import objectives
@@ -37,20 +37,18 @@ class Wanted:
 
     heading: ClassVar = "Which pictures"
 
-    objective: Annotated[Literal["channel", "neuron", "cosine", "deepdream", "logit"] | None, option(
-        "What is made large: a unit everywhere (channel) or in the middle of its map (neuron), a direction by its cosine, "
-        "all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
+    objective: Annotated[objectives.Kind | None, option(
+        "What is made large: a unit everywhere (channel) or in the middle of its map (neuron), a direction by its "
+        "cosine, all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
     )] = None  # fmt: skip
     seeds: Annotated[
-        int, option("Make a picture from each of this many seeds.", check=within(1, 64))
+        int, option("Make a picture from each of this many seeds.", check=options.within(1, 64))
     ] = 1
     negative: Annotated[bool, option(
         "Make what the unit is least active on instead.", "--negative"
     )] = False  # fmt: skip
     diverse: Annotated[int, option("Make this many pictures that are unlike each other.")] = 1
-    badge: Annotated[bool, option(
-        "Also measure how far the picture can be trusted.", "--badge"
-    )] = False  # fmt: skip
+    badge: Annotated[bool, option("Also measure how far the picture can be trusted.", "--badge")] = False  # fmt: skip
     sheet: Annotated[bool, option(
         "Make a picture of every unit of a site, as tiles and one atlas. Run it again to resume.", "--sheet"
     )] = False  # fmt: skip
@@ -79,17 +77,15 @@ class Rendering:
         "coordinates (cppn), or the phases of a fixed spectrum (maco)."
     )] = "fourier"  # fmt: skip
     images: Annotated[str | None, option(
-        "The dataset whose colours (for maco, spectrum) are used and with which a badge compares. By default photos for "
-        "maco and badges, and ImageNet's colours."
+        "The dataset whose colours (for maco, spectrum) are used and with which a badge compares. By default photos "
+        "for maco and badges, and ImageNet's colours."
     )] = None  # fmt: skip
     steps: Annotated[int, option("The number of optimisation steps.")] = 256
     size: Annotated[int | None, option(
         "The side of the pictures in pixels. By default that of the model's images."
     )] = None  # fmt: skip
-    alpha: Annotated[bool, option(
-        "Also optimise how transparent each pixel is.", "--alpha"
-    )] = False  # fmt: skip
-    seed: Seed = 0
+    alpha: Annotated[bool, option("Also optimise how transparent each pixel is.", "--alpha")] = False  # fmt: skip
+    seed: options.Seed = 0
 
     @property
     def data(self) -> str:
@@ -110,13 +106,13 @@ class Rendering:
 
 @command(app)
 def visualize(
-    model: ModelOptions,
+    model: options.Model,
     target: Annotated[str, argument(
         "A unit SITE:INDEX, a direction like mixed3b:379+0.5*mixed3b:385, a site, or a class."
     )],
     wanted: Wanted,
     rendering: Rendering,
-    output: Output,
+    output: options.Output,
     out: Annotated[Path | None, option(
         "The file to write, .png or .webp; with --sheet a folder. By default in the workspace."
     )] = None,
@@ -139,7 +135,9 @@ def visualize(
     rendering.check(spec)
     if wanted.sheet:
         _leave_out(wanted.given, "a sheet has a picture a unit: {} is for single units")
-    chosen = None if wanted.sheet else _objective(loaded, target, wanted.objective)
+    chosen = (
+        None if wanted.sheet else objectives.of_kind(loaded, target, wanted.objective or "channel")
+    )
     settings = rendering.settings(place, loaded)
     if chosen is None:
         _sheet(place, loaded, target, settings, wanted.negative, out, output)
@@ -165,22 +163,8 @@ def _natural(place: Workspace, model: HookedModel, data: str) -> NaturalImages:
     return NaturalImages.kept(path, found, images.data, images.source.hash)
 
 
-def _objective(model: HookedModel, target: str, kind: str | None) -> str | Objective:
-    """What is to be visualized; units stay units."""
-    if kind is None or kind == "channel":
-        objectives.as_objective(model, target)
-        return target
-    if kind == "neuron":
-        return objectives.neuron(model, target)
-    if kind == "cosine":
-        return objectives.direction(model, target, cosine_power=1.0)
-    if kind == "deepdream":
-        return objectives.deepdream(model, target)
-    return objectives.logit(model, int(target) if target.isdigit() else target)
-
-
 def _dream(
-    model: HookedModel, spec: TokenInput, target: str, rendering: Rendering, output: Output
+    model: HookedModel, spec: TokenInput, target: str, rendering: Rendering, output: options.Output
 ) -> None:
     with output.progress(f"visualize {target}") as progress:
         found = dream(model, target, steps=rendering.steps, seed=rendering.seed, progress=progress)
@@ -190,7 +174,7 @@ def _dream(
 
 def _sheet(
     place: Workspace, model: HookedModel, site: str, settings: Settings, negative: bool, out: Path | None,
-    output: Output,
+    output: options.Output,
 ) -> None:  # fmt: skip
     model.site(site)
     name = sheet_name(model, site, negative, **settings.options())
@@ -206,7 +190,7 @@ def _sheet(
 
 def _pictures(
     place: Workspace, model: HookedModel, target: str | Objective, name: str, settings: Settings, wanted: Wanted,
-    data: str, out: Path | None, output: Output,
+    data: str, out: Path | None, output: options.Output,
 ) -> None:  # fmt: skip
     rows: list[dict[str, Any]] = []
     with output.progress(f"visualize {name}") as progress:
@@ -218,26 +202,13 @@ def _pictures(
             )  # fmt: skip
             more = {"reliability": _badge(model, pictures, seeded, data)} if wanted.badge else {}
             for i, picture in enumerate(pictures):
-                path = place.picture_path(model.hash, name, _file_name(picture, i))
+                path = place.picture_path(model.hash, name, picture.file_name(i))
                 if out is not None:
                     single = wanted.seeds * wanted.diverse == 1
                     path = out if single else out.with_stem(f"{out.stem}-{k * wanted.diverse + i}")
                 picture.save(path, more)
                 rows.append({"out": str(path), **picture.metadata(), **more})
     output.show(rows[0] if len(rows) == 1 else rows, _lines(rows))
-
-
-def _file_name(picture: Picture, number: int) -> str:
-    """Steps, size and seed, and what sets a picture apart from the plain one of these."""
-    facts = picture.settings
-    parts = [facts["param"]] if facts["param"] != "fourier" else []
-    parts += ["alpha"] if facts["alpha"] else []
-    parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
-    parts += {"negative": ["negative"], "diverse": [f"diverse{number}"]}.get(facts["kind"], [])
-    if picture.unit is None or picture.objective != str(picture.unit):
-        parts += ["".join(c if c.isalnum() else "_" for c in picture.objective)[:40]]
-    plain = f"{picture.steps}steps-{picture.image.shape[-1]}px-seed{picture.seed}"
-    return plain + "".join(f"-{part}" for part in dict.fromkeys(parts))
 
 
 def _badge(

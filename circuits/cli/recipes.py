@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from circuits.cli.choosing import stored, usual_data
-from circuits.cli.options import LabelledOptions
+from circuits.cli import options
+from circuits.cli.choosing import usual_data
 from circuits.cli.output import warn
 from circuits.edits.associative import associate, read_site, second_moment
 from circuits.edits.estimation import leace, means, patch, project_out, resample
-from circuits.edits.layers import Associate
+from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit, read_edit
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.sources import open_source
+from circuits.store.reading import newest_store
 from circuits.tasks.targets import output_site, parse_target
 from circuits.units import Direction
 from circuits.workspace import Workspace
@@ -37,7 +38,7 @@ MOMENT = 512
 def recipe_of(
     model: HookedModel,
     what: Sequence[str],
-    examples: LabelledOptions | None = None,
+    examples: options.LabelledDataset | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Recipe:
@@ -60,7 +61,7 @@ def recipe_of(
             files.append(_loaded(model, text, force))
             found += files[-1].edits
         elif (words := text.split()) and words[0] in ESTIMATED:
-            found.append(_estimated(model, words, examples or LabelledOptions(), seed))
+            found.append(_estimated(model, words, examples or options.LabelledDataset(), seed))
         else:
             found.append(read_edit(model, text))
     return Recipe.of(model, found, _joined(f.note for f in files), _joined(f.author for f in files))
@@ -86,7 +87,7 @@ def _loaded(model: HookedModel, path: str, force: bool) -> Recipe:
 
 
 def _estimated(
-    model: HookedModel, words: Sequence[str], examples: LabelledOptions, seed: int
+    model: HookedModel, words: Sequence[str], examples: options.LabelledDataset, seed: int
 ) -> Edit:
     """An edit whose numbers come from data."""
     kind, rest = words[0], words[1:]
@@ -122,8 +123,9 @@ def _patch(model: HookedModel, units: str, example: str, data: str) -> Edit:
 
 
 def associated(
-    model: HookedModel, layer: str, prompt: str, answer: str, examples: LabelledOptions, seed: int, place: Workspace
-) -> Associate:  # fmt: skip
+    model: HookedModel, layer: str, prompt: str, answer: str, examples: options.LabelledDataset, seed: int,
+    place: Workspace,
+) -> Associate | LowRank:  # fmt: skip
     """The rank-one edit after which a prompt gets an answer.
 
     What else the layer reads (the second moment C) is known from a store of the workspace that keeps it, or is measured
@@ -138,7 +140,7 @@ def associated(
     if target.site != output_site(model).name or not isinstance(target.index, int):
         raise ValueError(f"--answer {answer!r} is not token:WORD or class:NAME")
     site = read_site(model, layer).name
-    store = stored(place, model.hash, site, examples.data)
+    store = newest_store(place.store_folders(model.hash), model.hash, site, examples.data)
     if store is not None and site in store.provenance.depth.covariance:
         moment, name = second_moment(model, layer, store), store.provenance.data
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +11,22 @@ import typer
 
 from circuits import saliency as methods
 from circuits.attribution.results import Attribution
+from circuits.cli import options
 from circuits.cli.choosing import name_values, units_of
-from circuits.cli.options import (
-    Batch,
-    DataOptions,
-    FigureOutput,
-    ImageOptions,
-    MethodOption,
-    ModelOptions,
-    Quantity,
-    Seed,
-    Subtracted,
-    Target,
-    check_out,
-)
 from circuits.cli.output import warn
 from circuits.cli.signatures import command, option
 from circuits.examples import Examples
 from circuits.files import write_json
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
 from circuits.saliency.cards import cards_table
-from circuits.saliency.maps import METHODS, Method, check_options, fitting_options
-from circuits.saliency.perturbations import Game, Perturbation
+from circuits.saliency.maps import METHODS, Method, check_options
+from circuits.saliency.perturbations import MASKS, Game, Perturbation
 from circuits.tables import Table
 from circuits.tasks import targets
 
 app = typer.Typer()
 
-MASKS = ("extremal", "meaningful")
 SANITY = ("gradient", "grad_cam", "guided_backprop", "guided_grad_cam")
 """Methods that get a card when nobody names any."""
 
@@ -60,9 +45,9 @@ class Settings:
         "With --method extremal or meaningful: whether the mask marks what preserves the target's value, or what "
         "deletes it when hidden."
     )] = "preserve"  # fmt: skip
-    option: MethodOption = None
-    batch: Batch = 32
-    seed: Seed = 0
+    method_options: options.MethodOptions = None
+    batch: options.Batch = 32
+    seed: options.Seed = 0
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -72,16 +57,16 @@ class Settings:
 
 @command(app)
 def saliency(
-    model: ModelOptions,
+    model: options.Model,
     settings: Settings,
-    examples: ImageOptions,
-    output: FigureOutput,
+    examples: options.Images,
+    output: options.FigureOutput,
     method: Annotated[list[str] | None, option(
         "A method, of those listed above; may be repeated to compare them. By default integrated_gradients."
     )] = None,
-    target: Target = "top",
-    against: Subtracted = "",
-    quantity: Quantity = "activation",
+    target: options.Target = "top",
+    against: options.Subtracted = "",
+    quantity: options.Quantity = "activation",
     out: Annotated[Path | None, option(
         "Save the values of one method to this .safetensors file, and what they are in a .json file next to it."
     )] = None,
@@ -92,9 +77,9 @@ def saliency(
     integrated_gradients, relevance, occlusion, rise, grad_cam, grad_cam_plus_plus, smooth_grad_cam_plus_plus,
     guided_grad_cam, lime, kernel_shap; and the masks extremal and meaningful.
     """
-    check_out(out, ".safetensors")
-    options = name_values(settings.option)
-    wanted = _methods(method or ["integrated_gradients"], options, (*METHODS, *MASKS))
+    options.check_out(out, ".safetensors")
+    given = name_values(settings.method_options)
+    wanted = _methods(method or ["integrated_gradients"], given, [*METHODS, *MASKS])
     if out is not None and (len(wanted) > 1 or wanted[0] in MASKS):
         raise ValueError(f"--out {str(out)!r} saves one method that is no mask")
     if settings.site and not any("cam" in name for name in wanted):
@@ -102,41 +87,32 @@ def saliency(
             f"--site {settings.site!r}: only class activation maps are taken at a site"
         )
     loaded = model.load()
-    if "through" in options:
-        options["through"] = units_of(loaded, str(options["through"]))
+    if "through" in given:
+        given["through"] = units_of(loaded, str(given["through"]))
     goal = targets.parse_target(loaded, target, against, quantity)
     chosen = examples.choose(loaded, settings.seed)
     maps: dict[str, Map] = {}
     for name in wanted:
         with output.progress(name) as progress:
-            maps[name] = _map(loaded, chosen, goal, name, settings, options, progress)
+            maps[name] = _map(loaded, chosen, goal, name, settings, given, progress)
         if out is not None:
             maps[name].found.save(out)
     _show(loaded, chosen, goal, maps, settings, output, hint=out is None)
 
 
-def _methods(given: Sequence[str], options: dict[str, Any], known: Sequence[str]) -> list[Any]:
+def _methods(names: Sequence[str], given: dict[str, Any], known: Sequence[str]) -> list[Any]:
     """The methods that are named, once each; ValueError or TypeError if one does not exist or lacks an option."""
-    wanted = list(dict.fromkeys(given))
+    wanted = list(dict.fromkeys(names))
     for name in wanted:
         if name not in known:
             raise ValueError(f"method {name!r} is not one of {', '.join(known)}")
-        if name in MASKS:
-            _check_mask_options(name, options)
-        elif options:
-            check_options(_method(name), options)
+        if given:
+            check_options(name, given)
     return wanted
 
 
 def _method(name: str) -> Method:
     return next(m for m in get_args(Method) if m == name)
-
-
-def _check_mask_options(name: str, options: dict[str, Any]) -> None:
-    shared = ("model", "examples", "target", "area", "variant", "batch", "size", "progress")
-    function = getattr(methods, name)
-    known = [k for k in inspect.signature(function).parameters if k not in shared]
-    fitting_options(f"method {name}", function, options, known)
 
 
 @dataclass(frozen=True)
@@ -149,21 +125,22 @@ class Map:
 
 
 def _map(
-    model: HookedModel, chosen: Examples, goal: targets.Target, name: str, settings: Settings, options: dict[str, Any],
+    model: HookedModel, chosen: Examples, goal: targets.Target, name: str, settings: Settings, given: dict[str, Any],
     progress: Progress,
 ) -> Map:  # fmt: skip
-    shared = options | settings.shared | {"progress": progress}
+    shared: dict[str, Any] = given | settings.shared | {"progress": progress}
     if name in MASKS:
         more = {"variant": settings.variant} | (
             {"area": settings.area} if name == "extremal" else {}
         )
-        mask: Perturbation = getattr(methods, name)(model, chosen, goal, **more, **shared)
+        mask: Perturbation = MASKS[name](model, chosen, goal, **more, **shared)
         each = [(mask.target, float(value)) for value in mask.intact]
-        return Map(mask, mask.masks[:, 0], _facts(name, more | options, mask, each, chosen))
-    at = {"site": settings.site} if settings.site and "cam" in name else {}
+        return Map(mask, mask.masks[:, 0], _facts(name, more | given, mask, each, chosen))
+    at: dict[str, Any] = {"site": settings.site} if settings.site and "cam" in name else {}
     made = methods.saliency_map(model, chosen, goal, _method(name), **at, **shared)
     each = [
-        (_named(model, aim), float(v)) for aim, v in zip(made.aims, made.target_values, strict=True)
+        (targets.named(model, aim), float(v))
+        for aim, v in zip(made.aims, made.target_values, strict=True)
     ]
     return Map(made, made.heat("signed"), _facts(name, dict(made.settings), made, each, chosen))
 
@@ -179,20 +156,9 @@ def _facts(
     return {"method": name, "settings": settings, "examples": examples}
 
 
-def _named(model: HookedModel, aim: str) -> str:
-    """A target with the name of its class or token."""
-    site, _, rest = aim.partition(":")
-    if site != targets.output_site(model).name:
-        return aim
-    index = int(rest.partition("@")[0])
-    if isinstance(model.input, TokenInput):
-        return f"{aim} ({model.input.word(index)!r})"
-    return f"{aim} ({model.classes[index]})" if model.classes else aim
-
-
 def _show(
     model: HookedModel, chosen: Examples, goal: targets.Target, maps: dict[str, Map], settings: Settings,
-    output: FigureOutput, hint: bool,
+    output: options.FigureOutput, hint: bool,
 ) -> None:  # fmt: skip
     heats, all_facts = {n: m.heat for n, m in maps.items()}, [m.facts for m in maps.values()]
     names, table = methods.agreement(heats)
@@ -229,24 +195,24 @@ def _show(
 
 @command(app)
 def sanity(
-    model: ModelOptions,
-    examples: DataOptions,
-    output: FigureOutput,
+    model: options.Model,
+    examples: options.Dataset,
+    output: options.FigureOutput,
     method: Annotated[list[str] | None, option(
         f"A method of `circuits saliency`; may be repeated. By default {', '.join(SANITY)}."
     )] = None,
-    target: Target = "top",
-    option: MethodOption = None,
+    target: options.Target = "top",
+    method_options: options.MethodOptions = None,
     stages: Annotated[int, option("In how many steps the layers' weights are shuffled; an even number.")] = 6,
     faithful: Annotated[int, option("On how many images faithfulness is measured.")] = 8,
     out: Annotated[Path | None, option("Save the cards to this .json file.")] = None,
-    batch: Batch = 32,
-    seed: Seed = 0,
+    batch: options.Batch = 32,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Test whether attribution methods depend on what this model has learned: a card for each."""
-    check_out(out, ".json")
-    options = name_values(option)
-    wanted = _methods(method or SANITY, options, METHODS)
+    options.check_out(out, ".json")
+    given = name_values(method_options)
+    wanted = _methods(method or SANITY, given, METHODS)
     if faithful < 1:
         raise ValueError(f"faithful {faithful} must be at least 1")
     loaded = model.load()
@@ -256,7 +222,7 @@ def sanity(
         with output.progress(name) as progress:
             made = methods.card(
                 loaded, chosen, _method(name), target, stages=stages, faithful=faithful, seed=seed, batch=batch,
-                progress=progress, **options,
+                progress=progress, **given,
             )  # fmt: skip
         cards.append(made)
     if out is not None:

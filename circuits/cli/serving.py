@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 from typer import Typer
 
-from circuits.cli.options import Output, WorkspaceFolder
+from circuits.cli import options
 from circuits.cli.output import say
 from circuits.cli.signatures import command, option
 from circuits.demo import build
@@ -78,8 +78,8 @@ def serve_app(
 
 @command(app)
 def demo(
-    output: Output,
-    workspace: WorkspaceFolder = None,
+    output: options.Output,
+    workspace: options.WorkspaceFolder = None,
     port: Port = PORT,
     serve: Annotated[bool, option(
         "Start the app when the workspace is built, or do not.", "--serve/--no-serve"
@@ -100,7 +100,7 @@ def demo(
 
 @command(app, "app")
 def open_app(
-    workspace: WorkspaceFolder = None,
+    workspace: options.WorkspaceFolder = None,
     port: Port = PORT,
     host: Annotated[str, option(
         "The address at which the app is served. By default this machine alone reaches it."

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Typer
 
 from circuits import localization
-from circuits.cli.options import TOP, FigureOutput, Force, ModelOptions, Output, Seed, Top, within
+from circuits.cli import options
 from circuits.cli.recipes import recipe_of
 from circuits.cli.signatures import argument, command, option
 from circuits.edits.recipes import edited
@@ -24,16 +24,16 @@ N_TOKENS = 20
 
 @command(app)
 def heads(
-    model: ModelOptions,
-    output: FigureOutput,
+    model: options.Model,
+    output: options.FigureOutput,
     texts: Annotated[int, option(
-        "How many texts of random tokens that repeat to score heads on.", check=within(2, 10**5)
+        "How many texts of random tokens that repeat to score heads on.", check=options.within(2, 10**5)
     )] = 32,
     length: Annotated[int, option(
         "How many tokens each text has; 0 stands for 64, or for what the model takes if that is less."
     )] = 0,
-    top: Top = TOP,
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Find previous-token, duplicate-token and induction heads on random repeated tokens."""
     loaded = model.load()
@@ -47,9 +47,9 @@ def heads(
 
 @command(app)
 def attention(
-    model: ModelOptions,
+    model: options.Model,
     heads: Annotated[str, argument("Heads, written LAYER.HEAD, with blanks or commas between.")],
-    output: FigureOutput,
+    output: options.FigureOutput,
     text: Annotated[str, option(
         "The text in which the heads attend: words, or numbers of tokens if the model has no words."
     )] = "",
@@ -64,8 +64,8 @@ def attention(
 
 @command(app)
 def generate(
-    model: ModelOptions,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     text: Annotated[list[str] | None, option("A text to continue; may be repeated.")] = None,
     edit: Annotated[list[str] | None, option(
         "An edit in words, or a recipe file; may be repeated. By default the model is not edited."
@@ -74,8 +74,8 @@ def generate(
     temperature: Annotated[float, option(
         "The temperature at which tokens are drawn; 0 takes the most probable token each time."
     )] = 0.0,
-    force: Force = False,
-    seed: Seed = 0,
+    force: options.Force = False,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Continue texts with the model as it is and, with --edit, as it is edited."""
     if not text:

@@ -11,15 +11,8 @@ from PIL import Image
 from typer import Typer
 
 from circuits import tuning
-from circuits.cli.choosing import stored, units_of
-from circuits.cli.options import (
-    FigureOutput,
-    HarvestedData,
-    ModelOptions,
-    Seed,
-    UnitArgument,
-    UnitsArgument,
-)
+from circuits.cli import options
+from circuits.cli.choosing import units_of
 from circuits.cli.output import warn
 from circuits.cli.signatures import command, option
 from circuits.examples import Examples
@@ -30,6 +23,7 @@ from circuits.models.paths.receptive import receptive_field
 from circuits.saliency import saliency_map
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, spectrum
+from circuits.store.reading import newest_store
 from circuits.store.spectra import Example, Spectrum
 from circuits.tasks.targets import Target
 from circuits.tuning.radial import Shape
@@ -67,21 +61,19 @@ class Drawing:
 
 @command(app)
 def tune(
-    model: ModelOptions,
-    units: UnitsArgument,
+    model: options.Model,
+    units: options.UnitsArgument,
     drawing: Drawing,
-    output: FigureOutput,
+    output: options.FigureOutput,
     find: Annotated[bool, option(
         "Instead find which of the units are curve detectors, compared with a model of shuffled weights.", "--find"
     )] = False,
-    heat: Annotated[bool, option(
-        "Instead show responses by orientation and curvature.", "--heat-map"
-    )] = False,
+    heat: Annotated[bool, option("Instead show responses by orientation and curvature.", "--heat-map")] = False,
     aspects: Annotated[bool, option(
         "Instead change contrast, colour, fill, thickness and corners of each unit's best curve.", "--aspects"
     )] = False,
-    data: HarvestedData = "",
-    seed: Seed = 0,
+    data: options.HarvestedData = "",
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show how units respond as a drawn shape is turned, bent or painted differently."""
     radius = drawing.radius
@@ -98,7 +90,7 @@ def tune(
     if find:
         _find(loaded, chosen, drawing, seed, output)
         return
-    store = stored(model.place, loaded.hash, chosen[0].site, data)
+    store = newest_store(model.place.store_folders(loaded.hash), loaded.hash, chosen[0].site, data)
     if data and store is None:
         raise ValueError(
             f"data {data!r}: no finished harvest of {chosen[0].site} of {model.spec} on it"
@@ -111,7 +103,7 @@ def tune(
 
 def _curves(
     model: HookedModel, units: list[Unit], drawing: Drawing, store: ActivationStore | None, seed: int,
-    output: FigureOutput, aspects: bool,
+    output: options.FigureOutput, aspects: bool,
 ) -> None:  # fmt: skip
     deviations = None if store is None else [store.statistics(unit).std for unit in units]
     with output.progress("tune") as progress:
@@ -132,7 +124,7 @@ def _curves(
 
 def _heat_maps(
     model: HookedModel, units: list[Unit], drawing: Drawing, store: ActivationStore | None,
-    output: FigureOutput,
+    output: options.FigureOutput,
 ) -> None:  # fmt: skip
     each = None if store is None else [store.statistics(unit) for unit in units]
     with output.progress("tune") as progress:
@@ -148,7 +140,7 @@ def _heat_maps(
 
 
 def _find(
-    model: HookedModel, units: list[Unit], drawing: Drawing, seed: int, output: FigureOutput
+    model: HookedModel, units: list[Unit], drawing: Drawing, seed: int, output: options.FigureOutput
 ) -> None:
     sites = {unit.site for unit in units}
     if len(sites) != 1:
@@ -187,13 +179,11 @@ def _find(
 
 @command(app)
 def examples(
-    model: ModelOptions,
-    unit: UnitArgument,
-    output: FigureOutput,
-    data: HarvestedData = "",
-    bins: Annotated[int, option(
-        "Into how many ranges activations are divided: 2, 4, 8, 16, 32 or 64."
-    )] = 16,
+    model: options.Model,
+    unit: options.UnitArgument,
+    output: options.FigureOutput,
+    data: options.HarvestedData = "",
+    bins: Annotated[int, option("Into how many ranges activations are divided: 2, 4, 8, 16, 32 or 64.")] = 16,
     each: Annotated[int, option("How many examples to draw at random from each range.")] = 3,
     overlay: Annotated[bool, option(
         "With --figure: mark which pixels excite the unit where it is most active.", "--overlay"
@@ -201,14 +191,14 @@ def examples(
     method: Annotated[str, option(
         "With --overlay: the method that finds these pixels, one of those of `circuits saliency`."
     )] = "gradient_x_input",
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show examples from a unit's whole range of activation, and how often each part of it occurs."""
     if overlay and output.figure is None:
         raise ValueError("--overlay marks pixels in the figure: give --figure too")
     loaded = model.load()
     wanted = loaded.unit(unit)
-    store = stored(model.place, loaded.hash, wanted.site, data)
+    store = newest_store(model.place.store_folders(loaded.hash), loaded.hash, wanted.site, data)
     if store is None:
         on = f" on {data}" if data else ""
         raise FileNotFoundError(

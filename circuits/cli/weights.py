@@ -9,17 +9,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Typer
 
-from circuits.cli.options import (
-    TOP,
-    DataOptions,
-    FigureOutput,
-    ModelOptions,
-    Seed,
-    Top,
-    UnitArgument,
-    check_out,
-    within,
-)
+from circuits.cli import options
 from circuits.cli.output import warn
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import Examples
@@ -35,7 +25,12 @@ app = Typer()
 
 
 @command(app)
-def weights(model: ModelOptions, unit: UnitArgument, output: FigureOutput, top: Top = TOP) -> None:
+def weights(
+    model: options.Model,
+    unit: options.UnitArgument,
+    output: options.FigureOutput,
+    top: options.Top = options.TOP,
+) -> None:
     """Show the strongest weights into and out of a unit."""
     loaded = model.load()
     built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
@@ -93,23 +88,21 @@ class Expanding:
 
 @command(app)
 def expand(
-    model: ModelOptions,
+    model: options.Model,
     source: Annotated[str, argument("The site that is read, an earlier one, or `input`.")],
-    target: UnitArgument,
+    target: options.UnitArgument,
     expanding: Expanding,
-    examples: DataOptions,
-    output: FigureOutput,
+    examples: options.Dataset,
+    output: options.FigureOutput,
     factors: Annotated[int, option(
-        "Also factorise the weights into this many groups of source units; 0: do not.", check=within(0)
+        "Also factorise the weights into this many groups of source units; 0: do not.", check=options.within(0)
     )] = 0,
-    top: Top = TOP,
-    out: Annotated[Path | None, option(
-        "Save the weights of all units of SOURCE to this .safetensors file."
-    )] = None,
-    seed: Seed = 0,
+    top: options.Top = options.TOP,
+    out: Annotated[Path | None, option("Save the weights of all units of SOURCE to this .safetensors file.")] = None,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Show a site's weights on a unit through everything between them, next to shuffled weights."""
-    check_out(out, ".safetensors")
+    options.check_out(out, ".safetensors")
     _position(expanding.at)
     loaded = model.load()
     unit = loaded.unit(target)

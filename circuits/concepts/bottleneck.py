@@ -28,7 +28,7 @@ from circuits.means import Activity
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tables import Table
 from circuits.tasks.metrics import accuracy
-from circuits.units import Unit, Units
+from circuits.units import Site, Unit, Units
 
 _FEW = 5
 """Fewer examples of a class say nothing of it."""
@@ -279,6 +279,9 @@ def _fitted(
 # --- interventions -------------------------------------------------------------------------------
 
 
+Switch = Literal["off", "scale", "set"]
+
+
 @dataclass(frozen=True)
 class Intervention:
     """What is done to units before a bottleneck decides.
@@ -290,7 +293,7 @@ class Intervention:
     """
 
     units: tuple[Unit, ...]
-    how: Literal["off", "scale", "set"] = "off"
+    how: Switch = "off"
     amount: float = 0.0
 
     def __post_init__(self) -> None:
@@ -302,6 +305,29 @@ class Intervention:
             raise ValueError(
                 f"amount {self.amount} to {self.how} must be below 1e30 in size, and 0 or more to scale"
             )
+
+    @classmethod
+    def parse(cls, site: Site, how: Switch, text: str) -> Intervention:
+        """Units of a site written as `3,17` (to switch off) or `3,17=2` (to scale or set).
+
+        Raises:
+            ValueError: if it is not of this form.
+        """
+        indices, equals, amount = text.partition("=")
+        if bool(equals) == (how == "off"):
+            form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
+            raise ValueError(f"{how} {text!r} is not of the form {form}")
+        try:
+            units = Units.parse(f"{site.name}:{indices}")
+        except ValueError:
+            raise ValueError(
+                f"{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
+            ) from None
+        try:
+            number = float(amount) if equals else 0.0
+        except ValueError:
+            raise ValueError(f"{how} {text!r}: {amount!r} is no number") from None
+        return cls(tuple(site.unit(i) for i in units.among(site)), how, number)
 
     def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
         """Pooled activations as the edit would make them: scaling and pooling change places."""

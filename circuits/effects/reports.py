@@ -13,7 +13,7 @@ from circuits.edits.recipes import Recipe
 from circuits.experiments.ablation import ClassChange, classes_table
 from circuits.experiments.outcomes import Effect, Record, effects_table
 from circuits.files import finite
-from circuits.tables import Table
+from circuits.tables import Table, spread
 from circuits.tuning.measures import TuningMeasures
 from circuits.units import Unit
 

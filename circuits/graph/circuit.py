@@ -116,7 +116,8 @@ class CircuitGraph(nx.MultiDiGraph):
         ]
         columns = ("from", "to", "kind", "norm", "typical norm", "sum", "layer")
         title = f"{self.number_of_nodes()} units, {self.number_of_edges()} edges"
-        yield Table(columns, sorted(rows, key=lambda row: -row[3]), title)
+        rows.sort(key=lambda row: -row[3])
+        yield Table(columns, rows, title)
 
     def connect(
         self,

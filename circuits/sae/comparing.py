@@ -130,6 +130,14 @@ def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
     names = list(codes)
     if len(names) < 2:
         raise ValueError(f"autoencoders: {len(names)} given, expected at least two to compare")
+    theirs = codes[names[0]].about
+    for name, code in codes.items():
+        ours = code.about
+        if (ours.model_hash, ours.target) != (theirs.model_hash, theirs.target):
+            raise ValueError(
+                f"autoencoder {name!r} writes {ours.target} of weights {ours.model_hash[:16]}, {names[0]!r} "
+                f"{theirs.target} of {theirs.model_hash[:16]}: expected autoencoders of one site"
+            )
     found = {
         f"{a} and {b}": match(codes[a].W_dec.detach(), codes[b].W_dec.detach(), seed)
         for a, b in combinations(names, 2)

@@ -557,3 +557,7 @@ def _measured(
         shown_by(goal, nothing, variant, perturbing), torch.stack(beside).mean(0), str(goal.target), "input",
         goal.model.hash, as_examples(goal.model, examples).describe(), seed,
     )  # fmt: skip
+
+
+MASKS: Mapping[str, Callable[..., Perturbation]] = {"extremal": extremal, "meaningful": meaningful}
+"""Masks of pixels by name."""
