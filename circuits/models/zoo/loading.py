@@ -41,7 +41,7 @@ from circuits.models.zoo.weights_files import (
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
-from circuits.workspace import Workspace
+from circuits.workspace import ModelRecord, Workspace
 
 log = logging.getLogger(__name__)
 
