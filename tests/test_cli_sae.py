@@ -157,10 +157,6 @@ def test_a_bottleneck_is_explained_and_corrected(
         "7=1.5",
         "--explain",
         "0",
-        "--limit",
-        "120",
-        "--take",
-        "first",
     ]
     assert run([*command, "--recipe", str(recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
