@@ -109,8 +109,6 @@ def test_latents_are_named_by_attributes_and_by_people(
                 "--attributes",
                 str(file),
                 "--keep",
-                "--limit",
-                "200",
                 "--json",
             ]
         )
