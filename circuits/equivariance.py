@@ -6,7 +6,9 @@ Turned back by the target's angle, a kernel should depend on the angle between s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +16,7 @@ from scipy.ndimage import rotate
 
 from circuits.experiments.statistics import p_value
 from circuits.families import Family
+from circuits.tables import Table
 from circuits.weights.expanded import ExpandedWeights
 
 _HARMONICS = 2
@@ -52,6 +55,22 @@ class Equivariance:
     targets: tuple[int, ...]
     sources: tuple[int, ...]
     sums: Float[np.ndarray, "target source"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return vars(self) | {"sums": self.sums.tolist()}
+
+    def tables(self, title: str) -> Iterator[Table]:
+        """Both measures compared with chance."""
+        between = "the angle between" if self.multiple == 1 else "twice the angle between"
+        rows = [
+            (f"sum of kernels with cos({between})", self.correlation, f"0 ± {self.correlation_null:.2g}",
+             self.correlation_p),
+            ("turned kernels explained by the angle", self.explained, f"{self.explained_null:.2g}",
+             self.explained_p),
+        ]  # fmt: skip
+        note = f"chance: angles given to units at random, {self.n_null} times, seed {self.seed}"
+        yield Table(("weights in linear mode", "measured", "by chance", "p"), rows, title, note)
 
 
 def measure_equivariance(

@@ -29,6 +29,7 @@ from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.orbits import Orbit, Transformation, hues, mirrors, rotations, scales
 from circuits.stimuli.sources import open_source
+from circuits.tables import Table
 from circuits.tuning.responding import responses
 from circuits.units import Site, Unit
 
@@ -124,6 +125,23 @@ class Family:
         values: dict[str, Any] = {k: float("nan") if v is None else v for k, v in raw.items()}
         values["members"] = members
         return cls(**values)
+
+
+def families_table(families: Sequence[Family]) -> Table:
+    """Families by name, with their units and phases."""
+    rows = [
+        (
+            f.name, f.site, f.transformation, len(f.members), f.score, f.p_value,
+            ", ".join(f"{m.unit.index} ({m.phase:.3g})" for m in f.members),
+        )
+        for f in families
+    ]  # fmt: skip
+    note = "no family was found"
+    if families:
+        f = families[0]
+        note = f"p: {f.null}, {f.n_null} times, seed {f.seed}; {f.stimuli}"
+    columns = ("family", "site", "kind", "units", "agreement", "p", "unit (phase)")
+    return Table(columns, rows, note=note)
 
 
 # --- answers -----------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from PIL import Image
 from circuits.cli.main import run
 from circuits.cli.output import show_json
 from circuits.models.zoo.loading import BUILTIN
+from tests.commands import given, output, put, refused, said
 from tests.test_models import OWN
 
 
@@ -27,57 +30,32 @@ def workspace(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "ws"
 
 
-def output(capsys, *arguments: str) -> object:
-    assert run(arguments) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_models_and_sites_as_json(capsys, own: str) -> None:
-    names = [m["name"] for m in output(capsys, "models", "--json")]
+    names = [m["name"] for m in output(capsys, "models")]
     assert names[:3] == ["cleanroom", "shapes", "induction"]
-    sites = {s["name"]: s for s in output(capsys, "sites", own, "--json")}
+    sites = {s["name"]: s for s in output(capsys, "sites", own)}
     assert sites["block.conv@1"]["n_units"] == 8
     assert sites["stem"]["axes"] == ["batch", "channel", "y", "x"]
     assert run(["sites", own]) == 0
     assert "block.conv@1" in capsys.readouterr().out
 
 
-def test_harvest_then_visualize_then_edit(capsys, workspace: Path, tmp_path: Path) -> None:
-    facts = output(
-        capsys, "harvest", "cleanroom", "--data", "curves", "--sites", "line,complex", "--json"
-    )
-    assert facts["sites"] == ["line", "complex"]
-    assert facts["examples"] == 192
-    assert Path(facts["folder"]).is_relative_to(workspace)
-
-    out = tmp_path / "a.png"
-    picture = output(
-        capsys, "visualize", "cleanroom", "line:3", "--out", str(out), "--steps", "8", "--size", "48", "--json"
+def test_what_harvest_asks_for(workspace: Path) -> None:
+    asked = given(
+        "harvesting.run", "harvest", "cleanroom", "--data", "curves", "--sites", "line,complex", "--full", "line",
+        "--batch", "4", "--memory", "2", "--layout", "rows", "--positions", "9", "--skip-bad", "--anew", "--seed", "3",
     )  # fmt: skip
-    assert picture["size"] == [48, 48]
-    with Image.open(out) as image:
-        assert image.size == (48, 48)
-    kept = output(capsys, "visualize", "cleanroom", "line:3", "--steps", "2", "--json")
-    assert Path(kept["out"]).is_relative_to(workspace)
-
-    sheet = output(
-        capsys, "visualize", "cleanroom", "line", "--sheet", "--steps", "2", "--size", "32", "--json"
-    )  # fmt: skip
-    assert len(sheet["units"]) == len(list(Path(sheet["out"]).glob("0*.webp")))
-    assert Path(sheet["atlas"]).is_relative_to(workspace)
-
-    report = output(
-        capsys, "edit", "measure", "cleanroom", "zero complex:3", "scale complex:4 factor=0.5",
-        "--data", "curves", "--limit", "8", "--random", "5", "--json",
-    )  # fmt: skip
-    assert report["restored"] is True
-    assert report["effects"]["kl"]["change"] > 0
-    assert len(report["effects"]["kl"]["null"]) == 5
-    assert report["record"]["task"]["examples"]["chosen"] == "8 of 192, spread evenly (seed 0)"
+    expected = {
+        "sites": ["line", "complex"], "full": ["line"], "covariance": [], "batch": 4, "memory": 2 * 2**30,
+        "layout": "rows", "compress": False, "precision": "float32", "positions": 9, "skip_bad": True, "anew": True,
+        "seed": 3, "workers": None,
+    }  # fmt: skip
+    assert {k: asked[k] for k in expected} == expected
+    assert asked["record"].spec == "cleanroom"
 
 
 def test_weights_as_json_and_table(capsys) -> None:
-    facts = output(capsys, "weights", "shapes", "mixed3a:100", "--top", "4", "--json")
+    facts = output(capsys, "weights", "shapes", "mixed3a:100", "--top", "4")
     assert len(facts["incoming"]) == len(facts["outgoing"]) == 4
     first = facts["incoming"][0]
     assert first["source"].startswith("mixed3a_5x5_bottleneck:")
@@ -86,39 +64,30 @@ def test_weights_as_json_and_table(capsys) -> None:
     assert "input:0" in capsys.readouterr().out
 
 
-def test_transformer_verbs(capsys, workspace: Path, tmp_path: Path) -> None:
+def test_examples_of_texts_show_what_stands_around_a_token(
+    capsys, workspace: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "tokens.txt"
     text.write_text("0 5 6 7 8 5 6 7 8\n0 9 3 9 3 9 3\n")
     facts = output(
-        capsys, "harvest", "induction", "--data", f"tokens:{text}", "--sites", "blocks.1.attn.o.hook_in", "--json"
-    )  # fmt: skip
-    assert facts["sites"] == ["blocks.1.attn.hook_z"]
-    found = output(
-        capsys, "examples", "induction", "blocks.1.attn.hook_z:0", "--each", "2", "--json"
+        capsys,
+        "harvest",
+        "induction",
+        "--data",
+        f"tokens:{text}",
+        "--sites",
+        "blocks.1.attn.o.hook_in",
     )
+    assert facts["sites"] == ["blocks.1.attn.hook_z"]
+    assert Path(facts["folder"]).is_relative_to(workspace)
+    found = output(capsys, "examples", "induction", "blocks.1.attn.hook_z:0", "--each", "2")
     drawn = [e for b in found["bins"] for e in b["examples"]]
     lines = [[int(t) for t in line.split()] for line in text.read_text().splitlines()]
     assert drawn
     for e in drawn:  # the token that excites, in what stands around it
         marked = f"«{lines[e['index']][e['position'][0]]}»"
         assert marked in e["text"]
-    assert run(["examples", "induction", "blocks.1.attn.hook_z:0"]) == 0
-    assert "«" in capsys.readouterr().out
-    report = output(
-        capsys,
-        "edit",
-        "measure",
-        "induction",
-        "zero blocks.0.attn.hook_z:3",
-        "--limit",
-        "20",
-        "--random",
-        "19",
-        "--json",
-    )
-    assert report["restored"] is True
-    assert report["record"]["task"]["task"] == "repeats"
-    assert report["effects"]["cross_entropy"]["change"] > max(report["effects"]["kl"]["null"])
+    assert "«" in said(capsys, "examples", "induction", "blocks.1.attn.hook_z:0")
 
 
 @pytest.mark.parametrize(
@@ -158,12 +127,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "file").write_text("a file")
     (tmp_path / "cut.safetensors").write_bytes((BUILTIN / "shapes.safetensors").read_bytes()[:5000])
     filled = [a.replace("{tmp}", str(tmp_path)).replace("{own}", own) for a in arguments]
-    assert run(filled) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
-    assert not captured.out
+    refused(capsys, message, *filled)
     assert not workspace.exists() or not any(workspace.iterdir()), "nothing was written"
 
 
@@ -176,7 +140,7 @@ def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr("circuits.cli.models.load_model", broken)
+    monkeypatch.setattr("circuits.cli.options.load_model", broken)
     assert run(["sites", "shapes"]) == 2
     assert (
         "ZeroDivisionError: deep inside (CIRCUITS_DEBUG=1 shows where)" in capsys.readouterr().err
@@ -184,61 +148,101 @@ def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
 
 
 def test_a_reader_may_stop_early() -> None:
-    for verb, first in (
-        ("sites shapes --json", "["),
-        ("weights shapes mixed3a:1 --top 900", "mixed3a:1"),
-    ):
-        command = f"set -o pipefail; {sys.executable} -m circuits.cli.main {verb} | head -1"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        assert done.stdout.startswith(first)
-        assert not done.stderr
-        assert done.returncode == 0
+    verb = "weights shapes mixed3a:1 --top 900"
+    command = f"set -o pipefail; {sys.executable} -m circuits.cli.main {verb} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("mixed3a:1")
+    assert not done.stderr
+    assert done.returncode == 0
+
+
+# --- visualize -------------------------------------------------------------------------------------
+
+TINY = ("--steps", "2", "--size", "32")
+
+
+def test_pictures_are_written_where_they_belong(capsys, workspace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    picture = output(capsys, "visualize", "cleanroom", "line:3", "--out", str(out), *TINY)
+    assert picture["size"] == [32, 32]
+    with Image.open(out) as image:
+        assert image.size == (32, 32)
+    kept = output(capsys, "visualize", "cleanroom", "line:3", *TINY)
+    assert Path(kept["out"]).is_relative_to(workspace)
+    several = output(
+        capsys, "visualize", "cleanroom", "line:3", "--diverse", "2", "--seeds", "2", "--out", str(tmp_path / "b.webp"),
+        *TINY,
+    )  # fmt: skip
+    assert [(p["seed"], p["kind"]) for p in several] == [(s, "diverse") for s in (0, 0, 1, 1)]
+    assert sorted(p.name for p in tmp_path.glob("*.webp")) == [f"b-{i}.webp" for i in range(4)]
+    assert "after 2 steps" in said(capsys, "visualize", "cleanroom", "line:3", "--negative", *TINY)
+
+
+def test_a_sheet_has_every_unit(capsys, workspace: Path) -> None:
+    sheet = output(capsys, "visualize", "cleanroom", "line", "--sheet", *TINY)
+    assert len(sheet["units"]) == len(list(Path(sheet["out"]).glob("0*.webp")))
+    assert Path(sheet["atlas"]).is_relative_to(workspace)
 
 
 @pytest.mark.parametrize(
-    "verb", ["models", "sites", "harvest", "visualize", "weights", "edit", "demo", "app"]
-)
-def test_every_verb_explains_itself(verb: str, capsys) -> None:
-    assert run([verb, "--help"]) == 0
-    assert f"circuits {verb}" in " ".join(capsys.readouterr().out.split())
+    ("options", "settings", "target"),
+    [
+        (("line:3",), {"steps": 256, "size": None, "param": "fourier", "alpha": False, "natural": None}, "line:3"),
+        (("line:3", "--alpha", "--param", "pixel", *TINY), {"steps": 2, "size": 32, "param": "pixel", "alpha": True},
+         "line:3"),
+        (("line:3", "--seeds", "2", "--seed", "7", "--negative"), {"seed": 7, "negative": True}, "line:3"),
+        (("line:3", "--objective", "neuron"), {}, "neuron line:3"),
+        (("line:3+0.5*line:4", "--objective", "cosine"), {}, "direction in line cosine^1"),
+        (("line", "--objective", "deepdream"), {}, "deepdream line"),
+    ],
+)  # fmt: skip
+def test_what_visualize_asks_for(
+    options: tuple[str, ...], settings: dict[str, Any], target: str, workspace: Path
+) -> None:
+    asked = given("pictures.visualize_units", "visualize", "cleanroom", *options)
+    whole = asked | asked.get("options", {})
+    assert {k: whole[k] for k in settings} == settings
+    (made,) = asked["targets"]
+    assert getattr(made, "text", made) == target
 
 
-def test_pictures_of_every_kind(capsys, workspace: Path, tmp_path: Path) -> None:
-    common = ("--steps", "3", "--size", "32", "--json")
-    several = output(
-        capsys, "visualize", "cleanroom", "line:3", "--diverse", "2", "--seeds", "2", *common
+def test_statistics_of_images_are_fitted_once(capsys, workspace: Path) -> None:
+    for options in (("--param", "maco"), ("--images", "photos")):
+        asked = given("pictures.visualize_units", "visualize", "cleanroom", "line:3", *options)
+        assert (asked | asked.get("options", {}))["natural"].data == "photos"
+    assert len(list((workspace / "natural-images").glob("*.safetensors"))) == 1
+
+
+def test_a_badge_is_measured_against_photographs(
+    capsys, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    badge = SimpleNamespace(
+        to_dict=lambda: {
+            "score": 0.5, "randomized_score": 0.25, "reached": 1.5, "held_out": 0.5, "seeds": 0.9, "natural": 0.75,
+            "examples": {"data": "photos", "chosen": "200 of 163"}, "flags": ["too good to be true"],
+        }
+    )  # fmt: skip
+    seen = []
+    put(
+        monkeypatch,
+        "pictures.natural_responses",
+        lambda model, site, examples: seen.append((site, examples.data)),
     )
-    assert [(p["seed"], p["kind"]) for p in several] == [(s, "diverse") for s in (0, 0, 1, 1)]
-    assert len({p["out"] for p in several}) == 4
-    least = output(capsys, "visualize", "cleanroom", "line:3", "--negative", *common)
-    assert least["objective"].startswith("-line_")
-    numbered = tmp_path / "a.webp"
-    output(
-        capsys, "visualize", "cleanroom", "line:3", "--seeds", "2", "--out", str(numbered), *common
+    put(monkeypatch, "pictures.reliability", lambda *a, **k: [badge])
+    told = said(capsys, "visualize", "cleanroom", "line:3", "--badge", *TINY)
+    assert seen == [("line", "photos")]
+    assert (
+        "reliability 0.50 (made on shuffled weights: 0.25): reaches 1.5 x the top example" in told
     )
-    assert sorted(p.name for p in tmp_path.glob("*.webp")) == ["a-0.webp", "a-1.webp"]
-    badged = output(capsys, "visualize", "cleanroom", "line:3", "--badge", *common)
-    assert 0 <= badged["reliability"]["score"] <= 1
-    assert badged["reliability"]["examples"]["data"] == "photos"
-    assert badged["reliability"]["examples"]["how"] == "spread"
-    for options in (
-        ("line:3", "--param", "maco"), ("line:3", "--images", "photos"), ("line:3", "--alpha"),
-        ("line:3", "--objective", "neuron"), ("line:3+0.5*line:4", "--objective", "cosine"), ("line",),
-    ):  # fmt: skip
-        made = output(capsys, "visualize", "cleanroom", *options, *common)
-        assert Path(made["out"]).is_file()
-    kept = list((workspace / "natural-images").glob("*.safetensors"))
-    assert len(kept) == 1, "fitted once"
+    assert "! too good to be true" in told
 
 
 def test_a_model_of_tokens_gets_embeddings(capsys, workspace: Path) -> None:
-    found = output(
-        capsys, "visualize", "induction", "blocks.1.attn.hook_z:0", "--steps", "4", "--json"
-    )
+    found = output(capsys, "visualize", "induction", "blocks.1.attn.hook_z:0", "--steps", "4")
     assert len(found["tokens"]) == len(found["words"]) == 8
     assert found["activation"] > found["start_activation"]
     for option in ("--sheet", "--badge", "--alpha", "--negative"):
-        assert run(["visualize", "induction", "blocks.1.attn.hook_z", option]) == 2
-        assert f"takes tokens: {option} is for pictures" in capsys.readouterr().err
-    assert run(["visualize", "cleanroom", "line", "--sheet", "--badge"]) == 2
-    assert "--badge is for single units, leave it out" in capsys.readouterr().err
+        message = f"takes tokens: {option} is for pictures"
+        refused(capsys, message, "visualize", "induction", "blocks.1.attn.hook_z", option)
+    message = "--badge is for single units, leave it out"
+    refused(capsys, message, "visualize", "cleanroom", "line", "--sheet", "--badge")

@@ -1,7 +1,11 @@
+"""`circuits tune`, `examples`, `ablate`, `attribute`, `saliency` and `sanity`."""
+
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -11,23 +15,15 @@ from circuits.cli.choosing import units_of
 from circuits.cli.main import run
 from circuits.graph.store import GraphStore
 from circuits.models.zoo.loading import load_model
+from circuits.tuning import CurveUnit, RadialTuning
 from circuits.workspace import Workspace
+from tests.commands import given, is_picture, output, put, refused, said
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path / "ws"))
     return tmp_path / "ws"
-
-
-def output(capsys, *arguments: str):
-    assert run([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def is_picture(path: Path) -> bool:
-    with Image.open(path) as image:
-        return min(image.size) > 100
 
 
 def test_units_are_listed_in_short() -> None:
@@ -48,111 +44,176 @@ def test_units_are_listed_in_short() -> None:
             units_of(model, text)
 
 
+# --- tune and examples -----------------------------------------------------------------------------
+
+COARSE = ("--step", "30", "--radius", "8", "--size", "48")
+
+
 def test_tune(capsys, workspace: Path, tmp_path: Path) -> None:
     figure = tmp_path / "t.png"
-    found = output(
-        capsys, "tune", "shapes", "mixed3b:200,201", "--step", "15", "--figure", str(figure)
-    )
+    found = output(capsys, "tune", "shapes", "mixed3b:200,201", *COARSE, "--figure", str(figure))
     assert [t["unit"] for t in found] == ["mixed3b:200", "mixed3b:201"]
-    assert len(found[0]["angles"]) == 24
+    assert len(found[0]["angles"]) == 12
     assert is_picture(figure)
-    heat = output(
-        capsys,
-        "tune",
-        "shapes",
-        "mixed3b:200",
-        "--heat-map",
-        "--step",
-        "30",
-        "--figure",
-        str(figure),
+
+
+def test_what_tune_asks_for() -> None:
+    common = ("tune", "shapes", "mixed3b:200,201")
+    plain = given("tuning.tuning.radial_tuning", *common, "--shape", "line", *COARSE, "--seed", "3")
+    assert [str(u) for u in plain["units"]] == ["mixed3b:200", "mixed3b:201"]
+    asked = {
+        "shape": "line",
+        "step": 30.0,
+        "radii": [8.0],
+        "size": 48,
+        "seed": 3,
+        "deviations": None,
+    }
+    assert {k: plain[k] for k in asked} == asked
+    assert given("tuning.tuning.radial_tuning", *common)["step"] == 1.0
+    heat = given("tuning.tuning.heat_map", *common, "--heat-map")
+    assert (heat["step"], heat["size"], heat["statistics"]) == (10.0, None, None)
+    assert given("tuning.tuning.radial_tuning", *common, "--aspects")["step"] == 1.0
+    found = given("tuning.tuning.find_curve_units", *common, "--find")
+    assert (found["site"], found["units"], found["step"]) == ("mixed3b", [200, 201], 5.0)
+
+
+@pytest.fixture(scope="module")
+def tunings() -> list[RadialTuning]:
+    """Of two units, as the library makes them."""
+    from circuits.tuning import radial_tuning
+
+    model = load_model("shapes")
+    return radial_tuning(model, ["mixed3b:200", "mixed3b:201"], step=45.0, radii=[8.0], size=48)
+
+
+def test_tunings_are_shown(
+    capsys, workspace: Path, monkeypatch: pytest.MonkeyPatch, tunings: list[RadialTuning]
+) -> None:
+    put(monkeypatch, "tuning.tuning.radial_tuning", lambda *a, **k: tunings)
+    told = said(capsys, "tune", "shapes", "mixed3b:200,201")
+    assert "mixed3b:201" in told
+    assert "no harvest of this site" in told
+    assert "together: at every angle" in told
+    known = [replace(t, deviation=2.0, data="shapes") for t in tunings]
+    put(monkeypatch, "tuning.tuning.radial_tuning", lambda *a, **k: known)
+    assert "standard deviations are of shapes" in said(capsys, "tune", "shapes", "mixed3b:200")
+
+
+def test_curve_units_are_shown_compared_with_shuffled_weights(
+    capsys, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tunings: list[RadialTuning]
+) -> None:  # fmt: skip
+    good, bad = (
+        CurveUnit(tunings[0], 1.0, 1.0, True, ""),
+        CurveUnit(tunings[1], 1.0, 1.0, False, "too weak"),
     )
-    assert len(heat[0]["responses"][0]) == 12
+    answers = iter([[good, bad], [bad, bad]] * 2)
+    put(monkeypatch, "tuning.tuning.find_curve_units", lambda *a, **k: next(answers))
+    figure = tmp_path / "f.png"
+    told = said(capsys, "tune", "shapes", "mixed3b:200,201", "--find", "--figure", str(figure))
+    assert "1 curve units among 2 of mixed3b" in told
+    assert "not: 1 too weak" in told
+    assert "with shuffled weights: 0" in told
+    assert is_picture(figure)
+    found = output(capsys, "tune", "shapes", "mixed3b:200,201", "--find")
+    assert (len(found["units"]), found["in_shuffled_weights"]) == (2, 0)
+    assert found["largest_gap"] == 360
+
+
+def test_heat_maps_and_aspects_are_shown(capsys, workspace: Path, tmp_path: Path) -> None:
+    figure, unit = tmp_path / "h.png", "mixed3b:200"
+    size = ("--size", "32")
+    heat = output(
+        capsys, "tune", "shapes", unit, "--heat-map", "--step", "90", *size, "--figure", str(figure)
+    )
+    assert len(heat[0]["responses"][0]) == 4
+    assert is_picture(figure)
     aspects = output(
-        capsys,
-        "tune",
-        "shapes",
-        "mixed3b:200",
-        "--aspects",
-        "--step",
-        "30",
-        "--figure",
-        str(figure),
+        capsys, "tune", "shapes", unit, "--aspects", "--step", "90", "--radius", "8", *size
     )
     assert {a["aspect"] for a in aspects} == {"contrast", "colour", "fill", "thickness", "corner"}
-    found = output(
-        capsys,
-        "tune",
-        "shapes",
-        "mixed3b:195-205",
-        "--find",
-        "--step",
-        "15",
-        "--figure",
-        str(figure),
+    told = said(capsys, "tune", "shapes", unit, "--aspects", "--step", "90", "--radius", "8", *size)
+    assert "at the opposite angle" in told
+    assert "--figure PATH draws" in said(
+        capsys, "tune", "shapes", unit, "--heat-map", "--step", "90", *size
     )
-    assert len(found["units"]) == 11
-    assert found["in_shuffled_weights"] <= 11
-    assert run(["tune", "shapes", "mixed3b:200,201", "--step", "30"]) == 0
-    assert "no harvest of this site" in capsys.readouterr().out
 
 
 def test_examples_and_deviations_from_a_harvest(capsys, workspace: Path, tmp_path: Path) -> None:
-    assert run(["examples", "shapes", "mixed3b:200"]) == 2
-    assert "run `circuits harvest shapes" in capsys.readouterr().err
-    output(capsys, "harvest", "shapes", "--data", "shapes", "--sites", "mixed3b")
+    refused(capsys, "run `circuits harvest shapes", "examples", "shapes", "mixed3b:200")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (40 * i, 90, 0)).save(images / f"{i}.png")
+    data = f"folder:{images}"
+    output(capsys, "harvest", "shapes", "--data", data, "--sites", "mixed3b")
     figure = tmp_path / "s.png"
+    common = ("examples", "shapes", "mixed3b:200")
     found = output(
-        capsys,
-        "examples",
-        "shapes",
-        "mixed3b:200",
-        "--bins",
-        "4",
-        "--overlay",
-        "--figure",
-        str(figure),
+        capsys, *common, "--bins", "2", "--each", "1", "--overlay", "--figure", str(figure)
     )
-    assert len(found["bins"]) == 4
+    assert len(found["bins"]) == 2
     assert is_picture(figure)
-    assert run(["examples", "shapes", "mixed3b:200"]) == 0
-    assert "tail falls by" in capsys.readouterr().out
-    assert run(["tune", "shapes", "mixed3b:200", "--step", "30"]) == 0
-    assert "standard deviations are of shapes" in capsys.readouterr().out
-    assert run(["tune", "shapes", "mixed3b:200", "--data", "photos"]) == 2
+    assert "tail falls by" in said(capsys, *common)
+    asked = given("tuning.tuning.radial_tuning", "tune", "shapes", "mixed3b:200")
+    assert asked["data"] == data
+    assert len(asked["deviations"]) == 1
+    refused(capsys, "no finished harvest", "tune", "shapes", "mixed3b:200", "--data", "photos")
+
+
+# --- ablate ----------------------------------------------------------------------------------------
+
+
+def test_what_ablate_asks_for() -> None:
+    asked = given(
+        "ablating.ablation.ablate", "ablate", "shapes", "mixed3a:1-4", "--data", "shapes", "--labels", "names",
+        "--limit", "40", "--how", "mean", "--random", "3", "--pool", "mixed3a:10-12", "--later", "mixed3b",
+        "--seed", "2",
+    )  # fmt: skip
+    assert [u.index for u in asked["units"]] == [1, 2, 3, 4]
+    assert [u.index for u in asked["pool"]] == [10, 11, 12]
+    expected = {"how": "mean", "n_random": 3, "later": "mixed3b", "seed": 2}
+    assert {k: asked[k] for k in expected} == expected
+    assert asked["task"].describe()["examples"]["chosen"] == "40 of 400, spread evenly (seed 2)"
+    assert given("ablating.ablation.ablate", "ablate", "shapes", "mixed3a:1")["n_random"] == 99
 
 
 def test_ablate(capsys, workspace: Path, tmp_path: Path) -> None:
     figure = tmp_path / "a.png"
-    found = output(
-        capsys, "ablate", "shapes", "mixed3a:1-4", "--data", "shapes", "--labels", "names", "--limit", "40",
-        "--random", "3", "--pool", "mixed3a:10-60", "--later", "mixed3b", "--figure", str(figure),
-    )  # fmt: skip
-    assert len(found["null_units"]) == 3
-    assert found["effects"]["accuracy"]["intact"] > 0.5
-    assert found["record"]["task"]["examples"]["chosen"] == "40 of 400, spread evenly (seed 0)"
-    assert len(found["downstream"]) == 10
-    assert is_picture(figure)
-    assert (
-        run(
-            [
-                "ablate",
-                "induction-by-hand",
-                "blocks.1.attn.hook_z:0",
-                "--how",
-                "mean",
-                "--limit",
-                "8",
-                "--random",
-                "19",
-            ]
-        )
-        == 0
+    command = (
+        "ablate",
+        "induction-by-hand",
+        "blocks.1.attn.hook_z:0",
+        "--limit",
+        "8",
+        "--random",
+        "19",
     )
-    said = capsys.readouterr().out
-    assert "repeats: 8" in said
-    assert "null: 19 " in said
-    assert "smallest possible p: 0.05" in said
+    found = output(capsys, *command, "--how", "mean", "--figure", str(figure))
+    assert len(found["effects"]["accuracy"]["null"]) == 19
+    assert is_picture(figure)
+    told = said(capsys, *command, "--how", "mean")
+    assert "repeats: 8" in told
+    assert "null: 19 " in told
+    assert "smallest possible p: 0.05" in told
+
+
+# --- attribute, saliency, sanity -------------------------------------------------------------------
+
+
+def test_what_attribute_asks_for() -> None:
+    asked = given(
+        "attributing.attribution.attribute", "attribute", "shapes", "mixed3b", "--data", "shapes", "--limit", "2",
+        "--target", "class:circle", "--method", "integrated_gradients", "--baseline", "mean", "--steps", "7",
+        "--rule", "gamma", "--check", "3", "--batch", "5", "--seed", "1",
+    )  # fmt: skip
+    expected = {
+        "site": "mixed3b", "method": "integrated_gradients", "baseline": "mean", "steps": 7, "rule": "gamma",
+        "check": 3, "batch": 5, "seed": 1, "size": "keep",
+    }  # fmt: skip
+    assert {k: asked[k] for k in expected} == expected
+    assert str(asked["target"]).startswith("logits:")
+    assert len(asked["examples"]) == 2
 
 
 def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
@@ -165,35 +226,55 @@ def test_attribute(capsys, workspace: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert found["check"]["correlation"] > 0.5
     assert max(map(abs, found["residual"])) < 1e-3
-    assert len(found["groups"]) == 2
+    assert [len(example["groups"]) for example in found["groups"]] == [2, 2]
     assert figure.read_text().startswith("<svg")
-    saved = Attribution.load(out)
-    assert saved.units().shape == (2, load_model("shapes").site("mixed3b").n_units)
     model = load_model("shapes")
+    assert Attribution.load(out).units().shape == (2, model.site("mixed3b").n_units)
     with GraphStore(Workspace(workspace).model_folder(model.hash)) as graph:
-        kinds = {block.kind for block in graph.blocks}
-    assert "attribution" in kinds
+        assert "attribution" in {block.kind for block in graph.blocks}
+
+
+def test_attributions_are_shown(capsys) -> None:
     parts = output(capsys, "attribute", "induction", "--direct", "--limit", "2")
     for example in parts["by_example"]:
         assert sum(example["values"]) == pytest.approx(example["logit"], abs=1e-3)
-    assert (
-        run(
-            [
-                "attribute",
-                "induction",
-                "blocks.1.attn.hook_z",
-                "--limit",
-                "1",
-                "--text",
-                "0 1 2 3 1 2",
-            ]
-        )
-        == 0
+    assert "and 1 more examples" in said(
+        capsys, "attribute", "induction", "--direct", "--limit", "9"
     )
-    assert "rank correlation with ablation" in capsys.readouterr().out
+    told = said(
+        capsys, "attribute", "induction", "blocks.1.attn.hook_z", "--text", "0 1 2 3 1 2", "--limit", "1"
+    )  # fmt: skip
+    assert "rank correlation with ablation" in told
 
 
-def test_saliency_map(capsys, workspace: Path, tmp_path: Path) -> None:
+def test_what_saliency_asks_for() -> None:
+    common = ("saliency", "shapes", "--data", "shapes", "--limit", "1")
+    asked = given(
+        "saliency.methods.saliency_map",
+        *common,
+        "--method",
+        "smoothgrad",
+        "--option",
+        "samples=4",
+        "--seed",
+        "5",
+    )
+    expected = {
+        "method": "smoothgrad",
+        "options": {"samples": 4},
+        "seed": 5,
+        "batch": 32,
+        "size": "keep",
+    }
+    assert {k: asked[k] for k in expected} == expected
+    assert "site" not in asked
+    cam = given(
+        "saliency.methods.saliency_map", *common, "--method", "grad_cam", "--site", "mixed3a"
+    )
+    assert cam["site"] == "mixed3a"
+
+
+def test_saliency(capsys, workspace: Path, tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     Image.new("RGB", (90, 70), "red").save(picture)
     figure, out = tmp_path / "f.png", tmp_path / "o.safetensors"
@@ -204,10 +285,10 @@ def test_saliency_map(capsys, workspace: Path, tmp_path: Path) -> None:
     assert found["agreement"]["methods"] == ["gradient", "grad_cam"]
     assert is_picture(figure)
     made = output(
-        capsys, "saliency", "shapes", "--data", "shapes", "--limit", "2", "--target", "mixed3b:200@3,3",
-        "--method", "smoothgrad", "--option", "samples=4", "--out", str(out),
+        capsys, "saliency", "shapes", "--data", "shapes", "--limit", "1", "--target", "mixed3b:200@3,3",
+        "--method", "smoothgrad", "--option", "samples=2", "--out", str(out),
     )  # fmt: skip
-    assert made["methods"][0]["settings"] == {"samples": 4, "noise": 0.15}
+    assert made["methods"][0]["settings"] == {"samples": 2, "noise": 0.15}
     assert Attribution.load(out).target == "mixed3b:200@3,3"
     masks = output(
         capsys,
@@ -220,23 +301,47 @@ def test_saliency_map(capsys, workspace: Path, tmp_path: Path) -> None:
         "--method",
         "extremal",
         "--option",
-        "steps=10",
+        "steps=2",
     )
-    assert masks["examples"]["n"] == 1
     assert masks["methods"][0]["examples"][0]["found"]["area"] > 0
-    assert run(["saliency", "shapes", "--data", "shapes", "--limit", "1"]) == 0
-    assert "--figure PATH draws the maps" in capsys.readouterr().out
+    told = said(
+        capsys, "saliency", "shapes", "--data", "shapes", "--limit", "1", "--method", "gradient"
+    )
+    assert "--figure PATH draws the maps" in told
 
 
-def test_sanity(capsys, workspace: Path, tmp_path: Path) -> None:
-    out, figure = tmp_path / "cards.json", tmp_path / "c.png"
-    found = output(
-        capsys, "sanity", "shapes", "--data", "shapes", "--limit", "4", "--method", "gradient", "--stages", "2",
-        "--faithful", "2", "--out", str(out), "--figure", str(figure),
+def test_what_sanity_asks_for() -> None:
+    asked = given(
+        "saliency.methods.card", "sanity", "shapes", "--data", "shapes", "--limit", "4", "--method", "smoothgrad",
+        "--stages", "2", "--faithful", "2", "--target", "class:circle", "--option", "samples=3",
     )  # fmt: skip
-    assert found[0]["verdicts"]["randomisation"] in ("passes", "fails")
-    assert json.loads(out.read_text())[0]["method"] == "gradient"
-    assert is_picture(figure)
+    expected = {
+        "method": "smoothgrad",
+        "stages": 2,
+        "faithful": 2,
+        "options": {"samples": 3},
+        "target": "class:circle",
+    }
+    assert {k: asked[k] for k in expected} == expected
+
+
+def test_cards_are_shown_and_saved(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = tuple(
+        SimpleNamespace(kind=kind, area=0.5, area_random=0.25) for kind in ("insertion", "deletion")
+    )
+    made = SimpleNamespace(
+        method="gradient", verdicts={"randomisation": "passes"}, randomization=SimpleNamespace(kept=0.1), curves=curves,
+        road=SimpleNamespace(score=0.2), sensitivity=SimpleNamespace(correlations=(0.1, 0.3), random=(0.0, 0.05)),
+        infidelity=(0.5, 1.0), to_dict=lambda: {"method": "gradient"},
+    )  # fmt: skip
+    put(monkeypatch, "saliency.methods.card", lambda *a, **k: made)
+    out = tmp_path / "cards.json"
+    assert run(["sanity", "shapes", "--limit", "4", "--method", "gradient", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert "0.5 (0.25)" in captured.out
+    assert "0.30 (0.05)" in captured.out
+    assert "verdicts are steadier on thirty or more" in captured.err
+    assert json.loads(out.read_text()) == [{"method": "gradient"}]
 
 
 @pytest.mark.parametrize(
@@ -274,9 +379,5 @@ def test_sanity(capsys, workspace: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(capsys, workspace: Path, arguments: list[str], message: str) -> None:
-    assert run(arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert message in said.err
-    assert said.err.count("\n") == 1
+    refused(capsys, message, *arguments)
     assert not workspace.exists()

@@ -129,7 +129,7 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
     said(capsys, "new", "shapes", recipe, "zero mixed3b:3")
     said(capsys, "bake", "shapes", weights, "filter_weights into=mixed3b:1-4")
     assert run(["edit", "apply", "shapes", recipe, "--weights", weights, "--no-measure"]) == 2
-    assert "--force takes it" in capsys.readouterr().err
+    assert "--force accepts it" in capsys.readouterr().err
     assert output(capsys, "log", "shapes", "--weights", weights) == []
     assert (
         run(["edit", "apply", "shapes", recipe, "--weights", weights, "--no-measure", "--force"])

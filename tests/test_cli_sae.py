@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from circuits.cli.main import run
+from tests.commands import given, output, put
 
 SITE = "blocks.0.hook_resid_post"
 BRIEFLY = "--steps 40 --batch 512 --lr 2e-3"
-LOGITS = "sae train shapes logits --name logits --data shapes --latents 64 --k 4 --steps 5 --batch 128 --norms 0"
 MIXED = "sae train shapes mixed3a --name mixed --data shapes --latents 320 --k 12"
 
 
@@ -68,67 +68,26 @@ def test_training_again_does_nothing_and_other_settings_are_refused(
     assert file.read_bytes() == before
 
 
-def test_latents_are_units_of_every_command(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["harvest", "shapes+sae/mixed", "--data", "shapes", "--sites", "sae/mixed"]) == 0
-    capsys.readouterr()
-    assert run(["sites", "shapes+sae/mixed", "--json"]) == 0
-    sites = {s["name"]: s for s in json.loads(capsys.readouterr().out)}
+def test_latents_are_units_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    model, unit = "shapes+sae/mixed", "sae/mixed:5"
+    sites = {s["name"]: s for s in output(capsys, "sites", model)}
     assert sites["sae/mixed"]["n_units"] == 320
     assert sites["sae/mixed"]["kind"] == "latent"
-    assert run(["examples", "shapes+sae/mixed", "sae/mixed:5", "--json"]) == 0
-    assert run(["weights", "shapes+sae/mixed", "sae/mixed:5", "--json"]) == 0
-    assert (
-        run(
-            [
-                "visualize",
-                "shapes+sae/mixed",
-                "sae/mixed:5",
-                "--steps",
-                "8",
-                "--size",
-                "64",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    assert (
-        run(
-            [
-                "ablate",
-                "shapes+sae/mixed",
-                "sae/mixed:5,9",
-                "--limit",
-                "40",
-                "--random",
-                "2",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    assert run(["attribute", "shapes+sae/mixed", "sae/mixed", "--limit", "2", "--json"]) == 0
-    assert run(["tune", "shapes+sae/mixed", "sae/mixed:5", "--step", "30", "--json"]) == 0
-    capsys.readouterr()
-    assert (
-        run(
-            [
-                "edit",
-                "measure",
-                "shapes+sae/mixed",
-                "scale units=sae/mixed:5 factor=0",
-                "--limit",
-                "8",
-                "--random",
-                "2",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    assert "sae/mixed:5" in capsys.readouterr().out
+    assert output(capsys, "weights", model, unit)["incoming"]
+    assert output(capsys, "visualize", model, unit, "--steps", "2", "--size", "32")["unit"] == unit
+    ablated = output(capsys, "ablate", model, "sae/mixed:5,9", "--limit", "8", "--random", "1")
+    assert ablated["units"] == ["sae/mixed:5", "sae/mixed:9"]
+    words = "scale units=sae/mixed:5 factor=0"
+    measured = output(capsys, "edit", "measure", model, words, "--limit", "4", "--random", "1")
+    assert unit in json.dumps(measured["recipe"])
+    credited = output(capsys, "attribute", model, "sae/mixed", "--limit", "1", "--check", "2")
+    assert credited["site"] == "sae/mixed"
+    for where, *command in (
+        ("harvesting.run", "harvest", model, "--data", "shapes", "--sites", "sae/mixed"),
+        ("tuning.tuning.radial_tuning", "tune", model, unit),
+    ):
+        asked = given(where, *command)
+        assert "sae/mixed" in str(asked.get("sites", asked.get("units")))
 
 
 def test_latents_are_named_by_attributes_and_by_people(
@@ -141,7 +100,20 @@ def test_latents_are_named_by_attributes_and_by_people(
     names = open_source("shapes").names
     file = tmp_path / "a.json"
     file.write_text(json.dumps({n: [n.partition(" #")[0].split()[0]] for n in names}))
-    assert run(["sae", "name", "mixed", "--attributes", str(file), "--keep", "--json"]) == 0
+    assert (
+        run(
+            [
+                "sae",
+                "name",
+                "mixed",
+                "--attributes",
+                str(file),
+                "--keep",
+                "--json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["n_units"] > 50
     held = [n for n in found["names"] if n["holds"]]
@@ -273,7 +245,7 @@ TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
         (["compare", "mixed"], "expected at least two to compare"),
         (["name", "mixed", "--unit", "320", "--as", "x"], "sae/mixed:320 does not exist"),
         (["name", "mixed", "--unit", "3"], "--unit and --as go together"),
-        (["bottleneck", "mixed", "--labels", "x.json", "--scale", "3"], "--scale '3' is not of the form"),
+        (["bottleneck", "mixed", "--labels", "x.json", "--scale", "3"], "scale '3' is not of the form"),
         (["bottleneck", "mixed", "--labels", "x.json", "--set", "3=a"], "'a' is no number"),
         (["import", "/tmp", "--name", "n", "--model", "shapes"], "holds no autoencoder of another tool"),
     ],
@@ -289,10 +261,49 @@ def test_bad_input_is_one_line(
     assert sorted(p.name for p in (place / "saes").rglob("*")) == before
 
 
-def test_sites_without_positions_are_trained_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(LOGITS.split()) == 0
-    assert run(["sae", "eval", "logits", "--limit", "50", "--rows", "100"]) == 0
-    assert "held out of training" in capsys.readouterr().out
+def test_what_training_asks_for() -> None:
+    command = ["sae", *TRAIN, "--latents", "64", "--latents", "128", "--k", "4", "--seeds", "0,1", "--steps",
+               "5", "--batch", "128", "--norms", "0", "--every", "9", "--anew", "--seed", "3",
+               "--bias", "median"]  # fmt: skip
+    asked = given("autoencoders.library.train", *command)
+    variants = asked["settings"].values()
+    assert [(v.n_latents, v.k, v.seed) for v in variants] == [
+        (64, 4, 0), (64, 4, 1), (128, 4, 0), (128, 4, 1)
+    ]  # fmt: skip
+    assert {v.bias for v in variants} == {"median"}
+    schedule, rule = asked["schedule"], asked["rule"]
+    assert (schedule.steps, schedule.batch, schedule.seed) == (5, 128, 3)
+    assert (rule.positions, rule.norms, rule.hold_out) == (0, 0.0, 0.1)
+    assert (asked["every"], asked["anew"]) == (9.0, True)
+    one = given("autoencoders.library.train", "sae", *TRAIN)["settings"]
+    assert (one.n_latents, one.k, one.architecture) == (8 * 160, 32, "topk")
+    texts = ["sae", "train", "induction", SITE, "--name", "n", "--data", "repeats"]
+    assert given("autoencoders.library.train", *texts)["rule"].positions == 1
+    logits = ["sae", "train", "shapes", "logits", "--name", "n", "--data", "shapes"]
+    assert given("autoencoders.library.train", *logits)["rule"].positions == 0, "no positions"
+
+
+def test_what_evaluation_asks_for() -> None:
+    common = (
+        "sae",
+        "eval",
+        "mixed",
+        "--limit",
+        "50",
+        "--labels",
+        "names",
+        "--rows",
+        "100",
+        "--seed",
+        "2",
+    )
+    assert given("autoencoders.library.reconstruction", *common)["rows"] == 100
+    with pytest.MonkeyPatch.context() as patch:
+        put(patch, "autoencoders.library.reconstruction", lambda *a, **k: None)
+        held_out = given("autoencoders.library.behaviour", *common)["task"]
+        every = given("autoencoders.library.behaviour", *common, "--examples", "all")["task"]
+    assert len(held_out) < 50 == len(every)
+    assert held_out.labels is not None
 
 
 def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +342,7 @@ def test_every_command_that_loads_a_model_finds_autoencoders_where_it_is_told(
     for command in (
         "sites shapes+mixed",
         "weights shapes+mixed sae/mixed:3",
-        "ablate shapes+mixed sae/mixed:3 --data shapes --limit 20 --random 2",
+        "ablate shapes+mixed sae/mixed:3 --data shapes --limit 4 --random 1",
     ):
         assert run(command.split()) == 2
         assert "there is no autoencoder 'mixed'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,19 @@ def workspace(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "ws"
 
 
-@pytest.fixture
-def store(workspace: Path, capsys) -> str:
-    """The name of a small store."""
-    what = ["--sites", "l*", "--full", "line", "--covariance", "line"]
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a small store."""
+    root = tmp_path_factory.mktemp("ws")
+    what = ["--sites", "l*", "--full", "line", "--covariance", "line", "--workspace", str(root)]
     assert run(["harvest", "cleanroom", "--data", "curves", *what, "--batch", "16"]) == 0
+    return root
+
+
+@pytest.fixture
+def store(workspace: Path, harvested: Path, capsys) -> str:
+    """The name of a small store."""
+    shutil.copytree(harvested, workspace)
     capsys.readouterr()
     assert run(["store", "ls", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)

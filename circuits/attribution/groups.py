@@ -16,6 +16,7 @@ from sklearn.decomposition import NMF
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,42 @@ class ChannelGroups:
     target: str
     model_hash: str
     seed: int
+
+    def members(self, group: int, top: int = 5) -> str:
+        """The units that a group has most of, with commas."""
+        direction = self.directions[group]
+        order = direction.argsort(descending=True)[:top].tolist()
+        return ", ".join(str(u) for u in order if direction[u] > 0)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """As JSON has it: for each example its groups."""
+        return [
+            {
+                "hidden": self.hidden,
+                "groups": [
+                    {
+                        "group": g + 1, "effect": float(effects[g]), "removed": float(removed[g]),
+                        "units": self.members(g),
+                    }
+                    for g in range(len(effects))
+                ],
+            }
+            for effects, removed in zip(self.effects, self.removed, strict=True)
+        ]  # fmt: skip
+
+    def table(self, example: int, name: str) -> Table:
+        """What each group does on an example."""
+        rows = [
+            (
+                g + 1,
+                float(self.effects[example, g]),
+                float(self.removed[example, g]),
+                self.members(g),
+            )
+            for g in range(len(self.directions))
+        ]
+        columns = ("group", "activation x gradient", "lost without it", "units")
+        return Table(columns, rows, f"{name}, groups")
 
 
 def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:

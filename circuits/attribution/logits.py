@@ -18,6 +18,7 @@ from circuits.examples import Examples, as_examples
 from circuits.models.adapter.composition import held_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import is_bridge
+from circuits.tables import Table
 from circuits.tasks.targets import Aim, Target, as_target, output_site
 from circuits.units import Unit
 
@@ -44,6 +45,26 @@ class LogitParts:
     target: str
     model_hash: str
     examples: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; examples by number."""
+        by_example = [
+            {"logit": float(logit), "values": values.tolist(), "residual": float(residual)}
+            for logit, values, residual in zip(self.logits, self.values, self.residual, strict=True)
+        ]
+        return {
+            "target": self.target, "model_hash": self.model_hash, "examples": dict(self.examples),
+            "parts": list(self.names), "by_example": by_example,
+        }  # fmt: skip
+
+    def table(self, example: int, name: str, top: int) -> Table:
+        """The parts that add most to an example's logit, or take most away from it."""
+        values = self.values[example]
+        order = values.abs().argsort(descending=True)[:top].tolist()
+        rows = [(self.names[k], float(values[k])) for k in order]
+        note = f"  {len(self.names)} parts {float(values.sum()):.4g}; residual {float(self.residual[example]):.2g}"
+        title = f"{name}: logit {float(self.logits[example]):.4g}"
+        return Table(("part", "adds to the logit"), rows, title, note)
 
 
 def direct_logit_attribution(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.files import replacing, write_json
 from circuits.models.adapter.inputs import ImageInput
+from circuits.tables import Table
 from circuits.units import Site
 
 Heat = Literal["absolute", "signed", "positive"]
@@ -113,6 +114,30 @@ class Attribution:
         shares = self.units()[example]
         order = shares.abs().argsort(descending=True, stable=True)[:k]
         return [(int(i), float(shares[i])) for i in order]
+
+    def table(self, example: int, name: str, k: int) -> Table:
+        """The units credited and blamed most on an example, and what all units add up to."""
+        rows = [(f"{self.site}:{unit}", share) for unit, share in self.top(example, k)]
+        title = f"{name}: {self.aims[example]} = {float(self.target_values[example]):.4g}"
+        return Table(("unit", "share"), rows, title, self._sum(example))
+
+    def _sum(self, example: int) -> str:
+        if self.residual is None:
+            return ""
+        parts = "".join(
+            f", {name} {float(value[example]):.4g}" for name, value in self.parts.items()
+        )
+        total = float(self.units()[example].sum())
+        return f"  all units {total:.4g}{parts}; residual {float(self.residual[example]):.2g}"
+
+    def facts(self, example: int) -> dict[str, Any]:
+        """Of a map of pixels: its sum, its largest pixel, and what is missing to the target's value."""
+        heat = self.heat("signed")[example]
+        y, x = divmod(int(heat.flatten().argmax()), heat.shape[-1])
+        found = {"sum": float(self.values[example].sum()), "largest at (y, x)": f"{y}, {x}"}
+        if self.residual is not None:
+            found["residual"] = float(self.residual[example])
+        return found | {part: float(value[example]) for part, value in self.parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All but the values, as JSON has it."""

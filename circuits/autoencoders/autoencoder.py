@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.autoencoders.sparse import Code, decode, row_of_entries, top_k
+from circuits.tables import Table
 
 Activation = Literal["relu", "topk", "jumprelu"]
 """What makes codes sparse: nothing but the zero of ReLU; the k largest of each row; a threshold of each latent."""
@@ -45,6 +46,21 @@ class About:
     architecture: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def autoencoders_table(codes: Mapping[str, Autoencoder]) -> Table:
+    """Autoencoders by name."""
+    columns = (
+        "autoencoder", "model", "site", "architecture", "latents", "fvu in training", "l0", "dead",
+    )  # fmt: skip
+    rows = [
+        (
+            name, code.about.model, code.about.site, code.about.architecture, code.n_latents,
+            *(code.about.metrics.get(what, "-") for what in ("fvu", "l0", "dead")),
+        )
+        for name, code in codes.items()
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
 class Autoencoder(nn.Module):
@@ -102,6 +118,15 @@ class Autoencoder(nn.Module):
     def d_in(self) -> int:
         """The width of what it encodes."""
         return self.W_enc.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """What it is and where it comes from, as JSON has it."""
+        a = self.about
+        return {
+            "name": a.name, "site": a.site, "target": a.target, "model": a.model, "model_hash": a.model_hash,
+            "data": a.data, "architecture": a.architecture, "n_latents": self.n_latents, "width": self.d_in,
+            "k": self.k, "metrics": {k: v for k, v in a.metrics.items() if k != "curve"},
+        }  # fmt: skip
 
     @property
     def d_out(self) -> int:

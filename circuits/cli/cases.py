@@ -1,79 +1,80 @@
 """`circuits case`: run a case study, by name."""
 
-# no `from __future__ import annotations`: typer reads the annotations
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import JsonOption, SeedOption, WeightsOption, WorkspaceOption
-from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.cli import options
+from circuits.cli.signatures import argument, command, option
+from circuits.tables import Table
 from circuits.workspace import Workspace
 
-app = typer.Typer()
+app = Typer()
 
 _PROJECT = Path(__file__).parents[2]
 
 
-@app.command()
+@dataclass(frozen=True)
+class Settings:
+    """How a case is run; `Options` of the case has the same fields."""
+
+    fast: Annotated[bool, option(
+        "Run it coarsely: with fewer angles, pictures and images.", "--fast"
+    )] = False  # fmt: skip
+    transplant: Annotated[str, option("The model whose curve units are replaced.")] = "shapes"
+    site: Annotated[str, option(
+        "The site of these units. By default mixed3b_5x5, for shapes and googlenet."
+    )] = ""  # fmt: skip
+    calibrate: Annotated[Path | None, option(
+        "A folder of images on which gains and thresholds are fitted; not needed for shapes, which has its drawings."
+    )] = None  # fmt: skip
+    evaluate: Annotated[Path | None, option(
+        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes."
+    )] = None  # fmt: skip
+    labels: Annotated[Path | None, option(
+        "A JSON file with the class of each of these images; not needed for shapes."
+    )] = None  # fmt: skip
+    weights: Annotated[Path | None, option("A file of weights for the model of --transplant.")] = (
+        None
+    )
+    seed: options.Seed = 0
+
+
+@command(app)
 def case(
-    name: Annotated[str, typer.Argument(help="Which case: curve-detector.")],
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Coarse: fewer angles, pictures and images.")
-    ] = False,
-    transplant: Annotated[
-        str, typer.Option(help="The model whose curve units are replaced.")
-    ] = "shapes",
-    site: Annotated[
-        str, typer.Option(help="The site of them (of shapes and googlenet: mixed3b_5x5).")
-    ] = "",
-    calibrate: Annotated[
-        Path | None, typer.Option(help="Folder of images that gains and thresholds are fitted on.")
-    ] = None,
-    evaluate: Annotated[
-        Path | None,
-        typer.Option(help="Folder of images to measure on; the same folder: halves of it."),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="JSON with the class of each image to measure on.")
-    ] = None,
-    seed: SeedOption = 0,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
+    name: Annotated[str, argument("The name of the case, e.g. curve-detector.")],
+    settings: Settings,
+    output: options.Output,
+    workspace: options.WorkspaceFolder = None,
 ) -> None:
     """Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."""
     study = _study(name)
-    options = study.Options(
-        fast=fast, transplant=transplant, site=site, weights=weights, calibrate=calibrate,
-        evaluate=evaluate, labels=labels, seed=seed,
-    )  # fmt: skip
-    with progress_bar(name, quiet=json) as progress:
-        made = study.run(Workspace.default(workspace), options, progress)
-    if json:
-        show_json(made.results | {"page": str(made.page)})
-        return
-    show_table(
-        ("in their place", "KL recovered", "95 %", "KL", "top-1", "top-5"),
-        [_row(k, c) for k, c in made.results["transplant"].items()],
-        title=f"{name}: curve units of {made.results['transplant_facts']['host']} replaced",
+    with output.progress(name) as progress:
+        made = study.run(Workspace.default(workspace), study.Options(**vars(settings)), progress)
+    rows = [_row(k, c) for k, c in made.results["transplant"].items()]
+    title = f"{name}: curve units of {made.results['transplant_facts']['host']} replaced"
+    columns = ("in their place", "KL recovered", "95 %", "KL", "top-1", "top-5")
+    output.show(
+        made.results | {"page": str(made.page)},
+        [Table(columns, rows, title, f"report: {made.page}")],
     )
-    say(f"report: {made.page}")
 
 
 def _row(name: str, condition: dict[str, Any]) -> tuple[Any, ...]:
     recovered = condition["recovered_kl"]
-    between = (
-        "" if recovered["low"] is None else f"{recovered['low']:.3f} to {recovered['high']:.3f}"
-    )
+    low, high = recovered["low"], recovered["high"]
     values = (condition[k]["value"] for k in ("kl", "accuracy", "top5"))
-    return name, recovered["value"], between, *values
+    return name, recovered["value"], "" if low is None else f"{low:.3f} to {high:.3f}", *values
 
 
 def _study(name: str) -> Any:
-    """The module of a case: cases stand beside the package, in the project's folder.
+    """The module of a case: cases are in the project's folder, next to the package.
 
     Raises:
         ValueError: if there is none of that name, or cases are not there.

@@ -1,6 +1,6 @@
 """Which commands there are, and in which module each is found when it is called.
 
-Loading all of them takes seconds (torch, scikit-learn, matplotlib), so that `circuits --help` shows this table and
+Loading all of them takes seconds (torch, scikit-learn, altair), so that `circuits --help` shows this table and
 loads none. tests/test_start.py holds each line to the help of the command itself.
 """
 
@@ -56,15 +56,15 @@ _TABLE = {
         ("tune", "tuning", "Show how units respond as a drawn shape is turned, bent or painted differently."),
         ("weights", "weights", "Show the strongest weights into and out of a unit."),
         ("expand", "weights", "Show a site's weights on a unit through everything between them, next to shuffled weights."),
-        ("families", "weights", "Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."),
+        ("families", "families", "Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."),
         ("heads", "texts", "Find previous-token, duplicate-token and induction heads on random repeated tokens."),
         ("attention", "texts", "Show where heads attend in a text, raw and weighted by the length of the values."),
     ),
     "Find what carries a behaviour": (
-        ("ablate", "attributing", "Ablate units and show what changes, compared with random units that are as active."),
+        ("ablate", "ablating", "Ablate units and show what changes, compared with random units that are as active."),
         ("attribute", "attributing", "Show which units of a site are responsible for a decision or for another unit's activation."),
-        ("saliency", "attributing", "Show which pixels are responsible for a decision or for a unit's activation."),
-        ("sanity", "attributing", "Test whether attribution methods depend on what this model has learned: a card for each."),
+        ("saliency", "saliency", "Show which pixels are responsible for a decision or for a unit's activation."),
+        ("sanity", "saliency", "Test whether attribution methods depend on what this model has learned: a card for each."),
         ("patch", "patching", "Patch sites, heads or positions from the other run of each pair: which of them carry a task?"),
         ("paths", "patching", "Patch direct paths of a transformer from the other run of each pair: what reads what for a task?"),
         ("keep", "patching", "Keep only some units, replace everything else, and show how much of a task is left."),
@@ -74,7 +74,7 @@ _TABLE = {
     "Edit, name and rebuild": (
         ("edit", "editing", "Edit circuits: recipes, what they do, and a ledger in which everything can be undone."),
         ("generate", "texts", "Continue texts with the model as it is and, with --edit, as it is edited."),
-        ("sae", "concepts", "Train sparse autoencoders, measure them, and name their latents."),
+        ("sae", "autoencoders", "Train sparse autoencoders, measure them, and name their latents."),
         ("case", "cases", "Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."),
     ),
     "Look after the workspace": (

@@ -1,46 +1,30 @@
 """`circuits edit …`."""
 
-# no `from __future__ import annotations`: typer reads the annotations
-from collections.abc import Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from circuits.cli.arguments import (
-    AgainstOption,
-    AnswerOption,
-    DataOption,
-    JsonOption,
-    LabelsOption,
-    LimitOption,
-    MetricOption,
-    ModelArgument,
-    PositionsOption,
-    RandomOption,
-    SeedOption,
-    Take,
-    TakeOption,
-    TaskOption,
-    TextOption,
-    WeightsOption,
-    WorkspaceOption,
-)
-from circuits.cli.choosing import examples_of, task_of, units_of, usual_data
-from circuits.cli.output import (
-    progress_bar,
-    say,
-    show_classes,
-    show_effects,
-    show_json,
-    show_table,
-    warn,
-)
-from circuits.cli.weights import FigureOption, check_figure
-from circuits.examples import LIMIT, Examples
+from circuits import effects
+from circuits.cli import options
+from circuits.cli.choosing import units_of
+from circuits.cli.output import say, show_json, warn
+from circuits.cli.recipes import ESTIMATED, associated, recipe_of
+from circuits.cli.signatures import argument, command, option
+from circuits.edits import recipes
+from circuits.edits.auditing import verify as faults
+from circuits.edits.ledger import Ledger
+from circuits.edits.records import OPERATORS, Edit, edit_schema
+from circuits.effects import EditReport
 from circuits.experiments import N_RANDOM
-from circuits.files import check_writable
+from circuits.files import write_json
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tables import Table
+from circuits.units import Unit
 from circuits.workspace import Workspace
 
 app = typer.Typer(
@@ -48,417 +32,334 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-WhatArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Recipe files, or edits in words: 'zero SITE:1,2', 'scale SITE:1 factor=2', "
-        "'filter_weights into=SITE:1', … (`circuits edit operators` lists them)."
-    ),
-]
-BranchOption = Annotated[str, typer.Option("--branch", help="Branch of the ledger.")]
-NoteOption = Annotated[str, typer.Option("--note", help="Why; kept with the edits.")]
-AuthorOption = Annotated[str, typer.Option("--author", help="Who (default: the user).")]
-ForceOption = Annotated[
-    bool,
-    typer.Option("--force", help="Take a recipe that was written for other weights, if it fits."),
-]
-TargetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target", help="What it is meant to change: class:NAME, token:WORD, SITE:INDEX."
-    ),
-]
+What = Annotated[list[str] | None, argument(
+    "Edits in words, e.g. 'zero SITE:1,2', 'scale SITE:1 factor=2' or 'filter_weights into=SITE:1' (`circuits edit "
+    "operators` lists all of them), and recipe files."
+)]  # fmt: skip
+Branch = Annotated[str, option("The branch of the ledger.")]
+BranchInstead = Annotated[str, option("Take the edits of this branch of the ledger instead.")]
+AnyBranch = Annotated[str, option("Show this branch of the ledger alone. By default all of them.")]
 
 
-@app.command()
-def operators(json: JsonOption = False) -> None:
+@dataclass(frozen=True)
+class Measuring:
+    """What edits are compared with, and what they are meant to change."""
+
+    target: Annotated[list[str] | None, option(
+        "What the edits are meant to change: class:NAME, token:WORD or a unit SITE:INDEX; may be repeated."
+    )] = None  # fmt: skip
+    random: options.Random = N_RANDOM
+    seed: options.Seed = 0
+
+    def measure(
+        self,
+        model: HookedModel,
+        recipe: recipes.Recipe,
+        task: options.LabelledTask,
+        output: options.Output,
+        generalise: str = "",
+        tuning: str = "",
+    ) -> EditReport:
+        """What a recipe does."""
+        asked = task.compile(model, self.seed)
+        other = options.Dataset(generalise, task.limit, task.take)
+        more = other.choose(model, self.seed) if generalise else None
+        units: list[Unit] = units_of(model, tuning) if tuning else []
+        with output.progress("measure") as progress:
+            return effects.measure(
+                model, recipe, asked, targets=self.target or (), generalisation=more, tuning=units,
+                n_random=self.random, seed=self.seed, progress=progress,
+            )  # fmt: skip
+
+
+# --- recipes ---------------------------------------------------------------------------------------
+
+
+@command(app)
+def operators(output: options.Output) -> None:
     """List the operators and what each needs."""
-    from dataclasses import MISSING, fields
-
-    import circuits.edits.recipes  # noqa: F401  (makes the operators known)
-    from circuits.edits.records import OPERATORS, edit_schema
-
-    if json:
-        show_json(edit_schema())
-        return
     rows = [("zero", "units", "Remove units: scale by 0.")]
     for name, kind in OPERATORS.items():
         needs = [f.name if f.default is MISSING else f"[{f.name}]" for f in fields(kind)]
         rows.append((name, " ".join(needs), kind.about))
-    show_table(("operator", "fields", "what it does"), rows)
-    more = [(name, *about) for name, about in _MADE.items()]
-    show_table(("in words also", "needs", "makes"), more)
+    more = [(name, *about) for name, about in ESTIMATED.items()]
+    output.show(
+        edit_schema(),
+        (
+            Table(("operator", "fields", "what it does"), rows),
+            Table(("in words also", "needs", "makes"), more),
+        ),
+    )
 
 
-@app.command()
+@command(app)
 def schema() -> None:
     """Print the JSON schema of recipe files."""
-    from circuits.edits.recipes import recipe_schema
-
-    show_json(recipe_schema())
+    show_json(recipes.recipe_schema())
 
 
-@app.command()
+@command(app)
 def new(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The recipe file to write.")],
-    what: WhatArgument = None,
-    associate: Annotated[
-        str, typer.Option(help="A layer in which to store that --prompt is answered with --answer.")
-    ] = "",
-    prompt: Annotated[str, typer.Option(help="The text whose answer is to change.")] = "",
-    answer: Annotated[str, typer.Option(help="token:WORD or class:NAME.")] = "",
-    data: DataOption = "",
-    limit: LimitOption = LIMIT,
-    take: TakeOption = "spread",
-    note: NoteOption = "",
-    author: AuthorOption = "",
-    labels: LabelsOption = "",
-    force: ForceOption = False,
-    seed: SeedOption = 0,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-) -> None:
+    model: options.Model,
+    out: Annotated[Path, argument("The recipe file to write, .json.")],
+    examples: options.LabelledDataset,
+    what: What = None,
+    associate: Annotated[str, option(
+        "A layer, in which to store by a rank-one edit that --prompt is answered with --answer."
+    )] = "",
+    prompt: Annotated[str, option("With --associate: the text whose answer is to change.")] = "",
+    answer: Annotated[str, option("With --associate: the new answer, token:WORD or class:NAME.")] = "",
+    note: options.Note = "",
+    author: options.Author = "",
+    force: options.Force = False,
+    seed: options.Seed = 0,
+) -> None:  # fmt: skip
     """Write a recipe from edits in words and other recipes."""
-    from circuits.edits.recipes import Recipe
-    from circuits.models.zoo.loading import load_model
-
-    check_writable(out.parent, "folder")
-    loaded = load_model(model, weights)
-    base = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
-    found = list(base.edits)
+    options.check_out(out)
+    loaded = model.load()
+    base = recipe_of(loaded, what or [], examples, seed, force)
+    found, lines = list(base.edits), []
     if associate:
-        numbers = Numbers(data, max(limit, MOMENT), take, seed)
-        found.append(_associated(loaded, associate, prompt, answer, numbers, workspace))
-        say(found[-1].origin)
+        made = associated(loaded, associate, prompt, answer, examples, seed, model.place)
+        found.append(made)
+        lines.append(made.origin)
     elif prompt or answer:
         raise ValueError("--prompt and --answer go with --associate LAYER")
     if not found:
         raise ValueError(
             "nothing to edit: give edits in words, e.g. 'zero mixed3b:335', or a recipe"
         )
-    recipe = Recipe.of(loaded, found, note or base.note, author or base.author, seed)
+    recipe = recipes.Recipe.of(loaded, found, note or base.note, author or base.author, seed)
     recipe.save(out)
-    say(f"{out}: {len(recipe.edits)} edits of {model} ({recipe.model_hash[:16]})")
+    lines.append(f"{out}: {len(recipe.edits)} edits of {model.spec} ({recipe.model_hash[:16]})")
+    say("\n".join(lines))
 
 
-@app.command()
-def apply(
-    model: ModelArgument,
-    what: WhatArgument = None,
-    branch: BranchOption = "main",
-    note: NoteOption = "",
-    author: AuthorOption = "",
-    force: ForceOption = False,
-    measured: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure what the branch then does.")
-    ] = True,
-    target: TargetOption = None,
-    task: TaskOption = "",
-    data: DataOption = "",
-    text: TextOption = "",
-    limit: LimitOption = LIMIT,
-    take: TakeOption = "spread",
-    labels: LabelsOption = "",
-    metric: MetricOption = "",
-    positions: PositionsOption = "",
-    answer: AnswerOption = "",
-    against: AgainstOption = "",
-    random: RandomOption = N_RANDOM,
-    seed: SeedOption = 0,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Put edits on a branch of the ledger, and measure what it does, compared with random edits."""
-    loaded, ledger = _ledger(model, weights, workspace, write=True)
-    recipe = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
-    if not recipe.edits:
-        raise ValueError("nothing to apply: give a recipe file or edits in words")
-    head, report = ledger.head(branch), None
-    if measured:  # before anything is written
-        whole = ledger.recipe(branch) + recipe
-        asked = task_of(
-            loaded, task, data, text, limit, take, seed, labels,
-            metric=metric, positions=positions, answer=answer, against=against,
-        )  # fmt: skip
-        report = _measure(loaded, whole, asked, target, None, random, (), seed, json)
-    made = ledger.apply(recipe, note, branch, author or None, seed)
-    if report is not None and made[0].parent == head:
-        ledger.measured(report.to_dict(), branch, made[-1].hash, author or None)
-    elif report is not None:
-        warn(
-            f"somebody else edited branch {branch!r} meanwhile: `circuits edit measure --branch {branch}` again"
-        )
-    if json:
-        show_json({"entries": [e.to_dict() for e in made], "report": report and report.to_dict()})
-        return
-    for entry in made:
-        say(f"{entry.hash[:12]} {_words(entry.edit)}")
-    if report is not None:
-        _show_report(report)
-
-
-@app.command()
+@command(app)
 def measure(
-    model: ModelArgument,
-    what: WhatArgument = None,
-    branch: BranchOption = "",
-    target: TargetOption = None,
-    generalise: Annotated[
-        str, typer.Option(help="Other data, on which the targets are measured too.")
-    ] = "",
-    tuning: Annotated[str, typer.Option(help="Units whose tuning to curves is measured.")] = "",
-    task: TaskOption = "",
-    data: DataOption = "",
-    text: TextOption = "",
-    limit: LimitOption = LIMIT,
-    take: TakeOption = "spread",
-    labels: LabelsOption = "",
-    metric: MetricOption = "",
-    positions: PositionsOption = "",
-    answer: AnswerOption = "",
-    against: AgainstOption = "",
-    random: RandomOption = N_RANDOM,
-    force: ForceOption = False,
-    out: Annotated[Path | None, typer.Option(help="Save the report as JSON.")] = None,
-    figure: FigureOption = None,
-    seed: SeedOption = 0,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+    model: options.Model,
+    task: options.LabelledTask,
+    measuring: Measuring,
+    output: options.FigureOutput,
+    what: What = None,
+    branch: BranchInstead = "",
+    generalise: Annotated[str, option(
+        "Another dataset, on which --target is measured too: does the edit generalise? By default none."
+    )] = "",
+    tuning: Annotated[str, option("Units whose tuning to curves is measured too, e.g. mixed3b:1,2.")] = "",
+    force: options.Force = False,
+    out: Annotated[Path | None, option("Save the report to this file, as JSON.")] = None,
+) -> None:  # fmt: skip
     """Measure what edits do: a recipe, edits in words, or a branch of the ledger (and note it there)."""
-    from circuits.figures import edit_figure, save_figure
-    from circuits.files import write_json
-    from circuits.models.zoo.loading import load_model
-
-    check_figure(figure)
-    if out is not None:
-        check_writable(out.parent, "folder")
-    if bool(what) == bool(branch):
-        raise ValueError("give either edits (words or recipe files) or --branch NAME")
-    ledger = None
+    options.check_out(out)
+    _either(what, branch)
+    ledger, head = None, ""
     if branch:
-        loaded, ledger = _ledger(model, weights, workspace, write=True)
+        loaded, ledger = _ledger(model, write=True)
         head = ledger.head(branch)
         recipe = ledger.recipe(at=head)
     else:
-        loaded, head = load_model(model, weights), ""
-        recipe = recipe_of(loaded, what or [], Numbers(data, limit, take, seed, labels), force)
-    asked = task_of(
-        loaded, task, data, text, limit, take, seed, labels,
-        metric=metric, positions=positions, answer=answer, against=against,
-    )  # fmt: skip
-    more = examples_of(loaded, generalise, limit, take=take, seed=seed) if generalise else None
-    units = units_of(loaded, tuning) if tuning else ()
-    report = _measure(loaded, recipe, asked, target, more, random, units, seed, json)
+        loaded = model.load()
+        recipe = recipe_of(loaded, what or [], task.examples, measuring.seed, force)
+    report = measuring.measure(loaded, recipe, task, output, generalise, tuning)
     if ledger is not None:
         ledger.measured(report.to_dict(), branch, head)
     if out is not None:
         write_json(out, report.to_dict())
-    if figure is not None:
-        save_figure(edit_figure(report), figure)
-    if json:
-        show_json(report.to_dict())
+    output.draw(lambda figures: figures.edit_figure(report))
+    output.show(report, report.tables())
+
+
+@command(app)
+def diff(
+    before: Annotated[str, argument("A recipe file or, with --model, a branch.")],
+    after: Annotated[str, argument("The recipe file or branch that it is compared with.")],
+    output: options.Output,
+    model: Annotated[str, option("A model: compare two branches of its ledger.")] = "",
+    workspace: options.WorkspaceFolder = None,
+    weights: Annotated[Path | None, option("With --model: a file of weights for it.")] = None,
+) -> None:  # fmt: skip
+    """Show what has to be taken out of one recipe and put in to get another."""
+    if model:
+        _, ledger = _ledger(options.Model(model, weights, workspace))
+        old, new = (ledger.recipe(name) for name in (before, after))
     else:
-        _show_report(report)
+        old, new = (recipes.Recipe.load(name) for name in (before, after))
+    found = recipes.diff(old, new)
+
+    def lines() -> Iterator[str]:
+        if old.model_hash != new.model_hash:
+            hashes = " and ".join(r.model_hash[:16] or "any" for r in (old, new))
+            yield f"for different models: {hashes}"
+        yield from (f"{line.sign} {_words(line.edit)}" for line in found)
+        if all(line.sign == " " for line in found):
+            yield "the same edits"
+
+    output.show([{"sign": line.sign, "edit": line.edit.to_dict()} for line in found], lines())
 
 
-@app.command()
-def undo(
-    model: ModelArgument,
-    branch: BranchOption = "main",
-    author: AuthorOption = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
+@command(app)
+def bake(
+    model: options.Model,
+    out: Annotated[Path, argument("The weights file to write, .safetensors.")],
+    output: options.Output,
+    what: What = None,
+    branch: BranchInstead = "",
+    force: options.Force = False,
 ) -> None:
+    """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
+    options.check_out(out, ".safetensors", option="weights file")
+    _either(what, branch)
+    if branch:
+        loaded, ledger = _ledger(model)
+        recipe = ledger.recipe(branch)
+    else:
+        loaded = model.load()
+        recipe = recipe_of(loaded, what or [], force=force)
+    made = recipes.bake(loaded, recipe)
+    recipes.save_baked(made, out, loaded, recipe)
+    output.show(
+        {"path": str(out), "model_hash": made.hash, "base_hash": loaded.hash},
+        [f"{out}: {loaded.hash[:16]} with {len(recipe.edits)} edits is {made.hash[:16]}"],
+    )
+
+
+# --- the ledger ------------------------------------------------------------------------------------
+
+
+@command(app)
+def apply(
+    model: options.Model,
+    task: options.LabelledTask,
+    measuring: Measuring,
+    output: options.Output,
+    what: What = None,
+    branch: Branch = "main",
+    note: options.Note = "",
+    author: options.Author = "",
+    force: options.Force = False,
+    measured: Annotated[bool, option(
+        "Measure what the branch does with the new edits, as `circuits edit measure` does.", "--measure/--no-measure"
+    )] = True,
+) -> None:  # fmt: skip
+    """Put edits on a branch of the ledger, and measure what it does, compared with random edits."""
+    loaded, ledger = _ledger(model, write=True)
+    recipe = recipe_of(loaded, what or [], task.examples, measuring.seed, force)
+    if not recipe.edits:
+        raise ValueError("nothing to apply: give a recipe file or edits in words")
+    head, report = ledger.head(branch), None
+    if measured:  # before anything is written
+        report = measuring.measure(loaded, ledger.recipe(branch) + recipe, task, output)
+    made = ledger.apply(recipe, note, branch, author or None, measuring.seed)
+    if report is not None and made[0].parent == head:
+        ledger.measured(report.to_dict(), branch, made[-1].hash, author or None)
+    elif report is not None:
+        warn(
+            f"somebody else edited branch {branch!r} meanwhile: run `circuits edit measure --branch {branch}` again"
+        )
+    facts = {"entries": [e.to_dict() for e in made], "report": report and report.to_dict()}
+    lines = [f"{entry.hash[:12]} {_words(entry.edit)}" for entry in made]
+    output.show(facts, [*lines, *(report.tables() if report is not None else ())])
+
+
+@command(app)
+def undo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
     """Take the last edit of a branch back, and check that the weights are what they were."""
-    _, ledger = _ledger(model, weights, workspace, write=True)
+    _, ledger = _ledger(model, write=True)
     entry = ledger.undo(branch, author or None)
     say(f"undone: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
-@app.command()
-def redo(
-    model: ModelArgument,
-    branch: BranchOption = "main",
-    author: AuthorOption = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-) -> None:
+@command(app)
+def redo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
     """Make the edit again that was undone last."""
-    _, ledger = _ledger(model, weights, workspace, write=True)
+    _, ledger = _ledger(model, write=True)
     entry = ledger.redo(branch, author or None)
     say(f"made again: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
 
 
-@app.command(name="branch")
+@command(app, "branch")
 def new_branch(
-    model: ModelArgument,
-    name: Annotated[str, typer.Argument(help="Its name.")],
-    at: Annotated[
-        str, typer.Option(help="Entry (or the model's hash) that it begins at; first digits do.")
-    ] = "",
-    origin: Annotated[str, typer.Option("--from", help="Branch whose head it begins at.")] = "main",
-    author: AuthorOption = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-) -> None:
+    model: options.Model,
+    name: Annotated[str, argument("The name of the new branch.")],
+    at: Annotated[str, option(
+        "The entry that the branch begins at, or the model's hash: its first digits are enough. By default the last "
+        "entry of the branch --from."
+    )] = "",
+    origin: Annotated[str, option("The branch that it begins on.", "--from")] = "main",
+    author: options.Author = "",
+) -> None:  # fmt: skip
     """Begin a branch."""
-    _, ledger = _ledger(model, weights, workspace, write=True)
+    _, ledger = _ledger(model, write=True)
     ledger.branch(name, at or None, origin, author or None)
     say(f"branch {name} begins at {_place(ledger, name)}")
 
 
-@app.command()
-def log(
-    model: ModelArgument,
-    branch: BranchOption = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+@command(app)
+def log(model: options.Model, output: options.Output, branch: AnyBranch = "") -> None:
     """List what happened, oldest first, and where each branch is."""
-    _, ledger = _ledger(model, weights, workspace)
+    _, ledger = _ledger(model)
     if branch:
         ledger.head(branch)
     events = ledger.events(branch or None)
-    if json:
-        show_json([e.__dict__ for e in events])
-        return
-    rows = []
-    for event in events:
-        which = event.start if event.kind == "undo" else event.end
-        entry = None if which == ledger.model_hash else ledger.entry(which)
-        what, note = (_words(entry.edit), entry.note) if entry else ("the model as it is", "")
-        if event.kind == "measure":
-            what, note = f"report {event.report[:12]}", ""
-        rows.append((event.created, event.branch, event.kind, which[:12], what, event.author, note))
-    show_table(("when (UTC)", "branch", "", "entry", "edit", "who", "why"), rows)
-    for name in [branch] if branch else ledger.branches():
-        n = len(ledger.entries(name))
-        say(f"{name} is at {_place(ledger, name)}: {n} edits, {len(ledger.undone(name))} to redo")
+
+    def tables() -> Iterator[Table | str]:
+        rows = []
+        for event in events:
+            which = event.start if event.kind == "undo" else event.end
+            entry = None if which == ledger.model_hash else ledger.entry(which)
+            what, note = (_words(entry.edit), entry.note) if entry else ("the model as it is", "")
+            if event.kind == "measure":
+                what, note = f"report {event.report[:12]}", ""
+            rows.append(
+                (event.created, event.branch, event.kind, which[:12], what, event.author, note)
+            )
+        yield Table(("when (UTC)", "branch", "", "entry", "edit", "who", "why"), rows)
+        for name in [branch] if branch else ledger.branches():
+            n = len(ledger.entries(name))
+            yield f"{name} is at {_place(ledger, name)}: {n} edits, {len(ledger.undone(name))} to redo"
+
+    output.show([event.__dict__ for event in events], tables())
 
 
-@app.command()
+@command(app)
 def show(
-    model: ModelArgument,
-    entry: Annotated[str, typer.Argument(help="The first digits of its hash.")],
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-) -> None:
+    model: options.Model,
+    entry: Annotated[str, argument("The first digits of the entry's hash, as `circuits edit log` shows it.")],
+) -> None:  # fmt: skip
     """Show an entry of the ledger, with what was measured of it, as JSON."""
-    _, ledger = _ledger(model, weights, workspace)
+    _, ledger = _ledger(model)
     found = ledger.entry(entry)
     show_json(found.to_dict() | {"reports": ledger.reports(found.hash)})
 
 
-@app.command()
-def diff(
-    before: Annotated[str, typer.Argument(help="A recipe file, or a branch with --model.")],
-    after: Annotated[str, typer.Argument(help="Another.")],
-    model: Annotated[str, typer.Option("--model", help="Compare branches of its ledger.")] = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Show what has to be taken out of one recipe and put in to get another."""
-    from circuits.edits.recipes import Recipe
-    from circuits.edits.recipes import diff as compared
-
-    if model:
-        _, ledger = _ledger(model, weights, workspace)
-        recipes = [ledger.recipe(name) for name in (before, after)]
-    else:
-        recipes = [Recipe.load(name) for name in (before, after)]
-    found = compared(*recipes)
-    if json:
-        show_json([{"sign": d.sign, "edit": d.edit.to_dict()} for d in found])
-        return
-    if recipes[0].model_hash != recipes[1].model_hash:
-        hashes = " and ".join(r.model_hash[:16] or "any" for r in recipes)
-        say(f"for different models: {hashes}")
-    for line in found:
-        say(f"{line.sign} {_words(line.edit)}")
-    if all(d.sign == " " for d in found):
-        say("the same edits")
-
-
-@app.command()
-def bake(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="Weights file to write, .safetensors.")],
-    what: WhatArgument = None,
-    branch: BranchOption = "",
-    force: ForceOption = False,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
-    from circuits.edits.recipes import bake as baked
-    from circuits.edits.recipes import save_baked
-    from circuits.models.zoo.loading import load_model
-
-    check_writable(out.parent, "folder")
-    if out.suffix != ".safetensors":
-        raise ValueError(f"weights file {str(out)!r} must end in .safetensors")
-    if bool(what) == bool(branch):
-        raise ValueError("give either edits (words or recipe files) or --branch NAME")
-    if branch:
-        loaded, ledger = _ledger(model, weights, workspace)
-        recipe = ledger.recipe(branch)
-    else:
-        loaded = load_model(model, weights)
-        recipe = recipe_of(loaded, what or [], Numbers(), force)
-    made = baked(loaded, recipe)
-    save_baked(made, out, loaded, recipe)
-    if json:
-        show_json({"path": str(out), "model_hash": made.hash, "base_hash": loaded.hash})
-    else:
-        say(f"{out}: {loaded.hash[:16]} with {len(recipe.edits)} edits is {made.hash[:16]}")
-
-
-@app.command()
-def replay(
-    model: ModelArgument,
-    branch: BranchOption = "main",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+@command(app)
+def replay(model: options.Model, output: options.Output, branch: Branch = "main") -> None:
     """Make a branch's edits again on the model and compare every hash; exit code 1 if one differs."""
-    loaded, ledger = _ledger(model, weights, workspace)
+    loaded, ledger = _ledger(model)
     found = ledger.replay(branch)
     with ledger.edited(branch):
         final = loaded.hash
     same = all(r.same for r in found)
-    if json:
-        each = [{"entry": r.entry.hash, "same": r.same} for r in found]
-        show_json({"entries": each, "same": same, "model_hash": final})
-    else:
-        for r in found:
-            say(f"{'same  ' if r.same else 'OTHER '} {r.entry.hash[:12]} {_words(r.entry.edit)}")
-        say(
-            f"{len(found)} edits, all hashes {'the same' if same else 'NOT the same'}; weights {final[:16]}"
-        )
+    lines = [
+        f"{'same  ' if r.same else 'OTHER '} {r.entry.hash[:12]} {_words(r.entry.edit)}"
+        for r in found
+    ]
+    lines.append(
+        f"{len(found)} edits, all hashes {'the same' if same else 'NOT the same'}; weights {final[:16]}"
+    )
+    each = [{"entry": r.entry.hash, "same": r.same} for r in found]
+    output.show({"entries": each, "same": same, "model_hash": final}, lines)
     if not same:
         raise typer.Exit(1)
 
 
-@app.command()
-def verify(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
+@command(app)
+def verify(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """Check every hash of the ledger; exit code 1 if something was changed."""
-    from circuits.edits.auditing import verify as faults
-
     found = faults(Workspace.default(workspace).database)
-    if json:
-        show_json(found)
-    else:
-        for line in found:
-            say(line)
-        say("the ledger is as it was written" if not found else f"{len(found)} faults")
+    last = f"{len(found)} faults" if found else "the ledger is as it was written"
+    output.show(found, [*found, last])
     if found:
         raise typer.Exit(1)
 
@@ -466,197 +367,22 @@ def verify(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
 # --- what they share -------------------------------------------------------------------------------
 
 
-def _ledger(
-    model: str, weights: Path | None, workspace: Path | None, write: bool = False
-) -> tuple[Any, Any]:
-    from circuits.edits.ledger import Ledger
-    from circuits.models.zoo.loading import load_model
-
-    place = Workspace.default(workspace)
-    if write:
-        place = place.writable()
-    loaded = load_model(model, weights)
+def _ledger(model: options.Model, write: bool = False) -> tuple[HookedModel, Ledger]:
+    place = model.place.writable() if write else model.place
+    loaded = model.load()
     return loaded, Ledger(place.database, loaded)
 
 
-_MADE = {
-    "mean": ("units", "set, to the mean over --data"),
-    "resample": ("units", "resample, from examples of --data"),
-    "patch": ("units example=N", "patch, from one example of --data"),
-    "project": ("direction", "erase, of one direction"),
-    "leace": ("site", "erase, of what tells classes apart (examples of --data, --labels)"),
-}
-"""Edits in words whose numbers come from data: what each needs, and what it makes."""
-
-MOMENT = 512
-"""Examples that say at least what a layer reads, for `--associate`, where no harvest keeps it."""
+def _either(what: list[str] | None, branch: str) -> None:
+    if bool(what) == bool(branch):
+        raise ValueError("give either edits (words or recipe files) or --branch NAME")
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Where the numbers of edits in words come from."""
-
-    data: str = ""
-    limit: int = LIMIT
-    take: Take = "spread"
-    seed: int = 0
-    labels: str = ""
-
-    def of(self, model: Any) -> Examples:
-        return examples_of(
-            model, self.data, self.limit, take=self.take, seed=self.seed, labels=self.labels
-        )
-
-
-def recipe_of(model: Any, what: Sequence[str], numbers: Numbers, force: bool) -> Any:
-    """A recipe of the edits of recipe files and of words, in order, with the files' notes."""
-    from circuits.edits.recipes import Recipe
-    from circuits.edits.records import read_edit
-
-    found: list[Any] = []
-    notes, authors = [], []
-    for text in what:
-        if " " not in text.strip() and (text.endswith(".json") or Path(text).is_file()):
-            recipe = Recipe.load(text)
-            if force and recipe.model_hash not in ("", model.hash):
-                warn(
-                    f"recipe {text!r} was written for model {recipe.model_hash[:16]}: units of one number "
-                    "need not do the same here, and what was measured of it does not hold"
-                )
-                recipe = recipe.forced(model)
-            try:
-                recipe.check(model)
-            except ValueError as error:
-                raise ValueError(f"{error} (--force takes it all the same, if it fits)") from None
-            found += recipe.edits
-            notes.append(recipe.note)
-            authors.append(recipe.author)
-            continue
-        words = text.split()
-        if words and words[0] in _MADE:
-            found.append(_made(model, words, numbers))
-        else:
-            found.append(read_edit(model, text))
-    note, author = ("; ".join(dict.fromkeys(filter(None, words))) for words in (notes, authors))
-    return Recipe.of(model, found, note, author)
-
-
-def _made(model: Any, words: list[str], numbers: Numbers) -> Any:
-    """An edit whose numbers come from data."""
-    from circuits.edits.estimation import leace, means, project_out, resample
-    from circuits.units import Direction
-
-    kind, rest = words[0], words[1:]
-    if len(rest) != len(_MADE[kind][0].split()):
-        raise ValueError(f"edit {' '.join(words)!r}: expected {kind} {_MADE[kind][0]}")
-    what = rest[0].partition("=")[2] or rest[0]
-    if kind == "project":
-        site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
-        return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
-    if kind == "patch":
-        return _patch(model, what, rest[1], numbers.data)
-    if kind == "leace" and not numbers.labels:
-        raise ValueError("leace needs --labels FILE, or --labels names")
-    examples = numbers.of(model)
-    if kind == "leace":
-        return leace(model, what, examples, origin=f"classes of {examples.data}")
-    return means(model, what, examples) if kind == "mean" else resample(model, what, examples)
-
-
-def _patch(model: Any, units: str, example: str, data: str) -> Any:
-    from circuits.edits.estimation import patch
-    from circuits.stimuli.sources import open_source
-
-    name, _, number = example.partition("=")
-    if name != "example" or not number.isdecimal():
-        raise ValueError(
-            f"edit 'patch {units} {example}': {example!r} is not of the form example=N"
-        )
-    source = open_source(data or usual_data(model))
-    if int(number) >= len(source):
-        raise ValueError(
-            f"example {number} does not exist: {source.spec} has 0 to {len(source) - 1}"
-        )
-    one = Examples(model, source, among=[int(number)])
-    return patch(model, units, one, origin=f"example {number} of {source.spec}")
-
-
-def _associated(
-    model: Any, layer: str, prompt: str, answer: str, numbers: Numbers, workspace: Path | None
-) -> Any:
-    """The rank-one edit; C from a store of the workspace that keeps it, or else from examples."""
-    from circuits.cli.choosing import stored
-    from circuits.edits.associative import associate, read_site, second_moment
-    from circuits.tasks.targets import output_site, parse_target
-
-    if not answer or not prompt:
-        raise ValueError("--associate needs --prompt TEXT and --answer token:WORD or class:NAME")
-    target = parse_target(model, answer)
-    if target.site != output_site(model).name or not isinstance(target.index, int):
-        raise ValueError(f"--answer {answer!r} is not token:WORD or class:NAME")
-    site = read_site(model, layer).name
-    store = stored(Workspace.default(workspace), model.hash, site, numbers.data)
-    if store is not None and site in store.provenance.depth.covariance:
-        moment, name = second_moment(model, layer, store), store.provenance.data
-    else:
-        examples = numbers.of(model)
-        moment, name = (
-            second_moment(model, layer, examples),
-            str(examples),
-        )
-    words = f"{prompt!r} is answered with {answer} (C over {name})"
-    asked = Examples.texts(model, [prompt])
-    return associate(model, layer, asked, target.index, moment, origin=words)
-
-
-def _measure(
-    model: Any,
-    recipe: Any,
-    task: Any,
-    targets: Sequence[str] | None,
-    generalise: Any,
-    random: int,
-    tuning: Sequence[Any],
-    seed: int,
-    quiet: bool,
-) -> Any:
-    from circuits.effects import measure as run
-
-    with progress_bar("measure", quiet=quiet) as progress:
-        return run(
-            model, recipe, task, targets=targets or (), generalisation=generalise, tuning=tuning, n_random=random,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-
-
-def _show_report(report: Any) -> None:
-    groups = {
-        "on target": report.targets, "on other examples": report.generalisation, "": report.effects,
-        "other units of": report.others,
-    }  # fmt: skip
-    record = report.record
-    show_effects(groups, f"{record.model}, {record.measured_on}; seed {record.seed}")
-    if report.tuning:
-        rows = [
-            (
-                t.unit, t.measures.echo.value, t.changed.echo.value, t.measures.peak.value,
-                t.changed.peak.value, f"{min(t.null):.4g} to {max(t.null):.4g}" if t.null else "none",
-            )
-            for t in report.tuning
-        ]  # fmt: skip
-        show_table(("unit", "echo", "edited", "peak", "edited", "echo's change: null"), rows)
-    show_classes(report.classes)
-    for norm in report.norms:
-        say(f"size of the change in {norm.of}: {norm.size:.4g}, {norm.relative:.2%} of its norm")
-    say(f"predictions that stay: {report.locality:.1%}")
-    say(f"undone: model {'identical to the bit' if report.restored else 'NOT restored'}")
-
-
-def _words(edit: Any) -> str:
+def _words(edit: Edit) -> str:
     text = str(edit)
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
-def _place(ledger: Any, branch: str) -> str:
+def _place(ledger: Ledger, branch: str) -> str:
     head = ledger.head(branch)
     return "the model as it is" if head == ledger.model_hash else head[:12]

@@ -1,84 +1,113 @@
 """`circuits graph`: the graph store, and circuits out of it."""
 
-# no `from __future__ import annotations`: typer reads the annotations
+from __future__ import annotations
+
 import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import (
-    JsonOption,
-    ModelArgument,
-    WeightsOption,
-    WorkspaceOption,
-    record_of,
+from circuits.cli import options
+from circuits.cli.signatures import argument, command, option
+from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
+from circuits.graph.formats import check_format, read_circuit, to_node_link, write_circuit
+from circuits.graph.saved import (
+    KIND,
+    circuit_history,
+    load_circuit,
+    save_circuit,
+    saved_circuits,
 )
-from circuits.cli.output import progress_bar, say, show_json, show_table
-from circuits.cli.weights import FigureOption, check_figure
-from circuits.files import check_writable
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import INPUT
+from circuits.tables import Table
+from circuits.units import Unit
+from circuits.weights import ExpandedWeights, expand_weights
+from circuits.weights.graphs import build_graph, expanded_block
 from circuits.workspace import Workspace
 
-Format = Literal["json", "graphml", "gexf", "attribution"]
-
-app = typer.Typer(
+app = Typer(
     help="Store all weights of a model as a graph, and look for circuits in it.",
     no_args_is_help=True,
 )
 
-CircuitOption = Annotated[str, typer.Option("--circuit", help="A saved circuit.")]
-VersionOption = Annotated[
-    int | None, typer.Option(help="Of the saved circuit (default: the last).")
-]
-UnitsArgument = Annotated[
-    list[str] | None,
-    typer.Argument(help="A unit: its neighbourhood; several: the edges between them."),
-]
-HopsOption = Annotated[int, typer.Option(help="Steps from the unit.")]
-TopOption = Annotated[int, typer.Option(help="Edges of each unit and way, or paths.")]
-KindsOption = Annotated[
-    str, typer.Option(help="weight, expanded, attribution, effect; with commas.")
-]
-ToOption = Annotated[str, typer.Option("--to", help="The strongest paths to this unit.")]
+Format = Annotated[Literal["json", "graphml", "gexf", "attribution"] | None, option(
+    "The format of the file; attribution is the JSON of circuit-tracer and Neuronpedia. By default its ending says it."
+)]  # fmt: skip
 
 
-@app.command()
+@dataclass(frozen=True)
+class CircuitOptions:
+    """Which circuit: what is around or between units, or a saved one."""
+
+    units: Annotated[list[str] | None, argument(
+        "One unit, SITE:INDEX, for its neighbourhood; several for the edges between them."
+    )] = None  # fmt: skip
+    hops: Annotated[int, option("How many edges away from the unit to go.")] = 1
+    top: options.Top = options.TOP
+    kinds: Annotated[str, option(
+        "The kinds of edges, with commas: weight, expanded, attribution, effect. By default all of them, and "
+        "weight for paths."
+    )] = ""  # fmt: skip
+    to: Annotated[str, option("Take the strongest paths from the unit to this one instead.")] = ""
+    circuit: Annotated[str, option("Take the saved circuit of this name instead.")] = ""
+    version: Annotated[int | None, option(
+        "With --circuit: which of its versions. By default the last."
+    )] = None  # fmt: skip
+
+    def find(self, model: HookedModel, place: Workspace) -> CircuitGraph:
+        """The circuit, saved or out of the graph.
+
+        Raises:
+            ValueError: if units and a saved circuit are named, or neither.
+            FileNotFoundError: if the model's graph was not built.
+        """
+        if bool(self.units) == bool(self.circuit):
+            raise ValueError("expected units (SITE:INDEX …) or --circuit NAME, one of the two")
+        if not self.units:
+            saved = load_circuit(place.database, self.circuit, model.hash, self.version)
+            return saved.checked(model.hash, _known_units(model))
+        with GraphStore(place.model_folder(model.hash), model.hash) as store:
+            kinds = [part.strip() for part in self.kinds.split(",") if part.strip()] or None
+            if self.to:
+                if len(self.units) != 1:
+                    raise ValueError(f"--to needs one unit to start from, got {len(self.units)}")
+                return store.paths(self.units[0], self.to, self.top, kinds or ("weight",))
+            if len(self.units) > 1:
+                return store.subgraph(self.units, kinds)
+            return store.neighbourhood(self.units[0], self.hops, self.top, kinds)
+
+
+def _known_units(model: HookedModel) -> dict[str, int]:
+    """How many units each site has; `input` counts the channels of images."""
+    channels = getattr(model.input, "channels", None)
+    known = {} if channels is None else {"input": channels}
+    return known | {site.name: site.n_units for site in model.sites}
+
+
+@command(app)
 def build(
-    model: ModelArgument,
-    expand: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="SOURCE=TARGET: store expanded weights of two sites too; may be repeated."
-        ),
-    ] = None,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+    model: options.Model,
+    output: options.Output,
+    expand: Annotated[list[str] | None, option(
+        "Two sites, written SOURCE=TARGET, whose expanded weights are stored too; may be repeated."
+    )] = None,
+) -> None:  # fmt: skip
     """Write all weights between directly connected sites to the workspace's graph.h5."""
-    from circuits.graph import GraphStore, add_edges
-    from circuits.models.adapter.topology import INPUT
-    from circuits.models.zoo.loading import load_model
-    from circuits.weights import expand_weights
-    from circuits.weights.graphs import build_graph, expanded_block
-
-    pairs = [text.partition("=") for text in expand or []]
-    for text, (_, _, target) in zip(expand or [], pairs, strict=True):
-        if not target:
-            raise ValueError(f"--expand {text!r} is not of the form SOURCE=TARGET")
-    place = Workspace.default(workspace).writable()
-    loaded = load_model(model, weights)
-    for source, _, target in pairs:
-        for name in (source, target):
-            if name != INPUT:
-                loaded.site(name)
+    pairs = [_pair(text) for text in expand or []]
+    place = model.place.writable()
+    loaded = model.load()
+    for name in (name for pair in pairs for name in pair if name != INPUT):
+        loaded.site(name)
     folder = place.model_folder(loaded.hash)
-    place.register(record_of(model, weights, loaded.hash), replace=False)
-    with progress_bar("graph", quiet=json) as progress:
+    model.register(loaded.hash)
+    with output.progress("graph") as progress:
         build_graph(loaded, folder, progress).close()
         sites = _known_units(loaded)
-        for source, _, target in pairs:
+        for source, target in pairs:
             found = expand_weights(loaded, source, target, progress=progress)
             add_edges(folder, _file_name(found), [expanded_block(found, sites)])
     with GraphStore(folder) as store:
@@ -86,200 +115,97 @@ def build(
             "file": str(folder / "graph.h5"), "model_hash": store.model_hash, "sites": len(store.sites),
             "blocks": len(store.blocks), "edges": store.n_edges,
         }  # fmt: skip
-    if json:
-        show_json(facts)
-    else:
-        say(f"{facts['edges']} edges between {facts['sites']} sites in {facts['file']}")
+    output.show(
+        facts, [f"{facts['edges']} edges between {facts['sites']} sites in {facts['file']}"]
+    )
 
 
-def _file_name(found: Any) -> str:
+def _pair(text: str) -> tuple[str, str]:
+    source, _, target = text.partition("=")
+    if not target:
+        raise ValueError(f"--expand {text!r} is not of the form SOURCE=TARGET")
+    return source, target
+
+
+def _file_name(found: ExpandedWeights) -> str:
     """Of a pair's expanded weights: readable, and of no other pair."""
     text = f"{found.source} {found.target} {found.mode}"
     readable = re.sub(r"[^\w.+-]", "+", f"expanded-{text.replace(' ', '-')}")
     return f"{readable[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _circuit(
-    loaded: Any,
-    place: Workspace,
-    units: list[str] | None,
-    hops: int,
-    top: int,
-    kinds: str,
-    to: str,
-    circuit: str,
-    version: int | None,
-) -> Any:
-    """The circuit that a command is about: saved, or out of the graph."""
-    from circuits.graph import GraphStore
-    from circuits.graph.saved import load_circuit
-
-    if bool(units) == bool(circuit):
-        raise ValueError("expected units (SITE:INDEX …) or --circuit NAME, one of the two")
-    if circuit:
-        saved = load_circuit(place.database, circuit, loaded.hash, version)
-        return saved.checked(loaded.hash, _known_units(loaded))
-    assert units, "one of the two is given"
-    with GraphStore(place.model_folder(loaded.hash), loaded.hash) as store:
-        chosen = [part.strip() for part in kinds.split(",") if part.strip()] or None
-        if to:
-            if len(units) != 1:
-                raise ValueError(f"--to needs one unit to start from, got {len(units)}")
-            return store.paths(units[0], to, top, chosen or ("weight",))
-        if len(units) > 1:
-            return store.subgraph(units, chosen)
-        return store.neighbourhood(units[0], hops, top, chosen)
-
-
-def _known_units(loaded: Any) -> dict[str, int]:
-    """How many units each site has; `input` counts the channels of images."""
-    channels = getattr(loaded.input, "channels", None)
-    known = {} if channels is None else {"input": channels}
-    return known | {site.name: site.n_units for site in loaded.sites}
-
-
-@app.command()
+@command(app)
 def show(
-    model: ModelArgument,
-    units: UnitsArgument = None,
-    hops: HopsOption = 1,
-    top: TopOption = 10,
-    kinds: KindsOption = "",
-    to: ToOption = "",
-    circuit: CircuitOption = "",
-    version: VersionOption = None,
-    save: Annotated[str, typer.Option(help="Save it as a circuit of this name.")] = "",
-    note: Annotated[str, typer.Option(help="Why, kept in the history.")] = "",
-    figure: FigureOption = None,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
+    model: options.Model,
+    circuit: CircuitOptions,
+    output: options.FigureOutput,
+    save: Annotated[str, option("Save it as a circuit of this name.")] = "",
+    note: options.Note = "",
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
-    from circuits.figures import circuit_figure, save_figure
-    from circuits.graph.formats import to_node_link
-    from circuits.graph.saved import save_circuit
-    from circuits.models.zoo.loading import load_model
-    from circuits.units import Unit
-
-    check_figure(figure)
-    place = Workspace.default(workspace)
-    loaded = load_model(model, weights)
-    found = _circuit(loaded, place, units, hops, top, kinds, to, circuit, version)
+    loaded, place = model.load(), model.place
+    found = circuit.find(loaded, place)
     if save:
         save_circuit(place.writable().database, save, found, note)
-    if figure is not None:
+    if output.figure is not None:
         pictures: dict[Any, Path] = {
             node: paths[0]
             for node in found
             if isinstance(node, Unit) and (paths := place.pictures(loaded.hash, node))
         }
-        save_figure(circuit_figure(found, pictures, save or circuit), figure)
-    if json:
-        show_json(to_node_link(found))
-        return
-    for path in found.graph.get("paths", []):
-        sign = "+" if path["sign"] > 0 else "-" if path["sign"] < 0 else "0"
-        say(f"{sign}{path['strength']:.4g}  {' -> '.join(path['units'])}")
-    rows = sorted(
-        (
-            (
-                str(a),
-                str(b),
-                d["kind"],
-                d["norm"],
-                d.get("typical", ""),
-                d["sum"],
-                d.get("layer", ""),
-            )
-            for a, b, d in found.edges(data=True)
-        ),
-        key=lambda row: -row[3],
-    )
-    columns = ("from", "to", "kind", "norm", "typical norm", "sum", "layer")
-    show_table(
-        columns, rows, title=f"{found.number_of_nodes()} units, {found.number_of_edges()} edges"
-    )
+        title = save or circuit.circuit
+        output.draw(lambda figures: figures.circuit_figure(found, pictures, title))
+    output.show(to_node_link(found), found.tables())
 
 
-@app.command()
+@command(app)
 def export(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The file: .json, .graphml or .gexf.")],
-    units: UnitsArgument = None,
-    format: Annotated[
-        Format | None,
-        typer.Option(
-            help="attribution: the JSON of circuit-tracer and Neuronpedia (default: by ending)."
-        ),
-    ] = None,
-    hops: HopsOption = 1,
-    top: TopOption = 10,
-    kinds: KindsOption = "",
-    to: ToOption = "",
-    circuit: CircuitOption = "",
-    version: VersionOption = None,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
+    model: options.Model,
+    out: Annotated[Path, argument("The file to write: .json, .graphml or .gexf.")],
+    circuit: CircuitOptions,
+    output: options.Output,
+    format: Format = None,
 ) -> None:
     """Write a circuit to a file that other programs read."""
-    from circuits.graph.formats import check_format, write_circuit
-    from circuits.models.zoo.loading import load_model
-
-    check_writable(out.parent, "folder")
+    options.check_out(out)
     check_format(out, format)
-    place = Workspace.default(workspace)
-    loaded = load_model(model, weights)
-    found = _circuit(loaded, place, units, hops, top, kinds, to, circuit, version)
+    found = circuit.find(model.load(), model.place)
     write_circuit(found, out, format)
-    facts = {"file": str(out), "nodes": found.number_of_nodes(), "edges": found.number_of_edges()}
-    if json:
-        show_json(facts)
-    else:
-        say(f"{facts['nodes']} units and {facts['edges']} edges written to {facts['file']}")
+    nodes, edges = found.number_of_nodes(), found.number_of_edges()
+    line = f"{nodes} units and {edges} edges written to {out}"
+    output.show({"file": str(out), "nodes": nodes, "edges": edges}, [line])
 
 
-@app.command(name="import")
+@command(app, "import")
 def import_(
-    model: ModelArgument,
-    file: Annotated[Path, typer.Argument(help="A circuit in any format that export writes.")],
-    name: Annotated[str, typer.Option(help="What to call it.")],
-    format: Annotated[Format | None, typer.Option(help="Default: by the file's ending.")] = None,
-    note: Annotated[str, typer.Option(help="Why, kept in the history.")] = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+    model: options.Model,
+    file: Annotated[Path, argument("A circuit, in any format that `circuits graph export` writes.")],
+    name: Annotated[str, option("The name under which the circuit is saved.")],
+    output: options.Output,
+    format: Format = None,
+    note: options.Note = "",
+) -> None:  # fmt: skip
     """Save a circuit from a file in the workspace; its units must be the model's."""
-    from circuits.graph.formats import read_circuit
-    from circuits.graph.saved import save_circuit
-    from circuits.models.zoo.loading import load_model
-
     found = read_circuit(file, format)
-    loaded = load_model(model, weights)
+    loaded = model.load()
     found.checked(loaded.hash, _known_units(loaded))
     found.graph["model_hash"] = loaded.hash
-    record = save_circuit(Workspace.default(workspace).writable().database, name, found, note)
-    if json:
-        show_json({"name": name, "version": record.version, "nodes": found.number_of_nodes()})
-    else:
-        say(f"circuit {name!r}, version {record.version}: {found.number_of_nodes()} units")
+    record = save_circuit(model.place.writable().database, name, found, note)
+    n = found.number_of_nodes()
+    output.show(
+        {"name": name, "version": record.version, "nodes": n},
+        [f"circuit {name!r}, version {record.version}: {n} units"],
+    )
 
 
-@app.command()
+@command(app)
 def ls(
-    model: ModelArgument,
-    circuit: Annotated[str, typer.Option("--circuit", help="List the versions of this one.")] = "",
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
+    model: options.Model,
+    output: options.Output,
+    circuit: Annotated[str, option("List the versions of this saved circuit instead.")] = "",
 ) -> None:
     """List the saved circuits of a model, or the versions of one."""
-    from circuits.graph.saved import KIND, circuit_history, saved_circuits
-    from circuits.models.zoo.loading import load_model
-
-    database, key = Workspace.default(workspace).database, load_model(model, weights).hash
+    database, key = model.place.database, model.load().hash
     if circuit:
         database.load(KIND, key, circuit)
         found = circuit_history(database, circuit, key)
@@ -290,36 +216,19 @@ def ls(
         for r in found
     ]  # fmt: skip
     columns = ("circuit", "version", "units", "edges", "author", "created", "note")
-    if json:
-        show_json([dict(zip(columns, row, strict=True)) for row in rows])
-    else:
-        show_table(columns, rows)
+    output.show([dict(zip(columns, row, strict=True)) for row in rows], [Table(columns, rows)])
 
 
-@app.command()
+@command(app)
 def diff(
-    model: ModelArgument,
-    name: Annotated[str, typer.Argument(help="A saved circuit.")],
-    before: Annotated[int, typer.Argument(help="A version.")],
-    after: Annotated[int | None, typer.Argument(help="A later one (default: the last).")] = None,
-    workspace: WorkspaceOption = None,
-    weights: WeightsOption = None,
-    json: JsonOption = False,
-) -> None:
+    model: options.Model,
+    name: Annotated[str, argument("The name of a saved circuit.")],
+    before: Annotated[int, argument("The number of one of its versions.")],
+    output: options.Output,
+    after: Annotated[int | None, argument("The number of a later one. By default the last.")] = None,
+) -> None:  # fmt: skip
     """Show what changed between two versions of a circuit."""
-    from circuits.graph import circuit_diff as compare
-    from circuits.graph.saved import load_circuit
-    from circuits.models.zoo.loading import load_model
-
-    database, key = Workspace.default(workspace).database, load_model(model, weights).hash
+    database, key = model.place.database, model.load().hash
     old, new = (load_circuit(database, name, key, version) for version in (before, after))
-    found = compare(old, new)
-    if json:
-        show_json(found.to_dict())
-        return
-    for what, items in found.to_dict().items():
-        for item in items:
-            text = item if isinstance(item, str) else f"{item[0]} -> {item[1]} ({item[2]})"
-            say(f"{what.replace('_', ' ')}: {text}")
-    if found.empty:
-        say("no difference")
+    found = circuit_diff(old, new)
+    output.show(found, found.lines())

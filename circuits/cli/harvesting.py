@@ -1,120 +1,115 @@
 """`circuits harvest`: one pass over a dataset into an activation store."""
 
+from __future__ import annotations
+
 import os
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import (
-    DataOption,
-    JsonOption,
-    ModelArgument,
-    SeedOption,
-    WeightsOption,
-    WorkspaceOption,
-    record_of,
-)
-from circuits.cli.output import progress_bar, warn
+from circuits.cli import options
+from circuits.cli.output import warn
+from circuits.cli.signatures import command, option
 from circuits.cli.stores import show_store
 from circuits.harvesting import harvest as run
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.selecting import select_sites
-from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import Provenance
 from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ModelRecord, Workspace
 
-app = typer.Typer()
+app = Typer()
 
 
-@app.command()
+@dataclass(frozen=True)
+class Depth:
+    """What is kept of which sites."""
+
+    sites: Annotated[str, option("The sites to harvest, with commas; patterns like mixed* too.")] = ""  # fmt: skip
+    full: Annotated[str, option(
+        "The sites of which whole activations are kept, too. By default none."
+    )] = ""  # fmt: skip
+    covariance: Annotated[str, option(
+        "The sites of which the covariance of the units is kept, too. By default none."
+    )] = ""  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How the pass over the dataset is made."""
+
+    heading: ClassVar = "How it is done"
+
+    batch: Annotated[int | None, option(
+        "How many examples in one forward pass. By default what --memory allows."
+    )] = None  # fmt: skip
+    layout: Annotated[Layout, option(
+        "How whole activations lie on disk: in blocks, or by rows, which are faster to read at random."
+    )] = "blocks"  # fmt: skip
+    compress: Annotated[bool, option("Compress whole activations where it pays.", "--compress")] = False  # fmt: skip
+    precision: Annotated[Precision, option("The precision of the forward pass.")] = "float32"
+    memory: Annotated[float, option("The GiB of memory that activations may take.")] = 4.0
+    workers: Annotated[int | None, option(
+        "How many processes do the work. By default one for each CPU thread."
+    )] = None  # fmt: skip
+    skip_bad: Annotated[bool, option(
+        "List examples that cannot be read, and continue. By default the harvest stops.", "--skip-bad",
+    )] = False  # fmt: skip
+    positions: Annotated[int | None, option(
+        "How many positions of an example, drawn at random, histograms look at; 0 is all. By default as few as give "
+        "2048 numbers for each unit, and 8 at least."
+    )] = None  # fmt: skip
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory < 2**20:
+            raise ValueError(f"memory {self.memory} must be a number of GiB above 0")
+
+
+@command(app)
 def harvest(
-    model: ModelArgument,
-    data: DataOption,
-    sites: Annotated[
-        str, typer.Option("--sites", help="Sites, separated by commas; patterns like mixed* too.")
-    ] = "",
-    full: Annotated[str, typer.Option(help="Sites of which to keep the whole tensor.")] = "",
-    covariance: Annotated[
-        str, typer.Option(help="Sites of which to keep the units' covariance.")
-    ] = "",
-    weights: WeightsOption = None,
-    workspace: WorkspaceOption = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Examples in one forward pass (default: what memory allows).")
-    ] = None,
-    layout: Annotated[
-        Layout, typer.Option(help="Of whole tensors: rows are faster to read at random.")
-    ] = "blocks",
-    compress: Annotated[
-        bool, typer.Option("--compress", help="Compress whole tensors where it pays.")
-    ] = False,
-    precision: Annotated[
-        Precision, typer.Option(help="What the forward pass computes in.")
-    ] = "float32",
-    memory: Annotated[float, typer.Option(help="GiB that activations may take.")] = 4.0,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes (default: one a CPU thread).")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="List examples that cannot be read, and go on.")
-    ] = False,
-    positions: Annotated[
-        int | None,
-        typer.Option(help="Positions of an example that histograms look at, drawn; 0 is all."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--anew", help="Go on where a run stopped, or begin anew.")
-    ] = True,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-) -> None:
+    model: options.Model,
+    data: options.Data,
+    depth: Depth,
+    how: Pass,
+    output: options.Output,
+    resume: Annotated[bool, option(
+        "Continue where an earlier run stopped, or start from the beginning.", "--resume/--anew"
+    )] = True,
+) -> None:  # fmt: skip
     """Record what units do on every example of a dataset. Run it again to resume.
 
     Under `torchrun --nproc-per-node N -m circuits harvest …` N processes share the work.
     """
-
-    place = Workspace.default(workspace).writable()
-    loaded = load_model(model, weights)
+    place = model.place.writable()
+    loaded = model.load()
     source = open_source(data)
-    record = record_of(model, weights, loaded.hash)
+    record = model.record(loaded.hash)
     lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)
-    with progress_bar(f"harvest {model} on {data}", quiet=json or not lead) as progress:
+    settings: dict[str, Any] = vars(how) | {"memory": int(how.memory * 2**30)}
+    summary, full, covariance = (
+        _names(loaded, s) for s in (depth.sites, depth.full, depth.covariance)
+    )
+    quiet = replace(output, json=output.json or not lead)
+    with quiet.progress(f"harvest {model.spec} on {data}") as progress:
         store = run(
-            loaded,
-            source,
-            [s.name for s in select_sites(loaded, sites)],
-            place,
-            record,
-            batch,
-            progress,
-            full=[s.name for s in select_sites(loaded, full)],
-            covariance=[s.name for s in select_sites(loaded, covariance)],
-            layout=layout,
-            compress=compress,
-            precision=precision,
-            positions=positions,
-            memory=_bytes(memory),
-            workers=workers,
-            skip_bad=skip_bad,
-            anew=not resume,
-            seed=seed,
-        )
+            loaded, source, summary, place, record, progress=progress, full=full, covariance=covariance,
+            anew=not resume, **settings,
+        )  # fmt: skip
     if lead:
-        show_store(store, json)
+        show_store(store, output)
 
 
-def _bytes(memory: float) -> int:
-    if not 0 < memory < 2**20:
-        raise ValueError(f"memory {memory} must be a number of GiB above 0")
-    return int(memory * 2**30)
+def _names(model: HookedModel, sites: str) -> list[str]:
+    return [site.name for site in select_sites(model, sites)]
 
 
 def _note_stale(place: Workspace, record: ModelRecord, source: Source) -> None:
     """Say so if the same names led to other weights or other data before: nothing old is reused."""
-
     for folder in place.all_store_folders():
         try:
             known = Provenance.read(folder)
@@ -122,12 +117,11 @@ def _note_stale(place: Workspace, record: ModelRecord, source: Source) -> None:
             continue
         if (known.model, known.data) != (record.spec, source.spec):
             continue
-        for what, before, now in (
-            ("model", known.model_hash, record.hash),
-            ("data", known.data_hash, source.hash),
+        for what, name, before, now in (
+            ("model", known.model, known.model_hash, record.hash),
+            ("data", known.data, known.data_hash, source.hash),
         ):
             if before != now:
-                name = known.model if what == "model" else known.data
                 warn(
                     f"{what} {name} has changed since {str(folder)!r} was made "
                     f"({before[:16]}, now {now[:16]}): a new store is made"

@@ -1,92 +1,84 @@
 """`circuits jobs`: work that runs in the background."""
 
-# no `from __future__ import annotations`: typer reads the annotations
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import JsonOption, WorkspaceOption, within
-from circuits.cli.output import say, show_json, show_table
+from circuits.cli import options
+from circuits.cli.output import say
+from circuits.cli.signatures import argument, command, option
 from circuits.jobs import VERBS, Job, cancel, job, jobs, log_of, remove, start
+from circuits.tables import Table
 from circuits.workspace import Workspace
 
-app = typer.Typer(
-    help="Start, list and cancel work that runs in the background.",
-    no_args_is_help=True,
-)
+app = Typer(help="Start, list and cancel work that runs in the background.", no_args_is_help=True)
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `circuits jobs ls` shows it.")]
+Id = Annotated[str, argument("The job's id, as `circuits jobs ls` shows it.", metavar="ID")]
 
 
-@app.command(name="ls")
-def list_jobs(workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
+@command(app, "ls")
+def list_jobs(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """List the jobs of a workspace, newest first."""
     found = jobs(Workspace.default(workspace))
-    if json:
-        show_json([_facts(one) for one in found])
-        return
-    show_table(
-        ("job", "state", "done", "what", "last said"),
-        [(one.id, one.state, _share(one), one.title, one.message) for one in found],
-    )
+    rows = [(one.id, one.state, _share(one), one.title, one.message) for one in found]
+    columns = ("job", "state", "done", "what", "last said")
+    output.show([_facts(one) for one in found], [Table(columns, rows)])
 
 
-@app.command(name="show")
+@command(app, "show")
 def show_job(
-    id: IdArgument,
-    lines: Annotated[
-        int, typer.Option(callback=within(1), help="How much of the end of its log.")
-    ] = 50,
-    workspace: WorkspaceOption = None,
-    json: JsonOption = False,
-) -> None:
+    id: Id,
+    output: options.Output,
+    lines: Annotated[int, option("How many lines of the end of its log to show.", check=options.within(1))] = 50,
+    workspace: options.WorkspaceFolder = None,
+) -> None:  # fmt: skip
     """Show how far a job is, and the end of what it printed."""
     found = job(Workspace.default(workspace), id)
     log = log_of(found, lines)
-    if json:
-        show_json(_facts(found) | {"log": log})
-        return
-    say(f"{found.title}: {found.state} {_share(found)}".rstrip())
-    say(f"started {found.started}, {found.folder}")
-    if log:
-        say(log)
+
+    def told() -> Iterator[str]:
+        yield f"{found.title}: {found.state} {_share(found)}".rstrip()
+        yield f"started {found.started}, {found.folder}"
+        if log:
+            yield log
+
+    output.show(_facts(found) | {"log": log}, told())
 
 
-@app.command(
-    name="start", context_settings={"allow_interspersed_args": False}
-)  # options behind the verb are the verb's
+@command(
+    app, "start", context_settings={"allow_interspersed_args": False}
+)  # what follows the verb belongs to the verb
 def start_job(
-    command: Annotated[
-        list[str],
-        typer.Argument(metavar="VERB", help=f"One of {', '.join(VERBS)}; and its arguments."),
-    ],
-    title: Annotated[str, typer.Option(help="What to call it (default: the command).")] = "",
-    workspace: WorkspaceOption = None,
-    json: JsonOption = False,
-) -> None:
+    command: Annotated[list[str], argument(
+        f"The command to run, with its arguments: {', '.join(VERBS)}.", metavar="VERB"
+    )],
+    output: options.Output,
+    title: Annotated[str, option("What to call the job. By default its command.")] = "",
+    workspace: options.WorkspaceFolder = None,
+) -> None:  # fmt: skip
     """Start a verb in the background, unless the same is running."""
-    _say(start(Workspace.default(workspace), command, title), json)
+    _tell(start(Workspace.default(workspace), command, title), output)
 
 
-@app.command(name="cancel")
-def cancel_job(id: IdArgument, workspace: WorkspaceOption = None, json: JsonOption = False) -> None:
+@command(app, "cancel")
+def cancel_job(id: Id, output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """Interrupt a job and wait until it has ended. The same verb goes on where it stopped."""
-    _say(cancel(job(Workspace.default(workspace), id)), json)
+    _tell(cancel(job(Workspace.default(workspace), id)), output)
 
 
-@app.command(name="rm")
-def remove_job(id: IdArgument, workspace: WorkspaceOption = None) -> None:
+@command(app, "rm")
+def remove_job(id: Id, workspace: options.WorkspaceFolder = None) -> None:
     """Forget a job that is not running. What it made is left alone."""
     remove(job(Workspace.default(workspace), id))
     say(f"deleted job {id}")
 
 
-def _say(one: Job, json: bool) -> None:
-    if json:
-        show_json(_facts(one))
-    else:
-        say(f"{one.id}: {one.state}")
+def _tell(one: Job, output: options.Output) -> None:
+    output.show(_facts(one), [f"{one.id}: {one.state}"])
 
 
 def _facts(one: Job) -> dict[str, Any]:

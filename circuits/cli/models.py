@@ -1,46 +1,37 @@
 """`circuits models` and `sites`: what can be loaded, and what can be looked at in it."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import JsonOption, ModelArgument, SaesOption, WeightsOption
-from circuits.cli.output import show_json, show_table
-from circuits.models.zoo.loading import MODELS, load_model
+from circuits.cli import options
+from circuits.cli.signatures import command
+from circuits.models.zoo.loading import MODELS
+from circuits.tables import Table
 
-app = typer.Typer()
+app = Typer()
 
 
-@app.command()
-def models(json: JsonOption = False) -> None:
+@command(app)
+def models(output: options.Output) -> None:
     """List the models that can be loaded."""
-    if json:
-        show_json(
-            [{"name": e.name, "builtin": e.builtin, "summary": e.summary} for e in MODELS.values()]
-        )
-        return
-    show_table(
-        ("model", "comes with", "what it is"),
-        [(e.name, "the package" if e.builtin else "", e.summary) for e in MODELS.values()],
+    found = MODELS.values()
+    rows = [(e.name, "the package" if e.builtin else "", e.summary) for e in found]
+    output.show(
+        [{"name": e.name, "builtin": e.builtin, "summary": e.summary} for e in found],
+        [Table(("model", "comes with", "what it is"), rows)],
     )
 
 
-@app.command()
-def sites(
-    model: ModelArgument,
-    weights: WeightsOption = None,
-    workspace: SaesOption = None,
-    json: JsonOption = False,
-) -> None:
+@command(app)
+def sites(model: options.Model, output: options.Output) -> None:
     """List a model's sites: the places where its tensors can be read and changed."""
-    loaded = load_model(model, weights)
-    if json:
-        show_json([{**asdict(s), "n_units": s.n_units} for s in loaded.sites])
-        return
-    show_table(
-        ("site", "kind", "units", "shape of one example", "unit axis", "also called"),
-        [
-            (s.name, s.kind, s.n_units, " x ".join(map(str, s.shape)), s.axes[s.unit_axis], ", ".join(s.aliases))
-            for s in loaded.sites
-        ],
-    )  # fmt: skip
+    found = model.load().sites
+    rows = [
+        (s.name, s.kind, s.n_units, " x ".join(map(str, s.shape)), s.axes[s.unit_axis], ", ".join(s.aliases))
+        for s in found
+    ]  # fmt: skip
+    columns = ("site", "kind", "units", "shape of one example", "unit axis", "also called")
+    output.show([{**asdict(s), "n_units": s.n_units} for s in found], [Table(columns, rows)])

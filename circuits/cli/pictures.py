@@ -1,295 +1,238 @@
 """`circuits visualize`: pictures of units, sheets of sites."""
 
-# no `from __future__ import annotations`: typer reads the annotations
+from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import (
-    JsonOption,
-    ModelArgument,
-    SeedOption,
-    WeightsOption,
-    WorkspaceOption,
-    record_of,
-)
-from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.cli import options
+from circuits.cli.signatures import argument, command, option
 from circuits.examples import Examples
+from circuits.featurevis import objectives
+from circuits.featurevis.badges import natural_responses, reliability
+from circuits.featurevis.embeddings import dream
+from circuits.featurevis.natural import NaturalImages
+from circuits.featurevis.objectives import Objective
+from circuits.featurevis.pictures import Picture, check_suffix
+from circuits.featurevis.render import Settings, visualize_units
+from circuits.featurevis.sheets import render_sheet, sheet_name
+from circuits.files import check_writable
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.workspace import Workspace
 
-app = typer.Typer()
-
-Kind = Literal["channel", "neuron", "cosine", "deepdream", "logit"]
-Param = Literal["fourier", "pixel", "laplacian", "cppn", "maco"]
+app = Typer()
 
 NATURAL_IMAGES, BADGE_IMAGES = 512, 200
 """Images that colours and spectrum are fitted to, and that a badge compares with, at most."""
 
 
-@app.command()
-def visualize(
-    model: ModelArgument,
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="A unit SITE:INDEX, a direction like mixed3b:379+0.5*mixed3b:385, a site, or a class."
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The PNG or WebP (a folder for a sheet; default: workspace)."),
-    ] = None,
-    objective: Annotated[
-        Kind | None,
-        typer.Option(help="What to make large (default: channel; deepdream for a site)."),
-    ] = None,
-    param: Annotated[Param, typer.Option(help="How images are parameterized.")] = "fourier",
-    images: Annotated[
-        str | None,
-        typer.Option(
-            "--images",
-            help="Data whose colours (for maco, spectrum) to use and to compare a badge with (photos).",
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of optimisation.")] = 256,
-    size: Annotated[
-        int | None, typer.Option(help="Pixels along each side (default: the model's).")
-    ] = None,
-    seed: SeedOption = 0,
-    seeds: Annotated[int, typer.Option(help="Pictures from so many seeds.")] = 1,
-    negative: Annotated[
-        bool, typer.Option("--negative", help="What the unit is least active on.")
-    ] = False,
-    diverse: Annotated[int, typer.Option(help="So many pictures unlike each other.")] = 1,
-    alpha: Annotated[bool, typer.Option("--alpha", help="Optimise transparency too.")] = False,
-    badge: Annotated[
-        bool, typer.Option("--badge", help="Measure how far the picture can be trusted.")
-    ] = False,
-    sheet: Annotated[
-        bool, typer.Option("--sheet", help="All units of a site, as tiles and one atlas; resumes.")
-    ] = False,
-    weights: WeightsOption = None,
-    workspace: WorkspaceOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Make the image that excites a unit most or, for a language model, the embeddings that do."""
-    from circuits.featurevis.pictures import check_suffix
-    from circuits.featurevis.render import Settings
-    from circuits.files import check_writable
-    from circuits.models.adapter.inputs import TokenInput
-    from circuits.models.zoo.loading import load_model
+@dataclass(frozen=True)
+class Wanted:
+    """Which pictures of a target are made."""
 
-    place = Workspace.default(workspace)
-    if out is not None and not sheet:
+    heading: ClassVar = "Which pictures"
+
+    objective: Annotated[objectives.Kind | None, option(
+        "What is made large: a unit everywhere (channel) or in the middle of its map (neuron), a direction by its "
+        "cosine, all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
+    )] = None  # fmt: skip
+    seeds: Annotated[
+        int, option("Make a picture from each of this many seeds.", check=options.within(1, 64))
+    ] = 1
+    negative: Annotated[bool, option(
+        "Make what the unit is least active on instead.", "--negative"
+    )] = False  # fmt: skip
+    diverse: Annotated[int, option("Make this many pictures that are unlike each other.")] = 1
+    badge: Annotated[bool, option("Also measure how far the picture can be trusted.", "--badge")] = False  # fmt: skip
+    sheet: Annotated[bool, option(
+        "Make a picture of every unit of a site, as tiles and one atlas. Run it again to resume.", "--sheet"
+    )] = False  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.badge and (self.negative or self.diverse > 1):
+            raise ValueError(
+                "a badge is for a unit's own picture: leave out --negative and --diverse"
+            )
+
+    @property
+    def given(self) -> dict[str, bool]:
+        """Which of those that are for pictures of one unit were asked for."""
+        return {
+            "--badge": self.badge, "--objective": bool(self.objective), "--diverse": self.diverse > 1,
+            "--seeds": self.seeds > 1,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How pictures are made."""
+
+    param: Annotated[Literal["fourier", "pixel", "laplacian", "cppn", "maco"], option(
+        "How images are parameterized: by their Fourier coefficients, pixels, a Laplacian pyramid, a network of "
+        "coordinates (cppn), or the phases of a fixed spectrum (maco)."
+    )] = "fourier"  # fmt: skip
+    images: Annotated[str | None, option(
+        "The dataset whose colours (for maco, spectrum) are used and with which a badge compares. By default photos "
+        "for maco and badges, and ImageNet's colours."
+    )] = None  # fmt: skip
+    steps: Annotated[int, option("The number of optimisation steps.")] = 256
+    size: Annotated[int | None, option(
+        "The side of the pictures in pixels. By default that of the model's images."
+    )] = None  # fmt: skip
+    alpha: Annotated[bool, option("Also optimise how transparent each pixel is.", "--alpha")] = False  # fmt: skip
+    seed: options.Seed = 0
+
+    @property
+    def data(self) -> str:
+        """The dataset that is compared with."""
+        return self.images or "photos"
+
+    def check(self, spec: ImageInput) -> None:
+        """Raise ValueError before anything is made."""
+        Settings(steps=self.steps, size=self.size, seed=self.seed, alpha=self.alpha).shape(spec)
+
+    def settings(self, place: Workspace, model: HookedModel) -> Settings:
+        """As the library takes them."""
+        natural = _natural(place, model, self.data) if self.images or self.param == "maco" else None
+        return Settings(
+            steps=self.steps, size=self.size, seed=self.seed, param=self.param, alpha=self.alpha, natural=natural
+        )  # fmt: skip
+
+
+@command(app)
+def visualize(
+    model: options.Model,
+    target: Annotated[str, argument(
+        "A unit SITE:INDEX, a direction like mixed3b:379+0.5*mixed3b:385, a site, or a class."
+    )],
+    wanted: Wanted,
+    rendering: Rendering,
+    output: options.Output,
+    out: Annotated[Path | None, option(
+        "The file to write, .png or .webp; with --sheet a folder. By default in the workspace."
+    )] = None,
+) -> None:  # fmt: skip
+    """Make the image that excites a unit most or, for a language model, the embeddings that do."""
+    place = model.place
+    if out is not None and not wanted.sheet:
         check_suffix(out)
     check_writable(out.parent if out else place.root, "folder")
-    if not 1 <= seeds <= 64:
-        raise ValueError(f"seeds {seeds} must be from 1 to 64")
-    loaded = load_model(model, weights)
-    record = record_of(model, weights, loaded.hash)
-    if isinstance(loaded.input, TokenInput):
+    loaded = model.load()
+    spec = loaded.input
+    if isinstance(spec, TokenInput):
         given = {
-            "--out": out, "--sheet": sheet, "--badge": badge, "--negative": negative, "--alpha": alpha,
-            "--images": images, "--size": size, "--objective": objective, "--diverse": diverse > 1,
-            "--seeds": seeds > 1, "--param": param != "fourier",
+            "--out": bool(out), "--sheet": wanted.sheet, "--negative": wanted.negative, "--alpha": rendering.alpha,
+            "--images": bool(rendering.images), "--size": bool(rendering.size), "--param": rendering.param != "fourier",
         }  # fmt: skip
-        _leave_out(given, f"model {model} takes tokens: {{}} is for pictures")
-        _dream(loaded, target, steps, seed, json)
+        _leave_out(given | wanted.given, f"model {model.spec} takes tokens: {{}} is for pictures")
+        _dream(loaded, spec, target, rendering, output)
         return
-    # what can be wrong is said before anything is made
-    Settings(steps=steps, size=size, seed=seed, alpha=alpha).shape(loaded.input)
-    if sheet:
-        given = {
-            "--badge": badge, "--objective": objective, "--diverse": diverse > 1, "--seeds": seeds > 1
-        }  # fmt: skip
-        _leave_out(given, "a sheet has a picture a unit: {} is for single units")
-    wanted = _Wanted(seeds, negative, diverse, badge, images or "photos")
-    chosen = loaded.site(target) if sheet else _objective(loaded, target, objective)
-    natural = _natural(place, loaded, images or "photos") if images or param == "maco" else None
-    settings = Settings(
-        steps=steps, size=size, seed=seed, param=param, alpha=alpha, natural=natural
+    rendering.check(spec)
+    if wanted.sheet:
+        _leave_out(wanted.given, "a sheet has a picture a unit: {} is for single units")
+    chosen = (
+        None if wanted.sheet else objectives.of_kind(loaded, target, wanted.objective or "channel")
     )
-    if sheet:
-        _sheet(place, loaded, target, settings, negative, out, json)
-        if out is None:
-            place.register(record, replace=False)
-        return
-    _pictures(
-        place, loaded, chosen, target, settings, wanted, out, json,
-    )  # fmt: skip
+    settings = rendering.settings(place, loaded)
+    if chosen is None:
+        _sheet(place, loaded, target, settings, wanted.negative, out, output)
+    else:
+        _pictures(place, loaded, chosen, target, settings, wanted, rendering.data, out, output)
     if out is None:
-        place.register(record, replace=False)
+        model.register(loaded.hash)
 
 
-def _leave_out(given: dict[str, Any], why: str) -> None:
+def _leave_out(given: dict[str, bool], why: str) -> None:
     """Raise ValueError if an option was given that does nothing here."""
     for name, value in given.items():
         if value:
             raise ValueError(f"{why.format(name)}, leave it out")
 
 
-class _Wanted:
-    """What pictures of a target to make."""
-
-    def __init__(self, seeds: int, negative: bool, diverse: int, badge: bool, images: str) -> None:
-        if badge and (negative or diverse > 1):
-            raise ValueError(
-                "a badge is for a unit's own picture: leave out --negative and --diverse"
-            )
-        self.seeds, self.negative, self.diverse = seeds, negative, diverse
-        self.badge, self.images = badge, images
-
-
-def _natural(place: Workspace, model: Any, spec: str) -> Any:
+def _natural(place: Workspace, model: HookedModel, data: str) -> NaturalImages:
     """The statistics of a dataset's images as the model takes them, from the workspace if they are there."""
-    from circuits.featurevis.natural import NaturalImages
-
-    images, size = Examples(model, spec, NATURAL_IMAGES), model.input
+    images, size = Examples(model, data, NATURAL_IMAGES), model.input
+    assert isinstance(size, ImageInput), "checked by the caller"
     path = place.natural_path(images.source.hash, (size.channels, size.height, size.width))
     found = (images.load(i) for i in range(len(images)))
     return NaturalImages.kept(path, found, images.data, images.source.hash)
 
 
-def _objective(model: Any, target: str, kind: Kind | None) -> Any:
-    """What is to be visualized; units stay units."""
-    from circuits.featurevis import objectives
-
-    if kind is None or kind == "channel":
-        objectives.as_objective(model, target)
-        return target
-    if kind == "neuron":
-        return objectives.neuron(model, target)
-    if kind == "cosine":
-        return objectives.direction(model, target, cosine_power=1.0)
-    if kind == "deepdream":
-        return objectives.deepdream(model, target)
-    return objectives.logit(model, int(target) if target.isdigit() else target)
-
-
-def _dream(model: Any, target: str, steps: int, seed: int, json: bool) -> None:
-    from circuits.featurevis.embeddings import dream
-
-    with progress_bar(f"visualize {target}", quiet=json) as progress:
-        found = dream(model, target, steps=steps, seed=seed, progress=progress)
-    words = [model.input.word(token) for token in found.tokens]
-    if json:
-        show_json(
-            {
-                "objective": found.objective, "activation": found.activation,
-                "start_activation": found.start, "activation_of_tokens": found.of_tokens,
-                "tokens": found.tokens, "words": words, "cosines": found.cosines,
-                "model_hash": found.model_hash, "steps": found.steps, "seed": found.seed,
-            }
-        )  # fmt: skip
-        return
-    rows = [(i, w, c) for i, (w, c) in enumerate(zip(words, found.cosines, strict=True))]
-    show_table(("position", "nearest token", "cosine"), [(i, repr(w), c) for i, w, c in rows])
-    say(
-        f"{found.objective}: {found.activation:.4g} on embeddings, {found.of_tokens:.4g} on the nearest "
-        f"tokens, {found.start:.4g} on random ones ({found.steps} steps, seed {found.seed})"
-    )
+def _dream(
+    model: HookedModel, spec: TokenInput, target: str, rendering: Rendering, output: options.Output
+) -> None:
+    with output.progress(f"visualize {target}") as progress:
+        found = dream(model, target, steps=rendering.steps, seed=rendering.seed, progress=progress)
+    words = [spec.word(token) for token in found.tokens]
+    output.show(found.to_dict(words), [found.table(words)])
 
 
 def _sheet(
-    place: Workspace,
-    model: Any,
-    site: str,
-    settings: Any,
-    negative: bool,
-    out: Path | None,
-    json: bool,
-) -> None:
-    from circuits.featurevis.sheets import render_sheet, sheet_name
-
+    place: Workspace, model: HookedModel, site: str, settings: Settings, negative: bool, out: Path | None,
+    output: options.Output,
+) -> None:  # fmt: skip
+    model.site(site)
     name = sheet_name(model, site, negative, **settings.options())
     folder = out or place.sheets_folder(model.hash) / name
-    with progress_bar(f"sheet of {site}", quiet=json) as progress:
+    with output.progress(f"sheet of {site}") as progress:
         made = render_sheet(
             model, site, folder, negative=negative, progress=progress, **settings.options()
         )
     assert made is not None, "the bar never stops the work"
-    if json:
-        show_json({"out": str(made.folder), "atlas": str(made.atlas), "units": list(made.facts)})
-        return
-    say(f"{made.site}: {len(made.facts)} units -> {made.atlas}")
+    facts = {"out": str(made.folder), "atlas": str(made.atlas), "units": list(made.facts)}
+    output.show(facts, [f"{made.site}: {len(made.facts)} units -> {made.atlas}"])
 
 
 def _pictures(
-    place: Workspace,
-    model: Any,
-    target: Any,
-    name: str,
-    settings: Any,
-    wanted: _Wanted,
-    out: Path | None,
-    json: bool,
-) -> None:
-    from dataclasses import replace
-
-    from circuits.featurevis.render import visualize_units
-
+    place: Workspace, model: HookedModel, target: str | Objective, name: str, settings: Settings, wanted: Wanted,
+    data: str, out: Path | None, output: options.Output,
+) -> None:  # fmt: skip
     rows: list[dict[str, Any]] = []
-    with progress_bar(f"visualize {name}", quiet=json) as progress:
+    with output.progress(f"visualize {name}") as progress:
         for k in range(wanted.seeds):
-            own = replace(settings, seed=settings.seed + k)
+            seeded = replace(settings, seed=settings.seed + k)
             pictures = visualize_units(
-                model, [target], negative=wanted.negative, diverse=wanted.diverse,
-                progress=progress, **own.options(),
+                model, [target], negative=wanted.negative, diverse=wanted.diverse, progress=progress,
+                **seeded.options(),
             )  # fmt: skip
-            more = {"reliability": _badge(model, pictures, own, wanted)} if wanted.badge else {}
+            more = {"reliability": _badge(model, pictures, seeded, data)} if wanted.badge else {}
             for i, picture in enumerate(pictures):
-                size = picture.image.shape[-1]
-                how = f"{picture.steps}steps-{size}px-seed{picture.seed}" + _variant(picture, i)
-                path = place.picture_path(model.hash, name, how)
+                path = place.picture_path(model.hash, name, picture.file_name(i))
                 if out is not None:
-                    number = k * wanted.diverse + i
                     single = wanted.seeds * wanted.diverse == 1
-                    path = out if single else out.with_stem(f"{out.stem}-{number}")
+                    path = out if single else out.with_stem(f"{out.stem}-{k * wanted.diverse + i}")
                 picture.save(path, more)
                 rows.append({"out": str(path), **picture.metadata(), **more})
-    if json:
-        show_json(rows[0] if len(rows) == 1 else rows)
-        return
-    for row in rows:
-        _tell(row)
+    output.show(rows[0] if len(rows) == 1 else rows, _lines(rows))
 
 
-def _variant(picture: Any, number: int) -> str:
-    """What sets a picture's file apart from the plain one of the same steps, size and seed."""
-    facts = picture.settings
-    parts = [facts["param"]] if facts["param"] != "fourier" else []
-    parts += ["alpha"] if facts["alpha"] else []
-    parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
-    parts += {"negative": ["negative"], "diverse": [f"diverse{number}"]}.get(facts["kind"], [])
-    if picture.unit is None or picture.objective != str(picture.unit):
-        parts += ["".join(c if c.isalnum() else "_" for c in picture.objective)[:40]]
-    return "".join(f"-{part}" for part in dict.fromkeys(parts))
-
-
-def _badge(model: Any, pictures: Any, settings: Any, wanted: _Wanted) -> dict[str, Any]:
-    from circuits.featurevis.badges import natural_responses, reliability
-
+def _badge(
+    model: HookedModel, pictures: Sequence[Picture], settings: Settings, data: str
+) -> dict[str, Any]:
     unit = pictures[0].unit
     if unit is None:
         raise ValueError("a badge is for a picture of a unit: name one, SITE:INDEX")
-    natural = natural_responses(model, unit.site, Examples(model, wanted.images, BADGE_IMAGES))
+    natural = natural_responses(model, unit.site, Examples(model, data, BADGE_IMAGES))
     return reliability(model, pictures, natural, settings, seed=settings.seed)[0].to_dict()
 
 
-def _tell(row: dict[str, Any]) -> None:
-    say(
-        f"{row['objective']}: {row['activation']:.4g} after {row['steps']} steps "
-        f"(start: {row['start_activation']:.4g}, seed {row['seed']}) -> {row['out']}"
-    )
-    if "reliability" in row:
-        r = row["reliability"]
-        say(
-            f"  reliability {r['score']:.2f} (made on shuffled weights: {r['randomized_score']:.2f}): "
-            f"reaches {r['reached']:.2g} x the top example, keeps {r['held_out']:.0%} when changed, "
-            f"seeds agree to {r['seeds']:.0%}, way through the network {r['natural']:.2f} "
-            f"({r['examples']['data']}: {r['examples']['chosen']})"
+def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        yield (
+            f"{row['objective']}: {row['activation']:.4g} after {row['steps']} steps "
+            f"(start: {row['start_activation']:.4g}, seed {row['seed']}) -> {row['out']}"
         )
-        for flag in r["flags"]:
-            say(f"  ! {flag}")
+        if "reliability" in row:
+            r = row["reliability"]
+            yield (
+                f"  reliability {r['score']:.2f} (made on shuffled weights: {r['randomized_score']:.2f}): "
+                f"reaches {r['reached']:.2g} x the top example, keeps {r['held_out']:.0%} when changed, "
+                f"seeds agree to {r['seeds']:.0%}, way through the network {r['natural']:.2f} "
+                f"({r['examples']['data']}: {r['examples']['chosen']})"
+            )
+            yield from (f"  ! {flag}" for flag in r["flags"])

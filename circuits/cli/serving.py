@@ -8,15 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
+from typer import Typer
 
-from circuits.cli.arguments import JsonOption, WorkspaceOption
-from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.cli import options
+from circuits.cli.output import say
+from circuits.cli.signatures import command, option
 from circuits.demo import build
 from circuits.environment import TRUST_PYTHON, WORKSPACE
+from circuits.tables import Table
 from circuits.workspace import Workspace
 
-app = typer.Typer()
+app = Typer()
+
+PORT = 8501
+Port = Annotated[int, option("The port at which the app is served.")]
 
 
 def app_file() -> Path:
@@ -57,7 +62,7 @@ def serve_app(
                 f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
             ) from error
     say(f"app: http://{host}:{port}  (Ctrl-C stops it)")
-    command = [
+    arguments = [
         sys.executable, "-P", "-m", "apps", "run", str(app_file()),
         "--server.address", host, "--server.port", str(port), "--server.headless", "true",
         "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
@@ -68,45 +73,41 @@ def serve_app(
         environment[TRUST_PYTHON] = "1"
     sys.stdout.flush()
     # the server takes this process' place, memory and all
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, arguments, environment)
 
 
-@app.command()
+@command(app)
 def demo(
-    workspace: WorkspaceOption = None,
-    port: Annotated[int, typer.Option(help="Port of the app.")] = 8501,
-    serve: Annotated[
-        bool, typer.Option("--serve/--no-serve", help="Start the app at the end.")
-    ] = True,
-    json: JsonOption = False,
-) -> None:
+    output: options.Output,
+    workspace: options.WorkspaceFolder = None,
+    port: Port = PORT,
+    serve: Annotated[bool, option(
+        "Start the app when the workspace is built, or do not.", "--serve/--no-serve"
+    )] = True,
+) -> None:  # fmt: skip
     """Build the workspace of the built-in models, without a network, and open the app on it."""
-
     check_port(port)
     place = Workspace.default(workspace).writable()
-    with progress_bar("demo", quiet=json) as progress:
+    with output.progress("demo") as progress:
         rows = build(place, progress)
-    if json:
-        show_json([asdict(row) for row in rows])
-    else:
-        show_table(
-            ("model", "what", "result", "where"),
-            [(r.model, r.what, r.result, r.where) for r in rows],
-        )
+    table = Table(
+        ("model", "what", "result", "where"), [(r.model, r.what, r.result, r.where) for r in rows]
+    )
+    output.show([asdict(row) for row in rows], [table])
     if serve:
         serve_app(place.root, port)
 
 
-@app.command(name="app")
+@command(app, "app")
 def open_app(
-    workspace: WorkspaceOption = None,
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    trust_python: Annotated[
-        bool,
-        typer.Option("--trust-python", help="Run the code of python: models in the workspace."),
-    ] = False,
-) -> None:
+    workspace: options.WorkspaceFolder = None,
+    port: Port = PORT,
+    host: Annotated[str, option(
+        "The address at which the app is served. By default this machine alone reaches it."
+    )] = "127.0.0.1",
+    trust_python: Annotated[bool, option(
+        "Run the code that python: models and python: data of the workspace name.", "--trust-python"
+    )] = False,
+) -> None:  # fmt: skip
     """Start the app on a workspace."""
-
     serve_app(Workspace.default(workspace).root, port, host, trust_python)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from circuits.experiments.twins import N_RANDOM, Draw
 from circuits.files import finite
 from circuits.means import Activity
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tables import Table
 from circuits.tasks.metrics import accuracy
-from circuits.units import Unit, Units
+from circuits.units import Site, Unit, Units
 
 _FEW = 5
 """Fewer examples of a class say nothing of it."""
@@ -67,6 +68,22 @@ class Explanation:
     bias: float
     shares: tuple[Share, ...]
     left: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "class": self.label, "logit": self.logit, "bias": self.bias, "left": self.left,
+            "shares": [
+                {"unit": str(s.unit), "activation": s.activation, "weight": s.weight, "adds": s.contribution}
+                for s in self.shares
+            ],
+        }  # fmt: skip
+
+    def tables(self) -> Iterator[Table]:
+        """What each unit adds to the logit."""
+        rows = [(s.unit, s.activation, s.weight, s.contribution) for s in self.shares]
+        title = f"{self.label}: logit {self.logit:.3f} = bias {self.bias:.3f} + latents"
+        yield Table(("latent", "activation", "weight", "adds"), rows, title)
 
 
 @dataclass(frozen=True)
@@ -262,6 +279,9 @@ def _fitted(
 # --- interventions -------------------------------------------------------------------------------
 
 
+Switch = Literal["off", "scale", "set"]
+
+
 @dataclass(frozen=True)
 class Intervention:
     """What is done to units before a bottleneck decides.
@@ -273,7 +293,7 @@ class Intervention:
     """
 
     units: tuple[Unit, ...]
-    how: Literal["off", "scale", "set"] = "off"
+    how: Switch = "off"
     amount: float = 0.0
 
     def __post_init__(self) -> None:
@@ -285,6 +305,29 @@ class Intervention:
             raise ValueError(
                 f"amount {self.amount} to {self.how} must be below 1e30 in size, and 0 or more to scale"
             )
+
+    @classmethod
+    def parse(cls, site: Site, how: Switch, text: str) -> Intervention:
+        """Units of a site written as `3,17` (to switch off) or `3,17=2` (to scale or set).
+
+        Raises:
+            ValueError: if it is not of this form.
+        """
+        indices, equals, amount = text.partition("=")
+        if bool(equals) == (how == "off"):
+            form = "INDICES, e.g. 3,17" if how == "off" else "INDICES=NUMBER, e.g. 3,17=2"
+            raise ValueError(f"{how} {text!r} is not of the form {form}")
+        try:
+            units = Units.parse(f"{site.name}:{indices}")
+        except ValueError:
+            raise ValueError(
+                f"{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
+            ) from None
+        try:
+            number = float(amount) if equals else 0.0
+        except ValueError:
+            raise ValueError(f"{how} {text!r}: {amount!r} is no number") from None
+        return cls(tuple(site.unit(i) for i in units.among(site)), how, number)
 
     def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
         """Pooled activations as the edit would make them: scaling and pooling change places."""
@@ -328,6 +371,19 @@ class InterventionReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
         return finite(asdict(self))
+
+    def tables(self) -> Iterator[Table | str]:
+        """The accuracy before and after, by class, and which decisions changed."""
+        e = self.effect
+        null = "; {:+.4f} to {:+.4f} for {}".format(*e.null_range, e.null_is) if e.null else ""
+        yield (
+            f"switched: {100 * e.intact:.1f} -> {100 * e.changed:.1f} % right, {e.change:+.4f} "
+            f"({e.low:+.4f} to {e.high:+.4f}){null}"
+        )
+        rows = [(c.name, c.n, c.intact, c.changed) for c in self.classes]
+        yield Table(("class", "examples", "right before", "after"), rows)
+        flips = sorted(self.flips.items(), key=lambda flip: -flip[1])
+        yield Table(("decisions", "changed"), flips[:10])
 
 
 def intervene(

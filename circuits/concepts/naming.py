@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from scipy.stats import norm, rankdata, spearmanr
 from circuits.database import Database, Record
 from circuits.experiments.statistics import Correction, corrected
 from circuits.files import finite
+from circuits.tables import Table
 from circuits.units import Unit
 
 KIND = "unit name"
@@ -91,6 +92,22 @@ class Naming:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self) | {"names": [n.to_dict() for n in self.names]}
+
+    def tables(self, top: int) -> Iterator[Table]:
+        """The best names, and how many hold."""
+        rows = [
+            (
+                n.unit, n.text, "yes" if n.holds else "no", n.score, n.p_value, n.evidence["top_held_out"],
+                n.evidence["base_rate"],
+            )
+            for n in self.names[:top]
+        ]  # fmt: skip
+        columns = ("latent", "name", "holds", "AUROC held out", "p", "of its top ten", "of all")
+        note = (
+            f"{len(self.holding)} of {len(self.names)} names hold on the other half of {self.n_examples} examples "
+            f"({self.data}); with attributes shuffled {self.by_chance:g}"
+        )
+        yield Table(columns, rows, note=note)
 
 
 def attribute_table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.edits.recipes import Recipe
-from circuits.experiments.ablation import ClassChange
-from circuits.experiments.outcomes import Effect, Record
+from circuits.experiments.ablation import ClassChange, classes_table
+from circuits.experiments.outcomes import Effect, Record, effects_table
 from circuits.files import finite
+from circuits.tables import Table, spread
 from circuits.tuning.measures import TuningMeasures
 from circuits.units import Unit
 
@@ -116,3 +117,34 @@ class EditReport:
             "tuning": [t.to_dict() for t in self.tuning],
         }
         return finite(whole)
+
+    def tables(self) -> Iterator[Table | str]:
+        """Effects, tunings and classes as tables, then lines on size, locality and whether all was restored."""
+        groups = {
+            "on target": self.targets, "on other examples": self.generalisation, "": self.effects,
+            "other units of": self.others,
+        }  # fmt: skip
+        record = self.record
+        yield effects_table(groups, f"{record.model}, {record.measured_on}; seed {record.seed}")
+        if self.tuning:
+            rows = [
+                (
+                    t.unit, t.measures.echo.value, t.changed.echo.value, t.measures.peak.value,
+                    t.changed.peak.value, spread(t.null),
+                )
+                for t in self.tuning
+            ]  # fmt: skip
+            columns = (
+                "unit",
+                "echo",
+                "echo, edited",
+                "peak",
+                "peak, edited",
+                "echo's change: null",
+            )
+            yield Table(columns, rows)
+        yield from classes_table(self.classes)
+        for norm in self.norms:
+            yield f"size of the change in {norm.of}: {norm.size:.4g}, {norm.relative:.2%} of its norm"
+        yield f"predictions that stay: {self.locality:.1%}"
+        yield f"undone: model {'identical to the bit' if self.restored else 'NOT restored'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.edits.activations import Set, zero
 from circuits.examples import BATCH, Examples, as_examples
-from circuits.experiments.outcomes import Effect, Outcomes, Record
+from circuits.experiments.outcomes import Effect, Outcomes, Record, effects_table
 from circuits.experiments.running import run
 from circuits.experiments.twins import N_RANDOM, Null, null_of
 from circuits.experiments.variants import Context, Variant
@@ -23,6 +23,7 @@ from circuits.means import Activity, activities, warn_of_sinks
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
+from circuits.tables import Table
 from circuits.tasks.reading import Reading
 from circuits.tasks.task import Task, TaskBatch, labelled_tokens, of_examples
 from circuits.units import Site, Unit, Units
@@ -104,6 +105,25 @@ class AblationReport:
             "downstream": [asdict(d) | {"unit": str(d.unit)} for d in self.downstream],
             "null_units": [[str(u) for u in group] for group in self.null_units],
         })  # fmt: skip
+
+    def tables(self) -> Iterator[Table]:
+        """Effects, then classes and later units that changed most, where there are any."""
+        title = f"{self.record.model} without {len(self.units)} units ({self.how}), {self.record.measured_on}"
+        yield effects_table({"": self.effects}, f"{title}; seed {self.record.seed}")
+        yield from classes_table(self.classes)
+        if self.downstream:
+            rows = [(d.unit, d.intact, d.change, d.random) for d in self.downstream]
+            columns = ("unit", "mean activation", "change", "random groups (rms)")
+            yield Table(columns, rows, f"units of {self.downstream[0].unit.site}")
+
+
+def classes_table(classes: Sequence[ClassChange]) -> Iterator[Table]:
+    """The ten classes whose accuracy changed most, in a table; nothing where none changed."""
+    if classes:
+        rows = [(c.name, c.n, c.intact, c.changed) for c in classes[:10]]
+        yield Table(
+            ("class", "examples", "right", "right when changed"), rows, "classes that changed most"
+        )
 
 
 def ablate(

@@ -15,6 +15,7 @@ from circuits.experiments.statistics import interval, least_p, p_value, resample
 from circuits.experiments.variants import INTACT
 from circuits.files import finite
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tables import Table, between, spread
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -112,6 +113,23 @@ class Effect:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
         return finite(asdict(self))
+
+
+def effects_table(groups: Mapping[str, Mapping[str, Effect]], title: str) -> Table:
+    """Effects by measure, each under the words of its group, compared with what its null does."""
+    each = [
+        (f"{words} {name}".strip(), e) for words, effects in groups.items() for name, e in effects.items()
+    ]  # fmt: skip
+    rows = [
+        (name, e.intact, e.changed, e.change, between(e.low, e.high), spread(e.null), e.p_value)
+        for name, e in each
+    ]
+    least = max((e.least_p for _, e in each if e.null), default=float("nan"))
+    note = "null: " + "; ".join(dict.fromkeys(e.null_is for _, e in each))
+    note += "" if np.isnan(least) else f"; smallest possible p: {least:.2g}"
+    return Table(
+        ("measure", "intact", "changed", "change", "95 % interval", "null", "p"), rows, title, note
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,7 @@ from circuits.featurevis.objectives import Objective, Response, as_objective
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
+from circuits.tables import Table
 
 EMBEDDINGS = ("hook_embed", "embed.hook_out", "embed", "embedding", "wte")
 """Names of sites that may hold the embeddings of tokens."""
@@ -44,6 +47,25 @@ class Dream:
     model_hash: str
     steps: int
     seed: int
+
+    def to_dict(self, words: Sequence[str]) -> dict[str, Any]:
+        """All but the embeddings, as JSON has it; `words` are the tokens as they are written."""
+        return {
+            "objective": self.objective, "activation": self.activation, "start_activation": self.start,
+            "activation_of_tokens": self.of_tokens, "tokens": self.tokens, "words": list(words),
+            "cosines": self.cosines, "model_hash": self.model_hash, "steps": self.steps, "seed": self.seed,
+        }  # fmt: skip
+
+    def table(self, words: Sequence[str]) -> Table:
+        """The nearest token at each position, and what the objective reaches."""
+        rows = [
+            (i, repr(word), c) for i, (word, c) in enumerate(zip(words, self.cosines, strict=True))
+        ]
+        note = (
+            f"{self.objective}: {self.activation:.4g} on embeddings, {self.of_tokens:.4g} on the nearest tokens, "
+            f"{self.start:.4g} on random ones ({self.steps} steps, seed {self.seed})"
+        )
+        return Table(("position", "nearest token", "cosine"), rows, note=note)
 
 
 def dream(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -440,3 +441,26 @@ def alignment(model: HookedModel, site: str, reach: float = 2.0) -> Objective:
         return (weight * squares).sum(1)
 
     return Objective(f"alignment {found.name}", (found.name,), value)
+
+
+# --- by name ---------------------------------------------------------------------------------------
+
+Kind = Literal["channel", "neuron", "cosine", "deepdream", "logit"]
+
+
+def of_kind(model: HookedModel, target: str, kind: Kind) -> str | Objective:
+    """What a kind of objective makes large of a target; as `channel` units and the like stay what they are.
+
+    Raises:
+        KeyError, ValueError: if the target does not exist, or is of another kind.
+    """
+    if kind == "neuron":
+        return neuron(model, target)
+    if kind == "cosine":
+        return direction(model, target, cosine_power=1.0)
+    if kind == "deepdream":
+        return deepdream(model, target)
+    if kind == "logit":
+        return logit(model, int(target) if target.isdigit() else target)
+    as_objective(model, target)
+    return target

@@ -53,6 +53,18 @@ class Picture:
     alpha: Float[Tensor, "1 h w"] | None = None
     at: dict[int, Float[Tensor, "channel h w"]] = field(default_factory=dict)
 
+    def file_name(self, number: int = 0) -> str:
+        """Steps, size and seed, and what sets it apart from the plain picture of these; `number` among diverse ones."""
+        facts = self.settings
+        parts = [facts["param"]] if facts["param"] != "fourier" else []
+        parts += ["alpha"] if facts["alpha"] else []
+        parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
+        parts += {"negative": ["negative"], "diverse": [f"diverse{number}"]}.get(facts["kind"], [])
+        if self.unit is None or self.objective != str(self.unit):
+            parts += ["".join(c if c.isalnum() else "_" for c in self.objective)[:40]]
+        plain = f"{self.steps}steps-{self.image.shape[-1]}px-seed{self.seed}"
+        return plain + "".join(f"-{part}" for part in dict.fromkeys(parts))
+
     def metadata(self) -> dict[str, Any]:
         """Everything but the image, as a plain dictionary."""
         return {

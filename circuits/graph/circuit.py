@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import networkx as nx
 
+from circuits.tables import Table
 from circuits.units import Unit
 
 Kind = Literal["weight", "expanded", "attribution", "effect"]
@@ -107,6 +108,28 @@ class CircuitGraph(nx.MultiDiGraph):
     `through`, `typical` (the median norm of the kernels beside it). `graph` holds `model`,
     `model_hash`, and how the circuit came about. Everything that networkx has works on it.
     """
+
+    def tables(self) -> Iterator[Table | str]:
+        """Its paths, if it is made of some, in lines; and its edges, the strongest first."""
+        for path in self.graph.get("paths", []):
+            sign = "+" if path["sign"] > 0 else "-" if path["sign"] < 0 else "0"
+            yield f"{sign}{path['strength']:.4g}  {' -> '.join(path['units'])}"
+        rows = [
+            (
+                str(a),
+                str(b),
+                d["kind"],
+                d["norm"],
+                d.get("typical", ""),
+                d["sum"],
+                d.get("layer", ""),
+            )
+            for a, b, d in self.edges(data=True)
+        ]
+        columns = ("from", "to", "kind", "norm", "typical norm", "sum", "layer")
+        title = f"{self.number_of_nodes()} units, {self.number_of_edges()} edges"
+        rows.sort(key=lambda row: -row[3])
+        yield Table(columns, rows, title)
 
     def connect(
         self,
@@ -275,6 +298,15 @@ class CircuitDiff:
             name: [str(v) if name.startswith("nodes") else [str(part) for part in v] for v in found]
             for name, found in vars(self).items()
         }
+
+    def lines(self) -> Iterator[str]:
+        """Every difference in a line."""
+        for what, items in self.to_dict().items():
+            for item in items:
+                text = item if isinstance(item, str) else f"{item[0]} -> {item[1]} ({item[2]})"
+                yield f"{what.replace('_', ' ')}: {text}"
+        if self.empty:
+            yield "no difference"
 
 
 def circuit_diff(before: CircuitGraph, after: CircuitGraph) -> CircuitDiff:

@@ -7,7 +7,7 @@ sink, such as the starting token, fetches next to nothing; weighted by values it
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from circuits.examples import encoded
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
+from circuits.tables import Table, visible
 from circuits.units import Site, Unit, unknown
 
 SINK = 0.5
@@ -75,6 +76,25 @@ class AttentionPatterns:
                 for p in self.patterns
             ],
         }  # fmt: skip
+
+    def tables(self) -> Iterator[Table]:
+        """For each head and token where it attends most, raw and weighted by values; and the head's sink."""
+        words = [visible(token) for token in self.tokens]
+        columns = ("token", "attends most to", "share", "fetches most from", "share, by values")
+        for p in self.patterns:
+            best, fetched = (found.argmax(1).tolist() for found in (p.raw, p.weighted))
+            rows = [
+                (
+                    f"{q} {token}", f"{best[q]} {words[best[q]]}", float(p.raw[q, best[q]]),
+                    f"{fetched[q]} {words[fetched[q]]}", float(p.weighted[q, fetched[q]]),
+                )
+                for q, token in enumerate(words)
+            ]  # fmt: skip
+            sink = ""
+            if p.sink is not None:
+                word, share = self.tokens[p.sink], f"{p.sink_share:.0%}"
+                sink = f"sink of {p.head}: {word!r} at {p.sink} gets {share} of the attention of later tokens"
+            yield Table(columns, rows, f"{p.head} of {self.model}", sink)
 
 
 def attention_patterns(

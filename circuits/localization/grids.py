@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from circuits.experiments import Record
 from circuits.experiments.statistics import LEVEL, Correction, corrected, paired_ps, resampled
 from circuits.files import finite
 from circuits.localization.cells import By
+from circuits.tables import Table, between
 from circuits.tasks.metrics import Metric
 
 PatchDirection = Literal["noising", "denoising"]
@@ -243,6 +244,40 @@ class PatchGrid:
             },
             "clusters": list(self.clusters), "record": asdict(self.record),
         })  # fmt: skip
+
+    def tables(self, top: int) -> Iterator[Table | str]:
+        """The cells (or paths) with the largest effects, a table for each direction, and what its columns mean."""
+        word = "path" if self.by == "path" else "cell"
+        columns = (
+            word,
+            "share",
+            "change",
+            "95 % interval",
+            "another pair's",
+            "p of the pair",
+            "examples",
+        )
+        for way, side in self.sides.items():
+            effects = sorted(self.effects(way), key=lambda e: -abs(e.change))
+            rows = [
+                (e.cell, e.normalised, e.change, between(e.low, e.high), e.null, e.p_value, e.n)
+                for e in effects[:top]
+            ]
+            chosen = f"{len(rows)} of {len(effects)} {word}s, seed {self.record.seed}"
+            yield Table(columns, rows, f"{self.heading(way, side)}; {chosen}")
+        yield (
+            "share: of the way from the run that is patched (0) to the other run of the pair (1); another pair's: the "
+            f"same share, {self.null_is}; p of the pair: tests whether the pair's own run does something else than "
+            "another pair's, not whether there is an effect "
+            f"(paired, Holm correction over all {word}s)"
+        )
+
+    def heading(self, way: PatchDirection, side: GridSide) -> str:
+        """What was measured in one direction, and the metric of both runs."""
+        return (
+            f"{way}: {self.metric.name} of {self.record.measured_on}; {side.base.mean():.4g} in the run that is "
+            f"patched, {side.other.mean():.4g} in the other"
+        )
 
 
 def means(changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:

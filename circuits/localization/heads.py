@@ -7,7 +7,7 @@ head of each kind should look is TransformerLens' convention (`detect_head`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
 from circuits.progress import Progress
 from circuits.stimuli.repeats import draw_patterns
+from circuits.tables import Table, between
 from circuits.tasks.task import of_examples
 from circuits.units import Site, Unit
 
@@ -145,6 +146,27 @@ class HeadScores:
             "heads": [asdict(s) | {"head": str(s.head)} for s in self.found],
             "chance_is": {k: CHANCE[k] for k in self.kinds}, "record": asdict(self.record),
         })  # fmt: skip
+
+    def tables(self, top: int) -> Iterator[Table]:
+        """The heads with the highest scores, a table for each kind."""
+        columns = ("head", "attention there", "95 % interval", "by chance", "p", "more than chance")
+        n, record = self.scores.shape[2], self.record
+        for kind in self.kinds:
+            rows = [
+                (
+                    s.head,
+                    s.score,
+                    between(s.low, s.high),
+                    s.chance,
+                    s.p_value,
+                    "yes" if s.is_one else "no",
+                )
+                for s in self.of(kind)[:top]
+            ]
+            title = (
+                f"{kind.replace('_', ' ')} heads of {record.model}: {n} texts, seed {record.seed}"
+            )
+            yield Table(columns, rows, f"{title}; chance: {CHANCE[kind]}")
 
 
 def score_heads(

@@ -7,7 +7,7 @@ what a layer adds to a logit is what it adds to the stream (the accumulated resi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.sites import is_bridge
 from circuits.progress import Progress
+from circuits.tables import Table, between, visible
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task
@@ -98,6 +99,13 @@ class Lens:
             "intact": self.intact.tolist(), "record": asdict(self.record),
         })  # fmt: skip
 
+    def tables(self) -> Iterator[Table]:
+        """The metric at each depth."""
+        rows = [(d.site, d.value, between(d.low, d.high), d.null) for d in self.depths]
+        columns = ("stopped at", self.metric.name, "95 % interval", "another example's stream")
+        title = f"{self.metric.name} of {self.record.measured_on}; {self.intact.mean():.4g} of the whole model"
+        yield Table(columns, rows, f"{title}, seed {self.record.seed}")
+
 
 @dataclass(frozen=True, eq=False)
 class LensTokens:
@@ -123,6 +131,15 @@ class LensTokens:
             "tokens": list(self.tokens), "sites": list(self.sites), "first": self.first.tolist(),
             "words": [list(row) for row in self.words], "probability": self.probability.tolist(),
         }  # fmt: skip
+
+    def tables(self) -> Iterator[Table]:
+        """The first choice at each depth, a column for each position."""
+        rows = [
+            (site, *map(visible, row)) for site, row in zip(self.sites, self.words, strict=True)
+        ]
+        yield Table(
+            ("after", *map(visible, self.tokens)), rows, "most probable next token at each depth"
+        )
 
 
 def logit_lens(

@@ -6,7 +6,7 @@ Wild", appendix B. `experiments.patching` says what patching a path is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from circuits.models.paths.contributions import check_mlps
 from circuits.models.paths.residual import Path, PathName, Receiver, Sender, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.progress import Progress
+from circuits.tables import Table, between
 from circuits.tasks.metrics import Metric, as_metric
 from circuits.tasks.task import Task
 
@@ -288,6 +289,27 @@ class HeadEffects:
             "patched": float(side.base.mean()), "other": float(side.other.mean()), "null_is": self.grid.null_is,
             "heads": [asdict(effect) for effect in self.effects()], "record": asdict(self.grid.record),
         })  # fmt: skip
+
+    def tables(self, top: int) -> Iterator[Table | str]:
+        """The heads with the largest total effects, and what the columns mean."""
+        (way, side), *_ = self.grid.sides.items()
+        effects = sorted(self.effects(), key=lambda e: -abs(e.total.value))
+        rows = []
+        for e in effects[:top]:
+            parts = (e.total, e.direct, e.indirect, e.self_repair)
+            rows.append(
+                (e.head, *(f"{p.value:.4g} ({between(p.low, p.high)})" for p in parts), e.null)
+            )
+        columns = ("head", "total", "direct", "indirect", "self-repair", "another pair's total")
+        chosen = f"{len(rows)} of {len(effects)} heads, seed {self.grid.record.seed}"
+        yield Table(
+            columns, rows, f"change of the metric by {self.grid.heading(way, side)}; {chosen}"
+        )
+        yield (
+            "total: everything that reads the head recomputes; direct: only the logits read the change; indirect: "
+            "total less direct; self-repair: total less the direct effect with the last normalisation held, which "
+            "repairs where its sign is opposite to the direct effect's; in brackets 95 % intervals"
+        )
 
 
 def head_effects(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from circuits.experiments.statistics import corrected
 from circuits.files import finite
 from circuits.localization.cells import Key
 from circuits.localization.classifiers import Method
+from circuits.localization.grids import CellEffect
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tables import Table, between
 
 What = Literal["accuracy", "selectivity", "fitted", "control", "random"]
 """A readout's accuracy on held-out examples; that less the control task's; its accuracy where it was fitted; the
@@ -148,3 +151,37 @@ class Readouts:
             "method": self.method, "labels": self.labels, "n_fitted": self.n_fitted, "readouts": rows,
             "record": asdict(self.record),
         })  # fmt: skip
+
+    def tables(self, top: int, steered: Sequence[CellEffect] = ()) -> Iterator[Table]:
+        """The most accurate readouts; with what steering along each did, where that was measured."""
+        p = self.corrected_p()
+        order = sorted(range(len(p)), key=lambda i: -self.readouts[i].accuracy)[:top]
+        columns = [
+            "where",
+            "accuracy",
+            "95 % interval",
+            "random directions",
+            "control",
+            "selectivity",
+            "p",
+        ]
+        rows: list[list[object]] = []
+        for i in order:
+            r = self.readouts[i]
+            rows.append([
+                f"{r.site}@{r.position}", r.accuracy, between(r.low, r.high), r.value("random"), r.value("control"),
+                r.selectivity, p[i],
+            ])  # fmt: skip
+            rows[-1] += [steered[i].normalised, steered[i].null] if steered else []
+        columns += ["steered", "at random"] if steered else []
+        title = f"{self.labels}, fitted on {self.n_fitted} examples and judged on {self.record.measured_on}"
+        note = (
+            "control: labels drawn at random for each template instance; p: by random directions, Holm correction over "
+            "all places"
+        )
+        yield Table(
+            columns,
+            rows,
+            f"{title}; {len(order)} of {len(p)} places, seed {self.record.seed}",
+            note,
+        )

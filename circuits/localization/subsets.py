@@ -6,7 +6,7 @@ et al. 2022, section 4; Chan et al. 2022, "Causal Scrubbing").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
 from circuits.progress import Progress
+from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
 from circuits.units import Site, Unit, Units
 
@@ -88,6 +89,21 @@ class Sufficiency:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
         return finite(asdict(self))
+
+    def tables(self) -> Iterator[Table]:
+        """The metric with everything, nothing and the kept units alone, and the faithfulness."""
+        row = (
+            self.metric, self.intact, self.nothing, self.only, self.faithfulness, between(self.low, self.high),
+            spread(self.null), self.p_value,
+        )  # fmt: skip
+        columns = (
+            "metric", "whole model", "nothing kept", "kept", "faithfulness", "95 % interval", "random sets", "p",
+        )  # fmt: skip
+        kept, record = ", ".join(self.kept) or "nothing", self.record
+        title = f"{kept} of {record.model} ({self.how}), {record.measured_on}; seed {record.seed}"
+        least = f"; smallest possible p: {self.least_p:.2g}" if self.null else ""
+        note = f"faithfulness: from nothing kept (0) to the whole model (1); random sets: {self.null_is}{least}"
+        yield Table(columns, [row], title, note)
 
 
 def keep_only(

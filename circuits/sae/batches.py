@@ -335,6 +335,17 @@ def default_rule(source: RowSource) -> RowFilter:
     return RowFilter(positions=1 if source.tokens else 0)
 
 
+def rows_of(
+    model: HookedModel, site: str, target: str | None, source: Source, store: ActivationStore | None
+) -> RowSource:
+    """Rows of a store, if it keeps both sites whole and is of the same data; else of the model as it runs."""
+    if store is None or source.hash != store.provenance.data_hash:
+        return ModelRows(model, source, site, target)
+    if {site, target or site} <= set(store.provenance.depth.full):
+        return StoreRows(store, site, target)
+    return ModelRows(model, source, site, target)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What is known of rows before training: on a sample drawn with a seed.

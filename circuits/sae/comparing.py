@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from circuits.autoencoders import Autoencoder
+from circuits.tables import Table
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ class Stability:
         """As JSON has it."""
         return asdict(self)
 
+    def tables(self) -> Iterator[Table]:
+        """How alike the directions of each pair are."""
+        rows = [(pair, m.mcc, m.random, m.shared, m.close) for pair, m in self.matchings.items()]
+        share = f"{100 * self.in_all:.1f} %"
+        note = f"in all: {share} of the first one's directions have a partner in every other"
+        yield Table(
+            ("pair", "mean cosine", "of random ones", "shared (0.7)", "close (0.9)"),
+            rows,
+            note=note,
+        )
+
 
 def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
     """Match dictionaries that were trained on the same rows with other seeds.
@@ -118,6 +130,14 @@ def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
     names = list(codes)
     if len(names) < 2:
         raise ValueError(f"autoencoders: {len(names)} given, expected at least two to compare")
+    theirs = codes[names[0]].about
+    for name, code in codes.items():
+        ours = code.about
+        if (ours.model_hash, ours.target) != (theirs.model_hash, theirs.target):
+            raise ValueError(
+                f"autoencoder {name!r} writes {ours.target} of weights {ours.model_hash[:16]}, {names[0]!r} "
+                f"{theirs.target} of {theirs.model_hash[:16]}: expected autoencoders of one site"
+            )
     found = {
         f"{a} and {b}": match(codes[a].W_dec.detach(), codes[b].W_dec.detach(), seed)
         for a, b in combinations(names, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits.autoencoders import Autoencoder
 from circuits.sae.batches import Batches, Group, Part, RowFilter, RowSource
 from circuits.stimuli.sources import Source
+from circuits.tables import Table
 
 _FIT = 2**14
 """Rows that PCA and NMF are fitted on, beside those that are measured."""
@@ -79,6 +80,17 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
+
+    def tables(self, title: str) -> Iterator[Table]:
+        """How well rows are described, by the autoencoder and by each null."""
+        described = {"the autoencoder, held out" if self.trained else "the autoencoder": self.own}
+        described |= {"the autoencoder, in training": self.trained} if self.trained else {}
+        rows = [
+            (name, r.fvu, r.fvu_all, r.cosine, r.l2_ratio, r.l0, r.dead)
+            for name, r in (described | self.nulls).items()
+        ]
+        columns = ("on rows", "fvu", "fvu with rows left out", "cosine", "norm ratio", "l0", "dead")
+        yield Table(columns, rows, f"{title}, {self.n_rows} rows of {self.data}")
 
 
 def reconstruction(

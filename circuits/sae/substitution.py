@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from circuits.models.adapter.attaching import PREFIX
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.sae.metrics import random_dictionary, rule_of
+from circuits.tables import Table
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.units import Site
@@ -86,6 +87,28 @@ class Behaviour:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
         return finite(asdict(self))
+
+    def tables(self, which: str) -> Iterator[Table]:
+        """Each measure with codes, with zero, with the mean and with a random dictionary; `which` examples."""
+        rows = []
+        for name, m in self.measures.items():
+            shares = [
+                f"{share:.3f} ({low:.3f} to {high:.3f})"
+                for share, (low, high) in ((m.of_zero, m.of_zero_interval), (m.of_mean, m.of_mean_interval))
+            ]  # fmt: skip
+            rows.append((name, m.intact, m.reconstruction, m.zero, m.mean, m.random, *shares))
+        columns = (
+            "the model's", "intact", "with codes", "zero", "mean", "random dictionary", "recovered of zero",
+            "of the mean",
+        )  # fmt: skip
+        examples, c = self.record.task["examples"], self.change
+        note = f"accuracy with codes: {c.change:+.4f} ({c.low:+.4f} to {c.high:+.4f})" if c else ""
+        yield Table(
+            columns,
+            rows,
+            ", ".join(filter(None, (f"{examples['data']}: {examples['chosen']}", which))),
+            note,
+        )
 
 
 def behaviour(

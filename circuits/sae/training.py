@@ -106,6 +106,13 @@ class TrainingProgress:
     l0: Mapping[str, float]
     dead: Mapping[str, float]
 
+    def __str__(self) -> str:
+        each = [
+            f"{name + ': ' if name else ''}fvu {fvu:.3f}, l0 {self.l0[name]:.1f}, dead {100 * self.dead[name]:.1f} %"
+            for name, fvu in self.fvu.items()
+        ]
+        return f"step {self.step} of {self.steps}: {'; '.join(each)}"
+
 
 Report = Callable[[TrainingProgress], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from circuits.saliency.faithfulness import (
 )
 from circuits.saliency.maps import METHODS, SLOPES, Method, saliency_map
 from circuits.saliency.sanity import RandomizationTest, randomization_test
+from circuits.tables import Table
 from circuits.tasks.targets import Target, as_target, output_site
 
 
@@ -71,6 +72,31 @@ class MethodCard:
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
         write_json(Path(path), self.to_dict())
+
+
+def cards_table(cards: Sequence[MethodCard], title: str) -> Table:
+    """Cards as rows; in brackets what random or shuffled attributions reach."""
+    rows = []
+    for c in cards:
+        areas = [
+            f"{_mean(c, kind, 'area'):.3g} ({_mean(c, kind, 'area_random'):.3g})"
+            for kind in ("insertion", "deletion")
+        ]
+        rows.append((
+            c.method, c.verdicts["randomisation"], c.randomization.kept, *areas, c.road.score,
+            f"{c.sensitivity.correlations[1]:.2f} ({c.sensitivity.random[1]:.2f})",
+            f"{c.infidelity[0]:.2f} ({c.infidelity[1]:.2f})",
+        ))  # fmt: skip
+    columns = (
+        "method", "randomisation", "keeps", "insertion (random)", "deletion (random)", "ROAD",
+        "sensitivity-n (random)", "infidelity (random)",
+    )  # fmt: skip
+    return Table(columns, rows, title)
+
+
+def _mean(card: MethodCard, kind: str, what: str) -> float:
+    values = [getattr(curve, what) for curve in card.curves if curve.kind == kind]
+    return sum(values) / len(values)
 
 
 def card(

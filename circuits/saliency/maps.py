@@ -17,6 +17,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 from circuits.saliency import cams, gradients, masking, surrogates
+from circuits.saliency.perturbations import MASKS
 from circuits.tasks.targets import Target, as_target
 from circuits.units import Site, Unit
 
@@ -114,10 +115,14 @@ def saliency_map(
     )  # fmt: skip
 
 
-def check_options(method: Method, options: Mapping[str, Any]) -> None:
-    """Raise TypeError if a method has no option of a name, or an option is of the wrong kind."""
-    function = relevance if method == "relevance" else _FUNCTIONS[method]
-    fitting_options(f"method {method}", function, options, _parameters(method))
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError if a method, or a mask of `MASKS`, has no option of a name, or an option is of the wrong kind."""
+    fitting_options(f"method {method}", _function(method), options, _parameters(method))
+
+
+def _function(method: str) -> Callable[..., Any]:
+    known: dict[str, Callable[..., Any]] = {"relevance": relevance, **_FUNCTIONS, **MASKS}
+    return known[method]
 
 
 def fitting_options(
@@ -151,9 +156,9 @@ def _recorded(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: "given" if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def _parameters(method: Method) -> dict[str, Any]:
+def _parameters(method: str) -> dict[str, Any]:
     """A method's options and their defaults."""
-    function = relevance if method == "relevance" else _FUNCTIONS[method]
+    function = _function(method)
     own = (
         "model",
         "examples",
@@ -165,6 +170,8 @@ def _parameters(method: Method) -> dict[str, Any]:
         "size",
         "of",
         "cam",
+        "area",
+        "variant",
     )
     found = inspect.signature(function).parameters
     return {name: p.default for name, p in found.items() if name not in own}

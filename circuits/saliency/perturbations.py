@@ -66,6 +66,13 @@ class Perturbation:
     examples: Mapping[str, Any]
     seed: int
 
+    def facts(self, example: int) -> dict[str, float]:
+        """What the mask of an image does to the target, compared with a random mask and with nothing left."""
+        return {
+            "with the mask": float(self.values[example]), "random mask": float(self.random[example]),
+            "all hidden": float(self.blank[example]), "area": float(self.masks[example].mean()),
+        }  # fmt: skip
+
 
 class Pyramid:
     """Images from all blurred to sharp, by a mask (Fong et al. 2019, section 3.4).
@@ -550,3 +557,7 @@ def _measured(
         shown_by(goal, nothing, variant, perturbing), torch.stack(beside).mean(0), str(goal.target), "input",
         goal.model.hash, as_examples(goal.model, examples).describe(), seed,
     )  # fmt: skip
+
+
+MASKS: Mapping[str, Callable[..., Perturbation]] = {"extremal": extremal, "meaningful": meaningful}
+"""Masks of pixels by name."""

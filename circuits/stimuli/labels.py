@@ -100,3 +100,40 @@ def _index(label: Any, example: str, classes: Sequence[str]) -> int:
     if label is None:
         raise ValueError(f"{example!r} has no label: give a file with labels")
     raise ValueError(f"label {label!r} of {example!r} is no class of the model")
+
+
+def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], int]:
+    """What is true of each example of a source, from a JSON file, and how many examples the file does not have.
+
+    The file holds texts, or lists of texts, in the order of the examples or by their names (or by the names of their
+    files). Nothing is true of an example that it does not have.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON of this form, or fits no example.
+    """
+    file, what = Path(path).expanduser(), f"attributes {str(path)!r}"
+    if not file.is_file():
+        raise FileNotFoundError(f"attributes file {str(path)!r} does not exist or is not a file")
+    try:
+        given = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"attributes file {str(path)!r} is no JSON: {error}") from error
+    missing = 0
+    if isinstance(given, dict):
+        known = {**{PurePath(k).name: v for k, v in given.items()}, **given}
+        found = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
+        missing = sum(v is None for v in found)
+        if missing == len(found):
+            raise ValueError(
+                f"{what}: no key is the name of an example of {source.spec}, such as {source.names[0]!r}"
+            )
+        given = [[] if v is None else v for v in found]
+    if not isinstance(given, list) or len(given) != len(source):
+        n = len(given) if isinstance(given, list) else "no"
+        raise ValueError(f"{what}: {n} for {len(source)} examples of {source.spec}")
+    made = [[v] if isinstance(v, str) else v for v in given]
+    for name, v in zip(source.names, made, strict=True):
+        if not isinstance(v, list) or not all(isinstance(t, str) for t in v):
+            raise ValueError(f"attributes of {name!r} are {v!r}: expected a list of texts")
+    return made, missing

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from circuits.store.summaries import (
     fit_tail,
     skewness_and_kurtosis,
 )
+from circuits.tables import Table
 from circuits.units import Site, Unit, unknown
 
 
@@ -114,6 +115,35 @@ class Health:
     state: str
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """What a list of stores says of one, also if it is not finished or damaged."""
+    facts = {"bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file())}
+    try:
+        p = Provenance.read(folder)
+    except (OSError, ValueError):
+        return facts | {"state": "damaged"}
+    state = "finished" if (folder / "statistics.h5").exists() else "unfinished"
+    return facts | {
+        "state": state, "model": p.model, "data": p.data, "examples": len(p.examples), "sites": len(p.sites),
+        "full": len(p.depth.full),
+    }  # fmt: skip
+
+
+def newest_store(
+    folders: Iterable[Path], model_hash: str, site: str, data: str = ""
+) -> ActivationStore | None:
+    """The newest finished store of a model that has a site (of some data, if it is named); None if none has."""
+    found = []
+    for folder in folders:
+        try:
+            store = ActivationStore.open(folder, model_hash)
+        except (OSError, ValueError):
+            continue
+        if site in store.sites and data in ("", store.provenance.data):
+            found.append(store)
+    return max(found, key=lambda s: (s.folder / "statistics.h5").stat().st_mtime, default=None)
+
+
 class ActivationStore:
     """A finished store, for reading.
 
@@ -124,6 +154,43 @@ class ActivationStore:
 
     def __init__(self, folder: Path, provenance: Provenance) -> None:
         self.folder, self.provenance = folder, provenance
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it was made from and what is in it, as JSON has it."""
+        p = self.provenance
+        return {
+            "folder": str(self.folder), "model": p.model, "model_hash": p.model_hash, "data": p.data,
+            "data_hash": p.data_hash, "examples": len(p.examples), "skipped": self.skipped, "version": p.version,
+            "batch": p.batch, "depth": asdict(p.depth), "same": p.same, "sites": [site.name for site in p.sites],
+            "nonfinite": self.nonfinite(),
+        }  # fmt: skip
+
+    def nonfinite(self) -> dict[str, int]:
+        """How many activations are NaN or infinite, of the sites that have such."""
+        each = {
+            site.name: int(self.summary(site.name).nonfinite.sum())
+            for site in self.provenance.sites
+        }
+        return {name: n for name, n in each.items() if n}
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it, in lines."""
+        for name, reason in self.skipped.items():
+            yield f"skipped {name}: {reason}"
+        for name, n in self.nonfinite().items():
+            yield f"site {name}: {n} activations are NaN or infinite, and left out of statistics"
+
+    def tables(self) -> Iterator[Table | str]:
+        """Its sites, and what is kept of each."""
+        p, rows = self.provenance, []
+        for site in p.sites:
+            depth = "summary" + ", full" * (site.name in p.depth.full)
+            depth += ", covariance" * (site.name in p.depth.covariance)
+            s = self.summary(site.name)
+            best, density = float(np.fmax.reduce(s.maximum, axis=None)), float(s.density().mean())
+            rows.append((site.name, site.n_units, depth, best, density))
+        yield f"{len(p.examples)} examples of {p.data} in {self.folder}"
+        yield Table(("site", "units", "kept", "largest activation", "mean share above 0"), rows)
 
     @classmethod
     def open(

@@ -6,6 +6,7 @@ which activations make up the expected value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.store.reading import ActivationStore, Example, UnitStatistics
+from circuits.tables import Table
 from circuits.units import Unit
 
 
@@ -94,6 +96,30 @@ class Spectrum:
                 for b in self.bins
             ],
         }  # fmt: skip
+
+    def tables(self, texts: Mapping[int, str]) -> Iterator[Table]:
+        """The ranges, highest first, with examples by name, or by text where there is one for its index."""
+        rows = [
+            (
+                f"{b.low:.3g} to {b.high:.3g}", b.density, b.contribution, b.n_examples,
+                "\n".join(f"{e.value:.3g}  {texts.get(e.index, e.name)}" for e in b.examples),
+            )
+            for b in reversed(self.bins) if b.density or b.n_examples
+        ]  # fmt: skip
+        s = self.statistics
+        title = f"{self.unit} on {self.data}, {s.count} activations (seed {self.seed})"
+        note = (
+            f"mean {s.mean:.4g}, std {s.std:.4g}, above zero {s.density:.2%}; tail falls by exp(-{s.tail.rate:.3g} x), "
+            f"distance {s.tail.distance:.3f}; {self.above_two:.0%} of the positive mean is above two std"
+        )
+        columns = (
+            "activation",
+            "p(x)",
+            "x p(x)",
+            "examples with their largest here",
+            "some of them",
+        )
+        yield Table(columns, rows, title, note)
 
 
 def spectrum(

@@ -325,3 +325,14 @@ class Aim:
             where = "@" + ",".join(str(int(i)) for i in at) if at else ""
             found.append(f"{self.site.name}:{index}{where}")
         return found
+
+
+def named(model: HookedModel, aim: str) -> str:
+    """A target in words, with the name of its class or token if it is one of the output."""
+    site, _, rest = aim.partition(":")
+    if site != output_site(model).name:
+        return aim
+    index = int(rest.partition("@")[0])
+    if isinstance(model.input, TokenInput):
+        return f"{aim} ({model.input.word(index)!r})"
+    return f"{aim} ({model.classes[index]})" if model.classes else aim

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.topology import WeightLayer
+from circuits.tables import Table
 from circuits.units import Unit
 from circuits.weights.kernels import by_site, kernels_from, kernels_into, written
 
@@ -63,6 +64,23 @@ class Connection:
             "layer": self.layer,
             "through": list(self.through),
         }
+
+
+def connections_table(
+    connections: Sequence[Connection],
+    end: Literal["source", "target"],
+    title: str,
+    more: Mapping[str, Sequence[object]] | None = None,
+) -> Table:
+    """Connections by the unit at one end of each, with `more` columns behind."""
+    rows = [
+        (
+            getattr(c, end), c.norm, c.typical, c.total, " x ".join(map(str, c.kernel.shape)) or "1",
+            *(values[i] for values in (more or {}).values()),
+        )
+        for i, c in enumerate(connections)
+    ]  # fmt: skip
+    return Table(("unit", "norm", "typical norm", "sum", "kernel", *(more or {})), rows, title)
 
 
 def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connection]:

@@ -6,12 +6,14 @@ non-negative matrix factorisation, which allows positive and negative weights ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from circuits.tables import Table
 from circuits.weights.expanded import ExpandedWeights
 
 
@@ -38,6 +40,24 @@ class Factors:
     def reconstructed(self) -> Float[np.ndarray, "target source *offset"]:
         """The weights that the factors show."""
         return np.einsum("ks,kt...->ts...", self.groups, self.maps)
+
+    def to_dict(self, sources: Sequence[int], top: int) -> dict[str, Any]:
+        """As JSON has it: of each factor the `top` source units that belong to it most."""
+        found = []
+        for group, share in zip(self.groups, self.shares, strict=True):
+            order = (-group).argsort(kind="stable")[:top]
+            members = {str(sources[i]): float(group[i]) for i in order if group[i] > 0}
+            found.append({"share": share, "units": members})
+        return {"factors": found, "hidden": self.hidden, "seed": self.seed}
+
+    def table(self, sources: Sequence[int], top: int) -> Table:
+        """The same as a table."""
+        rows = [
+            (k, item["share"], ", ".join(f"{unit} {g:.2f}" for unit, g in item["units"].items()))
+            for k, item in enumerate(self.to_dict(sources, top)["factors"], 1)
+        ]
+        note = f"not shown by the factors: {self.hidden:.1%} of the weights' mass"
+        return Table(("factor", "share up to here", "units"), rows, note=note)
 
 
 def factorize(expanded: ExpandedWeights, k: int = 3, seed: int = 0) -> Factors:

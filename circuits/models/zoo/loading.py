@@ -41,7 +41,7 @@ from circuits.models.zoo.weights_files import (
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
-from circuits.workspace import Workspace
+from circuits.workspace import ModelRecord, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,28 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
 
 
 # --- built in ----------------------------------------------------------------------------------
+
+
+def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
+    """How to load the model again, from any folder."""
+    spec, *attached = spec.split("+")
+    if attached:
+        base = record_of(spec, weights, model_hash)
+        names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]
+        return ModelRecord("+".join([base.spec, *names]), model_hash, base.weights)
+    scheme, _, rest = spec.partition(":")
+    path = Path(rest.partition(":")[0])
+    if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
+        spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
+    return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
+
+
+def _in_workspace(path: Path) -> str:
+    """An autoencoder by its name where it is the workspace's own, so that the workspace can be moved."""
+    place = Workspace.default().root.resolve() / "saes"
+    if not path.is_relative_to(place):
+        return str(path)
+    return f"sae/{path.relative_to(place).with_suffix('')}"
 
 
 def _refuse_weights(name: str, weights: Path | None) -> None:

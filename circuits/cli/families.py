@@ -1,0 +1,169 @@
+"""`circuits families`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from typer import Typer
+
+from circuits import equivariance
+from circuits import families as library
+from circuits.cli import options
+from circuits.cli.signatures import argument, command, option
+from circuits.database import Database
+from circuits.families import Family
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.stimuli.orbits import Transformation
+from circuits.weights import expand_weights
+
+app = Typer()
+
+
+@dataclass(frozen=True)
+class Search:
+    """What makes a family, and how it is tested."""
+
+    kind: Annotated[Transformation, option(
+        "How the members of a family differ: they are turned, mirrored, scaled or hue-shifted."
+    )] = "rotation"  # fmt: skip
+    threshold: Annotated[float, option(
+        "The least mean agreement of a unit with the members of its family, at most 1."
+    )] = 0.7  # fmt: skip
+    least: Annotated[int, option("The least number of members.")] = 4
+    permutations: Annotated[int, option("How often chance is tried.")] = 199
+    size: Annotated[int | None, option(
+        "The side of the stimuli in pixels. By default that of the model's images."
+    )] = None  # fmt: skip
+    seed: options.Seed = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is to be done with families that are saved."""
+
+    heading: ClassVar = "Saved families"
+
+    listing: Annotated[bool, option("List the families that are saved.", "--list")] = False
+    rename: Annotated[str, option("Give a saved family another name, written OLD=NEW.")] = ""
+    remove: Annotated[str, option("Remove the saved family of this name; its history stays.")] = ""
+    weights_from: Annotated[str, option(
+        "Measure whether the weights into a saved family from another turn with them, written SAVED=OTHER."
+    )] = ""  # fmt: skip
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is."""
+        return bool(self.listing or self.rename or self.remove or self.weights_from)
+
+
+@command(app)
+def families(
+    model: options.Model,
+    search: Search,
+    saved: Saved,
+    output: options.FigureOutput,
+    site: Annotated[str, argument("The site in which to look; not needed for saved families.")] = "",
+    units: Annotated[str, option(
+        "Measure these units of SITE (their indices, with commas) as one family, instead of looking for families."
+    )] = "",
+    name: Annotated[str, option("Save what is found or measured under this name.")] = "",
+    save: Annotated[bool, option("Save every family that is found.", "--save")] = False,
+    note: options.Note = "",
+) -> None:  # fmt: skip
+    """Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."""
+    if (save or name) and saved.wanted:
+        raise ValueError("--save and --name go with finding or measuring families")
+    loaded, place = model.load(), model.place
+    if save or name or saved.rename or saved.remove:
+        place.writable()
+    if saved.wanted:
+        _saved(loaded, place.database, saved, search, note, output)
+        return
+    if not site:
+        raise ValueError("SITE is missing: where to look (or --list)")
+    found = _found(loaded, site, units, name, search, output)
+    if save or name:
+        for family in found:
+            library.save_family(place.database, family, note)
+    title = f"{search.kind} families of {model.spec} {site}"
+    output.draw(lambda figures: figures.families_figure(found, title))
+    output.show(found, [library.families_table(found)])
+
+
+def _found(
+    model: HookedModel, site: str, units: str, name: str, search: Search, output: options.Output
+) -> list[Family]:
+    """The families of a site, or one of the units that are named."""
+    if units:
+        wanted = [model.site(site).unit(i) for i in _whole_numbers(units)]
+        return [
+            library.measure_family(
+                model, wanted, search.kind, name=name, permutations=search.permutations, seed=search.seed,
+                size=search.size,
+            )
+        ]  # fmt: skip
+    with output.progress("families") as progress:
+        found = library.find_families(
+            model, site, search.kind, threshold=search.threshold, least=search.least,
+            permutations=search.permutations, seed=search.seed, size=search.size, progress=progress,
+        )  # fmt: skip
+    if not name:
+        return found
+    return [family.renamed(name if i == 0 else f"{name} {i + 1}") for i, family in enumerate(found)]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--units {text!r} is not a list of indices, e.g. 3,14,15")
+    return [int(part) for part in parts]
+
+
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
+    left, _, right = text.partition("=")
+    if not right:
+        raise ValueError(f"--{option} {text!r} is not of the form {form}")
+    return left, right
+
+
+def _saved(
+    model: HookedModel, database: Database, saved: Saved, search: Search, note: str, output: options.FigureOutput
+) -> None:  # fmt: skip
+    """Rename, remove, compare or list what is saved."""
+    key = model.hash
+    if saved.rename:
+        old, new = _pair("rename", saved.rename, "OLD=NEW")
+        family = library.load_family(database, old, key)
+        library.save_family(database, family.renamed(new), note or f"was {old}", replaces=0)
+        database.save(library.KIND, key, old, None, note or f"now {new}")
+    if saved.remove:
+        database.load(library.KIND, key, saved.remove)
+        database.save(library.KIND, key, saved.remove, None, note)
+    if saved.weights_from:
+        target, source = _pair("weights-from", saved.weights_from, "SAVED=OTHER")
+        targets, sources = (library.load_family(database, name, key) for name in (target, source))
+        _weights_between(model, targets, sources, search, output)
+        return
+    found = library.saved_families(database, key)
+    output.draw(lambda figures: figures.families_figure(found, f"saved families of {model.name}"))
+    output.show(found, [library.families_table(found)])
+
+
+def _weights_between(
+    model: HookedModel,
+    targets: Family,
+    sources: Family,
+    search: Search,
+    output: options.FigureOutput,
+) -> None:
+    expanded = expand_weights(
+        model, sources.site, targets.site,
+        units=[u.index for u in targets.units], sources=[u.index for u in sources.units],
+    )  # fmt: skip
+    found = equivariance.measure_equivariance(
+        expanded, targets, sources, search.permutations, search.seed
+    )
+    title = f"{targets.name} from {sources.name}"
+    output.draw(lambda figures: figures.family_figure(found, title))
+    output.show(found.to_dict() | {"model_hash": model.hash}, found.tables(title))

@@ -1,0 +1,492 @@
+"""The options that commands share: each is defined once, alone or in a group with what it is good for.
+
+A group is a frozen dataclass; `circuits.cli.signatures.command` makes typer read its fields as options. Here are the
+groups: where results are kept, the model, examples, the task, an autoencoder, and how a result is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from typer import BadParameter
+
+from circuits.autoencoders import Autoencoder, load_autoencoder
+from circuits.cli.choosing import labels_of, usual_data
+from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.cli.signatures import argument, option
+from circuits.examples import LIMIT, Examples
+from circuits.files import check_writable
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
+from circuits.stimuli.images import read_image
+from circuits.stimuli.sources import Source, open_source
+from circuits.tables import Table
+from circuits.tasks import Task
+from circuits.tasks.builtin import STATED, load_task
+from circuits.workspace import ModelRecord, Workspace
+
+
+def within(least: int, most: int | None = None) -> Callable[[Any], Any]:
+    """A check of an option's value, or of each of several."""
+
+    def check(value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not least <= one <= (one if most is None else most):
+                wanted = f"{least} or more" if most is None else f"{least} to {most}"
+                raise BadParameter(f"{one} must be {wanted}")
+        return value
+
+    return check
+
+
+def check_out(path: Path | None, *endings: str, option: str = "--out") -> None:
+    """Raise if a file that is to be written at the end cannot be: before anything is computed."""
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{option} {str(path)!r} must end in {', '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"{option} {str(path)!r} is a folder: expected a file")
+    check_writable(path.parent, "folder")
+
+
+# --- one by one ------------------------------------------------------------------------------------
+
+UnitArgument = Annotated[str, argument("The unit, written SITE:INDEX, e.g. mixed3b:335.")]
+UnitsArgument = Annotated[str, argument(
+    "Units, written SITE:1,2,5-9. A site alone stands for all of its units; write those of several sites in quotes, "
+    "with blanks between."
+)]  # fmt: skip
+WorkspaceFolder = Annotated[Path | None, option(
+    "The folder in which results, harvests and autoencoders are kept and looked up. By default $CIRCUITS_WORKSPACE "
+    "or, if that is not set, ./cache.", "--workspace"
+)]  # fmt: skip
+Weights = Annotated[Path | None, option(
+    "A file of weights for the model, .safetensors or .pt. By default the model's own.", "--weights"
+)]  # fmt: skip
+Data = Annotated[str, option(
+    "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
+    "hf:PATH[:COLUMN] or python:MODULE:FACTORY.", "--data"
+)]  # fmt: skip
+HarvestedData = Annotated[str, option(
+    "The dataset whose harvest is used. By default the newest harvest that has the site.", "--data"
+)]  # fmt: skip
+TrainingData = Annotated[str, option(
+    "The dataset (see `circuits harvest`). By default the one that the autoencoder was trained on."
+)]  # fmt: skip
+Take = Annotated[Literal["spread", "first", "random"], option(
+    "Which examples of the dataset: spread evenly over it, the first ones, or drawn at random by --seed.", "--take"
+)]  # fmt: skip
+Limit = Annotated[int, option(
+    "How many examples of the dataset to take.", "--limit", check=within(1, 10**6)
+)]  # fmt: skip
+LimitOrAll = Annotated[int | None, option(
+    "How many examples of the dataset to take. By default all of them.", "--limit", check=within(1, 10**6)
+)]  # fmt: skip
+Labels = Annotated[str, option(
+    "The class of each image of --data: FILE.json, FILE.npz:KEY, or `names` to read classes from the images' names.",
+    "--labels",
+)]  # fmt: skip
+Text = Annotated[str, option("One text instead of a dataset, for models of tokens.", "--text")]
+Seed = Annotated[int, option(
+    "The seed of everything that is random.", "--seed", check=within(0, 2**32 - 1)
+)]  # fmt: skip
+Random = Annotated[int, option(
+    "How many random variants (other units, random edits) to measure as the null distribution.", "--random"
+)]  # fmt: skip
+TOP = 10
+Top = Annotated[int, option(
+    "How many units, edges or lines to list of each kind, the strongest first.", "--top", check=within(1)
+)]  # fmt: skip
+Note = Annotated[str, option("Why this is done: a remark that is kept with it.", "--note")]
+Author = Annotated[
+    str, option("Who does this. By default the user that runs the command.", "--author")
+]
+Batch = Annotated[int, option(
+    "How many versions of examples to compute in one pass: fewer take less memory.", "--batch"
+)]  # fmt: skip
+MethodOptions = Annotated[list[str] | None, option(
+    "An option of the method, written NAME=VALUE, e.g. samples=20; may be repeated.", "--option"
+)]  # fmt: skip
+Target = Annotated[str, option(
+    "What is explained: top (each example's most likely answer), class:NAME, token:WORD or a unit SITE:INDEX; add "
+    "@POSITION for one position.", "--target"
+)]  # fmt: skip
+Subtracted = Annotated[str, option(
+    "A class or token whose logit is subtracted from the target's. By default none.", "--against"
+)]  # fmt: skip
+Quantity = Annotated[Literal["activation", "probability", "log_probability"], option(
+    "Which quantity of the target is explained: its activation (for a class or token, its logit), or its probability "
+    "or log probability.", "--quantity"
+)]  # fmt: skip
+Force = Annotated[bool, option(
+    "Accept recipes that were written for other weights, where they fit this model.", "--force"
+)]  # fmt: skip
+
+
+# --- where, and which model ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and the workspace in which it is looked at."""
+
+    heading: ClassVar = "Model and workspace"
+
+    spec: Annotated[str, argument(
+        "The model: one that `circuits models` lists, e.g. shapes or tl:gpt2.", metavar="MODEL"
+    )]  # fmt: skip
+    weights: Weights = None
+    workspace: WorkspaceFolder = None
+
+    @property
+    def place(self) -> Workspace:
+        """The workspace."""
+        return Workspace.default(self.workspace)
+
+    def load(self) -> HookedModel:
+        """The model itself."""
+        return load_model(self.spec, self.weights)
+
+    def record(self, model_hash: str) -> ModelRecord:
+        """How the workspace finds the model again."""
+        return record_of(self.spec, self.weights, model_hash)
+
+    def register(self, model_hash: str) -> None:
+        """Note in the workspace how the model is found again, if it does not know yet."""
+        self.place.register(self.record(model_hash), replace=False)
+
+
+@dataclass(frozen=True)
+class Sae:
+    """A sparse autoencoder, and the model that it belongs to."""
+
+    heading: ClassVar = "Model and workspace"
+
+    sae: Annotated[str, argument(
+        "The autoencoder: its name in the workspace (NAME or NAME/VARIANT), or a path to it."
+    )]  # fmt: skip
+    spec: Annotated[str, option(
+        "The model that it belongs to. By default the one that the workspace knows.", "--model"
+    )] = ""  # fmt: skip
+    weights: Weights = None
+    workspace: WorkspaceFolder = None
+
+    @property
+    def place(self) -> Workspace:
+        """The workspace."""
+        return Workspace.default(self.workspace)
+
+    def load(self) -> Autoencoder:
+        """The autoencoder itself."""
+        return load_autoencoder(find_autoencoder(self.sae, self.place))
+
+    def load_model(self, code: Autoencoder) -> HookedModel:
+        """The model that it belongs to, without the autoencoder.
+
+        Raises:
+            ValueError: if the workspace does not know it, or it has other weights.
+        """
+        spec, weights = self.known(code.about.model_hash)
+        if not spec:
+            raise ValueError(
+                f"autoencoder {code.about.name!r} is of model {code.about.model or 'unknown'!r}, which this workspace "
+                "does not know: name it with --model"
+            )
+        loaded = load_model(spec, weights)
+        if code.about.model_hash and loaded.hash != code.about.model_hash:
+            raise ValueError(
+                f"--model {spec}: its weights are {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
+                f"{code.about.model_hash[:16]}"
+            )
+        return loaded
+
+    def known(self, model_hash: str) -> tuple[str, Path | None]:
+        """The model and its weights file as they were named or, if they were not, as the workspace knows them."""
+        found = next((r for r in self.place.models() if r.hash == model_hash), None)
+        if self.spec or found is None:
+            return self.spec, self.weights
+        return found.spec, Path(found.weights) if found.weights else None
+
+
+def attached(model: HookedModel, code: Autoencoder) -> HookedModel:
+    """The model with the autoencoder in it."""
+    about = code.about
+    target = about.target if about.target != about.site else None
+    return model.attach(code, about.name, about.site, target)
+
+
+# --- examples --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Some examples of a dataset."""
+
+    heading: ClassVar = "Examples"
+
+    data: Data = ""
+    limit: Limit = LIMIT
+    take: Take = "spread"
+
+    def choose(self, model: HookedModel, seed: int) -> Examples:
+        """The examples; without --data of photographs, or of repeated tokens."""
+        return Examples(model, self.data or usual_data(model), self.limit, how=self.take, seed=seed)
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """Some examples of a dataset, or images by path."""
+
+    image: Annotated[
+        list[Path] | None, option("An image file instead of a dataset; may be repeated.")
+    ] = None
+    exact: Annotated[bool, option(
+        "Refuse images that do not have the model's size. By default they are fitted to it.", "--exact"
+    )] = False  # fmt: skip
+
+    def choose(self, model: HookedModel, seed: int) -> Examples:
+        """The examples.
+
+        Raises:
+            FileNotFoundError: if an image does not exist.
+            ValueError: if what is given does not fit the model, or does not go together.
+        """
+        if not self.image:
+            return super().choose(model, seed)
+        if self.data:
+            raise ValueError(f"--data {self.data!r} does not go with --image or --text")
+        if not isinstance(model.input, ImageInput):
+            raise ValueError(
+                f"--image {str(self.image[0])!r}: model {model.name} takes tokens: use --text or --data"
+            )
+        size, pictures = (
+            (model.input.width, model.input.height),
+            [read_image(p) for p in self.image],
+        )
+        for path, picture in zip(self.image, pictures, strict=True):
+            if self.exact and picture.size != size:
+                raise ValueError(
+                    f"--image {str(path)!r} has {picture.width} x {picture.height} pixels: {model.name} takes "
+                    f"{size[0]} x {size[1]} (leave out --exact to fit it)"
+                )
+        return Examples.pictures(model, pictures, [path.name for path in self.image])
+
+
+@dataclass(frozen=True)
+class Inputs(Images):
+    """Some examples of a dataset, images by path, or one text."""
+
+    text: Text = ""
+
+    def choose(self, model: HookedModel, seed: int) -> Examples:
+        """The examples.
+
+        Raises:
+            FileNotFoundError: if an image does not exist.
+            ValueError: if what is given does not fit the model, or does not go together.
+        """
+        if not self.text:
+            return super().choose(model, seed)
+        if self.data:
+            raise ValueError(f"--data {self.data!r} does not go with --image or --text")
+        if isinstance(model.input, ImageInput):
+            raise ValueError(f"--text {self.text!r}: model {model.name} takes images")
+        return Examples.texts(model, [self.text])
+
+
+@dataclass(frozen=True)
+class LabelledDataset(Dataset):
+    """Some examples of a dataset, and the class of each where classes are needed."""
+
+    labels: Labels = ""
+
+    def choose(self, model: HookedModel, seed: int) -> Examples:
+        """The examples, with their classes if labels were named."""
+        source = open_source(self.data or usual_data(model))
+        known = labels_of(model, source, self.labels) if self.labels else None
+        return Examples(model, source, self.limit, how=self.take, seed=seed, labels=known)
+
+
+@dataclass(frozen=True)
+class TrainingDataset:
+    """Some examples of the dataset that an autoencoder was trained on, or of another."""
+
+    heading: ClassVar = "Examples"
+
+    data: TrainingData = ""
+    limit: LimitOrAll = None
+    take: Take = "spread"
+
+    def source(self, code: Autoencoder) -> Source:
+        """The dataset."""
+        return open_source(training_data(code, self.data))
+
+
+def training_data(code: Autoencoder, data: str) -> str:
+    """The dataset that is named or, if none is, that of the autoencoder's training."""
+    if not data and not code.about.data:
+        raise ValueError(
+            f"autoencoder {code.about.name!r} does not say on what it was trained: name examples with --data"
+        )
+    return data or code.about.data
+
+
+# --- tasks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairsTask:
+    """A task whose examples have counterparts: what is measured, and on which examples."""
+
+    heading: ClassVar = "Task and examples"
+
+    task: Annotated[str, option(
+        "The task on which the model is measured: its name or its file. By default the model's own task, or what "
+        "--data or --text states by itself."
+    )] = ""  # fmt: skip
+    metric: Annotated[str, option(
+        "The metric that is measured first, e.g. logit_difference. By default the task's own."
+    )] = ""  # fmt: skip
+    data: Data = ""
+    text: Text = ""
+    limit: Limit = LIMIT
+    take: Take = "spread"
+
+    def compile(self, model: HookedModel, seed: int) -> Task:
+        """The task for a model: by name or file, what data or a text states by itself, or the model's own.
+
+        Raises:
+            KeyError: if there is no such task or metric.
+            ValueError: if what is given does not go together, or does not fit the model.
+        """
+        if self.data and self.text:
+            raise ValueError(f"--data {self.data!r} does not go with --text")
+        if self.task and self.task not in STATED and (self.data or self.text):
+            raise ValueError(
+                f"--task {self.task!r} has its own examples: leave out --data and --text"
+            )
+        return load_task(
+            model, self.task, n=self.limit, seed=seed, how=self.take, data=self.data,
+            texts=[self.text] if self.text else (), **self._asked(model),
+        )  # fmt: skip
+
+    def _asked(self, model: HookedModel) -> dict[str, Any]:
+        """More that `load_task` takes."""
+        return {"metric": self.metric}
+
+
+@dataclass(frozen=True)
+class AnsweredTask(PairsTask):
+    """A task: what is measured, where, and on which examples."""
+
+    positions: Annotated[str, option(
+        "The positions at which answers are read: last, all, the name of one of the task's spans, or numbers from 0 "
+        "with commas, e.g. 3,5. By default the task's own."
+    )] = ""  # fmt: skip
+    answer: Annotated[str, option(
+        "The right answer to every example: a token or class. By default each example's own."
+    )] = ""  # fmt: skip
+    against: Annotated[str, option(
+        "The wrong answer that the right one is compared with. By default each example's own, if it has one."
+    )] = ""  # fmt: skip
+
+    def _asked(self, model: HookedModel) -> dict[str, Any]:
+        more = {"positions": self.positions, "answer": self.answer, "against": self.against}
+        return super()._asked(model) | more
+
+
+@dataclass(frozen=True)
+class LabelledTask(AnsweredTask):
+    """A task, with the classes of the images that it is measured on."""
+
+    labels: Labels = ""
+
+    def _asked(self, model: HookedModel) -> dict[str, Any]:
+        if self.labels and not self.data:
+            raise ValueError(f"--labels {self.labels!r} goes with --data")
+        if self.labels and not isinstance(model.input, ImageInput):
+            raise ValueError(f"--labels {self.labels!r}: of texts the next token is what is right")
+        known = labels_of(model, open_source(self.data), self.labels) if self.labels else None
+        return super()._asked(model) | {"labels": known}
+
+    @property
+    def examples(self) -> LabelledDataset:
+        """The examples alone."""
+        return LabelledDataset(self.data, self.limit, self.take, self.labels)
+
+
+# --- showing results -------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What can be shown as JSON."""
+
+    def to_dict(self) -> Any:
+        """As JSON has it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command shows its result: as tables, or as JSON."""
+
+    heading: ClassVar = "Output"
+
+    json: Annotated[
+        bool, option("Print the result as JSON, for programs, instead of tables.", "--json")
+    ] = False
+
+    def progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A progress bar, unless JSON is printed."""
+        return progress_bar(what, quiet=self.json)
+
+    def show(self, facts: Any, parts: Iterable[Table | str] = ()) -> None:
+        """Print `facts` (a result, a list of results, JSON values) as JSON, or else the tables and lines in `parts`."""
+        if self.json:
+            show_json(_plain(facts))
+            return
+        for part in parts:
+            if isinstance(part, str):
+                say(part)
+            else:
+                show_table(part)
+
+
+def _plain(facts: Any) -> Any:
+    if isinstance(facts, Result):
+        return facts.to_dict()
+    return [_plain(one) for one in facts] if isinstance(facts, list | tuple) else facts
+
+
+@dataclass(frozen=True)
+class FigureOutput(Output):
+    """How a command shows its result, with a figure if one is wanted."""
+
+    figure: Annotated[Path | None, option(
+        "Also draw the result, into this file: a path that ends in .png or .svg."
+    )] = None  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.figure is not None:
+            _figures().check_figure_path(self.figure)
+            check_writable(self.figure.parent, "folder")
+
+    def draw(self, make: Callable[[ModuleType], Any]) -> None:
+        """Save the figure that `make` makes with the module `circuits.figures`, if one is wanted."""
+        if self.figure is not None:
+            _figures().save_figure(make(_figures()), self.figure)
+
+
+def _figures() -> ModuleType:
+    """Loaded only when something is drawn: altair takes longer than most commands."""
+    from circuits import figures
+
+    return figures

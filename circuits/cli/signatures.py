@@ -1,0 +1,82 @@
+"""Commands whose parameters may be groups of options: frozen dataclasses, which typer does not know.
+
+A group's fields are annotated as typer has it; its class variable `heading`, if it has one, is what they stand under in
+the help. `command` gives typer one flat list of options, and the command its groups, built:
+
+    @command(app)
+    def sites(model: ModelOptions, output: Output) -> None:
+        "List a model's sites."
+        loaded = model.load()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+from typer.models import OptionInfo
+
+
+def argument(help: str, metavar: str | None = None) -> Any:
+    """An argument, for `Annotated`."""
+    return typer.Argument(help=help, metavar=metavar)
+
+
+def option(help: str, *names: str, check: Callable[[Any], Any] | None = None) -> Any:
+    """An option, for `Annotated`, named as its parameter if no name is given; `check` returns the value or raises."""
+    return typer.Option(*names, help=help, callback=check)
+
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def command(
+    app: typer.Typer, name: str | None = None, **settings: Any
+) -> Callable[[Function], Function]:
+    """Register a function as a command, under its own name if no other is given; `settings` are `app.command`'s."""
+
+    def register(function: Function) -> Function:
+        app.command(name, **settings)(flattened(function))
+        return function
+
+    return register
+
+
+def flattened(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the fields of its groups as parameters of its own, all of them by name."""
+    hints = get_type_hints(function, include_extras=True)
+    given = signature(function).parameters.values()
+    groups = {p.name: hints[p.name] for p in given if is_dataclass(hints[p.name])}
+    parameters: list[Parameter] = []
+    for one in given:
+        alone = one.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[one.name])
+        parameters += _parameters(groups[one.name]) if one.name in groups else [alone]
+
+    def call(**values: Any) -> None:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**built, **values)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+def _parameters(group: Any) -> Iterator[Parameter]:
+    """A parameter for each field, under the group's heading in the help."""
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        default = Parameter.empty if field.default is MISSING else field.default
+        kind, info = get_args(hints[field.name])
+        info = copy(info)  # two groups may share an option
+        if isinstance(info, OptionInfo):
+            info.rich_help_panel = getattr(group, "heading", None)
+        hint = Annotated[kind, info]
+        yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -1,0 +1,151 @@
+"""Groups of options, what the help says of them, and that nothing which is printed is interpreted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from rich.progress import Progress
+
+from circuits.cli import options, output
+from circuits.cli.commands import ENTRIES
+from circuits.cli.main import run
+from circuits.cli.output import progress_bar, say, show_table, warn
+from circuits.cli.signatures import argument, command, option
+from circuits.models.zoo.loading import load_model
+from circuits.tables import Table
+
+ODD = "mixed4a:100: [red]bold[/red] :smile: [/]"
+"""What rich would make emoji and styles of."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A group with an argument and an option."""
+
+    heading = "Size"
+
+    width: Annotated[int, argument("How wide.")]
+    height: Annotated[int, option("How high.")] = 2
+
+    @property
+    def area(self) -> int:
+        """Of both."""
+        return self.width * self.height
+
+
+def test_a_group_is_flattened_for_typer_and_built_for_the_command(capsys) -> None:
+    app, seen = typer.Typer(), []
+
+    @command(app)
+    def draw(size: Size, colour: Annotated[str, option("Which.")] = "red") -> None:
+        """Draw."""
+        seen.append((size.area, colour))
+
+    app(["3", "--height", "4"], standalone_mode=False)
+    app(["5", "--colour", "blue"], standalone_mode=False)
+    assert seen == [(12, "red"), (10, "blue")]
+    app(["--help"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "Size" in shown
+    assert "How high." in shown
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    for name, entry in ENTRIES.items():
+        loaded = entry.load()
+        if entry.group:
+            yield from ((f"{name} {n}", c) for n, c in loaded.commands.items())
+        else:
+            yield name, loaded
+
+
+def test_every_command_and_option_says_what_it_is_in_whole_phrases() -> None:
+    for name, found in commands():
+        assert (found.help or "").strip(), name
+        for one in found.params:
+            if one.name == "help":
+                continue
+            words = getattr(one, "help", None) or ""
+            assert len(words.split()) >= 3, (name, one.name, words)
+            assert words[0].isupper(), (name, one.name, words)
+            assert words.endswith("."), (name, one.name, words)
+
+
+def test_an_option_is_the_same_everywhere() -> None:
+    found: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    for _, one in commands():
+        for p in one.params:
+            for flag in p.opts:
+                found[flag].add((p.default, getattr(p, "help", None)))
+    for flag in (
+        "--seed",
+        "--top",
+        "--json",
+        "--figure",
+        "--workspace",
+        "--take",
+        "--metric",
+        "--note",
+    ):
+        assert len(found[flag]) == 1, (flag, found[flag])
+    assert {default for default, _ in found["--limit"]} == {32, None}
+    assert {default for default, _ in found["--random"]} == {99, 1}
+
+
+def test_nothing_that_is_printed_is_interpreted(capsys, monkeypatch) -> None:
+    show_table(Table((ODD, "n"), [(ODD, 1.5)], title=ODD, note=ODD))
+    say(ODD)
+    assert capsys.readouterr().out.count(ODD) == 5
+    warn(ODD)
+    assert run(["sites", ODD]) == 2
+    error = capsys.readouterr().err
+    assert error.count(ODD) == 2
+    bars: list[Progress] = []
+    monkeypatch.setattr(
+        output, "Progress", lambda *a, **k: bars.append(Progress(*a, **k)) or bars[0]
+    )
+    with progress_bar(ODD):
+        (task,) = bars[0].tasks
+        assert bars[0].columns[0].render(task).plain == ODD
+
+
+def test_tables_show_numbers_in_four_digits(capsys) -> None:
+    show_table(Table(("a", "b"), [("x", 1 / 3), ("y", 2)]))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["a", "b"], ["x", "0.3333"], ["y", "2"],
+    ]  # fmt: skip
+
+
+def test_examples_are_what_the_options_say() -> None:
+    model = load_model("induction")
+    assert options.Dataset().choose(model, 0).data == "repeats"
+    assert len(options.Inputs(text="1 2 3").choose(model, 0)) == 1
+    with pytest.raises(ValueError, match="takes tokens: use --text or --data"):
+        options.Images(image=[Path("a.png")]).choose(model, 0)
+    with pytest.raises(ValueError, match="does not go with --image or --text"):
+        options.Inputs(data="repeats", text="1").choose(model, 0)
+
+
+def test_a_task_is_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(options, "load_task", lambda *a, **k: seen.update(k, task=a[1]))
+    model = load_model("induction")
+    options.PairsTask(task="repeats", metric="accuracy", limit=4).compile(model, 3)
+    assert seen == {
+        "task": "repeats", "n": 4, "seed": 3, "how": "spread", "data": "", "texts": (), "metric": "accuracy"
+    }  # fmt: skip
+    asked = options.LabelledTask(text="1 2", positions="last", answer="2", against="1")
+    asked.compile(model, 0)
+    assert seen["texts"] == ["1 2"]
+    assert (seen["positions"], seen["answer"], seen["against"], seen["labels"]) == (
+        "last",
+        "2",
+        "1",
+        None,
+    )
