@@ -130,13 +130,15 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
         ablate(branches, [], x)
     with pytest.raises(ValueError, match=r"^unit cat:1 is listed twice"):
         ablate(branches, ["cat:1", "cat:1"], x)
-    with pytest.raises(ValueError, match=r"^labels: 2 for the 3 examples"):
+    with pytest.raises(
+        ValueError, match=r"^labels have 2 entries: expected one for each of the 3 examples"
+    ):
         ablate(branches, ["cat:1"], x, labels=[0, 1])
     with pytest.raises(ValueError, match=r"^label 3: expected a class from 0 to 2"):
         ablate(branches, ["cat:1"], x, labels=[0, 1, 3])
     with pytest.raises(ValueError, match=r"^pool: 1 units are too few to draw from"):
         ablate(branches, ["cat:1", "cat:2"], x, pool=["cat:3"])
-    with pytest.raises(ValueError, match=r"^examples: there is none"):
+    with pytest.raises(ValueError, match=r"^examples are empty"):
         ablate(branches, ["cat:1"], [])
 
 

@@ -132,7 +132,7 @@ def test_a_transcoder_reads_one_site_and_writes_another(induction: HookedModel) 
     torch.testing.assert_close(
         written, induction.logits(x, edits={target: lambda v: code(before)}), atol=1e-4, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="does not come behind"):
+    with pytest.raises(ValueError, match="is computed before site .*: expected a later site"):
         induction.attach(code, "t", target, source)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import is_bridge
 from circuits.tasks.targets import Aim, Target, as_target, output_site
@@ -83,7 +83,7 @@ def direct_logit_attribution(
         shift = shift - bridge.b_U.detach().double()[goal.against]
     stream = cache[_last_residual(model)].double()[rows, aim.places]
     with model.lock:
-        scale, offset, centred = held_normalisation(bridge.ln_final, stream)
+        scale, offset, centred = frozen_normalisation(bridge.ln_final, stream)
     read = direction * scale  # what one unit of the stream is worth
     if centred:
         read = read - read.mean(1, keepdim=True)

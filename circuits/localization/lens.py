@@ -22,7 +22,7 @@ from circuits.experiments.statistics import interval
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.sites import is_bridge
@@ -261,7 +261,7 @@ def _edits(
         return {last.name: lambda value: stream}
     bridge: Any = model.module
     with model.lock:
-        factor, bias, centred = held_normalisation(bridge.ln_final, end.double().flatten(0, 1))
+        factor, bias, centred = frozen_normalisation(bridge.ln_final, end.double().flatten(0, 1))
     inner = stream.double().flatten(0, 1)
     inner = inner - inner.mean(1, keepdim=True) if centred else inner
     made = (inner * factor + bias).reshape(stream.shape).to(stream)

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from circuits.models.adapter.topology import Link, WeightLayer
+from circuits.models.adapter.topology import SiteLink, WeightLayer
 
 
-def by_site(links: Iterable[Link]) -> dict[str, list[Link]]:
+def by_site(links: Iterable[SiteLink]) -> dict[str, list[SiteLink]]:
     """Links grouped by the site that they lead to."""
-    grouped: dict[str, list[Link]] = {}
+    grouped: dict[str, list[SiteLink]] = {}
     for link in links:
         grouped.setdefault(link.site, []).append(link)
     return grouped
@@ -27,7 +27,7 @@ def written(layer: WeightLayer, site: str) -> Tensor:
 
 
 def kernels_into(
-    layer: WeightLayer, site: str, units: Tensor, reads: Sequence[Link], n_sources: int
+    layer: WeightLayer, site: str, units: Tensor, reads: Sequence[SiteLink], n_sources: int
 ) -> Tensor:
     """What a layer builds units of from those of a site that it reads, summed over its paths.
 
@@ -51,7 +51,7 @@ def kernels_into(
 
 
 def kernels_from(
-    layer: WeightLayer, units: Tensor, reads: Sequence[Link], writes: Sequence[Link]
+    layer: WeightLayer, units: Tensor, reads: Sequence[SiteLink], writes: Sequence[SiteLink]
 ) -> Tensor:
     """What a layer builds of units, summed over its paths: unit x target x kernel axes.
 
@@ -67,7 +67,7 @@ def kernels_from(
     )
 
 
-def _by_source(rows: Tensor, link: Link, n_sources: int) -> Tensor:
+def _by_source(rows: Tensor, link: SiteLink, n_sources: int) -> Tensor:
     """Weights by input channel as weights by unit of the site that a link leads to."""
     used = link.index >= 0
     weighted = _times(rows[:, used], link.factor[used], 1)
@@ -77,7 +77,7 @@ def _by_source(rows: Tensor, link: Link, n_sources: int) -> Tensor:
     return empty.index_add_(1, link.index[used].to(rows.device), weighted)
 
 
-def _of_units(layer: WeightLayer, link: Link, units: Tensor) -> Tensor:
+def _of_units(layer: WeightLayer, link: SiteLink, units: Tensor) -> Tensor:
     """Columns of a layer by unit of the site that a link leads to: unit x output x kernel axes."""
     channels = torch.isin(link.index, units).nonzero()[:, 0]
     columns = _times(layer.columns(channels), link.factor[channels], 0)
@@ -90,7 +90,7 @@ def _of_units(layer: WeightLayer, link: Link, units: Tensor) -> Tensor:
     return empty.index_add_(0, place.to(columns.device), columns)
 
 
-def _reached(link: Link) -> Tensor:
+def _reached(link: SiteLink) -> Tensor:
     return link.factor * (link.index >= 0)
 
 

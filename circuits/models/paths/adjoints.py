@@ -119,7 +119,7 @@ class Call:
         name = getattr(packet, "__name__", str(packet))
         return name.removesuffix("_") if self.mutates else name
 
-    def keeping(self) -> Call:
+    def with_copies(self) -> Call:
         """With copies of what an operation is about to overwrite."""
         if not self.mutates:
             return self
@@ -129,7 +129,7 @@ class Call:
         }
         return replace(self, values=values)
 
-    def giving(self, output: Tensor, result: Any, place: int) -> Call:
+    def with_output(self, output: Tensor, result: Any, place: int) -> Call:
         """With what it put out."""
         return replace(self, output=output, result=result, place=place)
 
@@ -152,7 +152,7 @@ def adjoint(call: Call) -> Pull:
 # --- one number a place ------------------------------------------------------------------------
 
 
-def _same(call: Call) -> Pull:
+def _identity(call: Call) -> Pull:
     return lambda gradient, paths: [gradient]
 
 
@@ -170,7 +170,7 @@ def _scaled(factor: Tensor) -> Pull:
 
 def _relu(call: Call) -> Pull:
     if call.linear:
-        return _same(call)
+        return _identity(call)
     return _scaled(call.output > 0)
 
 
@@ -179,12 +179,12 @@ def _activation(call: Call) -> Pull:
     if len(call.dependents) != 1 or call.output.shape != call.dependents[0].shape:
         return _by_torch(call)
     if call.linear:
-        return _same(call)
+        return _identity(call)
     given = call.values["self"].detach().clone()
 
     @cache  # not before the first pull: torch cannot differentiate while it is being recorded
     def slope() -> Tensor:
-        _, pull, *_ = torch.func.vjp(lambda x: _again(call, {"self": x}), given)
+        _, pull, *_ = torch.func.vjp(lambda x: _rerun(call, {"self": x}), given)
         return pull(torch.ones_like(given))[0]
 
     return lambda g, paths: _scaled(slope())(g, paths)
@@ -213,11 +213,11 @@ def _product(call: Call) -> Pull:
     if any(value.shape != call.output.shape for value in call.dependents):
         return _by_torch(call)
     if call.values.get("rounding_mode") is not None:
-        return _refusing(call, " with rounding") if call.linear else _by_torch(call)
+        return _refuse(call, " with rounding") if call.linear else _by_torch(call)
     divides = call.name == "div"
     if len(places) == 2 or (divides and places == ("other",)):
         if call.linear:
-            return _refusing(call, " of two maps that both depend on the source")
+            return _refuse(call, " of two maps that both depend on the source")
         if divides:
             return _by_torch(call)
         a, b = (call.values[name].detach().clone() for name in ("self", "other"))
@@ -316,7 +316,7 @@ def _max_pool(call: Call) -> Pull:
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     padding, dilation = _each(v["padding"], 2), _each(v["dilation"], 2)
     if call.linear:
-        return _averaging(call, kernel, stride, padding, dilation, _Count("inside"))
+        return _averaging(call, kernel, stride, padding, dilation, _Divisor("inside"))
     indices = call.result[1]
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
@@ -339,7 +339,7 @@ def _max_pool(call: Call) -> Pull:
 
 
 @dataclass(frozen=True)
-class _Count:
+class _Divisor:
     """By what an average is divided: places inside the map, with padding, or a number."""
 
     how: Literal["inside", "padded"] | int
@@ -358,7 +358,7 @@ def _averaging(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    count: _Count,
+    count: _Divisor,
 ) -> Pull:
     size = tuple(call.dependents[0].shape)
     if isinstance(count.how, int):
@@ -391,7 +391,7 @@ def _avg_pool(call: Call) -> Pull:
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     override = v["divisor_override"]
     how = override or ("padded" if v["count_include_pad"] else "inside")
-    return _averaging(call, kernel, stride, _each(v["padding"], 2), [1, 1], _Count(how))
+    return _averaging(call, kernel, stride, _each(v["padding"], 2), [1, 1], _Divisor(how))
 
 
 def _mean(call: Call) -> Pull:
@@ -477,7 +477,7 @@ def _matrix(call: Call) -> Pull:
 # --- what has no rule --------------------------------------------------------------------------
 
 
-def _refusing(call: Call, why: str = "") -> Pull:
+def _refuse(call: Call, why: str = "") -> Pull:
     def pull(g: Window, paths: Paths) -> list[Window]:
         also = ": modes 'mean' and 'example' can" if call.linear else ""
         raise ValueError(
@@ -499,7 +499,7 @@ def _is_linear(call: Call) -> bool:
 def _by_torch(call: Call) -> Pull:
     """The whole operation's gradient, by torch."""
     if call.linear and not _is_linear(call):
-        return _refusing(call)
+        return _refuse(call)
     recorded = {id(value) for value in call.dependents}
     slots: list[tuple[str, int | None]] = []
     for name in call.sources:
@@ -530,7 +530,7 @@ def _by_torch(call: Call) -> Pull:
                     changed[name] = value
                 else:
                     changed[name][i] = value
-            return _again(call, changed)
+            return _rerun(call, changed)
 
         first = [wide[name] if i is None else wide[name][i] for name, i in slots]
         output, back, *_ = torch.func.vjp(again, *first)
@@ -554,7 +554,7 @@ def _in_precision(value: Any, like: Tensor) -> Any:
     return value.to(like) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _again(call: Call, changed: dict[str, Any]) -> Tensor:
+def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
     """The operation carried out once more, on other values."""
     values = call.values | changed
     if call.mutates:
@@ -604,10 +604,10 @@ _RULES: dict[str, AdjointRule] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     "cudnn_batch_norm": _batch_norm,
     "local_response_norm": _local_response_norm,
-    "clone": _same,
-    "alias": _same,
+    "clone": _identity,
+    "alias": _identity,
     "detach": _detached,
-    "_to_copy": _same,
+    "_to_copy": _identity,
     "constant_pad_nd": _pad,
     "slice": _slice,
     "addmm": _matrix,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
@@ -41,7 +41,7 @@ def stream_change(
     """
     first = next(iter(live.values()))
     total = first.new_zeros((*first.shape[:3], stream.model.module.cfg.d_model))  # type: ignore[union-attr, arg-type]
-    passed = stream.passed(receiver)
+    passed = stream.mlps_before(receiver)
     for sender in (Sender("token"), Sender("position")):
         _add_output(stream, total, sets, sender, live, other)
     for layer in range(stream.n_layers):
@@ -73,7 +73,7 @@ def _add_output(
     """Add the difference of an embedding or MLP to the sets that hold it."""
     rows = _holding(sets, sender)
     if rows.any():
-        site = stream.output(sender)
+        site = stream.output_site(sender)
         total[rows] += other[site][rows] - live[site][rows]
 
 
@@ -89,7 +89,7 @@ def _add_heads(
     heads = sorted({s for group in sets for s in group if s.kind == "head" and s.layer == layer})
     if not heads:
         return
-    site, post_norm = stream.heads(layer), stream.has(layer, "ln1_post")
+    site, post_norm = stream.heads_site(layer), stream.has(layer, "ln1_post")
     out = stream.block(layer).attn.W_O.detach()
     moved = torch.zeros_like(total) if post_norm else total
     for head in heads:
@@ -97,7 +97,7 @@ def _add_heads(
         z = other[site][rows][..., head.head, :] - live[site][rows][..., head.head, :]
         moved[rows] += z @ out[head.head]
     if post_norm:  # what heads write is normalised together before it is added
-        before, norm = live[stream.before_post_norm(layer)], stream.block(layer).ln1_post
+        before, norm = live[stream.before_post_norm_site(layer)], stream.block(layer).ln1_post
         total += norm(before + moved) - norm(before)
 
 
@@ -107,7 +107,7 @@ def _add_recomputed(
     """Add by how much an MLP's output changes with the stream in front of it."""
     if not total[rows].any():
         return
-    before, norm = live[stream.seen(mlp)][rows], norm_of(stream, mlp)
+    before, norm = live[stream.stream_site(mlp)][rows], norm_of(stream, mlp)
     changed = mlp_output(stream, mlp.layer, norm(before + total[rows]))
     total[rows] += changed - mlp_output(stream, mlp.layer, norm(before))
 
@@ -160,7 +160,7 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
 
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """What a normalisation makes of a change of the stream when it keeps its scale."""
-    factor, _, centred = held_normalisation(norm, before.reshape(-1, before.shape[-1]).double())
+    factor, _, centred = frozen_normalisation(norm, before.reshape(-1, before.shape[-1]).double())
     inner = change - change.mean(-1, keepdim=True) if centred else change
     return inner * factor.reshape(before.shape).to(change)
 
@@ -192,8 +192,13 @@ def position_embedding(
 def check_stream(stream: Stream) -> None:
     """Raise ValueError unless, on examples, senders add up to the stream and receivers read it as they should."""
     model = stream.model
-    names = {site for r in stream.receivers for site in (stream.read(r), stream.seen(r))}
-    names |= {*stream.written(stream.senders), *map(stream.attention, range(stream.n_layers))}
+    names = {
+        site for r in stream.receivers for site in (stream.input_site(r), stream.stream_site(r))
+    }
+    names |= {
+        *stream.sender_sites(stream.senders),
+        *map(stream.attention_site, range(stream.n_layers)),
+    }
     cache = model.run(model.input.example(2), read=names)
     with model.lock, evaluating(model.module), torch.no_grad():
         for site, made in _expected(stream, cache):
@@ -207,13 +212,13 @@ def check_stream(stream: Stream) -> None:
 
 def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Tensor]]:
     """What each site must hold, worked out from those before it."""
-    embedded = [stream.output(s) for s in stream.senders if s.kind in ("token", "position")]
+    embedded = [stream.output_site(s) for s in stream.senders if s.kind in ("token", "position")]
     here = torch.stack([cache[site] for site in embedded]).sum(0)
     if Sender("position") in stream.senders:
         ids = torch.arange(here.shape[1])[None]
         yield embedded[1], position_embedding(stream, ids).expand_as(here)
     for layer in range(stream.n_layers):
-        yield stream.seen(Receiver("resid_pre", layer)), here
+        yield stream.stream_site(Receiver("resid_pre", layer)), here
         attention = stream.block(layer).attn
         for kind in _PARTS:
             receiver = Receiver(kind, layer)
@@ -221,36 +226,38 @@ def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Ten
             made = torch.einsum("bpm,hmd->bphd", read, getattr(attention, f"W_{letter}"))
             bias = getattr(attention, f"b_{letter}", None)
             yield (
-                stream.read(receiver),
+                stream.input_site(receiver),
                 made if bias is None else made + bias.reshape(made.shape[2:]),
             )
-        written = torch.einsum("bphd,hdm->bpm", cache[stream.heads(layer)], attention.W_O)
+        written = torch.einsum("bphd,hdm->bpm", cache[stream.heads_site(layer)], attention.W_O)
         if Sender("bias", layer) in stream.senders:
             written = written + attention.b_O
         if stream.has(layer, "ln1_post"):
             written = stream.block(layer).ln1_post(written)
-        yield stream.attention(layer), written
+        yield stream.attention_site(layer), written
         mlp = Receiver("mlp", layer)
         if mlp in stream.receivers:
             before = here if stream.parallel else here + written
-            yield stream.read(mlp), norm_of(stream, mlp)(before)
-            written = written + cache[stream.output(Sender("mlp", layer))]
+            yield stream.input_site(mlp), norm_of(stream, mlp)(before)
+            written = written + cache[stream.output_site(Sender("mlp", layer))]
         here = here + written
-        yield stream.seen(Receiver("resid_post", layer)), here
-        here = cache[stream.seen(Receiver("resid_post", layer))]
-    yield stream.read(Receiver("logits")), norm_of(stream, Receiver("logits"))(here)
+        yield stream.stream_site(Receiver("resid_post", layer)), here
+        here = cache[stream.stream_site(Receiver("resid_post", layer))]
+    yield stream.input_site(Receiver("logits")), norm_of(stream, Receiver("logits"))(here)
 
 
 def check_mlps(stream: Stream) -> None:
     """Raise ValueError unless each MLP can be run by itself, as paths through MLPs need it."""
     model = stream.model
-    mlps = stream.passed(Receiver("logits"))
-    outputs = {mlp: stream.output(Sender("mlp", mlp.layer)) for mlp in mlps}
-    cache = model.run(model.input.example(2), read=[*map(stream.read, mlps), *outputs.values()])
+    mlps = stream.mlps_before(Receiver("logits"))
+    outputs = {mlp: stream.output_site(Sender("mlp", mlp.layer)) for mlp in mlps}
+    cache = model.run(
+        model.input.example(2), read=[*map(stream.input_site, mlps), *outputs.values()]
+    )
     for mlp, site in outputs.items():
         try:
             with model.lock, evaluating(model.module), torch.no_grad():
-                made = mlp_output(stream, mlp.layer, cache[stream.read(mlp)])
+                made = mlp_output(stream, mlp.layer, cache[stream.input_site(mlp)])
             same = bool(torch.allclose(made, cache[site], rtol=1e-3, atol=1e-5))
         except (TypeError, RuntimeError):  # Bloom's adds the stream itself, and needs it
             same = False

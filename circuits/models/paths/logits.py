@@ -7,12 +7,12 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
-from circuits.models.adapter.sites import answers_last
+from circuits.models.adapter.sites import logits_last
 
 
 def outputs_last(model: HookedModel, logits: Tensor) -> Tensor:
     """Logits with the axis of classes or tokens last, whatever their layout."""
-    return answers_last(model.sites, logits)
+    return logits_last(model.sites, logits)
 
 
 def answers(model: HookedModel, logits: Tensor) -> Float[Tensor, "example output"]:

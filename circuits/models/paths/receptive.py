@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Extent:
+class AxisReceptiveField:
     """What the positions along one axis of a map see of the input's axis.
 
     Attributes:
@@ -51,7 +51,7 @@ class ReceptiveField:
     """
 
     size: tuple[int, int]
-    extents: tuple[Extent, ...] = ()
+    extents: tuple[AxisReceptiveField, ...] = ()
 
     def at(self, position: tuple[int, ...]) -> Box:
         """The box at a map position (y, x), cut off at the border of the input."""
@@ -108,7 +108,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
     # pixels that had to be spoiled, by side, positions from the border, and the input's length
     found: dict[tuple[str, int, int], int] = {}
 
-    def extent(axis: int) -> Extent:
+    def extent(axis: int) -> AxisReceptiveField:
         length, last = size[axis], site.position_shape[axis] - 1
         stride = round(length / (last + 1))
 
@@ -143,7 +143,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
         # where the input cuts off the next position too, it cuts off all others
         back = low - first(last - 1) if last and low else length
         forth = end(1) - high if last and high < length else length
-        return Extent(length, last, (low, back), (high, forth))
+        return AxisReceptiveField(length, last, (low, back), (high, forth))
 
     return ReceptiveField(size, (extent(0), extent(1)))
 

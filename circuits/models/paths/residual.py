@@ -96,7 +96,7 @@ class Stream:
     parallel: bool
 
     @classmethod
-    def shown_by(cls, model: HookedModel) -> Stream:
+    def from_bridge(cls, model: HookedModel) -> Stream:
         """The stream that a bridge's sites show.
 
         Raises:
@@ -180,7 +180,7 @@ class Stream:
         """Whether the receiver reads a stream that the sender has written to."""
         return self._writes_at(sender) < self._reads_at(receiver)
 
-    def behind(self, sender: Sender) -> Receiver:
+    def stream_after(self, sender: Sender) -> Receiver:
         """The stream right behind a sender: all that reads the sender reads it from there."""
         return next(r for r in self.receivers if r.kind in STREAMS and self.reaches(sender, r))
 
@@ -198,37 +198,37 @@ class Stream:
 
     # --- sites -----------------------------------------------------------------------------------
 
-    def written(self, among: Iterable[Sender]) -> tuple[str, ...]:
+    def sender_sites(self, among: Iterable[Sender]) -> tuple[str, ...]:
         """The sites that show what senders write."""
         found: dict[str, None] = {}
         for sender in among:
             if sender.kind == "head":
-                found[self.heads(sender.layer)] = None
+                found[self.heads_site(sender.layer)] = None
                 if self.has(sender.layer, "ln1_post"):
-                    found[self.before_post_norm(sender.layer)] = None
+                    found[self.before_post_norm_site(sender.layer)] = None
             elif sender.kind != "bias":
-                found[self.output(sender)] = None
+                found[self.output_site(sender)] = None
         return tuple(found)
 
-    def output(self, sender: Sender) -> str:
+    def output_site(self, sender: Sender) -> str:
         """The site that holds what an embedding or MLP adds to the stream."""
         if sender.kind == "mlp":
             return f"blocks.{sender.layer}.hook_mlp_out"
         return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
 
-    def heads(self, layer: int) -> str:
+    def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, each before its output weights."""
         return f"blocks.{layer}.attn.hook_z"
 
-    def attention(self, layer: int) -> str:
+    def attention_site(self, layer: int) -> str:
         """The site that holds what a layer's heads and bias add to the stream together."""
         return f"blocks.{layer}.hook_attn_out"
 
-    def before_post_norm(self, layer: int) -> str:
+    def before_post_norm_site(self, layer: int) -> str:
         """The same before the normalisation that some models (Gemma 2) have behind attention."""
         return f"blocks.{layer}.attn.hook_out"
 
-    def seen(self, receiver: Receiver) -> str:
+    def stream_site(self, receiver: Receiver) -> str:
         """The site that shows the stream which a receiver reads."""
         if receiver.kind == "logits":
             return "ln_final.hook_in"
@@ -237,20 +237,20 @@ class Stream:
         middle = receiver.kind == "mlp" and not self.parallel
         return f"blocks.{receiver.layer}.hook_resid_{'mid' if middle else 'pre'}"
 
-    def read(self, receiver: Receiver) -> str:
+    def input_site(self, receiver: Receiver) -> str:
         """The site where what a receiver reads can be changed for that receiver (of a head: that layer's) alone."""
         if receiver.kind == "logits":
             return "unembed.hook_in"
         if (
             receiver.kind == "resid_mid"
         ):  # `hook_resid_mid` is what the MLP reads, not what passes it by
-            return self.attention(receiver.layer)
+            return self.attention_site(receiver.layer)
         if receiver.kind in STREAMS:
-            return self.seen(receiver)
+            return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
         return f"blocks.{receiver.layer}.{inner}"
 
-    def passed(self, receiver: Receiver) -> tuple[Receiver, ...]:
+    def mlps_before(self, receiver: Receiver) -> tuple[Receiver, ...]:
         """The MLPs whose outputs a receiver reads."""
         mlps = (s for s in self.senders if s.kind == "mlp" and self.reaches(s, receiver))
         return tuple(Receiver("mlp", s.layer) for s in mlps)

@@ -37,7 +37,7 @@ _KNOWN, _STREAMS = 2, 4
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class Restart:
     """Where a pass begins again.
 
     Attributes:
@@ -54,7 +54,7 @@ class Start:
         return own[:1] if self.small is None else self.small
 
 
-def start_at(
+def restart_at(
     model: HookedModel,
     site: Site,
     ends: Sequence[Site],
@@ -62,7 +62,7 @@ def start_at(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> Start | None:
+) -> Restart | None:
     """How a pass may begin at a site; None unless all that is read behind it depends on the site's tensor alone.
 
     The tensors of two examples are put in behind another input, a single one: if the outcome is theirs, a pass may
@@ -88,7 +88,7 @@ def start_at(
             continue
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
-            return Start(site, other if stays else None)
+            return Restart(site, other if stays else None)
     return None
 
 
@@ -106,7 +106,7 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return bool(torch.allclose(found, expected, rtol=0, atol=ALIKE * float(expected.abs().max())))
 
 
-def candidates(model: HookedModel, site: Site) -> list[Site]:
+def restart_candidates(model: HookedModel, site: Site) -> list[Site]:
     """Sites at which a pass that changes a site might begin, nearest first.
 
     The site itself, and residual streams before it. Where streams are known by name they are the ones that are tried,
@@ -121,7 +121,7 @@ def candidates(model: HookedModel, site: Site) -> list[Site]:
     return [*own, *known[: -_KNOWN - 1 : -1]] if known else [*own, *among[: -_STREAMS - 1 : -1]]
 
 
-def beginning(
+def nearest_restart(
     model: HookedModel,
     site: Site,
     ends: Sequence[Site],
@@ -129,7 +129,7 @@ def beginning(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> Start | None:
+) -> Restart | None:
     """A pass that begins as near to a changed site as it may; None if it has to begin with the input.
 
     Args:
@@ -137,12 +137,13 @@ def beginning(
         site: the first that is changed.
         ends: what is read behind it.
         inputs: examples.
-        values: the tensors of the candidates and of the ends on them.
-        changed: see `start_at`.
-        rows: see `start_at`.
+        values: the tensors of the restart_candidates and of the ends on them.
+        changed: see `restart_at`.
+        rows: see `restart_at`.
     """
     tried = (
-        start_at(model, p, ends, inputs, values, changed, rows) for p in candidates(model, site)
+        restart_at(model, p, ends, inputs, values, changed, rows)
+        for p in restart_candidates(model, site)
     )
     return next((start for start in tried if start is not None), None)
 

@@ -19,7 +19,7 @@ def stream_of(model: HookedModel) -> Stream:
         raise ValueError(
             f"model {model.name} is no TransformerLens bridge: it has no residual stream to follow"
         )
-    stream = Stream.shown_by(model)
+    stream = Stream.from_bridge(model)
     with model.lock, model.outside():
         check_stream(stream)
     return stream

@@ -180,14 +180,14 @@ class _Operations(TorchDispatchMode):
         sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
         in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
         call = Call(func, values, found[0], found, sources, linear, in_place)
-        call = call.keeping()  # what it was given, before it may be overwritten
+        call = call.with_copies()  # what it was given, before it may be overwritten
         output = func(*args, **kwargs)
         made = [values[written[0]]] if in_place else _tensors([output])
         self.silent = True  # what a rule computes is no part of the pass
         try:
             for place, tensor in enumerate(made):
                 if tensor.is_floating_point():
-                    self.tape.note(call.giving(tensor, output, place))
+                    self.tape.note(call.with_output(tensor, output, place))
         finally:
             self.silent = False
         return output
