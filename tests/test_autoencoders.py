@@ -87,7 +87,7 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(n: int) -> None:
 
 def test_the_first_latents_of_a_code() -> None:
     code = Code(torch.tensor([0, 2, 3]), torch.tensor([4, 1, 3]), torch.tensor([1.0, 2.0, 3.0]), 5)
-    assert code.below(4).dense().tolist() == [[0, 2, 0, 0], [0, 0, 0, 3]]
+    assert code.prefix(4).dense().tolist() == [[0, 2, 0, 0], [0, 0, 0, 3]]
 
 
 # --- as modules --------------------------------------------------------------------------------------

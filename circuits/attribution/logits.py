@@ -57,11 +57,11 @@ def direct_logit_attribution(
         target: a token's logit, at the last position if no other is given.
 
     Raises:
-        ValueError: if the model is no bridge, or the target no logit.
+        ValueError: if the model is not a TransformerLens bridge, or the target no logit.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is no TransformerLens bridge: it has no residual stream to split"
+            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to split"
         )
     goal, end = as_target(model, target), output_site(model)
     if goal.site != end.name or goal.quantity != "activation":

@@ -145,13 +145,13 @@ class Autoencoder(nn.Module):
         Raises:
             ValueError: if it needs `x` and has none.
         """
-        return self.skipped(codes @ self.W_dec + self.b_dec, x)
+        return self.with_skip(codes @ self.W_dec + self.b_dec, x)
 
     def decode_code(self, code: Code, x: Tensor | None = None) -> Float[Tensor, "row output"]:
         """The same for codes in compressed form."""
-        return self.skipped(decode(code, self.W_dec) + self.b_dec, x)
+        return self.with_skip(decode(code, self.W_dec) + self.b_dec, x)
 
-    def skipped(self, written: Tensor, x: Tensor | None) -> Tensor:
+    def with_skip(self, written: Tensor, x: Tensor | None) -> Tensor:
         """What was written, with what goes straight from the input to the output."""
         if self.W_skip is None:
             return written

@@ -202,7 +202,7 @@ def _saelens_about(config: Mapping[str, Any], kind: str) -> About:
 def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], About]:
     trainer = config["trainer"]
     kind = trainer["dict_class"]
-    tensors = _torch_file(path)
+    tensors = _read_torch_file(path)
     linear = ("encoder.weight", "encoder.bias", "decoder.weight")
     maps = ("W_enc", "b_enc", "W_dec", "b_dec")
     needed = {
@@ -237,7 +237,7 @@ def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[st
     return made, About("", site, site, trainer.get("lm_name") or "", "", "", kind)
 
 
-def _torch_file(path: Path) -> dict[str, Tensor]:
+def _read_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -318,7 +318,7 @@ def export_autoencoder(code: Autoencoder, folder: str | Path, layout: Layout) ->
     return place
 
 
-def _transcodes(code: Autoencoder) -> bool:
+def _is_transcoder(code: Autoencoder) -> bool:
     return (
         code.W_skip is not None
         or code.d_in != code.d_out
@@ -328,7 +328,7 @@ def _transcodes(code: Autoencoder) -> bool:
 
 def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = {"relu": "standard"}.get(code.activation, code.activation)
-    if _transcodes(code):
+    if _is_transcoder(code):
         if kind == "topk":
             raise ValueError(
                 "layout 'saelens' has no transcoder with topk: expected relu or jumprelu"
@@ -351,7 +351,7 @@ def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config |= {"k": code.k, "rescale_acts_by_decoder_norm": False}
     if code.threshold is not None:
         tensors["threshold"] = code.threshold
-    if _transcodes(code):
+    if _is_transcoder(code):
         config |= {"d_out": code.d_out}
         config["metadata"]["hook_name_out"] = about.target
         if code.W_skip is not None:
@@ -360,7 +360,7 @@ def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _to_dictionary_learning(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if _transcodes(code):
+    if _is_transcoder(code):
         raise ValueError("layout 'dictionary_learning' has no transcoders")
     kind, trainer = {
         "relu": ("AutoEncoder", "StandardTrainer"), "topk": ("AutoEncoderTopK", "TopKTrainer"),
@@ -400,7 +400,7 @@ def _to_sparsify(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"layout 'sparsify' has topk from one width to the same: this is {code.activation}, {code.d_in} to "
             f"{code.d_out}"
         )
-    transcode = _transcodes(code)
+    transcode = _is_transcoder(code)
     config = {
         "activation": "topk", "expansion_factor": max(1, code.n_latents // code.d_in), "normalize_decoder": True,
         "num_latents": code.n_latents, "k": code.k, "multi_topk": False,

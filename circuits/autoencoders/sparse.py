@@ -46,7 +46,7 @@ class Code:
         out = self.value.new_zeros(len(self), self.n_latents)
         return out.index_put((self.row, self.latent), self.value)
 
-    def below(self, n: int) -> Code:
+    def prefix(self, n: int) -> Code:
         """The first `n` latents alone."""
         keep = self.latent < n
         counts = torch.zeros(len(self), dtype=self.start.dtype, device=self.start.device)

@@ -33,7 +33,7 @@ def qk_circuit(
         tokens: by tokens, W_E W_QK W_E^T, instead of by residual dimensions.
 
     Raises:
-        ValueError: if the model is no bridge or the unit no head.
+        ValueError: if the model is not a TransformerLens bridge or the unit no head.
     """
     bridge, layer, index = _place(model, head, _HEAD, "a head, blocks.N.attn.hook_z:INDEX")
     matrix = composition.qk(bridge, layer, index)
@@ -54,7 +54,7 @@ def ov_circuit(
         tokens: from tokens to logits, W_E W_OV W_U, instead of by residual dimensions.
 
     Raises:
-        ValueError: if the model is no bridge or the unit no head.
+        ValueError: if the model is not a TransformerLens bridge or the unit no head.
     """
     bridge, layer, index = _place(model, head, _HEAD, "a head, blocks.N.attn.hook_z:INDEX")
     matrix = composition.ov(bridge, layer, index)
@@ -67,7 +67,7 @@ def neuron_directions(
     """The directions of the residual stream that a neuron reads and writes.
 
     Raises:
-        ValueError: if the model is no bridge or the unit no neuron, `blocks.N.mlp.hook_post:INDEX`.
+        ValueError: if the model is not a TransformerLens bridge or the unit no neuron, `blocks.N.mlp.hook_post:INDEX`.
     """
     bridge, layer, index = _place(model, neuron, _NEURON, "a neuron, blocks.N.mlp.hook_post:INDEX")
     scale = composition.norm_weight(bridge.blocks[layer].ln2)
@@ -79,7 +79,7 @@ def direct_logits(model: HookedModel, neuron: str | Unit) -> Float[Tensor, " tok
     """What one more unit of a neuron's activation adds to each logit directly: W_out W_U.
 
     Raises:
-        ValueError: if the model is no bridge or the unit no neuron.
+        ValueError: if the model is not a TransformerLens bridge or the unit no neuron.
     """
     bridge, layer, index = _place(model, neuron, _NEURON, "a neuron, blocks.N.mlp.hook_post:INDEX")
     return bridge.W_out[layer].detach()[index] @ _unembedding(bridge)
@@ -95,7 +95,7 @@ def _place(
     """The bridge, and the layer and index of a unit."""
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is no TransformerLens bridge: it has no heads or neurons"
+            f"model {model.name} is not a TransformerLens bridge: it has no heads or neurons"
         )
     found = model.unit(unit)
     match = pattern.fullmatch(found.site)
