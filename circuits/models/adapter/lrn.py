@@ -11,19 +11,26 @@ import numba
 import numpy as np
 
 
-def _compiled(function):
-    plain = inspect.unwrap(function)  # under the tests a run-time type checker is wrapped around it
-    # Sums may be reordered and fused, but not under "nnan" and "ninf": these make the result undefined where an
-    # activation is NaN or infinite.
-    options = {
-        "nogil": True,
-        "fastmath": {"nsz", "contract", "arcp", "reassoc"},
-        "error_model": "numpy",
-    }
-    try:
-        return numba.njit(cache=True, **options)(plain)
-    except RuntimeError:  # numba finds no folder that it may write its cache to
-        return numba.njit(**options)(plain)
+def compiled(**options):
+    """Compile a function with numba, and keep the result on disk where that is possible."""
+
+    def compile(function):
+        plain = inspect.unwrap(
+            function
+        )  # under the tests a run-time type checker is wrapped around it
+        try:
+            return numba.njit(cache=True, **options)(plain)
+        except RuntimeError:  # numba finds no folder that it may write its cache to
+            return numba.njit(**options)(plain)
+
+    return compile
+
+
+# Sums may be reordered and fused, but not under "nnan" and "ninf": these make the result undefined where an activation
+# is NaN or infinite.
+_compiled = compiled(
+    nogil=True, fastmath={"nsz", "contract", "arcp", "reassoc"}, error_model="numpy"
+)
 
 
 @_compiled

@@ -76,9 +76,8 @@ def _over_pixels(
     what: str, given: tuple[Tensor, ...], constants: tuple[int, float, float, float]
 ) -> Tensor:
     """Run a compiled loop over all pixels, in as many threads as torch has."""
-    from circuits.models.adapter import (
-        lrn,  # here, since importing numba is slow and most models do without
-    )
+    # Imported here, since importing numba is slow and most models do without.
+    from circuits.models.adapter import lrn
 
     arrays = [_pixels(x.contiguous(memory_format=torch.channels_last)) for x in given]
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
