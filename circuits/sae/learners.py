@@ -135,7 +135,7 @@ class Learner(nn.Module):
         half: bool = False,
     ) -> None:
         super().__init__()
-        self.settings, self.transcoder, self.half = settings, transcoder, half
+        self.settings, self.transcoder, self.in_bfloat16 = settings, transcoder, half
         generator = torch.Generator().manual_seed(settings.seed)
         n, d_out = settings.n_latents, len(calibration.target_mean)
         d_in = len(calibration.mean)
@@ -212,7 +212,7 @@ class Learner(nn.Module):
         """Pre-activations of all latents, without history: gradients are needed only where a latent is active."""
         with (
             torch.no_grad(),
-            torch.autocast(inside.device.type, torch.bfloat16, enabled=self.half),
+            torch.autocast(inside.device.type, torch.bfloat16, enabled=self.in_bfloat16),
         ):
             return F.linear(inside, self.W_enc, self.b_enc).float()
 
