@@ -112,6 +112,7 @@ def activities(
         cache = model.run(part.inputs, mask=part.mask, read=places, until=model.last(places))
         for site in places:
             rows = counted_rows(site, cache[site], part.mask).double()
+            # In float64: over a large dataset, float32 sums of squares would lose small terms.
             norms = rows if site.inner_axis is None else rows.norm(dim=-1)
             total[site.name] += rows.sum(0).cpu()
             square[site.name] += norms.square().sum(0).cpu()

@@ -155,7 +155,7 @@ def test_labels_from_names_files_and_lists(tmp_path: Path) -> None:
     np.savez(tmp_path / "l.npz", labels=np.array([0, 1]))
     assert read_labels(data, ["a", "b"], tmp_path / "l.npz") == [0, 1]
     for text, message in (
-        ("[1]", r"1 labels for 2 examples"),
+        ("[1]", r"have 1 entries: expected one for each of 2 examples"),
         ("[0, 2]", r"label 2 of 'example 1' is not a class: expected 0 to 1"),
         ('{"example 0": 1}', r"'example 1' has no label"),
         ('["a", "c"]', r"label 'c' of 'example 1' is not a class"),

@@ -130,6 +130,7 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
     # A scaling factor of ones changes nothing.
     if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
         del tensors["scaling_factor"]
+    # A factor for each latent by which SAELens multiplies codes after the nonlinearity: it goes to the decoder.
     fine = ("finetuning_scaling_factor",) if config.get("finetuning_scaling_factor") else ()
     check_tensors(path, tensors, _SAELENS[kind] + fine)
     for name, axes in (("W_enc", 2), ("W_dec", 2), ("b_dec", 1)):
@@ -165,6 +166,7 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
         "matryoshka_batchtopk",
     ):
         length = W_dec.norm(dim=1).clamp_min(1e-8)
+        # Codes become longer by the norm and directions shorter, so that the reconstruction stays.
         made["W_enc"], made["b_enc"] = W_enc * length[:, None], made["b_enc"] * length
         made["W_dec"] = W_dec / length[:, None]
     if fine:

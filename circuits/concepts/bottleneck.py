@@ -372,11 +372,13 @@ def intervene(
                 f"units {Units.of(i.units)}: the bottleneck reads {bottleneck.site}:0 to {units.shape[1] - 1}"
             )
     own = np.asarray(labels)
+    # "About as active" is judged by the root mean square over examples.
     size = np.sqrt(np.square(units).mean(0))
     seen = Activity(torch.from_numpy(units.mean(0)), size, len(units))
     draw = Draw(dict.fromkeys(u for i in interventions for u in i.units), {bottleneck.site: seen})
     each = [
         bottleneck.predict(_applied(units, [i.of(swap) for i in interventions]))
+        # The first, without substitutes, is the intervention itself; all others are its random controls.
         for swap in ({}, *draw.different(min(n_random, draw.ways), seed))
     ]
     before = bottleneck.predict(units)
@@ -483,6 +485,7 @@ def suspects(
         t_values.append(np.nan_to_num(t))
         p_values.append(np.nan_to_num(p, nan=1.0))
     t_all = np.concatenate(t_values)
+    # Over all classes together: each unit is tested once for each class.
     p_all = corrected(np.concatenate(p_values), "benjamini-hochberg")
     listed = [
         Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], here, there, d, t, q)

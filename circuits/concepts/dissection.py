@@ -209,6 +209,7 @@ def _logistic_regression(places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     The loss is balanced: with the share s of positive places, these count (1 - s) and negative ones s.
     """
+    # The share of each position's area that the mask covers, as a soft target.
     wanted = F.interpolate(mask[:, None].float(), places.shape[2:], mode="area")[:, 0].flatten()
     x = places.movedim(1, -1).flatten(0, -2)
     share = wanted.mean().clamp(1e-4, 1 - 1e-4)
@@ -221,6 +222,7 @@ def _logistic_regression(places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss = -(
             (1 - share) * wanted * F.logsigmoid(logit) + share * (1 - wanted) * F.logsigmoid(-logit)
         ).mean()
+        # Divided by its scale, so that one L1 penalty suits rare and frequent concepts; it keeps combinations short.
         (loss / (share * (1 - share)) + 1e-3 * weights.abs().sum()).backward()
         optimizer.step()
     return weights.detach(), bias.detach()

@@ -142,17 +142,20 @@ def name_by_attributes(
     generator = np.random.default_rng(seed)
     first = _half(table, generator)
     enough = (table[first].sum(0) >= _LEAST) & (table[~first].sum(0) >= _LEAST)
+    # Nor can an attribute be told apart if nearly all examples have it.
     enough &= (~table[first]).sum(0) >= _LEAST
     if not enough.any():
         raise ValueError(
             f"attributes: none of the {len(known)} has {_LEAST} examples in each half of {len(attributes)}"
         )
     kept, members = [n for n, ok in zip(known, enough, strict=True) if ok], table[:, enough]
+    # A unit that is silent on one half has only ties there.
     alive = (strengths[first] > 0).sum(0) >= _LEAST
     alive &= (strengths[~first] > 0).sum(0) >= 1
     found = _named(site, strengths, members, kept, first, alive, level, by)
     chance = []
     for _ in range(shuffles):
+        # Whole rows, so that attributes stay correlated with each other as they are.
         mixed = members[generator.permutation(len(members))]
         chance.append(
             sum(n.holds for n in _named(site, strengths, mixed, kept, first, alive, level, by))
@@ -195,6 +198,7 @@ def _named(
     stands = np.reshape(corrected(p.reshape(-1), CORRECTION), p.shape) <= level
     auroc = np.where(stands, auroc, -1)
     best = auroc.argmax(1)
+    # Units for which no attribute passed the test get no name.
     given = np.flatnonzero(auroc[np.arange(len(units)), best] >= 0)
     if not len(given):
         return []

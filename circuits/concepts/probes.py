@@ -86,6 +86,7 @@ def probe(
         best, auroc = _single(codes, own, first)
         _, base = _single(units, own, first)
         _, random = _single(codes, generator.permutation(own), first)
+        # Everything is chosen on `first` and measured on the other half.
         difference = codes[first & own].mean(0) - codes[first & ~own].mean(0)
         chosen = np.argsort(-np.abs(difference), kind="stable")[:k]
         few, _, _ = _fitted(codes[:, chosen], own, first)
@@ -149,6 +150,7 @@ def _fitted(
 
     scale = x[first].std(0)
     scale[scale == 0] = 1
+    # Balanced, because most labels are rare: without weights, "never" would be nearly always right.
     fitted = LogisticRegression(max_iter=2000, class_weight="balanced").fit(
         x[first] / scale, own[first]
     )

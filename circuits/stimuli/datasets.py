@@ -154,6 +154,7 @@ def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
     values = torch.as_tensor(np.ascontiguousarray(np.asarray(item)))
     if values.ndim == 2:
         values = values[None]
+    # Told by which axis has the length of channels; where both do, channels come first.
     elif values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
         values = values.movedim(2, 0)
     if values.ndim != 3:

@@ -41,6 +41,7 @@ def _rotated(points: Points, center: Float[Tensor, "batch 2"], degrees: Scalars)
     """Coordinates along and across the axis through `center` that points at `degrees`."""
     relative = points - rearrange(center, "b c -> b 1 1 c")
     axis = heading(degrees)
+    # The axis turned by 90 degrees, counter-clockwise on the screen, where y grows downwards.
     across = torch.stack([axis[:, 1], -axis[:, 0]], dim=-1)
     basis = torch.stack([axis, across], dim=-1)
     return torch.einsum("bhwc,bcd->bhwd", relative, basis)
@@ -52,6 +53,7 @@ def segment_distance(
     """Distance in pixels to the segment from `start` to `end`."""
     a = rearrange(start, "b c -> b 1 1 c")
     ab = rearrange(end - start, "b c -> b 1 1 c")
+    # The projection onto the line, clamped to the segment; a segment of length 0 is a point.
     length2 = ab.square().sum(-1).clamp_min(1e-12)
     t = (((points - a) * ab).sum(-1) / length2).clamp(0, 1)
     return (points - a - t[..., None] * ab).norm(dim=-1)
@@ -100,6 +102,7 @@ def polygon_distance(
     half_side = radius[:, None, None] * math.sin(sector / 2)
     depth = r * angle.cos() - apothem
     beyond = ((r * angle.sin()).abs() - half_side).clamp_min(0)
+    # Outside of the polygon and beyond the ends of the side, the nearest point is a corner.
     return torch.where((beyond > 0) & (depth > 0), torch.hypot(depth, beyond), depth)
 
 

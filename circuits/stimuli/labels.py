@@ -36,6 +36,7 @@ def read_labels(
     if isinstance(found, dict):
         found = found.get("labels", found)
     if isinstance(found, dict):
+        # A full name goes before a file's name.
         known = {**{PurePath(k).name: v for k, v in found.items()}, **found}
         found = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
     if not isinstance(found, list) or len(found) != len(source):

@@ -71,6 +71,7 @@ def draw_patterns(
     period = torch.randint(low, high + 1, (n, 1), generator=generator)
     prefix = torch.randint(1, 1 + length - high - low, (n, 1), generator=generator)
     at = torch.arange(length)[None]
+    # Each position of the pattern copies from its first round; the prefix copies itself.
     source = torch.where(at >= prefix, prefix + (at - prefix) % period, at)
     tokens = noise.gather(1, source)
     tokens[:, 0] = BOS

@@ -55,6 +55,7 @@ def draw_shapes(
     """
     images = _backgrounds(len(labels), generator)
     images = _clutter(images, generator)
+    # Classes before the textures are lines, all drawn by one stroke at the end; the others are areas.
     strokes = labels < labels.new_tensor(CLASSES.index("stripes"))
     distance = torch.full((len(labels), SIZE, SIZE), 1e3)
     for index in labels.unique().tolist():
@@ -206,6 +207,7 @@ def _contrasting(images: Float[Tensor, "n 3 h w"], generator: Generator) -> Floa
     """A random colour for each image, at least 0.3 lighter or darker than the image's mean."""
     n = len(images)
     mean = images.mean(dim=(1, 2, 3))
+    # The lighter the image, the more often the colour is darker: there is then more room below than above.
     darker = torch.rand(n, generator=generator) < ((mean - 0.15) / 0.7).clamp(0, 1)
     level = torch.where(
         darker,

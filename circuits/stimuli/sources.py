@@ -176,6 +176,7 @@ def _tokens(path: str) -> TextSource:
 
 def _repeats() -> TextSource:
     """200 held-out sequences of the kind on which the model `induction` is trained."""
+    # A seed that training does not use.
     tokens, _ = draw_repeats(200, torch.Generator().manual_seed(20_000))
     texts = tuple(" ".join(map(str, row)) for row in tokens.tolist())
     names = tuple(f"sequence {i}" for i in range(len(texts)))

@@ -118,6 +118,7 @@ def _parquet_rows(path: Path, rows: Rows, note: str) -> None:
     def tables() -> Any:
         for start in range(0, len(rows), _ROWS):
             stop = min(start + _ROWS, len(rows))
+            # Parquet stores columns: transposed, each is contiguous.
             values = np.ascontiguousarray(rows.range(start, stop).T)
             columns = {"example": rows.example[start:stop]}
             for axis in range(rows.position.shape[1]):

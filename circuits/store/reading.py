@@ -301,6 +301,7 @@ class ActivationStore:
         site, values, places = self._strengths(unit)
         generator = np.random.default_rng(seed)
         finite = np.flatnonzero(np.isfinite(values))
+        # By value, ties in random order: many examples of a sparse unit have the value 0.
         order = np.lexsort((generator.random(len(finite)), -values[finite]))
         found = []
         for group in np.array_split(finite[order], quantiles):

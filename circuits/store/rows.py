@@ -121,6 +121,7 @@ class Rows:
             except (OSError, KeyError):
                 if damaged == "refuse" or (path == paths[-1] and not self._parts):
                     raise
+        # Row numbers count through all shards: shard i has the rows from starts[i] to starts[i + 1].
         self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
 
     def __len__(self) -> int:
@@ -233,6 +234,7 @@ class Rows:
                 skip -= len(rows)
                 continue
             order = np.random.default_rng([seed, group + 1]).permutation(len(rows))
+            # `skip` counts rows, not groups: a stream that is resumed reads only the group in which it stopped.
             rest = np.concatenate([rest, self.take(rows)[order[skip:]]])
             skip = 0
             whole = len(rest) // batch * batch

@@ -175,6 +175,7 @@ def locked(folder: Path, provenance: Provenance, anew: bool = False) -> Iterator
                     f"activation store {str(folder)!r} is stale: {changed}; delete the folder to "
                     "harvest again"
                 )
+        # The lock is held, so nobody is writing them any more.
         for left in folder.glob(".*.tmp"):
             left.unlink()  # left by a harvest that was killed
         provenance.write(folder)

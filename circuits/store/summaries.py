@@ -83,6 +83,7 @@ class Summary:
     def moments(self) -> tuple[Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]:
         """Mean and standard deviation over examples and positions; NaN where none is finite."""
         offset = _ratio(self.total, self.count)
+        # E[(x - c)^2] - E[x - c]^2; rounding can make it slightly negative for a constant unit.
         variance = np.maximum(_ratio(self.square, self.count) - offset**2, 0.0)
         return self.center + offset, np.sqrt(variance)
 
@@ -183,6 +184,7 @@ def fit_tail(edges: Float[np.ndarray, " edge"], histogram: Int[np.ndarray, " bin
     total = int(histogram.sum())
     inner, beyond = histogram[1:-1].astype(np.float64), float(histogram[-1])
     above = np.append(np.cumsum(inner[::-1])[::-1] + beyond, beyond)  # counts at or above an edge
+    # Only positive activations: after a ReLU, the many zeros would be no exponential.
     fitting = np.flatnonzero((above <= TAIL * total) & (edges >= 0))
     start = int(fitting[0]) if len(fitting) else BINS
     threshold, count = float(edges[start]), int(above[start])

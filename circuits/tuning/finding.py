@@ -111,6 +111,8 @@ def find_curve_units(
         radial_tuning(model, chosen, shape, step=15.0, size=size, seed=seed)
         for shape in ("line", "grating")
     )
+    # Relative to the strongest units of the site: activations have no common scale. Not to the maximum, which one unit
+    # may hold far above all others.
     peaks = np.array([t.measures.peak.value for t in curves])
     floor = least * float(np.quantile(peaks, 0.9)) if len(peaks) else 0.0
     found = []

@@ -105,6 +105,7 @@ def heat_map(
     if bends.ndim != 1 or not len(bends) or bends.min() < 0:
         raise ValueError(f"curvatures {bends.tolist()} must be 0 or more")
     angles = torch.arange(n_angles) * float(step)
+    # A curvature of 0 is drawn as a curve of a very large radius.
     radii = [1 / max(float(c), 1 / STRAIGHT) for c in bends]
     total = 2 * len(radii) * n_angles
 
@@ -118,6 +119,7 @@ def heat_map(
         if progress is not None:
             progress(start + done, total)
 
+    # Dark on light and light on dark: a response to one polarity alone counts half.
     found = sum(
         responses(model, wanted[0].site, images(ink), progress=partial(note, k * total // 2))
         for k, ink in enumerate((0.0, 1.0))

@@ -69,6 +69,7 @@ def half_width(angles: Angles, curves: Curves) -> Numbers:
     places = (np.asarray(curves.argmax(-1))[..., None] + np.arange(n)) % n
     from_peak = np.take_along_axis(high, places, -1)
     steps = from_peak.argmin(-1) + from_peak[..., ::-1].argmin(-1)
+    # Where all angles respond, `argmin` finds no end and gives 0.
     width = np.where(high.all(-1), 360.0, steps * 360.0 / n)
     return np.where(peak > 0, width, np.nan)
 
@@ -156,6 +157,7 @@ def measure_tuning(
 
     return TuningMeasures(
         interval(preferred(angles, means), around=period), interval(means.max(1)), interval(half_width(angles, means)),
+        # With a period of half a turn the opposite angle is the same stimulus.
         interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan)),
         interval(circular_variance(angles, means, period)),
         interval(direction(angles, means, period), around=period), k, seed,

@@ -78,6 +78,7 @@ def responses(
             # After a flatten, the model takes images of its own size only.
             if place.position_axes != ("y", "x"):
                 own = _framed(own, spec)
+            # Channels last: convolutions on a CPU are faster in this layout.
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
             value = model.run(x, read=[place], until=place)[place]
             found.append(_largest(place, value, central).cpu())

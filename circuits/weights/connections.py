@@ -83,6 +83,7 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     wanted = torch.tensor([target.index])
     found: list[Connection] = []
     for layer in model.weight_layers:
+        # Several layers can write one site (branches of a concatenation, summands of a residual sum), each some units.
         if target.index not in written(layer, target.site):
             continue
         for site, links in by_site(link for link in layer.reads if link.direct).items():
@@ -107,6 +108,7 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     for layer in model.weight_layers:
         links = [link for link in layer.reads if link.site == source.site]
         site = nearest_written(layer, read)
+        # A layer that reads the site may still not read this unit (a slice, or groups of a convolution).
         if site is None or not any((link.index == source.index).any() for link in links):
             continue
         kernels = kernels_from(layer, wanted, links, by_site(layer.writes)[site])[0]

@@ -157,6 +157,7 @@ class ExpandedWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise
+        # Safetensors, JSON and the keys may fail in many ways; each of them means that this is another file.
         except Exception as error:
             raise ValueError(f"file {str(path)!r} holds no expanded weights") from error
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
@@ -397,6 +398,7 @@ def _taped(
         shape.append(tuple(value.shape))
         return tape.start(value)
 
+    # Edits are the hooks by which a pass tells the tape that it has reached the two sites.
     edits: dict[str, Callable[[Tensor], Tensor]] = {target.name: tape.end}
     if source.name != INPUT:
         edits[source.name] = start
@@ -446,6 +448,7 @@ def _box(windows: Sequence[Window], source: Site, shape: tuple[int, ...], exampl
         return (0,) * len(shape), (examples, *shape[1:])
     start = [min(s) for s in zip(*(w.start for w in windows), strict=True)]
     stop = [max(s) for s in zip(*(w.stop for w in windows), strict=True)]
+    # Windows are cut to where gradients are not zero, but examples and units are later selected by their index.
     start[0], stop[0] = 0, examples
     start[source.unit_axis], stop[source.unit_axis] = 0, source.n_units
     return tuple(start), tuple(stop)
@@ -468,5 +471,6 @@ def _as_weights(
             for w, count in zip(windows, rows, strict=True)
         ]
     )
+    # Here: target x example x axes of the source. After it: target x example x source x offset axes.
     values = values.movedim(source.unit_axis + 1, 2)[:, :, list(columns)]
     return values.transpose(0, 1) if mode == "example" else values[:, 0] / n

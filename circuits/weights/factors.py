@@ -68,12 +68,15 @@ def factorize(expanded: ExpandedWeights, k: int = 3, seed: int = 0) -> Factors:
     if not np.isfinite(weight).all() or not weight.any():
         raise ValueError("weights are zero or not finite: there is nothing to factor")
     flat = np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1)  # source x (target, offsets)
+    # NMF takes no negative numbers. With both parts as columns of one matrix, a group must explain excitation and
+    # inhibition by the same source units.
     sides = np.concatenate([flat.clip(min=0), (-flat).clip(min=0)], axis=1)
     settings: dict[str, Any] = {"n_components": k, "init": "nndsvda", "max_iter": 2000, "tol": 1e-5}
     model = NMF(**settings, random_state=seed)
     groups = model.fit_transform(sides / sides.max()).T
     norms = np.linalg.norm(groups, axis=1, keepdims=True)
     groups = np.divide(groups, norms, out=np.zeros_like(groups), where=norms > 0)
+    # NMF has fitted the two parts apart, where only one of them is not zero at each place: the signed maps fit better.
     maps = np.linalg.lstsq(groups.T, flat, rcond=None)[0]
     order = np.argsort(-np.linalg.norm(maps, axis=1), kind="stable")
     groups, maps = groups[order], maps[order]

@@ -47,6 +47,7 @@ def build_graph(
         for done, pair in enumerate(pairs):
             n = sites[pair.source]
             step = max(1, _NUMBERS_AT_ONCE // max(1, n * 25))
+            # Computed before the block is opened, since the block's record holds the shape of its kernels.
             first = pair.kernels(pair.units[:step], n)
             everything = len(pair.units) == sites[pair.target]
             info = _info(pair, n, tuple(first.shape[2:]), everything)

@@ -86,6 +86,7 @@ def _of_units(layer: WeightLayer, link: SiteLink, units: Tensor) -> Tensor:
     columns = _times(layer.columns(channels), link.factor[channels], 0)
     if link.flattened:
         shaped = columns.unflatten(0, (-1, *link.flattened)).movedim(1 + len(link.flattened), 1)
+        # Channels come in the order of units; the caller's order may be another.
         order = link.index[channels].reshape(len(shaped), -1)[:, 0]
         return shaped[[int((order == unit).nonzero()[0, 0]) for unit in units]]
     place = torch.stack([(units == unit).nonzero()[0, 0] for unit in link.index[channels]])

@@ -98,6 +98,7 @@ def _add_heads(
         return
     site, post_norm = stream.heads_site(layer), stream.has(layer, "ln1_post")
     out = stream.block(layer).attn.W_O.detach()
+    # Without a normalisation after attention, each head's change is added to the stream by itself.
     moved = torch.zeros_like(total) if post_norm else total
     for head in heads:
         rows = _holding(sets, head)

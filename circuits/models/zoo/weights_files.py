@@ -80,6 +80,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"weights file {str(path)!r} is not a complete file of plain tensors ({type(error).__name__};"
             " .pt files are read with weights_only=True: save the model's state_dict())"
         ) from error
+    # Training scripts often save the weights along with an optimizer's state.
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
