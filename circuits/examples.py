@@ -321,6 +321,7 @@ class Examples:
         while start < places.stop:
             stop = min(start + size, places.stop)
             own = self._size(start)
+            # Consecutive ones only, so that results stay in order.
             stop = next((i for i in range(start, stop) if self._size(i) != own), stop)
             yield range(start, stop)
             start = stop

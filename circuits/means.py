@@ -209,6 +209,7 @@ class _Sums:
         texts = self.site.position_axes == ("position",)
         rows = self.site.rows(value).double().cpu()
         if not texts:
+            # An image's places become the positions of one long text, which are then summed as a single position.
             rows = rows.flatten(1, -2).flatten(0, 1)[None] if rows.ndim > 2 else rows[None]
             keys = [0]
         elif rows.ndim == 2:

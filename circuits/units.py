@@ -183,6 +183,7 @@ class Site:
 
         A view where the memory layout allows it. The numbers of one head are adjacent.
         """
+        # Batch, positions, units, and d_head for heads: the last two are then joined.
         moved = self.by_unit(value).movedim(1, 1 + len(self._places))
         return moved if self.inner_axis is None else moved.flatten(-2)
 

@@ -91,6 +91,7 @@ class Autoencoder(nn.Module):
         self.activation = activation
         self.k = k
         self.about = about or About()
+        # It is used, not trained: the models that it is attached to hold their parameters fixed as well.
         self.requires_grad_(False)
 
     @property

@@ -409,6 +409,7 @@ def _to_dictionary_learning(code: Autoencoder) -> tuple[dict[str, Any], dict[str
     config["k"] = code.k
     k = torch.tensor(code.k, dtype=torch.int32)
     return {"trainer": config, "buffer": {}}, {
+        # A negative threshold makes that tool choose the k largest values instead.
         **tensors, "b_dec": code.b_dec, "k": k, "threshold": torch.tensor(-1.0)
     }  # fmt: skip
 

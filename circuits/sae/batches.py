@@ -240,6 +240,7 @@ class ArrayRows(_BlockRows):
     def take(self, rows: np.ndarray) -> Group:
         """Read the rows with these numbers."""
         x = torch.from_numpy(np.array(self.array[rows], np.float32))
+        # Every row is an example of its own, without positions.
         return Group(x, x, rows, np.zeros((len(rows), 0), np.int64))
 
 
@@ -302,6 +303,7 @@ class ModelRows(RowSource):
             torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]),
             np.concatenate([p.example for p in parts]), np.concatenate([p.position for p in parts]),
         )  # fmt: skip
+        # One object, which is how an autoencoder is told from a transcoder further on.
         return replace(found, y=found.x) if self.goal is self.site else found
 
     def _passes(self, examples: np.ndarray) -> Iterator[list[int]]:

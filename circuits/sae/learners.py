@@ -151,6 +151,7 @@ class Learner(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.scale, self.target_scale = calibration.scale, calibration.target_scale
         self.variance = calibration.variance
+        # A decoder that begins at the middle of the rows has nothing to learn about their mean.
         middle = calibration.target_mean if settings.bias == "mean" else calibration.target_median
         self.b_dec = nn.Parameter(middle * self.target_scale)
         # A latent is active once in n / L0 rows on average; without a k, an L0 of 32 is assumed.
@@ -226,11 +227,13 @@ class Learner(nn.Module):
             start, latent = batch_top_k(pre, s.k * len(pre))
         value = encode_at(inside, self.W_enc, self.b_enc, pre, start, latent).relu()
         code = Code(start, latent, value, s.n_latents)
+        # Of the k largest values of a row some may be negative, which the ReLU has cut off: these are not active.
         on = value.detach() > 0
         # Matryoshka: every nested prefix of the dictionary has to reconstruct the rows (Bussmann et al. 2025).
         if s.architecture == "matryoshka":
             parts = [self._error(code.prefix(n), inside, y) for n in prefixes(s.n_latents)]
             error = parts[-1]
+            # The mean over prefixes, not the sum, so that the loss has the scale of the other architectures.
             loss = torch.stack([self._fvu(e) for e in parts]).mean()
         else:
             error = self._error(code, inside, y)

@@ -126,6 +126,7 @@ def reconstruction(
         null_results["shuffled rows"] = _described(code, mixed, mixed)[0]
         if here.y is here.x:  # PCA and NMF of a transcoder's input would not reconstruct its output
             null_results |= _linear_nulls(fitted, here, every, own.l0)
+    # Latents that are never active have no logarithm.
     active = density[density > 0]
     histogram = np.histogram(np.log10(active), [-np.inf, *_EDGES, np.inf])[0]
     return Metrics(
@@ -174,6 +175,7 @@ def _rows(
     """
     batches = Batches(source, 4096, rule, seed, part)
     known = code.about.settings.get("calibration")
+    # The limit of norms that training used: measuring leaves out the same rows.
     limit = known.get("limit") if isinstance(known, Mapping) else None
     # Another order than that of the training or the calibration with the same seed.
     order = source.order(seed + 2_000_003)
@@ -237,6 +239,7 @@ def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruc
         on = codes.value > 0
         counts += torch.bincount(codes.latent[on], minlength=code.n_latents).cpu()
         sums.add(y, code.decode_code(codes, x))
+    # Once more with the rows that the rule leaves out, of which a few with huge norms can dominate the error.
     beyond = _Sums(every)
     for x, y, codes in _encoded(code, every):
         beyond.add(y, code.decode_code(codes, x))

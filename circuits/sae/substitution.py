@@ -139,6 +139,7 @@ def _variants(
     source, place = model.site(about.site), model.site(about.target or about.site)
     rows = _some_rows(model, source, examples, keep, batch)
     null = random_dictionary(code, rows, torch.Generator().manual_seed(seed))
+    # The mean to ablate with leaves out the positions that are not ablated.
     first = range(keep if place.position_axes == ("position",) else 0)
     mean = site_mean(model, place, examples, leave_out=first, batch=batch).values
 

@@ -265,6 +265,7 @@ def _start(
     ranks: Ranks, device: str | torch.device | None,
 ) -> _Run:  # fmt: skip
     """A training before its first step."""
+    # Under `torchrun` each rank of a machine has a GPU of its own.
     here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     place = torch.device(device or here)
     batches = Batches(source, schedule.batch, rule, schedule.seed)
@@ -409,6 +410,7 @@ def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            # While the lock is still held, so that no other training has begun in the folder.
             if [p.name for p in place.iterdir()] == [".lock"]:
                 (place / ".lock").unlink()
                 place.rmdir()

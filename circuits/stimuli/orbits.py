@@ -70,6 +70,7 @@ def rotations(size: int, steps: int = 24) -> Orbit:
             curves(angles, radii, size, thick, foreground=ink, background=paper)
             for ink, paper in greys
         ]
+    # Long enough that the ends of the line are outside of the image at every angle.
     far = 2.0 * size * heading(angles + 90)
     line = segment_distance(points, -far, far)
     edge = (points * heading(angles)[:, None, None]).sum(-1)

@@ -80,6 +80,7 @@ def arcs(
     points = grid(size, size)
     if shift is not None:
         points = points - shift[:, None, None]
+    # An arc of length l and radius r spans the angle l / r.
     half_span = (long / (2 * r)).clamp_max(math.pi)
     if filled:
         center = -r[:, None] * heading(orientation)
@@ -267,6 +268,7 @@ def _noise(wavelength: Tensor, size: int, seed: int) -> Float[Tensor, "image h w
     center = 1 / wavelength[:, None, None]
     ring = torch.exp(-0.5 * ((frequency - center) / (0.25 * center)) ** 2)
     made = torch.fft.irfft2(torch.fft.rfft2(drawn) * ring, s=(size, size))
+    # To a standard deviation of a quarter about mid-grey, so that few values are cut off.
     made = made / made.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     return (0.5 + 0.25 * made).clamp(0, 1)
 

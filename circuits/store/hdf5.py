@@ -34,6 +34,7 @@ def write_full(group: Any, values: Float[np.ndarray, "row column"], depth: Depth
     chunk = (min(n, CHUNK[0]), min(width, CHUNK[1]))
     packing: dict[str, Any] = {}
     if depth.compress and _pays(wide[: chunk[0], : chunk[1]].to(kind).numpy()):
+        # lzf is fast to read; `shuffle` puts the bytes of equal significance next to each other, which compress better.
         packing = {"compression": "lzf", "shuffle": True}
     out = group.create_dataset("activations", values.shape, numpy_kind, chunks=chunk, **packing)
     block = np.zeros(chunk, numpy_kind)

@@ -139,6 +139,7 @@ class Provenance:
 
 def run_name(version: str, sites: Sequence[Site], depth: Depth) -> str:
     """The name of a store's folder: eight hexadecimal digits of a hash of the options."""
+    # With the version: another version of the package does not read this one's store, but makes its own.
     key = json.dumps([version, *(s.name for s in sites), asdict(depth)])
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 

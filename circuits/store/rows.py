@@ -89,6 +89,7 @@ class _ShardRows:
         height = self.chunks[0]
         with opened(self.path) as file:
             data = file[f"full/{self.site}"]["activations"]
+            # Block by block, since each has to be decompressed whole.
             for at in np.unique(rows // height) * height:
                 here = (rows >= at) & (rows < at + height)
                 first, last = rows[here][0], rows[here][-1] + 1

@@ -252,6 +252,7 @@ class StoreWriter:
         """
         lines, _ = read_manifest(self.folder)
         found: dict[str, ManifestLine] = {}
+        # The reference comes first, since the shards depend on it.
         for name, rows in self._expected():
             line = lines.get(name) or self._unnoted(name, rows)
             if line is not None and line.rows == rows and line.intact(self.folder):
@@ -298,6 +299,7 @@ class StoreWriter:
         with (self.folder / self.name).open("a") as file:
             file.write(line.as_text())
             file.flush()
+            # On the disk before the next file is begun, so that a power failure costs one shard at most.
             os.fsync(file.fileno())
 
     @contextmanager

@@ -232,5 +232,6 @@ def draw(
         contrast, phase, _ = look
         return gratings(angles + 90, max(2.0, radius), size, contrast=contrast, phase=phase)
     ink, paper, thick = look
+    # A line has infinite radius, which cannot be drawn as an arc.
     bent = min(radius, STRAIGHT)
     return arcs(angles, bent, size, thickness=thick * max(2.0, size / 32), ink=ink, paper=paper)

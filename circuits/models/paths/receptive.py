@@ -103,6 +103,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
         spoiled = example.clone()
         spoil(spoiled.movedim(2 + axis, -1))
         cache = model.run(spoiled, read=[site], until=site)
+        # All units at once: a field is that of the site, the union over its units.
         values = site.activations(cache[site])[0].reshape(-1, *site.position_shape)
         return bool(values.movedim(1 + axis, 0)[position].isnan().any())
 

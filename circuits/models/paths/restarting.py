@@ -90,6 +90,7 @@ def restart_at(
             found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
         except _FAILURES:  # a shape in the model follows the input's, and no longer fits
             continue
+        # Position embeddings, say, have a single row whatever the batch: they cannot be changed for each example.
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
             return Restart(site, other if stays else None)
@@ -100,6 +101,7 @@ def _others(model: HookedModel, own: Tensor) -> list[tuple[Tensor, bool]]:
     """Inputs that are unlike the given one, and whether they can stand in for those of any batch."""
     if isinstance(model.input, TokenInput):
         return [(_other_tokens(model, own), False)]
+    # Unlike the given image at every pixel: mirrored, negated and shifted.
     other = -own.flip(-1) - 1
     return [(other[..., ::_SMALLER, ::_SMALLER], True), (other, False)]
 

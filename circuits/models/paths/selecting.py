@@ -46,6 +46,7 @@ def _named(model: HookedModel, name: str | Site) -> list[Site]:
     known = any(name in (s.name, *s.aliases) for s in model.sites)
     if known or "." in name:
         return [model.site(name)]
+    # A dot before the name, so that `hook_z` is found at the top of a model as well as inside a block.
     ending = [s for s in model.sites if _any(s, lambda n: f".{n}".endswith(f".hook_{name}"))]
     if not ending:
         names = [n for s in model.sites for n in (s.name, *s.aliases)]

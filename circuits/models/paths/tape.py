@@ -183,6 +183,7 @@ class _Operations(TorchDispatchMode):
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         linear = self.tape.gates == "linear"
         sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
+        # Not every operation that writes to an argument is an in-place form (`out=`, batch norm's statistics).
         in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
         call = Call(func, values, found[0], found, sources, linear, in_place)
         call = call.with_copies()  # before the operation overwrites an argument

@@ -98,10 +98,12 @@ class InceptionNet(nn.Module):
             case Conv(name, out, kernel, stride):
                 return self._add_conv(name, channels, out, kernel, stride)
             case Pool(name, stride, ceil):
+                # With stride 1 the map keeps its size; with stride 2 it is padded by the rounding alone.
                 pad = 1 if stride == 1 else 0
                 self.add_module(name, nn.MaxPool2d(3, stride, pad, ceil_mode=ceil))
                 return channels
             case Norm(name):
+                # The constants of Caffe's GoogLeNet; as there, torch divides alpha by the size.
                 self.add_module(name, nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0))
                 return channels
             case Mixed():

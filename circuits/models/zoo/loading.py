@@ -147,6 +147,7 @@ def list_autoencoders(workspace: Workspace) -> dict[str, Path]:
     """The files of a workspace's autoencoders, by name: `NAME`, or `NAME/VARIANT` where there are several."""
     found = {}
     for path in sorted((workspace.root / "saes").glob("*/*.safetensors")):
+        # A checkpoint holds an unfinished training, not an autoencoder.
         if path.is_file() and path.stem != "checkpoint":
             own = path.name == FILE
             found[path.parent.name if own else f"{path.parent.name}/{path.stem}"] = path
@@ -346,6 +347,7 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
     except (ValueError, TypeError) as error:
         raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
     words = tuple(piece for piece, _ in pieces)
+    # Encoded by the vocabulary file alone, so that no package for SentencePiece is needed.
     encoder = by_merges(words, [score for _, score in pieces])
     return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
 

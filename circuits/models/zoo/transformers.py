@@ -24,6 +24,7 @@ def native_bridge(**config: Any) -> Any:
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.model_bridge import TransformerBridge
     boot: Any = TransformerBridge  # its constructors are added at import, unseen by type checkers
+    # A seed, so that a model without weights is the same each time.
     return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
 
 

@@ -114,6 +114,7 @@ def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights {source}: tensor {name!r} holds NaN or infinite values")
+    # All checks are done: the model is either left as it was, or has all of the weights.
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
