@@ -151,10 +151,9 @@ def _modules(root: nn.Module) -> Named:
     return found
 
 
-def _hook_point_site(t: Trace, spot: HookPoint) -> Site:
-    return Site(
-        t.name, spot.kind, spot.axes, spot.unit_axis, tuple(t.value.shape[1:]), (), "HookPoint"
-    )
+def _hook_point_site(t: Trace, point: HookPoint) -> Site:
+    shape, stored = tuple(t.value.shape[1:]), type(point).__qualname__  # the name that stores know
+    return Site(t.name, point.kind, point.axes, point.unit_axis, shape, (), stored)
 
 
 # Torch does not say which axis of a tensor holds the units: it follows from the class of the module.
