@@ -1,8 +1,9 @@
-"""Examples: which inputs of a source are taken, how they were chosen, and how a model is given them.
+"""Examples: which inputs of a source are taken, how they are chosen, and how they become batches for a model.
 
-Every verb takes its inputs in this one way, so that "twenty examples of this folder" means the same twenty whoever
-asks. Images are normalised and stacked; texts of different lengths are padded into one batch with a mask, where the
-model gives the numbers that it gives each text alone (see `HookedModel.padding`), and else run by equal length.
+Every verb takes its inputs this way, so that "twenty examples of this folder" means the same twenty everywhere.
+Images are normalised and stacked. Texts of different lengths are padded into one batch with a mask if the model
+then computes the same as for each text alone (see `HookedModel.padding`); if not, texts of equal length are run
+together.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
-from circuits.models.adapter.padding import grouped
+from circuits.models.adapter.padding import group_by_length
 from circuits.stimuli.images import ImageSource, to_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
 from circuits.units import Site
 
 LIMIT = 32
-"""How many examples a verb takes when nobody says."""
+"""The default number of examples that a verb takes."""
 
 BATCH = 32
-"""How many examples are run together when nobody says."""
+"""The default number of examples in a batch."""
 
 How = Literal["spread", "first", "random", "given"]
-"""How examples are chosen: `spread` cuts the source into equal stretches and draws one from each; `first` takes the
-first ones; `random` draws without replacement; `given` means that a caller named them."""
+"""How examples are chosen: `spread` cuts the source into stretches of equal length and draws one from each; `first`
+takes the first ones; `random` draws without replacement; `given` means that the caller provided them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some examples as the model takes them.
+    """Some examples as one input of the model.
 
     Attributes:
-        inputs: images, batch x channel x y x x, or tokens, batch x position.
-        mask: True where a token is, False where a text was padded; None where nothing was padded.
-        which: the places of its examples among all, in order.
+        inputs: normalised images, batch x channel x y x x, or tokens, batch x position.
+        mask: True where a position holds a token, False where it is padding; None where there is no padding.
+        which: the indices of the batch's examples among all `Examples`.
     """
 
     inputs: Tensor
@@ -56,7 +57,7 @@ class Batch:
         return len(self.which)
 
     def counted(self) -> Bool[Tensor, "batch position"]:
-        """Which positions hold tokens; of tokens only."""
+        """Which positions hold tokens, not padding; only for batches of texts."""
         return counted(self.inputs, self.mask)
 
 
@@ -65,41 +66,42 @@ def counted(
     mask: Bool[Tensor, "batch position"] | None,
     leave_first: int = 0,
 ) -> Bool[Tensor, "batch position"]:
-    """Which positions hold tokens, without the first so many of each text.
+    """Which positions hold tokens, leaving out the first `leave_first` of each text.
 
     >>> padded = torch.tensor([[False, True, True], [True, True, True]])
     >>> counted(torch.zeros(2, 3, dtype=torch.int64), padded, 1).tolist()
     [[False, False, True], [False, True, True]]
     """
     there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    # The cumulative sum numbers the tokens of a text from 1, on whichever side it is padded.
     return there & (there.cumsum(1) > leave_first)
 
 
 class Examples:
-    """Examples of a source, in order, as a model takes them.
+    """Examples of a source, in the source's order, as a model takes them.
 
     Args:
         model: the model that they are for.
-        source: where they come from: data by name (see `open_source`), or opened.
-        n: how many at most; None takes all.
+        source: where they come from: data by name (see `open_source`), or an opened source.
+        n: the most examples to take; None takes all.
         how: `spread`, `first` or `random`.
-        seed: of `spread` and `random`.
+        seed: the seed of `spread` and `random`.
         labels: the class of each example of the *source*, for images.
-        among: numbers of the source's examples to choose from; all of them if None.
-        skip_bad: leave out texts that the model cannot take, instead of refusing them.
+        among: indices of the source's examples to choose from; all of them if None.
+        skip_bad: leave out texts that the model cannot take, instead of raising an error.
 
     Attributes:
         model: as given.
-        source: the source that was opened.
-        numbers: the place of each example in the source.
-        names: one an example.
-        labels: the class of each example; None if there are none.
+        source: the opened source.
+        numbers: the index of each example in the source.
+        names: the name of each example.
+        labels: the class of each example; None without labels.
         how: how they were chosen.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Raises:
-        ValueError: if `n` is not positive, there is nothing to choose from, the model does not take what the source
-            holds, or a text cannot be encoded.
+        ValueError: if `n` is not positive, there is nothing to choose from, the source is of images and the model
+            takes tokens (or the reverse), or a text cannot be encoded.
     """
 
     def __init__(
@@ -119,7 +121,8 @@ class Examples:
         _check_kind(model, self.source)
         if labels is not None and len(labels) != len(self.source):
             raise ValueError(
-                f"labels: {len(labels)} for the {len(self.source)} examples of {self.source.spec}"
+                f"labels have {len(labels)} entries: expected one for each of the {len(self.source)} examples of "
+                f"{self.source.spec}"
             )
         pool = range(len(self.source)) if among is None else list(among)
         self.how: How = how
@@ -128,7 +131,10 @@ class Examples:
         self.names = tuple(self.source.names[i] for i in self.numbers)
         self.labels = None if labels is None else tuple(int(labels[i]) for i in self.numbers)
         self._of = "all" if n is None or n >= len(pool) else f"{len(self.numbers)} of {len(pool)}"
-        self._ready: Callable[[int], Tensor] | None = None
+        self._ready: Callable[[int], Tensor] | None = (
+            None  # set where examples are given as the model takes them
+        )
+        # By number in the source. Texts are encoded at once, so that a bad one is refused before anything runs.
         self._tokens: dict[int, Tensor] = {}
         self._bad: dict[int, ValueError] = {}
         if isinstance(self.source, TextSource):
@@ -146,17 +152,17 @@ class Examples:
         labels: Sequence[int] | None = None,
         data: str = "given",
     ) -> Examples:
-        """Examples that are already as the model takes them.
+        """Make examples of tensors that are already what the model takes.
 
         Args:
             model: the model.
             inputs: one batch, or several; texts may differ in length from batch to batch.
-            names: one an example.
-            labels: the class of each, for images.
-            data: what they are, for the record.
+            names: the name of each example.
+            labels: the class of each example, for images.
+            data: what they are, for records.
 
         Raises:
-            ValueError: if there is none, they do not fit the model, or names or labels are of another number.
+            ValueError: if there are none, they do not fit the model, or there are more or fewer names or labels.
         """
         parts = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         for part in parts:
@@ -164,13 +170,13 @@ class Examples:
                 model.check(part)
         rows = [row for part in parts for row in part]
         if not rows:
-            raise ValueError("examples: there is none, expected at least one")
+            raise ValueError("examples are empty: expected at least one")
         named = tuple(names) or tuple(f"example {i}" for i in range(len(rows)))
         _check_names(named, len(rows))
         source: Source
         if isinstance(model.input, TokenInput):
             source = TextSource(data, named, "", tuple(tuple(row.tolist()) for row in rows))
-        else:
+        else:  # the source shows people the images; the model is given the tensors as they are
             source = ImageSource(data, named, "", lambda i: model.input.restore(rows[i][None])[0])  # type: ignore[union-attr]
         made = cls(model, source, None, how="given", labels=labels)
         if not isinstance(model.input, TokenInput):
@@ -181,7 +187,7 @@ class Examples:
     def pictures(
         cls, model: HookedModel, pictures: Sequence[Image.Image], names: Sequence[str] = ()
     ) -> Examples:
-        """Pictures that a person brings, fitted to the model's size."""
+        """Make examples of pictures, fitted to the model's size."""
         named = tuple(names) or tuple(f"picture {i}" for i in range(len(pictures)))
         _check_names(named, len(pictures))
         source = ImageSource("pictures", named, "", lambda i: pictures[i])
@@ -191,7 +197,7 @@ class Examples:
     def texts(
         cls, model: HookedModel, texts: Sequence[str | Sequence[int]], names: Sequence[str] = ()
     ) -> Examples:
-        """Texts (or tokens) that a person brings.
+        """Make examples of texts, as strings or as tokens.
 
         Raises:
             ValueError: if one is empty or cannot be encoded.
@@ -204,7 +210,8 @@ class Examples:
         return cls(model, TextSource("texts", named, "", made), None, how="given")
 
     def subset(self, which: Sequence[int]) -> Examples:
-        """Those at some places, in that order."""
+        """The examples at some indices, in that order."""
+        # Not through the constructor, which would open, choose and encode again; tokens are shared.
         made = object.__new__(Examples)
         made.__dict__ = dict(self.__dict__)
         made.numbers = tuple(self.numbers[i] for i in which)
@@ -219,7 +226,7 @@ class Examples:
         return len(self.numbers)
 
     def __str__(self) -> str:
-        """Their source, which were taken and how, for titles."""
+        """The source, which examples were taken and how, for titles."""
         return f"{self.data}: {self.chosen}"
 
     @property
@@ -229,10 +236,7 @@ class Examples:
 
     @property
     def chosen(self) -> str:
-        """Which were taken and how, for titles and reports.
-
-        A whole sentence part such as `32 of 500, spread evenly (seed 0)`.
-        """
+        """Which examples were taken and how, for titles and reports: `32 of 500, spread evenly (seed 0)`."""
         if self._of == "all" or self.how == "given":
             return f"{len(self)}, {'as given' if self.how == 'given' else 'all there are'}"
         ways = {
@@ -243,9 +247,9 @@ class Examples:
         return f"{self._of}, {ways[self.how]}"
 
     def identity(self, place: int) -> str:
-        """What tells one example from others of any source: its tokens, or the source's hash and its place there.
+        """A text that is the same for equal examples of any source: the tokens, or the source's hash and the index.
 
-        Images of a source without a hash, which a caller brought, are told apart by their pixels.
+        Images of a source without a hash, which a caller provided, are identified by the hash of their pixels.
         """
         if self._tokens:
             return " ".join(map(str, self.tokens(place)))
@@ -261,7 +265,7 @@ class Examples:
         }  # fmt: skip
 
     def fitted(self, site: Site) -> Site:
-        """The site with as many positions as the longest text has."""
+        """A copy of a site with as many positions as the longest text has."""
         if not self._tokens:
             return site
         length = max(len(self._tokens[i]) for i in self.numbers if i in self._tokens)
@@ -274,7 +278,7 @@ class Examples:
     # --- one by one ------------------------------------------------------------------------------
 
     def load(self, place: int) -> Tensor:
-        """One example: an image in 0..1 (or as the model takes it, if it was given so), or the tokens of a text.
+        """Load one example: an image in 0..1 (or as the model takes it, if it was given so), or a text's tokens.
 
         Raises:
             ValueError: if it cannot be read.
@@ -293,7 +297,7 @@ class Examples:
         return self.load(place).tolist()
 
     def picture(self, place: int) -> Image.Image:
-        """An image, for people, in its own size."""
+        """An image as a picture to show, in its original size."""
         assert isinstance(self.source, ImageSource), "text has no picture"
         image = self.source.image(self.numbers[place])
         if isinstance(image, Tensor):
@@ -312,21 +316,22 @@ class Examples:
     # --- together --------------------------------------------------------------------------------
 
     def passes(self, places: range, size: int) -> Iterator[range]:
-        """Cut a range of places into runs of at most `size`, of one size of image or length of text each."""
+        """Cut a range of indices into runs of at most `size`, each of images of one size or texts of one length."""
         start = places.start
         while start < places.stop:
             stop = min(start + size, places.stop)
             own = self._size(start)
+            # Consecutive ones only, so that results stay in order.
             stop = next((i for i in range(start, stop) if self._size(i) != own), stop)
             yield range(start, stop)
             start = stop
 
     def batches(self, size: int = BATCH, one_length: bool = False) -> Iterator[Batch]:
-        """All examples, at most `size` together; those of similar length are together, so that the order is another.
+        """All examples in batches of at most `size`, grouped by length, so not in order (see `Batch.which`).
 
         Args:
             size: the most examples in a batch.
-            one_length: whether a batch holds texts of one length only, as it does where the model takes no others.
+            one_length: put only texts of one length into a batch, as is always done if the model cannot be padded.
 
         Raises:
             ValueError: if an example cannot be read, or `size` is not positive.
@@ -337,17 +342,17 @@ class Examples:
             yield self.batch(places)
 
     def _together(self, size: int, one_length: bool) -> list[Sequence[int]]:
-        """Which examples stand in each batch."""
+        """The indices of the examples in each batch."""
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in range(len(self)):
             alike.setdefault(self._size(place), []).append(place)
         texts = isinstance(self.source, TextSource)
         if len(alike) > 1 and texts and not one_length and self.model.padding is not None:
-            return [*grouped([len(self.load(i)) for i in range(len(self))], size)]
+            return [*group_by_length([len(self.load(i)) for i in range(len(self))], size)]
         return [part for places in alike.values() for part in _evenly(places, size)]
 
     def batch(self, places: Sequence[int]) -> Batch:
-        """Those at some places, as one input of the model."""
+        """The examples at some indices, as one input of the model."""
         loaded = [self.load(i) for i in places]
         if isinstance(self.source, TextSource) and len({len(row) for row in loaded}) > 1:
             tokens, mask = self.model.pad(loaded)
@@ -356,7 +361,7 @@ class Examples:
 
     @property
     def inputs(self) -> Tensor:
-        """All of them as one tensor, as the model takes them.
+        """All examples as one tensor, as the model takes them.
 
         Raises:
             ValueError: if texts differ in length.
@@ -370,7 +375,7 @@ class Examples:
         return self.joined([self.load(i) for i in range(len(self))])
 
     def joined(self, loaded: Sequence[Tensor]) -> Tensor:
-        """Examples that `load` gave, all of one size, as one input of the model."""
+        """Join examples that `load` returned, all of one size, into one input of the model."""
         stacked = torch.stack(list(loaded))
         spec = self.model.input
         if isinstance(spec, ImageInput) and self._ready is None:
@@ -380,7 +385,7 @@ class Examples:
     # --- reading ---------------------------------------------------------------------------------
 
     def _size(self, place: int) -> tuple[int, ...]:
-        """What has to be equal for examples to stand in one tensor."""
+        """What has to be equal for examples to be stacked into one tensor."""
         number = self.numbers[place]
         if self._ready is not None:
             return tuple(self._ready(number).shape)
@@ -408,7 +413,7 @@ class Examples:
         if not isinstance(image, Tensor):
             return spec.load(image)
         if image.shape == (spec.channels, spec.height, spec.width):
-            return image
+            return image  # already of the model's size: it is not rounded to the 256 values of a picture
         if len(image) == 1:
             image = image.expand(3, -1, -1)
         if len(image) != 3 or spec.channels not in (1, 3):
@@ -420,14 +425,14 @@ class Examples:
 
 
 def _evenly(places: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Cut into as few parts of at most `size` as there can be, of about the same number each."""
+    """Cut into the fewest parts of at most `size`, all of about the same length."""
     n = -(-len(places) // size)
     edges = [len(places) * i // n for i in range(n + 1)]
     return [places[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def choose(pool: Sequence[int], n: int | None, how: How, seed: int) -> tuple[int, ...]:
-    """Numbers chosen from a pool, in the pool's order.
+    """Choose `n` numbers from a pool; they keep the pool's order.
 
     Raises:
         ValueError: if `n` is not positive, `how` is unknown, or the pool is empty.
@@ -444,7 +449,7 @@ def choose(pool: Sequence[int], n: int | None, how: How, seed: int) -> tuple[int
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed {seed} must be from 0 to 2^63 - 1")
     if not len(pool):
-        raise ValueError("examples: there is none to choose from")
+        raise ValueError("examples are empty: expected at least one to choose from")
     if n is None or n >= len(pool) or how == "given":
         return tuple(pool)
     if how == "first":
@@ -452,15 +457,15 @@ def choose(pool: Sequence[int], n: int | None, how: How, seed: int) -> tuple[int
     generator = np.random.default_rng(seed)
     if how == "random":
         return tuple(pool[i] for i in sorted(generator.choice(len(pool), n, replace=False)))
-    # One from each stretch: a fixed stride would meet only one class where classes take turns.
+    # One at random from each stretch: a fixed stride would meet a single class in data whose classes alternate.
     edges = [len(pool) * i // n for i in range(n + 1)]
     return tuple(pool[int(generator.integers(a, b))] for a, b in itertools.pairwise(edges))
 
 
 def encoded(spec: TokenInput, text: str | Sequence[int]) -> Int[Tensor, " position"]:
-    """A text as the model takes it: its starting token in front, cut to the longest that the model takes.
+    """Encode a text as the model takes it: with `bos` in front, cut off at the model's context length.
 
-    Tokens are taken as they are: whether a starting token belongs in front of them is for the data to say.
+    Texts that are given as tokens are taken as they are: whether they begin with `bos` is for the data to say.
 
     Raises:
         ValueError: if there is no token, or one is not in the vocabulary.
@@ -469,7 +474,7 @@ def encoded(spec: TokenInput, text: str | Sequence[int]) -> Int[Tensor, " positi
 
 
 def whole(spec: TokenInput, text: str | Sequence[int]) -> list[int]:
-    """All tokens of a text, its starting token in front; see `encoded`."""
+    """All tokens of a text, with `bos` in front and not cut off; see `encoded`."""
     tokens = list(text) if not isinstance(text, str) else spec.encode(text)
     if isinstance(text, str) and spec.bos is not None and tokens[:1] != [spec.bos]:
         return [spec.bos, *tokens]
@@ -478,7 +483,7 @@ def whole(spec: TokenInput, text: str | Sequence[int]) -> list[int]:
 
 def _check_names(names: Sequence[str], n: int) -> None:
     if len(names) != n:
-        raise ValueError(f"names: {len(names)} for {n} examples")
+        raise ValueError(f"names have {len(names)} entries: expected one for each of {n} examples")
 
 
 def _check_kind(model: HookedModel, source: Source) -> None:
@@ -492,10 +497,10 @@ def as_examples(
     examples: Examples | Tensor | Iterable[Tensor] | str,
     labels: Sequence[int] | None = None,
 ) -> Examples:
-    """Whatever a caller has as `Examples`: themselves, tensors as the model takes them, or data by name.
+    """Make `Examples` of whatever a caller has: examples, tensors as the model takes them, or data by name.
 
     Raises:
-        ValueError: if they do not fit the model, or labels come with examples that have their own.
+        ValueError: if they do not fit the model, or there are more or fewer labels than examples.
     """
     if isinstance(examples, str):
         return Examples(model, examples, labels=labels)
@@ -503,7 +508,11 @@ def as_examples(
         return Examples.given(model, examples, labels=labels)
     if labels is not None:
         if len(labels) != len(examples):
-            raise ValueError(f"labels: {len(labels)} for {len(examples)} examples")
-        examples = examples.subset(range(len(examples)))
+            raise ValueError(
+                f"labels have {len(labels)} entries: expected one for each of {len(examples)} examples"
+            )
+        examples = examples.subset(
+            range(len(examples))
+        )  # a copy: the caller's examples keep their labels
         examples.labels = tuple(int(i) for i in labels)
     return examples

@@ -1,9 +1,9 @@
 """Record, observe and intervene: context managers over torch forward hooks.
 
-A `Tap` says where a tensor is: the output of a module, which of its calls, which part of a nested
-output. `record` reads any number of taps in one forward pass and can stop the pass early; `observe`
-shows them as they appear and keeps nothing; `intervene` changes any number of them. Each removes
-exactly its own hooks, whatever happens inside.
+A `Tap` says where a tensor is: in the output of which module, at which of its calls, in which part of a
+nested output. `record` keeps the tensors at any number of taps in one forward pass and can stop the pass
+early; `observe` calls a function with each tensor as it appears and keeps nothing; `intervene` replaces
+them. Each removes exactly the hooks that it registered, whatever happens inside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Change = Callable[[Tensor], Tensor]
 
 
 def placed(change: Change) -> bool:
-    """Whether a change says (`change.placed`) that it names positions of a text."""
+    """Whether a change refers to positions of a text by number, as its attribute `placed` says.
+
+    In a batch of padded texts the same number means another token in each text.
+    """
     return bool(getattr(change, "placed", False))
 
 
@@ -36,9 +39,9 @@ class Tap:
         module: the module whose output holds it.
         call: which call of the module within one forward pass, counted from 0.
         path: where in a nested output: indices of tuples and lists, keys of mappings.
-        convert: from the module's layout to the site's (TransformerLens splits heads this way).
-        revert: back again.
-        overwritten: a later step of the model changes the tensor in place, so a record must copy it.
+        convert: turns the module's layout into the site's (TransformerLens splits heads this way).
+        revert: the inverse of `convert`.
+        overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
     """
 
     module: nn.Module
@@ -55,7 +58,7 @@ class Tap:
         return output if self.convert is None else self.convert(output)
 
     def write(self, output: Any, value: Tensor) -> Any:
-        """The module's output with `value` at this tap; the rest is shared."""
+        """The module's output with `value` at this tap; everything else in it is shared, not copied."""
         return _replaced(output, self.path, value if self.revert is None else self.revert(value))
 
 
@@ -64,59 +67,65 @@ def _replaced(output: Any, path: tuple[Hashable, ...], value: Tensor) -> Any:
         return value
     key, rest = path[0], path[1:]
     inner = _replaced(output[key], rest, value)
-    if type(output) is dict:
+    if type(output) is dict:  # keys need not be strings, as keyword arguments would have to be
         return {**output, key: inner}
     if isinstance(output, Mapping):
-        # model outputs of Hugging Face are mappings that only their own constructor builds rightly
+        # `ModelOutput` of Hugging Face keeps its entries both as items and as attributes: only its own
+        # constructor sets both.
         return type(output)(**{**dict(output), str(key): inner})
     items = [inner if i == key else item for i, item in enumerate(output)]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
-_FORBIDDEN = re.compile(r"[\s:,+*]")  # what a site's name cannot hold
+_FORBIDDEN = re.compile(r"[\s:,+*]")
+"""Characters that no site name may contain: they are the syntax of units and directions (`circuits.units`)."""
 
 
-class Splice(nn.Module):
-    """A change that is part of a model: its `visit` is a hook that comes behind all others of its module.
+class LastHook(nn.Module):
+    """A change that is part of a model: its hook `visit` runs after all other hooks of its module.
 
-    What is read and changed at the module's output is so before the splice changes it. `visit` is a method of
-    a module, so that a copy of the model has a copy of the splice.
+    So every other hook reads and edits the module's output as the model computed it. `visit` is a method of
+    an `nn.Module`, so that a deep copy of the model gets hooks that are bound to the copy.
     """
 
     def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """What to put in the place of a module's output; None to leave it."""
+        """Return what replaces the module's output, or None to leave it as it is."""
         raise NotImplementedError
 
 
-def _splices_last(module: nn.Module) -> None:
-    """Move a module's splices behind the hooks that were just registered."""
+def _move_last_hooks_to_the_end(module: nn.Module) -> None:
+    """Let a module's `LastHook`s run after the hooks that were just registered."""
+    # Torch runs hooks in the order of this dictionary and offers only "before all others" (`prepend`).
+    # Taking an entry out and putting it back moves it to the end.
     hooks = module._forward_hooks
     for key, hook in list(hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), Splice):
+        if isinstance(getattr(hook, "__self__", None), LastHook):
             hooks[key] = hooks.pop(key)
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass once the last tap that was asked for has been read."""
+    """Raised inside a hook to end a forward pass once the last tap asked for has been read."""
 
 
 Visit = Callable[[Any], Any]
-"""Sees a module's output; returns a new one, or None to leave it."""
+"""Takes a module's output; returns one to replace it, or None to leave it as it is."""
 
 
 @contextmanager
 def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[None]:
-    """Call each visit at its tap's module and call, in forward passes of `root`."""
+    """Call each visit with the output of its tap's module, at that call of the module, in passes of `root`."""
     by_module: dict[nn.Module, list[tuple[Tap, Visit]]] = {}
     for tap, visit in visits:
         by_module.setdefault(tap.module, []).append((tap, visit))
+    # One hook a module, not one a tap: all taps of a module then count its calls together.
     calls: Counter[nn.Module] = Counter()
     handles: list[RemovableHandle] = []
     try:
+        # A pass that was stopped or failed leaves counts behind, so they are cleared when a pass begins.
         handles.append(root.register_forward_pre_hook(lambda module, args: calls.clear()))
         for module, own in by_module.items():
             handles.append(module.register_forward_hook(partial(_visited, calls, own)))
-            _splices_last(module)
+            _move_last_hooks_to_the_end(module)
         yield
     finally:
         for handle in handles:
@@ -130,7 +139,7 @@ def _visited(
     args: Any,
     output: Any,
 ) -> Any:
-    """A module's output after the visits of this call of it."""
+    """Apply the visits that are meant for this call of a module to its output."""
     call = calls[module]
     calls[module] += 1
     for tap, visit in visits:
@@ -141,27 +150,28 @@ def _visited(
 
 
 Look = Callable[[Tensor], object]
-"""Sees the tensor at a tap while the forward pass runs; it may be overwritten after that."""
+"""Called with the tensor at a tap while the forward pass runs; the model may overwrite that tensor later."""
 
 
 @contextmanager
 def observe(
     root: nn.Module, looks: Mapping[str, tuple[Tap, Look]], until: str | None = None
 ) -> Iterator[None]:
-    """Show tensors as they appear during forward passes of `root` inside the block; keep nothing.
+    """Call a function with each tensor as it appears in forward passes of `root` inside the block; keep nothing.
 
     Args:
         root: the model.
-        looks: where to look, and what to call with the tensor there, by name.
-        until: a name of `looks`: the forward pass ends as soon as it was shown, and so does the block.
+        looks: by name, where to look and what to call with the tensor there.
+        until: a name of `looks`: the forward pass ends as soon as that tensor was seen, and so does the block.
 
     Raises:
         KeyError: if `until` is not one of `looks`.
     """
     if until is not None and until not in looks:
-        raise KeyError(f"until {until!r} is not among the taps to look at")
+        raise KeyError(f"until {until!r} is not among the taps to look at: {', '.join(looks)}")
     stop = _StopForwardError(until)
-    # `until` comes last among the visits of its module: the others have been seen by then
+    # Several taps may share a module and even a tensor (aliases). `until` is visited last among them, because
+    # its visit raises and the ones after it would not run.
     order = sorted(looks.items(), key=lambda item: item[0] == until)
     visits = [
         (tap, partial(_seen, tap, look, stop if name == until else None))
@@ -171,9 +181,12 @@ def observe(
         try:
             yield
         except _StopForwardError as error:
+            # Blocks can be nested: a stop belongs to the block that raised it.
             if error is not stop:
                 raise
-            error.with_traceback(None)  # its frames refer to it, and to all that was looked at
+            # The traceback's frames hold the model's local tensors, and this frame holds the error: a
+            # reference cycle that would keep them alive until the garbage collector runs.
+            error.with_traceback(None)
 
 
 def _seen(tap: Tap, look: Look, stop: _StopForwardError | None, output: Any) -> None:
@@ -191,10 +204,11 @@ def record(
     Args:
         root: the model.
         taps: what to read, by name.
-        until: a name of `taps`: the forward pass ends as soon as it is read, and so does the block.
+        until: a name of `taps`: the forward pass ends as soon as that tensor is read, and so does the block.
 
     Yields:
-        A dict that fills up by name; each pass overwrites it. Tensors keep their autograd history.
+        A dict, by name, that is filled during the pass; each pass overwrites it. Tensors keep their autograd
+        history.
 
     Raises:
         KeyError: if `until` is not one of `taps`.
@@ -211,10 +225,10 @@ def _kept(found: dict[str, Tensor], name: str, tap: Tap, value: Tensor) -> None:
 
 @contextmanager
 def intervene(root: nn.Module, changes: Iterable[tuple[Tap, Change]]) -> Iterator[None]:
-    """Change the tensors at taps during forward passes of `root` inside the block.
+    """Replace the tensors at taps in forward passes of `root` inside the block.
 
-    Changes at one tap apply in the order given. A record made inside the block sees the changed
-    tensor, as everything downstream does.
+    Changes at one tap apply in the order given. `record` inside the block sees the changed tensor, as
+    everything downstream does.
     """
     with _attached(root, [(tap, partial(_written, tap, change)) for tap, change in changes]):
         yield
@@ -226,7 +240,14 @@ def _written(tap: Tap, change: Change, output: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One tensor seen in a traced forward pass."""
+    """One tensor seen in a traced forward pass.
+
+    Attributes:
+        tap: how to reach it.
+        name: the name for its site.
+        value: the tensor.
+        given: the first tensor that the module was called with.
+    """
 
     tap: Tap
     name: str
@@ -237,11 +258,11 @@ class Trace:
 def trace(
     root: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]
 ) -> list[Trace]:
-    """Run `forward` once and list every tensor that `modules` put out, in order of execution.
+    """Run `forward` once and list every tensor that `modules` return, in order of execution.
 
-    `given` is the first tensor that the module was called with. A module called several times
-    gives `name@0`, `name@1`, …; a nested output gives `name[0]`, `name[key]`, …. A name that is
-    taken gets a `_`. Tensors that a later step overwrites in place are marked on their taps.
+    A module called several times gives `name@0`, `name@1`, …; a nested output gives `name[0]`,
+    `name[key]`, …. A name that is taken gets a `_` appended. Tensors that a later operation overwrites in
+    place are marked on their taps.
     """
     seen: list[tuple[str, Tap, Tensor, int, Tensor | None]] = []
     calls: Counter[str] = Counter()
@@ -259,12 +280,13 @@ def trace(
     handles = []
     for name, module in modules.items():
         handles.append(module.register_forward_hook(visitor(name, module), with_kwargs=True))
-        _splices_last(module)
+        _move_last_hooks_to_the_end(module)
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
+    # Names are given after the pass: only then is it known how often each module ran.
     parts = Counter((name, tap.call) for name, tap, *_ in seen)
     traces: list[Trace] = []
     taken: set[str] = set()
@@ -275,6 +297,7 @@ def trace(
         while label in taken:
             label += "_"
         taken.add(label)
+        # Autograd counts the in-place writes to a tensor's memory in `_version`, with gradients off too.
         overwritten = value._version != version
         traces.append(Trace(replace(tap, overwritten=overwritten), label, value, given))
     return traces

@@ -1,7 +1,7 @@
-"""Means of activations over examples: one definition, for ablations, edits and random groups.
+"""Means of activations over examples: one definition, which ablations, edits and their random controls share.
 
-The mean is over counted positions: each token of each text counts once, positions at which a text was padded never do;
-of images each place of the map. Means by position and by template are asked for by name.
+Every token of every text counts once, and padding never does; of images, every place of the map counts. A mean for
+each position, or for each template and position, has to be asked for.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ By = Literal["token", "position", "template"]
 """One mean over all counted positions, one for each position, or one for each template and position."""
 
 SINK = 5.0
-"""A position whose rows are on average so many times as long as the median position's is a sink."""
+"""A position is a sink if its rows are on average at least this many times as long as the median position's.
+
+The first token of a text often is: models use it as an attention sink, with a very large norm."""
 
 _ALIVE = 1e-6
-"""A unit whose root mean square is below this share of the site's median is dead."""
+"""A unit is dead if its root mean square is at most this share of the site's median."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +39,9 @@ class Activity:
     """How active a site's units are on some examples.
 
     Attributes:
-        mean: of each unit over counted positions: one number a unit (unit x d_head for heads).
-        rms: the root mean square of each unit's activation (a head's is the norm of its output).
-        n: positions that were counted.
+        mean: the mean of each unit over counted positions (unit x d_head for heads).
+        rms: the root mean square of each unit's activation (a head's activation is the norm of its output).
+        n: the number of positions counted.
     """
 
     mean: Float[Tensor, " *unit"]
@@ -48,23 +50,24 @@ class Activity:
 
     @property
     def alive(self) -> Bool[np.ndarray, " unit"]:
-        """Which units do anything."""
+        """Which units are not dead."""
+        # Relative to the median of the active ones: what counts as zero depends on the site's scale.
         some = self.rms[self.rms > 0]
         return self.rms > (_ALIVE * float(np.median(some)) if len(some) else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class SiteMean:
-    """Mean activations of a site.
+    """The mean activation of a site's units.
 
     Attributes:
-        values: unit (x d_head); with a first axis of positions, or of templates and positions, where these were asked
-            for. NaN where no example has the position.
-        by: what it is by.
-        keys: the templates, where it is by template.
-        n: positions that were counted.
-        left_out: positions that were left out.
-        sinks: positions whose rows are much longer than others', and how many times (see `SINK`).
+        values: unit (x d_head); by position, position x unit; by template, template x position x unit. NaN where no
+            example has the position.
+        by: what there is a mean for.
+        keys: the templates, if the mean is by template.
+        n: the number of positions counted.
+        left_out: the positions that were left out.
+        sinks: positions whose rows are much longer than the rest, and by what factor (see `SINK`).
     """
 
     values: Float[Tensor, "..."]
@@ -76,18 +79,18 @@ class SiteMean:
 
     @property
     def warning(self) -> str:
-        """A warning for reports; empty if there is none."""
+        """A warning for reports if sinks dominate the mean; else empty."""
         if not self.sinks or self.by != "token":
             return ""
         named = ", ".join(f"{at} ({times:.0f} times)" for at, times in self.sinks)
         return (
-            f"rows at position {named} are far longer than at others and dominate this mean: leave_out names positions "
-            "to leave out, by='position' keeps them apart"
+            f"rows at position {named} are far longer than elsewhere and dominate this mean: leave them out with "
+            "leave_out, or take a mean for each position with by='position'"
         )
 
 
 def warn_of_sinks(model: HookedModel, sites: Iterable[str], examples: Examples) -> None:
-    """Log a warning for each site of texts whose mean a few positions dominate."""
+    """Log a warning for each site of texts whose mean is dominated by a few positions."""
     for site in dict.fromkeys(sites):
         if model.site(site).position_axes == ("position",):
             warning = site_mean(model, site, examples).warning
@@ -98,7 +101,7 @@ def warn_of_sinks(model: HookedModel, sites: Iterable[str], examples: Examples) 
 def activities(
     model: HookedModel, sites: Sequence[str | Site], examples: Examples, batch: int = BATCH
 ) -> dict[str, Activity]:
-    """How active the units of some sites are on examples, by site: one pass."""
+    """Measure how active the units of some sites are on examples, in one pass; by site."""
     places = list({s.name: s for s in map(model.site, sites)}.values())
     if not places:
         return {}
@@ -109,6 +112,7 @@ def activities(
         cache = model.run(part.inputs, mask=part.mask, read=places, until=model.last(places))
         for site in places:
             rows = counted_rows(site, cache[site], part.mask).double()
+            # In float64: over a large dataset, float32 sums of squares would lose small terms.
             norms = rows if site.inner_axis is None else rows.norm(dim=-1)
             total[site.name] += rows.sum(0).cpu()
             square[site.name] += norms.square().sum(0).cpu()
@@ -122,7 +126,7 @@ def activities(
 def counted_rows(
     site: Site, value: Tensor, mask: Bool[Tensor, "batch position"] | None
 ) -> Float[Tensor, "row *unit"]:
-    """A site's tensor as one row a counted position: row x unit (x d_head for heads)."""
+    """A site's tensor as one row for each counted position: row x unit (x d_head for heads)."""
     rows = site.rows(value)
     if mask is None or ("position" not in site.position_axes and "query" not in site.position_axes):
         flat = rows.flatten(0, -2)
@@ -130,7 +134,9 @@ def counted_rows(
         flat = rows[mask.to(rows.device)]
     else:
         keep = mask.to(rows.device)
-        flat = rows[keep[:, :, None] & keep[:, None, :]]  # query x key
+        flat = rows[
+            keep[:, :, None] & keep[:, None, :]
+        ]  # of patterns, query and key must both be tokens
     return flat.unflatten(-1, site.unit_shape)
 
 
@@ -148,25 +154,29 @@ def site_mean(
 
     Args:
         model: the model.
-        site: where.
-        examples: over what.
-        by: one mean, one a position, or one a template and position.
-        leave_out: positions that do not count, from 0: usually the first, where an attention sink stands.
+        site: the site.
+        examples: the examples to average over.
+        by: one mean in all, one for each position, or one for each template and position.
+        leave_out: positions, from 0, that do not count: usually the first, which often is an attention sink.
         templates: the template of each example, for means by template.
-        batch: examples together.
+        batch: examples in a batch.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if positions are asked for at a site that has none, `templates` is not one for each example, or
-            every position is left out.
+        ValueError: if positions are asked for at a site without positions of a text, there is not one template for
+            each example, or every position is left out.
     """
     place = model.site(site)
     if by not in get_args(By):
         raise ValueError(f"by {by!r} is not one of {', '.join(get_args(By))}")
     if (by != "token" or leave_out) and place.position_axes != ("position",):
-        raise ValueError(f"by {by!r}: site {place.name} has no positions of a text")
+        raise ValueError(
+            f"site {place.name} has no positions of a text: expected by='token' and no leave_out"
+        )
     if by == "template" and len(templates) != len(examples):
-        raise ValueError(f"templates: {len(templates)} for {len(examples)} examples")
+        raise ValueError(
+            f"templates have {len(templates)} entries: expected one for each of {len(examples)} examples"
+        )
     keys = sorted(set(templates)) if by == "template" else [""]
     sums = _Sums(place, len(keys), list(leave_out))
     for part in examples.batches(batch):
@@ -186,7 +196,7 @@ def site_mean(
 
 
 class _Sums:
-    """Sums of a site's rows by template and position (places of images are one position)."""
+    """Sums of a site's rows by template and position, in float64; all places of an image count as one position."""
 
     def __init__(self, site: Site, n_keys: int, leave_out: list[int]) -> None:
         self.site, self.leave_out, self.n = site, leave_out, 0
@@ -195,9 +205,11 @@ class _Sums:
         self.count = torch.zeros(n_keys, 0, dtype=torch.float64)
 
     def add(self, value: Tensor, mask: Tensor | None, keys: Sequence[int]) -> None:
+        """Add a batch; `keys` is the number of the template of each of its texts."""
         texts = self.site.position_axes == ("position",)
         rows = self.site.rows(value).double().cpu()
         if not texts:
+            # An image's places become the positions of one long text, which are then summed as a single position.
             rows = rows.flatten(1, -2).flatten(0, 1)[None] if rows.ndim > 2 else rows[None]
             keys = [0]
         elif rows.ndim == 2:
@@ -231,6 +243,7 @@ class _Sums:
         self.n += int(count.sum())
 
     def _grow(self, n: int) -> None:
+        """Make room for texts of `n` positions: batches are of different lengths."""
         more = n - self.total.shape[1]
         if more > 0:
             keys = len(self.total)
@@ -241,24 +254,25 @@ class _Sums:
             self.count = torch.cat([self.count, self.count.new_zeros(keys, more)], 1)
 
     def mean(self, by: By) -> Tensor:
+        """The means. By position, 0 / 0 where no example has the position makes them NaN, as documented."""
         if by == "token":
             return self.total.sum((0, 1)) / self.n
         made = self.total / self.count.reshape(*self.count.shape, *(1,) * len(self.site.unit_shape))
         return made if by == "template" else made[0]
 
     def sinks(self) -> tuple[tuple[int, float], ...]:
-        """Positions whose rows are far longer than the median position's."""
+        """Positions whose rows are far longer than the median position's, and by what factor."""
         count, length = self.count.sum(0), self.length.sum(0)
         each = (length / count)[count > 0]
         where = torch.arange(len(count))[count > 0]
-        if len(each) < 3:
+        if len(each) < 3:  # the median of one or two positions says nothing
             return ()
         times = each / each.median()
         return tuple((int(at), float(t)) for at, t in zip(where, times, strict=True) if t > SINK)
 
 
 def _from_the_start(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Texts moved so that each begins at position 0, whichever side they are padded on."""
+    """Move texts so that each begins at position 0, whichever side they are padded on."""
     first = mask.int().argmax(1)
     at = (torch.arange(mask.shape[1])[None] + first[:, None]) % mask.shape[1]
     moved = rows.gather(1, at[..., None].expand_as(rows))

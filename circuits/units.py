@@ -1,7 +1,7 @@
-"""Addresses of things inside a network.
+"""Addresses inside a network; imports nothing of the package.
 
 A `Site` is a hook point, a `Unit` one channel, neuron, head or latent of it, a `Direction` a linear
-combination of its units. Inside the library a unit is a `Unit`; strings are parsed once, at the edge.
+combination of its units. Inside the library a unit is a `Unit`; strings are parsed once, where they come in.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ SiteKind = Literal["channel", "neuron", "head", "pattern", "residual", "logit", 
 attention heads, attention patterns (one a head), residual-stream dimensions, output logits, or latents of an
 autoencoder."""
 
+# `:` separates site and index, `,` the items of a list, and `+ - *` the terms of a direction. A `-` inside a name is
+# fine, since a term starts after an index; in front it would be read as a sign.
 _NAME = r"(?!-)[^\s:,+*]+"
 _SITE_NAME = re.compile(_NAME)
 _RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
 _MOST_UNITS = 1_000_000
+"""The most units that a range may name: a mistyped `1-9999999999` must not fill the memory."""
 _UNIT = re.compile(rf"(?P<site>{_NAME}):(?P<index>0|[1-9][0-9]*)")
 
 
 def check_site_name(name: str) -> str:
-    """Return `name` if it can name a site: no white space, no `:`, `,`, `+` or `*`, no `-` in front.
+    """Return `name` if it is a valid name of a site: no white space, no `:`, `,`, `+` or `*`, no leading `-`.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it is not.
 
     >>> check_site_name("blocks.0.attn.hook_z")
     'blocks.0.attn.hook_z'
@@ -41,7 +44,7 @@ def check_site_name(name: str) -> str:
     if not _SITE_NAME.fullmatch(name):
         raise ValueError(
             f"site name {name!r} is not valid: expected characters other than white space and "
-            "any of : , + * (and no - in front)"
+            "any of : , + * (and no leading -)"
         )
     return name
 
@@ -51,13 +54,13 @@ class Site:
     """A hook point: a place in a model where a tensor can be read and changed.
 
     Attributes:
-        name: how the site is written, e.g. `mixed3b` or `blocks.1.attn.hook_z`.
+        name: the site's name, e.g. `mixed3b` or `blocks.1.attn.hook_z`.
         kind: what its units are.
         axes: the names of its tensor's axes, batch first, e.g. `("batch", "channel", "y", "x")`.
-        unit_axis: which of them counts units.
+        unit_axis: which of them runs over units.
         shape: the tensor's shape for one example (without the batch axis), as traced.
         aliases: other names for the same site.
-        module: class name of the module behind it, e.g. `Conv2d`.
+        module: class name of the module that computes it, e.g. `Conv2d`.
     """
 
     name: str
@@ -79,12 +82,12 @@ class Site:
 
     @property
     def n_units(self) -> int:
-        """How many units the site has."""
+        """The number of units."""
         return self.shape[self.unit_axis - 1]
 
     @property
     def position_axes(self) -> tuple[str, ...]:
-        """The axes that say where, e.g. `("y", "x")`: all but batch, units and a head's inside."""
+        """The axes of positions, e.g. `("y", "x")`: all but batch, units and the inside of a head."""
         return tuple(self.axes[i] for i in self._places)
 
     @property
@@ -96,35 +99,35 @@ class Site:
 
     @property
     def inner_axis(self) -> int | None:
-        """Which axis runs over the inside of a unit (`d_head` of heads); None where units are numbers."""
+        """The axis that runs over the inside of a unit (`d_head` of heads); None where a unit is one number."""
         return self.axes.index("d_head") if "d_head" in self.axes else None
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """The shape of what all units hold at one position: `(n_units,)`, of heads `(n_units, d_head)`."""
+        """The shape of all units at one position: `(n_units,)`, for heads `(n_units, d_head)`."""
         inner = self.inner_axis
         return (self.n_units,) if inner is None else (self.n_units, self.shape[inner - 1])
 
     @property
     def width(self) -> int:
-        """How many numbers a row has: those of all units at one position."""
+        """The number of numbers in a row: those of all units at one position."""
         return math.prod(self.unit_shape)
 
     @property
     def row_units(self) -> Int[Tensor, " width"]:
-        """Which unit each number of a row belongs to."""
+        """The unit that each number of a row belongs to."""
         return torch.arange(self.n_units).repeat_interleave(self.width // self.n_units)
 
     @property
     def units_last(self) -> bool:
-        """Whether the units' axis comes after all position axes (channels last)."""
+        """Whether the axis of units comes after all axes of positions (channels last)."""
         return self.unit_axis > max(self._places, default=0)
 
     @property
     def _places(self) -> tuple[int, ...]:
-        """Which axes are `position_axes`."""
-        others = (0, self.unit_axis, self.inner_axis)
-        return tuple(i for i in range(len(self.axes)) if i not in others)
+        """The numbers of the axes in `position_axes`."""
+        not_positions = (0, self.unit_axis, self.inner_axis)
+        return tuple(i for i in range(len(self.axes)) if i not in not_positions)
 
     @property
     def _by_unit(self) -> tuple[int, ...]:
@@ -133,7 +136,7 @@ class Site:
         return (0, self.unit_axis, *self._places, *inner)
 
     def positions_of(self, value: Shaped[Tensor, "batch *rest"]) -> tuple[int, ...]:
-        """The lengths of the position axes in one of the site's tensors."""
+        """The lengths of the position axes in a tensor of the site."""
         return tuple(value.shape[i] for i in self._places)
 
     def by_unit(self, value: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "batch unit *inside"]:
@@ -156,7 +159,7 @@ class Site:
         """A view of the site's tensor at one position, with one index for each position axis.
 
         Raises:
-            ValueError: if the position is not in the tensor; negative indices count from the end.
+            ValueError: if the position is not in the tensor. Negative indices count from the end.
         """
         if len(position) != len(self._places):
             raise ValueError(
@@ -170,14 +173,17 @@ class Site:
                 raise ValueError(
                     f"position {index} along {axis} of {self.name} must be from {-length} to {length - 1}"
                 )
-            view = view.select(2, index)
+            view = view.select(
+                2, index
+            )  # each selection removes axis 2, and the next one takes its place
         return view
 
     def rows(self, value: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "batch *position width"]:
-        """The site's tensor with all numbers of a position side by side on the last axis.
+        """The site's tensor with all numbers of a position on the last axis.
 
-        A view where memory allows it. The numbers of a head are neighbours.
+        A view where the memory layout allows it. The numbers of one head are adjacent.
         """
+        # Batch, positions, units, and d_head for heads: the last two are then joined.
         moved = self.by_unit(value).movedim(1, 1 + len(self._places))
         return moved if self.inner_axis is None else moved.flatten(-2)
 
@@ -190,7 +196,7 @@ class Site:
     def activations(
         self, value: Float[Tensor, "batch *rest"]
     ) -> Float[Tensor, "batch unit position"]:
-        """The site's tensor with one number per example, unit and position.
+        """The site's tensor with one number for each example, unit and position.
 
         Positions are flattened in the order of `position_axes`; a head's activation at a position
         is the norm of its output there.
@@ -200,12 +206,13 @@ class Site:
         return self.by_unit(value).reshape(len(value), value.shape[self.unit_axis], -1)
 
     def spread(self, vector: Shaped[Tensor, "unit *inner"]) -> Shaped[Tensor, "1 *rest"]:
-        """A vector with one entry per unit, shaped so that it broadcasts against the site's tensor.
+        """Shape a vector with one entry for each unit so that it broadcasts against the site's tensor.
 
         Args:
-            vector: of `unit_shape`, or with one number per head; or of only some of the units, to go
-                with a selection of them.
+            vector: of shape `unit_shape`, or with one number for each head; or for some of the units only, to
+                go with a selection of them.
         """
+        # One number for a head becomes an inner axis of length 1, which broadcasts over d_head.
         inner = () if self.inner_axis is None else tuple(vector.shape[1:]) or (1,)
         everywhere = (1,) * len(self._places)
         return self.from_by_unit(vector.reshape(1, len(vector), *everywhere, *inner))
@@ -242,6 +249,7 @@ class Unit:
 
     def __post_init__(self) -> None:
         check_site_name(self.site)
+        # In Python, True is an int: `Unit(site, True)` would be unit 1.
         if not isinstance(self.index, int) or isinstance(self.index, bool) or self.index < 0:
             raise ValueError(f"unit index {self.index!r} of {self.site} is not a whole number >= 0")
 
@@ -263,11 +271,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Units:
-    """Some units of one site, in order and without repeats, written `site:1,2,5-9`; `site:*` is all of them.
+    """Some units of one site, in the order given and without repeats, written `site:1,2,5-9`; `site:*` is all.
 
     Attributes:
         site: the site's name.
-        indices: which; None is all.
+        indices: the units' indices; None stands for all of them.
 
     >>> str(Units.parse("mixed3b:3-5,1"))
     'mixed3b:3-5,1'
@@ -281,7 +289,9 @@ class Units:
         if self.indices is None:
             return
         if not self.indices:
-            raise ValueError(f"units of {self.site} name none: expected {self.site}:1,2,5-9")
+            raise ValueError(
+                f"units of {self.site} are an empty list: expected one of the form {self.site}:1,2,5-9"
+            )
         for index in self.indices:
             Unit(self.site, index)
         if len(set(self.indices)) != len(self.indices):
@@ -293,7 +303,7 @@ class Units:
         """Read `SITE:1,2,5-9` or `SITE:*`.
 
         Raises:
-            ValueError: if it is not of that form.
+            ValueError: if the text is not of that form.
         """
         site, colon, listed = text.partition(":")
         if colon and listed == "*":
@@ -316,10 +326,10 @@ class Units:
 
     @classmethod
     def of(cls, units: Units | Unit | str | Iterable[Unit | str]) -> Units:
-        """From whatever names units of one site.
+        """Make `Units` of anything that names units of one site.
 
         Raises:
-            ValueError: if they are of several sites, or none.
+            ValueError: if they are of several sites, or there are none.
         """
         if isinstance(units, Units):
             return units
@@ -334,14 +344,14 @@ class Units:
         return cls(sites[0], tuple(u.index for u in each))
 
     def among(self, site: Site) -> tuple[int, ...]:
-        """Their indices at a site, all of them checked.
+        """The indices at a site, after a check that the site has these units.
 
         Raises:
             ValueError: if the site has no such unit.
         """
         if self.indices is None:
             return tuple(range(site.n_units))
-        site.unit(max(self.indices))
+        site.unit(max(self.indices))  # raises if there is no such unit; none is negative
         return self.indices
 
     def __str__(self) -> str:
@@ -363,7 +373,7 @@ class Direction:
 
     Attributes:
         site: the site's name.
-        vector: one weight a unit, kept in float64 on the CPU; finite, not all zero.
+        vector: one weight for each unit, finite and not all zero; kept in float64 on the CPU, whatever is given.
     """
 
     site: str
@@ -373,11 +383,14 @@ class Direction:
         check_site_name(self.site)
         if self.vector.ndim != 1 or self.vector.numel() == 0:
             raise ValueError(
-                f"direction in {self.site} needs one weight a unit, got shape "
-                f"{tuple(self.vector.shape)}"
+                f"vector of a direction in {self.site} has shape {tuple(self.vector.shape)}: expected one weight "
+                "for each unit"
             )
         if not torch.isfinite(self.vector).all() or not self.vector.any():
-            raise ValueError(f"direction in {self.site} must be finite and not all zero")
+            raise ValueError(
+                f"vector of a direction in {self.site} must be finite and not all zero"
+            )
+        # The way to set a field of a frozen dataclass in its own constructor.
         object.__setattr__(self, "vector", self.vector.detach().to("cpu", torch.float64))
 
     @classmethod
@@ -385,11 +398,11 @@ class Direction:
         """Read a sum of weighted units of one site, e.g. `mixed3b:379+0.5*mixed3b:385`.
 
         Args:
-            text: terms `[WEIGHT*]SITE:INDEX` joined by `+` or `-`; units left out weigh 0.
-            n_units: how many units the site has.
+            text: terms `[WEIGHT*]SITE:INDEX` joined by `+` or `-`; units that are not named have weight 0.
+            n_units: the number of units of the site.
 
         Raises:
-            ValueError: if it cannot be read, spans two sites or names a unit past `n_units`.
+            ValueError: if it cannot be read, spans two sites or names a unit beyond `n_units`.
         """
         terms = [_parse_term(t) for t in _split_terms(text)]
         sites = {unit.site for _, unit in terms}
@@ -405,6 +418,7 @@ class Direction:
         return cls(sites.pop(), vector)
 
     def __str__(self) -> str:
+        # `repr` of a float is the shortest text that reads back as the same number.
         terms = [
             f"{'-' if w < 0 else '+'}{abs(w)!r}*{self.site}:{i}"
             for i, w in enumerate(self.vector.tolist())
@@ -412,6 +426,7 @@ class Direction:
         ]
         return "".join(terms).removeprefix("+")
 
+    # A dataclass would compare tensors by `==`, which gives a tensor and not a truth value.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Direction):
             return NotImplemented
@@ -430,6 +445,7 @@ _TERM = re.compile(
 
 def _split_terms(text: str) -> list[re.Match[str]]:
     compact = text.replace(" ", "")
+    # `finditer` skips what does not match: the terms must add up to the whole text.
     matches = list(_TERM.finditer(compact))
     if not matches or "".join(m[0] for m in matches) != compact:
         raise ValueError(
@@ -454,7 +470,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> KeyError:
-    """The error for a name that is not among `known`, with the nearest ones offered.
+    """Make the error for a name that is not among `known`; its message offers the nearest names.
 
     >>> print(unknown("site", "mixd3b", ["mixed3a", "mixed3b"]).args[0])
     unknown site 'mixd3b': did you mean mixed3b, mixed3a?

@@ -130,13 +130,15 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
         ablate(branches, [], x)
     with pytest.raises(ValueError, match=r"^unit cat:1 is listed twice"):
         ablate(branches, ["cat:1", "cat:1"], x)
-    with pytest.raises(ValueError, match=r"^labels: 2 for the 3 examples"):
+    with pytest.raises(
+        ValueError, match=r"^labels have 2 entries: expected one for each of the 3 examples"
+    ):
         ablate(branches, ["cat:1"], x, labels=[0, 1])
     with pytest.raises(ValueError, match=r"^label 3: expected a class from 0 to 2"):
         ablate(branches, ["cat:1"], x, labels=[0, 1, 3])
     with pytest.raises(ValueError, match=r"^pool: 1 units are too few to draw from"):
         ablate(branches, ["cat:1", "cat:2"], x, pool=["cat:3"])
-    with pytest.raises(ValueError, match=r"^examples: there is none"):
+    with pytest.raises(ValueError, match=r"^examples are empty"):
         ablate(branches, ["cat:1"], [])
 
 
@@ -153,10 +155,10 @@ def test_labels_from_names_files_and_lists(tmp_path: Path) -> None:
     np.savez(tmp_path / "l.npz", labels=np.array([0, 1]))
     assert read_labels(data, ["a", "b"], tmp_path / "l.npz") == [0, 1]
     for text, message in (
-        ("[1]", r"1 labels for 2 examples"),
-        ("[0, 2]", r"label 2 of 'example 1' is no class: expected 0 to 1"),
+        ("[1]", r"have 1 entries: expected one for each of 2 examples"),
+        ("[0, 2]", r"label 2 of 'example 1' is not a class: expected 0 to 1"),
         ('{"example 0": 1}', r"'example 1' has no label"),
-        ('["a", "c"]', r"label 'c' of 'example 1' is no class"),
+        ('["a", "c"]', r"label 'c' of 'example 1' is not a class"),
         ("{", "cannot be read"),
     ):
         path.write_text(text)

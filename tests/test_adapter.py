@@ -342,5 +342,5 @@ def test_models_without_weights_differ_by_their_modules() -> None:
 def test_a_wrong_input_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"cannot run on an input of shape \(3, 4, 40, 56\)"):
         HookedModel(seeded(OwnNet()), (4, 40, 56))
-    with pytest.raises(ValueError, match=r"must be \(channels, height, width"):
+    with pytest.raises(ValueError, match=r"is not of the form \(channels, height, width"):
         HookedModel(seeded(OwnNet()), (5, 40))

@@ -132,7 +132,7 @@ def test_a_transcoder_reads_one_site_and_writes_another(induction: HookedModel) 
     torch.testing.assert_close(
         written, induction.logits(x, edits={target: lambda v: code(before)}), atol=1e-4, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="does not come behind"):
+    with pytest.raises(ValueError, match=r"is computed before site .*: expected a later site"):
         induction.attach(code, "t", target, source)
 
 
@@ -255,7 +255,7 @@ def test_a_model_is_loaded_with_its_autoencoders(
         load_model("shapes+z")
     code.about = About("x")
     save_autoencoder(code, tmp_path / "saes" / "w")
-    with pytest.raises(ValueError, match="does not say at which site"):
+    with pytest.raises(ValueError, match="does not say which site it was trained on"):
         load_model("shapes+w")
 
 

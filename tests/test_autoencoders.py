@@ -87,7 +87,7 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(n: int) -> None:
 
 def test_the_first_latents_of_a_code() -> None:
     code = Code(torch.tensor([0, 2, 3]), torch.tensor([4, 1, 3]), torch.tensor([1.0, 2.0, 3.0]), 5)
-    assert code.below(4).dense().tolist() == [[0, 2, 0, 0], [0, 0, 0, 3]]
+    assert code.prefix(4).dense().tolist() == [[0, 2, 0, 0], [0, 0, 0, 3]]
 
 
 # --- as modules --------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_file_with_missing_or_more_tensors_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     for change, message in (
         ({"b_dec": None}, "lacks b_dec"),
-        ({"more": torch.zeros(2)}, "holds more beside"),
+        ({"more": torch.zeros(2)}, "holds unknown more"),
         ({"W_dec": torch.zeros(3, 6)}, "W_dec of shape"),
     ):
         changed = {n: t for n, t in (tensors | change).items() if t is not None}
@@ -381,7 +381,7 @@ def test_folders_of_nobody_and_what_cannot_be_folded_are_refused(tmp_path: Path)
             ("temporal", {}, None, "architecture 'temporal': read are standard"),
             ("standard", {"normalize_activations": "layer_norm"}, None, "normalises each row"),
             ("standard", {}, {"W_enc": P["W_enc"]}, "lacks b_enc, W_dec, b_dec"),
-            ("standard", {}, {**WITH, "b_mag": P["r"]}, "holds b_mag beside"),
+            ("standard", {}, {**WITH, "b_mag": P["r"]}, "holds unknown b_mag"),
             ("topk", {}, None, "does not say 'k'"),
             ("standard", {}, {**WITH, "b_enc": P["r"][:3]}, "is not a folder that saelens wrote"),
         )

@@ -58,7 +58,7 @@ def test_what_a_person_types(bridge: HookedModel) -> None:
         ({"spec": "repeats", "answer": "3"}, "has answers and positions of its own"),
         ({"texts": ["1 2"], "positions": "5"}, r"position 5 of '1 2': expected -2 to 0"),
         ({"texts": ["1 2"], "positions": "end"}, "positions 'end': expected last, all, or whole numbers"),
-        ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' is not tokens"),
+        ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' cannot be tokenized"),
         ({}, "model tiny-bridge has no task of its own"),
         ({"answer": "3"}, "answers and positions need a text"),
         ({"spec": "classes"}, "task 'classes' does not fit: model tiny-bridge takes tokens"),

@@ -103,7 +103,7 @@ def test_examples_of_texts_show_what_stands_around_a_token(
         (["harvest", "shapes", "--data", "photos", "--sites", ","], "at least one site"),
         (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--workspace", "{tmp}/file/w"],
          "cannot be written"),
-        (["sites", "shapes", "--weights", "{tmp}/cut.safetensors"], "not a whole safetensors file"),
+        (["sites", "shapes", "--weights", "{tmp}/cut.safetensors"], "not a complete safetensors file"),
         (["sites", "shapes", "--weights", "{tmp}/none.safetensors"], "does not exist"),
         (["harvest", "{own}", "--data", "photos", "--sites", "stem"], "the model takes 5"),
         (["visualize", "shapes", "mixed3a:1", "--out", "{tmp}/file/a.png"], "cannot be written"),

@@ -171,7 +171,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["patch", "induction", "--metric", "logit_difference"], "needs something to compare the answers with"),
         (["patch", "shapes", "--task", "shapes"], "sites: model shapes has none of those that by 'position' takes"),
         (["keep", "induction", "blocks.0.hook_resid_pre"], "is not among the sites at which anything is replaced"),
-        (["lens", "shapes"], "is no TransformerLens bridge: it has no residual stream to stop at"),
+        (["lens", "shapes"], "is not a TransformerLens bridge: it has no residual stream to stop at"),
         (["lens", "induction", "--tokens"], "--tokens needs a text (--text)"),
         (["heads", "shapes"], "model shapes takes images: heads are told apart by what they do with tokens"),
         (["heads", "addition-by-hand"], "length 3: expected 6, to repeat anything, to 3, the model's context"),

@@ -202,7 +202,7 @@ def test_fine_tuning_reaches_the_target(bridge: HookedModel) -> None:
     [
         ({"n_random": -1}, "n_random -1"),
         ({"seed": -1}, "seed -1"),
-        ({"labels": [0]}, "labels: 1 for the 4 examples"),
+        ({"labels": [0]}, "labels have 1 entries: expected one for each of the 4 examples"),
         ({"targets": ["fc:9"]}, "does not exist"),
     ],
 )
@@ -211,7 +211,7 @@ def test_bad_input_to_measure_is_named(own_net: HookedModel, options, message: s
         measure(own_net, [zero("relu:1")], own_net.input.example(4), **options)
     with pytest.raises(ValueError, match="no edit to measure"):
         measure(own_net, [], own_net.input.example(4))
-    with pytest.raises(ValueError, match="examples: there is none"):
+    with pytest.raises(ValueError, match="examples are empty"):
         measure(own_net, [zero("relu:1")], [])
 
 

@@ -423,7 +423,7 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
         ({"mode": "mean"}, "mode 'mean' needs examples"),
         ({"units": [6]}, "units: out_relu:6 does not exist: out_relu has units 0 to 5"),
         ({"sources": []}, "sources is empty"),
-        ({"at": (9, 0)}, "at .9, 0. is no position of out_relu: expected one of 4 x 5"),
+        ({"at": (9, 0)}, "at .9, 0. is not a position of out_relu: expected one of 4 x 5"),
         ({"examples": torch.zeros(1, 3, 8, 10)}, "examples are not used in mode 'linear'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -117,7 +117,8 @@ def test_first_choices_of_a_text(bridge: HookedModel) -> None:
 def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel) -> None:
     task = read_at(bridge)
     with pytest.raises(
-        ValueError, match="model Branches is no TransformerLens bridge: it has no residual stream"
+        ValueError,
+        match="model Branches is not a TransformerLens bridge: it has no residual stream",
     ):
         lens_tokens(branches, "1 2")
     inside = task.with_metric(UnitActivation.named(bridge, "blocks.0.mlp.hook_post:3"))

@@ -309,15 +309,15 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     whole = (BUILTIN / "shapes.safetensors").read_bytes()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_model("shapes", cut)
 
     tensors = load_file(BUILTIN / "shapes.safetensors")
     cases = {
-        "lack 1 tensors, first 'logits.bias'": {
+        "lack 1 tensors, the first of them 'logits.bias'": {
             k: v for k, v in tensors.items() if k != "logits.bias"
         },
-        "1 tensors too many, first 'extra'": {**tensors, "extra": torch.zeros(1)},
+        "have 1 unknown tensors, the first of them 'extra'": {**tensors, "extra": torch.zeros(1)},
         "'logits.bias' has shape": {**tensors, "logits.bias": torch.zeros(3)},
         "'logits.bias' holds NaN": {**tensors, "logits.bias": torch.full((40,), torch.nan)},
     }

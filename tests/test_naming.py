@@ -132,7 +132,7 @@ def test_texts_near_what_excites_a_unit_become_its_name() -> None:
     found = name_by_text("s", strengths, images, words, seen, said)
     assert {(n.unit.index, n.text) for n in found.holding} == {(i, w) for i, w in enumerate(words)}
     assert found.by_chance <= 1
-    with pytest.raises(ValueError, match="expected item x one width for both"):
+    with pytest.raises(ValueError, match="expected item x width, of one width for both"):
         name_by_text("s", strengths, images, words, seen, lambda texts: np.zeros((len(texts), 3)))
 
 

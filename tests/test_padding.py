@@ -18,7 +18,7 @@ from circuits.examples import Examples
 from circuits.experiments import Variant, run
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
-from circuits.models.adapter.padding import grouped, padded, unpadded
+from circuits.models.adapter.padding import group_by_length, padded, unpadded
 from circuits.models.zoo.loading import load_model
 from circuits.models.zoo.transformers import native_bridge
 from circuits.tasks import Question, Task, as_metric
@@ -288,7 +288,7 @@ def test_what_is_padded_can_be_taken_apart_again(rows, side, filler) -> None:
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(3, 40), st.integers(1, 100))
 def test_groups_hold_each_text_once_in_company_and_are_not_too_large(lengths, rows, most) -> None:
-    groups = grouped(lengths, rows, most)
+    groups = group_by_length(lengths, rows, most)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) <= 3 or max(lengths[i] for i in group) * len(group) <= most
@@ -324,7 +324,7 @@ def test_what_a_mask_must_be(bridge: HookedModel, own_net: HookedModel) -> None:
 def test_texts_that_cannot_be_padded(bridge: HookedModel) -> None:
     with pytest.raises(ValueError, match="text 1 of rows is empty"):
         bridge.pad([[1], []])
-    with pytest.raises(ValueError, match="rows name no text"):
+    with pytest.raises(ValueError, match="rows are empty"):
         bridge.pad([])
     with pytest.raises(ValueError, match="takes only texts of one length"):
         own(Deaf()).pad([[1], [1, 2]])
@@ -423,14 +423,14 @@ def test_what_cannot_be_continued(boot, bridge: HookedModel, own_net: HookedMode
         n=10,
     )
     refused("n_tokens 0 must be at least 1", n=0)
-    refused("temperature -1.0 must be a number from 0 up", temperature=-1.0)
+    refused("temperature -1.0 must be a finite number of at least 0", temperature=-1.0)
     refused("temperature nan must be", temperature=float("nan"))
-    refused("stop 20 is no token: expected 0 to 19", stop=[20])
-    refused("looks both ways along a text", boot("bert"))
+    refused("stop 20 is not a token: expected 0 to 19", stop=[20])
+    refused("is not causal: earlier positions depend on later tokens", boot("bert"))
     nan = {"blocks.0.hook_resid_mid": lambda value: value * torch.nan}
-    refused("logits after a text are not numbers", edits=nan)
+    refused("logits after a text are NaN", edits=nan)
     with pytest.raises(
-        ValueError, match=r"puts out a tensor of shape \(2, 20\) for \(2, 3\) tokens"
+        ValueError, match=r"returns a tensor of shape \(2, 20\) for \(2, 3\) tokens"
     ):
         own(Ending()).generate(tokens, 2)
     with pytest.raises(ValueError, match="model OwnNet takes images: it continues no texts"):

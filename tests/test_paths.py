@@ -236,7 +236,7 @@ def check_invariants(model: HookedModel) -> None:
     assert torch.equal(model.logits(clean, own), base), "a run's own contributions change no bit"
     stream = stream_of(model)
     for sender in stream.senders:
-        found = path_changes(model, source, [(sender, stream.behind(sender))])
+        found = path_changes(model, source, [(sender, stream.stream_after(sender))])
         if sender.kind == "bias":
             assert found == {}, "a constant is the same in every run"
             continue
@@ -250,7 +250,7 @@ def check_invariants(model: HookedModel) -> None:
 
 def replaced(stream: Stream, clean: Tensor, source: Any, sender: Sender) -> Tensor:
     """Logits with all that a sender writes from another run, by a hook at its output."""
-    (site, *_) = stream.written([sender])
+    (site, *_) = stream.sender_sites([sender])
 
     def change(value: Tensor) -> Tensor:
         made = value.clone()
@@ -271,15 +271,17 @@ def test_all_senders_at_once_are_the_receivers_input_of_the_other_run(case: Case
     model, _ = case
     clean, corrupted = drawn()
     source, stream = record_senders(model, corrupted), stream_of(model)
-    names = {name for r in stream.receivers for name in (stream.read(r), stream.seen(r))}
+    names = {
+        name for r in stream.receivers for name in (stream.input_site(r), stream.stream_site(r))
+    }
     base, other = (model.run(tokens, read=names) for tokens in (clean, corrupted))
     for receiver in receivers(model, streams=True)[::2]:
         group = [(s, receiver) for s in stream.senders if stream.reaches(s, receiver)]
-        site = stream.read(receiver)
+        site = stream.input_site(receiver)
         found = model.run(clean, read=[site], edits=path_changes(model, source, group))[site]
         wanted = other[site]
         if receiver.kind == "resid_mid":  # changed where attention adds to the stream
-            before = stream.seen(receiver).replace("mid", "pre")
+            before = stream.stream_site(receiver).replace("mid", "pre")
             wanted = wanted + other[before] - base[before]
         if receiver.kind in ("q", "k", "v"):
             rest = [h for h in range(found.shape[2]) if h != receiver.head]
@@ -554,12 +556,12 @@ def test_bad_input_is_one_clear_line(change: dict[str, Any], words: str) -> None
 
 def test_a_model_whose_stream_is_not_the_sum_of_its_senders_is_refused() -> None:
     images = HookedModel(torch.nn.Conv2d(3, 4, 1), ImageInput(3, 8, 8), "conv")
-    with pytest.raises(ValueError, match="conv is no TransformerLens bridge"):
+    with pytest.raises(ValueError, match="conv is not a TransformerLens bridge"):
         senders(images)
     model, _ = gpt2_like()
     doubled = model.module.blocks[1].mlp.register_forward_hook(lambda *parts: parts[-1] * 2)  # type: ignore[union-attr, index]
     with pytest.raises(
-        ValueError, match=r"blocks.1.hook_resid_post is off by .* sum of its senders"
+        ValueError, match=r"blocks.1.hook_resid_post differs by .* sum of its senders"
     ):
         senders(model)
     doubled.remove()

@@ -35,7 +35,7 @@ from circuits.sae import (
     train,
 )
 from circuits.sae.batches import Batches, geometric_median
-from circuits.sae.learners import Learner, _Above
+from circuits.sae.learners import Learner, _Heaviside
 from circuits.sae.metrics import random_dictionary
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
@@ -91,7 +91,7 @@ def test_a_stream_that_goes_on_gives_what_the_other_would_have_given() -> None:
         next(stream)
     numbers, rest = whole.state()
     again = Batches(ArrayRows(rows), 256, seed=1)
-    again.go_on(json.loads(json.dumps(numbers)), rest)
+    again.resume(json.loads(json.dumps(numbers)), rest)
     other = iter(again)
     for _ in range(60):
         assert torch.equal(next(stream)[0], next(other)[0])
@@ -283,13 +283,13 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
         train(**small(known, steps=62), folder=tmp_path / "r", anew=True, report=stop)
     seen: list[int] = []
     train(**small(known, steps=62), folder=tmp_path / "r", report=lambda p: seen.append(p.step))
-    assert seen[0] == 6, "an interrupted new beginning is gone on with"
+    assert seen[0] == 6, "an interrupted fresh start is resumed"
 
 
 def test_a_threshold_learns_from_what_is_near_it_and_not_from_silence() -> None:
     threshold = torch.tensor([0.01, 0.01], requires_grad=True)
     pre = torch.tensor([[0.02, -3.0], [0.5, -3.0], [-0.005, -3.0]])
-    _Above.apply(pre, threshold).sum().backward()
+    _Heaviside.apply(pre, threshold).sum().backward()
     assert threshold.grad is not None
     assert threshold.grad.tolist() == pytest.approx([-2 / 0.05, 0.0])  # two rows within 0.025, none
 
@@ -373,7 +373,7 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
         (lambda rows: train(ArrayRows(rows[:50]), Hyperparameters("topk", 64), Schedule(5)), "there are only 50 rows"),
         (lambda rows: Hyperparameters("topk", 16, k=17), "k 17 must be from 1 to the number of latents, 16"),
         (lambda rows: ArrayRows(np.where(rows == rows[777, 3], np.nan, rows)), "row 777 of array 'array' is NaN"),
-        (lambda rows: ArrayRows(rows[0]), "is no table of numbers"),
+        (lambda rows: ArrayRows(rows[0]), "is not a table of floating-point numbers"),
         (lambda rows: Schedule(0), "steps 0 must be at least 1"),
         (lambda rows: RowFilter(norms=0.5), "norms 0.5 must be above 1"),
         (lambda rows: train(ArrayRows(rows * 0), Hyperparameters("topk", 8, k=2), Schedule(2)), "rows are all zero"),

@@ -192,8 +192,8 @@ def test_a_report_against_its_definition() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"evaluation": []}, "there is none, expected at least one"),
-        ({"labels": [1]}, "labels: 1 for the 8 examples"),
+        ({"evaluation": []}, "examples are empty: expected at least one"),
+        ({"labels": [1]}, "labels have 1 entries: expected one for each of the 8 examples"),
         ({"n_random": 0}, "n_random 0 must be at least 1"),
     ],
 )
@@ -216,5 +216,5 @@ def test_bad_input(change, message: str) -> None:
             [tuned("pre", donor)],
             images(8, 1),
         )
-    with pytest.raises(ValueError, match="there is none, expected at least one"):
+    with pytest.raises(ValueError, match="examples are empty: expected at least one"):
         match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], [])

@@ -174,7 +174,9 @@ def test_bad_input_is_named(templates: HookedModel, bridge: HookedModel) -> None
         find_curve_units(templates, "relu", size=4)
     with pytest.raises(ValueError, match="unit relu:6 does not exist"):
         find_curve_units(templates, "relu", [6])
-    with pytest.raises(ValueError, match="tunings: expected at least one"):
+    with pytest.raises(
+        ValueError, match=r"tunings .0. are empty or at different angles: expected at least one"
+    ):
         joint_tuning([])
 
 

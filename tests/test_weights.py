@@ -203,5 +203,5 @@ def test_head_circuits_of_the_hand_written_model() -> None:
 
 
 def test_image_models_have_no_heads(branches: HookedModel) -> None:
-    with pytest.raises(ValueError, match="is no TransformerLens bridge"):
+    with pytest.raises(ValueError, match="is not a TransformerLens bridge"):
         qk_circuit(branches, "cat:1")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import is_bridge
 from circuits.tables import Table
@@ -78,11 +78,11 @@ def direct_logit_attribution(
         target: a token's logit, at the last position if no other is given.
 
     Raises:
-        ValueError: if the model is no bridge, or the target no logit.
+        ValueError: if the model is not a TransformerLens bridge, or the target no logit.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is no TransformerLens bridge: it has no residual stream to split"
+            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to split"
         )
     goal, end = as_target(model, target), output_site(model)
     if goal.site != end.name or goal.quantity != "activation":
@@ -104,7 +104,7 @@ def direct_logit_attribution(
         shift = shift - bridge.b_U.detach().double()[goal.against]
     stream = cache[_last_residual(model)].double()[rows, aim.places]
     with model.lock:
-        scale, offset, centred = held_normalisation(bridge.ln_final, stream)
+        scale, offset, centred = frozen_normalisation(bridge.ln_final, stream)
     read = direction * scale  # what one unit of the stream is worth
     if centred:
         read = read - read.mean(1, keepdim=True)

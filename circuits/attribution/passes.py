@@ -19,7 +19,7 @@ from torch import Tensor
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
-from circuits.models.paths.restarting import Start, start_at
+from circuits.models.paths.restarting import Restart, restart_at
 from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, Unit
 
@@ -181,7 +181,7 @@ class Passes:
         return self._start is not None
 
     @cached_property
-    def _start(self) -> Start | None:
+    def _start(self) -> Restart | None:
         """How a pass may begin at the site, tried with a tensor of it and another one."""
         if self.site is None or len(self.points) != len(self.inputs):
             return None
@@ -192,7 +192,7 @@ class Passes:
         except (RuntimeError, LookupError):  # shapes that follow the input's batch
             return None
         values = {self.site.name: two, self.end.name: expected}
-        return start_at(self.model, self.site, [self.end], twice, values)
+        return restart_at(self.model, self.site, [self.end], twice, values)
 
     def chunks(self, n: int) -> Iterator[range]:
         """Cut `n` versions into runs of at most `batch`."""

@@ -1,7 +1,7 @@
-"""Sparse autoencoders and transcoders as they are used: encode, decode.
+"""Sparse autoencoders and transcoders in use: encode and decode.
 
-Whatever an autoencoder was trained as, it is used in one form: a linear map, a nonlinearity that leaves few
-latents active, a linear map back. What training needs besides (centring, scaling, gates) is folded into it.
+Whatever its architecture in training, an autoencoder is used in one form: a linear map, a nonlinearity that leaves few
+latents active, and a linear map back. What training adds to that (centring, scaling, gates) is folded into the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from circuits.autoencoders.sparse import Code, decode, row_of_entries, top_k
 from circuits.tables import Table
 
 Activation = Literal["relu", "topk", "jumprelu"]
-"""What makes codes sparse: nothing but the zero of ReLU; the k largest of each row; a threshold of each latent."""
+"""What makes codes sparse: ReLU alone; the k largest values of each row; or a threshold for each latent."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class About:
     """Where an autoencoder comes from.
 
     Attributes:
-        name: how its site is called: `sae/NAME`.
-        site: the site whose tensor it encodes.
-        target: the site whose tensor it writes: another one for a transcoder.
+        name: its name; the latents' site is `sae/NAME`.
+        site: the site that it encodes.
+        target: the site that it reconstructs: another one for a transcoder.
         model: the model's name.
-        model_hash: of its weights; empty if not known (a file of another tool).
-        data: on what it was trained.
-        architecture: as what it was trained: `topk`, `batchtopk`, `gated`, …
-        settings: how, as JSON has it.
-        metrics: what it was at the end of its training, as JSON has it.
+        model_hash: the hash of the model's weights; empty if not known (a file of another tool).
+        data: the data that it was trained on.
+        architecture: its architecture in training: `topk`, `batchtopk`, `gated`, …
+        settings: how it was trained, as a dictionary for JSON.
+        metrics: its numbers at the end of the training, as a dictionary for JSON.
     """
 
     name: str = ""
@@ -67,14 +67,14 @@ class Autoencoder(nn.Module):
     """codes = f(W_enc x + b_enc), output = W_dec^T codes + b_dec (+ W_skip x).
 
     Args:
-        W_enc: weights of the encoder, latent x input.
-        b_enc: its bias, one a latent.
-        W_dec: weights of the decoder, latent x output: each row is the direction that its latent writes.
-        b_dec: its bias, one a number of the output.
+        W_enc: the encoder's weights, latent x input.
+        b_enc: the encoder's bias, one number for each latent.
+        W_dec: the decoder's weights, latent x output: each row is the direction that its latent writes.
+        b_dec: the decoder's bias, one number for each output dimension.
         activation: f, an `Activation`.
-        k: of `topk`: how many latents of a row may be active.
-        threshold: of `jumprelu`: what each latent's value must exceed, 0 or more.
-        W_skip: of a skip-transcoder: straight from input to output, output x input.
+        k: for `topk`: the number of latents that may be active in a row.
+        threshold: for `jumprelu`: what each latent's pre-activation must exceed, 0 or more.
+        W_skip: for a skip transcoder: the linear map from input to output, output x input.
         about: where it comes from.
 
     Raises:
@@ -102,21 +102,22 @@ class Autoencoder(nn.Module):
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.register_buffer("threshold", threshold)
         self.register_buffer("W_skip", W_skip)
-        # kept as a tensor, so that a hash of the state knows it
+        # k as a buffer: the hash of a model covers its tensors, and another k is another autoencoder.
         self.register_buffer("kept", torch.tensor(k or 0))
         self.activation = activation
         self.k = k
         self.about = about or About()
+        # It is used, not trained: the models that it is attached to hold their parameters fixed as well.
         self.requires_grad_(False)
 
     @property
     def n_latents(self) -> int:
-        """How many latents it has."""
+        """The number of latents."""
         return self.W_enc.shape[0]
 
     @property
     def d_in(self) -> int:
-        """The width of what it encodes."""
+        """The width of its input."""
         return self.W_enc.shape[1]
 
     def describe(self) -> dict[str, Any]:
@@ -130,14 +131,15 @@ class Autoencoder(nn.Module):
 
     @property
     def d_out(self) -> int:
-        """The width of what it writes."""
+        """The width of its output."""
         return self.W_dec.shape[1]
 
     def encode(self, x: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows latent"]:
-        """How active each latent is."""
+        """The activation of each latent."""
         pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
         if self.activation == "topk":
             assert self.k is not None, "checked when it was built"
+            # Negative values among the k largest are cut off, so that fewer than k latents may be active.
             kept = pre.topk(self.k, dim=-1, sorted=False)
             return torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
         if self.activation == "jumprelu":
@@ -146,7 +148,7 @@ class Autoencoder(nn.Module):
         return pre.relu()
 
     def code(self, x: Float[Tensor, "row input"]) -> Code:
-        """The codes of rows in compressed form: those of `topk` cost less so."""
+        """The codes of rows in compressed form, which saves time and memory with `topk`."""
         pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
         if self.activation == "topk":
             assert self.k is not None, "checked when it was built"
@@ -161,31 +163,31 @@ class Autoencoder(nn.Module):
     def decode(
         self, codes: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows input"] | None = None
     ) -> Float[Tensor, "*rows output"]:
-        """What codes write.
+        """The reconstruction from codes.
 
         Args:
-            codes: how active each latent is.
-            x: what was encoded: a skip-transcoder needs it.
+            codes: the activation of each latent.
+            x: the input, which a skip transcoder needs.
 
         Raises:
-            ValueError: if it needs `x` and has none.
+            ValueError: if a skip transcoder is not given `x`.
         """
-        return self.skipped(codes @ self.W_dec + self.b_dec, x)
+        return self.with_skip(codes @ self.W_dec + self.b_dec, x)
 
     def decode_code(self, code: Code, x: Tensor | None = None) -> Float[Tensor, "row output"]:
         """The same for codes in compressed form."""
-        return self.skipped(decode(code, self.W_dec) + self.b_dec, x)
+        return self.with_skip(decode(code, self.W_dec) + self.b_dec, x)
 
-    def skipped(self, written: Tensor, x: Tensor | None) -> Tensor:
-        """What was written, with what goes straight from the input to the output."""
+    def with_skip(self, written: Tensor, x: Tensor | None) -> Tensor:
+        """Add what a skip transcoder's linear map makes of the input."""
         if self.W_skip is None:
             return written
         if x is None:
-            raise ValueError("x: a skip-transcoder decodes with its input")
+            raise ValueError("x is missing: a skip transcoder decodes with its input")
         return written + x @ self.W_skip.T
 
     def forward(self, x: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows output"]:
-        """Decode what `encode` makes of rows."""
+        """The reconstruction of rows."""
         return self.decode(self.encode(x), x)
 
 
@@ -193,6 +195,7 @@ def _check(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, activation: str, k: int | None,
     threshold: Tensor | None, W_skip: Tensor | None,
 ) -> None:  # fmt: skip
+    """Raise ValueError if the parts of an autoencoder do not fit each other."""
     if activation not in get_args(Activation):
         raise ValueError(
             f"activation {activation!r} is not one of {', '.join(get_args(Activation))}"
@@ -220,6 +223,9 @@ def _check(
     if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= n):
         raise ValueError(f"k {k} of activation {activation!r} must be 1 to {n} for topk, else None")
     if (activation == "jumprelu") != (threshold is not None):
-        raise ValueError(f"threshold: activation {activation!r} takes one if it is jumprelu")
+        raise ValueError(
+            f"threshold is {'missing' if threshold is None else 'given'}: activation {activation!r} takes one if it is "
+            "jumprelu"
+        )
     if threshold is not None and bool((threshold < 0).any()):
         raise ValueError("threshold holds numbers below 0")

@@ -1,4 +1,4 @@
-"""Autoencoders on disk: one safetensors file, what is known about it in its header."""
+"""Autoencoders on disk: one safetensors file, with the record of the autoencoder in its header."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ FILE = "sae.safetensors"
 """The file of an autoencoder in its folder."""
 
 FORMAT = 1
+"""The version of the header."""
+
 _KEY = "circuits.autoencoder"
 _NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
 _OPTIONAL = {"relu": (), "topk": (), "jumprelu": ("threshold",)}
@@ -50,7 +52,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no autoencoder of ours, or tensors are missing, too many, or do not fit.
+        ValueError: if the file was not written by `save_autoencoder`, or tensors are missing, unknown or do not fit.
     """
     target = Path(path)
     if target.is_dir():
@@ -62,12 +64,13 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         header = json.loads(metadata[_KEY])
         about = About(**{f.name: header["about"][f.name] for f in fields(About)})
         form, activation, k = header["format"], header["activation"], header["k"]
+        # The header may have been edited: each field must be of the type of its default.
         wrong = [n for n, v in vars(about).items() if not isinstance(v, type(getattr(About(), n)))]
         if wrong or not (k is None or type(k) is int):
             raise ValueError(f"wrong kind of {wrong or 'k'}")
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"autoencoder {str(target)!r} is not a file of ours, or its header is damaged; files of other tools "
+            f"autoencoder {str(target)!r} was not written by circuits, or its header is damaged; files of other tools "
             "are read by `circuits sae import`"
         ) from error
     if form != FORMAT:
@@ -85,10 +88,10 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file in float32, and what its header says.
+    """Read the tensors of a safetensors file, in float32, and the metadata of its header.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -108,12 +111,12 @@ def check_tensors(
     needed: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> None:
-    """Raise ValueError if tensors are missing, or some are there that do not belong."""
+    """Raise ValueError if tensors are missing or unknown."""
     missing = [name for name in needed if name not in tensors]
     extra = [name for name in tensors if name not in (*needed, *optional)]
     if missing or extra:
         what = [f"lacks {', '.join(missing)}"] if missing else []
-        what += [f"holds {', '.join(extra[:8])} beside"] if extra else []
+        what += [f"holds unknown {', '.join(extra[:8])}"] if extra else []
         raise ValueError(
             f"autoencoder {str(path)!r} {' and '.join(what)}: expected {', '.join((*needed, *optional))}"
         )

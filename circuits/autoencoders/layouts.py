@@ -1,8 +1,8 @@
 """Autoencoders of other tools: the folders that SAELens, dictionary_learning and sparsify write and read.
 
-File formats only: none of their packages is imported. Read are SAELens 5 and 6, dictionary_learning 0.1 and
-sparsify 1; what is written, those load. Whatever an autoencoder of theirs does beside a linear map, a
-nonlinearity and a linear map back is folded in where that gives the same numbers, and refused where it does not.
+None of their packages is imported. The formats of SAELens 5 and 6, dictionary_learning 0.1 and sparsify 1 are read
+and written. Where an autoencoder of theirs does more than a linear map, a nonlinearity and a linear map back, that is
+folded into the weights if it gives the same numbers, and refused if it does not.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _FILES = {
 
 
 def layout_of(folder: Path) -> Layout:
-    """Whose folder it is.
+    """The tool that wrote a folder.
 
     Raises:
-        FileNotFoundError: if it is nobody's.
+        FileNotFoundError: if it has no tool's files.
     """
     for layout in get_args(Layout):
         if all((folder / name).is_file() for name in _FILES[layout]):
@@ -52,12 +52,13 @@ def import_autoencoder(folder: str | Path, about: About | None = None) -> Autoen
     """Read a folder of SAELens, dictionary_learning or sparsify.
 
     Args:
-        folder: where its files are.
-        about: what is known beside: `name`, `site` and the like take the place of what the files say.
+        folder: the folder.
+        about: what is known in addition; its fields (`name`, `site`, …) override what the files say.
 
     Raises:
-        FileNotFoundError: if it is nobody's folder.
-        ValueError: if it is damaged, tensors are missing or too many, or it does what is not read.
+        FileNotFoundError: if it has no tool's files.
+        ValueError: if it is damaged, tensors are missing or unknown, or the autoencoder is of a kind that cannot be
+            expressed here.
     """
     place = Path(folder)
     layout = layout_of(place)
@@ -77,7 +78,7 @@ def import_autoencoder(folder: str | Path, about: About | None = None) -> Autoen
     except (
         TypeError,
         RuntimeError,
-    ) as error:  # another kind of entry, tensors that do not fit each other
+    ) as error:  # entries of a wrong type; tensors that do not fit each other
         first = str(error).splitlines()[0]
         raise ValueError(f"{str(place)!r} is not a folder that {layout} wrote: {first}") from error
     settings = {"imported": layout, "config": config}
@@ -92,7 +93,7 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} holds no settings")
+        raise ValueError(f"{str(path)!r} is not a JSON object: expected settings by name")
     return found
 
 
@@ -113,6 +114,7 @@ _SAELENS = {
 
 
 def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], About]:
+    """The arguments of `Autoencoder` from a folder of SAELens, whose weights are stored input first."""
     kind, k = _saelens_kind(config)
     if kind not in _SAELENS:
         raise ValueError(
@@ -125,13 +127,15 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
             "weights: expected none or expected_average_only_in"
         )
     tensors = read_tensors(path)[0]
+    # A scaling factor of ones changes nothing.
     if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
         del tensors["scaling_factor"]
+    # A factor for each latent by which SAELens multiplies codes after the nonlinearity: it goes to the decoder.
     fine = ("finetuning_scaling_factor",) if config.get("finetuning_scaling_factor") else ()
     check_tensors(path, tensors, _SAELENS[kind] + fine)
     for name, axes in (("W_enc", 2), ("W_dec", 2), ("b_dec", 1)):
         if tensors[name].ndim != axes:
-            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} has not {axes} axes")
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: expected {axes} axes")
     W_enc, W_dec, b_dec = tensors["W_enc"].T.contiguous(), tensors["W_dec"], tensors["b_dec"]
     made: dict[str, Any] = {
         "W_enc": W_enc,
@@ -139,6 +143,7 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
         "b_dec": b_dec,
         "W_skip": tensors.get("W_skip"),
     }
+    # An encoder that reads x - b_dec: W (x - b_dec) + b = W x + (b - W b_dec).
     subtracted = bool(config.get("apply_b_dec_to_input", "transcoder" not in kind))
     shift = -W_enc @ b_dec if subtracted else torch.zeros(len(W_enc))
     if kind == "gated":
@@ -154,12 +159,14 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
             "activation": "jumprelu",
             "threshold": given.float().clamp_min(0).expand(len(W_enc)).clone(),
         }
+    # There the choice of the k largest is by code times decoder norm, which is that of unit directions.
     if config.get("rescale_acts_by_decoder_norm") and kind in (
         "topk",
         "batchtopk",
         "matryoshka_batchtopk",
     ):
         length = W_dec.norm(dim=1).clamp_min(1e-8)
+        # Codes become longer by the norm and directions shorter, so that the reconstruction stays.
         made["W_enc"], made["b_enc"] = W_enc * length[:, None], made["b_enc"] * length
         made["W_dec"] = W_dec / length[:, None]
     if fine:
@@ -168,7 +175,7 @@ def _saelens(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Abo
 
 
 def _saelens_kind(config: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The architecture, and k: before version 6 the nonlinearity stands apart."""
+    """The architecture and k; before version 6 the nonlinearity is a setting of its own."""
     kind = str(config.get("architecture", "standard"))
     name = config.get("activation_fn_str", config.get("activation_fn"))
     if name == "topk" and kind in ("standard", "topk"):
@@ -179,7 +186,11 @@ def _saelens_kind(config: Mapping[str, Any]) -> tuple[str, int | None]:
 def _gated(
     W_enc: Tensor, shift: Tensor, gate: Tensor, magnitude: Tensor, gain: Tensor
 ) -> dict[str, Any]:
-    """As a threshold: open where p > -b_gate, so where e^r p + b_mag > b_mag - e^r b_gate."""
+    """A gated encoder as JumpReLU (Rajamanoharan et al. 2024a, section 3.3).
+
+    With p = W_enc x, the gate is open where p > -b_gate, which is where the magnitude e^r p + b_mag exceeds
+    b_mag - e^r b_gate.
+    """
     scale = gain.exp()
     threshold = (magnitude - scale * gate).clamp_min(0)
     return {
@@ -200,9 +211,10 @@ def _saelens_about(config: Mapping[str, Any], kind: str) -> About:
 
 
 def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], About]:
+    """The arguments of `Autoencoder` from a folder of dictionary_learning, whose classes name their tensors apart."""
     trainer = config["trainer"]
     kind = trainer["dict_class"]
-    tensors = _torch_file(path)
+    tensors = _read_torch_file(path)
     linear = ("encoder.weight", "encoder.bias", "decoder.weight")
     maps = ("W_enc", "b_enc", "W_dec", "b_dec")
     needed = {
@@ -222,7 +234,10 @@ def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[st
     W_dec = t["W_dec"] if "W_dec" in t else t["decoder.weight"].T.contiguous()
     b_dec = next(t[n] for n in ("b_dec", "bias", "decoder.bias", "decoder_bias") if n in t)
     made: dict[str, Any] = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec}
-    apart = kind in ("JumpReluAutoEncoder", "AutoEncoderNew")
+    apart = kind in (
+        "JumpReluAutoEncoder",
+        "AutoEncoderNew",
+    )  # these do not subtract b_dec from their input
     shift = torch.zeros(len(W_enc)) if apart else -W_enc @ b_dec
     if kind == "GatedAutoEncoder":
         made |= _gated(W_enc, shift, t["gate_bias"], t["mag_bias"], t["r_mag"])
@@ -237,7 +252,7 @@ def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[st
     return made, About("", site, site, trainer.get("lm_name") or "", "", "", kind)
 
 
-def _torch_file(path: Path) -> dict[str, Tensor]:
+def _read_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -260,6 +275,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _sparsify(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], About]:
+    """The arguments of `Autoencoder` from a folder of sparsify, which is named after its site."""
     if config.get("activation", "topk") != "topk":
         raise ValueError(
             f"autoencoder {str(path.parent)!r} has activation {config['activation']!r}: read is topk"
@@ -277,16 +293,16 @@ def _sparsify(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Ab
     return made, About("", path.parent.name, path.parent.name, "", "", "", "topk")
 
 
-# --- written ---------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------
 
 
 def export_autoencoder(code: Autoencoder, folder: str | Path, layout: Layout) -> Path:
-    """Write a folder that another tool loads, and computes the same with.
+    """Write a folder that another tool loads and that computes the same there.
 
     Args:
         code: the autoencoder.
-        folder: new, or empty.
-        layout: whose.
+        folder: the folder, new or empty.
+        layout: the tool.
 
     Returns:
         The folder.
@@ -299,7 +315,9 @@ def export_autoencoder(code: Autoencoder, folder: str | Path, layout: Layout) ->
         raise ValueError(f"layout {layout!r} is not one of {', '.join(get_args(Layout))}")
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise FileExistsError(f"folder {str(place)!r} holds something already: expected a new one")
+        raise FileExistsError(
+            f"folder {str(place)!r} holds something already: expected a new or empty one"
+        )
     write = {
         "saelens": _to_saelens,
         "dictionary_learning": _to_dictionary_learning,
@@ -318,7 +336,7 @@ def export_autoencoder(code: Autoencoder, folder: str | Path, layout: Layout) ->
     return place
 
 
-def _transcodes(code: Autoencoder) -> bool:
+def _is_transcoder(code: Autoencoder) -> bool:
     return (
         code.W_skip is not None
         or code.d_in != code.d_out
@@ -328,7 +346,7 @@ def _transcodes(code: Autoencoder) -> bool:
 
 def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = {"relu": "standard"}.get(code.activation, code.activation)
-    if _transcodes(code):
+    if _is_transcoder(code):
         if kind == "topk":
             raise ValueError(
                 "layout 'saelens' has no transcoder with topk: expected relu or jumprelu"
@@ -351,7 +369,7 @@ def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config |= {"k": code.k, "rescale_acts_by_decoder_norm": False}
     if code.threshold is not None:
         tensors["threshold"] = code.threshold
-    if _transcodes(code):
+    if _is_transcoder(code):
         config |= {"d_out": code.d_out}
         config["metadata"]["hook_name_out"] = about.target
         if code.W_skip is not None:
@@ -360,7 +378,7 @@ def _to_saelens(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _to_dictionary_learning(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if _transcodes(code):
+    if _is_transcoder(code):
         raise ValueError("layout 'dictionary_learning' has no transcoders")
     kind, trainer = {
         "relu": ("AutoEncoder", "StandardTrainer"), "topk": ("AutoEncoderTopK", "TopKTrainer"),
@@ -379,7 +397,8 @@ def _to_dictionary_learning(code: Autoencoder) -> tuple[dict[str, Any], dict[str
             "b_dec": code.b_dec,
         }
         return {"trainer": config, "buffer": {}}, {**tensors, "threshold": code.threshold}
-    centred = code.b_enc + code.W_enc @ code.b_dec  # its input comes less b_dec
+    # There the encoder reads x - b_dec: W (x - b_dec) + (b + W b_dec) = W x + b.
+    centred = code.b_enc + code.W_enc @ code.b_dec
     tensors = {
         "encoder.weight": code.W_enc,
         "encoder.bias": centred,
@@ -390,6 +409,7 @@ def _to_dictionary_learning(code: Autoencoder) -> tuple[dict[str, Any], dict[str
     config["k"] = code.k
     k = torch.tensor(code.k, dtype=torch.int32)
     return {"trainer": config, "buffer": {}}, {
+        # A negative threshold makes that tool choose the k largest values instead.
         **tensors, "b_dec": code.b_dec, "k": k, "threshold": torch.tensor(-1.0)
     }  # fmt: skip
 
@@ -400,7 +420,7 @@ def _to_sparsify(code: Autoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"layout 'sparsify' has topk from one width to the same: this is {code.activation}, {code.d_in} to "
             f"{code.d_out}"
         )
-    transcode = _transcodes(code)
+    transcode = _is_transcoder(code)
     config = {
         "activation": "topk", "expansion_factor": max(1, code.n_latents // code.d_in), "normalize_decoder": True,
         "num_latents": code.n_latents, "k": code.k, "multi_topk": False,

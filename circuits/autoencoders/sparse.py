@@ -1,7 +1,7 @@
-"""Sparse codes and their products: work is done only where a code is not zero.
+"""Sparse codes and their matrix products, which cost only as much as there are active latents.
 
-Of a step of a TopK autoencoder four of five matrix products touch k of n latents a row. Here they are sparse
-products (compressed rows), with exact gradients; only the encoder's product is dense.
+Of the five matrix products in a training step of a TopK autoencoder, four involve only k of n latents in each row.
+Here these are sparse products on compressed rows (CSR), with exact gradients; only the encoder's product is dense.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.autograd import Function
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """Codes of some rows in compressed form: entries that are not listed are zero.
+    """The codes of some rows as compressed rows: what is not listed is zero.
 
     Attributes:
-        start: where each row's entries begin, and where the last one's end.
+        start: the first entry of each row, and in the end the number of entries.
         latent: the latent of each entry.
-        value: how active it is; zero is allowed.
-        n_latents: how many there are.
+        value: the activation of each entry; zero is allowed.
+        n_latents: the number of latents.
     """
 
     start: Int[Tensor, " row_and_end"]
@@ -42,12 +42,12 @@ class Code:
         return row_of_entries(self.start)
 
     def dense(self) -> Float[Tensor, "row latent"]:
-        """The codes with their zeros."""
+        """The codes as a matrix, with zeros."""
         out = self.value.new_zeros(len(self), self.n_latents)
         return out.index_put((self.row, self.latent), self.value)
 
-    def below(self, n: int) -> Code:
-        """The first `n` latents alone."""
+    def prefix(self, n: int) -> Code:
+        """The codes of the first `n` latents only."""
         keep = self.latent < n
         counts = torch.zeros(len(self), dtype=self.start.dtype, device=self.start.device)
         counts.index_add_(0, self.row[keep], torch.ones_like(self.latent[keep]))
@@ -56,41 +56,44 @@ class Code:
 
 
 def row_of_entries(start: Int[Tensor, " row_and_end"]) -> Int[Tensor, " entry"]:
-    """The row of each entry, from where rows begin."""
+    """The row of each entry, given where rows begin."""
     counts = start.diff()
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 def top_k(pre: Float[Tensor, "row latent"], k: int) -> tuple[Tensor, Tensor]:
-    """Where each row is largest: `start` and `latent` of a `Code`. Of equals, any are taken."""
+    """The k largest places of each row, as `start` and `latent` of a `Code`; ties are broken arbitrarily."""
     chosen = pre.topk(k, dim=1, sorted=False).indices
     start = torch.arange(0, chosen.numel() + 1, k, device=pre.device)
     return start, chosen.reshape(-1)
 
 
 def batch_top_k(pre: Float[Tensor, "row latent"], n: int) -> tuple[Tensor, Tensor]:
-    """Where a whole batch is largest, `n` places in all, of those above zero: `start` and `latent`.
+    """The `n` largest places of a whole batch that are above zero, as `start` and `latent` of a `Code`.
 
-    Few of many are wanted, so a bound is guessed from a sample of rows first; it is lowered until enough
-    places lie above it, and the choice among those is exact.
+    Sorting all places would be slow, and few are wanted. So a bound is guessed from a sample of rows, the places above
+    it are listed, and the exact choice is made among those.
     """
     if n >= pre.numel():
         rows, latents = (pre > 0).nonzero(as_tuple=True)
         return _starts(rows, len(pre)), latents
     step = max(1, len(pre) // 64)
     sample = pre[::step].reshape(-1)
+    # Twice as many as their share: the bound is then low enough in all but unlucky samples.
     wanted = min(sample.numel(), int(2 * n * sample.numel() / pre.numel()) + 1)
     bound = float(sample.topk(wanted, sorted=False).values.min().clamp_min(0))
     rows, latents = (pre > bound).nonzero(as_tuple=True)
-    if len(rows) < n and bound > 0:
+    if len(rows) < n and bound > 0:  # an unlucky sample
         rows, latents = (pre > 0).nonzero(as_tuple=True)
     if len(rows) > n:
+        # Sorted, so that entries stay in the order of rows, as compressed rows need it.
         best = pre[rows, latents].topk(n, sorted=False).indices.sort().values
         rows, latents = rows[best], latents[best]
     return _starts(rows, len(pre)), latents
 
 
 def _starts(rows: Tensor, n: int) -> Tensor:
+    """The first entry of each of n rows, given the row of each entry, and in the end the number of entries."""
     counts = torch.bincount(rows, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
@@ -103,25 +106,27 @@ def encode_at(
     start: Tensor,
     latent: Tensor,
 ) -> Float[Tensor, " entry"]:
-    """`x @ weight.T + bias` at some entries, with its gradients.
+    """`x @ weight.T + bias` at some entries, with gradients that are computed at these entries only.
 
     Args:
-        x: rows.
-        weight: of the encoder.
-        bias: of the encoder.
-        pre: all of `x @ weight.T + bias`, already computed, without history.
-        start: of the entries.
-        latent: of the entries.
+        x: the rows to encode.
+        weight: the encoder's weights.
+        bias: the encoder's bias.
+        pre: all of `x @ weight.T + bias`, already computed, without autograd history.
+        start: the first entry of each row (see `Code`).
+        latent: the latent of each entry.
     """
     return _EncodeAt.apply(x, weight, bias, pre, start, latent)  # type: ignore[no-any-return]
 
 
 def decode(code: Code, weight: Float[Tensor, "latent output"]) -> Float[Tensor, "row output"]:
-    """`code.dense() @ weight`."""
+    """`code.dense() @ weight`, with gradients for the code's values and the weights."""
     return _Decode.apply(code.value, weight, code.start, code.latent)  # type: ignore[no-any-return]
 
 
 class _EncodeAt(Function):
+    """See `encode_at`. With G the gradient at the entries: dx = G W, dW = G^T x, db = sum of G over rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -148,6 +153,8 @@ class _EncodeAt(Function):
 
 
 class _Decode(Function):
+    """See `decode`. With g the gradient of the output: dvalue = (g W^T) at the entries, dW = code^T g."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: Tensor, start: Tensor, latent: Tensor) -> Tensor:
         ctx.save_for_backward(value, weight, start, latent)
@@ -163,7 +170,7 @@ class _Decode(Function):
 
 
 def _weighted_sum(code: Code, weight: Tensor) -> Tensor:
-    """code @ weight."""
+    """code @ weight, as weighted sums of rows of an embedding table, which torch computes in parallel."""
     if not len(code.latent):
         return weight.new_zeros(len(code), weight.shape[1])
     return F.embedding_bag(
@@ -188,8 +195,10 @@ def _transposed_product(code: Code, right: Tensor) -> Tensor:
     right = right.detach()
     if not len(code.latent):
         return right.new_zeros(code.n_latents, right.shape[1])
+    # On a CPU torch multiplies compressed rows by MKL only.
     if not torch.backends.mkl.is_available() and not right.is_cuda:
         return code.dense().T @ right
+    # Sorting entries by latent transposes the matrix. Stable, so that sums are added up in one order every time.
     order = torch.argsort(code.latent, stable=True)
     starts = _starts(code.latent, code.n_latents)
     return _csr(starts, code.row[order], code.value.detach()[order], len(code)) @ right
@@ -197,6 +206,6 @@ def _transposed_product(code: Code, right: Tensor) -> Tensor:
 
 def _csr(start: Tensor, column: Tensor, value: Tensor, n: int) -> Tensor:
     size = (len(start) - 1, n)
-    with warnings.catch_warnings():  # torch calls its compressed rows a beta
+    with warnings.catch_warnings():  # torch warns that its support of compressed rows is in beta
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(start, column, value, size, check_invariants=False)

@@ -1,4 +1,4 @@
-"""What units stand for: names with their evidence, masks, probes, and classifiers made of named concepts."""
+"""Concepts of units: names with their evidence, masks, probes, and classifiers made of named concepts."""
 
 from circuits.concepts.bottleneck import (
     Bottleneck,

@@ -1,6 +1,6 @@
-"""Concept bottlenecks: a linear classifier on units whose decisions can be read and corrected.
+"""Concept bottlenecks: linear classifiers on units, whose decisions can be explained and corrected.
 
-After Discover-then-Name (Rao et al. 2024): concepts are found first, named, and then classified with.
+After Discover-then-Name (Rao et al. 2024): concepts are found first, then named, and then used to classify.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from circuits.tasks.metrics import accuracy
 from circuits.units import Site, Unit, Units
 
 _FEW = 5
-"""Fewer examples of a class say nothing of it."""
+"""A class with fewer examples than this is not tested."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a unit has to do with a decision.
+    """What a unit contributes to a decision.
 
     Attributes:
-        unit: which.
-        activation: of it on the example; its mean over examples of the class in a global explanation.
-        weight: from it to the class.
-        contribution: their product.
+        unit: the unit.
+        activation: its activation on the example; in the explanation of a class, its mean over examples.
+        weight: its weight on the class.
+        contribution: the product of the two.
     """
 
     unit: Unit
@@ -57,9 +57,9 @@ class Explanation:
 
     Attributes:
         label: the class.
-        logit: of it.
-        bias: of it; logit = bias + contributions.
-        shares: units, the largest contribution (either way) first.
+        logit: the class's logit, which is the bias plus all contributions.
+        bias: the class's bias.
+        shares: the units with the largest contributions, positive or negative.
         left: the sum of the contributions that are not listed.
     """
 
@@ -88,15 +88,15 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a bottleneck is right, beside what else there is.
+    """The accuracy of a bottleneck, with two baselines.
 
     Attributes:
-        own: of the bottleneck.
-        low: lower end of its 95 % interval, by bootstrap over examples.
-        high: its upper end.
-        shuffled_labels: of one trained on shuffled labels.
-        majority: of always saying the commonest class.
-        n: on so many examples.
+        own: the bottleneck's accuracy.
+        low: the lower end of its 95 % interval, by bootstrap over examples.
+        high: the upper end.
+        shuffled_labels: the accuracy of a bottleneck trained on shuffled labels.
+        majority: the accuracy of always predicting the most frequent class.
+        n: the number of examples.
     """
 
     own: float
@@ -112,15 +112,15 @@ class Bottleneck:
     """A linear classifier on units.
 
     Attributes:
-        site: of the units.
-        classes: names of what it tells apart.
-        weights: class x unit, of activations as they are.
-        bias: one a class.
-        pool: over positions.
-        null: class x unit, of one that was trained on shuffled labels, and its bias.
-        model_hash: of the model that the units are of.
-        data: on what it was trained.
-        seed: of the training.
+        site: the site of the units.
+        classes: the names of the classes.
+        weights: class x unit, for activations that are not scaled.
+        bias: one number for each class.
+        pool: how activations are pooled over positions.
+        null: weights and bias of a classifier trained on shuffled labels.
+        model_hash: the hash of the model that the units belong to.
+        data: the data that it was trained on.
+        seed: the seed of the training.
     """
 
     site: str
@@ -136,17 +136,17 @@ class Bottleneck:
     def logits(
         self, units: Float[np.ndarray, "example unit"]
     ) -> Float[np.ndarray, "example class"]:
-        """Of examples, by their units' activations."""
+        """The logits of examples, from the activations of their units."""
         return units @ self.weights.T + self.bias
 
     def predict(self, units: Float[np.ndarray, "example unit"]) -> Int[np.ndarray, " example"]:
-        """The class of each example."""
+        """The predicted class of each example."""
         return self.logits(units).argmax(1)
 
     def accuracy(
         self, units: Float[np.ndarray, "example unit"], labels: Sequence[int], seed: int = 0
     ) -> Accuracy:
-        """How often it is right."""
+        """The accuracy on examples, compared with shuffled labels and the most frequent class."""
         own = np.asarray(labels)
         right = (self.predict(units) == own).astype(float)
         low, high = interval(right, seed=seed)
@@ -157,11 +157,11 @@ class Bottleneck:
     def explain(
         self, units: Float[np.ndarray, " unit"], label: str | int | None = None, top: int = 10
     ) -> Explanation:
-        """Why an example is decided as it is: what each unit adds to the logit.
+        """Explain the decision on an example: what each unit adds to a class's logit.
 
         Args:
-            units: its units' activations.
-            label: of which class; the one decided for if None.
+            units: the activations of the example's units.
+            label: the class; the predicted one if None.
             top: how many units to list.
 
         Raises:
@@ -175,11 +175,13 @@ class Bottleneck:
     def explain_class(
         self, units: Float[np.ndarray, "example unit"], label: str | int, top: int = 10
     ) -> Explanation:
-        """What a class rests on, over the examples that are decided for it."""
+        """Explain a class: what each unit adds to its logit, on average over the examples predicted to be of it."""
         index = self._index(label)
         logits = self.logits(units)
         chosen = units[logits.argmax(1) == index]
-        mean = chosen.mean(0) if len(chosen) else units.mean(0)
+        mean = (
+            chosen.mean(0) if len(chosen) else units.mean(0)
+        )  # no example is predicted to be of the class
         own = float((mean * self.weights[index]).sum() + self.bias[index])
         return self._explanation(index, own, mean, mean * self.weights[index], top)
 
@@ -210,7 +212,7 @@ class Bottleneck:
         if label in self.classes:
             return self.classes.index(str(label))
         raise KeyError(
-            f"class {label!r} is none of the bottleneck's: {', '.join(self.classes[:12])}"
+            f"class {label!r} is not one of the bottleneck's classes: {', '.join(self.classes[:12])}"
         )
 
 
@@ -229,18 +231,19 @@ def train_bottleneck(
     """Train a linear classifier (logistic regression) on units.
 
     Args:
-        site: of the units.
-        units: their activations, an example each.
+        site: the site of the units.
+        units: the activations, one row for each example.
         labels: the class of each example.
-        classes: names of the classes.
-        pool: how activations were pooled, for the record.
-        strength: inverse of the regularisation, as scikit-learn's C, on units scaled to a standard deviation of 1.
-        model_hash: of the model that units are of.
-        data: where examples come from.
-        seed: of the shuffled labels.
+        classes: the names of the classes.
+        pool: how activations were pooled over positions, for the record.
+        strength: the inverse of the regularisation (scikit-learn's C), with units scaled to standard deviation 1.
+        model_hash: the hash of the model, for the record.
+        data: where examples come from, for the record.
+        seed: the seed of the shuffled labels.
 
     Raises:
-        ValueError: if numbers do not fit, fewer than two classes are there, or `strength` is not positive.
+        ValueError: if activations and labels do not fit each other or the classes, there are fewer than two classes,
+            or `strength` is not positive.
     """
     own = np.asarray(labels)
     if len(units) != len(own) or not np.isfinite(units).all():
@@ -261,14 +264,17 @@ def train_bottleneck(
 def _fitted(
     units: np.ndarray, own: np.ndarray, n: int, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and bias of a logistic regression, of which the weights are for units that are not scaled."""
     from sklearn.linear_model import LogisticRegression
 
     scale = units.std(0)
     scale[scale == 0] = 1
     fitted = LogisticRegression(C=strength, max_iter=2000).fit(units / scale, own)
     present = fitted.classes_
+    # A class without examples is never predicted.
     weights, bias = np.zeros((n, units.shape[1])), np.full(n, -1e9)
-    if len(present) == 2:  # one row stands for both
+    # For two classes scikit-learn fits one row, the difference of the two logits: it is split evenly.
+    if len(present) == 2:
         weights[present[0]], bias[present[0]] = -fitted.coef_[0] / 2, -fitted.intercept_[0] / 2
         weights[present[1]], bias[present[1]] = fitted.coef_[0] / 2, fitted.intercept_[0] / 2
     else:
@@ -284,12 +290,12 @@ Switch = Literal["off", "scale", "set"]
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done to units before a bottleneck decides.
+    """A change of units before a bottleneck decides.
 
     Attributes:
-        units: which.
-        how: `off`, `scale` (times `amount`) or `set` (to `amount`, everywhere).
-        amount: of `scale` and `set`.
+        units: the units, all of one site.
+        how: `off`, `scale` (by the factor `amount`) or `set` (to `amount`, at all positions).
+        amount: the factor or the value.
     """
 
     units: tuple[Unit, ...]
@@ -298,7 +304,9 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if not self.units or len({u.site for u in self.units}) != 1:
-            raise ValueError("units of an intervention: expected some of one site")
+            raise ValueError(
+                f"units of an intervention are of {len({u.site for u in self.units})} sites: expected some of one site"
+            )
         if self.how not in ("off", "scale", "set"):
             raise ValueError(f"how {self.how!r} is not one of off, scale, set")
         if not abs(self.amount) < 1e30 or (self.how == "scale" and self.amount < 0):
@@ -330,7 +338,10 @@ class Intervention:
         return cls(tuple(site.unit(i) for i in units.among(site)), how, number)
 
     def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
-        """Pooled activations as the edit would make them: scaling and pooling change places."""
+        """Pooled activations as the edit of the model would make them.
+
+        Scaling commutes with the maximum (factors are not negative) and with the mean, and so does setting.
+        """
         changed = units.copy()
         places = [u.index for u in self.units]
         if self.how == "set":
@@ -340,12 +351,12 @@ class Intervention:
         return changed
 
     def of(self, swap: Mapping[Unit, Unit]) -> Intervention:
-        """The same done to other units: those that stand in for its own, where one does."""
+        """The same change of other units: each unit is replaced by its substitute, if it has one."""
         return replace(self, units=tuple(swap.get(u, u) for u in self.units))
 
     @property
     def edit(self) -> Edit:
-        """The same as an edit of the model."""
+        """The same change as an edit of the model."""
         units = Units.of(self.units)
         if self.how == "set":
             return Set(units, values=torch.tensor(float(self.amount)), origin="intervention")
@@ -354,13 +365,14 @@ class Intervention:
 
 @dataclass(frozen=True)
 class InterventionReport:
-    """What interventions change.
+    """The effect of interventions.
 
     Attributes:
-        effect: on the bottleneck's accuracy, compared with the same done to other latents that are as active.
-        classes: whose accuracy changed, most first.
-        flips: from class to class: how many decisions changed so.
-        seed: of the random interventions and the interval.
+        effect: the effect on the bottleneck's accuracy, compared with the same interventions on random other units
+            that are about as active.
+        classes: the classes whose accuracy changed, the largest change first.
+        flips: the number of decisions that changed, by `class -> class`.
+        seed: the seed of the random interventions and the interval.
     """
 
     effect: Effect
@@ -369,7 +381,7 @@ class InterventionReport:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; None for what is not finite."""
+        """As a dictionary for JSON; numbers that are not finite become None."""
         return finite(asdict(self))
 
     def tables(self) -> Iterator[Table | str]:
@@ -395,19 +407,19 @@ def intervene(
     n_random: int = N_RANDOM,
     seed: int = 0,
 ) -> InterventionReport:
-    """What happens to decisions when units are switched off, up, or to a value.
+    """Measure how decisions change when units are switched off, scaled or set to a value.
 
     Args:
         bottleneck: the classifier.
-        units: activations of examples.
-        labels: their classes.
-        interventions: what is done, in order.
-        n_random: how many random interventions: the same done to other live units that are about as active; fewer
-            where there are not so many different groups.
-        seed: of those, and of the interval.
+        units: the activations of examples.
+        labels: the classes of the examples.
+        interventions: the interventions, in order.
+        n_random: the number of random interventions: the same on other units that are alive and about as active; fewer
+            if there are not that many different groups of such units.
+        seed: the seed of the random interventions and of the interval.
 
     Raises:
-        ValueError: if a unit is of another site, or there is none.
+        ValueError: if a unit is of another site, or does not exist.
     """
     for i in interventions:
         site, most = i.units[0].site, max(u.index for u in i.units)
@@ -416,11 +428,13 @@ def intervene(
                 f"units {Units.of(i.units)}: the bottleneck reads {bottleneck.site}:0 to {units.shape[1] - 1}"
             )
     own = np.asarray(labels)
+    # "About as active" is judged by the root mean square over examples.
     size = np.sqrt(np.square(units).mean(0))
     seen = Activity(torch.from_numpy(units.mean(0)), size, len(units))
     draw = Draw(dict.fromkeys(u for i in interventions for u in i.units), {bottleneck.site: seen})
     each = [
         bottleneck.predict(_applied(units, [i.of(swap) for i in interventions]))
+        # The first, without substitutes, is the intervention itself; all others are its random controls.
         for swap in ({}, *draw.different(min(n_random, draw.ways), seed))
     ]
     before = bottleneck.predict(units)
@@ -437,13 +451,14 @@ def intervene(
 
 
 def _applied(units: np.ndarray, interventions: Sequence[Intervention]) -> np.ndarray:
+    """The activations after all interventions, in order."""
     for i in interventions:
         units = i.on(units)
     return units
 
 
 def as_recipe(model: HookedModel, interventions: Sequence[Intervention]) -> Recipe:
-    """Interventions as a recipe of edits of the model with the autoencoder attached."""
+    """Interventions as a recipe of edits, for the model with the autoencoder attached."""
     return Recipe.of(
         model, [i.edit for i in interventions], "interventions of a concept bottleneck"
     )
@@ -451,16 +466,16 @@ def as_recipe(model: HookedModel, interventions: Sequence[Intervention]) -> Reci
 
 @dataclass(frozen=True)
 class Suspect:
-    """A unit that a class rests on in training and not elsewhere.
+    """A unit that supports a class on the training examples but not on other examples of the class.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         label: the class.
-        training: its mean contribution to the class's logit, on training examples of the class.
-        elsewhere: on other examples of the class.
+        training: its mean contribution to the class's logit, over training examples of the class.
+        elsewhere: the same over the other examples of the class.
         drop: the difference.
-        t: the drop over its standard error.
-        p_value: of that, one-sided, corrected for all units and classes (Benjamini-Hochberg).
+        t: Welch's t of the drop.
+        p_value: the one-sided p-value, corrected for all units and classes (Benjamini-Hochberg).
     """
 
     unit: Unit
@@ -480,21 +495,21 @@ def suspects(
     elsewhere_labels: Sequence[int],
     level: float = 0.01,
 ) -> list[Suspect]:
-    """Units that carry a class in training and are missing on other examples of it: likely confounds.
+    """Find units that support a class in training and not on other examples of it: likely confounds.
 
-    A unit is suspected of a class if what it adds to the class's logit drops from training to elsewhere (Welch's
-    test, corrected for all units and classes), the largest drop first.
+    A unit is suspect for a class if what it adds to the class's logit is smaller elsewhere than in training (Welch's
+    test, corrected for all units and classes); the largest drop comes first.
 
     Args:
         bottleneck: the classifier.
-        training: activations that it was trained on.
-        training_labels: their classes.
-        elsewhere: activations of examples from another source, which should look alike.
-        elsewhere_labels: their classes.
-        level: of the test.
+        training: the activations of the training examples.
+        training_labels: the classes of the training examples.
+        elsewhere: the activations of examples from another source, which should give the same contributions.
+        elsewhere_labels: the classes of those.
+        level: the level of the test.
 
     Raises:
-        ValueError: if no class has five examples in both.
+        ValueError: if no class has five examples in both sets.
     """
     from scipy.stats import ttest_ind
 
@@ -508,10 +523,13 @@ def suspects(
             x[y == c] * bottleneck.weights[c] for x, y in ((training, a), (elsewhere, b))
         )
         drop = here.mean(0) - there.mean(0)
+        # Most latents are silent on all examples of a class; their test statistic would be 0 / 0.
         vary = (here.std(0) > 0) | (there.std(0) > 0)
         t, p = np.zeros_like(drop), np.ones_like(drop)
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of units that hardly vary
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # loss of precision for units that hardly vary
             tested: Any = ttest_ind(
                 here[:, vary], there[:, vary], equal_var=False, alternative="greater"
             )
@@ -523,6 +541,7 @@ def suspects(
         t_values.append(np.nan_to_num(t))
         p_values.append(np.nan_to_num(p, nan=1.0))
     t_all = np.concatenate(t_values)
+    # Over all classes together: each unit is tested once for each class.
     p_all = corrected(np.concatenate(p_values), "benjamini-hochberg")
     listed = [
         Suspect(Unit(bottleneck.site, i), bottleneck.classes[c], here, there, d, t, q)

@@ -1,4 +1,4 @@
-"""Units against labelled masks: network dissection, and concepts as combinations of units."""
+"""Units compared with labelled masks: network dissection, and combinations of units (Net2Vec)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ Maps = Float[Tensor, "example unit y x"]
 Masks = Bool[Tensor, "example concept height width"]
 
 _STEPS = 200
+"""Steps of Adam by which a combination is learned."""
+
 _BINS = 4096
+"""Bins of the histogram in which the best threshold of a combination is searched."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """How well a concept's places are found.
+    """How well units segment a concept, measured on the half of the examples that did not choose them.
 
     Attributes:
-        concept: which.
-        unit: the single unit that finds it best, and on which half of the examples it was chosen: the other one.
-        iou: of it: intersection over union of its places and the concept's (network dissection).
-        combined: the same of the best weighted combination of units (Net2Vec).
-        units: those of the largest weights in it, with the weights.
-        random_iou: of the unit, against the masks of other examples.
-        random_combined: of a combination learned for the masks of other examples.
-        n: examples on which it is measured, which hold the concept.
+        concept: the concept.
+        unit: the unit that segments it best on the half that chooses.
+        iou: that unit's intersection over union with the masks (network dissection).
+        combined: the intersection over union of a weighted combination of all units (Net2Vec).
+        units: the units with the largest weights in the combination, with the weights.
+        random_iou: the unit's intersection over union with the masks of other examples.
+        random_combined: that of a combination learned for the masks of other examples.
+        n: the number of examples with the concept in the half that is measured.
     """
 
     concept: str
@@ -48,15 +51,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Dissection:
-    """A site's units against labelled masks.
+    """A site's units compared with labelled masks.
 
     Attributes:
-        segments: one a concept.
-        several: units that are among the best of more than one concept, with those concepts.
-        quantile: a unit's places are where it is in its top share of activations.
-        site: which.
-        data: on what.
-        seed: of the halves and shuffles.
+        segments: one for each concept.
+        several: units that have a large positive weight for more than one concept, with those concepts.
+        quantile: the share of positions at which a unit counts as active.
+        site: the site.
+        data: the name of the data.
+        seed: the seed of the halves.
     """
 
     segments: tuple[Segment, ...]
@@ -67,7 +70,7 @@ class Dissection:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         made = asdict(self)
         for own, segment in zip(made["segments"], self.segments, strict=True):
             own["unit"] = str(segment.unit)
@@ -86,25 +89,25 @@ def dissect(
     data: str = "",
     seed: int = 0,
 ) -> Dissection:
-    """Which unit, and which combination of units, finds the places of each concept.
+    """Find the unit, and the combination of units, that segment each concept best.
 
-    Half of the examples choose the unit and learn the weights, the other half is measured. A unit's places are
-    where it is above the value that it exceeds in a share `quantile` of all positions, scaled up to the masks
-    (Bau et al. 2017). A combination is a logistic regression on those places, concepts weighted against their
-    absence (Fong and Vedaldi 2018, section 3.2), cut where it finds most on the half that chooses.
+    One half of the examples chooses the unit and learns the weights, the other half is measured. A unit is active
+    where it exceeds the value that it exceeds at a share `quantile` of all positions, upsampled to the masks (Bau et
+    al. 2017). A combination is a logistic regression on the active places, with positive and negative places
+    balanced (Fong and Vedaldi 2018, section 3.2), and a threshold with the best result on the half that chooses.
 
     Args:
-        site: of the units.
-        maps: their activations.
+        site: the site of the units.
+        maps: the units' activations.
         masks: where each concept is.
-        concepts: names of the masks.
-        quantile: share of positions.
-        top: units listed of each combination.
-        data: where examples come from.
-        seed: of the halves and shuffles.
+        concepts: the names of the masks.
+        quantile: the share of positions at which a unit counts as active.
+        top: how many units of each combination to list.
+        data: where examples come from, for the record.
+        seed: the seed of the halves.
 
     Raises:
-        ValueError: if numbers do not fit, or a concept is on none of a half's examples.
+        ValueError: if shapes do not fit each other, or a concept is on no example of one half.
     """
     if masks.shape[1] != len(concepts) or len(masks) != len(maps) or len(maps) < 2:
         raise ValueError(
@@ -115,34 +118,20 @@ def dissect(
         raise ValueError(f"quantile {quantile} must be between 0 and 1")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(maps), generator=generator)
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    for half in (first, second):
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    for half in halves:
         empty = ~masks[half].flatten(2).any(2).any(0)
         if bool(empty.any()):
             raise ValueError(
                 f"concept {concepts[int(empty.float().argmax())]!r} is on no example of one half"
             )
-    level = _levels(maps[first], quantile)
+    level = _levels(maps[halves[0]], quantile)
     places = (maps > level[:, None, None]).float()
-    iou_first = _ious(places[first], masks[first])
-    shift = torch.roll(torch.arange(len(second)), 1)
-    segments = []
-    for c, concept in enumerate(concepts):
-        best = int(iou_first[:, c].argmax())
-        here, other = masks[second][:, c : c + 1], masks[second][shift][:, c : c + 1]
-        own = places[second][:, best : best + 1]
-        weights, bias = _learned(places[first], masks[first][:, c])
-        mixed = masks[first][torch.roll(torch.arange(len(first)), 1)][:, c]
-        null = _learned(places[first], mixed)
-        strongest = weights.abs().topk(min(top, len(weights))).indices.tolist()
-        combined = _combined(places, masks[:, c], weights, bias, first, second)
-        segments.append(
-            Segment(
-                concept, Unit(site, best), float(_ious(own, here)), combined,
-                tuple((Unit(site, u), float(weights[u])) for u in strongest), float(_ious(own, other)),
-                _combined(places, masks[:, c], *null, first, second), int(here.flatten(1).any(1).sum()),
-            )
-        )  # fmt: skip
+    iou = _ious(places[halves[0]], masks[halves[0]])
+    segments = [
+        _segment(site, name, int(iou[:, c].argmax()), places, masks[:, c], halves, top)
+        for c, name in enumerate(concepts)
+    ]
     used: dict[str, list[str]] = {}
     for s in segments:
         for unit, weight in s.units:
@@ -152,23 +141,56 @@ def dissect(
     return Dissection(tuple(segments), several, quantile, site, data, seed)
 
 
+def _segment(
+    site: str, concept: str, best: int, places: Tensor, mask: Tensor, halves: tuple[Tensor, Tensor], top: int
+) -> Segment:  # fmt: skip
+    """How well the best unit and a learned combination segment one concept.
+
+    Args:
+        site: the site of the units.
+        concept: the concept's name.
+        best: the unit that was chosen.
+        places: where units are active, example x unit x y x x.
+        mask: where the concept is, example x height x width.
+        halves: the examples that choose, and those that are measured.
+        top: how many units to list.
+    """
+    first, second = halves
+    here, own = mask[second][:, None], places[second][:, best : best + 1]
+    # The null: every example gets the mask of its neighbour, so that sizes and typical places of masks stay.
+    other = mask[second][torch.roll(torch.arange(len(second)), 1)][:, None]
+    mixed = mask[first][torch.roll(torch.arange(len(first)), 1)]
+    weights, bias = _logistic_regression(places[first], mask[first])
+    null = _logistic_regression(places[first], mixed)
+    strongest = weights.abs().topk(min(top, len(weights))).indices.tolist()
+    return Segment(
+        concept, Unit(site, best), float(_ious(own, here)),
+        _combined_iou(places, mask, weights, bias, first, second),
+        tuple((Unit(site, u), float(weights[u])) for u in strongest), float(_ious(own, other)),
+        _combined_iou(places, mask, *null, first, second), int(here.flatten(1).any(1).sum()),
+    )  # fmt: skip
+
+
 def _levels(maps: Tensor, quantile: float) -> Tensor:
-    """What each unit exceeds in a share of all positions."""
+    """The value that each unit exceeds at a share `quantile` of all positions; at least 0."""
     flat = maps.movedim(1, 0).flatten(1)
     k = round(quantile * flat.shape[1])
     if not k:
         raise ValueError(
-            f"quantile {quantile:g} of {flat.shape[1]} positions is not one: expected a larger share, or more examples"
+            f"quantile {quantile:g} of {flat.shape[1]} positions is less than one position: expected a larger share, "
+            "or more examples"
         )
     return flat.topk(k + 1, dim=1).values[:, -1].clamp_min(0)
 
 
 def _ious(places: Tensor, masks: Tensor) -> Tensor:
-    """Intersection over union over all examples: unit x concept."""
+    """Intersection over union, summed over all examples before dividing: unit x concept."""
     shape = masks.shape[2:]
     both = torch.zeros(places.shape[1], masks.shape[1])
     either = torch.zeros_like(both)
-    for p, m in zip(places.split(16), masks.split(16), strict=True):
+    for p, m in zip(
+        places.split(16), masks.split(16), strict=True
+    ):  # upsampled maps of all would not fit
         on = (
             (F.interpolate(p, shape, mode="bilinear", align_corners=False) > 0.5)
             .movedim(1, 0)
@@ -182,8 +204,12 @@ def _ious(places: Tensor, masks: Tensor) -> Tensor:
     return both / either.clamp_min(1)
 
 
-def _learned(places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of a logistic regression from units' places to a mask, at the units' own positions."""
+def _logistic_regression(places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and bias of a logistic regression from active units to a mask, at the resolution of the units.
+
+    The loss is balanced: with the share s of positive places, these count (1 - s) and negative ones s.
+    """
+    # The share of each position's area that the mask covers, as a soft target.
     wanted = F.interpolate(mask[:, None].float(), places.shape[2:], mode="area")[:, 0].flatten()
     x = places.movedim(1, -1).flatten(0, -2)
     share = wanted.mean().clamp(1e-4, 1 - 1e-4)
@@ -196,15 +222,16 @@ def _learned(places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss = -(
             (1 - share) * wanted * F.logsigmoid(logit) + share * (1 - wanted) * F.logsigmoid(-logit)
         ).mean()
+        # Divided by its scale, so that one L1 penalty suits rare and frequent concepts; it keeps combinations short.
         (loss / (share * (1 - share)) + 1e-3 * weights.abs().sum()).backward()
         optimizer.step()
     return weights.detach(), bias.detach()
 
 
-def _combined(
+def _combined_iou(
     places: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, first: Tensor, second: Tensor
 ) -> float:
-    """IoU of a combination on the second half, cut where it is best on the first."""
+    """The IoU of a combination on the second half, with the threshold that is best on the first."""
 
     def scores(half: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         for i in half.split(16):
@@ -214,6 +241,8 @@ def _combined(
             )[:, 0]
             yield up, mask[i]
 
+    # For every threshold t: IoU = (inside the mask and >= t) / (inside the mask, or >= t). Both follow from the
+    # histograms of values inside and outside of the mask, added up from above.
     counts = np.zeros((2, _BINS))
     for value, wanted in scores(first):
         bins = (value * (_BINS - 1)).long().clamp(0, _BINS - 1)

@@ -1,4 +1,4 @@
-"""Names for units: from labels, from texts, from people; each keeps its evidence."""
+"""Names for units, from labels, from texts or from people; each is kept with its evidence."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ KIND = "unit name"
 """The kind of record that a name is in the workspace's database."""
 
 CORRECTION: Correction = "benjamini-hochberg"
-"""For the number of names that are tested."""
+"""The correction for the number of names that are tested."""
 
 _LEAST = 3
-"""Examples of an attribute that each half must have."""
+"""The least number of examples of an attribute in each half."""
 
 _AT_ONCE = 512
-"""Units that are tested at once: what is needed at a time stays small."""
+"""Units that are tested together; a table of example x unit x attribute for all would be large."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a unit may be called, and why.
+    """A name for a unit, with its evidence.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         text: the name.
-        score: how well it tells, on examples that it was not chosen on: the chance that an example with the attribute
-            excites the unit more than one without (AUROC); of texts, the rank correlation.
-        p_value: of the score, on those examples, corrected for all names that are given (Benjamini-Hochberg).
-        holds: whether that is below the level asked for.
-        chosen: the score on the examples that it was chosen on.
-        by: who or what gave it.
-        evidence: more numbers, as JSON has it.
+        score: how well the unit tells the attribute, on examples that did not choose the name: the probability that
+            an example with the attribute activates the unit more than one without (AUROC); for texts, the rank
+            correlation.
+        p_value: the score's p-value on those examples, corrected for all names given (Benjamini-Hochberg).
+        holds: whether the p-value is at most the level asked for.
+        chosen: the score on the examples that chose the name.
+        by: who or what gave the name.
+        evidence: further numbers, as a dictionary for JSON.
     """
 
     unit: Unit
@@ -56,7 +57,7 @@ class Name:
     evidence: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         return asdict(self) | {"unit": str(self.unit)}
 
 
@@ -65,14 +66,14 @@ class Naming:
     """Names of a site's units.
 
     Attributes:
-        names: at most one a unit, the best first.
-        n_units: how many units were looked at: those that are active on enough examples.
-        n_attributes: how many names there were to choose from.
-        by_chance: how many names hold if attributes are shuffled among examples, the mean of a few shuffles.
-        level: of the test.
-        n_examples: how many examples.
-        data: on what.
-        seed: of the halves and shuffles.
+        names: at most one for each unit, the best first.
+        n_units: the number of units tested: those that are active on enough examples.
+        n_attributes: the number of names to choose from.
+        by_chance: the number of names that hold if attributes are shuffled among examples, on average.
+        level: the level of the test.
+        n_examples: the number of examples.
+        data: the name of the data.
+        seed: the seed of the halves and shuffles.
     """
 
     names: tuple[Name, ...]
@@ -90,7 +91,7 @@ class Naming:
         return tuple(n for n in self.names if n.holds)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         return asdict(self) | {"names": [n.to_dict() for n in self.names]}
 
     def tables(self, top: int) -> Iterator[Table]:
@@ -113,7 +114,7 @@ class Naming:
 def attribute_table(
     attributes: Sequence[Sequence[str]],
 ) -> tuple[list[str], Bool[np.ndarray, "example attribute"]]:
-    """All attributes of some examples, and which example has which."""
+    """The attributes of all examples, and which example has which."""
     names = sorted({a for each in attributes for a in each})
     place = {name: i for i, name in enumerate(names)}
     table = np.zeros((len(attributes), len(names)), bool)
@@ -134,41 +135,45 @@ def name_by_attributes(
     seed: int = 0,
     shuffles: int = 5,
 ) -> Naming:
-    """Name each unit after the attribute that its activation tells best.
+    """Name each unit after the attribute that its activation predicts best.
 
-    Half of the examples choose: of all pairs of a unit and an attribute, those that a rank test (see `rank_test`;
-    Benjamini-Hochberg over all pairs) lets stand; of a unit's, the one with the highest AUROC. The other half
-    checks: a name holds if the test, corrected over all names given, lets it stand there too.
+    One half of the examples chooses: among the attributes that pass a rank test (see `rank_test`; Benjamini-Hochberg
+    over all pairs of a unit and an attribute), the one with the highest AUROC is the unit's name. The other half
+    checks: a name holds if it passes the test there too, corrected over all names given.
 
     Args:
-        site: of the units.
-        strengths: how much each example excites each unit, such as its largest activation.
-        attributes: of each example: its class, or any texts.
-        level: of both tests.
+        site: the site of the units.
+        strengths: how much each example activates each unit, such as the largest activation.
+        attributes: the attributes of each example: its class, or any texts.
+        level: the level of both tests.
         data: where examples come from, for the record.
         by: what gives the names, for the record.
-        seed: of the halves and of the shuffles.
+        seed: the seed of the halves and of the shuffles.
         shuffles: how often attributes are shuffled among examples, to see how many names hold by chance.
 
     Raises:
-        ValueError: if numbers do not fit, or no attribute has enough examples.
+        ValueError: if there is not one list of attributes for each example, numbers are not finite, or no attribute
+            has enough examples.
     """
     _check(strengths, len(attributes), level)
     known, table = attribute_table(attributes)
     generator = np.random.default_rng(seed)
     first = _half(table, generator)
     enough = (table[first].sum(0) >= _LEAST) & (table[~first].sum(0) >= _LEAST)
+    # Nor can an attribute be told apart if nearly all examples have it.
     enough &= (~table[first]).sum(0) >= _LEAST
     if not enough.any():
         raise ValueError(
             f"attributes: none of the {len(known)} has {_LEAST} examples in each half of {len(attributes)}"
         )
     kept, members = [n for n, ok in zip(known, enough, strict=True) if ok], table[:, enough]
+    # A unit that is silent on one half has only ties there.
     alive = (strengths[first] > 0).sum(0) >= _LEAST
     alive &= (strengths[~first] > 0).sum(0) >= 1
     found = _named(site, strengths, members, kept, first, alive, level, by)
     chance = []
     for _ in range(shuffles):
+        # Whole rows, so that attributes stay correlated with each other as they are.
         mixed = members[generator.permutation(len(members))]
         chance.append(
             sum(n.holds for n in _named(site, strengths, mixed, kept, first, alive, level, by))
@@ -180,6 +185,7 @@ def name_by_attributes(
 
 
 def _check(strengths: np.ndarray, n: int, level: float) -> None:
+    """Raise ValueError if strengths do not fit the examples, or the level is out of range."""
     if len(strengths) != n:
         raise ValueError(f"strengths of {len(strengths)} examples, attributes of {n}")
     if not np.isfinite(strengths).all():
@@ -189,7 +195,8 @@ def _check(strengths: np.ndarray, n: int, level: float) -> None:
 
 
 def _half(table: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Half of the examples; the same share of each combination of attributes, as far as that goes."""
+    """Choose half of the examples, with about half of each combination of attributes (stratified)."""
+    # Sorted by combination, at random inside each, every second example is taken.
     _, group = np.unique(table, axis=0, return_inverse=True)
     order = np.lexsort((generator.random(len(table)), group.reshape(-1)))
     first = np.zeros(len(table), bool)
@@ -201,6 +208,7 @@ def _named(
     site: str, strengths: np.ndarray, members: np.ndarray, known: Sequence[str], first: np.ndarray,
     alive: np.ndarray, level: float, by: str,
 ) -> list[Name]:  # fmt: skip
+    """The names of units, chosen on the first half and checked on the other; those that hold come first."""
     units = np.flatnonzero(alive)
     if not len(units):
         return []
@@ -208,6 +216,7 @@ def _named(
     stands = np.reshape(corrected(p.reshape(-1), CORRECTION), p.shape) <= level
     auroc = np.where(stands, auroc, -1)
     best = auroc.argmax(1)
+    # Units for which no attribute passed the test get no name.
     given = np.flatnonzero(auroc[np.arange(len(units)), best] >= 0)
     if not len(given):
         return []
@@ -234,7 +243,7 @@ def _named(
 def auroc_table(
     strengths: Float[np.ndarray, "example unit"], members: Bool[np.ndarray, "example attribute"]
 ) -> tuple[Float[np.ndarray, "unit attribute"], Float[np.ndarray, "unit attribute"]]:
-    """AUROC of every unit for every attribute, and the one-sided p-value of the rank test (see `rank_test`)."""
+    """The AUROC of every unit for every attribute, and the one-sided p-value (see `rank_test`)."""
     parts = []
     for start in range(0, strengths.shape[1], _AT_ONCE):
         ranks = rankdata(strengths[:, start : start + _AT_ONCE], axis=0)
@@ -249,7 +258,7 @@ def auroc_table(
 def auroc_pairs(
     strengths: Float[np.ndarray, "example pair"], members: Bool[np.ndarray, "example pair"]
 ) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
-    """The same for pairs of a unit and an attribute."""
+    """The AUROC and p-value of given pairs of a unit and an attribute, one for each column."""
     starts = range(0, strengths.shape[1], _AT_ONCE)
     cut = [slice(start, start + _AT_ONCE) for start in starts]
     parts = [rank_test(rankdata(strengths[:, c], axis=0), members[:, c]) for c in cut]
@@ -260,35 +269,39 @@ def auroc_pairs(
 def rank_test(
     ranks: Float[np.ndarray, "example pair"], members: Bool[np.ndarray, "example pair"]
 ) -> Float[np.ndarray, "two pair"]:
-    """AUROC and p-value of a rank-sum test, one-sided, that holds where most examples are silent.
+    """AUROC and p-value of a one-sided rank-sum test that is valid where units are zero on most examples.
 
-    Most latents are zero on most examples, and there the normal approximation of Mann and Whitney gives p-values
-    far too small. How many of an attribute's examples are among the active ones (those above the lowest value) is
-    hypergeometric; given that number, the sum of their ranks is close to normal, with the moments of draws without
-    replacement. The p-value adds up over that number.
+    Most latents are zero on most examples, and there the usual normal approximation (Mann and Whitney) gives
+    p-values that are far too small. Let K be how many of the attribute's examples are active (above the lowest
+    value). By chance K is hypergeometric; and given K, the sum of the ranks of these K examples is close to normal,
+    with mean and variance of a draw without replacement from the ranks of the active ones. Hence
+    p = sum over k of P(K = k) P(rank sum >= observed | K = k).
 
     Args:
-        ranks: of the examples, each column by itself, ties with their mean.
+        ranks: the ranks of the examples in each column; ties have their mean rank.
         members: which examples have the attribute of the column's pair.
     """
     n = len(ranks)
     inside = members.sum(0)
     total = (ranks * members).sum(0)
     lowest = ranks.min(0)
-    silent = 2 * lowest - 1  # as many are tied for the lowest rank
+    silent = 2 * lowest - 1  # m examples tied for the lowest value have the mean rank (m + 1) / 2
     active = n - silent
     above = np.where(ranks > lowest, ranks, 0)
     mean = above.sum(0) / active.clip(1)
     variance = (above**2).sum(0) / active.clip(1) - mean**2
-    k = np.arange(int(inside.max()) + 1)[:, None]
+    k = np.arange(int(inside.max()) + 1)[:, None]  # all possible K, as rows; pairs are columns
     possible = (k <= active) & (k <= inside) & (inside - k <= silent)
-    rest = (inside - k) * lowest
+    rest = (inside - k) * lowest  # the rank sum of the attribute's silent examples
+    # The largest possible rank sum of k active examples: a K with which the observed sum is out of reach adds nothing,
+    # where the normal tail would.
     most = np.concatenate([np.zeros((1, ranks.shape[1])), np.sort(above, 0)[::-1].cumsum(0)])
     within = total <= most[k[:, 0]] + rest + 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
         chance = np.exp(_choose(active, k) + _choose(silent, inside - k) - _choose(n, inside))
         spread = np.sqrt(k * (active - k) / (active - 1).clip(1) * variance)
-        z = (total - 0.5 - k * mean - rest) / spread
+        z = (total - 0.5 - k * mean - rest) / spread  # 0.5: correction for continuity
+    # Without spread (none or all of the active ones are the attribute's) the rank sum is certain.
     certain = (total <= k * mean + rest + 1e-6).astype(float)
     tail = np.where(spread > 1e-9, norm.sf(np.nan_to_num(z)), certain)
     p = np.where(possible & within, chance * tail, 0).sum(0)
@@ -302,7 +315,7 @@ def _choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
 
 
 Embed = Callable[[Sequence[Any]], Float[np.ndarray, "item width"]]
-"""From images or texts to vectors of one space."""
+"""Maps images or texts to vectors of a common space."""
 
 
 def name_by_text(
@@ -318,41 +331,31 @@ def name_by_text(
     by: str = "text embedding",
     seed: int = 0,
 ) -> Naming:
-    """Name each unit after the text nearest to what excites it, in a space of images and texts (CLIP-like).
+    """Name each unit after the text nearest to what activates it, in a common space of images and texts (as CLIP's).
 
-    On half of the examples a unit's place in the space is the mean of their vectors weighted by its activation,
-    less the mean of all; its name is the text with the largest cosine. On the other half the name holds if the
-    examples nearer to the text excite the unit more (Spearman, Benjamini-Hochberg over all names given).
+    On one half of the examples a unit's vector is the mean of the images' vectors weighted by its activation, minus
+    the mean of all; its name is the text with the largest cosine. On the other half the name holds if images nearer
+    to the text activate the unit more (Spearman's rank correlation, Benjamini-Hochberg over all names given).
 
     Args:
-        site: of the units.
-        strengths: how much each example excites each unit.
+        site: the site of the units.
+        strengths: how much each example activates each unit.
         images: the examples.
-        texts: what there is to choose from.
-        embed_image: from images to vectors.
-        embed_text: from texts to vectors of the same space.
-        level: of the test.
-        data: where examples come from.
-        by: what gives the names: the pair of models.
-        seed: of the halves and of the shuffle.
+        texts: the texts to choose from.
+        embed_image: maps images to vectors.
+        embed_text: maps texts to vectors of the same space.
+        level: the level of the test.
+        data: where examples come from, for the record.
+        by: what gives the names (the pair of models), for the record.
+        seed: the seed of the halves and of the shuffle.
 
     Raises:
-        ValueError: if numbers do not fit, or the two spaces have not one width.
+        ValueError: if shapes do not fit each other, or there is no text.
     """
     _check(strengths, len(images), level)
     if not texts:
-        raise ValueError("texts: expected at least one to choose from")
-    seen, said = np.asarray(embed_image(images), float), np.asarray(embed_text(texts), float)
-    if (
-        seen.ndim != 2
-        or said.ndim != 2
-        or seen.shape[1] != said.shape[1]
-        or len(seen) != len(images)
-    ):
-        raise ValueError(
-            f"embeddings of shape {seen.shape} and {said.shape}: expected item x one width for both"
-        )
-    seen, said = _unit(seen - seen.mean(0)), _unit(said - said.mean(0) if len(said) > 1 else said)
+        raise ValueError("texts are empty: expected at least one to choose from")
+    seen, said = _embedded(images, texts, embed_image, embed_text)
     first = _half(np.zeros((len(images), 1), bool), np.random.default_rng(seed))
     alive = np.flatnonzero(
         ((strengths[first] > 0).sum(0) >= _LEAST) & (strengths[~first].std(0) > 0)
@@ -361,7 +364,7 @@ def name_by_text(
 
     def named(order: np.ndarray) -> list[Name]:
         weights = strengths[np.ix_(first, alive)]
-        place = _unit((weights / weights.sum(0).clip(1e-12)).T @ seen[order][first])
+        place = _normalised((weights / weights.sum(0).clip(1e-12)).T @ seen[order][first])
         best = (place @ said.T).argmax(1)
         tests = np.array(
             [
@@ -384,6 +387,26 @@ def name_by_text(
     return Naming(ordered, len(alive), len(texts), float(chance), level, len(images), data, seed)
 
 
+def _embedded(
+    images: Sequence[Any], texts: Sequence[str], embed_image: Embed, embed_text: Embed
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of images and of texts, each centred and of length 1.
+
+    Images and texts lie in two separate cones of such a space: without centring, all cosines would be nearly alike.
+    """
+    seen, said = np.asarray(embed_image(images), float), np.asarray(embed_text(texts), float)
+    if not (seen.ndim == said.ndim == 2 and seen.shape[1] == said.shape[1]) or len(seen) != len(
+        images
+    ):
+        raise ValueError(
+            f"embeddings have shapes {seen.shape} and {said.shape}: expected item x width, of one width for both"
+        )
+    texts_centred = (
+        said - said.mean(0) if len(said) > 1 else said
+    )  # a single text centred would be zero
+    return _normalised(seen - seen.mean(0)), _normalised(texts_centred)
+
+
 def _rank_test(strengths: np.ndarray, near: np.ndarray) -> tuple[float, float]:
     """Spearman's rank correlation and its one-sided p-value; 0 and 1 where one of them does not vary."""
     if strengths.std() == 0 or near.std() == 0:
@@ -392,7 +415,7 @@ def _rank_test(strengths: np.ndarray, near: np.ndarray) -> tuple[float, float]:
     return float(found.statistic), float(found.pvalue)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _normalised(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 

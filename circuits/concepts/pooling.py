@@ -1,4 +1,4 @@
-"""Units' activations an example: the largest or the mean over positions."""
+"""One activation for each example and unit: the maximum or the mean over positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from circuits.examples import BATCH, Examples, as_examples, counted
 from circuits.models.adapter.hooked_model import HookedModel
 
 Pool = Literal["max", "mean"]
-"""What becomes of positions: the largest activation, or the mean."""
+"""How positions are pooled: the largest activation, or the mean."""
 
 
 def pooled(
@@ -25,19 +25,19 @@ def pooled(
     leave_first: int = 0,
     batch: int = BATCH,
 ) -> Float[np.ndarray, "example unit"]:
-    """How much each example excites each unit of a site.
+    """Measure how much each example activates each unit of a site.
 
     Args:
-        model: the model, with its autoencoder attached if the site is one of latents.
-        site: which.
+        model: the model, with the autoencoder attached if the site is one of latents.
+        site: the site.
         examples: the examples.
-        pool: over positions.
-        leave_first: of texts: so many positions are not looked at (see `RowFilter`).
-        batch: examples together.
+        pool: how positions are pooled.
+        leave_first: for texts, how many positions at the start are left out (see `RowFilter`).
+        batch: examples in a batch.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if `pool` is unknown, there is no example, or a text has no position that is looked at.
+        ValueError: if `pool` is unknown, there is no example, or a text has no position left.
     """
     if pool not in get_args(Pool):
         raise ValueError(f"pool {pool!r} is not one of {', '.join(get_args(Pool))}")
@@ -52,7 +52,7 @@ def pooled(
         else:
             keep = torch.ones_like(units[:, :1], dtype=torch.bool)
         if not bool(keep.any(2).all()):
-            raise ValueError(f"leave_first {leave_first}: a text has no position beyond")
+            raise ValueError(f"leave_first {leave_first}: a text has no more positions than that")
         made = (
             units.masked_fill(~keep, -torch.inf).amax(2)
             if pool == "max"

@@ -1,4 +1,4 @@
-"""Latents against labels: sparse probes, and features that others absorb."""
+"""Sparse probes on latents, and feature absorption."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from circuits.concepts.naming import auroc_table
 
 @dataclass(frozen=True)
 class Probe:
-    """A label read from latents.
+    """How well a label can be read from latents, measured on the half of the examples that did not choose.
 
     Attributes:
-        label: which.
+        label: the label.
         best: the latent with the highest AUROC on the half that chooses.
-        auroc: of it, on the other half.
-        base: of the best single unit of the site itself, chosen and measured likewise.
-        random: of the best latent for shuffled labels.
-        few: balanced accuracy of a logistic regression on `k` latents, chosen by their means' difference.
-        dense: the same on all units of the site itself.
-        absorbed: share of the examples of the label, found by the dense probe, on which none of the latents that
-            the label raises most is active though another latent that writes along the probe is (after Chanin et
-            al. 2024). Active: above its mean on examples without the label.
-        n: examples of the label in the half that is measured.
+        auroc: that latent's AUROC.
+        base: the AUROC of the best single unit of the site itself, chosen and measured in the same way.
+        random: the AUROC of the best latent for shuffled labels.
+        few: the balanced accuracy of a logistic regression on the `k` latents with the largest differences of means.
+        dense: the balanced accuracy of a logistic regression on all units of the site itself.
+        absorbed: the share of the label's examples that the dense probe finds, on which none of the latents that the
+            label raises most is active although another latent that writes along the probe's direction is: feature
+            absorption, after Chanin et al. 2024. A latent is active above its mean on examples without the label.
+        n: the number of examples with the label in the half that is measured.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Probe:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         return asdict(self)
 
 
@@ -55,19 +55,19 @@ def probe(
     k: int = 5,
     seed: int = 0,
 ) -> list[Probe]:
-    """Read labels from latents: from one, from a few, and how often others take over.
+    """Probe latents for labels: with one latent, with a few, and with a test for feature absorption.
 
     Args:
-        codes: latents, an example (or a token) each.
+        codes: the latents' activations, one row for each example (or token).
         units: the rows that were encoded.
-        W_dec: what each latent writes.
+        W_dec: the direction that each latent writes.
         members: which example has which label.
-        labels: their names.
+        labels: the names of the labels.
         k: how many latents a sparse probe may read.
-        seed: of the halves and shuffles.
+        seed: the seed of the halves and shuffles.
 
     Raises:
-        ValueError: if numbers do not fit, or a label has fewer than four examples, or too few without it.
+        ValueError: if shapes do not fit each other, or fewer than four examples have a label or do not have it.
     """
     n = len(codes)
     if not (len(units) == len(members) == n) or members.shape[1] != len(labels):
@@ -86,30 +86,43 @@ def probe(
         best, auroc = _single(codes, own, first)
         _, base = _single(units, own, first)
         _, random = _single(codes, generator.permutation(own), first)
+        # Everything is chosen on `first` and measured on the other half.
         difference = codes[first & own].mean(0) - codes[first & ~own].mean(0)
         chosen = np.argsort(-np.abs(difference), kind="stable")[:k]
         few, _, _ = _fitted(codes[:, chosen], own, first)
         dense, direction, right = _fitted(units, own, first)
         hits = ~first & own & right
+        # The latents that should fire: those that the label raises most, in units of their spread.
         spread = codes[first].std(0)
         raised = np.argsort(-difference / np.where(spread > 0, spread, np.inf), kind="stable")[:k]
         active = codes > codes[first & ~own].mean(0)
-        silent = hits & ~active[:, raised].any(1)
-        cosine = (
-            W_dec @ direction / (np.linalg.norm(W_dec, axis=1) * np.linalg.norm(direction) + 1e-12)
-        )
-        along = np.flatnonzero(cosine > 0.25)
-        absorbed = silent & active[:, np.setdiff1d(along, raised)].any(1)
-        found.append(
-            Probe(
-                label, best, auroc, base, random, few, dense, float(absorbed.sum() / max(1, hits.sum())),
-                int((~first & own).sum()),
-            )
-        )  # fmt: skip
+        absorbed = _absorbed(hits, active, raised, W_dec, direction)
+        n = int((~first & own).sum())
+        found.append(Probe(label, best, auroc, base, random, few, dense, absorbed, n))
     return found
 
 
+def _absorbed(
+    hits: np.ndarray, active: np.ndarray, raised: np.ndarray, W_dec: np.ndarray, direction: np.ndarray
+) -> float:  # fmt: skip
+    """The share of hits on which other latents along the probe's direction fire instead of those raised most.
+
+    Args:
+        hits: the examples with the label that the dense probe finds.
+        active: which latents are active, example x latent.
+        raised: the latents that should be active.
+        W_dec: the direction that each latent writes.
+        direction: the direction of the dense probe.
+    """
+    silent = hits & ~active[:, raised].any(1)
+    lengths = np.linalg.norm(W_dec, axis=1) * np.linalg.norm(direction)
+    along = np.flatnonzero(W_dec @ direction / (lengths + 1e-12) > 0.25)
+    instead = silent & active[:, np.setdiff1d(along, raised)].any(1)
+    return float(instead.sum() / max(1, hits.sum()))
+
+
 def _half(own: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Choose half of the examples with a label and half of those without."""
     first = np.zeros(len(own), bool)
     for value in (True, False):
         here = generator.permutation(np.flatnonzero(own == value))
@@ -118,6 +131,9 @@ def _half(own: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def _single(x: np.ndarray, own: np.ndarray, first: np.ndarray) -> tuple[int, float]:
+    """The column with the highest AUROC on the first half, and its AUROC on the other; NaN if a half has one class
+    only.
+    """
     if own[first].all() or not own[first].any() or own[~first].all() or not own[~first].any():
         return 0, float("nan")
     best = int(auroc_table(x[first], own[first, None])[0][:, 0].argmax())
@@ -127,11 +143,14 @@ def _single(x: np.ndarray, own: np.ndarray, first: np.ndarray) -> tuple[int, flo
 def _fitted(
     x: np.ndarray, own: np.ndarray, first: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Balanced accuracy on the other half, the direction in the rows' own scale, and which are found."""
+    """Fit a logistic regression on the first half: balanced accuracy on the other half, weights for columns that are
+    not scaled, and the predictions.
+    """
     from sklearn.linear_model import LogisticRegression
 
     scale = x[first].std(0)
     scale[scale == 0] = 1
+    # Balanced, because most labels are rare: without weights, "never" would be nearly always right.
     fitted = LogisticRegression(max_iter=2000, class_weight="balanced").fit(
         x[first] / scale, own[first]
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from circuits.edits.records import Edit, Others
 from circuits.edits.weights import WeightEdit, Weights, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.matrices import End, WeightMatrix
+from circuits.models.adapter.matrices import MatrixEnd, WeightMatrix
 from circuits.models.adapter.topology import INPUT
 from circuits.units import Unit, Units, nearest
 
@@ -105,7 +105,7 @@ def _check_covered(parts: Sequence[Part], units: Units, side: str, alone: bool) 
         raise ValueError(f"several layers write {units}: name one as layer: {', '.join(names)}")
 
 
-def _of(end: End | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
+def _of(end: MatrixEnd | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
     if end is None or units is None:
         return torch.arange(n), torch.ones(n)
     which = end.of(units.indices)
@@ -195,7 +195,7 @@ class ConnectionEdit(WeightEdit):
                 found[site.unit(index)] = pool if before is None else pool & before
         return found
 
-    def _like(self, part: Part, end: End, side: str, unit: int) -> bool:
+    def _like(self, part: Part, end: MatrixEnd, side: str, unit: int) -> bool:
         """Whether a unit has weights at the other end, where that is named."""
         which = end.of((unit,))
         if not len(which):

@@ -96,7 +96,7 @@ class Runs:
             )
         each = max(1, min(len(sets), (rows or self._rows()) // n))
         model = self.stream.model
-        used = self.stream.written({s for group in sets for s, _ in group})
+        used = self.stream.sender_sites({s for group in sets for s, _ in group})
         tokens, others = self.tokens.repeat(each, 1), self.other_tokens.repeat(each, 1)
         standing = standing_at(self.stream, _repeated(self.ids, each, n))
         moved = standing_at(self.stream, _repeated(self.other_ids, each, n))
@@ -117,7 +117,7 @@ class Runs:
     def _rows(self) -> int:
         """How many examples fit into a pass, by what it holds at once."""
         stream, length = self.stream, self.tokens.shape[1]
-        kept = {*stream.written(stream.senders), *map(stream.seen, stream.receivers)}
+        kept = {*stream.sender_sites(stream.senders), *map(stream.stream_site, stream.receivers)}
         numbers = sum(math.prod(stream.model.site(name).shape[1:]) for name in kept)
         heads = max(s.head for s in stream.senders) + 1
         wide = (math.prod(s.shape[1:]) for s in stream.model.sites if s.kind != "pattern")
@@ -147,7 +147,7 @@ def standing_at(stream: Stream, ids: Tensor | None) -> dict[str, Change]:
     if ids is None:
         return {}
     written = position_embedding(stream, ids)
-    site = stream.output(Sender("position"))
+    site = stream.output_site(Sender("position"))
     return {site: lambda value: written.to(value).expand_as(value)}
 
 
@@ -206,7 +206,7 @@ def _patched(stream: Stream, sets: Sequence[frozenset[Path]]) -> list[_Patched]:
         groups = {i: frozenset(g - gone[i]) for i, g in by_receiver.get(receiver, {}).items()}
         groups = {i: group for i, group in groups.items() if group}
         if groups:
-            written = stream.written(frozenset().union(*groups.values()))
+            written = stream.sender_sites(frozenset().union(*groups.values()))
             index = torch.tensor(list(groups))
             found.append(_Patched(receiver, index, tuple(groups.values()), written))
         if receiver.kind in STREAMS:
@@ -225,7 +225,7 @@ def changes_of(
     looks: set[str] = set()
     by_site: dict[str, list[_Patched]] = {}
     for one in _patched(stream, sets):
-        by_site.setdefault(stream.read(one.receiver), []).append(one)
+        by_site.setdefault(stream.input_site(one.receiver), []).append(one)
         looks |= {*one.written, *_seen(stream, one.receiver, options)}
     run = _Pass(stream, len(sets), other, options)
     receiving = {site: run.receiving(those) for site, those in by_site.items()}
@@ -235,8 +235,10 @@ def changes_of(
 
 def _seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ...]:
     """The sites that show what is in front of a receiver."""
-    middles = tuple(map(stream.seen, stream.passed(receiver))) if options.through_mlps else ()
-    return middles if receiver.kind in STREAMS else (*middles, stream.seen(receiver))
+    middles = (
+        tuple(map(stream.stream_site, stream.mlps_before(receiver))) if options.through_mlps else ()
+    )
+    return middles if receiver.kind in STREAMS else (*middles, stream.stream_site(receiver))
 
 
 class _Pass:
@@ -293,7 +295,7 @@ class _Pass:
             change = change * where.to(change)[..., None]
         if receiver.kind in STREAMS:
             return change
-        before = live[stream.seen(receiver)]
+        before = live[stream.stream_site(receiver)]
         return input_change(stream, receiver, before, change, self.options.hold_norms)
 
     def _by_set(self, value: Tensor) -> Tensor:

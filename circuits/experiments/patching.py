@@ -140,7 +140,7 @@ def record_senders(
     """
     stream = stream_of(model)
     edits = standing_at(stream, positions_of(stream, tokens, positions))
-    return model.run(tokens, read=stream.written(stream.senders), edits=edits)
+    return model.run(tokens, read=stream.sender_sites(stream.senders), edits=edits)
 
 
 def path_changes(
@@ -170,7 +170,7 @@ def path_changes(
     group = frozenset(stream.path(path) for path in paths)
     if through_mlps:
         check_mlps(stream)
-    other = {name: source[name] for name in stream.written({s for s, _ in group})}
+    other = {name: source[name] for name in stream.sender_sites({s for s, _ in group})}
     return changes_of(stream, [group], other, Options(through_mlps, where))
 
 

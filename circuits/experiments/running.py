@@ -21,7 +21,7 @@ from circuits.experiments.variants import INTACT, Context, Prepared, Variant, pr
 from circuits.hooks import Change, placed
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
-from circuits.models.paths.restarting import Start, beginning, candidates
+from circuits.models.paths.restarting import Restart, nearest_restart, restart_candidates
 from circuits.progress import Progress
 from circuits.tasks.metrics import (
     Custom,
@@ -196,7 +196,7 @@ class _Share:
     Behind `narrow` only the positions that count are run.
     """
 
-    begin: Start | None
+    begin: Restart | None
     members: tuple[int, ...]
     narrow: Site | None = None
 
@@ -253,7 +253,9 @@ class _Engine:
         if self.shares is not None:
             return [s.begin.site for s in self.shares if s.begin is not None]
         firsts = dict.fromkeys(p.sites[0] for p in self.plans if self._plain(p))
-        found = [c for name in firsts for c in candidates(self.model, self.model.site(name))]
+        found = [
+            c for name in firsts for c in restart_candidates(self.model, self.model.site(name))
+        ]
         return list(dict.fromkeys(found))
 
     def _reads(self) -> list[Site]:
@@ -261,9 +263,9 @@ class _Engine:
 
     def _planned(self, part: TaskBatch, tensors: Mapping[str, Tensor]) -> list[_Share]:
         """Where each variant's passes begin, decided on the first batch."""
-        begin: dict[str, Start | None] = {}
+        begin: dict[str, Restart | None] = {}
         groups: dict[str | int | None, list[int]] = {}
-        where: dict[str | int | None, Start | None] = {}
+        where: dict[str | int | None, Restart | None] = {}
         for k, plan in enumerate(self.plans):
             if not self._plain(plan):
                 groups[k], where[k] = [k], None
@@ -298,7 +300,7 @@ class _Engine:
 
     def _beginning(
         self, first: Site, part: TaskBatch, tensors: Mapping[str, Tensor]
-    ) -> Start | None:
+    ) -> Restart | None:
         if part.mask is not None and self.model.padding != "right":
             return None
         ends = self._behind(first)
@@ -308,7 +310,7 @@ class _Engine:
         changed = [
             self.model.site(name) for name in dict.fromkeys(n for names in own for n in names)
         ]
-        return beginning(self.model, first, ends, part.inputs, tensors, changed, rows)
+        return nearest_restart(self.model, first, ends, part.inputs, tensors, changed, rows)
 
     def _behind(self, site: Site) -> list[Site]:
         """What is read at a site or behind it; what is before is as in the intact model."""

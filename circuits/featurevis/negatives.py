@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.topology import Link, WeightLayer
+from circuits.models.adapter.topology import SiteLink, WeightLayer
 from circuits.units import Site, Unit
 
 _LINEAR = ("Conv", "Linear", "BatchNorm", "LayerNorm")
@@ -62,7 +62,7 @@ def _candidates(model: HookedModel, unit: Unit) -> Iterator[tuple[int, Before]]:
 
 
 def _along(
-    model: HookedModel, layer: WeightLayer, link: Link, unit: Unit
+    model: HookedModel, layer: WeightLayer, link: SiteLink, unit: Unit
 ) -> Iterator[tuple[int, Before]]:
     out = link.index[unit.index]
     for other in layer.writes:

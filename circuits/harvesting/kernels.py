@@ -1,39 +1,29 @@
-"""Compiled loops over activations on a CPU: every number is read once.
+"""Compiled loops over activations on a CPU that read every number once.
 
-Summaries of every site of a network touch as many numbers as its forward pass writes, so each extra
-pass over memory shows. These loops are compiled by numba, for the processor they run on, and cached.
-They may be compiled as if all activations were finite: `summarize` in `observing` looks at what came
-out, and does the rest with care where it was not so.
+Summaries of all sites of a network read as many numbers as the forward pass writes, so that each extra pass over
+memory would show. The loops are compiled by numba for the processor that they run on, and cached. They are compiled
+as if all activations were finite: `Observer.see` in `observing` checks the sums, and recomputes the statistics in
+another way where they are not finite.
 """
 
-# no `from __future__ import annotations`, no annotations: numba compiles what it is given
-import inspect
-
-import numba
+# No annotations in this module: numba compiles functions as they are and infers the types from their arguments.
 import numpy as np
 
-BLOCK = 1024  # numbers that are summed in float32 before they go on in float64
-PIECE = 64  # numbers that are searched at once
+from circuits.models.adapter.lrn import compiled
+
+BLOCK = 1024  # numbers that are summed in float32 before the sum is added up in float64
+PIECE = 64  # numbers that are searched together
 UNITS = 256  # units whose sums stay in the first-level cache
 FLIP = np.int32(0x7FFFFFFF)
 SIGN = np.int32(31)
 
 
-def compiled(**options):
-    """Compile a function with numba; what a type checker has wrapped around it is taken off first."""
-
-    def compile(function):
-        plain = inspect.unwrap(function)
-        try:
-            return numba.njit(cache=True, **options)(plain)
-        except RuntimeError:  # no folder can be written to keep what was compiled
-            return numba.njit(**options)(plain)
-
-    return compile
-
-
 def ordered(bits):
-    """Float32 as int32 in the same order, and back: vector units compare those without a care for NaN.
+    """Map float32 numbers, given as int32 bits, to integers of the same order; the same function maps them back.
+
+    Positive floats are ordered like their bits as integers, negative ones in reverse: flipping all bits but the sign
+    of the negative ones puts both in order. Unlike the maximum of floats, that of integers needs no care for NaN, so
+    it is vectorised.
 
     >>> key = ordered(np.array([-2.0, -1.0, 0.5, 3.0], np.float32).view(np.int32))
     >>> bool((np.diff(key) > 0).all()), ordered(key).view(np.float32).tolist()
@@ -47,8 +37,8 @@ _ordered = compiled(inline="always")(ordered)
 
 @compiled(nogil=True)
 def _first(bits, start, key):
-    """Where `key` is first found, from `start` on."""
-    while True:  # whole pieces are compared at once
+    """The first index from `start` on with the ordered value `key`."""
+    while True:  # the maximum of a whole piece is vectorised, a search for the first match is not
         high = np.int32(-0x80000000)
         piece = bits[start : start + PIECE]
         for i in range(len(piece)):
@@ -63,18 +53,20 @@ def _first(bits, start, key):
 
 @compiled(fastmath=True, nogil=True)
 def units_first(x, bits, center, argmax, total, square, least, positive):
-    """Statistics of activations, example x unit x position, positions side by side.
+    """Statistics of activations laid out example x unit x position.
 
     Args:
         x: the activations, float32.
         bits: the same memory as int32.
-        center: per unit, float32.
-        argmax: written: the first position of the largest, example x unit.
-        total: written: the sum of activation - center, example x unit.
-        square: per unit: the sum of its square is added.
-        least: per unit: lowered to the smallest `ordered` activation.
-        positive: per unit: how many are above zero is added.
+        center: the value about which sums are taken, for each unit, float32.
+        argmax: overwritten by the first position of the largest activation, example x unit.
+        total: overwritten by the sum of activation - center, example x unit.
+        square: for each unit, the sum of (activation - center)^2 is added to it.
+        least: for each unit, lowered to the smallest `ordered` activation.
+        positive: for each unit, the number of activations above zero is added to it.
     """
+    # The maximum is found block by block and its position only afterwards, in the block where it was: keeping the
+    # position in the inner loop would cost a branch for each number.
     for e in range(x.shape[0]):
         for u in range(x.shape[1]):
             row, row_bits, c = x[e, u], bits[e, u], center[u]
@@ -104,7 +96,8 @@ def units_first(x, bits, center, argmax, total, square, least, positive):
 
 @compiled(fastmath=True, nogil=True)
 def units_last(x, bits, center, argmax, total, square, least, positive):
-    """The same of activations that lie example x position x unit."""
+    """The same as `units_first` for activations laid out example x position x unit."""
+    # The inner loop runs over units, which are adjacent in memory; the sums of `UNITS` of them stay in the cache.
     n_places, n_units = x.shape[1], x.shape[2]
     f1, f2 = np.empty(UNITS, np.float32), np.empty(UNITS, np.float32)
     best, low = np.empty(UNITS, np.int32), np.empty(UNITS, np.int32)
@@ -144,16 +137,16 @@ def units_last(x, bits, center, argmax, total, square, least, positive):
 
 @compiled(nogil=True)
 def look(x, places, center, low, scale, histogram, powers):
-    """Count activations at some positions (example x place, numbers of positions) by their size.
+    """Add activations at some positions to histograms and to sums of powers.
 
     Args:
-        x: example x unit x position, in any layout in memory.
-        places: which positions of each example.
-        center: about which powers are summed.
-        low: first edge of each unit's histogram.
-        scale: bins a unit of activation.
-        histogram: unit x bin; added to.
-        powers: power x unit; added to.
+        x: the activations, example x unit x position, in any memory layout.
+        places: the positions of each example, example x sample.
+        center: the value about which powers are summed, for each unit.
+        low: the first edge of each unit's histogram.
+        scale: for each unit, the number of bins for an interval of length 1.
+        histogram: unit x bin; counts are added to it.
+        powers: power x unit; sums are added to it.
     """
     last = histogram.shape[1] - 1
     for u in range(x.shape[1]):
@@ -177,7 +170,7 @@ def look(x, places, center, low, scale, histogram, powers):
 
 
 def prepare():
-    """Compile, or read from the cache, all loops: before processes are forked that need them."""
+    """Compile all loops, or load them from the cache, before processes are forked that would each do so."""
     x, center = np.zeros((2, 2, 3), np.float32), np.zeros(2, np.float32)
     square, least, positive = np.zeros(2), np.zeros(2, np.int32), np.zeros(2, np.int64)
     found = (np.zeros((2, 2), np.int32), np.zeros((2, 2)), square, least, positive)

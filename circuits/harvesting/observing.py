@@ -1,7 +1,7 @@
-"""What a shard keeps of one site, gathered while forward passes run.
+"""Gathering what a shard keeps of one site, while forward passes run.
 
-On a CPU by compiled loops (`kernels`), elsewhere by torch; what is not finite is left to a third, slow
-way that both fall back to.
+Statistics are computed by compiled loops (`kernels`) on a CPU and by torch elsewhere. Both assume finite activations;
+a batch with NaN or infinite ones is computed again in a slower way.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from circuits.units import Site
 
 @lru_cache(maxsize=4096)
 def looked_at(seed: int, example: int, places: int, n: int) -> Int[np.ndarray, " {n}"]:
-    """At which of an example's positions the histograms look: each as likely as any other."""
+    """The sample of an example's positions that histograms count: drawn uniformly, with replacement."""
     return np.random.default_rng([seed, example, places]).integers(places, size=n)
 
 
 def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], int]:
-    """A site's tensor with its positions flattened, as it lies in memory, and the positions' axis.
+    """A site's tensor with positions flattened, in the order in which it lies in memory, and the axis of positions.
 
-    The other axis is that of the units. A head's activation is the norm of its output.
+    The other axis is that of units. A head's activation is the norm of its output.
     """
     units = site.activations(value).to(torch.float32)
     if site.units_last and site.position_axes:
@@ -40,8 +40,8 @@ def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], i
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """The statistics of a batch: `total` is of activation - center, `square` of its square."""
+class BatchStatistics:
+    """The statistics of a batch: `total` sums activation - center, `square` sums (activation - center)^2."""
 
     maximum: Float[np.ndarray, "example unit"]
     argmax: Int[np.ndarray, "example unit"]
@@ -54,15 +54,15 @@ class Found:
 
 
 class Observer:
-    """Gathers one site over the examples of a shard.
+    """Gathers the statistics and tensors of one site over the examples of a shard.
 
     Args:
-        site: which.
-        summary: where its summary goes.
-        examples: of the shard.
-        depth: at how many positions the histogram looks, and the seed of their choice.
+        site: the site.
+        summary: the summary to write to.
+        examples: the examples of the shard.
+        depth: how many positions the histogram counts, and the seed of their choice.
         full: whether to keep the whole tensor.
-        columns: about which to sum for the covariance, if it is kept.
+        columns: the values about which to sum for the covariance, if that is kept.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Observer:
         self.covariance = None if columns is None else _CovarianceSums(columns)
 
     def see(self, value: Tensor, examples: Sequence[int]) -> None:
-        """Take in the site's tensor on some of the shard's examples."""
+        """Add the site's tensor for some of the shard's examples."""
         rows = np.asarray(examples) - self.examples.start
         if self.full is not None:
             self.full.add(value, examples)
@@ -93,13 +93,14 @@ class Observer:
             return
         on_cpu = x.device.type == "cpu"
         found = self._compiled(x, axis) if on_cpu else self._in_torch(x, axis)
+        # Any NaN or infinite activation makes its sum so.
         if not (np.isfinite(found.total).all() and np.isfinite(found.square).all()):
-            found = self._carefully(x, axis)
+            found = self._without_nonfinite(x, axis)
         self._add(found, rows)
         self._relocate(value, rows)
         self._look(x, axis, examples)
 
-    def _compiled(self, x: Tensor, axis: int) -> Found:
+    def _compiled(self, x: Tensor, axis: int) -> BatchStatistics:
         """The statistics of a batch on a CPU, in one pass over it."""
         numbers = x.numpy()
         n, units = x.shape[0], x.shape[3 - axis]
@@ -113,14 +114,14 @@ class Observer:
         maximum = np.take_along_axis(numbers, at, axis).squeeze(axis)
         minimum = kernels.ordered(least).view(np.float32)
         count = np.full((n, units), x.shape[axis])
-        return Found(maximum, argmax, total, square, minimum, positive, count)
+        return BatchStatistics(maximum, argmax, total, square, minimum, positive, count)
 
-    def _in_torch(self, x: Tensor, axis: int) -> Found:
-        """The same on any device."""
+    def _in_torch(self, x: Tensor, axis: int) -> BatchStatistics:
+        """The statistics of a batch on any device."""
         center = torch.from_numpy(self._center).to(x.device)
         shifted = x - (center[:, None] if axis == 2 else center)
         maximum, argmax = x.max(axis)
-        return Found(
+        return BatchStatistics(
             maximum.cpu().numpy(),
             argmax.int().cpu().numpy(),
             shifted.sum(axis).double().cpu().numpy(),
@@ -130,13 +131,13 @@ class Observer:
             np.full(maximum.shape, x.shape[axis]),
         )
 
-    def _carefully(self, x: Tensor, axis: int) -> Found:
-        """The same in float64, without the activations that are NaN or infinite."""
+    def _without_nonfinite(self, x: Tensor, axis: int) -> BatchStatistics:
+        """The statistics of a batch without the activations that are NaN or infinite, in float64."""
         wide = x.movedim(axis, 2).double().cpu().numpy()
         finite = np.isfinite(wide)
         count, best = finite.sum(2), np.where(finite, wide, -np.inf)
         shifted = np.where(finite, wide - self._s.center[:, None], 0.0)
-        return Found(
+        return BatchStatistics(
             np.where(count > 0, best.max(2), np.nan).astype(np.float32),
             best.argmax(2).astype(np.int32),
             shifted.sum(2),
@@ -147,7 +148,8 @@ class Observer:
             (~finite).sum((0, 2)),
         )
 
-    def _add(self, found: Found, rows: np.ndarray) -> None:
+    def _add(self, found: BatchStatistics, rows: np.ndarray) -> None:
+        """Add a batch to the summary."""
         s, count = self._s, found.count
         s.maximum[rows], s.argmax[rows] = found.maximum, found.argmax
         mean = s.center + found.total / np.maximum(count, 1)
@@ -160,7 +162,7 @@ class Observer:
         s.nonfinite[:] += found.nonfinite
 
     def _relocate(self, value: Tensor, rows: np.ndarray) -> None:
-        """Number the positions of a short text as those of the longest are."""
+        """Number the position of a maximum in a pattern (query x key) of a short text as in that of the longest."""
         site = self.site
         shape = site.positions_of(value)
         if len(shape) > 1 and shape != site.position_shape:
@@ -168,14 +170,14 @@ class Observer:
             self._s.argmax[rows] = np.ravel_multi_index(where, site.position_shape)
 
     def _look(self, x: Tensor, axis: int, examples: Sequence[int]) -> None:
-        """Count a sample of each example's activations in the histogram, all if they are few."""
+        """Add a sample of each example's positions to the histogram, or all if they are few."""
         s, places, most = self._s, x.shape[axis], self._depth.positions
         numbers = x.movedim(axis, 2)
         if places <= most:
             at = np.tile(np.arange(places), (len(examples), 1))
         else:
             at = np.stack([looked_at(self._depth.seed, e, places, most) for e in examples])
-        if x.device.type != "cpu":  # only what is looked at leaves the device
+        if x.device.type != "cpu":  # only the sample leaves the device
             chosen = torch.from_numpy(at).to(x.device)[:, None].expand(-1, numbers.shape[1], -1)
             numbers = numbers.gather(2, chosen).cpu()
             at = np.tile(np.arange(at.shape[1]), (len(examples), 1))
@@ -185,11 +187,12 @@ class Observer:
 
 
 class _FullBuffer:
-    """The whole tensor of a site over a shard's examples."""
+    """The whole tensors of a site over a shard's examples."""
 
     def __init__(self, site: Site, n_examples: int) -> None:
         self.site = site
         places = int(np.prod(site.position_shape))
+        # Allocated once for the longest texts: growing it would need twice the memory at times.
         self._rows = torch.empty((n_examples * places, site.width))
         self._example: list[np.ndarray] = []
         self._position: list[np.ndarray] = []
@@ -213,7 +216,7 @@ class _FullBuffer:
 
 
 class _CovarianceSums:
-    """Sums of rows and of their outer products, about a center."""
+    """Sums of rows and of their outer products about a center, so that a covariance loses no precision."""
 
     def __init__(self, center: Float[np.ndarray, " column"]) -> None:
         self.center, width = center, len(center)
@@ -226,7 +229,9 @@ class _CovarianceSums:
         whole = torch.isfinite(shifted).all(1)
         if not bool(whole.all()):
             shifted = shifted[whole]
-        for piece in shifted.split(1024):  # few enough rows for float32 sums to be exact enough
+        for piece in shifted.split(
+            1024
+        ):  # products in float32 are fast, and exact enough over so few rows
             self._product += (piece.T @ piece).double().cpu()
             self._total += piece.double().sum(0).cpu()
         self._count += len(shifted)

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started, and how they agree."""
+"""The processes started by `torchrun`, and how they exchange values and errors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import TypeVar
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=7)
-"""How long ranks wait for each other; `torchrun` ends them all when one dies."""
+"""How long ranks wait for each other: without a practical limit, since `torchrun` ends all when one dies."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The group of processes that a harvest is shared among; one, unless `torchrun` started it.
+    """The group of processes that share a harvest; a single one, unless `torchrun` started it.
 
     Attributes:
-        rank: which of them this is.
-        size: how many there are.
+        rank: the number of this process.
+        size: the number of processes.
     """
 
     rank: int = 0
@@ -32,15 +32,15 @@ class Ranks:
     @classmethod
     @contextmanager
     def joined(cls) -> Iterator[Ranks]:
-        """The group that this process belongs to."""
+        """Join the group that this process belongs to, inside the block."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if "TORCHELASTIC_RUN_ID" not in os.environ or size == 1:
             yield cls()
             return
         own = not dist.is_initialized()
         if own:
-            # An optimizer imports this; imported when there is a group already, it holds on to the group for ever,
-            # and threads of a group that is not destroyed end Python with an abort now and then (torch 2.13).
+            # Torch's optimizers import this module. If that happens once there is a group, it keeps the group alive
+            # for ever; and threads of a group that is not destroyed sometimes abort Python at its end (torch 2.13).
             import torch._dynamo  # noqa: F401
 
             dist.init_process_group("gloo", timeout=PATIENCE)
@@ -51,7 +51,7 @@ class Ranks:
                 dist.destroy_process_group()
 
     def shared(self, value: T) -> T:
-        """What rank 0 has."""
+        """The value that rank 0 has."""
         if self.size == 1:
             return value
         box = [value]
@@ -60,7 +60,8 @@ class Ranks:
 
     @contextmanager
     def lead(self) -> Iterator[bool]:
-        """Yields whether this is rank 0; an error that it raises inside is raised in every rank."""
+        """Yield whether this is rank 0; an error that rank 0 raises inside the block is raised on every rank."""
+        # Else the other ranks would wait for it, in their next exchange, until the timeout.
         error: Exception | None = None
         try:
             yield self.rank == 0
@@ -72,7 +73,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An error that any rank raises inside is raised in every rank, once all have come to the end."""
+        """Raise an error of any rank inside the block on every rank, once all have reached the end of the block."""
         error: Exception | None = None
         try:
             yield

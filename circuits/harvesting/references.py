@@ -1,4 +1,4 @@
-"""What all shards of a store share: centers of sums, edges of histograms."""
+"""What all shards of a store have in common: the centers of sums and the edges of histograms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from circuits.store.summaries import histogram_range
 from circuits.units import Site
 
 REFERENCE_EXAMPLES = 6
-"""How many examples, spread over the data, fix the histograms' edges and the centers of sums."""
+"""How many examples, spread over the data, determine the edges of histograms and the centers of sums."""
 
 
 @dataclass(frozen=True, eq=False)
-class Glimpse:
-    """What one reference example shows: per unit, and per column of sites with a covariance."""
+class ReferenceStatistics:
+    """Statistics of one reference example, for each unit, and for each column of sites with a covariance."""
 
     example: int
     least: Float[np.ndarray, " unit"]
@@ -32,12 +32,12 @@ class Glimpse:
     columns: dict[str, Float[np.ndarray, " column"]]
 
 
-def _glimpse(work: ShardWork, example: int) -> Glimpse | None:
-    """Look at one example by itself; None if it cannot be read."""
+def _statistics_of(work: ShardWork, example: int) -> ReferenceStatistics | None:
+    """The statistics of one example; None if it cannot be read."""
     provenance, places = work.provenance, work.provenance.places
     n_units = sum(site.n_units for site in provenance.stored)
     least, most = np.full(n_units, np.inf), np.full(n_units, -np.inf)
-    seen = Glimpse(example, least, most, np.zeros(n_units), np.zeros(n_units), {})
+    seen = ReferenceStatistics(example, least, most, np.zeros(n_units), np.zeros(n_units), {})
     covariances = provenance.kept(provenance.depth.covariance)
 
     def look(site: Site, value: Tensor) -> None:
@@ -63,20 +63,22 @@ def _glimpse(work: ShardWork, example: int) -> Glimpse | None:
 def references(
     work: ShardWork, workers: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Centers and histogram edges from a few examples, one at a time: the same whatever the batch."""
+    """Centers and histogram edges from a few examples, one at a time, so that they do not depend on the batch size."""
     n = len(work.provenance.examples)
     examples = sorted({i * n // REFERENCE_EXAMPLES for i in range(REFERENCE_EXAMPLES)})
-    glimpses: list[Glimpse] = []
+    seen_examples: list[ReferenceStatistics] = []
 
     def look(process: int | None, chosen: Sequence[int], send: Send) -> None:
         with one_thread(work.model.device):
             for example in chosen:
-                seen = _glimpse(work, example)
+                seen = _statistics_of(work, example)
                 if seen is not None:
                     send(seen)
 
-    share_out(examples, workers, look, glimpses.append)
-    glimpses.sort(key=lambda seen: seen.example)  # sums then come out the same every time
+    share_out(examples, workers, look, seen_examples.append)
+    seen_examples.sort(
+        key=lambda seen: seen.example
+    )  # added up in one order, whichever worker was faster
     n_units = sum(site.n_units for site in work.provenance.stored)
     least, most = np.full(n_units, np.inf), np.full(n_units, -np.inf)
     count, total = np.zeros(n_units), np.zeros(n_units)
@@ -85,12 +87,13 @@ def references(
         for site in work.provenance.stored
         if site.name in work.provenance.kept(work.provenance.depth.covariance)
     }
-    for seen in glimpses:
+    for seen in seen_examples:
         least, most = np.minimum(least, seen.least), np.maximum(most, seen.most)
         count, total = count + seen.count, total + seen.total
         for name, column in seen.columns.items():
-            columns[name] += column / len(glimpses)
+            columns[name] += column / len(seen_examples)
     low, high = histogram_range(least, most)
+    # Rounded to float32, which is what the loops subtract: sums about another value could not be corrected exactly.
     center = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
     fixed = {"center": center, "low": low, "high": high}
     return fixed, {n: c.astype(np.float32).astype(np.float64) for n, c in columns.items()}

@@ -1,4 +1,4 @@
-"""Planning a harvest, sharing it out among processes, and joining what they wrote."""
+"""Planning a harvest, distributing it among processes, and merging what they wrote."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from circuits.units import Site
 from circuits.workspace import ModelRecord, Workspace
 
 LOOKED_AT = 2048
-"""How many activations of a unit its histogram counts, at least, if there are so many."""
+"""The least number of activations that a unit's histogram counts, if there are that many."""
 
 FEWEST_POSITIONS = 8
-"""At how many positions of an example the histograms look, at least, if there are so many."""
+"""The least number of positions of an example that histograms count, if there are that many."""
 
 SHARD_EXAMPLES, MOST_SHARDS = 64, 1024
-"""Examples in a shard at most, until there would be more shards than this."""
+"""A shard has at most this many examples, unless there would be more shards than this."""
 
 FULL_BYTES, SUMMARY_BYTES = 128 << 20, 64 << 20
-"""How large a shard may grow, in whole activations and in summaries."""
+"""The largest size of a shard, in whole activations and in summaries."""
 
 MEMORY = 4 << 30
-"""How much memory a harvest takes for activations, unless told otherwise, in bytes."""
+"""The default memory for activations, in bytes."""
 
 LARGEST_BATCH = 8
-"""Examples in one forward pass at most, unless told otherwise: more leave the processor's cache."""
+"""The most examples in a forward pass by default: the activations of more leave the processor's cache."""
 
 
 def harvest(
@@ -68,53 +68,46 @@ def harvest(
     anew: bool = False,
     seed: int = 0,
 ) -> ActivationStore:
-    """Record what the units of some sites do on every example; resume if it was interrupted.
+    """Record the activations of some sites on every example; resume an interrupted harvest.
 
-    On a CPU as many processes work as torch has threads, one thread each: files do not depend on how
-    many there are. Under `torchrun` every rank takes its share of the shards.
+    On a CPU there are as many processes as torch has threads, with one thread each; files do not depend on how many
+    there are. Under `torchrun` every rank takes its share of the shards.
 
     Args:
         model: the model.
         source: the data.
-        sites: names of sites of which summaries are kept.
-        workspace: where the store goes.
-        record: how the model is loaded, for the app; its name if it is not given.
-        batch: examples in one forward pass; as many as `memory` allows, up to `LARGEST_BATCH`, if not
-            given. Results do not depend on it beyond float rounding; a run that goes on keeps its first.
-        progress: told the number of examples done and in all.
-        full: those of which the whole tensor is kept too.
-        covariance: those of which the units' covariance is kept too.
+        sites: names of the sites whose summaries are kept.
+        workspace: the workspace for the store.
+        record: how the model is loaded, for the app; by default its name.
+        batch: examples in a forward pass; by default as many as `memory` allows, up to `LARGEST_BATCH`. Results do
+            not depend on it beyond float rounding; a resumed harvest keeps its first batch size.
+        progress: called with the number of examples done and in all.
+        full: names of the sites whose whole tensors are kept too.
+        covariance: names of the sites whose covariance of units is kept too.
         layout: of whole tensors: `blocks` of 4096 rows and 64 units, or whole `rows`.
-        compress: compress whole tensors (lzf) if a probe says that it pays.
-        precision: what the forward pass computes in.
-        positions: at how many positions of an example the histograms look (a seeded sample; all else
-            is exact); if not given, so many that each counts `LOOKED_AT` activations; 0 is all.
-        memory: bytes that the activations of all processes may take in a forward pass (the shards that
-            they gather come on top: at most two a process, of `FULL_BYTES` each, in float32).
-        workers: processes, if `memory` is enough for so many; 1 is none but this.
-        skip_bad: leave out examples that cannot be read, and list them; they stop the harvest else.
-        anew: throw away what an earlier run left.
-        seed: of the choice of positions.
+        compress: compress whole tensors (lzf) if that pays for a first block.
+        precision: the precision of the forward pass.
+        positions: how many positions of an example histograms count (a random sample; all other statistics use every
+            position); by default so many that each histogram counts `LOOKED_AT` activations; 0 is all.
+        memory: bytes for the activations of all processes in a forward pass (the shards that they gather come on
+            top: at most two for each process, of `FULL_BYTES` each, in float32).
+        workers: the number of processes, if `memory` is enough for that many; 1 uses only this process.
+        skip_bad: leave out and list examples that cannot be read, instead of stopping at them.
+        anew: delete what an earlier harvest left.
+        seed: the seed of the choice of positions.
 
     Returns:
-        The finished store; at once if it was finished before.
+        The finished store; at once if it is finished already.
 
     Raises:
         KeyError: if a site is unknown.
         ValueError: if the model cannot take the data, or an example cannot be read.
-        StaleCacheError: if what is there was made from something else.
+        StaleCacheError: if the store that is there was made from something else.
         BlockingIOError: if another process is writing the same store.
         OSError: if the workspace cannot be written or has too little space left.
     """
     chosen = _chosen(model, [*sites, *full, *covariance])
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch {batch} must be at least 1")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers {workers} must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed {seed} must be 0 or more")
-    if positions is not None and positions < 0:
-        raise ValueError(f"positions {positions} must be 0 (all) or more")
+    _check_options(batch, workers, seed, positions)
     inputs = Examples(model, source, None, skip_bad=skip_bad)
     chosen = [inputs.fitted(site) for site in chosen]
     if positions is None:
@@ -129,30 +122,18 @@ def harvest(
         seed=seed,
     )
     kernels.prepare()
-    first = _first_readable(inputs, skip_bad)
-    fitting = _fitting(model, inputs, first, memory)
-    provenance = Provenance(
-        model=record.spec if record else model.name,
-        model_hash=model.hash,
-        data=source.spec,
-        data_hash=source.hash,
-        sites=tuple(chosen),
-        examples=source.names,
-        input=model.input.describe(),
-        version=version("circuits-workbench"),
-        depth=depth,
-        batch=batch or min(LARGEST_BATCH, fitting),
-        shard=_shard(len(source), chosen, depth),
-        same=_same(model, chosen),
-    )
+    fitting = _fitting(model, inputs, _first_readable(inputs, skip_bad), memory)
+    name = record.spec if record else model.name
+    provenance = _provenance(inputs, name, chosen, depth, batch or min(LARGEST_BATCH, fitting))
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
     if not anew and (folder / "provenance.json").exists():
+        # Another batch size would round differently: the files would not be those of an uninterrupted harvest.
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
     count = min(_workers(model, workers), max(1, fitting // provenance.batch))
     plain = ModelRecord(model.name, provenance.model_hash)
-    if not folder.exists():
-        _check_space(provenance, folder, 1.0)  # before anything is written
+    if not folder.exists():  # otherwise the check comes when it is known what is missing
+        _check_space(provenance, folder, 1.0)
     work = ShardWork(model, inputs, provenance, folder, skip_bad)
     with Ranks.joined() as ranks:
         with ranks.lead() as lead:
@@ -162,17 +143,52 @@ def harvest(
     return ActivationStore.open(folder, provenance.model_hash, source.hash)
 
 
+def _check_options(
+    batch: int | None, workers: int | None, seed: int, positions: int | None
+) -> None:
+    """Raise ValueError if a number is out of range."""
+    for name, value in (("batch", batch), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed {seed} must be 0 or more")
+    if positions is not None and positions < 0:
+        raise ValueError(f"positions {positions} must be 0 (all) or more")
+
+
+def _provenance(
+    inputs: Examples, name: str, sites: Sequence[Site], depth: Depth, batch: int
+) -> Provenance:
+    """What the store will be made from."""
+    model, source = inputs.model, inputs.source
+    return Provenance(
+        model=name,
+        model_hash=model.hash,
+        data=source.spec,
+        data_hash=source.hash,
+        sites=tuple(sites),
+        examples=source.names,
+        input=model.input.describe(),
+        version=version("circuits-workbench"),
+        depth=depth,
+        batch=batch,
+        shard=_shard(len(source), sites, depth),
+        same=_same(model, sites),
+    )
+
+
 def _chosen(model: HookedModel, names: Sequence[str]) -> list[Site]:
+    """The sites to record, each once."""
     chosen = list(dict.fromkeys(model.site(name) for name in names))
     if not chosen:
-        raise ValueError("sites is empty: name at least one site")
+        raise ValueError("sites is empty: expected at least one site")
     if model.edited:
         raise ValueError(f"model {model.name} is edited: harvest it outside the edit")
     return chosen
 
 
 def _workers(model: HookedModel, workers: int | None) -> int:
-    """How many processes; other devices than CPUs are kept busy by one."""
+    """The number of processes; a GPU is kept busy by one."""
     if model.device.type != "cpu":
         return 1
     return workers or torch.get_num_threads()
@@ -181,7 +197,7 @@ def _workers(model: HookedModel, workers: int | None) -> int:
 def _harvest(
     work: ShardWork, ranks: Ranks, workers: int, progress: Progress | None, anew: bool
 ) -> None:
-    """Make what is missing of a store, whose folder rank 0 holds alone."""
+    """Make what is missing of a store, while rank 0 holds the lock of its folder."""
     provenance, folder = work.provenance, work.folder
     total = len(provenance.examples)
     writer = StoreWriter(folder, provenance)
@@ -200,12 +216,15 @@ def _harvest(
             return
 
         def make(process: int | None, shards: Sequence[int], told: Send) -> None:
+            # Each process has a manifest of its own, since lines of several writers could mix.
             name = f"manifest-{ranks.rank}" + ("" if process is None else f"-{process}")
             replace(work, manifest=f"{name}.jsonl").make(shards, told)
 
         with ranks.together():
-            scale = ranks.size if ranks.rank == 0 else 0  # rank 0 speaks for all
-            told = _told(progress, done, total, scale)
+            scale = (
+                ranks.size if ranks.rank == 0 else 0
+            )  # rank 0 reports as if all ranks were equally fast
+            told = _progress_by_news(progress, done, total, scale)
             share_out(missing[ranks.rank :: ranks.size], workers, make, told)
         with ranks.lead() as lead:
             if lead:
@@ -214,7 +233,10 @@ def _harvest(
                     progress(total, total)
 
 
-def _told(progress: Progress | None, before: int, total: int, scale: int) -> Callable[[int], None]:
+def _progress_by_news(
+    progress: Progress | None, before: int, total: int, scale: int
+) -> Callable[[int], None]:
+    """A function that adds up the examples that workers report, and calls `progress`."""
     seen = before
 
     def told(n: int) -> None:
@@ -227,7 +249,9 @@ def _told(progress: Progress | None, before: int, total: int, scale: int) -> Cal
 
 
 def _prepared(work: ShardWork, writer: StoreWriter, workers: int) -> tuple[list[int], bool]:
-    """The shards that are missing, once all that they share is there; whether nothing is."""
+    """Write what all shards have in common, if it is missing; return the missing shards, and whether the store is
+    finished.
+    """
     there = writer.intact()
     names = [f"shard-{i:05d}.h5" for i in range(len(writer.shards))]
     missing = [i for i, name in enumerate(names) if name not in there]
@@ -240,14 +264,15 @@ def _prepared(work: ShardWork, writer: StoreWriter, workers: int) -> tuple[list[
 
 
 def _bytes_per_example(sites: Sequence[Site], depth: Depth) -> tuple[int, int]:
-    """What an example takes in summaries and in whole activations."""
+    """The bytes of an example in summaries and in whole activations."""
+    # Maximum (float32), argmax (int32) and mean (float32) for each unit; whole activations in float16.
     summary = sum(12 * site.n_units for site in sites)
     whole = [site for site in sites if site.name in depth.full]
     return summary, sum(2 * math.prod(s.position_shape) * s.width for s in whole)
 
 
 def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
-    """Examples in a shard: several for every process, few enough that memory does not follow `n`."""
+    """Examples in a shard: few enough that every process gets several and memory does not grow with `n`."""
     summary, whole = _bytes_per_example(sites, depth)
     most = min(SUMMARY_BYTES // max(1, summary), FULL_BYTES // max(1, whole))
     wanted = min(max(16, -(-n // 8)), max(SHARD_EXAMPLES, n // MOST_SHARDS))
@@ -255,6 +280,7 @@ def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
 
 
 def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
+    """Raise OSError if the disk has too little space for a share of the shards and the merged statistics."""
     n, stored = len(provenance.examples), provenance.stored
     summary, whole = _bytes_per_example(stored, provenance.depth)
     chosen = provenance.kept(provenance.depth.covariance)
@@ -266,7 +292,7 @@ def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
     if needed > free:
         raise OSError(
             f"activation store {str(folder)!r} needs about {needed / 1e6:.1f} MB, and the disk has "
-            f"{free / 1e6:.1f} MB left: free space, or name fewer sites"
+            f"{free / 1e6:.1f} MB left: free space, or choose fewer sites"
         )
 
 
@@ -285,7 +311,7 @@ def _first_readable(inputs: Examples, skip_bad: bool) -> Tensor:
 
 
 def _fitting(model: HookedModel, inputs: Examples, first: Tensor, memory: int) -> int:
-    """How many examples fit into the memory, all of a model's activations counted."""
+    """How many examples fit into the memory, counting the activations of all sites."""
     sites = [inputs.fitted(site) for site in model.sites]
     each = 4 * sum(math.prod(site.shape) for site in sites) + 4 * first.numel()
     if each > memory:
@@ -296,7 +322,7 @@ def _fitting(model: HookedModel, inputs: Examples, first: Tensor, memory: int) -
 
 
 def _same(model: HookedModel, sites: Sequence[Site]) -> dict[str, str]:
-    """Sites whose tensor is that of an earlier one: TransformerLens shows many under two names."""
+    """Sites that have the same tensor as an earlier one: TransformerLens has many under two names."""
     cache = model.run(model.input.example(2), read=sites, until=model.last(sites))
     known: dict[object, str] = {}
     same = {}
@@ -325,7 +351,7 @@ def find_stores(workspace: Workspace, model_hash: str) -> Iterator[ActivationSto
 
 
 def unusable_stores(workspace: Workspace, model_hash: str) -> Iterator[str]:
-    """What is wrong with each store of a model that is not finished, or damaged, and what to do."""
+    """For each store of a model that is unfinished or damaged, what is wrong and what to do."""
     for folder in workspace.store_folders(model_hash):
         try:
             ActivationStore.open(folder, model_hash)

@@ -1,4 +1,4 @@
-"""Making one shard: examples are decoded ahead, run forward, observed, written behind."""
+"""Making a shard: while a batch runs, the next ones are decoded and the previous shard is written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from circuits.store.shards import Shard, StoreWriter
 from circuits.store.summaries import Summary
 
 AHEAD = 2
-"""How many batches are decoded while another runs; no more, so that memory does not grow."""
+"""How many batches are decoded in advance; a limit, so that fast decoding does not fill the memory."""
 
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Let torch compute with one thread on a CPU: sums then come out the same with any number."""
+    """Let torch compute with one thread on a CPU inside the block."""
+    # How many threads share a sum determines its order, and so its last bits: with one each, files do not depend on
+    # the number of processes and threads.
     if device.type != "cpu":
         yield
         return
@@ -40,15 +42,15 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class ShardWork:
-    """Everything that a process needs to make shards of one store.
+    """Everything that a process needs to make shards of a store.
 
     Attributes:
         model: the model.
         inputs: the data.
-        provenance: of the store.
-        folder: of the store.
+        provenance: the store's provenance.
+        folder: the store's folder.
         skip_bad: whether examples that cannot be read are left out.
-        manifest: the name of this process' own.
+        manifest: the name of this process's manifest.
     """
 
     model: HookedModel
@@ -59,7 +61,7 @@ class ShardWork:
     manifest: str = "manifest.jsonl"
 
     def forward(self, inputs: Tensor, looks: Mapping[str, Look]) -> None:
-        """One forward pass, up to the last site, in the precision asked for."""
+        """Run one forward pass up to the last site, in the store's precision."""
         kind, device = self.provenance.depth.precision, self.model.device.type
         half = kind != "float32"
         if not half:
@@ -68,7 +70,9 @@ class ShardWork:
 
         def wide(look: Look) -> Look:
             def see(value: Tensor) -> None:
-                with torch.autocast(device, enabled=False):  # statistics are not the model's
+                with torch.autocast(
+                    device, enabled=False
+                ):  # statistics are computed in full precision
                     look(value)
 
             return see
@@ -78,10 +82,10 @@ class ShardWork:
             self.model.observe(inputs, seen, self.model.last(looks), reference=True)
 
     def loaded(self, examples: range, size: int) -> Iterator[tuple[dict[int, str], Tensor | None]]:
-        """The examples in batches, decoded ahead in a thread.
+        """Load examples in batches, decoding in a thread ahead of time.
 
         Yields:
-            The examples that cannot be read and why, and the others as one input, or None.
+            For each batch, the examples that cannot be read and why, and the rest as one input, None if there is none.
         """
         passes = iter(self.inputs.passes(examples, size))
         with ThreadPoolExecutor(1, "decode") as pool:
@@ -98,6 +102,7 @@ class ShardWork:
                     future.cancel()
 
     def _load(self, examples: range) -> tuple[dict[int, str], Tensor | None]:
+        """Load one batch."""
         bad: dict[int, str] = {}
         good = []
         for i in examples:
@@ -110,10 +115,10 @@ class ShardWork:
         return bad, self.inputs.joined(good) if good else None
 
     def make(self, shards: Sequence[int], told: Callable[[int], object]) -> None:
-        """Make some shards, one after another; each is written while the next is computed.
+        """Make some shards, one after another; each is written while the next one is computed.
 
         Args:
-            shards: their numbers.
+            shards: the numbers of the shards.
             told: called with how many more examples are done.
         """
         writer = StoreWriter(self.folder, self.provenance, self.manifest)
@@ -122,7 +127,9 @@ class ShardWork:
             writing: Future[None] | None = None
             for index in shards:
                 shard = self._compute(writer.shards[index], fixed, centers, told)
-                if writing is not None:
+                if (
+                    writing is not None
+                ):  # at most two shards are in memory, and errors in writing are raised here
                     writing.result()
                 writing = pool.submit(writer.add, index, shard)
             if writing is not None:
@@ -135,6 +142,7 @@ class ShardWork:
         centers: Mapping[str, np.ndarray],
         told: Callable[[int], object],
     ) -> Shard:
+        """Run the examples of one shard."""
         provenance = self.provenance
         summary = Summary.empty(len(examples), fixed)
         full = provenance.kept(provenance.depth.full)

@@ -1,8 +1,8 @@
-"""Sharing out work among processes of this machine.
+"""Distributing work among processes of this machine.
 
-Processes are forked: they have the model and the data at once, share the weights' memory, and each
-computes with one thread. That is faster than one process with all threads, whose layers are too small
-to be cut up well, and it makes no demand on the model: a forward pass may write to the model itself.
+Processes are forked, so that they have the model and the data at once, share the memory of the weights, and compute
+with one thread each. That is faster than one process with many threads, since most layers are too small to be divided
+well. It is also safe for any model: a forward pass may even write to the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 _TRIM_EVERY = 6
-"""Shards after which freed memory goes back to the system: doing so costs time."""
+"""Messages after which a worker returns freed memory to the system, which takes some time."""
 
 _ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
@@ -32,20 +32,20 @@ class WorkerLostError(RuntimeError):
 
 
 Send = Callable[[Any], object]
-"""Says something to the process that shared the work out."""
+"""Sends a message to the process that distributed the work."""
 
 Job = Callable[[int | None, Sequence[int], Send], object]
-"""Does some items: which process it is (None: the one that shares out), its items, how to speak."""
+"""Does some items, given the number of the process (None: the one that distributes), the items, and how to send."""
 
 
 def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None:
-    """Do some items, with so many processes; with this one alone where that is one or none can be.
+    """Do items in several processes; in this process if only one is asked for, or the system has no fork to rely on.
 
     Args:
-        items: numbers of what is to be done.
-        workers: how many processes.
-        job: does some of them; what it sends must not be None.
-        heard: called in this process with all that is sent, in no particular order.
+        items: the numbers of what is to be done.
+        workers: the number of processes.
+        job: does some items; what it sends must not be None.
+        heard: called in this process with every message, in no particular order.
 
     Raises:
         WorkerLostError: if a worker was killed.
@@ -63,10 +63,11 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
                 target=_work, args=(job, i, list(items[i::n]), theirs, os.getpid()), daemon=True
             )
             with warnings.catch_warnings():
-                # from Python 3.12: workers do nothing with what other threads might hold
+                # Python 3.12 and later warn of forking a process with threads, whose locks may be held. Workers use
+                # nothing that other threads of this process hold.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
-            theirs.close()
+            theirs.close()  # so that the channel ends when the worker does
             channels[ours] = process
         _listen(channels, heard)
     finally:
@@ -77,7 +78,7 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
 
 
 def _listen(channels: dict[Connection, BaseProcess], heard: Send) -> None:
-    """Pass on what workers say until all are done."""
+    """Pass on messages of workers until all are done."""
     open_channels = set(channels)
     while open_channels:
         for channel in wait(list(open_channels)):
@@ -101,13 +102,14 @@ def _listen(channels: dict[Connection, BaseProcess], heard: Send) -> None:
 
 
 def _work(job: Job, process: int, items: list[int], channel: Connection, parent: int) -> None:
-    """What a worker does; its only way to speak is the channel: news, an error, or None at the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    """The main function of a worker, which sends messages, an error, or None at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends its workers
     libc = ctypes.CDLL(None)
     libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    libc.mallopt(_ARENA_MAX, 1)  # the writing thread gives back to where the computing one takes
-    gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
-    if os.getppid() != parent:
+    # One arena for all threads: memory that the writing thread frees can then be used by the computing one.
+    libc.mallopt(_ARENA_MAX, 1)
+    gc.freeze()  # a collection would write to, and so copy, all objects shared with the parent
+    if os.getppid() != parent:  # the parent ended before the signal of its death was set up
         os._exit(1)
 
     told = itertools.count(1)
@@ -115,7 +117,7 @@ def _work(job: Job, process: int, items: list[int], channel: Connection, parent:
     def tell(news: object) -> None:
         channel.send(news)
         if next(told) % _TRIM_EVERY == 0:
-            libc.malloc_trim(0)  # a long harvest takes no more memory than a short one
+            libc.malloc_trim(0)  # else the memory of a long harvest would grow
 
     try:
         job(process, items, tell)
@@ -123,5 +125,5 @@ def _work(job: Job, process: int, items: list[int], channel: Connection, parent:
     except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
         try:
             channel.send(error)
-        except Exception:  # noqa: BLE001 - an error that cannot be pickled, e.g. with a frame inside
+        except Exception:  # noqa: BLE001 - an error that cannot be pickled: its text is sent
             channel.send(RuntimeError(f"{type(error).__name__}: {error}"))

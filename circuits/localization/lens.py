@@ -22,7 +22,7 @@ from circuits.experiments.statistics import interval
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.sites import is_bridge
@@ -169,7 +169,8 @@ def logit_lens(
 
     Raises:
         KeyError: if there is no such metric.
-        ValueError: if the model is no bridge, or the metric needs what the task has not, or reads inside the model.
+        ValueError: if the model is not a TransformerLens bridge, or the metric needs what the task has not, or
+            reads inside the model.
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm {norm!r} is not one of {', '.join(get_args(Norm))}")
@@ -209,7 +210,7 @@ def lens_tokens(
         middle: as in `logit_lens`.
 
     Raises:
-        ValueError: if the model is no bridge, or does not take the text.
+        ValueError: if the model is not a TransformerLens bridge, or does not take the text.
     """
     depths, spec = lens_sites(model, middle), model.input
     assert isinstance(spec, TokenInput), "a bridge takes tokens"
@@ -237,11 +238,11 @@ def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
         middle: also between attention and MLP.
 
     Raises:
-        ValueError: if the model is no bridge, or lacks a site of the stream.
+        ValueError: if the model is not a TransformerLens bridge, or lacks a site of the stream.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is no TransformerLens bridge: it has no residual stream to stop at"
+            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to stop at"
         )
     n: int = model.module.cfg.n_layers  # type: ignore[union-attr, assignment]
     names = [f"blocks.{i}.hook_resid_{part}" for i in range(n) for part in ("pre", "mid")]
@@ -278,7 +279,7 @@ def _edits(
         return {last.name: lambda value: stream}
     bridge: Any = model.module
     with model.lock:
-        factor, bias, centred = held_normalisation(bridge.ln_final, end.double().flatten(0, 1))
+        factor, bias, centred = frozen_normalisation(bridge.ln_final, end.double().flatten(0, 1))
     inner = stream.double().flatten(0, 1)
     inner = inner - inner.mean(1, keepdim=True) if centred else inner
     made = (inner * factor + bias).reshape(stream.shape).to(stream)

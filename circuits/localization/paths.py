@@ -163,7 +163,7 @@ def _measured(
     if n_random < 0:
         raise ValueError(f"n_random {n_random} must be 0 or more")
     model = stream.model
-    places = [model.site(name) for name in stream.written({cell.sender for cell in cells})]
+    places = [model.site(name) for name in stream.sender_sites({cell.sender for cell in cells})]
     others = {
         "noising": OtherPairs(model, task, task.counterparts, places, n_random, seed),
         "denoising": OtherPairs(model, task, task.examples, places, n_random, seed),
@@ -173,7 +173,7 @@ def _measured(
         live = _Carried(stream, cell, others[way] if draw else None, draw)
         changed = changes_of(stream, [frozenset({cell.path})], {}, cell.options)
         return Variant(
-            "", live=live, sites=tuple(changed), reads=tuple(stream.written({cell.sender}))
+            "", live=live, sites=tuple(changed), reads=tuple(stream.sender_sites({cell.sender}))
         )
 
     plan = GridPlan(
@@ -354,7 +354,7 @@ def head_effects(
     asked = task if metric is None else task.with_metric(as_metric(metric))
     logits, usual, held = Receiver("logits"), Options(), Options(hold_norms=True)
     cells = [
-        *(PathCell(head, stream.behind(head), usual) for head in chosen),
+        *(PathCell(head, stream.stream_after(head), usual) for head in chosen),
         *(PathCell(head, logits, usual) for head in chosen),
         *(PathCell(head, logits, held) for head in chosen),
     ]

@@ -1,4 +1,4 @@
-"""Sparse autoencoders of a model's activations: training, and measures beside their nulls."""
+"""Sparse autoencoders of a model's activations: training, evaluation against null models, and comparison."""
 
 from circuits.sae.batches import ArrayRows, ModelRows, RowFilter, StoreRows
 from circuits.sae.comparing import (

@@ -1,8 +1,8 @@
-"""Rows to train on: from a store, an array, or a model as it runs; shuffled, and to be gone on with.
+"""Shuffled batches of rows to train on, from a store, an array, or a model as it runs, which can be resumed.
 
-Rows come in groups that fit in memory: blocks of a store drawn at random, or the positions of examples drawn
-at random. A group is shuffled and cut into batches; what is left goes to the next. So where a run stands is a
-few numbers and less than a batch of rows.
+Rows come in groups that fit in memory: blocks of a store drawn at random, or the positions of examples drawn at
+random. A group is shuffled and cut into batches; rows that make no whole batch go to the next group. So the state
+of a stream is a few numbers and less than a batch of rows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore
 
 BLOCK = 4096
-"""Rows of a block of a store: what is read at once."""
+"""Rows in a block of a store, which are read together."""
 
 _GROUP_BYTES = 2**27
-"""About what a group of rows takes."""
+"""Memory that a group of rows takes, about."""
 
 _SAMPLE = 2**15
-"""Rows that means and norms are estimated on."""
+"""Rows from which means and norms are estimated."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class RowFilter:
     """Which rows are left out of training and evaluation.
 
     Attributes:
-        positions: of tokens: the first so many of each example (what stands at the beginning of a text draws
-            attention and has a norm of its own).
-        norms: rows whose norm is more than so many times the median; 0 leaves none out.
-        hold_out: the share of examples that training does not see, to measure on; which ones follows from their
-            number.
+        positions: for texts, how many positions at the start of each example are left out (the first tokens are
+            attention sinks, with norms far above all other ones).
+        norms: rows whose norm is more than this many times the median are left out; 0 leaves none out.
+        hold_out: the share of examples that training does not see, so that they can be evaluated on; which examples
+            these are depends only on their numbers.
     """
 
     positions: int = 0
@@ -62,13 +62,15 @@ class RowFilter:
             )
 
     def held_out(self, examples: np.ndarray) -> np.ndarray:
-        """Which examples training does not see (multiplicative hashing, Knuth 6.4)."""
+        """Which examples training does not see."""
+        # Multiplicative hashing (Knuth, The Art of Computer Programming, 6.4): 2654435769 is 2^32 divided by the
+        # golden ratio, so that consecutive numbers spread evenly. An example is held out whatever else is harvested.
         drawn = (examples.astype(np.uint64) + 1) * 2654435769 % 2**32
         return drawn < self.hold_out * 2**32
 
 
 Part = Literal["training", "held out", "all"]
-"""Which examples: those that training sees, those that it does not, or both."""
+"""Which examples: those that training sees, those that are held out, or both."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +78,10 @@ class Group:
     """Rows of a site.
 
     Attributes:
-        x: what is encoded.
-        y: what is written; the same but for transcoders.
-        example: which example each is of.
-        position: where in it.
+        x: the rows to encode.
+        y: the rows to reconstruct; the same object as `x`, except for transcoders.
+        example: the number of the example that each row is from.
+        position: the row's position in that example, one column for each axis.
     """
 
     x: Float[Tensor, "row input"]
@@ -88,7 +90,7 @@ class Group:
     position: np.ndarray
 
     def kept(self, keep: np.ndarray) -> Group:
-        """Some rows, chosen or in another order."""
+        """Some of the rows, by a mask, or by indices in any order."""
         at = torch.from_numpy(np.flatnonzero(keep) if keep.dtype == bool else keep)
         x = self.x[at]
         y = x if self.y is self.x else self.y[at]
@@ -99,7 +101,7 @@ class RowSource(ABC):
     """Where rows come from.
 
     Attributes:
-        about: what they are, for the record: `rows` (`store`, `array` or `model`: their order follows from it),
+        about: what the rows are, for the record: `rows` (`store`, `array` or `model`, on which their order depends),
             `model`, `model_hash`, `site`, `target`, `data`, `data_hash`, `width`, `target_width`.
         tokens: whether rows are positions of texts.
     """
@@ -109,34 +111,39 @@ class RowSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
 
     @abstractmethod
     def n_groups(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
 
     @abstractmethod
     def order(self, seed: int) -> np.ndarray:
-        """The parts that groups are cut from, in a random order."""
+        """The parts (blocks or examples) of which groups consist, in a random order."""
 
     @abstractmethod
     def load(self, order: np.ndarray, group: int) -> Group:
-        """The rows of a group, in their own order."""
+        """The rows of a group, not shuffled.
+
+        Args:
+            order: what `order` returned.
+            group: the number of the group.
+        """
 
 
-class _Blocks(RowSource):
-    """Rows that are somewhere, to be read in blocks."""
+class _BlockRows(RowSource):
+    """Rows that can be read at random, and are read in blocks of consecutive ones."""
 
     @abstractmethod
     def take(self, rows: np.ndarray) -> Group:
-        """Some rows."""
+        """Read the rows with these numbers."""
 
     @property
     def _per_group(self) -> int:
         return blocks_in_group(self.about["width"])
 
     def n_groups(self) -> int:
-        return -(-len(range(0, len(self), BLOCK)) // self._per_group)
+        return -(-len(range(0, len(self), BLOCK)) // self._per_group)  # division that rounds up
 
     def order(self, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).permutation(np.arange(0, len(self), BLOCK))
@@ -146,17 +153,17 @@ class _Blocks(RowSource):
         return self.take(np.concatenate([np.arange(f, min(f + BLOCK, len(self))) for f in firsts]))
 
 
-class StoreRows(_Blocks):
-    """Rows of sites of an activation store at full depth.
+class StoreRows(_BlockRows):
+    """Rows of sites whose whole tensors are in an activation store.
 
     Args:
         store: the store.
-        site: what is encoded.
-        target: what is written, for a transcoder.
+        site: the site to encode.
+        target: the site to reconstruct, for a transcoder.
 
     Raises:
-        KeyError: if a site is not there at full depth.
-        ValueError: if the store holds numbers that are not finite, or the sites have other positions.
+        KeyError: if the store does not hold a site's whole tensors.
+        ValueError: if the store holds numbers that are not finite, or the two sites differ in positions.
     """
 
     def __init__(self, store: ActivationStore, site: str, target: str | None = None) -> None:
@@ -186,29 +193,31 @@ class StoreRows(_Blocks):
         return len(self.rows)
 
     def take(self, rows: np.ndarray) -> Group:
-        """Some rows."""
+        """Read the rows with these numbers."""
         x = torch.from_numpy(self.rows.take(rows))
         y = x if self.target is None else torch.from_numpy(self.target.take(rows))
         example, position = self.rows.where(rows)
         return Group(x, y, example, position)
 
 
-class ArrayRows(_Blocks):
+class ArrayRows(_BlockRows):
     """Rows of an array, which may be memory-mapped.
 
     Args:
-        array: one row each.
-        name: what it is.
+        array: the rows, row x width.
+        name: a name for the data, for the record.
 
     Raises:
-        ValueError: if it is no table of finite numbers.
+        ValueError: if it is not a table of finite floating-point numbers.
     """
 
     def __init__(self, array: np.ndarray, name: str = "array") -> None:
         if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
             raise ValueError(
-                f"array {name!r} of shape {array.shape} ({array.dtype}) is no table of numbers: expected row x width"
+                f"array {name!r} of shape {array.shape} ({array.dtype}) is not a table of floating-point numbers: "
+                "expected row x width"
             )
+        # Hashed and checked block by block: the array may be larger than the memory.
         digest = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
         for start in range(0, len(array), BLOCK):
             block = np.ascontiguousarray(array[start : start + BLOCK])
@@ -229,24 +238,25 @@ class ArrayRows(_Blocks):
         return len(self.array)
 
     def take(self, rows: np.ndarray) -> Group:
-        """Some rows."""
+        """Read the rows with these numbers."""
         x = torch.from_numpy(np.array(self.array[rows], np.float32))
+        # Every row is an example of its own, without positions.
         return Group(x, x, rows, np.zeros((len(rows), 0), np.int64))
 
 
 class ModelRows(RowSource):
-    """Rows that a model computes while it is trained on: nothing is kept on disk.
+    """Rows that a model computes when they are needed: nothing is kept on disk.
 
     Args:
         model: the model.
         source: the examples.
-        site: what is encoded.
-        target: what is written, for a transcoder.
-        batch: examples in one pass.
+        site: the site to encode.
+        target: the site to reconstruct, for a transcoder.
+        batch: examples in a forward pass.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if the examples do not fit the model, or the sites have other positions.
+        ValueError: if the examples do not fit the model, or the two sites differ in positions.
     """
 
     def __init__(
@@ -262,7 +272,8 @@ class ModelRows(RowSource):
         self.goal = self.site if target is None else model.site(target)
         if self.goal.position_shape != self.site.position_shape:
             raise ValueError(
-                f"target {self.goal.name} has other positions than site {self.site.name}"
+                f"target {self.goal.name} has positions {self.goal.position_shape}: expected those of site "
+                f"{self.site.name}, {self.site.position_shape}"
             )
         self.tokens = "position" in self.site.axes
         self.about = {
@@ -285,16 +296,18 @@ class ModelRows(RowSource):
         return np.random.default_rng(seed).permutation(len(self.inputs))
 
     def load(self, order: np.ndarray, group: int) -> Group:
+        # Sorted, so that texts of one length, which often stand together, share a pass; the group is shuffled later.
         examples = np.sort(order[group * self._per_group : (group + 1) * self._per_group])
         parts = [self._rows(i) for i in self._passes(examples)]
         found = Group(
             torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]),
             np.concatenate([p.example for p in parts]), np.concatenate([p.position for p in parts]),
         )  # fmt: skip
+        # One object, which is how an autoencoder is told from a transcoder further on.
         return replace(found, y=found.x) if self.goal is self.site else found
 
     def _passes(self, examples: np.ndarray) -> Iterator[list[int]]:
-        """Examples of one length together."""
+        """Cut examples into runs of at most `batch` that have the same length."""
         chunk: list[int] = []
         size = -1
         for i in examples.tolist():
@@ -326,12 +339,12 @@ class ModelRows(RowSource):
 
 
 def blocks_in_group(width: int) -> int:
-    """How many blocks of rows a group has."""
+    """The number of blocks in a group: at most 16, and fewer where rows are wide."""
     return max(1, min(16, _GROUP_BYTES // (4 * width * BLOCK)))
 
 
 def default_rule(source: RowSource) -> RowFilter:
-    """Which rows are left out if nothing is said: of texts, the first positions."""
+    """The rows that are left out by default: the first position of texts, and outliers in norm."""
     return RowFilter(positions=1 if source.tokens else 0)
 
 
@@ -348,18 +361,18 @@ def rows_of(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known of rows before training: on a sample drawn with a seed.
+    """Statistics of rows that training needs in advance, estimated on a sample.
 
     Attributes:
-        mean: of what is encoded.
-        median: its geometric median.
-        scale: what inputs are multiplied by, so that E||x||^2 is their width.
-        target_mean: of what is written.
-        target_median: likewise.
-        target_scale: likewise.
-        variance: of what is written, in its scaled form: E||y - mean||^2.
+        mean: the mean of the rows to encode.
+        median: their geometric median.
+        scale: the factor that makes E||x||^2 equal to their width.
+        target_mean: the mean of the rows to reconstruct.
+        target_median: their geometric median.
+        target_scale: the factor that makes E||y||^2 equal to their width.
+        variance: the total variance of the rows to reconstruct, once scaled: E||y - mean||^2.
         limit: the norm above which rows are left out; infinite without a limit.
-        n: on how many rows.
+        n: the number of rows in the sample.
     """
 
     mean: Tensor
@@ -374,14 +387,14 @@ class Calibration:
 
 
 class Batches:
-    """Shuffled batches of rows, epoch after epoch.
+    """An endless stream of shuffled batches of rows, epoch after epoch.
 
     Args:
         source: where rows come from.
         size: rows in a batch.
-        rule: which are left out.
-        seed: of the order.
-        part: which examples.
+        rule: which rows are left out.
+        seed: the seed of the order.
+        part: which examples the rows are taken from.
 
     Raises:
         ValueError: if no row is left.
@@ -399,22 +412,23 @@ class Batches:
             raise ValueError(f"batch {size} must be at least 1")
         self.source, self.size, self.seed, self.part = source, size, seed, part
         self.rule = default_rule(source) if rule is None else rule
-        self.epoch = self.group = self.at = 0  # the group that is being cut, and how far
+        self.epoch = self.group = self.at = (
+            0  # the current group, and the first of its rows not given out yet
+        )
         self.rest: list[Tensor] | None = None  # rows of earlier groups that made no whole batch
         self.seen = self.left_out = 0
-        self._before = (0, 0)  # what those were before the group that is being cut
+        self._before = (0, 0)  # `seen` and `left_out` before the current group was counted
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Means, scales and the limit of norms, on the first rows of an order of their own."""
+        """Means, scales and the limit of norms, from a sample that is drawn apart from the training's order."""
         order = self.source.order(self.seed + 1_000_003)
         x, y, n = [], [], 0
         for group in range(self.source.n_groups()):
             found = self.of_part(self._without_positions(self.source.load(order, group)))
-            pick = np.random.default_rng([self.seed, group]).permutation(len(found.x))[
-                : _SAMPLE - n
-            ]
-            found = found.kept(pick)
+            # At random from the whole group: its first rows would all be of the same few examples.
+            drawn = np.random.default_rng([self.seed, group]).permutation(len(found.x))
+            found = found.kept(drawn[: _SAMPLE - n])
             x.append(found.x)
             y.append(found.y)
             n += len(found.x)
@@ -432,13 +446,18 @@ class Batches:
         return found.kept(found.position[:, 0] >= self.rule.positions)
 
     def of_part(self, found: Group) -> Group:
-        """The rows of the examples that are asked for."""
+        """The rows of the examples of this part."""
         if self.part == "all" or not self.rule.hold_out:
             return found
         return found.kept(self.rule.held_out(found.example) == (self.part == "held out"))
 
     def kept(self, found: Group, limit: float | None = None) -> Group:
-        """The rows of the part that the rule leaves in; a limit of norms that is known goes before its own."""
+        """The rows that the rule keeps; counts those that it leaves out.
+
+        Args:
+            found: rows.
+            limit: the limit of norms, if it is known from a training; else it is that of `calibration`.
+        """
         found = self.of_part(found)
         n = len(found.x)
         found = self._without_positions(found)
@@ -456,6 +475,7 @@ class Batches:
             while self.group < self.source.n_groups():
                 self._before = (self.seen, self.left_out)
                 found = self.kept(self.source.load(order, self.group))
+                # A whole epoch without a row would go on for ever.
                 empty = 0 if len(found.x) else empty + 1
                 if empty > self.source.n_groups():
                     raise ValueError(
@@ -466,7 +486,8 @@ class Batches:
             self.epoch, self.group = self.epoch + 1, 0
 
     def _cut(self, found: Group) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a group from `at` on; what is left over becomes `rest`."""
+        """The batches of a group from row `at` on; the rows that are left over become `rest`."""
+        # Seeded by epoch and group, so that a resumed run shuffles a group as the interrupted one did.
         generator = np.random.default_rng([self.seed, self.epoch, self.group])
         found = found.kept(generator.permutation(len(found.x)))
         own = found.y is found.x
@@ -477,30 +498,33 @@ class Batches:
         while len(x) - self.at >= self.size:
             here = slice(self.at, self.at + self.size)
             self.at += self.size
-            batch = x[here].clone()  # memory that torch allocated: the same alignment in every run
+            # A copy in memory that torch allocates: a slice's alignment depends on where it begins, and with it the
+            # order in which products are added up, to the last bit.
+            batch = x[here].clone()
             yield batch, (batch if own else y[here].clone())
         self.rest = [x[self.at :].clone(), y[self.at :].clone()]
 
     def state(self) -> tuple[dict[str, int], list[Tensor]]:
-        """Where it stands."""
+        """The state from which `resume` continues: numbers, and the rows left over."""
         numbers = {
             "epoch": self.epoch, "group": self.group, "at": self.at,
             "seen": self._before[0], "left_out": self._before[1],
         }  # fmt: skip
         return numbers, list(self.rest or [])
 
-    def go_on(self, numbers: Mapping[str, int], rest: list[Tensor]) -> None:
-        """Stand where another one stood: its next batch comes next."""
+    def resume(self, numbers: Mapping[str, int], rest: list[Tensor]) -> None:
+        """Continue from a state: the next batch is the one that would have come next."""
         self.epoch, self.group, self.at = numbers["epoch"], numbers["group"], numbers["at"]
         self.rest = rest or None
-        # the group that is being cut is loaded, and counted, once more
+        # The current group will be loaded again, and its rows counted again.
         self.seen, self.left_out = numbers["seen"], numbers["left_out"]
 
 
 def _calibrate(x: Tensor, y: Tensor, norms: float) -> Calibration:
+    """The statistics of a sample, from which rows above the limit are left out, as in training."""
     size = x.norm(dim=1)
     limit = float(size.median()) * norms if norms else float("inf")
-    if norms and not limit > 0:
+    if norms and not limit > 0:  # more than half of the rows are zero: their median is no scale
         limit = float("inf")
     keep = size <= limit
     x, y = x[keep], y[keep]
@@ -517,7 +541,10 @@ def _calibrate(x: Tensor, y: Tensor, norms: float) -> Calibration:
 
 
 def geometric_median(rows: Float[Tensor, "row width"], steps: int = 50) -> Float[Tensor, " width"]:
-    """The point with the least sum of distances to rows (Weiszfeld's iteration)."""
+    """The point with the smallest sum of distances to the rows, by Weiszfeld's algorithm.
+
+    Its iteration: the mean of the rows, each weighted by the inverse of its distance to the last point.
+    """
     point = rows.mean(0)
     for _ in range(steps):
         distance = (rows - point).norm(dim=1).clamp_min(1e-8)

@@ -1,4 +1,4 @@
-"""Two dictionaries beside each other: seeds, sizes, a known truth."""
+"""Comparing dictionaries: of different seeds and sizes, or with the known ground truth."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Matching:
     """Directions of one dictionary matched one to one with those of another (Hungarian algorithm).
 
     Attributes:
-        mcc: the mean absolute cosine of matched directions; of the smaller dictionary, if they differ in size.
-        shared: share of matched pairs with a cosine of at least 0.7.
-        close: likewise at least 0.9.
-        random: the mcc of random directions of the same sizes.
-        pairs: for each direction of the first its partner, -1 without one.
-        cosines: of each pair; 0 without one.
+        mcc: the mean absolute cosine of matched directions. If the dictionaries differ in size, every direction of
+            the smaller one is matched.
+        shared: the share of matched pairs with an absolute cosine of at least 0.7.
+        close: the share with at least 0.9.
+        random: the mcc of two dictionaries of random directions, of the same sizes.
+        pairs: for each direction of the first dictionary the index of its partner, -1 without one.
+        cosines: the absolute cosine of each pair; 0 without a partner.
     """
 
     mcc: float
@@ -43,12 +44,12 @@ class Matching:
 def match(
     first: Float[Tensor, "one width"], second: Float[Tensor, "two width"], seed: int = 0
 ) -> Matching:
-    """Match directions one to one so that their absolute cosines add up to the most.
+    """Match directions one to one so that the sum of their absolute cosines is the largest.
 
     Args:
         first: a dictionary, directions as rows.
         second: another of the same width.
-        seed: of the random directions beside.
+        seed: the seed of the random dictionaries.
 
     Raises:
         ValueError: if widths differ.
@@ -69,7 +70,7 @@ def match(
 
 @lru_cache(maxsize=16)
 def _by_chance(first: int, second: int, width: int, seed: int) -> float:
-    """The mean absolute cosine of matched random directions."""
+    """The mean absolute cosine of matched random directions: what matching alone achieves."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, width, generator=generator) for n in (first, second))
     rows, columns, cosine = _assigned(a, b)
@@ -77,6 +78,7 @@ def _by_chance(first: int, second: int, width: int, seed: int) -> float:
 
 
 def _assigned(first: Tensor, second: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows and columns of the best assignment, and all absolute cosines."""
     a, b = (
         d.double() / d.double().norm(dim=1, keepdim=True).clamp_min(1e-12) for d in (first, second)
     )
@@ -87,15 +89,16 @@ def _assigned(first: Tensor, second: Tensor) -> tuple[np.ndarray, np.ndarray, np
 
 @dataclass(frozen=True)
 class Stability:
-    """How alike dictionaries are that were trained with other seeds.
+    """How similar dictionaries are that were trained with different seeds.
 
     Attributes:
-        names: which.
-        matchings: of each pair.
-        mcc: the mean of theirs.
-        shared: likewise.
-        random: likewise.
-        in_all: share of the first one's directions that have a partner with a cosine of at least 0.7 in all others.
+        names: the names of the dictionaries.
+        matchings: the matching of each pair.
+        mcc: the mean over pairs.
+        shared: the mean over pairs.
+        random: the mean over pairs.
+        in_all: the share of the first dictionary's directions that have a partner with an absolute cosine of at
+            least 0.7 in every other dictionary.
     """
 
     names: tuple[str, ...]
@@ -122,7 +125,7 @@ class Stability:
 
 
 def stability(codes: Mapping[str, Autoencoder], seed: int = 0) -> Stability:
-    """Match dictionaries that were trained on the same rows with other seeds.
+    """Match dictionaries that were trained on the same rows with different seeds.
 
     Raises:
         ValueError: if there are fewer than two, or widths differ.
@@ -156,12 +159,12 @@ def _mean(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Whether a dictionary is a known one.
+    """How well a dictionary recovers known directions.
 
     Attributes:
-        matching: with the true directions.
-        fvu: what it leaves of the variance.
-        warning: what the numbers do not show.
+        matching: of the true directions with those of the dictionary.
+        fvu: the fraction of variance unexplained.
+        warning: what the FVU alone would hide; empty if nothing.
     """
 
     matching: Matching
@@ -172,13 +175,13 @@ class Recovery:
 def recovery(
     code: Autoencoder, truth: Float[Tensor, "feature width"], fvu: float, seed: int = 0
 ) -> Recovery:
-    """Compare an autoencoder with the directions that its rows were made of.
+    """Compare an autoencoder with the directions from which its rows were generated.
 
     Args:
         code: the autoencoder.
-        truth: the directions.
-        fvu: what it leaves of the rows' variance (see `measure`).
-        seed: of the random directions beside.
+        truth: the true directions.
+        fvu: the fraction of the rows' variance that it leaves unexplained (see `reconstruction`).
+        seed: the seed of the random dictionaries.
     """
     found = match(truth, code.W_dec.detach(), seed)
     warning = ""
@@ -193,14 +196,14 @@ def recovery(
 def known_dictionary(
     n: int = 64, width: int = 32, rows: int = 200_000, active: int = 3, seed: int = 0
 ) -> tuple[Float[Tensor, "feature width"], Float[np.ndarray, "row width"]]:
-    """Rows of which the truth is known: sums of a few random directions, each 0.5 to 1.5 strong.
+    """Generate rows from a known dictionary: sums of a few random directions with factors from 0.5 to 1.5.
 
     Args:
-        n: how many directions.
-        width: their length.
-        rows: how many rows.
-        active: directions in each.
-        seed: of directions and rows.
+        n: the number of directions.
+        width: the length of a direction.
+        rows: the number of rows.
+        active: directions in each row.
+        seed: the seed of directions and rows.
 
     Returns:
         The directions, and the rows.
@@ -214,6 +217,7 @@ def known_dictionary(
     for start in range(0, rows, 65536):
         size = min(65536, rows - start)
         codes = np.zeros((size, n))
+        # The places of the smallest of n random numbers: a draw without replacement in each row.
         chosen = generator.random((size, n)).argpartition(active - 1, 1)[:, :active]
         np.put_along_axis(codes, chosen, generator.uniform(0.5, 1.5, (size, active)), 1)
         made[start : start + size] = codes @ directions

@@ -1,4 +1,4 @@
-"""What was measured of an autoencoder, kept beside its file."""
+"""Evaluations of autoencoders, kept in a file next to the autoencoder's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from circuits.sae.substitution import Behaviour
 
 
 def evaluation_path(code: Path) -> Path:
-    """Where it is kept: beside the autoencoder's file."""
+    """The path of an autoencoder's evaluation: next to the autoencoder's file."""
     return code.with_suffix(".eval.json")
 
 
 def as_evaluation(rows: Metrics, behaviour: Behaviour, examples: str) -> dict[str, Any]:
-    """What was measured of an autoencoder, as JSON has it; `examples` says which the behaviour was measured on."""
+    """An evaluation as a dictionary for JSON; `examples` says on which examples the behaviour was measured."""
     return {
         "rows": rows.to_dict(),
         "behaviour": {**behaviour.to_dict(), "examples": examples},
@@ -27,11 +27,11 @@ def as_evaluation(rows: Metrics, behaviour: Behaviour, examples: str) -> dict[st
 
 
 def save_evaluation(code: Path, found: Mapping[str, Any]) -> Path:
-    """Keep what was measured, with the hash of the file that it was measured on.
+    """Write an evaluation, with the hash of the file that it belongs to.
 
     Args:
         code: the autoencoder's file.
-        found: as `as_evaluation` makes it.
+        found: the evaluation, from `as_evaluation`.
     """
     path = evaluation_path(code)
     write_json(path, {"file_hash": file_hash(code), **found})
@@ -39,10 +39,10 @@ def save_evaluation(code: Path, found: Mapping[str, Any]) -> Path:
 
 
 def load_evaluation(code: Path) -> dict[str, Any] | None:
-    """What was measured; None if nothing was, or on another file of that name, or by an earlier version.
+    """Read an evaluation; None if there is none, or it is of another file of that name or an earlier version.
 
     Raises:
-        ValueError: if what is there is damaged.
+        ValueError: if the file is damaged.
     """
     path = evaluation_path(code)
     if not path.is_file():
@@ -52,6 +52,6 @@ def load_evaluation(code: Path) -> dict[str, Any] | None:
         current = found["file_hash"] == file_hash(code) and "record" in found["behaviour"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged: measure again with `circuits sae eval`"
+            f"evaluation {str(path)!r} is damaged: evaluate again with `circuits sae eval`"
         ) from error
     return found if current else None

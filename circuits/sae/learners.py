@@ -1,7 +1,7 @@
-"""Autoencoders as they are trained: losses and constraints of each architecture.
+"""Autoencoders in training: the loss and the constraints of each architecture.
 
-Rows come scaled, so that E||x||^2 is their width. All losses are fractions of the variance of what is to be
-written: 1 is what the mean alone leaves.
+Rows are scaled so that E||x||^2 is their width. All losses are fractions of variance unexplained (FVU) of the rows
+to reconstruct: the mean alone would give 1. So learning rates and penalties carry over from site to site.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ Architecture = Literal["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "g
 batchtopk; `relu`: L1 weighted by the decoder's norms (Conerly et al. 2024); `jumprelu`: Rajamanoharan et al. 2024b;
 `gated`: Rajamanoharan et al. 2024a."""
 
-_BY_COUNT = ("topk", "batchtopk", "matryoshka")
-_MEMORY = 1000
-"""Steps over which batchtopk's threshold is averaged (a factor of 0.999); a twentieth of a shorter training."""
+_TOP_K = ("topk", "batchtopk", "matryoshka")
+_THRESHOLD_STEPS = 1000
+"""Steps over which the threshold of `batchtopk` is averaged; at most a twentieth of the training."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What one autoencoder is and how it learns.
+    """The architecture of an autoencoder and how it is trained.
 
     Attributes:
-        architecture: which.
-        n_latents: how many latents.
-        k: of `topk`, `batchtopk`, `matryoshka`: latents active in a row (on average, for the last two).
-        sparsity: of `relu` and `gated`: factor of the L1 term; of `jumprelu`: of the number of active latents.
-        lr: learning rate; 2e-4 / sqrt(n_latents / 2^14) if None (Gao et al. 2024).
-        aux: factor of the loss that dead latents take from what is left over (AuxK).
-        dead_after: rows after which a latent that was not active counts as dead; if None, 1000 times as long as
-            the average one waits, at most a fifth of the training and 10 M.
-        bias: where the decoder's bias begins: the `mean` or the geometric `median`.
-        skip: for a transcoder: a linear map straight from input to output beside.
-        seed: of where it begins.
+        architecture: the architecture.
+        n_latents: the number of latents.
+        k: for `topk`, `batchtopk` and `matryoshka`: the L0, in each row for the first, on average for the other two.
+        sparsity: for `relu` and `gated`: the factor of the L1 penalty; for `jumprelu`: of the L0 penalty.
+        lr: the learning rate; 2e-4 / sqrt(n_latents / 2^14) if None (Gao et al. 2024).
+        aux: the factor of the auxiliary loss AuxK, by which dead latents learn from the reconstruction error.
+        dead_after: the number of rows without activity after which a latent counts as dead. If None, 1000 times the
+            rows in which an average latent is active once, but at most a fifth of the training and 10 million.
+        bias: the initial value of the decoder's bias: the `mean` or the geometric `median` of the rows.
+        skip: for a transcoder: whether it has a linear map from input to output in addition to its latents.
+        seed: the seed of the initial weights.
     """
 
     architecture: Architecture = "topk"
@@ -65,7 +65,7 @@ class Hyperparameters:
             )
         if self.n_latents < 1:
             raise ValueError(f"n_latents {self.n_latents} must be at least 1")
-        if self.architecture in _BY_COUNT and not 1 <= self.k <= self.n_latents:
+        if self.architecture in _TOP_K and not 1 <= self.k <= self.n_latents:
             raise ValueError(
                 f"k {self.k} must be from 1 to the number of latents, {self.n_latents}"
             )
@@ -85,22 +85,22 @@ class Hyperparameters:
         return 2e-4 / (self.n_latents / 2**14) ** 0.5 if self.lr is None else self.lr
 
     def label(self) -> str:
-        """What tells it from others trained beside it."""
-        by_count = self.architecture in _BY_COUNT
-        sparsity = repr(self.sparsity).removesuffix(".0").replace(".", "_")  # every digit counts
+        """A name that tells it from autoencoders with other hyperparameters."""
+        by_count = self.architecture in _TOP_K
+        sparsity = repr(self.sparsity).removesuffix(".0").replace(".", "_")  # no `.` in file names
         how = f"k{self.k}" if by_count else f"l{sparsity}"
         return f"{self.architecture}-{self.n_latents}-{how}-s{self.seed}"
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What a learner says of a batch.
+class TrainingStep:
+    """The result of a learner's forward pass on a batch.
 
     Attributes:
-        loss: to minimise.
-        fvu: the share of the variance that it does not explain.
-        l0: latents active in a row, on average.
-        active: which latents were.
+        loss: the loss to minimise.
+        fvu: the fraction of variance unexplained.
+        l0: the mean number of active latents in a row.
+        active: which latents were active in any row.
     """
 
     loss: Tensor
@@ -110,15 +110,15 @@ class Step:
 
 
 class Learner(nn.Module):
-    """One autoencoder while it is trained.
+    """One autoencoder in training.
 
     Args:
-        settings: what it is.
-        calibration: of the rows.
-        steps: of the whole training, for what depends on it.
-        batch: rows in each.
-        transcoder: it writes something else than it reads.
-        half: compute the encoder's product in bfloat16.
+        settings: its hyperparameters.
+        calibration: the statistics of the rows.
+        steps: the number of steps of the whole training.
+        batch: rows in a batch.
+        transcoder: whether it reconstructs another site than it encodes.
+        half: compute the encoder's matrix product in bfloat16.
     """
 
     center: Tensor
@@ -135,37 +135,43 @@ class Learner(nn.Module):
         half: bool = False,
     ) -> None:
         super().__init__()
-        self.settings, self.transcoder, self.rounded = settings, transcoder, half
+        self.settings, self.transcoder, self.in_bfloat16 = settings, transcoder, half
         generator = torch.Generator().manual_seed(settings.seed)
         n, d_out = settings.n_latents, len(calibration.target_mean)
         d_in = len(calibration.mean)
         directions = torch.randn(n, d_out, generator=generator)
         self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
-        began = (
+        # The encoder begins as the decoder's transpose, which leaves few latents dead (Gao et al. 2024, section 2.4).
+        encoder = (
             self.W_dec.detach()
             if not transcoder
             else F.normalize(torch.randn(n, d_in, generator=generator))
         )
-        self.W_enc = nn.Parameter(began.clone())
+        self.W_enc = nn.Parameter(encoder.clone())
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.scale, self.target_scale = calibration.scale, calibration.target_scale
         self.variance = calibration.variance
+        # A decoder that begins at the middle of the rows has nothing to learn about their mean.
         middle = calibration.target_mean if settings.bias == "mean" else calibration.target_median
         self.b_dec = nn.Parameter(middle * self.target_scale)
-        wait = n / settings.k if settings.architecture in _BY_COUNT else n / 32
+        # A latent is active once in n / L0 rows on average; without a k, an L0 of 32 is assumed.
+        wait = n / settings.k if settings.architecture in _TOP_K else n / 32
         self.dead_after = settings.dead_after or max(
             1, min(10_000_000, steps * batch // 5, int(1000 * wait))
         )
-        self.memory = max(1, min(_MEMORY, steps // 20))
-        center = calibration.mean * self.scale  # of a transcoder's input
+        self.threshold_steps = max(1, min(_THRESHOLD_STEPS, steps // 20))
+        # A transcoder's input is centred by its mean: the decoder's bias belongs to another site.
+        center = calibration.mean * self.scale
         self.register_buffer("center", center, persistent=False)
-        self.register_buffer("silent", torch.zeros(n, dtype=torch.int64))
         self.register_buffer(
-            "bound", torch.tensor(-1.0)
-        )  # of batchtopk: the least active value, on average
+            "silent", torch.zeros(n, dtype=torch.int64)
+        )  # rows since each was active
+        # The threshold of batchtopk: a running mean of the smallest active value; negative until there is one.
+        self.register_buffer("bound", torch.tensor(-1.0))
         if settings.skip:
             self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
         if settings.architecture == "jumprelu":
+            # As a logarithm, so that gradient steps keep thresholds positive.
             self.log_threshold = nn.Parameter(torch.full((n,), 0.01).log())
         if settings.architecture == "gated":
             self.log_gain, self.b_gate = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
@@ -174,41 +180,45 @@ class Learner(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "row input"], y: Float[Tensor, "row output"], warm: float
-    ) -> Step:
-        """The loss of a batch, in the data's own scale.
+    ) -> TrainingStep:
+        """Compute the loss of a batch.
 
         Args:
-            x: what is encoded.
-            y: what is to be written.
-            warm: how much of the sparsity counts yet, 0 to 1.
+            x: the rows to encode, not scaled.
+            y: the rows to reconstruct, not scaled; `x` itself unless it is a transcoder.
+            warm: the share of the sparsity penalty that counts so far, 0 to 1.
         """
         own = y is x
         x = x * self.scale
         y = x if own else y * self.target_scale
         inside = x - (self.center if self.transcoder else self.b_dec)
         kind = self.settings.architecture
-        if kind in _BY_COUNT:
-            return self._by_count(inside, y)
+        if kind in _TOP_K:
+            return self._top_k_step(inside, y)
         if kind == "relu":
             return self._relu(inside, y, warm)
         return (
             self._jumprelu(inside, y, warm) if kind == "jumprelu" else self._gated(inside, y, warm)
         )
 
-    def _skipped(self, written: Tensor, inside: Tensor) -> Tensor:
+    def _with_skip(self, written: Tensor, inside: Tensor) -> Tensor:
+        """The decoder's output plus that of a skip transcoder's linear map."""
         return written + inside @ self.W_skip.T if self.settings.skip else written
 
-    def _share(self, error: Tensor) -> Tensor:
+    def _fvu(self, error: Tensor) -> Tensor:
+        """The fraction of variance unexplained."""
         return error.square().sum(1).mean() / self.variance
 
     def _pre(self, inside: Tensor) -> Tensor:
+        """Pre-activations of all latents, without history: gradients are needed only where a latent is active."""
         with (
             torch.no_grad(),
-            torch.autocast(inside.device.type, torch.bfloat16, enabled=self.rounded),
+            torch.autocast(inside.device.type, torch.bfloat16, enabled=self.in_bfloat16),
         ):
             return F.linear(inside, self.W_enc, self.b_enc).float()
 
-    def _by_count(self, inside: Tensor, y: Tensor) -> Step:
+    def _top_k_step(self, inside: Tensor, y: Tensor) -> TrainingStep:
+        """`topk`, `batchtopk` and `matryoshka`: the loss is the FVU, and L0 is fixed by the choice of latents."""
         s = self.settings
         pre = self._pre(inside)
         if s.architecture == "topk":
@@ -217,28 +227,38 @@ class Learner(nn.Module):
             start, latent = batch_top_k(pre, s.k * len(pre))
         value = encode_at(inside, self.W_enc, self.b_enc, pre, start, latent).relu()
         code = Code(start, latent, value, s.n_latents)
+        # Of the k largest values of a row some may be negative, which the ReLU has cut off: these are not active.
         on = value.detach() > 0
+        # Matryoshka: every nested prefix of the dictionary has to reconstruct the rows (Bussmann et al. 2025).
         if s.architecture == "matryoshka":
-            parts = [self._error(code.below(n), inside, y) for n in prefixes(s.n_latents)]
+            parts = [self._error(code.prefix(n), inside, y) for n in prefixes(s.n_latents)]
             error = parts[-1]
-            loss = torch.stack([self._share(e) for e in parts]).mean()
+            # The mean over prefixes, not the sum, so that the loss has the scale of the other architectures.
+            loss = torch.stack([self._fvu(e) for e in parts]).mean()
         else:
             error = self._error(code, inside, y)
-            loss = self._share(error)
+            loss = self._fvu(error)
         active = torch.zeros(s.n_latents, dtype=torch.bool, device=y.device)
         active[latent[on]] = True
+        # In use there is no batch to choose in: a latent is active above a threshold, the mean over batches of the
+        # smallest value that was chosen (Bussmann et al. 2024).
         if s.architecture != "topk" and self.training and bool(on.any()):
             least = value.detach()[on].min()
-            self.bound.copy_(least if self.bound < 0 else self.bound.lerp(least, 1 / self.memory))
-        fvu = self._share(error.detach())
+            self.bound.copy_(
+                least if self.bound < 0 else self.bound.lerp(least, 1 / self.threshold_steps)
+            )
+        fvu = self._fvu(error.detach())
         loss = loss + s.aux * self._aux(inside, error.detach())
-        return Step(loss, fvu, on.sum() / len(y), active)
+        return TrainingStep(loss, fvu, on.sum() / len(y), active)
 
     def _error(self, code: Code, inside: Tensor, y: Tensor) -> Tensor:
-        return y - self._skipped(decode(code, self.W_dec) + self.b_dec, inside)
+        """The reconstruction error of a code."""
+        return y - self._with_skip(decode(code, self.W_dec) + self.b_dec, inside)
 
     def _aux(self, inside: Tensor, error: Tensor) -> Tensor:
-        """What dead latents, the most active of them, leave of the error (Gao et al. 2024, A.2)."""
+        """The auxiliary loss: how well the k_aux most active dead latents reconstruct the error of the live ones
+        (Gao et al. 2024, appendix A.2; k_aux is half of the width, as recommended there).
+        """
         dead = (self.silent > self.dead_after).nonzero()[:, 0]
         if not len(dead) or not self.settings.aux:
             return error.new_zeros(())
@@ -250,57 +270,71 @@ class Learner(nn.Module):
         value = encode_at(inside, w_enc, b_enc, pre, start, latent).relu()
         made = decode(Code(start, latent, value, len(dead)), self.W_dec[dead])
         spread = (error - error.mean(0)).square().sum(1).mean().clamp_min(1e-12)
+        # An error that is next to nothing gives infinities or NaN, which must not reach the weights (as there).
         return ((error - made).square().sum(1).mean() / spread).nan_to_num(0.0)
 
-    def _relu(self, inside: Tensor, y: Tensor, warm: float) -> Step:
+    def _relu(self, inside: Tensor, y: Tensor, warm: float) -> TrainingStep:
+        """FVU + sparsity * L1 of the codes, each times the norm of its direction (Conerly et al. 2024).
+
+        With that weight, long directions with small codes do not evade the penalty, and need no unit norm.
+        """
         codes = F.linear(inside, self.W_enc, self.b_enc).relu()
-        error = y - self._skipped(codes @ self.W_dec + self.b_dec, inside)
+        error = y - self._with_skip(codes @ self.W_dec + self.b_dec, inside)
         weighted = (codes * self.W_dec.norm(dim=1)).sum(1).mean()
-        share = self._share(error)
+        share = self._fvu(error)
         return self._dense_step(share + self._penalty(warm) * weighted, share, codes)
 
     def _penalty(self, warm: float) -> float:
+        """The factor of the sparsity term, in the units of the FVU."""
         return self.settings.sparsity * warm / self.variance
 
-    def _jumprelu(self, inside: Tensor, y: Tensor, warm: float) -> Step:
+    def _jumprelu(self, inside: Tensor, y: Tensor, warm: float) -> TrainingStep:
+        """FVU + sparsity * L0, with straight-through gradients for thresholds (Rajamanoharan et al. 2024b)."""
         pre = F.linear(inside, self.W_enc, self.b_enc)
         threshold = self.log_threshold.exp()
-        codes = _Jump.apply(pre, threshold)
-        count = _Above.apply(pre, threshold).sum(1).mean()
-        error = y - self._skipped(codes @ self.W_dec + self.b_dec, inside)
-        share = self._share(error)
+        codes = _JumpReLU.apply(pre, threshold)
+        count = _Heaviside.apply(pre, threshold).sum(1).mean()
+        error = y - self._with_skip(codes @ self.W_dec + self.b_dec, inside)
+        share = self._fvu(error)
         return self._dense_step(share + self._penalty(warm) * count, share, codes)
 
-    def _gated(self, inside: Tensor, y: Tensor, warm: float) -> Step:
+    def _gated(self, inside: Tensor, y: Tensor, warm: float) -> TrainingStep:
+        """FVU + sparsity * L1 of the gates + FVU of what the gates alone reconstruct (Rajamanoharan et al. 2024a,
+        section 3). The gate decides whether a latent is active, its magnitude how much; both share W_enc, the
+        magnitude with a gain of its own, so that the L1 penalty does not shrink it.
+        """
         shared = F.linear(inside, self.W_enc)
         gate = shared + self.b_gate
         codes = (gate > 0) * (shared * self.log_gain.exp() + self.b_enc).relu()
-        error = y - self._skipped(codes @ self.W_dec + self.b_dec, inside)
+        error = y - self._with_skip(codes @ self.W_dec + self.b_dec, inside)
         open_ = gate.relu()
+        # The step function of the gate has no gradient: gates learn from the auxiliary reconstruction, through a
+        # copy of the decoder that this term does not change.
         held, bias = self.W_dec.detach(), self.b_dec.detach()
-        through = y - self._skipped(open_ @ held + bias, inside)
+        through = y - self._with_skip(open_ @ held + bias, inside)
         weighted = (open_ * self.W_dec.norm(dim=1)).sum(1).mean()
-        share = self._share(error)
-        loss = share + self._penalty(warm) * weighted + self._share(through)
+        share = self._fvu(error)
+        loss = share + self._penalty(warm) * weighted + self._fvu(through)
         return self._dense_step(loss, share, codes)
 
-    def _dense_step(self, loss: Tensor, share: Tensor, codes: Tensor) -> Step:
+    def _dense_step(self, loss: Tensor, share: Tensor, codes: Tensor) -> TrainingStep:
         on = codes.detach() > 0
-        return Step(loss, share.detach(), on.sum(1).float().mean(), on.any(0))
+        return TrainingStep(loss, share.detach(), on.sum(1).float().mean(), on.any(0))
 
     # --- constraints -----------------------------------------------------------------------------
 
     @property
     def unit_norm(self) -> bool:
-        """Whether each latent's direction is held at length 1."""
+        """Whether each latent's direction is kept at length 1."""
         return self.settings.architecture != "relu"
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Take from the decoder's gradient what would only change the length of directions; all together get norm 1.
+        """Remove the part of the decoder's gradient that would only change the length of directions (Bricken et al.
+        2023); then scale the gradient of all parameters together to norm 1.
 
-        Adam would remember the large gradients of the first steps and move little for hundreds of steps after them;
-        of one norm, all steps count alike.
+        Adam divides by a running mean of squared gradients: after the large gradients of the first steps it would
+        move little for hundreds of steps. With one norm all steps count alike.
         """
         gradient = self.W_dec.grad
         if self.unit_norm and gradient is not None:
@@ -313,7 +347,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def after_step(self, active: Tensor, rows: int) -> None:
-        """Set directions to length 1, and count how long each latent has been silent."""
+        """Scale directions to length 1, and count for how many rows each latent has been silent."""
         if self.unit_norm:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
         self.silent += rows
@@ -321,16 +355,18 @@ class Learner(nn.Module):
 
     @property
     def dead(self) -> float:
-        """The share of latents that have been silent for too long."""
+        """The share of dead latents."""
         return float((self.silent > self.dead_after).float().mean())
 
-    # --- as it is used ---------------------------------------------------------------------------
+    # --- the result ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def folded(self, about: About) -> Autoencoder:
-        """The autoencoder in the data's own scale: directions of length 1, all else folded in.
+        """The autoencoder for unscaled rows, with directions of length 1 and everything else folded in.
 
-        With inputs times s, outputs times t, and directions of length n: codes times n / t.
+        In training a = f(W_enc (s x - c) + b_enc) and t y = W_dec^T a + b_dec + W_skip (s x - c), with the scales s
+        and t and the centre c. With directions of length n, the codes for y become a n / t: the weights of the
+        encoder are multiplied by s n / t, its biases and thresholds by n / t.
         """
         length = self.W_dec.norm(dim=1).clamp_min(1e-8)
         by = length / self.target_scale
@@ -344,7 +380,9 @@ class Learner(nn.Module):
         W_enc, b_enc = self.W_enc, self.b_enc - self.W_enc @ center
         threshold: Tensor | None = None
         if kind == "gated":
-            # open where W x > -b_gate, so where gain W x + b_mag > b_mag - gain b_gate (section 3.3)
+            # The gate is open where W x > -b_gate, which is where the magnitude gain W x + b_mag exceeds b_mag -
+            # gain b_gate: a JumpReLU (Rajamanoharan et al. 2024a, section 3.3). Where that is below zero, the ReLU
+            # of the magnitude is the threshold.
             gain = self.log_gain.exp()
             threshold = (self.b_enc - gain * self.b_gate).clamp_min(0)
             W_enc, b_enc = gain[:, None] * W_enc, self.b_enc - gain * (self.W_enc @ center)
@@ -361,7 +399,7 @@ class Learner(nn.Module):
 
 
 def prefixes(n: int) -> list[int]:
-    """The nested sizes of a Matryoshka dictionary: a sixteenth, an eighth, … all of the latents.
+    """The nested sizes of a Matryoshka dictionary: a sixteenth, an eighth, …, all of the latents.
 
     >>> prefixes(4096)
     [256, 512, 1024, 2048, 4096]
@@ -370,11 +408,15 @@ def prefixes(n: int) -> list[int]:
 
 
 _BANDWIDTH = 0.05
-"""How wide the window is through which a threshold gets its gradient."""
+"""Width of the window around a threshold in which pre-activations give it a gradient (called epsilon there)."""
 
 
-class _Jump(Function):
-    """x where it is above the threshold; the threshold's gradient by a rectangle of `_BANDWIDTH`."""
+class _JumpReLU(Function):
+    """x where it is above the threshold, else 0.
+
+    The straight-through gradient by the threshold is -(threshold / epsilon) K((x - threshold) / epsilon) with the
+    rectangle K of width 1 (Rajamanoharan et al. 2024b).
+    """
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
@@ -388,8 +430,11 @@ class _Jump(Function):
         return grads[0] * (pre > threshold), (-threshold * near * grads[0]).sum(0)
 
 
-class _Above(Function):
-    """1 where x is above the threshold; gradients likewise."""
+class _Heaviside(Function):
+    """1 where x is above the threshold, else 0, which summed is the L0.
+
+    The straight-through gradient by the threshold is -(1 / epsilon) K((x - threshold) / epsilon).
+    """
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:

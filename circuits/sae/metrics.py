@@ -1,4 +1,4 @@
-"""How well codes describe rows, beside nulls of the same size."""
+"""How well an autoencoder reconstructs rows, compared with null models of the same size."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from circuits.stimuli.sources import Source
 from circuits.tables import Table
 
 _FIT = 2**14
-"""Rows that PCA and NMF are fitted on, beside those that are measured."""
+"""Rows that PCA and NMF are fitted on, which are other rows than those measured."""
 
 _EDGES = tuple(np.arange(-6.0, 0.5, 0.5).tolist())
-"""Edges of the histogram of densities, in powers of ten."""
+"""Edges of the histogram of densities, as exponents of ten."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How codes describe rows.
+    """How well rows are reconstructed.
 
     Attributes:
-        fvu: share of the variance that is not explained, about the mean of the rows.
-        fvu_all: with the rows that the rule leaves out.
-        cosine: between rows and what is written for them, on average.
-        l2_ratio: the norms of what is written over those of the rows, sum over sum.
-        l0: latents active in a row, on average.
-        dead: share of latents never active.
+        fvu: the fraction of the variance, about the mean of the rows, that is unexplained.
+        fvu_all: the same including the rows that the rule leaves out.
+        cosine: the mean cosine between rows and their reconstructions.
+        l2_ratio: the sum of the norms of reconstructions over the sum of the norms of rows.
+        l0: the mean number of active latents in a row.
+        dead: the share of latents that were never active.
     """
 
     fvu: float
@@ -47,22 +47,23 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Metrics:
-    """An autoencoder on rows, beside its nulls.
+    """An autoencoder's reconstruction of rows, compared with null models.
 
     Attributes:
-        own: of the autoencoder, on rows of examples that it was not trained on, if some were held out.
-        trained: of the autoencoder, on rows of examples that it was trained on; None if none were held out.
-        nulls: by name: `random dictionary` (see `random_dictionary`), `shuffled rows` (the autoencoder on rows whose
-            units were drawn each from another row), `pca` (as many components as latents are active in a row), `nmf`
-            (likewise; only of rows without negative numbers).
+        own: the autoencoder on rows of examples that it was not trained on, if some were held out.
+        trained: the autoencoder on rows of examples that it was trained on; None if none were held out.
+        nulls: by name: `random dictionary` (see `random_dictionary`); `shuffled rows` (the autoencoder on rows whose
+            units were shuffled independently of each other); `pca` (with as many components as latents are active in
+            a row); `nmf` (likewise; only for rows without negative numbers).
         density: for each latent, the share of rows in which it is active.
-        density_edges: of the histogram, powers of ten.
-        density_histogram: counts: latents below the first edge (never active: not counted), between, above.
-        n_rows: measured on so many.
-        left_out: rows that the rule left out.
-        data: on what.
-        seed: of rows and nulls.
-        model_hash: of the model's weights.
+        density_edges: the edges of the histogram, as exponents of ten.
+        density_histogram: the number of latents with a density below the first edge (those never active are not
+            counted), between edges, and above the last.
+        n_rows: the number of rows measured.
+        left_out: the number of rows that the rule left out.
+        data: the name of the data.
+        seed: the seed of rows and null models.
+        model_hash: the hash of the model's weights.
     """
 
     own: Reconstruction
@@ -78,7 +79,7 @@ class Metrics:
     model_hash: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         return asdict(self)
 
     def tables(self, title: str) -> Iterator[Table]:
@@ -102,18 +103,18 @@ def reconstruction(
     seed: int = 0,
     nulls: bool = True,
 ) -> Metrics:
-    """How an autoencoder describes rows, beside a random dictionary, shuffled rows, PCA and NMF.
+    """Measure an autoencoder's reconstruction of rows, and that of a random dictionary, of shuffled rows, PCA and NMF.
 
     Args:
         code: the autoencoder.
         source: where rows come from.
-        rule: which are left out; as in its training if None.
-        rows: on how many, drawn with the seed.
-        seed: of everything random.
-        nulls: whether nulls are measured too.
+        rule: which rows are left out; as in its training if None.
+        rows: the number of rows to measure, drawn at random.
+        seed: the seed of everything random.
+        nulls: whether null models are measured too.
 
     Raises:
-        ValueError: if it is of another width, or trained on another model, than the rows are of.
+        ValueError: if the autoencoder's width is not that of the rows, or it was trained on another model.
     """
     check_source(code, source)
     if rows < 1:
@@ -126,27 +127,28 @@ def reconstruction(
         seen, seen_every, fitted = _rows(code, source, rule, "training", rows, seed)
         trained = _described(code, seen, seen_every)[0]
     own, density = _described(code, here, every)
-    beside: dict[str, Reconstruction] = {}
+    null_results: dict[str, Reconstruction] = {}
     generator = torch.Generator().manual_seed(seed)
     if nulls:
         random = random_dictionary(code, here.x, generator)
-        beside["random dictionary"] = _described(random, here, every)[0]
+        null_results["random dictionary"] = _described(random, here, every)[0]
         shuffled = _shuffled(here.x, generator)
         target = shuffled if here.y is here.x else here.y
         mixed = Group(shuffled, target, here.example, here.position)
-        beside["shuffled rows"] = _described(code, mixed, mixed)[0]
-        if here.y is here.x:
-            beside |= _linear(fitted, here, every, own.l0)
+        null_results["shuffled rows"] = _described(code, mixed, mixed)[0]
+        if here.y is here.x:  # PCA and NMF of a transcoder's input would not reconstruct its output
+            null_results |= _linear_nulls(fitted, here, every, own.l0)
+    # Latents that are never active have no logarithm.
     active = density[density > 0]
     histogram = np.histogram(np.log10(active), [-np.inf, *_EDGES, np.inf])[0]
     return Metrics(
-        own, trained, beside, tuple(density.tolist()), _EDGES, tuple(histogram.tolist()), len(here.x),
+        own, trained, null_results, tuple(density.tolist()), _EDGES, tuple(histogram.tolist()), len(here.x),
         len(every.x) - len(here.x), str(source.about["data"]), seed, str(source.about["model_hash"]),
     )  # fmt: skip
 
 
 def check_source(code: Autoencoder, source: RowSource) -> None:
-    """Raise ValueError if rows are not what an autoencoder reads and writes."""
+    """Raise ValueError if an autoencoder does not fit rows in width, or was trained on another model."""
     about = source.about
     for what, own in (("width", code.d_in), ("target_width", code.d_out)):
         if about[what] != own:
@@ -162,13 +164,13 @@ def check_source(code: Autoencoder, source: RowSource) -> None:
 
 
 def rule_of(code: Autoencoder) -> RowFilter:
-    """Which rows were left out of an autoencoder's training; of one from elsewhere, nothing is known: none."""
+    """The rule of an autoencoder's training; for one of another tool it is not known, and no rows are left out."""
     known = code.about.settings.get("rule")
     return RowFilter(**known) if isinstance(known, Mapping) else RowFilter(norms=0, hold_out=0)
 
 
 def unseen(code: Autoencoder, source: Source) -> list[int] | None:
-    """The examples that an autoencoder's training held out; None if it was on other data, or held out none."""
+    """The examples that an autoencoder's training held out; None if it used other data, or held out none."""
     plan, rule = code.about.settings.get("plan"), rule_of(code)
     trained = plan.get("rows") if isinstance(plan, Mapping) else None
     known = trained.get("data_hash") if isinstance(trained, Mapping) else None
@@ -180,10 +182,14 @@ def unseen(code: Autoencoder, source: Source) -> list[int] | None:
 def _rows(
     code: Autoencoder, source: RowSource, rule: RowFilter, part: Part, n: int, seed: int
 ) -> tuple[Group, Group, Group]:
-    """Rows of a part: those that the rule leaves in, all, and others to fit on (the same if there are no more)."""
+    """Draw rows of a part: those of `n` that the rule keeps, all `n`, and others to fit null models on (some of the
+    same, if there are no more).
+    """
     batches = Batches(source, 4096, rule, seed, part)
     known = code.about.settings.get("calibration")
+    # The limit of norms that training used: measuring leaves out the same rows.
     limit = known.get("limit") if isinstance(known, Mapping) else None
+    # Another order than that of the training or the calibration with the same seed.
     order = source.order(seed + 2_000_003)
     parts: list[Group] = []
     for group in range(source.n_groups()):
@@ -195,7 +201,7 @@ def _rows(
             break
     if not sum(len(p.x) for p in parts):
         raise ValueError(
-            f"rows: no example is {part}: expected more examples, or another share to hold out"
+            f"rows: no example is in the part {part!r}: expected more examples, or another share to hold out"
         )
     x = torch.cat([p.x for p in parts])
     y = x if parts[0].y is parts[0].x else torch.cat([p.y for p in parts])
@@ -214,7 +220,7 @@ def _rows(
 
 
 class _Sums:
-    """What is added up over rows."""
+    """Sums over rows, from which the measures follow; in float64, since small errors of many rows are added up."""
 
     def __init__(self, rows: Group) -> None:
         self.mean = rows.y.double().mean(0)
@@ -239,13 +245,15 @@ class _Sums:
 
 
 def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruction, np.ndarray]:
+    """The reconstruction by an autoencoder, and each latent's density."""
     sums, counts = _Sums(rows), torch.zeros(code.n_latents)
-    for x, y, codes in _coded(code, rows):
+    for x, y, codes in _encoded(code, rows):
         on = codes.value > 0
         counts += torch.bincount(codes.latent[on], minlength=code.n_latents).cpu()
         sums.add(y, code.decode_code(codes, x))
+    # Once more with the rows that the rule leaves out, of which a few with huge norms can dominate the error.
     beyond = _Sums(every)
-    for x, y, codes in _coded(code, every):
+    for x, y, codes in _encoded(code, every):
         beyond.add(y, code.decode_code(codes, x))
     density = (counts / max(1, sums.n)).double().numpy()
     n = max(1, sums.n)
@@ -260,7 +268,7 @@ def _described(code: Autoencoder, rows: Group, every: Group) -> tuple[Reconstruc
     return found, density
 
 
-def _coded(code: Autoencoder, rows: Group) -> Iterable[tuple[Tensor, Tensor, Any]]:
+def _encoded(code: Autoencoder, rows: Group) -> Iterable[tuple[Tensor, Tensor, Any]]:
     device = code.W_enc.device
     for x, y in zip(rows.x.split(4096), rows.y.split(4096), strict=True):
         here = x.to(device)
@@ -270,15 +278,15 @@ def _coded(code: Autoencoder, rows: Group) -> Iterable[tuple[Tensor, Tensor, Any
 def random_dictionary(
     code: Autoencoder, rows: Float[Tensor, "row input"], generator: torch.Generator
 ) -> Autoencoder:
-    """Random directions instead of learned ones, as long, and as many active in a row; all else alike.
+    """Replace an autoencoder's directions by random ones of the same lengths, with the same L0; all else stays.
 
-    An autoencoder's are read as they are written, about the decoder's bias; a transcoder's are read along other
-    random directions, about the mean of the rows, and what goes straight from input to output stays.
+    An autoencoder reads along the directions that it writes, about the decoder's bias. A transcoder reads along other
+    random directions, about the mean of the rows, and its linear map from input to output stays.
 
     Args:
         code: the autoencoder.
-        rows: some that it encodes: on them as many latents are active as of its own.
-        generator: of the directions.
+        rows: some rows, on which the L0 is matched.
+        generator: the source of the directions.
     """
     length = code.W_dec.detach().norm(dim=1, keepdim=True)
     rows = rows[:4096].to(code.W_enc)
@@ -290,6 +298,7 @@ def random_dictionary(
     if how != "topk":
         pre = torch.nn.functional.linear(rows, read, bias).flatten()
         active = int((code.code(rows).value > 0).sum())
+        # The threshold is the value just below the `active` largest ones, the same for all latents.
         bound = pre.topk(active + 1).values[-1] if active < len(pre) else pre.min()
         how, threshold = "jumprelu", bound.clamp_min(0).expand(code.n_latents).clone()
     return Autoencoder(
@@ -303,13 +312,14 @@ def _directions(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _shuffled(x: Float[Tensor, "row width"], generator: torch.Generator) -> Tensor:
-    """Each column in an order of its own: what is left when units have nothing to do with each other."""
+    """Shuffle each column independently: the distribution of every unit stays, all correlations are lost."""
     columns = [x[torch.randperm(len(x), generator=generator), i] for i in range(x.shape[1])]
     return torch.stack(columns, 1)
 
 
-def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Reconstruction]:
-    """PCA and NMF with as many components as latents are active in a row."""
+def _linear_nulls(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Reconstruction]:
+    """PCA and NMF with as many components as latents are active in a row on average."""
+    # Imported here: scikit-learn takes a second to load, and only this needs it.
     from sklearn.decomposition import MiniBatchNMF
     from sklearn.exceptions import ConvergenceWarning
 
@@ -321,7 +331,7 @@ def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Re
     def project(x: Tensor) -> Tensor:
         return (x - mean.float()) @ basis.T @ basis + mean.float()
 
-    found = {"pca": _beside(project, k, here, every)}
+    found = {"pca": _projected(project, k, here, every)}
     if bool((fitted.x >= 0).all()) and bool((here.x >= 0).all()) and bool((every.x >= 0).all()):
         options: dict[str, Any] = {
             "n_components": k, "init": "nndsvda", "batch_size": 4096, "max_iter": 50, "random_state": 0
@@ -329,18 +339,19 @@ def _linear(fitted: Group, here: Group, every: Group, l0: float) -> dict[str, Re
         nmf = MiniBatchNMF(**options)
         with (
             warnings.catch_warnings()
-        ):  # how far it gets in so many passes is near enough for a null
+        ):  # an NMF that has not quite converged is good enough for a null model
             warnings.simplefilter("ignore", ConvergenceWarning)
             nmf.fit(fitted.x[:_FIT].numpy())
 
         def positive(x: Tensor) -> Tensor:
             return torch.from_numpy(nmf.transform(x.numpy()) @ nmf.components_).float()
 
-        found["nmf"] = _beside(positive, k, here, every)
+        found["nmf"] = _projected(positive, k, here, every)
     return found
 
 
-def _beside(project: Any, k: int, here: Group, every: Group) -> Reconstruction:
+def _projected(project: Any, k: int, here: Group, every: Group) -> Reconstruction:
+    """The reconstruction by a projection with k components, all of which are active in every row."""
     sums, beyond = _Sums(here), _Sums(every)
     for sum_, rows in ((sums, here), (beyond, every)):
         for x in rows.x.split(4096):

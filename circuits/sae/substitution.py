@@ -1,4 +1,4 @@
-"""What a model does with a reconstruction in the place of its own tensor."""
+"""A model's behaviour with an autoencoder's reconstruction in the place of its own activations."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ from circuits.units import Site
 VARIANTS = ("reconstruction", "zero", "mean", "random")
 
 _TINY = {"nats": 0.1, "logits": 0.1, "share": 0.02, "probability": 0.02}
-"""Below this a baseline's damage, in the measure's unit, is too small to divide by."""
+"""A baseline that does less damage than this, in the measure's unit, is too weak to divide by."""
 
 _ROWS = 4096
-"""So many rows tell how many random directions are to be active."""
+"""Rows on which the L0 of the random dictionary is matched."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """One measure of a model's behaviour.
+    """One measure of a model's behaviour, with the share that the reconstruction recovers ("loss recovered").
 
     Attributes:
-        intact: of the model as it is.
-        reconstruction: with what the autoencoder writes instead.
-        zero: with zero instead.
-        mean: with the mean instead.
-        random: with what a random dictionary of the same size writes instead.
-        of_zero: the share of the damage done by zero that the autoencoder does not do.
-        of_mean: likewise of the damage done by the mean.
-        of_zero_interval: its 95 % interval, by bootstrap over examples.
-        of_mean_interval: likewise.
-        warning: if a baseline does so little damage that the share means little.
+        intact: the measure for the model as it is.
+        reconstruction: with the site replaced by the autoencoder's reconstruction.
+        zero: with the site replaced by zero.
+        mean: with the site replaced by its mean.
+        random: with the site replaced by the reconstruction of a random dictionary of the same size.
+        of_zero: 1 - (reconstruction - intact) / (zero - intact): the share of the damage done by zero ablation that
+            the reconstruction avoids.
+        of_mean: the same with mean ablation.
+        of_zero_interval: the 95 % interval of `of_zero`, by bootstrap over examples.
+        of_mean_interval: the 95 % interval of `of_mean`.
+        warning: a warning if a baseline does so little damage that the share means little; else empty.
     """
 
     intact: float
@@ -73,9 +74,9 @@ class Behaviour:
     """A model's behaviour with an autoencoder in it.
 
     Attributes:
-        measures: what the task allows to measure, by name.
-        change: of accuracy with the reconstruction; None without answers.
-        kept_positions: of texts: the first so many keep their own tensor in all variants.
+        measures: every measure that the task has, by name.
+        change: the change of accuracy with the reconstruction; None without answers.
+        kept_positions: for texts, how many positions at the start keep their own activations in all variants.
         record: model, task, examples and seed.
     """
 
@@ -85,7 +86,7 @@ class Behaviour:
     record: Record
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; None for what is not finite."""
+        """As a dictionary for JSON; numbers that are not finite become None."""
         return finite(asdict(self))
 
     def tables(self, which: str) -> Iterator[Table]:
@@ -122,21 +123,22 @@ def behaviour(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Behaviour:
-    """What a model does with an autoencoder's reconstruction, compared with zero, the mean and a random dictionary.
+    """Measure a model with an autoencoder's reconstruction at its site, against zero, the mean and a random dictionary.
 
     Args:
         model: the model, without the autoencoder.
         code: the autoencoder.
-        task: what is measured on; examples stand for the task that they state by themselves.
-        labels: as `ablate` takes them.
-        keep_positions: of texts: the first so many keep their own tensor; as in the training's rule if None.
-        batch: examples together.
-        seed: of the intervals and the random dictionary.
-        progress: called with what is done and all there is, in examples times variants.
+        task: the task; examples alone stand for the task that they define (see `as_task`).
+        labels: see `ablate`.
+        keep_positions: for texts, how many positions at the start keep their own activations; as many as training
+            left out if None.
+        batch: examples in a batch.
+        seed: the seed of the intervals and the random dictionary.
+        progress: called with what is done and what there is in all, in examples times variants.
 
     Raises:
-        KeyError: if the autoencoder's site is none of the model's.
-        ValueError: if it does not fit, no text is longer than what is kept, or labels do not fit.
+        KeyError: if the model does not have the autoencoder's site.
+        ValueError: if the autoencoder or the labels do not fit, or no text is longer than what is kept.
     """
     asked = as_task(model, task, labels)
     keep = rule_of(code).positions if keep_positions is None else keep_positions
@@ -154,11 +156,13 @@ def behaviour(
 def _variants(
     model: HookedModel, code: Autoencoder, examples: Examples, keep: int, batch: int, seed: int
 ) -> list[Variant]:
+    """The reconstruction and its baselines, in the order of `VARIANTS`."""
     about = code.about
     target = about.target if about.target != about.site else None
     source, place = model.site(about.site), model.site(about.target or about.site)
     rows = _some_rows(model, source, examples, keep, batch)
     null = random_dictionary(code, rows, torch.Generator().manual_seed(seed))
+    # The mean to ablate with leaves out the positions that are not ablated.
     first = range(keep if place.position_axes == ("position",) else 0)
     mean = site_mean(model, place, examples, leave_out=first, batch=batch).values
 
@@ -167,12 +171,12 @@ def _variants(
 
     def changed(name: str, site: str, change: Change, other: HookedModel | None = None) -> Variant:
         def live(context: Context) -> dict[str, Change]:
-            return {site: _held(place, change, context, keep)}
+            return {site: _keeping_positions(place, change, context, keep)}
 
         return Variant(name, live=live, sites=(site,), model=other)
 
     def written(name: str, by: Autoencoder) -> Variant:
-        # an autoencoder whose error is zero writes all of the tensor
+        # With its error set to zero, an attached autoencoder replaces the site by its reconstruction.
         attached = model.attach(by, name, about.site, target)
         return changed(name, f"{PREFIX}{name}.error", torch.zeros_like, attached)
 
@@ -185,7 +189,7 @@ def _variants(
 def _some_rows(
     model: HookedModel, site: Site, examples: Examples, keep: int, batch: int
 ) -> Float[Tensor, "row width"]:
-    """The first rows that are encoded, without the first positions of texts."""
+    """Rows of the first batches, without the positions of texts that are kept."""
     found, n = [], 0
     for part in examples.batches(batch):
         value = model.run(part.inputs, mask=part.mask, read=[site], until=site)[site]
@@ -197,12 +201,12 @@ def _some_rows(
         if n >= _ROWS:
             break
     if not n:
-        raise ValueError(f"keep_positions {keep}: no text has a position beyond")
+        raise ValueError(f"keep_positions {keep}: no text has more positions than that")
     return torch.cat(found)
 
 
-def _held(place: Site, change: Change, context: Context, keep: int) -> Change:
-    """A change that leaves the first positions of texts as they are."""
+def _keeping_positions(place: Site, change: Change, context: Context, keep: int) -> Change:
+    """Make a change leave the first positions of texts as they are."""
     if not keep or place.position_axes != ("position",):
         return change
     assert context.batch is not None, "texts are run in batches"
@@ -216,6 +220,8 @@ def _held(place: Site, change: Change, context: Context, keep: int) -> Change:
 
 
 def _recovered(outcomes: Outcomes, metric: Metric) -> Recovered:
+    """One measure with its shares recovered."""
+    # Rows: intact, reconstruction, zero, mean, random; `drawn` has a column for each bootstrap sample of examples.
     means = [outcomes.mean(metric.name, v) for v in (INTACT, *VARIANTS)]
     drawn = outcomes.resampled(metric.name, [INTACT, *VARIANTS]).T
     shares, spread, small = [], [], []
@@ -227,7 +233,7 @@ def _recovered(outcomes: Outcomes, metric: Metric) -> Recovered:
         if damage < _TINY.get(metric.unit, 0.0):
             small.append(f"{what} ({damage:.3g})")
     warning = (
-        f"damage done by {' and by '.join(small)} is tiny, or none: the share of it means little"
+        f"damage done by {' and by '.join(small)} is tiny or none: the share recovered means little"
         if small
         else ""
     )
@@ -238,6 +244,6 @@ def _recovered(outcomes: Outcomes, metric: Metric) -> Recovered:
 
 
 def _share(means: Float[np.ndarray, "variant *draw"], base: int) -> Float[np.ndarray, "*draw"]:
-    """The share of a baseline's damage that is not done; not finite where it does none."""
+    """The share of a baseline's damage that the reconstruction avoids; NaN where the baseline does none."""
     damage = means[base] - means[0]
     return np.asarray(1 - (means[1] - means[0]) / np.where(damage == 0, np.nan, damage))

@@ -1,4 +1,4 @@
-"""Training autoencoders: many in one pass over the rows, stopped and gone on with at any time."""
+"""Training autoencoders: several in one pass over the rows, with checkpoints from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
 from circuits.sae.learners import Hyperparameters, Learner
 
 Precision = Literal["float32", "bfloat16"]
-"""What the encoder's product is computed in: bfloat16 is faster where the processor has units for it."""
+"""The precision of the encoder's matrix product: bfloat16 is faster on processors with units for it."""
 
 CHECKPOINT = "checkpoint.safetensors"
-"""Where a run stands, in its folder."""
+"""The file in a run's folder from which an interrupted training resumes."""
 
-_TAKEN = (Path(CHECKPOINT).stem, Path(FILE).stem)
+_RESERVED = (Path(CHECKPOINT).stem, Path(FILE).stem)
 
-_SAID = 100
-"""How many points of a run's progress are kept."""
+_CURVE_POINTS = 100
+"""Points of the training curve that are kept, about."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long is trained, and how the learning rate changes.
+    """The length of a training and the course of the learning rate.
 
     Attributes:
-        steps: how many batches.
-        batch: rows in each.
-        warmup: steps over which the learning rate rises; 1000 or a tenth of all if None.
-        decay: the share of steps at the end over which it falls to zero.
-        seed: of the order of rows.
-        precision: of the encoder's product.
+        steps: the number of steps, one batch each.
+        batch: rows in a batch.
+        warmup: steps over which the learning rate rises; if None, 1000 but at most a tenth of all.
+        decay: the share of steps, at the end, over which the learning rate falls to zero.
+        seed: the seed of the order of rows.
+        precision: the precision of the encoder's product.
     """
 
     steps: int
@@ -78,26 +78,27 @@ class Schedule:
         return min(1000, self.steps // 10) if self.warmup is None else self.warmup
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step, counted from 0."""
+        """The factor of the learning rate at a step, counted from 0: a trapezoid of warm-up, constant and decay."""
         rise = min(1.0, (step + 1) / self.rising) if self.rising else 1.0
         left = (self.steps - step) / max(1.0, self.steps * self.decay)
         return min(rise, left, 1.0)
 
     def warm(self, step: int) -> float:
-        """How much of the sparsity counts at a step: it rises over the first twentieth."""
+        """The factor of the sparsity penalty at a step: it rises over the first twentieth of the training."""
+        # A full penalty on random directions would silence latents before they have learned anything.
         return min(1.0, (step + 1) / max(1, self.steps // 20))
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run stands.
+    """The state of a training after a step, with numbers for each autoencoder by name.
 
     Attributes:
-        step: how many are done.
-        steps: how many there are.
-        fvu: of each autoencoder, on the last batch: the share of variance that it leaves.
-        l0: latents active in a row.
-        dead: the share of latents that have been silent for too long.
+        step: the number of steps done.
+        steps: the number of steps in all.
+        fvu: the fraction of variance unexplained, on the last batch.
+        l0: the mean number of active latents in a row, on the last batch.
+        dead: the share of dead latents.
     """
 
     step: int
@@ -119,7 +120,7 @@ Report = Callable[[TrainingProgress], None]
 
 @dataclass
 class _Run:
-    """Autoencoders in training."""
+    """A training in progress."""
 
     learners: dict[str, Learner]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -145,20 +146,20 @@ def train(
 ) -> dict[str, Autoencoder]:
     """Train autoencoders on the same batches of rows.
 
-    With a folder, where the run stands is written every so many seconds, and when it is interrupted; called
-    again with the same arguments it goes on from there, and ends with the same numbers, bit for bit on a CPU,
-    as if it had never stopped. Under `torchrun` every rank takes its share of each batch; gradients are averaged.
+    With a folder, a checkpoint is written at intervals and when the training is interrupted. The same call resumes
+    from it and ends with the same numbers, to the bit on a CPU, as if it had never stopped. Under `torchrun` every
+    rank takes its share of each batch, and gradients are averaged.
 
     Args:
         source: where rows come from.
-        settings: of one autoencoder, or of several by name.
-        schedule: how long, and the learning rate.
-        folder: where to write: `sae.safetensors`, or `NAME.safetensors` each.
-        rule: which rows are left out; the first position of texts and norms above 10 medians if None.
-        name: of the run: how sites of latents are called; the folder's if not given.
+        settings: the hyperparameters of one autoencoder, or of several by name.
+        schedule: the number of steps, and the learning rate.
+        folder: the folder for the results: `sae.safetensors`, or `NAME.safetensors` for each of several.
+        rule: which rows are left out; if None, the first position of texts and norms above 10 medians.
+        name: the name of the run, from which sites of latents get their names; by default the folder's.
         every: seconds between checkpoints.
-        anew: begin anew, and overwrite what is in the folder.
-        device: where to compute; a GPU if there is one.
+        anew: start over, and overwrite the autoencoders in the folder.
+        device: the device; by default a GPU if there is one.
         report: called after each step.
 
     Returns:
@@ -166,8 +167,8 @@ def train(
 
     Raises:
         ValueError: if there are fewer rows than latents or than a batch has, rows are not finite, or the folder
-            holds another run.
-        BlockingIOError: if somebody else is training into the folder.
+            holds the results of another training.
+        BlockingIOError: if another process is training into the folder.
     """
     if not every >= 0:
         raise ValueError(f"every {every} must be 0 seconds or more")
@@ -176,10 +177,7 @@ def train(
         raise ValueError("settings: expected at least one autoencoder")
     place = None if folder is None else Path(folder)
     name = check_name(name or (place.name if place is not None else "sae"))
-    for variant in several:
-        if variant and check_name(variant) in _TAKEN:
-            raise ValueError(f"settings {variant!r}: the folder has another file of that name")
-    _check_rows(source, several, schedule)
+    _check_settings(source, several, schedule)
     rule = default_rule(source) if rule is None else rule
     plan = _plan(source, several, schedule, rule)
     with Ranks.joined() as ranks:
@@ -188,41 +186,53 @@ def train(
                 f"batch {schedule.batch} is below the {ranks.size} ranks: each needs a row"
             )
         if place is None:
-            run = _begun(source, several, schedule, rule, ranks, device)
+            run = _start(source, several, schedule, rule, ranks, device)
             _finish_steps(run, None, plan, every, report)
-            return _made(run, name, plan)
-        with ranks.lead() as lead:
-            if lead:
-                check_writable(place, "folder")
-                for variant in several:
-                    file = place / (f"{variant}.safetensors" if variant else FILE)
-                    if file.is_dir():
-                        raise IsADirectoryError(
-                            f"{str(file)!r} is a folder: expected a file, or none"
-                        )
-                place.mkdir(parents=True, exist_ok=True)
-        with _alone(place, ranks), ranks.together():
+            return _results(run, name, plan)
+        _make_folder(place, several, ranks)
+        with _exclusive(place, ranks), ranks.together():
             done = _finished(place, several, plan, anew)
             if done is not None:
                 return done
-            run = _begun(source, several, schedule, rule, ranks, device)
-            if anew and ranks.rank == 0:
+            # Started before old files are removed: rows that cannot be trained on must not cost earlier results.
+            run = _start(source, several, schedule, rule, ranks, device)
+            if not anew:
+                _resume(run, place / CHECKPOINT, plan)
+            elif ranks.rank == 0:
                 for file in place.glob("*.safetensors"):
                     file.unlink()
-            if not anew:
-                _go_on(run, place / CHECKPOINT, plan)
             _finish_steps(run, place / CHECKPOINT, plan, every, report)
-            made = _made(run, name, plan)
+            made = _results(run, name, plan)
             if ranks.rank == 0:
                 for variant, code in made.items():
-                    save_autoencoder(code, place / (f"{variant}.safetensors" if variant else FILE))
+                    save_autoencoder(code, _file_of(place, variant))
                 (place / CHECKPOINT).unlink(missing_ok=True)
             return made
 
 
-def _check_rows(
+def _file_of(place: Path, variant: str) -> Path:
+    """The file of an autoencoder; a single one has no name of its own."""
+    return place / (f"{variant}.safetensors" if variant else FILE)
+
+
+def _make_folder(place: Path, several: Mapping[str, Hyperparameters], ranks: Ranks) -> None:
+    """Make the folder on the first rank, if all files can be written into it."""
+    with ranks.lead() as lead:
+        if lead:
+            check_writable(place, "folder")
+            for file in (_file_of(place, variant) for variant in several):
+                if file.is_dir():
+                    raise IsADirectoryError(f"{str(file)!r} is a folder: expected a file, or none")
+            place.mkdir(parents=True, exist_ok=True)
+
+
+def _check_settings(
     source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule
 ) -> None:
+    """Raise ValueError if autoencoders cannot be trained on these rows, or not next to each other."""
+    for variant in several:
+        if variant and check_name(variant) in _RESERVED:
+            raise ValueError(f"settings {variant!r}: the folder has another file of that name")
     n = len(source)
     if schedule.batch > n:
         raise ValueError(
@@ -237,17 +247,17 @@ def _check_rows(
     transcoder = source.about["site"] != source.about["target"]
     if not transcoder and any(s.skip for s in several.values()):
         raise ValueError(
-            "skip: only a transcoder (from one site to another) has a way beside its latents"
+            "skip: only a transcoder (from one site to another) has a linear map in addition to its latents"
         )
     for i, one in enumerate(each := list(several.values())):
         if one in each[:i]:
-            raise ValueError(f"settings {one.label()} are there twice")
+            raise ValueError(f"settings {one.label()} are there twice: expected each once")
 
 
 def _plan(
     source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule, rule: RowFilter
 ) -> dict[str, Any]:
-    """Everything that a run's outcome follows from."""
+    """Everything that determines the outcome of a training; as JSON, since it is compared with what files hold."""
     made = {
         "rows": {**source.about, "n": len(source)},
         "autoencoders": {name: asdict(s) for name, s in several.items()},
@@ -257,10 +267,12 @@ def _plan(
     return json.loads(json.dumps(made))
 
 
-def _begun(
+def _start(
     source: RowSource, several: Mapping[str, Hyperparameters], schedule: Schedule, rule: RowFilter | None,
     ranks: Ranks, device: str | torch.device | None,
 ) -> _Run:  # fmt: skip
+    """A training before its first step."""
+    # Under `torchrun` each rank of a machine has a GPU of its own.
     here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     place = torch.device(device or here)
     batches = Batches(source, schedule.batch, rule, schedule.seed)
@@ -282,19 +294,20 @@ def _begun(
 def _finish_steps(
     run: _Run, checkpoint: Path | None, plan: Mapping[str, Any], every: float, report: Report | None
 ) -> None:
-    """All steps that are left; a checkpoint on the way, and when interrupted, between two steps."""
+    """Do all steps that are left; write checkpoints at intervals, and one before an interruption is passed on."""
     last = time.monotonic()
     stream = iter(run.batches)
     with _interrupts() as interrupted:
         while run.step < run.schedule.steps:
             x, y = next(stream)
             progress = _one_step(run, x, y)
+            # A caller's report may raise KeyboardInterrupt itself: then too a checkpoint comes first.
             try:
                 if report is not None and run.ranks.rank == 0:
                     report(progress)
             except KeyboardInterrupt:
                 interrupted.append(True)
-            stop = _any(run.ranks, bool(interrupted))
+            stop = _any_rank(run.ranks, bool(interrupted))
             due = stop or time.monotonic() - last >= every
             if checkpoint is not None and run.ranks.rank == 0 and due:
                 _save(run, checkpoint, plan)
@@ -303,8 +316,8 @@ def _finish_steps(
                 raise KeyboardInterrupt
 
 
-def _any(ranks: Ranks, own: bool) -> bool:
-    """Whether any rank says so: all stop at the same step."""
+def _any_rank(ranks: Ranks, own: bool) -> bool:
+    """Whether any rank was interrupted: all must stop at the same step, or the others wait for it for ever."""
     if ranks.size == 1:
         return own
     said = torch.tensor(int(own))
@@ -314,14 +327,16 @@ def _any(ranks: Ranks, own: bool) -> bool:
 
 @contextmanager
 def _interrupts() -> Iterator[list[bool]]:
-    """A list that gets an entry when the person presses Ctrl-C, instead of an error in the middle of a step."""
+    """A list that gets an entry at Ctrl-C, so that a step is not interrupted in the middle."""
     interrupted: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # others may not set signal handlers
         yield interrupted
         return
 
     def stop(*_: object) -> None:
-        if interrupted:  # twice: at once
+        if interrupted:  # at the second Ctrl-C, stop at once
             raise KeyboardInterrupt
         interrupted.append(True)
 
@@ -333,6 +348,7 @@ def _interrupts() -> Iterator[list[bool]]:
 
 
 def _one_step(run: _Run, x: Tensor, y: Tensor) -> TrainingProgress:
+    """One step of every autoencoder on the same batch."""
     size, rank = run.ranks.size, run.ranks.rank
     said: dict[str, tuple[float, float, float]] = {}
     for name, learner in run.learners.items():
@@ -361,7 +377,7 @@ def _one_step(run: _Run, x: Tensor, y: Tensor) -> TrainingProgress:
         said[name] = (float(numbers[0]), float(numbers[1]), learner.dead)
     run.step += 1
     steps = run.schedule.steps
-    if run.step % max(1, steps // _SAID) == 0 or run.step == steps:
+    if run.step % max(1, steps // _CURVE_POINTS) == 0 or run.step == steps:
         run.curve.append({"step": run.step, **{name: list(s) for name, s in said.items()}})
     parts: Sequence[dict[str, float]] = [{n: s[i] for n, s in said.items()} for i in range(3)]
     return TrainingProgress(run.step, steps, *parts)
@@ -370,7 +386,7 @@ def _one_step(run: _Run, x: Tensor, y: Tensor) -> TrainingProgress:
 def _averaged(
     learner: Learner, numbers: Tensor, active: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients, numbers and the bound, averaged over ranks; latents that were active in any."""
+    """Average gradients, numbers and the threshold over ranks; a latent is active if it is on any rank."""
     tensors = [p.grad for p in learner.parameters() if p.grad is not None]
     counts = active.to(torch.int32)
     for tensor in [*tensors, numbers, learner.bound]:
@@ -384,8 +400,8 @@ def _averaged(
 
 
 @contextmanager
-def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
-    """Nobody else trains into the folder meanwhile; it goes away again if nothing was written."""
+def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock the folder against other trainings inside the block; remove it at the end if nothing was written."""
     with ranks.lead() as lead:
         handle = None
         if lead:
@@ -395,12 +411,13 @@ def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
             except BlockingIOError:
                 os.close(handle)
                 raise BlockingIOError(
-                    f"folder {str(place)!r}: somebody else is training into it; wait, or take another name"
+                    f"folder {str(place)!r}: somebody else is training into it; wait, or choose another name"
                 ) from None
     try:
         yield
     finally:
         if handle is not None:
+            # While the lock is still held, so that no other training has begun in the folder.
             if [p.name for p in place.iterdir()] == [".lock"]:
                 (place / ".lock").unlink()
                 place.rmdir()
@@ -410,42 +427,44 @@ def _alone(place: Path, ranks: Ranks) -> Iterator[None]:
 def _finished(
     place: Path, several: Mapping[str, Hyperparameters], plan: Mapping[str, Any], anew: bool
 ) -> dict[str, Autoencoder] | None:
-    """What an earlier run with the same plan made; None if it is not finished.
+    """The results of an earlier training with the same plan; None if it is not finished.
 
     Raises:
-        ValueError: if the folder holds another run's.
+        ValueError: if the folder holds the results of another training.
     """
     if anew:
         return None
     found = {}
     for variant in several:
-        file = place / (f"{variant}.safetensors" if variant else FILE)
+        file = _file_of(place, variant)
         if not file.exists():
             continue
         code = load_autoencoder(file)
         if code.about.settings.get("plan") != plan:
-            raise ValueError(_other(place, code.about.settings.get("plan"), plan))
+            raise ValueError(_differs(place, code.about.settings.get("plan"), plan))
         found[variant] = code
     if len(found) == len(several):
         return found
     foreign = [p.name for p in place.glob("*.safetensors") if p.name != CHECKPOINT]
     if foreign and not found:
-        raise ValueError(_other(place, None, plan))
+        raise ValueError(_differs(place, None, plan))
     return None
 
 
-def _other(place: Path, theirs: Any, ours: Mapping[str, Any]) -> str:
-    what = "is another"
+def _differs(place: Path, theirs: Any, ours: Mapping[str, Any]) -> str:
+    """The message for a folder that holds another training; says in which arguments it differs, if that is known."""
+    what = "is another one"
     if isinstance(theirs, Mapping):
         differing = [key for key in ours if ours[key] != theirs.get(key)]
         what = f"differs in {', '.join(differing)}"
     return (
-        f"folder {str(place)!r} holds a training that {what}: expected the same arguments to go on, another name, "
-        "or --anew to overwrite it"
+        f"folder {str(place)!r} holds a training that {what}: expected the same arguments to resume it, another "
+        "name, or --anew to overwrite it"
     )
 
 
 def _save(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
+    """Write a checkpoint: parameters and buffers, Adam's moments, the rows left over, and where the stream stands."""
     tensors: dict[str, Tensor] = {}
     for i, (name, learner) in enumerate(run.learners.items()):
         for key, value in learner.state_dict().items():
@@ -458,22 +477,23 @@ def _save(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
     for i, rows in enumerate(rest):
         tensors[f"rest/{i}"] = rows
     about = {"plan": plan, "step": run.step, "batches": numbers, "curve": run.curve}
+    # Cloned, because safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"circuits.training": json.dumps(about)})
 
 
-def _go_on(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
-    """Stand where a checkpoint stands, if there is one."""
+def _resume(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
+    """Continue from a checkpoint, if there is one."""
     if not path.is_file():
         return
     try:
         tensors, metadata = read_tensors(path)
         about = json.loads(metadata["circuits.training"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged: --anew begins anew") from error
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: start over with --anew") from error
     if about["plan"] != plan:
-        raise ValueError(_other(path.parent, about["plan"], plan))
+        raise ValueError(_differs(path.parent, about["plan"], plan))
     for i, (name, learner) in enumerate(run.learners.items()):
         own = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{i}/")}
         learner.load_state_dict({k: v for k, v in own.items() if not k.startswith("adam/")})
@@ -484,14 +504,14 @@ def _go_on(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
                 state.setdefault(int(number), {})[entry] = value
         optimizer = run.optimizers[name]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    run.batches.go_on(
+    run.batches.resume(
         about["batches"], [v for k, v in sorted(tensors.items()) if k.startswith("rest/")]
     )
     run.step, run.curve = about["step"], about["curve"]
 
 
-def _made(run: _Run, name: str, plan: Mapping[str, Any]) -> dict[str, Autoencoder]:
-    """The autoencoders, with how they were made."""
+def _results(run: _Run, name: str, plan: Mapping[str, Any]) -> dict[str, Autoencoder]:
+    """The autoencoders, with the record of how they were trained."""
     rows, b = plan["rows"], run.batches
     c = b.calibration
     limit = c.limit if c.limit < float("inf") else None
@@ -504,7 +524,9 @@ def _made(run: _Run, name: str, plan: Mapping[str, Any]) -> dict[str, Autoencode
             {"step": c["step"], "fvu": c[variant][0], "l0": c[variant][1], "dead": c[variant][2]}
             for c in run.curve
         ]
-        last = curve[-max(1, len(curve) // 10) :]
+        last = curve[
+            -max(1, len(curve) // 10) :
+        ]  # single batches are noisy: the mean of the last tenth
         metrics = {
             "fvu": sum(c["fvu"] for c in last) / len(last), "l0": sum(c["l0"] for c in last) / len(last),
             "dead": last[-1]["dead"], "rows": b.seen, "left_out": b.left_out, "curve": curve,

@@ -1,4 +1,4 @@
-"""Inputs: drawings, photographs, folders, texts, arrays, and the datasets of other libraries."""
+"""Inputs: drawings, photographs, folders of images, texts, arrays, and datasets of other libraries."""
 
 from circuits.stimuli.datasets import from_dataset
 from circuits.stimuli.images import ImageSource, read_image

@@ -1,4 +1,4 @@
-"""Data from arrays, Hugging Face datasets and any other sequence of examples."""
+"""Data from arrays, from Hugging Face datasets and from any other map-style dataset."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def from_dataset(
     column: str | int | None = None,
     identity: str | None = None,
 ) -> ImageSource | TextSource:
-    """Any map-style dataset (`len` and indexing) as data: of torch, torchvision, Hugging Face, a list.
+    """Take any map-style dataset (with `len` and indexing) as data: of torch, torchvision, Hugging Face, or a list.
 
     Args:
-        dataset: its examples are pictures or tensors (channel x y x x, floats in 0..1 or bytes), texts,
-            sequences of tokens; or tuples or mappings that hold one.
-        name: how it is called in provenance.
-        column: which part of an example; the first of a tuple, or the usual names, if not given.
-        identity: what stands for the content in the hash, e.g. a version; all examples are read once
-            to make one if it is not given.
+        dataset: a dataset whose examples are pictures or tensors (channel x y x x, floats in 0..1 or bytes), texts or
+            sequences of tokens; or tuples or mappings that hold one of these.
+        name: its name in provenance.
+        column: the part of an example to use; by default the first of a tuple, or a column with a usual name.
+        identity: what stands for the content in the hash, such as a version; by default all examples are read once to
+            hash them.
 
     Raises:
-        ValueError: if it is empty, or an example is nothing of the above.
+        ValueError: if it is empty, or an example is none of the above.
         TypeError: if it has no length or no indexing.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -54,7 +54,7 @@ def from_dataset(
     def example(i: int) -> Any:
         try:
             return _part(dataset[i], column, name)
-        except Exception as error:  # whatever a person's own code raises
+        except Exception as error:  # the dataset is the user's code, which may raise anything
             raise ValueError(
                 f"{names[i]} of {name} cannot be read: {type(error).__name__}: {error}"
             ) from error
@@ -67,7 +67,9 @@ def from_dataset(
     def image(i: int) -> Image.Image | torch.Tensor:
         return as_image(example(i), f"{names[i]} of {name}")
 
-    as_image(first, f"{names[0]} of {name}")  # say at once if it is none
+    as_image(
+        first, f"{names[0]} of {name}"
+    )  # raises now, and not at the first use, if it is not an image
     digest = _digest(identity, column, lambda i: _bytes_or_error(image, i), n)
     return ImageSource(name, names, digest, image)
 
@@ -85,7 +87,9 @@ def _digest(
 
 
 def _bytes_or_error(image: Callable[[int], Any], i: int) -> bytes:
-    """What stands for an example in a hash; a harvest will refuse, or skip, what cannot be read."""
+    """The bytes of an example to hash; for one that cannot be read, those of its error, so that data can be opened
+    and a harvest may skip it.
+    """
     try:
         return _bytes(image(i))
     except ValueError as error:
@@ -119,6 +123,7 @@ def _part(item: Any, column: str | int | None, name: str) -> Any:
 
 
 def _is_text(item: Any) -> bool:
+    """Whether an example is a text or a sequence of tokens."""
     if isinstance(item, str):
         return True
     if isinstance(item, torch.Tensor | np.ndarray):
@@ -132,12 +137,12 @@ def _tokens(item: Any) -> str | tuple[int, ...]:
 
 
 def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
-    """A picture, or an array or tensor of one, as `ImageSource` gives it.
+    """Convert a picture, array or tensor to what `ImageSource` gives.
 
-    Arrays are y x x (grey), y x x x channel, or channel x y x x; bytes are 0..255, floats 0..1.
+    Arrays are y x x (grey), y x x x channel, or channel x y x x; bytes are in 0..255, floats in 0..1.
 
     Raises:
-        ValueError: if it is nothing of the kind.
+        ValueError: if it is none of these.
     """
     if isinstance(item, Image.Image):
         return to_rgb(item)
@@ -149,6 +154,7 @@ def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
     values = torch.as_tensor(np.ascontiguousarray(np.asarray(item)))
     if values.ndim == 2:
         values = values[None]
+    # Told by which axis has the length of channels; where both do, channels come first.
     elif values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
         values = values.movedim(2, 0)
     if values.ndim != 3:
@@ -165,15 +171,15 @@ def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
             f"{name} has values {float(values.min()):.3g} to {float(values.max()):.3g}: "
             "expected 0 to 1 (preprocessing is the model's)"
         )
-    return values[:3] if values.shape[0] == 4 else values
+    return values[:3] if values.shape[0] == 4 else values  # a fourth channel is transparency
 
 
 def open_array(path: str) -> ImageSource | TextSource:
-    """`PATH[:KEY]` of an `.npz` or `.npy` file: images, or rows of tokens.
+    """Open `PATH[:KEY]`, an array of images or of tokens in an `.npz` or `.npy` file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, has no such array, or that holds neither.
+        ValueError: if it cannot be read, has no such array, or the array holds neither images nor tokens.
     """
     file, _, key = path.partition(":")
     place = Path(file).expanduser()
@@ -206,15 +212,15 @@ def _array(place: Path, key: str) -> np.ndarray:
             return loaded[wanted]
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         pickled = "pickle" in str(error)
-        why = "it is no .npy or .npz file, or holds objects" if pickled else error
+        why = "it is not an .npy or .npz file, or holds Python objects" if pickled else error
         raise ValueError(f"array file {str(place)!r} cannot be read: {why}") from error
 
 
 def open_hugging_face(path: str) -> ImageSource | TextSource:
-    """`PATH[:COLUMN]` of a folder that `datasets` saved (`save_to_disk`).
+    """Open `PATH[:COLUMN]`, a folder that Hugging Face `datasets` wrote with `save_to_disk`.
 
     Raises:
-        ImportError: if the package `datasets` is missing.
+        ImportError: if the package `datasets` is not installed.
         FileNotFoundError: if there is no such folder.
         ValueError: if it is not such a folder, or its split or column is not clear.
     """
@@ -236,6 +242,7 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"{', '.join(map(str, dataset))}"
         )
     spec = f"hf:{place.resolve()}" + (f":{column}" if column else "")
+    # The files identify the content: reading all examples to hash them would be slow.
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
     return from_dataset(dataset, spec, column or None, identity=fingerprint)
 

@@ -1,4 +1,4 @@
-"""Images: a sequence of them, reading them from files, bringing them to 8-bit RGB."""
+"""Images: sequences of them, reading them from files, and converting them to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
-"""Larger images are refused: they are decompression bombs more often than photographs."""
+"""Larger images are refused: they are more often decompression bombs than photographs."""
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
-"""What Pillow raises of damaged files."""
+"""What Pillow raises for damaged files."""
 
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # TIFF tags
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,10 @@ class ImageSource:
 
     Attributes:
         spec: its name, e.g. `photos`.
-        names: one a image, for people.
-        hash: SHA-256 of what it holds, in hexadecimal.
-        image: the image at an index: a picture, or a tensor, channel x y x x, in 0..1 (RGB order if it
-            has three channels).
+        names: the name of each image.
+        hash: the SHA-256 of its content, in hexadecimal.
+        image: function from an index to the image: a picture, or a tensor in 0..1, channel x y x x (in RGB order if
+            it has three channels).
     """
 
     spec: str
@@ -52,7 +52,7 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, is cut off or has more than `MAX_PIXELS` pixels.
+        ValueError: if it is not an image, is truncated, or has more than `MAX_PIXELS` pixels.
     """
     if not path.is_file():
         raise FileNotFoundError(f"image {str(path)!r} does not exist or is not a file")
@@ -62,18 +62,18 @@ def read_image(path: Path) -> Image.Image:
 def decode(
     file: Path | BytesIO, name: str, most: int, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several, the first.
+    """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several frames, the first.
 
-    Its size is read from its header, and judged, before a pixel is decoded.
+    The size in its header is checked before a pixel is decoded.
 
     Args:
-        file: where it is.
-        name: what error messages call it.
-        most: how many pixels it may have.
-        formats: which formats it may have, as Pillow calls them; all that Pillow knows if not given.
+        file: the file.
+        name: its name in error messages.
+        most: the most pixels that it may have.
+        formats: the formats that are allowed, by Pillow's names; by default all.
 
     Raises:
-        ValueError: if it is not such an image, is damaged or cut off, or has too many pixels.
+        ValueError: if it is not such an image, is damaged or truncated, or has too many pixels.
     """
     try:
         with Image.open(file, formats=formats) as opened:
@@ -93,7 +93,7 @@ def decode(
 
 
 def _tile(image: Image.Image) -> tuple[int, int]:
-    """The size of a TIFF's tiles: one is decoded whole, even where it is larger than the image."""
+    """The size of a TIFF's tiles, which are decoded whole even if they are larger than the image."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return image.size
     width, height = image.tag_v2.get(_TILE_WIDTH), image.tag_v2.get(_TILE_HEIGHT)
@@ -101,7 +101,9 @@ def _tile(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: 16 bits scaled down, transparency on white."""
+    """Convert any image to 8-bit RGB: 16 bits are scaled down, transparency is put on white."""
+    # Pillow's own conversion of these modes clips at 255 instead of scaling. Modes I and F do not say their range: if
+    # a value exceeds 255, it is taken to be 16 bits.
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         deep = image.mode.startswith("I;16") or np.asarray(image).max() > 255
         top = 65535.0 if deep else 255.0
@@ -114,6 +116,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_image(values: torch.Tensor) -> Image.Image:
-    """A tensor, channel x y x x in 0..1 with 3 channels, as a picture."""
+    """Convert a tensor in 0..1, channel x y x x with 3 channels, to a picture."""
     pixels = (rearrange(values, "c y x -> y x c").clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.cpu().numpy())

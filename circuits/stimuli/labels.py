@@ -1,4 +1,4 @@
-"""What is right for each example of a dataset."""
+"""Labels of the examples of a dataset."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from circuits.stimuli.sources import Source
 def read_labels(
     source: Source, classes: Sequence[str], path: str | Path | None = None
 ) -> list[int]:
-    """The class of each example of a source.
+    """Read the class of each example of a source.
 
     Args:
         source: the examples.
-        classes: names of the model's classes, by index; empty if it has none.
-        path: JSON: a list of classes in the order of the examples, or a mapping from an example's name (or
-            its file's name) to its class, or a mapping that holds one of these under `labels`; a class is
-            its index or its name. Or `FILE.npz:KEY`. Without it, names tell: the folder that an image is
-            in, or what stands before ` #`.
+        classes: the names of the model's classes, by index; empty if they have no names.
+        path: a JSON file with a list of classes in the order of the examples, a mapping from the example's name (or
+            its file's name) to its class, or a mapping that holds one of these under `labels`; a class is an index or
+            a name. Or `FILE.npz:KEY`. By default the class is part of the example's name: the folder of an image, or
+            what comes before ` #`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if an example has no label, or a label is no class.
+        ValueError: if an example has no label, or a label is not a class.
     """
     if path is None:
         found: Any = [_from_name(name) for name in source.names]
@@ -36,17 +36,19 @@ def read_labels(
     if isinstance(found, dict):
         found = found.get("labels", found)
     if isinstance(found, dict):
+        # A full name goes before a file's name.
         known = {**{PurePath(k).name: v for k, v in found.items()}, **found}
         found = [known.get(n, known.get(PurePath(n).name)) for n in source.names]
     if not isinstance(found, list) or len(found) != len(source):
         n = len(found) if isinstance(found, list) else "no"
         raise ValueError(
-            f"labels {str(path)!r}: {n} labels for {len(source)} examples of {source.spec}"
+            f"labels {str(path)!r} have {n} entries: expected one for each of {len(source)} examples of {source.spec}"
         )
     return [_index(label, name, classes) for label, name in zip(found, source.names, strict=True)]
 
 
 def _from_name(name: str) -> str | None:
+    """The class in an example's name: what comes before ` #`, or its folder."""
     if " #" in name:
         return name.rpartition(" #")[0]
     folder = PurePath(name).parent.name
@@ -74,7 +76,7 @@ def index_of(name: str, names: Sequence[str], what: str = "class") -> int:
     """The index of a name.
 
     Raises:
-        ValueError: if it is the name of several (ImageNet has two cranes) or of none.
+        ValueError: if several have the name (ImageNet has two cranes), or none.
 
     >>> index_of("b", ["a", "b"])
     1
@@ -94,12 +96,12 @@ def _index(label: Any, example: str, classes: Sequence[str]) -> int:
     if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
         if classes and label >= len(classes):
             raise ValueError(
-                f"label {label} of {example!r} is no class: expected 0 to {len(classes) - 1}"
+                f"label {label} of {example!r} is not a class: expected 0 to {len(classes) - 1}"
             )
         return label
     if label is None:
-        raise ValueError(f"{example!r} has no label: give a file with labels")
-    raise ValueError(f"label {label!r} of {example!r} is no class of the model")
+        raise ValueError(f"{example!r} has no label: expected a file with labels")
+    raise ValueError(f"label {label!r} of {example!r} is not a class of the model")
 
 
 def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], int]:
@@ -110,7 +112,7 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON of this form, or fits no example.
+        ValueError: if it is not JSON of this form, or fits no example.
     """
     file, what = Path(path).expanduser(), f"attributes {str(path)!r}"
     if not file.is_file():
@@ -118,7 +120,7 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
     try:
         given = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"attributes file {str(path)!r} is no JSON: {error}") from error
+        raise ValueError(f"attributes file {str(path)!r} is not JSON: {error}") from error
     missing = 0
     if isinstance(given, dict):
         known = {**{PurePath(k).name: v for k, v in given.items()}, **given}

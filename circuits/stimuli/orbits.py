@@ -1,7 +1,7 @@
-"""Stimuli under a transformation, step by step: what families are found with.
+"""Orbits: stimuli in every step of a transformation, by which families of units are found.
 
-An orbit is a set of images, each in every step of a transformation. Two units are the same unit transformed
-if one answers to step k of every image as the other does to step k + shift.
+Two units are transformed copies of each other if one responds to step k of every image as the other does to step
+k + shift.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from circuits.stimuli.drawing import (
 )  # fmt: skip
 
 Transformation = Literal["rotation", "mirror", "scale", "hue"]
-"""Turned (degrees), mirrored left to right (0, 1), enlarged (factor) or hue-shifted (degrees)."""
+"""Images are rotated (degrees), mirrored left to right (0, 1), enlarged (by a factor) or shifted in hue (degrees)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +35,11 @@ class Orbit:
     """Images in every step of a transformation.
 
     Attributes:
-        transformation: which.
-        images: in 0..1.
-        steps: what each step is, in degrees or as a factor.
-        cyclic: whether the last step is followed by the first.
-        central: whether images are about their middle, so that units should be read there.
+        transformation: the transformation.
+        images: the images, in 0..1.
+        steps: the value of each step, in degrees or as a factor.
+        cyclic: whether the first step comes after the last one again.
+        central: whether the content is in the middle of the images, so that units should be read there.
     """
 
     transformation: Transformation
@@ -50,14 +50,14 @@ class Orbit:
 
 
 def rotations(size: int, steps: int = 24) -> Orbit:
-    """Arcs of four radii, lines, edges and gratings, dark and light, drawn at every angle.
+    """Draw arcs of four radii, lines, edges and gratings, dark and light, at every angle.
 
-    The angle is that of the normal: where an arc bulges, an edge grows light or dark; lines and stripes
-    run at a right angle to it.
+    The angle is that of the normal: an arc bulges there, an edge gets lighter or darker in that direction, and lines
+    and stripes run at a right angle to it.
 
     Args:
-        size: height and width in pixels; what is drawn grows with it.
-        steps: how many angles, all around.
+        size: the height and width in pixels, with which the drawings scale.
+        steps: the number of angles in a full turn.
     """
     angles = torch.arange(steps) * (360.0 / steps)
     points = grid(size, size)
@@ -70,6 +70,7 @@ def rotations(size: int, steps: int = 24) -> Orbit:
             curves(angles, radii, size, thick, foreground=ink, background=paper)
             for ink, paper in greys
         ]
+    # Long enough that the ends of the line are outside of the image at every angle.
     far = 2.0 * size * heading(angles + 90)
     line = segment_distance(points, -far, far)
     edge = (points * heading(angles)[:, None, None]).sum(-1)
@@ -89,6 +90,7 @@ def rotations(size: int, steps: int = 24) -> Orbit:
 
 
 def _painted(coverage: Tensor, ink: float, paper: float) -> Tensor:
+    """Grey images with a shape in another grey."""
     blank = torch.full((len(coverage), 3, *coverage.shape[1:]), paper)
     return paint(blank, coverage, torch.full((len(coverage), 3), ink))
 
@@ -100,10 +102,9 @@ def mirrors(images: Float[Tensor, "stimulus 3 h w"]) -> Orbit:
 
 
 def scales(images: Float[Tensor, "stimulus 3 h w"], steps: int = 7, ratio: float = 2**0.5) -> Orbit:
-    """Images enlarged about their middle, each step by `ratio`, the first as they are.
+    """Images enlarged about their middle, by `ratio` from step to step; the first step is the images themselves.
 
-    The picture is cut off where it grows past the frame, so the first step should hold more than its
-    middle shows.
+    What grows beyond the frame is cut off.
     """
     h, w = images.shape[-2:]
     factors = [ratio**k for k in range(steps)]
@@ -119,7 +120,7 @@ def scales(images: Float[Tensor, "stimulus 3 h w"], steps: int = 7, ratio: float
 
 
 def hues(images: Float[Tensor, "stimulus 3 h w"], steps: int = 12) -> Orbit:
-    """Images with their colours turned about the grey axis."""
+    """Images with their colours rotated about the grey axis."""
     angles = [360.0 / steps * k for k in range(steps)]
     turned = [torch.einsum("cd,sdhw->schw", _about_grey(angle), images) for angle in angles]
     return Orbit(
@@ -128,7 +129,7 @@ def hues(images: Float[Tensor, "stimulus 3 h w"], steps: int = 12) -> Orbit:
 
 
 def _about_grey(degrees: float) -> Float[Tensor, "3 3"]:
-    """The rotation of red, green and blue by an angle about the axis (1, 1, 1) (Rodrigues)."""
+    """The rotation matrix of (red, green, blue) about the axis (1, 1, 1), by Rodrigues' formula."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     third, root = (1 - cos) / 3, sin / math.sqrt(3)
     return torch.tensor(

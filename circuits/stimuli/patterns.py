@@ -1,7 +1,7 @@
-"""Stimuli that vary one thing at a time: curves, lines, angles, gratings, edges, boards.
+"""Stimuli in which one property varies: curves, lines, angles, gratings, edges, checkerboards.
 
-Every argument that says how an image looks is a number, or one number an image; sizes are in pixels, angles
-in degrees, counter-clockwise on the screen, and colours red, green, blue in 0..1 (or one grey level).
+Each property is a number for all images, or one number for each image. Sizes are in pixels, angles in degrees,
+counter-clockwise on the screen, and colours are red, green and blue in 0..1, or a grey level.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Colour = float | Sequence[float] | Float[Tensor, "image 3"]
 """A grey level, a colour, or one for each image."""
 
 STRAIGHT = 1e5
-"""The radius of a curve that is a line, in pixels."""
+"""The radius, in pixels, from which a curve is drawn as a line."""
 
 
 def arcs(
@@ -49,21 +49,21 @@ def arcs(
     background: Images | None = None,
     shift: Float[Tensor, "image 2"] | None = None,
 ) -> Images:
-    """One curve an image, its middle at the image's centre.
+    """Draw one curve in each image, with its middle at the image's centre.
 
     Args:
-        orientation: where each bulges: 90 is an arch, 270 a bowl.
-        radius: of curvature; `STRAIGHT` or more is a line at a right angle to `orientation`.
-        size: height and width of the images.
-        length: of the curve, at most a full circle; two thirds of the size if not given.
-        thickness: of the line.
-        corner: from 0, an arc, to 1, an angle: the same turn within a radius that shrinks, and straight
-            ends, so that length and turn stay (the morph of Cammarata et al. 2020).
-        filled: paint all of the disk that the arc bounds, instead of a line.
-        ink: colour of the curve.
-        paper: colour around it.
-        background: images to draw on instead of paper.
-        shift: moves each curve, right and down.
+        orientation: where each curve bulges: 90 is an arch, 270 a bowl.
+        radius: the radius of curvature; `STRAIGHT` or more is a line at a right angle to `orientation`.
+        size: the height and width of the images.
+        length: the length of the curve, at most a full circle; by default two thirds of the size.
+        thickness: the thickness of the line.
+        corner: from 0, an arc, to 1, an angle: the curve turns by the same angle within a smaller radius and ends in
+            straight lines, so that its length stays (the morph of Cammarata et al. 2020).
+        filled: fill the disk that the arc bounds, instead of drawing a line.
+        ink: the colour of the curve.
+        paper: the colour around it.
+        background: images to draw on instead of `paper`.
+        shift: moves each curve, to the right and down.
 
     Raises:
         ValueError: if a size is not positive, or `corner` not in 0..1.
@@ -80,6 +80,7 @@ def arcs(
     points = grid(size, size)
     if shift is not None:
         points = points - shift[:, None, None]
+    # An arc of length l and radius r spans the angle l / r.
     half_span = (long / (2 * r)).clamp_max(math.pi)
     if filled:
         center = -r[:, None] * heading(orientation)
@@ -97,13 +98,14 @@ def _bent(
     corner: Tensor,
     length: Tensor,
 ) -> Tensor:
-    """The distance to an arc that goes on straight where its radius has shrunk."""
+    """The distance to an arc of a reduced radius, which ends in two straight lines."""
     small = (radius * (1 - corner)).clamp_min(0.01)
     center = -small[:, None] * heading(orientation)
     degrees = torch.rad2deg(half_span)
     distance = arc_distance(points, center, small, orientation, degrees)
     if not corner.any():
         return distance
+    # What the smaller arc lacks in length, half of it on either side.
     rest = (length.minimum(2 * math.pi * radius) / 2 - small * half_span).clamp_min(0)
     for side in (1.0, -1.0):
         end = center + small[:, None] * heading(orientation + side * degrees)
@@ -122,7 +124,7 @@ def lines(
     paper: Colour = 1.0,
     background: Images | None = None,
 ) -> Images:
-    """One straight line an image, along `orientation`, through the centre.
+    """Draw one straight line in each image, along `orientation`, through the centre.
 
     Raises:
         ValueError: if a size is not positive.
@@ -143,16 +145,16 @@ def angles(
     ink: Colour = 0.0,
     paper: Colour = 1.0,
 ) -> Images:
-    """Two lines an image that meet at the centre, pointing at `orientation` like an arrow.
+    """Draw two lines in each image that meet at the centre and point at `orientation` like an arrow.
 
     Args:
         orientation: where the tip points.
         opening: the angle between the lines, 0 to 180.
-        size: height and width of the images.
-        length: of both lines together.
-        thickness: of the lines.
-        ink: colour of the lines.
-        paper: colour around them.
+        size: the height and width of the images.
+        length: the length of both lines together.
+        thickness: the thickness of the lines.
+        ink: the colour of the lines.
+        paper: the colour around them.
 
     Raises:
         ValueError: if a size is not positive.
@@ -176,7 +178,7 @@ def circles(
     ink: Colour = 0.0,
     paper: Colour = 1.0,
 ) -> Images:
-    """One circle, or disk, an image, about the centre."""
+    """Draw one circle or disk in each image, about the centre."""
     n = len(radius)
     distance = grid(size, size).norm(dim=-1) - _each("radius", radius, n)[:, None, None]
     coverage = fill(distance) if filled else stroke(distance, _each("thickness", thickness, n))
@@ -192,15 +194,15 @@ def gratings(
     contrast: Each = 1.0,
     sigma: Each | None = None,
 ) -> Images:
-    """Sinusoidal gratings about mid-grey whose stripes run along `orientation`; with `sigma`, Gabors.
+    """Draw sinusoidal gratings about mid-grey whose stripes run along `orientation`; with `sigma`, Gabor patches.
 
     Args:
-        orientation: of the stripes.
-        wavelength: from stripe to stripe.
-        size: height and width of the images.
+        orientation: the direction of the stripes.
+        wavelength: the distance from stripe to stripe.
+        size: the height and width of the images.
         phase: 0 puts a bright stripe through the centre.
         contrast: 1 reaches from black to white.
-        sigma: width of the Gaussian that the grating fades with; none if not given.
+        sigma: the width of the Gaussian with which the grating fades; by default it does not fade.
 
     Raises:
         ValueError: if a wavelength or sigma is not positive.
@@ -224,7 +226,7 @@ def gratings(
 def contrasts(
     orientation: Float[Tensor, " image"], one: Colour, other: Colour, size: int = 64
 ) -> Images:
-    """Two colours that meet at an edge through the centre: `one` on the side that `orientation` points to."""
+    """Draw two colours that meet at an edge through the centre, with `one` on the side of `orientation`."""
     side = (grid(size, size) * heading(orientation)[:, None, None]).sum(-1)
     return _painted(fill(-side), one, other)
 
@@ -232,21 +234,21 @@ def contrasts(
 def surrounds(
     radius: Float[Tensor, " image"], inside: Colour, around: Colour, size: int = 64
 ) -> Images:
-    """A disk of one colour in another: what colour-contrast units look for."""
+    """Draw a disk of one colour in another, which colour-contrast units respond to."""
     return circles(radius, size, filled=True, ink=inside, paper=around)
 
 
 def frequency_edges(
     orientation: Float[Tensor, " image"], fine: Each, coarse: Each, size: int = 64, seed: int = 0
 ) -> Images:
-    """Fine texture on the side that `orientation` points to, coarse on the other (high-low frequency edges).
+    """Draw a fine texture on the side of `orientation` and a coarse one on the other (high-low frequency edges).
 
     Args:
-        orientation: which side is fine.
-        fine: typical wavelength of the fine texture.
-        coarse: of the coarse one.
-        size: height and width of the images.
-        seed: of the textures, noise of one wavelength.
+        orientation: the fine side.
+        fine: the typical wavelength of the fine texture.
+        coarse: the typical wavelength of the coarse one.
+        size: the height and width of the images.
+        seed: the seed of the textures, which are band-limited noise.
     """
     n = len(orientation)
     side = fill(-(grid(size, size) * heading(orientation)[:, None, None]).sum(-1))
@@ -259,13 +261,14 @@ def frequency_edges(
 
 
 def _noise(wavelength: Tensor, size: int, seed: int) -> Float[Tensor, "image h w"]:
-    """Noise with one spatial frequency, in all directions, from 0 to 1."""
+    """Noise of about one spatial frequency in all directions, in 0..1: white noise filtered by a ring in frequency."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(len(wavelength), size, size, generator=generator)
     frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
     center = 1 / wavelength[:, None, None]
     ring = torch.exp(-0.5 * ((frequency - center) / (0.25 * center)) ** 2)
     made = torch.fft.irfft2(torch.fft.rfft2(drawn) * ring, s=(size, size))
+    # To a standard deviation of a quarter about mid-grey, so that few values are cut off.
     made = made / made.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     return (0.5 + 0.25 * made).clamp(0, 1)
 
@@ -278,7 +281,7 @@ def checkerboards(
     ink: Colour = 0.0,
     paper: Colour = 1.0,
 ) -> Images:
-    """Boards of squares, `cell` pixels wide, turned by `rotation`; a corner lies at the centre."""
+    """Draw checkerboards of squares that are `cell` pixels wide, turned by `rotation`, with a corner at the centre."""
     n = len(cell)
     wide = _each("cell", cell, n)[:, None, None]
     axis = heading(_each("rotation", rotation, n, positive=False))
@@ -291,7 +294,7 @@ def checkerboards(
 
 
 def _square_wave(x: Tensor, half: Tensor) -> Tensor:
-    """-1 and 1 by turns of `half` pixels, ramped over one pixel."""
+    """A wave that is -1 and 1 in turns of `half` pixels, ramped over one pixel at each change."""
     phase = torch.remainder(x, 2 * half)
     return torch.minimum(phase.minimum((2 * half - phase).abs()), (phase - half).abs()).mul(
         2
@@ -299,7 +302,7 @@ def _square_wave(x: Tensor, half: Tensor) -> Tensor:
 
 
 def turned(images: Images, degrees: Each) -> Images:
-    """Images turned about their middle, counter-clockwise; what comes from outside is their border."""
+    """Rotate images about their middle, counter-clockwise; outside of the frame their border is repeated."""
     radians = torch.deg2rad(_each("degrees", degrees, len(images), positive=False))
     cos, sin = radians.cos(), radians.sin()
     zero = torch.zeros_like(cos)
@@ -307,7 +310,7 @@ def turned(images: Images, degrees: Each) -> Images:
 
 
 def enlarged(images: Images, factor: Each) -> Images:
-    """Images enlarged about their middle (shrunk, by a factor below 1, their border repeated)."""
+    """Enlarge images about their middle (a factor below 1 shrinks them, and repeats their border)."""
     inverse = 1 / _each("factor", factor, len(images))
     zero = torch.zeros_like(inverse)
     return _moved(
@@ -316,6 +319,9 @@ def enlarged(images: Images, factor: Each) -> Images:
 
 
 def _moved(images: Tensor, matrices: Tensor) -> Tensor:
+    """Resample images at the places to which matrices map each pixel."""
+    # `affine_grid` has coordinates from -1 to 1 along both axes: entries that mix the axes of an image that is not
+    # square are scaled by its aspect ratio.
     h, w = images.shape[-2:]
     aspect = matrices.new_tensor([[1.0, h / w, 1.0], [w / h, 1.0, 1.0]])
     places = F.affine_grid(matrices * aspect, list(images.shape), align_corners=False)
@@ -323,10 +329,10 @@ def _moved(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _each(name: str, value: Each, n: int, positive: bool = True) -> Float[Tensor, " image"]:
-    """A number for each image.
+    """One number for each image.
 
     Raises:
-        ValueError: if there are not as many as images, or one that should be positive is not.
+        ValueError: if there is not one for each image, or one that should be positive is not.
     """
     made = torch.as_tensor(value, dtype=torch.float32)
     if made.ndim > 1 or (made.ndim == 1 and len(made) != n):

@@ -1,4 +1,4 @@
-"""The photographs that ship with scikit-image: real images without a download."""
+"""The photographs in the package scikit-image, as real images without a download."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Photograph:
     """One photograph.
 
     Attributes:
-        name: its file's name without the ending.
-        pixels: height x width x 3, 8 bits, RGB.
+        name: its file name without the extension.
+        pixels: height x width x 3, 8-bit RGB.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Photograph:
 
 @cache
 def photographs() -> tuple[Photograph, ...]:
-    """All nineteen, in the order of their names."""
-    import skimage  # here, not at the top: it takes a while and few callers need it
+    """All nineteen photographs, in the order of their names."""
+    import skimage  # here and not at the top: importing it is slow, and few callers need it
 
     folder = Path(skimage.__file__).parent / "data"
     return tuple(

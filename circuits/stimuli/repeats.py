@@ -1,7 +1,7 @@
-"""Sequences that repeat: a random prefix, then a random pattern over and over.
+"""Sequences with repetition: a random prefix, then a random pattern again and again.
 
-An induction head predicts the pattern's second and later rounds. Prefix and period both vary, so that
-looking back a fixed number of places does not help.
+An induction head predicts the second and later rounds of the pattern. Prefix and period vary, so that attending a fixed
+number of positions back does not help.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 N_VOCAB = 64
-"""Tokens, of which 0 starts every sequence and stands nowhere else."""
+"""The number of tokens; token 0 starts every sequence and occurs nowhere else."""
 
 N_CTX = 64
-"""Length of the sequences."""
+"""The length of the sequences."""
 
 BOS = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Repeats:
-    """Sequences, and where their pattern is.
+    """Sequences, with the place of their patterns.
 
     Attributes:
         tokens: the sequences.
-        prefix: where each one's pattern starts.
-        period: how long its pattern is.
+        prefix: the position at which each sequence's pattern begins.
+        period: the length of the pattern.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -37,9 +37,9 @@ class Repeats:
 
     @property
     def copied(self) -> Bool[Tensor, "batch position"]:
-        """Which tokens can be predicted by copying: from the second token of the pattern's second round on.
+        """Which tokens can be predicted by copying: those from the second token of the pattern's second round on.
 
-        That the first round is over, nothing tells.
+        The first token of the second round cannot: nothing shows that the first round is over.
         """
         at = torch.arange(self.tokens.shape[1])[None]
         return at > (self.prefix + self.period)[:, None]
@@ -55,11 +55,11 @@ def draw_patterns(
     """Draw `n` sequences.
 
     Args:
-        n: how many.
-        generator: all randomness comes from it.
-        length: of each sequence, with the starting token.
-        n_vocab: tokens to draw from.
-        periods: shortest and longest pattern.
+        n: the number of sequences.
+        generator: the source of all randomness.
+        length: the length of each sequence, including the starting token.
+        n_vocab: the number of tokens to draw from.
+        periods: the lengths of the shortest and the longest pattern.
 
     Raises:
         ValueError: if a pattern and its repeat do not fit.
@@ -71,6 +71,7 @@ def draw_patterns(
     period = torch.randint(low, high + 1, (n, 1), generator=generator)
     prefix = torch.randint(1, 1 + length - high - low, (n, 1), generator=generator)
     at = torch.arange(length)[None]
+    # Each position of the pattern copies from its first round; the prefix copies itself.
     source = torch.where(at >= prefix, prefix + (at - prefix) % period, at)
     tokens = noise.gather(1, source)
     tokens[:, 0] = BOS

@@ -1,7 +1,8 @@
-"""Labelled drawings on plain, cluttered and photographic backgrounds: what `shapes` is trained on.
+"""Labelled drawings on plain, noisy and photographic backgrounds, on which the model `shapes` is trained.
 
-Forty classes: curves by orientation (12), lines by orientation (6), angles by orientation (8), closed
-and compound figures (6), textures (3), coloured discs (4) and background alone.
+There are forty classes: curves by orientation (12), lines by orientation (6), angles by orientation (8), closed and
+compound figures (6), textures (3), coloured discs (4) and background alone. The order in which numbers are drawn must
+not change: the same seed would give other images.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ def draw_shapes(
 
     Args:
         labels: indices into `CLASSES`.
-        generator: all randomness comes from it: same labels and state, same images.
+        generator: the source of all randomness; the same labels and state give the same images.
 
     Returns:
         RGB in 0..1.
     """
     images = _backgrounds(len(labels), generator)
     images = _clutter(images, generator)
+    # Classes before the textures are lines, all drawn by one stroke at the end; the others are areas.
     strokes = labels < labels.new_tensor(CLASSES.index("stripes"))
     distance = torch.full((len(labels), SIZE, SIZE), 1e3)
     for index in labels.unique().tolist():
@@ -79,7 +81,7 @@ def _centers(generator: Generator, n: int, spread: float = 9.0) -> Float[Tensor,
 
 
 def _oriented(name: str, n: int, period: int, step: float, generator: Generator) -> Tensor:
-    """Orientations spread evenly over the bin that the class name states."""
+    """Random orientations in the bin that the name of the class states."""
     middle = float(name.split()[-1].rstrip("°"))
     return torch.remainder(middle + _uniform(generator, n, -step / 2, step / 2), period)
 
@@ -202,9 +204,10 @@ _TEXTURE_DRAWERS: dict[str, Callable[[int, Generator], drawing.Field]] = {
 
 
 def _contrasting(images: Float[Tensor, "n 3 h w"], generator: Generator) -> Float[Tensor, "n 3"]:
-    """A random colour an image, at least 0.3 lighter or darker than the image's mean."""
+    """A random colour for each image, at least 0.3 lighter or darker than the image's mean."""
     n = len(images)
     mean = images.mean(dim=(1, 2, 3))
+    # The lighter the image, the more often the colour is darker: there is then more room below than above.
     darker = torch.rand(n, generator=generator) < ((mean - 0.15) / 0.7).clamp(0, 1)
     level = torch.where(
         darker,
@@ -216,7 +219,7 @@ def _contrasting(images: Float[Tensor, "n 3 h w"], generator: Generator) -> Floa
 
 
 def _backgrounds(n: int, generator: Generator) -> Float[Tensor, "n 3 64 64"]:
-    """A third each: plain colour, smooth coloured noise, crops of photographs."""
+    """Backgrounds: a third plain colours, a third smooth coloured noise, a third crops of photographs."""
     plain = torch.rand(n, 3, 1, 1, generator=generator)
     coarse = torch.rand(n, 3, 5, 5, generator=generator) - 0.5
     smooth = F.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
@@ -244,7 +247,7 @@ def _photo_crop(generator: Generator) -> Float[Tensor, "3 64 64"]:
 
 
 def _clutter(images: Float[Tensor, "n 3 h w"], generator: Generator) -> Float[Tensor, "n 3 h w"]:
-    """Faint specks and short strokes that belong to no class."""
+    """Add faint specks and short strokes that belong to no class."""
     n = len(images)
     points = drawing.grid(SIZE, SIZE)
     for _ in range(2):

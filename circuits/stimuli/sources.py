@@ -1,6 +1,6 @@
-"""Data by name: photographs, folders of images, drawings, text.
+"""Opening data by name: photographs, folders of images, drawings, text.
 
-A source is a fixed sequence of examples with a hash; the same name gives the same examples.
+A source is a fixed sequence of examples with a hash; the same name always gives the same examples.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ def open_source(spec: str) -> Source:
     """Open data by name.
 
     Args:
-        spec: `photos`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text a
-            line), `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder that
-            Hugging Face `datasets` saved), `python:MODULE:FACTORY` (a function, or FILE.py:FUNCTION,
-            that returns a map-style dataset).
+        spec: `photos`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text in each line),
+            `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder saved by Hugging Face
+            `datasets`), `python:MODULE:FACTORY` (a function, or FILE.py:FUNCTION, that returns a map-style dataset).
 
     Raises:
         KeyError: if there is no such source.
         FileNotFoundError: if the path does not exist.
-        ValueError: if the folder holds no images, or the file no text.
+        ValueError: if there are no images in the folder, or there is no text in the file.
     """
     scheme, colon, rest = spec.partition(":")
     if colon and scheme in _OPENERS_WITH_PATH:
@@ -54,6 +53,7 @@ def _form(scheme: str) -> str:
 
 
 def _digest(*parts: bytes | str) -> str:
+    """The SHA-256 of some parts, each ended by a zero byte, so that they cannot run into each other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -64,10 +64,11 @@ def _digest(*parts: bytes | str) -> str:
 # --- images ------------------------------------------------------------------------------------
 
 _TILE, _MOST_TILES = 160, 12
+"""The size of a crop of a photograph, and the most crops of one."""
 
 
 def _photos() -> ImageSource:
-    """The bundled photographs, each cut into at most twelve square crops spread over it."""
+    """The photographs of scikit-image, each cut into at most twelve square crops that are spread over it."""
     boxes: list[tuple[int, int, int]] = []
     names = []
     for index, photo in enumerate(photographs()):
@@ -88,7 +89,7 @@ def _photos() -> ImageSource:
 
 
 def _starts(length: int, tile: int) -> list[int]:
-    """Left edges of tiles that cover `length`, overlapping rather than running over."""
+    """The first pixels of tiles that cover `length`; they overlap rather than reach beyond it."""
     n = max(1, -(-length // tile))
     return [round(i * max(0, length - tile) / max(1, n - 1)) for i in range(n)]
 
@@ -138,12 +139,14 @@ def _curves() -> ImageSource:
 
 
 def _shapes() -> ImageSource:
-    """Ten held-out drawings of each class that the `shapes` model knows, 64 pixels square."""
+    """Ten held-out drawings of each class of the model `shapes`, 64 pixels square."""
     labels = torch.arange(10 * len(CLASSES)) % len(CLASSES)
     drawn: list[torch.Tensor] = []
 
     def image(i: int) -> Image.Image:
-        if not drawn:
+        if (
+            not drawn
+        ):  # all are drawn together, as they share a generator, but not before one is needed
             drawn.append(draw_shapes(labels, torch.Generator().manual_seed(20_000)))
         return to_image(drawn[0][i])
 
@@ -172,7 +175,8 @@ def _tokens(path: str) -> TextSource:
 
 
 def _repeats() -> TextSource:
-    """200 held-out sequences of the kind that the `induction` model is trained on."""
+    """200 held-out sequences of the kind on which the model `induction` is trained."""
+    # A seed that training does not use.
     tokens, _ = draw_repeats(200, torch.Generator().manual_seed(20_000))
     texts = tuple(" ".join(map(str, row)) for row in tokens.tolist())
     names = tuple(f"sequence {i}" for i in range(len(texts)))
@@ -180,7 +184,7 @@ def _repeats() -> TextSource:
 
 
 def _python(name: str) -> Source:
-    """A person's own dataset: it runs their code, by their wish."""
+    """A dataset that the user names; this runs the user's code."""
     made = call_factory("data", name)
     if isinstance(made, ImageSource | TextSource):
         return made

@@ -11,10 +11,10 @@ class TextSource:
 
     Attributes:
         spec: its name.
-        names: one a text.
-        hash: SHA-256 of what it holds, in hexadecimal.
-        texts: the texts, or their tokens; a text for a model without a tokenizer holds words or numbers
-            separated by spaces.
+        names: the name of each text.
+        hash: the SHA-256 of its content, in hexadecimal.
+        texts: the texts, or their tokens; a text for a model without a tokenizer holds words or numbers separated by
+            spaces.
     """
 
     spec: str

@@ -1,4 +1,4 @@
-"""Sequences of tokens with one thing changed: swapped, prefixed, repeated."""
+"""Changes of token sequences: positions swapped, a prefix added, the sequence repeated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Tokens = Int[Tensor, "batch position"]
 
 
 def swapped(tokens: Tokens, first: int, second: int) -> Tokens:
-    """Sequences with two positions exchanged.
+    """Swap two positions of each sequence.
 
     Raises:
         ValueError: if a position is outside.
@@ -29,7 +29,7 @@ def swapped(tokens: Tokens, first: int, second: int) -> Tokens:
 def prefixed(
     tokens: Tokens, n: int, n_vocab: int, generator: Generator, bos: int | None = None
 ) -> Int[Tensor, "batch longer"]:
-    """Sequences behind `n` random tokens (and behind their first one, if it is `bos`).
+    """Put `n` random tokens before each sequence, but after its first token if that is `bos`.
 
     Raises:
         ValueError: if `n` is negative or there is no token to draw.
@@ -45,7 +45,7 @@ def prefixed(
 
 
 def repeated(tokens: Tokens, times: int, bos: int | None = None) -> Int[Tensor, "batch longer"]:
-    """Sequences over and over, `bos` in front of the first round only.
+    """Repeat each sequence, with `bos` before the first round only.
 
     Raises:
         ValueError: if `times` is not positive.

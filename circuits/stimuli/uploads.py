@@ -1,6 +1,6 @@
-"""Uploads: images that come from a browser, decoded from bytes that nobody has looked at.
+"""Uploads: images from a browser, decoded from bytes that are not trusted.
 
-Nothing is written to disk, and a file's name is text to show, never a path.
+Nothing is written to disk, and a file's name is text to display, never a path.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from PIL import Image
 from circuits.stimuli.images import decode
 
 MAX_BYTES = 20 * 2**20
-"""The largest file that is taken."""
+"""The largest file that is accepted."""
 
 MAX_PIXELS = 50_000_000
-"""The largest image; on its way to 8-bit RGB it takes up to 1 GB."""
+"""The largest image that is accepted; its conversion to 8-bit RGB takes up to 1 GB."""
 
 FORMATS = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF")
-"""What is decoded, whatever the file's name says."""
+"""The formats that are decoded, whatever the file's name says."""
 
-_LONGEST = 60  # characters of a name that messages show
-_ENDING = 15  # of them from its end, where the suffix is
+_LONGEST = 60
+"""Characters of a name that messages show."""
+
+_ENDING = 15
+"""How many of them are from the end of a longer name, where the suffix is."""
 
 
 def decode_image(data: bytes, name: str = "") -> Image.Image:
-    """Decode an uploaded image: turned upright, 8-bit RGB, transparency on white; of several, the first.
+    """Decode an uploaded image: turned upright, 8-bit RGB, transparency on white; of several frames, the first.
 
     Args:
-        data: the file's bytes; what format it has is decided by them.
-        name: what the browser calls it, for error messages alone.
+        data: the file's bytes, which decide its format.
+        name: the browser's name for it, for error messages only.
 
     Raises:
-        ValueError: if it is empty or larger than `MAX_BYTES`, is damaged, cut off or in none of `FORMATS`,
-            or has more than `MAX_PIXELS` pixels.
+        ValueError: if it is empty or larger than `MAX_BYTES`, is damaged, truncated or in none of `FORMATS`, or has
+            more than `MAX_PIXELS` pixels.
     """
     shown = shown_name(name)
     if not data:
@@ -48,11 +51,11 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
 
 
 def shown_name(name: str) -> str:
-    """A file's name as it can be shown anywhere: its last part, at most 60 harmless characters.
+    """A file's name in a form that is safe to display: its last part, at most 60 harmless characters.
 
-    Letters and digits of all scripts, spaces and `. - _ ( ) + , @ = …` are kept, control characters removed,
-    others (also those that mean something in HTML or Markdown) become `_`. A long name loses its middle.
-    What is shown is its own short form: `shown_name(shown_name(name)) == shown_name(name)`.
+    Letters and digits of all scripts, spaces and `. - _ ( ) + , @ = …` are kept, control characters are removed, and
+    all others, such as those with a meaning in HTML or Markdown, become `_`. A long name loses its middle. Applying
+    it twice is the same as once.
 
     >>> shown_name("../../etc/passwd")
     'passwd'
@@ -61,7 +64,8 @@ def shown_name(name: str) -> str:
     """
     last = re.split(r"[/\\]", name)[-1]
     printable = "".join(c for c in last if unicodedata.category(c)[0] != "C")
-    composed = unicodedata.normalize("NFC", printable)  # after that: control characters part marks
+    # Composed only now: a control character between a letter and its accent would have kept them apart.
+    composed = unicodedata.normalize("NFC", printable)
     kept = "".join(map(_harmless, composed)).strip()
     if len(kept) > _LONGEST:
         kept = f"{kept[: _LONGEST - _ENDING - 1]}…{kept[-_ENDING:]}"

@@ -1,4 +1,4 @@
-"""Activation stores: what a model's units did on a dataset, on disk."""
+"""Activation stores: a model's activations on a dataset, on disk."""
 
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.reading import ActivationStore, Example, UnitStatistics

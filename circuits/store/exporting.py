@@ -1,4 +1,4 @@
-"""A store's numbers in the formats of others: npz, safetensors, parquet."""
+"""Exporting a store's numbers as npz, safetensors or parquet."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from circuits.store.summaries import Summary
 Format = Literal["npz", "safetensors", "parquet"]
 
 LARGEST = 8 << 30
-"""How many bytes of whole activations are exported at most into one file that is built in memory."""
+"""The most bytes of whole activations that are exported to a file which has to be built in memory."""
 
-_ROWS = 1 << 16  # rows of a group of a parquet file
+_ROWS = 1 << 16
+"""Rows in a group of a parquet file, which are in memory together."""
 
 
 def export(store: ActivationStore, site: str, path: Path, kind: Format, full: bool = False) -> None:
-    """Write a site's summary, or its whole activations, into one file; all or nothing.
+    """Export a site's summary, or its whole activations, into one file, which appears only when it is complete.
 
-    `npz` and `safetensors` hold the fields of `Summary`, or `activations` with `example` and
-    `position`; their provenance is the array or metadata entry `provenance`, as JSON. `parquet` has a
-    row an example and unit (maximum, argmax, mean), or a row a position (example, position_0 …, unit_0
-    …), and needs the package pyarrow.
+    `npz` and `safetensors` hold the fields of `Summary`, or `activations` with `example` and `position`; their
+    provenance is in the array or metadata entry `provenance`, as JSON. `parquet` has a row for each example and unit
+    (maximum, argmax, mean), or for each position of an example (example, position_0 …, unit_0 …), and needs the
+    package pyarrow.
 
     Raises:
-        KeyError: if the site was not recorded, or not at full depth.
+        KeyError: if the site was not recorded, or its whole activations were not.
         ImportError: if pyarrow is missing.
         ValueError: if whole activations are too large for a file that is built in memory.
         OSError: if the file cannot be written.
@@ -80,11 +81,11 @@ def _row_arrays(rows: Rows, kind: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path, note: str, tables: Any) -> None:
-    """Write tables (dicts of columns) of the same columns, one after another."""
+    """Write tables (dicts of columns) with the same columns to one file, one after another."""
     import pyarrow
     from pyarrow import parquet
 
-    writer = None
+    writer = None  # the schema is known with the first table
     try:
         for columns in tables:
             table = pyarrow.table(columns).replace_schema_metadata({"provenance": note})
@@ -117,6 +118,7 @@ def _parquet_rows(path: Path, rows: Rows, note: str) -> None:
     def tables() -> Any:
         for start in range(0, len(rows), _ROWS):
             stop = min(start + _ROWS, len(rows))
+            # Parquet stores columns: transposed, each is contiguous.
             values = np.ascontiguousarray(rows.range(start, stop).T)
             columns = {"example": rows.example[start:stop]}
             for axis in range(rows.position.shape[1]):

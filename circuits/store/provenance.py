@@ -1,4 +1,4 @@
-"""Where a store's numbers come from, and how it was asked for."""
+"""The provenance of a store: what it was made from, and with which options."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from circuits.files import write_json
 from circuits.units import Site
 
 Layout = Literal["blocks", "rows"]
-"""How full activations lie in a file: blocks of rows and units, or whole rows one after another."""
+"""The layout of whole activations in a file: in blocks of rows and units, or row by row."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
-"""What the forward pass computes in."""
+"""The precision of the forward pass."""
 
 
 class StaleCacheError(ValueError):
-    """A store was made from something else than what is asked for now."""
+    """A store was made from another model, other data or with other options than those asked for."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """What is kept of a model's activations, beside the summaries of all sites.
+    """What is kept of a model's activations, in addition to the summaries of all sites.
 
     Attributes:
         full: names of the sites whose whole tensors are kept.
         covariance: names of the sites whose units' covariance is kept.
-        layout: of the whole tensors.
-        compress: whether they are compressed, if a probe says that it pays.
-        precision: what the forward pass computes in.
-        positions: at how many positions of an example the histograms look; all if there are no more.
-        seed: of the choice of positions.
+        layout: the layout of the whole tensors.
+        compress: whether they are compressed if that pays.
+        precision: the precision of the forward pass.
+        positions: how many positions of an example histograms count; all if there are no more.
+        seed: the seed of the choice of positions.
     """
 
     full: tuple[str, ...] = ()
@@ -51,18 +51,18 @@ class Provenance:
     """Where a store's numbers come from.
 
     Attributes:
-        model: what `load_model` took.
-        model_hash: of its weights.
-        data: what `open_source` took.
-        data_hash: of its examples.
-        sites: what was recorded.
-        examples: the examples' names, in order.
+        model: the name by which `load_model` loads the model.
+        model_hash: the hash of its weights.
+        data: the name by which `open_source` opens the data.
+        data_hash: the hash of its examples.
+        sites: the recorded sites.
+        examples: the names of the examples, in order.
         input: the model's preprocessing.
-        version: of the package that wrote it.
-        depth: what was kept.
-        batch: examples in one forward pass.
-        shard: examples in one shard.
-        same: sites whose tensor is another's, by name -> that other's; kept once.
+        version: the version of the package that wrote the store.
+        depth: what was kept in addition to summaries.
+        batch: examples in a forward pass.
+        shard: examples in a shard.
+        same: sites that share the tensor of an earlier site, name -> that site's name; such a tensor is kept once.
     """
 
     model: str
@@ -80,12 +80,12 @@ class Provenance:
 
     @property
     def stored(self) -> tuple[Site, ...]:
-        """The sites whose numbers are kept: one of each that share a tensor."""
+        """The sites whose numbers are kept: one of those that share a tensor."""
         return tuple(s for s in self.sites if s.name not in self.same)
 
     @property
     def places(self) -> dict[str, slice]:
-        """Where each site's units are among those of all stored sites, laid side by side."""
+        """The slice of each site's units among those of all stored sites, which are concatenated in the file."""
         found: dict[str, slice] = {}
         start = 0
         for site in self.stored:
@@ -94,7 +94,7 @@ class Provenance:
         return found | {name: found[other] for name, other in self.same.items()}
 
     def kept(self, names: Iterable[str]) -> frozenset[str]:
-        """The stored sites that have the tensors of some sites."""
+        """The stored sites under which the tensors of some sites are kept."""
         return frozenset(self.same.get(name, name) for name in names)
 
     @classmethod
@@ -122,15 +122,15 @@ class Provenance:
         write_json(folder / "provenance.json", asdict(self))
 
     def difference(self, other: Provenance) -> str | None:
-        """In words, the first thing in which `other` differs; None if it was made the same way.
+        """In words, the first field in which `other` differs; None if it was made in the same way.
 
-        How model and data are called does not count: their hashes do. Nor does the batch.
+        The names of model and data do not count, since their hashes do. Nor does the batch size.
         """
         for field in fields(self):
             if field.name in ("model", "data", "batch"):
                 continue
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            # json has no tuples
+            # Compared as JSON, since what was read from a file has lists where the other has tuples.
             if json.dumps(ours, default=asdict) != json.dumps(theirs, default=asdict):
                 was, now = _where_unlike(theirs, ours)
                 return f"{field.name} was {was}, is {now}"
@@ -138,12 +138,14 @@ class Provenance:
 
 
 def run_name(version: str, sites: Sequence[Site], depth: Depth) -> str:
-    """The name of a store's folder: eight digits that follow what was asked for."""
+    """The name of a store's folder: eight hexadecimal digits of a hash of the options."""
+    # With the version: another version of the package does not read this one's store, but makes its own.
     key = json.dumps([version, *(s.name for s in sites), asdict(depth)])
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 def _of(kind: type, raw: dict[str, Any]) -> Any:
+    """A dataclass from its JSON object, with lists as tuples."""
     lists = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
     return kind(**{**raw, **lists})
 

@@ -1,4 +1,4 @@
-"""Reading a store: statistics and examples of units, summaries of sites, whole activations."""
+"""Reading a store: the statistics and examples of units, summaries of sites, whole activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from circuits.hdf5 import opened
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.rows import Rows
-from circuits.store.shards import Line, StoreWriter, read_manifest, shard_name
+from circuits.store.shards import ManifestLine, StoreWriter, read_manifest, shard_name
 from circuits.store.summaries import (
     PER_EXAMPLE,
     Summary,
@@ -32,13 +32,13 @@ from circuits.units import Site, Unit, unknown
 
 @dataclass(frozen=True)
 class Example:
-    """One of a unit's examples.
+    """An example, with a unit's largest activation on it.
 
     Attributes:
-        index: which example of the dataset.
+        index: the number of the example in the dataset.
         name: its name.
         value: the unit's largest activation on it.
-        position: where that is: (y, x), (position,), or () where the site has no positions.
+        position: where that is: (y, x), (position,), or () for a site without positions.
     """
 
     index: int
@@ -49,21 +49,21 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class UnitStatistics:
-    """A unit over a whole dataset: numbers are NaN where none of its activations is finite.
+    """A unit's activations over a whole dataset; numbers are NaN if none of its activations is finite.
 
     Attributes:
-        mean: over examples and positions.
-        std: likewise.
-        skewness: third standardised moment, over the positions that the histogram looked at.
-        kurtosis: the fourth; 3 for a normal distribution.
+        mean: the mean over examples and positions.
+        std: the standard deviation over examples and positions.
+        skewness: the third standardised moment, over the positions that the histogram counts.
+        kurtosis: the fourth standardised moment; 3 for a normal distribution.
         minimum: the smallest activation.
-        maximum: the largest.
+        maximum: the largest activation.
         density: the share of activations above zero.
-        count: how many finite activations there are.
-        nonfinite: how many are NaN or infinite, and left out of everything.
-        edges: of the histogram's inner bins.
-        histogram: counts: below the first edge, between the edges, above the last; at a seeded sample
-            of each example's positions if `looked_at` is less than `count`.
+        count: the number of finite activations.
+        nonfinite: the number of activations that are NaN or infinite, which are left out of everything.
+        edges: the edges of the histogram's inner bins.
+        histogram: counts below the first edge, between the edges and above the last one; of a random sample of each
+            example's positions if `looked_at` is less than `count`.
         tail: the exponential that fits the largest activations.
     """
 
@@ -82,18 +82,18 @@ class UnitStatistics:
 
     @property
     def looked_at(self) -> int:
-        """How many activations the histogram counts."""
+        """The number of activations that the histogram counts."""
         return int(self.histogram.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
-    """How a site's units vary together over examples and positions.
+    """The covariance of a site's units over examples and positions.
 
     Attributes:
-        mean: of each column (a unit; heads have their inner dimensions side by side).
-        covariance: divided by the number of rows.
-        count: rows that went into it.
+        mean: the mean of each column (a unit, or a dimension of a head).
+        covariance: the covariance, with division by the number of rows.
+        count: the number of rows.
     """
 
     mean: Float[np.ndarray, " column"]
@@ -103,12 +103,11 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Health:
-    """One file of a store, as `verify` found it.
+    """The state of one file of a store, as found by `verify`.
 
     Attributes:
         file: its name.
-        state: `intact`, `missing`, `damaged` (it is not what the manifest says), or `unnoted` (the
-            manifest has no line of it).
+        state: `intact`, `missing`, `damaged` (not what the manifest says), or `unnoted` (not in the manifest).
     """
 
     file: str
@@ -148,7 +147,7 @@ class ActivationStore:
     """A finished store, for reading.
 
     Attributes:
-        folder: where it is.
+        folder: its folder.
         provenance: what it was made from.
     """
 
@@ -199,13 +198,13 @@ class ActivationStore:
         """Open the store in a folder.
 
         Args:
-            folder: where it is.
-            model_hash: the model it must be of.
-            data_hash: the data it must be of.
+            folder: the store's folder.
+            model_hash: the hash that its model must have, if given.
+            data_hash: the hash that its data must have, if given.
 
         Raises:
-            FileNotFoundError: if there is none, or its harvest was not finished.
-            StaleCacheError: if it is of another model or other data.
+            FileNotFoundError: if there is no store, or its harvest is not finished.
+            StaleCacheError: if it was made from another model or other data.
             ValueError: if it is damaged.
         """
         if not (folder / "provenance.json").is_file():
@@ -233,7 +232,7 @@ class ActivationStore:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """The recorded sites by name, other names too."""
+        """The recorded sites, by name and by alias."""
         sites = self.provenance.sites
         aliases = {alias: site for site in sites for alias in site.aliases}
         return aliases | {site.name: site for site in sites}
@@ -244,7 +243,7 @@ class ActivationStore:
         return self.sites[name]
 
     def stored_as(self, site: str) -> str:
-        """The site under which a site's numbers are kept: itself, or one with the same tensor."""
+        """The site under which a site's numbers are kept: itself, or an earlier one with the same tensor."""
         return self.provenance.same.get(site, site)
 
     @contextmanager
@@ -258,7 +257,7 @@ class ActivationStore:
 
     @cached_property
     def skipped(self) -> dict[str, str]:
-        """The examples that could not be read, by name, and why."""
+        """The examples that could not be read, by name, with the reasons."""
         with self._statistics() as file:
             reasons = json.loads(bytes(file["reasons"][()]))
             names = self.provenance.examples
@@ -267,7 +266,7 @@ class ActivationStore:
     # --- summaries -----------------------------------------------------------------------------
 
     def summary(self, site: str) -> Summary:
-        """Everything about a site, as arrays.
+        """The summary of a site, as arrays.
 
         Raises:
             KeyError: if the site was not recorded.
@@ -281,16 +280,16 @@ class ActivationStore:
                 f.name: group[f.name][:, units] if f.name == "powers" else group[f.name][units]
                 for f in fields(Summary)
             }
-        arrays["histogram"] = arrays["histogram"].astype(np.int64)
+        arrays["histogram"] = arrays["histogram"].astype(np.int64)  # kept in the fewest bytes
         return Summary(**{k: v.T if k in PER_EXAMPLE else v for k, v in arrays.items()})
 
     def _place(self, unit: Unit) -> int:
-        """Where a unit is among those of all stored sites."""
+        """The index of a unit among those of all stored sites."""
         index = self._site(unit.site).unit(unit.index).index
         return self.provenance.places[self._site(unit.site).name].start + index
 
     def statistics(self, unit: Unit) -> UnitStatistics:
-        """A unit over the whole dataset.
+        """The statistics of a unit over the whole dataset.
 
         Raises:
             KeyError: if its site was not recorded.
@@ -319,7 +318,7 @@ class ActivationStore:
         )
 
     def _strengths(self, unit: Unit) -> tuple[Site, np.ndarray, np.ndarray]:
-        """A unit's largest activation on each example, and where it is."""
+        """A unit's largest activation on each example, and its flattened position."""
         place = self._place(unit)
         with self._statistics() as file:
             group = file["summary"]
@@ -329,9 +328,9 @@ class ActivationStore:
         """The examples on which a unit's largest activation is largest, strongest first.
 
         Args:
-            unit: which.
-            k: how many. Of equals, the first in the dataset; examples with no finite activation are
-                left out.
+            unit: the unit.
+            k: the number of examples. Ties are broken by the order in the dataset; examples without a finite
+                activation are left out.
 
         Raises:
             KeyError: if its site was not recorded.
@@ -345,20 +344,19 @@ class ActivationStore:
     def quantile_examples(
         self, unit: Unit, quantiles: int = 10, k: int = 4, seed: int = 0
     ) -> list[list[Example]]:
-        """Examples from the whole range of a unit's activation: a sample of each quantile.
+        """Draw examples from the whole range of a unit's activation: some from each quantile.
 
-        Examples are ranked by the unit's largest activation on them, equals in random order, and cut
-        into `quantiles` groups as equal in size as can be; of each, `k` are drawn without
-        replacement, every example with the same chance.
+        Examples are ranked by the unit's largest activation on them, ties in random order, and cut into `quantiles`
+        groups of nearly equal size. From each, `k` are drawn without replacement, all with the same probability.
 
         Args:
-            unit: which.
-            quantiles: how many groups.
-            k: how many examples of each; fewer where a group has fewer.
-            seed: of the draw.
+            unit: the unit.
+            quantiles: the number of groups.
+            k: the number of examples from each group; fewer where a group has fewer.
+            seed: the seed of the draw.
 
         Returns:
-            One list a quantile, the strongest quantile first, strongest examples first.
+            A list for each quantile, the strongest quantile first; in each, the strongest examples first.
 
         Raises:
             KeyError: if its site was not recorded.
@@ -370,6 +368,7 @@ class ActivationStore:
         site, values, places = self._strengths(unit)
         generator = np.random.default_rng(seed)
         finite = np.flatnonzero(np.isfinite(values))
+        # By value, ties in random order: many examples of a sparse unit have the value 0.
         order = np.lexsort((generator.random(len(finite)), -values[finite]))
         found = []
         for group in np.array_split(finite[order], quantiles):
@@ -389,11 +388,11 @@ class ActivationStore:
         """The whole activations of a site.
 
         Args:
-            site: which.
-            damaged: whether to leave out the rows of shards that are missing or cannot be read.
+            site: the site.
+            damaged: whether to refuse shards that are missing or cannot be read, or to skip their rows.
 
         Raises:
-            KeyError: if the site was not recorded at full depth.
+            KeyError: if the site's whole activations were not recorded.
             ValueError: if a shard is missing or damaged.
         """
         depth, name = self.provenance.depth, self._site(site).name
@@ -416,7 +415,7 @@ class ActivationStore:
         """Mean and covariance of a site's units.
 
         Raises:
-            KeyError: if they were not asked for when the store was made.
+            KeyError: if the site's covariance was not recorded.
             ValueError: if no row of the site is finite.
         """
         kept, site = self.provenance.depth.covariance, self._site(site).name
@@ -427,6 +426,7 @@ class ActivationStore:
             n = int(group["count"][()])
             if n == 0:
                 raise ValueError(f"site {site} has no row of finite activations: no covariance")
+            # With sums about c: E[x] = c + E[x - c], and cov(x) = E[(x - c)(x - c)^T] - E[x - c] E[x - c]^T.
             offset, product = group["total"][()] / n, group["product"][()] / n
             mean = group["center"][()] + offset
         return Covariance(mean, product - np.outer(offset, offset), n)
@@ -434,7 +434,7 @@ class ActivationStore:
     # --- health ----------------------------------------------------------------------------------
 
     def verify(self) -> list[Health]:
-        """Read every file and compare it with the manifest; raises nothing."""
+        """Read every file and compare it with the manifest; damage is reported, not raised."""
         return verify(self.folder, self.provenance)
 
 
@@ -449,7 +449,7 @@ def verify(folder: Path, provenance: Provenance) -> list[Health]:
     return found
 
 
-def _state(folder: Path, name: str, line: Line | None) -> str:
+def _state(folder: Path, name: str, line: ManifestLine | None) -> str:
     if not (folder / name).is_file():
         return "missing"
     if line is None:

@@ -1,4 +1,4 @@
-"""Reading whole activations: by example, by range, at random, as a shuffled stream."""
+"""Reading whole activations: by example, by range, at random, or as a shuffled stream."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxtyping import Float, Int
 from circuits.hdf5 import opened
 
 MIXED = 16
-"""How many blocks of rows a shuffled stream mixes."""
+"""Blocks of rows that a shuffled stream mixes."""
 
 MAPPED = 256
-"""Of how many shards the files stay open."""
+"""The most shards whose files stay mapped into memory: a process may open a limited number of files only."""
 
 BLOCK = 4096
-"""Rows of one block of a shuffled stream."""
+"""Rows in a block of a shuffled stream."""
 
 
-class _Part:
-    """One shard's activations of a site, read by memory map where they are not compressed."""
+class _ShardRows:
+    """The activations of a site in one shard, read through a memory map if they are not compressed."""
 
     def __init__(self, path: Path, site: str) -> None:
         self.path, self.site = path, site
@@ -35,12 +35,14 @@ class _Part:
             self._offsets = self._find_offsets(data)
 
     def column(self, name: str) -> np.ndarray:
-        """`example` or `position` of every row; read anew each time, so that a large store fits in memory."""
+        """`example` or `position` of every row; not kept, so that the memory does not grow with the store."""
         with opened(self.path) as file:
             found: np.ndarray = file[f"full/{self.site}"][name][()]
         return found
 
     def _find_offsets(self, data: Any) -> dict[tuple[int, int], int]:
+        """Where each block begins in the file, by its first row and column."""
+        # A memory map reads scattered rows without loading whole blocks for them, as HDF5 does.
         if self.compressed or 0 in self.shape:
             return {}
         if self.chunks is None:
@@ -87,6 +89,7 @@ class _Part:
         height = self.chunks[0]
         with opened(self.path) as file:
             data = file[f"full/{self.site}"]["activations"]
+            # Block by block, since each has to be decompressed whole.
             for at in np.unique(rows // height) * height:
                 here = (rows >= at) & (rows < at + height)
                 first, last = rows[here][0], rows[here][-1] + 1
@@ -94,15 +97,15 @@ class _Part:
 
 
 class Rows:
-    """Whole activations of a site: one row a position of an example, one column a unit.
+    """Whole activations of a site: a row for each position of an example, a column for each unit.
 
-    Rows are in the order of examples, and of positions within one. Heads have their inner dimensions
-    side by side as columns. Values come as float32, whatever they are kept in.
+    Rows are in the order of examples, and of positions within an example. Each dimension of a head is a column.
+    Values are float32, in whatever type they are stored.
 
     Args:
         paths: the shards.
-        site: the group in them.
-        damaged: whether shards that cannot be read are left out.
+        site: the name of the site's group in them.
+        damaged: whether to refuse shards that cannot be read, or to skip them.
 
     Raises:
         OSError, KeyError: if a shard cannot be read, or, with `skip`, none can.
@@ -112,13 +115,14 @@ class Rows:
         self, paths: Sequence[Path], site: str, damaged: Literal["refuse", "skip"] = "refuse"
     ) -> None:
         self.site = site
-        self._parts: list[_Part] = []
+        self._parts: list[_ShardRows] = []
         for path in paths:
             try:
-                self._parts.append(_Part(path, site))
+                self._parts.append(_ShardRows(path, site))
             except (OSError, KeyError):
                 if damaged == "refuse" or (path == paths[-1] and not self._parts):
                     raise
+        # Row numbers count through all shards: shard i has the rows from starts[i] to starts[i + 1].
         self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
 
     def __len__(self) -> int:
@@ -126,26 +130,26 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """The numbers of rows and columns."""
         return len(self), self._parts[0].shape[1]
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """What each shard keeps them in: float16, or float32 where that overflows."""
+        """The type in each shard: float16, or float32 where that would overflow."""
         return tuple(str(part.dtype) for part in self._parts)
 
     @cached_property
     def example(self) -> Int[np.ndarray, " row"]:
-        """Which example each row is of."""
+        """The example of each row."""
         return np.concatenate([part.column("example") for part in self._parts])
 
     @cached_property
     def position(self) -> Int[np.ndarray, "row axis"]:
-        """Where in its example each row is, along the site's position axes."""
+        """The position of each row in its example, along the site's position axes."""
         return np.concatenate([part.column("position") for part in self._parts])
 
     def where(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The example and the position of some rows, without reading those of all."""
+        """The examples and positions of some rows, without keeping those of all rows."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         part_of = np.searchsorted(self._starts, wanted, side="right") - 1
         example = np.zeros(len(wanted), np.int64)
@@ -161,7 +165,7 @@ class Rows:
         return example, np.zeros((0, 0), np.int64) if position is None else position
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, "row column"]:
-        """Some rows, in any order: read sorted and block by block, given back as asked for.
+        """Read some rows, in any order; they are read sorted and block by block.
 
         Raises:
             IndexError: if there is no such row.
@@ -184,31 +188,31 @@ class Rows:
         return back
 
     def range(self, start: int, stop: int) -> Float[np.ndarray, "row column"]:
-        """Consecutive rows."""
+        """Read consecutive rows."""
         return self.take(np.arange(start, stop))
 
     def of_example(self, example: int) -> Float[np.ndarray, "row column"]:
-        """All rows of one example."""
+        """Read all rows of one example."""
         first, last = np.searchsorted(self.example, [example, example + 1])
         return self.range(int(first), int(last))
 
     def random(self, n: int, seed: int = 0) -> Float[np.ndarray, "row column"]:
-        """`n` different rows, drawn with a seed; all of them, shuffled, if there are fewer."""
+        """Draw `n` different rows at random; all of them, shuffled, if there are fewer."""
         generator = np.random.default_rng(seed)
         return self.take(generator.choice(len(self), min(n, len(self)), replace=False))
 
     def stream(
         self, batch: int, seed: int = 0, start: int = 0
     ) -> Iterator[Float[np.ndarray, "row column"]]:
-        """Every row once, in a shuffled order, in batches; the last may be smaller.
+        """Read every row once, in shuffled order, in batches; the last batch may be smaller.
 
-        The order: blocks of `BLOCK` rows are permuted, and the rows of each `MIXED` of them in turn
-        are permuted together. It follows from the seed; another epoch takes another seed.
+        Blocks of `BLOCK` rows are permuted, and then the rows of each `MIXED` consecutive blocks together. The order
+        depends on the seed alone; each epoch should have its own.
 
         Args:
             batch: rows in a batch.
-            seed: of the order.
-            start: the batch to begin with, to go on where a training run stopped.
+            seed: the seed of the order.
+            start: the number of the first batch, to resume a training.
 
         Raises:
             ValueError: if `batch` is not positive or `start` is negative.
@@ -231,6 +235,7 @@ class Rows:
                 skip -= len(rows)
                 continue
             order = np.random.default_rng([seed, group + 1]).permutation(len(rows))
+            # `skip` counts rows, not groups: a stream that is resumed reads only the group in which it stopped.
             rest = np.concatenate([rest, self.take(rows)[order[skip:]]])
             skip = 0
             whole = len(rest) // batch * batch

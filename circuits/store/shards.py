@@ -1,10 +1,9 @@
-"""Writing a store: shards under temporary names, renamed, then noted in the manifest.
+"""Writing a store: each file is written under a temporary name, renamed, and then noted in the manifest.
 
-A store is a folder: `provenance.json` (what was measured, on what), `reference.h5` (what all shards
-share), `shard-00000.h5` … (consecutive examples), `manifest.jsonl` (one line a finished file, with its
-SHA-256) and `statistics.h5` (everything per unit, merged). Every process that writes shards has a
-manifest of its own until they are joined at the end, and no file is changed once it has its name. A
-harvest that was killed therefore goes on where it stopped.
+A store is a folder with `provenance.json` (what it was made from), `reference.h5` (what all shards have in common),
+`shard-00000.h5` … (consecutive examples), `manifest.jsonl` (a line for each finished file, with its SHA-256) and
+`statistics.h5` (everything for each unit, merged). Every process that writes shards has its own manifest, until these
+are merged at the end, and no file is changed once it has its name. So a harvest that was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
 
 PATIENCE = 1.0
-"""How long to wait for a store's lock, in seconds."""
+"""How long to wait for a store's lock, in seconds: workers of a killed harvest may hold it for a moment."""
 
-_MERGED = 1 << 22  # numbers in memory at once while per-example arrays are joined
+_MERGED = 1 << 22
+"""Numbers in memory together while the arrays with a row for each example are merged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +42,9 @@ class FullPart:
     """Whole activations of a site over a run of examples.
 
     Attributes:
-        activations: one row a position of an example; heads have all their inner dimensions side by
-            side.
-        example: whose row it is.
-        position: where, along each of the site's position axes.
+        activations: a row for each position of an example; each dimension of a head is a column.
+        example: the example of each row.
+        position: the position of each row, along the site's position axes.
     """
 
     activations: Float[np.ndarray, "row column"]
@@ -55,13 +54,13 @@ class FullPart:
 
 @dataclass(frozen=True, eq=False)
 class CovariancePart:
-    """Sums over rows, from which a mean and a covariance follow.
+    """Sums over rows, from which mean and covariance follow.
 
     Attributes:
         center: the value about which sums are taken.
-        total: of row - center.
-        product: of its outer product with itself.
-        count: rows with finite activations; others are left out.
+        total: the sum of row - center.
+        product: the sum of the outer products of row - center with itself.
+        count: the number of rows; rows with NaN or infinite activations are left out.
     """
 
     center: Float[np.ndarray, " column"]
@@ -72,13 +71,13 @@ class CovariancePart:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What a shard holds.
+    """The content of a shard.
 
     Attributes:
-        summary: of the units of all stored sites, side by side.
+        summary: the summary of the units of all stored sites, concatenated.
         full: whole activations, by site.
-        covariance: sums, by site.
-        skipped: the examples that could not be read, and why.
+        covariance: sums for covariances, by site.
+        skipped: the examples that could not be read, with the reasons.
     """
 
     summary: Summary
@@ -88,13 +87,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Line:
+class ManifestLine:
     """A line of the manifest.
 
     Attributes:
-        file: its name.
-        sha256: of the file, in hexadecimal.
-        rows: first example of a shard, and the one after its last.
+        file: the name of the file.
+        sha256: the hash of the file, in hexadecimal.
+        rows: for a shard, its first example and the one after its last.
     """
 
     file: str
@@ -102,36 +101,36 @@ class Line:
     rows: tuple[int, int] | None = None
 
     def intact(self, folder: Path) -> bool:
-        """Whether the file is what it was."""
+        """Whether the file is there and unchanged."""
         path = folder / self.file
         return path.is_file() and file_hash(path) == self.sha256
 
-    def written(self) -> str:
-        """As it stands in the manifest."""
+    def as_text(self) -> str:
+        """The line's text in the manifest."""
         rows = {} if self.rows is None else {"rows": list(self.rows)}
         return json.dumps({"file": self.file, **rows, "sha256": self.sha256}) + "\n"
 
     @classmethod
-    def parse(cls, text: str) -> Line | None:
+    def parse(cls, text: str) -> ManifestLine | None:
         """Read a line; None if it is damaged."""
         try:
             raw = json.loads(text)
             rows = raw.get("rows")
             name, sha256 = raw["file"], raw["sha256"]
-            if not isinstance(sha256, str) or Path(name).name != name:
+            if not isinstance(sha256, str) or Path(name).name != name:  # no path out of the folder
                 return None
             return cls(name, sha256, None if rows is None else (int(rows[0]), int(rows[1])))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Line], list[int]]:
-    """The manifest's lines by file, and the numbers of its damaged lines, counted from 1."""
-    lines: dict[str, Line] = {}
+def read_manifest(folder: Path) -> tuple[dict[str, ManifestLine], list[int]]:
+    """The lines of a store's manifests by file, and the numbers of damaged lines, counted from 1."""
+    lines: dict[str, ManifestLine] = {}
     bad: list[int] = []
     for path in sorted(folder.glob("manifest*.jsonl")):
         for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
-            line = Line.parse(text)
+            line = ManifestLine.parse(text)
             if line is None:
                 bad.append(number)
             else:
@@ -148,17 +147,17 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.h5"
 
 
-# --- one writer at a time ----------------------------------------------------------------------
+# --- the lock ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(folder: Path, provenance: Provenance, anew: bool = False) -> Iterator[None]:
-    """Hold a store's folder alone, whoever made it before having made it the same way.
+    """Hold the lock of a store's folder inside the block, after a check that what is there was made in the same way.
 
     Args:
-        folder: of the store.
-        provenance: of the store.
-        anew: whether to throw away what is there.
+        folder: the store's folder.
+        provenance: the store's provenance.
+        anew: whether to delete what is there.
 
     Raises:
         BlockingIOError: if another process is writing it.
@@ -174,10 +173,11 @@ def locked(folder: Path, provenance: Provenance, anew: bool = False) -> Iterator
             if changed:
                 raise StaleCacheError(
                     f"activation store {str(folder)!r} is stale: {changed}; delete the folder to "
-                    "make it anew"
+                    "harvest again"
                 )
+        # The lock is held, so nobody is writing them any more.
         for left in folder.glob(".*.tmp"):
-            left.unlink()  # by a run that was killed
+            left.unlink()  # left by a harvest that was killed
         provenance.write(folder)
         yield
 
@@ -191,22 +191,25 @@ def remove(folder: Path) -> None:
     """
     with (folder / ".lock").open("a") as lock:
         take(lock, folder)
-        (folder / "provenance.json").unlink(missing_ok=True)  # from here on it is no store
+        (folder / "provenance.json").unlink(
+            missing_ok=True
+        )  # without it, what is left is not taken for a store
         shutil.rmtree(folder)
 
 
 def clear(folder: Path, *names: str) -> None:
-    """Delete a store's files, all or those that match."""
-    for name in names or ("provenance.json", "*.jsonl", "*.h5"):  # first what makes it a store
+    """Delete the files of a store: all, or those that match a pattern."""
+    # The provenance first: if this is interrupted, what is left is not taken for a store.
+    for name in names or ("provenance.json", "*.jsonl", "*.h5"):
         for path in folder.glob(name):
             path.unlink()
 
 
 def take(lock: TextIO, folder: Path) -> None:
-    """Take a store's lock, which lasts until the file is closed; wait a moment for it.
+    """Take a store's lock, which is held until the file is closed; wait a moment if it is taken.
 
     Raises:
-        BlockingIOError: if another process has it: not the workers of one that has just been killed.
+        BlockingIOError: if another process holds it for longer than `PATIENCE`.
     """
     until = time.monotonic() + PATIENCE
     while True:
@@ -223,12 +226,13 @@ def take(lock: TextIO, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class StoreWriter:
-    """Writes one store's files.
+    """Writes the files of one store.
 
     Attributes:
-        folder: of the store.
-        provenance: of the store.
-        name: of this process' own manifest.
+        folder: the store's folder.
+        provenance: the store's provenance.
+        name: the name of this process's manifest.
+        shards: the examples of each shard.
     """
 
     folder: Path
@@ -241,31 +245,35 @@ class StoreWriter:
         ranges = tuple(range(i, min(i + size, n)) for i in range(0, n, size))
         object.__setattr__(self, "shards", ranges)
 
-    def intact(self) -> dict[str, Line]:
-        """What is there and whole, in the order of the manifest; noted so in one manifest.
+    def intact(self) -> dict[str, ManifestLine]:
+        """Find the intact files, make their lines the manifest, and delete damaged files.
 
-        Shards that a killed run had renamed, but not noted, count if they can be read.
+        Shards that a killed harvest had renamed but not noted yet count if they are complete.
         """
         lines, _ = read_manifest(self.folder)
-        found: dict[str, Line] = {}
+        found: dict[str, ManifestLine] = {}
+        # The reference comes first, since the shards depend on it.
         for name, rows in self._expected():
-            line = lines.get(name) or self._adopted(name, rows)
+            line = lines.get(name) or self._unnoted(name, rows)
             if line is not None and line.rows == rows and line.intact(self.folder):
                 found[name] = line
-            else:  # a damaged file must not be taken for one that was only not noted
+            else:  # a damaged file must not be taken, next time, for one that was only not noted
                 (self.folder / name).unlink(missing_ok=True)
             if name == "reference.h5" and name not in found:
-                clear(self.folder, "shard-*.h5", "statistics.h5")  # sums about what it held
+                # Their sums are about the centers that the lost file held.
+                clear(self.folder, "shard-*.h5", "statistics.h5")
         if len(found) < len(self._expected()):
             found.pop("statistics.h5", None)
         self.note_all(found.values())
         return found
 
     def _expected(self) -> list[tuple[str, tuple[int, int] | None]]:
+        """The files of a finished store, with the examples of shards."""
         shards = [(shard_name(i), (r.start, r.stop)) for i, r in enumerate(self.shards)]
         return [("reference.h5", None), *shards, ("statistics.h5", None)]
 
-    def _adopted(self, name: str, rows: tuple[int, int] | None) -> Line | None:
+    def _unnoted(self, name: str, rows: tuple[int, int] | None) -> ManifestLine | None:
+        """The line for a file that is complete but not in the manifest; None if it is not complete."""
         path = self.folder / name
         if name == "statistics.h5" or not path.is_file():
             return None
@@ -277,35 +285,37 @@ class StoreWriter:
                     whole = tuple(file.attrs["rows"]) == rows and _complete(file, self.provenance)
         except (OSError, KeyError, RuntimeError):
             return None
-        return Line(name, file_hash(path), rows) if whole else None
+        return ManifestLine(name, file_hash(path), rows) if whole else None
 
-    def note_all(self, lines: Iterable[Line]) -> None:
-        """Make these lines the manifest, and the only one."""
+    def note_all(self, lines: Iterable[ManifestLine]) -> None:
+        """Make these lines the only manifest."""
         with replacing(self.folder / "manifest.jsonl") as temporary:
-            temporary.write_text("".join(line.written() for line in lines))
+            temporary.write_text("".join(line.as_text() for line in lines))
         for other in self.folder.glob("manifest-*.jsonl"):
             other.unlink()
 
-    def note(self, line: Line) -> None:
-        """Add a line to this process' manifest."""
+    def note(self, line: ManifestLine) -> None:
+        """Add a line to this process's manifest."""
         with (self.folder / self.name).open("a") as file:
-            file.write(line.written())
+            file.write(line.as_text())
             file.flush()
+            # On the disk before the next file is begun, so that a power failure costs one shard at most.
             os.fsync(file.fileno())
 
     @contextmanager
     def _file(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[Any]:
-        """A new HDF5 file, in place and noted once the block has ended."""
+        """Create an HDF5 file, which is renamed into place and noted when the block ends."""
         try:
             with replacing(self.folder / name) as temporary:
                 with created(temporary) as file:
                     yield file
                 digest = file_hash(temporary)
-            self.note(Line(name, digest, rows))
+            self.note(ManifestLine(name, digest, rows))
         except OSError as error:
-            raise OSError(self._lost(error)) from error
+            raise OSError(self._write_error(error)) from error
 
-    def _lost(self, error: OSError) -> str:
+    def _write_error(self, error: OSError) -> str:
+        """The message for a failed write."""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "no space left on the disk" if full else str(error)
         return (
@@ -316,7 +326,7 @@ class StoreWriter:
     def add_reference(
         self, fixed: Mapping[str, np.ndarray], centers: Mapping[str, np.ndarray]
     ) -> None:
-        """Write what all shards share: the fields `FIXED` of summaries, and covariances' centers."""
+        """Write what all shards have in common: the fields `FIXED` of summaries, and the centers of covariances."""
         with self._file("reference.h5") as file:
             for name in FIXED:
                 file[f"summary/{name}"] = fixed[name]
@@ -324,7 +334,7 @@ class StoreWriter:
                 file[f"covariance/{site}/center"] = center
 
     def reference(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """What `add_reference` wrote."""
+        """Read what `add_reference` wrote."""
         with opened(self.folder / "reference.h5") as file:
             sites = self.provenance.kept(self.provenance.depth.covariance)
             fixed = {name: _read(file, f"summary/{name}") for name in FIXED}
@@ -334,7 +344,7 @@ class StoreWriter:
         """Write a shard.
 
         Raises:
-            OSError: if it cannot be written; nothing of it is left then.
+            OSError: if it cannot be written; then nothing of it is left.
         """
         rows, skipped = self.shards[index], shard.skipped
         with self._file(shard_name(index), (rows.start, rows.stop)) as file:
@@ -367,9 +377,11 @@ class StoreWriter:
                 group = out.create_group(f"covariance/{site}")
                 group["center"] = center
                 for key in ("product", "total", "count"):
-                    group[key] = sum(_each(paths, f"covariance/{site}/{key}"))
-            out["skipped"] = np.concatenate(list(_each(paths, "skipped")))
-            reasons = [r for text in _each(paths, "reasons") for r in json.loads(text.tobytes())]
+                    group[key] = sum(_from_each(paths, f"covariance/{site}/{key}"))
+            out["skipped"] = np.concatenate(list(_from_each(paths, "skipped")))
+            reasons = [
+                r for text in _from_each(paths, "reasons") for r in json.loads(text.tobytes())
+            ]
             out["reasons"] = np.frombuffer(json.dumps(reasons).encode(), np.uint8)
         noted, _ = read_manifest(self.folder)
         self.note_all(noted[name] for name, _ in self._expected())
@@ -379,15 +391,15 @@ def _read(file: Any, name: str) -> Any:
     return file[name][()]
 
 
-def _each(paths: Sequence[Path], name: str, units: slice = slice(None)) -> Iterator[Any]:
-    """A dataset of every shard, one file open at a time: there may be thousands."""
+def _from_each(paths: Sequence[Path], name: str, units: slice = slice(None)) -> Iterator[Any]:
+    """A dataset of every shard, with one file open at a time, since there may be thousands."""
     for path in paths:
         with opened(path) as file:
             yield file[name][() if units == slice(None) else units]
 
 
 def _complete(file: Any, provenance: Provenance) -> bool:
-    """Whether a shard holds all that it should."""
+    """Whether a shard holds everything that it should: each check is for what is written last in a group."""
     depth = provenance.depth
     return (
         "powers" in file["summary"]
@@ -400,7 +412,9 @@ def _write_summary(group: Any, summary: Summary) -> None:
     for item in fields(Summary):
         value = getattr(summary, item.name)
         if item.name in PER_EXAMPLE:
-            value = np.ascontiguousarray(value.T)  # a unit's examples lie side by side
+            value = np.ascontiguousarray(
+                value.T
+            )  # unit x example: a unit's examples are then one read
         if item.name == "histogram":
             value = _smallest(value)
         if item.name not in FIXED:
@@ -408,16 +422,17 @@ def _write_summary(group: Any, summary: Summary) -> None:
 
 
 def _smallest(counts: Int[np.ndarray, "unit bin"]) -> np.ndarray:
-    """Counts in the fewest bytes that hold them."""
+    """Counts as the smallest integer type that holds them."""
     return counts.astype(np.min_scalar_type(counts.max(initial=0)))
 
 
 def _merge_summaries(paths: Sequence[Path], n_examples: int, out: Any) -> None:
+    """Merge the summaries of all shards, some units at a time where there is a row for each example."""
     for item in fields(Summary):
         if item.name not in (*PER_EXAMPLE, *FIXED):
             join = np.minimum if item.name == "minimum" else np.add
             wide = np.int64 if item.name == "histogram" else None
-            parts = (np.asarray(v, wide) for v in _each(paths, f"summary/{item.name}"))
+            parts = (np.asarray(v, wide) for v in _from_each(paths, f"summary/{item.name}"))
             merged = reduce(join, parts)
             out[item.name] = _smallest(merged) if item.name == "histogram" else merged
     n_units = len(out["center"])
@@ -426,4 +441,4 @@ def _merge_summaries(paths: Sequence[Path], n_examples: int, out: Any) -> None:
         made = out.create_dataset(key, (n_units, n_examples), kind)
         for start in range(0, n_units, block):
             units = slice(start, start + block)
-            made[units] = np.concatenate(list(_each(paths, f"summary/{key}", units)), axis=1)
+            made[units] = np.concatenate(list(_from_each(paths, f"summary/{key}", units)), axis=1)

@@ -1,7 +1,7 @@
-"""A unit's activation spectrum: how often it is how active, what that contributes, and examples.
+"""The spectrum of a unit's activations: their density, what each range contributes to the mean, and examples.
 
-Cammarata et al. 2020, "Curve Detectors": the density of activations has an exponential tail, and x p(x) shows
-which activations make up the expected value.
+After Cammarata et al. 2020, "Curve Detectors": the density of activations p(x) has an exponential tail, and x p(x)
+shows which activations make up the expected value.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Bin:
     """A range of activations.
 
     Attributes:
-        low: where it begins.
-        high: where it ends.
-        density: the probability of an activation in it, per unit of activation.
-        contribution: what activations in it add to the mean of the positive ones: the integral of x p(x).
-        n_examples: how many examples have their largest activation in it.
-        examples: some of these, drawn; strongest first.
+        low: the lower end.
+        high: the upper end.
+        density: the probability density of activations in the range.
+        contribution: what activations in the range add to the mean of positive activations: the integral of x p(x).
+        n_examples: the number of examples with their largest activation in the range.
+        examples: some of these, drawn at random; the strongest first.
     """
 
     low: float
@@ -44,14 +44,14 @@ class Spectrum:
     """A unit's activations on a dataset, from its smallest to its largest.
 
     Attributes:
-        unit: which.
-        statistics: its moments, and the exponential that fits the tail.
-        bins: of equal width between the histogram's edges, the outer ones taking the rest.
-        above_two: the share of the positive activations' sum that comes from those more than two standard
+        unit: the unit.
+        statistics: its moments, and the exponential fitted to the tail.
+        bins: ranges of equal width between the histogram's edges; the outer ones include what lies beyond.
+        above_two: the share of the sum of positive activations that comes from activations more than two standard
             deviations above the mean.
-        data: what dataset.
-        model_hash: of the weights.
-        seed: of the draw of examples.
+        data: the name of the dataset.
+        model_hash: the hash of the weights.
+        seed: the seed of the draw of examples.
     """
 
     unit: Unit
@@ -63,19 +63,11 @@ class Spectrum:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         s = self.statistics
         keys = (
-            "mean",
-            "std",
-            "skewness",
-            "kurtosis",
-            "minimum",
-            "maximum",
-            "density",
-            "count",
-            "nonfinite",
-        )
+            "mean", "std", "skewness", "kurtosis", "minimum", "maximum", "density", "count", "nonfinite"
+        )  # fmt: skip
         return {
             "unit": str(self.unit), "data": self.data, "model_hash": self.model_hash, "seed": self.seed,
             "statistics": {k: getattr(s, k) for k in keys},
@@ -125,14 +117,14 @@ class Spectrum:
 def spectrum(
     store: ActivationStore, unit: Unit, bins: int = 16, k: int = 4, seed: int = 0
 ) -> Spectrum:
-    """A unit's spectrum from a store.
+    """Compute a unit's spectrum from a store.
 
     Args:
-        store: of the unit's site.
-        unit: which.
-        bins: how many ranges; at most the histogram's 64, which they divide.
-        k: examples to draw of each range.
-        seed: of the draw.
+        store: a store with the unit's site.
+        unit: the unit.
+        bins: the number of ranges, which must divide the histogram's 64 bins.
+        k: the number of examples to draw from each range.
+        seed: the seed of the draw.
 
     Raises:
         KeyError: if the site was not recorded.
@@ -148,7 +140,7 @@ def spectrum(
     inner = counts[1:-1].copy()
     centers = (edges[1:] + edges[:-1]) / 2
     own = inner * centers
-    # what lies outside the edges: at the smallest and largest activation, halfway to the edge
+    # Activations in a bin count as its center; those beyond the edges as halfway between the edge and the extreme.
     below, above = counts[0], counts[-1]
     inner[0], inner[-1] = inner[0] + below, inner[-1] + above
     if below:
@@ -156,7 +148,7 @@ def spectrum(
     if above:
         own[-1] += above * (statistics.maximum + edges[-1]) / 2
     if statistics.minimum >= 0 and edges[0] <= 0 < edges[1]:
-        # behind a ReLU most of the lowest bin is exactly zero: it has what the others leave of the mean
+        # After a ReLU most of the lowest bin is exactly zero, not its center: it gets what the mean leaves for it.
         own[0] = min(own[0], max(0.0, statistics.mean * n - own[1:].sum()))
     per = 64 // bins
     joined = inner.reshape(bins, per).sum(1)
@@ -174,21 +166,14 @@ def spectrum(
     total = own.clip(min=0).sum()
     high = own.clip(min=0)[centers > statistics.mean + 2 * statistics.std].sum()
     p = store.provenance
-    return Spectrum(
-        unit,
-        statistics,
-        made,
-        float(high / total) if total > 0 else float("nan"),
-        p.data,
-        p.model_hash,
-        seed,
-    )
+    share = float(high / total) if total > 0 else float("nan")
+    return Spectrum(unit, statistics, made, share, p.data, p.model_hash, seed)
 
 
 def _drawn(
     store: ActivationStore, unit: Unit, borders: Float[np.ndarray, " border"], k: int, seed: int
 ) -> list[tuple[int, tuple[Example, ...]]]:
-    """How many examples have their largest activation in each range, and some of them."""
+    """The number of examples with their largest activation in each range, and some of them, drawn at random."""
     ranked = store.top_examples(unit, len(store.provenance.examples))
     values = np.array([e.value for e in ranked])
     which = np.clip(np.searchsorted(borders, values, side="right") - 1, 0, len(borders) - 2)

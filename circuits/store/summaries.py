@@ -1,4 +1,4 @@
-"""What a summary of a site holds, how summaries join, and what follows from them."""
+"""Summaries of activations, and the statistics that follow from them."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 from jaxtyping import Float, Int
 
 BINS = 64
-"""Bins of a unit's histogram between its recorded edges; one more on each side takes the rest."""
+"""Bins of a unit's histogram between its edges; one more on each side counts what lies beyond."""
 
 TAIL = 0.1
-"""The share of the looked-at activations, at most, whose distribution `fit_tail` describes."""
+"""The largest share of the histogram's activations that `fit_tail` takes as the tail."""
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Units over a run of examples. NaN and infinite activations are counted, and left out.
+    """A summary of units over consecutive examples. NaN and infinite activations are counted and left out.
 
     Attributes:
         maximum: the largest activation over positions; NaN where none is finite.
-        argmax: where it is, as an index into the flattened positions; the first of equals.
-        mean: over positions; NaN where none is finite.
-        center: the value about which sums are taken, per unit: close to its mean.
-        total: sum of activation - center over examples and positions.
-        square: sum of its square.
+        argmax: its index among the flattened positions; the first of ties.
+        mean: the mean over positions; NaN where none is finite.
+        center: the value about which sums are taken, close to the unit's mean.
+        total: the sum of activation - center over examples and positions.
+        square: the sum of (activation - center)^2.
         minimum: the smallest activation; inf where none is finite.
-        positive: how many are above zero.
-        count: how many finite activations there are.
-        nonfinite: how many are NaN or infinite.
+        positive: the number of activations above zero.
+        count: the number of finite activations.
+        nonfinite: the number of activations that are NaN or infinite.
         low: the first edge of a unit's histogram.
-        high: its last edge; `BINS` equal bins lie between.
-        histogram: counts below, in and above the edges, of the positions looked at.
-        powers: sums of (activation - center) to the powers 1, 2, 3, 4 over the positions looked at.
+        high: the last edge; `BINS` equal bins lie between.
+        histogram: counts below, between and above the edges, of a sample of positions.
+        powers: sums of (activation - center) to the powers 1, 2, 3 and 4 over the same sample.
     """
 
     maximum: Float[np.ndarray, "example unit"]
@@ -54,7 +54,7 @@ class Summary:
 
     @classmethod
     def empty(cls, n_examples: int, fixed: Mapping[str, np.ndarray]) -> Summary:
-        """Of examples that have not been seen, about these centers and edges."""
+        """A summary to be filled, with given centers and edges."""
         units = len(fixed["center"])
         return cls(
             maximum=np.full((n_examples, units), np.nan, np.float32),
@@ -72,7 +72,7 @@ class Summary:
         )
 
     def of_units(self, units: slice) -> Summary:
-        """Of some of the units; the arrays are views."""
+        """The summary of some of the units; its arrays are views."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         return Summary(**{k: v[..., units] if k in LAST else v[units] for k, v in arrays.items()})
 
@@ -83,18 +83,19 @@ class Summary:
     def moments(self) -> tuple[Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]:
         """Mean and standard deviation over examples and positions; NaN where none is finite."""
         offset = _ratio(self.total, self.count)
+        # E[(x - c)^2] - E[x - c]^2; rounding can make it slightly negative for a constant unit.
         variance = np.maximum(_ratio(self.square, self.count) - offset**2, 0.0)
         return self.center + offset, np.sqrt(variance)
 
 
 LAST = ("maximum", "argmax", "mean", "powers")
-"""The fields of a summary whose last axis is that of the units; it is the first of all others."""
+"""The fields of a summary with units on the last axis; in all other fields they are on the first."""
 
 PER_EXAMPLE = ("maximum", "argmax", "mean")
-"""The fields of a summary that have a row an example."""
+"""The fields of a summary with a row for each example."""
 
 FIXED = ("center", "low", "high")
-"""The fields that are the same for all summaries of a store."""
+"""The fields of a summary that all shards of a store have in common."""
 
 
 def _ratio(part: Any, whole: Any) -> Float[np.ndarray, " unit"]:
@@ -110,9 +111,9 @@ def edges(low: float, high: float) -> Float[np.ndarray, " edge"]:
 def histogram_range(
     least: Float[np.ndarray, " unit"], most: Float[np.ndarray, " unit"]
 ) -> tuple[Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]:
-    """First and last edge of each unit's histogram: a range, twice as wide, with 0.
+    """The first and last edge of each unit's histogram: twice the smallest and largest activation, and 0 in between.
 
-    Units of which no finite activation was seen get 0 to 1. What is returned has float32 precision.
+    Units without a finite activation get 0 to 1. Edges are exact in float32.
     """
     seen = np.isfinite(least) & np.isfinite(most)
     top = float(np.finfo(np.float32).max) / 4  # wider ranges have no width in float32
@@ -124,14 +125,14 @@ def histogram_range(
 
 
 def skewness_and_kurtosis(powers: Float[np.ndarray, " power"], n: int) -> tuple[float, float]:
-    """Standardised third and fourth moments (kurtosis of a normal distribution: 3).
+    """The third and fourth standardised moments (the kurtosis of a normal distribution is 3).
 
     Args:
-        powers: sums of the first four powers, about any value.
-        n: how many numbers went into them.
+        powers: the sums of the first four powers of the numbers, about any value.
+        n: how many numbers there are.
 
     Returns:
-        NaN, NaN if there is none, or they are all equal.
+        Skewness and kurtosis; NaN if there is no number, or they are all equal.
 
     >>> skewness_and_kurtosis(np.array([0.0, 4.0, 0.0, 4.0]), 4)
     (0.0, 1.0)
@@ -142,6 +143,7 @@ def skewness_and_kurtosis(powers: Float[np.ndarray, " power"], n: int) -> tuple[
     variance = m2 - m1**2
     if variance <= 1e-12 * max(m2, 1e-300):
         return float("nan"), float("nan")
+    # Central moments from those about another value: E[(x - m)^3] and E[(x - m)^4], multiplied out.
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
     return third / variance**1.5, fourth / variance**2
@@ -152,14 +154,15 @@ class TailFit:
     """An exponential distribution fitted to a unit's largest activations.
 
     Attributes:
-        threshold: where the tail begins: an edge of the histogram.
-        rate: of the fall: the share above `threshold + x` is exp(-rate x). NaN if it cannot be told.
-        error: standard error of the rate, if the activations were independent (they are not quite:
-            positions of one example are alike).
-        distance: the largest gap between the tail's distribution and the fitted one
+        threshold: where the tail begins, an edge of the histogram.
+        rate: the rate of the exponential: the share of the tail above `threshold + x` is exp(-rate x). NaN if it
+            cannot be fitted.
+        error: the standard error of the rate for independent activations (positions of one example are correlated,
+            so the true error is larger).
+        distance: the largest difference between the tail's cumulative distribution and the fitted one
             (Kolmogorov-Smirnov); 0 is a perfect fit.
-        count: activations in the tail.
-        share: of all that were looked at.
+        count: the number of activations in the tail.
+        share: their share of all that the histogram counts.
     """
 
     threshold: float
@@ -171,17 +174,17 @@ class TailFit:
 
 
 def fit_tail(edges: Float[np.ndarray, " edge"], histogram: Int[np.ndarray, " bin"]) -> TailFit:
-    """Fit an exponential to the upper tail of a histogram, at most `TAIL` of all counts.
+    """Fit an exponential to the upper tail of a histogram, which is at most `TAIL` of all counts.
 
-    Maximum likelihood from binned counts: with equal bins of width w an exponential becomes a
-    geometric distribution over bins, of which the last, open one is censored. With k_i counts in bin
-    i and K beyond the n inner bins, the chance p to stop in a bin is
-    sum(k_i) / (sum(k_i (i + 1)) + n K), the rate -ln(1 - p) / w. Distill's Curve Detectors (2020,
-    "The Dataset Analysis of curve neurons") found the tails of curve neurons to fall like this.
+    This is maximum likelihood for binned counts: over equal bins of width w an exponential distribution is geometric,
+    and the open last bin is censored. With k_i counts in bin i of n and K beyond them, the probability to stop in a
+    bin is p = sum(k_i) / (sum(k_i (i + 1)) + n K), and the rate is -ln(1 - p) / w. Curve neurons have such tails
+    (Cammarata et al. 2020, "Curve Detectors").
     """
     total = int(histogram.sum())
     inner, beyond = histogram[1:-1].astype(np.float64), float(histogram[-1])
     above = np.append(np.cumsum(inner[::-1])[::-1] + beyond, beyond)  # counts at or above an edge
+    # Only positive activations: after a ReLU, the many zeros would be no exponential.
     fitting = np.flatnonzero((above <= TAIL * total) & (edges >= 0))
     start = int(fitting[0]) if len(fitting) else BINS
     threshold, count = float(edges[start]), int(above[start])
@@ -191,6 +194,8 @@ def fit_tail(edges: Float[np.ndarray, " edge"], histogram: Int[np.ndarray, " bin
     trials = float((tail * np.arange(1, n + 1)).sum()) + n * beyond
     if stopped == 0 or stopped == trials:  # nothing to fit, or all of it in one bin
         return TailFit(threshold, nan, nan, nan, count, share)
+    # The variance of p is p^2 (1 - p) / stopped (from the Fisher information); the rate's follows with its derivative
+    # by p, 1 / ((1 - p) w).
     p, width = stopped / trials, float(edges[1] - edges[0])
     fitted = 1 - (1 - p) ** np.arange(1, n + 1)
     distance = float(np.abs(np.cumsum(tail) / count - fitted).max())

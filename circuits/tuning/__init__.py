@@ -1,4 +1,4 @@
-"""What units respond to: tuning curves, heat maps, invariances."""
+"""Tuning of units to drawings: tuning curves, heat maps, invariances."""
 
 from circuits.tuning.finding import CurveUnit, JointTuning, find_curve_units, joint_tuning
 from circuits.tuning.heatmaps import HeatMap, heat_map

@@ -1,4 +1,4 @@
-"""Finding curve units by tuning alone, and how a family of them covers the circle."""
+"""Finding curve detectors by their tuning alone, and how a family of them covers the circle."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from circuits.units import Unit
 
 @dataclass(frozen=True, eq=False)
 class CurveUnit:
-    """A unit's tuning to curves beside that to lines and stripes.
+    """A unit's tuning to curves, compared with lines and stripes.
 
     Attributes:
-        tuning: to curves.
-        line_peak: its largest response to a line.
-        grating_peak: and to a grating.
+        tuning: the tuning to curves.
+        line_peak: the largest response to a line.
+        grating_peak: the largest response to a grating.
         is_curve_unit: whether it meets all criteria of `find_curve_units`.
         why_not: the first criterion that it does not meet; empty if it meets all.
     """
@@ -35,11 +35,11 @@ class CurveUnit:
 
     @property
     def unit(self) -> Unit:
-        """Which."""
+        """The unit."""
         return self.tuning.unit
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without the curve."""
+        """As a dictionary for JSON, without the tuning curve."""
         m = self.tuning.measures
         return {
             "unit": str(self.unit), "preferred": m.direction.value, "preferred_low": m.direction.low,
@@ -54,12 +54,12 @@ class CurveUnit:
 
 @dataclass(frozen=True, eq=False)
 class JointTuning:
-    """Several units' tuning together.
+    """The tuning of several units together.
 
     Attributes:
         angles: in degrees.
-        strongest: at each angle the largest response of any unit, each in shares of its own peak.
-        coverage: the smallest of these: near 1 if every angle is some unit's own.
+        strongest: at each angle the largest response of any unit, as a share of that unit's peak.
+        coverage: the smallest of these: near 1 if some unit is tuned to every angle.
         largest_gap: the widest arc without a preferred angle, in degrees.
     """
 
@@ -84,21 +84,21 @@ def find_curve_units(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[CurveUnit]:
-    """Which units are curve detectors, by their responses to drawings alone; the most selective first.
+    """Find curve detectors by their responses to drawings alone; the most selective come first.
 
     Args:
-        model: of images.
-        site: where to look.
-        units: among which; all if not given.
-        step: from angle to angle, in degrees.
-        least: the smallest peak, as a share of the 90th percentile of the units' peaks.
-        half_width: the narrowest and widest.
-        echo: the largest response opposite, over the peak.
+        model: a model of images.
+        site: the site to search.
+        units: the units to test; by default all.
+        step: the step between angles, in degrees.
+        least: the smallest peak, as a share of the 90th percentile of all units' peaks.
+        half_width: the smallest and largest half-width, in degrees.
+        echo: the largest echo: the response to the opposite angle over the peak.
         variance: the largest circular variance.
-        over_lines: how many times the peak for lines, and for gratings, that for curves must be.
-        size: of the images; see `radial_tuning`.
-        seed: of the bootstrap.
-        progress: called with images done and about how many there are.
+        over_lines: the least ratio of the peak for curves to that for lines and to that for gratings.
+        size: the size of the images; see `radial_tuning`.
+        seed: the seed of the bootstrap.
+        progress: called with the images done, and about how many there are.
 
     Raises:
         KeyError: if the site is unknown.
@@ -111,42 +111,48 @@ def find_curve_units(
         radial_tuning(model, chosen, shape, step=15.0, size=size, seed=seed)
         for shape in ("line", "grating")
     )
+    # Relative to the strongest units of the site: activations have no common scale. Not to the maximum, which one unit
+    # may hold far above all others.
     peaks = np.array([t.measures.peak.value for t in curves])
     floor = least * float(np.quantile(peaks, 0.9)) if len(peaks) else 0.0
     found = []
     for tuning, line, stripe in zip(curves, lines, stripes, strict=True):
-        m = tuning.measures
-        others = max(line.measures.peak.value, stripe.measures.peak.value, 0.0)
+        m, rivals = tuning.measures, (line.measures.peak.value, stripe.measures.peak.value)
+        # Each criterion is negated as a whole, so that a measure that is NaN does not meet it.
         reasons = (
             (not m.peak.value > max(floor, 0.0), "hardly responds to curves"),
-            (not m.peak.value >= over_lines * others, "responds to lines or stripes as well"),
+            (
+                not m.peak.value >= over_lines * max(*rivals, 0.0),
+                "responds to lines or stripes as well",
+            ),
             (not m.echo.value <= echo, "echo"),
             (not half_width[0] <= m.half_width.value <= half_width[1], "half-width"),
             (not m.circular_variance.value <= variance, "circular variance"),
         )
         why = next((reason for fails, reason in reasons if fails), "")
-        found.append(
-            CurveUnit(tuning, line.measures.peak.value, stripe.measures.peak.value, not why, why)
-        )
-    return sorted(
-        found,
-        key=lambda c: (
-            not c.is_curve_unit,
-            np.nan_to_num(c.tuning.measures.circular_variance.value, nan=2),
-        ),
-    )
+        found.append(CurveUnit(tuning, *rivals, not why, why))
+    return sorted(found, key=_by_selectivity)
+
+
+def _by_selectivity(found: CurveUnit) -> tuple[bool, float]:
+    """For sorting: curve units first, the most selective (of the smallest circular variance) before the rest."""
+    variance = found.tuning.measures.circular_variance.value
+    return not found.is_curve_unit, float(np.nan_to_num(variance, nan=2))
 
 
 def joint_tuning(tunings: Sequence[RadialTuning]) -> JointTuning:
-    """How a family's tuning curves cover the circle.
+    """Measure how the tuning curves of a family cover the circle.
 
     Raises:
         ValueError: if there is no tuning, or angles differ.
     """
     if not tunings or any(len(t.angles) != len(tunings[0].angles) for t in tunings):
-        raise ValueError("tunings: expected at least one, all at the same angles")
+        raise ValueError(
+            f"tunings ({len(tunings)}) are empty or at different angles: expected at least one, all at the same angles"
+        )
     shares = np.stack([t.mean.clip(min=0) / max(t.mean.max(), 1e-12) for t in tunings])
     strongest = shares.max(0)
+    # A line or grating turned by 180 degrees is the same again.
     period = 360.0 if all(t.shape == "curve" for t in tunings) else 180.0
     directions = [t.measures.direction.value % period for t in tunings]
     preferred = np.sort([d for d in directions if not np.isnan(d)])  # silent units have none

@@ -1,4 +1,4 @@
-"""Orientation x curvature: a unit's response to curves of every radius at every angle."""
+"""Heat maps of orientation and curvature: a unit's response to curves of every radius at every angle."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs
-from circuits.tuning.responding import BATCH, responses, stimulus_size
+from circuits.tuning.responding import BATCH, check_step, of_one_site, responses, stimulus_size
 from circuits.units import Unit
 
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Responses to drawn curves, by where they bulge and how much they are bent.
+    """A unit's responses to drawn curves, by orientation and curvature.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         angles: where curves bulge, in degrees.
         curvatures: 1 / radius, in 1 / pixels; 0 is a line.
-        responses: activations, the mean of dark on light and light on dark.
-        deviation: the unit's standard deviation on a dataset; NaN if none was given.
-        mean: the unit's mean on it; NaN likewise.
-        size: of the images, in pixels.
-        model: its name.
-        model_hash: of its weights.
-        data: what mean and deviation are of.
+        responses: activations, averaged over dark on light and light on dark.
+        deviation: the unit's standard deviation on a dataset; NaN if it was not given.
+        mean: the unit's mean on the dataset; NaN if it was not given.
+        size: the size of the images, in pixels.
+        model: the model's name.
+        model_hash: the hash of the model's weights.
+        data: the name of the dataset.
     """
 
     unit: Unit
@@ -49,7 +49,7 @@ class HeatMap:
 
     @property
     def in_deviations(self) -> Float[np.ndarray, "curvature angle"]:
-        """Responses as distances from the dataset's mean, in its standard deviations."""
+        """Responses minus the mean on the dataset, in standard deviations."""
         return (self.responses - self.mean) / self.deviation
 
     @property
@@ -59,7 +59,7 @@ class HeatMap:
         return float(self.angles[column]), float(self.curvatures[row])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         arrays = {k: getattr(self, k).tolist() for k in ("angles", "curvatures", "responses")}
         angle, curvature = self.best
         return vars(self) | arrays | {
@@ -78,38 +78,34 @@ def heat_map(
     data: str = "",
     progress: Progress | None = None,
 ) -> list[HeatMap]:
-    """Responses of units of one site to curves of every orientation and curvature.
+    """Measure the responses of units of one site to curves of every orientation and curvature.
 
     Args:
-        model: of images.
-        units: of one site.
-        step: from angle to angle, in degrees; must divide 360.
-        curvatures: 1 / radius, in 1 / pixels, 0 for a line; nine from 0 to 12 / size if not given.
-        size: of the images, as for `radial_tuning`.
+        model: a model of images.
+        units: units of one site.
+        step: the step between angles, in degrees; must divide 360.
+        curvatures: 1 / radius, in 1 / pixels, 0 for a line; by default nine from 0 to 12 / size.
+        size: the size of the images; see `radial_tuning`.
         statistics: each unit's mean and standard deviation on a dataset.
-        data: what dataset that is.
-        progress: called with images done and all.
+        data: the name of the dataset.
+        progress: called with the images done and in all.
 
     Raises:
         KeyError: if the site is unknown.
         ValueError: if the model takes no photographs, units are of several sites, or an option is out of
             range.
     """
-    wanted = [model.unit(unit) for unit in units]
-    if len({unit.site for unit in wanted}) != 1:
-        raise ValueError(
-            f"units {', '.join(map(str, wanted)) or '(none)'}: expected units of one site"
-        )
-    n_angles = round(360 / step) if step > 0 else 0
-    if n_angles < 4 or abs(n_angles * step - 360) > 1e-6:
-        raise ValueError(f"step {step} must divide 360 degrees into at least four")
+    wanted, n_angles = of_one_site(model, units), check_step(step)
     if statistics is not None and len(statistics) != len(wanted):
-        raise ValueError(f"statistics: {len(statistics)} for {len(wanted)} units")
+        raise ValueError(
+            f"statistics have {len(statistics)} entries: expected one for each of {len(wanted)} units"
+        )
     pixels = stimulus_size(model, wanted[0].site, size)
     bends = np.linspace(0, 12 / pixels, 9) if curvatures is None else np.asarray(curvatures, float)
     if bends.ndim != 1 or not len(bends) or bends.min() < 0:
         raise ValueError(f"curvatures {bends.tolist()} must be 0 or more")
     angles = torch.arange(n_angles) * float(step)
+    # A curvature of 0 is drawn as a curve of a very large radius.
     radii = [1 / max(float(c), 1 / STRAIGHT) for c in bends]
     total = 2 * len(radii) * n_angles
 
@@ -123,13 +119,14 @@ def heat_map(
         if progress is not None:
             progress(start + done, total)
 
+    # Dark on light and light on dark: a response to one polarity alone counts half.
     found = sum(
         responses(model, wanted[0].site, images(ink), progress=partial(note, k * total // 2))
         for k, ink in enumerate((0.0, 1.0))
     )
     assert isinstance(found, torch.Tensor), "two polarities were shown"
     table = (found / 2).unflatten(0, (len(radii), n_angles)).double().numpy()
-    model_hash = model.hash
+    model_hash = model.hash  # once for all units: hashing reads every weight
     return [
         HeatMap(
             unit, angles.double().numpy(), bends, table[:, :, unit.index],

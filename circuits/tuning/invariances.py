@@ -1,4 +1,4 @@
-"""What should not matter to a curve detector, tried: contrast, colour, fill, thickness, corners."""
+"""Invariances of curve detectors: to contrast, colour, fill, thickness and corners."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from circuits.tuning.responding import responses
 from circuits.units import Unit
 
 Aspect = Literal["contrast", "colour", "fill", "thickness", "corner"]
-"""Contrast from light on dark (-1) to dark on light (1); the curve's hue; a line (0) or a filled disk (1), dark
-and light; thickness relative to the usual; from an arc (0) to an angle (1)."""
+"""Contrast from light on dark (-1) to dark on light (1); the hue of the curve in degrees; a line (0), a dark (1) or a
+light (-1) filled disk; thickness relative to the default; from an arc (0) to an angle (1)."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 
 @dataclass(frozen=True, eq=False)
 class Invariance:
-    """A unit's responses as one aspect of its shape changes, at its own angle and radius.
+    """A unit's responses to curves of its preferred angle and radius, as one aspect of them changes.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         aspect: what changes.
-        values: of the aspect.
-        responses: activations, at the preferred angle.
-        opposite: and at the opposite angle, which should stay silent.
+        values: the values of the aspect.
+        responses: the activations at the preferred angle.
+        opposite: the activations at the opposite angle, at which the unit should be silent.
         kept: the smallest response over the largest: 1 if the aspect does not matter.
-        model_hash: of the weights.
+        model_hash: the hash of the weights.
     """
 
     unit: Unit
@@ -47,7 +47,7 @@ class Invariance:
     model_hash: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As a dictionary for JSON."""
         return vars(self) | {
             "unit": str(self.unit),
             "values": list(self.values),
@@ -59,15 +59,15 @@ class Invariance:
 def invariance(
     model: HookedModel, tunings: Sequence[RadialTuning], aspects: Sequence[Aspect] = ASPECTS
 ) -> list[Invariance]:
-    """How responses of curve units change with each aspect.
+    """Measure how the responses of curve units change with each aspect.
 
     Args:
-        model: the model that the tuning is of.
-        tunings: to curves.
-        aspects: which.
+        model: the model that the tunings belong to.
+        tunings: tunings to curves.
+        aspects: the aspects to change.
 
     Raises:
-        ValueError: if an aspect is unknown, or a tuning is to no curve or of other weights.
+        ValueError: if an aspect is unknown, or a tuning is not to curves or belongs to other weights.
     """
     for aspect in aspects:
         if aspect not in ASPECTS:
@@ -77,8 +77,8 @@ def invariance(
     for tuning in tunings:
         if tuning.shape != "curve" or tuning.model_hash != model_hash:
             raise ValueError(
-                f"tuning of {tuning.unit} to a {tuning.shape}, model {tuning.model_hash[:16]}: expected to "
-                f"a curve, of model {model_hash[:16]}"
+                f"tuning of {tuning.unit} is to a {tuning.shape}, with model {tuning.model_hash[:16]}: expected a "
+                f"tuning to a curve, with model {model_hash[:16]}"
             )
         angle = tuning.measures.preferred.value
         for aspect in aspects:
@@ -108,12 +108,13 @@ _VALUES: dict[Aspect, tuple[float, ...]] = {
 
 
 def _curve(angle: float, tuning: RadialTuning, **options: Any) -> Tensor:
+    """One curve of the tuning's radius; `thick` is relative to the default thickness."""
     thick = options.pop("thick", 1.0) * max(2.0, tuning.size / 32)
     return arcs(torch.tensor([angle]), tuning.radius, tuning.size, thickness=thick, **options)
 
 
 def _hue(degrees: float) -> tuple[float, float, float]:
-    """A saturated colour of the wheel, red at 0."""
+    """A saturated colour of the colour wheel, with red at 0."""
     return tuple(min(1.0, max(0.0, abs((degrees / 60 + k) % 6 - 3) - 1)) for k in (0, 4, 2))  # type: ignore[return-value]
 
 

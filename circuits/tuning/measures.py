@@ -1,6 +1,6 @@
-"""What a tuning curve comes to: preferred value, half-width, echo, circular variance.
+"""Measures of a tuning curve: preferred angle, half-width, echo, circular variance.
 
-As in Cammarata et al. 2020, "Curve Detectors", and its supplements.
+They are those of Cammarata et al. 2020, "Curve Detectors", and its supplements.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from circuits.experiments.statistics import Interval, percentiles, resampled
 Angles = Float[np.ndarray, " angle"]
 Curves = Float[np.ndarray, "*curve angle"]
 Numbers = Float[np.ndarray, "*curve"]
-"""One for each curve."""
+"""One number for each curve."""
 
 
 @dataclass(frozen=True)
 class TuningMeasures:
-    """A tuning curve over a full turn, in numbers.
-
-    Intervals are over resampled replicates; the value itself where there is one replicate.
+    """The measures of a tuning curve over a full turn, with intervals by bootstrap over replicates.
 
     Attributes:
         preferred: the angle with the largest response, in degrees.
         peak: the response there.
-        half_width: how many degrees around it respond with at least half of that.
-        echo: the largest response opposite, 180 +- 45 degrees away, over the peak.
-        circular_variance: 0 if all of the response is at one angle, 1 if it is even (negative responses
-            count as none).
-        direction: the angle of the mean response vector, which noise moves less than the peak.
-        n_replicates: stimuli that differ in what should not matter.
-        seed: of the bootstrap.
+        half_width: the width in degrees of the range around it in which responses are at least half of the peak.
+        echo: the largest response at 180 +- 45 degrees from it, over the peak.
+        circular_variance: 0 if all of the response is at one angle, 1 if it is the same everywhere (negative
+            responses count as 0).
+        direction: the angle of the mean response vector, which depends less on noise than the preferred angle.
+        n_replicates: the number of replicates; with a single one, intervals are the value itself.
+        seed: the seed of the bootstrap.
     """
 
     preferred: Interval
@@ -47,7 +45,7 @@ class TuningMeasures:
 
 
 def preferred(angles: Angles, curves: Curves) -> Numbers:
-    """The angle with the largest response, the first of equals.
+    """The angle with the largest response; the first of ties.
 
     >>> float(preferred(np.array([0.0, 90.0, 180.0, 270.0]), np.array([0.0, 3.0, 1.0, 0.0])))
     90.0
@@ -56,25 +54,28 @@ def preferred(angles: Angles, curves: Curves) -> Numbers:
 
 
 def half_width(angles: Angles, curves: Curves) -> Numbers:
-    """Degrees around the peak, without a gap, that respond with at least half of it; NaN without a peak.
+    """The width, in degrees, of the connected range about the peak with at least half of its response; NaN without
+    a peak.
 
-    The full width at half of the maximum, in steps of the curve: what the articles plot as half-width.
+    This is the full width at half of the maximum, in steps of the curve, which the articles call half-width.
 
     >>> float(half_width(np.arange(0.0, 360.0, 10.0), np.eye(36)[3]))
     10.0
     """
     n, peak = len(angles), curves.max(-1)
     high = curves >= peak[..., None] / 2
-    # begin at the peak and walk both ways
+    # Rolled so that the peak comes first: then `argmin` of the booleans finds the first response below half of it,
+    # forwards and, in the reversed array, backwards.
     places = (np.asarray(curves.argmax(-1))[..., None] + np.arange(n)) % n
     from_peak = np.take_along_axis(high, places, -1)
     steps = from_peak.argmin(-1) + from_peak[..., ::-1].argmin(-1)
+    # Where all angles respond, `argmin` finds no end and gives 0.
     width = np.where(high.all(-1), 360.0, steps * 360.0 / n)
     return np.where(peak > 0, width, np.nan)
 
 
 def echo(angles: Angles, curves: Curves) -> Numbers:
-    """The largest response 180 +- 45 degrees from the peak, over the peak; NaN without a peak.
+    """The largest response at 180 +- 45 degrees from the peak, over the peak; NaN without a peak.
 
     >>> float(echo(np.arange(0.0, 360.0, 90.0), np.array([4.0, 0.0, 1.0, 0.0])))
     0.25
@@ -88,7 +89,7 @@ def echo(angles: Angles, curves: Curves) -> Numbers:
 def circular_variance(angles: Angles, curves: Curves, period: float = 360.0) -> Numbers:
     """1 - the length of the mean response vector; NaN without a response.
 
-    For what is itself again after half a turn, angles are doubled.
+    For a period of 180 degrees, angles are doubled, so that they go once around the circle.
 
     >>> even = np.array([1.0, 1.0, 1.0, 1.0])
     >>> round(float(circular_variance(np.array([0.0, 90.0, 180.0, 270.0]), even)), 6)
@@ -104,7 +105,7 @@ def direction(angles: Angles, curves: Curves, period: float = 360.0) -> Numbers:
 
 
 def _vector(angles: Angles, curves: Curves) -> Complex[np.ndarray, "*curve"]:
-    """The mean of the angles as points of the unit circle, weighted by responses; NaN without any."""
+    """The mean of the angles as points of the complex unit circle, weighted by responses; NaN without a response."""
     responses = curves.clip(min=0)
     total = np.asarray(responses.sum(-1))
     summed = (responses * np.exp(1j * np.deg2rad(angles))).sum(-1)
@@ -118,20 +119,18 @@ def measure_tuning(
     seed: int = 0,
     period: float = 360.0,
 ) -> TuningMeasures:
-    """The measures of a tuning curve, with bootstrap intervals over replicates.
+    """Compute the measures of a tuning curve, with intervals by bootstrap over replicates.
 
     Args:
         angles: in degrees, equally spaced over a full turn.
-        curves: a response at each angle; replicates differ in what should not matter. Measures are of
-            their mean.
-        resamples: of the replicates.
-        seed: of the bootstrap.
-        period: 180 for what is itself again after half a turn (lines): it has no echo, and its direction is
-            from 0 to 180.
+        curves: the response at each angle; measures are those of the mean over replicates.
+        resamples: the number of bootstrap samples.
+        seed: the seed of the bootstrap.
+        period: 180 for stimuli that are the same after half a turn (lines): these have no echo, and a direction from
+            0 to 180.
 
     Raises:
-        ValueError: if angles are not a full turn in equal steps, or there are not as many responses, or one
-            is not finite.
+        ValueError: if angles are not a full turn in equal steps, or there is not one finite response for each.
     """
     replicates = np.atleast_2d(np.asarray(curves, np.float64))
     angles = np.asarray(angles, np.float64)
@@ -143,7 +142,7 @@ def measure_tuning(
             f"curves of shape {replicates.shape}: expected a finite response at each of {n} angles"
         )
     k = len(replicates)
-    # the mean itself, then resampled ones
+    # Row 0 is the mean over all replicates; each further row is that of a bootstrap sample.
     means = replicates.mean(0, keepdims=True)
     if k > 1:
         drawn = resampled(replicates.T, seed=seed, resamples=resamples)
@@ -151,12 +150,14 @@ def measure_tuning(
 
     def interval(found: Numbers, around: float = 0.0) -> Interval:
         value, drawn = float(found[0]), found[1:] if k > 1 else found
-        if around:  # percentiles of the difference, the short way round
+        # Angles wrap around: percentiles are taken of the signed difference from the value, the short way round.
+        if around:
             drawn = value + (drawn - value + around / 2) % around - around / 2
         return Interval(value, *percentiles(drawn))
 
     return TuningMeasures(
         interval(preferred(angles, means), around=period), interval(means.max(1)), interval(half_width(angles, means)),
+        # With a period of half a turn the opposite angle is the same stimulus.
         interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan)),
         interval(circular_variance(angles, means, period)),
         interval(direction(angles, means, period), around=period), k, seed,

@@ -1,8 +1,8 @@
-"""How units respond to images that are about their middle."""
+"""The responses of units to images whose content is in the middle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,40 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.receptive import receptive_field
-from circuits.units import Site
+from circuits.units import Site, Unit
 
 BATCH = 32
+"""Images in a forward pass."""
+
 _LARGEST = 1024
+"""The largest size of a stimulus, in pixels."""
+
+
+def of_one_site(model: HookedModel, units: Sequence[str | Unit]) -> list[Unit]:
+    """The units that are named, which must be of one site.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if there is no unit, one does not exist, or they are of several sites.
+    """
+    wanted = [model.unit(unit) for unit in units]
+    if len({unit.site for unit in wanted}) != 1:
+        raise ValueError(
+            f"units {', '.join(map(str, wanted)) or '(none)'}: expected units of one site"
+        )
+    return wanted
+
+
+def check_step(step: float) -> int:
+    """The number of steps in a full turn.
+
+    Raises:
+        ValueError: if it is not a whole number of at least four.
+    """
+    n_angles = round(360 / step) if step > 0 else 0
+    if n_angles < 4 or abs(n_angles * step - 360) > 1e-6:
+        raise ValueError(f"step {step} must divide 360 degrees into at least four")
+    return n_angles
 
 
 def responses(
@@ -25,14 +55,14 @@ def responses(
     central: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "image unit"]:
-    """The largest activation of each unit of a site on each image.
+    """Measure the largest activation of each unit of a site on each image.
 
     Args:
-        model: of images with 1 or 3 channels.
-        site: whose units.
-        images: in 0..1, in parts of any size.
-        central: whether to look only in the middle of the map, as images about their middle want: at most a
-            fifth each way, but at least the middle position (two, where their number is even).
+        model: a model of images with 1 or 3 channels.
+        site: the site of the units.
+        images: images in 0..1, in batches of any size.
+        central: whether only the middle of the map counts: at most a fifth of its height and width, but at least the
+            middle position (two, if their number is even).
         progress: called with how many images are done.
 
     Raises:
@@ -45,8 +75,10 @@ def responses(
     for some in images:
         for part in some.split(BATCH):
             own = part.mean(1, keepdim=True) if spec.channels == 1 else part
-            if place.position_axes != ("y", "x"):  # it may read a map of the model's own size only
+            # After a flatten, the model takes images of its own size only.
+            if place.position_axes != ("y", "x"):
                 own = _framed(own, spec)
+            # Channels last: convolutions on a CPU are faster in this layout.
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
             value = model.run(x, read=[place], until=place)[place]
             found.append(_largest(place, value, central).cpu())
@@ -57,7 +89,7 @@ def responses(
 
 
 def _framed(images: Tensor, spec: ImageInput) -> Tensor:
-    """Images in the middle of the model's height and width, their border repeated."""
+    """Put images in the middle of the model's height and width, repeating their border."""
     height, width = images.shape[-2:]
     if height > spec.height or width > spec.width:
         raise ValueError(
@@ -69,25 +101,25 @@ def _framed(images: Tensor, spec: ImageInput) -> Tensor:
 
 
 def _largest(site: Site, value: Tensor, central: bool) -> Float[Tensor, "image unit"]:
+    """The largest activation over positions, or over those in the middle."""
     units = site.activations(value)
     maps = units.reshape(*units.shape[:2], *site.positions_of(value))
     if central:
         for axis in range(2, maps.ndim):
             n = maps.shape[axis]
             keep = max(1, n // 5)
-            if (
-                n - keep
-            ) % 2:  # as many positions before as behind: a lopsided middle moves what is preferred
+            # As many positions before as after the middle: an asymmetric choice would shift preferred angles.
+            if (n - keep) % 2:
                 keep += 1 if keep == 1 else -1
             maps = maps.narrow(axis, (n - keep) // 2, keep)
     return maps.flatten(2).amax(2) if maps.ndim > 2 else maps
 
 
 def taking_photographs(model: HookedModel) -> ImageInput:
-    """What a model takes.
+    """The model's input, which must be images with 1 or 3 channels.
 
     Raises:
-        ValueError: if it is no image with 1 or 3 channels.
+        ValueError: if it is not.
     """
     spec = model.input
     if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
@@ -96,10 +128,11 @@ def taking_photographs(model: HookedModel) -> ImageInput:
 
 
 def stimulus_size(model: HookedModel, site: str | Site, size: int | None) -> int:
-    """Height and width of images for a site: what a unit in the middle sees, if not given.
+    """The height and width of images for a site: as given, or by default the receptive field of a unit in the middle,
+    plus a quarter.
 
     Raises:
-        ValueError: if it is below 8 pixels.
+        ValueError: if the size given is out of range.
     """
     spec = taking_photographs(model)
     most = min(spec.height, spec.width)

@@ -1,4 +1,4 @@
-"""Weights between units: raw, expanded through what lies between, and in factors."""
+"""Weights between units: of single layers, expanded through everything in between, and factored."""
 
 from circuits.weights.connections import Connection, incoming, outgoing
 from circuits.weights.expanded import ExpandedWeights, expand_weights

@@ -1,4 +1,4 @@
-"""Weights between units: what builds a unit and what it builds."""
+"""Connections between units: which units a unit is computed from, and which it contributes to."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ class Connection:
 
     Attributes:
         source: the unit that is read.
-        target: the unit that is built.
-        kernel: y x x for a convolution (cross-correlation: the middle is "same place"), a single
-            number for a linear layer, (Q, K, V) composition scores between heads. Batch norm and
-            constants on either side of the layer are multiplied in; where a unit reaches it along
-            several paths their kernels are added.
+        target: the unit that is computed.
+        kernel: y x x for a convolution (as cross-correlation: the middle is the same place), a single number for a
+            linear layer, (Q, K, V) composition scores between heads. Batch norm and constants on either side of the
+            layer are multiplied in; if the source reaches the layer along several paths, their kernels are added.
         layer: the layer's name.
-        through: sites between the source and the layer (pooling, normalisation), nearest last.
-        typical: the median norm of the kernels beside it: of all sources of the same target for an
-            incoming connection, of all targets of the same source for an outgoing one.
+        through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
+        typical: for comparison, the median norm of the kernels from all sources of the same target (for an incoming
+            connection), or to all targets of the same source (for an outgoing one).
     """
 
     source: Unit
@@ -44,12 +43,12 @@ class Connection:
 
     @property
     def norm(self) -> float:
-        """Euclidean norm of the kernel: how strong the connection is."""
+        """The strength of the connection: the Euclidean norm of the kernel."""
         return self.kernel.norm().item()
 
     @property
     def total(self) -> float:
-        """Sum of the kernel: above zero excites, below inhibits, on the whole."""
+        """The sum of the kernel: positive if the source excites the target on the whole, negative if it inhibits."""
         return self.kernel.sum().item()
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,12 +85,12 @@ def connections_table(
 def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connection]:
     """The strongest connections into a unit, from units of the sites directly before it.
 
-    Where the layer reads the model's input the sources are its channels, `input:0` …
+    Where a layer reads the model's input, the sources are the input's channels, `input:0` and so on.
 
     Args:
         model: the model, without edits in force.
         unit: the target.
-        top: how many, by norm of the kernel.
+        top: how many connections, by the norm of the kernel.
 
     Raises:
         KeyError: if its site is unknown.
@@ -102,11 +101,12 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     wanted = torch.tensor([target.index])
     found: list[Connection] = []
     for layer in model.weight_layers:
+        # Several layers can write one site (branches of a concatenation, summands of a residual sum), each some units.
         if target.index not in written(layer, target.site):
             continue
         for site, links in by_site(link for link in layer.reads if link.direct).items():
             kernels = kernels_into(layer, target.site, wanted, links, model.n_units(site))[0]
-            through = passed(layer, links[0].depth)
+            through = sites_between(layer, links[0].depth)
             for index, kernel, typical in _strongest(kernels, top):
                 source = Unit(site, index)
                 found.append(Connection(source, target, kernel, layer.name, through, typical))
@@ -116,7 +116,7 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
 def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connection]:
     """The strongest connections from a unit, to units of the sites directly after it.
 
-    Arguments and errors as for `incoming`.
+    Arguments and errors are those of `incoming`.
     """
     _check_top(top)
     source = model.unit(unit)
@@ -126,10 +126,11 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     for layer in model.weight_layers:
         links = [link for link in layer.reads if link.site == source.site]
         site = nearest_written(layer, read)
+        # A layer that reads the site may still not read this unit (a slice, or groups of a convolution).
         if site is None or not any((link.index == source.index).any() for link in links):
             continue
         kernels = kernels_from(layer, wanted, links, by_site(layer.writes)[site])[0]
-        through = passed(layer, links[0].depth)
+        through = sites_between(layer, links[0].depth)
         for index, kernel, typical in _strongest(kernels, top):
             target = Unit(site, index)
             found.append(Connection(source, target, kernel, layer.name, through, typical))
@@ -142,16 +143,16 @@ def directly_read(model: HookedModel) -> set[str]:
 
 
 def nearest_written(layer: WeightLayer, read: Set[str]) -> str | None:
-    """The site that a layer builds: the nearest one that other layers read, or else the last one, past
-    its nonlinearity, before what just passes units on.
+    """The site whose units a layer computes: the nearest one that other layers read; if there is none, the last one
+    after its nonlinearity, before modules that only pass units on.
     """
     sites = list(by_site(layer.writes))
     own = [link.site for link in takewhile(lambda link: link.direct, layer.writes)]
     return next((site for site in sites if site in read), (own or sites or [None])[-1])
 
 
-def passed(layer: WeightLayer, depth: int) -> tuple[str, ...]:
-    """The sites between one that a layer reads and the layer, from there on."""
+def sites_between(layer: WeightLayer, depth: int) -> tuple[str, ...]:
+    """The sites between a site that a layer reads, at some depth, and the layer, the nearest to the layer last."""
     nearer = dict.fromkeys(link.site for link in layer.reads if link.depth < depth)
     return tuple(reversed(nearer))
 
@@ -162,7 +163,7 @@ def _check_top(top: int) -> None:
 
 
 def _strongest(kernels: Tensor, top: int) -> Iterator[tuple[int, Tensor, float]]:
-    """The strongest kernels with their places, and the median norm of all that are not zero."""
+    """The indices and kernels with the largest norms, each with the median norm of all that are not zero."""
     norms = kernels.reshape(len(kernels), -1).norm(dim=1)
     connected = norms[norms > 0]
     if not len(connected):

@@ -1,7 +1,7 @@
-"""Expanded weights: the linear effect of a unit on another through what lies between.
+"""Expanded weights: the linear effect of one unit on another through everything between them.
 
-Voss et al. 2021, "Visualizing Weights" (Distill, section "Contextualizing weights with feature
-visualizations" and after): the gradient of a target unit by a source unit, at each offset in space.
+It is the gradient of a target unit by a source unit, at each offset in space (Voss et al. 2021, "Visualizing Weights",
+Distill).
 """
 
 from __future__ import annotations
@@ -29,41 +29,44 @@ from circuits.units import Site, Unit
 from circuits.weights.connections import Connection
 
 Mode = Literal["linear", "mean", "example"]
-"""What stands for a nonlinearity.
+"""How nonlinearities are treated.
 
-`linear`: activation functions are the identity, max pooling is average pooling (over the places inside the
-map), local response normalisation is its derivative at zero; no data is needed.
-`mean`: the gradient, averaged over examples. `example`: the gradient of each example.
+`linear`: activation functions are replaced by the identity, max pooling by average pooling (over the places inside the
+map), local response normalisation by its derivative at zero; no data is needed.
+`mean`: the gradient, averaged over examples. `example`: the gradient for each example.
 """
 
 _UNITS_AT_ONCE = 32
-_EXAMPLES_AT_ONCE = 2  # more leave the processor's cache: 8 take three times as long
+"""Target units whose gradients are pulled back together."""
+
+_EXAMPLES_AT_ONCE = 2
+"""Examples in a pass; more leave the processor's cache (8 take three times as long)."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExpandedWeights:
-    """Weights of source units on target units at one position, through everything between.
+    """The weights of source units on target units at one position, through everything between them.
 
-    `weight[t, s, y, x]` is what one more unit of activation of `sources[s]` at the source's position
-    `start + (y, x)` adds to `units[t]` of the target at the position `at`. In mode `example` an axis of
-    examples comes first. Outside of the window the weights are zero.
+    `weight[t, s, y, x]` is what one more unit of activation of `sources[s]` at the source's position `start + (y, x)`
+    adds to `units[t]` of the target at the position `at`. In mode `example` an axis of examples comes first. Outside
+    of the window the weights are zero.
 
     Attributes:
-        source: the site that is read, or `input`.
-        target: the site that is built.
-        units: units of the target.
-        sources: units of the source.
+        source: the earlier site, or `input`.
+        target: the later site.
+        units: the units of the target.
+        sources: the units of the source.
         weight: the weights.
-        positive: the sum over the paths whose weight is positive, if paths were kept apart.
-        negative: the sum over those whose weight is negative; `positive + negative` is `weight`.
+        positive: the sum over paths with a positive weight, if positive and negative paths were kept apart.
+        negative: the sum over paths with a negative weight; `positive + negative` is `weight`.
         at: the target's position (empty if it has none).
-        start: the source's position of the first offset.
-        source_shape: lengths of the source's position axes.
-        target_shape: lengths of the target's position axes.
-        mode: what stands for a nonlinearity.
+        start: the source's position for the first offset.
+        source_shape: the lengths of the source's position axes.
+        target_shape: the lengths of the target's position axes.
+        mode: how nonlinearities were treated.
         model: the model's name.
-        model_hash: of its weights.
-        examples: which they are and how they were chosen, if there were any.
+        model_hash: the hash of the model's weights.
+        examples: the examples and how they were chosen, if there were any.
     """
 
     source: str
@@ -84,12 +87,12 @@ class ExpandedWeights:
 
     @property
     def sums(self) -> Float[Tensor, "*example target source"]:
-        """Sum of each kernel: above zero excites, below inhibits, on the whole."""
+        """The sum of each kernel: positive if the source excites the target on the whole, negative if it inhibits."""
         return self._flat.sum(-1)
 
     @property
     def norms(self) -> Float[Tensor, "*example target source"]:
-        """Euclidean norm of each kernel."""
+        """The Euclidean norm of each kernel."""
         return self._flat.norm(dim=-1)
 
     @property
@@ -98,7 +101,7 @@ class ExpandedWeights:
 
     @property
     def cut(self) -> bool:
-        """Whether the window touches the border of the source's map, so that more may lie beyond."""
+        """Whether the window touches the border of the source's map, which then may have cut off some weights."""
         size = self.weight.shape[self.weight.ndim - len(self.start) :]
         return any(
             a == 0 or a + n == whole
@@ -106,15 +109,17 @@ class ExpandedWeights:
         )
 
     def connections(self, unit: int, top: int = 10) -> list[Connection]:
-        """The strongest connections into one unit of the target, by norm of the kernel.
+        """The strongest connections into one unit of the target, by the norm of the kernel.
 
         Raises:
-            ValueError: if the unit was not expanded, or there is one result an example.
+            ValueError: if the unit was not expanded, or there is a result for each example.
         """
         if unit not in self.units:
             raise ValueError(f"unit {self.target}:{unit} is not among those that were expanded")
         if self.mode == "example":
-            raise ValueError("weights of each example have no connections: average them first")
+            raise ValueError(
+                "mode 'example' gives weights for each example: expected mode 'linear' or 'mean' for connections"
+            )
         row = self.weight[self.units.index(unit)]
         norms = self.norms[self.units.index(unit)]
         typical = norms[norms > 0].median().item() if (norms > 0).any() else 0.0
@@ -132,7 +137,7 @@ class ExpandedWeights:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write it as safetensors, everything but the weights as metadata."""
+        """Write a safetensors file, with everything but the weights as metadata."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         kept = {name: value.contiguous() for name, value in tensors.items() if value is not None}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
@@ -141,7 +146,7 @@ class ExpandedWeights:
 
     @classmethod
     def load(cls, path: str | Path) -> ExpandedWeights:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: if the file holds something else.
@@ -152,6 +157,7 @@ class ExpandedWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise
+        # Safetensors, JSON and the keys may fail in many ways; each of them means that this is another file.
         except Exception as error:
             raise ValueError(f"file {str(path)!r} holds no expanded weights") from error
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
@@ -176,31 +182,30 @@ def expand_weights(
     apart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExpandedWeights:
-    """The linear effect of the units of one site on those of a later one, offset by offset.
+    """Expand the weights from the units of one site to those of a later one, for each offset in space.
 
-    The gradient is that of the target site as it is: an inactive unit behind its ReLU has none in the
-    modes that take gradients; name the site before the ReLU if that is what you want. All paths count,
-    those around the source do not. Exact on the borders, where padding cuts paths off.
+    The target site counts as it is: after a ReLU, an inactive unit has no gradient in the modes `mean` and `example`;
+    choose the site before the ReLU to see what would activate it. All paths from the source to the target count. The
+    result is exact at borders, where padding cuts paths off.
 
     Args:
-        model: without edits in force.
+        model: the model, without edits in force.
         source: the earlier site, or `input`.
         target: the later site.
-        mode: what stands for a nonlinearity.
-        units: of the target; all if not given.
-        sources: of the source; all if not given.
-        at: the target's position; the middle of a map, the last of a sequence if not given.
-        examples: for the modes `mean` and `example`; texts of one length.
-        size: height and width of the image in mode `linear`, where the default cuts kernels off.
-        apart: keep positive and negative paths apart too. A path's weight is the product of the
-            weights (and gates) along it; where both signs are strong and nearly cancel, `weight`
-            hides what the two show.
-        progress: called with steps done and all steps.
+        mode: how nonlinearities are treated.
+        units: units of the target; by default all.
+        sources: units of the source; by default all.
+        at: the target's position; by default the middle of a map, or the end of a sequence.
+        examples: the examples for the modes `mean` and `example`; texts must have one length.
+        size: the height and width of the image in mode `linear`, if the model's own cuts kernels off.
+        apart: also compute the sums over positive and over negative paths. A path's weight is the product of the
+            weights (and gates) along it; where paths of both signs nearly cancel, `weight` hides them.
+        progress: called with the steps done and all steps.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if the sites are not connected, or the other way round; if units, position or
-            examples do not fit; if an operation between them cannot be passed.
+        ValueError: if the sites are not connected, or the source comes after the target; if units, position or
+            examples do not fit; if an operation between the sites has no rule for the mode.
     """
     given = None if examples is None else as_examples(model, examples)
     _check_modes(model, mode, given, size)
@@ -211,30 +216,17 @@ def expand_weights(
     columns = _indices("sources", sources, here)
     groups = [rows[i : i + _UNITS_AT_ONCE] for i in range(0, len(rows), _UNITS_AT_ONCE)]
     batches = _batches(model, given, size)
-    totals: list[Window | None] = [None] * len(groups)
-    absolutes: list[Window | None] = [None] * len(groups)
-    place: tuple[int, ...] = ()
-    begun = ended = (0,)
-    for done, batch in enumerate(batches):
-        tape, begun = _taped(model, here, there, mode, batch)
-        ended = tape.shape
-        place = _position(there, ended, at)
-        first = done * _EXAMPLES_AT_ONCE if mode == "example" else None
-        for i, group in enumerate(groups):
-            begin = one_hot(ended, there.unit_axis, group, place, model.device)
-            totals[i] = _added(totals[i], tape.pull(begin), first)
-            if apart:
-                absolutes[i] = _added(absolutes[i], tape.pull(begin, "absolute"), first)
-            if progress is not None:
-                progress(done * len(groups) + i + 1, len(batches) * len(groups))
+    pulled = _pulled(model, here, there, mode, batches, groups, at, apart, progress)
     n = 1 if given is None else len(given)
-    box = _box([w for w in totals if w is not None], here, begun, n if mode == "example" else 1)
+    found = [w for w in pulled.totals if w is not None]
+    box = _box(found, here, pulled.source_shape, n if mode == "example" else 1)
 
     def weights(windows: Sequence[Window | None]) -> Tensor:
-        return _shaped(windows, [len(g) for g in groups], here, box, columns, mode, n)
+        return _as_weights(windows, [len(g) for g in groups], here, box, columns, mode, n)
 
-    total = weights(totals)
-    absolute = weights(absolutes) if apart else None
+    # The sum over all paths is p + q with positive sum p and negative sum q, that of absolute weights is p - q.
+    total = weights(pulled.totals)
+    absolute = weights(pulled.absolutes) if apart else None
     return ExpandedWeights(
         source=here.name,
         target=there.name,
@@ -243,10 +235,10 @@ def expand_weights(
         weight=total.float(),
         positive=None if absolute is None else ((absolute + total) / 2).float(),
         negative=None if absolute is None else ((total - absolute) / 2).float(),
-        at=place,
+        at=pulled.at,
         start=_positions(here, box[0]),
-        source_shape=_positions(here, begun),
-        target_shape=_positions(there, ended),
+        source_shape=_positions(here, pulled.source_shape),
+        target_shape=_positions(there, pulled.target_shape),
         mode=mode,
         model=model.name,
         model_hash=model.hash,
@@ -254,18 +246,21 @@ def expand_weights(
     )
 
 
-# --- what is asked for -------------------------------------------------------------------------
+# --- arguments ---------------------------------------------------------------------------------
 
 
 def _check_modes(
     model: HookedModel, mode: Mode, examples: Examples | None, size: tuple[int, int] | None
 ) -> None:
+    """Raise ValueError if mode, examples and size do not go together for a model."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
     if model.edited:
         raise ValueError(f"model {model.name} is edited: expand its weights outside the edit")
     if mode == "linear" and not isinstance(model.input, ImageInput) and examples is None:
-        raise ValueError(f"mode 'linear' of {model.name}, which takes tokens, needs examples")
+        raise ValueError(
+            f"mode 'linear' needs examples for {model.name}, which takes tokens: expected at least one"
+        )
     if mode != "linear" and examples is None:
         raise ValueError(f"mode {mode!r} needs examples: at least one")
     if mode == "linear" and examples is not None and isinstance(model.input, ImageInput):
@@ -277,16 +272,18 @@ def _check_modes(
 
 
 def _input_site(model: HookedModel) -> Site:
+    """The model's input as a site, which it is not for other purposes."""
     spec = model.input
     if not isinstance(spec, ImageInput):
         raise ValueError(
-            f"source 'input' of {model.name} is made of tokens, which have no gradient"
+            f"source 'input' of {model.name} is tokens, which have no gradient: expected a site"
         )
     shape = (spec.channels, spec.height, spec.width)
     return Site(INPUT, "channel", ("batch", "channel", "y", "x"), 1, shape)
 
 
 def _check_order(model: HookedModel, source: Site, target: Site) -> None:
+    """Raise ValueError unless the source comes before the target and both have numbers as units."""
     if source.name == target.name:
         raise ValueError(f"source and target are the same site, {source.name}")
     order = [INPUT, *(site.name for site in model.sites)]
@@ -304,6 +301,7 @@ def _check_order(model: HookedModel, source: Site, target: Site) -> None:
 
 
 def _indices(name: str, wanted: Sequence[int] | None, site: Site) -> tuple[int, ...]:
+    """The indices of the units asked for, all of them by default."""
     if wanted is None:
         return tuple(range(site.n_units))
     if not len(wanted):
@@ -320,6 +318,7 @@ def _indices(name: str, wanted: Sequence[int] | None, site: Site) -> tuple[int, 
 def _batches(
     model: HookedModel, examples: Examples | None, size: tuple[int, int] | None
 ) -> Sequence[Tensor]:
+    """The inputs, in batches; in mode `linear` any image will do, since gates do not depend on it."""
     if examples is not None:
         return examples.inputs.split(_EXAMPLES_AT_ONCE)
     example = model.input.example(1)
@@ -327,29 +326,71 @@ def _batches(
 
 
 def _position(site: Site, shape: tuple[int, ...], at: Sequence[int] | None) -> tuple[int, ...]:
-    """The target's position: as asked, or the middle of a map, or the end of a sequence."""
+    """The target's position: as given, or by default the middle of a map or the end of a sequence."""
     lengths = _positions(site, shape)
     if at is None:
         named = zip(site.position_axes, lengths, strict=True)
         return tuple(n - 1 if axis == "position" else n // 2 for axis, n in named)
     if len(at) != len(lengths) or any(not 0 <= p < n for p, n in zip(at, lengths, strict=True)):
         expected = f"one of {' x '.join(map(str, lengths))}" if lengths else "no position: ()"
-        raise ValueError(f"at {tuple(at)} is no position of {site.name}: expected {expected}")
+        raise ValueError(f"at {tuple(at)} is not a position of {site.name}: expected {expected}")
     return tuple(int(p) for p in at)
 
 
 def _positions(site: Site, of: Sequence[int]) -> tuple[int, ...]:
-    """Those of one number an axis that belong to position axes."""
+    """Of numbers with one for each axis, those of the position axes."""
     return tuple(n for axis, n in enumerate(of) if axis not in (0, site.unit_axis))
 
 
 # --- gradients ---------------------------------------------------------------------------------
 
 
+@dataclass
+class _Pulled:
+    """Gradients pulled back from a target to a source, for each group of target units.
+
+    Attributes:
+        totals: the gradients, summed over paths.
+        absolutes: the same with the absolute weights of paths.
+        at: the target's position.
+        source_shape: the shape of the source's tensor.
+        target_shape: the shape of the target's tensor.
+    """
+
+    totals: list[Window | None]
+    absolutes: list[Window | None]
+    at: tuple[int, ...] = ()
+    source_shape: tuple[int, ...] = (0,)
+    target_shape: tuple[int, ...] = (0,)
+
+
+def _pulled(
+    model: HookedModel, source: Site, target: Site, mode: Mode, batches: Sequence[Tensor],
+    groups: Sequence[Sequence[int]], at: Sequence[int] | None, apart: bool,
+    progress: Callable[[int, int], None] | None,
+) -> _Pulled:  # fmt: skip
+    """Run each batch once under a tape, and pull the gradients of all groups of units back through it."""
+    made = _Pulled([None] * len(groups), [None] * len(groups))
+    for done, batch in enumerate(batches):
+        tape, made.source_shape = _taped(model, source, target, mode, batch)
+        made.target_shape = tape.shape
+        made.at = _position(target, tape.shape, at)
+        first = done * _EXAMPLES_AT_ONCE if mode == "example" else None
+        for i, group in enumerate(groups):
+            begin = one_hot(tape.shape, target.unit_axis, group, made.at, model.device)
+            made.totals[i] = _accumulated(made.totals[i], tape.pull(begin), first)
+            if apart:
+                pulled = tape.pull(begin, "absolute")
+                made.absolutes[i] = _accumulated(made.absolutes[i], pulled, first)
+            if progress is not None:
+                progress(done * len(groups) + i + 1, len(batches) * len(groups))
+    return made
+
+
 def _taped(
     model: HookedModel, source: Site, target: Site, mode: Mode, batch: Tensor
 ) -> tuple[Tape, tuple[int, ...]]:
-    """What the model does between two sites, and the shape of the source's tensor."""
+    """A tape of what the model does between two sites, and the shape of the source's tensor."""
     tape = Tape("linear" if mode == "linear" else "gradient")
     shape: list[tuple[int, ...]] = []
 
@@ -357,11 +398,13 @@ def _taped(
         shape.append(tuple(value.shape))
         return tape.start(value)
 
+    # Edits are the hooks by which a pass tells the tape that it has reached the two sites.
     edits: dict[str, Callable[[Tensor], Tensor]] = {target.name: tape.end}
     if source.name != INPUT:
         edits[source.name] = start
-    with model.lock, tape, _before(model, start if source.name == INPUT else None):
-        model.run(batch, edits=edits, until=target, reference=True)  # as the tape knows it
+    with model.lock, tape, _changing_input(model, start if source.name == INPUT else None):
+        # `reference`: the tape knows local response normalisation as torch's function, not as the fast one.
+        model.run(batch, edits=edits, until=target, reference=True)
     if not tape.connected:
         raise ValueError(
             f"{source.name} and {target.name} are not connected: nothing that {model.name} computes "
@@ -371,8 +414,10 @@ def _taped(
 
 
 @contextmanager
-def _before(model: HookedModel, change: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-    """Have the model's input changed before it is run."""
+def _changing_input(
+    model: HookedModel, change: Callable[[Tensor], Tensor] | None
+) -> Iterator[None]:
+    """Change the model's input before each forward pass inside the block; there is no site to edit."""
     if change is None:
         yield
         return
@@ -385,8 +430,8 @@ def _before(model: HookedModel, change: Callable[[Tensor], Tensor] | None) -> It
         handle.remove()
 
 
-def _added(so_far: Window | None, more: Window | None, first: int | None) -> Window | None:
-    """Windows of one batch after those of the batches before: as examples `first` on, or summed."""
+def _accumulated(so_far: Window | None, more: Window | None, first: int | None) -> Window | None:
+    """Add the window of a batch to those of earlier batches: as examples from `first` on, or summed over examples."""
     if more is None:
         return so_far
     summed = Window(more.value.sum(1, keepdim=True), (0, *more.start[1:]))
@@ -398,17 +443,18 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _box(windows: Sequence[Window], source: Site, shape: tuple[int, ...], examples: int) -> Box:
-    """The box that holds all windows, with all examples and all units."""
+    """The smallest box that holds all windows, extended to all examples and all units."""
     if not windows:
         return (0,) * len(shape), (examples, *shape[1:])
     start = [min(s) for s in zip(*(w.start for w in windows), strict=True)]
     stop = [max(s) for s in zip(*(w.stop for w in windows), strict=True)]
+    # Windows are cut to where gradients are not zero, but examples and units are later selected by their index.
     start[0], stop[0] = 0, examples
     start[source.unit_axis], stop[source.unit_axis] = 0, source.n_units
     return tuple(start), tuple(stop)
 
 
-def _shaped(
+def _as_weights(
     windows: Sequence[Window | None],
     rows: Sequence[int],
     source: Site,
@@ -417,7 +463,7 @@ def _shaped(
     mode: Mode,
     n: int,
 ) -> Tensor:
-    """Windows of groups of units as weights: (example x) target x source x offset axes."""
+    """The windows of groups of units as one tensor of weights: (example x) target x source x offset axes."""
     size = [b - a for a, b in zip(*box, strict=True)]
     values = torch.cat(
         [
@@ -425,5 +471,6 @@ def _shaped(
             for w, count in zip(windows, rows, strict=True)
         ]
     )
+    # Here: target x example x axes of the source. After it: target x example x source x offset axes.
     values = values.movedim(source.unit_axis + 1, 2)[:, :, list(columns)]
     return values.transpose(0, 1) if mode == "example" else values[:, 0] / n

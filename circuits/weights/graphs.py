@@ -1,4 +1,4 @@
-"""A model's weights as a graph on disk."""
+"""Writing a model's weights to a graph store."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from circuits.weights.expanded import ExpandedWeights
 from circuits.weights.raw import Pair, connected_pairs
 
 _NUMBERS_AT_ONCE = 2**22
+"""Numbers of a block that are computed together, at 25 for each kernel (5 x 5)."""
 
 
 def build_graph(
@@ -24,13 +25,13 @@ def build_graph(
 ) -> GraphStore:
     """Write the weights between all directly connected sites to `graph.h5`, and open it.
 
-    Rows are written as they are computed, so memory does not follow the size of the network; a build that
-    is stopped leaves what was there before.
+    Rows are written as they are computed, so that memory does not grow with the network. A build that is interrupted
+    leaves the file of an earlier one as it was.
 
     Args:
-        model: without edits in force.
-        folder: of the model, as `Workspace.model_folder` gives it.
-        progress: called with blocks done and all blocks.
+        model: the model, without edits in force.
+        folder: the model's folder, as `Workspace.model_folder` gives it.
+        progress: called with the blocks done and all blocks.
 
     Raises:
         ValueError: if the model is edited, or none of its sites are connected by weights.
@@ -46,6 +47,7 @@ def build_graph(
         for done, pair in enumerate(pairs):
             n = sites[pair.source]
             step = max(1, _NUMBERS_AT_ONCE // max(1, n * 25))
+            # Computed before the block is opened, since the block's record holds the shape of its kernels.
             first = pair.kernels(pair.units[:step], n)
             everything = len(pair.units) == sites[pair.target]
             info = _info(pair, n, tuple(first.shape[2:]), everything)
@@ -59,6 +61,7 @@ def build_graph(
 
 
 def _info(pair: Pair, n_sources: int, kernel: tuple[int, ...], everything: bool) -> BlockInfo:
+    """The record of a block; with `everything` its rows are all units of the target, and need not be listed."""
     return BlockInfo(
         pair.source,
         pair.target,
@@ -76,17 +79,19 @@ def _info(pair: Pair, n_sources: int, kernel: tuple[int, ...], everything: bool)
 def expanded_block(
     expanded: ExpandedWeights, n_units: Mapping[str, int] | None = None
 ) -> tuple[BlockInfo, Float[np.ndarray, "target source *offset"]]:
-    """Expanded weights as a block for `add_edges`.
+    """Turn expanded weights into a block for `add_edges`.
 
     Args:
-        expanded: of mode linear or mean.
-        n_units: how many units each site has, to note where all of them are there.
+        expanded: weights of mode `linear` or `mean`.
+        n_units: the number of units of each site; where a block has all of them, they need not be listed.
 
     Raises:
-        ValueError: if there is one result an example.
+        ValueError: if the mode is `example`.
     """
     if expanded.mode == "example":
-        raise ValueError("weights of each example are no edges: average them first")
+        raise ValueError(
+            "mode 'example' gives weights for each example: expected mode 'linear' or 'mean' for edges"
+        )
     known = n_units or {}
     provenance = {
         "method": f"expanded weights, {expanded.mode}",
@@ -98,7 +103,7 @@ def expanded_block(
         expanded.source,
         expanded.target,
         "expanded",
-        expanded.mode,  # two modes between the same units are two edges
+        expanded.mode,  # as the layer's name: the same units can have an edge for each mode
         (),
         _unless_all(expanded.units, known.get(expanded.target)),
         _unless_all(expanded.sources, known.get(expanded.source)),
@@ -110,4 +115,5 @@ def expanded_block(
 
 
 def _unless_all(units: Sequence[int], n: int | None) -> tuple[int, ...]:
+    """The units, or an empty list if they are all n of the site."""
     return () if list(units) == list(range(n or 0)) else tuple(units)

@@ -1,4 +1,4 @@
-"""Raw weights: a layer's own, between the units of the sites that it connects."""
+"""Raw weights: those of a single layer, between the units of the sites that it connects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.topology import INPUT, WeightLayer
-from circuits.weights.connections import directly_read, nearest_written, passed
+from circuits.weights.connections import directly_read, nearest_written, sites_between
 from circuits.weights.kernels import by_site, kernels_into, written
 
 
@@ -20,18 +20,18 @@ class LayerWeights:
     """The weights of one layer between two sites that it connects directly.
 
     Attributes:
-        source: the site that is read.
-        target: the site that is built.
+        source: the site that the layer reads.
+        target: the site that it writes.
         layer: the layer's name.
         units: the units of the target that the layer writes.
-        channels: for each, the layer's output channel that it comes from.
-        weight: unit x source unit x kernel axes, with batch norm and constants on either side of the
-            layer multiplied in, and paths to the same unit added up. Kernels are cross-correlations.
-        bias: of each unit, before its nonlinearity: that of the layer, and what batch norm adds.
-        through: sites between the source and the layer (pooling, normalisation), nearest last.
-        model_hash: of the weights.
-        lost: operations before the layer that could not be followed: it reads more than these weights say,
-            and `expand_weights` has it all. Empty if nothing is missing.
+        channels: for each of them, the layer's output channel that it comes from.
+        weight: unit x source unit x kernel axes, with batch norm and constants on either side of the layer multiplied
+            in, and paths to the same unit added up. Kernels are cross-correlations.
+        bias: each unit's bias before its nonlinearity: that of the layer, and what batch norm adds.
+        through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
+        model_hash: the hash of the model's weights.
+        lost: operations before the layer that could not be followed; the layer then reads more than these weights
+            show, and `expand_weights` has all of it. Empty if nothing is missing.
     """
 
     source: str
@@ -48,11 +48,11 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A layer with a site that it reads directly and the site that it builds.
+    """A layer, with a site that it reads directly and the site that it writes.
 
     Attributes:
-        source: the site that is read; `input` for the model's input.
-        target: the site that is built.
+        source: the site that it reads; `input` for the model's input.
+        target: the site that it writes.
         layer: the layer between them.
         units: the units of the target that it writes.
     """
@@ -69,12 +69,14 @@ class Pair:
 
     @property
     def through(self) -> tuple[str, ...]:
-        """Sites between the source and the layer, nearest last."""
-        return passed(self.layer, min(r.depth for r in self.layer.reads if r.site == self.source))
+        """The sites between the source and the layer, nearest to the layer last."""
+        return sites_between(
+            self.layer, min(r.depth for r in self.layer.reads if r.site == self.source)
+        )
 
 
 def connected_pairs(model: HookedModel) -> Iterator[Pair]:
-    """Every pair of directly connected sites, a layer at a time, in order of execution.
+    """Every pair of directly connected sites, layer by layer in order of execution.
 
     Raises:
         ValueError: if the model is edited, or its weights cannot be followed.
@@ -89,12 +91,12 @@ def connected_pairs(model: HookedModel) -> Iterator[Pair]:
 
 
 def raw_weights(model: HookedModel, source: str, target: str) -> list[LayerWeights]:
-    """The weights between two sites that are connected directly, one entry a layer between them.
+    """The weights between two directly connected sites, one entry for each layer between them.
 
     Args:
-        model: without edits in force.
-        source: the site that is read, or `input`.
-        target: the site that is built.
+        model: the model, without edits in force.
+        source: the earlier site, or `input`.
+        target: the later site.
 
     Raises:
         KeyError: if a site is unknown.
@@ -140,7 +142,7 @@ def _not_direct(model: HookedModel, source: str, target: str) -> str:
     known = f"{target} reads {', '.join(sorted(sources))}" if sources else f"{target} reads no site"
     return (
         f"no layer of {model.name} connects {source} and {target} directly ({known}): "
-        "expand_weights follows longer ways"
+        "expand_weights follows longer paths"
     )
 
 

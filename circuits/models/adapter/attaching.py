@@ -1,10 +1,11 @@
-"""Autoencoders attached to a model: their latents become units of it.
+"""Autoencoders attached to a model, so that their latents are units of the model.
 
-At the autoencoder's site x the model continues with x: nothing is computed unless somebody looks. Whoever
-reads `sae/NAME` sees encode(x); whoever changes it makes the model continue with decode(changed) + error,
-where error = x - decode(encode(x)) is a site of its own, `sae/NAME.error`, so that nothing hides in it
-(Marks et al. 2024, section 2). A change of nothing changes nothing, to the bit. Whoever reads x itself sees what
-the model computed, before the latents were changed; what comes behind x sees the change.
+Let x be the tensor at the autoencoder's site. Unless a hook reads or changes the latents, the autoencoder is not
+run and the model continues with x. Reading `sae/NAME` gives encode(x). Changing it makes the model continue with
+decode(changed) + error, where error = x - decode(encode(x)) is a site too, `sae/NAME.error`, so that what the
+autoencoder misses can be measured and ablated as well (Marks et al. 2024, section 2). A change that returns its
+input leaves the model's output the same to the bit. Reading x itself gives what the model computed, before the
+latents were changed; everything after x sees the change.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.hooks import Splice, Tap
+from circuits.hooks import LastHook, Tap
 from circuits.units import Site, SiteKind
 
 PREFIX = "sae/"
-"""How the names of sites of latents begin."""
+"""What the names of latents' sites begin with."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """Return `name` if an autoencoder can be called so: at most 100 letters, digits, `_` and `-` (not first).
+    """Return `name` if it is a valid name of an autoencoder: at most 100 letters, digits, `_` and `-` (not first).
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is not.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -39,14 +40,18 @@ def check_name(name: str) -> str:
     return name
 
 
-class Spot(nn.Module):
-    """Hands on a tensor, so that it is a site.
+class HookPoint(nn.Module):
+    """Returns its input, so that a tensor which no module computes can be hooked, as TransformerLens has it.
 
     Args:
-        axes: of its tensor.
-        unit_axis: which of them counts units.
+        axes: the names of the tensor's axes.
+        unit_axis: which of them runs over units.
         kind: what the units are.
     """
+
+    # A model's hash covers the names of its modules' classes, and workspaces keep the names of latents and
+    # stored activations under that hash: the class is known there by the name that it was first given.
+    __qualname__ = "Spot"
 
     def __init__(self, axes: tuple[str, ...], unit_axis: int, kind: SiteKind) -> None:
         super().__init__()
@@ -58,64 +63,67 @@ class Spot(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether anybody reads or changes the tensor."""
+        """Whether a hook reads or changes the tensor."""
         return bool(self._forward_hooks)
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """A site with the tap that reaches it."""
+class TappedSite:
+    """A site, with the tap that reaches its tensor."""
 
     site: Site
     tap: Tap
 
 
-class Attached(Splice):
-    """An autoencoder at a site: the site's tensor passes through it if anybody looks.
+class Attached(LastHook):
+    """An autoencoder at a site, which runs only if a hook reads or changes its latents or its error.
 
     Args:
-        code: the autoencoder: `encode` and `decode` work on the last axis.
-        source: what it encodes.
-        target: what it writes: the same, but for a transcoder.
+        code: the autoencoder; its `encode` and `decode` work on the last axis.
+        source: the site that it encodes.
+        target: the site that it writes: the same as `source`, except for a transcoder.
     """
 
-    def __init__(self, code: nn.Module, source: Place, target: Place) -> None:
+    def __init__(self, code: nn.Module, source: TappedSite, target: TappedSite) -> None:
         super().__init__()
         self.code = code
         self.source, self.target = source, target
         site = source.site
         if site.inner_axis is None:
-            self.latents = Spot(site.axes, site.unit_axis, "latent")
-        else:  # of all heads together
+            self.latents = HookPoint(site.axes, site.unit_axis, "latent")
+        else:  # an autoencoder of attention output encodes all heads of a position together
             axes = ("batch", *site.position_axes, "unit")
-            self.latents = Spot(axes, len(axes) - 1, "latent")
-        self.error = Spot(target.site.axes, target.site.unit_axis, target.site.kind)
+            self.latents = HookPoint(axes, len(axes) - 1, "latent")
+        self.error = HookPoint(target.site.axes, target.site.unit_axis, target.site.kind)
         self.calls: dict[str, int] = {}
-        self.held: tuple[Tensor, Tensor, Tensor] | None = None  # x, codes, codes after changes
+        # From the source's hook to the target's: x, its codes, and the codes after the changes of other hooks.
+        self.held: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, value: Tensor) -> Tensor:
-        """Hand on a tensor: a model that calls its children one after the other calls this one too."""
+        """Return the input: a model that calls all of its children in turn (`nn.Sequential`) calls this one too."""
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"calls": {}, "held": None}  # a copy begins anew
+        # A copy starts with no pass under way; tensors with autograd history could not be deep-copied at all.
+        return self.__dict__ | {"calls": {}, "held": None}
 
     def restart(self, module: nn.Module, args: Any) -> None:
-        """Begin a forward pass."""
+        """The hook before a forward pass of the model: reset the counts of calls."""
         self.calls, self.held = {}, None
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        """End a forward pass, even one that was stopped: nothing is held any longer."""
+        """The hook after a forward pass, also one that failed or was stopped: let go of the tensors."""
         self.held = None
 
-    def _is_at(self, place: Place, which: str) -> bool:
+    def _is_at(self, place: TappedSite, which: str) -> bool:
+        """Count a call of a site's module; whether it is the call that puts out the site's tensor."""
         call = self.calls.get(which, 0)
         self.calls[which] = call + 1
         return call == place.tap.call
 
     @property
     def watched(self) -> bool:
-        """Whether anybody reads or changes the latents or the error."""
+        """Whether a hook reads or changes the latents or the error."""
         return self.latents.watched or self.error.watched
 
     def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -124,22 +132,25 @@ class Attached(Splice):
             return None
         x = self.source.site.rows(self.source.tap.read(output)).to(_precision(self.code))
         if self.skips and self.target is not self.source:
-            x = x.clone()  # what comes in between may overwrite it
+            x = x.clone()  # a layer between source and target may overwrite it in place
         codes = self.code.encode(x)  # type: ignore[operator]
-        given = codes.movedim(-1, self.latents.unit_axis)  # laid out like the site
+        # The autoencoder works on the last axis; the site's units may be elsewhere (channels of a map).
+        given = codes.movedim(-1, self.latents.unit_axis)
         shown = self.latents(given)
+        # Identity, not equality, tells whether a hook replaced the tensor: then nothing needs to be decoded.
         changed = codes if shown is given else shown.movedim(self.latents.unit_axis, -1)
         self.held = (x, codes, changed)
         return self._written(output) if self.target is self.source else None
 
     def visit_target(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The hook at the site that a transcoder writes."""
+        """The hook at the site that is written, if that is another one than is encoded (a transcoder)."""
         if not self._is_at(self.target, "target") or self.held is None:
             return None
         return self._written(output)
 
     def _written(self, output: Any) -> Any:
-        assert self.held is not None, "the latents come first"
+        """The target module's output with decode(changed codes) + error in it; None if nothing changed."""
+        assert self.held is not None, "the source's hook runs before the target's"
         x, codes, changed = self.held
         self.held = None
         if changed is codes and not self.error.watched:
@@ -147,16 +158,19 @@ class Attached(Splice):
         site = self.target.site
         value = self.target.tap.read(output)
         made = self._decoded(codes, x)
+        # The error belongs to the unchanged codes: it is what the autoencoder misses of this input, and stays as it
+        # is while latents change (Marks et al. 2024, section 2).
         error = site.from_rows(site.rows(value) - made).to(value.dtype)
         shown = self.error(error)
         if shown is error and changed is codes:
             return None
+        # Only here may rounding change the output: decode(codes) + error equals x up to rounding alone.
         remade = site.from_rows(self._decoded(changed, x)).to(value.dtype)
         return self.target.tap.write(output, remade + shown)
 
     @property
     def skips(self) -> bool:
-        """Whether what is written needs what was encoded, beside its codes."""
+        """Whether decoding needs the input x in addition to its codes (a skip transcoder)."""
         return getattr(self.code, "W_skip", None) is not None
 
     def _decoded(self, codes: Tensor, x: Tensor) -> Tensor:
@@ -166,9 +180,10 @@ class Attached(Splice):
 
 
 def attached_module(
-    module: nn.Module, name: str, code: nn.Module, source: Place, target: Place | None
+    module: nn.Module, name: str, code: nn.Module, source: TappedSite, target: TappedSite | None
 ) -> nn.Module:
     """A copy of a module with an autoencoder attached."""
+    # In one call, so that the copied taps point into the copied module.
     module, source, target = copy.deepcopy((module, source, target))
     attached = Attached(copy.deepcopy(code).to(_device(module)), source, target or source)
     module.add_module(PREFIX + name, attached)
@@ -176,12 +191,13 @@ def attached_module(
     source.tap.module.register_forward_hook(attached.visit)
     if target is not None:
         target.tap.module.register_forward_hook(attached.visit_target)
+    # `always_call`: a pass that is stopped early ends with an exception.
     module.register_forward_hook(attached.finish, always_call=True)
     return module
 
 
 def _precision(code: nn.Module) -> torch.dtype | None:
-    """What an autoencoder computes in; None if it has no numbers of its own."""
+    """The dtype that an autoencoder computes in; None if it has no floating-point parameters."""
     return next((p.dtype for p in code.parameters() if p.is_floating_point()), None)
 
 
@@ -194,8 +210,8 @@ def autoencoders(module: nn.Module) -> dict[str, Attached]:
     return {name: m for name, m in module.named_children() if isinstance(m, Attached)}
 
 
-def spots(module: nn.Module) -> dict[str, Spot]:
-    """Latents and errors of all attached autoencoders, by site name."""
+def hook_points(module: nn.Module) -> dict[str, HookPoint]:
+    """The hook points of the latents and errors of all attached autoencoders, by site name."""
     found = {}
     for name, attached in autoencoders(module).items():
         found |= {name: attached.latents, f"{name}.error": attached.error}

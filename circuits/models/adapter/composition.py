@@ -1,4 +1,8 @@
-"""Virtual weights of transformers: between units that share the residual stream."""
+"""Virtual weights of transformers, between units that are connected by the residual stream alone.
+
+Row vectors stand on the left throughout, as in TransformerLens: x W_Q, so W_QK = W_Q W_K^T and W_OV = W_V W_O are
+both d_model x d_model, and a path multiplies matrices from left to right in the order of execution.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.adapter.topology import Link, WeightLayer
+from circuits.models.adapter.topology import SiteLink, WeightLayer
 from circuits.units import Site
 
 
 def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
-    """Virtual weights of a TransformerLens bridge, between units that share the residual stream.
+    """Virtual weights of a TransformerLens bridge, between units connected by the residual stream.
 
     Head to later head: the composition scores ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV||
-    over the product of norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights"; row
-    vectors on the left, as TransformerLens has them). Neuron to later neuron W_out W_in, and neuron
-    to logit W_out W_U. What normalisation does beyond its own weights is left out. Each is computed
-    when it is asked for.
+    over the product of the factors' norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights").
+    Neuron to later neuron: W_out W_in; neuron to logit: W_out W_U. Normalisations count with their weights
+    only, not with the division by the stream's norm. Each matrix is computed when it is asked for.
     """
     by_name = {site.name: site for site in sites}
     n = bridge.cfg.n_layers
@@ -40,43 +43,45 @@ def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
     return layers
 
 
-def _virtual(
+def _virtual_layer(
     name: str,
     rows: Callable[[Tensor], Tensor],
     columns: Callable[[Tensor], Tensor],
     source: Site,
     target: Site,
 ) -> WeightLayer:
+    """A layer whose input channels are the source's units and whose output channels are the target's."""
     read, written = torch.arange(source.n_units), torch.arange(target.n_units)
-    reads = (Link(source.name, read, torch.ones(source.n_units), 0, direct=True),)
-    writes = (Link(target.name, written, torch.ones(target.n_units), 0),)
+    reads = (SiteLink(source.name, read, torch.ones(source.n_units), 0, direct=True),)
+    writes = (SiteLink(target.name, written, torch.ones(target.n_units), 0),)
     return WeightLayer(name, rows, columns, reads, writes)
 
 
 def direction_layers(
-    bridge: Any, sites: Sequence[Site], source: Site, directions: Tensor, behind: Site
+    bridge: Any, sites: Sequence[Site], source: Site, directions: Tensor, written: Site
 ) -> list[WeightLayer]:
-    """Virtual weights from units that write directions into the residual stream, to later neurons and logits.
+    """Virtual weights from units that write directions, such as latents, to later neurons and to logits.
 
     Args:
         bridge: the model.
         sites: its sites, in order of execution.
-        source: the units.
-        directions: what each writes at its site: unit x numbers of the site.
-        behind: that site: of the residual stream, or neurons of an MLP.
+        source: the site of the units.
+        directions: what each unit adds at the site `written`: unit x width of that site.
+        written: a site of the residual stream, or the neurons of an MLP.
     """
-    number = re.match(r"blocks\.(\d+)\.mlp\.hook_post$", behind.name)
-    if number is not None:
+    number = re.match(r"blocks\.(\d+)\.mlp\.hook_post$", written.name)
+    if number is not None:  # what is added to neurons reaches the stream through W_out
         directions = directions @ bridge.W_out[int(number[1])].detach()
-    elif behind.kind != "residual":
+    elif written.kind != "residual":
         return []
+    # Sites of kind "residual" include some of another width, such as the output of a key projection.
     if directions.shape[1] != bridge.cfg.d_model:
         return []
     order = {site.name: i for i, site in enumerate(sites)}
     found = []
     for layer in range(bridge.cfg.n_layers):
         target = next((s for s in sites if s.name == f"blocks.{layer}.mlp.hook_post"), None)
-        if target is not None and order[target.name] > order[behind.name]:
+        if target is not None and order[target.name] > order[written.name]:
             found.append(_directed(bridge, layer, source, target, directions))
     logits = next((s for s in sites if s.name == "hook_unembed"), None)
     if logits is not None:
@@ -87,7 +92,7 @@ def direction_layers(
 def _directed(
     bridge: Any, layer: int | None, source: Site, target: Site, directions: Tensor
 ) -> WeightLayer:
-    return _virtual(
+    return _virtual_layer(
         f"{source.name} to {'logits' if layer is None else layer}",
         lambda after: (directions @ read_weights(bridge, layer)[:, after]).T,
         lambda before: directions[before] @ read_weights(bridge, layer),
@@ -97,32 +102,35 @@ def _directed(
 
 
 def read_weights(bridge: Any, layer: int | None) -> Tensor:
-    """What the neurons of a layer (None: the logits) read of the residual stream: d_model x neuron."""
+    """The input weights of a layer's neurons (None: of the logits), with the weights of the normalisation before
+    them folded in: d_model x neuron.
+    """
     if layer is None:
         return norm_weight(bridge.ln_final) * bridge.W_U.detach()
     return norm_weight(bridge.blocks[layer].ln2) * bridge.W_in[layer].detach()
 
 
 def norm_weight(norm: Any) -> Tensor | float:
-    """The weights of a normalisation layer, one a residual dimension; 1 if it has none."""
+    """The weights of a normalisation layer as a column, one for each residual dimension; 1 if it has none."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         return 1.0
-    offset = 1.0 if getattr(norm, "uses_weight_offset", False) else 0.0  # Gemma stores w - 1
+    offset = 1.0 if getattr(norm, "uses_weight_offset", False) else 0.0  # Gemma stores weight - 1
     return weight.detach()[:, None] + offset
 
 
-def held_normalisation(
+def frozen_normalisation(
     norm: Any, stream: Float[Tensor, "row d_model"]
 ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"], bool]:
-    """A normalisation as it is at some residual streams, held fixed: affine in what it reads.
+    """A normalisation with its scale frozen at some residual streams, which makes it affine in its input.
 
     Args:
         norm: a normalisation layer of a bridge.
-        stream: where, in float64.
+        stream: the residual streams, in float64.
 
     Returns:
-        What a change is multiplied by, what is added, and whether the mean of a change is taken away first.
+        Factor, bias and whether the input is centred: the frozen normalisation of x is (x - mean(x)) * factor +
+        bias if it is centred (LayerNorm), and x * factor + bias if it is not (RMSNorm).
     """
     kind = next((p.dtype for p in norm.parameters()), torch.float32)
     probe = torch.linspace(-1, 1, stream.shape[1], dtype=torch.float64, device=stream.device)[None]
@@ -131,13 +139,16 @@ def held_normalisation(
         with torch.no_grad():
             return norm(x.to(kind)).double()
 
+    # The kind of normalisation is found by probing the module, not by its class: bridges wrap each family's own.
+    # A normalisation of zeros is its bias, and one that subtracts the mean does not see a shift of all entries.
     bias = normed(torch.zeros_like(probe))
     centred = bool(torch.allclose(normed(probe + 1), normed(probe), rtol=1e-3, atol=1e-4))
     inner = stream - stream.mean(1, keepdim=True) if centred else stream
-    # where there is nothing to divide, the factor is that of next to nothing
+    # A stream of zeros has no scale to measure, only that of the epsilon, which a tiny stream shows as well.
     inner = torch.where(inner.any(1, keepdim=True), inner, 1e-6 * probe)
     made = normed(inner) - bias
-    # the factor is the same for all but its weight: taken where the stream is largest, times the weight
+    # norm(x) - bias = x * weight / scale with one scale for a row. So the scale is read off at a single entry:
+    # the largest whose weight is not zero, where the quotient loses the least precision.
     weight = norm_weight(norm)
     gains = weight[:, 0].double() if isinstance(weight, Tensor) else torch.ones_like(stream[0])
     at = (inner.abs() * (gains != 0)).argmax(1, keepdim=True)
@@ -146,15 +157,15 @@ def held_normalisation(
 
 
 def qk(bridge: Any, layer: int, head: int) -> Tensor:
-    """W_QK of a head: d_model x d_model, queries in front."""
+    """W_QK = W_Q W_K^T of a head with the normalisation's weights folded in: d_model (query) x d_model (key)."""
     scale = norm_weight(bridge.blocks[layer].ln1)
-    shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped queries share keys and values
+    shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped-query attention: heads a key
     w_q, w_k = bridge.W_Q[layer][head], bridge.W_K[layer][head // shared]
     return ((scale * w_q) @ (scale * w_k).mT).detach()
 
 
 def ov(bridge: Any, layer: int, head: int) -> Tensor:
-    """W_OV of a head: d_model x d_model, what is read in front."""
+    """W_OV = W_V W_O of a head with the normalisation's weights folded in: d_model (read) x d_model (written)."""
     scale = norm_weight(bridge.blocks[layer].ln1)
     shared = bridge.cfg.n_heads // len(bridge.W_V[layer])
     return ((scale * bridge.W_V[layer][head // shared]) @ bridge.W_O[layer][head]).detach()
@@ -162,12 +173,14 @@ def ov(bridge: Any, layer: int, head: int) -> Tensor:
 
 def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
     def scores(before: Sequence[int], after: Sequence[int]) -> Tensor:
-        """Scores of every pair: before x after x (Q, K, V)."""
+        """Scores of every pair of heads: before x after x (Q, K, V)."""
         written = [ov(bridge, i, head) for head in before]
         found = []
         for head in after:
             attends, moves = qk(bridge, j, head), ov(bridge, j, head)
             for w in written:
+                # The earlier head writes w = W_OV into the stream. It enters the later head's scores x W_QK y^T on the
+                # side of the query (w W_QK) or of the key (W_QK w^T), and its values (w W_OV).
                 products = ((w @ attends, attends), (attends @ w.mT, attends), (w @ moves, moves))
                 found.append([_share(p, w, m) for p, m in products])
         return torch.tensor(found).reshape(len(after), len(before), 3).transpose(0, 1)
@@ -178,11 +191,11 @@ def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) 
     def columns(before: Tensor) -> Tensor:
         return scores(before.tolist(), range(target.n_units))
 
-    return _virtual(f"composition {i} to {j}", rows, columns, source, target)
+    return _virtual_layer(f"composition {i} to {j}", rows, columns, source, target)
 
 
 def _share(product: Tensor, a: Tensor, b: Tensor) -> float:
-    """The norm of a product over the product of norms; 0 where a factor is zero."""
+    """The Frobenius norm of a product over the product of the factors' norms; 0 where a factor is zero."""
     return (product.norm() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny)).item()
 
 
@@ -192,7 +205,7 @@ def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site
     def out_weights() -> Tensor:
         return bridge.W_out[i].detach()
 
-    return _virtual(
+    return _virtual_layer(
         f"neurons {i} to {'logits' if j is None else j}",
         lambda after: (out_weights() @ read_weights(bridge, j)[:, after]).T,
         lambda before: out_weights()[before] @ read_weights(bridge, j),

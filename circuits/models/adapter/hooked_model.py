@@ -1,4 +1,4 @@
-"""`HookedModel`: one way to list, read and change the tensors of any model."""
+"""`HookedModel`: lists, reads and changes the tensors of any model in one way."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from circuits.hooks import Change, Look, Tap, intervene, observe, placed, record
 from circuits.models.adapter.attaching import (
     PREFIX,
-    Place,
+    TappedSite,
     attached_module,
     check_name,
 )
 from circuits.models.adapter.composition import bridge_layers
-from circuits.models.adapter.generating import Sampling, continued
+from circuits.models.adapter.generating import Sampling, continue_texts
 from circuits.models.adapter.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.adapter.latent_weights import latent_layers
 from circuits.models.adapter.matrices import (
@@ -31,7 +31,7 @@ from circuits.models.adapter.matrices import (
     matrices_of_sites,
     parameter_names,
 )
-from circuits.models.adapter.normalisation import FastNormalisation, NoticedNormalisation
+from circuits.models.adapter.normalisation import FastNormalisation, NormalisationDetector
 from circuits.models.adapter.padding import (
     MASK,
     Padding,
@@ -43,11 +43,11 @@ from circuits.models.adapter.padding import (
     unpadded,
 )
 from circuits.models.adapter.sites import (
-    answers_last,
     evaluating,
     find_embedding,
     find_sites,
     is_bridge,
+    logits_last,
     main_output,
 )
 from circuits.models.adapter.topology import INPUT, WeightLayer, find_weight_layers
@@ -84,18 +84,18 @@ class ActivationCache(Mapping[str, Tensor]):
 class HookedModel:
     """Any `nn.Module` with its sites: places where a tensor can be read and changed.
 
-    Sites are found by tracing one forward pass: every module's output is one, and so is each call of
-    a module that is called several times (`name@0`, `name@1`). The model always runs in evaluation
-    mode and is never changed: whatever a run or an intervention sets up is undone at its end. Runs
-    and interventions hold `lock`, so threads that share a model do not see each other's changes.
+    Sites are found by tracing one forward pass: every module's output is one; a module that is called
+    several times has one for each call (`name@0`, `name@1`). The model always runs in evaluation mode
+    and is never changed: whatever a run or an intervention sets up is undone at its end. Runs and
+    interventions hold `lock`, so that threads which share a model do not see each other's changes.
 
     Args:
         module: the model. It is used as it is, not copied.
         input: what it takes; `(channels, height, width)` is short for a plain `ImageInput`.
-        name: how it is called in reports and file names.
+        name: its name in reports and file names.
         aliases: other names for sites, alias -> site name.
         classes: names of the outputs, if it is a classifier.
-        unit_names: what units are known to be, by site: only where that is true by construction.
+        unit_names: names of units, by site, for models that are built by hand, where a unit's meaning is known.
 
     Attributes:
         sites: all sites, in order of execution.
@@ -113,15 +113,16 @@ class HookedModel:
         self.module = module
         if isinstance(input, tuple | list):
             if len(input) != 3:
-                raise ValueError(f"input {input} must be (channels, height, width)")
+                raise ValueError(f"input {input} is not of the form (channels, height, width)")
             channels, height, width = input
             input = ImageInput(channels, height, width)
         self.input: ModelInput = input
         self.name = name or type(module).__name__
         self.classes = tuple(classes)
         self.unit_names = dict(unit_names or {})
+        # Reentrant: a thread that edits the model also runs it, inside the edit.
         self.lock = threading.RLock()
-        with NoticedNormalisation() as noticed:
+        with NormalisationDetector() as noticed:
             found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
         self._normalises = noticed.seen
         declared = aliases or {}
@@ -133,17 +134,18 @@ class HookedModel:
         )
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
         self._interventions = 0
-        self._placed = 0  # changes in force that name positions
-        self._suspended = False
-        self._steady = 0
-        self._held: tuple[WeightMatrix, ...] | None = None  # while `steady`
-        self._replaced: dict[
-            int, Tensor
-        ] = {}  # own tensors, by where those are that stand in for them
+        self._placed = 0  # changes in force that name positions (`circuits.hooks.placed`)
+        self._suspended = False  # inside `outside`, hooks of changes stay registered but do nothing
+        self._steady_blocks = 0
+        self._steady_matrices: tuple[WeightMatrix, ...] | None = None  # only inside `steady`
+        # The model's own tensors while `rewriting` has put others in their place, by the address of the other's
+        # memory. By address, because tied parameters are one tensor under several names.
+        self._replaced: dict[int, Tensor] = {}
+        # Layers and matrices, each with the hash of the weights that they were found for.
         self._matrices: tuple[str, tuple[WeightMatrix, ...]] | None = None
         self._layers: tuple[str, tuple[WeightLayer, ...]] | None = None
         self._embedding: Site | None = None
-        self._way: Padding | None = None
+        self._found_padding: Padding | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
 
@@ -179,7 +181,7 @@ class HookedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """The device of the model's parameters."""
         first = next(chain(self.module.parameters(), self.module.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
@@ -205,47 +207,48 @@ class HookedModel:
 
         Args:
             inputs: as the model takes them (`input.normalize` makes them from images in 0..1).
-            mask: of tokens, True where a real one is; `pad` makes both. Where it is False, sites hold finite
-                numbers without meaning, and edits see them. None: all are real.
+            mask: True where a position holds a real token, False where it is padding; `pad` makes tokens and mask.
+                At padding, sites hold finite numbers without meaning, and edits see them. None: all are real.
             read: the sites to keep.
             edits: site name -> function from its tensor to the tensor to use instead.
             until: stop the pass after this site; `output` is then None.
-            grad: keep the autograd history back to `inputs` (parameters are held fixed). Tokens have none: there
-                it goes back to the first site that depends on them, the embedding, whose tensor is a leaf.
-            reference: compute local response normalisation as torch composes it: to the bit what the module
-                alone gives, and visible to torch function modes. Otherwise it is several times as fast and equal
-                up to rounding. Models without it are the same either way.
+            grad: keep the autograd history back to `inputs` (parameters are held fixed). Tokens have no gradient:
+                there it goes back to the embedding, the first site that depends on them, whose tensor is a leaf.
+            reference: compute local response normalisation by torch's own operations: equal to the bit to calling
+                the module, and visible to torch function modes. The default is several times as fast and equal
+                up to rounding. Models without that normalisation are not affected.
 
         Raises:
             KeyError: if a site is unknown, or the pass did not reach one of `read`.
-            ValueError: if `inputs` or `mask` do not fit the model, edits name positions that texts of different
-                lengths do not share, or no site depends on tokens that `grad` is asked for.
+            ValueError: if `inputs` or `mask` do not fit the model, edits name positions while texts differ in
+                length, or `grad` is asked for and no site depends on the tokens.
         """
         self.check(inputs)
-        told = self._told(inputs, mask, edits)
+        kwargs = self._module_kwargs(inputs, mask, edits)
         inputs = self.fitted(inputs)
         sites = [self.site(name) for name in read]
         stop = None if until is None else self.site(until)
         names = list(dict.fromkeys([s.name for s in sites] + ([stop.name] if stop else [])))
         taps = {name: self._taps[name] for name in names}
         output = None
-        # a copy: a model that works in place must not change the caller's input
+        # A model that works in place must not change the caller's input. With gradients the copy is an operation,
+        # because autograd forbids writing to a leaf in place.
         own = inputs * 1 if grad else inputs.clone()
         with (
             self.intervening(edits or {}),
             self._from_embedding(grad) as leaves,
             evaluating(self.module),
             torch.set_grad_enabled(grad),
-            self._fast(reference),
+            self._fast_normalisation(reference),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
-            output = self.module(own, **told)
+            output = self.module(own, **kwargs)
         self._check_reached(names, found)
         found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
-    def _fast(self, reference: bool) -> AbstractContextManager[object]:
-        """What a forward pass is run in; nothing where it makes no difference, since modes cost time."""
+    def _fast_normalisation(self, reference: bool) -> AbstractContextManager[object]:
+        """The context of a forward pass: the fast normalisation only if the model has one, since modes cost time."""
         return nullcontext() if reference or not self._normalises else FastNormalisation()
 
     def observe(
@@ -257,20 +260,20 @@ class HookedModel:
         mask: Bool[Tensor, "batch position"] | None = None,
         reference: bool = False,
     ) -> None:
-        """Run once up to a site and show each site's tensor as it appears; nothing is kept.
+        """Run once up to a site and call a function with each site's tensor as it appears; keep nothing.
 
         Args:
             inputs: as the model takes them.
-            looks: site name -> what to call with its tensor, which a later step may overwrite.
-            until: one of them: where the pass ends.
+            looks: site name -> what to call with its tensor, which the model may overwrite later.
+            until: the last site of `looks`; the pass ends there.
             reference: see `run`.
-            mask: of tokens, True where a real one is (see `run`).
+            mask: True where a token is real (see `run`).
 
         Raises:
-            KeyError: if a site is unknown, or was not reached.
+            KeyError: if a site is unknown, or the pass did not reach one.
             ValueError: if `mask` does not fit.
         """
-        told = self._told(inputs, mask)
+        kwargs = self._module_kwargs(inputs, mask)
         seen: set[str] = set()
 
         def noting(name: str, look: Look) -> Look:
@@ -286,10 +289,10 @@ class HookedModel:
             self.lock,
             evaluating(self.module),
             torch.no_grad(),
-            self._fast(reference),
+            self._fast_normalisation(reference),
             observe(self.module, taps, self.site(until).name),
         ):
-            self.module(self.fitted(inputs).clone(), **told)
+            self.module(self.fitted(inputs).clone(), **kwargs)
         self._check_reached(named, seen)
 
     def _check_reached(self, names: Iterable[str], reached: Container[str]) -> None:
@@ -301,7 +304,9 @@ class HookedModel:
 
     @contextmanager
     def _from_embedding(self, grad: bool) -> Iterator[dict[str, Tensor]]:
-        """With `grad`, make of the embedding of tokens a leaf, and yield it by its site's name once it is there."""
+        """If `grad` is asked for on tokens, make the embedding an autograd leaf; yield it by its site's name once
+        the pass has computed it.
+        """
         leaves: dict[str, Tensor] = {}
         if not grad or not isinstance(self.input, TokenInput):
             yield leaves
@@ -309,63 +314,71 @@ class HookedModel:
         site = self.embedding.name
 
         def begin(value: Tensor) -> Tensor:
-            if value.requires_grad:  # an edit's, or what counts as one, has a history of its own
+            # An edit at or before the embedding put in a tensor with a history: its caller wants that gradient.
+            if value.requires_grad:
                 return value
             leaves[site] = value.detach().requires_grad_(True)
-            return leaves[site] * 1  # a copy: what follows may work in place
+            return (
+                leaves[site] * 1
+            )  # an operation: what follows may write in place, which a leaf forbids
 
         with self.intervening({site: begin}):
             yield leaves
 
     @property
     def embedding(self) -> Site:
-        """The first site that depends on the tokens, found by trying when it is first asked for.
+        """The first site that depends on the tokens, found by running two texts when it is first asked for.
 
         Raises:
             ValueError: if there is none, or the model takes images.
         """
-        # not a cached property: that holds a lock for all instances, inside which the model's own would be taken
+        # Not a `cached_property`: before Python 3.12 that holds one lock for all instances, and taking the model's
+        # lock inside it can deadlock with a thread that holds the model's lock and wants the property.
         with self.lock:
             if self._embedding is None:
-                self._embedding = self._find_embedding(self._of_tokens("embeds nothing"))
+                self._embedding = self._find_embedding(self._token_input("embeds nothing"))
             return self._embedding
 
     def _find_embedding(self, spec: TokenInput) -> Site:
+        # Two texts that share no token at any position, so that every site behind the embedding differs.
         first = spec.example(1)
         two = torch.cat([first, (first + 1) % spec.n_vocab])
-        name = find_embedding(self._seen(two, {}), [site.name for site in self.sites])
+        name = find_embedding(self._record_all_sites(two, {}), [site.name for site in self.sites])
         if name is None:
             raise ValueError(
-                f"no site of {self.name} depends on its tokens: there is nothing to take a gradient by"
+                f"no site of {self.name} depends on its tokens: there is nothing to take the gradient with respect to"
             )
         return self.site(name)
 
-    def _of_tokens(self, otherwise: str) -> TokenInput:
+    def _token_input(self, otherwise: str) -> TokenInput:
+        """The model's input if it is tokens; else a ValueError that says what an image model does not do."""
         if not isinstance(self.input, TokenInput):
             raise ValueError(f"model {self.name} takes images: it {otherwise}")
         return self.input
 
-    def _seen(self, tokens: Tensor, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What all sites of the model as it is outside all edits hold in one pass."""
-        told = {name: value.to(self.device) for name, value in told.items()}
+    def _record_all_sites(self, tokens: Tensor, kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all sites in one pass of the unedited model."""
+        kwargs = {name: value.to(self.device) for name, value in kwargs.items()}
         with (
             self.lock,
             self.outside(),
             evaluating(self.module),
             torch.no_grad(),
-            torch._C.DisableTorchFunction(),  # modes of the caller that replace operations
+            # What is found here is kept, so it must not depend on a torch function mode (such as a tape) that
+            # the first caller happens to have entered.
+            torch._C.DisableTorchFunction(),
             record(self.module, self._taps) as found,
         ):
-            self.module(self.fitted(tokens), **told)
+            self.module(self.fitted(tokens), **kwargs)
         return found
 
     # --- texts of different lengths --------------------------------------------------------------
 
     @property
     def padding(self) -> Side | None:
-        """The side on which shorter texts of a batch are filled up; None if all must be of one length.
+        """The side on which shorter texts of a batch are padded; None if all texts must have one length.
 
-        Found by trying when it is first asked for (`circuits.models.adapter.padding`).
+        Found by experiment when it is first asked for (`circuits.models.adapter.padding`).
 
         Raises:
             ValueError: if the model takes images.
@@ -375,21 +388,23 @@ class HookedModel:
     @property
     def _padding(self) -> Padding:
         with self.lock:
-            if self._way is None:
-                self._way = find_padding(self._seen, self._of_tokens("needs no padding"))
-            return self._way
+            if self._found_padding is None:
+                self._found_padding = find_padding(
+                    self._record_all_sites, self._token_input("needs no padding")
+                )
+            return self._found_padding
 
     def pad(
         self, rows: Sequence[Int[Tensor, "_"] | Sequence[int]]
     ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-        """Texts as one batch, filled up where the model takes it, and where its real tokens are.
+        """Pad texts into one batch, on the side that suits the model; returns tokens and mask.
 
-        What a text is filled up with changes nothing: it is the tokenizer's padding token, or 0.
+        The padding token has no effect on results: it is the tokenizer's own, or 0.
 
         Raises:
-            ValueError: if a text is empty, or they differ in length and the model takes one length only.
+            ValueError: if a text is empty, or they differ in length and the model cannot be padded.
         """
-        filler = self._of_tokens("needs no padding").filler
+        filler = self._token_input("needs no padding").filler
         texts = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
         if len({len(text) for text in texts}) < 2:
             return padded(texts, filler=filler)
@@ -397,13 +412,13 @@ class HookedModel:
         check_side(mask, self._padding, self.name)
         return tokens, mask
 
-    def _told(
+    def _module_kwargs(
         self, inputs: Tensor, mask: Tensor | None, edits: Mapping[str, Change] | None = None
     ) -> dict[str, Tensor]:
-        """What the module must be told besides its input, so that what is hidden changes nothing."""
+        """The keyword arguments with which the module ignores padding, after checking that it can be padded so."""
         if mask is None:
             return {}
-        self._of_tokens("takes no mask")
+        self._token_input("takes no mask")
         check_mask(mask, inputs)
         if mask.all():
             return {}
@@ -412,7 +427,7 @@ class HookedModel:
                 "edits name positions, and the texts of this batch differ in length: expected texts of one length"
             )
         check_side(mask, self._padding, self.name)
-        return {MASK: mask.to(self.device, torch.long)} if self._padding.told else {}
+        return {MASK: mask.to(self.device, torch.long)} if self._padding.needs_mask else {}
 
     def generate(
         self,
@@ -425,43 +440,43 @@ class HookedModel:
         seed: int = 0,
         stop: Collection[int] = (),
     ) -> list[Int[Tensor, "_"]]:
-        """Continue each text from its own end, with edits in force at every forward pass.
+        """Continue each text token by token, with edits in force at every forward pass.
 
-        Nothing is kept from one pass to the next, so that an edit is seen by every token: a pass costs more the
-        longer the texts are. A text's continuation does not depend on its company.
+        There is no cache of keys and values, since an edit may change what every earlier position computes: a pass
+        costs more the longer the texts are. A text's continuation does not depend on the other texts.
 
         Args:
             inputs: the texts.
             n_tokens: how many tokens to add at most.
-            mask: True where a real token is (see `run`).
+            mask: True where a token is real (see `run`).
             edits: as `run` takes them; the tensors that they are given grow longer.
             temperature: what logits are divided by before a token is drawn; 0 takes the most likely one.
-            seed: of the first text's draws; the next one's is one more, and so on.
-            stop: tokens that end a text; the one that did is kept.
+            seed: of the first text's draws; each further text has the next seed.
+            stop: tokens that end a text; the one that ended it is kept.
 
         Returns:
-            Each text with what was added to it.
+            Each text with the tokens that were added to it.
 
         Raises:
-            ValueError: if the model takes images, looks both ways, or puts out no logits at every position; if
-                texts would grow past its context; or a number is out of range.
+            ValueError: if the model takes images, is not causal, or does not return logits at every position; if
+                texts would grow past its context; or if a number is out of range.
         """
-        spec = self._of_tokens("continues no texts")
+        spec = self._token_input("continues no texts")
         self.check(inputs)
-        self._told(inputs, mask, edits)
+        self._module_kwargs(inputs, mask, edits)
         rows = unpadded(inputs, mask)
         sampling = Sampling(n_tokens, temperature, seed, stop)
         sampling.check(rows, spec)
         if self._padding.looks_ahead:
             raise ValueError(
-                f"model {self.name} looks both ways along a text: it does not predict what comes next"
+                f"model {self.name} is not causal: earlier positions depend on later tokens, so it predicts no next one"
             )
 
         def forward(tokens: Tensor, mask: Tensor) -> Tensor:
-            return answers_last(self.sites, self.logits(tokens, edits, mask=mask))
+            return logits_last(self.sites, self.logits(tokens, edits, mask=mask))
 
         with self.lock:
-            made = continued(forward, self.pad, rows, sampling, spec)
+            made = continue_texts(forward, self.pad, rows, sampling, spec)
         return [torch.tensor(row, device=inputs.device) for row in made]
 
     def logits(
@@ -506,12 +521,12 @@ class HookedModel:
 
     @contextmanager
     def rewriting(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold other tensors in the place of parameters inside the block; the own ones are not touched.
+        """Replace parameters by other tensors inside the block; the model's own tensors are never written to.
 
         A gradient must be taken in the same block as its forward pass.
 
         Args:
-            tensors: by the parameters' names in the state dict, of their shape and type.
+            tensors: by the parameters' names in the state dict, each of the parameter's shape and dtype.
 
         Raises:
             KeyError: if there is no such parameter; nothing has been changed then.
@@ -533,6 +548,8 @@ class HookedModel:
             try:
                 for name, tensor in tensors.items():
                     own[name].data = tensor.to(own[name].device)
+                # Blocks can be nested: the tensor that was replaced may be a replacement itself; the model's own
+                # tensor is then the one that the outer block took out.
                 intact = {
                     own[name].data.data_ptr(): outer.get(data.data_ptr(), data)
                     for name, data in before.items()
@@ -547,7 +564,7 @@ class HookedModel:
 
     @property
     def edited(self) -> bool:
-        """Whether changes are in force (see `intervening`, `rewriting`); waits for another thread's to end."""
+        """Whether changes are in force (see `intervening`, `rewriting`); waits until other threads' changes end."""
         with self.lock:
             return self._interventions > 0
 
@@ -569,26 +586,26 @@ class HookedModel:
     def attach(
         self, code: nn.Module, name: str, site: str | Site, target: str | Site | None = None
     ) -> HookedModel:
-        """A copy of the model in which an autoencoder's latents are units: `sae/NAME:0`, `sae/NAME:1`, …
+        """Return a copy of the model in which an autoencoder's latents are units: `sae/NAME:0`, `sae/NAME:1`, …
 
-        The copy does what the model does, to the bit, until latents are changed. What they leave out of the
-        site's tensor is a site too, `sae/NAME.error`.
+        The copy computes the same as the model, to the bit, until latents are changed. The reconstruction error is
+        a site too, `sae/NAME.error`.
 
         Args:
-            code: a module with `encode` and `decode`, which work on the last axis: any will do.
+            code: any module with `encode` and `decode`, which work on the last axis.
             name: letters, digits, `_` and `-`.
-            site: whose tensor it encodes: one row a position; heads side by side.
-            target: whose tensor it writes, if it is a transcoder.
+            site: the site that it encodes: one row a position, the outputs of all heads concatenated.
+            target: the site that it writes, if it is a transcoder.
 
         Raises:
             KeyError: if there is no such site.
-            ValueError: if the name is taken or not valid, the model is edited, or the autoencoder is of another
-                width than the site.
+            ValueError: if the name is taken or not valid, the model is edited, the autoencoder's width is not the
+                site's, or the target is computed before the site.
         """
         source = self.site(site)
         end = source if target is None else self.site(target)
         if PREFIX + check_name(name) in self._by_name:
-            raise ValueError(f"name {name!r}: the model has an autoencoder of that name")
+            raise ValueError(f"name {name!r} is taken: {self.name} has an autoencoder of that name")
         if self.edited:
             raise ValueError(f"model {self.name} is edited: attach an autoencoder outside the edit")
         for what, wanted, place in (
@@ -601,8 +618,10 @@ class HookedModel:
                     f"autoencoder {name!r} has {what} {own}: site {place.name} has rows of {wanted} numbers"
                 )
         if end is not source and self.last([source, end]) is source:
-            raise ValueError(f"target {end.name} does not come behind site {source.name}")
-        places = [Place(s, self._taps[s.name]) for s in dict.fromkeys((source, end))]
+            raise ValueError(
+                f"target {end.name} is computed before site {source.name}: expected a later site"
+            )
+        places = [TappedSite(s, self._taps[s.name]) for s in dict.fromkeys((source, end))]
         with self.lock:
             module = attached_module(self.module, name, code, places[0], (*places, None)[1])
         aliases = {alias: s.name for s in self.sites for alias in s.aliases}
@@ -619,11 +638,10 @@ class HookedModel:
 
     @property
     def weight_layers(self) -> tuple[WeightLayer, ...]:
-        """The layers that connect sites, with what each reads and writes; found anew when the
-        weights have changed.
+        """The layers that connect sites, with what each reads and writes; found again once the weights have changed.
 
         Raises:
-            ValueError: if edits are in force, or the model takes tokens and is no bridge.
+            ValueError: if edits are in force, or the model takes tokens and is not a TransformerLens bridge.
         """
         if self.edited:
             raise ValueError(f"model {self.name} is edited: ask for its weights outside the edit")
@@ -641,49 +659,53 @@ class HookedModel:
             return tuple(bridge_layers(self.module, self.sites))
         example = self.fitted(self.input.example(1))
         if not example.is_floating_point():
-            raise ValueError(f"model {self.name}: weights between sites need images or a bridge")
+            raise ValueError(
+                f"model {self.name} takes tokens: weights between its sites are found only for a TransformerLens bridge"
+            )
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by their names in the state dict; a tied one under its first name."""
+        """The parameters by their names in the state dict; a tied parameter has its first name."""
         return parameter_names(self.module)
 
     @property
     def matrices(self) -> tuple[WeightMatrix, ...]:
-        """The parameters that connect units, as matrices with the sites that they read and write; of the
-        model as it is outside all edits.
+        """The parameters that connect units, as matrices with the sites that they read and write, of the unedited
+        model.
 
         Raises:
-            ValueError: if the model takes tokens and is no bridge.
+            ValueError: if the model takes tokens and is not a TransformerLens bridge.
         """
         with self.lock:
-            if self._held is not None:
-                return self._held
+            if self._steady_matrices is not None:
+                return self._steady_matrices
             key = self.intact_hash
             if self._matrices is None or self._matrices[0] != key:
                 with self.outside():
                     self._matrices = key, self._find_matrices()
-            if self._steady:
-                self._held = self._matrices[1]
+            if self._steady_blocks:
+                self._steady_matrices = self._matrices[1]
             return self._matrices[1]
 
     @contextmanager
     def steady(self) -> Iterator[None]:
-        """A block in which the model's own weights do not change: `matrices` looks once only."""
+        """Promise that the model's own weights do not change inside the block: `matrices` then hashes them once
+        instead of at every access.
+        """
         with self.lock:
-            self._steady += 1
+            self._steady_blocks += 1
             try:
                 yield
             finally:
-                self._steady -= 1
-                if not self._steady:
-                    self._held = None
+                self._steady_blocks -= 1
+                if not self._steady_blocks:
+                    self._steady_matrices = None
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Inside the block the model is as it is without the edits that are in force."""
+        """Suspend the edits that are in force inside the block: the model runs as it is without them."""
         own = list(self.module.parameters())
         inside = [p.data for p in own]
         suspended, self._suspended = self._suspended, True
@@ -704,7 +726,7 @@ class HookedModel:
         return tuple(found)
 
     def n_units(self, site: str) -> int:
-        """How many units a site has; `input` counts the model's input channels."""
+        """The number of units of a site; `input` stands for the model's input channels."""
         if site == INPUT and isinstance(self.input, ImageInput):
             return self.input.channels
         return self.site(site).n_units
@@ -713,7 +735,7 @@ class HookedModel:
 
     @property
     def intact_hash(self) -> str:
-        """The hash of the weights as they are outside all edits."""
+        """The hash of the weights of the unedited model."""
         with self.lock:
             return self._digest(self._replaced)
 
@@ -725,16 +747,18 @@ class HookedModel:
         return self._digest({})
 
     def _digest(self, instead: Mapping[int, Tensor]) -> str:
+        """The hash with other tensors in the place of some, by the address of the memory of what they replace."""
         digest = hashlib.sha256()
         for name, module in self.module.named_modules():
             digest.update(f"{name}|{type(module).__qualname__}|".encode())
         for name, tensor in sorted(self.module.state_dict().items()):
+            # A state dict may hold more than tensors (`get_extra_state`).
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             tensor = instead.get(tensor.data_ptr(), tensor)
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
+            if flat.numel():  # an empty tensor cannot be viewed as bytes
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -20,20 +20,20 @@ from circuits.models.adapter.tokenizing import Encoder, by_numbers, by_words
 class ImageInput:
     """Images as a model takes them.
 
-    Between the library and the model lies one step, `normalize`: values in 0..1 become what the
-    network was trained on, `(scale * x - mean) / std`, channels reversed first if it wants BGR.
+    The library holds images as values in 0..1; `normalize` maps them to what the network was trained on,
+    `(scale * x - mean) / std`, with the channels reversed first if it wants BGR.
 
     Attributes:
-        channels: of the input; 3 is RGB, 1 is grey, anything else has no colour.
+        channels: number of channels: 3 is RGB, 1 is grey, anything else has no colour.
         height: in pixels.
         width: in pixels.
         mean: one number a channel, or a single one for all, in the model's channel order.
-        std: likewise.
+        std: one number a channel, or a single one for all, in the model's channel order.
         scale: the top of the model's value range, 1 or 255.
         bgr: the model's channels are blue, green, red.
-        resize: how a photograph is fitted: `stretch` to the size, or the middle `crop` of its
-            shorter side; `margin-crop`, the usual one of ImageNet, makes the shorter side 256/224
-            of the size first, so that a margin is lost.
+        resize: how a photograph is fitted: `stretch` it to the size; `crop` the middle after scaling its shorter
+            side to the size; or `margin-crop`, as is usual for ImageNet: the shorter side is scaled to 256/224
+            of the size before the middle is cropped, so that a margin is lost on every side.
     """
 
     channels: int
@@ -91,7 +91,7 @@ class ImageInput:
         return images.flip(1) if self.bgr else images
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel, in the model's order, to go with a batch."""
+        """Mean and standard deviation of each channel, in the model's order, shaped to broadcast over a batch."""
         mean, std = like.new_tensor(self.mean), like.new_tensor(self.std)
         return mean[None, :, None, None], std[None, :, None, None]
 
@@ -99,6 +99,7 @@ class ImageInput:
         """Resize and crop a picture to the model's height and width."""
         size = (self.width, self.height)
         if self.resize == "margin-crop":
+            # Two steps, as in the usual evaluation transform of ImageNet: resize to whole pixels, then crop.
             ratio = 256 / 224 * max(self.width / image.width, self.height / image.height)
             large = (round(image.width * ratio), round(image.height * ratio))
             image = image.resize(large, Image.Resampling.BILINEAR)
@@ -108,11 +109,12 @@ class ImageInput:
             ratio = min(image.width / self.width, image.height / self.height)
             w, h = self.width * ratio, self.height * ratio
             left, top = (image.width - w) / 2, (image.height - h) / 2
+            # Pillow resamples the box at sub-pixel accuracy: no rounding of its borders, and one filter only.
             return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + w, top + h))
         return image.resize(size, Image.Resampling.BICUBIC)
 
     def load(self, image: Image.Image) -> Float[Tensor, "channel h w"]:
-        """A picture as the values in 0..1 that `normalize` takes.
+        """Turn a picture into the values in 0..1 that `normalize` takes.
 
         Raises:
             ValueError: if the model takes neither 3 nor 1 channels.
@@ -126,7 +128,7 @@ class ImageInput:
         return rearrange(pixels, "h w ... -> (...) h w") if pixels.ndim == 3 else pixels[None]
 
     def example(self, batch: int = 1, seed: int = 0) -> Float[Tensor, "batch channel h w"]:
-        """Random images, as the model takes them."""
+        """Random normalised images, for tracing the model."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, self.channels, self.height, self.width)
         return self.normalize(torch.rand(shape, generator=generator))
@@ -141,12 +143,12 @@ class TokenInput:
     """Tokens as a model takes them.
 
     Attributes:
-        n_vocab: number of tokens.
+        n_vocab: number of tokens in the vocabulary.
         n_ctx: the longest sequence, in tokens.
         vocabulary: how each token is written; empty if unknown.
         bos: the token that starts every sequence, if there is one.
         encoder: the model's own tokenizer, from text to tokens without `bos`.
-        filler: the token that fills up shorter texts of a batch; which one it is changes nothing.
+        filler: the token that pads shorter texts of a batch; it has no effect on results.
     """
 
     n_vocab: int
@@ -167,7 +169,7 @@ class TokenInput:
             )
 
     def example(self, batch: int = 1, seed: int = 0) -> Int[Tensor, "batch position"]:
-        """Random tokens, as the model takes them."""
+        """Random tokens, for tracing the model; at most 16 a text."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, min(self.n_ctx, 16))
         tokens = torch.randint(self.n_vocab, shape, generator=generator)
@@ -200,12 +202,12 @@ class TokenInput:
         return self.vocabulary[token] if self.vocabulary else str(token)
 
     def excerpt(self, tokens: Sequence[int], at: int, around: int = 8) -> str:
-        """A stretch of a text, with one token marked.
+        """Quote a stretch of a text, with one token marked.
 
         Args:
-            tokens: of the whole text.
-            at: the place of the token.
-            around: how many tokens on either side.
+            tokens: the tokens of the whole text.
+            at: the position of the token to mark.
+            around: how many tokens to show on either side.
 
         >>> TokenInput(9, 8).excerpt([3, 1, 4, 1, 5], 2, around=1)
         '… 1 «4» 1 …'
@@ -218,13 +220,13 @@ class TokenInput:
         return gap.join([*before, *words, *after])
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, by the model's own tokenizer.
+        """Tokenize a text, without `bos`, by the model's own tokenizer.
 
-        Without one: words of the vocabulary, or whole numbers where there is no vocabulary, in both
-        cases separated by white space.
+        A model without a tokenizer takes words of its vocabulary or, without a vocabulary, whole numbers, in
+        both cases separated by white space.
 
         Raises:
-            ValueError: if some of it is no token.
+            ValueError: if a part of the text is not a token.
 
         >>> TokenInput(3, 8).encode("0 2 1")
         [0, 2, 1]

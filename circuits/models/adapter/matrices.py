@@ -1,4 +1,4 @@
-"""Parameters as matrices from units to units: what an edit of weights changes."""
+"""Parameters as matrices from units to units, which is what an edit of weights changes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from circuits.units import Site
 
 
 @dataclass(frozen=True, eq=False)
-class End:
-    """What one end of a matrix has to do with a site.
+class MatrixEnd:
+    """One side of a matrix, its rows or its columns, as the units of a site.
 
     Attributes:
         site: the site's name.
         owner: for each row (or column) of the matrix the site's unit that it belongs to, -1 for none. A
             head owns as many as it has dimensions.
-        factor: what lies between multiplies each by (batch norm, signs).
-        depth: how many operations lie between; 0 is next to the matrix.
-        direct: for what is read: nothing with units of its own lies between.
+        factor: what the operations between matrix and site multiply each row by (batch norm, signs).
+        depth: the number of operations between them; 0 is next to the matrix.
+        direct: for columns: no site with units of its own lies between.
     """
 
     site: str
@@ -37,7 +37,7 @@ class End:
     direct: bool = True
 
     def of(self, units: Sequence[int] | None) -> Int[Tensor, " row"]:
-        """The rows of some units, unit by unit; of all units if None."""
+        """The rows that belong to some units, unit by unit; to any unit if None."""
         if units is None:
             return (self.owner >= 0).nonzero().flatten()
         if len(units) == 1:
@@ -51,12 +51,12 @@ class WeightMatrix:
     """The weights of a convolution or linear layer, as rows (outputs) by columns (inputs).
 
     Attributes:
-        name: of the layer, e.g. `mixed3b_5x5` or `blocks.0.mlp.out`.
+        name: the layer's name, e.g. `mixed3b_5x5` or `blocks.0.mlp.out`.
         weight: the parameter's name in the state dict.
         bias: the name of its bias, or None.
-        shape: rows, columns (of all groups), and the axes of the kernel.
-        groups: of a grouped convolution: a row has the columns of its own group only.
-        transposed: the parameter is stored columns first.
+        shape: the number of rows, of columns (of all groups), and the lengths of the kernel's axes.
+        groups: groups of a convolution; a row has weights only in the columns of its group.
+        transposed: whether the parameter is stored columns first.
         tied: other names of the same parameter, and layers that share it: an edit changes them too.
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
@@ -68,23 +68,23 @@ class WeightMatrix:
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
-    reads: tuple[End, ...] = ()
-    writes: tuple[End, ...] = ()
+    reads: tuple[MatrixEnd, ...] = ()
+    writes: tuple[MatrixEnd, ...] = ()
     tied: tuple[str, ...] = ()
 
-    def end(self, site: str, side: str) -> End | None:
-        """The end at a site, on the side `reads` or `writes`; None if there is none."""
+    def end(self, site: str, side: str) -> MatrixEnd | None:
+        """The rows (`side` is `writes`) or columns (`reads`) as units of a site; None if they are not its units."""
         ends = self.reads if side == "reads" else self.writes
         return next((end for end in ends if end.site == site), None)
 
     def view(self, parameter: Tensor) -> Float[Tensor, "row column *kernel"]:
-        """The parameter as row x column (of its group) x kernel; shares its memory."""
+        """The parameter as row x column (of the row's group) x kernel; shares the parameter's memory."""
         return parameter.transpose(0, 1) if self.transposed else parameter
 
     def block(
         self, parameter: Tensor, rows: Tensor, columns: Tensor
     ) -> Float[Tensor, "row column *kernel"]:
-        """A copy of some rows and columns; zero where a grouped convolution has none."""
+        """Copy some rows and columns; zero where a grouped convolution has no weight."""
         view = self.view(parameter)
         if self.groups == 1:
             return view[rows[:, None], columns[None, :]]
@@ -93,7 +93,7 @@ class WeightMatrix:
         return found * there.reshape(*there.shape, *(1,) * (found.ndim - 2)).to(found)
 
     def put(self, parameter: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
-        """Write some rows and columns in place; what a grouped convolution has not is left out."""
+        """Write some rows and columns in place; entries that a grouped convolution does not have are skipped."""
         view, block = self.view(parameter), block.to(parameter)
         if self.groups == 1:
             view[rows[:, None], columns[None, :]] = block
@@ -102,22 +102,23 @@ class WeightMatrix:
         view[rows[:, None].expand_as(there)[there], local[there]] = block[there]
 
     def there(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Which of these weights exist: row x column of booleans."""
+        """Which of these weights exist, row x column."""
         if self.groups == 1:
             return torch.ones(len(rows), len(columns), dtype=torch.bool)
         return self._grouped(rows, columns)[1]
 
     def _grouped(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """For each row and column, the column's place inside its group, and whether both are of one group."""
         per_row, per_column = self.shape[0] // self.groups, self.shape[1] // self.groups
         there = rows[:, None] // per_row == columns[None, :] // per_column
         return (columns % per_column)[None, :].expand_as(there), there
 
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by their names in the state dict; a tied one under its first name."""
-    own = {
-        (p.data_ptr(), tuple(p.shape)): p for p in module.parameters() if p.numel()
-    }  # a bridge's modules have other names than its state dict
+    """A model's parameters by their names in the state dict; a tied parameter has its first name."""
+    # Matched by memory, since a bridge's state dict has other names than its modules. An empty tensor has no memory;
+    # the shape tells a parameter from a view that begins at the same address.
+    own = {(p.data_ptr(), tuple(p.shape)): p for p in module.parameters() if p.numel()}
     found: dict[str, nn.Parameter] = {}
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -129,7 +130,7 @@ def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list[WeightMatrix]:
-    """The matrices of layers whose connections are known."""
+    """The matrices of layers whose connections to sites are known."""
     names = parameter_names(module)
     by_parameter = {id(p): name for name, p in names.items()}
     found: dict[str, WeightMatrix] = {}
@@ -138,12 +139,17 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
         weight = own.weight
         name = by_parameter.get(id(weight))
         if name is None or not isinstance(weight, nn.Parameter):
-            continue  # computed from others (weight norm), or tied to one that has its matrix
+            # Computed from other parameters (weight norm), or a parameter that shares the memory of one which has
+            # its matrix already.
+            continue
         bias = own.bias if isinstance(own.bias, nn.Parameter) else None
         groups = _groups(own)
         shape = (weight.shape[0], weight.shape[1] * groups, *weight.shape[2:])
-        reads = [End(k.site, k.index.cpu(), k.factor.cpu(), k.depth, k.direct) for k in layer.reads]
+        reads = [
+            MatrixEnd(k.site, k.index.cpu(), k.factor.cpu(), k.depth, k.direct) for k in layer.reads
+        ]
         writes = [_inverted(k.site, k.index, k.factor, k.depth, shape[0]) for k in layer.writes]
+        # A module that is called several times has a `WeightLayer` for each call, but one matrix.
         before = found.get(layer.name)
         found[layer.name] = WeightMatrix(
             layer.name, name, None if bias is None else by_parameter.get(id(bias)), shape, groups, False,
@@ -164,37 +170,37 @@ def _groups(layer: nn.Module) -> int:
     return groups
 
 
-def _joined(ends: Sequence[End], more: Sequence[End]) -> tuple[End, ...]:
-    """The ends of several calls of one layer; the nearest of each site."""
-    nearest: dict[str, End] = {}
+def _joined(ends: Sequence[MatrixEnd], more: Sequence[MatrixEnd]) -> tuple[MatrixEnd, ...]:
+    """The sites of several calls of one layer; of each site the nearest occurrence."""
+    nearest: dict[str, MatrixEnd] = {}
     for end in sorted([*ends, *more], key=lambda e: e.depth):
         nearest.setdefault(end.site, end)
     return tuple(nearest.values())
 
 
-def _inverted(site: str, index: Tensor, factor: Tensor, depth: int, n_rows: int) -> End:
-    """From each unit's row to each row's unit."""
+def _inverted(site: str, index: Tensor, factor: Tensor, depth: int, n_rows: int) -> MatrixEnd:
+    """Turn the row that each unit comes from into the unit that each row belongs to."""
     owner, scale = torch.full((n_rows,), -1), torch.ones(n_rows)
     units = (index >= 0).nonzero().flatten()
     owner[index[units].cpu()] = units.cpu()
     scale[index[units].cpu()] = factor[units].float().cpu()
-    return End(site, owner, scale, depth)
+    return MatrixEnd(site, owner, scale, depth)
 
 
 @dataclass
-class _Seen:
-    """What went through a linear module in one pass."""
+class _LinearCall:
+    """What a linear module was given, and what it returned, in one call."""
 
     given: Tensor
     output: Tensor
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """How a linear module keeps its weights."""
+class _LinearModule:
+    """A linear module: whether it stores its weights columns first, and its calls in one pass."""
 
     transposed: bool
-    seen: list[_Seen] = field(default_factory=list)
+    calls: list[_LinearCall] = field(default_factory=list)
 
 
 def matrices_of_sites(
@@ -203,31 +209,71 @@ def matrices_of_sites(
     sites: Sequence[Site],
     taps: Mapping[str, Tap],
 ) -> list[WeightMatrix]:
-    """The matrices of linear modules whose input or output is, number for number, what a site holds.
+    """The matrices of linear modules whose input or output equals, number for number, the tensor of a site.
 
-    For transformers: what lies between sites there (normalisation, attention) is not followed. Numbers are
-    compared while all parameters are random, so that none agree by being zero, say.
+    For transformers, where the walk of `topology` does not apply: tokens have no gradient to walk along, and
+    attention mixes positions. All parameters are random during the pass, so that tensors do not agree by accident,
+    as they do when a bias or a whole layer is zero.
 
     Args:
         module: the model.
-        forward: runs it once, on random tokens.
+        forward: runs the model once, on random tokens.
         sites: the model's sites.
         taps: how to reach them.
     """
     names = parameter_names(module)
     by_parameter = {id(p): name for name, p in names.items()}
-    linear: dict[nn.Module, _Kind] = {}
+    linear = _linear_modules(module, by_parameter)
+    found = _random_pass(module, forward, linear, taps)
+    made = []
+    for m, known in linear.items():
+        weight, bias = m.weight, m.bias
+        assert isinstance(weight, nn.Parameter)
+        reads, writes = (
+            [e for s in sites for e in _same(s, found.get(s.name), tensors)]
+            for tensors in ([c.given for c in known.calls], [c.output for c in known.calls])
+        )
+        own, tied = _names_of(module, m, weight)
+        made.append(
+            WeightMatrix(
+                own, by_parameter[id(weight)],
+                by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
+                tuple(weight.shape[::-1] if known.transposed else weight.shape), 1, known.transposed,
+                tuple(reversed(reads)), tuple(writes), tied,
+            )
+        )  # fmt: skip
+    order = {name: i for i, name in enumerate(names)}
+    made.sort(key=lambda matrix: order[matrix.weight])
+    return [_without_foreign(matrix, [m.name for m in made]) for matrix in made]
+
+
+def _linear_modules(
+    module: nn.Module, by_parameter: Mapping[int, str]
+) -> dict[nn.Module, _LinearModule]:
+    """A model's linear modules, of torch or of Hugging Face, whose weights are parameters of it."""
+    linear: dict[nn.Module, _LinearModule] = {}
     for m in module.modules():
+        # Not `m.weight`: a bridge's component hands attributes on to the module that it wraps.
         weight = vars(m).get("_parameters", {}).get("weight")
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) in by_parameter:
             if isinstance(m, nn.Linear):
-                linear[m] = _Kind(transposed=False)
-            elif type(m).__name__ == "Conv1D":  # GPT-2's: columns first
-                linear[m] = _Kind(transposed=True)
+                linear[m] = _LinearModule(transposed=False)
+            elif type(m).__name__ == "Conv1D":  # GPT-2's linear layer, which stores columns first
+                linear[m] = _LinearModule(transposed=True)
+    return linear
+
+
+def _random_pass(
+    module: nn.Module,
+    forward: Callable[[], object],
+    linear: Mapping[nn.Module, _LinearModule],
+    taps: Mapping[str, Tap],
+) -> dict[str, Tensor]:
+    """Run once with random parameters, noting the calls of linear modules; return the tensors of all sites."""
 
     def note(m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            linear[m].seen.append(_Seen(args[0].detach(), output.detach()))
+            linear[m].calls.append(_LinearCall(args[0].detach(), output.detach()))
 
     handles = [m.register_forward_hook(note) for m in linear]
     try:
@@ -241,34 +287,16 @@ def matrices_of_sites(
     finally:
         for handle in handles:
             handle.remove()
-    made = []
-    for m, kind in linear.items():
-        weight, bias = m.weight, m.bias
-        assert isinstance(weight, nn.Parameter)
-        shape = tuple(weight.shape[::-1] if kind.transposed else weight.shape)
-        reads = [
-            e for s in sites for e in _same(s, found.get(s.name), [c.given for c in kind.seen])
-        ]
-        writes = [
-            e for s in sites for e in _same(s, found.get(s.name), [c.output for c in kind.seen])
-        ]
-        name = by_parameter[id(weight)]
-        own, tied = _names_of(module, m, weight)
-        made.append(
-            WeightMatrix(
-                own, name, by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
-                shape, 1, kind.transposed, tuple(reversed(reads)), tuple(writes), tied,
-            )
-        )  # fmt: skip
-    order = {name: i for i, name in enumerate(names)}
-    made.sort(key=lambda matrix: order[matrix.weight])
-    return [_without_foreign(matrix, [m.name for m in made]) for matrix in made]
+    return found
 
 
 def _without_foreign(matrix: WeightMatrix, names: Sequence[str]) -> WeightMatrix:
-    """A matrix without the sites that are inside another layer: those hold what that one alone gets."""
+    """A matrix without the sites that lie inside another layer (`….q.hook_in`).
 
-    def own(end: End) -> bool:
+    They hold the same numbers as the matrix reads, but a change there reaches that other layer alone.
+    """
+
+    def own(end: MatrixEnd) -> bool:
         inside = [name for name in names if end.site.startswith(f"{name}.")]
         return not inside or matrix.name in inside
 
@@ -278,13 +306,14 @@ def _without_foreign(matrix: WeightMatrix, names: Sequence[str]) -> WeightMatrix
 
 @contextmanager
 def _random_weights(module: nn.Module) -> Iterator[None]:
-    """All parameters random inside the block; the own ones are not written to."""
+    """Replace all parameters by random ones inside the block; the model's own tensors are not written to."""
     generator = torch.Generator().manual_seed(0)
     own = list(module.parameters())
     before = [p.data for p in own]
     try:
         for p in own:
             if p.is_floating_point():
+                # Divided by the square root of the inputs, so that activations neither vanish nor overflow.
                 drawn = (
                     torch.randn(p.shape, generator=generator)
                     / max(1, p.shape[-1] if p.ndim else 1) ** 0.5
@@ -297,7 +326,7 @@ def _random_weights(module: nn.Module) -> Iterator[None]:
 
 
 def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, tuple[str, ...]]:
-    """A layer's name in the state dict, and the names of others that share its weight."""
+    """A layer's name in the state dict, and the names of other layers that share its weight."""
     names = [
         name.removesuffix(".weight")
         for name, tensor in root.state_dict().items()
@@ -314,12 +343,12 @@ def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, t
     return names[0], tuple(names[1:])
 
 
-def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor]) -> list[End]:
-    """The end at a site that holds what went through, if it does."""
+def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor]) -> list[MatrixEnd]:
+    """The columns (or rows) as units of a site, in a list, if the site's tensor equals one of those seen."""
     if value is None or site.kind == "pattern" or not site.units_last:
         return []
     flat = site.rows(value)
     for tensor in seen:
         if tensor.shape == flat.shape and torch.equal(tensor, flat):
-            return [End(site.name, site.row_units, torch.ones(site.width))]
+            return [MatrixEnd(site.name, site.row_units, torch.ones(site.width))]
     return []

@@ -1,6 +1,6 @@
-"""Local response normalisation, several times as fast as torch composes it.
+"""Local response normalisation, several times as fast as torch's own.
 
-`HookedModel.run` puts it in force by itself; a few functions that take a model apart use it directly.
+`HookedModel.run` uses it by default; a few functions that call a model's module themselves enter it directly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def _channel_window(x: Tensor, size: int) -> Tensor:
-    """Sums over `size` neighbouring channels, fewer at the ends."""
+    """For each channel, the sum over the window of `size` channels about it, cut off at the ends."""
     total, channels = x.clone(), x.shape[1]
     for k in range(1, min(size // 2, channels - 1) + 1):
         total[:, k:] += x[:, : channels - k]
@@ -26,12 +26,16 @@ def _channel_window(x: Tensor, size: int) -> Tensor:
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """x / (k + alpha / size * sum of squares of the channels around)^beta, with its derivative."""
+    """x / (k + alpha / size * sum of squares over a window of channels)^beta, with its derivative.
+
+    The derivative is derived in `circuits.models.adapter.lrn.backward`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         ctx.constants = size, alpha, beta, k
         if _compilable(x):
+            # No base and scale to save: the compiled backward pass computes them again from x.
             ctx.save_for_backward(x)
             return _over_pixels("forward", (x,), ctx.constants)
         base, scale = _base_and_scale(x, size, alpha, beta, k)
@@ -42,14 +46,17 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *rest = ctx.saved_tensors
-        wanted_again = torch.is_grad_enabled()  # a graph of the derivative, from x
+        # With `create_graph`, gradients are on in here: the derivative must then be made of torch operations, with
+        # base and scale computed from x again, since the saved ones carry no history.
+        wanted_again = torch.is_grad_enabled()
         if not rest and _compilable(grad) and not wanted_again:
             return _over_pixels("backward", (x, grad), ctx.constants), None, None, None, None
         size, alpha, beta, k = ctx.constants
         if not rest or wanted_again:
             rest = _base_and_scale(x, size, alpha, beta, k)
         base, scale = rest
-        # a channel is in the window of those on its other side: the window turned round
+        # Channel j is in the windows of the channels on its other side: the window mirrored, which for an even size
+        # is not the same.
         inner = _channel_window((grad * x * scale / base).flip(1), size).flip(1)
         return grad * scale - inner * x * (2 * alpha * beta / size), None, None, None, None
 
@@ -69,13 +76,15 @@ def _over_pixels(
     what: str, given: tuple[Tensor, ...], constants: tuple[int, float, float, float]
 ) -> Tensor:
     """Run a compiled loop over all pixels, in as many threads as torch has."""
-    from circuits.models.adapter import lrn  # numba is imported where it is first needed
+    # Imported here, since importing numba is slow and most models do without.
+    from circuits.models.adapter import lrn
 
     arrays = [_pixels(x.contiguous(memory_format=torch.channels_last)) for x in given]
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
     rows = _pixels(out)
     loop = getattr(lrn, what)
     n = len(rows)
+    # Starting a thread does not pay for less than some 1000 pixels. The loops release Python's lock (`nogil`).
     threads = max(1, min(torch.get_num_threads(), n // 1024))
     cuts = [range(n * i // threads, n * (i + 1) // threads) for i in range(threads)]
 
@@ -104,9 +113,9 @@ def local_response_norm(
 
 
 class FastNormalisation(TorchFunctionMode):
-    """While it is entered (in one thread), local response normalisation is fast.
+    """While it is entered, in one thread, models compute local response normalisation the fast way.
 
-    The model itself is left alone.
+    A torch function mode, so that the model's modules stay as they are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,11 +124,11 @@ class FastNormalisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class NoticedNormalisation(TorchFunctionMode):
-    """While it is entered (in one thread), notes whether local response normalisation is computed.
+class NormalisationDetector(TorchFunctionMode):
+    """While it is entered, in one thread, it notes whether local response normalisation is computed.
 
     Attributes:
-        seen: whether it was.
+        seen: whether it was computed.
     """
 
     def __init__(self) -> None:

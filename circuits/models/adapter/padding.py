@@ -1,9 +1,9 @@
-"""Texts of different lengths in one batch: how a model takes them, found by trying.
+"""Texts of different lengths in one padded batch: how a model takes them, found by experiment.
 
-A batch has one width, so that shorter texts are filled up; what fills them must not change what the model
-computes for them. A causal model looks only back and needs nothing but the filling at the end. One that looks
-both ways must be told what to leave out. Which is the case is not read off a model's name or configuration: a few
-short texts are run alone and in a padded batch, and every site is compared.
+Padding must not change what the model computes for a text. A causal model sees earlier tokens only and can simply
+be padded on the right. A model with bidirectional attention needs an attention mask. Which is the case is not read
+off a model's name or configuration: a few short texts are run alone and in a padded batch, and every site is
+compared.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ from torch import Tensor
 from circuits.models.adapter.inputs import TokenInput
 
 Side = Literal["right", "left"]
-"""Where a shorter text is filled up: behind its end or before its start."""
+"""Where a shorter text is padded: after its end or before its start."""
 
 Tokens = Int[Tensor, "text position"]
 Mask = Bool[Tensor, "text position"]
-"""True where a real token is, False where a text was filled up."""
+"""True where a position holds a real token, False where it is padding."""
 
-Seen = Mapping[str, Tensor]
-"""What every site holds in one pass, by name, with the texts along the first axis."""
+SiteTensors = Mapping[str, Tensor]
+"""The tensors of all sites in one pass, by name, with the texts along the first axis."""
 
-See = Callable[[Tokens, Mapping[str, Tensor]], Seen]
-"""Runs a model on tokens and further keyword arguments."""
+RunSites = Callable[[Tokens, Mapping[str, Tensor]], SiteTensors]
+"""Runs a model on tokens and keyword arguments; returns the tensors of its sites."""
 
 MASK = "attention_mask"
-"""The keyword by which Hugging Face's modules and TransformerLens bridges are told which tokens are real."""
+"""The keyword argument of Hugging Face's modules and TransformerLens bridges that marks the real tokens."""
 
 _WIDTH = 16
-"""Tokens of the longest text that is tried."""
+"""Length of the longest text that is tried, in tokens."""
 
 _EQUAL = 1e-5
+"""The relative difference up to which two passes agree."""
+
 _NOISE = 16
-"""How many times the difference between a text alone and among copies of itself is still rounding."""
+"""The rounding that padding may cause, in multiples of what batching a text with copies of itself causes."""
 
 _MINUS_INFINITY = 1e30
+"""Attention scores beyond this size stand for a masked position (float32's minimum, or -inf)."""
+
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AssertionError)
 
 
@@ -50,25 +54,29 @@ class Padding:
     """How a model takes texts of different lengths in one batch.
 
     Attributes:
-        side: where shorter texts are filled up; None if the model does not take them at all.
-        told: whether the model must be told which tokens are real, by `attention_mask=`.
+        side: where shorter texts are padded; None if the model cannot be padded.
+        needs_mask: whether the model must be given `attention_mask=`.
         why: what went wrong in each way that was tried, if there is no side.
     """
 
     side: Side | None
-    told: bool = False
+    needs_mask: bool = False
     why: str = ""
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what comes later in a text changes what comes before, unless the model is told to hide it."""
-        return self.side == "right" and self.told
+        """Whether a position's result depends on later tokens unless a mask hides them: the model is not causal.
+
+        Only then is a mask needed although the padding comes after the text.
+        """
+        return self.side == "right" and self.needs_mask
 
     def __str__(self) -> str:
-        return f"padding on the {self.side}" + (f" with {MASK}=" if self.told else "")
+        return f"padding on the {self.side}" + (f" with {MASK}=" if self.needs_mask else "")
 
 
-_WAYS = (Padding("right"), Padding("right", told=True), Padding("left", told=True))
+# Tried in this order: without a mask before with one, and on the right before on the left.
+_WAYS = (Padding("right"), Padding("right", needs_mask=True), Padding("left", needs_mask=True))
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -77,7 +85,7 @@ _WAYS = (Padding("right"), Padding("right", told=True), Padding("left", told=Tru
 def padded(
     rows: Sequence[Sequence[int]], side: Side = "right", filler: int = 0
 ) -> tuple[Tokens, Mask]:
-    """Texts of different lengths as one batch, and where its real tokens are.
+    """Pad texts of different lengths into one batch; returns tokens and mask.
 
     Raises:
         ValueError: if there is no text, or one of them is empty.
@@ -87,7 +95,7 @@ def padded(
     ([[5, 6, 7], [8, 0, 0]], [[True, True, True], [True, False, False]])
     """
     if not rows:
-        raise ValueError("rows name no text: expected at least one")
+        raise ValueError("rows are empty: expected at least one text")
     empty = next((i for i, row in enumerate(rows) if len(row) == 0), None)
     if empty is not None:
         raise ValueError(f"text {empty} of rows is empty: expected at least one token")
@@ -101,22 +109,22 @@ def padded(
     return tokens, mask
 
 
-def grouped(lengths: Sequence[int], rows: int, most: int = 1024) -> list[list[int]]:
-    """Which texts to run together: those of similar length, the shortest first; in a batch, in their order.
+def group_by_length(lengths: Sequence[int], rows: int, most: int = 1024) -> list[list[int]]:
+    """Group texts of similar length into batches, the shortest first; inside a batch they keep their order.
 
-    A batch of very different lengths computes more padding than text; on a processor one of about 1024 tokens also
-    stays in its cache (`benchmarks/padding.py`). No text is alone if it can have company, which is what resampling
-    needs.
+    A batch of very different lengths computes more padding than text; and on a CPU a batch of about 1024 tokens
+    still stays in the cache (`benchmarks/padding.py`). No text is alone in a batch where that can be avoided, since
+    resampling draws from the other texts of the batch.
 
     Args:
-        lengths: of the texts, in tokens.
+        lengths: the lengths of the texts, in tokens.
         rows: the most texts in a batch.
-        most: the most tokens in a batch, filling counted; more where texts would be alone.
+        most: the most tokens in a batch, padding included; exceeded where texts would be alone.
 
     Raises:
         ValueError: if `rows` or `most` is not positive.
 
-    >>> grouped([3, 100, 4, 90], rows=32, most=200)
+    >>> group_by_length([3, 100, 4, 90], rows=32, most=200)
     [[0, 2], [1, 3]]
     """
     if min(rows, most) < 1:
@@ -127,6 +135,7 @@ def grouped(lengths: Sequence[int], rows: int, most: int = 1024) -> list[list[in
         if not groups or size > rows or (size > 2 and lengths[i] * size > most):
             groups.append([])
         groups[-1].append(i)
+    # The last group may hold one text: it gets the longest of the group before, or joins it.
     if len(groups) > 1 and len(groups[-1]) == 1:
         if len(groups[-2]) > 2:
             groups[-1].insert(0, groups[-2].pop())
@@ -136,7 +145,7 @@ def grouped(lengths: Sequence[int], rows: int, most: int = 1024) -> list[list[in
 
 
 def unpadded(tokens: Tokens, mask: Mask | None = None) -> list[list[int]]:
-    """The texts of a batch without what fills them up.
+    """The texts of a batch without their padding.
 
     >>> unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([[True, True], [True, False]]))
     [[1, 2], [3]]
@@ -147,7 +156,7 @@ def unpadded(tokens: Tokens, mask: Mask | None = None) -> list[list[int]]:
 
 
 def last_positions(mask: Mask) -> Int[Tensor, " text"]:
-    """Where each text's last real token is.
+    """The position of each text's last real token.
 
     >>> last_positions(torch.tensor([[True, False], [True, True]])).tolist()
     [0, 1]
@@ -156,7 +165,7 @@ def last_positions(mask: Mask) -> Int[Tensor, " text"]:
 
 
 def check_mask(mask: Tensor, tokens: Tensor) -> None:
-    """Raise TypeError or ValueError if a mask does not say of each token whether it is real."""
+    """Raise TypeError or ValueError if a mask does not fit the tokens, or hides all of a text."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask of type {mask.dtype} must be torch.bool: True where a real token is")
     if mask.shape != tokens.shape:
@@ -169,7 +178,7 @@ def check_mask(mask: Tensor, tokens: Tensor) -> None:
 
 
 def check_side(mask: Mask, padding: Padding, name: str) -> None:
-    """Raise ValueError if a model does not take texts that are filled up where a mask says."""
+    """Raise ValueError if a model does not take texts that are padded where a mask says."""
     if padding.side is None:
         raise ValueError(
             f"texts differ in length, but {name} takes only texts of one length in a batch ({padding.why})"
@@ -187,32 +196,34 @@ def check_side(mask: Mask, padding: Padding, name: str) -> None:
 # --- trying --------------------------------------------------------------------------------------
 
 
-def find_padding(see: See, spec: TokenInput) -> Padding:
-    """How a model takes texts of different lengths, found by running some alone and in a padded batch.
+def find_padding(run: RunSites, spec: TokenInput) -> Padding:
+    """Find how a model takes texts of different lengths, by running some alone and in a padded batch.
 
-    A way is right if two batches that differ only in the token that fills them agree at every site to 1e-5
-    wherever a real token is, and agree with the texts alone as closely as a text alone agrees with itself among
-    copies, or to 1e-5. Differences are relative to the largest number of a row of units, where that is above 1.
-    Texts of up to 16 tokens are tried: what a model does only with longer ones is not seen.
+    A way of padding is right if two batches that differ only in the padding token agree at every site and every
+    real token to 1e-5, and agree with the texts alone to 1e-5 or as closely as a text alone agrees with itself
+    among copies (times 16). Differences are relative to the largest number of a row of units, where that is above 1.
+    Texts of up to 16 tokens are tried: behaviour that only longer texts show is not seen.
 
     Args:
-        see: runs the model and returns what all of its sites hold.
-        spec: what it takes.
+        run: runs the model and returns the tensors of all sites.
+        spec: the model's input.
     """
     width = min(spec.n_ctx, _WIDTH)
     lengths = sorted({width, (width + 2) // 3, 1}, reverse=True)
     rows = [spec.example(1, seed=i)[0, :n] for i, n in enumerate(lengths)]
     try:
-        alone = [see(row[None], {}) for row in rows]
-        among = see(rows[0].expand(3, -1), {})
+        alone = [run(row[None], {}) for row in rows]
+        among = run(rows[0].expand(3, -1), {})
     except _FAILURES as error:
         return Padding(None, why=f"it does not run on texts of every length ({_first_line(error)})")
+    # Matrix products of another batch size round differently: a text among two copies of itself shows by how much,
+    # without any padding.
     noise = max(_deviation(among[name][1], alone[0][name][0]) for name in among)
     enough = max(_EQUAL, _NOISE * noise)
     trouble = []
     for way in _WAYS:
         try:
-            why = _trouble(see, way, rows, alone, spec, enough)
+            why = _mismatch(run, way, rows, alone, spec, enough)
         except _FAILURES as error:
             why = _first_line(error)
         if not why:
@@ -221,26 +232,28 @@ def find_padding(see: See, spec: TokenInput) -> Padding:
     return Padding(None, why="; ".join(trouble))
 
 
-def _trouble(
-    see: See,
+def _mismatch(
+    run: RunSites,
     way: Padding,
     rows: Sequence[Tensor],
-    alone: Sequence[Seen],
+    alone: Sequence[SiteTensors],
     spec: TokenInput,
     enough: float,
 ) -> str:
-    """What is wrong with a way of padding; nothing if the numbers are those of the texts alone."""
+    """In words, the first site at which a way of padding changes a text; empty if there is none."""
     assert way.side is not None, "only ways that have a side are tried"
     found = []
+    # Two padding tokens: a model that let padding through would give different numbers for them, even where the
+    # tolerance against the texts alone has to be wide.
     for filler in (0, spec.n_vocab - 1):
         tokens, mask = padded([row.tolist() for row in rows], way.side, filler)
-        found.append(see(tokens, {MASK: mask.to(tokens)} if way.told else {}))
+        found.append(run(tokens, {MASK: mask.to(tokens)} if way.needs_mask else {}))
     one, other = found
     for name in alone[0]:
         if any(name not in seen for seen in (*alone, *found)):
-            return f"{name} is not reached by every text"
+            return f"{name} is not computed for every text"
         if torch.isnan(one[name]).any() or torch.isnan(other[name]).any():
-            return f"{name} is not a number somewhere"
+            return f"{name} has NaN"
         for i, row in enumerate(rows):
             own = alone[i][name][0]
             sizes = tokens.shape[1], len(row)
@@ -254,13 +267,13 @@ def _trouble(
 
 
 def _real(value: Tensor, own: Tensor, sizes: tuple[int, int], side: Side) -> Tensor | None:
-    """Of a padded text's tensor the part that the text alone has; None if other axes than positions differ.
+    """Cut the padding off a text's tensor, along every axis of positions; None if the shapes differ in another way.
 
     Args:
-        value: of one text in a padded batch.
-        own: of the text alone.
-        sizes: how many positions the batch and the text have.
-        side: where the text is filled up.
+        value: the site's tensor for one text in a padded batch.
+        own: the site's tensor for the text alone.
+        sizes: the number of positions of the batch and of the text.
+        side: where the text is padded.
     """
     if value.ndim != own.ndim:
         return None
@@ -274,11 +287,11 @@ def _real(value: Tensor, own: Tensor, sizes: tuple[int, int], side: Side) -> Ten
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest number of its row or 1; NaN where one is NaN."""
+    """The largest difference, relative to the largest number of its row or to 1; NaN where one is NaN."""
     if found.numel() == 0:
         return 0.0
     a, b = found.double(), expected.double()
-    # what stands for minus infinity in attention scores is equal or not, but has no scale
+    # A masked attention score must be equal, but its size must not hide the differences of its row.
     usual = torch.where(b.abs() < _MINUS_INFINITY, b, 0.0)
     gap = (a - b).abs() / usual.abs().amax(-1, keepdim=True).clamp_min(1.0)
     return float(torch.where(a == b, 0.0, gap).max())

@@ -1,4 +1,4 @@
-"""Finding the sites of a model: trace one forward pass and describe each tensor."""
+"""Finding the sites of a model: a forward pass is traced and each tensor described."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, trace
-from circuits.models.adapter.attaching import Spot, autoencoders, spots
+from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.units import Site, SiteKind
 
 TRACE_BATCHES = (3, 2)
-"""Sizes of the batches that are traced: an axis in front that follows them is the batch."""
+"""Sizes of the two batches that are traced: a tensor whose first axis follows them has the batch in front."""
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and fixed parameters inside the block; as before after it."""
+    """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it."""
+    # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
+    # before.
     training = [m for m in module.modules() if m.training]
     trainable = [p for p in module.parameters() if p.requires_grad]
     try:
@@ -38,7 +40,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def is_bridge(module: nn.Module) -> bool:
-    """Whether `module` is a TransformerLens bridge (told by its hook points, without importing it)."""
+    """Whether `module` is a TransformerLens bridge, judged by its attributes, so that nothing is imported."""
     return hasattr(module, "hook_dict") and hasattr(module, "cfg")
 
 
@@ -47,14 +49,14 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
 
     Args:
         module: any module, or a TransformerLens bridge (its hook points become the sites).
-        examples: makes an input of so many examples.
+        examples: makes a batch of the number of examples that it is given.
 
     Raises:
-        ValueError: if the model cannot run on its example, or no module puts out a batch of real
-            numbers.
+        ValueError: if the model cannot run on its example, or no module returns a batch of floating-point numbers.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
-    latents = spots(module)
+    latents = hook_points(module)
+    # The modules inside an attached autoencoder are no sites of the model, except its two hook points.
     inside = {f"{name}." for name in autoencoders(module)}
     names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
     names |= {name: (spot, ()) for name, spot in latents.items()}
@@ -66,10 +68,12 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
     for t in traces:
         if not t.value.is_floating_point() or t.value.ndim < 2 or t.name not in shapes:
             continue
+        # Such as position embeddings, or sequences that come first: their first axis does not follow the batch's size,
+        # or another one does.
         if (*t.value.shape[:1], *shapes[t.name]) != (size, other, *t.value.shape[1:]):
-            continue  # no batch in front
-        if isinstance(t.tap.module, Spot):
-            site, tap = _spot_site(t, t.tap.module), t.tap
+            continue
+        if isinstance(t.tap.module, HookPoint):
+            site, tap = _hook_point_site(t, t.tap.module), t.tap
         elif is_bridge(module):
             site, tap = _bridge_site(t, names)
         else:
@@ -79,13 +83,13 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
         del found[name]
     if not found:
         raise ValueError(
-            f"model {type(module).__name__} has no site: no module puts out a batch of real numbers"
+            f"model {type(module).__name__} has no site: no module returns a batch of floating-point numbers"
         )
     return list(found.values())
 
 
 def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trace], Tensor]:
-    """The tensors of one pass, the model's own output last if no module put it out; and that."""
+    """The tensors of one pass, and the model's output; the output is traced too, even if no module returned it."""
     outputs: list[Any] = []
     with evaluating(module), torch.no_grad():
         try:
@@ -108,7 +112,7 @@ def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trac
 
 
 def main_output(output: Any) -> Tensor:
-    """The tensor of a model's output that holds its logits.
+    """The tensor with the logits in a model's output.
 
     Raises:
         TypeError: if there is none.
@@ -121,7 +125,7 @@ def main_output(output: Any) -> Tensor:
 
 
 def _main_key(output: Any) -> Any:
-    """Which entry of a nested output holds the logits: `logits` of a mapping, else the first."""
+    """The key of the entry of a nested output with the logits: `logits` if there is one, else the first entry."""
     if isinstance(output, Mapping):
         return "logits" if "logits" in output else next(iter(output))
     fields = getattr(output, "_fields", ())
@@ -129,14 +133,14 @@ def _main_key(output: Any) -> Any:
 
 
 Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
-"""Site name -> its module and the site's other names."""
+"""Site name -> the module whose output it is, and the site's other names."""
 
 
 # --- any module --------------------------------------------------------------------------------
 
 
 def _modules(root: nn.Module) -> Named:
-    """Every module, under its own name or, where no site can have it, under the nearest that is free."""
+    """Every module by its name, with characters that no site name may contain replaced by `_`."""
     modules = {name: module for name, module in root.named_modules() if name}
     found: Named = {}
     for name, module in modules.items():
@@ -147,10 +151,12 @@ def _modules(root: nn.Module) -> Named:
     return found
 
 
-def _spot_site(t: Trace, spot: Spot) -> Site:
-    return Site(t.name, spot.kind, spot.axes, spot.unit_axis, tuple(t.value.shape[1:]), (), "Spot")
+def _hook_point_site(t: Trace, point: HookPoint) -> Site:
+    shape, stored = tuple(t.value.shape[1:]), type(point).__qualname__  # the name that stores know
+    return Site(t.name, point.kind, point.axes, point.unit_axis, shape, (), stored)
 
 
+# Torch does not say which axis of a tensor holds the units: it follows from the class of the module.
 _LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
 _FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
 
@@ -158,11 +164,13 @@ _FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
 def _module_site(
     t: Trace, final: Tensor, known: dict[int, tuple[tuple[str, ...], SiteKind]]
 ) -> tuple[Site, Tap]:
-    """Describe a module's output; `known` has the axes of the tensors so far, by identity."""
+    """Describe a module's output; `known` holds the axes of the tensors described so far, by their identity."""
     axes, kind = _module_axes(t.value.ndim, t.tap.module)
     plain = not any(True for _ in t.tap.module.parameters())
     if plain and t.given is not None and t.given.shape == t.value.shape and id(t.given) in known:
-        axes, kind = known[id(t.given)]  # an activation, dropout …: laid out like what it was given
+        axes, kind = known[
+            id(t.given)
+        ]  # an activation function, dropout, …: the layout of its input
     known.setdefault(id(t.value), (axes, kind))
     site = Site(
         t.name,
@@ -176,7 +184,7 @@ def _module_site(
 
 
 def _module_axes(ndim: int, module: nn.Module) -> tuple[tuple[str, ...], SiteKind]:
-    """Axis names of a module's output, and what its units are."""
+    """The axis names of a module's output, and what its units are."""
     if ndim == 2:
         return ("batch", "unit"), "neuron"
     space = {3: ("position",), 4: ("y", "x"), 5: ("z", "y", "x")}.get(
@@ -192,13 +200,13 @@ def _module_axes(ndim: int, module: nn.Module) -> tuple[tuple[str, ...], SiteKin
 
 
 def _hook_points(bridge: Any) -> Named:
-    """Hook points by the name that TransformerLens users know; other names become aliases."""
+    """A bridge's hook points by the names that users of TransformerLens know; other names become aliases."""
     by_point: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, point in bridge.hook_dict.items():
         by_point.setdefault(id(point), (point, []))[1].append(name)
     named: Named = {}
     for point, names in by_point.values():
-        # `blocks.0.attn.hook_z` before `blocks.0.attn.o.hook_in`, which is the same hook point
+        # `blocks.0.attn.hook_z` is preferred to `blocks.0.attn.o.hook_in`, which is the same hook point.
         names.sort(key=lambda name: (name.endswith(("hook_in", "hook_out")), len(name), name))
         named[names[0]] = (point, tuple(names[1:]))
     return named
@@ -215,18 +223,20 @@ def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
     conversion = getattr(tap.module, "hook_conversion", None)
     if conversion is not None:
         tap = replace(tap, convert=conversion.convert, revert=conversion.revert)
+    # A bridge converts tensors only for its own hooks: torch's hooks see the wrapped module's layout, heads not split.
     value = tap.read(t.value) if conversion is not None else t.value
     axes, unit_axis, kind = _bridge_axes(t.name, value.ndim)
-    # logits that are capped after the last hook point (Gemma 2) are the model's own output
+    # The model's own output has no hook point, and so no aliases, where logits are capped after the last one
+    # (Gemma 2).
     _, aliases = names.get(t.name, (tap.module, ()))
     site = Site(t.name, kind, axes, unit_axis, tuple(value.shape[1:]), aliases, "HookPoint")
     return site, tap
 
 
 def attention_patterns(sites: Sequence[Site]) -> list[Site]:
-    """The sites of attention patterns that are read by what is behind them.
+    """The sites of attention patterns at which an edit has an effect.
 
-    Some bridges (GPT-J) show patterns only after attention is over: those can be looked at, not changed.
+    Some bridges (GPT-J) call the hook of the pattern only after attention is done: there it can be read only.
     """
     order = [site.name for site in sites]
     patterns = [s for s in sites if s.kind == "pattern" and s.name.endswith("hook_pattern")]
@@ -234,7 +244,7 @@ def attention_patterns(sites: Sequence[Site]) -> list[Site]:
 
 
 def _shown_too_late(name: str, order: list[str], what: str = "hook_attn_scores") -> bool:
-    """Whether a bridge shows attention scores only after attention is over, where edits do nothing."""
+    """Whether a bridge calls the hook of the scores only after attention is done, where edits have no effect."""
     z = name.replace(what, "hook_z")
     return z != name and z in order and order.index(name) > order.index(z)
 
@@ -257,17 +267,17 @@ def _bridge_axes(name: str, ndim: int) -> tuple[tuple[str, ...], int, SiteKind]:
     return ("batch", "position", "unit"), 2, kind
 
 
-def answers_last(sites: Sequence[Site], logits: Tensor) -> Tensor:
-    """A model's logits with the axis of classes or tokens last, whatever their layout."""
+def logits_last(sites: Sequence[Site], logits: Tensor) -> Tensor:
+    """A model's logits with the axis of classes or tokens last, whatever the model's layout."""
     site = next((s for s in reversed(sites) if s.kind == "logit"), None)
     return logits if site is None else logits.movedim(site.unit_axis, -1)
 
 
 def find_embedding(seen: Mapping[str, Tensor], order: Sequence[str]) -> str | None:
-    """The first site that depends on the tokens: what comes before, such as positions, does not.
+    """The first site that depends on the tokens; position embeddings, for example, come earlier and do not.
 
     Args:
-        seen: what sites hold, by name, for two texts that have no token in common at any position.
+        seen: the tensors of sites, by name, for two texts that have no token in common at any position.
         order: the sites in order of execution.
     """
 

@@ -1,4 +1,4 @@
-"""From text to tokens, for models that come without a tokenizer of their own."""
+"""From text to tokens, for models that come without a tokenizer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 Encoder = Callable[[str], list[int]]
-"""Takes a text and returns its tokens, without a starting token."""
+"""Takes a text and returns its tokens, without the token that starts a sequence."""
 
 
 def by_numbers(text: str) -> list[int]:
-    """Whole numbers separated by white space.
+    """Read token numbers separated by white space.
 
     Raises:
         ValueError: if it is anything else.
@@ -22,12 +22,12 @@ def by_numbers(text: str) -> list[int]:
         return [int(word) for word in text.split()]
     except ValueError:
         raise ValueError(
-            f"text {text[:20]!r} is not tokens: this model has no vocabulary, expected whole numbers"
+            f"text {text[:20]!r} cannot be tokenized: this model has no vocabulary, expected whole numbers"
         ) from None
 
 
 def by_words(vocabulary: Sequence[str]) -> Encoder:
-    """Words of a vocabulary separated by white space.
+    """Make an encoder of a vocabulary's words separated by white space.
 
     >>> by_words(("one", "two"))("two one")
     [1, 0]
@@ -44,11 +44,12 @@ def by_words(vocabulary: Sequence[str]) -> Encoder:
 
 
 def by_merges(pieces: Sequence[str], scores: Sequence[float]) -> Encoder:
-    """SentencePiece byte-pair encoding: of all adjacent pairs, the best-scored is merged first.
+    """Make a SentencePiece byte-pair encoder: of all adjacent pairs, the one with the best score is merged first.
 
-    As the models of llama2.c are trained: a space in front of the text, characters outside the
-    vocabulary as the bytes `<0xNN>` of their UTF-8.
+    As the models of llama2.c were trained: a space is put before the text, and characters outside the
+    vocabulary become the bytes `<0xNN>` of their UTF-8.
     """
+    # Reversed, so that of a piece that occurs twice the first number counts.
     ids: Mapping[str, int] = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
 
     def of_character(character: str) -> list[int]:
@@ -66,6 +67,7 @@ def by_merges(pieces: Sequence[str], scores: Sequence[float]) -> Encoder:
             ]
             if not joined:
                 return tokens
+            # Places are negated, so that of equal scores the leftmost pair is the largest.
             _, place, merged = max(joined)
             tokens[-place : -place + 2] = [merged]
 

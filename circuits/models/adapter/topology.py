@@ -1,9 +1,9 @@
-"""Which weights connect which sites, found from the model itself.
+"""Which weights connect which sites, found without knowing the architecture.
 
-One traced forward pass with autograd on gives a graph of operations. Walking back from a tensor
-through operations that keep channels apart (nonlinearities, pooling, batch norm, concatenation,
-addition) leads to the layer whose weights wrote it; a layer's input leads to the sites it reads.
-Along the way each channel keeps its place and the factor put on it.
+A forward pass with autograd on gives a graph of operations. Walking back from a site's tensor through operations
+that do not mix channels (nonlinearities, pooling, batch norm, concatenation, addition) leads to the layer that
+wrote it; walking back from a layer's input leads to the sites that it reads. On the way the walk keeps track of
+which channel each one comes from and what it is multiplied by.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
 from circuits.models.adapter.sites import evaluating
-from circuits.models.adapter.walk import Node, Step, norm_scale, reads_on, upstream, writes_on
+from circuits.models.adapter.walk import (
+    Node,
+    WalkStep,
+    follows_reads,
+    follows_writes,
+    norm_scale,
+    upstream,
+)
 from circuits.units import Site
 
 INPUT = "input"
@@ -24,20 +31,19 @@ INPUT = "input"
 
 
 @dataclass(frozen=True, eq=False)
-class Link:
-    """A path between a weight layer and a site, channel by channel.
+class SiteLink:
+    """A path between a layer and a site on which channels are not mixed.
 
     Attributes:
         site: the site's name.
-        index: for a site that is read, per input channel of the layer the site's channel that it
-            comes from; for one that is written, per channel of the site the layer's output channel
-            that it comes from. -1 for none.
-        factor: what multiplies each on the way (batch norm, signs, constants).
+        index: where channels come from, -1 for nowhere. For a site that is read: the site's channel, for each input
+            channel of the layer. For one that is written: the layer's output channel, for each channel of the site.
+        factor: what each channel is multiplied by on the way (batch norm, signs, constants).
+        depth: the number of operations in between; 0 is next to the layer.
+        direct: for a site that is read: it is the nearest one on its path that has units of its own, rather than
+            passing another site's on (pooling, normalisation). For one that is written: it has units of its own.
+        flattened: the shape (y, x) of a map that a flatten in between turned into consecutive input channels.
         shift: for a site that is written, what batch norm adds to each of its channels on the way.
-        depth: how many operations lie between; 0 is next to the layer.
-        direct: for a site that is read: the nearest one on its path that does not just pass on
-            another's units; for one that is written: that it does not just pass them on.
-        flattened: the map (y, x) that a flatten between turned into consecutive input channels.
     """
 
     site: str
@@ -51,31 +57,31 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """Weights with the sites that they read and write.
+    """A layer's weights, with the sites that they read and write.
 
     Attributes:
         name: of the layer.
-        rows: the weights of output channels: channel x input channel x kernel axes.
-        columns: the weights of input channels: channel x output channel x kernel axes.
+        rows: function from output channels to their weights: output channel x input channel x kernel axes.
+        columns: function from input channels to their weights: input channel x output channel x kernel axes.
         reads: paths to sites whose units are its input channels, nearest first.
         writes: paths to sites whose units are its output channels, nearest first.
-        bias: one number an output channel, or None.
-        lost: operations between its input and the sites that it reads that could not be followed: some
-            of what it reads is not in `reads`.
+        bias: one number for each output channel, or None.
+        lost: the operations between its input and the sites that could not be followed: some of what the layer
+            reads is then missing in `reads`.
     """
 
     name: str
     rows: Callable[[Tensor], Tensor]
     columns: Callable[[Tensor], Tensor]
-    reads: tuple[Link, ...]
-    writes: tuple[Link, ...]
+    reads: tuple[SiteLink, ...]
+    writes: tuple[SiteLink, ...]
     bias: Tensor | None = None
     lost: tuple[str, ...] = ()
 
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten")
-"""Modules that hand on the units of the site before them."""
+"""Parts of the names of modules that pass on the units of the site before them."""
 
 
 def find_weight_layers(
@@ -85,7 +91,7 @@ def find_weight_layers(
 
     Args:
         module: the model.
-        example: an input for it; images, since tokens have no gradient.
+        example: an input for it; images, since tokens have no gradient and so no graph.
         sites: the model's sites.
         taps: how to reach them.
     """
@@ -104,7 +110,9 @@ def find_weight_layers(
     ]
     inputs = example.detach().clone().requires_grad_(True)
     try:
-        entry = inputs * 1  # an operation of its own, even if the model overwrites its input
+        entry = (
+            inputs * 1
+        )  # a node that stands for the input, also if the model overwrites it in place
         source = entry.grad_fn
         with evaluating(module), torch.enable_grad(), record(module, taps) as found:
             module(entry)
@@ -114,12 +122,14 @@ def find_weight_layers(
     nodes = _site_nodes(sites, found)
     axes = ("batch", "channel", "y", "x")
     nodes[source] = [Site(INPUT, "channel", axes, 1, tuple(example.shape[1:]))]
+    # A walk ends at the output of a layer, where channels are mixed. A flattened map on the way is not followed to
+    # the layer that wrote it: several of the site's units would share one of its channels.
     stops = frozenset(call.output for call in calls)
     written = [
         (site, step)
         for node, at in nodes.items()
         for site in at
-        for step in upstream(Step.start(node, site.unit_axis), stops, writes_on)
+        for step in upstream(WalkStep.start(node, site.unit_axis), stops, follows_writes)
         if step.node in stops and not step.flattened
     ]
     shifts = _shifts(written, _norm_biases(module))
@@ -128,7 +138,7 @@ def find_weight_layers(
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: the operations that made its input and its output."""
+    """One call of a layer, with the autograd nodes of its input and its output."""
 
     module: nn.Module
     given: Node
@@ -137,16 +147,16 @@ class _Call:
 
     @property
     def axis(self) -> int:
-        """Where its channels are: last for a linear layer, else 1."""
+        """The axis of its channels: the last one for a linear layer, else axis 1."""
         return self.ndim - 1 if isinstance(self.module, nn.Linear) else 1
 
 
 def _site_nodes(sites: Sequence[Site], found: Mapping[str, Tensor]) -> dict[Node, list[Site]]:
-    """The operation that put out each site."""
+    """The sites by the autograd node that computed them."""
     nodes: dict[Node, list[Site]] = {}
     for site in sites:
         node = found[site.name].grad_fn
-        # a copy was recorded where a later step overwrites the tensor: look behind it
+        # `record` copies a tensor that the model overwrites later; the node before the copy is the model's.
         while node is not None and node.name() == "CloneBackward0":
             node = node.next_functions[0][0]
         if node is not None:
@@ -159,7 +169,7 @@ def _layer(
     call: _Call,
     nodes: Mapping[Node, list[Site]],
     stops: frozenset[Node],
-    written: Sequence[tuple[Site, Step]],
+    written: Sequence[tuple[Site, WalkStep]],
     shifts: Sequence[Tensor],
 ) -> WeightLayer:
     weight = call.module.weight
@@ -168,7 +178,7 @@ def _layer(
     lost: list[str] = []
     reads = tuple(_reads(call, nodes, stops, lost)) if call.given is not None else ()
     writes = [
-        Link(
+        SiteLink(
             site.name,
             step.index,
             step.factor,
@@ -188,11 +198,15 @@ def _layer(
 
 
 def _has_own_units(site: Site) -> bool:
+    """Whether a site's module computes new units, instead of passing on those before it."""
     return not any(word in site.module for word in _PASSES_ON)
 
 
 def _norm_biases(module: nn.Module) -> dict[int, Tensor]:
-    """Biases of batch norms, by where their running mean is: autograd does not keep them."""
+    """The biases of batch norms, by the address of their running mean.
+
+    Autograd saves weight, mean and variance in a node, but not the bias, which no gradient needs.
+    """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return {
         m.running_mean.data_ptr(): m.bias.detach()
@@ -201,10 +215,12 @@ def _norm_biases(module: nn.Module) -> dict[int, Tensor]:
     }
 
 
-def _shifts(written: Sequence[tuple[Site, Step]], biases: Mapping[int, Tensor]) -> list[Tensor]:
-    """What batch norms on each path add to each channel at its start: bias - mean * scale.
+def _shifts(written: Sequence[tuple[Site, WalkStep]], biases: Mapping[int, Tensor]) -> list[Tensor]:
+    """What the batch norms on each path add to each of the site's channels: bias - mean * scale, times the factor
+    between that norm and the site.
 
-    Where several layers add up before a batch norm, the first gets it, so that biases add up too.
+    Where several layers add up before a batch norm, only the first path gets its shift: else the sum over layers
+    would count it several times.
     """
     given: dict[tuple[str, Node], Tensor] = {}
     found = []
@@ -226,7 +242,7 @@ def _shifts(written: Sequence[tuple[Site, Step]], biases: Mapping[int, Tensor]) 
 def _grouped(
     weight: Tensor, groups: int
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Rows and columns of a layer's weights; zero where a grouped convolution has none."""
+    """The functions `rows` and `columns` of a layer's weights; zero where a grouped convolution has none."""
     if groups == 1:
         return lambda outs: weight[outs], lambda ins: weight[:, ins].transpose(0, 1)
     per_out, per_in = weight.shape[0] // groups, weight.shape[1]
@@ -250,29 +266,31 @@ def _grouped(
 
 def _reads(
     call: _Call, nodes: Mapping[Node, list[Site]], stops: frozenset[Node], lost: list[str]
-) -> Iterator[Link]:
-    """Paths from a layer's input back to sites, nearest first; what cannot be followed goes to `lost`."""
+) -> Iterator[SiteLink]:
+    """Paths from a layer's input back to sites, nearest first; operations that cannot be followed go to `lost`."""
     links = []
 
-    def met(step: Step) -> Step:
-        """List the sites at a step; past one with units of its own, paths are no longer direct."""
+    def met(step: WalkStep) -> WalkStep:
+        """List the sites at a step; beyond a site with units of its own, paths are no longer direct."""
         for site in nodes.get(step.node, ()):
             if site.unit_axis != step.axis:
                 continue
             own = _has_own_units(site)
             direct = own and not step.met
             links.append(
-                Link(site.name, step.index, step.factor, step.depth, direct, step.flattened)
+                SiteLink(site.name, step.index, step.factor, step.depth, direct, step.flattened)
             )
             step = replace(step, met=step.met or own, seen=True)
         return step
 
-    def ended(step: Step) -> None:
+    def ended(step: WalkStep) -> None:
         if not step.seen:
             lost.append(step.node.name().removesuffix("0").removesuffix("Backward"))
 
-    for _ in upstream(Step.start(call.given, call.axis), stops, reads_on, met, ended):
+    for _ in upstream(WalkStep.start(call.given, call.axis), stops, follows_reads, met, ended):
         pass
+    # A layer that reads only sites that pass units on (the first layer after a normalised input, say) reads the
+    # nearest of them directly.
     if links and not any(link.direct for link in links):
         nearest = links[0].depth
         links = [replace(link, direct=link.depth == nearest) for link in links]

@@ -1,7 +1,8 @@
-"""Walking back through the operations of a forward pass, channel by channel.
+"""Walking back through the operations of a forward pass without losing track of channels.
 
-Autograd keeps the graph of operations that made a tensor. A walk goes back through those that keep
-channels apart, and for every channel remembers where it comes from and what multiplies it.
+Autograd keeps the graph of the operations that made a tensor. A walk goes back through those that do not mix
+channels, and keeps for every channel which one it comes from and what it is multiplied by. What an operation was
+given (dimensions, sizes, constants) is read off the attributes `_saved_…` of its node.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ Node = Any
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """A place reached while walking back from a tensor.
+class WalkStep:
+    """A place that a walk back from a tensor has reached.
 
     Attributes:
         node: the operation.
-        axis: where its output's channels are.
-        index: per channel of the tensor at the start, the channel here that it comes from, or -1.
-        factor: what multiplies it on the way.
-        depth: operations passed.
-        flattened: the map that a flatten on the way turned into channels.
-        nonlinearities: how many were passed.
+        axis: the axis of the channels in its output.
+        index: for each channel of the tensor where the walk began, the channel here that it comes from, or -1.
+        factor: what each of those channels is multiplied by on the way.
+        depth: the number of operations passed.
+        flattened: the shape of a map that a flatten on the way turned into channels.
+        nonlinearities: the number of nonlinearities passed.
         met: whether a site with units of its own was passed.
         seen: whether any site was passed.
-        norms: batch norms passed, each as a step before it was passed.
+        norms: the batch norms passed, each as the step at which it was met.
     """
 
     node: Node
@@ -45,66 +46,70 @@ class Step:
     nonlinearities: int = 0
     met: bool = False
     seen: bool = False
-    norms: tuple[Step, ...] = ()
+    norms: tuple[WalkStep, ...] = ()
 
     @classmethod
-    def start(cls, node: Node, axis: int) -> Step:
-        """The walk's beginning."""
+    def start(cls, node: Node, axis: int) -> WalkStep:
+        """The first step of a walk, at the output of an operation."""
         n = _shape(node)[axis]
         return cls(node, axis, torch.arange(n), torch.ones(n))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor that the operation puts out."""
+        """The shape of the operation's output."""
         return _shape(self.node)
 
-    def behind(self, node: Node, **changes: Any) -> Step:
-        """The step to an operation before this one."""
+    def back_to(self, node: Node, **changes: Any) -> WalkStep:
+        """The step back to an operation whose output this one reads."""
         return replace(self, node=node, depth=self.depth + 1, **changes)
 
-    def shifted(self, node: Node, by: int, n: int, **changes: Any) -> Step:
-        """The step to a tensor of `n` channels in which channel `c` is channel `c - by`."""
+    def shifted(self, node: Node, by: int, n: int, **changes: Any) -> WalkStep:
+        """The step back to a tensor of `n` channels, where channel c here comes from channel c - by there."""
         index = self.index - by
         inside = (self.index >= 0) & (index >= 0) & (index < n)
-        return self.behind(node, index=torch.where(inside, index, -1), **changes)
+        return self.back_to(node, index=torch.where(inside, index, -1), **changes)
 
     def scaled(self, by: Tensor) -> Tensor:
-        """The factors so far times one number a channel here."""
+        """The factors so far, times one number for each channel here."""
         return self.factor * by.detach().cpu().float()[self.index.clamp_min(0)]
 
 
 def _shape(node: Node) -> tuple[int, ...]:
+    """The shape of a node's output: autograd keeps it as metadata of the gradient that the node takes in."""
     return tuple(node._input_metadata[0].shape)
 
 
-def reads_on(step: Step) -> bool:
-    """What a layer reads: past a nonlinearity, a sum is a new unit and hides its summands."""
+def follows_reads(step: WalkStep) -> bool:
+    """How far to look for what a layer reads: a sum that goes through a nonlinearity is a unit of its own, so its
+    summands are not read directly.
+    """
     return not (step.nonlinearities and _SUM.fullmatch(step.node.name()))
 
 
-def writes_on(step: Step) -> bool:
-    """What writes a site: a second nonlinearity belongs to another unit."""
+def follows_writes(step: WalkStep) -> bool:
+    """How far to look for what writes a site: past one nonlinearity, since a second one belongs to another unit."""
     return not (step.nonlinearities and _NONLINEARITY.fullmatch(step.node.name()))
 
 
-_MOST_STEPS = 4000  # of one walk: paths multiply where sums follow sums
+_MOST_STEPS = 4000
+"""Steps of one walk: where sums follow sums (residual networks) the number of paths grows exponentially."""
 
 
 def upstream(
-    start: Step,
+    start: WalkStep,
     stops: frozenset[Node],
-    goes_on: Callable[[Step], bool],
-    visit: Callable[[Step], Step] = lambda step: step,
-    lost: Callable[[Step], object] = lambda step: None,
-) -> Iterator[Step]:
-    """Walk back along every path of operations that keep channels apart, up to `stops`.
+    follow: Callable[[WalkStep], bool],
+    visit: Callable[[WalkStep], WalkStep] = lambda step: step,
+    lost: Callable[[WalkStep], object] = lambda step: None,
+) -> Iterator[WalkStep]:
+    """Walk back, breadth first, along every path of operations that do not mix channels, up to `stops`.
 
     Args:
-        start: where.
-        stops: operations to end at.
-        goes_on: whether to look behind a step.
-        visit: sees each step, and returns what to go on from.
-        lost: sees each step behind which nothing can be followed.
+        start: where the walk begins.
+        stops: operations at which it ends.
+        follow: whether to continue beyond a step.
+        visit: called with each step; returns the step to continue from.
+        lost: called with each step beyond which no operation can be followed.
     """
     queue = [start]
     for _ in range(_MOST_STEPS):
@@ -112,10 +117,10 @@ def upstream(
             return
         step = visit(queue.pop(0))
         yield step
-        if step.node not in stops and goes_on(step):
-            behind = [s for s in _behind(step) if s.node is not None and (s.index >= 0).any()]
-            queue.extend(behind)
-            if not behind:
+        if step.node not in stops and follow(step):
+            parents = [s for s in _parents(step) if s.node is not None and (s.index >= 0).any()]
+            queue.extend(parents)
+            if not parents:
                 lost(step)
 
 
@@ -134,50 +139,52 @@ _RESHAPE = re.compile("(View|ReshapeAlias|UnsafeView)Backward[0-9]")
 _REDUCTION = re.compile("(Mean|Squeeze|Select)Backward[0-9]")
 
 
-def _behind(step: Step) -> Iterator[Step]:
-    """The operations behind one that keeps channels apart; none behind any other."""
+def _parents(step: WalkStep) -> Iterator[WalkStep]:
+    """The steps back through an operation that does not mix channels; none for any other operation."""
     name = step.node.name()
     parents = [parent for parent, _ in step.node.next_functions]
     if name == "CatBackward0":
-        yield from _behind_cat(step, parents)
+        yield from _through_cat(step, parents)
     elif name == "ConstantPadNdBackward0":
         pad = step.node._saved_pad
-        after = 2 * (len(step.shape) - 1 - step.axis)  # torch lists the last axis first
+        after = 2 * (
+            len(step.shape) - 1 - step.axis
+        )  # padding is listed from the last axis backwards
         before = _signed(pad[after]) if len(pad) > after else 0
         yield step.shifted(parents[0], before, _shape(parents[0])[step.axis])
     elif name == "SliceBackward0":
-        yield from _behind_slice(step, parents[0])
+        yield from _through_slice(step, parents[0])
     elif _RESHAPE.fullmatch(name):
-        yield from _behind_reshape(step, parents[0])
+        yield from _through_reshape(step, parents[0])
     elif _REDUCTION.fullmatch(name):
-        yield from _behind_reduction(step, parents[0])
+        yield from _through_reduction(step, parents[0])
     elif _NONLINEARITY.fullmatch(name):
-        yield step.behind(parents[0], nonlinearities=step.nonlinearities + 1)
+        yield step.back_to(parents[0], nonlinearities=step.nonlinearities + 1)
     elif _ONE_TO_ONE.fullmatch(name):
         if "BatchNorm" in name and step.node._saved_running_var is not None:
             factor = step.scaled(norm_scale(step.node))
-            yield step.behind(parents[0], factor=factor, norms=(*step.norms, step))
+            yield step.back_to(parents[0], factor=factor, norms=(*step.norms, step))
         else:
-            yield step.behind(parents[0])
+            yield step.back_to(parents[0])
     elif _SUM.fullmatch(name):
-        yield from _behind_sum(step, parents)
+        yield from _through_sum(step, parents)
     elif _PRODUCT.fullmatch(name):
-        yield from _behind_product(step, parents)
+        yield from _through_product(step, parents)
 
 
 def _signed(value: int) -> int:
-    """Undo the wrap-around of negative numbers among saved attributes."""
+    """Autograd shows saved integers as unsigned: undo the wrap-around of negative ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
-def _behind_cat(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
+def _through_cat(step: WalkStep, parents: Sequence[Node]) -> Iterator[WalkStep]:
     along = _signed(step.node._saved_dim) % len(step.shape)
     if along != step.axis:
-        yield from (step.behind(parent) for parent in parents)
+        yield from (step.back_to(parent) for parent in parents)
         return
     sizes = [None if p is None else _shape(p)[step.axis] for p in parents]
     if sizes.count(None) > 1:
-        return  # constants of unknown size: where the others lie cannot be told
+        return  # parts without a gradient have no node, hence no size: two leave the offsets unknown
     rest = step.shape[step.axis] - sum(n for n in sizes if n is not None)
     offset = 0
     for parent, size in zip(parents, sizes, strict=True):
@@ -186,38 +193,42 @@ def _behind_cat(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
         offset += rest if size is None else size
 
 
-def _behind_slice(step: Step, parent: Node) -> Iterator[Step]:
+def _through_slice(step: WalkStep, parent: Node) -> Iterator[WalkStep]:
     along = _signed(step.node._saved_dim) % len(step.shape)
     if along != step.axis:
-        yield step.behind(parent)
+        yield step.back_to(parent)
         return
     n, stride = _shape(parent)[step.axis], step.node._saved_step
     start = _signed(step.node._saved_start)
     first = start if start >= 0 else n + start
     index = torch.where(step.index >= 0, step.index * stride + first, -1)
-    yield step.behind(parent, index=index)
+    yield step.back_to(parent, index=index)
 
 
-def _behind_reshape(step: Step, parent: Node) -> Iterator[Step]:
-    """Follow a reshape that leaves the channels where they are, or flattens what follows them."""
+def _through_reshape(step: WalkStep, parent: Node) -> Iterator[WalkStep]:
+    """Follow a reshape that keeps the channels' axis, or that flattens channels and map into one axis."""
     before: list[int] = [int(n) for n in step.node._saved_self_sym_sizes]
     after, axis = step.shape, step.axis
     if before[: axis + 1] == list(after[: axis + 1]):
-        yield step.behind(parent)
-    elif axis == len(after) - 1 and before[-1] == after[-1]:  # tokens: channels stay last
-        yield step.behind(parent, axis=len(before) - 1)
+        yield step.back_to(parent)
+    elif (
+        axis == len(after) - 1 and before[-1] == after[-1]
+    ):  # channels last: only positions are reshaped
+        yield step.back_to(parent, axis=len(before) - 1)
     elif axis == 1 and len(after) == 2 and after[1] == math.prod(before[1:]) and not step.flattened:
-        places = math.prod(before[2:])
+        places = math.prod(
+            before[2:]
+        )  # positions of the map, which follow each other inside a channel
         index = torch.where(step.index >= 0, step.index // places, -1)
-        yield step.behind(parent, index=index, flattened=tuple(before[2:]))
+        yield step.back_to(parent, index=index, flattened=tuple(before[2:]))
 
 
-def _behind_reduction(step: Step, parent: Node) -> Iterator[Step]:
-    """Follow a mean, squeeze or select over axes other than the channels'."""
+def _through_reduction(step: WalkStep, parent: Node) -> Iterator[WalkStep]:
+    """Follow a mean, squeeze or select over axes other than that of the channels."""
     before, after = _shape(parent) if parent is not None else (), step.shape
-    if len(before) == len(after):
+    if len(before) == len(after):  # `keepdim`
         if before and before[step.axis] == after[step.axis]:
-            yield step.behind(parent)
+            yield step.back_to(parent)
         return
     dims = getattr(step.node, "_saved_dim", None)
     if dims is None:  # squeeze of every axis of length 1
@@ -227,25 +238,27 @@ def _behind_reduction(step: Step, parent: Node) -> Iterator[Step]:
         gone = {_signed(d) % len(before) for d in listed}
     kept = [a for a in range(len(before)) if a not in gone]
     if len(kept) == len(after):
-        yield step.behind(parent, axis=kept[step.axis])
+        yield step.back_to(parent, axis=kept[step.axis])
 
 
-def _behind_sum(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
+def _through_sum(step: WalkStep, parents: Sequence[Node]) -> Iterator[WalkStep]:
+    """Follow `a + alpha * b` or `a - alpha * b` to both summands, except one that is broadcast."""
     minus = step.node.name().startswith("Sub")
     weight = float(getattr(step.node, "_saved_alpha", 1))
     for place, parent in enumerate(parents):
         if parent is not None and _shape(parent) == step.shape:
             sign = (-weight if minus else weight) if place == 1 else 1.0
-            yield step.behind(parent, factor=step.factor * sign)
+            yield step.back_to(parent, factor=step.factor * sign)
 
 
-def _behind_product(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
-    """Follow the one full-size partner of a product; of a quotient the numerator."""
+def _through_product(step: WalkStep, parents: Sequence[Node]) -> Iterator[WalkStep]:
+    """Follow a product to its only factor of full size, a quotient to its numerator."""
     divides = step.node.name().startswith("Div")
     candidates = parents[:1] if divides else parents
     full = [i for i, p in enumerate(candidates) if p is not None and _shape(p) == step.shape]
     if len(full) != 1:
-        return  # a gate of the same size: the product is a unit of its own
+        return  # two maps multiplied with each other (a gate): the product is a unit of its own
+    # A factor that is a number, or a tensor without gradient, is no node: the product has saved its value.
     constant = None
     if len(parents) < 2 or parents[1 - full[0]] is None:
         name = "_saved_other" if full[0] == 0 else "_saved_self"
@@ -255,12 +268,12 @@ def _behind_product(step: Step, parents: Sequence[Node]) -> Iterator[Step]:
         constant = torch.tensor(float(constant))
     if isinstance(constant, Tensor):
         if constant.numel() != 1:
-            return  # a mask or a scale that differs by place
+            return  # a mask, or a scale for each position: no single factor for a channel
         factor = factor / constant.item() if divides else factor * constant.item()
-    yield step.behind(parents[full[0]], factor=factor)
+    yield step.back_to(parents[full[0]], factor=factor)
 
 
 def norm_scale(norm: Node) -> Tensor:
-    """What batch norm multiplies each channel with: weight / sqrt(variance + eps)."""
+    """What a batch norm in evaluation mode multiplies each channel by: weight / sqrt(variance + eps)."""
     scale = (norm._saved_running_var + norm._saved_eps).rsqrt()
     return scale if norm._saved_weight is None else scale * norm._saved_weight.detach()

@@ -1,8 +1,9 @@
-"""What operations do to gradients that are zero outside of a window.
+"""The adjoints of operations, on gradients that are zero outside of a window.
 
-One rule an operation, after its name in torch's own list (`torch.ops.aten`). A rule reads what the
-operation was given and returns a pull: from a window of its output's gradient to windows of its
-inputs' gradients. Operations without a rule are pulled back by torch, as whole maps.
+There is one rule for an operation, found by its name in torch's list (`torch.ops.aten`). A rule looks at the
+arguments of the operation and returns a pull: a function from a window of the gradient by the output to windows of
+the gradients by the inputs (a vector-Jacobian product). Operations without a rule are left to torch's autograd,
+which needs whole maps.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Paths = Literal["all", "absolute"]
-"""Whether paths are added up as they are, or their absolute values."""
+"""Whether the sum over paths is of their weights, or of the absolute values of their weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Gradients of some numbers by a tensor, on a box of it; zero elsewhere.
+    """Gradients of some numbers by a tensor, on a box of that tensor; zero elsewhere.
 
     Attributes:
-        value: number (row) x the axes of the box.
-        start: the box's first place along each axis of the tensor.
+        value: the gradients: one row for each number, then the axes of the box.
+        start: the box's first index along each axis of the tensor.
     """
 
     value: Tensor
@@ -37,11 +38,11 @@ class Window:
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """One past the box's last place along each axis."""
+        """One past the box's last index along each axis."""
         return tuple(s + n for s, n in zip(self.start, self.value.shape[1:], strict=True))
 
     def cut(self, start: Sequence[int], stop: Sequence[int]) -> Window | None:
-        """The part inside another box; None if there is none."""
+        """The part inside another box; None if the boxes do not meet."""
         low = tuple(map(max, self.start, start))
         high = tuple(map(min, self.stop, stop))
         if any(a >= b for a, b in zip(low, high, strict=True)):
@@ -50,26 +51,28 @@ class Window:
         return Window(self.value[(slice(None), *places)], low)
 
     def within(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
-        """Its values on a box that holds it: zeros are put around it."""
+        """The values on a larger box, padded with zeros."""
         pads = [
             (s - a, b - e) for s, e, a, b in zip(self.start, self.stop, start, stop, strict=True)
         ]
         if not any(itertools.chain(*pads)):
             return self.value
-        return F.pad(self.value, [n for pair in reversed(pads) for n in pair])
+        return F.pad(
+            self.value, [n for pair in reversed(pads) for n in pair]
+        )  # listed from the last axis on
 
     def whole(self, shape: Sequence[int]) -> Tensor:
-        """Its values on the whole tensor."""
+        """The values on the whole tensor."""
         return self.within([0] * len(shape), shape)
 
     def plus(self, other: Window) -> Window:
-        """The sum, on the box that holds both."""
+        """The sum, on the smallest box that holds both."""
         start = tuple(map(min, self.start, other.start))
         stop = tuple(map(max, self.stop, other.stop))
         return Window(self.within(start, stop) + other.within(start, stop), start)
 
     def times(self, factor: Tensor) -> Window:
-        """The product with a tensor of the whole tensor's shape, or one that broadcasts to it."""
+        """The product with a tensor that broadcasts to the whole tensor's shape."""
         aligned = factor.reshape(*[1] * (len(self.start) - factor.ndim), *factor.shape)
         places = tuple(
             slice(None) if n == 1 else slice(a, b)
@@ -78,28 +81,28 @@ class Window:
         return Window(self.value * aligned[places].to(self.value), self.start)
 
     def moved(self, axis: int, start: int) -> Window:
-        """The same values elsewhere along an axis."""
+        """The same values at another place along an axis."""
         return Window(self.value, (*self.start[:axis], start, *self.start[axis + 1 :]))
 
 
 Pull = Callable[[Window, Paths], Sequence[Window | None]]
-"""From the gradient of an operation's output to those of the inputs that are recorded."""
+"""From the gradient by an operation's output to those by its recorded inputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """An operation that was carried out.
+    """One call of an operation in the recorded pass.
 
     Attributes:
         function: the operation.
-        values: what it was given, by argument.
-        output: what it put out, or one of several tensors.
-        dependents: the inputs that are recorded, in order.
-        sources: the arguments that hold them.
-        linear: whether a nonlinearity is to be taken as linear.
+        values: its arguments, by name.
+        output: the tensor that it returned, or one of several.
+        dependents: the inputs that depend on the tape's start, in order.
+        sources: the names of the arguments with those inputs.
+        linear: whether nonlinearities are to be replaced by linear functions.
         mutates: whether the output is an input, changed in place.
-        result: all that it put out.
-        place: which of several tensors `output` is.
+        result: everything that it returned.
+        place: which of several returned tensors `output` is.
     """
 
     function: Any
@@ -114,13 +117,13 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The operation's name, without the mark of working in place."""
+        """The operation's name, without the `_` of its in-place form."""
         packet = getattr(self.function, "overloadpacket", self.function)
         name = getattr(packet, "__name__", str(packet))
         return name.removesuffix("_") if self.mutates else name
 
-    def keeping(self) -> Call:
-        """With copies of what an operation is about to overwrite."""
+    def with_copies(self) -> Call:
+        """The same call with copies of its tensors, if the operation is about to overwrite one of them."""
         if not self.mutates:
             return self
         copies = {id(v): v.clone() for v in self.values.values() if isinstance(v, Tensor)}
@@ -129,8 +132,8 @@ class Call:
         }
         return replace(self, values=values)
 
-    def giving(self, output: Tensor, result: Any, place: int) -> Call:
-        """With what it put out."""
+    def with_output(self, output: Tensor, result: Any, place: int) -> Call:
+        """The same call with what the operation returned."""
         return replace(self, output=output, result=result, place=place)
 
 
@@ -138,10 +141,10 @@ AdjointRule = Callable[[Call], Pull]
 
 
 def adjoint(call: Call) -> Pull:
-    """How gradients are pulled back through an operation."""
+    """The pull of a call."""
     rule = _RULES.get(call.name)
     if call.place:
-        return _by_torch(call)  # rules are of an operation's first tensor
+        return _by_torch(call)  # the rules are for the first tensor that an operation returns
     if rule is not None:
         return rule(call)
     if _ACTIVATIONS.fullmatch(call.name):
@@ -149,19 +152,21 @@ def adjoint(call: Call) -> Pull:
     return _by_torch(call)
 
 
-# --- one number a place ------------------------------------------------------------------------
+# --- elementwise operations --------------------------------------------------------------------
 
 
-def _same(call: Call) -> Pull:
+def _identity(call: Call) -> Pull:
     return lambda gradient, paths: [gradient]
 
 
 def _detached(call: Call) -> Pull:
-    """No gradient goes through; the linear effect does."""
+    """The gradient of a detached tensor is zero; in linear mode its effect counts all the same."""
     return (lambda g, paths: [g]) if call.linear else (lambda g, paths: [None])
 
 
 def _scaled(factor: Tensor) -> Pull:
+    """Multiplication by a constant."""
+
     def pull(g: Window, paths: Paths) -> list[Window]:
         return [g.times(factor.to(g.value).abs() if paths == "absolute" else factor)]
 
@@ -170,28 +175,30 @@ def _scaled(factor: Tensor) -> Pull:
 
 def _relu(call: Call) -> Pull:
     if call.linear:
-        return _same(call)
+        return _identity(call)
     return _scaled(call.output > 0)
 
 
 def _activation(call: Call) -> Pull:
-    """A function of one number: its derivative at the activations of the run."""
+    """An activation function: its derivative at the activations of the pass, or the identity in linear mode."""
     if len(call.dependents) != 1 or call.output.shape != call.dependents[0].shape:
         return _by_torch(call)
     if call.linear:
-        return _same(call)
+        return _identity(call)
     given = call.values["self"].detach().clone()
 
-    @cache  # not before the first pull: torch cannot differentiate while it is being recorded
+    # Computed at the first pull, not here: torch cannot differentiate inside the tape's dispatch mode. Elementwise
+    # functions have a diagonal Jacobian, so that pulling back ones gives all derivatives at once.
+    @cache
     def slope() -> Tensor:
-        _, pull, *_ = torch.func.vjp(lambda x: _again(call, {"self": x}), given)
+        _, pull, *_ = torch.func.vjp(lambda x: _rerun(call, {"self": x}), given)
         return pull(torch.ones_like(given))[0]
 
     return lambda g, paths: _scaled(slope())(g, paths)
 
 
 def _sum(call: Call) -> Pull:
-    """`self + alpha * other`, and its difference."""
+    """`self + alpha * other`, `self - alpha * other` and the reversed difference."""
     minus = call.name in ("sub", "rsub")
     alpha = float(call.values.get("alpha", 1))
     weights = {"self": 1.0, "other": -alpha if minus else alpha}
@@ -209,15 +216,17 @@ def _sum(call: Call) -> Pull:
 
 
 def _product(call: Call) -> Pull:
+    """Products and quotients, elementwise."""
     places = call.sources
     if any(value.shape != call.output.shape for value in call.dependents):
         return _by_torch(call)
     if call.values.get("rounding_mode") is not None:
-        return _refusing(call, " with rounding") if call.linear else _by_torch(call)
+        return _refuse(call, " with rounding") if call.linear else _by_torch(call)
     divides = call.name == "div"
+    # A product of two maps that both depend on the start has no linear reading: its derivative at zero is zero.
     if len(places) == 2 or (divides and places == ("other",)):
         if call.linear:
-            return _refusing(call, " of two maps that both depend on the source")
+            return _refuse(call, " of two maps that both depend on the source")
         if divides:
             return _by_torch(call)
         a, b = (call.values[name].detach().clone() for name in ("self", "other"))
@@ -232,6 +241,7 @@ def _negative(call: Call) -> Pull:
 
 
 def _batch_norm(call: Call) -> Pull:
+    """Batch norm in evaluation mode: a factor for each channel, weight / sqrt(variance + eps)."""
     v = call.values
     if v.get("training") or v.get("running_var") is None:
         return _by_torch(call)
@@ -242,9 +252,10 @@ def _batch_norm(call: Call) -> Pull:
 
 
 def _local_response_norm(call: Call) -> Pull:
+    """x / (k + alpha / size * sum of x^2 over a window of channels)^beta; see `circuits.models.adapter.lrn`."""
     v = call.values
     x, size, alpha, beta, k = (v[n] for n in ("input", "size", "alpha", "beta", "k"))
-    if call.linear:  # where nothing is active, only k is left
+    if call.linear:  # the derivative at zero: the denominator is k^beta there
         return _scaled(torch.tensor(float(k), dtype=torch.float64) ** -beta)
     x = x.detach().double()
     base = k + alpha / size * _channel_sums(x.square(), size // 2, (size - 1) // 2)
@@ -255,7 +266,8 @@ def _local_response_norm(call: Call) -> Pull:
         start, stop = (g.start[0], 0, *g.start[2:]), (g.stop[0], n, *g.stop[2:])
         g = Window(g.within(start, stop), start)
         direct = g.times(scale)
-        # a channel is in the window of those on its other side: the window turned round
+        # All channels in the window of a gradient's channels get some of it, so the box must span all channels.
+        # Channel j is in the windows of the channels on its other side: the window mirrored.
         sums = _channel_sums(g.times(inner).value.flatten(0, 1), (size - 1) // 2, size // 2)
         indirect = Window(sums.reshape(g.value.shape), start).times(x * (-2 * alpha * beta / size))
         if paths == "absolute":
@@ -267,15 +279,16 @@ def _local_response_norm(call: Call) -> Pull:
 
 
 def _channel_sums(x: Tensor, below: int, above: int) -> Tensor:
-    """Sums over each channel (axis 1), `below` channels before it and `above` after it."""
+    """For each channel (axis 1), the sum from `below` channels before it to `above` channels after it."""
     pads = [0, 0] * (x.ndim - 2) + [below, above]
     return F.pad(x, pads).unfold(1, below + above + 1, 1).sum(-1)
 
 
-# --- places into other places ------------------------------------------------------------------
+# --- operations that mix or move positions ------------------------------------------------------
 
 
 def _convolution(call: Call) -> Pull:
+    """The transposed convolution, on the window alone."""
     v = call.values
     if v["transposed"] or call.sources != ("input",):
         return _by_torch(call)
@@ -288,14 +301,16 @@ def _convolution(call: Call) -> Pull:
     def pull(g: Window, paths: Paths) -> list[Window | None]:
         kernels = weight.to(g.value)
         kernels = kernels.abs() if paths == "absolute" else kernels
-        if groups == 1:
+        if groups == 1:  # output channels outside of the window have no gradient
             kernels = kernels[g.start[1] : g.stop[1]]
         else:
             start, stop = (g.start[0], 0, *g.start[2:]), (g.stop[0], len(weight), *g.stop[2:])
             g = Window(g.within(start, stop), start)
+        # Rows and examples are one batch to torch. Without padding: what falls outside of the map is cut off below.
         value = transposed(
             g.value.flatten(0, 1), kernels, stride=stride, dilation=dilation, groups=groups
         )
+        # Output position p reads input positions from p * stride - padding on.
         first = [p * s - q for p, s, q in zip(g.start[2:], stride, padding, strict=True)]
         spread = Window(value.unflatten(0, g.value.shape[:2]), (g.start[0], 0, *first))
         return [spread.cut([0] * len(size), size)]
@@ -304,11 +319,12 @@ def _convolution(call: Call) -> Pull:
 
 
 def _each(value: Any, n: int) -> list[int]:
-    """One number an axis."""
+    """One number for each axis; torch also accepts a single number for all."""
     return list(value) * n if len(value) == 1 else list(value)
 
 
 def _max_pool(call: Call) -> Pull:
+    """The gradient goes to the position of each maximum; in linear mode a maximum is the mean over the window."""
     v, size = call.values, tuple(call.dependents[0].shape)
     if call.output.ndim != 4:
         return _by_torch(call)
@@ -316,7 +332,7 @@ def _max_pool(call: Call) -> Pull:
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     padding, dilation = _each(v["padding"], 2), _each(v["dilation"], 2)
     if call.linear:
-        return _averaging(call, kernel, stride, padding, dilation, _Count("inside"))
+        return _averaging(call, kernel, stride, padding, dilation, _Divisor("inside"))
     indices = call.result[1]
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
@@ -327,6 +343,8 @@ def _max_pool(call: Call) -> Pull:
                 size[2:], g.stop[2:], stride, padding, kernel, dilation, strict=True
             )
         ]
+        # Torch gives the position of each maximum as row * width + column of the whole map; `flat` is the same inside
+        # the box [low, high) that the windows of the gradient's box cover.
         here = indices[tuple(slice(a, b) for a, b in zip(g.start, g.stop, strict=True))]
         width = high[1] - low[1]
         flat = (here // size[3] - low[0]) * width + here % size[3] - low[1]
@@ -339,13 +357,13 @@ def _max_pool(call: Call) -> Pull:
 
 
 @dataclass(frozen=True)
-class _Count:
-    """By what an average is divided: places inside the map, with padding, or a number."""
+class _Divisor:
+    """What an average is divided by: the window's places inside the map, those with padding, or a given number."""
 
     how: Literal["inside", "padded"] | int
 
     def along(self, size: int, out: int, k: int, s: int, p: int, d: int) -> Tensor:
-        """Places that each output counts along one axis."""
+        """The number of places that each output counts along one axis."""
         first = torch.arange(out)[:, None] * s - p
         places = first + torch.arange(k) * d
         low, high = (0, size) if self.how == "inside" else (-p, size + p)
@@ -358,8 +376,9 @@ def _averaging(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    count: _Count,
+    count: _Divisor,
 ) -> Pull:
+    """Average pooling: every place of a window gets an equal share of the gradient."""
     size = tuple(call.dependents[0].shape)
     if isinstance(count.how, int):
         divisor = torch.tensor(count.how, dtype=torch.float64)
@@ -373,6 +392,7 @@ def _averaging(
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
         g = g.times(1 / divisor)
+        # A transposed convolution with a kernel of ones adds up the shares; channels are independent, so all are batch.
         value = F.conv_transpose2d(
             g.value.flatten(0, 2)[:, None], ones.to(g.value), stride=tuple(stride), dilation=tuple(dilation)
         )  # fmt: skip
@@ -391,16 +411,16 @@ def _avg_pool(call: Call) -> Pull:
     stride = _each(v["stride"], 2) if v["stride"] else kernel
     override = v["divisor_override"]
     how = override or ("padded" if v["count_include_pad"] else "inside")
-    return _averaging(call, kernel, stride, _each(v["padding"], 2), [1, 1], _Count(how))
+    return _averaging(call, kernel, stride, _each(v["padding"], 2), [1, 1], _Divisor(how))
 
 
 def _mean(call: Call) -> Pull:
-    """A mean or a sum over axes: every place gets its share."""
+    """A mean or a sum over axes: every place gets an equal share of the gradient."""
     v, shape = call.values, tuple(call.dependents[0].shape)
     listed = v.get("dim")
     listed = range(len(shape)) if listed is None else listed
     dims = sorted({d % len(shape) for d in ([listed] if isinstance(listed, int) else listed)})
-    if not dims or 0 in dims:
+    if not dims or 0 in dims:  # over the batch: windows are of single examples
         return _by_torch(call)
     share = 1 / math.prod(shape[d] for d in dims) if call.name == "mean" else 1.0
 
@@ -422,7 +442,7 @@ def _cat(call: Call) -> Pull:
     parts, offset = [], 0
     for value in call.values["tensors"]:
         if value.ndim != call.output.ndim:
-            continue  # torch passes over empty tensors of one axis
+            continue  # torch.cat ignores empty tensors of one axis
         if id(value) in recorded:
             parts.append((offset, tuple(value.shape)))
         offset += value.shape[dim]
@@ -449,7 +469,7 @@ def _slice(call: Call) -> Pull:
 def _pad(call: Call) -> Pull:
     pad, shape = call.values["pad"], tuple(call.dependents[0].shape)
     before = [0] * len(shape)
-    for i in range(len(pad) // 2):  # torch lists the last axis first
+    for i in range(len(pad) // 2):  # padding is listed from the last axis backwards
         before[len(shape) - 1 - i] = pad[2 * i]
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
@@ -460,7 +480,7 @@ def _pad(call: Call) -> Pull:
 
 
 def _matrix(call: Call) -> Pull:
-    """Rows times a matrix that does not depend on the source."""
+    """Rows times a matrix that does not depend on the tape's start."""
     rows = "mat1" if call.name == "addmm" else "self"
     if call.sources != (rows,):
         return _by_torch(call)
@@ -474,10 +494,12 @@ def _matrix(call: Call) -> Pull:
     return pull
 
 
-# --- what has no rule --------------------------------------------------------------------------
+# --- operations without a rule -------------------------------------------------------------------
 
 
-def _refusing(call: Call, why: str = "") -> Pull:
+def _refuse(call: Call, why: str = "") -> Pull:
+    """A pull that raises: only paths that are asked for have to go through the operation."""
+
     def pull(g: Window, paths: Paths) -> list[Window]:
         also = ": modes 'mean' and 'example' can" if call.linear else ""
         raise ValueError(
@@ -497,9 +519,9 @@ def _is_linear(call: Call) -> bool:
 
 
 def _by_torch(call: Call) -> Pull:
-    """The whole operation's gradient, by torch."""
+    """The gradient of the operation by torch's autograd, on whole maps."""
     if call.linear and not _is_linear(call):
-        return _refusing(call)
+        return _refuse(call)
     recorded = {id(value) for value in call.dependents}
     slots: list[tuple[str, int | None]] = []
     for name in call.sources:
@@ -508,6 +530,7 @@ def _by_torch(call: Call) -> Pull:
             slots.append((name, None))
         else:
             slots += [(name, i) for i, item in enumerate(value) if id(item) in recorded]
+    # The model may overwrite its tensors before the pull is called.
     given = {k: _copied(v) if k in call.sources else v for k, v in call.values.items()}
 
     def pull(g: Window, paths: Paths) -> list[Window]:
@@ -530,12 +553,14 @@ def _by_torch(call: Call) -> Pull:
                     changed[name] = value
                 else:
                     changed[name][i] = value
-            return _again(call, changed)
+            return _rerun(call, changed)
 
         first = [wide[name] if i is None else wide[name][i] for name, i in slots]
         output, back, *_ = torch.func.vjp(again, *first)
         grads = torch.func.vmap(back)(g.whole(output.shape))
-        if paths == "absolute":  # of what is at least zero, through one sign an input
+        # With the constant factor made absolute, all weights from one input have one sign (a difference gives its
+        # second input the negative one): then the absolute value of their sum is the sum of their absolute values.
+        if paths == "absolute":
             grads = [grad.abs() for grad in grads]
         return [Window(grad, (0,) * (grad.ndim - 1)) for grad in grads]
 
@@ -554,8 +579,8 @@ def _in_precision(value: Any, like: Tensor) -> Any:
     return value.to(like) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _again(call: Call, changed: dict[str, Any]) -> Tensor:
-    """The operation carried out once more, on other values."""
+def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
+    """Call the operation again, with some arguments changed."""
     values = call.values | changed
     if call.mutates:
         values |= {name: values[name].clone() for name in call.sources}
@@ -570,7 +595,7 @@ _ACTIVATIONS = re.compile(
     "gelu|silu|sigmoid|tanh|hardtanh|leaky_relu|elu|hardswish|hardsigmoid|softplus|mish|clamp|"
     "clamp_min|clamp_max|threshold|celu|_?prelu(_kernel)?|log_sigmoid_forward"
 )
-"""Functions of one number, which linear mode takes as the identity."""
+"""Activation functions, which linear mode replaces by the identity."""
 
 _MOVING = re.compile(
     "view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|"
@@ -578,13 +603,13 @@ _MOVING = re.compile(
     "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|index|gather|narrow|diagonal|repeat|"
     "(replication|reflection)_pad[123]d|(unsafe_)?split(_with_sizes)?|(unsafe_)?chunk|unbind|stack|cat"
 )
-"""Operations that move, average or copy: no weight is below zero, and torch's gradient is the linear one."""
+"""Operations that move, average or copy numbers: they are linear, and no weight is negative."""
 
 _ADDING = re.compile("add|sub|rsub")
-"""Sums and differences of what may be broadcast."""
+"""Sums and differences, also of tensors that are broadcast."""
 
 _BILINEAR = re.compile("convolution|addmm|mm|bmm|baddbmm|matmul|linear|mul|div")
-"""Operations that are linear in one input while the others are given."""
+"""Operations that are linear in one input while the other is constant."""
 
 _RULES: dict[str, AdjointRule] = {
     "convolution": _convolution,
@@ -604,10 +629,10 @@ _RULES: dict[str, AdjointRule] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     "cudnn_batch_norm": _batch_norm,
     "local_response_norm": _local_response_norm,
-    "clone": _same,
-    "alias": _same,
+    "clone": _identity,
+    "alias": _identity,
     "detach": _detached,
-    "_to_copy": _same,
+    "_to_copy": _identity,
     "constant_pad_nd": _pad,
     "slice": _slice,
     "addmm": _matrix,

@@ -1,7 +1,8 @@
-"""What paths of a transformer carry: what senders add to the residual stream, and what receivers make of it.
+"""What paths of a transformer carry: what senders add to the residual stream, and how that changes what receivers
+read.
 
-Sums over sets of senders, one set beside the other, so that many paths go through one pass. Normalisations and MLPs are
-the model's own modules; nothing is linearised.
+Several sets of senders are patched at once, along a first axis, so that many paths share a forward pass.
+Normalisations and MLPs are computed by the model's own modules; nothing is linearised.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuits.models.adapter.composition import held_normalisation
+from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
@@ -29,19 +30,21 @@ def stream_change(
     other: Mapping[str, Tensor],
     through_mlps: bool = False,
 ) -> Float[Tensor, "set example position d_model"]:
-    """What is added to the stream that a receiver reads when senders write what they wrote in another run.
+    """The change of the stream that a receiver reads if some senders write what they wrote in another run.
 
     Args:
-        stream: the model's.
-        sets: for each set, the senders that are replaced.
-        receiver: up to where.
-        live: what sites hold in this run, set x example x … (of `Stream.written` and, through MLPs, what those read).
-        other: what they held in the other run, likewise.
-        through_mlps: MLPs on the way recompute on the changed stream, and what that changes is added.
+        stream: the model's residual stream.
+        sets: the senders that are replaced, for each set.
+        receiver: the receiver at which the paths end.
+        live: the tensors of sites in this run, set x example x … (of `Stream.sender_sites` and, with `through_mlps`,
+            of what the MLPs read).
+        other: the same sites in the other run, of the same shapes.
+        through_mlps: MLPs on the way are recomputed on the changed stream, and their change is added (Wang et al.
+            2022); heads on the way are not.
     """
     first = next(iter(live.values()))
     total = first.new_zeros((*first.shape[:3], stream.model.module.cfg.d_model))  # type: ignore[union-attr, arg-type]
-    passed = stream.passed(receiver)
+    passed = stream.mlps_before(receiver)
     for sender in (Sender("token"), Sender("position")):
         _add_output(stream, total, sets, sender, live, other)
     for layer in range(stream.n_layers):
@@ -50,15 +53,19 @@ def stream_change(
             _add_heads(stream, total, sets, layer, live, other)
         if mlp in passed:
             if through_mlps:
+                # An MLP that is a sender itself is replaced instead: its output is the other run's.
                 kept = _holding(sets, Sender("mlp", layer), False)
                 _add_recomputed(stream, total, kept, mlp, live)
             _add_output(stream, total, sets, Sender("mlp", layer), live, other)
-        if stream.parallel:  # the MLP has read what the heads of its layer read
+        if (
+            stream.parallel
+        ):  # attention and MLP read the same stream, so the MLP does not see these heads
             _add_heads(stream, total, sets, layer, live, other)
     return total
 
 
 def _holding(sets: Sequence[frozenset[Sender]], sender: Sender, holding: bool = True) -> Tensor:
+    """Which sets contain a sender (with `holding`), or do not."""
     return torch.tensor([(sender in group) == holding for group in sets])
 
 
@@ -70,10 +77,10 @@ def _add_output(
     live: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
 ) -> None:
-    """Add the difference of an embedding or MLP to the sets that hold it."""
+    """Add the difference of an embedding's or MLP's output, for the sets that contain it."""
     rows = _holding(sets, sender)
     if rows.any():
-        site = stream.output(sender)
+        site = stream.output_site(sender)
         total[rows] += other[site][rows] - live[site][rows]
 
 
@@ -85,29 +92,32 @@ def _add_heads(
     live: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
 ) -> None:
-    """Add the differences of a layer's heads to the sets that hold them."""
+    """Add the differences of the outputs of a layer's heads, for the sets that contain them."""
     heads = sorted({s for group in sets for s in group if s.kind == "head" and s.layer == layer})
     if not heads:
         return
-    site, post_norm = stream.heads(layer), stream.has(layer, "ln1_post")
+    site, post_norm = stream.heads_site(layer), stream.has(layer, "ln1_post")
     out = stream.block(layer).attn.W_O.detach()
+    # Without a normalisation after attention, each head's change is added to the stream by itself.
     moved = torch.zeros_like(total) if post_norm else total
     for head in heads:
         rows = _holding(sets, head)
         z = other[site][rows][..., head.head, :] - live[site][rows][..., head.head, :]
         moved[rows] += z @ out[head.head]
-    if post_norm:  # what heads write is normalised together before it is added
-        before, norm = live[stream.before_post_norm(layer)], stream.block(layer).ln1_post
+    if (
+        post_norm
+    ):  # the sum of all heads is normalised before it is added to the stream, so heads interact
+        before, norm = live[stream.before_post_norm_site(layer)], stream.block(layer).ln1_post
         total += norm(before + moved) - norm(before)
 
 
 def _add_recomputed(
     stream: Stream, total: Tensor, rows: Tensor, mlp: Receiver, live: Mapping[str, Tensor]
 ) -> None:
-    """Add by how much an MLP's output changes with the stream in front of it."""
+    """Add the change of an MLP's output that the change of the stream so far causes."""
     if not total[rows].any():
         return
-    before, norm = live[stream.seen(mlp)][rows], norm_of(stream, mlp)
+    before, norm = live[stream.stream_site(mlp)][rows], norm_of(stream, mlp)
     changed = mlp_output(stream, mlp.layer, norm(before + total[rows]))
     total[rows] += changed - mlp_output(stream, mlp.layer, norm(before))
 
@@ -115,7 +125,7 @@ def _add_recomputed(
 def mlp_output(
     stream: Stream, layer: int, read: Float[Tensor, "*axes position d_model"]
 ) -> Float[Tensor, "*axes position d_model"]:
-    """What an MLP adds to the stream when it reads this, behind its normalisation."""
+    """What an MLP adds to the stream for an input that is normalised already."""
     block = stream.block(layer)
     made = block.mlp(read.reshape(-1, *read.shape[-2:]))
     made = (made[0] if isinstance(made, tuple) else made).reshape(read.shape)
@@ -129,16 +139,16 @@ def input_change(
     change: Float[Tensor, "*axes d_model"],
     hold_norm: bool = False,
 ) -> Float[Tensor, "*axes inner"]:
-    """By how much what a receiver reads (at `Stream.read`) changes when the stream in front of it does.
+    """The change of a receiver's input (at `Stream.input_site`) that a change of the stream before it causes.
 
-    Zero to the bit where the change is.
+    It is zero to the bit where the stream's change is zero.
 
     Args:
-        stream: the model's.
-        receiver: not the stream itself; of queries, keys and values only this head's.
+        stream: the model's residual stream.
+        receiver: any but the stream itself; of queries, keys and values only the given head's.
         before: the stream without the change.
-        change: what is added to it.
-        hold_norm: the normalisation keeps its scale instead of being recomputed.
+        change: what is added to the stream.
+        hold_norm: freeze the normalisation's scale instead of recomputing it.
     """
     norm = norm_of(stream, receiver)
     made = _held(norm, before, change) if hold_norm else norm(before + change) - norm(before)
@@ -149,18 +159,19 @@ def input_change(
 
 
 def norm_of(stream: Stream, receiver: Receiver) -> Any:
-    """The normalisation in front of a receiver, as a module."""
+    """The module that normalises what a receiver reads."""
     if receiver.kind == "logits":
         return stream.model.module.ln_final
     layer = receiver.layer
+    # Parallel layers have one normalisation for attention and MLP (GPT-J), or one for each (GPT-NeoX).
     second = receiver.kind == "mlp" and (stream.has(layer, "ln2") or not stream.parallel)
     name = "ln2" if second else "ln1"
     return getattr(stream.block(layer), name) if stream.has(layer, name) else nn.Identity()
 
 
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
-    """What a normalisation makes of a change of the stream when it keeps its scale."""
-    factor, _, centred = held_normalisation(norm, before.reshape(-1, before.shape[-1]).double())
+    """The change of a normalisation's output if its scale is frozen: the bias cancels."""
+    factor, _, centred = frozen_normalisation(norm, before.reshape(-1, before.shape[-1]).double())
     inner = change - change.mean(-1, keepdim=True) if centred else change
     return inner * factor.reshape(before.shape).to(change)
 
@@ -168,10 +179,10 @@ def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
 def position_embedding(
     stream: Stream, ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position d_model"]:
-    """What the position embedding writes at these positions.
+    """What the position embedding writes at some positions.
 
     Raises:
-        ValueError: if the model has none, or a position is past its longest sequence.
+        ValueError: if the model has none, or a position is beyond its context.
     """
     if Sender("position") not in stream.senders:
         raise ValueError(
@@ -186,34 +197,41 @@ def position_embedding(
     return table[ids.to(table.device)]
 
 
-# --- whether it is so ------------------------------------------------------------------------------
+# --- checks that the model computes what is assumed here -------------------------------------------
 
 
 def check_stream(stream: Stream) -> None:
-    """Raise ValueError unless, on examples, senders add up to the stream and receivers read it as they should."""
+    """Raise ValueError unless, on examples, senders add up to the stream and receivers read it as is assumed."""
     model = stream.model
-    names = {site for r in stream.receivers for site in (stream.read(r), stream.seen(r))}
-    names |= {*stream.written(stream.senders), *map(stream.attention, range(stream.n_layers))}
+    names = {
+        site for r in stream.receivers for site in (stream.input_site(r), stream.stream_site(r))
+    }
+    names |= {
+        *stream.sender_sites(stream.senders),
+        *map(stream.attention_site, range(stream.n_layers)),
+    }
     cache = model.run(model.input.example(2), read=names)
     with model.lock, evaluating(model.module), torch.no_grad():
         for site, made in _expected(stream, cache):
             off, size = (made - cache[site]).abs().max().item(), cache[site].abs().max().item()
+            # 1000 units of rounding, but never more than a tenth of the tensor's size (for bfloat16). Written as
+            # "not <=", so that NaN is refused too.
             if not off <= min(1e3 * torch.finfo(made.dtype).eps, 0.1) * max(size, 1e-6):
                 raise ValueError(
-                    f"model {model.name}: {site} is off by {off:.2g} of {size:.2g} from what the residual stream in "
-                    "front of it says; paths need one that is the sum of its senders"
+                    f"model {model.name}: {site} differs by {off:.2g} (of {size:.2g}) from what the residual stream "
+                    "before it implies; paths need a stream that is the sum of its senders"
                 )
 
 
 def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Tensor]]:
-    """What each site must hold, worked out from those before it."""
-    embedded = [stream.output(s) for s in stream.senders if s.kind in ("token", "position")]
+    """What each site must hold, computed from the sites before it."""
+    embedded = [stream.output_site(s) for s in stream.senders if s.kind in ("token", "position")]
     here = torch.stack([cache[site] for site in embedded]).sum(0)
     if Sender("position") in stream.senders:
         ids = torch.arange(here.shape[1])[None]
         yield embedded[1], position_embedding(stream, ids).expand_as(here)
     for layer in range(stream.n_layers):
-        yield stream.seen(Receiver("resid_pre", layer)), here
+        yield stream.stream_site(Receiver("resid_pre", layer)), here
         attention = stream.block(layer).attn
         for kind in _PARTS:
             receiver = Receiver(kind, layer)
@@ -221,40 +239,46 @@ def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Ten
             made = torch.einsum("bpm,hmd->bphd", read, getattr(attention, f"W_{letter}"))
             bias = getattr(attention, f"b_{letter}", None)
             yield (
-                stream.read(receiver),
+                stream.input_site(receiver),
                 made if bias is None else made + bias.reshape(made.shape[2:]),
             )
-        written = torch.einsum("bphd,hdm->bpm", cache[stream.heads(layer)], attention.W_O)
+        written = torch.einsum("bphd,hdm->bpm", cache[stream.heads_site(layer)], attention.W_O)
         if Sender("bias", layer) in stream.senders:
             written = written + attention.b_O
         if stream.has(layer, "ln1_post"):
             written = stream.block(layer).ln1_post(written)
-        yield stream.attention(layer), written
+        yield stream.attention_site(layer), written
         mlp = Receiver("mlp", layer)
         if mlp in stream.receivers:
             before = here if stream.parallel else here + written
-            yield stream.read(mlp), norm_of(stream, mlp)(before)
-            written = written + cache[stream.output(Sender("mlp", layer))]
+            yield stream.input_site(mlp), norm_of(stream, mlp)(before)
+            written = written + cache[stream.output_site(Sender("mlp", layer))]
         here = here + written
-        yield stream.seen(Receiver("resid_post", layer)), here
-        here = cache[stream.seen(Receiver("resid_post", layer))]
-    yield stream.read(Receiver("logits")), norm_of(stream, Receiver("logits"))(here)
+        yield stream.stream_site(Receiver("resid_post", layer)), here
+        # From the model's own tensor on, so that rounding does not add up over layers.
+        here = cache[stream.stream_site(Receiver("resid_post", layer))]
+    yield stream.input_site(Receiver("logits")), norm_of(stream, Receiver("logits"))(here)
 
 
 def check_mlps(stream: Stream) -> None:
-    """Raise ValueError unless each MLP can be run by itself, as paths through MLPs need it."""
+    """Raise ValueError unless each MLP can be called alone, which paths through MLPs need."""
     model = stream.model
-    mlps = stream.passed(Receiver("logits"))
-    outputs = {mlp: stream.output(Sender("mlp", mlp.layer)) for mlp in mlps}
-    cache = model.run(model.input.example(2), read=[*map(stream.read, mlps), *outputs.values()])
+    mlps = stream.mlps_before(Receiver("logits"))
+    outputs = {mlp: stream.output_site(Sender("mlp", mlp.layer)) for mlp in mlps}
+    cache = model.run(
+        model.input.example(2), read=[*map(stream.input_site, mlps), *outputs.values()]
+    )
     for mlp, site in outputs.items():
         try:
             with model.lock, evaluating(model.module), torch.no_grad():
-                made = mlp_output(stream, mlp.layer, cache[stream.read(mlp)])
+                made = mlp_output(stream, mlp.layer, cache[stream.input_site(mlp)])
             same = bool(torch.allclose(made, cache[site], rtol=1e-3, atol=1e-5))
-        except (TypeError, RuntimeError):  # Bloom's adds the stream itself, and needs it
+        except (
+            TypeError,
+            RuntimeError,
+        ):  # Bloom's MLP takes the residual stream as a second argument
             same = False
         if not same:
             raise ValueError(
-                f"through_mlps: the MLP of layer {mlp.layer} of {model.name} does not run by itself"
+                f"through_mlps: the MLP of layer {mlp.layer} of {model.name} cannot be called alone"
             )

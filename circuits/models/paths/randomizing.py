@@ -1,4 +1,4 @@
-"""The same network with its weights shuffled: what is left when nothing was learned."""
+"""Networks with shuffled weights, as a control: what a method shows where nothing was learned."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from circuits.models.adapter.sites import evaluating
 def randomized(
     model: HookedModel, seed: int = 0, modules: Collection[str] | None = None
 ) -> HookedModel:
-    """A copy of a model in which the numbers of each weight tensor are shuffled (Adebayo et al. 2018).
+    """Return a copy of a model in which the numbers of each weight tensor are shuffled (Adebayo et al. 2018).
 
-    Each tensor keeps its numbers, so sizes of activations stay near what they were; what the numbers
-    have to do with each other is lost. Buffers (batch-norm statistics) are shuffled too.
+    Each tensor keeps its numbers, so that activations keep about their size, while the structure of the weights is
+    lost. Buffers (the statistics of batch norms) are shuffled too.
 
     Args:
-        model: it is not changed.
-        seed: of the shuffling; a tensor is shuffled the same way whichever others are.
-        modules: shuffle only what these modules (see `layers_in_order`) hold themselves.
+        model: the model, which is not changed.
+        seed: of the shuffling; a tensor is shuffled the same way whichever other ones are.
+        modules: shuffle only the weights of these modules themselves (see `layers_in_order`).
 
     Raises:
         ValueError: if edits are in force.
@@ -36,6 +36,8 @@ def randomized(
     with torch.no_grad():
         for name, tensor in sorted(module.state_dict().items()):
             if tensor.is_floating_point() and tensor.numel() > 1:
+                # Drawn for every tensor, also where it is not used: the draws of the next ones do not depend on
+                # `modules`.
                 order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
                 if modules is None or name.rpartition(".")[0] in modules:
                     tensor.copy_(tensor.flatten()[order].reshape(tensor.shape))
@@ -53,7 +55,7 @@ def randomized(
 def layers_in_order(model: HookedModel) -> list[str]:
     """The modules that hold weights themselves, in the order in which they are first called.
 
-    One that is never called (its weights are used by the module around it) comes where that is called.
+    A module that is never called, because the module around it uses its weights, has the place of that module.
     """
     names = {m: name for name, m in model.module.named_modules()}
     called: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Which part of the input a unit sees."""
+"""Receptive fields: which part of the input can change a unit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Extent:
-    """What the positions along one axis of a map see of the input's axis.
+class AxisReceptiveField:
+    """The receptive fields of the positions along one axis of a map: from which pixel to which.
 
     Attributes:
-        length: pixels of the input along the axis.
+        length: the input's length along the axis, in pixels.
         last: the map's last position.
-        first_pixel: the first pixel that the last position sees, and the step from the one before.
-        end_pixel: the end of what position 0 sees, and the step to position 1.
+        first_pixel: the first pixel that the last position sees, and by how much more it is than for the position
+            before.
+        end_pixel: one past the last pixel that position 0 sees, and by how much more it is for position 1.
     """
 
     length: int
@@ -34,7 +35,7 @@ class Extent:
     end_pixel: tuple[int, int]
 
     def at(self, position: int) -> tuple[int, int]:
-        """First pixel and end of what a position sees."""
+        """The first pixel that a position sees, and one past the last."""
         start, back = self.first_pixel
         end, forth = self.end_pixel
         low = max(0, start - back * (self.last - position))
@@ -43,18 +44,18 @@ class Extent:
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """The boxes of input pixels that can change a site's units, by position of its map.
+    """The boxes of input pixels that can change a site's units, by position in its map.
 
     Attributes:
         size: height and width of the input.
-        extents: of y and x; empty for a site without a map, which sees everything.
+        extents: along y and x; empty for a site without a map, which sees everything.
     """
 
     size: tuple[int, int]
-    extents: tuple[Extent, ...] = ()
+    extents: tuple[AxisReceptiveField, ...] = ()
 
     def at(self, position: tuple[int, ...]) -> Box:
-        """The box at a map position (y, x), cut off at the border of the input."""
+        """The box of a position (y, x) of the map, cut off at the border of the input."""
         if len(self.extents) != 2 or len(position) != 2:
             return (0, 0, *self.size)
         (top, bottom), (left, right) = (
@@ -64,16 +65,16 @@ class ReceptiveField:
 
 
 _FIELDS: WeakKeyDictionary[HookedModel, dict[Site, ReceptiveField]] = WeakKeyDictionary()
-"""What has been measured: it does not depend on the weights."""
+"""What has been measured, by model: receptive fields do not depend on the weights."""
 
 
 def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
-    """Measure a site's receptive field: which pixels, made NaN, make a position NaN.
+    """Measure a site's receptive field: which pixels, set to NaN, make a position NaN.
 
-    NaN passes through every operation that reads it. Each border is found by bisection where the
-    input cuts it off least, at the two outermost positions, and moves from position to position by
-    their difference: exact for convolutions and pooling of any stride and padding, to a pixel or
-    two where a map is enlarged again.
+    NaN passes through every operation that reads it. The first pixel is measured at the last two positions and the
+    end at the first two, where the border of the input cuts a field off least; in between, both move by a constant
+    step. This is exact for convolutions and pooling of any stride and padding, and to a pixel or two where a map is
+    upsampled.
 
     Raises:
         ValueError: if the model does not take images.
@@ -83,7 +84,7 @@ def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
         raise ValueError(
             f"model {model.name} takes tokens: only image models have receptive fields"
         )
-    if model.edited:  # an edit may set what pixels would have changed
+    if model.edited:  # an edit may overwrite what pixels would have changed: measured, but not kept
         return _measured(model, spec, site)
     known = _FIELDS.setdefault(model, {})
     if site not in known:
@@ -98,26 +99,28 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
     example = spec.example(1).to(model.device)
 
     def reaches(axis: int, spoil: Callable[[Tensor], object], position: int) -> bool:
-        """Whether spoiled pixels reach a row (axis 0) or column (axis 1) of the map."""
+        """Whether NaN pixels reach a row (axis 0) or column (axis 1) of the map."""
         spoiled = example.clone()
         spoil(spoiled.movedim(2 + axis, -1))
         cache = model.run(spoiled, read=[site], until=site)
+        # All units at once: a field is that of the site, the union over its units.
         values = site.activations(cache[site])[0].reshape(-1, *site.position_shape)
         return bool(values.movedim(1 + axis, 0)[position].isnan().any())
 
-    # pixels that had to be spoiled, by side, positions from the border, and the input's length
+    # The number of NaN pixels that were needed, by side, positions from the border, and the input's length.
     found: dict[tuple[str, int, int], int] = {}
 
-    def extent(axis: int) -> Extent:
+    def extent(axis: int) -> AxisReceptiveField:
         length, last = size[axis], site.position_shape[axis] - 1
         stride = round(length / (last + 1))
 
         def least(
             side: str, spoils: list[Callable[[Tensor], object]], position: int, away: int
         ) -> int:
-            """How many pixels to spoil at a border until a position is.
+            """The least number of pixels at a border that make a position NaN.
 
-            Rows and columns are mostly alike, so are both borders, and neighbours are a stride apart: tried first.
+            Rows and columns usually agree, so do both borders, and neighbours are a stride apart: such a guess saves
+            most of the bisection.
             """
             guess = found.get((side, away, length))
             if guess is None and away:
@@ -140,16 +143,17 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
             return length - least("end", spoils, position, position) + 1
 
         low, high = first(last), end(0)
-        # where the input cuts off the next position too, it cuts off all others
+        # If the border cuts off this field already, it cuts off those of all other positions too: the step does not
+        # matter, and `at` clips.
         back = low - first(last - 1) if last and low else length
         forth = end(1) - high if last and high < length else length
-        return Extent(length, last, (low, back), (high, forth))
+        return AxisReceptiveField(length, last, (low, back), (high, forth))
 
     return ReceptiveField(size, (extent(0), extent(1)))
 
 
 def _least(low: int, high: int, holds: Callable[[int], bool], guess: int | None = None) -> int:
-    """The smallest number from low to high for which something holds that goes on to hold."""
+    """The smallest number from low to high for which a monotone condition holds, by bisection."""
     if guess is not None and low <= guess <= high:
         if not holds(guess):
             low = min(guess + 1, high)

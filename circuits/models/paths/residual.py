@@ -1,9 +1,9 @@
-"""The residual stream of a transformer: what adds to it, what reads it, in which order, and at which sites.
+"""The residual stream of a transformer: what writes to it, what reads it, in which order, and at which sites.
 
 The stream is a sum (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Its senders are the token
 and position embeddings, every head and every MLP; its receivers are the queries, keys and values of every head, every
-MLP and the logits, each behind a normalisation of its own. This module alone knows what the sites in between are
-called; `contributions` says what they carry, `paths` lists and checks.
+MLP and the logits, each after its normalisation. Only this module knows the names of the sites in between;
+`contributions` computes what they carry, `routes` lists and checks them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SenderKind = Literal["token", "position", "head", "mlp", "bias"]
 ReceiverKind = Literal["q", "k", "v", "mlp", "logits", "resid_pre", "resid_mid", "resid_post"]
 
 STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
-"""Receivers that are the stream itself: whatever reads it from there on reads the change."""
+"""Receivers that are the stream itself: a change there reaches everything that reads the stream from there on."""
 
 _PARTS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, order=True)
 class Sender:
-    """Something that adds to the residual stream.
+    """Something that writes to the residual stream.
 
     Attributes:
-        kind: `token` or `position` embedding, `head`, `mlp`, or `bias`: what an attention layer adds whatever its
-            heads do (the same in every run).
-        layer: of a head, MLP or bias.
-        head: which.
+        kind: `token` or `position` embedding, `head`, `mlp`, or `bias`: the output bias of an attention layer, which
+            is the same in every run.
+        layer: the layer of a head, MLP or bias.
+        head: the number of a head.
 
     >>> str(Sender("head", 0, 3)), str(Sender("mlp", 1)), str(Sender("token"))
     ('0.3', 'mlp:1', 'token')
@@ -55,8 +55,8 @@ class Receiver:
 
     Attributes:
         kind: a head's queries, keys or values; an MLP; the logits; or the stream itself at a layer.
-        layer: where.
-        head: which; where several heads share keys and values, which group of them.
+        layer: the layer.
+        head: the number of the head; for shared keys and values (grouped-query attention), of the group.
 
     >>> str(Receiver("q", 1, 0)), str(Receiver("mlp", 0)), str(Receiver("resid_mid", 2))
     ('1.0.q', 'mlp:0', 'resid_mid:2')
@@ -76,7 +76,7 @@ Path = tuple[Sender, Receiver]
 """A direct path: from a sender to a receiver through the residual stream alone."""
 
 PathName = tuple[str | Sender, str | Receiver]
-"""A path as a person writes it."""
+"""A path as it is written: names, or the objects themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Stream:
         model: a TransformerLens bridge.
         senders: in the order in which they write.
         receivers: in the order in which they read.
-        parallel: attention and MLP of a layer read the same stream.
+        parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
     """
 
     model: HookedModel
@@ -96,8 +96,8 @@ class Stream:
     parallel: bool
 
     @classmethod
-    def shown_by(cls, model: HookedModel) -> Stream:
-        """The stream that a bridge's sites show.
+    def from_bridge(cls, model: HookedModel) -> Stream:
+        """Find a bridge's residual stream from its sites.
 
         Raises:
             ValueError: if a layer lacks a site that is needed.
@@ -105,6 +105,7 @@ class Stream:
         config: Any = model.module.cfg
         parallel = bool(getattr(config, "parallel_attn_mlp", False))
         known = {name for s in model.sites for name in (s.name, *s.aliases)}
+        # `[x] * condition` is a list of one or none. Rotary and ALiBi models add no position embedding to the stream.
         senders = [Sender("token"), *[Sender("position")] * ("hook_pos_embed" in known)]
         receivers: list[Receiver] = []
         for layer in range(config.n_layers):
@@ -124,33 +125,33 @@ class Stream:
 
     @property
     def n_layers(self) -> int:
-        """How many layers the model has."""
+        """The model's number of layers."""
         return self.model.module.cfg.n_layers  # type: ignore[union-attr, return-value]
 
     def block(self, layer: int) -> Any:
-        """A layer of the bridge."""
+        """A block of the bridge."""
         return _block(self.model, layer)
 
     # --- names -----------------------------------------------------------------------------------
 
     def sender(self, text: str | Sender) -> Sender:
-        """The sender that is written so: `token`, `position`, `0.3` or `head:0.3`, `mlp:0`, `bias:0`.
+        """The sender with a name: `token`, `position`, `0.3` or `head:0.3`, `mlp:0`, `bias:0`.
 
         Raises:
-            KeyError: if there is none; the message offers the nearest.
+            KeyError: if there is none; the message offers the nearest names.
         """
         return self.senders[_place(self.model, "sender", str(text), self.senders)]
 
     def receiver(self, text: str | Receiver) -> Receiver:
-        """The receiver that is written so: `1.0.q`, `mlp:0`, `logits`, `resid_pre:1`.
+        """The receiver with a name: `1.0.q`, `mlp:0`, `logits`, `resid_pre:1`.
 
         Raises:
-            KeyError: if there is none; the message offers the nearest.
+            KeyError: if there is none; the message offers the nearest names.
         """
         return self.receivers[_place(self.model, "receiver", str(text), self.receivers)]
 
     def path(self, pair: PathName) -> Path:
-        """The path between two ends that are written so.
+        """The path between a sender and a receiver with these names.
 
         Raises:
             KeyError: if there is no such sender or receiver.
@@ -165,7 +166,7 @@ class Stream:
         return sender, receiver
 
     def paths(self) -> tuple[Path, ...]:
-        """Every direct path, by receiver, without constants and streams."""
+        """Every direct path, sorted by receiver, without biases and the stream itself."""
         return tuple(
             (sender, receiver)
             for receiver in self.receivers
@@ -180,17 +181,22 @@ class Stream:
         """Whether the receiver reads a stream that the sender has written to."""
         return self._writes_at(sender) < self._reads_at(receiver)
 
-    def behind(self, sender: Sender) -> Receiver:
-        """The stream right behind a sender: all that reads the sender reads it from there."""
+    def stream_after(self, sender: Sender) -> Receiver:
+        """The first place of the stream after a sender: everything that reads the sender's output reads it there."""
         return next(r for r in self.receivers if r.kind in STREAMS and self.reaches(sender, r))
 
     def _writes_at(self, sender: Sender) -> int:
-        """When a sender writes; a layer has four steps: attention reads and writes, the MLP reads and writes."""
+        """The time at which a sender writes; `reaches` compares it with the time at which a receiver reads.
+
+        In layer l attention reads at 4l + 1 and writes at 4l + 2, the MLP reads at 4l + 3 and writes at 4l + 4; in
+        parallel layers both read at 4l + 1 and write at 4l + 4. Embeddings write at 0.
+        """
         if sender.kind in ("token", "position"):
             return 0
         return 4 * sender.layer + (4 if sender.kind == "mlp" or self.parallel else 2)
 
     def _reads_at(self, receiver: Receiver) -> int:
+        """The time at which a receiver reads (see `_writes_at`)."""
         if receiver.kind == "logits":
             return 4 * self.n_layers + 1
         late = receiver.kind in ("mlp", "resid_mid") and not self.parallel
@@ -198,38 +204,38 @@ class Stream:
 
     # --- sites -----------------------------------------------------------------------------------
 
-    def written(self, among: Iterable[Sender]) -> tuple[str, ...]:
-        """The sites that show what senders write."""
+    def sender_sites(self, among: Iterable[Sender]) -> tuple[str, ...]:
+        """The sites that show what some senders write."""
         found: dict[str, None] = {}
         for sender in among:
             if sender.kind == "head":
-                found[self.heads(sender.layer)] = None
+                found[self.heads_site(sender.layer)] = None
                 if self.has(sender.layer, "ln1_post"):
-                    found[self.before_post_norm(sender.layer)] = None
+                    found[self.before_post_norm_site(sender.layer)] = None
             elif sender.kind != "bias":
-                found[self.output(sender)] = None
+                found[self.output_site(sender)] = None
         return tuple(found)
 
-    def output(self, sender: Sender) -> str:
-        """The site that holds what an embedding or MLP adds to the stream."""
+    def output_site(self, sender: Sender) -> str:
+        """The site of what an embedding or MLP adds to the stream."""
         if sender.kind == "mlp":
             return f"blocks.{sender.layer}.hook_mlp_out"
         return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
 
-    def heads(self, layer: int) -> str:
-        """The site of a layer's heads, each before its output weights."""
+    def heads_site(self, layer: int) -> str:
+        """The site of a layer's heads, before their output weights W_O."""
         return f"blocks.{layer}.attn.hook_z"
 
-    def attention(self, layer: int) -> str:
-        """The site that holds what a layer's heads and bias add to the stream together."""
+    def attention_site(self, layer: int) -> str:
+        """The site of what a layer's heads and bias add to the stream together."""
         return f"blocks.{layer}.hook_attn_out"
 
-    def before_post_norm(self, layer: int) -> str:
-        """The same before the normalisation that some models (Gemma 2) have behind attention."""
+    def before_post_norm_site(self, layer: int) -> str:
+        """The same before the normalisation that some models (Gemma 2) have after attention."""
         return f"blocks.{layer}.attn.hook_out"
 
-    def seen(self, receiver: Receiver) -> str:
-        """The site that shows the stream which a receiver reads."""
+    def stream_site(self, receiver: Receiver) -> str:
+        """The site of the stream that a receiver reads, before its normalisation."""
         if receiver.kind == "logits":
             return "ln_final.hook_in"
         if receiver.kind in STREAMS:
@@ -237,26 +243,26 @@ class Stream:
         middle = receiver.kind == "mlp" and not self.parallel
         return f"blocks.{receiver.layer}.hook_resid_{'mid' if middle else 'pre'}"
 
-    def read(self, receiver: Receiver) -> str:
-        """The site where what a receiver reads can be changed for that receiver (of a head: that layer's) alone."""
+    def input_site(self, receiver: Receiver) -> str:
+        """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
         if receiver.kind == "logits":
             return "unembed.hook_in"
-        if (
-            receiver.kind == "resid_mid"
-        ):  # `hook_resid_mid` is what the MLP reads, not what passes it by
-            return self.attention(receiver.layer)
+        # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
+        # it. What attention adds goes both ways.
+        if receiver.kind == "resid_mid":
+            return self.attention_site(receiver.layer)
         if receiver.kind in STREAMS:
-            return self.seen(receiver)
+            return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
         return f"blocks.{receiver.layer}.{inner}"
 
-    def passed(self, receiver: Receiver) -> tuple[Receiver, ...]:
-        """The MLPs whose outputs a receiver reads."""
+    def mlps_before(self, receiver: Receiver) -> tuple[Receiver, ...]:
+        """The MLPs that write before a receiver reads."""
         mlps = (s for s in self.senders if s.kind == "mlp" and self.reaches(s, receiver))
         return tuple(Receiver("mlp", s.layer) for s in mlps)
 
     def has(self, layer: int, part: str) -> bool:
-        """Whether a layer has a part of its own (bridges pass other names on to what they wrap)."""
+        """Whether a layer has a part of that name. (Not `hasattr`, which bridges pass on to the module they wrap.)"""
         return part in dict(self.block(layer).named_children())
 
 
@@ -283,7 +289,7 @@ _HEAD = re.compile(r"head:(\d+\.\d+)")
 def _place(
     model: HookedModel, what: str, text: str, known: Sequence[Sender] | Sequence[Receiver]
 ) -> int:
-    """Where among `known` the one is that is written so; the only MLP needs no layer."""
+    """The index in `known` of the one with a name; an only MLP may be called `mlp`."""
     match = _HEAD.fullmatch(text)
     name = text if match is None else match[1]
     names = [str(one) for one in known]

@@ -1,7 +1,7 @@
-"""Where a pass may begin again: a site whose tensor decides everything behind it.
+"""Restarting a forward pass in the middle, at a site whose tensor determines everything after it.
 
-A change at one site leaves everything before it as it was, so that many changed versions need not run that part again.
-Whether what is behind a site depends on its tensor alone is tried, not assumed.
+A change at one site leaves everything before it as it was, so that many changed versions need not compute that part
+again. Whether the result depends on the site's tensor alone is tested, not assumed.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from circuits.models.adapter.inputs import TokenInput
 from circuits.units import Site
 
 ALIKE = 1e-5
-"""How far numbers may differ, as a share of the largest of them, and count as the same."""
+"""The largest difference, as a share of the largest number, at which tensors count as the same."""
 
 _FAILURES = (RuntimeError, LookupError, ValueError, AssertionError)
 
 _SMALLER = 4
-"""By how much each side of the image is shrunk that stands in for others."""
+"""The factor by which each side of the image that stands in for any other is shrunk."""
 
 _BACK = 40
-"""How many sites before a changed one are looked through for one to begin at."""
+"""How many sites before a changed one are considered for a restart."""
 
 _STREAM = re.compile(r"hook_resid_(pre|post)$")
-"""Streams of TransformerLens; what it calls the middle of a block is only what the MLP reads."""
+"""Names of the residual stream in TransformerLens, without `hook_resid_mid`: that is only what the MLP reads."""
 
 _KNOWN, _STREAMS = 2, 4
-"""How many residual streams among them are tried, of those known by name and else."""
+"""How many sites of the residual stream are tried: where they are known by name, and where they are not."""
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """Where a pass begins again.
+class Restart:
+    """A site at which a pass is restarted.
 
     Attributes:
-        site: whose tensor is put in.
-        small: what the model is given in place of any images; None: one of the batch's own inputs, since texts differ
-            in length. Nothing that is read depends on it.
+        site: the site whose tensor is put in.
+        small: an input that can stand in for any images; None: one of the batch's own inputs is used, since texts
+            differ in length. Nothing that is read depends on it.
     """
 
     site: Site
     small: Tensor | None
 
     def inputs(self, own: Tensor) -> Tensor:
-        """What the model is given for a batch."""
+        """The input with which the model is run for a batch."""
         return own[:1] if self.small is None else self.small
 
 
-def start_at(
+def restart_at(
     model: HookedModel,
     site: Site,
     ends: Sequence[Site],
@@ -62,40 +62,46 @@ def start_at(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> Start | None:
-    """How a pass may begin at a site; None unless all that is read behind it depends on the site's tensor alone.
+) -> Restart | None:
+    """Test whether a pass may be restarted at a site; None unless everything read depends on its tensor alone.
 
-    The tensors of two examples are put in behind another input, a single one: if the outcome is theirs, a pass may
-    begin with that one. Of images a small one is tried first, since what is before the site is computed for nothing.
+    The model is run on a single other input, with the site's tensor replaced by that of two examples. If the outcome
+    is that of the two examples, the input does not matter. For images a small input is tried first, since what
+    comes before the site is computed in vain.
 
     Args:
         model: the model.
-        site: where a pass would begin.
-        ends: what is read, none of it before the site.
+        site: the site of the restart.
+        ends: the sites that are read, none of them before the site.
         inputs: examples.
-        values: the tensors of the site and of the ends on them.
-        changed: further sites that are to be changed, which have to hold something for each example.
-        rows: the places of two examples to try it on; the first one twice if there is no other.
+        values: the tensors of the site and of the ends for these examples.
+        changed: further sites that are to be changed; their tensors must have one row for each example.
+        rows: the indices of two examples for the test; the same one twice if there is only one.
     """
     if len(values[site.name]) != len(inputs) or site.name.startswith(PREFIX):
-        return None  # what latents leave of the input goes on next to them
+        # The error of an autoencoder goes on around its latents, so they do not determine what comes after. And a
+        # tensor without one row for each example (position embeddings) cannot be put in for a batch.
+        return None
     two = [min(row, len(inputs) - 1) for row in rows]
     value = values[site.name][two]
     for other, stays in _others(model, inputs[:1]):
         try:
+            # `value * 1`: a copy, which operations in place may overwrite.
             found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
-        except _FAILURES:  # shapes that follow the input's
+        except _FAILURES:  # a shape in the model follows the input's, and no longer fits
             continue
+        # Position embeddings, say, have a single row whatever the batch: they cannot be changed for each example.
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
-            return Start(site, other if stays else None)
+            return Restart(site, other if stays else None)
     return None
 
 
 def _others(model: HookedModel, own: Tensor) -> list[tuple[Tensor, bool]]:
-    """Inputs that have nothing to do with the own one, and whether they can stand in for those of any batch."""
+    """Inputs that are unlike the given one, and whether they can stand in for those of any batch."""
     if isinstance(model.input, TokenInput):
         return [(_other_tokens(model, own), False)]
+    # Unlike the given image at every pixel: mirrored, negated and shifted.
     other = -own.flip(-1) - 1
     return [(other[..., ::_SMALLER, ::_SMALLER], True), (other, False)]
 
@@ -106,11 +112,11 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return bool(torch.allclose(found, expected, rtol=0, atol=ALIKE * float(expected.abs().max())))
 
 
-def candidates(model: HookedModel, site: Site) -> list[Site]:
-    """Sites at which a pass that changes a site might begin, nearest first.
+def restart_candidates(model: HookedModel, site: Site) -> list[Site]:
+    """Sites at which a pass that changes a site might be restarted, nearest first.
 
-    The site itself, and residual streams before it. Where streams are known by name they are the ones that are tried,
-    and inside of a block the site itself is not: the stream goes past it.
+    They are the site itself and the residual stream before it. Where the stream is known by name, a site inside a
+    block is not tried: the skip connection carries information around it.
     """
     names = [s.name for s in model.sites]
     at = names.index(site.name)
@@ -121,7 +127,7 @@ def candidates(model: HookedModel, site: Site) -> list[Site]:
     return [*own, *known[: -_KNOWN - 1 : -1]] if known else [*own, *among[: -_STREAMS - 1 : -1]]
 
 
-def beginning(
+def nearest_restart(
     model: HookedModel,
     site: Site,
     ends: Sequence[Site],
@@ -129,47 +135,48 @@ def beginning(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-) -> Start | None:
-    """A pass that begins as near to a changed site as it may; None if it has to begin with the input.
+) -> Restart | None:
+    """Find the restart that is nearest to a changed site; None if the pass has to begin with the input.
 
     Args:
         model: the model.
-        site: the first that is changed.
-        ends: what is read behind it.
+        site: the first site that is changed.
+        ends: the sites that are read after it.
         inputs: examples.
-        values: the tensors of the candidates and of the ends on them.
-        changed: see `start_at`.
-        rows: see `start_at`.
+        values: the tensors of the candidates and of the ends for these examples.
+        changed: see `restart_at`.
+        rows: see `restart_at`.
     """
     tried = (
-        start_at(model, p, ends, inputs, values, changed, rows) for p in candidates(model, site)
+        restart_at(model, p, ends, inputs, values, changed, rows)
+        for p in restart_candidates(model, site)
     )
     return next((start for start in tried if start is not None), None)
 
 
 def narrows(model: HookedModel, site: Site, end: Site, inputs: Tensor, output: Tensor) -> bool:
-    """Whether the output at some positions depends on the site's tensor at these positions alone.
+    """Test whether the output at a position depends on the site's tensor at that position alone.
 
-    Every other position is left out behind the site, on two examples at most: if the output is what it was there, what
-    is behind the site works position by position, and need not run where nobody reads.
+    Every second position is removed at the site, on at most two examples. If the output at the remaining ones stays
+    as it was, the model works position by position after the site, and need not run where nothing is read.
 
     Args:
         model: a model of tokens.
-        site: a residual stream.
-        end: the output.
+        site: a site of the residual stream.
+        end: the site of the output.
         inputs: examples of at least two positions.
-        output: what is put out for them.
+        output: the tensor of `end` for them.
     """
     own, some = inputs[:2], slice(inputs.shape[1] % 2, None, 2)
     try:
         found = model.run(own, read=[end], edits={site.name: lambda value: value[:, some]})[end]
-    except (RuntimeError, IndexError):  # shapes that follow the input's positions
+    except (RuntimeError, IndexError):  # a shape in the model follows the number of tokens
         return False
     return _alike(found, output[:2, some])
 
 
 def narrowable(model: HookedModel, end: Site) -> list[Site]:
-    """Sites at which positions that nobody reads might be left out: the stream from the last attention on."""
+    """Sites at which positions that nothing reads might be removed: the stream from the last attention layer on."""
     names = [s.name for s in model.sites]
     stop = names.index(end.name)
     mixing = [i for i, s in enumerate(model.sites[:stop]) if s.kind in ("head", "pattern")]
@@ -178,11 +185,12 @@ def narrowable(model: HookedModel, end: Site) -> list[Site]:
 
 
 def streams(model: HookedModel) -> list[Site]:
-    """The residual streams of a model of tokens, in order of execution."""
+    """The sites of the residual stream of a model of tokens, in order of execution."""
     axes = ("batch", "position", "unit")
     return [s for s in model.sites if s.kind == "residual" and s.axes == axes]
 
 
 def _other_tokens(model: HookedModel, tokens: Tensor) -> Tensor:
+    """Tokens of the same shape that differ at every position, each by another offset."""
     assert isinstance(model.input, TokenInput), "called for tokens"
     return (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device)) % model.input.n_vocab

@@ -1,4 +1,4 @@
-"""What leads where in a transformer: its senders, its receivers, and the direct paths between them."""
+"""The senders and receivers of a transformer's residual stream, and the direct paths between them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stre
 
 
 def stream_of(model: HookedModel) -> Stream:
-    """The residual stream of a model, after a look whether it is what it has to be.
+    """The residual stream of a model, after a test that it is what paths assume.
 
     Raises:
-        ValueError: if the model is no bridge, lacks a site, or its stream is not the sum of its senders, each receiver
-            reading it through one normalisation.
+        ValueError: if the model is not a TransformerLens bridge, lacks a site, or its stream is not the sum of its
+            senders, with each receiver reading it through one normalisation.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is no TransformerLens bridge: it has no residual stream to follow"
+            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to follow"
         )
-    stream = Stream.shown_by(model)
+    stream = Stream.from_bridge(model)
     with model.lock, model.outside():
         check_stream(stream)
     return stream
 
 
 def senders(model: HookedModel, constants: bool = False) -> tuple[Sender, ...]:
-    """What adds to a transformer's residual stream, in order.
+    """What writes to a transformer's residual stream, in order.
 
     Args:
         model: a TransformerLens bridge.
-        constants: also list attention biases, which are the same in every run.
+        constants: also list the biases of attention, which are the same in every run.
 
     Raises:
         ValueError: see `stream_of`.
@@ -44,7 +44,7 @@ def receivers(model: HookedModel, streams: bool = False) -> tuple[Receiver, ...]
 
     Args:
         model: a TransformerLens bridge.
-        streams: also list the stream itself before, inside and behind each layer.
+        streams: also list the stream itself before, in the middle of and after each layer.
 
     Raises:
         ValueError: see `stream_of`.
@@ -54,7 +54,7 @@ def receivers(model: HookedModel, streams: bool = False) -> tuple[Receiver, ...]
 
 
 def paths(model: HookedModel) -> tuple[Path, ...]:
-    """Every direct path of a transformer, by receiver, without constants and streams.
+    """Every direct path of a transformer, sorted by receiver, without biases and the stream itself.
 
     Raises:
         ValueError: see `stream_of`.

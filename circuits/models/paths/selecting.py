@@ -1,4 +1,4 @@
-"""Several sites of a model by one name: patterns, and the short names that users of TransformerLens know."""
+"""Selecting sites by name, by pattern, or by the short names that users of TransformerLens know."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from circuits.units import Site, unknown
 
 
 def select_sites(model: HookedModel, names: str | Site | Iterable[str | Site]) -> list[Site]:
-    """The sites that names stand for, each once, in the order of the names, then of execution.
+    """The sites that some names select, each once, in the order of the names and then of execution.
 
     Args:
         model: the model.
-        names: sites' names and aliases; patterns in which `*` stands for anything (`blocks.*.hook_mlp_out`); or the end
-            of hook points' names, which stands for one in each block (`resid_pre`, `attn_out`, `z`). A text may hold
-            several, separated by commas.
+        names: names or aliases of sites; patterns in which `*` matches anything (`blocks.*.hook_mlp_out`); or short
+            names, the part after `hook_`, which select the site in each block (`resid_pre`, `attn_out`, `z`). A
+            string may hold several names, separated by commas.
 
     Raises:
-        KeyError: if one stands for no site.
+        KeyError: if a name selects no site.
 
     >>> from circuits.models.zoo.loading import load_model
     >>> [str(s) for s in select_sites(load_model("induction-by-hand"), "z")]
@@ -42,9 +42,11 @@ def _named(model: HookedModel, name: str | Site) -> list[Site]:
         if not matching:
             raise KeyError(f"no site of {model.name} matches {name!r}")
         return matching
+    # A whole name goes before a short one. With a dot it can only be a whole name: the error then offers those.
     known = any(name in (s.name, *s.aliases) for s in model.sites)
     if known or "." in name:
         return [model.site(name)]
+    # A dot before the name, so that `hook_z` is found at the top of a model as well as inside a block.
     ending = [s for s in model.sites if _any(s, lambda n: f".{n}".endswith(f".hook_{name}"))]
     if not ending:
         names = [n for s in model.sites for n in (s.name, *s.aliases)]

@@ -1,8 +1,8 @@
-"""The operations between two sites, and gradients pulled back through them.
+"""A tape of the operations between two sites, through which gradients are pulled back.
 
-Autograd computes whole maps, one output at a time. A tape pulls the gradients of many units back at
-once, and of each map only the window that is not zero: a unit's receptive field. What an operation
-does to a window is in `circuits.models.paths.adjoints`.
+Autograd computes the gradient of one output at a time, on whole maps. A tape pulls back the gradients of many units
+at once, and of each map only the window that is not zero, which is a unit's receptive field. The rules for single
+operations are in `circuits.models.paths.adjoints`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from circuits.models.paths.adjoints import Call, Paths, Pull, Window, adjoint
 
 Gates = Literal["linear", "gradient"]
-"""What stands for a nonlinearity: `linear` takes activation functions as the identity, a maximum as
-an average and local response normalisation as its derivative at zero; `gradient` takes the derivative
-of each at the activations of the run."""
+"""How nonlinearities are treated: `linear` replaces activation functions by the identity, a maximum by an average
+and local response normalisation by its derivative at zero; `gradient` takes the derivative of each at the
+activations of the pass."""
 
 
 class Tape:
-    """Records what a forward pass does to a tensor, from `start` to `end`.
+    """Records the operations of a forward pass from one tensor (`start`) to another (`end`).
 
-    Enter it around the pass (of a model without edits that work in place on shared memory), and call
-    `start` and `end` on the way with the tensors.
+    Enter it around the pass (without edits that write in place to shared memory), and call `start` and `end` with
+    the two tensors when the pass reaches them.
 
     Args:
-        gates: what stands for a nonlinearity.
+        gates: how nonlinearities are treated.
     """
 
     def __init__(self, gates: Gates) -> None:
         self.gates: Gates = gates
         self._operations: list[tuple[int, tuple[int, ...], Pull]] = []
-        self._tracked: dict[int, Tensor] = {}  # kept, so that no other tensor gets its id
-        self._written: dict[int, set[int]] = {}  # memory written in place -> who shows it rightly
+        # Tensors are known by their `id`. They are kept alive, since Python gives the id of a freed one to the next.
+        self._tracked: dict[int, Tensor] = {}
+        # For memory that was written to in place: the tensors in it that were made since. An older view of the same
+        # memory has changed without an operation that the tape could see.
+        self._written: dict[int, set[int]] = {}
         self._first = self._last = 0
         self._modes = (_Composites(self), _Operations(self))
         self.shape: tuple[int, ...] = ()
@@ -59,36 +62,38 @@ class Tape:
             mode.__exit__(kind, error, traceback)
 
     def start(self, value: Tensor) -> Tensor:
-        """Begin here: what is made of the tensor that this returns is recorded."""
+        """Start recording: the pass must continue with the tensor that this returns."""
         own = value.clone()
         self._first = self._track(own)
         return own
 
     def end(self, value: Tensor) -> Tensor:
-        """End here: gradients will be pulled back from this tensor."""
+        """Mark the tensor from which gradients will be pulled back."""
         self._last = id(value)
         self.shape = tuple(value.shape)
         return value
 
     @property
     def connected(self) -> bool:
-        """Whether the end was made of the start."""
+        """Whether the end depends on the start."""
         return self._last in self._tracked
 
     def pull(self, gradient: Window, paths: Paths = "all") -> Window | None:
-        """Gradients at the end as gradients at the start; None if they are zero everywhere.
+        """Turn gradients by the end into gradients by the start; None if they are zero everywhere.
 
         Args:
-            gradient: of any numbers (rows) by the tensor at the end.
-            paths: `all` adds up every path; `absolute` adds up their absolute values.
+            gradient: the gradients of any numbers (rows) by the tensor at the end.
+            paths: `all` adds up the weights of all paths; `absolute` their absolute values.
 
         Raises:
-            ValueError: if gates are linear and an operation in between has no linear reading.
+            ValueError: if gates are linear and an operation in between has no linear replacement.
         """
         with torch.no_grad():
             return self._pull(gradient, paths)
 
     def _pull(self, gradient: Window, paths: Paths) -> Window | None:
+        # Backpropagation: in reverse order of execution, a tensor's gradient is complete, since all operations that
+        # read it have added to it, before it is popped and pulled through the operation that made it.
         found: dict[int, Window] = {self._last: gradient}
         for output, inputs, pull in reversed(self._operations):
             here = found.pop(output, None)
@@ -101,7 +106,7 @@ class Tape:
         return found.get(self._first)
 
     def note(self, call: Call) -> None:
-        """Record an operation if it was given something that is recorded."""
+        """Record the call of an operation."""
         inputs = tuple(id(value) for value in call.dependents)
         self._operations.append((self._track(call.output), inputs, adjoint(call)))
         memory = call.output.untyped_storage().data_ptr()
@@ -111,10 +116,10 @@ class Tape:
             self._written[memory].add(id(call.output))
 
     def dependents(self, values: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-        """Those of the tensors that are recorded.
+        """The tensors among these that depend on the start.
 
         Raises:
-            ValueError: if one shares memory with a tensor that was written to in place.
+            ValueError: if one shares memory with a tensor that was written to in place since.
         """
         for value in values:
             shown = self._written.get(value.untyped_storage().data_ptr())
@@ -131,7 +136,7 @@ class Tape:
 
 
 class _Composites(TorchFunctionMode):
-    """Sees functions that are one operation to us and many to torch."""
+    """Intercepts torch functions that have one rule here but consist of many operations of torch."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -142,7 +147,7 @@ class _Composites(TorchFunctionMode):
         if func is not F.local_response_norm:
             return func(*args, **kwargs)
         operations = self.tape._modes[1]
-        operations.silent = True
+        operations.silent = True  # its parts are not recorded: the whole has a rule
         try:
             output = func(*args, **kwargs)
             names = ("input", "size", "alpha", "beta", "k")
@@ -158,7 +163,7 @@ class _Composites(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees every operation that torch carries out."""
+    """Intercepts every operation that torch executes."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -178,16 +183,17 @@ class _Operations(TorchDispatchMode):
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         linear = self.tape.gates == "linear"
         sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
+        # Not every operation that writes to an argument is an in-place form (`out=`, batch norm's statistics).
         in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
         call = Call(func, values, found[0], found, sources, linear, in_place)
-        call = call.keeping()  # what it was given, before it may be overwritten
+        call = call.with_copies()  # before the operation overwrites an argument
         output = func(*args, **kwargs)
         made = [values[written[0]]] if in_place else _tensors([output])
-        self.silent = True  # what a rule computes is no part of the pass
+        self.silent = True  # what a rule computes is not part of the pass
         try:
             for place, tensor in enumerate(made):
                 if tensor.is_floating_point():
-                    self.tape.note(call.giving(tensor, output, place))
+                    self.tape.note(call.with_output(tensor, output, place))
         finally:
             self.silent = False
         return output
@@ -210,14 +216,14 @@ def one_hot(
     at: Sequence[int],
     device: torch.device,
 ) -> Window:
-    """A gradient that is one at a position of some units, in every example: a row a unit.
+    """The gradients of some units' own values at one position: for each unit a row with a one there, in each example.
 
     Args:
-        shape: of the tensor, batch first.
-        unit_axis: where its units are.
-        units: which.
+        shape: the shape of the tensor, batch first.
+        unit_axis: the axis of its units.
+        units: the units.
         at: the position along the other axes.
-        device: of the gradient.
+        device: the device of the gradients.
     """
     first, last = min(units), max(units)
     places = iter(at)

@@ -1,8 +1,8 @@
-"""Inception-style networks built from a table, every tensor of interest the output of a named module.
+"""Inception-style networks built from a table, in which every tensor of interest is the output of a named module.
 
-Names follow lucid: `conv2d0` … for the stem, `mixed3a` for a block's concatenated output,
-`mixed3a_5x5` for a branch, `mixed3a_5x5_bottleneck` for the 1x1 convolution before it, and
-`…_pre_relu` for each before its nonlinearity.
+Names follow lucid: `conv2d0` … for the stem, `mixed3a` for a block's concatenated output, `mixed3a_5x5` for a
+branch, `mixed3a_5x5_bottleneck` for the 1x1 convolution before it, and `…_pre_relu` for each convolution before
+its nonlinearity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """A 3x3 max pool; GoogLeNet's round up at the border (`ceil`)."""
+    """A 3x3 max pool; as in Caffe, the size of its output is rounded up (`ceil`)."""
 
     name: str
     stride: int = 2
@@ -57,7 +57,7 @@ Layer = Conv | Pool | Norm | Mixed
 
 
 class Concatenate(nn.Module):
-    """Stack the branches of a block along the channel axis."""
+    """Concatenates the branches of a block; a module of its own, so that the block's output is a site."""
 
     def forward(self, *branches: Tensor) -> Tensor:
         """Concatenate `branches`, each batch x channel x y x x, along channels."""
@@ -93,15 +93,17 @@ class InceptionNet(nn.Module):
         self.add_module(logits_name, nn.Linear(channels, n_classes))
 
     def _add(self, layer: Layer, channels: int) -> int:
-        """Register a layer's modules; return how many channels it puts out."""
+        """Register a layer's modules; return the number of its output channels."""
         match layer:
             case Conv(name, out, kernel, stride):
                 return self._add_conv(name, channels, out, kernel, stride)
             case Pool(name, stride, ceil):
+                # With stride 1 the map keeps its size; with stride 2 it is padded by the rounding alone.
                 pad = 1 if stride == 1 else 0
                 self.add_module(name, nn.MaxPool2d(3, stride, pad, ceil_mode=ceil))
                 return channels
             case Norm(name):
+                # The constants of Caffe's GoogLeNet; as there, torch divides alpha by the size.
                 self.add_module(name, nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0))
                 return channels
             case Mixed():
@@ -171,7 +173,7 @@ GOOGLENET = (
     Mixed("mixed5a", 256, 160, 320, 32, 128, 128),
     Mixed("mixed5b", 384, 192, 384, 48, 128, 128),
 )
-"""GoogLeNet (Szegedy et al. 2015, table 1), named as lucid names InceptionV1."""
+"""GoogLeNet (Szegedy et al. 2015, table 1), with the names that lucid gives to InceptionV1."""
 
 SHAPES = (
     Conv("conv2d0", 32, 7, 2),
@@ -190,5 +192,5 @@ def googlenet() -> InceptionNet:
 
 
 def shapes(n_classes: int = 40) -> InceptionNet:
-    """The `shapes` network, untrained; input 64 x 64."""
+    """The architecture of the built-in model `shapes`, with random weights; input 64 x 64."""
     return InceptionNet(SHAPES, 3, n_classes)

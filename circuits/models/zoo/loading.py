@@ -1,4 +1,4 @@
-"""From what a person types to a `HookedModel`."""
+"""Loading models by name: from what a person types to a `HookedModel`."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class ModelEntry:
     """One line of `circuits models`.
 
     Attributes:
-        name: what to type, or the form of it (`tl:NAME`).
+        name: the name to type, or its form (`tl:NAME`).
         summary: what it is and what it needs.
-        load: from the typed name and an optional weights file to the model.
+        load: function from the typed name and an optional weights file to the model.
     """
 
     name: str
@@ -69,7 +69,7 @@ class ModelEntry:
 
     @property
     def builtin(self) -> bool:
-        """Whether it comes with the package."""
+        """Whether the model comes with the package."""
         return self.name in (
             "cleanroom",
             "shapes",
@@ -80,21 +80,22 @@ class ModelEntry:
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
-    """Load a model.
+    """Load a model by name.
 
     Args:
-        spec: a name that `circuits models` lists, or `python:module:factory` (a function without
-            required arguments that returns a `HookedModel`, or a module with an `input_shape`),
-            `tl:NAME`, `hf:NAME`, `torchvision:NAME`; then `+PATH` for each autoencoder to attach: a file,
-            its folder, or its name in the workspace (`googlenet+sae/curves`).
+        spec: a name that `circuits models` lists; `python:module:factory` (a function without required arguments
+            that returns a `HookedModel`, or an `nn.Module` with an `input_shape`); `tl:NAME`, `hf:NAME` or
+            `torchvision:NAME`. After it may come `+PATH` for each autoencoder to attach: a file, its folder, or its
+            name in the workspace (`googlenet+sae/curves`).
         weights: a safetensors file, or a `.pt` file of plain tensors.
 
     Raises:
         KeyError: if there is no such model; the message offers the nearest names.
-        FileNotFoundError: if its weights are not there.
-        ImportError: if it needs a package that is missing.
+        FileNotFoundError: if its weights are not found.
+        ImportError: if it needs a package that is not installed.
         ValueError: if the weights do not fit.
     """
+    # A local folder may have a `+` in its name: if the whole exists as a path, nothing is split off.
     named = spec.partition(":")[2]
     a_path = bool(named) and os.path.exists(os.path.expanduser(named))
     spec, *attached = [spec] if a_path else spec.split("+")
@@ -103,11 +104,15 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
     path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
     if spec.endswith(":") and spec in MODELS:
-        raise ValueError(f"model {spec!r} names nothing: expected {MODELS[spec].name}")
+        raise ValueError(
+            f"model {spec!r} has no name after the colon: expected {MODELS[spec].name}"
+        )
     entry = MODELS.get(f"{scheme}:" if rest else spec)
     if entry is None:
         raise unknown("model", spec, [e.name for e in MODELS.values()])
-    if path is not None and is_baked(path):  # of the same model, edited: see `circuits.edits.bake`
+    # A file that `circuits.edits.bake` wrote has the names of `state_dict()`, not those of the published weights,
+    # which the loader would convert.
+    if path is not None and is_baked(path):
         model = entry.load(rest or spec, None)
         load_weights(model.module.state_dict(), read_weights(path), str(path))
         return model
@@ -115,12 +120,13 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
 
 
 def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
-    """A model with autoencoders attached, each at the site that it was trained at.
+    """Attach autoencoders to a model, each at the site that it was trained on.
 
     Raises:
-        FileNotFoundError: if there is none at a path.
-        ValueError: if a file is damaged, or its autoencoder is of other weights or another site.
+        FileNotFoundError: if there is no autoencoder at a path.
+        ValueError: if a file is damaged, or its autoencoder was trained on other weights or fits no site.
     """
+    # Taken once: attaching changes the hash, and all were trained on the model without autoencoders.
     intact = model.hash
     for path in paths:
         code = load_autoencoder(find_autoencoder(path))
@@ -131,16 +137,17 @@ def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
                 f"{intact[:16]}: its latents would mean something else"
             )
         if not about.site:
-            raise ValueError(f"autoencoder {path!r} does not say at which site it belongs")
+            raise ValueError(f"autoencoder {path!r} does not say which site it was trained on")
         target = about.target if about.target != about.site else ""
         model = model.attach(code, about.name, about.site, target or None)
     return model
 
 
 def list_autoencoders(workspace: Workspace) -> dict[str, Path]:
-    """The files of a workspace's autoencoders, by name: `NAME`, or `NAME/VARIANT` of several."""
+    """The files of a workspace's autoencoders, by name: `NAME`, or `NAME/VARIANT` where there are several."""
     found = {}
     for path in sorted((workspace.root / "saes").glob("*/*.safetensors")):
+        # A checkpoint holds an unfinished training, not an autoencoder.
         if path.is_file() and path.stem != "checkpoint":
             own = path.name == FILE
             found[path.parent.name if own else f"{path.parent.name}/{path.stem}"] = path
@@ -148,7 +155,7 @@ def list_autoencoders(workspace: Workspace) -> dict[str, Path]:
 
 
 def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
-    """An autoencoder by its path, or by its name in a workspace (the default one if none is given).
+    """Find an autoencoder's file or folder by its path, or by its name in a workspace (by default the default one).
 
     Raises:
         FileNotFoundError: if there is none.
@@ -161,13 +168,13 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
         names = ", ".join(f"{inside.name}/{name}" for name in several if name != "checkpoint")
         if not names:
             raise FileNotFoundError(
-                f"autoencoder {path!r}: its training is not finished; run `circuits sae train` again to go on"
+                f"autoencoder {path!r}: its training is not finished; run `circuits sae train` again to continue it"
             )
         raise FileNotFoundError(
             f"autoencoder {path!r} has several variants: expected one of {names}"
         )
     raise FileNotFoundError(
-        f"there is no autoencoder {path!r}: neither a file or folder, nor {str(inside)!r}"
+        f"there is no autoencoder {path!r}: neither a file or folder of that name, nor {str(inside)!r}"
     )
 
 
@@ -198,7 +205,9 @@ def _in_workspace(path: Path) -> str:
 
 def _refuse_weights(name: str, weights: Path | None) -> None:
     if weights is not None:
-        raise ValueError(f"weights {str(weights)!r}: model {name} has its own and takes no file")
+        raise ValueError(
+            f"weights {str(weights)!r}: model {name} comes with its weights and takes no file"
+        )
 
 
 def _cleanroom(name: str, weights: Path | None) -> HookedModel:
@@ -221,13 +230,14 @@ def _shapes(name: str, weights: Path | None) -> HookedModel:
     )
 
 
-_ADDITION = 113  # as in the trained network that shows the same algorithm
+_ADDITION = 113
+"""The modulus, the same as that of the trained `modular-addition`, which computes by the same algorithm."""
 
 INDUCTION = {
     "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": N_VOCAB,
     "attn_only": True, "normalization_type": None, "act_fn": "relu",
 }  # fmt: skip
-"""Shape of the built-in induction model."""
+"""Configuration of the built-in induction model."""
 
 
 def _induction(name: str, weights: Path | None) -> HookedModel:
@@ -260,6 +270,7 @@ def _googlenet(name: str, weights: Path | None) -> HookedModel:
     module = googlenet()
     tensors = {_googlenet_key(k): v for k, v in read_weights(path).items()}
     load_weights(module.state_dict(), tensors, repr(str(path)))
+    # Caffe's preprocessing: BGR in 0..255 less the mean colour of ImageNet, not divided by anything.
     spec = ImageInput(3, 224, 224, (104.0, 117.0, 123.0), (1.0,), 255.0, True, "margin-crop")
     aliases = {
         f"inception_{n}/output": f"mixed{n}"
@@ -269,7 +280,7 @@ def _googlenet(name: str, weights: Path | None) -> HookedModel:
 
 
 def _googlenet_key(key: str) -> str:
-    """From the Caffe layer's name to ours: `inception_3a/5x5_reduce/bias` -> `mixed3a_5x5_bottleneck…`.
+    """Convert the name of a parameter in Caffe: `inception_3a/5x5_reduce/bias` -> `mixed3a_5x5_bottleneck…`.
 
     >>> _googlenet_key("inception_3b/5x5/weight")
     'mixed3b_5x5_pre_relu.weight'
@@ -289,7 +300,7 @@ def _googlenet_key(key: str) -> str:
 
 
 def _imagenet_classes() -> tuple[str, ...]:
-    """The 1000 class names from the assets; plain numbers where they are not there."""
+    """The names of ImageNet's 1000 classes from the assets folder; numbers if the file is not there."""
     path = asset("images/imagenet500_labels.json")
     if path is None:
         return tuple(f"class {i}" for i in range(1000))
@@ -358,6 +369,7 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
     except (ValueError, TypeError) as error:
         raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
     words = tuple(piece for piece, _ in pieces)
+    # Encoded by the vocabulary file alone, so that no package for SentencePiece is needed.
     encoder = by_merges(words, [score for _, score in pieces])
     return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
 
@@ -372,7 +384,7 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"model 'tl:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"model 'tl:{name}' could not be loaded: it is neither a local folder nor available from "
             f"the Hugging Face hub ({first})"
         ) from error
     tokenizer, encoder = bridge.tokenizer, None
@@ -381,19 +393,23 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
     vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
     bos = getattr(tokenizer, "bos_token_id", None)
     filler = getattr(tokenizer, "pad_token_id", None) or 0
-    if filler >= bridge.cfg.d_vocab:  # added to the tokenizer, not to the model
+    if (
+        filler >= bridge.cfg.d_vocab
+    ):  # a padding token that was added to the tokenizer, but not to the model
         filler = 0
     spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder, filler)
     return HookedModel(bridge, spec, f"tl:{name}")
 
 
 def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
-    """How a Hugging Face tokenizer writes each token; empty if there is none."""
+    """How a Hugging Face tokenizer writes each token; empty without a tokenizer."""
     decode = getattr(tokenizer, "convert_ids_to_tokens", None)
     if decode is None:
         return ()
     known = len(tokenizer)  # type: ignore[arg-type]
     words = decode(list(range(min(known, n_vocab))))
+    # Byte-pair tokenizers write a leading space as Ġ (GPT-2) or ▁ (SentencePiece), a line break as Ċ. Models often
+    # have more embeddings than tokens, for alignment.
     marked = [str(w).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n") for w in words]
     return tuple(marked + [f"<{i}>" for i in range(len(marked), n_vocab)])
 
@@ -407,7 +423,7 @@ def _huggingface(name: str, weights: Path | None) -> HookedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"model 'hf:{name}' could not be loaded: it is neither a local folder nor to be had from "
+            f"model 'hf:{name}' could not be loaded: it is neither a local folder nor available from "
             f"the Hugging Face hub ({first}); language models load as tl:{name}"
         ) from error
     config = module.config
@@ -421,14 +437,17 @@ def _huggingface(name: str, weights: Path | None) -> HookedModel:
 
 
 def _huggingface_preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std as the model's own preprocessor file states them; of ImageNet without one."""
+    """Mean and standard deviation from the model's preprocessor file; those of ImageNet without such a file."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(
         name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
     )
     if path is None:
-        log.warning("model hf:%s states no preprocessing: taking ImageNet's mean and std", name)
+        log.warning(
+            "model hf:%s comes without preprocessor_config.json: using ImageNet's mean and std",
+            name,
+        )
         return IMAGENET_MEAN, IMAGENET_STD
     stated = json.loads(Path(path).read_text())
     if not stated.get("do_normalize", True):
@@ -468,7 +487,7 @@ def _torchvision(name: str, weights: Path | None) -> HookedModel:
 
 
 def _python(name: str, weights: Path | None) -> HookedModel:
-    """A person's own factory: it runs their code, by their wish."""
+    """A factory that the user names; this runs the user's code."""
     made = call_factory("model", name)
     module = made.module if isinstance(made, HookedModel) else made
     if not isinstance(module, nn.Module):
@@ -483,8 +502,8 @@ def _python(name: str, weights: Path | None) -> HookedModel:
     shape = getattr(module, "input_shape", None)
     if shape is None:
         raise ValueError(
-            f"model 'python:{name}': give the module an input_shape = (channels, height, width), or "
-            "return a HookedModel"
+            f"model 'python:{name}' has no input_shape: set input_shape = (channels, height, width) on the module, "
+            "or return a HookedModel"
         )
     return HookedModel(module, tuple(shape), f"python:{name}")
 
@@ -508,4 +527,4 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("torchvision:NAME", "torchvision, if it is installed", _torchvision),
     )
 }  # fmt: skip
-"""Every kind of model that `load_model` knows, by name or by scheme."""
+"""Every model that `load_model` knows, by its name or by its scheme with the colon (`tl:`)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; where the size halves, the shortcut pads channels."""
+    """Two 3x3 convolutions and a shortcut; where the size is halved, the shortcut pads channels with zeros."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -21,10 +21,11 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map batch x channel x y x x to the same with the block's channels and stride."""
+        """Map batch x channel x y x x to a map with the block's channels and stride."""
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride > 1:
+            # "Option A": every second position, and zeros in the new channels, half of them on either side.
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
         return self.relu2(y + x)
 

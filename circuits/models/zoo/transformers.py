@@ -1,4 +1,4 @@
-"""Small transformers as TransformerLens bridges; the only place that imports TransformerLens."""
+"""Transformers as TransformerLens bridges; the only module that imports TransformerLens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from circuits.models.zoo.weights_files import load_weights
 
 
 def native_bridge(**config: Any) -> Any:
-    """A TransformerLens bridge around a small native model; no download.
+    """Make a TransformerLens bridge around a small native model, without any download.
 
     Args:
         config: fields of `TransformerBridgeConfig`; ones it takes only as attributes
@@ -24,34 +24,36 @@ def native_bridge(**config: Any) -> Any:
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.model_bridge import TransformerBridge
     boot: Any = TransformerBridge  # its constructors are added at import, unseen by type checkers
+    # A seed, so that a model without weights is the same each time.
     return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
 
 
 def huggingface_bridge(name: str) -> Any:
-    """A TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
+    """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
     return TransformerBridge.boot_transformers(name, device="cpu").eval()
 
 
 def _quiet_import() -> warnings.catch_warnings:
-    """TransformerLens and what it imports warn about their own deprecations: not our user's concern."""
+    """Ignore warnings while TransformerLens is imported: they are about deprecations inside its dependencies."""
     return warnings.catch_warnings(action="ignore")
 
 
 def load_native(bridge: Any, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights, named as in `bridge.state_dict()`, into a native bridge.
+    """Copy weights, with the names of `bridge.state_dict()`, into a native bridge.
 
     Raises:
-        ValueError: if one is missing, left over or of another shape.
+        ValueError: if one is missing, unknown or of another shape.
     """
     load_weights(bridge.state_dict(), tensors, source)
 
 
 def from_hooked_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the 2022 tutorials (W_Q: head x d_head x d_model, W_E: d_model x token) as a bridge's.
+    """Convert the weights of the 2022 tutorials' models (W_Q: head x d_head x d_model, W_E: d_model x token) to a
+    bridge's.
 
-    Biases that those models lack are zero.
+    Biases, which those models lack, become zero.
     """
     out = {
         "embed.weight": tensors["embed.W_E"].T,
@@ -73,20 +75,22 @@ def from_hooked_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[f"{new}.attn.o.weight"] = tensors[f"{old}.attn.W_O"]
         out[f"{new}.attn.o.bias"] = torch.zeros(len(tensors[f"{old}.attn.W_O"]))
         if f"{old}.mlp.W_in" in tensors:
-            for ours, theirs in (("in", "in"), ("out", "out")):
-                out[f"{new}.mlp.{ours}.weight"] = tensors[f"{old}.mlp.W_{theirs}"]
-                out[f"{new}.mlp.{ours}.bias"] = tensors[f"{old}.mlp.b_{theirs}"]
+            for end in ("in", "out"):
+                out[f"{new}.mlp.{end}.weight"] = tensors[f"{old}.mlp.W_{end}"]
+                out[f"{new}.mlp.{end}.bias"] = tensors[f"{old}.mlp.b_{end}"]
     return {k: v.contiguous() for k, v in out.items()}
 
 
 def from_llama2c(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the layout of llama2.c (layers stacked, rotary pairs adjacent) as a bridge's."""
+    """Convert weights in the layout of llama2.c (layers stacked, rotary pairs adjacent) to a bridge's."""
+    # Embedding and unembedding are tied.
     out = {
         "embed.weight": tensors["tok_emb"],
         "unembed.weight": tensors["tok_emb"],
         "unembed.bias": torch.zeros(len(tensors["tok_emb"])),
         "ln_final.weight": tensors["final_norm"],
     }
+    # w1 is the gate, w3 the other input matrix of the gated MLP: w2(silu(w1 x) * w3 x).
     names = {
         "attn.q": "wq", "attn.k": "wk", "attn.v": "wv", "attn.o": "wo",
         "mlp.gate": "w1", "mlp.out": "w2", "mlp.in": "w3", "ln1": "attn_norm", "ln2": "ffn_norm",

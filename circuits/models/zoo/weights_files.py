@@ -1,4 +1,4 @@
-"""Reading weights: safetensors, or `.pt` files without running any pickled code."""
+"""Reading weights: from safetensors, or from `.pt` files without running any pickled code."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from circuits.environment import ASSETS
 
 
 def asset(relative: str) -> Path | None:
-    """A file below the folder that `CIRCUITS_ASSETS` names; None if it is not there."""
+    """The path of a file in the folder that `CIRCUITS_ASSETS` names; None if it does not exist."""
     root = os.environ.get(ASSETS)
     path = Path(root) / relative if root else None
     return path if path is not None and path.exists() else None
 
 
 def find_weights(relative: str, given: Path | None, model: str) -> Path:
-    """The weights file of a model: the one given, or the one among the assets.
+    """The weights file of a model: the one given, or the one in the assets folder.
 
     Raises:
-        FileNotFoundError: if there is neither; the message says how to name one.
+        FileNotFoundError: if there is neither; the message says how to provide one.
     """
     path = given or asset(f"weights/{relative}")
     if path is None:
@@ -49,7 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is cut off, of another format, or holds anything but tensors.
+        ValueError: if it is truncated, of another format, or holds anything but tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {str(path)!r} does not exist or is not a file")
@@ -58,7 +58,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"weights file {str(path)!r} ({path.stat().st_size} bytes) is not a whole "
+                f"weights file {str(path)!r} ({path.stat().st_size} bytes) is not a complete "
                 f"safetensors file: {error}"
             ) from error
     return _read_torch(path)
@@ -66,20 +66,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about old pickle protocols
+        with warnings.catch_warnings(action="ignore"):  # they are about old pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
-        IndexError,  # a file of text
+        IndexError,  # raised for a file of plain text
         RuntimeError,
         EOFError,
         zipfile.BadZipFile,
         ValueError,
     ) as error:
         raise ValueError(
-            f"weights file {str(path)!r} is not a whole, plain file of tensors ({type(error).__name__};"
+            f"weights file {str(path)!r} is not a complete file of plain tensors ({type(error).__name__};"
             " .pt files are read with weights_only=True: save the model's state_dict())"
         ) from error
+    # Training scripts often save the weights along with an optimizer's state.
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
@@ -88,18 +89,23 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into the tensors of a model's `state_dict()`, in place; all or nothing.
+    """Copy `tensors` into the tensors of a model's `state_dict()` in place, after everything has been checked.
 
     Raises:
-        ValueError: if a tensor is missing, left over, of another shape or not finite.
+        ValueError: if a tensor is missing, unknown, of another shape or not finite.
     """
+    # The counters of batch norms play no role in evaluation mode, and many published files lack them.
     required = {k for k in own if not k.endswith("num_batches_tracked")}
     missing = sorted(required - set(tensors))
     extra = sorted(set(tensors) - set(own))
     if missing:
-        raise ValueError(f"weights {source} lack {len(missing)} tensors, first {missing[0]!r}")
+        raise ValueError(
+            f"weights {source} lack {len(missing)} tensors, the first of them {missing[0]!r}"
+        )
     if extra:
-        raise ValueError(f"weights {source} have {len(extra)} tensors too many, first {extra[0]!r}")
+        raise ValueError(
+            f"weights {source} have {len(extra)} unknown tensors, the first of them {extra[0]!r}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
@@ -108,6 +114,7 @@ def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights {source}: tensor {name!r} holds NaN or infinite values")
+    # All checks are done: the model is either left as it was, or has all of the weights.
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -120,11 +127,11 @@ def file_hash(path: Path) -> str:
 
 
 BAKED = "circuits.base"
-"""The key of a weights file's metadata that holds the hash of the model that was edited."""
+"""The metadata key under which the weights file of an edited model keeps the hash of the unedited one."""
 
 
 def is_baked(path: Path) -> bool:
-    """Whether a weights file holds an edited model, with the names of `state_dict()`."""
+    """Whether a weights file was written by `circuits.edits.bake`, with the names of `state_dict()`."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
