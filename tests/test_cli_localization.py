@@ -168,7 +168,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["patch", "induction", "--data", "repeats"], "task next token has no counterparts: there is nothing to patch"),
         (["patch", "induction", "--sites", "resid_pr"], "did you mean resid_pre"),
         (["patch", "induction", "--at", "99", "--limit", "3"], "position 99 is past the end of every text of task"),
-        (["patch", "induction", "--metric", "logit_difference"], "needs something to compare the answers with"),
+        (["patch", "induction", "--metric", "logit_difference"], "needs wrong answers to compare with"),
         (["patch", "shapes", "--task", "shapes"], "sites: model shapes has none of those that by 'position' takes"),
         (["keep", "induction", "blocks.0.hook_resid_pre"], "is not among the sites at which anything is replaced"),
         (["lens", "shapes"], "is no TransformerLens bridge: it has no residual stream to stop at"),

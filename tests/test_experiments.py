@@ -266,7 +266,7 @@ def test_labels_of_texts_are_by_example_and_position(bridge: HookedModel) -> Non
         ValueError, match="label 20 of 'example 0': expected a token from 0 to 19, or -1"
     ):
         ablate(bridge, ["blocks.0.attn.hook_z:1"], TOKENS, labels=labels.clamp_min(20))
-    with pytest.raises(ValueError, match="count nothing"):
+    with pytest.raises(ValueError, match="are empty: expected at least one"):
         ablate(bridge, ["blocks.0.attn.hook_z:1"], TOKENS, labels=labels * 0 - 1)
 
 

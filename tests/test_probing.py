@@ -205,7 +205,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel) -> None:
     ):
         linear_probes(bridge, task, labels="template")
     with pytest.raises(
-        ValueError, match="task task is its find half: the test half cannot be had from it"
+        ValueError, match="task task is already the find half: take the test half from it"
     ):
         linear_probes(bridge, task.find)
     with pytest.raises(ValueError, match="position 6 is past the end of every text"):
