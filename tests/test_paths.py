@@ -537,7 +537,7 @@ def test_bad_paths_are_one_clear_line(path: Any, error: type[Exception], words: 
     [
         ({"corrupted": drawn()[1][:, 1:]}, r"corrupted has shape \(3, 6\): expected that of clean, \(3, 7\)"),
         ({"corrupted": drawn()[1] + 20}, "token .* is not in the vocabulary"),
-        ({"paths": []}, "paths name none"),
+        ({"paths": []}, "paths are empty"),
         ({"corrupted_positions": torch.arange(7) + 6}, "position 12 of gpt2-like must be from 0 to 11"),
         ({"corrupted_positions": torch.arange(3)}, r"positions of shape \(3,\) do not fit tokens of shape \(3, 7\)"),
         ({"where": torch.ones(3, 6, dtype=torch.bool)}, r"where has shape \(3, 6\): expected .* \(3, 7\)"),
