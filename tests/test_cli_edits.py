@@ -175,7 +175,7 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
             ["apply", "shapes", "set_weights into=mixed3b:1 source=mixed3a:1 values=1,2,3"],
             "do not fit",
         ),
-        (["apply", "shapes", "rotate_weights into=logits:1"], "cannot be turned"),
+        (["apply", "shapes", "rotate_weights into=logits:1"], "can be rotated"),
         (["new", "shapes", "{tmp}/file/r.json", "zero mixed3a:1"], "cannot be written"),
         (["new", "shapes", "{tmp}/r.json"], "nothing to edit"),
         (

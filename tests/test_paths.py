@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 import circuits
 from circuits.cleanroom import addition, induction
 from circuits.examples import Examples
-from circuits.experiments.patching import patch_paths, path_changes, record_senders
+from circuits.experiments.patched_runs import Options, at_positions, changes_of, positions_of
+from circuits.experiments.patching import patch_paths
+from circuits.hooks import Change
 from circuits.localization import head_effects, path_grid
-from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.hooked_model import ActivationCache, HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.paths.residual import Sender, Stream
 from circuits.models.paths.routes import paths, receivers, senders, stream_of
@@ -31,6 +34,25 @@ SHAPE: dict[str, Any] = {"d_model": 8, "d_head": 4, "n_layers": 2, "n_ctx": 12, 
 """Of the random models."""
 
 Case = tuple[HookedModel, Plain]
+
+
+def record_senders(
+    model: HookedModel, tokens: Tensor, positions: Tensor | None = None
+) -> ActivationCache:
+    """A run with what every sender writes."""
+    stream = stream_of(model)
+    edits = at_positions(stream, positions_of(stream, tokens, positions))
+    return model.run(tokens, read=stream.written(stream.senders), edits=edits)
+
+
+def path_changes(
+    model: HookedModel, source: Mapping[str, Tensor], group: Iterable[Any]
+) -> dict[str, Change]:
+    """Paths patched together from a recorded run, as changes of sites."""
+    stream = stream_of(model)
+    some = frozenset(stream.path(path) for path in group)
+    other = {name: source[name] for name in stream.written({sender for sender, _ in some})}
+    return changes_of(stream, [some], other, Options())
 
 
 def scrambled(module: torch.nn.Module) -> torch.nn.Module:

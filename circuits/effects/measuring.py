@@ -211,7 +211,7 @@ def edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int
     found: dict[str, set[int]] = {}
     for edit in edits:
         if isinstance(edit, ActivationEdit):
-            site, own = model.site(edit.where), {u.index for u in edit.own(model)}
+            site, own = model.site(edit.where), {u.index for u in edit.edited_units(model)}
         elif isinstance(edit, ConnectionEdit) and edit.into is not None:
             site = model.site(edit.into.site)
             own = set(edit.into.among(site))

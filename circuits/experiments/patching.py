@@ -8,7 +8,7 @@ else runs as usual, so the receiver's changed output has all its downstream cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,12 +21,8 @@ from circuits.experiments.patched_runs import (
     Options,
     Progress,
     RunPair,
-    at_positions,
-    changes_of,
-    positions_of,
 )
-from circuits.hooks import Change
-from circuits.models.adapter.hooked_model import ActivationCache, HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.contributions import check_mlps
 from circuits.models.paths.residual import Path, PathName, Sender, Stream
 from circuits.models.paths.routes import stream_of
@@ -121,57 +117,6 @@ def patch_paths(
     return PathEffects(
         written, direction, through_mlps, made, made - before, before[0], ends[0], model.hash
     )
-
-
-def record_senders(
-    model: HookedModel,
-    tokens: Int[Tensor, "example position"],
-    positions: Int[Tensor, "..."] | None = None,
-) -> ActivationCache:
-    """Record what every sender writes: the source of contributions for `path_changes`.
-
-    Args:
-        model: a TransformerLens bridge.
-        tokens: the examples.
-        positions: their positions for the position embedding; 0, 1, 2, … if None.
-
-    Raises:
-        ValueError: if the model's residual stream is not the sum of its senders.
-    """
-    stream = stream_of(model)
-    edits = at_positions(stream, positions_of(stream, tokens, positions))
-    return model.run(tokens, read=stream.written(stream.senders), edits=edits)
-
-
-def path_changes(
-    model: HookedModel,
-    source: Mapping[str, Tensor],
-    paths: Iterable[PathName],
-    *,
-    through_mlps: bool = False,
-    where: Bool[Tensor, "mask_example mask_position"] | None = None,
-) -> dict[str, Change]:
-    """Patched paths as changes at sites, for `HookedModel.run` and `intervening`; all paths are patched together.
-
-    The changes fit only batches of the source's examples, one forward pass at a time. Without paths there are none.
-
-    Args:
-        model: a TransformerLens bridge.
-        source: the run that contributions come from (see `record_senders`).
-        paths: pairs of a sender and a receiver.
-        through_mlps: MLPs between sender and receiver recompute.
-        where: at which positions of which examples; everywhere if None.
-
-    Raises:
-        KeyError: if there is no such sender or receiver, or the source lacks a sender.
-        ValueError: if a path leads backwards.
-    """
-    stream = stream_of(model)
-    group = frozenset(stream.path(path) for path in paths)
-    if through_mlps:
-        check_mlps(stream)
-    other = {name: source[name] for name in stream.written({s for s, _ in group})}
-    return changes_of(stream, [group], other, Options(through_mlps, where))
 
 
 def _set_of(stream: Stream, path: PathName | Iterable[PathName]) -> frozenset[Path]:

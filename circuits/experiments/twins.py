@@ -134,7 +134,7 @@ def _owners(model: HookedModel, edits: Sequence[Edit]) -> dict[Unit, frozenset[i
     """The units that edits change, each with the units of its site that can replace it (None: any)."""
     found: dict[Unit, frozenset[int] | None] = {}
     for edit in edits:
-        for unit, among in edit.own(model).items():
+        for unit, among in edit.edited_units(model).items():
             before = found.get(unit)
             both = among if before is None else before if among is None else before & among
             found[unit] = both
