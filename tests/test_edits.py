@@ -368,7 +368,7 @@ def test_ambiguous_and_missing_weights_are_named(branches: HookedModel) -> None:
     for text in ("scale_weights into=out:1", "keep_weights into=out:1 source=relu:2"):
         with pytest.raises(
             ValueError,
-            match=r"several layers write out:1: name one as layer: left, right|right, left",
+            match=r"several layers write out:1: name one with layer=(left or layer=right|right or layer=left)",
         ):
             read_edit(model, text)
     kept = weight_after(
