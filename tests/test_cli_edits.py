@@ -158,7 +158,10 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
             "'--seed': -1 must be 0 to",
         ),
         (["apply", "shapes", "zero mixed3a:1 at=200,0", "--limit", "2"], "position 200 along y"),
-        (["apply", "induction", "zero blocks.0.attn.hook_z:1 at=64"], "is out of range: expected -64 to 63"),
+        (
+            ["apply", "induction", "zero blocks.0.attn.hook_z:1 at=64"],
+            "is out of range: expected -64 to 63",
+        ),
         (["apply", "shapes", "scale_weights into=mixed3b:1 factor=1e300"], "infinite or NaN"),
         (["apply", "shapes", "zero mixed3a:1 factor=2"], "gives factor twice"),
         (["apply", "shapes", "zero"], "lacks units"),

@@ -665,7 +665,11 @@ def test_recipes_fit_their_weights_only(own_net: HookedModel, branches: HookedMo
     [
         (zero("relu:8"), ValueError, "edit 2: unit relu:8 does not exist: relu has units 0 to 7"),
         (zero("relo:1"), KeyError, "did you mean relu"),
-        (Scale(Units("relu", (1,)), at=(1,), factor=0.0), ValueError, "expected one index for each of its axes"),
+        (
+            Scale(Units("relu", (1,)), at=(1,), factor=0.0),
+            ValueError,
+            "expected one index for each of its axes",
+        ),
         (Steer("relu", torch.ones(7)), ValueError, "expected 8"),
         (Set(Units("relu", (1, 2)), values=torch.ones(3)), ValueError, "do not fit"),
         (

@@ -93,7 +93,7 @@ def saliency_map(
     goal = as_target(model, target)
     if site is not None and not (method.endswith("cam") or "cam_" in method):
         raise ValueError(
-            f"site {str(site)!r} does not go with method {method!r}: only class activation maps take one"
+            f"site {str(site)!r}: only class activation maps take a site, method {method!r} does not"
         )
     if site is None and "cam" in method:
         site = cams.last_map(model, goal)
