@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.experiments.ablation import _another, ablate
+from circuits.experiments.ablation import _other_example, ablate
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.halves import halves
@@ -234,7 +234,7 @@ def test_resampling_takes_answers_of_another_example(bridge: HookedModel) -> Non
     items = [Item((i, i + 1), answers=((3, 4), (5, 6)), against=((8,),)) for i in range(3)]
     task = compile_task(bridge, items)
     (part,) = task.batches()
-    other = _another(part, 0)
+    other = _other_example(part, 0)
     assert all(part.rows[other] != part.rows)
     with pytest.raises(ValueError, match="at least two examples"):
         ablate(bridge, ["blocks.0.attn.hook_z:0"], task.subset([0]), how="resample", n_random=0)
