@@ -225,7 +225,7 @@ def _families(model: HookedModel, site: str, workspace: Workspace) -> Row:
 
 
 def _concepts(spec: str, model: HookedModel, plan: Concepts, workspace: Workspace) -> Row:
-    """Train an autoencoder, measure it beside its nulls, harvest its latents and name them."""
+    """Train an autoencoder, compare it with its nulls, harvest its latents and name them."""
     folder, source = workspace.autoencoder_path(plan.name), open_source(plan.data)
     path = folder / FILE
     rows = ModelRows(model, source, plan.site)

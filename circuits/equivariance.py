@@ -1,7 +1,7 @@
-"""Whether the weights between two families turn with them.
+"""Equivariance: whether the weights between two rotational families rotate with them.
 
-Olah et al. 2020, "Naturally Occurring Equivariance in Neural Networks": W[i + k, j + k] = R(theta) W[i, j].
-Turned back by the target's angle, a kernel should depend on the angle between source and target alone.
+Olah et al. 2020, "Naturally Occurring Equivariance in Neural Networks": W[i + k, j + k] = R(theta) W[i, j]. A kernel
+that is rotated back by the target's angle should therefore depend only on the angle between source and target.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _HARMONICS = 2
 
 @dataclass(frozen=True, eq=False)
 class Equivariance:
-    """How far the weights between two rotational families turn with them.
+    """How closely the weights between two rotational families rotate with them.
 
     Attributes:
-        explained: the share of the kernels' squares, turned back by the target's angle, that a smooth
-            function of the angle between source and target explains (two harmonics, fitted).
-        explained_p: how often it explains as much when angles are given to units at random.
-        explained_null: the mean of that.
-        correlation: of the kernels' sums with the cosine of the angle between source and target (times 2
-            where one of the families is itself again after half a turn).
-        correlation_p: how often angles given at random correlate as much, either way.
-        correlation_null: the standard deviation of that.
-        multiple: by which the angle is multiplied.
-        n_null: how many times chance was tried.
-        seed: of the permutations.
-        targets: units of the rows, by angle.
-        sources: units of the columns, by angle.
-        sums: kernels' sums, target x source, in that order.
+        explained: the share of the squared kernels, rotated back by the target's angle, that a smooth function of the
+            angle between source and target explains (two harmonics, fitted).
+        explained_p: the p-value of `explained`, against angles assigned to units at random.
+        explained_null: the mean of `explained` under random angles.
+        correlation: the correlation of the kernels' sums with the cosine of the angle between source and target (of
+            twice that angle if one of the families has a period of 180 degrees).
+        correlation_p: the two-sided p-value of `correlation`, against random angles.
+        correlation_null: the standard deviation of `correlation` under random angles.
+        multiple: the factor of the angle, 1 or 2.
+        n_null: the number of random assignments.
+        seed: seed of the random assignments.
+        targets: the units of the rows, by angle.
+        sources: the units of the columns, by angle.
+        sums: the kernels' sums, target x source.
     """
 
     explained: float
@@ -80,35 +80,22 @@ def measure_equivariance(
     permutations: int = 999,
     seed: int = 0,
 ) -> Equivariance:
-    """Measure W[i + k, j + k] = R(theta) W[i, j] between two rotational families.
+    """Measure how well W[i + k, j + k] = R(theta) W[i, j] holds between two rotational families.
 
     Args:
-        expanded: weights that hold the units of both families, of mode linear or mean.
-        targets: of the site that is built.
-        sources: of the site that is read.
-        permutations: how often angles are given to units at random.
-        seed: of that.
+        expanded: weights between the units of both families, of mode linear or mean.
+        targets: a family of the target site.
+        sources: a family of the source site.
+        permutations: how often angles are assigned to units at random.
+        seed: seed of these assignments.
 
     Raises:
         ValueError: if a family is not rotational, of another site, or too small, or weights lack a unit.
     """
-    for family, site, units in (
-        (targets, expanded.target, expanded.units),
-        (sources, expanded.source, expanded.sources),
-    ):
-        if family.transformation != "rotation":
-            raise ValueError(
-                f"family {family.name!r} is of {family.transformation}: expected rotation"
-            )
-        if family.site != site:
-            raise ValueError(f"family {family.name!r} is of {family.site}: expected one of {site}")
-        if len(family.members) < 4:
-            raise ValueError(f"family {family.name!r} has fewer than 4 units")
-        missing = [str(u) for u in family.units if u.index not in units]
-        if missing:
-            raise ValueError(f"weights lack {', '.join(missing[:5])} of family {family.name!r}")
+    _check_family(targets, expanded.target, expanded.units)
+    _check_family(sources, expanded.source, expanded.sources)
     if expanded.mode == "example":
-        raise ValueError("weights of each example: expected mode linear or mean")
+        raise ValueError("expanded: weights have mode example, expected linear or mean")
     if permutations < 1:
         raise ValueError(f"permutations {permutations} must be at least 1")
     rows = [expanded.units.index(u.index) for u in targets.units]
@@ -120,7 +107,8 @@ def measure_equivariance(
     of = np.array([m.phase for m in sources.members])
     multiple = 2 if 180.0 in (targets.period, sources.period) else 1
     sums = kernels.sum((2, 3))
-    # every target's kernels turned back by every target's angle, so that angles can be exchanged
+    # Each target's kernels rotated back by every target's angle: a permutation of angles then only selects from this
+    # table, instead of rotating all kernels again.
     turned = np.stack(
         [rotate(kernels, -angle, axes=(3, 2), reshape=False, order=1) for angle in at], axis=1
     )
@@ -149,6 +137,21 @@ def measure_equivariance(
     )
 
 
+def _check_family(family: Family, site: str, units: tuple[int, ...]) -> None:
+    """Raise ValueError unless a family is rotational, large enough, and among the weights' units of a site."""
+    if family.transformation != "rotation":
+        raise ValueError(f"family {family.name!r} is of {family.transformation}: expected rotation")
+    if family.site != site:
+        raise ValueError(f"family {family.name!r} is of {family.site}: expected one of {site}")
+    if len(family.members) < 4:
+        raise ValueError(
+            f"family {family.name!r} has {len(family.members)} units: expected at least 4"
+        )
+    missing = [str(u) for u in family.units if u.index not in units]
+    if missing:
+        raise ValueError(f"weights lack {', '.join(missing[:5])} of family {family.name!r}")
+
+
 def _correlation(sums: np.ndarray, at: np.ndarray, of: np.ndarray, multiple: int) -> float:
     cosine = np.cos(np.deg2rad(multiple * (at[:, None] - of[None])))
     return float(np.corrcoef(sums.ravel(), cosine.ravel())[0, 1])
@@ -163,8 +166,9 @@ def _explained(
     order: np.ndarray,
     multiple: int,
 ) -> float:
-    """Share of the squares that harmonics of the angle between explain, with angles as given."""
-    kernels = turned[own, given]  # target x source x y x x, turned back by the angle given to it
+    """The share of the squares that harmonics of the angle between source and target explain, for assigned angles."""
+    # Least squares of every kernel entry on 1, cos(k d), sin(k d) with d the angle between source and target.
+    kernels = turned[own, given]  # target x source x y x x, rotated back by the assigned angle
     between = np.deg2rad(multiple * (of[order][None] - at[given][:, None])).ravel()
     waves = [np.ones_like(between)]
     for k in range(1, _HARMONICS + 1):

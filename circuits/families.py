@@ -1,9 +1,9 @@
-"""Families: units that are one unit turned, mirrored, scaled or hue-shifted.
+"""Families: units that are rotated, mirrored, scaled or hue-shifted copies of one unit.
 
-Cammarata et al. 2020, "Curve Detectors", and Olah et al. 2020, "Naturally Occurring Equivariance in Neural
-Networks" (Distill). Units are compared by how they answer to stimuli in every step of a transformation
-(`circuits.stimuli.orbits`), less each stimulus' mean over the steps: what is left is what the transformation
-changes. Two units agree as much as their answers correlate at the best shift.
+Cammarata et al. 2020, "Curve Detectors", and Olah et al. 2020, "Naturally Occurring Equivariance in Neural Networks"
+(Distill). Units are compared by their responses to stimuli at every step of a transformation
+(`circuits.stimuli.orbits`), minus each stimulus' mean over the steps, which leaves what the transformation changes. The
+agreement of two units is the correlation of these responses at the best shift.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from circuits.units import Site, Unit
 
 KIND = "family"
 _LEAST_CHANGE: dict[str, float] = {"rotation": 0.1, "scale": 0.1, "mirror": 0.005, "hue": 0.005}
-"""Units whose answers vary less than this with the step, as a share of all their variance, are left out:
-mirror images and hues of photographs differ little beside photographs themselves.
+"""Units for which the step explains less than this share of the variance of their responses are left out. The
+thresholds for mirroring and hue are lower, since these change a photograph little compared with the differences between
+photographs.
 """
 
 _LEAST_ACTIVE = 0.3
-"""And those whose largest answer is below this part of the median one."""
+"""Units whose largest response is below this share of the median unit's are left out too."""
 
 _ITSELF_AGAIN = 0.7
-"""How much units agree with themselves after half a turn if that is all of their period."""
+"""If units agree with themselves at least this much after half a turn, their period is half a turn."""
 
 Answers = Float[Tensor, "unit stimulus step"]
 
@@ -53,10 +54,10 @@ class Member:
     """A unit of a family.
 
     Attributes:
-        phase: where in the family it is: the angle that it prefers, in degrees (where a curve bulges; a
-            line runs at a right angle to it), the factor, or 0 and 1.
-        unit: which.
-        fit: its mean agreement with the other members, at best 1.
+        phase: its place in the family: the preferred angle in degrees (the direction in which a curve bulges, or the
+            normal of a line), the scale factor, or 0 and 1.
+        unit: the unit.
+        fit: its mean agreement with the other members, at most 1.
     """
 
     phase: float
@@ -66,21 +67,21 @@ class Member:
 
 @dataclass(frozen=True)
 class Family:
-    """Units that are one unit transformed.
+    """Units that are transformed copies of one unit.
 
     Attributes:
-        name: what people call it.
-        site: where its units are.
-        transformation: how they differ.
-        period: the angle after which the unit is itself again, in degrees (180 for a line); 0 for none.
-        members: by phase.
+        name: the family's name.
+        site: the site of its units.
+        transformation: how the members differ.
+        period: the angle in degrees after which a unit repeats (180 for a line); 0 if there is none.
+        members: the members, by phase.
         score: the mean agreement of its members.
-        p_value: how often chance does as well; NaN where a person put the family together unmeasured.
-        null: what chance is.
-        n_null: how many times it was tried.
-        model_hash: of the weights.
+        p_value: against the null; NaN if the family was put together by hand and not measured.
+        null: what the null is.
+        n_null: the number of draws from the null.
+        model_hash: the hash of the model's weights.
         stimuli: what was shown.
-        seed: of everything random.
+        seed: seed of everything random.
     """
 
     name: str
@@ -150,13 +151,13 @@ def families_table(families: Sequence[Family]) -> Table:
 def orbit_for(
     model: HookedModel, transformation: Transformation, size: int | None = None, seed: int = 0
 ) -> Orbit:
-    """The stimuli that families are found with: drawings turned, photographs otherwise.
+    """The stimuli that families are found with: drawings for rotation, photographs otherwise.
 
     Args:
-        model: of images with 1 or 3 channels.
-        transformation: which.
+        model: an image model with 1 or 3 input channels.
+        transformation: the transformation.
         size: height and width in pixels; the model's if not given.
-        seed: which crops of the photographs.
+        seed: seed of the choice of photographs.
 
     Raises:
         ValueError: if the model takes something else, or the transformation is unknown.
@@ -166,7 +167,9 @@ def orbit_for(
         raise ValueError(f"transformation {transformation!r} is not one of {known}")
     spec = model.input
     if not isinstance(spec, ImageInput) or spec.channels not in (1, 3):
-        raise ValueError(f"model {model.name} takes no photographs: families need 1 or 3 channels")
+        raise ValueError(
+            f"model {model.name} takes no photographs: expected images of 1 or 3 channels"
+        )
     size = min(spec.height, spec.width) if size is None else size
     if size < 16:
         raise ValueError(f"size {size} must be at least 16 pixels")
@@ -191,9 +194,9 @@ def answers(
     orbit: Orbit,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """How each unit of a site answers to each stimulus in each step: the largest activation.
+    """The response of each unit of a site to each stimulus at each step: its largest activation.
 
-    Stimuli that are about their middle are read in the middle fifth of the map, others everywhere.
+    For stimuli whose content is at their centre only the middle fifth of the map is read, else the whole map.
     """
     n, steps = orbit.images.shape[:2]
 
@@ -211,12 +214,14 @@ def agreement(
     """The best correlation of each pair of units over all shifts, and the shift.
 
     Args:
-        changes: answers less each stimulus' mean over the steps.
-        cyclic: whether steps come round; otherwise at least half of them must overlap.
+        changes: responses minus each stimulus' mean over the steps.
+        cyclic: whether the steps form a circle; otherwise at least half of them must overlap.
 
     Returns:
         The correlation, and by how many steps the second unit (column) is ahead of the first (row).
     """
+    # A unit that is the rotated copy of another responds to a rotated stimulus as the other does to the original: their
+    # responses are equal up to a shift along the steps.
     steps = changes.shape[2]
     most = steps if cyclic else steps // 2 + 1
     shifts = range(most) if cyclic else range(1 - most, most)
@@ -254,25 +259,24 @@ def find_families(
     size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Family]:
-    """Groups of units of a site that are one unit transformed, largest first.
+    """Find the families of a site, the largest first.
 
-    Units are clustered by agreement (average linkage), and clusters of members that agree by at least
-    `threshold` on average are families. Each has a permutation p-value: the stimuli of every unit are
-    shuffled (each unit keeps what it answers and how that changes with the step, but units no longer
-    agree on which stimulus they answer how), units are clustered again, and the largest cluster found is
-    compared with the family.
+    Units are clustered by agreement (average linkage); clusters whose mean agreement is at least `threshold` are
+    families. Each has a permutation p-value: the stimuli of every unit are shuffled (which keeps each unit's responses
+    and how they change with the step, but not which stimulus they belong to), units are clustered again, and the size
+    of the largest cluster is compared with the family's.
 
     Args:
-        model: of images.
-        site: where to look.
-        transformation: how members differ.
-        units: which units to look among; all if not given.
-        threshold: the least mean agreement, -1 to 1.
-        least: members that a family has at least.
-        permutations: how often chance is tried; the p-value is at least 1 / (permutations + 1).
-        seed: of the permutations, and of which photographs are shown.
-        size: of the images in pixels; the model's if not given.
-        progress: called with steps done and all steps.
+        model: an image model.
+        site: the site to search.
+        transformation: how members of a family differ.
+        units: the units to search; all if not given.
+        threshold: the lowest mean agreement of a family, -1 to 1.
+        least: the fewest members of a family.
+        permutations: the number of permutations; the p-value is at least 1 / (permutations + 1).
+        seed: seed of the permutations and of the choice of photographs.
+        size: side of the images in pixels; the model's if not given.
+        progress: called with the number of steps done and the total.
 
     Raises:
         KeyError: if the site is unknown.
@@ -285,7 +289,9 @@ def find_families(
     if not -1 < threshold < 1:
         raise ValueError(f"threshold {threshold} must be between -1 and 1")
     if units is not None and len(set(units)) != len(units):
-        raise ValueError(f"units {list(units)} of {place.name}: one is listed twice")
+        raise ValueError(
+            f"units {list(units)} of {place.name} are not distinct: expected each once"
+        )
     among = [place.unit(u).index for u in (range(place.n_units) if units is None else units)]
     orbit = orbit_for(model, transformation, size, seed)
     shown = orbit.images.shape[0] * orbit.images.shape[1]
@@ -331,7 +337,7 @@ def measure_family(
     seed: int = 0,
     size: int | None = None,
 ) -> Family:
-    """How much some units are one unit transformed, beside random groups of as many units of the site.
+    """Measure whether some units form a family, compared with random groups of equally many units of the site.
 
     Raises:
         KeyError: if a site is unknown.

@@ -1,4 +1,4 @@
-"""Unit maps: the units of a site laid out in two dimensions, like beside like, to browse by look.
+"""Unit maps: the units of a site laid out in two dimensions, with similar units close together.
 
 What is alike is the cosine between vectors: of responses (how each unit answers to the examples of a store) or
 of weights (what each unit is built from). Two dimensions cannot hold all of it, so a map comes with a number

@@ -120,7 +120,7 @@ def test_random_groups_differ_and_are_all_there_are_if_few(branches: HookedModel
     )
     many = ablate(branches, ["cat:1", "cat:2"], x, n_random=3)  # 4 and 5 are dead
     assert [{u.index for u in g} for g in many.null_units] == [{0, 3}]
-    with pytest.raises(ValueError, match="expected at least two examples a batch"):
+    with pytest.raises(ValueError, match="expected at least two examples in a batch"):
         ablate(branches, ["cat:1"], x[:1], how="resample", n_random=0)
 
 

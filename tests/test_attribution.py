@@ -455,7 +455,7 @@ def test_saved_and_read_again(branches: HookedModel, tmp_path: Path) -> None:
     assert again.to_dict() == made.to_dict()
     close(again.values, made.values)
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not one that was saved"):
+    with pytest.raises(ValueError, match="is not a saved attribution"):
         Attribution.load(tmp_path / "a.safetensors")
 
 
@@ -468,7 +468,7 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
         attribute(branches, x, "class:3", "cat")
     with pytest.raises(ValueError, match=r"unit cat:6 does not exist"):
         saliency_map(branches, x, "cat:6", "gradient")
-    with pytest.raises(ValueError, match=r"examples are of 9 x 10 pixels.*takes 8 x 10"):
+    with pytest.raises(ValueError, match=r"examples have 9 x 10 pixels.*takes 8 x 10"):
         saliency_map(branches, torch.zeros(1, 3, 9, 10), "top", "gradient")
     resized = saliency_map(branches, torch.rand(1, 3, 16, 20), "top", "gradient", size="resize")
     assert resized.values.shape == (1, 3, 8, 10)
@@ -476,7 +476,7 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
         attribute(branches, x, "stem:0", "cat")
     with pytest.raises(ValueError, match="no gradient leads from stem:0 to site cat"):
         relevance(branches, x, "stem:0", "cat")
-    with pytest.raises(ValueError, match="position 9 along y must be from -4 to 3"):
+    with pytest.raises(ValueError, match="position 9 along y is out of range: expected -4 to 3"):
         attribute(branches, x, "bn:0@9,0", "cat")
     with pytest.raises(ValueError, match=r"position \(1,\) does not fit the axes"):
         attribute(branches, x, "bn:0@1", "cat")

@@ -55,13 +55,13 @@ def test_what_a_person_types(bridge: HookedModel) -> None:
     following = load_task(bridge, texts=["1 2 3", "4 5 6 7"], positions="1")
     assert [q.labels for q in following.questions] == [(3,), (6,)]
     for options, message in (
-        ({"spec": "repeats", "answer": "3"}, "has answers and positions of its own"),
+        ({"spec": "repeats", "answer": "3"}, "has its own answers and positions"),
         ({"texts": ["1 2"], "positions": "5"}, r"position 5 of '1 2': expected -2 to 0"),
         ({"texts": ["1 2"], "positions": "end"}, "positions 'end': expected last, all, or whole numbers"),
         ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' cannot be tokenized"),
-        ({}, "model tiny-bridge has no task of its own"),
-        ({"answer": "3"}, "answers and positions need a text"),
-        ({"spec": "classes"}, "task 'classes' does not fit: model tiny-bridge takes tokens"),
+        ({}, "model tiny-bridge has no default task"),
+        ({"answer": "3"}, "data '': answers and positions need texts"),
+        ({"spec": "classes"}, "task 'classes' does not fit model tiny-bridge, which takes tokens"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_task(bridge, **options)
@@ -75,5 +75,5 @@ def test_a_task_file_belongs_to_a_tokenizer(bridge: HookedModel, tmp_path: Path)
     write_items(path, Header("mine", tokenizer=tokenizer_of(bridge.input)), items)  # type: ignore[arg-type]
     assert len(load_task(bridge, str(path), n=4)) == 4
     write_items(path, Header("mine", tokenizer="50257 tokens, 0123456789ab"), items)
-    with pytest.raises(ValueError, match="has tokens of another tokenizer"):
+    with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         load_task(bridge, str(path))

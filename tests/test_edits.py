@@ -20,10 +20,10 @@ from circuits.edits.connections import (
     RotateWeights,
     ScaleWeights,
     SetWeights,
-    turned_kernels,
+    rotated_kernels,
 )
 from circuits.edits.estimation import (
-    leace_of,
+    leace_projection,
     means,
     patch,
     project_out,
@@ -187,6 +187,15 @@ def test_heads_are_set_and_patched_whole(bridge: HookedModel) -> None:
     assert torch.equal(changed[:, :-1], plain[:, :-1])
 
 
+def leace_of(site: str, x: Tensor, labels: Tensor) -> Erase:
+    """LEACE from rows of activations and their labels."""
+    x = x.double()
+    z = F.one_hot(labels.unique(return_inverse=True)[1]).double()
+    mean, shares = x.mean(0), z.mean(0)
+    cov, cross = (x - mean).T @ (x - mean) / len(x), (x - mean).T @ (z - shares) / len(x)
+    return leace_projection(site, mean, cov, cross, shares)
+
+
 def test_leace_leaves_nothing_to_a_linear_classifier_and_changes_least() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (4000,), generator=generator)
@@ -288,14 +297,14 @@ def test_heads_own_the_rows_and_columns_of_their_dimensions(bridge: HookedModel)
 @pytest.mark.parametrize("size", [3, 4, 5])
 def test_kernels_turn_as_images_do(size: int) -> None:
     kernels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(turned_kernels(kernels, 90), torch.rot90(kernels, 1, (2, 3)))
-    assert torch.equal(turned_kernels(kernels, -360), kernels)
+    assert torch.equal(rotated_kernels(kernels, 90), torch.rot90(kernels, 1, (2, 3)))
+    assert torch.equal(rotated_kernels(kernels, -360), kernels)
     y, x = torch.meshgrid(*[torch.arange(size) - (size - 1) / 2] * 2, indexing="ij")
-    ramp = turned_kernels(x[None].double(), 30.0)[0]
+    ramp = rotated_kernels(x[None].double(), 30.0)[0]
     inside = (x.square() + y.square()).sqrt() <= (size - 1) / 2
     turned = x * 0.75**0.5 - y * 0.5  # counterclockwise on the screen, y down
     torch.testing.assert_close(ramp[inside], turned[inside].double(), atol=1e-6, rtol=1e-6)
-    assert turned_kernels(torch.ones(1, 2, 3), 90).shape == (1, 2, 3)
+    assert rotated_kernels(torch.ones(1, 2, 3), 90).shape == (1, 2, 3)
 
 
 def test_erasing_in_weights_is_erasing_what_they_write(own_net: HookedModel) -> None:
@@ -359,16 +368,16 @@ def test_ambiguous_and_missing_weights_are_named(branches: HookedModel) -> None:
     for text in ("scale_weights into=out:1", "keep_weights into=out:1 source=relu:2"):
         with pytest.raises(
             ValueError,
-            match=r"several layers write out:1: name one as layer: left, right|right, left",
+            match=r"several layers write out:1: name one with layer=(left or layer=right|right or layer=left)",
         ):
             read_edit(model, text)
     kept = weight_after(
         model, read_edit(model, "keep_weights into=out:1 source=relu:2 layer=left"), "left.weight"
     )
     assert kept[1].flatten().tolist() == [0, 0, model.parameters["left.weight"][1, 2].item()]
-    with pytest.raises(ValueError, match="unit cat:1 has no weights here"):
+    with pytest.raises(ValueError, match="unit cat:1 has no weights in"):
         read_edit(branches, "scale_weights into=cat:1,4 layer=right")
-    with pytest.raises(ValueError, match="no site holds just what it reads"):
+    with pytest.raises(ValueError, match="no site holds exactly what it reads"):
         second_moment(model, "last", [model.input.example(2)])  # tanh lies between
 
 
@@ -376,7 +385,7 @@ def test_shared_weights_are_changed_once_and_only_by_name() -> None:
     module = seeded(Residual())
     module.left.weight = module.right.weight  # type: ignore[union-attr]
     model = HookedModel(module, (3, 5, 5), "tied")
-    with pytest.raises(ValueError, match="weights of left are those of right too"):
+    with pytest.raises(ValueError, match="layer left shares its weights with right"):
         read_edit(model, "scale_weights source=relu:1")
     plain = model.parameters["right.weight"].data.clone()
     edit = read_edit(model, "scale_weights source=relu:1 layer=left factor=-1")
@@ -422,7 +431,7 @@ def test_transplants_carry_what_batch_norm_does(branches: HookedModel) -> None:
     donor, host = net(1, -1.0), net(2, 2.0)
     x = host.input.example(8)
     match = {Unit("input", i): Unit("input", i) for i in range(3)}
-    with pytest.raises(ValueError, match="give some to fit a gain on"):
+    with pytest.raises(ValueError, match="examples are needed to fit a gain"):
         transplant(host, "1:2", donor, "1:0", match)
     with edited(host, [transplant(host, "1:2", donor, "1:0", match, [x])]):
         got = host.run(x, read=["1"])["1"][:, 2]
@@ -577,7 +586,7 @@ def test_bake_gives_a_new_model(any_model: HookedModel, tmp_path: Path) -> None:
     save_baked(made, tmp_path / "w.safetensors", model, recipe)
     with pytest.raises(ValueError, match="must end in"):
         save_baked(made, tmp_path / "w.pt", model, recipe)
-    with pytest.raises(ValueError, match="changes activations, which no weights hold"):
+    with pytest.raises(ValueError, match="changes activations, which weights cannot hold"):
         bake(model, [draw.edit("scale")])
 
 
@@ -606,7 +615,7 @@ def test_reordering_is_checked(branches: HookedModel) -> None:
         recipe.reordered(branches, [2, 0, 1, 3, 4, 5])
     with pytest.raises(ValueError, match="do not commute"):
         recipe.reordered(branches, [0, 1, 2, 5, 3, 4])
-    with pytest.raises(ValueError, match="not an order"):
+    with pytest.raises(ValueError, match="not a permutation"):
         recipe.reordered(branches, [0, 0])
     assert not commute(branches, edits[0], edits[2])
 
@@ -656,7 +665,11 @@ def test_recipes_fit_their_weights_only(own_net: HookedModel, branches: HookedMo
     [
         (zero("relu:8"), ValueError, "edit 2: unit relu:8 does not exist: relu has units 0 to 7"),
         (zero("relo:1"), KeyError, "did you mean relu"),
-        (Scale(Units("relu", (1,)), at=(1,), factor=0.0), ValueError, "does not fit the axes"),
+        (
+            Scale(Units("relu", (1,)), at=(1,), factor=0.0),
+            ValueError,
+            "expected one index for each of its axes",
+        ),
         (Steer("relu", torch.ones(7)), ValueError, "expected 8"),
         (Set(Units("relu", (1, 2)), values=torch.ones(3)), ValueError, "do not fit"),
         (
@@ -666,7 +679,7 @@ def test_recipes_fit_their_weights_only(own_net: HookedModel, branches: HookedMo
         ),
         (ScaleWeights(Units("relu", (1,)), layer="block.con"), KeyError, "did you mean block.conv"),
         (ScaleWeights(Units("relu", (1,)), Units("fc", (1,))), ValueError, "no weights"),
-        (RotateWeights(Units("fc", (1,))), ValueError, "cannot be turned"),
+        (RotateWeights(Units("fc", (1,))), ValueError, "expected kernels that can be rotated"),
         (
             LowRank("fc", torch.ones(3, 1), torch.ones(9, 1)),
             ValueError,
@@ -726,7 +739,7 @@ def test_a_patch_that_does_not_fit_the_input_is_named(own_net: HookedModel) -> N
             KeyError,
             "did you mean factor",
         ),
-        (5, ValueError, "not a record"),
+        (5, ValueError, "expected an object"),
         ({"operator": "scale", "units": "a", "factor": 1}, ValueError, "SITE:1,2,5-9"),
         ({"operator": "scale", "units": "a:1,1", "factor": 1}, ValueError, "listed twice"),
         ({"operator": "scale", "units": "a:1", "factor": 1, "at": 3}, ValueError, "whole numbers"),
@@ -749,7 +762,7 @@ def test_a_patch_that_does_not_fit_the_input_is_named(own_net: HookedModel) -> N
         (
             {"operator": "clamp", "units": "a:1", "low": 2, "high": 1},
             ValueError,
-            "must not be above",
+            "is above high",
         ),
         ({"operator": "clamp", "units": "a:1"}, ValueError, "needs low, high or both"),
         (
@@ -758,7 +771,11 @@ def test_a_patch_that_does_not_fit_the_input_is_named(own_net: HookedModel) -> N
             "not one of positive",
         ),
         ({"operator": "scale_weights"}, ValueError, "needs into, source or both"),
-        ({"operator": "erase", "site": "a", "basis": [[1.0], [1.0]]}, ValueError, "no projection"),
+        (
+            {"operator": "erase", "site": "a", "basis": [[1.0], [1.0]]},
+            ValueError,
+            "gives no projection",
+        ),
     ],
 )
 def test_bad_records_are_named(raw, error, message) -> None:

@@ -209,7 +209,7 @@ def test_fine_tuning_reaches_the_target(bridge: HookedModel) -> None:
 def test_bad_input_to_measure_is_named(own_net: HookedModel, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure(own_net, [zero("relu:1")], own_net.input.example(4), **options)
-    with pytest.raises(ValueError, match="no edit to measure"):
+    with pytest.raises(ValueError, match="recipe has no edits"):
         measure(own_net, [], own_net.input.example(4))
     with pytest.raises(ValueError, match="examples are empty"):
         measure(own_net, [zero("relu:1")], [])

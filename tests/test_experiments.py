@@ -266,7 +266,7 @@ def test_labels_of_texts_are_by_example_and_position(bridge: HookedModel) -> Non
         ValueError, match="label 20 of 'example 0': expected a token from 0 to 19, or -1"
     ):
         ablate(bridge, ["blocks.0.attn.hook_z:1"], TOKENS, labels=labels.clamp_min(20))
-    with pytest.raises(ValueError, match="count nothing"):
+    with pytest.raises(ValueError, match="are empty: expected at least one"):
         ablate(bridge, ["blocks.0.attn.hook_z:1"], TOKENS, labels=labels * 0 - 1)
 
 
@@ -320,7 +320,7 @@ def test_a_position_that_dominates_the_mean_is_named(bridge: HookedModel) -> Non
 
 def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel) -> None:
     task = of_examples(Examples.given(bridge, TOKENS))
-    with pytest.raises(ValueError, match="labels do not go with task next token"):
+    with pytest.raises(ValueError, match="labels: task next token has its own answers"):
         ablate(bridge, ["blocks.0.mlp.hook_post:1"], task, labels=[1] * 7)
     with pytest.raises(ValueError, match="needs a task with counterparts"):
         ablate(bridge, ["blocks.0.mlp.hook_post:1"], task, how="counterpart", n_random=0)
@@ -331,7 +331,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         match="task next token was made for tiny-bridge: model Branches has another input",
     ):
         run(branches, [], task)
-    with pytest.raises(ValueError, match="variant 'a' is there twice"):
+    with pytest.raises(ValueError, match="variant 'a' occurs twice"):
         run(bridge, [Variant("a"), Variant("a")], task)
     with pytest.raises(ValueError, match=r"unit blocks\.0\.mlp\.hook_post:1 is listed twice"):
         ablate(bridge, ["blocks.0.mlp.hook_post:1"] * 2, task)

@@ -196,7 +196,7 @@ def test_bad_input_is_named(bridge: HookedModel, branches: HookedModel) -> None:
         (lambda: find_families(model, "line", threshold=2.0), "threshold 2.0 must be between"),
         (lambda: find_families(model, "line", least=1), "least 1 must be at least 2"),
         (lambda: find_families(model, "line", units=[12]), "unit line:12 does not exist"),
-        (lambda: find_families(model, "line", units=[1, 1]), "one is listed twice"),
+        (lambda: find_families(model, "line", units=[1, 1]), "are not distinct"),
         (
             lambda: measure_family(model, ["line:1", "line:2"], permutations=0),
             "permutations 0 must be",

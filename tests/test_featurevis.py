@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
-from circuits.featurevis.gradients import Waking, _RedirectedReLU
+from circuits.featurevis.gradients import RedirectedGradients, _RedirectedReLU
 from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.objectives import alignment, channel, interpolation
 from circuits.featurevis.pictures import Picture, read_facts
@@ -47,7 +47,7 @@ def test_local_response_norm_is_torchs(size: int) -> None:
 def test_waking_holds_for_functions_and_modules_and_ends() -> None:
     x = torch.full((1, 2), -1.0, requires_grad=True)
     for relu in (nn.ReLU(), nn.ReLU(inplace=True), F.relu, torch.relu, torch.Tensor.relu):
-        with Waking():
+        with RedirectedGradients():
             (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
         assert gradient.tolist() == [[-1.0, -1.0]], relu
         (gradient,) = torch.autograd.grad(-relu(x * 1).sum(), x)
@@ -67,7 +67,7 @@ def test_a_silent_unit_wakes_up() -> None:
 
 def test_edits_hold_while_silent_units_are_woken(own_net: HookedModel) -> None:
     x = own_net.input.example(1)
-    with edited(own_net, [zero("relu:0")]), Waking():
+    with edited(own_net, [zero("relu:0")]), RedirectedGradients():
         assert not own_net.run(x, read=["relu"])["relu"][:, 0].any()
 
 

@@ -174,13 +174,14 @@ def test_a_sink_is_named(bridge: HookedModel) -> None:
 
 def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel) -> None:
     with pytest.raises(
-        ValueError, match="model Branches takes images: heads are told apart by what they do"
+        ValueError, match="model Branches takes images: heads are scored by what they attend to"
     ):
         score_heads(branches)
-    with pytest.raises(ValueError, match="model Branches takes images: expected a model of tokens"):
+    with pytest.raises(ValueError, match="model Branches takes images: expected a token model"):
         attention_patterns(branches, "1 2", ["0.1"])
     with pytest.raises(
-        ValueError, match="length 13: expected 6, to repeat anything, to 12, the model's context"
+        ValueError,
+        match=r"length 13: expected 6 \(the shortest that repeats anything\) to 12 \(the model's context\)",
     ):
         score_heads(bridge, length=13)
     with pytest.raises(
@@ -188,14 +189,14 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     ):
         score_heads(bridge, n=1)
     with pytest.raises(
-        ValueError, match="texts: one of them has no place where a head of kind duplicate_token"
+        ValueError, match="texts: one of them has no position where a head of kind duplicate_token"
     ):
         score_heads(bridge, examples=Examples.texts(bridge, [[1, 2, 3], [1, 1, 2]]))
     with pytest.raises(KeyError, match=r"unknown head of tiny-bridge '0\.4': did you mean"):
         attention_patterns(bridge, [1, 2], ["0.4"])
     with pytest.raises(
-        ValueError, match=r"head 'blocks\.0\.mlp\.hook_post:1': the units of .* are no heads"
+        ValueError, match=r"head 'blocks\.0\.mlp\.hook_post:1': the units of .* are not heads"
     ):
         attention_patterns(bridge, [1, 2], ["blocks.0.mlp.hook_post:1"])
-    with pytest.raises(ValueError, match="heads name none"):
+    with pytest.raises(ValueError, match="heads are empty"):
         attention_patterns(bridge, [1, 2], [])

@@ -85,7 +85,8 @@ def test_a_row_without_a_key_is_refused(bridge: HookedModel) -> None:
     edit = knock_out(f"{PATTERN}:1,3", keys=[0], renormalise=True)
     with (
         pytest.raises(
-            ValueError, match="position 0 of head 1 has no attention left to renormalise"
+            ValueError,
+            match="position 0 of head 1 keeps no key, so that nothing is left to renormalise",
         ),
         edited(bridge, [edit]),
     ):
@@ -135,10 +136,10 @@ def test_twins_are_other_heads_or_else_other_keys(bridge: HookedModel) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("blocks.1.attn.hook_z:0 keys=0", "holds no attention pattern .* expected one of blocks.0.attn.hook_pattern"),
+        ("blocks.1.attn.hook_z:0 keys=0", "is not an attention pattern .* expected one of blocks.0.attn.hook_pattern"),
         (f"{PATTERN}:9 keys=0", "does not exist"),
-        (f"{PATTERN}:0 keys=0 queries=12", "position 12 among queries .* must be from -12 to 11"),
-        (f"{PATTERN}:0 keys=0 at=1,2", "at of edit 'knock_out' has no meaning"),
+        (f"{PATTERN}:0 keys=0 queries=12", "position 12 in queries .* expected -12 to 11"),
+        (f"{PATTERN}:0 keys=0 at=1,2", "does not apply to edit 'knock_out'"),
         (f"{PATTERN}:0 renormalise=true", "leaves no key to renormalise"),
     ],
 )  # fmt: skip
@@ -150,11 +151,11 @@ def test_bad_knock_outs_are_one_clear_line(bridge: HookedModel, words: str, mess
 def test_a_position_past_the_end_is_named(bridge: HookedModel) -> None:
     edit = knock_out(f"{PATTERN}:0", queries=[10], keys=[0])
     with (
-        pytest.raises(ValueError, match=r"position 10 among queries .* must be from -5 to 4"),
+        pytest.raises(ValueError, match=r"position 10 in queries .* expected -5 to 4"),
         edited(bridge, [edit]),
     ):
         bridge.logits(bridge.input.example(1)[:, :5])
-    with pytest.raises(ValueError, match="keys of edit 'knock_out' name no position"):
+    with pytest.raises(ValueError, match="keys of edit 'knock_out' are empty"):
         knock_out(f"{PATTERN}:0", keys=[])
 
 

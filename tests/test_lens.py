@@ -118,12 +118,12 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     task = read_at(bridge)
     with pytest.raises(
         ValueError,
-        match="model Branches is not a TransformerLens bridge: it has no residual stream",
+        match="model Branches has no residual stream to stop at: expected a TransformerLens bridge",
     ):
         lens_tokens(branches, "1 2")
     inside = task.with_metric(UnitActivation.named(bridge, "blocks.0.mlp.hook_post:3"))
     with pytest.raises(
-        ValueError, match=r"reads blocks\.0\.mlp\.hook_post: the lens changes the output alone"
+        ValueError, match=r"reads blocks\.0\.mlp\.hook_post: the lens changes only the output"
     ):
         logit_lens(bridge, inside)
     with pytest.raises(ValueError, match="token 25 is not in the vocabulary"):

@@ -152,7 +152,7 @@ def test_text_becomes_an_objective(model: HookedModel) -> None:
         (lambda m: objectives.direction(m, Direction("relu", torch.ones(3))), ValueError, "expected 8"),
         (lambda m: objectives.spatial_direction(m, "relu", torch.ones(3, 2, 2)), ValueError, "do not fit"),
         (lambda m: objectives.alignment(m, "relu", 1.0), ValueError, "reach 1.0"),
-        (lambda m: objectives.mean([]), ValueError, "is empty"),
+        (lambda m: objectives.mean([]), ValueError, "are empty"),
         (lambda m: comparisons.caricature(m, "relu", torch.rand(5, 40, 56), -1), ValueError, "-1"),
         (lambda m: comparisons.inversion(m, "relu", torch.rand(3, 9, 9)), ValueError, "3 channels"),
         (lambda m: comparisons.attributed(m, "fc", torch.rand(5, 40, 56), "relu:1"), ValueError, "no gradient"),

@@ -384,11 +384,12 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     with pytest.raises(KeyError, match=r"no site of tiny-bridge matches 'blox\.\*'"):
         patch_grid(bridge, task, "blox.*")
     with pytest.raises(
-        ValueError, match="position 8 is past the end of every text of task task: expected -8 to 7"
+        ValueError, match="position 8 is outside every text of task task: expected -8 to 7"
     ):
         patch_grid(bridge, task, positions=[0, 8])
     with pytest.raises(
-        ValueError, match="position 'end' is no span of task task: expected whole numbers or middle"
+        ValueError,
+        match="position 'end' is not a span of task task: expected whole numbers or middle",
     ):
         patch_grid(bridge, task, positions="end")
     with pytest.raises(
@@ -396,17 +397,15 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     ):
         patch_grid(bridge, task, by="head", positions=[1])
     with pytest.raises(
-        ValueError, match=r"by 'head': the units of blocks\.0\.hook_mlp_out are no heads"
+        ValueError, match=r"by 'head': the units of blocks\.0\.hook_mlp_out are of kind"
     ):
         patch_grid(bridge, task, "mlp_out", by="head")
     with pytest.raises(
         ValueError,
-        match=r"by 'position': site blocks\.0\.attn\.hook_pattern holds nothing by position",
+        match=r"by 'position': site blocks\.0\.attn\.hook_pattern has no position axis",
     ):
         patch_grid(bridge, task, "pattern")
-    with pytest.raises(
-        ValueError, match="measure nan of the intact model is not a number on example"
-    ):
+    with pytest.raises(ValueError, match="measure nan of the intact model is NaN on example"):
         patch_grid(bridge, task, metric=nan)
     first = bridge.logits(CLEAN)[:, -1, 0]
 
@@ -420,7 +419,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         images, counterparts=Examples.given(branches, branches.input.example(2, seed=1))
     )
     with pytest.raises(
-        ValueError, match="sites: model Branches has none of those that by 'position' takes"
+        ValueError, match="sites: model Branches has no default sites for by 'position'"
     ):
         patch_grid(branches, images)
     with pytest.raises(
@@ -430,7 +429,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         patch_grid(branches, images, ["stem_relu", "cat"])
     short = pairs(bridge, (8, 5, 8))
     with pytest.raises(
-        ValueError, match="how 'position_mean' needs texts of one length: they have from 5 to 8"
+        ValueError, match="how 'position_mean' needs texts of equal length: these have 5 to 8"
     ):
         keep_only(bridge, (), how="position_mean", examples=short.examples)
     with pytest.raises(
@@ -439,7 +438,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     ):
         keep_only(bridge, ["blocks.0.hook_resid_pre:1"])
     with pytest.raises(
-        ValueError, match="model Branches has no heads and MLPs by the usual names: name the sites"
+        ValueError, match="model Branches has no heads and MLPs under their usual names"
     ):
         keep_only(branches, ["cat:1"])
     with pytest.raises(ValueError, match="how 'mean' needs examples"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 import circuits
 from circuits.cleanroom import addition, induction
 from circuits.examples import Examples
-from circuits.experiments.patching import patch_paths, path_changes, record_senders
+from circuits.experiments.patched_runs import Options, at_positions, changes_of, positions_of
+from circuits.experiments.patching import patch_paths
+from circuits.hooks import Change
 from circuits.localization import head_effects, path_grid
-from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.hooked_model import ActivationCache, HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.paths.residual import Sender, Stream
 from circuits.models.paths.routes import paths, receivers, senders, stream_of
@@ -31,6 +34,25 @@ SHAPE: dict[str, Any] = {"d_model": 8, "d_head": 4, "n_layers": 2, "n_ctx": 12, 
 """Of the random models."""
 
 Case = tuple[HookedModel, Plain]
+
+
+def record_senders(
+    model: HookedModel, tokens: Tensor, positions: Tensor | None = None
+) -> ActivationCache:
+    """A run with what every sender writes."""
+    stream = stream_of(model)
+    edits = at_positions(stream, positions_of(stream, tokens, positions))
+    return model.run(tokens, read=stream.written(stream.senders), edits=edits)
+
+
+def path_changes(
+    model: HookedModel, source: Mapping[str, Tensor], group: Iterable[Any]
+) -> dict[str, Change]:
+    """Paths patched together from a recorded run, as changes of sites."""
+    stream = stream_of(model)
+    some = frozenset(stream.path(path) for path in group)
+    other = {name: source[name] for name in stream.written({sender for sender, _ in some})}
+    return changes_of(stream, [some], other, Options())
 
 
 def scrambled(module: torch.nn.Module) -> torch.nn.Module:
@@ -539,7 +561,7 @@ def test_bad_paths_are_one_clear_line(path: Any, error: type[Exception], words: 
     [
         ({"corrupted": drawn()[1][:, 1:]}, r"corrupted has shape \(3, 6\): expected that of clean, \(3, 7\)"),
         ({"corrupted": drawn()[1] + 20}, "token .* is not in the vocabulary"),
-        ({"paths": []}, "paths name none"),
+        ({"paths": []}, "paths are empty"),
         ({"corrupted_positions": torch.arange(7) + 6}, "position 12 of gpt2-like must be from 0 to 11"),
         ({"corrupted_positions": torch.arange(3)}, r"positions of shape \(3,\) do not fit tokens of shape \(3, 7\)"),
         ({"where": torch.ones(3, 6, dtype=torch.bool)}, r"where has shape \(3, 6\): expected .* \(3, 7\)"),

@@ -63,15 +63,15 @@ def test_an_examples_own_image_takes_the_natural_way(
     shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
     """The measure itself: a unit's second best example scores near 1, a blank image far below."""
-    from circuits.featurevis.badges import _measured
+    from circuits.featurevis.badges import _picture_scores
 
     spec = shapes.input
     best, blank = [], []
     for unit in range(96, 144, 6):
         top = int((-natural.maximum[:, unit]).argsort()[1])
-        own = _measured(shapes, photos.load(top), shapes.unit(f"mixed3a:{unit}"), natural, 0)
+        own = _picture_scores(shapes, photos.load(top), shapes.unit(f"mixed3a:{unit}"), natural, 0)
         grey = torch.full((3, spec.height, spec.width), 0.5)
-        none = _measured(shapes, grey, shapes.unit(f"mixed3a:{unit}"), natural, 0)
+        none = _picture_scores(shapes, grey, shapes.unit(f"mixed3a:{unit}"), natural, 0)
         best.append(own.natural)
         blank.append(none.natural)
         assert 0 < own.reached <= 1

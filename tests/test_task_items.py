@@ -221,8 +221,8 @@ def test_what_is_left_out_is_accounted_for_in_full() -> None:
     assert set(left) == set(NAMES) - single
     assert 10 < len(left) < len(NAMES) - 10
     assert {w for item in made.items for w in item.fillers if w in NAMES} <= single
-    assert made.account().startswith(f"{len(left)} names that are not one token ('")
-    assert indirect_object(60, 0, None).account() == ""
+    assert made.left_out_text().startswith(f"{len(left)} names that are not one token ('")
+    assert indirect_object(60, 0, None).left_out_text() == ""
 
 
 def test_texts_with_a_word_that_a_vocabulary_lacks_are_left_out() -> None:
@@ -240,15 +240,15 @@ def test_fewer_items_than_asked_for_are_said() -> None:
     made = brackets(100, pairs=2)
     # (()) and ()(), in each of which one of four brackets can be turned round; both forms of each
     assert len(made) == 2 * 4 * 2
-    assert made.account() == "84 of 100 items: there are no more"
+    assert made.left_out_text() == "84 of 100 items, as no more can be drawn"
 
 
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: greater_than(5, 0, by_word()), "no token for one or two digits of a year"),
-        (lambda: greater_than(5, 0, by_digit(), digits="two"), "no token for two digits of a year"),
-        (lambda: greater_than(5, 0, by_word(), digits="one"), "no token for one digit of a year"),
+        (lambda: greater_than(5, 0, by_word()), "no single token for one or two digits of a year"),
+        (lambda: greater_than(5, 0, by_digit(), digits="two"), "no single token for two digits of a year"),
+        (lambda: greater_than(5, 0, by_word(), digits="one"), "no single token for one digit of a year"),
         (lambda: check_choice("corruption", "x", ("abc", "swap")), "corruption 'x': expected one of abc, swap"),
         (lambda: repeats(5, n_vocab=2), "n_vocab 2 must be at least 3"),
         (lambda: repeats(5, length=9), "do not fit sequences of 9 tokens"),
@@ -265,7 +265,7 @@ def test_wrong_settings_are_named(make: Callable[[], object], expected: str) -> 
 @pytest.mark.parametrize("name", ["indirect-object", "docstring", "capitals"])
 def test_a_tokenizer_of_characters_is_refused_with_what_was_left_out(name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"tokenizer takes 0 .*left out|; \d+ \w+ that are not one token"
+        ValueError, match=r"tokenizer leaves 0 .*left out|; \d+ \w+ that are not one token"
     ):
         TEMPLATES[name](5, 0, by_pattern("."))
 
@@ -354,7 +354,7 @@ def test_a_century_whose_first_year_is_one_token_has_its_answers_as_tokens() -> 
         assert (encode(str(item.clean))[-5],) == token[f"{year:02d}"], (
             "the year is a token of its own"
         )
-    assert made.account() == ""
+    assert made.left_out_text() == ""
     # where 1701 to 1749 are joined, these years cannot be named, and 1701 is no counterpart
     joined = by_pattern(WORDS + r" 17[0-4]\d| ?\d\d" + REST)
     centuries = {
@@ -461,7 +461,7 @@ def test_names_of_one_number_of_tokens_go_together(tokenizer: str) -> None:
     for item in made.items:
         lengths = {len(encode(f"when {name}")) for name in item.fillers}
         assert len(lengths) == 1
-    lone = made.left_out.get("names without one of the other gender of as many tokens", ())
+    lone = made.left_out.get("names without one of the other gender of equally many tokens", ())
     assert not set(lone) & {name for item in made.items for name in item.fillers}
 
 
@@ -626,7 +626,7 @@ def test_labels_are_one_for_each_counted_position() -> None:
     for changed, expected in (
         (
             {"labels": (2, 3), "positions": (0,)},
-            r"labels of \(1, 2, 3\): 2 for 1 counted positions",
+            r"labels of \(1, 2, 3\): there are 2 for 1 counted positions",
         ),
         ({"labels": (2, 3)}, "2 for 1 counted positions"),
         ({"labels": (2,), "answers": ((1,),)}, "labels and answers of .*: expected one of the two"),
@@ -714,7 +714,7 @@ def test_one_class_of_drawings_against_another() -> None:
     assert torch.equal(same.clean, made.clean)
     assert torch.equal(same.corrupted, grey(made.clean))
     assert same.against == made.against
-    softer = made.compared("blurred", sigma=2.0)
+    softer = made.with_counterparts("blurred", sigma=2.0)
     assert (softer.kind, len(softer)) == ("blurred, sigma 2", 24)
 
 
@@ -726,7 +726,7 @@ def test_another_image_is_of_another_class_and_each_is_taken_once(
     images = torch.arange(len(classes)).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 20
     names = tuple(map(str, range(len(classes))))
     if 2 * max(Counter(classes).values()) > len(classes):
-        with pytest.raises(ValueError, match="are of one class, which cannot all be paired"):
+        with pytest.raises(ValueError, match="are of one class, expected at most half"):
             pairs_of(images, tuple(classes), names, seed)
         return
     made = pairs_of(images, tuple(classes), names, seed)
@@ -740,15 +740,15 @@ def test_bad_pairs_of_images_are_named() -> None:
     image = torch.rand(2, 3, 4, 4)
     for make, expected in (
         (lambda: shape_pairs(4, first="circel"), "unknown class 'circel': did you mean circle"),
-        (lambda: shape_pairs(4, second="curve 90°"), "second 'curve 90°' is the first class"),
+        (lambda: shape_pairs(4, second="curve 90°"), "second 'curve 90°' is also the first class"),
         (lambda: shape_pairs(0), "n 0 must be at least 1"),
         (lambda: shape_pairs(4, sigma=2.0), "unknown setting of another 'sigma'"),
         (lambda: curve_pairs(4, radii=(0.3, 0.1)), r"radii \(0.3, 0.1\) must be positive"),
         (lambda: curve_pairs(4, kind="another"), "unknown counterpart 'another'"),
         (lambda: blurred(image, 0), "sigma 0 must be positive"),
         (lambda: with_patch(image, 1.5), "size 1.5 must be above 0 and at most 1"),
-        (lambda: with_patch(image[:1]), "at least two images, or others"),
-        (lambda: ImagePairs("a", image, image, ("x",), ""), "names of a: 1 for 2 pairs"),
+        (lambda: with_patch(image[:1]), "with 1 images there is no next one"),
+        (lambda: ImagePairs("a", image, image, ("x",), ""), "names of a: there are 1 for 2 pairs"),
     ):
         with pytest.raises((ValueError, KeyError), match=expected):
             make()
@@ -857,7 +857,7 @@ GOOD = b'{"circuits_task": 1, "name": "a"}\n'
         (GOOD + b'{"clean": "x", "answers": " a"}', "line 2: answers is ' a': expected a list of texts"),
         (GOOD + b'{"clean": "x", "answers": [""]}', r"line 2: answers is \[''\]: expected a list of texts"),
         (GOOD + b'{"clean": "x", "anwsers": []}', "line 2: unknown field 'anwsers': did you mean answers"),
-        (GOOD + b'{"clean": "x", "clean": "y"}', "line 2: field 'clean' is there twice"),
+        (GOOD + b'{"clean": "x", "clean": "y"}', "line 2: field 'clean' is repeated"),
         (GOOD + b'{"clean": "x", "positions": "io"}', "line 2: positions 'io': expected last, all, or whole numbers"),
         (GOOD + b'{"clean": "x", "positions": [NaN]}', "line 2: NaN is not a number that JSON has"),
         (GOOD + b'{"clean": "x", "positions": [' + b"9" * 5000 + b"]}", "line 2: 9999999999999999999… has 5000 digits"),
@@ -1004,7 +1004,8 @@ def test_choices_as_mib_has_them(tmp_path: Path) -> None:
     made = read_table(path)
     assert made.items == (Item("A. red B. blue Answer:", ("B",), ("X",), "X. red Y. blue Answer:"),)
     assert (
-        made.account() == "1 of 2 items: there are no more; 1 rows without a counterpart ('row 2')"
+        made.left_out_text()
+        == "1 of 2 items, as no more can be drawn; 1 rows without a counterpart ('row 2')"
     )
     sums = [{"prompt": "1+2=", "label": 3, "random_counterfactual": {"prompt": "2+2=", "label": 4}}]
     assert read_table(table(tmp_path, "sums.json", json.dumps(sums))).items == (
@@ -1021,7 +1022,8 @@ def test_prompts_as_acdc_has_them(tmp_path: Path) -> None:
     (item,) = read_table(path, counterpart="doc").items
     assert item == Item("def f(a, b):", (" a",), (" b", " c"), "def f(a, d):")
     with pytest.raises(
-        ValueError, match="row 1: corrupt_prompt has random, doc: expected one of them"
+        ValueError,
+        match="row 1: counterpart None: corrupt_prompt has random, doc, expected one of these",
     ):
         read_table(path)
     for content in (
@@ -1040,25 +1042,25 @@ def test_prompts_as_acdc_has_them(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("a.csv", "country,capital\nPeru,Lima\n", r"the columns country, capital: expected mib: prompt, .*eap-ig: "),
-        ("a.csv", "", "has no row: expected at least one"),
-        ("a.csv", "clean,answer\n", "has no row: expected at least one"),
+        ("a.csv", "", "has no rows: expected at least one"),
+        ("a.csv", "clean,answer\n", "has no rows: expected at least one"),
         ("a.csv", "clean,answer\nx\n", "row 1 has 1 cells: expected 2"),
         ("a.csv", "clean,clean,answer\nx,y,z\n", "has the columns clean, clean, answer: expected each once"),
         ("a.csv", "clean,answer\n,z\n", "row 1: clean is '': expected a text"),
         ("a.csv", 'clean,answer\n"x,y\n', "cannot be read: unexpected end of data"),
         ("a.csv", "clean,answer\nx," + "y" * 200_000, "cannot be read: field larger than field limit"),
         ("a.csv", "clean,corrupted,correct_idx,incorrect_idx\nx,y,1,-2\n", "row 1: incorrect_idx is '-2'"),
-        ("a.csv", "clean,corrupted,correct_idx,incorrect_idx\nx,,1,2\n", "has no row with a counterpart"),
+        ("a.csv", "clean,corrupted,correct_idx,incorrect_idx\nx,,1,2\n", "has no rows with a counterpart"),
         ("a.csv", "clean,corrupted,plural\nx,y,2\n", "row 1: plural '2': expected 0 or 1"),
-        ("a.json", "{}", "holds no rows: expected a list, or one under `prompts` or `data`"),
-        ("a.json", "[1]", "row 1 is 1: expected fields and values"),
+        ("a.json", "{}", "is not a list of rows: expected a list, or one under `prompts` or `data`"),
+        ("a.json", "[1]", "row 1 is 1: expected an object with fields"),
         ("a.json", '[{"clean": NaN}]', "NaN is not a number that JSON has"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", '{"clean": 1}\n{', "line 2 is not JSON"),
         ("a.json", '[{"prompt": "x", "choices": ["a"], "answerKey": 3, "x_counterfactual": {"prompt": "y"}}]',
-         "row 1: answerKey '3': expected the place of one of the choices, from 0"),
+         "row 1: answerKey '3': expected the index of one of the choices, from 0"),
         ("a.json", '[{"prompt": "x", "label": "a", "x_counterfactual": {}, "y_counterfactual": {}}]',
-         "row 1: counterparts x_counterfactual, y_counterfactual: expected one to be named"),
+         "row 1: counterpart: the table has x_counterfactual, y_counterfactual, name one of them"),
         ("a.parquet", "x", "ends in '.parquet': expected .csv, .tsv, .json, .jsonl"),
     ],
 )  # fmt: skip

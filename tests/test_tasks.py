@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.experiments.ablation import _another, ablate
+from circuits.experiments.ablation import _other_example, ablate
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.halves import halves
@@ -134,7 +134,7 @@ def test_a_half_cannot_be_had_from_the_other(bridge: HookedModel) -> None:
     assert not {*find.examples.names} & {*test.examples.names}
     assert len(find) + len(test) == 10
     assert find.find is find
-    with pytest.raises(ValueError, match="task task is its find half: the test half cannot be had"):
+    with pytest.raises(ValueError, match="task task is already the find half: take the test half"):
         _ = find.test
     with pytest.raises(ValueError, match="cannot be split into two halves"):
         _ = compile_task(bridge, items[:3]).test
@@ -147,15 +147,15 @@ def test_a_half_cannot_be_had_from_the_other(bridge: HookedModel) -> None:
     ("items", "message"),
     [
         ([], "has no item"),
-        ([Item((1, 2), corrupted=(1, 2, 3))], "has 3 tokens, '1 2' has 2: expected as many"),
+        ([Item((1, 2), corrupted=(1, 2, 3))], "has 3 tokens: expected 2, as many as '1 2' has"),
         ([Item((1, 2), corrupted=(3, 4)), Item((1, 3))], "'1 3' of task task has no counterpart"),
-        ([Item((1, 2), positions=(2,))], r"position 2 is outside of '1 2': expected -2 to 1"),
-        ([Item((1, 2), positions=(0, -2))], "count one twice"),
+        ([Item((1, 2), positions=(2,))], r"position 2 is outside '1 2': expected -2 to 1"),
+        ([Item((1, 2), positions=(0, -2))], "are not distinct"),
         ([Item((1, 20))], "token 20 is not in the vocabulary"),
         ([Item((1, 2), answers=((25,),))], "token 25 is not in the vocabulary"),
         ([Item(tuple(range(13)))], "has 13 tokens: the model takes at most 12"),
         ([Item("  ")], "text is empty"),
-        ([Item((1, 2), spans={"x": (1, 4)})], "span 'x' of '1 2' is 1 to 4: expected a part of 0 to 2"),
+        ([Item((1, 2), spans={"x": (1, 4)})], "span 'x' of '1 2' is 1 to 4: expected a range within 0 to 2"),
     ],
 )  # fmt: skip
 def test_bad_items_are_refused(bridge: HookedModel, items: list[Item], message: str) -> None:
@@ -165,7 +165,7 @@ def test_bad_items_are_refused(bridge: HookedModel, items: list[Item], message: 
 
 def test_bad_metrics_are_refused(bridge: HookedModel) -> None:
     items = [Item((1, 2), answers=((3,),))]
-    with pytest.raises(ValueError, match="logit_difference needs something to compare the answers"):
+    with pytest.raises(ValueError, match="logit_difference needs wrong answers to compare"):
         compile_task(bridge, items, metric="logit_difference")
     with pytest.raises(
         KeyError, match="unknown metric 'logit_diff': did you mean logit_difference"
@@ -179,7 +179,7 @@ def test_bad_metrics_are_refused(bridge: HookedModel) -> None:
     reading = reading_of(bridge, task)
     whole = Reading(reading.places, reading.logits, output=bridge.logits(torch.tensor([[1, 2]])))
     assert isinstance(task.metric, Custom)
-    with pytest.raises(ValueError, match="expected one number for each of 1 examples"):
+    with pytest.raises(ValueError, match="expected one number for each of the 1 examples"):
         task.metric.of(whole, whole)
 
 
@@ -202,11 +202,11 @@ def test_a_units_activation_is_read_where_the_intact_model_is_most_active(
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (Item((1, 2), answers=((3,), (3,))), "answer (3,) to '1 2' is there twice"),
-        (Item((1, 2), answers=((3,),), against=((3,),)), "is also what the answers are compared with"),
-        (Item((1, 2), labels=(99999,)), "label 99999 of '1 2' is no token: expected 0 to"),
-        (Item((1, 2), labels=(-1,)), "label -1 of '1 2' is no token"),
-        (Item((1, 2), answers=((3,),), corrupted=(1, 2)), "counterpart of '1 2' is the same: expected another text"),
+        (Item((1, 2), answers=((3,), (3,))), "answer (3,) to '1 2' is given twice"),
+        (Item((1, 2), answers=((3,),), against=((3,),)), "is both a right and a wrong answer"),
+        (Item((1, 2), labels=(99999,)), "label 99999 of '1 2' is not a token: expected 0 to"),
+        (Item((1, 2), labels=(-1,)), "label -1 of '1 2' is not a token"),
+        (Item((1, 2), answers=((3,),), corrupted=(1, 2)), "counterpart of '1 2' is the same text"),
     ],
 )  # fmt: skip
 def test_answers_that_cannot_be_meant(bridge: HookedModel, item: Item, words: str) -> None:
@@ -218,7 +218,9 @@ def test_no_text_and_no_answer_is_cut(bridge: HookedModel) -> None:
     full = bridge.input.n_ctx
     with pytest.raises(ValueError, match=f"has {full + 1} tokens: the model takes at most {full}"):
         compile_task(bridge, [Item((1,) * (full + 1), answers=((2,),))])
-    with pytest.raises(ValueError, match=f"ends past the {full} tokens"):
+    with pytest.raises(
+        ValueError, match=f"needs {full + 1} tokens: the model takes at most {full}"
+    ):
         compile_task(bridge, [Item((1,) * full, answers=((2, 3),))])
     assert compile_task(bridge, [Item((1,) * full, answers=((2,),))]).feeding == "one"
 
@@ -232,7 +234,7 @@ def test_resampling_takes_answers_of_another_example(bridge: HookedModel) -> Non
     items = [Item((i, i + 1), answers=((3, 4), (5, 6)), against=((8,),)) for i in range(3)]
     task = compile_task(bridge, items)
     (part,) = task.batches()
-    other = _another(part, 0)
+    other = _other_example(part, 0)
     assert all(part.rows[other] != part.rows)
     with pytest.raises(ValueError, match="at least two examples"):
         ablate(bridge, ["blocks.0.attn.hook_z:0"], task.subset([0]), how="resample", n_random=0)

@@ -1,4 +1,4 @@
-"""Which units are responsible for what a model does."""
+"""Attribution: which units are responsible for a model's output."""
 
 from circuits.attribution.channels import attribute
 from circuits.attribution.groups import ChannelGroups, channel_groups

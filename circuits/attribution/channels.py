@@ -1,8 +1,8 @@
-"""Which units of a site are responsible for a decision.
+"""Attribution to the units of a site.
 
-Activation x gradient and integrated gradients at a site (Olah et al. 2018, "The Building Blocks of
-Interpretability"; Sundararajan et al. 2017), true ablation, and relevance. Whatever the method, a sample of
-units is also removed in truth, and how far the ranks agree stands in the result.
+Activation x gradient and integrated gradients at a site (Olah et al. 2018, "The Building Blocks of Interpretability";
+Sundararajan et al. 2017), ablation, and relevance. With every method a sample of units is also ablated, and the result
+says how well the two rankings agree.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from circuits.units import Site, Unit
 
 ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablation", "relevance"]
 _CHECKED = 4
-"""Examples of which units are removed in truth."""
+"""On how many examples units are ablated for the check."""
 
 _RESOLUTION = 100
-"""Times the spacing of floats at the target's value: smaller shares and losses are rounding, all alike zero."""
+"""Shares and losses below this many floating-point spacings at the target's value are rounding errors and count as
+0."""
 
 Baseline = Literal["zero", "mean"]
-"""What stands for a unit that says nothing: zero, or its mean over these examples and positions."""
+"""The baseline activation of a unit: zero, or its mean over these examples and positions."""
 
 
 def attribute(
@@ -66,72 +67,49 @@ def attribute(
     size: Size = "refuse",
     progress: Progress | None = None,
 ) -> Attribution:
-    """Credit the elements of a site's tensor with a target's value.
+    """Attribute a target's value to the elements of a site's tensor.
 
     Args:
         model: the model.
-        examples: as a source has them, or as the model takes them.
-        target: a class, a token's logit or a unit behind the site; see `parse_target`.
-        site: where.
-        method: `activation_x_gradient` (captum's LayerGradientXActivation), `integrated_gradients` over the
-            activation from the baseline on (LayerIntegratedGradients, Gauss-Legendre), `ablation` (what the
-            target loses when a unit is set to the baseline everywhere: one number a unit), `relevance` (see
-            `relevance`).
-        baseline: for integrated gradients and ablation; a tensor is of the site's shape for one example.
-        steps: of integrated gradients.
-        tolerance: steps are doubled (at most four times) until the values add up to within this share of
-            the difference that they explain; None leaves them as they are.
-        rule: of relevance.
-        check: how many units to remove in truth, of up to four examples; 0 for none.
-        seed: of the check.
-        batch: versions of an example in one pass: bounds the memory.
-        size: what becomes of images of another size.
-        progress: called with examples done and all.
+        examples: examples of a source, or a tensor as the model takes it.
+        target: a class, a token's logit or a unit after the site; see `parse_target`.
+        site: the site.
+        method: `activation_x_gradient` (captum's LayerGradientXActivation), `integrated_gradients` over the activation,
+            from the baseline (LayerIntegratedGradients, Gauss-Legendre), `ablation` (the target's loss when a unit is
+            set to the baseline everywhere: one number for each unit), or `relevance` (see `relevance`).
+        baseline: for integrated gradients and ablation; a tensor has the site's shape for one example.
+        steps: steps of integrated gradients.
+        tolerance: steps are doubled (at most four times) until the values sum to the explained difference within this
+            share of it; None never doubles them.
+        rule: rule of relevance.
+        check: how many units to ablate on up to four examples as a check; 0 for none.
+        seed: seed of the check.
+        batch: versions of an example in one pass, which bounds memory.
+        size: what to do with images of another size.
+        progress: called with the number of examples done and the total.
 
     Returns:
-        `residual` says what is missing to the target's value (relevance), or its difference from the
-        baseline's (integrated gradients).
+        The attribution; its `residual` is what the values lack to the target's value (relevance), or to its difference
+        from the baseline's value (integrated gradients).
 
     Raises:
         KeyError: if a site or class is unknown.
         ValueError: if examples, target or an option do not fit, or the site is not before the target.
     """
-    if method not in get_args(ChannelMethod):
-        raise ValueError(f"method {method!r} is not one of {', '.join(get_args(ChannelMethod))}")
-    if not isinstance(baseline, Tensor) and baseline not in get_args(Baseline):
-        raise ValueError(f"baseline {baseline!r} is not one of {', '.join(get_args(Baseline))}")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance {tolerance} must be 0 or more")
+    _check_options(method, baseline, tolerance, steps, check)
     check_batch(batch)
-    for name, value, least in (("steps", steps, 1), ("check", check, 0)):
-        if value < least:
-            raise ValueError(f"{name} {value} must be at least {least}")
     goal, place = as_target(model, target), model.site(site)
     given = as_examples(model, examples)
     inputs = sized(model, given, size)
     check_indices(goal, len(inputs))
     if method == "relevance":
         made = relevance(
-            model,
-            inputs,
-            goal,
-            place,
-            rule=rule,
-            batch=batch,
-            size="keep",
-            progress=progress,
+            model, inputs, goal, place, rule=rule, batch=batch, size="keep", progress=progress
         )
     elif method == "activation_x_gradient":
         found = own_gradients(model, inputs, goal, place, batch)
-        made = _made(
-            model,
-            method,
-            place,
-            found.points * found.gradients,
-            str(goal),
-            found.names,
-            found.values,
-        )
+        values = found.points * found.gradients
+        made = _attribution(model, method, place, values, str(goal), found.names, found.values)
     else:
         passes = Passes(model, inputs, goal, place, batch, size="keep")
         made = _from_baseline(passes, method, baseline, steps, tolerance, progress)
@@ -145,7 +123,22 @@ def attribute(
     return replace(made, check=checked)
 
 
-def _made(
+def _check_options(
+    method: str, baseline: Baseline | Tensor, tolerance: float | None, steps: int, check: int
+) -> None:
+    """Raise ValueError if an option of `attribute` is out of range."""
+    if method not in get_args(ChannelMethod):
+        raise ValueError(f"method {method!r} is not one of {', '.join(get_args(ChannelMethod))}")
+    if not isinstance(baseline, Tensor) and baseline not in get_args(Baseline):
+        raise ValueError(f"baseline {baseline!r} is not one of {', '.join(get_args(Baseline))}")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance {tolerance} must be 0 or more")
+    for name, value, least in (("steps", steps, 1), ("check", check, 0)):
+        if value < least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+
+
+def _attribution(
     model: HookedModel,
     method: str,
     place: Site,
@@ -156,7 +149,9 @@ def _made(
     baseline: str = "zero",
 ) -> Attribution:
     axes, unit_axis = place.axes, place.unit_axis
-    if values.ndim == 2 and len(axes) > 2:  # one number a unit
+    if (
+        values.ndim == 2 and len(axes) > 2
+    ):  # ablation gives one number for each unit, without positions
         axes, unit_axis = ("batch", axes[unit_axis]), 1
     return Attribution(
         method, place.name, axes, unit_axis, values.detach(), target, aims, target_values, None, {},
@@ -180,8 +175,8 @@ def _from_baseline(
         values, residual, used = integrate(passes, base, steps, tolerance, progress)
         settings = {"steps": used, "tolerance": tolerance}
     else:
-        values = _ablated(passes, base, progress)
-    made = _made(
+        values = _all_losses(passes, base, progress)
+    made = _attribution(
         passes.model, method, place, values, str(passes.target), tuple(passes.aim.names()), passes.values,
         named,
     )  # fmt: skip
@@ -189,10 +184,10 @@ def _from_baseline(
 
 
 def baseline_of(passes: Passes, baseline: Baseline | Tensor) -> tuple[str, Tensor]:
-    """A baseline's name and its tensor, for each example.
+    """A baseline's name, and its tensor for each example.
 
     Raises:
-        ValueError: if it is of another shape, or no known name.
+        ValueError: if the tensor has another shape, or the name is unknown.
     """
     points = passes.points
     if isinstance(baseline, Tensor):
@@ -212,21 +207,21 @@ def baseline_of(passes: Passes, baseline: Baseline | Tensor) -> tuple[str, Tenso
 
 
 def losses(passes: Passes, example: int, base: Tensor, units: list[int]) -> Float[Tensor, " unit"]:
-    """What a target loses in one example when each unit alone is set to the baseline."""
+    """The target's loss on one example when each unit alone is set to the baseline."""
     model, site, own = passes.model, passes.site, slice(example, example + 1)
     assert site is not None, "units are of a site"
     shown = Examples.given(model, passes.inputs[own])
     aim = UnitActivation.named(model, passes.target.of_examples(range(own.start, own.stop)))
     at = None if isinstance(model.input, ImageInput) else (passes.inputs.shape[1] - 1,)
     outcomes = run(
-        model, [_without(site, unit, base[own]) for unit in units],
+        model, [_unit_at_baseline(site, unit, base[own]) for unit in units],
         Task(aim.name, shown, (Question(at),), aim), measures=[aim],
     )  # fmt: skip
     intact, *changed = outcomes.values[aim.name][:, 0].tolist()
     return torch.tensor([intact - value for value in changed]).to(passes.values)
 
 
-def _without(site: Site, unit: int, base: Float[Tensor, "1 *rest"]) -> Variant:
+def _unit_at_baseline(site: Site, unit: int, base: Float[Tensor, "1 *rest"]) -> Variant:
     def change(value: Tensor) -> Tensor:
         made = value.clone()
         site.by_unit(made)[:, unit] = site.by_unit(base.to(value))[:, unit]
@@ -235,7 +230,7 @@ def _without(site: Site, unit: int, base: Float[Tensor, "1 *rest"]) -> Variant:
     return Variant(f"without {unit}", live=lambda _: {site.name: change}, sites=(site.name,))
 
 
-def _ablated(
+def _all_losses(
     passes: Passes, base: Tensor, progress: Progress | None
 ) -> Float[Tensor, "example unit"]:
     assert passes.site is not None, "units are of a site"
@@ -255,15 +250,15 @@ def check_by_ablation(
     seed: int = 0,
     base: Tensor | None = None,
 ) -> AblationCheck:
-    """How far units' shares rank them as removing each does, in up to four examples.
+    """How well units' shares rank them as ablating each unit does, on up to four examples.
 
-    Shares and losses that are no more than rounding are ties.
+    Shares and losses that are only rounding errors count as ties.
 
     Args:
-        passes: at the units' site.
-        units: each unit's share.
-        n: how many units to remove: half of them those that are active most, half drawn.
-        seed: of the draw.
+        passes: passes from the units' site.
+        units: the share of each unit.
+        n: how many units to ablate: one half the most active ones, the other half drawn at random.
+        seed: seed of the draw.
         base: what a unit is set to, for each example; zero if not given.
     """
     site = passes.site
@@ -282,8 +277,9 @@ def check_by_ablation(
         lost = losses(passes, example, base, chosen)
         size = float(passes.values[example].abs().max())
         rounding = _RESOLUTION * torch.finfo(lost.dtype).eps * size
-        pairs.append(tuple(_settled(x, rounding) for x in (units[example, chosen], lost)))
+        pairs.append(tuple(_rounding_to_zero(x, rounding) for x in (units[example, chosen], lost)))
     found = [spearman(a, b) for a, b in pairs]
+    # The null: correlations after shuffling the shares among units, averaged over examples like the measured ones.
     chance = [
         float(np.mean([spearman(generator.permutation(a), b) for a, b in pairs]))
         for _ in range(200)
@@ -297,14 +293,14 @@ def check_by_ablation(
     )
 
 
-def _settled(values: Float[Tensor, " unit"], rounding: float) -> np.ndarray:
-    """Values with those that are rounding alone at zero: in ranks they would stand in an order of chance."""
+def _rounding_to_zero(values: Float[Tensor, " unit"], rounding: float) -> np.ndarray:
+    """Values with rounding errors set to 0; in a ranking these would otherwise be in random order."""
     found = values.double().cpu().numpy()
     return np.where(np.abs(found) <= rounding, 0.0, found)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The rank correlation of two lists; 0 where one is constant.
+    """Spearman's rank correlation of two lists; 0 if one of them is constant.
 
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 15.0]))
     0.5

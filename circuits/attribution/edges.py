@@ -15,15 +15,15 @@ from circuits.units import Unit
 def attribution_block(
     made: Attribution,
 ) -> tuple[BlockInfo, Float[np.ndarray, "target source"]]:
-    """What a site's units do for a unit, the mean over examples, as a block for `add_edges`.
+    """An attribution to one unit, averaged over examples, as a block of edges for `add_edges`.
 
-    Edges are of kind `effect` where units were removed in truth (method `ablation`), else `attribution`.
+    Edges have the kind `effect` if units were ablated (method `ablation`), else `attribution`.
 
     Args:
-        made: to one unit, the same in all examples.
+        made: an attribution to one unit, the same in all examples.
 
     Raises:
-        ValueError: if it is of the input, or to several units.
+        ValueError: if it is an attribution to the input, or has several targets.
     """
     targets = {re.sub(r"@[0-9,]+$", "", aim) for aim in made.aims}
     if len(targets) != 1 or made.site == "input":

@@ -1,7 +1,8 @@
-"""A site's channels in a few groups, and what each group does for a target.
+"""A site's channels in a few groups, and the effect of each group on a target.
 
-Olah et al. 2018, "The Building Blocks of Interpretability": non-negative factors of the activations on the
-examples at hand, each a direction in the channels with a map of where it is, and its effect on the target.
+Olah et al. 2018, "The Building Blocks of Interpretability": a non-negative matrix factorization of the activations on
+some examples. Each factor is a direction in the channels with a map of where it is active, and has an effect on the
+target.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class ChannelGroups:
     """Groups of channels on some examples.
 
     Attributes:
-        directions: how much of each unit is in a group.
-        maps: how strong a group is at each position.
+        directions: the weight of each unit in a group.
+        maps: the strength of a group at each position.
         effects: each group's activation x gradient for the target, summed over positions.
-        removed: what the target loses when the group's part of the activations is subtracted.
-        hidden: the share of the activations' square that no group holds.
-        site: whose channels.
-        target: for what.
-        model_hash: of the weights.
-        seed: of the factorisation.
+        removed: the target's loss when the group's part of the activations is subtracted.
+        hidden: the share of the squared activations that the factorization does not explain.
+        site: the channels' site.
+        target: the target of the effects.
+        model_hash: the hash of the model's weights.
+        seed: seed of the factorization.
     """
 
     directions: Float[Tensor, "group unit"]
@@ -83,12 +84,12 @@ class ChannelGroups:
 
 
 def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
-    """Factorise a site's activations on the examples and credit each factor with the target's value.
+    """Factorize a site's activations on the examples and attribute the target's value to each factor.
 
     Args:
-        passes: from the site, whose activations must not be negative, to the target.
-        k: how many groups.
-        seed: of the factorisation.
+        passes: passes from the site, whose activations must not be negative, to the target.
+        k: the number of groups.
+        seed: seed of the factorization.
 
     Raises:
         ValueError: if `k` is not from 1 to the number of units, activations are negative, or the site has a
@@ -97,13 +98,15 @@ def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
     site = passes.site
     assert site is not None, "groups are of a site's channels"
     if site.inner_axis is not None:
-        raise ValueError(f"site {site.name}: groups are of channels or neurons, not of heads")
+        raise ValueError(
+            f"site {site.name}: its units are heads, expected a site of channels or neurons"
+        )
     if not 1 <= k <= site.n_units:
         raise ValueError(f"k {k} must be from 1 to {site.n_units}, the units of {site.name}")
     units = site.activations(passes.points).double().cpu()
     if float(units.min()) < 0:
         raise ValueError(
-            f"site {site.name} has negative activations: take the site behind its ReLU"
+            f"site {site.name} has negative activations: expected the site after a ReLU"
         )
     n, _, places = units.shape
     if k > n * places:
@@ -118,6 +121,8 @@ def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
     hidden = float(((rows - strengths @ directions) ** 2).sum() / max(1e-30, (rows**2).sum()))
     which = torch.arange(n)
     gradients = site.activations(passes.gradient(passes.points, which)[1]).double().cpu()
+    # With activation a_up = sum_k map_kp direction_ku, the effect of group k is sum_p map_kp (direction_k .
+    # gradient_p).
     along = np.einsum("eup,ku->ekp", gradients.numpy(), directions)
     maps = strengths.reshape(n, places, k).transpose(0, 2, 1)
     effects = (along * maps).sum(2)

@@ -1,7 +1,7 @@
-"""Integrated gradients: the gradient averaged on the way from a baseline, times the way.
+"""Integrated gradients: the gradient averaged along the path from a baseline, times the difference from the baseline.
 
-Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", equation 1; the integral by the
-Gauss-Legendre rule, as captum has it.
+Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", equation 1. The integral is computed by the
+Gauss-Legendre rule, as in captum.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def integrate(
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Float[Tensor, " example"], int]:
-    """Integrated gradients at the place that passes begin at.
+    """Integrated gradients at the site where passes start.
 
     Args:
-        passes: from there to the target.
-        base: the baseline of each example, of the shape of `passes.points`.
-        steps: points on the way.
-        tolerance: steps are doubled, at most four times, until an example's values add up to the target's
-            difference within this share of it; None leaves them as they are.
-        progress: called with examples done and all.
+        passes: passes from there to the target.
+        base: the baseline of each example, with the shape of `passes.points`.
+        steps: number of points on the path.
+        tolerance: steps are doubled, at most four times, until an example's values sum to the target's difference
+            within this share of it; None never doubles them.
+        progress: called with the number of examples done and the total.
 
     Returns:
-        The values; for each example, the target's difference less their sum; and the most steps taken.
+        The values; for each example the target's difference minus their sum; and the largest number of steps.
     """
     values, residuals, most = [], [], steps
     for example in range(len(passes)):
@@ -43,6 +43,7 @@ def integrate(
         difference = passes.values[example] - passes.value(base[example][None], example)[0]
         taken = steps
         limit = steps * 2**_DOUBLINGS if tolerance is not None else steps
+        # Completeness: the exact integral sums to f(x) - f(baseline), so the residual measures the quadrature error.
         while True:
             found = way * _mean_gradient(passes, base[example], way, taken, example)
             residual = difference - found.sum()
@@ -59,6 +60,7 @@ def integrate(
 
 
 def _mean_gradient(passes: Passes, start: Tensor, way: Tensor, steps: int, example: int) -> Tensor:
+    # Gauss-Legendre nodes are on (-1, 1) and their weights sum to 2; the path parameter alpha runs from 0 to 1.
     places, weights = np.polynomial.legendre.leggauss(steps)
     alphas = torch.tensor((places + 1) / 2, dtype=way.dtype, device=way.device)
     shares = torch.tensor(weights / 2, dtype=way.dtype, device=way.device)

@@ -1,7 +1,7 @@
-"""Direct logit attribution: what each part of a transformer adds to a logit by itself.
+"""Direct logit attribution: what each part of a transformer adds directly to a logit.
 
-Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; nostalgebraist 2020. The residual stream
-is a sum, the last normalisation is held fixed, and the unembedding is linear: so is the logit in the parts.
+Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; nostalgebraist 2020. The residual stream is a
+sum, the final normalisation's scale is held fixed, and the unembedding is linear, so the logit is a sum over parts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class LogitParts:
     """The parts of a logit.
 
     Attributes:
-        names: of the parts: `embed`, `pos_embed`, heads (as units of `hook_z`), `blocks.N.attn bias`, MLPs
+        names: the names of the parts: `embed`, `pos_embed`, heads (as units of `hook_z`), `blocks.N.attn bias`, MLPs
             (`blocks.N.mlp`), `norm bias`, `unembed bias`.
-        values: of each part, for each example.
+        values: the contribution of each part, for each example.
         logits: the target's value.
-        residual: logits less the sum of parts: rounding.
+        residual: the logits minus the sum of parts, which is rounding error.
         target: what was explained.
-        model_hash: of the weights.
-        examples: which they are, and how they were chosen.
+        model_hash: the hash of the model's weights.
+        examples: which examples, and how they were chosen.
     """
 
     names: tuple[str, ...]
@@ -70,23 +70,23 @@ class LogitParts:
 def direct_logit_attribution(
     model: HookedModel, examples: Examples | Tensor, target: str | Unit | Target = "top"
 ) -> LogitParts:
-    """Split a logit (or a difference of two, with `against`) into what each part of the model writes.
+    """Split a logit (or a difference of two, with `against`) into the contributions of the model's parts.
 
     Args:
         model: a TransformerLens bridge.
-        examples: texts of one length.
-        target: a token's logit, at the last position if no other is given.
+        examples: texts of equal length.
+        target: a token's logit, at the last position unless it names another.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge, or the target no logit.
+        ValueError: if the model is not a bridge, or the target is not a logit.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to split"
+            f"model {model.name} has no residual stream to split: expected a TransformerLens bridge"
         )
     goal, end = as_target(model, target), output_site(model)
     if goal.site != end.name or goal.quantity != "activation":
-        raise ValueError(f"target {goal} is no logit: expected token:WORD or top")
+        raise ValueError(f"target {goal} is not a logit: expected token:WORD or top")
     bridge: Any = model.module
     given = as_examples(model, examples)
     tokens = given.inputs
@@ -95,7 +95,7 @@ def direct_logit_attribution(
     aim = Aim.at(end, goal, cache[end])
     rows = torch.arange(len(tokens), device=model.device)
     wanted = aim.value(cache[end].double(), rows)
-    # in float64, so that what is left over is the model's own rounding
+    # In float64, so that the residual is only the model's own float32 rounding.
     unembed = bridge.W_U.detach().double()
     direction = unembed[:, aim.indices].T
     shift = bridge.b_U.detach().double()[aim.indices]
@@ -105,7 +105,9 @@ def direct_logit_attribution(
     stream = cache[_last_residual(model)].double()[rows, aim.places]
     with model.lock:
         scale, offset, centred = frozen_normalisation(bridge.ln_final, stream)
-    read = direction * scale  # what one unit of the stream is worth
+    # logit = direction . (scale * (x - mean(x)) + offset) + bias. The gradient by the stream x is direction * scale,
+    # and subtracting the mean of x is the same as subtracting the mean of that gradient.
+    read = direction * scale
     if centred:
         read = read - read.mean(1, keepdim=True)
     found: dict[str, Tensor] = {}
@@ -132,7 +134,7 @@ def direct_logit_attribution(
 
 
 def _written(model: HookedModel) -> Iterator[tuple[str, str]]:
-    """Sites that add to the residual stream, and the names of the parts."""
+    """The sites that write to the residual stream, and the names of their parts."""
     known = {s.name for s in model.sites}
     for name, part in (("hook_embed", "embed"), ("hook_pos_embed", "pos_embed")):
         if name in known:

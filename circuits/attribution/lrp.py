@@ -1,6 +1,6 @@
-"""Layer-wise relevance, with concept masks, conserved and accounted for.
+"""Layer-wise relevance propagation, with concept masks and an account of where all relevance goes.
 
-Bach et al. 2015; concept relevance propagation: Achtibat et al. 2023. The replacements behind it are in
+Bach et al. 2015; concept relevance propagation: Achtibat et al. 2023. The rules are in
 `circuits.attribution.propagation`.
 """
 
@@ -16,7 +16,7 @@ from circuits.attribution.passes import (
     INPUT,
     Size,
     check_batch,
-    not_behind,
+    no_gradient_error,
     sized,
 )
 from circuits.attribution.propagation import Propagation, RelevanceRule, UnclearBatchError
@@ -46,57 +46,40 @@ def relevance(
 
     Args:
         model: the model.
-        examples: as a source has them, or as the model takes them.
-        target: what it is relevance for: a class, a token's logit, a unit anywhere.
-        site: where; `input` for the pixels.
-        rule: `gradient` is activation x gradient; `epsilon`, `gamma` and `z_plus` as in Montavon et al.
-            2019, for convolutions and fully connected layers alike (epsilon is 0 but for zero sums).
+        examples: examples of a source, or a tensor as the model takes it.
+        target: the target: a class, a token's logit, or a unit anywhere.
+        site: the site; `input` for the pixels.
+        rule: `gradient` is activation x gradient; `epsilon`, `gamma` and `z_plus` are those of Montavon et al. 2019,
+            for convolutions and fully connected layers (epsilon is only used where a sum is zero).
         gamma: how much the rule `gamma` strengthens positive weights.
-        through: only what flows through these units counts (concept relevance): units of one site are
-            taken together, of several sites in a row.
+        through: only relevance that flows through these units counts (concept relevance): any unit of a site, and each
+            of several sites in sequence.
         batch: examples in one pass.
-        size: what becomes of images of another size.
-        progress: called with examples done and all.
+        size: what to do with images of another size.
+        progress: called with the number of examples done and the total.
 
     Returns:
-        `parts` has what else the target's value is made of: `biases` between, and `elsewhere`, what comes
-        from the input past the site. `residual` is what is missing: rounding, and with the rule `gradient`
-        what operations that are not piecewise linear leave. With `through` no sum is promised.
+        The relevance. Its `parts` are the rest of the target's value: `biases` after the site, and `elsewhere`, what
+        reaches the target from the input without passing the site. Its `residual` is what then is missing: rounding,
+        and with the rule `gradient` what operations that are not piecewise linear leave. With `through` there is none.
 
     Raises:
         KeyError: if a site or class is unknown.
-        ValueError: if examples or target do not fit, an option is out of range, or no gradient leads there.
+        ValueError: if examples or target do not fit, an option is out of range, or no gradient leads to the site.
     """
-    if rule not in get_args(RelevanceRule):
-        raise ValueError(f"rule {rule!r} is not one of {', '.join(get_args(RelevanceRule))}")
-    if not 0 <= gamma < 1e6:
-        raise ValueError(f"gamma {gamma} must be 0 or more")
     goal = as_target(model, target)
     place = None if site == INPUT else model.site(site)
-    if place is None and not isinstance(model.input, ImageInput):
-        raise ValueError(
-            f"model {model.name} takes tokens: give a site, e.g. {model.sites[0].name}"
-        )
-    if goal.quantity != "activation":
-        raise ValueError(
-            f"target {goal}: relevance explains the number itself, not its {goal.quantity.replace('_', ' ')}"
-        )
+    _check_options(model, goal, place, rule, gamma)
     check_batch(batch)
-    masks = _masks(model, through)
-    order = [s.name for s in model.sites]
-    for name in masks:
-        first = -1 if place is None else order.index(place.name)
-        if not first <= order.index(name) < order.index(goal.site):
-            start = INPUT if place is None else place.name
-            raise ValueError(f"through {name!r}: expected a site between {start} and {goal.site}")
+    masks = _masks(model, through, place, goal)
     given = as_examples(model, examples)
     inputs = sized(model, given, size)
-    found: list[_Found] = []
+    found: list[_Relevance] = []
     check_indices(goal, len(inputs))
     for start in range(0, len(inputs), batch):
         x = inputs[start : start + batch]
         own = goal.of_examples(range(start, start + len(x)))
-        found += _of_batch(model, x, own, place, rule, gamma, masks)
+        found += _batch_relevance(model, x, own, place, rule, gamma, masks)
         if progress is not None:
             progress(sum(len(f.aim.indices) for f in found), len(inputs))
     total, values = torch.cat([f.total for f in found]), torch.cat([f.values for f in found])
@@ -116,7 +99,7 @@ def relevance(
     )  # fmt: skip
 
 
-def _of_batch(
+def _batch_relevance(
     model: HookedModel,
     x: Tensor,
     goal: Target,
@@ -124,8 +107,10 @@ def _of_batch(
     rule: RelevanceRule,
     gamma: float,
     masks: Mapping[str, tuple[int, ...]],
-) -> list[_Found]:
-    """All examples in one pass, or one by one where a model has them not in front of every tensor."""
+) -> list[_Relevance]:
+    """All examples in one pass, or one by one if some tensor of the model does not have them along its first axis."""
+    # Such a tensor raises an error if its first axis has another length. If that happens to be as long as the batch,
+    # relevance is credited to the wrong example, and the sums do not add up.
     try:
         found = _relevance(model, x, goal, place, rule, gamma, masks)
         missed = found.total - found.values.flatten(1).sum(1) - sum(found.parts.values())
@@ -141,17 +126,44 @@ def _of_batch(
     ]
 
 
-class _Found:
-    """Relevance of a batch."""
+class _Relevance:
+    """The relevance of a batch: values at the site, the target's values, other parts, and the resolved target."""
 
     def __init__(self, values: Tensor, total: Tensor, parts: dict[str, Tensor], aim: Aim) -> None:
         self.values, self.total, self.parts, self.aim = values, total, parts, aim
 
 
-def _masks(model: HookedModel, through: Iterable[str | Unit]) -> dict[str, tuple[int, ...]]:
+def _check_options(
+    model: HookedModel, goal: Target, place: Site | None, rule: str, gamma: float
+) -> None:
+    """Raise ValueError if an option of `relevance` does not fit."""
+    if rule not in get_args(RelevanceRule):
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(get_args(RelevanceRule))}")
+    if not 0 <= gamma < 1e6:
+        raise ValueError(f"gamma {gamma} must be 0 or more")
+    if place is None and not isinstance(model.input, ImageInput):
+        raise ValueError(
+            f"model {model.name} takes tokens: expected a site, for example {model.sites[0].name}"
+        )
+    if goal.quantity != "activation":
+        raise ValueError(
+            f"target {goal}: relevance explains the activation itself, not its {goal.quantity.replace('_', ' ')}"
+        )
+
+
+def _masks(
+    model: HookedModel, through: Iterable[str | Unit], place: Site | None, goal: Target
+) -> dict[str, tuple[int, ...]]:
+    """The units that relevance has to flow through, by site; raises ValueError if a site is not in between."""
     chosen: dict[str, list[int]] = {}
     for unit in map(model.unit, through):
         chosen.setdefault(unit.site, []).append(unit.index)
+    order = [s.name for s in model.sites]
+    first = -1 if place is None else order.index(place.name)
+    for name in chosen:
+        if not first <= order.index(name) < order.index(goal.site):
+            start = INPUT if place is None else place.name
+            raise ValueError(f"through {name!r}: expected a site between {start} and {goal.site}")
     return {site: tuple(units) for site, units in chosen.items()}
 
 
@@ -163,7 +175,7 @@ def _relevance(
     rule: RelevanceRule,
     gamma: float,
     masks: Mapping[str, tuple[int, ...]],
-) -> _Found:
+) -> _Relevance:
     end = model.site(goal.site)
     x = model.fitted(x)
     pixels = x.clone().requires_grad_(True) if x.is_floating_point() else None
@@ -171,10 +183,12 @@ def _relevance(
 
     def begin(value: Tensor) -> Tensor:
         leaves.append(value.detach().requires_grad_(True))
-        return leaves[0] * 1  # what follows may work in place
+        return (
+            leaves[0] * 1
+        )  # a copy, since later operations may work in place, which autograd forbids on a leaf
 
     edits: dict[str, Callable[[Tensor], Tensor]] = {
-        name: _only(model.site(name), units) for name, units in masks.items()
+        name: _gradient_through(model.site(name), units) for name, units in masks.items()
     }
     if place is not None:
         after = edits.get(place.name)
@@ -183,20 +197,21 @@ def _relevance(
     propagation = Propagation(rule, len(x), plain, gamma)
     with propagation:
         own = x if pixels is None else pixels
-        # the propagation replaces the normalisation by rules of its own
+        # `reference` runs torch's own local response normalisation, which the propagation can replace by its rule; a
+        # compiled one it could not see.
         made = model.run(own, read=[end], until=end, edits=edits, grad=True, reference=True)[end]
     aim = Aim.at(end, goal, plain)
     total = aim.value(made, torch.arange(len(x), device=model.device))
     start = leaves[0] if leaves else pixels if place is None else None
     if start is None or not total.requires_grad:
-        raise not_behind(goal, place)
+        raise no_gradient_error(goal, place)
     asked = {"biases": propagation.biases, "elsewhere": propagation.embedded}
     extra = [pixels] if pixels is not None and place is not None else []
     gradients = torch.autograd.grad(
         total.sum(), [start, *asked.values(), *extra], allow_unused=True
     )
     if gradients[0] is None:
-        raise not_behind(goal, place)
+        raise no_gradient_error(goal, place)
     parts = {
         name: torch.zeros_like(total) if g is None else g
         for name, g in zip(asked, gradients[1:3], strict=True)
@@ -204,13 +219,13 @@ def _relevance(
     if extra and gradients[3] is not None:
         parts["elsewhere"] = (x * gradients[3]).flatten(1).sum(1)
     values = (start * gradients[0]).detach()
-    # the value is that of the model as it is: what the replacements change would show
+    # The reported value is the unchanged model's: if a replacement changed it, the residual would show that.
     kept = aim.value(plain, torch.arange(len(x), device=model.device))
-    return _Found(values, kept, {k: v.detach() for k, v in parts.items()}, aim)
+    return _Relevance(values, kept, {k: v.detach() for k, v in parts.items()}, aim)
 
 
-def _only(site: Site, units: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """A change that keeps a tensor, and of its gradient the units' part."""
+def _gradient_through(site: Site, units: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A change that keeps a tensor's value, but lets gradients through some units only."""
     keep = torch.zeros(site.n_units)
     keep[list(units)] = 1
 

@@ -1,7 +1,7 @@
-"""Many changed versions of a few examples through a model, a bounded number at a time.
+"""Runs many changed versions of a few examples through a model, a bounded number at a time.
 
-Captum and others run the whole network for every step; here a pass begins at the site whose tensor is
-changed, where everything behind it depends on that tensor alone (which is tried, not assumed).
+Captum and similar tools run the whole network for every step. Here a pass starts at the site whose tensor is changed,
+if everything after it depends only on that tensor (which is tested, not assumed).
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, Unit
 
 Size = Literal["refuse", "resize", "keep"]
-"""What becomes of images that have not the model's height and width."""
-
+"""What to do with images that do not have the model's height and width."""
 
 INPUT = "input"
-"""The name of the input as a place to attribute to."""
+"""The name of the input as a site to attribute to."""
 
 
 def sized(model: HookedModel, examples: Examples | Tensor, size: Size = "refuse") -> Tensor:
     """Examples as one tensor that the model can take.
 
     Raises:
-        ValueError: if there are none, texts differ in length, or images are of another height or width and `size` is
+        ValueError: if there are none, texts differ in length, or images have another height or width and `size` is
             `refuse`.
     """
     inputs = as_examples(model, examples).inputs
@@ -47,8 +46,8 @@ def sized(model: HookedModel, examples: Examples | Tensor, size: Size = "refuse"
         return inputs
     if size == "refuse":
         raise ValueError(
-            f"examples are of {inputs.shape[2]} x {inputs.shape[3]} pixels: {model.name} takes "
-            f"{wanted[0]} x {wanted[1]} (size='resize' resizes them, 'keep' runs them as they are)"
+            f"examples have {inputs.shape[2]} x {inputs.shape[3]} pixels: {model.name} takes {wanted[0]} x {wanted[1]} "
+            "(size='resize' resizes them, 'keep' runs them unchanged)"
         )
     return F.interpolate(inputs, wanted, mode="bilinear", antialias=True, align_corners=False)
 
@@ -58,21 +57,21 @@ class Passes:
 
     Args:
         model: the model.
-        examples: as a source has them, or as the model takes them.
-        target: what is computed; None if only `outputs` is asked for.
-        site: where the tensor is changed; None is the input.
+        examples: examples of a source, or a tensor as the model takes it.
+        target: what is computed.
+        site: the site whose tensor is changed; None is the input.
         batch: versions in one pass.
-        size: what becomes of images of another size.
+        size: what to do with images of another size.
 
     Attributes:
         inputs: the examples, as the model takes them.
-        points: the tensor at the site on the examples (the inputs, without a site).
+        points: the site's tensor on the examples (without a site, the inputs).
         values: the target's value on the examples.
-        aim: the target, fixed for each example.
+        aim: the target, resolved for each example.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if examples do not fit, or the target is none of the model's.
+        ValueError: if examples do not fit, or the model does not have the target.
     """
 
     def __init__(
@@ -89,12 +88,12 @@ class Passes:
         self.site = None if site is None or site == INPUT else model.site(site)
         if self.site is None and not isinstance(model.input, ImageInput):
             raise ValueError(
-                f"model {model.name} takes tokens: attribute to a site, e.g. {model.sites[0].name}"
+                f"model {model.name} takes tokens: expected a site, for example {model.sites[0].name}"
             )
         self.target = as_target(model, target)
         self.end = model.site(self.target.site)
         if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
-            raise not_behind(self.target, self.site)
+            raise no_gradient_error(self.target, self.site)
         self.inputs = channels_last(model.fitted(sized(model, examples, size)))
         self.points, at_end = self._intact()
         self.aim = Aim.at(self.end, self.target, at_end)
@@ -118,7 +117,7 @@ class Passes:
     def value(
         self, points: Tensor, examples: Int[Tensor, " point"] | int
     ) -> Float[Tensor, " point"]:
-        """The target's value for tensors at the site, each of one of the examples."""
+        """The target's value for tensors at the site, each of which is a version of one of the examples."""
         which = self._which(points, examples)
         parts = [
             self.aim.value(self._run(p, e, self.end), e)
@@ -129,7 +128,7 @@ class Passes:
     def tensors(
         self, points: Tensor, examples: Int[Tensor, " point"] | int, site: str | Site
     ) -> Tensor:
-        """The tensor at a later site for tensors at the site."""
+        """The tensor at a later site, for given tensors at the site."""
         which = self._which(points, examples)
         end = self.model.site(site)
         pairs = zip(points.split(self.batch), which.split(self.batch), strict=True)
@@ -138,7 +137,7 @@ class Passes:
     def gradient(
         self, points: Tensor, examples: Int[Tensor, " point"] | int
     ) -> tuple[Float[Tensor, " point"], Tensor]:
-        """The target's value and its gradient by the tensor at the site.
+        """The target's value and its gradient with respect to the site's tensor.
 
         Raises:
             ValueError: if no gradient leads from the target to the site.
@@ -150,7 +149,7 @@ class Passes:
             own.requires_grad_(True)
             value = self.aim.value(self._run(own, e, self.end, grad=True), e)
             values.append(value.detach())
-            gradients.append(led_back(value, own, self.target, self.site))
+            gradients.append(gradient_of(value, own, self.target, self.site))
         return torch.cat(values), torch.cat(gradients)
 
     def _which(self, points: Tensor, examples: Tensor | int) -> Tensor:
@@ -160,7 +159,8 @@ class Passes:
 
     def _run(self, points: Tensor, examples: Tensor, end: Site, grad: bool = False) -> Tensor:
         if self.site is None and grad:
-            # as anybody would compute it: another order of sums puts some ReLU on its other side
+            # In torch's own layout and operations, so that gradients are those that other tools give. Another order of
+            # floating-point sums can put a ReLU whose input is almost 0 on its other side.
             return self.model.run(points, read=[end], until=end, grad=True, reference=True)[end]
         if self.site is None:
             return self.model.run(channels_last(points), read=[end], until=end)[end]
@@ -170,19 +170,19 @@ class Passes:
 
     def _from_site(self, x: Tensor, points: Tensor, end: Site, grad: bool) -> Tensor:
         assert self.site is not None, "there is a site to begin at"
-        # a copy: what follows may work in place
+        # `* 1` copies, since later operations may work in place.
         points = channels_last(points)
         edits = {self.site.name: lambda value: points * 1}
         return self.model.run(x, read=[end], until=end, edits=edits, grad=grad)[end]
 
     @property
     def alone(self) -> bool:
-        """Whether all that the target computes behind the site depends on the site's tensor alone."""
+        """Whether everything that is computed after the site depends only on the site's tensor."""
         return self._start is not None
 
     @cached_property
     def _start(self) -> Restart | None:
-        """How a pass may begin at the site, tried with a tensor of it and another one."""
+        """How a pass can start at the site; None if it cannot. Tested with the site's own tensor and a changed one."""
         if self.site is None or len(self.points) != len(self.inputs):
             return None
         twice = torch.cat([self.inputs[:1]] * 2)
@@ -200,25 +200,25 @@ class Passes:
             yield range(start, min(n, start + self.batch))
 
 
-def led_back(value: Tensor, own: Tensor, target: Target, site: Site | None) -> Tensor:
-    """The gradient of a target's values by a tensor that they were made of.
+def gradient_of(value: Tensor, own: Tensor, target: Target, site: Site | None) -> Tensor:
+    """The gradient of a target's values with respect to a tensor that they were computed from.
 
     Raises:
-        ValueError: if they were not made of it.
+        ValueError: if they were not computed from it.
     """
     gradient = None
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value.sum(), own, allow_unused=True)
     if gradient is None:
-        raise not_behind(target, site)
+        raise no_gradient_error(target, site)
     return gradient
 
 
-def not_behind(target: Target, site: Site | None) -> ValueError:
+def no_gradient_error(target: Target, site: Site | None) -> ValueError:
     """The error for a target that does not depend on a place."""
     place = "the input" if site is None else f"site {site.name}"
     return ValueError(
-        f"no gradient leads from {target} to {place}: it does not come before, or only by a way that is held "
+        f"no gradient leads from {target} to {place}: expected a site before the target, with a path that is not held "
         "fixed"
     )
 
@@ -234,9 +234,9 @@ class OwnGradients:
     """A site's tensor on some examples, and a target's gradient by it.
 
     Attributes:
-        points: the tensor.
-        gradients: by it.
-        values: of the target.
+        points: the site's tensor.
+        gradients: the target's gradient with respect to it.
+        values: the target's value.
         names: the unit and position of the target in each example.
     """
 
@@ -249,7 +249,7 @@ class OwnGradients:
 def own_gradients(
     model: HookedModel, inputs: Tensor, target: Target, site: Site, batch: int = 32
 ) -> OwnGradients:
-    """A target's gradient by a site's tensor, in the pass that computes the tensor.
+    """A target's gradient with respect to a site's tensor, in the pass that computes the tensor.
 
     Raises:
         ValueError: if no gradient leads from the target to the site.
@@ -270,7 +270,7 @@ def own_gradients(
         aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
         value = aim.value(made, torch.arange(len(x), device=made.device))
         own = leaves[0] if leaves else made  # the pass ended before the site
-        gradients = led_back(value if leaves else value.detach(), own, target, site)
+        gradients = gradient_of(value if leaves else value.detach(), own, target, site)
         found.append((own.detach(), gradients, value.detach(), aim.names()))
     parts = list(zip(*found, strict=True))
     points, gradients, values = (torch.cat(part) for part in parts[:3])
@@ -278,5 +278,5 @@ def own_gradients(
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images in the memory layout that convolutions are fastest in; anything else as it is."""
+    """Images in channels-last layout, in which convolutions are fastest; anything else unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -1,10 +1,10 @@
-"""Relevance as gradient x activation of a network whose operations are replaced by linear ones.
+"""Relevance as activation x gradient of a network whose operations are replaced by linear ones.
 
-Layer-wise relevance propagation (Bach et al. 2015; Montavon et al. 2019, chapter 10 of Explainable AI) is
-usually written as a rule for each layer. Each rule is also a gradient: relevance of an operation's input is
-input x gradient when the operation is replaced by one with the same value that is linear in its input. So a
-torch function mode that makes those replacements serves every model, and what autograd gives back is conserved:
-the target's value is the sum over the site, over what reaches the target past the site, and over all biases.
+Layer-wise relevance propagation (Bach et al. 2015; Montavon et al. 2019, chapter 10 of Explainable AI) is usually
+written as a rule for each layer. Each rule is also a gradient: the relevance of an operation's input is input x
+gradient if the operation is replaced by one with the same value that is linear in its input. A torch function mode that
+makes these replacements therefore works for every model, and autograd's result is conserved: the target's value is the
+sum over the site, over what reaches the target without passing the site, and over all biases.
 
 - A linear operation (convolution, fully connected, batch norm) is itself (epsilon rule, up to epsilon), or has
   its positive weights strengthened (gamma, z-plus), scaled back to its own value.
@@ -30,25 +30,25 @@ RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 """`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""
 
 _EPSILON = 1e-9
-"""Added to what is divided by, away from zero: far below what float32 can tell apart."""
+"""Replaces divisors that are closer to zero than this."""
 
 
 class UnclearBatchError(Exception):
-    """A tensor in the pass has not the examples along its first axis."""
+    """A tensor in the pass does not have the examples along its first axis."""
 
 
 class Propagation(TorchFunctionMode):
-    """While it is entered, operations are replaced, their values kept, and biases counted.
+    """Inside this mode operations are replaced by linear ones with the same values, and biases are counted.
 
     Args:
-        rule: for linear operations.
-        batch: examples in the pass: biases are counted for each.
-        like: a tensor of the pass's precision, where it runs.
-        gamma: how much positive weights are strengthened by the rule `gamma`.
+        rule: the rule for linear operations.
+        batch: the number of examples in the pass; biases are counted for each.
+        like: a tensor with the pass's dtype and device.
+        gamma: how much the rule `gamma` strengthens positive weights.
 
     Attributes:
-        biases: ones that every bias is multiplied by: their gradient is the biases' relevance.
-        embedded: ones that every embedding is multiplied by.
+        biases: a one for each example that every bias is multiplied by; its gradient is the biases' relevance.
+        embedded: the same for embeddings, whose relevance is that of the input tokens.
     """
 
     def __init__(self, rule: RelevanceRule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
@@ -73,10 +73,10 @@ class Propagation(TorchFunctionMode):
         return bias.reshape(shape) * self._each(self.biases, output)
 
     def _each(self, ones: Tensor, output: Tensor) -> Tensor:
-        """The ones of each example, to be multiplied with something of an output's shape.
+        """The ones of each example, shaped to multiply something of an output's shape.
 
         Raises:
-            UnclearBatchError: if the output has not the examples in front: they must be run one by one.
+            UnclearBatchError: if the output's first axis is not the examples; they must then be run one by one.
         """
         if len(ones) == 1:
             return ones.reshape([1] * output.ndim)
@@ -85,11 +85,11 @@ class Propagation(TorchFunctionMode):
         return ones.reshape(-1, *[1] * (output.ndim - 1))
 
     def constant(self, value: Tensor | float, output: Tensor) -> Tensor:
-        """A number or tensor that comes from no activation, counted as a bias."""
+        """A number or tensor that does not depend on any activation, counted as a bias."""
         return value * self._each(self.biases, output)
 
     def embedding(self, value: Tensor) -> Tensor:
-        """What a token was looked up as, counted as input."""
+        """A token's embedding, counted as input."""
         return value * self._each(self.embedded, value)
 
     # --- linear operations -----------------------------------------------------------------------
@@ -111,28 +111,28 @@ class Propagation(TorchFunctionMode):
         if self.rule == "z_plus":
             positive = self._parts(apply, x, up, down)
             made = positive + self.bias(None if b is None else b.clamp_min(0), positive, axis)
-            # where nothing speaks for an output it is left as it is: all of it would be lost
-            return torch.where(made.abs() < _EPSILON, z, _scaled(made, z))
-        # gamma (Montavon et al. 2019, table 10.1), for inputs and outputs of either sign as in zennit:
-        # what has the output's own sign is strengthened, so that the sum cannot vanish
+            # An output without any positive contribution keeps its own value, since nothing could carry its relevance.
+            return torch.where(made.abs() < _EPSILON, z, _rescaled(made, z))
+        # gamma (Montavon et al. 2019, table 10.1), generalised to inputs and outputs of either sign as in zennit:
+        # contributions with the output's own sign are strengthened, so that the sum in the denominator cannot vanish.
         g = self.gamma
         strong = plain + g * self._parts(apply, x, up, down)
         strong = strong + self.bias(None if b is None else b + g * b.clamp_min(0), plain, axis)
         weak = plain + g * self._parts(apply, x, down, up)
         weak = weak + self.bias(None if b is None else b + g * b.clamp_max(0), plain, axis)
-        return torch.where(z >= 0, _scaled(strong, z), _scaled(weak, z))
+        return torch.where(z >= 0, _rescaled(strong, z), _rescaled(weak, z))
 
     @staticmethod
     def _parts(
         apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, up: Tensor, down: Tensor
     ) -> Tensor:
-        """Positive inputs by one set of weights, negative ones by the other."""
+        """Positive inputs times one set of weights plus negative inputs times the other."""
         made = apply(x.clamp_min(0), up)
         return made + apply(x.clamp_max(0), down) if (x < 0).any() else made
 
 
-def _scaled(made: Tensor, z: Tensor) -> Tensor:
-    """`made`, times what it takes to have the value `z`."""
+def _rescaled(made: Tensor, z: Tensor) -> Tensor:
+    """`made` times the constant factor that gives it the value `z`."""
     return made * (z / _stable(made)).detach()
 
 
@@ -222,13 +222,13 @@ def _response_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> An
 
 
 def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
-    """`out` as x times a fixed factor."""
+    """`out` as x times a constant factor, which makes it linear in x."""
     return x * (out / _stable(x)).detach()
 
 
 def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     x = args[0] if args else kwargs["input"]
-    if not _moves(x):
+    if not _carries_gradient(x):
         return func(*args, **kwargs)
     rest = {k: v for k, v in kwargs.items() if k != "input"}
     out = func(x.clone(), *args[1:], **rest)  # it may work in place
@@ -262,7 +262,7 @@ def _instance_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> An
 def _standardised(
     p: Propagation, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Channels in groups, each less its mean and over its fixed size."""
+    """Channels in groups, each minus its mean, divided by its standard deviation, which is held constant."""
     parted = x.reshape(x.shape[0], groups, -1)
     centered = parted - parted.mean(-1, keepdim=True)
     size = (centered.square().mean(-1, keepdim=True) + eps).sqrt().detach()
@@ -274,7 +274,8 @@ def _standardised(
 
 
 def _multi_head(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    """`torch.nn.MultiheadAttention`: torch computes it as one, so it is taken apart here."""
+    """`torch.nn.MultiheadAttention`, which torch computes in one piece: with the pattern held constant, only the value
+    and output projections carry relevance."""
     names = (
         "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias",
         "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
@@ -287,7 +288,8 @@ def _multi_head(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     ]
     if odd or given.get("use_separate_proj_weight") or given["query"].ndim != 3:
         raise ValueError(
-            f"relevance through multi-head attention with {', '.join(odd) or 'this layout'}: not known"
+            f"relevance through multi-head attention with {', '.join(odd) or 'this layout'} is not supported: expected "
+            "plain self-attention"
         )
     _, pattern = func(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))
     value, weight, bias = given["value"], given["in_proj_weight"], given["in_proj_bias"]
@@ -313,9 +315,10 @@ def _attention(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    """Of two activations: half of the relevance to each."""
+    """A product of two activations: each gets half of the relevance (Achtibat et al. 2024)."""
+    # a b = 1/2 a [b] + 1/2 [a] b with [.] held constant: the same value, and linear in each of the two.
     a, b = args[:2]
-    if not (_moves(a) and _moves(b)):
+    if not (_carries_gradient(a) and _carries_gradient(b)):
         return func(*args, **kwargs)
     rest = args[2:]
     first, second = func(a, b.detach(), *rest, **kwargs), func(a.detach(), b, *rest, **kwargs)
@@ -324,7 +327,9 @@ def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     operands = args[1:]
-    if len(operands) != 2 or not (_moves(operands[0]) and _moves(operands[1])):
+    if len(operands) != 2 or not (
+        _carries_gradient(operands[0]) and _carries_gradient(operands[1])
+    ):
         return func(*args, **kwargs)
     a, b = operands
     return 0.5 * func(args[0], a, b.detach()) + 0.5 * func(args[0], a.detach(), b)
@@ -332,15 +337,17 @@ def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     a, b = args[:2]
-    return func(a, b.detach() if _moves(a) and _moves(b) else b, *args[2:], **kwargs)
+    return func(
+        a, b.detach() if _carries_gradient(a) and _carries_gradient(b) else b, *args[2:], **kwargs
+    )
 
 
 def _sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    """Of an activation and a constant (or the difference): the constant is a bias."""
+    """A sum or difference of an activation and a constant: the constant counts as a bias."""
     a, b = args[:2]
-    if _moves(a) and _is_constant(b):
+    if _carries_gradient(a) and _is_constant(b):
         b = p.constant(b, a)
-    elif _moves(b) and _is_constant(a):
+    elif _carries_gradient(b) and _is_constant(a):
         a = p.constant(a, b)
     return func(a, b, *args[2:], **kwargs)
 
@@ -349,7 +356,7 @@ def _embedding(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     return p.embedding(func(*args, **kwargs))
 
 
-def _moves(x: Any) -> bool:
+def _carries_gradient(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
@@ -413,4 +420,4 @@ _WITH_BIAS = frozenset(
         *_SUMS,
     }
 )
-"""What the rule `gradient` needs to count biases."""
+"""The operations that the rule `gradient` replaces too, in order to count biases."""

@@ -1,4 +1,4 @@
-"""What an attribution is, and how it is kept."""
+"""Attributions as results: values, their account, and files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from circuits.tables import Table
 from circuits.units import Site
 
 Heat = Literal["absolute", "signed", "positive"]
-"""How channels become one number a place: sum of absolute values, sum, or its positive part."""
+"""How channels become one number for each position: sum of absolute values, sum, or the sum's positive part."""
 
 
 @dataclass(frozen=True)
 class AblationCheck:
-    """How far an attribution ranks units as removing them does.
+    """How well an attribution ranks units as ablating them does.
 
     Attributes:
-        correlation: Spearman's, between a unit's attribution and how much the target loses when the unit
-            is set to zero; the mean over examples.
-        by_example: of each example.
+        correlation: Spearman's correlation between a unit's attribution and the target's loss when the unit is ablated;
+            the mean over examples.
+        by_example: the correlation on each example.
         chance: the 95th percentile of the mean correlation when units are shuffled.
-        n_units: how many units were removed, of each example: half of them the most active, half drawn.
-        seed: of the draw.
+        n_units: how many units were ablated on each example: one half the most active, the other half drawn at random.
+        seed: seed of the draw.
     """
 
     correlation: float
@@ -43,27 +43,27 @@ class AblationCheck:
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What of a target's value each element of a site's tensor, or of the input, is credited with.
+    """How much of a target's value each element of a site's tensor, or of the input, accounts for.
 
     Attributes:
-        method: how.
-        site: where, `input` for the model's input.
-        axes: of `values`, batch first.
-        unit_axis: which of them counts units (channels of the input).
-        values: one an element, for each example.
+        method: the method's name.
+        site: the site; `input` for the model's input.
+        axes: the axes of `values`, batch first.
+        unit_axis: which of them counts units (for the input, channels).
+        values: one value for each element of each example.
         target: what is explained.
         aims: the unit and position explained in each example.
         target_values: the target's value in each example.
-        residual: by how much `values` (and what `parts` says) miss what they should add up to, for each
-            example: the target's value, less that of the baseline. None where a method promises no sum.
-        parts: what else the value is made of, by name, for each example (biases, what comes past the site).
-        baseline: what stands for nothing.
+        residual: for each example, the target's value (minus the baseline's) less the sum of `values` and `parts`; None
+            for methods whose values have no prescribed sum.
+        parts: the rest of the target's value, by name, for each example (biases, what bypasses the site).
+        baseline: the baseline's name.
         settings: the method's options.
-        model: its name.
-        model_hash: of its weights.
-        examples: which they are and how they were chosen (see `Examples.describe`).
-        seed: of everything random.
-        check: how it agrees with ablation.
+        model: the model's name.
+        model_hash: the hash of its weights.
+        examples: which examples, and how they were chosen (see `Examples.describe`).
+        seed: seed of everything random.
+        check: the agreement with ablation.
     """
 
     method: str
@@ -86,7 +86,7 @@ class Attribution:
 
     @property
     def layout(self) -> Site:
-        """How `values` lie, as a site that holds them."""
+        """The layout of `values`, described as a site."""
         shape = tuple(self.values.shape[1:])
         return Site(self.site, "channel", self.axes, self.unit_axis, shape)
 
@@ -110,7 +110,7 @@ class Attribution:
         return total.clamp_min(0) if how == "positive" else total
 
     def top(self, example: int = 0, k: int = 10) -> list[tuple[int, float]]:
-        """The units credited and blamed most, by absolute share, with their shares."""
+        """The units with the largest absolute shares, with their shares."""
         shares = self.units()[example]
         order = shares.abs().argsort(descending=True, stable=True)[:k]
         return [(int(i), float(shares[i])) for i in order]
@@ -140,7 +140,7 @@ class Attribution:
         return found | {part: float(value[example]) for part, value in self.parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the values, as JSON has it."""
+        """Everything but the values, for JSON."""
         known = {
             k: getattr(self, k)
             for k in (
@@ -158,10 +158,10 @@ class Attribution:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it: values as safetensors, and the rest as JSON beside them.
+        """Write the values as safetensors and the rest as JSON, under the same name with `.json`.
 
         Args:
-            path: must end in `.safetensors`; the JSON has the same name and ends in `.json`.
+            path: must end in `.safetensors`.
 
         Raises:
             ValueError: if it does not.
@@ -203,7 +203,7 @@ class Attribution:
             raise
         except Exception as error:  # of JSON, safetensors or what is in them
             raise ValueError(
-                f"attribution {str(path)!r} is not one that was saved: {error}"
+                f"attribution {str(path)!r} is not a saved attribution: {error}"
             ) from error
 
 
@@ -215,6 +215,6 @@ def _checked(path: str | Path) -> Path:
 
 
 def input_site(spec: ImageInput) -> Site:
-    """The input, described as a site is: so that its pixels can be credited."""
+    """The input described as a site, so that its pixels can be attributed to."""
     shape = (spec.channels, spec.height, spec.width)
     return Site("input", "channel", ("batch", "channel", "y", "x"), 1, shape)

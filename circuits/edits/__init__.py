@@ -1,4 +1,4 @@
-"""Edits of what a model computes and of its weights: operators, recipes, the ledger."""
+"""Edits of a model's activations and weights: operators, recipes and the ledger."""
 
 from circuits.edits.activations import scale, zero
 from circuits.edits.associative import associate, second_moment

@@ -1,6 +1,6 @@
-"""Edits of activations: what a site holds, changed while the model runs.
+"""Edits of activations: a site's tensor is changed while the model runs.
 
-Each is in force at every forward pass, for every example, at all positions or at one (`at`).
+An edit acts in every forward pass and on every example, at all positions or at one (`at`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from circuits.edits.records import Edit, Others, of_same_norm
+from circuits.edits.records import Edit, Substitutes, of_same_norm
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
@@ -21,7 +21,7 @@ from circuits.units import Site, Unit, Units
 
 
 class ActivationEdit(Edit):
-    """An edit of what one site holds."""
+    """An edit of one site's activations."""
 
     @property
     @abstractmethod
@@ -30,7 +30,7 @@ class ActivationEdit(Edit):
 
     @property
     def placed(self) -> bool:
-        """Whether it names positions, which texts of different lengths in one batch do not share."""
+        """Whether the edit names positions; texts of different lengths in one padded batch do not share these."""
         return getattr(self, "at", None) is not None
 
     @abstractmethod
@@ -38,7 +38,7 @@ class ActivationEdit(Edit):
         """Change a tensor of the site in place.
 
         Raises:
-            ValueError: if it has not the shape or the position that the edit needs.
+            ValueError: if the tensor lacks the shape or the position that the edit needs.
         """
 
     @abstractmethod
@@ -47,16 +47,16 @@ class ActivationEdit(Edit):
 
 
 def changes(model: HookedModel, edits: Iterable[ActivationEdit]) -> dict[str, Change]:
-    """The edits of each site as one function, in order."""
+    """The edits of each site, composed in order into one change."""
     by_site: dict[str, list[ActivationEdit]] = {}
     for edit in edits:
         by_site.setdefault(edit.where, []).append(edit)
-    return {name: _Composed(model.site(name), tuple(steps)) for name, steps in by_site.items()}
+    return {name: _ComposedEdits(model.site(name), tuple(steps)) for name, steps in by_site.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class _Composed:
-    """Edits of one site as a change of its tensor."""
+class _ComposedEdits:
+    """Several edits of one site as one change of its tensor."""
 
     site: Site
     steps: tuple[ActivationEdit, ...]
@@ -67,14 +67,15 @@ class _Composed:
         return any(step.placed for step in self.steps)
 
     def __call__(self, value: Tensor) -> Tensor:
+        # One clone for all edits of the site; the module's own output, which others may hold, is not written to.
         made = value.clone()
         for step in self.steps:
             step.apply(self.site, made)
         return made
 
 
-def _placed(edit: Any, site: Site, value: Tensor) -> Tensor:
-    """A view of a site's tensor as batch x unit x …, at the edit's position if it has one."""
+def _view_at(edit: Any, site: Site, value: Tensor) -> Tensor:
+    """A view of a site's tensor as batch x unit x …, only at the edit's position if it has one."""
     if edit.at is None:
         return site.by_unit(value)
     try:
@@ -83,8 +84,8 @@ def _placed(edit: Any, site: Site, value: Tensor) -> Tensor:
         raise ValueError(f"at {edit.at} of edit '{edit}': {error}") from error
 
 
-def _along(edit: Any, site: Site, vector: Tensor) -> Tensor:
-    """A vector of units so that it broadcasts over what `_placed` gives."""
+def _broadcast(edit: Any, site: Site, vector: Tensor) -> Tensor:
+    """A vector with one entry for each unit, shaped to broadcast against what `_view_at` returns."""
     wide = site.spread(vector)
     return site.by_unit(wide) if edit.at is None else site.at(wide, (0,) * len(edit.at))
 
@@ -96,21 +97,22 @@ def _check_at(edit: Any, model: HookedModel, site: Site) -> None:
     far = [i for i in edit.at if not -most <= i < most]
     if far:
         raise ValueError(
-            f"position {far[0]} of edit {edit.operator!r} must be from {-most} to {most - 1}"
+            f"position {far[0]} of edit {edit.operator!r} is out of range: expected {-most} to {most - 1}"
         )
     if len(edit.at) != len(site.position_axes):
         axes = ", ".join(site.position_axes) or "none"
         raise ValueError(
-            f"at {edit.at} of edit '{edit}' does not fit the axes of {site.name} ({axes})"
+            f"at {edit.at} of edit '{edit}' does not fit {site.name}: expected one index for each of its axes ({axes})"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class UnitsEdit(ActivationEdit):
-    """An edit of some units, each by itself.
+    """An edit of some units, each on its own.
 
     Attributes:
-        units: of one site.
+        units: units of one site.
+        at: a position along the site's `position_axes`, negative from the end; all positions if None.
     """
 
     units: Units
@@ -134,16 +136,18 @@ class UnitsEdit(ActivationEdit):
     def _check_shape(self, site: Site) -> None:
         """Raise ValueError if arrays do not fit the site."""
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        units = others.of(self.units)
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        units = substitutes.of(self.units)
         return None if units is None else replace(self, units=units)
 
-    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+    def edited_units(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
         site = model.site(self.units.site)
         return {site.unit(i): None for i in self.units.among(site)}
 
     def apply(self, site: Site, value: Tensor) -> None:
-        view = _placed(self, site, value)
+        # Indexing with a list copies, so the result is assigned back; a single unit is written through a slice, which
+        # is a view and much faster.
+        view = _view_at(self, site, value)
         if self.units.indices is None:
             view.copy_(self.new(site, view))
         elif len(self.units.indices) == 1:
@@ -155,7 +159,7 @@ class UnitsEdit(ActivationEdit):
 
     @abstractmethod
     def new(self, site: Site, own: Tensor) -> Tensor:
-        """What takes the place of the units' activations, batch x unit x …"""
+        """The units' new activations, batch x unit x …, given their old ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,17 +174,18 @@ class Scale(UnitsEdit, operator="scale", about="Multiply units by a factor; 0 re
     factor: float
 
     def new(self, site: Site, own: Tensor) -> Tensor:
+        # Not 0 * own: infinity times 0 is NaN.
         return torch.zeros_like(own) if self.factor == 0 else own * self.factor
 
 
 @dataclass(frozen=True, eq=False)
 class Clamp(UnitsEdit, operator="clamp", about="Keep units between two numbers."):
-    """Keep units' activations between two numbers; equal ones pin them.
+    """Clamp units' activations between two numbers; if these are equal they fix the activations.
 
     Attributes:
-        low: the least; none if None.
-        high: the most; none if None.
-        at: a position, everywhere if None.
+        low: the lower bound; no bound if None.
+        high: the upper bound; no bound if None.
+        at: a position; everywhere if None.
     """
 
     low: float | None = None
@@ -190,7 +195,7 @@ class Clamp(UnitsEdit, operator="clamp", about="Keep units between two numbers."
         if self.low is None and self.high is None:
             raise ValueError("edit 'clamp' needs low, high or both")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low {self.low} of edit 'clamp' must not be above high {self.high}")
+            raise ValueError(f"low {self.low} of edit 'clamp' is above high {self.high}")
 
     def new(self, site: Site, own: Tensor) -> Tensor:
         return own.clamp(self.low, self.high)
@@ -198,12 +203,12 @@ class Clamp(UnitsEdit, operator="clamp", about="Keep units between two numbers."
 
 @dataclass(frozen=True, eq=False)
 class Set(UnitsEdit, operator="set", about="Set units to numbers, such as their means."):
-    """Set units to numbers: their means over data, for mean ablation.
+    """Set units to numbers, such as their means over data (mean ablation).
 
     Attributes:
-        values: one a unit (unit x d_head for heads), or one for all.
-        origin: what they are, e.g. `mean over photos`.
-        at: a position, everywhere if None.
+        values: one number for each unit (unit x d_head for heads), or one for all.
+        origin: what the numbers are, for example `mean over photos`.
+        at: a position; everywhere if None.
     """
 
     values: Tensor
@@ -219,11 +224,11 @@ class Set(UnitsEdit, operator="set", about="Set units to numbers, such as their 
             )
 
     def new(self, site: Site, own: Tensor) -> Tensor:
-        return _along(self, site, torch.atleast_1d(self.values).to(own)).expand_as(own)
+        return _broadcast(self, site, torch.atleast_1d(self.values).to(own)).expand_as(own)
 
 
-class _Donated(UnitsEdit):
-    """Units take what they were in other runs."""
+class _FromOtherRuns(UnitsEdit):
+    """Units take their activations from other runs."""
 
     values: Tensor
 
@@ -254,13 +259,13 @@ class _Donated(UnitsEdit):
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(_Donated, operator="patch", about="Put in units' activations from another run."):
-    """Put in what units were in another run (activation patching).
+class Patch(_FromOtherRuns, operator="patch", about="Put in units' activations from another run."):
+    """Replace units' activations by those of another run (activation patching).
 
     Attributes:
-        values: 1 x unit x the site's other axes (without the position axes, if `at` is given).
-        origin: which run.
-        at: a position, everywhere if None.
+        values: 1 x unit x the site's other axes (without the position axes if `at` is given).
+        origin: which run the activations are from.
+        at: a position; everywhere if None.
     """
 
     values: Tensor
@@ -277,17 +282,17 @@ class Patch(_Donated, operator="patch", about="Put in units' activations from an
 
 @dataclass(frozen=True, eq=False)
 class Resample(
-    _Donated, operator="resample", about="Put in units' activations from other examples."
+    _FromOtherRuns, operator="resample", about="Put in units' activations from other examples."
 ):
-    """Put in what units were on other examples, a different one for each example of a pass.
+    """Replace units' activations by those on other examples, another one for each example of a pass.
 
-    The i-th example of a pass gets the i-th donor, over and over: the same whenever the edit is replayed on
-    the same batches.
+    The i-th example of a pass takes from donor i modulo the number of donors, so that replaying the edit on the same
+    batches gives the same numbers.
 
     Attributes:
         values: donor x unit x the site's other axes.
-        origin: which examples.
-        at: a position, everywhere if None.
+        origin: which examples the activations are from.
+        at: a position; everywhere if None.
     """
 
     values: Tensor
@@ -299,13 +304,13 @@ class Resample(
 
 @dataclass(frozen=True, eq=False)
 class Steer(ActivationEdit, operator="steer", about="Add a direction to what a site holds."):
-    """Add a direction, times an amount (activation steering).
+    """Add a multiple of a direction (activation steering).
 
     Attributes:
-        site: its name.
-        vector: one number a unit (of heads: unit x d_head).
-        amount: what it is multiplied by.
-        at: a position, everywhere if None.
+        site: the site's name.
+        vector: the direction, one number for each unit (unit x d_head for heads).
+        amount: the factor of the direction.
+        at: a position; everywhere if None.
     """
 
     site: str
@@ -327,12 +332,12 @@ class Steer(ActivationEdit, operator="steer", about="Add a direction to what a s
         _check_vectors(own, site, self.vector, "vector")
         return own
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        return replace(self, vector=of_same_norm(self.vector, others.generator))
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        return replace(self, vector=of_same_norm(self.vector, substitutes.generator))
 
     def apply(self, site: Site, value: Tensor) -> None:
-        view = _placed(self, site, value)
-        view += _along(self, site, self.vector.to(value) * self.amount)
+        view = _view_at(self, site, value)
+        view += _broadcast(self, site, self.vector.to(value) * self.amount)
 
 
 def _check_vectors(edit: Edit, site: Site, array: Tensor, name: str, k: bool = False) -> None:
@@ -349,16 +354,16 @@ def _check_vectors(edit: Edit, site: Site, array: Tensor, name: str, k: bool = F
 class Erase(ActivationEdit, operator="erase", about="Project directions out of what a site holds."):
     """Project directions out: x' = x - U V^T (x - m), at every position.
 
-    With U = V an orthonormal basis and m = 0 it is the orthogonal projection; with the parts that `leace`
-    finds no linear classifier can tell the concept (Belrose et al. 2023, theorem 4.3).
+    With U = V an orthonormal basis and m = 0 this is the orthogonal projection. With what `leace` finds, no linear
+    classifier can predict the concept any more (Belrose et al. 2023, theorem 4.3).
 
     Attributes:
-        site: its name.
-        basis: U, unit x rank: what is taken away lies in its span.
+        site: the site's name.
+        basis: U, unit x rank; what is removed lies in its span.
         dual: V, unit x rank; U if None.
-        mean: m, one number a unit; 0 if None.
+        mean: m, one number for each unit; 0 if None.
         origin: what the directions are.
-        at: a position, everywhere if None.
+        at: a position; everywhere if None.
     """
 
     site: str
@@ -384,7 +389,7 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
         _check_at(own, model, site)
         if site.inner_axis is not None:
             raise ValueError(
-                f"edit 'erase' of {site.name}: heads hold vectors, expected another site"
+                f"edit 'erase': the units of {site.name} are heads, which hold vectors; expected another site"
             )
         for name in ("basis", "dual"):
             if (array := getattr(self, name)) is not None:
@@ -393,11 +398,11 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
             _check_vectors(own, site, self.mean, "mean")
         return own
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        return replace(self, basis=random_basis(self.basis, others.generator), dual=None)
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        return replace(self, basis=random_basis(self.basis, substitutes.generator), dual=None)
 
     def apply(self, site: Site, value: Tensor) -> None:
-        view = _placed(self, site, value).movedim(1, -1)
+        view = _view_at(self, site, value).movedim(1, -1)
         basis = self.basis.to(value)
         dual = basis if self.dual is None else self.dual.to(value)
         inside = view if self.mean is None else view - self.mean.to(value)
@@ -405,19 +410,21 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
 
 
 def check_projection(operator: str, basis: Tensor, dual: Tensor | None) -> None:
-    """Raise ValueError if V^T U is not the identity."""
+    """Raise ValueError unless V^T U is the identity, so that U V^T is a projection."""
+    # (U V^T)^2 = U (V^T U) V^T, which is U V^T if V^T U is the identity.
     if basis.ndim != 2 or (dual is not None and dual.shape != basis.shape):
         raise ValueError(f"basis of edit {operator!r} must be unit x rank, and dual like it")
     inner = (basis if dual is None else dual).double().T @ basis.double()
     off = (inner - torch.eye(len(inner), dtype=torch.float64)).abs().max().item()
     if off > 1e-3:
         raise ValueError(
-            f"basis of edit {operator!r} is no projection: dual^T basis is {off:.2g} away from the identity"
+            f"basis of edit {operator!r} gives no projection: dual^T basis differs from the identity by  {off:.2g}"
         )
 
 
 def random_basis(basis: Tensor, generator: Generator) -> Tensor:
-    """An orthonormal basis of a random space of the same dimension."""
+    """An orthonormal basis of a random subspace of the same dimension."""
+    # The columns of Gaussian numbers span a uniformly random subspace; QR makes them orthonormal.
     drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn).Q.float()
 

@@ -1,15 +1,15 @@
-"""Rank-one edits: a layer as a linear associative memory, one key and value stored in it.
+"""Rank-one edits: a layer as a linear associative memory in which one key and value are stored.
 
-The key is what the layer reads at a place, the value what it should put out there, found by optimisation so
-that the model answers as wanted (Meng et al. 2022; for convolutions Bau et al. 2020). The record holds the
-numbers, so that replaying it needs no optimisation.
+The key is the layer's input at a position; the value is the output that makes the model give the wanted answer, found
+by optimisation (ROME, Meng et al. 2022; for convolutions Bau et al. 2020). The edit holds the numbers, so that
+replaying it needs no optimisation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +33,25 @@ from circuits.units import Site
 def second_moment(
     model: HookedModel, layer: str, data: ActivationStore | Examples | Tensor | Iterable[Tensor]
 ) -> Float[Tensor, "column column"]:
-    """C, the mean of k k^T over everything that a layer reads.
+    """C, the mean of k k^T over a layer's inputs.
 
     Args:
         model: the model.
-        layer: which.
-        data: a store that keeps the covariance of the site that the layer reads, or examples.
+        layer: the layer's name.
+        data: a store with the covariance of the site that the layer reads, or examples.
 
     Raises:
-        KeyError: if there is no such layer, or the store does not keep that covariance.
-        ValueError: if there is no example.
+        KeyError: if there is no such layer, or the store lacks that covariance.
+        ValueError: if there are no examples.
     """
     read = read_site(model, layer)
     if isinstance(data, ActivationStore):
         theirs = data.provenance.model_hash
         if theirs != model.intact_hash:
-            raise ValueError(f"data: a store of model {theirs[:16]}, not {model.intact_hash[:16]}")
+            raise ValueError(
+                f"data: the store belongs to model {theirs[:16]}, expected {model.intact_hash[:16]}"
+            )
+        # The store keeps the centered covariance: E[k k^T] = Cov(k) + E[k] E[k]^T.
         kept = data.covariance(read.name)
         mean = torch.from_numpy(kept.mean).double().reshape(-1)
         return torch.from_numpy(kept.covariance).double() + mean[:, None] * mean[None, :]
@@ -62,7 +65,7 @@ def second_moment(
 
 
 def read_site(model: HookedModel, layer: str) -> Site:
-    """The site that holds just what a layer reads.
+    """The site that holds exactly what a layer reads.
 
     Raises:
         KeyError: if there is no such layer.
@@ -86,76 +89,96 @@ def associate(
     damping: float = 1e-6,
     origin: str = "",
 ) -> Associate | LowRank:
-    """The rank-one edit after which a model answers examples with a target.
+    """The rank-one edit after which a model answers some examples with a target.
 
-    Of a linear layer the closed form of `Associate`. A convolution is changed along one direction of its channels,
-    C^-1 k for the key k at `at`, by kernels that are optimised for all places of the examples together (Bau et
-    al. 2020, section 3.3): a `LowRank` edit. The record's `origin` says what probability the target then has.
+    For a linear layer this is the closed form of `Associate`. A convolution is changed along one direction of its
+    channels, C^-1 k for the key k at `at`, by kernels that are optimised for all positions of the examples together
+    (Bau et al. 2020, section 3.3); the result is a `LowRank` edit. Its `origin` records the target's new probability.
 
     Args:
         model: the model.
-        layer: where to store it.
-        examples: those whose answer is to change: prompts that say one thing, or images; the key is the mean over
-            them.
-        target: the token (after the last) or class that they shall get.
-        moment: C of the layer's inputs, see `second_moment`.
-        at: where the layer is read: the position of a token (the last if None), or (y, x) of a map (the place
-            where the layer puts out most if None).
-        steps: of the optimisation, at most.
-        learning_rate: of Adam, in units of the value's norm over the root of its length.
-        decay: weighs the squared change, over the squared norm of the value.
-        enough: the probability at which to stop.
+        layer: the layer that the association is stored in.
+        examples: the examples whose answer should change; the key is the mean over them.
+        target: the token (after the last position) or class that they should get.
+        moment: C of the layer's inputs; see `second_moment`.
+        at: where the key is read: a token position (the last if None), or (y, x) on a map (the position of the largest
+            output norm if None).
+        steps: the largest number of optimisation steps.
+        learning_rate: the learning rate of Adam, in units of the value's norm over the square root of its length.
+        decay: the weight of the squared change relative to the squared norm of the value.
+        enough: the probability at which the optimisation stops.
         damping: added to C's diagonal, as a share of its mean.
-        origin: for the record.
+        origin: what the edit is for, for the record.
 
     Raises:
         KeyError: if the layer is unknown.
-        ValueError: if something does not fit.
+        ValueError: if an argument does not fit the model or is out of range.
     """
     matrix = layer_named(model.matrices, layer)
     read, written = _site_of(model, matrix, "reads"), _site_of(model, matrix, "writes")
-    if moment.shape != (matrix.shape[1], matrix.shape[1]):
-        raise ValueError(
-            f"moment of shape {tuple(moment.shape)} does not fit {layer}: expected "
-            f"{matrix.shape[1]} x {matrix.shape[1]}"
-        )
+    _check_moment(matrix, moment)
     check_answer(model, target)
-    if steps < 1 or not 0 < enough <= 1 or learning_rate <= 0 or decay < 0 or damping < 0:
-        raise ValueError(
-            f"steps {steps}, enough {enough}, learning_rate {learning_rate}, decay {decay}, damping {damping}: "
-            "expected steps of at least 1, enough in (0, 1], a positive rate, and the others 0 or more"
-        )
+    if damping < 0:
+        raise ValueError(f"damping {damping} must be 0 or more")
+    search = _Search(steps, learning_rate, decay, enough)
     x = as_examples(model, examples).inputs
     cache = model.run(x, read=[read, written])
+    # Without damping C is singular if the layer's inputs span fewer dimensions than it has columns.
     c = moment.cpu().double()
     c = c + damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
     words = origin or f"{len(x)} examples answer {answer_name(model, target)}"
     place = _place(read, written, cache[written], at)
-    key, center = _key(model, matrix, read, cache[read], place)
+    key, center = _mean_key(model, matrix, read, cache[read], place)
     dual = torch.linalg.solve(c, center)
     dual = dual / dual.norm()
+    made: Associate | LowRank
     if len(matrix.shape) == 4:
-        rule = _rule(
-            model, matrix, read, written, x, target, dual, steps, learning_rate, decay, enough
-        )
-        reached = _reached(model, rule, x, target)
-        return replace(rule, origin=f"{words}: probability {reached:.3g}")
-    start = _at(written, cache[written], place).mean(0)
-    value, wanted = _value(
-        model, written, place, x, target, start, steps, learning_rate, decay, enough
-    )
-    made = fitting(model, Associate(layer, key, value.cpu().double(), dual, words))
-    reached = _reached(model, made, x, target)
-    if len(x) == 1 and abs(reached - wanted) > 0.05:
-        raise ValueError(
-            f"layer {layer} does not answer the key alone: the edit gives the target probability {reached:.3g}, "
-            f"the value in its place {wanted:.3g} (other places of the input have much of the key)"
-        )
+        made = _optimised_kernels(model, matrix, read, written, x, target, dual, search)
+        reached = _least_probability(model, made, x, target)
+    else:
+        start = _at(written, cache[written], place).mean(0)
+        value, wanted = _optimised_value(model, written, place, x, target, start, search)
+        made = fitting(model, Associate(layer, key, value.cpu().double(), dual, words))
+        reached = _least_probability(model, made, x, target)
+        # The value was found by replacing the output at one position; the edited weights act at every position.
+        if len(x) == 1 and abs(reached - wanted) > 0.05:
+            raise ValueError(
+                f"layer {layer} does not respond to the key only: the edit gives the target probability {reached:.3g}, "
+                f"the value at its position {wanted:.3g} (other positions of the input resemble the key)"
+            )
     return replace(made, origin=f"{words}: probability {reached:.3g}")
 
 
+@dataclass(frozen=True)
+class _Search:
+    """How the value or the kernels are optimised; see `associate`."""
+
+    steps: int
+    learning_rate: float
+    decay: float
+    enough: float
+
+    def __post_init__(self) -> None:
+        for name, fits, valid in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("decay", self.decay >= 0, "0 or more"),
+            ("enough", 0 < self.enough <= 1, "above 0 and at most 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} {getattr(self, name)} must be {valid}")
+
+
+def _check_moment(matrix: WeightMatrix, moment: Tensor) -> None:
+    n = matrix.shape[1]
+    if moment.shape != (n, n):
+        raise ValueError(
+            f"moment of shape {tuple(moment.shape)} does not fit {matrix.name}: expected {n} x {n}"
+        )
+
+
 def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
-    """The site whose units are, one by one and with nothing between, a matrix's columns or rows."""
+    """The site whose units are exactly a matrix's columns or rows, with nothing in between."""
     ends = matrix.reads if side == "reads" else matrix.writes
     n = matrix.shape[1 if side == "reads" else 0]
     for end in sorted(ends, key=lambda e: e.depth):
@@ -168,17 +191,19 @@ def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
     heads = [e.site for e in ends if e.site != "input"]
     what = "reads" if side == "reads" else "writes"
     raise ValueError(
-        f"layer {matrix.name}: no site holds just what it {what}, unit by unit ({', '.join(heads) or 'none'})"
+        f"layer {matrix.name}: no site holds exactly what it {what}, unit by unit ({', '.join(heads) or 'none'})"
     )
 
 
 def _place(
     read: Site, written: Site, output: Tensor, at: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """Where a layer is read and written, counted from the front."""
+    """The position at which a layer is read and written, counted from the start."""
     axes = read.position_axes
     if axes != written.position_axes:
-        raise ValueError(f"sites {read.name} and {written.name} have other positions")
+        raise ValueError(
+            f"sites {read.name} and {written.name} have different position axes, expected the same"
+        )
     lengths = written.positions_of(output)
     if at is None:
         if axes == ("position",):
@@ -200,21 +225,24 @@ def _at(site: Site, value: Tensor, place: tuple[int, ...]) -> Float[Tensor, "exa
     return site.at(value, place).flatten(1).detach()
 
 
-def _key(
+def _mean_key(
     model: HookedModel, matrix: WeightMatrix, read: Site, value: Tensor, place: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The mean key, as the layer sees it, and what it is in the channels at its middle."""
+    """The mean key as the layer sees it, and its channels at the kernel's centre."""
     if len(matrix.shape) == 2:
         key = _at(read, value, place).mean(0).cpu().double()
         return key, key
     layer = model.module.get_submodule(matrix.name)
     assert isinstance(layer, nn.Conv2d)
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise ValueError(f"layer {matrix.name} pads in a way that is not built: expected zeros")
+        raise ValueError(
+            f"layer {matrix.name} has padding {layer.padding!r} ({layer.padding_mode}): expected zeros of a given width"
+        )
     height, width = matrix.shape[2:]
     patches = F.unfold(
         value.detach(), (height, width), layer.dilation, layer.padding, layer.stride
     )  # example x (column kernel) x place
+    # `unfold` flattens the output positions row by row: position (y, x) is patch y * (output width) + x.
     across = (
         value.shape[3] + 2 * layer.padding[1] - layer.dilation[1] * (width - 1) - 1
     ) // layer.stride[1] + 1
@@ -223,13 +251,15 @@ def _key(
     return mean, mean[:, height // 2, width // 2]
 
 
-def _reached(model: HookedModel, edit: Associate | LowRank, x: Tensor, target: int) -> float:
-    """The least probability of the target over the examples, with an edit."""
+def _least_probability(
+    model: HookedModel, edit: Associate | LowRank, x: Tensor, target: int
+) -> float:
+    """The lowest probability of the target over the examples, with an edit."""
     with edited(model, [edit]):
         return answers(model, model.logits(x)).softmax(-1)[:, target].min().item()
 
 
-def _rule(
+def _optimised_kernels(
     model: HookedModel,
     matrix: WeightMatrix,
     read: Site,
@@ -237,14 +267,15 @@ def _rule(
     x: Tensor,
     target: int,
     dual: Tensor,
-    steps: int,
-    learning_rate: float,
-    decay: float,
-    enough: float,
+    search: _Search,
 ) -> LowRank:
-    """Bau et al. 2020, section 3.3: the change Lambda of a convolution along one direction of its channels, at
-    every place of the kernel, for which the model answers with the target; all places of the map count.
+    """The change Lambda of a convolution along one direction of its channels that makes the model answer the target.
+
+    Bau et al. 2020, section 3.3. Lambda has one kernel for each output channel, and acts at all positions of the map.
     """
+    # W'[o, i, y, x] = W + Lambda[o, y, x] dual[i]. By linearity the change of the output is the convolution of the
+    # input's component along `dual` (one channel, recorded by `look`) with Lambda (added by `add`), so that the
+    # optimisation never touches the weights.
     layer = model.module.get_submodule(matrix.name)
     assert isinstance(layer, nn.Conv2d)
     padding = layer.padding
@@ -266,42 +297,44 @@ def _rule(
         return value + along
 
     model.run(x, edits={read.name: look, written.name: add})
+    # The size at which Lambda changes the output by about its own standard deviation.
     scale = float(seen["value"].std() / seen["along"].std().clamp_min(1e-12)) / math.prod(kernel)
-    adam = torch.optim.Adam([change], lr=learning_rate * scale)
+    adam = torch.optim.Adam([change], lr=search.learning_rate * scale)
     best, found = -1.0, change.detach().clone()
-    for _ in range(steps):
+    for _ in range(search.steps):
         output = model.run(x, edits={read.name: look, written.name: add}, grad=True).output
         log_p = answers(model, main_output(output)).log_softmax(-1)[:, target]
         reached = log_p.exp().min().item()
         if reached > best:
             best, found = reached, change.detach().clone()
-        if reached >= enough:
+        if reached >= search.enough:
             break
-        loss = -log_p.mean() + decay * (change / scale).square().mean()
+        loss = -log_p.mean() + search.decay * (change / scale).square().mean()
         (change.grad,) = torch.autograd.grad(loss, [change])
         adam.step()
+    # As left right^T with rank = number of kernel positions: left holds Lambda, and right has `dual` at one kernel
+    # position in each column.
     left = found.flatten(1).cpu()
     places = torch.eye(left.shape[1], dtype=torch.float64)
     right = torch.einsum("i,pq->ipq", dual, places).flatten(0, 1)
     return fitting(model, LowRank(matrix.name, left, right))
 
 
-def _value(
+def _optimised_value(
     model: HookedModel,
     site: Site,
     place: tuple[int, ...],
     x: Tensor,
     target: int,
     start: Tensor,
-    steps: int,
-    learning_rate: float,
-    decay: float,
-    enough: float,
+    search: _Search,
 ) -> tuple[Tensor, float]:
-    """What the site should hold at the place so that the model answers with the target, and its probability then."""
+    """The output at a position with which the model answers the target, and the target's probability with it."""
+    # Adam moves each of d entries by about its learning rate, and all together by about sqrt(d) times that: divided by
+    # sqrt(d), a step is `learning_rate` times the value's norm.
     scale = start.norm().clamp_min(1e-6)
     delta = torch.zeros_like(start, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=learning_rate * float(scale) / len(start) ** 0.5)
+    adam = torch.optim.Adam([delta], lr=search.learning_rate * float(scale) / len(start) ** 0.5)
 
     def put(value: Tensor) -> Tensor:
         made = value.clone()
@@ -310,15 +343,15 @@ def _value(
         return made
 
     best, found = -1.0, start
-    for _ in range(steps):
+    for _ in range(search.steps):
         logits = answers(model, main_output(model.run(x, edits={site.name: put}, grad=True).output))
         log_p = logits.log_softmax(-1)[:, target]
         reached = log_p.exp().min().item()
         if reached > best:
             best, found = reached, (start + delta).detach().clone()
-        if reached >= enough:
+        if reached >= search.enough:
             break
-        loss = -log_p.mean() + decay * (delta / scale).square().sum()
+        loss = -log_p.mean() + search.decay * (delta / scale).square().sum()
         (gradient,) = torch.autograd.grad(loss, [delta])
         delta.grad = gradient
         adam.step()

@@ -1,4 +1,4 @@
-"""Attention knocked out between spans of positions, as an edit of attention patterns."""
+"""Attention knockout between positions, as an edit of attention patterns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.edits.activations import UnitsEdit
-from circuits.edits.records import Edit, Others
+from circuits.edits.records import Edit, Substitutes
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.sites import attention_patterns
@@ -22,18 +22,18 @@ class KnockOut(
     operator="knock_out",
     about="Take heads' attention from some positions to some others away.",
 ):
-    """Take away the attention that heads pay from some positions to others.
+    """Remove the attention of heads from some positions to other positions.
 
     Geva et al. 2023, "Dissecting Recall of Factual Associations": attention knockout.
 
-    Renormalised, the attention that is left of a row is scaled to the row's former sum, which equals scores of minus
-    infinity before the softmax; otherwise it stays as it is, and the head reads that much less.
+    With `renormalise` the remaining attention of a row is scaled up to the row's former sum, which is the same as
+    setting the removed scores to minus infinity before the softmax. Without it the head reads that much less.
 
     Attributes:
         units: heads, as units of `blocks.N.attn.hook_pattern`.
         queries: the positions that attend, negative from the end; all if None.
-        keys: the positions that are no longer attended to, likewise.
-        renormalise: whether the rest of each row is scaled up. A row that has nothing left is then an error.
+        keys: the positions that are no longer attended to, negative from the end; all if None.
+        renormalise: whether the rest of each row is scaled up; it is then an error if nothing is left of a row.
         at: not used.
     """
 
@@ -44,12 +44,12 @@ class KnockOut(
     def _check_values(self) -> None:
         if self.at is not None:
             raise ValueError(
-                "at of edit 'knock_out' has no meaning: expected queries, keys or both"
+                f"at {self.at} does not apply to edit 'knock_out': expected queries, keys or both"
             )
         for name in ("queries", "keys"):
             if getattr(self, name) == ():
                 raise ValueError(
-                    f"{name} of edit 'knock_out' name no position: expected at least one"
+                    f"{name} of edit 'knock_out' are empty: expected at least one position"
                 )
         if self.keys is None and self.renormalise:
             raise ValueError("edit 'knock_out' leaves no key to renormalise: expected keys")
@@ -59,7 +59,7 @@ class KnockOut(
         if site not in known:
             names = ", ".join(s.name for s in known[:3]) or "none in this model"
             raise ValueError(
-                f"site {site.name} of edit 'knock_out' holds no attention pattern that is read behind it: expected one "
+                f"site {site.name} of edit 'knock_out' is not an attention pattern that the model reads: expected one "
                 f"of {names}"
             )
         longest = model.input.n_ctx if isinstance(model.input, TokenInput) else site.shape[-1]
@@ -67,21 +67,22 @@ class KnockOut(
             for index in getattr(self, name) or ():
                 if not -longest <= index < longest:
                     raise ValueError(
-                        f"position {index} among {name} of edit 'knock_out' must be from {-longest} to {longest - 1}"
+                        f"position {index} in {name} of edit 'knock_out' is out of range: expected {-longest} to "
+                        f"{longest - 1}"
                     )
         made = super().checked(model)
         assert isinstance(made, KnockOut)
         return made
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        """The same of other heads; where there are too few, of the same heads with other keys."""
-        made = super().twin(model, others)
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        """The same edit of other heads, or of the same heads with other keys if there are too few heads."""
+        made = super().twin(model, substitutes)
         if made is not None or self.keys is None:
             return made
-        free = _between(self.keys, self.queries or ())
+        free = _other_positions(self.keys, self.queries or ())
         if len(free) < len(self.keys):
             return None
-        drawn = torch.randperm(len(free), generator=others.generator)[: len(self.keys)]
+        drawn = torch.randperm(len(free), generator=substitutes.generator)[: len(self.keys)]
         return replace(self, keys=tuple(sorted(free[i] for i in drawn.tolist())))
 
     @property
@@ -99,18 +100,18 @@ class KnockOut(
         if self.renormalise:
             left = rows.sum(-1, keepdim=True)
             self._check_left(gone & (left == 0), queries)
-            # rows that lose nothing keep their bits
+            # Rows that lose nothing stay as they are, bit for bit: scaling them by 1 might round.
             rows = torch.where(gone, rows * (before / left.where(gone, left.new_ones(()))), rows)
         made[:, :, queries] = rows
         return made
 
     def _places(self, name: str, length: int) -> Tensor:
-        """Positions of a sequence of this length."""
+        """The queries or keys as positions of a sequence of this length."""
         given = getattr(self, name)
         for index in given or ():
             if not -length <= index < length:
                 raise ValueError(
-                    f"position {index} among {name} of edit '{self}' must be from {-length} to {length - 1}"
+                    f"position {index} in {name} of edit '{self}' is out of range: expected {-length} to {length - 1}"
                 )
         return torch.tensor([i % length for i in given]) if given else torch.arange(length)
 
@@ -119,13 +120,14 @@ class KnockOut(
             _, head, query, _ = empty.nonzero()[0].tolist()
             heads = range(empty.shape[1]) if self.units.indices is None else self.units.indices
             raise ValueError(
-                f"edit '{self}': position {int(queries[query])} of head {heads[head]} has no attention left to "
-                "renormalise: expected queries that keep a key"
+                f"queries of edit '{self}': position {int(queries[query])} of head {heads[head]} keeps no key, so that "
+                "nothing is left to renormalise"
             )
 
 
-def _between(keys: Sequence[int], queries: Sequence[int]) -> list[int]:
-    """Other positions between those that are named and the end that they are counted from."""
+def _other_positions(keys: Sequence[int], queries: Sequence[int]) -> list[int]:
+    """The positions that a twin may use as keys: those between the named ones and the end they count from."""
+    # Texts have different lengths, so a position is known to exist only between the named ones and that end.
     named = [*keys, *queries]
     if min(named) >= 0:
         reach: Iterable[int] = range(max(named) + 1)
@@ -142,16 +144,16 @@ def knock_out(
     keys: Iterable[int] | None = None,
     renormalise: bool = False,
 ) -> KnockOut:
-    """The edit that takes away heads' attention from some positions to others.
+    """The edit that removes heads' attention from some positions to other positions.
 
     Args:
         heads: units of one layer's `blocks.N.attn.hook_pattern`; `SITE:*` for all of them.
         queries: the positions that attend, negative from the end; all if None.
-        keys: the positions that are no longer attended to, likewise.
-        renormalise: whether the rest of each row is scaled up to what the row was.
+        keys: the positions that are no longer attended to, negative from the end; all if None.
+        renormalise: whether the rest of each row is scaled up to the row's former sum.
 
     Raises:
-        ValueError: if units are of several sites, or no position is named.
+        ValueError: if units are of several sites, or a list of positions is empty.
 
     >>> str(knock_out("blocks.1.attn.hook_pattern:0", queries=[5], keys=range(3)))
     'knock_out units=blocks.1.attn.hook_pattern:0 queries=5 keys=0,1,2'

@@ -1,7 +1,7 @@
-"""Edits of the weights between units: scaled, filtered, set, turned, transplanted.
+"""Edits of the weights between units: scale, filter, set, rotate, transplant.
 
-A connection is named by its units at both ends: `into` (units of a site that the layer writes) and `source`
-(units of a site that it reads). Left out, an end is all there is. `layer` names one of several layers.
+Connections are named by the units at their ends: `into` (units of a site that the layer writes) and `source` (units of
+a site that the layer reads). An end that is left out means all units. `layer` selects one of several layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuits.edits.records import Edit, Others
+from circuits.edits.records import Edit, Substitutes
 from circuits.edits.weights import WeightEdit, Weights, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import MatrixEnd, WeightMatrix
@@ -24,7 +24,7 @@ from circuits.units import Unit, Units, nearest
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Rows and columns of a matrix that an edit is about."""
+    """The rows and columns of a matrix that an edit changes."""
 
     matrix: WeightMatrix
     rows: Tensor
@@ -33,7 +33,7 @@ class Part:
     column_factor: Tensor
 
     def effective(self, block: Tensor) -> Tensor:
-        """Weights as they act from unit to unit: with what lies between the layer and the sites."""
+        """Weights as they act from unit to unit: times the factors between layer and sites (batch norm, signs)."""
         factor = self.row_factor[:, None] * self.column_factor[None, :]
         return block * factor.reshape(*factor.shape, *(1,) * (block.ndim - 2)).to(block)
 
@@ -41,11 +41,11 @@ class Part:
 def parts_of(
     matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
 ) -> list[Part]:
-    """The weights between units.
+    """The weights between units, as one part for each layer.
 
     Raises:
         KeyError: if the layer is unknown.
-        ValueError: if no layer connects them, or several write the same units and none is named.
+        ValueError: if no layer connects them, or several layers write the same units and none is named.
     """
     among = (layer_named(matrices, layer),) if layer else matrices
     found: list[Part] = []
@@ -54,14 +54,15 @@ def parts_of(
         read = None if source is None else matrix.end(source.site, "reads")
         if (into is not None and written is None) or (source is not None and read is None):
             continue
+        # Without a target only layers that read the source directly count, not those behind further layers.
         if into is None and read is not None and not read.direct and not layer:
             continue
-        rows, row_factor = _of(written, into, matrix.shape[0])
-        columns, column_factor = _of(read, source, matrix.shape[1])
+        rows, row_factor = _rows_or_columns(written, into, matrix.shape[0])
+        columns, column_factor = _rows_or_columns(read, source, matrix.shape[1])
         if len(rows) and len(columns) and bool(matrix.there(rows, columns).any()):
             found.append(Part(matrix, rows, columns, row_factor, column_factor))
     if not found:
-        raise ValueError(_nothing(matrices, into, source, layer))
+        raise ValueError(_why_nothing(matrices, into, source, layer))
     for units, side in ((into, "writes"), (source, "reads")):
         if units is not None:
             _check_covered(found, units, side, alone=side == "writes" and not layer)
@@ -70,10 +71,10 @@ def parts_of(
     return found
 
 
-def _nothing(
+def _why_nothing(
     matrices: Sequence[WeightMatrix], into: Units | None, source: Units | None, layer: str
 ) -> str:
-    """Why nothing was found, and what there is."""
+    """The error message if no weights were found: why, and what there is."""
     ends = f"{f' into {into}' if into else ''}{f' from {source}' if source else ''}"
     text = f"no weights{' of ' + layer if layer else ''} lead{ends}"
     for units, side in ((into, "writes"), (source, "reads")):
@@ -82,8 +83,8 @@ def _nothing(
         sites = [end.site for m in matrices for end in getattr(m, side)]
         near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
         return (
-            f"{text}: no layer {side} {units.site} (weights that are computed from others are not followed); "
-            f"layers have what {side} {near}"
+            f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed), "
+            f"but layers {'write' if side == 'writes' else 'read'} {near}"
         )
     return f"{text} directly"
 
@@ -99,13 +100,15 @@ def _check_covered(parts: Sequence[Part], units: Units, side: str, alone: bool) 
             seen.setdefault(unit, []).append(part.matrix.name)
     if units.indices is not None and (missing := [i for i in units.indices if i not in seen]):
         known = ", ".join(part.matrix.name for part in parts)
-        raise ValueError(f"unit {units.site}:{missing[0]} has no weights here (layers: {known})")
+        raise ValueError(f"unit {units.site}:{missing[0]} has no weights in {known}")
     if alone and any(len(names) > 1 for names in seen.values()):
         names = next(names for names in seen.values() if len(names) > 1)
-        raise ValueError(f"several layers write {units}: name one as layer: {', '.join(names)}")
+        raise ValueError(
+            f"several layers write {units}: name one with layer={' or layer='.join(names)}"
+        )
 
 
-def _of(end: MatrixEnd | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
+def _rows_or_columns(end: MatrixEnd | None, units: Units | None, n: int) -> tuple[Tensor, Tensor]:
     if end is None or units is None:
         return torch.arange(n), torch.ones(n)
     which = end.of(units.indices)
@@ -117,9 +120,9 @@ class ConnectionEdit(WeightEdit):
     """An edit of the weights between units.
 
     Attributes:
-        into: units that a layer writes; all if None.
-        source: units that it reads; all if None.
-        layer: which layer; the only one that connects them if empty.
+        into: units that the layer writes; all if None.
+        source: units that the layer reads; all if None.
+        layer: the layer's name; the only one that connects the units if empty.
     """
 
     into: Units | None = None
@@ -152,8 +155,8 @@ class ConnectionEdit(WeightEdit):
             if part.matrix.tied and not own.layer:
                 shared = ", ".join(part.matrix.tied)
                 raise ValueError(
-                    f"weights of {part.matrix.name} are those of {shared} too: name layer={part.matrix.name} "
-                    "to change all of them"
+                    f"layer {part.matrix.name} shares its weights with {shared}: name layer={part.matrix.name} to "
+                    "change all of them"
                 )
         own._check_parts(parts)
         return own
@@ -162,24 +165,24 @@ class ConnectionEdit(WeightEdit):
         """Raise ValueError if arrays do not fit."""
 
     def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
-        """The weights that the edit is about."""
+        """The weights that the edit changes."""
         return parts_of(matrices, self.into, self.source, self.layer)
 
     def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         return [part.matrix.weight for part in self.parts(matrices)]
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        name, units = self._end()
-        instead = None if units.site == INPUT else others.of(units)
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        name, units = self._twin_end()
+        instead = None if units.site == INPUT else substitutes.of(units)
         if instead is None:
             return None
         try:
             return replace(self, **{name: instead}).checked(model)
-        except ValueError:  # units that together have not the weights that these have
+        except ValueError:  # these substitutes do not have the same weights together
             return None
 
-    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
-        name, units = self._end()
+    def edited_units(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+        name, units = self._twin_end()
         if units.site == INPUT:
             return {}
         site = model.site(units.site)
@@ -188,15 +191,17 @@ class ConnectionEdit(WeightEdit):
         for part in self.parts(model.matrices):
             end = part.matrix.end(units.site, side)
             assert end is not None
-            pool = frozenset(i for i in range(site.n_units) if self._like(part, end, side, i))
+            pool = frozenset(
+                i for i in range(site.n_units) if self._has_weights(part, end, side, i)
+            )
             which = part.rows if side == "writes" else part.columns
             for index in end.owner[which].unique().tolist():
                 before = found.get(site.unit(index))
                 found[site.unit(index)] = pool if before is None else pool & before
         return found
 
-    def _like(self, part: Part, end: MatrixEnd, side: str, unit: int) -> bool:
-        """Whether a unit has weights at the other end, where that is named."""
+    def _has_weights(self, part: Part, end: MatrixEnd, side: str, unit: int) -> bool:
+        """Whether a unit has weights to the units at the other end, if those are named (grouped layers may not)."""
         which = end.of((unit,))
         if not len(which):
             return False
@@ -205,8 +210,8 @@ class ConnectionEdit(WeightEdit):
         rows, columns = (which, part.columns) if side == "writes" else (part.rows, which)
         return part.matrix.groups == 1 or bool(part.matrix.there(rows, columns).all())
 
-    def _end(self) -> tuple[Literal["into", "source"], Units]:
-        """The end whose units a twin swaps."""
+    def _twin_end(self) -> tuple[Literal["into", "source"], Units]:
+        """The end whose units a twin replaces."""
         if self.into is not None:
             return "into", self.into
         assert self.source is not None
@@ -219,13 +224,13 @@ class ConnectionEdit(WeightEdit):
             part.matrix.put(parameter, part.rows, part.columns, self.new(part, block))
 
     def new(self, part: Part, block: Tensor) -> Tensor:
-        """What takes the place of a block of weights, row x column x kernel."""
+        """The new weights of a block, row x column x kernel, given the old ones."""
         raise NotImplementedError
 
-    def _one(self, parts: list[Part]) -> Part:
+    def _only_part(self, parts: list[Part]) -> Part:
         if len(parts) != 1:
             names = ", ".join(part.matrix.name for part in parts)
-            raise ValueError(f"edit {self.operator!r} is of one layer: name one of {names}")
+            raise ValueError(f"edit {self.operator!r} changes one layer only: name one of {names}")
         return parts[0]
 
 
@@ -237,7 +242,7 @@ class ScaleWeights(
 
     Attributes:
         factor: a finite number.
-        bias: the biases of the rows too.
+        bias: whether the rows' biases are scaled too.
     """
 
     factor: float = 0.0
@@ -264,9 +269,9 @@ Sign = Literal["positive", "negative"]
 class FilterWeights(
     ConnectionEdit, operator="filter_weights", about="Keep weights of one sign only."
 ):
-    """Keep the weights of one sign and remove the others.
+    """Keep the weights of one sign and set the rest to 0.
 
-    The sign is that of a weight as it acts between the sites: batch norm between may turn it.
+    The sign is that of the weight as it acts between the sites; a batch norm in between may flip it.
 
     Attributes:
         keep: `positive` or `negative`.
@@ -291,9 +296,9 @@ class FilterWeights(
 class KeepWeights(
     ConnectionEdit, operator="keep_weights", about="Keep only what comes from some units."
 ):
-    """Keep only the weights that come from `source`, a family say, and remove all others into `into`.
+    """Of the weights into `into`, keep only those from `source` (a family, for example) and set the rest to 0.
 
-    Of every layer that writes these units, or of the one that is named. Biases stay.
+    This applies to every layer that writes these units, or to the named one. Biases stay.
     """
 
     def _check_values(self) -> None:
@@ -301,9 +306,7 @@ class KeepWeights(
             raise ValueError("edit 'keep_weights' needs both into and source")
 
     def parts(self, matrices: Sequence[WeightMatrix]) -> list[Part]:
-        parts_of(
-            matrices, self.into, None, self.layer
-        )  # raises where several layers write the units
+        parts_of(matrices, self.into, None, self.layer)  # raises if several layers write the units
         return parts_of(matrices, self.into, self.source, self.layer)
 
     def apply(self, weights: Weights) -> None:
@@ -324,8 +327,8 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
     """Set the weights between units: a kernel, or a block of kernels.
 
     Attributes:
-        values: row x column x kernel, in the order of the units; a kernel alone for one connection.
-        bias: one a row; left as it is if None.
+        values: row x column x kernel, in the order of the units; just the kernel for a single connection.
+        bias: one number for each row; unchanged if None.
     """
 
     values: Tensor | None = None
@@ -334,10 +337,10 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
     def _check_values(self) -> None:
         super()._check_values()
         if self.values is None:
-            raise ValueError("edit 'set_weights' lacks values")
+            raise ValueError("edit 'set_weights' needs values")
 
     def _check_parts(self, parts: list[Part]) -> None:
-        part = self._one(parts)
+        part = self._only_part(parts)
         if self.values is not None and not bool(part.matrix.there(part.rows, part.columns).all()):
             raise ValueError(
                 f"layer {part.matrix.name} has no weights between some of these units (groups)"
@@ -375,7 +378,7 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
     def apply(self, weights: Weights) -> None:
         super().apply(weights)
         if self.bias is not None:
-            part = self._one(self.parts(weights.matrices))
+            part = self._only_part(self.parts(weights.matrices))
             assert part.matrix.bias is not None
             own = weights.writable(part.matrix.bias)
             own[part.rows] = self.bias.to(own)
@@ -385,13 +388,12 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
 class RotateWeights(
     ConnectionEdit, operator="rotate_weights", about="Turn kernels about their middle."
 ):
-    """Turn kernels about their middle, counterclockwise as one looks at them (y down).
+    """Rotate kernels about their centre, counterclockwise as seen in an image (y down).
 
-    Multiples of 90 degrees are exact for square kernels, others interpolated between the four nearest weights,
-    with zero around.
+    Multiples of 90 degrees are exact for square kernels; other angles are interpolated bilinearly, with zeros outside.
 
     Attributes:
-        degrees: how far.
+        degrees: the angle.
     """
 
     degrees: float = 90.0
@@ -402,19 +404,22 @@ class RotateWeights(
             if len(kernel) != 2 or kernel == (1, 1):
                 raise ValueError(
                     f"edit 'rotate_weights': {part.matrix.name} has kernels of "
-                    f"{' x '.join(map(str, kernel)) or 'one number'}, which cannot be turned"
+                    f"{' x '.join(map(str, kernel)) or 'one number'}, expected kernels that can be rotated"
                 )
 
     def new(self, part: Part, block: Tensor) -> Tensor:
-        return turned_kernels(block, self.degrees)
+        return rotated_kernels(block, self.degrees)
 
 
-def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
-    """Kernels (… x y x x) turned counterclockwise as one looks at them."""
+def rotated_kernels(kernels: Tensor, degrees: float) -> Tensor:
+    """Kernels (… x y x x) rotated counterclockwise as seen in an image."""
     height, width = kernels.shape[-2:]
     quarter = degrees / 90
     if quarter == round(quarter) and (height == width or round(quarter) % 2 == 0):
         return torch.rot90(kernels, round(quarter) % 4, (-2, -1)).contiguous()
+    # Each point of the result is looked up at its preimage: (x, y) rotated back about the centre. With y pointing down
+    # a counterclockwise rotation by a is x' = x cos a + y sin a, y' = -x sin a + y cos a; its inverse swaps the signs
+    # of the sines. One row and column of zeros around the kernel take the points outside.
     angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
     y = (torch.arange(height) - (height - 1) / 2).double()[:, None]
     x = (torch.arange(width) - (width - 1) / 2).double()[None, :]
@@ -436,16 +441,16 @@ def turned_kernels(kernels: Tensor, degrees: float) -> Tensor:
 class Transplant(
     ConnectionEdit, operator="transplant", about="Replace units by ones of another network."
 ):
-    """Replace units by units of another network: their weights and biases, times a gain, plus an offset.
+    """Replace units by units of another network: its weights and biases, times a gain, plus an offset.
 
     All other weights into the units become 0.
 
     Attributes:
-        weights: row x column x kernel: of the donor's units, from the units that match `source`.
-        biases: one a row; 0 if None.
-        gain: one a row; 1 if None.
-        offset: one a row; 0 if None.
-        donor: which units of which network.
+        weights: row x column x kernel: the weights of the donor's units from the units that match `source`.
+        biases: one number for each row; 0 if None.
+        gain: one number for each row; 1 if None.
+        offset: one number for each row; 0 if None.
+        donor: the donor's units and network, in words.
     """
 
     weights: Tensor | None = None
@@ -459,7 +464,7 @@ class Transplant(
             raise ValueError("edit 'transplant' needs into, source and weights")
 
     def _check_parts(self, parts: list[Part]) -> None:
-        part = self._one(parts)
+        part = self._only_part(parts)
         assert self.weights is not None
         wanted = (len(part.rows), len(part.columns), *part.matrix.shape[2:])
         if tuple(self.weights.shape) != wanted:
@@ -485,7 +490,7 @@ class Transplant(
         return super().parameters(matrices) + more
 
     def apply(self, weights: Weights) -> None:
-        part = self._one(self.parts(weights.matrices))
+        part = self._only_part(self.parts(weights.matrices))
         assert self.weights is not None
         matrix, rows = part.matrix, part.rows
         n = len(rows)

@@ -1,4 +1,4 @@
-"""Edits of a whole layer's weights: low rank, associations, erased directions."""
+"""Edits of a whole layer's weights: low-rank updates, associations (ROME), erased directions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.edits.activations import check_projection, random_basis
-from circuits.edits.records import Edit, Others, of_same_norm
+from circuits.edits.records import Edit, Substitutes, of_same_norm
 from circuits.edits.weights import WeightEdit, Weights, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import WeightMatrix
@@ -28,13 +28,13 @@ class LayerEdit(WeightEdit):
 class LowRank(
     LayerEdit, operator="low_rank", about="Add a matrix of low rank to a layer's weights."
 ):
-    """Add a matrix of low rank: W' = W + left right^T.
+    """Add a low-rank matrix: W' = W + left right^T.
 
     Attributes:
-        layer: which.
+        layer: the layer's name.
         left: row x rank.
-        right: column x rank; of a convolution the columns and the kernel flattened, column first.
-        origin: what it is for.
+        right: column x rank; for a convolution, columns and kernel flattened, column first.
+        origin: what the edit is for.
     """
 
     layer: str
@@ -61,8 +61,9 @@ class LowRank(
             )
         return self
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        left, right = (of_same_norm(t, others.generator) for t in (self.left, self.right))
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        # Two factors with the right norms do not give a product with the right norm, so the product is rescaled.
+        left, right = (of_same_norm(t, substitutes.generator) for t in (self.left, self.right))
         wanted = (self.left.double() @ self.right.double().T).norm()
         got = (left.double() @ right.double().T).norm().clamp_min(1e-300)
         return replace(self, left=(left.double() * (wanted / got)).to(left.dtype), right=right)
@@ -71,19 +72,20 @@ class LowRank(
         matrix = layer_named(weights.matrices, self.layer)
         parameter = weights.writable(matrix.weight)
         view = matrix.view(parameter)
-        view += _outer(self.left, self.right, view.shape).to(view)
+        view += _outer_product(self.left, self.right, view.shape).to(view)
 
 
-def _summed(terms: Tensor) -> Tensor:
-    """The sum over the first axis, one after the other: the same bits whatever the machine."""
+def _ordered_sum(terms: Tensor) -> Tensor:
+    """The sum over the first axis, term by term."""
+    # `sum` and matrix products may add in another order on another machine; a replayed edit has to give the same bits.
     total = torch.zeros_like(terms[0])
     for term in terms:
         total = total + term
     return total
 
 
-def _outer(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """left right^T, summed in one order whatever the machine, in float64."""
+def _outer_product(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """left right^T in float64, summed over the rank in a fixed order (see `_ordered_sum`)."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
     for a, b in zip(left.double().T, right.double().T, strict=True):
         total += a[:, None] * b[None, :]
@@ -93,7 +95,7 @@ def _outer(left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _check_ungrouped(edit: Edit, matrix: WeightMatrix) -> None:
     if matrix.groups != 1:
         raise ValueError(
-            f"edit {edit.operator!r}: layer {matrix.name} has groups, which is not built"
+            f"edit {edit.operator!r}: layer {matrix.name} has {matrix.groups} groups, expected a layer without groups"
         )
 
 
@@ -101,19 +103,19 @@ def _check_ungrouped(edit: Edit, matrix: WeightMatrix) -> None:
 class Associate(
     LayerEdit, operator="associate", about="Store one key and value in a layer, of rank one."
 ):
-    """Make a layer answer a key with a value, and change it as little as can be on other keys.
+    """Make a layer map a key to a value, with the least change on other keys.
 
-    A layer is a linear associative memory; with `dual` = C^-1 k*, C the uncentered covariance of its inputs,
+    The layer is a linear associative memory. With `dual` = C^-1 k*, C the uncentered covariance of its inputs,
     W' = W + (v* - W k* - b) (C^-1 k*)^T / (k*^T C^-1 k*)
-    (Meng et al. 2022, equation 2). A convolution answers at the place whose input patch is the key: its weights
-    change along `dual` in the channels only (Bau et al. 2020, section 3.3): W'[o, i, y, x] = W + r[o] a[y, x]
-    dual[i] / |a|^2 with a = dual . key[:, y, x] and r what is missing at the place.
+    (Meng et al. 2022, equation 2). A convolution maps the input patch that is the key: its weights change along `dual`
+    in the channels only (Bau et al. 2020, section 3.3), W'[o, i, y, x] = W + r[o] a[y, x] dual[i] / |a|^2 with
+    a = dual . key[:, y, x] and r the difference between the value and the current output at that position.
 
     Attributes:
-        layer: which.
-        key: k*, one number a column; of a convolution column x kernel: the patch that it sees.
-        value: v*, one number a row: what the layer puts out, its bias included.
-        dual: C^-1 k*, one number a column.
+        layer: the layer's name.
+        key: k*, one number for each column; for a convolution column x kernel, the patch that it sees.
+        value: v*, one number for each row: the layer's output, bias included.
+        dual: C^-1 k*, one number for each column.
         origin: what is associated with what.
     """
 
@@ -136,28 +138,30 @@ class Associate(
                 )
         if not float(self._reach().square().sum()) > 0:
             raise ValueError(
-                "dual of edit 'associate' is orthogonal to key: it cannot change the answer"
+                "dual of edit 'associate' is orthogonal to key, so the edit cannot change the output: expected another"
             )
         return self
 
     def _reach(self) -> Tensor:
-        """a: how much of the dual direction the key has, at each place of the kernel."""
+        """a = dual . key at each position of the kernel: the key's component along the dual."""
         key, dual = self.key.double(), self.dual.double()
-        return _summed(key * dual.reshape(-1, *(1,) * (key.ndim - 1)))
+        return _ordered_sum(key * dual.reshape(-1, *(1,) * (key.ndim - 1)))
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        """A random answer, as far from what the layer puts out now as `value` is."""
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        """The same key with a random value, as far from the layer's current output as `value` is."""
         weights = Weights(model)
         missing = self._missing(weights)
         return replace(
             self,
-            value=(self.value.double() - missing + of_same_norm(missing, others.generator)).float(),
+            value=(
+                self.value.double() - missing + of_same_norm(missing, substitutes.generator)
+            ).float(),
         )
 
     def _missing(self, weights: Weights) -> Tensor:
         matrix = layer_named(weights.matrices, self.layer)
         view = matrix.view(weights.value(matrix.weight)).double().cpu()
-        now = _summed((view * self.key.double()[None]).flatten(1).T)
+        now = _ordered_sum((view * self.key.double()[None]).flatten(1).T)
         if matrix.bias is not None:
             now = now + weights.value(matrix.bias).double().cpu()
         return self.value.double() - now
@@ -168,7 +172,7 @@ class Associate(
         direction = (
             self.dual.double().reshape(-1, *(1,) * reach.ndim)
             * reach[None]
-            / _summed(reach.square().reshape(-1))
+            / _ordered_sum(reach.square().reshape(-1))
         )
         view = matrix.view(weights.writable(matrix.weight))
         rows = missing.reshape(-1, *(1,) * direction.ndim)
@@ -179,15 +183,15 @@ class Associate(
 class EraseWeights(
     LayerEdit, operator="erase_weights", about="Project directions out of what a layer writes."
 ):
-    """Project directions out of what a layer puts out: W' = (I - U V^T) W, b' = b - U V^T (b - m).
+    """Project directions out of a layer's output: W' = (I - U V^T) W, b' = b - U V^T (b - m).
 
-    The same as `erase` at the site next to the layer, but in the weights.
+    This does the same as `erase` at the layer's output, but in the weights.
 
     Attributes:
-        layer: which.
+        layer: the layer's name.
         basis: U, row x rank.
         dual: V, row x rank; U if None.
-        mean: m, one number a row; 0 if None.
+        mean: m, one number for each row; 0 if None.
         origin: what the directions are.
     """
 
@@ -212,11 +216,13 @@ class EraseWeights(
                 f"mean of shape {tuple(self.mean.shape)}: expected {matrix.shape[0]} numbers"
             )
         if self.mean is not None and matrix.bias is None and bool(self.mean.any()):
-            raise ValueError(f"mean: layer {self.layer} has no bias to hold it")
+            raise ValueError(
+                f"mean: layer {self.layer} has no bias that could hold it, so leave mean out"
+            )
         return self
 
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        return replace(self, basis=random_basis(self.basis, others.generator), dual=None)
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        return replace(self, basis=random_basis(self.basis, substitutes.generator), dual=None)
 
     def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         matrix = layer_named(matrices, self.layer)
@@ -238,6 +244,6 @@ class EraseWeights(
         """U V^T x over the first axis, a rank at a time: in one order whatever the machine."""
         total = torch.zeros_like(x)
         for u, v in zip(basis.T, dual.T, strict=True):
-            along = _summed(v.reshape(-1, *(1,) * (x.ndim - 1)) * x)
+            along = _ordered_sum(v.reshape(-1, *(1,) * (x.ndim - 1)) * x)
             total += u.reshape(-1, *(1,) * (x.ndim - 1)) * along[None]
         return total

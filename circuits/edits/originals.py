@@ -10,7 +10,7 @@ from safetensors.torch import save as written_tensors
 from torch import Tensor
 
 _GAP = 4
-"""Unchanged elements between two runs that are kept rather than begin a run."""
+"""Up to this many unchanged elements between two runs are stored rather than ending a run."""
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -29,7 +29,7 @@ def original_bytes(before: Tensor, after: Tensor) -> bytes:
     size = before.element_size()
     old, new = _as_bytes(before).reshape(-1, size), _as_bytes(after).reshape(-1, size)
     at = (old != new).any(1).nonzero().flatten()
-    # a few unchanged elements between cost less than a run of their own
+    # Each run costs two int64 numbers, more than a few unchanged elements in between.
     breaks = (at.diff() > _GAP).nonzero().flatten()
     starts = at[torch.cat([torch.zeros(1, dtype=torch.int64), breaks + 1])]
     ends = at[torch.cat([breaks, torch.tensor([len(at) - 1])])] + 1

@@ -1,4 +1,4 @@
-"""Recipes: ordered edits with the hash of the model they were written for."""
+"""Recipes: ordered edits, with the hash of the model that they were written for."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ MOST_EDITS = 100_000
 
 @dataclass(frozen=True)
 class Recipe:
-    """Edits in order.
+    """An ordered list of edits.
 
-    Activation edits change what sites hold at run time, weight edits what layers have: each kind in its own
-    order, which one goes first between the kinds makes no difference.
+    Activation edits change sites at run time, weight edits change parameters. Each kind is applied in its own order;
+    the order between the two kinds makes no difference.
 
     Attributes:
-        edits: applied first to last.
-        model_hash: of the weights they were written for; empty fits any model.
-        note: why.
-        author: who.
-        seed: of whatever was random when the edits were made.
+        edits: the edits, applied first to last.
+        model_hash: the hash of the model that they were written for; empty fits any model.
+        note: what the recipe is for.
+        author: who wrote it.
+        seed: the seed of whatever was random when the edits were made.
     """
 
     edits: tuple[Edit, ...]
@@ -64,30 +64,30 @@ class Recipe:
         author: str = "",
         seed: int = 0,
     ) -> Recipe:
-        """A recipe for a model, its edits checked and under their sites' own names.
+        """A recipe for a model, with its edits checked and each site under its main name.
 
         Raises:
             KeyError: if a site or layer is unknown.
-            ValueError: if a unit does not exist, or something does not fit.
+            ValueError: if a unit does not exist, or an edit does not fit.
         """
         return cls(checked(model, edits), model.hash, note, author, seed)
 
     def check(self, model: HookedModel) -> None:
         """Raise ValueError if the recipe was written for other weights than the model's.
 
-        Inside an edit the weights outside it count as well.
+        Inside an edit both the edited and the original weights are accepted.
         """
         if not self.model_hash or self.model_hash == model.intact_hash:
             return
         if not model.edited or self.model_hash != model.hash:
             raise ValueError(
-                f"recipe is for model {self.model_hash[:16]}, not {model.intact_hash[:16]} ({model.name})"
+                f"recipe is for model {self.model_hash[:16]}: expected {model.intact_hash[:16]} ({model.name})"
             )
 
     def forced(self, model: HookedModel) -> Recipe:
-        """The recipe for other weights than it was written for, if its edits fit them.
+        """The recipe, for a model that it was not written for, if its edits fit.
 
-        Units of one number need not do the same in two models, and what was measured does not hold.
+        A unit with the same number may do something else in another model, and earlier measurements do not apply.
 
         Raises:
             KeyError, ValueError: if an edit does not fit.
@@ -95,7 +95,7 @@ class Recipe:
         return replace(self, edits=checked(model, self.edits), model_hash=model.hash)
 
     def __add__(self, other: Recipe) -> Recipe:
-        """One after the other.
+        """Both recipes' edits, one after the other.
 
         Raises:
             ValueError: if they are for different models.
@@ -118,24 +118,26 @@ class Recipe:
         )
 
     def reordered(self, model: HookedModel, order: Sequence[int]) -> Recipe:
-        """The same edits in another order, if that changes nothing.
+        """The same edits in another order, if the order makes no difference.
 
         Args:
-            model: what they are for.
-            order: the old places, in their new order.
+            model: the model that they are for.
+            order: the old indices, in their new order.
 
         Raises:
-            ValueError: if `order` is not an order of them, or two that change places do not commute.
+            ValueError: if `order` is not a permutation, or two edits that swap order do not commute.
         """
         if sorted(order) != list(range(len(self.edits))):
-            raise ValueError(f"order {list(order)} is not an order of {len(self.edits)} edits")
+            raise ValueError(
+                f"order {list(order)} is not a permutation of 0 to {len(self.edits) - 1}"
+            )
         pairs = ((i, j) for k, i in enumerate(order) for j in order[k + 1 :] if j < i)
         with model.steady():
             for i, j in pairs:
                 if not commute(model, self.edits[i], self.edits[j]):
                     raise ValueError(
                         f"edits {j + 1} ({_clipped(self.edits[j])}) and {i + 1} "
-                        f"({_clipped(self.edits[i])}) do not commute: their order has to stay"
+                        f"({_clipped(self.edits[i])}) do not commute: keep their order"
                     )
         return replace(self, edits=tuple(self.edits[i] for i in order))
 
@@ -155,7 +157,7 @@ class Recipe:
         """Read what `to_dict` wrote.
 
         Raises:
-            ValueError: if it is not a recipe, or of a newer layout, or an edit is not what it should be.
+            ValueError: if it is not a recipe, has a newer layout, or an edit is invalid.
             KeyError: if it has an unknown operator or field.
         """
         if (
@@ -213,7 +215,7 @@ class Recipe:
 
 
 def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """Edits that fit a model, under its sites' own names; a bad one is named by its place."""
+    """Edits checked against a model; an error names the bad edit by its number."""
     found: list[Edit] = []
     with model.steady():
         for i, edit in enumerate(edits, 1):
@@ -231,10 +233,10 @@ def _clipped(edit: Edit) -> str:
 
 @contextmanager
 def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[HookedModel]:
-    """The model with edits in force inside the block; as it was, to the bit, after it.
+    """The model with edits applied inside the block; afterwards it is restored, bit for bit.
 
-    Other threads that share the model wait until the block ends. Blocks may be nested: an inner one edits
-    what the outer ones have made.
+    Other threads that share the model wait until the block ends. Blocks can be nested: an inner block edits the model
+    as the outer ones have edited it.
 
     Args:
         model: the model.
@@ -242,8 +244,8 @@ def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[Hook
 
     Raises:
         KeyError: if a site or layer is unknown.
-        ValueError: if a unit does not exist, something does not fit, or the recipe is for other weights.
-            Nothing has been changed then.
+        ValueError: if a unit does not exist, an edit does not fit, or the recipe is for other weights; the model is
+            then unchanged.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe(tuple(recipe))
@@ -259,7 +261,7 @@ def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[Hook
 
 
 def rewritten(model: HookedModel, edits: Iterable[Edit]) -> dict[str, Tensor]:
-    """The parameters that edits change, changed, by name; the model's own are not touched."""
+    """The new values of the parameters that edits change, by name; the model's own are not written to."""
     wanted = [edit for edit in edits if isinstance(edit, WeightEdit)]
     if not wanted:
         return {}
@@ -274,8 +276,8 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
 
     Raises:
         KeyError: if a layer is unknown.
-        ValueError: if the recipe is for other weights, an edit does not fit, or one changes activations:
-            no weights hold that.
+        ValueError: if the recipe is for other weights, an edit does not fit, or one changes activations, which weights
+            cannot hold.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe(tuple(recipe))
@@ -286,7 +288,7 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
     for i, edit in enumerate(edits, 1):
         if isinstance(edit, ActivationEdit):
             raise ValueError(
-                f"edit {i} ({_clipped(edit)}) changes activations, which no weights hold: bake takes edits of "
+                f"edit {i} ({_clipped(edit)}) changes activations, which weights cannot hold: expected edits of "
                 "weights (scale_weights, erase_weights, …); use `edited` for this recipe"
             )
     with model.lock:
@@ -348,7 +350,7 @@ class Difference:
 
 
 def diff(before: Recipe, after: Recipe) -> list[Difference]:
-    """What has to be taken out of one recipe and put in to get the other, in order."""
+    """The edits to remove from and to insert into one recipe to get the other, in order."""
     a, b = before.edits, after.edits
     matcher = difflib.SequenceMatcher(
         None, [e.identity for e in a], [e.identity for e in b], autojunk=False
@@ -363,10 +365,10 @@ def diff(before: Recipe, after: Recipe) -> list[Difference]:
 
 
 def commute(model: HookedModel, first: Edit, second: Edit) -> bool:
-    """Whether the order of two edits makes no difference, to the bit.
+    """Whether the order of two edits makes no difference, bit for bit.
 
-    True if one changes activations and the other weights, or if they touch different sites, units or
-    parameters; two edits of the same numbers count as not commuting.
+    True if one changes activations and the other weights, or if they change different sites, units or parameters. Two
+    edits of the same numbers count as not commuting, since floating-point results depend on the order.
     """
     if isinstance(first, ActivationEdit) != isinstance(second, ActivationEdit):
         return True

@@ -1,4 +1,4 @@
-"""An edit as data: its operator's name and its fields, to and from JSON and words."""
+"""Edits as data: an operator's name and its fields, converted to and from JSON and text."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
 OPERATORS: dict[str, type[Edit]] = {}
-"""Every operator by name."""
+"""Every operator by name; subclasses of `Edit` enter themselves."""
 
 _LISTED = 64
-"""Arrays of up to so many numbers are written as lists, larger ones as bytes in base64."""
+"""Arrays of up to this many numbers are written as lists, larger ones as bytes in base64."""
 
 _TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, eq=False)
 class Edit(ABC):
-    """One change of a model. Two edits are equal if all their fields are, to the bit."""
+    """One change of a model. Two edits are equal if all their fields are equal, bit by bit."""
 
     operator: ClassVar[str]
     about: ClassVar[str]
@@ -48,11 +48,11 @@ class Edit(ABC):
         self._check_values()
 
     def _check_values(self) -> None:  # noqa: B027 (most edits have nothing to check)
-        """Raise ValueError if fields do not go together."""
+        """Raise ValueError if the fields contradict each other."""
 
     @abstractmethod
     def checked(self, model: HookedModel) -> Edit:
-        """The edit under the sites' own names.
+        """The edit, checked against a model, with each site under its main name.
 
         Raises:
             KeyError: if a site or layer is unknown.
@@ -60,26 +60,26 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def twin(self, model: HookedModel, others: Others) -> Edit | None:
-        """The same of random other units (or of a random direction of the same norm); None if there is none."""
+    def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        """The same edit of substitute units, or of a random direction of the same norm; None if there is none."""
 
-    def own(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
-        """The units that its twin has others of, each with the site's units that can stand in; None: all."""
+    def edited_units(self, model: HookedModel) -> Mapping[Unit, frozenset[int] | None]:
+        """The units that a twin replaces, each with the units of its site that can replace it (None: any)."""
         return {}
 
     # --- to and from data ----------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; fields at their default are left out."""
+        """The edit for JSON; fields with default values are left out."""
         return {"operator": self.operator} | {
-            field.name: _written(value)
+            field.name: _as_json(value)
             for field in fields(self)
             if not _is_default(field, value := getattr(self, field.name))
         }
 
     @cached_property
     def identity(self) -> str:
-        """The edit as canonical JSON: what is equal has the same, and the other way round."""
+        """The edit as canonical JSON, which is the same exactly for equal edits."""
         return canonical(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
@@ -89,7 +89,7 @@ class Edit(ABC):
         return hash(self.identity)
 
     def __str__(self) -> str:
-        """In words, as the command line takes them; long arrays as their shape."""
+        """The edit as the command line takes it; long arrays are shown as their shape."""
         words = [self.operator]
         for field in fields(self):
             value = getattr(self, field.name)
@@ -102,31 +102,31 @@ _E = TypeVar("_E", bound=Edit)
 
 
 def fitting(model: HookedModel, edit: _E) -> _E:
-    """The edit, checked, and under the sites' own names: see `Edit.checked`."""
+    """`Edit.checked`, with the type of the edit kept."""
     return cast(_E, edit.checked(model))
 
 
 def canonical(value: Any) -> str:
-    """JSON in one way only: sorted keys, no blanks."""
+    """Canonical JSON: sorted keys and no spaces, so that equal values give equal texts."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
 
 
-class Others:
-    """Other units in the place of a recipe's, the same one wherever a unit is named.
+class Substitutes:
+    """Substitute units for those of a recipe; a unit has the same substitute in every edit.
 
     Args:
         model: the model.
-        swap: which unit stands in for each.
-        generator: draws what is no unit, such as a direction.
+        swap: the substitute of each unit.
+        generator: draws everything else, such as directions.
     """
 
     def __init__(self, model: HookedModel, swap: Mapping[Unit, Unit], generator: Generator) -> None:
         self.model, self.swap, self.generator = model, swap, generator
 
     def of(self, units: Units) -> Units | None:
-        """The units that stand in; None if one has none."""
+        """The substitutes of some units; None if one of them has none."""
         site = self.model.site(units.site)
         found = [self.swap.get(site.unit(index)) for index in units.among(site)]
         if any(unit is None for unit in found):
@@ -137,10 +137,10 @@ class Others:
 def twin_of(
     model: HookedModel, edits: Sequence[Edit], swap: Mapping[Unit, Unit], seed: int = 0
 ) -> tuple[Edit, ...] | None:
-    """The edits with each unit swapped for another one; None if one has no other."""
-    others, found = Others(model, swap, Generator().manual_seed(seed)), []
+    """The edits with each unit replaced by its substitute; None if an edit has no twin."""
+    substitutes, found = Substitutes(model, swap, Generator().manual_seed(seed)), []
     for edit in edits:
-        made = edit.twin(model, others)
+        made = edit.twin(model, substitutes)
         if made is None:
             return None
         found.append(made)
@@ -158,14 +158,14 @@ def parse_edit(raw: object, layout: int = 2) -> Edit:
 
     Args:
         raw: the record.
-        layout: of the recipe that it stands in; 1 has `target` for `units`.
+        layout: the layout of its recipe; in layout 1 `units` is called `target`.
 
     Raises:
         KeyError: if the operator or a field is unknown.
-        ValueError: if a field is missing or is not what it should be.
+        ValueError: if a field is missing or has the wrong type.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"edit {_short(raw)} is not a record with an operator and its fields")
+        raise ValueError(f"edit {_short(raw)}: expected an object with an operator and its fields")
     operator = raw.get("operator")
     kind = OPERATORS.get(str(operator))
     if kind is None:
@@ -180,33 +180,33 @@ def parse_edit(raw: object, layout: int = 2) -> Edit:
     missing = [n for n, f in by_name.items() if n not in given and f.default is MISSING]
     if missing:
         raise ValueError(f"edit {operator!r} lacks {', '.join(missing)}")
-    return kind(**{n: _read(operator, by_name[n], value) for n, value in given.items()})
+    return kind(**{n: _from_json(operator, by_name[n], value) for n, value in given.items()})
 
 
-def _needed(kind: type[Edit]) -> list[str]:
+def _required_fields(kind: type[Edit]) -> list[str]:
     return [f.name for f in fields(kind) if f.default is MISSING and f.name != "factor"]
 
 
 def _unknown_operator(name: str, known: Iterable[str]) -> KeyError:
     close = nearest(name, known, 1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return KeyError(f"unknown edit operator {name!r}: {hint}there are {', '.join(known)}")
+    return KeyError(f"unknown edit operator {name!r}: {hint}expected one of {', '.join(known)}")
 
 
 def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
-    """Read an edit in words: `OPERATOR NAME=VALUE …`; the first units may stand alone.
+    """Parse an edit as text: `OPERATOR NAME=VALUE …`; the name of the first field may be left out.
 
-    Numbers of arrays are separated by commas, or `@FILE` names a JSON or NumPy file of them; a direction is
-    written `mixed3b:379+0.5*mixed3b:385`. `zero UNITS` is `scale UNITS factor=0`.
+    The numbers of an array are separated by commas, or `@FILE` names a JSON or NumPy file; a direction is written
+    `mixed3b:379+0.5*mixed3b:385`. `zero UNITS` is short for `scale UNITS factor=0`.
 
     Args:
-        model: what it is for.
+        model: the model that the edit is for.
         text: the edit.
-        files: whether `@FILE` is read; an error if not.
+        files: whether `@FILE` is allowed.
 
     Raises:
         KeyError: if the operator, a field, a site or a layer is unknown.
-        ValueError: if it cannot be read or does not fit the model.
+        ValueError: if the text cannot be parsed or the edit does not fit the model.
         FileNotFoundError: if a file does not exist.
 
     >>> from circuits.models.zoo.loading import load_model
@@ -228,24 +228,24 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
         name, equals, value = word.partition("=")
         if not equals:
             if i:
-                raise ValueError(f"edit {text!r}: {word!r} is not of the form NAME=VALUE")
+                raise ValueError(f"edit {text!r}: {word!r} is not NAME=VALUE")
             name, value = fields(kind)[0].name, word
         elif name == "from":
             name = "source"
         if name == "direction" and "vector" in by_name:
             site = value.partition(":")[0].rpartition("*")[2].lstrip("+-")
             direction = Direction.parse(value, model.site(site).n_units)
-            raw |= {"site": direction.site, "vector": _written(direction.vector.float())}
+            raw |= {"site": direction.site, "vector": _as_json(direction.vector.float())}
             continue
         if name not in by_name:
             raise unknown(f"field of edit {operator!r}", name, by_name)
         if name in raw and (operator == "zero" or name != "operator"):
-            raise ValueError(f"edit {text!r} says twice what {name} is")
+            raise ValueError(f"edit {text!r} gives {name} twice: expected it once")
         if value.startswith("@") and not files:
             raise ValueError(f"edit {text!r}: {name} {value!r} names a file: expected numbers")
         raw[name] = _from_words(text, by_name[name], value)
     if len(raw) == 1 + (operator == "zero"):
-        raise ValueError(f"edit {text!r} lacks {', '.join(_needed(kind)) or 'its fields'}")
+        raise ValueError(f"edit {text!r} lacks {', '.join(_required_fields(kind)) or 'its fields'}")
     return parse_edit(raw).checked(model)
 
 
@@ -253,8 +253,10 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
 
 
 def _check_field(edit: Edit, field: Field[Any]) -> None:
-    """Bring a field to its type, as far as it can be, and check that numbers are finite."""
-    value = _typed(edit.operator, field, getattr(edit, field.name))
+    """Convert a field to its type where possible, and check that numbers are finite."""
+    # The dataclass is frozen, hence `object.__setattr__`. Tensors are cloned: an edit must not change when the
+    # caller's tensor does.
+    value = _as_type(edit.operator, field, getattr(edit, field.name))
     if isinstance(value, Tensor):
         value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     object.__setattr__(edit, field.name, value)
@@ -267,11 +269,11 @@ def _check_field(edit: Edit, field: Field[Any]) -> None:
             raise ValueError(f"{field.name} of edit {edit.operator!r} must be finite")
 
 
-def _typed(operator: object, field: Field[Any], value: Any) -> Any:
-    """A value as its field has it.
+def _as_type(operator: object, field: Field[Any], value: Any) -> Any:
+    """A value converted to its field's type.
 
     Raises:
-        ValueError: if it cannot be that.
+        ValueError: if it cannot be converted.
     """
     kind = str(field.type)
     if value is None and "None" in kind:
@@ -301,7 +303,7 @@ def _typed(operator: object, field: Field[Any], value: Any) -> Any:
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """The same numbers in float32 if that holds them."""
+    """The same numbers in float32 if float32 represents them exactly."""
     short = tensor.detach().cpu().float()
     return (
         short
@@ -314,7 +316,7 @@ def _is_default(field: Field[Any], value: Any) -> bool:
     return field.default is not MISSING and not isinstance(value, Tensor) and value == field.default
 
 
-def _written(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, Units):
         return str(value)
     if isinstance(value, tuple):
@@ -324,11 +326,12 @@ def _written(value: Any) -> Any:
     if value.numel() <= _LISTED and value.dtype == torch.float32:
         return value.tolist()
     name = str(value.dtype).removeprefix("torch.")
+    # Little-endian whatever the machine, so that a recipe's hash does not depend on where it was written.
     data = base64.b64encode(value.numpy().astype(value.numpy().dtype.newbyteorder("<")).tobytes())
     return {"dtype": name, "shape": list(value.shape), "base64": data.decode()}
 
 
-def _read(operator: object, field: Field[Any], value: Any) -> Any:
+def _from_json(operator: object, field: Field[Any], value: Any) -> Any:
     """A field's value from JSON."""
     kind = str(field.type)
     if value is not None and kind.startswith("Units") and not isinstance(value, str):
@@ -343,7 +346,7 @@ def _read(operator: object, field: Field[Any], value: Any) -> Any:
             raise ValueError(f"{what} is not {_expected(kind)}") from None
         except ValueError as error:
             raise ValueError(f"{field.name} of edit {operator!r}: {error}") from None
-    return _typed(operator, field, value)
+    return _as_type(operator, field, value)
 
 
 def _expected(kind: str) -> str:
@@ -417,7 +420,7 @@ def _from_file(path: str) -> Any:
         raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
     try:
         if path.endswith(".npy"):
-            return _written(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+            return _as_json(torch.from_numpy(np.load(path, allow_pickle=False)).float())
         return json.loads(Path(path).read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error

@@ -1,4 +1,4 @@
-"""Edits of weights: what they are made on, and what they have in common."""
+"""The base of weight edits: parameters that are copied before they are changed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from circuits.units import unknown
 
 
 class Weights:
-    """A model's parameters with edits made; no tensor that was given is written to.
+    """A model's parameters with edits applied, copy on write: the model's own tensors are never written to.
 
     Args:
-        model: the model, whose parameters are taken as they are in force.
+        model: the model, whose current parameters are taken.
         tensors: parameters that are already changed, by name.
     """
 
@@ -31,7 +31,7 @@ class Weights:
 
     @cached_property
     def matrices(self) -> Sequence[WeightMatrix]:
-        """The model's."""
+        """The model's weight matrices."""
         return self.model.matrices
 
     @property
@@ -40,11 +40,11 @@ class Weights:
         return self._before | self._own
 
     def value(self, name: str) -> Tensor:
-        """A parameter as it is now; not to be written to."""
+        """A parameter's current value, read-only."""
         return self._own[name] if name in self._own else self._given[name]
 
     def writable(self, name: str) -> Tensor:
-        """A parameter's copy, to write to."""
+        """A parameter's copy that may be written to."""
         if name not in self._own:
             self._own[name] = self._given[name].clone()
         return self._own[name]
@@ -53,14 +53,16 @@ class Weights:
         """Make an edit.
 
         Raises:
-            ValueError: if a parameter is then no longer finite; what was changed is of no use then.
+            ValueError: if a parameter is no longer finite; the weights must not be used then.
         """
         edit.apply(self)
         for name in dict.fromkeys(edit.parameters(self.matrices)):
             if not bool(torch.isfinite(self.value(name)).all()) and bool(
                 torch.isfinite(self._given[name]).all()
             ):
-                raise ValueError(f"edit '{edit}' gives numbers in {name} that are not finite")
+                raise ValueError(
+                    f"edit '{edit}' makes {name} infinite or NaN: expected finite weights"
+                )
 
 
 class WeightEdit(Edit):

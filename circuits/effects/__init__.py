@@ -1,4 +1,4 @@
-"""What edits do: to what they are meant for, to everything else, and compared with random edits."""
+"""The effects of edits: on target, off target, and compared with random edits and fine-tuning."""
 
 from circuits.effects.finetuning import FineTuned, fine_tune
 from circuits.effects.measuring import measure

@@ -1,4 +1,4 @@
-"""Fine-tuning to the same effect: what an edit has to be better than."""
+"""Fine-tuning to the same effect: the baseline that an edit has to beat."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class FineTuned:
     """Weights after fine-tuning.
 
     Attributes:
-        tensors: the changed parameters, by name: `model.rewriting(tensors)` puts them in force.
-        steps: how many it took.
-        probability: of the target, at the end; the least over the examples.
-        norm: of the change, over all parameters.
+        tensors: the changed parameters, by name; `model.rewriting(tensors)` applies them.
+        steps: the number of steps taken.
+        probability: the target's probability at the end, the lowest over the examples.
+        norm: the norm of the change over all parameters.
     """
 
     tensors: dict[str, Tensor]
@@ -47,12 +47,12 @@ def fine_tune(
 
     Args:
         model: the model; it is not changed.
-        examples: texts of one length, or images.
-        target: the token (after the last) or class that they shall get.
-        parameters: names of those that are trained; all if None.
-        enough: the probability at which to stop.
-        learning_rate: of Adam.
-        steps: at most.
+        examples: texts of equal length, or images.
+        target: the token (after the last position) or class that they should get.
+        parameters: the names of the parameters to train; all if None.
+        enough: the probability at which training stops.
+        learning_rate: learning rate of Adam.
+        steps: the largest number of steps.
 
     Raises:
         KeyError: if there is no such parameter.

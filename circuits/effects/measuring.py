@@ -1,4 +1,4 @@
-"""Measuring what a recipe does, compared with random edits."""
+"""Measures the effects of a recipe, compared with random edits."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from circuits.units import Site, Unit
 EDITED = "edited"
 
 TUNED = 5
-"""So many random edits are tuned to curves as well: each takes as long as the edit itself."""
+"""For how many random edits tuning curves are measured too; each takes as long as for the edit itself."""
 
 
 @dataclass(frozen=True)
 class FirstChoice(UnitActivation):
-    """Whether a target is the first choice of its site, where it is read."""
+    """Whether a target is the largest unit of its site, at the position where it is read."""
 
     unit: str = "share"
 
@@ -67,26 +67,25 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EditReport:
-    """Measure what a recipe does, and what random edits do: the same edits of other units, or of equal norm.
+    """Measure the effects of a recipe and of random edits: the same edits of other units, or changes of equal norm.
 
     Args:
-        model: the model; afterwards it is what it was.
+        model: the model; it is unchanged afterwards.
         recipe: the edits.
-        task: what is measured on. Examples stand for the task that they state by themselves.
-        targets: what the edits are meant to change: `class:NAME`, `token:WORD`, `SITE:INDEX`, with `@POSITION`
-            behind; the place where the intact model is most active if none is given.
+        task: what is measured on. Examples stand for the task that follows from them.
+        targets: what the edits are meant to change: `class:NAME`, `token:WORD` or `SITE:INDEX`, with `@POSITION` after
+            it; without one, the most active position in the intact model.
         generalisation: other examples, on which the targets are measured too.
-        labels: as `ablate` takes them.
+        labels: as in `ablate`.
         tuning: units of one site whose tuning to curves is measured.
-        n_random: how many random edits.
-        batch: examples together.
-        seed: of the random edits and intervals.
-        progress: called with what is done and all there is, in examples times variants.
+        n_random: number of random edits.
+        batch: examples per batch.
+        seed: seed of the random edits and intervals.
+        progress: called with the work done and the total, in examples times variants.
 
     Raises:
         KeyError: if a site, layer or target is unknown.
-        ValueError: if an edit does not fit, the recipe is for other weights, there is no example, or labels do
-            not fit.
+        ValueError: if an edit or labels do not fit, the recipe is for other weights, or there are no examples.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(model, recipe)
@@ -95,14 +94,14 @@ def measure(
     recipe.check(model)
     edits = checked(model, recipe.edits)
     if not edits:
-        raise ValueError("recipe has no edit to measure")
+        raise ValueError("recipe has no edits: expected at least one to measure")
     asked = as_task(model, task, labels)
     aims = _aims(model, targets)
     own = Variant(EDITED, edits)
     null = null_of(model, own, asked.examples, n_random, seed)
     one = asked.examples.batch(range(1))
     model_hash, first = model.hash, model.logits(one.inputs)
-    watch = _Others(model, [edits, *(v.edits or edits for v in null.variants)])
+    watch = _OffTargetUnits(model, [edits, *(v.edits or edits for v in null.variants)])
     outcomes = run(
         model, [own, *null.variants], asked, measures=[*measures_of(asked), *aims], watch=watch.names,
         look=watch.look, batch=batch, seed=seed, progress=progress,
@@ -124,7 +123,7 @@ def measure(
 
 
 def _aims(model: HookedModel, targets: Sequence[str | Target]) -> list[Metric]:
-    """Each target's number, and of an output whether it is the first choice."""
+    """A metric for each target's value, and for outputs also whether the target is the first choice."""
     found: list[Metric] = []
     for target in targets:
         aim = UnitActivation.named(model, target)
@@ -154,13 +153,13 @@ def _generalised(
     return effects_of(outcomes, EDITED, null)
 
 
-# --- what the edits are not about ----------------------------------------------------------------
+# --- off target ----------------------------------------------------------------------------------
 
 OTHERS = "others "
 
 
-class _Others:
-    """How much the units of edited sites change that edits are not about, in each variant."""
+class _OffTargetUnits:
+    """How much the units of edited sites that are not edited change, in each variant."""
 
     def __init__(self, model: HookedModel, each: Sequence[Sequence[Edit]]) -> None:
         self.own = [edited_units(model, edits) for edits in each]
@@ -207,11 +206,11 @@ def _first_rows(batch: TaskBatch) -> Tensor:
 
 
 def edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int]]:
-    """The sites that edits change first, each with the units that they change there."""
+    """The sites that edits change first, each with the units that they edit there."""
     found: dict[str, set[int]] = {}
     for edit in edits:
         if isinstance(edit, ActivationEdit):
-            site, own = model.site(edit.where), {u.index for u in edit.own(model)}
+            site, own = model.site(edit.where), {u.index for u in edit.edited_units(model)}
         elif isinstance(edit, ConnectionEdit) and edit.into is not None:
             site = model.site(edit.into.site)
             own = set(edit.into.among(site))
@@ -236,7 +235,7 @@ def edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int
 def norms(
     model: HookedModel, plan: Prepared, examples: Examples, batch: int = BATCH
 ) -> tuple[Norm, ...]:
-    """How large a variant's changes are: of parameters, and of what sites hold on some examples."""
+    """The size of a variant's changes: of parameters, and of activations on some examples."""
     own = model.parameters
     found = []
     for name, tensor in plan.tensors.items():
@@ -277,7 +276,7 @@ def norms(
 def _tuning(
     model: HookedModel, plans: Sequence[Prepared], units: Sequence[str | Unit], seed: int
 ) -> tuple[TuningChange, ...]:
-    """Tuning of units in the intact model, the edited one (the first plan) and random ones."""
+    """The tuning of units in the intact model, in the edited one (the first plan) and in random ones."""
     if not units:
         return ()
 
@@ -286,7 +285,8 @@ def _tuning(
 
     radii: list[float] | None = None
     intact = tuned()
-    # the same drawings for all: the radius that most units like
+    # All models are shown the same drawings, of the radius that most units prefer in the intact model: otherwise an
+    # edit that shifts a unit's preferred radius would be compared on other stimuli.
     radii = [max({t.radius for t in intact}, key=[t.radius for t in intact].count)]
     intact = tuned()
     changed = []

@@ -19,9 +19,9 @@ class Prediction:
     """One of a model's predictions.
 
     Attributes:
-        index: of the output.
-        name: of the class or token.
-        probability: in 0..1.
+        index: the output's index.
+        name: the class's or token's name.
+        probability: its probability, in 0..1.
     """
 
     index: int
@@ -32,16 +32,16 @@ class Prediction:
 def predictions(
     model: HookedModel, example: Examples | Tensor, of: Sequence[int] | None = None, top: int = 5
 ) -> list[Prediction]:
-    """A model's prediction for one example; for tokens, of what comes after the last.
+    """A model's predictions for one example; for tokens, of the token that comes next.
 
     Args:
         model: the model, edited or not.
-        example: one alone.
-        of: outputs to report on; the `top` most probable ones if not given.
-        top: how many.
+        example: a single example.
+        of: the outputs to report on; the `top` most probable ones if not given.
+        top: how many to report.
 
     Raises:
-        ValueError: if `example` is not one.
+        ValueError: if there is not exactly one example.
     """
     given = as_examples(model, example)
     if len(given) != 1:
@@ -49,24 +49,24 @@ def predictions(
     probabilities = outputs_last(model, model.logits(given.inputs))[0].softmax(-1)
     if isinstance(model.input, TokenInput):
         probabilities = probabilities[-1]
-    # of a map of predictions the mean over places
+    # A model with a map of predictions (segmentation) is summarised by the mean over positions.
     probabilities = probabilities.reshape(-1, probabilities.shape[-1]).mean(0)
     chosen = probabilities.topk(min(top, len(probabilities))).indices.tolist() if of is None else of
     return [Prediction(i, answer_name(model, i), probabilities[i].item()) for i in chosen]
 
 
 def token_losses(model: HookedModel, examples: Examples | Tensor) -> Float[Tensor, "batch next"]:
-    """How surprised a model is by each token but the first: -log of its probability, in nats.
+    """The loss of a model on each token but the first: minus the log of its probability, in nats.
 
     Args:
-        model: of tokens, edited or not.
-        examples: texts of one length, of at least two tokens.
+        model: a token model, edited or not.
+        examples: texts of equal length, of at least two tokens.
 
     Raises:
-        ValueError: if the model takes no tokens, or there is but one position.
+        ValueError: if the model takes images, or the texts have only one token.
     """
     if not isinstance(model.input, TokenInput):
-        raise ValueError(f"model {model.name} takes images: only tokens have a next one")
+        raise ValueError(f"model {model.name} takes images: expected a token model")
     tokens = as_examples(model, examples).inputs
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens have {tokens.shape[1]} positions: expected at least 2")

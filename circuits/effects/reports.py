@@ -1,4 +1,4 @@
-"""What was measured of an edit."""
+"""Reports of what was measured of an edit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Norm:
 
     Attributes:
         of: a parameter, or a site whose activations are changed.
-        size: root of the sum of squares of the change; of activations the mean over examples.
-        relative: over that of the intact numbers.
+        size: the L2 norm of the change; for activations its mean over examples.
+        relative: the norm of the change divided by that of the intact values.
     """
 
     of: str
@@ -67,25 +67,24 @@ class TuningChange:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What a recipe does: on target, off target, and compared with random edits.
+    """The effects of a recipe: on target, off target, and compared with random edits.
 
     Attributes:
-        recipe: what was done.
-        targets: on target, by what was asked for: a logit, a unit's response, a probability; of an output also
-            whether it is the first choice (reliability, in the words of the editing literature).
-        generalisation: the same on other examples of the same thing (empty if none were given).
-        effects: off target, by measure: the task's own first.
-        others: how much the units of each edited site change that the edits are not about (all, where an edit is
-            about a direction or a layer): root of the sum of squares over units and positions, over that of
-            their activations.
-        classes: classes whose accuracy changed, most first.
+        recipe: the recipe.
+        targets: effects on each target: a logit, a unit's response, a probability; for outputs also whether the target
+            is the first choice (called reliability in the literature on model editing).
+        generalisation: the same on other examples (empty if none were given).
+        effects: effects off target, by measure, the task's own metric first.
+        others: how much the units of each edited site that are not edited change (all units, for edits of directions
+            and layers): the L2 norm of the change over units and positions, divided by that of their activations.
+        classes: classes whose accuracy changed, the largest change first.
         tuning: units' tuning before and after.
-        norms: how large the change is.
-        null_norms: the same of the first random edit.
+        norms: the size of the change.
+        null_norms: the same for the first random edit.
         null_is: what the random edits are.
-        null: the random edits in words, where they are edits.
+        null: the random edits in words, if they are edits.
         record: model, task, examples and seed.
-        restored: whether the weights and an output are afterwards what they were, to the bit.
+        restored: whether the weights and an output are the same afterwards, bit for bit.
     """
 
     recipe: Recipe
@@ -104,7 +103,7 @@ class EditReport:
 
     @property
     def locality(self) -> float:
-        """The share of predictions that are what they were."""
+        """The share of predictions that the recipe does not change."""
         return 1.0 - self.effects["top1_changed"].change
 
     def to_dict(self) -> dict[str, Any]:

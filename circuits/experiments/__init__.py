@@ -1,4 +1,4 @@
-"""Variants of a model run over a task: outcomes, effects, and the random variants that they are compared with."""
+"""Runs variants of a model over a task: outcomes, effects, and the random variants that effects are compared with."""
 
 from circuits.experiments.outcomes import Effect, Outcomes, Record
 from circuits.experiments.running import measures_of, run

@@ -1,4 +1,4 @@
-"""What units do: the model without them, compared with the model without other units that are as active."""
+"""Ablation: the model without some units, compared with the model without other units that are equally active."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from circuits.tasks.task import Task, TaskBatch, labelled_tokens, of_examples
 from circuits.units import Site, Unit, Units
 
 Replacement = Literal["zero", "mean", "resample", "counterpart"]
-"""What takes a unit's place: zero; its mean over the task's examples; what it is on another example; what it is on the
-example's counterpart."""
+"""What an ablated unit is replaced by: zero; its mean over the task's examples; its activation on another example; its
+activation on the example's counterpart."""
 
 Labels = Sequence[int] | Sequence[Sequence[int]] | Tensor
 """A class for each image, or a token for each text and position."""
@@ -43,11 +43,11 @@ class ClassChange:
     """A class's accuracy before and after a change.
 
     Attributes:
-        index: of the class.
-        name: of it.
-        n: examples of it.
-        intact: share of them that were right.
-        changed: share after.
+        index: the class's index.
+        name: the class's name.
+        n: the number of its examples.
+        intact: the share of them that the intact model gets right.
+        changed: the share that the changed model gets right.
     """
 
     index: int
@@ -59,13 +59,13 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Downstream:
-    """What becomes of a later unit.
+    """How an ablation changes a downstream unit.
 
     Attributes:
-        unit: which.
-        intact: its mean activation.
-        change: of it, without the group.
-        random: the root mean square of the change in the random variants.
+        unit: the downstream unit.
+        intact: its mean activation in the intact model.
+        change: the change of this mean when the group is ablated.
+        random: the root mean square of the change over the random variants.
     """
 
     unit: Unit
@@ -76,15 +76,15 @@ class Downstream:
 
 @dataclass(frozen=True)
 class AblationReport:
-    """What a model does without some units.
+    """What ablating some units does to a model.
 
     Attributes:
-        units: the group.
-        how: what took their place.
-        effects: by measure: the task's own first.
-        classes: classes whose accuracy changed, most first.
-        downstream: units of a later site that changed most.
-        null_units: the units of each random variant, where these are other units.
+        units: the ablated group.
+        how: what the units were replaced by.
+        effects: the effect on each measure, the task's own metric first.
+        classes: classes whose accuracy changed, the largest change first.
+        downstream: the units of a downstream site that changed most.
+        null_units: the units of each random variant, if these ablate other units.
         null_is: what the random variants are.
         record: model, task, examples and seed.
     """
@@ -141,29 +141,27 @@ def ablate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AblationReport:
-    """Take units away and measure what changes, compared with what changes without other units.
+    """Ablate units and measure what changes, compared with ablating other units.
 
     Args:
         model: the model.
-        units: the group; of one site or of several.
-        task: what is measured on. Examples stand for the task that they state by themselves: the class, if there are
-            labels; the next token at every position; or nothing but the intact model's own answers.
-        labels: the class of each example, where these are images; of texts the token that is right at each position,
-            -1 where none counts.
-        how: what takes the units' place.
-        n_random: how many random variants: other groups of live units of the same sites, matched in activity; random
-            changes of equal norm where there are too few.
+        units: the group, of one site or of several.
+        task: what is measured on. Examples stand for the task that follows from them (see `of_examples`).
+        labels: the class of each image; for texts the right token at each position, -1 where none counts.
+        how: what the units are replaced by.
+        n_random: number of random variants: other groups of live units of the same sites, matched in activity, or
+            random changes of equal norm if there are too few of these.
         pool: units that the random groups are drawn from.
-        later: a site behind whose units are looked at too.
+        later: a downstream site whose units are compared too.
         top: how many of them to list.
-        batch: examples together.
-        seed: of random groups, resampling and intervals.
-        progress: called with what is done and all there is, in examples times variants.
+        batch: examples per batch.
+        seed: seed of random groups, resampling and intervals.
+        progress: called with the work done and the total, in examples times variants.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if there are no units, one does not exist or is listed twice, labels do not fit, the task has no
-            counterparts where they are asked for, the pool is too small, or an option is out of range.
+        ValueError: if no unit is given, a unit does not exist or is given twice, labels do not fit, the task lacks
+            counterparts that `how` needs, the pool is too small, or an option is out of range.
     """
     group = checked_units(model, units)
     if how not in get_args(Replacement):
@@ -171,7 +169,7 @@ def ablate(
     if top < 0:
         raise ValueError(f"top {top} must be 0 or more")
     asked = as_task(model, task, labels)
-    watched = _later(model, later, group)
+    watched = _downstream_site(model, later, group)
     given = None if pool is None else [model.unit(unit) for unit in pool]
     seen: Mapping[str, Activity] = {}
     if how == "mean":
@@ -183,7 +181,9 @@ def ablate(
 
     own = made({})
     null = null_of(model, own, asked.examples, n_random, seed, units=group, pool=given, remake=made)
-    watching = _Watch(watched, 2 + len(null.variants))  # and the intact model, the group
+    watching = _DownstreamSums(
+        watched, 2 + len(null.variants)
+    )  # 2: the intact model and the ablated group
     outcomes = run(
         model, [own, *null.variants], asked, watch=[] if watched is None else [watched.name],
         look=None if watched is None else watching.look, batch=batch, seed=seed, progress=progress,
@@ -199,19 +199,19 @@ def as_task(
     task: Task | Examples | Tensor | Iterable[Tensor] | str,
     labels: Labels | None = None,
 ) -> Task:
-    """A task, or the one that examples state by themselves (see `of_examples`).
+    """The task itself, or the task that follows from examples alone (see `of_examples`).
 
     Args:
         model: the model.
-        task: it, or examples.
-        labels: the class of each image; of texts the token that is right at each position (see `labelled_tokens`).
+        task: a task or examples.
+        labels: the class of each image; for texts the right token at each position (see `labelled_tokens`).
 
     Raises:
-        ValueError: if labels come with a task, or do not fit.
+        ValueError: if labels are given with a task, or do not fit the examples.
     """
     if isinstance(task, Task):
         if labels is not None:
-            raise ValueError(f"labels do not go with task {task.name}, which has its own answers")
+            raise ValueError(f"labels: task {task.name} has its own answers, so leave labels out")
         return task
     if labels is not None and isinstance(model.input, TokenInput):
         return labelled_tokens(as_examples(model, task), labels)  # type: ignore[arg-type]
@@ -219,11 +219,11 @@ def as_task(
 
 
 def checked_units(model: HookedModel, units: Sequence[str | Unit]) -> tuple[Unit, ...]:
-    """Units under their sites' own names.
+    """Parsed units, with each site under its main name.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if there is none, one does not exist, or one is listed twice.
+        ValueError: if there are no units, a unit does not exist, or one is listed twice.
     """
     group = tuple(model.unit(unit) for unit in units)
     if not group:
@@ -235,7 +235,7 @@ def checked_units(model: HookedModel, units: Sequence[str | Unit]) -> tuple[Unit
 
 
 def effects_of(outcomes: Outcomes, variant: str, null: Null) -> dict[str, Effect]:
-    """The effect of a variant on every measure that some example has."""
+    """The effect of a variant on every measure that at least one example has a value of."""
     found = {
         m.name: outcomes.effect(m.name, variant, null.names, null.is_) for m in outcomes.measures
     }
@@ -243,7 +243,7 @@ def effects_of(outcomes: Outcomes, variant: str, null: Null) -> dict[str, Effect
 
 
 def class_changes(model: HookedModel, outcomes: Outcomes, variant: str) -> tuple[ClassChange, ...]:
-    """Classes whose accuracy a variant changes, most first; none without labels."""
+    """The classes whose accuracy a variant changes, the largest change first; empty without labels."""
     if outcomes.labels is None or "accuracy" not in outcomes.values:
         return ()
     before, after = outcomes.of("accuracy"), outcomes.of("accuracy", variant)
@@ -256,7 +256,7 @@ def by_class(
     after: Float[np.ndarray, " example"],
     names: tuple[str, ...] = (),
 ) -> tuple[ClassChange, ...]:
-    """Classes whose accuracy changes, most first, from what each example has before and after."""
+    """The classes whose accuracy changes, the largest change first, given each example's accuracy before and after."""
     each = np.array(labels)
     found = [
         ClassChange(
@@ -281,15 +281,15 @@ def replaced(
     name: str,
     seed: int = 0,
 ) -> Variant:
-    """The model with something else in the places of units.
+    """The model with some units replaced.
 
     Args:
         model: the model.
-        units: which.
-        how: what takes their place.
-        seen: their activity, for their means.
-        name: of the variant.
-        seed: of which example each takes, where they are resampled.
+        units: the units.
+        how: what they are replaced by.
+        seen: the activity of their sites, which has their means.
+        name: the variant's name.
+        seed: seed of the choice of other examples, for `resample`.
     """
     by_site = {
         site: Units(site, tuple(u.index for u in units if u.site == site))
@@ -309,27 +309,29 @@ def replaced(
     def live(context: Context) -> Mapping[str, Change]:
         batch = context.batch
         if batch is None or (how == "counterpart" and batch.counterparts is None):
-            raise ValueError(f"how {how!r} needs a task with counterparts: there are none")
+            raise ValueError(f"how {how!r} needs a task with counterparts: this one has none")
         donors = context.intact if how == "resample" else context.counterpart
-        order = _another(batch, seed) if how == "resample" else None
+        order = _other_example(batch, seed) if how == "resample" else None
         return {
-            site: _taken(model.site(site), own, donors[site], order, batch.mask)
+            site: _copied(model.site(site), own, donors[site], order, batch.mask)
             for site, own in by_site.items()
         }
 
     return Variant(name, live=live, sites=tuple(by_site), reads=tuple(by_site))
 
 
-def _another(batch: TaskBatch, seed: int) -> Tensor:
-    """For each row one of another example of the batch, the next in a random order.
+def _other_example(batch: TaskBatch, seed: int) -> Tensor:
+    """For each row of a batch a row of another example.
 
-    Of several rows of an example, one an answer, it is the one in its place, or the last one if there are fewer.
+    If examples have several rows, one for each answer, the row with the same index is taken, or the last one.
     """
     n = len(batch)
     if n < 2:
         raise ValueError(
-            "how 'resample' takes what units are on another example: expected at least two examples a batch"
+            "how 'resample' takes activations from another example: expected at least two examples in a batch"
         )
+    # Each example takes from the next one in a random circle, so that none takes from itself. Seeded by the batch's
+    # first example: every variant of an experiment takes from the same examples.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + batch.which[0]))
     other = torch.empty_like(order)
     other[order] = order.roll(-1)
@@ -344,10 +346,10 @@ def _another(batch: TaskBatch, seed: int) -> Tensor:
     return torch.tensor(found)
 
 
-def _taken(
+def _copied(
     site: Site, units: Units, donors: Tensor, order: Tensor | None, mask: Tensor | None
 ) -> Change:
-    """Units take what they are in other runs; where a shorter text has no token they stay what they are."""
+    """Units take their activations from other rows or runs; where a shorter text has ended they keep their own."""
     from_ = donors if order is None else donors[order.to(donors.device)]
     there = None if order is None or mask is None else mask[order]
 
@@ -369,19 +371,23 @@ def _taken(
 # --- what becomes of later units -----------------------------------------------------------------
 
 
-def _later(model: HookedModel, later: str | Site | None, group: Sequence[Unit]) -> Site | None:
+def _downstream_site(
+    model: HookedModel, later: str | Site | None, group: Sequence[Unit]
+) -> Site | None:
     if later is None:
         return None
     site = model.site(later)
     if site.name in {u.site for u in group}:
-        raise ValueError(f"later {site.name!r} is the units' own site")
+        raise ValueError(f"later {site.name!r} is the units' own site: expected a site after it")
     if model.last([site, *(u.site for u in group)]) != site:
-        raise ValueError(f"later {site.name!r} does not come behind the units' sites")
+        raise ValueError(
+            f"later {site.name!r} comes before the units' sites: expected a site after them"
+        )
     return site
 
 
-class _Watch:
-    """Sums the activity of a later site's units in each variant."""
+class _DownstreamSums:
+    """Sums up the mean activations of a downstream site's units in each variant."""
 
     def __init__(self, site: Site | None, n: int) -> None:
         self.site, self.n = site, 0.0

@@ -1,7 +1,7 @@
-"""Reading a model of tokens only where a task counts: other positions are left out before the unembedding.
+"""Runs a token model's last part only at the positions that a task counts.
 
-Behind the last attention every position goes its own way, and for one counted position of sixteen the unembedding
-is most of what a pass costs. Which streams may be cut is tried, not assumed.
+After the last attention layer positions no longer interact, and where one position of sixteen counts, the unembedding
+of the rest is most of a pass's cost. From which residual stream on this holds is tested on the model, not assumed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from circuits.tasks.reading import Places
 from circuits.units import Site
 
 _SHARE = 0.5
-"""Positions are left out if at most this share of them counts."""
+"""Positions are left out if at most this share of them counts; otherwise gathering them saves too little."""
 
 
 @dataclass(frozen=True, eq=False)
 class Narrowing:
-    """Positions of a batch that are kept behind a site.
+    """The positions of a batch that are kept from a site on.
 
     Attributes:
-        site: a residual stream.
-        kept: the positions kept of each row, as many of each.
-        slots: where among them each place of the batch is read.
+        site: a site of the residual stream.
+        kept: the positions kept in each row, equally many in all rows.
+        slots: for each place of the batch, its index among its row's kept positions.
     """
 
     site: Site
@@ -39,7 +39,9 @@ class Narrowing:
 
     @classmethod
     def at(cls, site: Site, places: Places, n_rows: int) -> Narrowing:
-        """Keep the places of a batch; rows that have fewer than the most keep one several times."""
+        """Keep the places of a batch; rows with fewer places are filled up with position 0."""
+        # The k-th place of a row gets slot k. In `order`, places are sorted by row, and cumsum - count is where each
+        # row begins there; the difference to a place's own index is its number within the row.
         count = torch.bincount(places.row, minlength=n_rows)
         order = places.row.argsort(stable=True)
         slots = torch.empty_like(order)
@@ -49,28 +51,29 @@ class Narrowing:
         return cls(site, kept, slots)
 
     def after(self, change: Change | None) -> Change:
-        """What is done at the site: a change, if there is one, then all but the kept positions go."""
+        """The change at the site: another change first, if there is one, and then only the kept positions stay."""
 
         def narrow(value: Float[Tensor, "row position unit"]) -> Tensor:
             made = value if change is None else change(value)
+            # Several variants may be stacked along the batch; each of them keeps the same positions.
             index = self.kept.repeat(len(made) // len(self.kept), 1).to(made.device)
             return made.gather(1, index[..., None].expand(-1, -1, made.shape[2]))
 
         return narrow
 
     def added(self, edits: Mapping[str, Change]) -> dict[str, Change]:
-        """Changes of a pass with this one behind them."""
+        """The changes of a pass with the narrowing added after them."""
         return dict(edits) | {self.site.name: self.after(edits.get(self.site.name))}
 
 
-def few(places: Places, n_rows: int, n_positions: int) -> bool:
-    """Whether so few positions of each row count that it is worth leaving the others out."""
+def worth_narrowing(places: Places, n_rows: int, n_positions: int) -> bool:
+    """Whether few enough positions of each row count to make narrowing worthwhile."""
     most = int(torch.bincount(places.row, minlength=n_rows).max())
     return most <= _SHARE * n_positions
 
 
-class Cuts:
-    """Streams behind which a model works position by position, each tried once."""
+class PositionwiseStreams:
+    """The residual streams after which a model treats each position separately; each is tested once."""
 
     def __init__(self, model: HookedModel, end: Site) -> None:
         self.model, self.end = model, end
@@ -78,12 +81,12 @@ class Cuts:
         self.known: dict[str, bool] = {}
 
     def first(self, inputs: Tensor, output: Tensor, behind: int) -> Site | None:
-        """A stream behind which positions may be left out, as early as one is found; None if there is none.
+        """The earliest stream after which positions may be left out; None if there is none.
 
         Args:
-            inputs: examples to try it on, none of them padded.
-            output: what is put out for them.
-            behind: the place among the model's sites of the last that has to see all positions.
+            inputs: examples to test it on, none of them padded.
+            output: the model's output for them.
+            behind: the index, among the model's sites, of the last one that needs all positions.
         """
         for site in narrowable(self.model, self.end):
             if self.order[site.name] < behind:

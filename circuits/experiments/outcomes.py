@@ -1,4 +1,4 @@
-"""What an experiment found: every measure of every variant on every example, and effects read from it."""
+"""Results of experiments: every measure of every variant on every example, and the effects computed from them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
 Over = Literal["examples", "tokens"]
-"""What a mean is over: examples, each counting once (of the mean over its counted positions), or counted positions,
-each counting once."""
+"""What a mean is over: examples, each with the mean over its counted positions, or all counted positions, each with the
+same weight."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a number belongs to.
+    """Where a number comes from.
 
     Attributes:
         model: the model's name.
-        model_hash: of its weights.
-        task: what was measured on, as `Task.describe` has it.
-        seed: of everything random.
-        threads: of torch; sums differ in the last bits with their number.
-        dtype: of the parameters.
-        device: what it ran on.
-        versions: of Python and torch.
+        model_hash: the hash of its weights.
+        task: the task, as `Task.describe` gives it.
+        seed: seed of everything random.
+        threads: torch's number of threads, on which the last bits of sums depend.
+        dtype: the dtype of the parameters.
+        device: the device that the experiment ran on.
+        versions: the versions of Python and torch.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Record:
 
     @property
     def measured_on(self) -> str:
-        """The task, and which examples were taken and how, for titles."""
+        """The task and the choice of examples in words, for titles."""
         examples, half = self.task["examples"], self.task["half"]
         data = "" if examples["how"] == "given" else f" on {examples['data']}"
         part = "" if half == "all" else f" ({half} half)"
@@ -58,7 +58,7 @@ class Record:
 
     @classmethod
     def of(cls, model: HookedModel, task: Task, seed: int) -> Record:
-        """Of an experiment that runs here and now."""
+        """The record of an experiment that runs now, in this process."""
         kinds = (str(p.dtype) for p in model.module.parameters() if p.is_floating_point())
         dtype = next(kinds, "torch.float32").removeprefix("torch.")
         return cls(
@@ -69,24 +69,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Effect:
-    """A measure of a changed model, compared with the intact one and with random changes.
+    """The effect of a change on one measure, compared with random changes.
 
     Attributes:
-        measure: what was measured.
-        unit: of the measure.
-        intact: of the model as it is.
-        changed: of the changed model.
-        change: the difference.
+        measure: the measure's name.
+        unit: the measure's unit.
+        intact: its mean in the intact model.
+        changed: its mean in the changed model.
+        change: the difference of the two.
         low: lower end of the 95 % interval of the change: paired bootstrap over examples, by cluster where examples
-            share a template instance; NaN for fewer than two.
-        high: its upper end.
+            share a template instance; NaN with fewer than two.
+        high: upper end of the interval.
         null: the change that each random variant makes.
         null_is: what the random variants are.
-        p_value: the share of the null that changes the measure at least as much, either way, the change itself counted:
-            (1 + k) / (1 + n); NaN without a null.
-        least_p: the smallest p-value that so many random variants can give.
-        n: how many examples.
-        n_clusters: how many independent ones.
+        p_value: (1 + k) / (1 + n) for k of n random variants that change the measure at least as much in either
+            direction; NaN without a null.
+        least_p: the smallest p-value that this number of random variants can give.
+        n: the number of examples.
+        n_clusters: the number of independent examples.
         over: what the means are over.
     """
 
@@ -107,7 +107,7 @@ class Effect:
 
     @property
     def null_range(self) -> tuple[float, float]:
-        """The smallest and the largest change of the null; NaN without one."""
+        """The smallest and the largest change among the random variants; NaN without any."""
         return (min(self.null), max(self.null)) if self.null else (float("nan"), float("nan"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,16 +134,16 @@ def effects_table(groups: Mapping[str, Mapping[str, Effect]], title: str) -> Tab
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Measures x variants x examples.
+    """The values of all measures, for each variant and example.
 
     Attributes:
         measures: what was measured.
-        variants: their names; the first is the intact model.
-        values: of each measure by name: variant x example; NaN where an example has none.
-        counts: how many positions of each example count.
-        clusters: a number for each example; those of one template instance share it.
-        labels: the class of each example; None if there is none.
-        record: what it belongs to.
+        variants: the variants' names; the first is the intact model.
+        values: by measure, variant x example; NaN where an example has no value.
+        counts: the number of counted positions of each example.
+        clusters: a number for each example, shared by those of one template instance.
+        labels: the class of each example; None if there are none.
+        record: where the numbers come from.
     """
 
     measures: tuple[Metric, ...]
@@ -158,23 +158,25 @@ class Outcomes:
         return len(self.counts)
 
     def of(self, measure: str, variant: str = INTACT) -> Float[np.ndarray, " example"]:
-        """A measure of a variant on each example.
+        """The value of a measure on each example, in one variant.
 
         Raises:
             KeyError: if there is no such measure or variant.
         """
         if measure not in self.values:
-            raise KeyError(f"measure {measure!r}: there are {', '.join(self.values)}")
+            raise KeyError(f"measure {measure!r}: expected one of {', '.join(self.values)}")
         if variant not in self.variants:
-            raise KeyError(f"variant {variant!r}: there are {', '.join(self.variants[:8])}")
+            raise KeyError(f"variant {variant!r}: expected one of {', '.join(self.variants[:8])}")
         return self.values[measure][self.variants.index(variant)]
 
     def weights(self, over: Over) -> Float[np.ndarray, " example"]:
-        """How much each example counts in a mean."""
+        """The weight of each example in a mean."""
         return np.ones(len(self)) if over == "examples" else self.counts
 
     def mean(self, measure: str, variant: str = INTACT, over: Over = "examples") -> float:
-        """The mean of a measure of a variant; NaN if no example has it."""
+        """The mean of a measure in a variant; NaN if no example has a value."""
+        # Which examples have a value is taken from the intact model (row 0): a variant in which a measure becomes NaN
+        # then has a mean of NaN instead of one over fewer examples.
         values, weights = self.of(measure, variant), self.weights(over)
         known = ~np.isnan(self.values[measure][0])
         return (
@@ -191,7 +193,7 @@ class Outcomes:
         null_is: str = "",
         over: Over = "examples",
     ) -> Effect:
-        """What a variant does to a measure, compared with random variants.
+        """The effect of a variant on a measure, compared with random variants.
 
         Raises:
             KeyError: if there is no such measure or variant.
@@ -209,7 +211,7 @@ class Outcomes:
     def with_measure(
         self, metric: Metric, values: Float[np.ndarray, "variant example"]
     ) -> Outcomes:
-        """The same with one more measure, which a caller took from the readings."""
+        """The same outcomes with one more measure, which a caller computed from the readings."""
         return replace(
             self,
             measures=(*self.measures, metric),
@@ -219,7 +221,7 @@ class Outcomes:
     def resampled(
         self, measure: str, variants: Sequence[str], over: Over = "examples"
     ) -> Float[np.ndarray, "resample variant"]:
-        """Means of a measure of some variants over the same resampled clusters."""
+        """The means of a measure in some variants, over the same bootstrap resamples of clusters."""
         known = ~np.isnan(self.values[measure][0])
         rows = np.stack([self.of(measure, v)[known] for v in variants])
         clusters = np.array(self.clusters)[known].tolist()
@@ -240,18 +242,18 @@ def effect_of(
     over: Over = "examples",
     seed: int = 0,
 ) -> Effect:
-    """An effect, from a measure's values on the same examples.
+    """An effect, from a measure's values on the same examples in different models.
 
     Args:
         metric: what was measured.
-        intact: without the change.
-        changed: with it.
-        null: with each random change.
-        null_is: what these are.
-        weights: of each example in means; all equal if None.
+        intact: the values in the intact model.
+        changed: the values in the changed model.
+        null: the values with each random change.
+        null_is: what the random changes are.
+        weights: the weight of each example in means; all equal if None.
         clusters: a number for each example, shared by those that are not independent.
         over: what the means are over, for the record.
-        seed: of the interval.
+        seed: seed of the interval.
     """
     nan = float("nan")
     if not len(intact):

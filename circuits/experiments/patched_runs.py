@@ -1,7 +1,7 @@
-"""Runs of a transformer with paths patched, many in one pass: the machinery of `patching`.
+"""Runs a transformer with patched paths, many patches in one pass: the machinery of `patching`.
 
-Sets of paths lie one behind the other in a batch, the examples of each set in order. Whatever is compared comes from
-the same place of a batch of the same size, so that what does nothing changes no bit.
+The patches of one pass (sets of paths) are stacked along the batch, each with all examples in order. Numbers that are
+compared come from the same rows of batches of the same size, so that a patch without effect changes no bit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Direction = Literal["noising", "denoising"]
 
 
 MEMORY = 2**29
-"""Bytes that the tensors of one pass may take, roughly."""
+"""A rough limit for the tensors of one pass, in bytes."""
 
-_AT_ONCE = 8
-"""So many tensors as wide as a model's widest are alive at once."""
+_WIDE_TENSORS = 8
+"""How many tensors of the model's largest width are alive at the same time, roughly."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
     Attributes:
         through_mlps: MLPs between sender and receiver recompute.
         where: at which positions of which examples senders are replaced; everywhere if None.
-        hold_norms: the normalisation in front of a receiver keeps its scale instead of being recomputed.
+        hold_norms: the normalisation before a receiver keeps its scale instead of being recomputed.
     """
 
     through_mlps: bool = False
@@ -47,8 +47,8 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
-    """The run that is patched and the one that contributions come from: tokens and positions of both."""
+class RunPair:
+    """Tokens and positions of the run that is patched, and of the other run, which contributions come from."""
 
     stream: Stream
     tokens: Tensor
@@ -63,9 +63,9 @@ class Runs:
         clean: tuple[Tensor, Tensor | None],
         corrupted: tuple[Tensor, Tensor | None],
         direction: Direction,
-    ) -> Runs:
+    ) -> RunPair:
         if direction not in ("noising", "denoising"):
-            raise ValueError(f"direction {direction!r} must be noising or denoising")
+            raise ValueError(f"direction {direction!r}: expected noising or denoising")
         if clean[0].shape != corrupted[0].shape:
             raise ValueError(
                 f"corrupted has shape {tuple(corrupted[0].shape)}: expected that of clean, {tuple(clean[0].shape)}"
@@ -84,7 +84,7 @@ class Runs:
         rows: int | None = None,
         progress: Progress | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each set: the logits with its paths patched, without, and of the other run.
+        """For each set of paths: the logits of the patched run, of the same run unpatched, and of the other run.
 
         Raises:
             ValueError: if `where` does not fit the tokens.
@@ -98,16 +98,17 @@ class Runs:
         model = self.stream.model
         used = self.stream.sender_sites({s for group in sets for s, _ in group})
         tokens, others = self.tokens.repeat(each, 1), self.other_tokens.repeat(each, 1)
-        standing = standing_at(self.stream, _repeated(self.ids, each, n))
-        moved = standing_at(self.stream, _repeated(self.other_ids, each, n))
-        cache = model.run(others, read=used, edits=moved)
+        own_positions = at_positions(self.stream, _repeated(self.ids, each, n))
+        other_positions = at_positions(self.stream, _repeated(self.other_ids, each, n))
+        cache = model.run(others, read=used, edits=other_positions)
         source = main_output(cache.output)
-        base = model.logits(tokens, standing)
+        base = model.logits(tokens, own_positions)
         for start in range(0, len(sets), each):
             some = [*sets[start : start + each]]
-            some += [frozenset()] * (each - len(some))  # every pass is of one size
+            # The last pass is filled up with empty sets: kernels round differently for other batch sizes.
+            some += [frozenset()] * (each - len(some))
             changes = changes_of(self.stream, some, cache, options)
-            logits = model.logits(tokens, _merged(self.stream.model, standing, changes))
+            logits = model.logits(tokens, _merged(self.stream.model, own_positions, changes))
             for i in range(min(each, len(sets) - start)):
                 place = slice(i * n, (i + 1) * n)
                 yield logits[place], base[place], source[place]
@@ -115,18 +116,21 @@ class Runs:
                 progress(min(start + each, len(sets)), len(sets))
 
     def _rows(self) -> int:
-        """How many examples fit into a pass, by what it holds at once."""
+        """How many rows fit into one pass."""
+        # Bytes for each row = 4 (float32) x positions x numbers at each position: what every sender writes and every
+        # receiver sees, in both runs, plus a few tensors of the largest width (attention patterns have one number
+        # for each head and key, so their width is heads x length).
         stream, length = self.stream, self.tokens.shape[1]
         kept = {*stream.sender_sites(stream.senders), *map(stream.stream_site, stream.receivers)}
         numbers = sum(math.prod(stream.model.site(name).shape[1:]) for name in kept)
         heads = max(s.head for s in stream.senders) + 1
         wide = (math.prod(s.shape[1:]) for s in stream.model.sites if s.kind != "pattern")
         widest = max(heads * length, *wide)
-        return max(1, MEMORY // (4 * length * (2 * numbers + _AT_ONCE * widest)))
+        return max(1, MEMORY // (4 * length * (2 * numbers + _WIDE_TENSORS * widest)))
 
 
 def positions_of(stream: Stream, tokens: Tensor, positions: Tensor | None) -> Tensor | None:
-    """Positions as 1 or n examples x position, checked; None stays None."""
+    """Positions checked and shaped as (1 or n examples) x position; None stays None."""
     if positions is None:
         return None
     ids = positions if positions.ndim == 2 else positions[None]
@@ -142,8 +146,8 @@ def _repeated(ids: Tensor | None, times: int, n: int) -> Tensor | None:
     return None if ids is None else ids.expand(n, -1).repeat(times, 1)
 
 
-def standing_at(stream: Stream, ids: Tensor | None) -> dict[str, Change]:
-    """The change that has tokens stand at other positions."""
+def at_positions(stream: Stream, ids: Tensor | None) -> dict[str, Change]:
+    """The change that gives tokens other positions, by replacing the position embedding's output."""
     if ids is None:
         return {}
     written = position_embedding(stream, ids)
@@ -152,7 +156,7 @@ def standing_at(stream: Stream, ids: Tensor | None) -> dict[str, Change]:
 
 
 def _merged(model: HookedModel, *parts: Mapping[str, Change]) -> dict[str, Change]:
-    """Changes one after the other."""
+    """Several sets of changes as one; at each site they are made in order."""
     found: dict[str, list[Change]] = {}
     for part in parts:
         for name, change in part.items():
@@ -173,14 +177,14 @@ def _in_order(steps: Sequence[Change]) -> Change:
 
 
 @dataclass(frozen=True, eq=False)
-class _Patched:
-    """A receiver in those sets of a batch that patch it.
+class _PatchedReceiver:
+    """A receiver, with the sets of a batch that patch a path into it.
 
     Attributes:
-        receiver: which.
-        index: the places of the sets.
-        senders: of each of them.
-        written: the sites where those write.
+        receiver: the receiver.
+        index: the indices of those sets.
+        senders: the senders that each of those sets replaces.
+        written: the sites that all those senders write to.
     """
 
     receiver: Receiver
@@ -189,15 +193,14 @@ class _Patched:
     written: tuple[str, ...]
 
 
-def _patched(stream: Stream, sets: Sequence[frozenset[Path]]) -> list[_Patched]:
-    """Who receives what in which set, in order of execution.
-
-    A sender that was replaced in the stream itself is replaced for all that reads the stream later.
-    """
+def _patched_receivers(stream: Stream, sets: Sequence[frozenset[Path]]) -> list[_PatchedReceiver]:
+    """The patched receivers in order of execution, each with its senders in every set."""
+    # A receiver such as resid_pre is the stream itself. Once a sender has been replaced there, everything that reads
+    # the stream later sees the replacement already; replacing it again would count it twice (`gone`).
     by_receiver: dict[Receiver, dict[int, set[Sender]]] = {}
     for i, group in enumerate(sets):
         for sender, receiver in group:
-            if sender.kind == "bias":  # the same in every run
+            if sender.kind == "bias":  # biases write the same in every run: nothing to patch
                 continue
             by_receiver.setdefault(receiver, {}).setdefault(i, set()).add(sender)
     gone: list[set[Sender]] = [set() for _ in sets]
@@ -208,7 +211,7 @@ def _patched(stream: Stream, sets: Sequence[frozenset[Path]]) -> list[_Patched]:
         if groups:
             written = stream.sender_sites(frozenset().union(*groups.values()))
             index = torch.tensor(list(groups))
-            found.append(_Patched(receiver, index, tuple(groups.values()), written))
+            found.append(_PatchedReceiver(receiver, index, tuple(groups.values()), written))
         if receiver.kind in STREAMS:
             for i, group in groups.items():
                 gone[i] |= group
@@ -221,20 +224,20 @@ def changes_of(
     other: Mapping[str, Tensor],
     options: Options,
 ) -> dict[str, Change]:
-    """Sets of paths as changes of sites, for a batch in which the examples of each set follow those of the last."""
+    """Sets of paths as changes at sites, for a batch that stacks all examples once for each set."""
     looks: set[str] = set()
-    by_site: dict[str, list[_Patched]] = {}
-    for one in _patched(stream, sets):
+    by_site: dict[str, list[_PatchedReceiver]] = {}
+    for one in _patched_receivers(stream, sets):
         by_site.setdefault(stream.input_site(one.receiver), []).append(one)
-        looks |= {*one.written, *_seen(stream, one.receiver, options)}
+        looks |= {*one.written, *_sites_seen(stream, one.receiver, options)}
     run = _Pass(stream, len(sets), other, options)
     receiving = {site: run.receiving(those) for site, those in by_site.items()}
-    # what is changed at a site is looked at after the change
-    return _merged(stream.model, receiving, {site: run.looking(site) for site in sorted(looks)})
+    # Record after changing: if an earlier receiver of a set changed the site, later ones have to see that.
+    return _merged(stream.model, receiving, {site: run.record(site) for site in sorted(looks)})
 
 
-def _seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ...]:
-    """The sites that show what is in front of a receiver."""
+def _sites_seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ...]:
+    """The sites that show what a receiver, and the MLPs that the path leads through, read."""
     middles = (
         tuple(map(stream.stream_site, stream.mlps_before(receiver))) if options.through_mlps else ()
     )
@@ -242,10 +245,10 @@ def _seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ..
 
 
 class _Pass:
-    """One forward pass with paths patched: what it has shown so far, and what it takes in its place.
+    """One forward pass with patched paths: what it has recorded so far, and what replaces it.
 
-    What senders write in the patched run itself is looked up while it runs, since an earlier receiver of the same
-    set may have changed it.
+    What senders write in the patched run is recorded while it runs, since an earlier receiver of the same set may have
+    changed it.
     """
 
     def __init__(
@@ -254,23 +257,23 @@ class _Pass:
         self.stream, self.n_sets, self.other, self.options = stream, n_sets, other, options
         self.live: dict[str, Tensor] = {}
 
-    def looking(self, site: str) -> Change:
-        """Keeps what a site holds."""
+    def record(self, site: str) -> Change:
+        """A change that changes nothing but records a site's tensor."""
 
         def look(value: Tensor) -> Tensor:
             theirs = self.other.get(site, value)
             if theirs.shape != value.shape:
                 raise ValueError(
-                    f"paths come from a run in which {site} has shape {tuple(theirs.shape)}: expected "
-                    f"{tuple(value.shape)}, the same examples and positions"
+                    f"source: {site} has shape {tuple(theirs.shape)} there, expected {tuple(value.shape)}, that of the "
+                    "same examples and positions"
                 )
             self.live[site] = value
             return value
 
         return look
 
-    def receiving(self, those: Sequence[_Patched]) -> Change:
-        """Changes what receivers read at a site."""
+    def receiving(self, those: Sequence[_PatchedReceiver]) -> Change:
+        """The change of what receivers read at a site."""
 
         def change(value: Tensor) -> Tensor:
             made = value.clone()
@@ -283,10 +286,10 @@ class _Pass:
 
         return change
 
-    def _received(self, one: _Patched) -> Tensor:
-        """By how much what a receiver reads changes: set x example x position x …"""
+    def _received(self, one: _PatchedReceiver) -> Tensor:
+        """The change of a receiver's input: set x example x position x …"""
         stream, receiver = self.stream, one.receiver
-        names = (*one.written, *_seen(stream, receiver, self.options))
+        names = (*one.written, *_sites_seen(stream, receiver, self.options))
         live = {name: self._by_set(self.live[name])[one.index] for name in names}
         other = {name: self._by_set(self.other[name])[one.index] for name in one.written}
         through_mlps, where = self.options.through_mlps, self.options.where

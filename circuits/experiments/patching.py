@@ -1,14 +1,14 @@
 """Path patching: one direct path of a transformer carries what it carried in another run.
 
 Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"; Wang et al. 2022, "Interpretability in the
-Wild", appendix B. A path leads from a sender to a receiver through the residual stream alone. Patched, the receiver
-reads the stream with the sender's contribution replaced, behind its own normalisation, which is recomputed; everything
-else runs as it does, so that what the receiver then does differently has all its consequences. Nothing is linearised.
+Wild", appendix B. A path leads from a sender to a receiver through the residual stream alone. When it is patched, the
+receiver reads the stream with the sender's contribution replaced, and its own normalisation is recomputed. Everything
+else runs as usual, so the receiver's changed output has all its downstream consequences. Nothing is linearised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,35 +20,31 @@ from circuits.experiments.patched_runs import (
     Direction,
     Options,
     Progress,
-    Runs,
-    changes_of,
-    positions_of,
-    standing_at,
+    RunPair,
 )
-from circuits.hooks import Change
-from circuits.models.adapter.hooked_model import ActivationCache, HookedModel
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.contributions import check_mlps
 from circuits.models.paths.residual import Path, PathName, Sender, Stream
 from circuits.models.paths.routes import stream_of
 
 LogitMetric = Callable[[Float[Tensor, "example position token"]], Float[Tensor, " example"]]
-"""One number an example from the logits of all examples."""
+"""Computes one number for each example from the logits of all examples."""
 
 
 @dataclass(frozen=True, eq=False)
 class PathEffects:
-    """What patching paths does, each by itself.
+    """The effects of patching paths, one patch at a time.
 
     Attributes:
         paths: the paths of each patch: one, or several that are patched together.
-        direction: `noising`: the clean run with paths from the corrupted one; `denoising`: the opposite.
-        through_mlps: whether a direct path may lead through MLPs, which then recompute (Wang et al. 2022), or
-            through the residual stream alone.
-        values: of the metric, in each patched run; without a metric the largest change of any logit at any position.
-        effects: how far the values are from those of the run that was patched, patch x example.
-        patched: the metric in the run that was patched; 0 without a metric.
-        source: the metric in the run that paths come from; without a metric the largest difference of a logit.
-        model_hash: of the weights.
+        direction: `noising` patches the clean run with paths from the corrupted run, `denoising` the reverse.
+        through_mlps: whether a direct path may lead through MLPs, which then recompute (Wang et al. 2022), or only
+            through the residual stream.
+        values: the metric in each patched run; without a metric the largest change of any logit at any position.
+        effects: the values minus those of the run that was patched, patch x example.
+        patched: the metric in the run that was patched, before the patch; 0 without a metric.
+        source: the metric in the run that the paths come from; without a metric the largest difference of any logit.
+        model_hash: the hash of the model's weights.
     """
 
     paths: tuple[tuple[Path, ...], ...]
@@ -61,7 +57,7 @@ class PathEffects:
     model_hash: str
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Each patch as it is written, with its effects."""
+        """Each patch in words, with its effects."""
         for group, effects in zip(self.paths, self.effects, strict=True):
             yield ", ".join(f"{sender} -> {receiver}" for sender, receiver in group), effects
 
@@ -81,34 +77,34 @@ def patch_paths(
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> PathEffects:
-    """Patch each path by itself, many in one pass.
+    """Measure the effect of each path by itself, with many patches in one pass.
 
     Args:
         model: a TransformerLens bridge.
-        clean: tokens.
-        corrupted: their counterparts, pair by pair.
+        clean: clean tokens.
+        corrupted: the corrupted tokens of each pair.
         paths: pairs of a sender (`token`, `position`, `0.3`, `mlp:0`) and a receiver (`1.0.q`, `mlp:1`, `logits`,
-            `resid_pre:1`); where several stand together they are patched together, and each receiver's other inputs
-            are what they are in that run. None: every direct path of the model, each by itself.
-        direction: `noising` patches the clean run from the corrupted one, `denoising` the opposite.
+            `resid_pre:1`); the paths of a list within the list are patched together, each receiver's other inputs being
+            those of that run. None: every direct path of the model, one at a time.
+        direction: `noising` patches the clean run from the corrupted one, `denoising` the reverse.
         through_mlps: MLPs between sender and receiver recompute, heads do not (Wang et al. 2022).
         metric: what is measured; None: the largest change of any logit at any position.
-        clean_positions: at which positions the clean tokens stand, for the position embedding; 0, 1, 2, … if None.
-        corrupted_positions: the same of the counterparts, e.g. rolled by one.
+        clean_positions: the positions of the clean tokens for the position embedding; 0, 1, 2, … if None.
+        corrupted_positions: the same for the corrupted tokens, for example shifted by one.
         where: at which positions of which examples the sender is replaced; everywhere if None.
-        rows: how many examples one pass takes, all patches together; chosen by memory if None.
-        progress: called with the patches that are done, and all there are.
+        rows: how many rows (examples times patches) one pass takes; chosen by memory if None.
+        progress: called with the number of patches done and the total.
 
     Raises:
         KeyError: if there is no such sender or receiver.
-        ValueError: if counterparts do not go with the clean tokens, a path leads backwards, or the model's residual
-            stream is not the sum of its senders.
+        ValueError: if clean and corrupted tokens do not match, a path leads backwards, or the model's residual stream
+            is not the sum of its senders.
     """
     stream = stream_of(model)
     sets = [_set_of(stream, path) for path in (stream.paths() if paths is None else paths)]
     if not sets:
-        raise ValueError("paths name none: expected at least one pair of a sender and a receiver")
-    runs = Runs.of(stream, (clean, clean_positions), (corrupted, corrupted_positions), direction)
+        raise ValueError("paths are empty: expected at least one pair of a sender and a receiver")
+    runs = RunPair.of(stream, (clean, clean_positions), (corrupted, corrupted_positions), direction)
     if through_mlps:
         check_mlps(stream)
     values, own, ends = [], [], list[Tensor]()
@@ -123,59 +119,8 @@ def patch_paths(
     )
 
 
-def record_senders(
-    model: HookedModel,
-    tokens: Int[Tensor, "example position"],
-    positions: Int[Tensor, "..."] | None = None,
-) -> ActivationCache:
-    """A run with what every sender writes: where `path_changes` takes contributions from.
-
-    Args:
-        model: a TransformerLens bridge.
-        tokens: examples.
-        positions: where they stand, for the position embedding; 0, 1, 2, … if None.
-
-    Raises:
-        ValueError: if the model's residual stream is not the sum of its senders.
-    """
-    stream = stream_of(model)
-    edits = standing_at(stream, positions_of(stream, tokens, positions))
-    return model.run(tokens, read=stream.sender_sites(stream.senders), edits=edits)
-
-
-def path_changes(
-    model: HookedModel,
-    source: Mapping[str, Tensor],
-    paths: Iterable[PathName],
-    *,
-    through_mlps: bool = False,
-    where: Bool[Tensor, "mask_example mask_position"] | None = None,
-) -> dict[str, Change]:
-    """Paths as changes of sites, for `HookedModel.run` and `intervening`; all are patched together.
-
-    They hold for batches of the source's examples only, one forward pass at a time. No paths are no changes.
-
-    Args:
-        model: a TransformerLens bridge.
-        source: the run that contributions come from: see `record_senders`.
-        paths: pairs of a sender and a receiver.
-        through_mlps: MLPs between sender and receiver recompute.
-        where: at which positions of which examples; everywhere if None.
-
-    Raises:
-        KeyError: if there is no such sender or receiver, or the source does not show a sender.
-        ValueError: if a path leads backwards.
-    """
-    stream = stream_of(model)
-    group = frozenset(stream.path(path) for path in paths)
-    if through_mlps:
-        check_mlps(stream)
-    other = {name: source[name] for name in stream.sender_sites({s for s, _ in group})}
-    return changes_of(stream, [group], other, Options(through_mlps, where))
-
-
 def _set_of(stream: Stream, path: PathName | Iterable[PathName]) -> frozenset[Path]:
-    """One path, or several that are patched together."""
+    """One path, or several that are patched together, as a set."""
     several = tuple(path)
     if len(several) == 2 and isinstance(several[0], str | Sender):
         several = (several,)
@@ -183,7 +128,7 @@ def _set_of(stream: Stream, path: PathName | Iterable[PathName]) -> frozenset[Pa
 
 
 def measured(metric: LogitMetric | None, logits: Tensor, base: Tensor) -> Tensor:
-    """The metric of each example; without one the largest difference of any logit."""
+    """The metric of each example; without a metric the largest absolute difference of any logit from the base run's."""
     if metric is None:
         return (logits - base).abs().flatten(1).amax(1)
     value = metric(logits)

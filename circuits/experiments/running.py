@@ -1,8 +1,8 @@
-"""Experiments: variants of a model run over a task.
+"""Runs the intact model and variants of it over a task.
 
-What is before the first change is not computed again: a pass begins at the first site that a variant changes, or at
-the residual stream before it, where what is behind depends on that tensor alone. Variants that begin at one site
-share a pass, as many as fit into memory. Behind the last attention only the positions that a task counts are run.
+Nothing before a variant's first change is computed again: its pass starts at the first site that it changes, or at the
+residual stream before that, if everything downstream depends on that tensor alone. Variants that start at one site
+share a pass, as many as fit into memory. After the last attention layer only the counted positions are run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from circuits.examples import BATCH
-from circuits.experiments.narrowing import Cuts, Narrowing, few
+from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
 from circuits.hooks import Change, placed
@@ -39,24 +39,24 @@ from circuits.tasks.task import Task, TaskBatch, check_metric
 from circuits.units import Site
 
 Look = Callable[[int, TaskBatch, Reading, Reading], None]
-"""Sees each variant's reading of each batch: the variant's place (0 is the intact model), the batch, the variant's and
-the intact model's reading."""
+"""Called with each reading of each batch: the variant's index (0 is the intact model), the batch, the variant's reading
+and the intact model's."""
 
 MEMORY = 2**28
-"""Bytes that the tensors of one pass may take, roughly; with larger ones a processor is slower."""
+"""A rough limit for the tensors of one pass, in bytes; larger passes are slower on a CPU."""
 
-_ABOUT = 24
+_PEAK_MEMORY = 24
 """The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
 
-_OUTPUT = 2
-"""Copies of the output that a pass holds besides, where every position is computed."""
+_OUTPUT_COPIES = 2
+"""How many copies of the output a pass holds in addition, if every position is computed."""
 
-_ENOUGH = 8
-"""With fewer variants than this in a pass it is not checked whether positions can be left out."""
+_FEWEST_TO_NARROW = 8
+"""With fewer variants in a pass than this it is not tested whether positions can be left out."""
 
 
 def measures_of(task: Task) -> tuple[Metric, ...]:
-    """What can be measured of a task: its own metric first, then all that its answers allow."""
+    """The measures that a task allows: its own metric first, then every measure that fits its answers."""
     found = [task.metric]
     if task.answered:
         found += (
@@ -85,23 +85,23 @@ def run(
     """Run a model and variants of it over a task.
 
     Args:
-        model: the model; afterwards it is what it was.
-        variants: models with something else in them; the intact model comes first by itself.
+        model: the model; it is unchanged afterwards.
+        variants: changed versions of the model; the intact model is added in front.
         task: what is measured on.
-        measures: what is measured; all that the task allows if not given.
-        watch: sites whose tensors `look` sees.
-        look: sees each variant's readings, for what is no number an example.
-        corrupted: run the counterparts instead of the clean examples (what variants take from "the counterpart" are
-            the clean ones then).
-        batch: examples together.
-        memory: bytes that one pass may take, roughly.
-        seed: for the record, and of intervals.
-        progress: called with passes done and all there are, in examples times variants.
+        measures: what is measured; everything that the task allows if not given.
+        watch: sites whose tensors `look` needs.
+        look: called with every reading, for results that are not one number for each example.
+        corrupted: run the counterparts instead of the clean examples; what variants take from "the counterpart" is
+            then the clean example's.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: the seed for the record, and of intervals.
+        progress: called with the work done and the total, in examples times variants.
 
     Raises:
         KeyError: if a site, layer or unit is unknown.
-        ValueError: if the model is edited, two variants have one name, an edit does not fit, a measure needs what the
-            task does not have, the task is for another model's vocabulary, or the intact model puts out what is not
+        ValueError: if the model is edited, two variants have the same name, an edit does not fit, a measure needs what
+            the task does not have, the task was made for another vocabulary, or the intact model's output is not
             finite.
     """
     if model.edited:
@@ -111,45 +111,57 @@ def run(
     for metric in own:
         check_metric(task, metric)
     plans = [prepared(model, variant) for variant in variants]
-    names = [INTACT, *(plan.variant.name for plan in plans)]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice is not None:
-        raise ValueError(f"variant {twice!r} is there twice: expected a name for each")
-    if corrupted or any(plan.reads and plan.variant.live for plan in plans):
-        _check_counterparts(task, corrupted)
-    engine = _Engine(model, plans, own, tuple(model.site(w) for w in watch), memory)
+    names = _variant_names(plans)
+    if corrupted and task.counterparts is None:
+        raise ValueError(f"task {task.name} has no counterparts: there is no corrupted run")
+    runner = _Runner(model, plans, own, tuple(model.site(w) for w in watch), memory)
     values: dict[str, list[np.ndarray]] = {m.name: [] for m in own}
     counts: list[np.ndarray] = []
     order: list[int] = []
-    # a position of an edit, or of a person's own metric, is one of each text
-    one_length = any(isinstance(metric, Custom) for metric in own) or any(
-        placed(change) for plan in plans for change in plan.changes.values()
-    )
-    done, total = 0, len(task) * (1 + len(plans))
-    for part in task.batches(batch, one_length):
+    done, total = 0, len(task) * len(names)
+    for part in task.batches(batch, _needs_one_length(own, plans)):
         order += part.which
         found: list[dict[str, np.ndarray]] = [{} for _ in names]
-        for k, reading, intact in engine.readings(_swapped(part) if corrupted else part):
-            found[k] = {m.name: _numbers(m, reading, intact, k, part, task) for m in own}
+        for k, reading, intact in runner.readings(_swapped(part) if corrupted else part):
+            found[k] = {m.name: _measure(m, reading, intact, k, part, task) for m in own}
             if look is not None:
                 look(k, part, reading, intact)
             done += len(part)
             if progress is not None:
                 progress(done, total)
             if k == 0:
-                counts.append(_counts(reading))
+                counts.append(_counted_positions(reading))
         for metric in own:
             values[metric.name].append(np.stack([f[metric.name] for f in found]))
+    # Batches put texts of similar length together; results are returned in the task's own order.
     back = np.argsort(order)
     joined = {name: np.concatenate(rows, 1)[:, back] for name, rows in values.items()}
     return Outcomes(
-        own, tuple(names), joined, np.concatenate(counts)[back], task.clusters, task.examples.labels,
+        own, names, joined, np.concatenate(counts)[back], task.clusters, task.examples.labels,
         Record.of(model, task, seed),
     )  # fmt: skip
 
 
+def _variant_names(plans: Sequence[Prepared]) -> tuple[str, ...]:
+    """The variants' names, the intact model's first; raises ValueError if two are the same."""
+    names = (INTACT, *(plan.variant.name for plan in plans))
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ValueError(f"variant {twice!r} occurs twice: expected a different name for each")
+    return names
+
+
+def _needs_one_length(measures: Sequence[Metric], plans: Sequence[Prepared]) -> bool:
+    """Whether batches may only hold texts of one length."""
+    # An edit at a position, and a user's own metric that indexes the output, mean that position of every text. In a
+    # padded batch one index would be different positions of different texts.
+    return any(isinstance(metric, Custom) for metric in measures) or any(
+        placed(change) for plan in plans for change in plan.changes.values()
+    )
+
+
 def check_model(model: HookedModel, task: Task) -> None:
-    """Raise ValueError if a task was made for a model that takes something else."""
+    """Raise ValueError if a task was made for a model with another tokenizer or input."""
     ours, theirs = model.input.describe(), task.model.input.describe()
     if ours != theirs:
         what = "tokenizer" if ours["kind"] == theirs["kind"] == "tokens" else "input"
@@ -158,31 +170,28 @@ def check_model(model: HookedModel, task: Task) -> None:
         )
 
 
-def _check_counterparts(task: Task, corrupted: bool) -> None:
-    if corrupted and task.counterparts is None:
-        raise ValueError(f"task {task.name} has no counterparts: there is no corrupted run")
-
-
 def _swapped(part: TaskBatch) -> TaskBatch:
     """A batch with clean examples and counterparts exchanged."""
     assert part.counterparts is not None, "checked before"
     return replace(part, inputs=part.counterparts, counterparts=part.inputs)
 
 
-def _numbers(
+def _measure(
     metric: Metric, reading: Reading, intact: Reading, variant: int, part: TaskBatch, task: Task
 ) -> np.ndarray:
+    # A variant may well become NaN, which its effects then show; the intact model must not.
     made = metric.of(reading, intact)
     if variant == 0 and bool(torch.isnan(made).any()):
         at = part.which[int(torch.isnan(made).int().argmax())]
         raise ValueError(
-            f"measure {metric.name} of the intact model is not a number on example {task.examples.names[at]!r}"
+            f"measure {metric.name} of the intact model is NaN on example {task.examples.names[at]!r}: expected a "
+            "number"
         )
     return made.detach().double().cpu().numpy()
 
 
-def _counts(reading: Reading) -> np.ndarray:
-    """How many positions count in each example; answers that are fed in are measured as a whole, and count once."""
+def _counted_positions(reading: Reading) -> np.ndarray:
+    """The number of counted positions of each example; an answer that is fed in is measured whole and counts once."""
     if reading.places.fed:
         return np.ones(reading.places.n_examples)
     where = reading.places.example
@@ -190,10 +199,10 @@ def _counts(reading: Reading) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Share:
-    """Variants that begin at one site, or with their input (None), and run together.
+class _SharedPass:
+    """Variants that run together, since their passes start at the same site (None: at the input).
 
-    Behind `narrow` only the positions that count are run.
+    After `narrow` only the counted positions are run.
     """
 
     begin: Restart | None
@@ -201,8 +210,8 @@ class _Share:
     narrow: Site | None = None
 
 
-class _Engine:
-    """Runs the intact model and all variants on one batch after another."""
+class _Runner:
+    """Runs the intact model and all variants, one batch after another."""
 
     def __init__(
         self,
@@ -218,13 +227,15 @@ class _Engine:
         self.ends = list(dict.fromkeys(wanted))
         self.keep_output = any(isinstance(m, Custom) for m in measures)
         self.order = {s.name: i for i, s in enumerate(model.sites)}
-        self.cuts = Cuts(model, self.end)
-        self.whole = self.keep_output or self.end in wanted[1:]  # all of the output is asked for
-        self.shares: list[_Share] | None = None
-        self.places: tuple[TaskBatch, Places] | None = None  # of the batch that is run
+        self.streams = PositionwiseStreams(model, self.end)
+        self.whole = (
+            self.keep_output or self.end in wanted[1:]
+        )  # whether every position of the output is needed
+        self.passes: list[_SharedPass] | None = None
+        self.places: tuple[TaskBatch, Places] | None = None  # those of the current batch
 
     def readings(self, part: TaskBatch) -> Iterator[tuple[int, Reading, Reading]]:
-        """The intact model's reading of a batch (place 0), then each variant's."""
+        """The intact model's reading of a batch (index 0), then each variant's."""
         starts = self._starts()
         read = list(dict.fromkeys([*self.ends, *starts, *self._reads()]))
         cache = self.model.run(part.inputs, mask=part.mask, read=read)
@@ -234,25 +245,26 @@ class _Engine:
         intact = self._reading(part, tensors, whole)
         yield 0, intact, intact
         context = Context(part, tensors, self._counterpart(part))
-        if self.shares is None:
-            self.shares = self._planned(part, tensors)
-        for share in self.shares:
-            size = self._together(share, part, tensors)
-            for start in range(0, len(share.members), size):
-                some = share.members[start : start + size]
-                for k, reading in self._run(share, some, part, context):
+        if self.passes is None:
+            self.passes = self._plan_passes(part, tensors)
+        for shared_pass in self.passes:
+            size = self._variants_per_pass(shared_pass, part, tensors)
+            for start in range(0, len(shared_pass.members), size):
+                some = shared_pass.members[start : start + size]
+                for k, reading in self._run(shared_pass, some, part, context):
                     yield k + 1, reading, intact
 
     # --- what begins where -----------------------------------------------------------------------
 
-    def _plain(self, plan: Prepared) -> bool:
+    def _edits_activations_only(self, plan: Prepared) -> bool:
         return plan.model is self.model and not plan.tensors and bool(plan.sites)
 
     def _starts(self) -> list[Site]:
-        """Sites at which passes may begin."""
-        if self.shares is not None:
-            return [s.begin.site for s in self.shares if s.begin is not None]
-        firsts = dict.fromkeys(p.sites[0] for p in self.plans if self._plain(p))
+        """The sites at which passes may start; they have to be recorded in the intact run."""
+        # Before the first batch it is not yet known which candidates work, so all of them are recorded.
+        if self.passes is not None:
+            return [s.begin.site for s in self.passes if s.begin is not None]
+        firsts = dict.fromkeys(p.sites[0] for p in self.plans if self._edits_activations_only(p))
         found = [
             c for name in firsts for c in restart_candidates(self.model, self.model.site(name))
         ]
@@ -261,78 +273,93 @@ class _Engine:
     def _reads(self) -> list[Site]:
         return [self.model.site(s) for s in dict.fromkeys(s for p in self.plans for s in p.reads)]
 
-    def _planned(self, part: TaskBatch, tensors: Mapping[str, Tensor]) -> list[_Share]:
-        """Where each variant's passes begin, decided on the first batch."""
+    def _plan_passes(self, part: TaskBatch, tensors: Mapping[str, Tensor]) -> list[_SharedPass]:
+        """Group the variants by where their passes start; decided once, on the first batch."""
         begin: dict[str, Restart | None] = {}
         groups: dict[str | int | None, list[int]] = {}
         where: dict[str | int | None, Restart | None] = {}
         for k, plan in enumerate(self.plans):
-            if not self._plain(plan):
+            if not self._edits_activations_only(
+                plan
+            ):  # other weights or another model: a pass of its own
                 groups[k], where[k] = [k], None
                 continue
             first = self.model.site(plan.sites[0])
             if first.name not in begin:
-                begin[first.name] = self._beginning(first, part, tensors)
+                begin[first.name] = self._start_at(first, part, tensors)
             place = begin[first.name]
             key = None if place is None else place.site.name
             groups.setdefault(key, []).append(k)
             where[key] = place
         return [
-            _Share(where[key], tuple(members), self._narrow(members, part, tensors))
+            _SharedPass(where[key], tuple(members), self._narrow(members, part, tensors))
             for key, members in groups.items()
         ]
 
     def _narrow(
         self, members: Sequence[int], part: TaskBatch, tensors: Mapping[str, Tensor]
     ) -> Site | None:
-        """Where the positions that do not count may be left out of a pass of some variants."""
+        """The site after which some variants' pass may leave out positions that do not count; None if there is none."""
         length = tensors[self.end.name].shape[1]
         tokens = self.end.axes == ("batch", "position", "unit") and part.inputs.shape[1] == length
-        if self.whole or not tokens or length < 2 or len(members) < _ENOUGH:
+        if self.whole or not tokens or length < 2 or len(members) < _FEWEST_TO_NARROW:
             return None
-        if not few(part.places(length), len(part.inputs), length):
+        if not worth_narrowing(part.places(length), len(part.inputs), length):
             return None
+        # Every site that is changed needs all positions, and what is read must still have them; `1 +` because a site
+        # that is read has to lie before the narrowing, not at it.
         changed = [self.order[site] for k in members for site in self.plans[k].sites[-1:]]
         read = [1 + self.order[e.name] for e in self.ends if e != self.end]
         whole = [i for i in range(len(part.inputs)) if part.mask is None or part.mask[i].all()][:2]
         output = tensors[self.end.name]
-        return self.cuts.first(part.inputs[whole], output[whole], max([*changed, *read]))
+        return self.streams.first(part.inputs[whole], output[whole], max([*changed, *read]))
 
-    def _beginning(
+    def _start_at(
         self, first: Site, part: TaskBatch, tensors: Mapping[str, Tensor]
     ) -> Restart | None:
+        # A pass that starts inside the model is not told the mask, so it fits padded texts only if the model needs
+        # none: if it is causal and padding is on the right.
         if part.mask is not None and self.model.padding != "right":
             return None
-        ends = self._behind(first)
-        # of padded texts the shortest too: what a model has to be told, it is not told where a pass begins
+        ends = self._sites_from(first)
+        # Whether a pass may start there is tested on two rows; of padded texts on the two shortest, which have the most
+        # padding and would show it if the model needed the mask.
         rows = (0, 1) if part.mask is None else tuple(part.mask.sum(1).argsort()[:2].tolist())
-        own = [p.sites for p in self.plans if self._plain(p) and p.sites[0] == first.name]
+        own = [
+            p.sites
+            for p in self.plans
+            if self._edits_activations_only(p) and p.sites[0] == first.name
+        ]
         changed = [
             self.model.site(name) for name in dict.fromkeys(n for names in own for n in names)
         ]
         return nearest_restart(self.model, first, ends, part.inputs, tensors, changed, rows)
 
-    def _behind(self, site: Site) -> list[Site]:
-        """What is read at a site or behind it; what is before is as in the intact model."""
+    def _sites_from(self, site: Site) -> list[Site]:
+        """The sites to read at a site or after it; what is before it is the same as in the intact model."""
         return [e for e in self.ends if self.order[e.name] >= self.order[site.name]]
 
-    def _together(self, share: _Share, part: TaskBatch, tensors: Mapping[str, Tensor]) -> int:
+    def _variants_per_pass(
+        self, shared_pass: _SharedPass, part: TaskBatch, tensors: Mapping[str, Tensor]
+    ) -> int:
         """How many variants fit into one pass."""
-        if len(share.members) == 1:
+        if len(shared_pass.members) == 1:
             return 1
-        like = tensors[self.end.name if share.begin is None else share.begin.site.name]
+        like = tensors[self.end.name if shared_pass.begin is None else shared_pass.begin.site.name]
         output = tensors[self.end.name]
-        each = like.nbytes * _ABOUT + (output.nbytes * _OUTPUT if share.narrow is None else 0)
+        each = like.nbytes * _PEAK_MEMORY + (
+            output.nbytes * _OUTPUT_COPIES if shared_pass.narrow is None else 0
+        )
         return max(1, self.memory // max(1, each))
 
     # --- passes ----------------------------------------------------------------------------------
 
     def _run(
-        self, share: _Share, some: Sequence[int], part: TaskBatch, context: Context
+        self, shared_pass: _SharedPass, some: Sequence[int], part: TaskBatch, context: Context
     ) -> Iterator[tuple[int, Reading]]:
-        begin, plans = share.begin, [self.plans[k] for k in some]
-        if not self._plain(plans[0]):
-            yield some[0], self._alone(plans[0], part, context)
+        begin, plans = shared_pass.begin, [self.plans[k] for k in some]
+        if not self._edits_activations_only(plans[0]):
+            yield some[0], self._run_alone(plans[0], part, context)
             return
         each = [dict(plan.on(context)) for plan in plans]
         inputs, mask = part.inputs, part.mask
@@ -340,21 +367,22 @@ class _Engine:
             ends = self.ends
             inputs = inputs.repeat(len(some), *(1,) * (inputs.ndim - 1))
             mask = None if mask is None else mask.repeat(len(some), 1)
-            edits = self._shared(each, len(part.inputs))
+            edits = self._stacked(each, len(part.inputs))
         else:
             site = begin.site.name
-            ends, inputs, mask = self._behind(begin.site), begin.inputs(inputs), None
+            ends, inputs, mask = self._sites_from(begin.site), begin.inputs(inputs), None
             value = context.intact[site]
             own = [made.pop(site, None) for made in each]
-            edits = self._shared(each, len(part.inputs))
-            # put together when the pass gets there; a copy each, since what follows may work in place
+            edits = self._stacked(each, len(part.inputs))
+            # Concatenated only when the pass gets there, to hold less memory; `cat` copies, so that in-place operations
+            # after the site cannot damage the intact model's tensor.
             edits[site] = lambda _: torch.cat(
                 [value if change is None else change(value) for change in own]
             )
         n, cut = len(part.inputs), None
-        if share.narrow is not None:
+        if shared_pass.narrow is not None:
             places = part.places(context.intact[self.end.name].shape[1])
-            cut = Narrowing.at(share.narrow, places, n)
+            cut = Narrowing.at(shared_pass.narrow, places, n)
             edits = cut.added(edits)
         cache = self.model.run(inputs, mask=mask, read=ends, edits=edits)
         whole = main_output(cache.output) if self.keep_output else None
@@ -364,8 +392,8 @@ class _Engine:
             output = None if whole is None else whole[rows]
             yield k, self._reading(part, dict(context.intact) | made, output, cut)
 
-    def _alone(self, plan: Prepared, part: TaskBatch, context: Context) -> Reading:
-        """A variant with other parameters, or another model."""
+    def _run_alone(self, plan: Prepared, part: TaskBatch, context: Context) -> Reading:
+        """The reading of a variant with other parameters or another model, in a pass of its own."""
         with plan.model.rewriting(plan.tensors):
             cache = plan.model.run(
                 part.inputs, mask=part.mask, read=self.ends, edits=dict(plan.on(context))
@@ -374,8 +402,8 @@ class _Engine:
         return self._reading(part, {e.name: cache[e] for e in self.ends}, whole)
 
     @staticmethod
-    def _shared(each: Sequence[Mapping[str, Change]], n: int) -> dict[str, Change]:
-        """Changes of several variants, each at its own rows of a stacked batch."""
+    def _stacked(each: Sequence[Mapping[str, Change]], n: int) -> dict[str, Change]:
+        """The changes of several variants as one, each acting on its own rows of a stacked batch."""
         if len(each) == 1:
             return dict(each[0])
 

@@ -1,4 +1,5 @@
-"""The one module of statistics: intervals, p-values, paired tests, and correction for many tests, over scipy."""
+"""The package's statistics: bootstrap intervals, p-values, paired tests and corrections for many tests, based on
+scipy."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ RESAMPLES = 1000
 LEVEL = 0.95
 
 Correction = Literal["holm", "benjamini-hochberg"]
-"""Holm (1979) bounds the chance of any false finding, Benjamini and Hochberg (1995) the share of false ones."""
+"""Holm (1979) controls the chance of any false positive, Benjamini and Hochberg (1995) the share of false positives."""
 
 Alternative = Literal["two-sided", "greater"]
-"""Whether a change counts as large either way, or only upwards."""
+"""Whether changes in both directions count as large, or only increases."""
 
-_AT_ONCE = 4096
-"""So many changes of sign are made at a time."""
+_SIGNS_AT_ONCE = 4096
+"""How many sign flips are computed at a time, to bound memory."""
 
 _TIE = 1e-9
-"""Two changes that differ by less than this share of the larger count as equal."""
+"""Two changes that differ by less than this share of the larger one count as equal: sums round differently."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Interval:
     """A number with its bootstrap interval.
 
     Attributes:
-        value: of the sample itself.
-        low: lower end of the 95 % interval; NaN where the sample says nothing about the spread.
-        high: its upper end.
+        value: the sample's own value.
+        low: lower end of the 95 % interval; NaN if the sample says nothing about the spread.
+        high: upper end of the interval.
     """
 
     value: float
@@ -47,6 +48,7 @@ def totals(
     clusters: Sequence[int] | None,
 ) -> tuple[Float[np.ndarray, "... cluster"], Float[np.ndarray, " cluster"]]:
     """Weighted sums of values and sums of weights, by cluster."""
+    # A mean over examples is sum(sums) / sum(counts). Resampling clusters only needs these two numbers for each.
     n = values.shape[-1]
     weights = np.ones(n) if weights is None else np.asarray(weights, float)
     ids = (
@@ -71,20 +73,21 @@ def interval(
     """An interval for the mean, by the percentile bootstrap over clusters (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        values: one an example.
-        weights: of each example in the mean; all equal if None.
+        values: one value for each example.
+        weights: the weight of each example in the mean; all equal if None.
         clusters: a number for each example; examples that share one are drawn together, since they are not
-            independent. Each example by itself if None.
-        seed: of the resamples.
-        level: how often such an interval is to hold the mean, in 0..1.
-        resamples: how many.
+            independent. Each example is a cluster of its own if None.
+        seed: seed of the resamples.
+        level: the intended share of such intervals that contain the mean, in 0..1.
+        resamples: the number of resamples.
 
     Returns:
-        Its ends; NaN where there are fewer than two clusters, which say nothing about the spread.
+        The ends of the interval; NaN with fewer than two clusters, which say nothing about the spread.
     """
     sums, counts = totals(np.asarray(values, float), weights, clusters)
     if len(counts) < 2 or not np.isfinite(sums).all():
         return float("nan"), float("nan")
+    # Clusters that all have the same mean: scipy would warn about a degenerate distribution.
     if np.ptp(sums / counts) == 0:
         return float(sums[0] / counts[0]), float(sums[0] / counts[0])
     found = stats.bootstrap(
@@ -102,10 +105,12 @@ def resampled(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Float[np.ndarray, "resample row"]:
-    """Means of several numbers over the same resampled clusters, for intervals of what is computed from them.
+    """Means of several quantities over the same resamples of clusters, for intervals of what is computed from them.
 
-    NaN where there are fewer than two clusters, which say nothing about the spread.
+    NaN with fewer than two clusters, which say nothing about the spread.
     """
+    # How often each of n clusters is drawn in n draws with replacement is multinomial: one matrix product instead of
+    # an index for each draw.
     sums, counts = totals(np.asarray(values, float), weights, clusters)
     n = len(counts)
     if n < 2:
@@ -115,7 +120,7 @@ def resampled(
 
 
 def percentiles(drawn: Float[np.ndarray, " resample"], level: float = LEVEL) -> tuple[float, float]:
-    """The ends of the middle share of some resampled numbers; NaN if none is a number."""
+    """The percentiles of resampled numbers between which the given share of them lies; NaN if all are NaN."""
     if np.isnan(drawn).all():
         return float("nan"), float("nan")
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -130,13 +135,13 @@ def p_value(
     """The permutation p-value (1 + k) / (1 + n) (Phipson and Smyth 2010).
 
     Args:
-        change: what was measured.
-        null: the change that each of n random draws made; k of them are at least as large. A draw that is not finite
-            counts as larger.
-        alternative: whether large is either way, or upwards only.
+        change: the measured change.
+        null: the change that each of n random draws made; k of them are at least as large. A draw that is NaN counts
+            as larger.
+        alternative: whether changes in both directions count as large, or only increases.
 
     Returns:
-        At least `least_p(n)`; NaN if there is no draw, or the change is not finite.
+        At least `least_p(n)`; NaN if there are no draws or the change is not finite.
 
     >>> p_value(3.0, [1.0, -4.0, 2.0])
     0.5
@@ -148,6 +153,7 @@ def p_value(
         drawn, own = np.abs(drawn), abs(change)
     if not len(drawn) or not np.isfinite(change):
         return float("nan")
+    # "Not smaller" instead of "at least as large": comparisons with NaN are false, and a NaN has to count against us.
     at_least = int((~(drawn < own - abs(own) * _TIE)).sum())
     return (1 + at_least) / (1 + len(drawn))
 
@@ -164,19 +170,14 @@ def least_p(n: int) -> float:
 def paired_p(
     differences: Float[np.ndarray, " example"], *, seed: int = 0, resamples: int = 9999
 ) -> float:
-    """The two-sided p-value of a paired test of a mean of 0, by random changes of sign (Fisher 1935).
+    """The two-sided p-value of a paired test that the mean is 0, by random sign flips (Fisher 1935).
 
-    Of differences that are 0 or 1 either way this is McNemar's test.
+    For differences of -1, 0 and 1 this is McNemar's test.
     """
+    # Differences of 0 are the same with either sign. Without them few enough may be left to try every combination.
     some = np.asarray(differences, float)
     some = some[some != 0]
-    if not len(some):
-        return 1.0
-    found = stats.permutation_test(
-        (some,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(found.pvalue)
+    return float(paired_ps(some[None], seed=seed, resamples=resamples)[0]) if len(some) else 1.0
 
 
 def paired_ps(
@@ -186,13 +187,13 @@ def paired_ps(
     seed: int = 0,
     resamples: int = 9999,
 ) -> Float[np.ndarray, " row"]:
-    """`paired_p` of many rows at once, over the same changes of sign; examples of a cluster change sign together.
+    """`paired_p` for many rows at once, over the same sign flips; examples of a cluster flip together.
 
     Args:
-        differences: NaN where a row has no such example.
-        clusters: a number for each example; each by itself if None.
-        seed: of the changes of sign; with few clusters all there are are taken instead.
-        resamples: how many.
+        differences: NaN where a row lacks an example.
+        clusters: a number for each example; each is a cluster of its own if None.
+        seed: seed of the sign flips; with few clusters all possible flips are used instead.
+        resamples: the number of sign flips.
 
     Returns:
         At least 1 / (1 + resamples), or 2 / 2^n for n clusters; NaN for a row without examples.
@@ -203,6 +204,8 @@ def paired_ps(
     rows = np.asarray(differences, float)
     sums, _ = totals(np.nan_to_num(rows), None, clusters)
     n = sums.shape[-1]
+    # Under the null the sign of each cluster's sum is arbitrary. All 2^n sign patterns give the exact p-value, which
+    # needs no 1 + in it, as the observed pattern is one of them.
     exact = 2**n <= resamples
     if exact:
         signs = 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
@@ -210,8 +213,8 @@ def paired_ps(
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, n))
     observed = np.abs(sums.sum(-1)) * (1 - _TIE)
     at_least = np.zeros(len(rows), int)
-    for start in range(0, len(signs), _AT_ONCE):
-        at_least += (np.abs(signs[start : start + _AT_ONCE] @ sums.T) >= observed).sum(0)
+    for start in range(0, len(signs), _SIGNS_AT_ONCE):
+        at_least += (np.abs(signs[start : start + _SIGNS_AT_ONCE] @ sums.T) >= observed).sum(0)
     p = at_least / len(signs) if exact else (1 + at_least) / (1 + resamples)
     return np.where(np.isnan(rows).all(-1), np.nan, p)
 
@@ -219,7 +222,7 @@ def paired_ps(
 def corrected(
     p_values: Sequence[float] | Float[np.ndarray, " test"], method: Correction = "holm"
 ) -> tuple[float, ...]:
-    """P-values corrected for their number.
+    """P-values corrected for the number of tests.
 
     >>> corrected([0.01, 0.04, 0.03])
     (0.03, 0.06, 0.06)
@@ -229,6 +232,7 @@ def corrected(
         return ()
     if method == "benjamini-hochberg":
         return tuple(stats.false_discovery_control(p).tolist())
+    # Holm: the i-th smallest of m p-values (from 0) is multiplied by m - i; none may be below the one before it.
     order = p.argsort(kind="stable")
     stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
     made = np.empty(len(p))

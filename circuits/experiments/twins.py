@@ -1,8 +1,8 @@
-"""The one null of an edit: the same edit of other units that are as active, or random changes of equal norm.
+"""The null of an edit: the same edit of other units that are equally active ("twins"), or random changes of equal norm.
 
-A dead unit is nobody's twin: removing it does nothing, which would make any edit look large. Where a site has too few
-other units, each draw is a random direction instead, along which the site's tensor is changed as far, at each position,
-as the edit changes it.
+Dead units are never twins: removing one does nothing, which would make any edit look large. If a site has too few other
+units, each draw is a random direction instead, along which the site's tensor moves at each position as far as the edit
+moves it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Site, Unit
 
 N_RANDOM = 99
-"""How many random variants stand next to an edit unless a caller asks for another number."""
+"""The default number of random variants that an edit is compared with."""
 
 FEWEST = 19
-"""With fewer different twins than this no p-value reaches 0.05, and random directions are drawn instead."""
+"""With fewer different twins than this no p-value can reach 0.05 (1 / (1 + 19)); random directions are drawn
+instead."""
 
 NEAREST = 20
-"""A unit's twins are drawn among at least so many units of its site (those nearest in activity), or a quarter."""
+"""A unit's twins are drawn from at least this many units of its site, or a quarter of them: those nearest in
+activity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,9 @@ class Null:
     """Random variants of an edit.
 
     Attributes:
-        variants: the random ones, named `random 1`, `random 2`, …
-        units: the units of each, where they are twins.
-        is_: what they are, for titles and reports.
+        variants: the random variants, named `random 1`, `random 2`, …
+        units: the units of each variant, if they are twins.
+        is_: what the variants are, for titles and reports.
     """
 
     variants: tuple[Variant, ...]
@@ -65,18 +67,18 @@ def null_of(
 ) -> Null:
     """Random variants of an edited model.
 
-    The same edits on the same examples with the same seed have the same twins, whichever verb asks.
+    The same edits on the same examples with the same seed have the same twins in every command.
 
     Args:
         model: the model.
-        variant: the edited model; its edits are what is drawn again.
-        examples: by which activity is matched.
-        n: how many; 0 for none.
-        seed: of the draws.
-        units: what the variant is about, where its edits do not say.
-        pool: units that twins are drawn from, instead of those that are as active.
-        remake: makes the variant of other units, from which unit stands in for each; for variants whose changes are
-            not (only) edits.
+        variant: the edited model, whose edits are randomised.
+        examples: the examples on which activity is matched.
+        n: number of random variants; 0 for none.
+        seed: seed of the draws.
+        units: the units that the variant changes, if its edits do not say so.
+        pool: units that twins are drawn from, instead of those that are equally active.
+        remake: makes the variant with other units, given which unit replaces which; for variants whose changes are not
+            (only) edits.
 
     Raises:
         ValueError: if `n` or the seed is out of range, or the pool is too small.
@@ -90,10 +92,12 @@ def null_of(
     ready = prepared(model, variant)
     owners = _owners(ready.model, variant.edits) if units is None else dict.fromkeys(units)
     if variant.edits and not owners and variant.live is None:
-        return _redrawn(ready, n, seed) or _directions(model, ready, n, seed, "no units are edited")
+        return _redrawn(ready, n, seed) or _random_changes(
+            model, ready, n, seed, "no units are edited"
+        )
     seen = activities(ready.model, list(dict.fromkeys(u.site for u in owners)), examples)
     draw = Draw(owners, seen, pool)
-    # who asks for a few draws gets the groups that there are
+    # A caller who asks for fewer than 19 draws does not aim at p < 0.05, and gets as many groups as there are.
     fewest = FEWEST if pool is None and n >= FEWEST else 1
     swaps = draw.different(min(n, draw.ways), seed) if owners and draw.ways >= fewest else []
     twins = []
@@ -106,9 +110,9 @@ def null_of(
         return Null(variants, tuple(units for _, units in twins), draw.described(len(twins)))
     if pool is not None:
         raise ValueError(
-            f"pool: {len(pool)} units are too few to draw from: expected more than the {len(owners)} that are edited"
+            f"pool: {len(pool)} units are too few to draw from: expected more live ones than the {len(owners)} edited"
         )
-    return _directions(model, ready, n, seed, draw.why_not())
+    return _random_changes(model, ready, n, seed, draw.why_not())
 
 
 def _named(variants: Sequence[Variant]) -> tuple[Variant, ...]:
@@ -116,7 +120,7 @@ def _named(variants: Sequence[Variant]) -> tuple[Variant, ...]:
 
 
 def _redrawn(ready: Prepared, n: int, seed: int) -> Null | None:
-    """Edits that are about directions or layers, each with other random numbers of the same norm."""
+    """Edits of directions or layers, redrawn with random numbers of the same norm; None if one cannot be redrawn."""
     found = []
     for i in range(n):
         twin = twin_of(ready.model, ready.variant.edits, {}, seed + i)
@@ -127,10 +131,10 @@ def _redrawn(ready: Prepared, n: int, seed: int) -> Null | None:
 
 
 def _owners(model: HookedModel, edits: Sequence[Edit]) -> dict[Unit, frozenset[int] | None]:
-    """The units that edits are about, each with the site's units that can stand in for it; None: all."""
+    """The units that edits change, each with the units of its site that can replace it (None: any)."""
     found: dict[Unit, frozenset[int] | None] = {}
     for edit in edits:
-        for unit, among in edit.own(model).items():
+        for unit, among in edit.edited_units(model).items():
             before = found.get(unit)
             both = among if before is None else before if among is None else before & among
             found[unit] = both
@@ -138,12 +142,12 @@ def _owners(model: HookedModel, edits: Sequence[Edit]) -> dict[Unit, frozenset[i
 
 
 class Draw:
-    """Which units can stand in for which, and draws of them.
+    """Draws random twins for a group of units.
 
     Args:
-        owners: the units, each with those of its site that can stand in for it; None: all.
+        owners: the units, each with the units of its site that can replace it (None: any).
         seen: how active the units of their sites are.
-        pool: units that stand in, instead of those that are as active.
+        pool: units to draw from, instead of those that are equally active.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class Draw:
         if self.given is not None:
             names = set(self.given)
             return [u for u in free if u in names]
+        # Nearest in the logarithm: activity spans orders of magnitude, and twice as active is as far as half as active.
         size = np.log(np.maximum(activity.rms, 1e-300))
         near = sorted(free, key=lambda u: (abs(size[u.index] - size[unit.index]), u.index))
         group = sum(u.site == unit.site for u in self.owners)
@@ -170,7 +175,7 @@ class Draw:
 
     @property
     def ways(self) -> int:
-        """A bound on how many different groups there are: 0 if a site has too few others."""
+        """An upper bound on the number of different groups; 0 if a site has too few other units."""
         ways = 1
         for site in dict.fromkeys(u.site for u in self.owners):
             own = [self.pools[u] for u in self.owners if u.site == site]
@@ -181,7 +186,8 @@ class Draw:
         return ways if self.owners else 0
 
     def different(self, n: int, seed: int) -> list[dict[Unit, Unit]]:
-        """At most n swaps of all units, no two with the same units."""
+        """At most n random replacements of all units, no two of them with the same set of units."""
+        # Drawing with rejection: 50 tries for each keeps the loop finite where few different groups exist.
         generator = np.random.default_rng(seed)
         found: dict[frozenset[Unit], dict[Unit, Unit]] = {}
         for _ in range(50 * n):
@@ -211,7 +217,7 @@ class Draw:
 
     def why_not(self) -> str:
         if not self.owners:
-            return "the edit is about no single units"
+            return "the edit does not change single units"
         free = {
             s: len({u for o in self.owners if o.site == s for u in self.pools[o]})
             for s in dict.fromkeys(u.site for u in self.owners)
@@ -228,12 +234,12 @@ def _twin(
     seen: Mapping[str, Activity],
     seed: int,
 ) -> Variant | None:
-    """A variant with its units swapped; units that are set to numbers are moved as far from their means."""
+    """A variant with its units replaced; twins that are set to a number are set equally far from their own means."""
     found = twin_of(model, variant.edits, swap, seed)
     if found is None:
         return None
     edits = tuple(
-        _as_far(model, edit, twin, seen)
+        _equally_far(model, edit, twin, seen)
         if isinstance(edit, Set) and isinstance(twin, Set)
         else twin
         for edit, twin in zip(variant.edits, found, strict=True)
@@ -241,8 +247,10 @@ def _twin(
     return replace(variant, edits=edits)
 
 
-def _as_far(model: HookedModel, edit: Set, twin: Set, seen: Mapping[str, Activity]) -> Set:
-    """A twin of units set to numbers: set as far from its own means as the units are from theirs."""
+def _equally_far(model: HookedModel, edit: Set, twin: Set, seen: Mapping[str, Activity]) -> Set:
+    """The twins of units that are set to numbers, set as far from their means as the units are from theirs."""
+    # twin value = twin mean + (unit value - unit mean). Setting a twin to the unit's own number could be a far larger
+    # or smaller change than the edit is.
     site = model.site(edit.units.site)
     mean = seen[site.name].mean
     own, other = (mean[list(e.units.among(site))] for e in (edit, twin))
@@ -254,14 +262,16 @@ def _as_far(model: HookedModel, edit: Set, twin: Set, seen: Mapping[str, Activit
     )
 
 
-def _directions(model: HookedModel, ready: Prepared, n: int, seed: int, why: str) -> Null:
-    """Random changes as large as a variant's: of activations along a direction, of weights the same numbers."""
+def _random_changes(model: HookedModel, ready: Prepared, n: int, seed: int, why: str) -> Null:
+    """Random changes as large as a variant's: activations move along random directions, weights in the same entries."""
     generator = Generator().manual_seed(seed)
-    variants = tuple(_direction(model, ready, f"random {i}", generator) for i in range(1, n + 1))
+    variants = tuple(
+        _random_change(model, ready, f"random {i}", generator) for i in range(1, n + 1)
+    )
     return Null(variants, (), f"{n} random changes of equal norm ({why})")
 
 
-def _direction(model: HookedModel, ready: Prepared, name: str, generator: Generator) -> Variant:
+def _random_change(model: HookedModel, ready: Prepared, name: str, generator: Generator) -> Variant:
     sites = [model.site(s) for s in ready.sites]
     along = {s.name: _unit_vector(s, generator) for s in sites}
     tensors = {
@@ -271,7 +281,7 @@ def _direction(model: HookedModel, ready: Prepared, name: str, generator: Genera
 
     def live(context: Context) -> Mapping[str, Change]:
         return {
-            s.name: _moved(s, change, along[s.name])
+            s.name: _moved_along(s, change, along[s.name])
             for s, change in ((model.site(k), c) for k, c in ready.on(context).items())
         }
 
@@ -286,7 +296,7 @@ def _unit_vector(site: Site, generator: Generator) -> Tensor:
     return site.spread(drawn / drawn.norm())
 
 
-def _moved(site: Site, change: Change, direction: Tensor) -> Change:
+def _moved_along(site: Site, change: Change, direction: Tensor) -> Change:
     axes = [site.unit_axis, *([] if site.inner_axis is None else [site.inner_axis])]
 
     def move(value: Tensor) -> Tensor:
@@ -298,7 +308,7 @@ def _moved(site: Site, change: Change, direction: Tensor) -> Change:
 
 
 def _same_size(before: Tensor, after: Tensor, generator: Generator) -> Tensor:
-    """A parameter with random changes of the same numbers, of the same norm."""
+    """A parameter with a random change of the same norm in the same entries."""
     gone = (after - before).cpu()
     drawn = torch.randn(gone.shape, generator=generator, dtype=torch.float64) * (gone != 0)
     scaled = drawn * (gone.double().norm() / drawn.norm().clamp_min(1e-300))

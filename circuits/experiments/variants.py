@@ -1,4 +1,4 @@
-"""Variants: the model with something else in it, by a name and edits."""
+"""Variants: named versions of a model, each with some changes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.task import TaskBatch
 
 INTACT = "intact"
-"""The name of the model as it is, which every experiment has."""
+"""The name of the unchanged model, which is part of every experiment."""
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a variant may know of the batch that it is run on.
+    """What a variant's changes may depend on, for one batch.
 
     Attributes:
-        batch: the examples; None outside of an experiment.
-        intact: sites' tensors in the intact model on the clean examples, as far as a variant reads them.
-        counterpart: likewise on the counterparts; empty if the task has none.
+        batch: the examples; None outside an experiment.
+        intact: the tensors of the sites that variants read, in the intact model on the clean examples.
+        counterpart: the same on the counterparts; empty if the task has none.
     """
 
     batch: TaskBatch | None
@@ -35,7 +35,7 @@ class Context:
 
 
 Live = Callable[[Context], Mapping[str, Change]]
-"""Changes at sites that depend on the examples: what they are in other examples, or in their counterparts."""
+"""Makes changes at sites that depend on the batch: activations from other examples or from the counterparts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,13 @@ class Variant:
     """A model that differs from the intact one.
 
     Attributes:
-        name: as it stands in tables; different for each variant of an experiment.
-        edits: what is changed, as data.
-        live: changes that depend on the examples, on top of the edits.
+        name: its name in tables, which has to be unique within an experiment.
+        edits: changes as data.
+        live: changes that depend on the examples, made after the edits.
         sites: the sites that `live` changes.
-        reads: the sites whose tensors `live` looks at.
-        model: another model with the same outputs, on which the edits are made; the experiment's own if None.
-        tensors: parameters put in the place of the model's own, by name, on top of the edits.
+        reads: the sites whose tensors `live` reads.
+        model: another model with the same outputs to make the changes in; the experiment's own model if None.
+        tensors: parameters that replace the model's own after the edits, by name.
     """
 
     name: str
@@ -63,14 +63,15 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A variant, ready to be run.
+    """A variant that is checked and ready to run.
 
     Attributes:
-        variant: as it was given.
-        model: what is run.
-        tensors: other parameters, by name.
-        changes: at sites, by name, in order of execution.
-        sites: all that are changed, `live` ones too, in order of execution.
+        variant: the variant as it was given.
+        model: the model that runs.
+        tensors: changed parameters, by name.
+        changes: the edits' changes at sites, by the site's name, in order of execution.
+        sites: all sites that are changed, those of `live` included, in order of execution.
+        reads: the sites whose tensors `live` reads.
     """
 
     variant: Variant
@@ -81,7 +82,7 @@ class Prepared:
     reads: tuple[str, ...] = field(default=())
 
     def on(self, context: Context) -> Mapping[str, Change]:
-        """All changes for a batch."""
+        """All changes for a batch: at each site the edits' first, then those of `live`."""
         if self.variant.live is None:
             return self.changes
         made = {self.model.site(s).name: c for s, c in self.variant.live(context).items()}
@@ -91,13 +92,13 @@ class Prepared:
         }
 
     def fixed(self) -> Mapping[str, Change]:
-        """All changes, of a variant in which none depends on the examples."""
+        """All changes of a variant that does not depend on the examples."""
         return self.on(Context(None, {}, {}))
 
 
 @contextmanager
 def in_force(plan: Prepared) -> Iterator[HookedModel]:
-    """The model of a variant whose changes depend on no examples, as it is changed, inside the block."""
+    """Inside the block the model has a variant's changes; for variants that do not depend on the examples."""
     with plan.model.rewriting(plan.tensors), plan.model.intervening(dict(plan.fixed())):
         yield plan.model
 
@@ -107,13 +108,14 @@ def prepared(model: HookedModel, variant: Variant) -> Prepared:
 
     Raises:
         KeyError: if a site, layer or unit is unknown.
-        ValueError: if an edit does not fit, or the variant's model puts out something else.
+        ValueError: if an edit does not fit the model.
     """
     own = variant.model or model
     edits = checked(own, variant.edits)
     composed = changes(own, [e for e in edits if isinstance(e, ActivationEdit)])
     named = {*composed, *(own.site(s).name for s in variant.sites)}
     order = tuple(s.name for s in own.sites if s.name in named)
+    # What `live` reads comes from the experiment's intact model, not from the variant's own.
     reads = tuple(model.site(s).name for s in variant.reads)
     tensors = rewritten(own, edits) | dict(variant.tensors)
     return Prepared(variant, own, tensors, composed, order, reads)

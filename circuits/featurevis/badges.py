@@ -1,9 +1,9 @@
 """How far a picture of a unit can be trusted.
 
-A feature visualization can be made to show anything without changing what a network does (Geirhos et
-al. 2023), so each is shown with measurements of its own: does it excite the unit as examples do, also
-when it is changed and made anew; does it do so along the way that examples take through the network; and
-would a network that has learned nothing have given the same.
+A network can be changed so that its feature visualizations show anything while its behaviour stays almost the same
+(Geirhos et al. 2023). Each picture is therefore shown with measurements: whether it excites the unit as much as
+examples do, also after changes and from another seed; whether it does so through the same intermediate activations as
+examples; and whether a network with shuffled weights would have given the same picture.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from circuits.progress import Progress
 from circuits.units import Site, Unit
 
 TOP, HELD_OUT, MOST_LAYERS, MAP = 8, 8, 12, 28
-"""Natural examples that a picture is compared with; held-out changes of it; layers that are looked at, and
-the largest map of one that is kept."""
+"""The number of natural examples that a picture is compared with, of held-out changes, and of layers that are compared;
+and the largest side of a layer's map that is kept."""
 
 LOW_REACH, LOW_HELD, LOW_SEEDS, LOW_NATURAL, HIGH_RANDOM, HIGH_REACH = (
     0.5,
@@ -41,23 +41,23 @@ LOW_REACH, LOW_HELD, LOW_SEEDS, LOW_NATURAL, HIGH_RANDOM, HIGH_REACH = (
     0.5,
     50.0,
 )
-"""Where a measurement is flagged."""
+"""The thresholds at which a measurement is flagged."""
 
 
 @dataclass(frozen=True, eq=False)
 class NaturalResponses:
-    """What the layers up to a site do on natural images, around where each unit of it is most active.
+    """The activations of the layers up to a site on natural images, for comparison around each unit's maximum.
 
     Attributes:
         examples: which images, and how they were chosen (see `Examples.describe`).
-        site: whose units.
-        layers: the sites before it that are looked at.
-        maximum: per image and unit, the largest activation.
-        places: per image and unit, where that is: y and x as shares of the map's height and width.
-        reach: half the side of the window that is looked at, as a share of the input's height and width.
-        maps: per layer, its activations, image x unit x y x x, at most `MAP` places along an axis.
-        center: per layer, each unit's mean.
-        spread: per layer, each unit's standard deviation.
+        site: the site whose units have pictures.
+        layers: the sites before it that are compared.
+        maximum: the largest activation, per image and unit.
+        places: its position, per image and unit: y and x as shares of the map's height and width.
+        reach: half the side of the compared window, as a share of the input's height and width.
+        maps: the activations of each layer, image x unit x y x x, at most `MAP` positions along an axis.
+        center: the mean of each unit, per layer.
+        spread: the standard deviation of each unit, per layer.
     """
 
     examples: Mapping[str, Any]
@@ -72,7 +72,7 @@ class NaturalResponses:
 
 
 def _layers_before(model: HookedModel, site: Site) -> tuple[Site, ...]:
-    """Maps before a site, spread over the way to it, the last included."""
+    """At most `MOST_LAYERS` sites with maps before a site, evenly spread, the last one included."""
     order = [s.name for s in model.sites]
     before = [
         s
@@ -84,20 +84,20 @@ def _layers_before(model: HookedModel, site: Site) -> tuple[Site, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """A site on some inputs, and the layers before it, made smaller where their maps are large."""
+class _LayerMaps:
+    """A site's activations on some inputs, and the layers before it, with large maps pooled."""
 
     units: Float[Tensor, "image unit position"]
     size: tuple[int, int]
     maps: dict[str, Float[Tensor, "_ _ _ _"]]
 
     def best(self, image: int, unit: int) -> tuple[float, float]:
-        """Where a unit is most active, as shares of height and width; the middle of a single place."""
+        """Where a unit is most active, as shares of height and width (the middle of the position)."""
         at, width = int(self.units[image, unit].argmax()), self.size[1]
         return (at // width + 0.5) / self.size[0], (at % width + 0.5) / width
 
 
-def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor) -> _Seen:
+def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor) -> _LayerMaps:
     cache = model.run(inputs, read=[*layers, site], until=site)
     maps = {}
     for layer in layers:
@@ -109,7 +109,7 @@ def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor
     units = site.activations(cache[site]).float()
     mapped = site.position_axes == ("y", "x")
     height, width = site.positions_of(cache[site]) if mapped else (1, units.shape[2])
-    return _Seen(units, (height, width), maps)
+    return _LayerMaps(units, (height, width), maps)
 
 
 def natural_responses(
@@ -119,8 +119,8 @@ def natural_responses(
 
     Args:
         model: an image model.
-        site: whose units have pictures.
-        examples: the images; 50 or more are wanted.
+        site: the site whose units have pictures.
+        examples: the images; preferably 50 or more.
 
     Raises:
         KeyError: if the site is unknown.
@@ -131,7 +131,7 @@ def natural_responses(
     n = len(given)
     if n <= TOP:
         raise ValueError(
-            f"images {given.data}: {n} found, at least {TOP + 1} are needed to judge pictures"
+            f"images {given.data}: there are {n}, expected at least {TOP + 1} to compare pictures with"
         )
     layers = _layers_before(model, found)
     maxima, places = [], []
@@ -160,7 +160,8 @@ def natural_responses(
 
 
 def _reach(field: ReceptiveField, site: Site) -> tuple[float, float]:
-    """Half the side of the middle half of what a unit sees, as a share of the input's sides."""
+    """A quarter of the side of a unit's receptive field, as a share of the input's side."""
+    # The window is the middle half of the receptive field, whose borders contribute little; its half side is a quarter.
     middle = tuple(n // 2 for n in site.position_shape)
     top, left, bottom, right = field.at(middle)
     return (bottom - top) / field.size[0] / 4, (right - left) / field.size[1] / 4
@@ -168,22 +169,22 @@ def _reach(field: ReceptiveField, site: Site) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far a picture can be trusted: each number beside what would be expected.
+    """How far a picture can be trusted.
 
     Attributes:
-        reached: the unit's largest activation on the picture over that on the dataset's top example.
-        held_out: its mean activation under changes that no optimisation saw, over that without.
-        seeds: the smaller mean activation over the larger, of this picture and of one from another seed.
-        natural: how alike the layers before are on the picture and on the unit's top examples, where it
-            is most active: 1 is as alike as top examples are to each other, 0 as other images are.
-        randomized: the unit's mean activation on a picture made for it on a network with shuffled
-            weights, over that on this one.
-        score: the geometric mean of the first four, cut to 0..1, and of the picture's share of the
-            activation that it and the one from shuffled weights reach together.
-        randomized_score: the same of the picture from the network with shuffled weights (`seeds` as 1).
-        flags: what is wrong, in words; empty if nothing is.
-        examples: the images compared with, and how they were chosen.
-        seed: of everything random.
+        reached: the unit's largest activation on the picture, divided by that on the dataset's top example.
+        held_out: its mean activation under transformations that were not used in optimisation, divided by that without.
+        seeds: the smaller mean activation divided by the larger, of this picture and of one from another seed.
+        natural: how similar the earlier layers are on the picture and on the unit's top examples, where it is most
+            active: 1 is as similar as top examples are to each other, 0 as similar as other images are.
+        randomized: the unit's mean activation on a picture made for it on a network with shuffled weights, divided by
+            that on this picture.
+        score: the geometric mean of the first four numbers, clipped to 0..1, and of this picture's share of the summed
+            activations on it and on the picture from shuffled weights.
+        randomized_score: the same for the picture from the network with shuffled weights (with `seeds` as 1).
+        flags: the problems found, in words; empty if there are none.
+        examples: the images for comparison, and how they were chosen.
+        seed: seed of everything random.
     """
 
     reached: float
@@ -213,17 +214,16 @@ def reliability(
 ) -> list[Reliability]:
     """Measure how far pictures of a site's units can be trusted.
 
-    Makes each picture twice more: from another seed, and on the network with its weights shuffled.
-    What it does not tell: a high score does not say that the picture shows all that excites the unit,
-    nor what the unit is for.
+    Each picture is made twice more: from another seed, and on the network with shuffled weights. A high score does not
+    mean that the picture shows everything that excites the unit, nor does it say what the unit is for.
 
     Args:
         model: the model.
-        pictures: of units of one site, excited (not negative).
-        natural: what the model does on natural images.
+        pictures: pictures of units of one site, not negative ones.
+        natural: the model's activations on natural images.
         settings: how the pictures were made.
-        seed: of the changes and the shuffling.
-        progress: told the steps done and in all.
+        seed: seed of the transformations and of the shuffling.
+        progress: called with the number of steps done and the total.
 
     Raises:
         ValueError: if a picture is not of a unit of the site that `natural` is of.
@@ -245,22 +245,22 @@ def reliability(
     )
     found = []
     for picture, other, empty, unit in zip(pictures, again, none, units, strict=True):
-        own = _measured(model, picture.image, unit, natural, seed)
-        null = _measured(model, empty.image, unit, natural, seed)
+        own = _picture_scores(model, picture.image, unit, natural, seed)
+        null = _picture_scores(model, empty.image, unit, natural, seed)
         seeds = _ratio(*sorted((own.mean, float(other.activation))))
-        found.append(_judged(own, null, seeds, natural, seed))
+        found.append(_reliability(own, null, seeds, natural, seed))
     return found
 
 
 def _half(progress: Progress | None, which: int, steps: int) -> Progress | None:
-    """Progress of the first or second of two equal parts."""
+    """Reports the progress of the first or second of two equal parts."""
     if progress is None:
         return None
     return lambda done, _: progress(done + which * steps, 2 * steps)
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _PictureScores:
     mean: float
     reached: float
     held_out: float
@@ -268,14 +268,14 @@ class _Measured:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b where both are positive; 0 where one is not."""
+    """a / b if both are positive, else 0."""
     return a / b if a > 0 and b > 0 else 0.0
 
 
-def _measured(
+def _picture_scores(
     model: HookedModel, image: Tensor, unit: Unit, natural: NaturalResponses, seed: int
-) -> _Measured:
-    """What a picture does to a unit, however it was made."""
+) -> _PictureScores:
+    """The measurements of a picture of a unit, wherever the picture comes from."""
     spec = model.input
     assert isinstance(spec, ImageInput), "pictures are of image models"
     site, index = natural.site, unit.index
@@ -288,7 +288,7 @@ def _measured(
     changed = torch.cat([change(image[None], generator) for _ in range(HELD_OUT)])
     after = _read(model, site, [], spec.normalize(changed)).units
     scale = (spec.height / image.shape[-2], spec.width / image.shape[-1])
-    return _Measured(
+    return _PictureScores(
         mean=float(own.mean()),
         reached=_ratio(float(own.max()), top),
         held_out=_ratio(float(after[:, index].mean()), float(own.mean())),
@@ -299,7 +299,7 @@ def _measured(
 def _window(
     value: Float[Tensor, "unit y x"], place: Sequence[float], reach: Sequence[float]
 ) -> Float[Tensor, " unit"]:
-    """The mean over the places around one."""
+    """The mean over a window around a position."""
     cut = value
     for axis, (at, half) in enumerate(zip(place, reach, strict=True), 1):
         n = value.shape[axis]
@@ -317,7 +317,10 @@ def _naturalness(
     natural: NaturalResponses,
     seed: int,
 ) -> float:
-    """See `Reliability.natural`: sums over layers, so that those count where examples are alike."""
+    """See `Reliability.natural`."""
+    # (similarity of picture and top examples - chance) / (similarity among top examples - chance), with numerators and
+    # denominators summed over layers before dividing: a layer in which top examples are no more alike than other images
+    # then has no weight.
     order = np.argsort(-natural.maximum[:, index], kind="stable")
     top, rest = order[:TOP].tolist(), order[TOP:]
     others = np.random.default_rng([seed, index]).choice(rest, min(TOP, len(rest)), replace=False)
@@ -335,7 +338,8 @@ def _naturalness(
             return torch.stack(found)
 
         def unit_length(values: Tensor, center: Tensor = center, spread: Tensor = spread) -> Tensor:
-            # in units of each channel's spread, less what they share: contrast excites all of them
+            # Standardised by channel, then centred over channels: high contrast excites all channels, and would make
+            # any two images of high contrast look alike.
             typical = (values - center) / spread
             return F.normalize(typical - typical.mean(-1, keepdim=True), dim=-1)
 
@@ -350,14 +354,14 @@ def _naturalness(
     return gained / possible if possible > 0 else 0.0
 
 
-def _score(measured: _Measured, seeds: float, share: float) -> float:
+def _score(measured: _PictureScores, seeds: float, share: float) -> float:
     """The geometric mean of five parts in 0..1."""
     parts = np.clip([measured.reached, measured.held_out, seeds, measured.natural, share], 0, 1)
     return float(np.prod(parts) ** (1 / len(parts)))
 
 
-def _judged(
-    own: _Measured, null: _Measured, seeds: float, natural: NaturalResponses, seed: int
+def _reliability(
+    own: _PictureScores, null: _PictureScores, seeds: float, natural: NaturalResponses, seed: int
 ) -> Reliability:
     chance = _ratio(null.mean, own.mean)
     share = _ratio(own.mean, max(0.0, own.mean) + max(0.0, null.mean))
@@ -376,7 +380,7 @@ def _judged(
         flags.append(f"another seed gives another activation (ratio {seeds:.2g})")
     if own.natural < LOW_NATURAL:
         flags.append(
-            "takes another way through the network than the unit's examples "
+            "excites the unit through other intermediate activations than its examples "
             f"(similarity {own.natural:.2f}; 1 is as among examples, 0 as other images)"
         )
     if chance > HIGH_RANDOM:

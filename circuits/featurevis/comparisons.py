@@ -1,4 +1,4 @@
-"""Objectives that compare with what a model does on an image: caricature, inversion, attribution."""
+"""Objectives that compare with a model's activations on an image: caricature, inversion, attribution."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def activations_on(
         ValueError: if the image does not fit the model.
     """
     if not isinstance(model.input, ImageInput):
-        raise ValueError(f"model {model.name} takes tokens: an image cannot be compared with")
+        raise ValueError(f"model {model.name} takes tokens: expected an image model")
     inputs = model.input.normalize(image[None])
     return model.run(inputs, read=[site], until=site)[site].detach()
 
 
-def _compared(
+def _comparison(
     model: HookedModel,
     site: str,
     image: Tensor,
@@ -48,8 +48,7 @@ def _compared(
         own = found.activations(r.activations[found.name])
         if own.shape[1:] != wanted.shape[1:]:
             raise ValueError(
-                f"the picture gives {own.shape[2]} positions of {found.name}, the image to compare "
-                f"with {wanted.shape[2]}: use one size for both"
+                f"image gives {wanted.shape[2]} positions of {found.name}: expected {own.shape[2]}, as in the picture"
             )
         return compare(own.flatten(1), wanted.to(own).flatten(1))
 
@@ -57,9 +56,9 @@ def _compared(
 
 
 def inversion(model: HookedModel, site: str, image: Float[Tensor, "channel h w"]) -> Objective:
-    """Activations like those on an image: minus the squared distance, in units of their own square.
+    """Feature inversion (Mahendran and Vedaldi 2015): minus the squared distance from the activations on an image.
 
-    Feature inversion (Mahendran and Vedaldi 2015): 0 is the same, -1 as far away as nothing at all.
+    It is divided by the squared norm of those activations: 0 is the same, -1 as far away as zero activations.
 
     Raises:
         KeyError: if the site is unknown.
@@ -69,11 +68,11 @@ def inversion(model: HookedModel, site: str, image: Float[Tensor, "channel h w"]
     def compare(own: Tensor, wanted: Tensor) -> Tensor:
         return -(own - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-12)
 
-    return _compared(model, site, image, "inversion", compare)
+    return _comparison(model, site, image, "inversion", compare)
 
 
 def difference(model: HookedModel, site: str, image: Float[Tensor, "channel h w"]) -> Objective:
-    """How far activations are from those on an image: the root mean square difference.
+    """The root mean square difference of activations from those on an image.
 
     Raises:
         KeyError: if the site is unknown.
@@ -83,16 +82,16 @@ def difference(model: HookedModel, site: str, image: Float[Tensor, "channel h w"
     def compare(own: Tensor, wanted: Tensor) -> Tensor:
         return ((own - wanted).square().mean(1) + 1e-12).sqrt()
 
-    return _compared(model, site, image, "difference", compare)
+    return _comparison(model, site, image, "difference", compare)
 
 
 def caricature(
     model: HookedModel, site: str, image: Float[Tensor, "channel h w"], cosine_power: float = 1.0
 ) -> Objective:
-    """An image exaggerated: the dot product with its activations times a power of the true cosine.
+    """A caricature of an image: the dot product with its activations times a power of the cosine.
 
-    lucid's `cossim` divides by one of the two norms only; this is the cosine over all units and
-    positions, so that layout is kept.
+    lucid's `cossim` divides by only one of the two norms; this is the true cosine, over all units and positions, so
+    that the layout is kept.
 
     Raises:
         KeyError: if the site is unknown.
@@ -106,7 +105,7 @@ def caricature(
         cosine = F.cosine_similarity(own, wanted, dim=1, eps=1e-8)
         return dot * cosine.clamp_min(0.1) ** cosine_power
 
-    return _compared(model, site, image, "caricature", compare)
+    return _comparison(model, site, image, "caricature", compare)
 
 
 def attributed(
@@ -116,17 +115,17 @@ def attributed(
     target: str | Objective,
     cosine_power: float = 1.0,
 ) -> Objective:
-    """What in an image speaks for a target: activations weighted by their effect on it.
+    """What in an image supports a target: activations weighted by their effect on it.
 
-    The direction at each position is activation x gradient of the target where that is positive, as
-    in the attributions of Olah et al. 2018 (Building Blocks).
+    The direction at each position is the positive part of activation x gradient of the target, as in the attributions
+    of Olah et al. 2018 (Building Blocks).
 
     Args:
         model: the model.
-        site: where, before the target.
-        image: in 0..1.
-        target: what is attributed to: a unit, or an objective.
-        cosine_power: as for `direction`.
+        site: a site before the target.
+        image: an image in 0..1.
+        target: a unit or an objective.
+        cosine_power: as in `direction`.
 
     Raises:
         KeyError: if a site is unknown.

@@ -1,4 +1,4 @@
-"""Inputs that excite a unit of a model of tokens: embeddings, which are continuous."""
+"""Feature visualization for token models: the embeddings, which are continuous, that excite a unit."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Dream:
     """Embeddings on which an objective is large, and the tokens nearest to them.
 
     Attributes:
-        objective: what they were made for, in words.
-        embeddings: one a position.
+        objective: the objective in words.
+        embeddings: one embedding for each position.
         activation: the objective's value on them.
-        start: the same for what they started from, the embeddings of random tokens.
+        start: its value on the initial embeddings, those of random tokens.
         tokens: the nearest tokens, by cosine.
-        cosines: how near each is.
-        of_tokens: the objective's value on the nearest tokens: how much of the dream is in words at all.
-        model_hash: of the model's weights.
-        steps: of optimisation that were done.
-        seed: of the start.
+        cosines: the cosine of each with its nearest token.
+        of_tokens: the objective's value on the nearest tokens, which shows how much of it real tokens can reach.
+        model_hash: the hash of the model's weights.
+        steps: the number of steps done.
+        seed: seed of the initial tokens.
     """
 
     objective: str
@@ -78,18 +78,18 @@ def dream(
     learning_rate: float = 0.05,
     progress: Progress | None = None,
 ) -> Dream:
-    """The embeddings that excite a unit of a model of tokens most, by gradient ascent.
+    """The embeddings that excite a unit of a token model most, by gradient ascent.
 
-    Each keeps the norm of the embedding of a real token, so that the model stays where it was trained.
+    Each keeps the norm of a real token's embedding, so that the model stays in the range it was trained on.
 
     Args:
-        model: a model of tokens.
+        model: a token model.
         target: a unit, direction, site or objective.
-        positions: how many; at most what the model takes.
-        steps: of optimisation.
-        seed: of the tokens that it starts from.
-        learning_rate: of NAdam, in units of the embeddings' norm.
-        progress: told the steps done and in all; stops the work where it returns False.
+        positions: the number of positions, at most the model's context.
+        steps: number of optimisation steps.
+        seed: seed of the initial tokens.
+        learning_rate: learning rate of NAdam, in units of the embeddings' norm.
+        progress: called with the number of steps done and the total; stops the work if it returns False.
 
     Raises:
         KeyError: if a site is unknown.
@@ -98,7 +98,9 @@ def dream(
     """
     spec = model.input
     if not isinstance(spec, TokenInput):
-        raise ValueError(f"model {model.name} takes images: use `visualize`")
+        raise ValueError(
+            f"model {model.name} takes images: expected a token model (use `visualize`)"
+        )
     if not 1 <= positions <= spec.n_ctx:
         raise ValueError(f"positions {positions} must be from 1 to {spec.n_ctx}")
     if steps < 1:
@@ -115,7 +117,7 @@ def dream(
     start = model.run(tokens, read=[place], until=place)[place].detach().float()
     norms = start.norm(dim=2, keepdim=True)
     free = (start / norms.clamp_min(1e-6)).clone().requires_grad_(True)
-    first = 0 if spec.bos is None else 1  # what starts every sequence stays
+    first = 0 if spec.bos is None else 1  # the beginning-of-text token stays as it is
 
     def embedded() -> Tensor:
         moved = torch.nn.functional.normalize(free, dim=2) * norms

@@ -1,6 +1,6 @@
-"""How operations behave while a picture is optimised: silent units.
+"""Redirected gradients: how an optimisation gets past inactive ReLUs.
 
-They hold in one thread, for operations of the model's own code, and leave the model itself alone.
+They act in one thread only, on the operations of the model's own code, and do not change the model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class _RedirectedReLU(torch.autograd.Function):
-    """ReLU whose gradient, where it would be zero for a whole example, pushes silent units up.
+    """ReLU whose gradient raises inactive units if it would otherwise be zero for a whole example.
 
-    As in lucid (`redirected_relu_grad`): of an example without any gradient, what would raise a
-    negative pre-activation passes.
+    As in lucid (`redirected_relu_grad`): in an example without any gradient, the gradients that would raise a negative
+    pre-activation pass.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class _RedirectedReLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         (grad,) = grads
         plain = torch.where(x > 0, grad, 0)
-        # descent: a negative gradient raises x
+        # The optimiser minimises minus the objective, so a negative gradient raises x.
         raising = torch.where((x > 0) | (grad < 0), grad, 0)
         dead = plain.flatten(1).norm(dim=1) == 0
         return torch.where(dead.reshape(-1, *[1] * (x.ndim - 1)), raising, plain)
@@ -45,10 +45,10 @@ def _redirected(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu})
 
 
-class Waking(TorchFunctionMode):
-    """While it is entered, ReLUs let gradients through to silent units.
+class RedirectedGradients(TorchFunctionMode):
+    """Inside this mode ReLUs pass gradients to inactive units.
 
-    Operations that work in place without being asked for a result (`relu_`) are left as they are.
+    In-place ReLUs (`relu_`) are left as they are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

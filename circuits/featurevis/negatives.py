@@ -1,4 +1,4 @@
-"""What a unit does below zero: after a ReLU that is only seen before it."""
+"""Negative pictures: what a unit is least active on. After a ReLU that can only be seen before the ReLU."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from circuits.models.adapter.topology import SiteLink, WeightLayer
 from circuits.units import Site, Unit
 
 _LINEAR = ("Conv", "Linear", "BatchNorm", "LayerNorm")
-"""What the class names of modules that put out negative numbers contain."""
+"""Parts of the class names of modules whose outputs can be negative."""
 
 
 @dataclass(frozen=True)
-class Before:
-    """A unit before its nonlinearity.
+class PreActivation:
+    """A unit's pre-activation.
 
     Attributes:
-        unit: it; the unit itself where that can be negative.
-        sign: 1 if it is large where the unit is, -1 if it is small there.
+        unit: the unit before the nonlinearity; the unit itself if it can be negative.
+        sign: 1 if the two increase together, -1 if one decreases as the other increases.
     """
 
     unit: Unit
     sign: float
 
 
-def pre_activation(model: HookedModel, unit: Unit) -> Before:
-    """The nearest place before a unit's nonlinearity where it can be negative.
+def pre_activation(model: HookedModel, unit: Unit) -> PreActivation:
+    """The nearest site before a unit's nonlinearity, where the unit can be negative.
 
-    Where the nonlinearity is applied to a sum that no module puts out (a residual block), that is the
-    sum's part that this block computes.
+    If the nonlinearity acts on a sum that is no module's output (in a residual block), it is the summand that this
+    block computes.
 
     Raises:
         KeyError: if the site is unknown.
-        ValueError: if the unit is never negative and no such place is found.
+        ValueError: if the unit is never negative and no such site is found.
     """
     site = model.site(unit.site)
     seen = model.run(model.input.example(4), read=[site], until=site)[site]
     if _linear(site) or float(site.by_unit(seen)[:, unit.index].min()) < 0:
-        return Before(unit, 1.0)
+        return PreActivation(unit, 1.0)
     found = sorted(_candidates(model, unit), key=lambda candidate: -candidate[0])
     if not found:
         raise ValueError(
-            f"unit {unit} is never negative, and no layer before its nonlinearity was found: name a "
-            "unit there to see what it is least active on"
+            f"unit {unit} is never negative, and no layer before its nonlinearity was found: name a unit there to see "
+            "what it is least active on"
         )
     return found[0][1]
 
@@ -53,8 +53,8 @@ def _linear(site: Site) -> bool:
     return any(word in site.module for word in _LINEAR)
 
 
-def _candidates(model: HookedModel, unit: Unit) -> Iterator[tuple[int, Before]]:
-    """Places on the way to a unit, with how far along they are."""
+def _candidates(model: HookedModel, unit: Unit) -> Iterator[tuple[int, PreActivation]]:
+    """Sites between a layer and a unit, with their depth after the layer."""
     for layer in model.weight_layers:
         for link in layer.writes:
             if link.site == unit.site and int(link.index[unit.index]) >= 0:
@@ -63,7 +63,7 @@ def _candidates(model: HookedModel, unit: Unit) -> Iterator[tuple[int, Before]]:
 
 def _along(
     model: HookedModel, layer: WeightLayer, link: SiteLink, unit: Unit
-) -> Iterator[tuple[int, Before]]:
+) -> Iterator[tuple[int, PreActivation]]:
     out = link.index[unit.index]
     for other in layer.writes:
         site = model.site(other.site)
@@ -71,4 +71,4 @@ def _along(
             (same,) = (other.index == out).nonzero(as_tuple=True)
             for i in same.tolist():
                 sign = float((link.factor[unit.index] * other.factor[i]).sign()) or 1.0
-                yield other.depth, Before(site.unit(i), sign)
+                yield other.depth, PreActivation(site.unit(i), sign)

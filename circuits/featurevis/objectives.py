@@ -1,7 +1,7 @@
-"""What a picture is optimised for: objectives that add and multiply.
+"""Objectives of feature visualization, which can be added and multiplied.
 
-An objective gives one number an image, higher is better. They are made from a model, so that what it
-does not have is an error at once.
+An objective gives one number for each image; higher is better. It is made for a model, so that a unit or site that the
+model does not have is an error at once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from circuits.units import Direction, Site, Unit, unknown
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """What a model does with a batch of inputs.
+    """A model's activations on a batch of inputs.
 
     Attributes:
-        inputs: images in 0..1 before they are transformed, or embeddings.
-        activations: site -> its tensor.
+        inputs: images in 0..1 before any random transformation, or embeddings.
+        activations: the tensor of each site, by name.
     """
 
     inputs: Float[Tensor, "batch *rest"]
@@ -43,14 +43,14 @@ Value = Callable[[Response], Float[Tensor, " batch"]]
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """A number for each image of a batch, to be made as large as can be.
+    """A number for each image of a batch, which is to be maximised.
 
-    `+`, `-`, `*` and `/` work on values, with numbers too; `sum` works.
+    `+`, `-`, `*` and `/` combine objectives with each other and with numbers; `sum` works too.
 
     Attributes:
-        text: how it is written, for people and metadata.
+        text: the objective in words, for people and metadata.
         sites: the sites whose tensors it needs.
-        value: makes the numbers.
+        value: computes the numbers.
     """
 
     text: str
@@ -101,15 +101,15 @@ def mean(objectives: Sequence[Objective]) -> Objective:
     """The mean of several objectives.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
     if not objectives:
-        raise ValueError("objectives is empty: name at least one")
+        raise ValueError("objectives are empty: expected at least one")
     return reduce(lambda a, b: a + b, objectives) / len(objectives)
 
 
 def side_by_side(parts: Sequence[tuple[Objective, int]]) -> Objective:
-    """Each objective for its own images of a batch: the first for the first so many, and so on."""
+    """An objective for each part of a batch: the first for the first n images, and so on."""
     sites = tuple(dict.fromkeys(name for objective, _ in parts for name in objective.sites))
 
     def value(response: Response) -> Tensor:
@@ -126,7 +126,7 @@ def side_by_side(parts: Sequence[tuple[Objective, int]]) -> Objective:
 
 
 def _unit_values(site: Site, value: Tensor, index: int) -> Float[Tensor, "batch *position"]:
-    """One unit's activations; a head's is the norm of its output."""
+    """One unit's activations; a head's activation is the norm of its output."""
     own = site.by_unit(value)[:, index]
     return own if site.inner_axis is None else own.norm(dim=-1)
 
@@ -154,7 +154,7 @@ def channel(model: HookedModel, unit: str | Unit) -> Objective:
 def _at(
     site: Site, values: Float[Tensor, "batch *position"], position: Sequence[int] | None
 ) -> Tensor:
-    """The values at a position, the middle if none is given.
+    """The values at a position, or at the middle if none is given.
 
     Raises:
         ValueError: if there is no such position.
@@ -170,7 +170,7 @@ def _at(
     return values.flatten(1).sum(1) if values.ndim > 1 else values
 
 
-def _checked(site: Site, position: Sequence[int] | None) -> None:
+def _check_position(site: Site, position: Sequence[int] | None) -> None:
     if position is not None and len(position) != len(site.position_axes):
         raise ValueError(
             f"position {tuple(position)} does not fit {site.name}: expected "
@@ -189,7 +189,7 @@ def neuron(
     """
     found = model.unit(unit)
     site = model.site(found.site)
-    _checked(site, position)
+    _check_position(site, position)
     where = "" if position is None else f" at {tuple(position)}"
     return Objective(
         f"neuron {found}{where}",
@@ -207,7 +207,9 @@ def logit(model: HookedModel, target: int | str) -> Objective:
     """
     sites = [site for site in model.sites if site.kind == "logit"]
     if not sites:
-        raise ValueError(f"model {model.name} has no site of logits")
+        raise ValueError(
+            f"model {model.name} has no site of logits: name a unit SITE:INDEX instead"
+        )
     if isinstance(target, str):
         if target not in model.classes:
             raise unknown(f"class of {model.name}", target, model.classes)
@@ -215,12 +217,12 @@ def logit(model: HookedModel, target: int | str) -> Objective:
     return channel(model, sites[-1].unit(target))
 
 
-def _aligned(
+def _dot_times_cosine(
     site: Site, value: Tensor, vector: Tensor, power: float
 ) -> Float[Tensor, "batch position"]:
-    """At each position the dot product with a vector (unit, or unit x position) times a power of the
-    cosine, which counts as 0.1 at least.
-    """
+    """The dot product with a vector (unit, or unit x position) at each position, times a power of the cosine."""
+    # The cosine counts as 0.1 at least, as in lucid: at a negative or zero cosine its power would have no useful
+    # gradient, and an image that starts there would never move.
     units = site.activations(value)
     wanted = vector.to(units)
     dot = torch.einsum("bup,up->bp" if wanted.ndim > 1 else "bup,u->bp", units, wanted)
@@ -230,12 +232,12 @@ def _aligned(
     return dot * (dot / norms.clamp_min(1e-6)).clamp_min(0.1) ** power
 
 
-def _checked_power(power: float) -> None:
+def _check_power(power: float) -> None:
     if not 0 <= power < 100:
         raise ValueError(f"cosine_power {power} must be 0 or more (and below 100)")
 
 
-def _directed(
+def _site_and_vector(
     model: HookedModel, direction: str | Direction
 ) -> tuple[Site, Float[Tensor, " unit"]]:
     if isinstance(direction, str):
@@ -255,21 +257,21 @@ def direction(
     cosine_power: float = 0.0,
     position: Sequence[int] | None = None,
 ) -> Objective:
-    """A direction's dot product, times a power of the cosine, averaged over positions (or at one).
+    """A direction's dot product times a power of the cosine, averaged over positions (or at one position).
 
-    `dot * max(0.1, cosine)^power` as in lucid: with a power, the picture is the direction's alone
-    rather than of anything large.
+    `dot * max(0.1, cosine)^power` as in lucid. With a power above 0 the picture shows the direction itself rather than
+    anything that makes activations large.
 
     Raises:
         KeyError: if its site is unknown.
         ValueError: if it does not fit the site, or the power or position is not valid.
     """
-    _checked_power(cosine_power)
-    site, vector = _directed(model, direction)
-    _checked(site, position)
+    _check_power(cosine_power)
+    site, vector = _site_and_vector(model, direction)
+    _check_position(site, position)
 
     def value(r: Response) -> Tensor:
-        found = _aligned(site, r.activations[site.name], vector, cosine_power)
+        found = _dot_times_cosine(site, r.activations[site.name], vector, cosine_power)
         if position is None:
             return found.mean(1)
         shape = site.positions_of(r.activations[site.name])
@@ -285,20 +287,20 @@ def spatial_direction(
     vectors: Float[Tensor, "unit *position"],
     cosine_power: float = 0.0,
 ) -> Objective:
-    """A direction of its own at each position: their dot products, averaged over positions.
+    """The dot product with a different direction at each position, averaged over positions.
 
     Args:
         model: the model.
-        site: where.
-        vectors: unit x position, of the map that the image gives.
-        cosine_power: as for `direction`.
+        site: the site.
+        vectors: unit x position, for the map that the image gives.
+        cosine_power: as in `direction`.
 
     Raises:
         KeyError: if the site is unknown.
         ValueError: if the vectors do not fit it, or the power is not valid.
     """
     found = model.site(site)
-    _checked_power(cosine_power)
+    _check_power(cosine_power)
     if vectors.shape[0] != found.n_units or vectors.ndim != 1 + len(found.position_axes):
         raise ValueError(
             f"vectors of shape {tuple(vectors.shape)} do not fit {found.name}: expected "
@@ -311,15 +313,15 @@ def spatial_direction(
         shape = found.positions_of(tensor)
         if shape != tuple(vectors.shape[1:]):
             raise ValueError(
-                f"vectors have positions {tuple(vectors.shape[1:])}, the image gives {shape}"
+                f"vectors have positions {tuple(vectors.shape[1:])}: expected {shape}, those of the image"
             )
-        return _aligned(found, tensor, flat, cosine_power).mean(1)
+        return _dot_times_cosine(found, tensor, flat, cosine_power).mean(1)
 
     return Objective(f"spatial direction in {found.name}", (found.name,), value)
 
 
 def deepdream(model: HookedModel, site: str) -> Objective:
-    """The mean square of a site's activations: more of whatever is there (Mordvintsev et al. 2015).
+    """The mean square of a site's activations, which amplifies whatever is there (Mordvintsev et al. 2015).
 
     Raises:
         KeyError: if the site is unknown.
@@ -333,7 +335,7 @@ def deepdream(model: HookedModel, site: str) -> Objective:
 
 
 def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Objective:
-    """From one unit to another over the images of a batch: the first shows one, the last the other.
+    """An interpolation between two units over the images of a batch: the first image shows one, the last the other.
 
     Raises:
         KeyError: if a site is unknown.
@@ -349,7 +351,7 @@ def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Ob
 
 
 def as_objective(model: HookedModel, target: str | Unit | Direction | Objective) -> Objective:
-    """What is meant by a target: an objective as it is, a unit's channel, a direction, a site's deepdream.
+    """The objective of a target: a unit's channel, a direction, a site's deepdream; an objective is returned unchanged.
 
     Raises:
         KeyError: if a site is unknown.
@@ -366,7 +368,7 @@ def as_objective(model: HookedModel, target: str | Unit | Direction | Objective)
     return direction(model, target) if set(target) & set("+* ") else channel(model, target)
 
 
-# --- what an image should not have, or images have in common ---------------------------------------
+# --- regularisers --------------------------------------------------------------------------------
 
 
 def _of_inputs(text: str, value: Callable[[Tensor], Tensor]) -> Objective:
@@ -397,10 +399,10 @@ def l2(constant: float = 0.5) -> Objective:
 
 
 def diversity(model: HookedModel, site: str) -> Objective:
-    """How alike an image's style is to that of the others of its batch, -1 to 1; to be subtracted.
+    """How similar an image's style is to that of the other images of its batch, -1 to 1; to be subtracted.
 
-    The mean cosine between Gram matrices of the site's units over positions (Olah et al. 2017; lucid's
-    `diversity`, which is to be subtracted as well). 0 for a single image.
+    The mean cosine between the Gram matrices of the site's units over positions (Olah et al. 2017; like lucid's
+    `diversity`, it is to be subtracted). 0 for a single image.
 
     Raises:
         KeyError: if the site is unknown.
@@ -419,10 +421,10 @@ def diversity(model: HookedModel, site: str) -> Objective:
 
 
 def alignment(model: HookedModel, site: str, reach: float = 2.0) -> Objective:
-    """How different an image's activations are from its neighbours' in the batch; to be subtracted.
+    """How different an image's activations are from those of its neighbours in the batch; to be subtracted.
 
-    Mean squared difference, halved with every step away in the batch (`reach` ** -distance), so that a
-    series of pictures, e.g. an interpolation, lines up (lucid: `alignment`).
+    The mean squared difference, weighted by `reach` ** -distance in the batch, so that a series of pictures (an
+    interpolation, for example) lines up (lucid: `alignment`).
 
     Raises:
         KeyError: if the site is unknown.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from circuits.featurevis.gradients import Waking
+from circuits.featurevis.gradients import RedirectedGradients
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
 from circuits.featurevis.transforms import NOTHING, Transform
@@ -19,11 +19,12 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 
-WAKING_STEPS = 16
-"""Steps at the start in which gradients pass silent units, as in lucid; more while an image has none."""
+REDIRECTED_STEPS = 16
+"""In this many first steps gradients pass through inactive ReLUs, as in lucid; longer while an image has no
+gradient."""
 
 MICRO_BATCH = 4
-"""Images that go through the network at a time on a CPU, at most, unless one objective is for more."""
+"""How many images go through the network at a time on a CPU, unless one objective needs more together."""
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -34,12 +35,12 @@ class Optimized:
     """Images after gradient ascent.
 
     Attributes:
-        images: in 0..1.
-        values: the objective's value on each, untransformed.
-        start: its value on what they started from.
-        steps: how many were done.
-        alpha: how opaque each pixel is, where that was optimised or traced.
-        at: the images after so many steps, for the `thresholds` asked for.
+        images: the images, in 0..1.
+        values: the objective's value on each image, without transformation.
+        start: its value on the initial images.
+        steps: the number of steps done.
+        alpha: the opacity of each pixel, if it was optimised or traced.
+        at: the images after each of the `thresholds`.
     """
 
     images: Float[Tensor, "batch channel h w"]
@@ -58,7 +59,7 @@ def respond(
     before: Tensor | None = None,
     grad: bool = False,
 ) -> Float[Tensor, " batch"]:
-    """An objective's value on images in 0..1 (as they were `before` they were transformed, if given)."""
+    """An objective's value on images in 0..1; objectives of pixels see the images `before` transformation, if given."""
     assert isinstance(model.input, ImageInput), "checked by the caller"
     cache: dict[str, Tensor] = {}
     if objective.sites:
@@ -87,29 +88,27 @@ def optimize(
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> Optimized:
-    """Make images on which objectives are large, with NAdam.
+    """Maximise objectives over images with NAdam.
 
-    Weights are held fixed, the forward pass stops after the last site needed, images lie channels last
-    and go through the network a few at a time: faster, not different.
+    For speed the forward pass stops after the last site needed, and images are in channels-last layout and go through
+    the network a few at a time; none of this changes the result.
 
     Args:
         model: an image model.
-        parts: what to make large: the first objective for the first images, and so on. Those that need
-            no site cost no forward pass.
-        made: the images.
-        steps: of optimisation.
-        seed: of the transforms, which are the same for all images: those of a step follow from the
-            seed and its number.
+        parts: the objectives, the first one for the first images and so on; those without a site need no forward pass.
+        made: the parameterized images.
+        steps: number of optimisation steps.
+        seed: seed of the transforms, which are the same for all images of a step.
         transform: applied to the images at each step.
-        learning_rate: instead of the one that suits the parameterization.
+        learning_rate: replaces the parameterization's own.
         views: how many random views of each image a step averages over.
         thresholds: after which steps to keep the images.
-        precision: of the forward and backward pass; values reported are in float32.
-        progress: told the steps done and in all; stops the work where it returns False.
+        precision: precision of the passes; reported values are in float32.
+        progress: called with the number of steps done and the total; stops the work if it returns False.
 
     Raises:
-        ValueError: if the model cannot run on the size, a value or gradient is not finite (the message
-            says where that begins), or no gradient leads to the image.
+        ValueError: if the model cannot run on the size, a value or gradient is not finite (the message names the first
+            site), or no gradient leads to the image.
     """
     chunks = _chunks(parts, model.device)
     start = values_of(model, parts, made.image().detach())
@@ -119,14 +118,18 @@ def optimize(
     done, dead = 0, False
     for step in range(steps):
         optimizer.zero_grad()
+        # The images are made once a step and detached: each chunk's backward pass stops there, so that its graph is
+        # freed before the next chunk, and one pass through the parameterization takes all gradients at the end.
         results = [made.image(), *([made.alpha()] if made.alpha else [])]
         leaves = [result.detach().requires_grad_(True) for result in results]
         for begin, end, objective in chunks:
             for view in range(views):
-                drawing = torch.Generator().manual_seed(_mixed(seed, step, view))
+                drawing = torch.Generator().manual_seed(_step_seed(seed, step, view))
                 cut = [leaf[begin:end] for leaf in leaves]
-                waking = step < WAKING_STEPS or dead
-                own = _Step(step, step / steps, waking, transform, drawing, precision)
+                redirected = step < REDIRECTED_STEPS or dead
+                own = _OptimizationStep(
+                    step, step / steps, redirected, transform, drawing, precision
+                )
                 value = own.value(model, objective, cut) / views
                 (-value.sum()).backward()
         _check_gradients(model, leaves, parts, step)
@@ -149,7 +152,7 @@ def optimize(
 
 
 def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int, Objective]]:
-    """The batch cut into few images each, between parts: more of them leave a processor's cache."""
+    """The batch cut into chunks of a few images, never within a part; larger ones do not fit a processor's cache."""
     most = MICRO_BATCH if device.type == "cpu" else 16 * MICRO_BATCH
     found: list[tuple[int, int, Objective]] = []
     begin = end = 0
@@ -164,13 +167,13 @@ def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int,
     return found
 
 
-def _mixed(seed: int, step: int, view: int) -> int:
-    """A seed of its own for each step and view."""
+def _step_seed(seed: int, step: int, view: int) -> int:
+    """A different seed for each step and view."""
     return (seed * 1_000_003 + step * 257 + view) % 2**63
 
 
 def values_of(model: HookedModel, parts: Sequence[Part], images: Tensor) -> Tensor:
-    """Each image's value; a model that cannot run on them is an error in a line."""
+    """Each image's value; a model that cannot run on this size raises a one-line error."""
     found = []
     try:
         for begin, end, objective in _chunks(parts, model.device):
@@ -179,18 +182,18 @@ def values_of(model: HookedModel, parts: Sequence[Part], images: Tensor) -> Tens
         height, width = images.shape[-2:]
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"size {height} x {width}: the model cannot run on it ({first})"
+            f"size {height} x {width}: the model cannot run on images of this size ({first})"
         ) from error
     return torch.cat(found).detach()
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
-    """What one step does with some of the images."""
+class _OptimizationStep:
+    """One optimisation step for some of the images."""
 
     number: int
     progress: float
-    waking: bool
+    redirected: bool
     transform: Transform
     generator: Generator
     precision: Precision
@@ -198,13 +201,13 @@ class _Step:
     def value(
         self, model: HookedModel, objective: Objective, cut: Sequence[Tensor]
     ) -> Float[Tensor, " batch"]:
-        """The objective on a random view of images, and less of it the more opaque they are."""
+        """The objective on a random view of images, multiplied by their transparency if that is optimised."""
         images = cut[0]
         shown = images if len(cut) == 1 else self._on_background(images, cut[1])
         half = torch.autocast(
             images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
-        with Waking() if self.waking else nullcontext(), half:
+        with RedirectedGradients() if self.redirected else nullcontext(), half:
             view = self.transform(shown, self.generator, self.progress)
             value = respond(model, view, objective, before=images, grad=True).float()
         if not torch.isfinite(value).all():
@@ -217,10 +220,10 @@ class _Step:
         return value if len(cut) == 1 else value * (1 - cut[1].flatten(1).mean(1))
 
     def _on_background(self, images: Tensor, alpha: Tensor) -> Tensor:
-        """Transparent images on a random background, so that being transparent says nothing."""
+        """Transparent images on a random background, so that transparent pixels carry no information."""
         seed = int(torch.randint(2**62, (), generator=self.generator))
         shape = (1, images.shape[1], images.shape[2], images.shape[3])
-        with torch.no_grad():  # as strong as a picture's own
+        with torch.no_grad():  # sd 0.2: about the contrast of a finished picture
             background = fourier(shape, seed, [0], images.device, sd=0.2).values().sigmoid()
         return images * alpha + background * (1 - alpha)
 
@@ -231,7 +234,7 @@ def _size_of(gradient: Tensor | None) -> Tensor:
 
 
 def _opacity(trace: Tensor | None) -> Tensor | None:
-    """Sums of gradient sizes as opacity: the strongest hundredth is opaque (Fel et al. 2023)."""
+    """Opacity from summed gradient sizes: the top 1 % of the pixels are opaque (Fel et al. 2023)."""
     if trace is None:
         return None
     top = trace.flatten(1).quantile(0.99, dim=1).clamp_min(1e-30)
@@ -257,7 +260,7 @@ def _check_gradients(
 
 
 def _first_nonfinite(model: HookedModel, images: Tensor, objective: Objective) -> str:
-    """Where values, on the way to an objective, stop being finite."""
+    """The first site before an objective whose values are not finite, in words."""
     assert isinstance(model.input, ImageInput), "checked by the caller"
     last = model.last(objective.sites or [model.sites[-1]])
     names = [site.name for site in model.sites]

@@ -1,7 +1,7 @@
-"""Images as functions of the numbers that are optimised.
+"""Parameterizations: images as functions of the parameters that are optimised.
 
-`Values` are unbounded and can be added, which is how images share parts; `squashed` makes pictures
-in 0..1 of them. `maco` has its own way to a picture.
+`Values` are unbounded and can be added, which is how images share parts; `squashed` turns them into pictures in 0..1.
+`maco` makes pictures in its own way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = tuple[int, int, int, int]
 Device = torch.device | str
 
 SD = 0.01
-"""Standard deviation of what images start from, as in lucid."""
+"""Standard deviation of the initial parameters, as in lucid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +31,11 @@ class Parameterization:
     """A batch of images that can be optimised.
 
     Attributes:
-        parameters: what the optimiser changes.
+        parameters: the tensors that the optimiser changes.
         image: makes the images from them, in 0..1.
-        learning_rate: that suits them.
-        alpha: makes how opaque each pixel is, in 0..1, if that is optimised too.
-        traced: opacity is the sum of the gradient's size over the steps (MACO).
+        learning_rate: a suitable learning rate.
+        alpha: makes the opacity of each pixel, in 0..1, if that is optimised too.
+        traced: whether opacity is the gradient's size summed over the steps (MACO).
     """
 
     parameters: list[Tensor]
@@ -50,9 +50,9 @@ class Values:
     """Unbounded values of images, as functions of parameters.
 
     Attributes:
-        parameters: what the optimiser changes.
-        values: makes the values.
-        learning_rate: that suits the parameters.
+        parameters: the tensors that the optimiser changes.
+        values: makes the values from them.
+        learning_rate: a suitable learning rate.
     """
 
     parameters: list[Tensor]
@@ -74,14 +74,14 @@ def drawn(
     device: Device = "cpu",
     uniform: bool = False,
 ) -> Tensor:
-    """Random numbers, each image from its own stream: they do not depend on its company.
+    """Random numbers, each image from its own stream, so that an image does not depend on the others in its batch.
 
     Args:
-        shape: of one image's numbers.
-        seed: of all.
-        streams: one number an image; equal numbers give equal images.
-        device: where they go; they are drawn on the CPU, the same for every device.
-        uniform: from -pi to pi instead of normal.
+        shape: the shape of one image's numbers.
+        seed: the common seed.
+        streams: one number for each image; equal numbers give equal images.
+        device: the device to move them to; they are drawn on the CPU, so that they are the same on every device.
+        uniform: draw uniformly from -pi to pi instead of from a normal distribution.
     """
     found = []
     for stream in streams:
@@ -96,7 +96,7 @@ def drawn(
 def pixels(
     shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
 ) -> Values:
-    """Every value a parameter of its own."""
+    """Each value is a parameter of its own."""
     own = (drawn(shape[1:], seed, streams, device) * sd).requires_grad_(True)
     return Values([own], lambda: own)
 
@@ -104,11 +104,13 @@ def pixels(
 def fourier(
     shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
 ) -> Values:
-    """Images by their spectrum, so that a step changes all scales alike (Olah et al. 2017).
+    """Images parameterized by their spectrum, so that a step changes all scales equally (Olah et al. 2017).
 
-    Amplitudes are divided by the frequency, as in natural images. Conventions of lucid: initial sd
+    Amplitudes are divided by the frequency, as in natural images. Conventions of lucid: initial standard deviation
     0.01, scale 1 / max(f, 1 / max(h, w)) times sqrt(h w), division by 4.
     """
+    # A real image has a conjugate-symmetric spectrum, so half of it (rfft) is enough. 1 / max(h, w) is the lowest
+    # frequency that fits the image, in place of 0 for the constant part.
     _, channels, height, width = shape
     fy = torch.fft.fftfreq(height)[:, None]
     fx = torch.fft.rfftfreq(width)[None, :]
@@ -158,10 +160,11 @@ def cppn(
     layers: int = 8,
     width: int = 24,
 ) -> Values:
-    """A network from a pixel's place to its value, one an image (lucid: `cppn`, Stanley 2007).
+    """A network for each image that maps a pixel's coordinates to its value (lucid: `cppn`, Stanley 2007).
 
-    Coordinates from -sqrt(3) to sqrt(3); `layers` layers of `width` channels, each followed by the
-    composite nonlinearity of its arcus tangens, [a / 0.67, a^2 / 0.6]; the last layer starts at 0.
+    Coordinates run from -sqrt(3) to sqrt(3), which gives them variance 1. There are `layers` layers of `width`
+    channels, each followed by the composite nonlinearity [a / 0.67, a^2 / 0.6] with a = atan(x), scaled to about unit
+    variance; the last layer starts at 0.
     """
     _, channels, height, across = shape
     y, x = (torch.linspace(-1, 1, n) * math.sqrt(3) for n in (height, across))
@@ -186,10 +189,10 @@ def cppn(
 
 
 def color_matrix(channels: int, natural: NaturalImages | None = None) -> Tensor | None:
-    """What mixes uncorrelated channels into colours: fitted, ImageNet's for three, or none.
+    """The matrix that mixes uncorrelated channels into colours: fitted, or ImageNet's for three channels, or None.
 
     Raises:
-        ValueError: if the images it was fitted to have other channels.
+        ValueError: if it was fitted to images with another number of channels.
     """
     if natural is not None:
         if len(natural.mean) != channels:
@@ -201,7 +204,7 @@ def color_matrix(channels: int, natural: NaturalImages | None = None) -> Tensor 
 
 
 def squashed(values: Values, colors: Float[Tensor, "channel channel"] | None) -> Parameterization:
-    """Pictures in 0..1: uncorrelated channels are mixed into colours, then a sigmoid."""
+    """Pictures in 0..1: channels are mixed into colours, followed by a sigmoid."""
 
     def image() -> Tensor:
         found = values.values()
@@ -227,14 +230,16 @@ def maco(
     natural: NaturalImages,
     device: Device = "cpu",
 ) -> Parameterization:
-    """Images with the spectrum of natural ones, of which only the phase is optimised (Fel et al. 2023).
+    """MACO: images with the magnitude spectrum of natural images, of which only the phase is optimised (Fel et al.
+    2023).
 
-    The magnitudes never change, so the picture cannot fill up with what natural images do not have.
-    Values are mean + root x waves, mapped to 0..1 by a sigmoid of slope 1 at 1/2.
+    The magnitudes never change, so that the picture cannot fill up with frequencies that natural images lack. Values
+    are mean + root x waves, mapped to 0..1 by a sigmoid.
 
     Raises:
-        ValueError: if the natural images have other channels.
+        ValueError: if the natural images have another number of channels.
     """
+    # sigmoid(4 (v - 1/2)) has slope 1 at v = 1/2: near the middle, colours stay those of the natural images.
     _, channels, height, width = shape
     color_matrix(channels, natural)  # same number of channels
     phase = drawn((channels, height, width // 2 + 1), seed, streams, device, uniform=True)

@@ -37,13 +37,13 @@ from circuits.progress import Progress
 from circuits.units import Direction, Unit, unknown
 
 Subject = str | Unit | Direction | Objective
-"""What can be visualized: a unit, a direction, a site (all of it, as in deepdream), an objective."""
+"""What can be visualized: a unit, a direction, a whole site (as in deepdream), or an objective."""
 
 MACO_VIEWS = 4
-"""Random crops that a step of MACO averages over."""
+"""The number of random crops that a step of MACO averages over."""
 
 DIVERSE = 1.0
-"""How much of a unit's activation pictures give up to be unlike each other."""
+"""The weight of similarity between diverse pictures, relative to the objective's own value."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class Settings:
     """How pictures are made.
 
     Attributes:
-        steps: of optimisation, 1 to 100000.
-        size: of the images in pixels, or (height, width); the model's input size if not given.
-        seed: of the start and the transforms, 0 to 2^63 - 1: same seed, same pictures to the bit on a
-            CPU of one kind.
-        param: `fourier`, `pixel`, `laplacian`, `cppn` or `maco`.
-        learning_rate: of NAdam; what suits the parameterization if not given.
+        steps: number of optimisation steps, 1 to 100000.
+        size: side of the images in pixels, or (height, width); the model's input size if not given.
+        seed: seed of the initial images and the transforms, 0 to 2^63 - 1; the same seed gives the same pictures, bit
+            for bit, on one kind of CPU.
+        param: the parameterization: `fourier`, `pixel`, `laplacian`, `cppn` or `maco`.
+        learning_rate: learning rate of NAdam; the parameterization's own if not given.
         transform: applied at each step; `standard` for the size if not given (for MACO, crops).
-        views: random views of an image that a step averages over; 1, for MACO 4.
-        alpha: optimise how opaque each pixel is, too.
-        shared: images made together have a part in common (not for MACO), so that they line up.
-        natural: images whose colours (and, for MACO, spectrum) to use; three channels without it
-            use ImageNet's colours, other numbers none.
-        precision: of the passes through the network; reported values are in float32 always.
+        views: number of random views of an image that a step averages over; 1 if not given, 4 for MACO.
+        alpha: optimise the opacity of each pixel too.
+        shared: images made together share a part, so that they line up (not for MACO).
+        natural: images whose colours (and, for MACO, spectrum) to use; without them, three channels use ImageNet's
+            colours, and other numbers of channels none.
+        precision: precision of the passes through the network; reported values are always in float32.
         thresholds: after which steps to keep the image.
     """
 
@@ -98,7 +98,7 @@ class Settings:
             )
         if self.param == "maco" and (self.alpha or self.shared):
             raise ValueError(
-                "param 'maco' has a transparency of its own and shares nothing: leave out "
+                f"param 'maco' makes its own transparency and shares no parts: leave out "
                 f"{'alpha' if self.alpha else 'shared'}"
             )
         bad = [t for t in self.thresholds if not 1 <= t <= self.steps]
@@ -189,21 +189,20 @@ def visualize_units(
 ) -> list[Picture]:
     """Visualize several units together, in one batch.
 
-    A unit's picture does not depend on what it is made together with, beyond float rounding.
+    A unit's picture does not depend on the other units, apart from floating-point rounding.
 
     Args:
         model: an image model.
         targets: what to visualize.
-        negative: make what the units are least active on. A unit after a ReLU is 0 at least: its layer
-            before that is shown then.
-        images: pictures of each target, which its objective sees together (`interpolation`, `alignment`).
-        diverse: so many, and unlike each other.
-        progress: told the steps done and in all; stops the work where it returns False, and pictures
-            are what they are by then.
+        negative: show what the units are least active on; for a unit after a ReLU, in the layer before the ReLU.
+        images: number of pictures of each target, which its objective sees together (`interpolation`, `alignment`).
+        diverse: number of pictures of each target that are made different from each other.
+        progress: called with the number of steps done and the total; if it returns False, the work stops and the
+            pictures are returned as they are.
         **options: see `Settings`.
 
     Returns:
-        The pictures, those of each target one after another.
+        The pictures, target by target.
 
     Raises:
         KeyError: if a site or parameterization is unknown.
@@ -217,7 +216,7 @@ def visualize_units(
             "(`dream` optimises embeddings)"
         )
     if not targets:
-        raise ValueError("units is empty: name at least one unit")
+        raise ValueError("targets are empty: expected at least one unit")
     for name, number in (("images", images), ("diverse", diverse)):
         if not 1 <= number <= 64:
             raise ValueError(f"{name} {number} must be from 1 to 64")
@@ -264,7 +263,8 @@ def _objective(model: HookedModel, target: Subject, negative: bool) -> Objective
 
 
 def _diversified(model: HookedModel, objective: Objective) -> Objective:
-    """The objective, less a share of it where images of its batch are alike."""
+    """The objective minus a penalty for similar images in its batch."""
+    # The penalty is proportional to the objective's own (detached) value: as a share it suits units of every scale.
     mapped = [name for name in objective.sites if model.site(name).position_axes]
     if not mapped:  # e.g. logits: the last map before them
         order = [site.name for site in model.sites]
@@ -272,8 +272,7 @@ def _diversified(model: HookedModel, objective: Objective) -> Objective:
         mapped = [site.name for site in before if site.position_axes]
         if not mapped:
             raise ValueError(
-                f"objective {objective.text}: no site with a map lies before it, so pictures cannot "
-                "be made diverse"
+                f"objective {objective.text}: there is no site with a map before it, so pictures cannot be made diverse"
             )
     alike = diversity(model, mapped[-1])
 
@@ -317,11 +316,13 @@ def _pictures(
     settings: Settings,
     kind: str,
 ) -> list[Picture]:
-    """The results one by one, each with its own objective's value (without what made it diverse)."""
+    """The results as pictures, each with its own objective's value (without the diversity penalty)."""
     model_hash = model.hash
     values = values_of(model, parts, found.images.to(model.device))
     objectives = [objective for objective, n in parts for _ in range(n)]
-    sign = -1.0 if kind == "negative" else 1.0  # what the unit does, not how much it is liked
+    sign = (
+        -1.0 if kind == "negative" else 1.0
+    )  # report the unit's activation, not the negated objective
     pictures = []
     for i, (objective, unit) in enumerate(zip(objectives, units, strict=True)):
         pictures.append(

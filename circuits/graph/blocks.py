@@ -73,7 +73,7 @@ def _place(listed: Sequence[int], n: int, unit: int) -> int | None:
 
 
 class BlockWriter:
-    """Writes a block's rows in order; what edges are besides is in `info`."""
+    """Writes a block's rows in order; everything else about its edges is in `info`."""
 
     def __init__(self, group: Any, info: BlockInfo) -> None:
         rows, columns = info.shape

@@ -361,7 +361,7 @@ def add_edges(
     name: str,
     blocks: Sequence[tuple[BlockInfo, np.ndarray]],
 ) -> Path:
-    """Store edges beside the weights of a graph: expanded weights, attributions, effects.
+    """Store edges in addition to the weights of a graph: expanded weights, attributions, effects.
 
     Args:
         folder: of the model, which has a graph.

@@ -1,7 +1,7 @@
-"""Where a behaviour is: what carries it, what suffices for it, and where it can be read off."""
+"""Localizing a behaviour: which activations carry it, which suffice for it, and where it can be read off."""
 
 from circuits.localization.attention import AttentionPatterns, HeadPattern, attention_patterns
-from circuits.localization.cells import Cell, Column
+from circuits.localization.cells import Cell, GridPosition
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
@@ -16,8 +16,8 @@ __all__ = [
     "AttentionPatterns",
     "Cell",
     "CellEffect",
-    "Column",
     "Depth",
+    "GridPosition",
     "GridSide",
     "HeadEffect",
     "HeadEffects",

@@ -1,7 +1,7 @@
-"""Attention patterns of a text, and weighted by how long the values are that they fetch.
+"""Attention patterns over a text, raw and weighted by the norms of the values that they move.
 
 Elhage et al. 2021 (value-weighted patterns); Kobayashi et al. 2020, "Attention is Not Only a Weight". Attention to a
-sink, such as the starting token, fetches next to nothing; weighted by values it disappears.
+sink, such as the starting token, moves almost nothing, and disappears when it is weighted by values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from circuits.units import Site, Unit, unknown
 
 SINK = 0.5
 """A key in the first half of a text is a sink if it gets on average at least this share of the attention of the queries
-after it, the next one left out."""
+after it, not counting the very next one."""
 
 _HEAD = re.compile(r"(\d+)\.(\d+)")
 
@@ -34,11 +34,11 @@ class HeadPattern:
     """One head's attention over a text.
 
     Attributes:
-        head: as a unit of the attention pattern.
-        raw: what each query gives each key; each row adds up to 1.
-        weighted: the same times the length of the key's value, as shares of the row.
-        sink: the key that gets most of the attention of the queries after it, if it is one (see `SINK`).
-        sink_share: how much of it, on average; 0 without a sink.
+        head: the head, as a unit of its attention pattern.
+        raw: the attention of each query to each key; each row sums to 1.
+        weighted: the attention times the norm of the key's value, scaled so that each row sums to 1.
+        sink: the key that is an attention sink (see `SINK`); None if there is none.
+        sink_share: the share of attention that the sink gets, on average; 0 without a sink.
     """
 
     head: Unit
@@ -50,13 +50,13 @@ class HeadPattern:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPatterns:
-    """Some heads' attention over a text.
+    """The attention of some heads over a text.
 
     Attributes:
-        tokens: the text's.
-        patterns: head by head.
+        tokens: the text's tokens.
+        patterns: the heads' patterns.
         model: the model's name.
-        model_hash: of its weights.
+        model_hash: the hash of its weights.
     """
 
     tokens: tuple[str, ...]
@@ -100,22 +100,22 @@ class AttentionPatterns:
 def attention_patterns(
     model: HookedModel, text: str | Sequence[int], heads: Sequence[str | Unit]
 ) -> AttentionPatterns:
-    """Attention of some heads over a text, raw and weighted by values.
+    """The attention of some heads over a text, raw and weighted by values.
 
     Args:
-        model: a model of tokens that shows attention patterns and values.
-        text: a text, or tokens.
+        model: a token model that exposes attention patterns and values.
+        text: a text, or its tokens.
         heads: written `LAYER.HEAD` (`0.3`), or units of any of their sites (`blocks.0.attn.hook_z:3`).
 
     Raises:
         KeyError: if there is no such head.
-        ValueError: if the model takes images or shows no attention patterns, no head is named, or the model does not
+        ValueError: if the model takes images or exposes no attention patterns, no head is given, or the model cannot
             take the text.
     """
     if not isinstance(model.input, TokenInput):
-        raise ValueError(f"model {model.name} takes images: expected a model of tokens")
+        raise ValueError(f"model {model.name} takes images: expected a token model")
     if not heads:
-        raise ValueError("heads name none: expected at least one, e.g. 0.3")
+        raise ValueError("heads are empty: expected at least one, for example 0.3")
     chosen = [pattern_head(model, head) for head in heads]
     values = {u.site: model.site(u.site.replace("hook_pattern", "hook_v")) for u in chosen}
     tokens = encoded(model.input, text)[None]
@@ -137,7 +137,7 @@ def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
 
     Raises:
         KeyError: if there is no such head.
-        ValueError: if it is not written as a head, or the model shows no attention patterns.
+        ValueError: if it is not a head, or the model exposes no attention patterns.
     """
     try:
         sites = select_sites(model, "pattern")
@@ -151,7 +151,9 @@ def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
         unit = model.unit(head)
         layer, index = _layer(model.site(unit.site)), unit.index
         if model.site(unit.site).kind not in ("head", "pattern"):
-            raise ValueError(f"head {str(head)!r}: the units of {unit.site} are no heads")
+            raise ValueError(
+                f"head {str(head)!r}: the units of {unit.site} are not heads, expected LAYER.HEAD"
+            )
     if layer not in known or index >= known[layer].n_units:
         names = [f"{n}.{i}" for n, s in known.items() for i in range(s.n_units)]
         raise unknown(f"head of {model.name}", str(head), names)
@@ -169,11 +171,11 @@ def _pattern(
     product = raw * length
     weighted = product / product.sum(1, keepdim=True).clamp_min(1e-12)
     n = len(raw)
-    behind = (
-        torch.ones(n, n).tril(-2).double()
-    )  # queries after each key; the next one may just look back
-    received = (raw * behind).sum(0) / behind.sum(0).clamp_min(1)
-    received[(n + 1) // 2 :] = 0  # too few queries are behind these keys
+    # Queries at least two positions after a key: the very next query may attend to it as its previous token, which
+    # would make a previous-token head's every key a sink. Keys of the second half have too few later queries to judge.
+    later = torch.ones(n, n).tril(-2).double()
+    received = (raw * later).sum(0) / later.sum(0).clamp_min(1)
+    received[(n + 1) // 2 :] = 0
     sink = int(received.argmax())
     share = float(received[sink])
     return HeadPattern(unit, raw, weighted, *((sink, share) if share >= SINK else (None, 0.0)))

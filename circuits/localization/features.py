@@ -1,4 +1,4 @@
-"""What sites hold of a task's examples and counterparts, one row an example, by position."""
+"""Activations of a task's examples and counterparts, one row for each example, by site and position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import BATCH, Examples
-from circuits.localization.cells import Column
+from circuits.localization.cells import GridPosition
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.task import Task
 from circuits.units import Site
@@ -19,11 +19,11 @@ from circuits.units import Site
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Rows of a site at one position.
+    """A site's activations at one position.
 
     Attributes:
-        clean: of the examples; NaN where one does not reach the position.
-        corrupted: of their counterparts; None if there are none.
+        clean: those of the examples; NaN where an example has no such position.
+        corrupted: those of their counterparts; None if there are none.
     """
 
     clean: Float[np.ndarray, "example width"]
@@ -34,17 +34,17 @@ def features_of(
     model: HookedModel,
     task: Task,
     sites: Sequence[Site],
-    columns: Sequence[Column | None],
+    columns: Sequence[GridPosition | None],
     batch: int = BATCH,
 ) -> Mapping[tuple[str, int], Features]:
-    """The mean row of each site over each column's positions, by site and the column's number: one pass.
+    """The mean activations of each site over each column's positions, by site and column index, from a single pass.
 
     Args:
         model: the model.
         task: the examples.
-        sites: which.
-        columns: positions; None is all of them, or all of the map.
-        batch: examples together.
+        sites: the sites.
+        columns: the positions; None means all positions, or the whole map.
+        batch: examples per batch.
     """
     sides = [task.examples, *([] if task.counterparts is None else [task.counterparts])]
     found = [_rows(model, side, sites, columns, batch) for side in sides]
@@ -57,7 +57,7 @@ def _rows(
     model: HookedModel,
     examples: Examples,
     sites: Sequence[Site],
-    columns: Sequence[Column | None],
+    columns: Sequence[GridPosition | None],
     batch: int,
 ) -> dict[tuple[str, int], np.ndarray]:
     kept: dict[tuple[str, int], list[Tensor]] = {
@@ -85,7 +85,7 @@ def _rows(
 def _mean(
     rows: Tensor, places: Sequence[int] | None, first: int, mask: Tensor | None, k: int
 ) -> Tensor:
-    """The mean of some of an example's rows; NaN if there is none."""
+    """The mean of some of an example's rows; NaN if there are none."""
     if places is None:
         return (rows if mask is None else rows[mask[k].to(rows.device)]).mean(0)
     if not places:

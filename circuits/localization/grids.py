@@ -1,4 +1,4 @@
-"""What a grid of replaced cells found: every cell on every example, and tables and matrices read from it."""
+"""Results of patch grids: the metric with every cell replaced on every example, and tables and matrices of it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from circuits.tables import Table, between
 from circuits.tasks.metrics import Metric
 
 PatchDirection = Literal["noising", "denoising"]
-"""`noising` puts parts of the corrupted run into the clean one, `denoising` restores parts of the clean run in the
-corrupted one."""
+"""`noising` patches parts of the corrupted run into the clean run; `denoising` restores parts of the clean run in the
+corrupted run."""
 
 Quantity = Literal["normalised", "change", "null"]
-"""A cell's change as a share of the way to the other run; in the metric's unit; or what another pair's does, as a share
-of that way."""
+"""A cell's change as a share of the gap between the two runs; in the metric's unit; or the change when the cell is
+patched from another pair, as a share of the gap."""
 
 _RESAMPLES = 40
-"""Changes of sign for each cell: twice as many as p = 0.05 needs after the correction."""
+"""Sign flips for each cell. Holm multiplies the smallest of n p-values by n, so p < 0.05 takes 20 n flips; twice
+that."""
 
 _NO_GAP = 1e-6
-"""Runs whose metrics differ by less than this share of their size leave nothing to normalise by."""
+"""If the metrics of the two runs differ by less than this share of their size, the gap is too small to divide by."""
 
 
 @runtime_checkable
 class GridCell(Protocol):
-    """What is replaced at once: some units of a site, or a path."""
+    """What is replaced at a time: some units of a site, or a path."""
 
     @property
     def row(self) -> str:
@@ -48,7 +49,7 @@ class GridCell(Protocol):
         ...
 
     def reaches(self, n: int) -> Bool[Tensor, " example"]:
-        """Which of a task's examples have it at all."""
+        """Which of a task's examples have this cell."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -58,19 +59,19 @@ class GridCell(Protocol):
 
 @dataclass(frozen=True)
 class CellEffect:
-    """What one cell does.
+    """The effect of patching one cell.
 
     Attributes:
-        cell: as it is written.
-        change: of the metric, the mean over examples.
-        low: lower end of its 95 % interval: bootstrap over examples, by cluster where they share a template instance.
-        high: its upper end.
-        normalised: the change as a share of the way from the run that is patched (0) to the other (1); NaN if these
-            do not differ.
-        null: the same with what takes the cell's place from another pair; NaN if it was not measured.
-        p_value: of a paired test that the own pair's does something else than another pair's, corrected for the number
-            of cells; NaN without a null.
-        n: how many examples have the cell.
+        cell: the cell in words.
+        change: the change of the metric, averaged over examples.
+        low: lower end of its 95 % interval: bootstrap over examples, by cluster if they share a template instance.
+        high: upper end of the interval.
+        normalised: the change as a share of the gap, from the patched run (0) to the other run (1); NaN if the two
+            runs do not differ.
+        null: the normalised change when the cell is patched from another pair; NaN if it was not measured.
+        p_value: a paired test of whether patching from the own pair differs from patching from another pair, corrected
+            for the number of cells; NaN without a null.
+        n: the number of examples that have the cell.
     """
 
     cell: str
@@ -88,10 +89,11 @@ class GridSide:
     """One direction of a grid: the metric on each example.
 
     Attributes:
-        base: of the run that is patched.
-        other: of the run that patches come from.
-        patched: with each cell replaced; NaN where an example has no such cell.
-        random: with each cell replaced from another pair's run, draw by draw; NaN where there is no other pair.
+        base: the metric of the run that is patched.
+        other: the metric of the run that patches come from.
+        patched: the metric with each cell replaced; NaN where an example has no such cell.
+        random: the metric with each cell replaced from another pair's run, for each draw; NaN where there is no other
+            pair.
     """
 
     base: Float[np.ndarray, " example"]
@@ -101,23 +103,24 @@ class GridSide:
 
     @property
     def gap(self) -> float:
-        """How far the two runs' means are apart."""
+        """The difference of the two runs' means."""
         return float((self.other - self.base).mean())
 
     @cached_property
     def changes(self) -> Float[np.ndarray, "cell example"]:
-        """What each cell changes on each example."""
+        """The change that each cell makes on each example."""
         return self.patched - self.base
 
     @cached_property
     def random_changes(self) -> Float[np.ndarray, "cell example"]:
-        """The mean of what each cell changes when it is replaced from another pair's run; NaN without a draw."""
+        """The change of each cell patched from another pair's run, averaged over draws; NaN without draws."""
         if not len(self.random):
             return np.full_like(self.patched, np.nan)
         return self.random.mean(0) - self.base
 
     def share(self, changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
-        """Mean changes as a share of the way to the other run, over the examples that have the cell."""
+        """Mean changes as a share of the gap between the runs, over the examples that have the cell."""
+        # A ratio of means, not a mean of ratios: single examples with a tiny gap would dominate the latter.
         known = ~np.isnan(changes)
         gap = (known * (self.other - self.base)).sum(1)
         size = (known * np.maximum(np.abs(self.base), np.abs(self.other))).sum(1)
@@ -127,17 +130,17 @@ class GridSide:
 
 @dataclass(frozen=True, eq=False)
 class PatchGrid:
-    """What replacing each cell of a grid does to a task's metric.
+    """The effect of replacing each cell of a grid on a task's metric.
 
     Attributes:
         metric: what was measured.
         by: what a cell is.
-        cells: in the order of the sides' rows.
-        sides: what was found, by direction.
-        clusters: a number for each example; those of one template instance share it.
-        replaced_by: what takes a cell's place.
+        cells: the cells, in the order of the sides' rows.
+        sides: the results, by direction.
+        clusters: a number for each example, shared by those of one template instance.
+        replaced_by: what replaces a cell.
         null_is: what the random draws are.
-        record: what it belongs to.
+        record: where the numbers come from.
     """
 
     metric: Metric
@@ -150,14 +153,16 @@ class PatchGrid:
     record: Record
 
     def side(self, direction: PatchDirection | None = None) -> GridSide:
-        """One direction; the only or the first one if none is named.
+        """The results in one direction; in the first one if none is named.
 
         Raises:
             KeyError: if it was not measured.
         """
         key = next(iter(self.sides)) if direction is None else direction
         if key not in self.sides:
-            raise KeyError(f"direction {key!r} was not measured: there is {', '.join(self.sides)}")
+            raise KeyError(
+                f"direction {key!r} was not measured: expected {' or '.join(self.sides)}"
+            )
         return self.sides[key]
 
     def effects(
@@ -176,7 +181,9 @@ class PatchGrid:
     def _intervals(
         self, changes: Float[np.ndarray, "cell example"]
     ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-        """Percentiles of means over the same resampled clusters."""
+        """Percentiles of the cells' means over the same bootstrap resamples of clusters."""
+        # Cells exist on different examples: both the sum of changes and the share of examples that have the cell are
+        # resampled, and their ratio is the mean over these examples.
         nan = np.full(len(changes), np.nan)
         if len(set(self.clusters)) < 2:
             return nan, nan
@@ -191,7 +198,6 @@ class PatchGrid:
     def _p_values(self, side: GridSide, correction: Correction) -> Float[np.ndarray, " cell"]:
         if not len(side.random):
             return np.full(len(self.cells), np.nan)
-        # enough for the smallest p to stay below 0.05 after the correction
         resamples = max(9999, _RESAMPLES * len(self.cells))
         found = paired_ps(
             side.changes - side.random_changes, self.clusters, seed=self.record.seed, resamples=resamples
@@ -281,6 +287,6 @@ class PatchGrid:
 
 
 def means(changes: Float[np.ndarray, "cell example"]) -> Float[np.ndarray, " cell"]:
-    """Of each cell over the examples that have it; NaN if none has."""
+    """The mean of each cell over the examples that have it; NaN if no example has it."""
     known = (~np.isnan(changes)).sum(1)
     return np.where(known > 0, np.nansum(changes, 1) / np.maximum(known, 1), np.nan)

@@ -1,8 +1,8 @@
-"""Which heads attend to the token before, to the same token, or to what came after it.
+"""Scores heads as previous-token, duplicate-token or induction heads, by what they attend to.
 
-Elhage et al. 2021; Olsson et al. 2022, "In-context Learning and Induction Heads". Texts are random tokens of which a
-pattern repeats, at another distance in each text, so that looking back a fixed number of places does not help. Where a
-head of each kind should look is TransformerLens' convention (`detect_head`).
+Elhage et al. 2021; Olsson et al. 2022, "In-context Learning and Induction Heads". Texts are random tokens in which a
+pattern repeats at a different distance in each text, so that a head which looks back a fixed number of positions does
+not score. Where a head of each kind should attend follows TransformerLens' convention (`detect_head`).
 """
 
 from __future__ import annotations
@@ -31,38 +31,39 @@ from circuits.tasks.task import of_examples
 from circuits.units import Site, Unit
 
 HeadKind = Literal["previous_token", "duplicate_token", "induction"]
-"""A head that attends to the token before; to earlier copies of the token; to the tokens behind these."""
+"""A head that attends to the previous token; to earlier copies of the current token; or to the tokens after those."""
 
 KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 CHANCE: Mapping[HeadKind, str] = {
     "previous_token": "another earlier token, drawn at random",
-    "duplicate_token": "the same places of the same tokens in random order",
-    "induction": "the same places of the same tokens in random order",
+    "duplicate_token": "the same positions with the tokens in random order",
+    "induction": "the same positions with the tokens in random order",
 }
-"""What a head's score is compared with."""
+"""What a head's score is compared with. In a shuffled text there is still a previous token, so that kind is compared
+with another key; the other kinds depend on which tokens stand where, which shuffling destroys."""
 
 LENGTH = 64
-"""Tokens of a text, if the model takes so many."""
+"""The default length of a text in tokens, if the model's context is long enough."""
 
 _RESAMPLES = 100
-"""So many changes of sign for each p-value that it is corrected for."""
+"""Sign flips for each p-value that is corrected for: Holm multiplies the smallest p-value by their number."""
 
 
 @dataclass(frozen=True)
 class HeadScore:
-    """How much a head is of a kind.
+    """How much a head behaves like a kind of head.
 
     Attributes:
-        head: a unit of an attention pattern.
+        head: the head, as a unit of its attention pattern.
         kind: previous token, duplicate token or induction.
-        score: the share of its attention that goes where such a head should look, from tokens that have such a place:
-            the mean over these, then over texts (the prefix matching score of Olsson et al., for induction).
+        score: the share of attention that goes where such a head should attend, averaged over the queries that have
+            such a key and then over texts (for induction, the prefix matching score of Olsson et al.).
         low: lower end of its 95 % interval: bootstrap over texts.
-        high: its upper end.
-        chance: the same share where it should not look: see `CHANCE`.
-        p_value: of a paired test over texts that score and chance are the same, corrected for all heads and kinds.
-        overall: the share of all attention, from tokens without such a place too (TransformerLens' score `mul`).
+        high: upper end of the interval.
+        chance: the same share for a control (see `CHANCE`).
+        p_value: a paired test over texts of whether score and chance differ, corrected for all heads and kinds.
+        overall: the share of all attention, queries without such a key included (TransformerLens' score `mul`).
     """
 
     head: Unit
@@ -76,21 +77,21 @@ class HeadScore:
 
     @property
     def is_one(self) -> bool:
-        """Whether it attends there more than by chance (p below 0.05)."""
+        """Whether the head is of this kind: it attends there more than chance (p below 0.05)."""
         return self.score > self.chance and self.p_value < 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """Scores of all heads.
+    """The scores of all heads.
 
     Attributes:
-        heads: layer by layer, as units of attention patterns.
-        kinds: what they were scored for.
-        scores: kind x head x text.
-        chance: likewise.
-        overall: kind x head.
-        record: what they belong to.
+        heads: the heads layer by layer, as units of their attention patterns.
+        kinds: the kinds that they were scored for.
+        scores: the scores, kind x head x text.
+        chance: the controls' scores, kind x head x text.
+        overall: the share of all attention, kind x head.
+        record: where the numbers come from.
     """
 
     heads: tuple[Unit, ...]
@@ -128,7 +129,7 @@ class HeadScores:
             KeyError: if heads were not scored for it.
         """
         if kind not in self.kinds:
-            raise KeyError(f"kind {kind!r}: there are {', '.join(self.kinds)}")
+            raise KeyError(f"kind {kind!r}: expected one of {', '.join(self.kinds)}")
         return tuple(s for s in self.found if s.kind == kind)
 
     def matrix(self, kind: HeadKind) -> Float[np.ndarray, "layer head"]:
@@ -183,17 +184,17 @@ def score_heads(
     """Score every head of a model for some kinds.
 
     Args:
-        model: a model of tokens that shows its attention patterns.
-        kinds: what for.
-        n: how many texts of random repeated tokens.
-        length: of each, in tokens; 64, or as many as the model takes, if None.
-        examples: other texts, in place of random ones.
-        batch: texts together.
-        seed: of texts, of what is compared with, of intervals and p-values.
-        progress: called with the texts that are done, and all there are.
+        model: a token model that exposes its attention patterns.
+        kinds: the kinds of heads.
+        n: the number of random texts.
+        length: their length in tokens; 64, or the model's context if that is shorter, if None.
+        examples: texts to use instead of random ones.
+        batch: texts per batch.
+        seed: seed of texts, controls, intervals and p-values.
+        progress: called with the number of texts done and the total.
 
     Raises:
-        ValueError: if the model takes images or shows no attention patterns, a kind is unknown, there are fewer than
+        ValueError: if the model takes images or exposes no attention patterns, a kind is unknown, there are fewer than
             two texts, or they are too long for the model or too short to repeat anything.
     """
     unknown = [k for k in kinds if k not in KINDS]
@@ -202,9 +203,8 @@ def score_heads(
     sites, spec = _patterns(model)
     texts = examples
     if texts is None:
-        texts = Examples.given(
-            model, repeated_tokens(spec, n, length, seed), data="random repeated tokens"
-        )
+        drawn = repeated_tokens(spec, n, length, seed)
+        texts = Examples.given(model, drawn, data="random repeated tokens")
     if len(texts) < 2:
         raise ValueError(f"n {len(texts)} must be at least 2: scores are compared text by text")
     heads = tuple(site.unit(i) for site in sites for i in range(site.n_units))
@@ -220,30 +220,38 @@ def score_heads(
         total += (own * real[:, None, :, None]).sum((0, 2, 3)).numpy()
         for k, kind in enumerate(kinds):
             places = detection_pattern(kind, part.inputs.cpu(), real)
-            elsewhere = _elsewhere(places, real, generator)
-            if kind == "previous_token":  # queries that could look elsewhere
-                places = places & elsewhere.any(2, keepdim=True)
-            scores[k][:, which] = _share(own, places).T.numpy()
-            on[k] += (own * places[:, None]).sum((0, 2, 3)).numpy()
+            elsewhere = _random_other_key(places, real, generator)
             if kind == "previous_token":
-                chance[k][:, which] = _share(own, elsewhere).T.numpy()
+                # Only queries that could attend to another earlier key count. The control is that other key in the
+                # same text; for the other kinds it is the same keys in the shuffled text.
+                places = places & elsewhere.any(2, keepdim=True)
+                control = _attention_share(own, elsewhere)
             else:
-                chance[k][:, which] = _share(mixed, places).T.numpy()
+                control = _attention_share(mixed, places)
+            scores[k][:, which] = _attention_share(own, places).T.numpy()
+            chance[k][:, which] = control.T.numpy()
+            on[k] += (own * places[:, None]).sum((0, 2, 3)).numpy()
         if progress is not None:
             progress(int(np.isfinite(scores[0, 0]).sum()), len(texts))
-    bad = np.isnan(scores).any((1, 2))
-    if bad.any():
-        kind = kinds[int(bad.argmax())]
-        raise ValueError(f"texts: one of them has no place where a head of kind {kind} could look")
+    _check_scored(scores, kinds)
     return HeadScores(
         heads, tuple(kinds), scores, np.nan_to_num(chance), on / total, Record.of(model, of_examples(texts), seed)
     )  # fmt: skip
 
 
+def _check_scored(scores: Float[np.ndarray, "kind head text"], kinds: Sequence[HeadKind]) -> None:
+    bad = np.isnan(scores).any((1, 2))
+    if bad.any():
+        kind = kinds[int(bad.argmax())]
+        raise ValueError(
+            f"texts: one of them has no position where a head of kind {kind} could attend, expected one in each"
+        )
+
+
 def repeated_tokens(
     spec: TokenInput, n: int, length: int | None = None, seed: int = 0
 ) -> Int[Tensor, "text position"]:
-    """Random tokens of which a pattern repeats, at another distance in each text; the starting token in front.
+    """Random tokens in which a pattern repeats, at a different distance in each text, after the starting token.
 
     Raises:
         ValueError: if the length is more than the model takes, or too short for a pattern and its repeat.
@@ -251,7 +259,7 @@ def repeated_tokens(
     size = min(LENGTH, spec.n_ctx) if length is None else length
     if not 6 <= size <= spec.n_ctx:
         raise ValueError(
-            f"length {size}: expected 6, to repeat anything, to {spec.n_ctx}, the model's context"
+            f"length {size}: expected 6 (the shortest that repeats anything) to {spec.n_ctx} (the model's context)"
         )
     longest = (size - 3) // 2
     generator = torch.Generator().manual_seed(seed)
@@ -260,7 +268,9 @@ def repeated_tokens(
     if spec.bos is None:
         tokens[:, 0] = torch.randint(spec.n_vocab, (n,), generator=generator)
         return tokens
-    tokens[tokens == spec.bos] = 0 if spec.bos else 1  # it stands nowhere but in front
+    tokens[tokens == spec.bos] = (
+        0 if spec.bos else 1
+    )  # the starting token must occur only at the start
     tokens[:, 0] = spec.bos
     return tokens
 
@@ -268,12 +278,12 @@ def repeated_tokens(
 def detection_pattern(
     kind: HeadKind, tokens: Int[Tensor, "text position"], real: Bool[Tensor, "text position"]
 ) -> Bool[Tensor, "text query key"]:
-    """Where a head of a kind should look, as TransformerLens has it.
+    """Where a head of a kind should attend, by TransformerLens' convention.
 
     Args:
-        kind: which.
+        kind: the kind of head.
         tokens: the texts.
-        real: where tokens are, and nothing was filled up.
+        real: True at tokens, False at padding.
 
     >>> tokens = torch.tensor([[7, 8, 9, 7]])
     >>> detection_pattern("induction", tokens, tokens > 0)[0].nonzero().tolist()
@@ -286,9 +296,11 @@ def detection_pattern(
     same = ((tokens[:, :, None] == tokens[:, None, :]) & both).tril(-1)
     if kind == "duplicate_token":
         return same
-    behind = same.roll(1, 2)
-    behind[:, :, 0] = False
-    return behind.tril() & both
+    # Induction: query q attends to key k if the token at k - 1 equals the one at q. Shifting the duplicates' keys by
+    # one does that; the roll brings the last key round to key 0, where nothing precedes it.
+    after = same.roll(1, 2)
+    after[:, :, 0] = False
+    return after.tril() & both
 
 
 def shuffled(
@@ -296,7 +308,7 @@ def shuffled(
     real: Bool[Tensor, "text position"],
     generator: torch.Generator,
 ) -> Int[Tensor, "text position"]:
-    """The tokens of each text in random order; its first one, where a sink may be, stays."""
+    """The tokens of each text in random order; the first one stays, since it may be an attention sink."""
     made = tokens.clone()
     for row, own in zip(made, real, strict=True):
         at = own.nonzero()[1:, 0]
@@ -307,7 +319,7 @@ def shuffled(
 def _patterns(model: HookedModel) -> tuple[list[Site], TokenInput]:
     if not isinstance(model.input, TokenInput):
         raise ValueError(
-            f"model {model.name} takes images: heads are told apart by what they do with tokens"
+            f"model {model.name} takes images: heads are scored by what they attend to among tokens"
         )
     try:
         return select_sites(model, "pattern"), model.input
@@ -322,21 +334,23 @@ def _attention(
     return torch.cat([site.by_unit(cache[site]).double().cpu() for site in sites], 1)
 
 
-def _share(
+def _attention_share(
     attention: Float[Tensor, "text head query key"], places: Bool[Tensor, "text query key"]
 ) -> Float[Tensor, "text head"]:
-    """The attention that goes to places, the mean over the queries that have one."""
+    """The attention that goes to certain keys, averaged over the queries that have such a key."""
     queries = places.any(2)
     on = (attention * places[:, None]).sum(3)
     return (on * queries[:, None]).sum(2) / queries.sum(1, keepdim=True)
 
 
-def _elsewhere(
+def _random_other_key(
     places: Bool[Tensor, "text query key"],
     real: Bool[Tensor, "text position"],
     generator: torch.Generator,
 ) -> Bool[Tensor, "text query key"]:
-    """For each query another earlier key, drawn at random; none where there is none."""
+    """For each query another earlier key, drawn at random; none if there is no other."""
+    # Random numbers times the mask: the largest is a uniform draw among the free keys. Where none is free argmax gives
+    # key 0, which `& free` removes again.
     free = (real[:, :, None] & real[:, None, :]).tril(-1) & ~places
     drawn = (torch.rand(free.shape, generator=generator) * free).argmax(2, keepdim=True)
     return torch.zeros_like(free).scatter(2, drawn, True) & free

@@ -1,8 +1,9 @@
-"""The logit lens: what a transformer would answer if it stopped at each depth.
+"""The logit lens: what a transformer would predict if it stopped at each depth.
 
-nostalgebraist 2020, "interpreting GPT: the logit lens". The residual stream at a depth takes the place of the last one,
-and the model's own final normalisation and unembedding do the rest. With the normalisation held as it is at the end,
-what a layer adds to a logit is what it adds to the stream (the accumulated residual; Elhage et al. 2021).
+nostalgebraist 2020, "interpreting GPT: the logit lens". The residual stream at a depth replaces the final one, and the
+model's own final normalisation and unembedding do the rest. If the normalisation's scale is held at that of the final
+stream, logits are linear in the stream, and what a layer adds to a logit is what it adds to the stream (the accumulated
+residual; Elhage et al. 2021).
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from circuits.tasks.task import Task
 from circuits.units import Site
 
 Norm = Literal["own", "held"]
-"""The final normalisation: computed for each depth's stream, or held as it is for the last one."""
+"""The final normalisation: recomputed for each depth's stream (`own`), or with the final stream's scale (`held`)."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """What the stream at one depth answers.
+    """What the residual stream at one depth predicts.
 
     Attributes:
-        site: where the stream was taken.
-        value: of the metric, the mean over examples.
+        site: the site of the stream.
+        value: the metric, averaged over examples.
         low: lower end of its 95 % interval: bootstrap over examples, by cluster.
-        high: its upper end.
+        high: upper end of the interval.
         null: the mean of the metric with the stream of another example, drawn at random; NaN if there is none.
     """
 
@@ -62,13 +63,13 @@ class Lens:
 
     Attributes:
         metric: what was measured.
-        norm: how the final normalisation was taken.
-        sites: the depths, in order; the last is what the model itself reads.
-        values: of the metric.
-        random: with the stream of another example; NaN where there is none.
-        intact: of the model as it is.
-        clusters: a number for each example; those of one template instance share it.
-        record: what it belongs to.
+        norm: how the final normalisation was computed.
+        sites: the depths, in order; the last is the stream that the model itself reads out.
+        values: the metric at each depth.
+        random: the metric with the stream of another example; NaN where there is none.
+        intact: the metric of the model itself.
+        clusters: a number for each example, shared by those of one template instance.
+        record: where the numbers come from.
     """
 
     metric: Metric
@@ -82,7 +83,7 @@ class Lens:
 
     @property
     def depths(self) -> tuple[Depth, ...]:
-        """Means over examples with intervals."""
+        """The mean over examples at each depth, with its interval."""
         found = []
         for site, values, random in zip(self.sites, self.values, self.random, strict=True):
             ends = interval(values, clusters=self.clusters, seed=self.record.seed)
@@ -112,11 +113,11 @@ class LensTokens:
     """The first choice at each depth and position of a text.
 
     Attributes:
-        tokens: the text.
+        tokens: the text's tokens.
         sites: the depths, in order.
         first: the most probable next token.
-        probability: of it.
-        words: how it is written.
+        probability: its probability.
+        words: the token as text.
     """
 
     tokens: tuple[str, ...]
@@ -154,23 +155,22 @@ def logit_lens(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Lens:
-    """A task's metric if the model stopped at each depth, where the task counts.
+    """A task's metric if the model stopped at each depth, at the positions that the task counts.
 
     Args:
         model: a TransformerLens bridge.
         task: what is measured on.
-        norm: the final normalisation of each depth's own stream, or held as it is at the end.
-        middle: also between attention and MLP of each layer.
+        norm: whether the final normalisation is recomputed for each depth's stream or keeps the final stream's scale.
+        middle: also measure between attention and MLP of each layer.
         metric: what is measured; the task's own if None.
-        null: also with the stream of another example of the same length.
-        batch: examples together.
-        seed: of the other examples and of intervals.
-        progress: called with what is done and all there is, in examples times runs.
+        null: also measure with the stream of another example of the same length.
+        batch: examples per batch.
+        seed: seed of the other examples and of intervals.
+        progress: called with the work done and the total, in examples times runs.
 
     Raises:
         KeyError: if there is no such metric.
-        ValueError: if the model is not a TransformerLens bridge, or the metric needs what the task has not, or
-            reads inside the model.
+        ValueError: if the model is not a bridge, or the metric does not fit the task or reads a site inside the model.
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm {norm!r} is not one of {', '.join(get_args(Norm))}")
@@ -179,12 +179,12 @@ def logit_lens(
     far = [s for s in asked.metric.sites() if model.site(s) != output_site(model)]
     if far:
         raise ValueError(
-            f"metric {asked.metric.name} reads {far[0]}: the lens changes the output alone"
+            f"metric {asked.metric.name} reads {far[0]}: the lens changes only the output, so expected a metric of it"
         )
     others = OtherPairs(model, asked, asked.examples, depths, 1 if null else 0, seed)
-    variants = [_stopped(model, site, depths[-1], norm, None) for site in depths]
+    variants = [_stopped_at(model, site, depths[-1], norm, None) for site in depths]
     if null:
-        variants += [_stopped(model, site, depths[-1], norm, others) for site in depths]
+        variants += [_stopped_at(model, site, depths[-1], norm, others) for site in depths]
     outcomes = run(
         model, variants, asked, measures=[asked.metric], batch=batch, seed=seed, progress=progress
     )
@@ -210,7 +210,7 @@ def lens_tokens(
         middle: as in `logit_lens`.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge, or does not take the text.
+        ValueError: if the model is not a bridge, or cannot take the text.
     """
     depths, spec = lens_sites(model, middle), model.input
     assert isinstance(spec, TokenInput), "a bridge takes tokens"
@@ -220,7 +220,7 @@ def lens_tokens(
     end, last = output_site(model), depths[-1]
     found = []
     for site in depths:
-        edits = _edits(model, streams[site.name], streams[last.name], last, norm)
+        edits = _lens_edits(model, streams[site.name], streams[last.name], last, norm)
         found.append(end.rows(model.run(tokens, read=[end], edits=edits)[end]))
     best = torch.cat(found).double().softmax(-1).max(-1)
     words = tuple(tuple(spec.word(t) for t in row) for row in best.indices.tolist())
@@ -231,18 +231,18 @@ def lens_tokens(
 
 
 def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
-    """The residual stream at each depth of a transformer: before each layer, and behind the last.
+    """The residual stream at each depth of a transformer: before each layer, and after the last one.
 
     Args:
         model: a TransformerLens bridge.
         middle: also between attention and MLP.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge, or lacks a site of the stream.
+        ValueError: if the model is not a bridge, or lacks a site of the stream.
     """
     if not is_bridge(model.module):
         raise ValueError(
-            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to stop at"
+            f"model {model.name} has no residual stream to stop at: expected a TransformerLens bridge"
         )
     n: int = model.module.cfg.n_layers  # type: ignore[union-attr, assignment]
     names = [f"blocks.{i}.hook_resid_{part}" for i in range(n) for part in ("pre", "mid")]
@@ -252,41 +252,43 @@ def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
     missing = next((name for name in kept if name not in known), None)
     if missing is not None:
         raise ValueError(
-            f"model {model.name} does not show its residual stream: there is no {missing}"
+            f"model {model.name} does not expose its residual stream: site {missing} is missing"
         )
     return [model.site(name) for name in kept]
 
 
-def _stopped(
+def _stopped_at(
     model: HookedModel, site: Site, last: Site, norm: Norm, others: OtherPairs | None
 ) -> Variant:
-    """The model with the stream at a depth in the last one's place, its own or another example's."""
+    """The model with the final stream replaced by that of a depth, the example's own or another example's."""
 
     def live(context: Context) -> Mapping[str, Change]:
         assert context.batch is not None, "called in an experiment"
         source = context.intact if others is None else others.tensors(0, context.batch)
-        return _edits(model, source[site.name], source[last.name], last, norm)
+        return _lens_edits(model, source[site.name], source[last.name], last, norm)
 
     name = site.name + ("" if others is None else ", of another example")
-    sites = (last.name,) if norm == "own" else (_normed(model, last).name,)
+    sites = (last.name,) if norm == "own" else (_normalised_site(model, last).name,)
     return Variant(name, live=live, sites=sites, reads=(site.name, last.name))
 
 
-def _edits(
+def _lens_edits(
     model: HookedModel, stream: Tensor, end: Tensor, last: Site, norm: Norm
 ) -> dict[str, Change]:
     if norm == "own":
         return {last.name: lambda value: stream}
+    # Held: y = (x - mean(x)) * factor + bias with the factor (gain over the standard deviation) of the final stream,
+    # put in after the normalisation. In float64, so that differences between depths add up.
     bridge: Any = model.module
     with model.lock:
         factor, bias, centred = frozen_normalisation(bridge.ln_final, end.double().flatten(0, 1))
     inner = stream.double().flatten(0, 1)
     inner = inner - inner.mean(1, keepdim=True) if centred else inner
     made = (inner * factor + bias).reshape(stream.shape).to(stream)
-    return {_normed(model, last).name: lambda value: made}
+    return {_normalised_site(model, last).name: lambda value: made}
 
 
-def _normed(model: HookedModel, last: Site) -> Site:
-    """Where what the final normalisation puts out is; the stream itself where there is none."""
+def _normalised_site(model: HookedModel, last: Site) -> Site:
+    """The site of the final normalisation's output; the stream itself if the model has no final normalisation."""
     known = {name: s for s in model.sites for name in (s.name, *s.aliases)}
     return known.get("unembed.hook_in") or known.get("ln_final.hook_out") or last

@@ -1,4 +1,4 @@
-"""Other pairs' runs: what takes a cell's place where it is to say nothing about the pair itself."""
+"""Runs of other pairs: patches from these carry no information about the pair itself, which makes them a null."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from circuits.units import Site
 
 
 class OtherPairs:
-    """Runs of other examples in the place of each example's own, drawn at random.
+    """For each example the run of another example, drawn at random.
 
-    Another example has as many tokens (the same size, of images) and belongs to another template instance. It depends
-    on the seed and on the task, not on how examples are batched.
+    The other example has equally many tokens and belongs to another template instance. Which one it is depends on the
+    seed and on the task, not on the batches.
 
     Args:
         model: the model.
         task: the task.
-        source: its examples or its counterparts: whose runs are wanted.
-        sites: whose tensors are read.
-        n: how many draws.
-        seed: of the draws.
+        source: the task's examples or its counterparts, whose runs are taken.
+        sites: the sites to read.
+        n: the number of draws.
+        seed: seed of the draws.
 
     Attributes:
-        partners: the other example of each, draw by draw; -1 where there is none.
+        partners: for each draw the other example of each example; -1 where there is none.
     """
 
     def __init__(
@@ -43,15 +43,17 @@ class OtherPairs:
         seed: int,
     ) -> None:
         self.model, self.task, self.source, self.sites = model, task, source, sites
-        self.partners = [_drawn(task, source, np.random.default_rng([seed, k])) for k in range(n)]
+        self.partners = [
+            _drawn_partners(task, source, np.random.default_rng([seed, k])) for k in range(n)
+        ]
         self._held: dict[int, tuple[TaskBatch, Mapping[str, Tensor]]] = {}
 
     def there(self, draw: int) -> np.ndarray:
-        """Which examples have another one."""
+        """Which examples have a partner in a draw."""
         return np.array([partner >= 0 for partner in self.partners[draw]])
 
     def tensors(self, draw: int, part: TaskBatch) -> Mapping[str, Tensor]:
-        """The sites' tensors of a batch's other examples, in the places of its own; run once a batch."""
+        """The sites' tensors on the partners of a batch's examples, row by row; each batch is run once."""
         held = self._held.get(draw)
         if held is None or held[0] is not part:
             inputs = self._inputs(draw, part)
@@ -62,7 +64,8 @@ class OtherPairs:
         return held[1]
 
     def _inputs(self, draw: int, part: TaskBatch) -> Tensor:
-        """A batch's inputs with the other examples' in their places; examples without another keep their own."""
+        """The inputs of the partners of a batch's examples; examples without a partner keep their own."""
+        # The batch's own padding is kept, so that every position of the partner is at the example's own position.
         partners = [self.partners[draw][k] for k in part.which]
         chosen = [k if p < 0 else p for k, p in zip(part.which, partners, strict=True)]
         if not isinstance(self.model.input, TokenInput):
@@ -70,13 +73,15 @@ class OtherPairs:
         made = part.inputs.clone()
         first = [0] * len(made) if part.mask is None else part.mask.int().argmax(1).tolist()
         for row, example in enumerate(part.rows.tolist()):
-            n = length_of(self.task, part.which[example])  # what follows is an answer, which stays
+            n = length_of(
+                self.task, part.which[example]
+            )  # tokens after the prompt are a fed answer and stay
             text = self.source.load(chosen[example])[:n]
             made[row, first[row] : first[row] + len(text)] = text.to(made.device)
         return made
 
 
-def _drawn(task: Task, source: Examples, generator: np.random.Generator) -> list[int]:
+def _drawn_partners(task: Task, source: Examples, generator: np.random.Generator) -> list[int]:
     tokens = isinstance(task.model.input, TokenInput)
     keys = [length_of(task, i) if tokens else 0 for i in range(len(source))]
     groups: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
-"""Activation patching over a grid: each cell in turn takes what it is in the other run of its pair.
+"""Activation patching over a grid: each cell in turn is replaced by its activation in the other run of its pair.
 
 Meng et al. 2022 (causal tracing); Zhang and Nanda 2024, "Towards Best Practices of Activation Patching", on the two
-directions and on metrics. Many cells share a pass, which begins at the first site that differs.
+directions and on metrics. Many cells share a pass, which starts at the first site that differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OTHER = "the other run"
 """The name of the variant whose whole output comes from the other run."""
 
 Make = Callable[[PatchDirection, Any, int], Variant]
-"""The model with a cell replaced in one direction: as asked (0), or by a random draw (1, 2, …)."""
+"""Makes the model with a cell replaced in one direction: from the other run (0), or by a random draw (1, 2, …)."""
 
 
 def patch_grid(
@@ -53,32 +53,30 @@ def patch_grid(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PatchGrid:
-    """Replace each cell of a grid, by itself, with what it is in the other run of its pair, and measure.
+    """Replace each cell of a grid, one at a time, by its activation in the other run of its pair, and measure.
 
     Metrics that compare with the intact model, such as the KL divergence, compare with the run that is patched.
 
     Args:
         model: the model.
-        task: with counterparts.
-        sites: names, patterns (`blocks.*.hook_mlp_out`) or the ends of hook points' names (`resid_pre`, `z`). If None:
-            by position the residual stream before each layer, by head heads' outputs, by site the outputs of attention
-            layers and MLPs.
+        task: a task with counterparts.
+        sites: names, patterns (`blocks.*.hook_mlp_out`) or ends of hook names (`resid_pre`, `z`). By default the
+            residual stream before each layer (by position), heads' outputs (by head), or the outputs of attention
+            layers and MLPs (by site).
         by: what a cell is.
-        positions: where cells are, by position: whole numbers (negative from the end), names of the task's spans, or
-            `spans`; all positions if None.
+        positions: whole numbers (negative from the end), names of the task's spans, or `spans`; all if None.
         direction: `noising`, `denoising` or `both`.
         metric: what is measured; the task's own if None.
-        n_random: how often each cell is also taken from another pair's run, drawn at random, which shows what it does
-            whatever the pair. 0 for never.
-        batch: examples together.
-        memory: bytes that one pass may take, roughly.
-        seed: of the random pairs, of intervals and p-values.
-        progress: called with what is done and all there is, in examples times runs.
+        n_random: how many times each cell is also patched from another pair's run, drawn at random: the null.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: seed of the random pairs, of intervals and p-values.
+        progress: called with the work done and the total, in examples times runs.
 
     Raises:
         KeyError: if there is no such site or metric.
-        ValueError: if the task has no counterparts, a position is past the end of every text, a site has no heads or
-            positions, the metric needs what the task does not have or is not a number, or a number is out of range.
+        ValueError: if the task has no counterparts, a position is outside every text, a site has no heads or positions,
+            the metric does not fit the task or is not finite, or a number is out of range.
     """
     if task.counterparts is None:
         raise ValueError(f"task {task.name} has no counterparts: there is nothing to patch from")
@@ -95,7 +93,7 @@ def patch_grid(
 
     def make(way: PatchDirection, cell: Cell, draw: int) -> Variant:
         own = others[way] if draw else None
-        live = _FromOtherRun(places[cell.site], cell, own, draw)
+        live = _PatchedCell(places[cell.site], cell, own, draw)
         return Variant("", live=live, sites=(cell.site,), reads=(cell.site,))
 
     plan = GridPlan(
@@ -108,8 +106,8 @@ def patch_grid(
 
 
 @dataclass(frozen=True, eq=False)
-class _FromOtherRun:
-    """A cell takes what it is in the other run of its pair, or in that of another pair."""
+class _PatchedCell:
+    """Replaces a cell by its activation in the other run of its pair, or in that of another pair."""
 
     site: Site
     cell: Cell
@@ -133,16 +131,16 @@ class _FromOtherRun:
 
 @dataclass(frozen=True, eq=False)
 class GridPlan:
-    """What is to be measured for each cell of a grid.
+    """What to measure for each cell of a grid.
 
     Attributes:
-        task: with counterparts and the metric.
+        task: the task, with counterparts and the metric.
         by: what a cell is.
-        cells: all of them.
-        make: the model with a cell replaced.
-        n_random: how many random draws of each there are.
+        cells: all cells.
+        make: makes the model with a cell replaced.
+        n_random: the number of random draws for each cell.
         there: which examples have a random draw, by direction and draw.
-        replaced_by: what takes a cell's place, for titles.
+        replaced_by: what replaces a cell, for titles.
         null_is: what the random draws are.
     """
 
@@ -169,7 +167,7 @@ def measured_grid(
     """Run a plan in one direction or both.
 
     Raises:
-        ValueError: if the direction is unknown, or the metric is not a number somewhere.
+        ValueError: if the direction is unknown, or the metric is not finite somewhere.
     """
     if direction not in get_args(Directions):
         raise ValueError(f"direction {direction!r} is not one of {', '.join(get_args(Directions))}")
@@ -178,7 +176,7 @@ def measured_grid(
     )
     sides: dict[PatchDirection, GridSide] = {}
     for i, way in enumerate(ways):
-        variants = [_whole(model, plan.task.metric)]
+        variants = [_other_run(model, plan.task.metric)]
         for draw in range(plan.n_random + 1):
             variants += [
                 replace(
@@ -198,8 +196,9 @@ def measured_grid(
     )  # fmt: skip
 
 
-def _whole(model: HookedModel, metric: Metric) -> Variant:
-    """The other run: all that the metric reads comes from there."""
+def _other_run(model: HookedModel, metric: Metric) -> Variant:
+    """The other run: everything that the metric reads is taken from there."""
+    # Measured as a variant, so that the other run's metric is computed in the same way, against the same intact run.
     read = tuple(dict.fromkeys([output_site(model).name, *metric.sites()]))
 
     def live(context: Context) -> Mapping[str, Change]:
@@ -213,7 +212,7 @@ def _constant(tensor: Tensor) -> Change:
 
 
 def _part(progress: Progress | None, i: int, n: int) -> Progress | None:
-    """Progress of one of several runs of the same length."""
+    """Reports the progress of the i-th of n runs of the same length."""
     if progress is None:
         return None
     return lambda done, total: progress(i * total + done, n * total)

@@ -1,7 +1,7 @@
-"""Path patching on tasks: which paths of a transformer carry a behaviour, and by which ways a head acts.
+"""Path patching on tasks: which paths of a transformer carry a behaviour, and heads' direct and indirect effects.
 
 Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"; Wang et al. 2022, "Interpretability in the
-Wild", appendix B. `experiments.patching` says what patching a path is.
+Wild", appendix B. `experiments.patching` defines what it means to patch a path.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PathCell:
         return f"{self.sender} -> {self.receiver}{held}"
 
     def reaches(self, n: int) -> Bool[Tensor, " example"]:
-        """Every example has it."""
+        """Every example has every path."""
         return torch.ones(n, dtype=torch.bool)
 
     def describe(self) -> dict[str, Any]:
@@ -94,22 +94,22 @@ def path_grid(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PatchGrid:
-    """Patch each path, by itself, from the other run of its pair, and measure a task.
+    """Patch each path, one at a time, from the other run of its pair, and measure a task.
 
     Args:
         model: a TransformerLens bridge.
-        task: with counterparts.
+        task: a task with counterparts.
         paths: pairs of a sender (`token`, `position`, `0.3`, `mlp:0`) and a receiver (`1.0.q`, `mlp:1`, `logits`);
             every direct path if None.
         direction: `noising`, `denoising` or `both`.
         through_mlps: MLPs between sender and receiver recompute, heads do not (Wang et al. 2022). Otherwise a path
-            leads through the residual stream alone.
+            leads through the residual stream only.
         metric: as in `patch_grid`.
         n_random: as in `patch_grid`.
-        batch: examples together.
-        memory: bytes that one pass may take, roughly.
-        seed: of the random pairs, of intervals and p-values.
-        progress: called with what is done and all there is, in examples times runs.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: seed of the random pairs, of intervals and p-values.
+        progress: called with the work done and the total, in examples times runs.
 
     Returns:
         A grid of senders (rows) and receivers (columns).
@@ -124,15 +124,15 @@ def path_grid(
         check_mlps(stream)
     chosen = stream.paths() if paths is None else [stream.path(path) for path in paths]
     if not chosen:
-        raise ValueError("paths name none: expected at least one pair of a sender and a receiver")
+        raise ValueError("paths are empty: expected at least one pair of a sender and a receiver")
     cells = tuple(PathCell(s, r, Options(through_mlps)) for s, r in dict.fromkeys(chosen))
     asked = task if metric is None else task.with_metric(as_metric(metric))
-    return _measured(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
+    return _measured_paths(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
 
 
 @dataclass(frozen=True, eq=False)
-class _Carried:
-    """A path carries what it does in the other run of a pair, or in that of another pair."""
+class _PatchedPath:
+    """Patches a path from the other run of its pair, or from that of another pair."""
 
     stream: Stream
     cell: PathCell
@@ -147,7 +147,7 @@ class _Carried:
         return changes_of(self.stream, [frozenset({self.cell.path})], source, self.cell.options)
 
 
-def _measured(
+def _measured_paths(
     stream: Stream,
     task: Task,
     cells: Sequence[PathCell],
@@ -170,7 +170,7 @@ def _measured(
     }
 
     def make(way: PatchDirection, cell: PathCell, draw: int) -> Variant:
-        live = _Carried(stream, cell, others[way] if draw else None, draw)
+        live = _PatchedPath(stream, cell, others[way] if draw else None, draw)
         changed = changes_of(stream, [frozenset({cell.path})], {}, cell.options)
         return Variant(
             "", live=live, sites=tuple(changed), reads=tuple(stream.sender_sites({cell.sender}))
@@ -190,15 +190,15 @@ def _measured(
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """What replacing a head's output does to a metric, the mean over examples, and by which ways.
+    """The effect of replacing a head's output on a metric, averaged over examples.
 
     Attributes:
-        head: written `layer.head`.
-        total: everything behind the head recomputes.
-        direct: only the logits read the change, behind the last normalisation, recomputed.
-        indirect: total less direct: what other heads and MLPs make of the change.
+        head: the head, written `layer.head`.
+        total: the effect when everything downstream of the head recomputes.
+        direct: the effect when only the logits read the change, through the recomputed final normalisation.
+        indirect: total minus direct: what other heads and MLPs make of the change.
         self_repair: see `HeadEffects.self_repair`.
-        null: the total effect of what the head puts out in another pair's run; NaN if it was not measured.
+        null: the total effect of the head's output from another pair's run; NaN if it was not measured.
     """
 
     head: str
@@ -211,14 +211,14 @@ class HeadEffect:
 
 @dataclass(frozen=True, eq=False)
 class HeadEffects:
-    """What replacing heads' outputs does to a metric, head x example, and by which ways.
+    """The effects of replacing heads' outputs on a metric, head x example.
 
-    Each is the metric with a head replaced less the metric without.
+    Each is the metric with a head replaced minus the metric without.
 
     Attributes:
-        heads: written `layer.head`.
-        grid: of the paths that were patched: each head into all that reads it, into the logits, and into the logits
-            with the last normalisation held.
+        heads: the heads, written `layer.head`.
+        grid: the grid of patched paths: each head into everything that reads it, into the logits, and into the logits
+            with the final normalisation held.
     """
 
     heads: tuple[str, ...]
@@ -230,37 +230,38 @@ class HeadEffects:
 
     @property
     def total(self) -> Float[np.ndarray, "head example"]:
-        """Everything behind the head recomputes."""
+        """The effect when everything downstream of the head recomputes."""
         return self._part(0)
 
     @property
     def direct(self) -> Float[np.ndarray, "head example"]:
-        """Only the logits read the change, behind the last normalisation, recomputed."""
+        """The effect when only the logits read the change, through the recomputed final normalisation."""
         return self._part(1)
 
     @property
     def direct_held(self) -> Float[np.ndarray, "head example"]:
-        """The same with the last normalisation held at its scale, as direct logit attribution has it."""
+        """The direct effect with the final normalisation's scale held, as in direct logit attribution."""
         return self._part(2)
 
     @property
     def indirect(self) -> Float[np.ndarray, "head example"]:
-        """Total less direct: what other heads and MLPs make of the change."""
+        """Total minus direct: what other heads and MLPs make of the change."""
         return self.total - self.direct
 
     @property
     def self_repair(self) -> Float[np.ndarray, "head example"]:
-        """Total less what the head's own direct effect predicts, the last normalisation held.
+        """Total minus the head's direct effect with the final normalisation held.
 
-        Of the opposite sign as `direct_held` where the rest of the model makes up for the head (McGrath et al. 2023,
-        "The Hydra Effect"; Rushing and Nanda 2024, "Explorations of Self-Repair", who count the last
-        normalisation's part as repair too).
+        Its sign is opposite to that of `direct_held` if the rest of the model compensates for the head (McGrath et al.
+        2023, "The Hydra Effect"; Rushing and Nanda 2024, "Explorations of Self-Repair", who also count what the final
+        normalisation compensates).
         """
         return self.total - self.direct_held
 
     @property
     def repaired_by_norm(self) -> Float[np.ndarray, "head example"]:
-        """The part of `self_repair` that the last normalisation's new scale makes up; `indirect` is the rest."""
+        """The part of `self_repair` that is due to the final normalisation's new scale; `indirect` is the rest."""
+        # self_repair = total - direct_held = (total - direct) + (direct - direct_held) = indirect + repaired_by_norm.
         return self.direct - self.direct_held
 
     def effects(self) -> tuple[HeadEffect, ...]:
@@ -325,19 +326,19 @@ def head_effects(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> HeadEffects:
-    """What a metric loses when heads put out what they do in the other run: in all, and directly.
+    """Total, direct and indirect effects of replacing heads' outputs by those of the other run of each pair.
 
     Args:
         model: a TransformerLens bridge.
-        task: with counterparts.
-        heads: written `layer.head`; any other sender will do as well (`mlp:0`). Every head if None.
-        direction: `noising` replaces in the clean run, `denoising` in the corrupted one.
+        task: a task with counterparts.
+        heads: written `layer.head`; any other sender works too (`mlp:0`). Every head if None.
+        direction: `noising` replaces outputs in the clean run, `denoising` in the corrupted run.
         metric: as in `patch_grid`.
         n_random: as in `patch_grid`.
-        batch: examples together.
-        memory: bytes that one pass may take, roughly.
-        seed: of the random pairs and of intervals.
-        progress: called with what is done and all there is, in examples times runs.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: seed of the random pairs and of intervals.
+        progress: called with the work done and the total, in examples times runs.
 
     Raises:
         KeyError: if there is no such head or metric.
@@ -350,7 +351,7 @@ def head_effects(
     if named is not None:
         chosen = list(dict.fromkeys(stream.sender(head) for head in named))
     if not chosen:
-        raise ValueError("heads name none: expected at least one, written layer.head")
+        raise ValueError("heads are empty: expected at least one, written layer.head")
     asked = task if metric is None else task.with_metric(as_metric(metric))
     logits, usual, held = Receiver("logits"), Options(), Options(hold_norms=True)
     cells = [
@@ -358,5 +359,5 @@ def head_effects(
         *(PathCell(head, logits, usual) for head in chosen),
         *(PathCell(head, logits, held) for head in chosen),
     ]
-    grid = _measured(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
+    grid = _measured_paths(stream, asked, cells, direction, n_random, batch, memory, seed, progress)
     return HeadEffects(tuple(map(str, chosen)), grid)

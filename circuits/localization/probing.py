@@ -1,9 +1,9 @@
-"""Where it can be read off linearly whether an example is clean or corrupted, or any other label.
+"""Linear probes: where it can be read off whether an example is clean or corrupted, or any other label.
 
-A direction or a probe is fitted on a task's `find` half and judged on its `test` half, next to random directions of
-equal norm and to control tasks in which each template instance has a random label (Hewitt and Liang 2019, "Designing
-and Interpreting Probes with Control Tasks"). That something can be read off does not say that the model uses it:
-`steering_grid` asks that.
+A direction or a probe is fitted on a task's `find` half and tested on its `test` half, and compared with random
+directions of equal norm and with control tasks in which each template instance has a random label (Hewitt and Liang
+2019, "Designing and Interpreting Probes with Control Tasks"). That a label can be read off does not show that the model
+uses it; `steering_grid` tests that.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from circuits.tasks.task import Task
 from circuits.units import Site
 
 Labels = Literal["pair", "answer", "template"]
-"""What is read off: whether it is the example or its counterpart; which answer is right; which template it is of."""
+"""What is read off: whether it is the example or its counterpart; which answer is right; or which template it is
+from."""
 
 N_CONTROL = 3
-"""How many control tasks stand next to each readout."""
+"""The number of control tasks that each readout is compared with."""
 
 
 def contrastive_directions(
@@ -50,13 +51,12 @@ def contrastive_directions(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Readouts:
-    """Mean differences by site and position: of the examples from their counterparts, or of one class from another.
+    """Mean differences by site and position, between examples and counterparts or between two classes.
 
     Args and errors are those of `linear_probes`; there must be two classes.
     """
-    return _readouts(
-        model, task, sites, positions, _Way("mean_difference", labels, n_random, n_control, 1.0, seed), batch, progress
-    )  # fmt: skip
+    plan = _ReadoutPlan("mean_difference", labels, n_random, n_control, 1.0, seed)
+    return _readouts(model, task, sites, positions, plan, batch, progress)
 
 
 def linear_probes(
@@ -73,48 +73,47 @@ def linear_probes(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Readouts:
-    """Logistic regressions by site and position, fitted on the task's `find` half and judged on its `test` half.
+    """Logistic regressions by site and position, fitted on the task's `find` half and tested on its `test` half.
 
     Args:
         model: the model.
-        task: a whole task: it is split here, template instances together.
-        sites: see `select_sites`; the residual stream before each layer of a transformer if None.
+        task: a whole task; it is split here, and template instances stay together.
+        sites: see `select_sites`; by default the residual stream before each layer of a transformer.
         labels: what is read off: `pair`, whether it is the example (1) or its counterpart (0); `answer` or `template`;
             or a class for each of the task's examples.
-        positions: of texts, see `keys_of`; every position if None. Of images the mean over the map is read.
-        strength: C of the regression on standardised rows: the larger, the weaker its penalty.
-        n_random: how many random directions.
-        n_control: how many control tasks.
-        batch: examples together.
-        seed: of random directions, control tasks and intervals.
-        progress: called with the readouts that are done, and all there are.
+        positions: for texts, see `keys_of`; every position if None. For images the mean over the map is read.
+        strength: C of the regression on standardised rows: the larger it is, the weaker the L2 penalty.
+        n_random: the number of random directions.
+        n_control: the number of control tasks.
+        batch: examples per batch.
+        seed: seed of random directions, control tasks and intervals.
+        progress: called with the number of readouts done and the total.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if the task is one half of another or too small to split; has no counterparts, or the same texts on
-            both sides, where pairs are to be told apart; has not at least two labels in each half; labels are not one
-            for each example; or a position is past the end of every text.
+        ValueError: if the task is one half of another or too small to split; if for `pair` it has no counterparts or
+            these are its own examples; if a half has fewer than two labels; if there is not one label for each
+            example; or if a position is outside every text.
     """
     if strength <= 0:
-        raise ValueError(f"strength {strength} must be above 0")
-    return _readouts(
-        model, task, sites, positions, _Way("logistic", labels, n_random, n_control, strength, seed), batch, progress
-    )  # fmt: skip
+        raise ValueError(f"strength {strength:g} must be above 0")
+    plan = _ReadoutPlan("logistic", labels, n_random, n_control, strength, seed)
+    return _readouts(model, task, sites, positions, plan, batch, progress)
 
 
-# --- fitting and judging -------------------------------------------------------------------------
+# --- fitting and testing -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Labelled rows of one half.
+    """Labelled activations of one half of a task.
 
     Attributes:
-        rows: what is seen.
-        labels: of each.
-        example: which example each belongs to.
-        clusters: of each example of the half.
-        paired: whether rows are examples (first half of them) and their counterparts.
+        rows: the activations.
+        labels: the label of each row.
+        example: the example that each row belongs to.
+        clusters: the cluster of each example of the half.
+        paired: whether rows are examples (the first half of them) and their counterparts.
     """
 
     rows: Float[np.ndarray, "row width"]
@@ -141,7 +140,9 @@ class _Rows:
         )
 
     def shuffled(self, generator: np.random.Generator) -> Int[np.ndarray, " row"]:
-        """A control task's labels: random, the same for all of a cluster; of pairs one of the two ways round."""
+        """A control task's labels: random, but the same for all examples of a cluster."""
+        # Pairs keep their two labels and only swap them at random (label XOR coin): a control task for pairs must
+        # still tell two texts apart.
         groups = self.clusters[self.example]
         ids, place = np.unique(groups, return_inverse=True)
         if self.paired:
@@ -149,7 +150,7 @@ class _Rows:
         return generator.choice(self.labels, len(ids))[place]
 
     def interval(self, right: Bool[np.ndarray, " row"], seed: int) -> tuple[float, float]:
-        """Of the share that is right."""
+        """The interval of the share of rows that are right, by cluster."""
         n = len(self.clusters)
         total = np.bincount(self.example, right, n)
         count = np.bincount(self.example, minlength=n)
@@ -161,8 +162,8 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
-    """How readouts are fitted and what they are compared with: see `linear_probes`."""
+class _ReadoutPlan:
+    """How readouts are fitted and what they are compared with; see `linear_probes`."""
 
     method: Method
     labels: Labels | Sequence[int]
@@ -178,7 +179,7 @@ class _Way:
 
     @property
     def named(self) -> str:
-        """What is read off."""
+        """What is read off, in words."""
         words = {
             "pair": "clean or corrupted",
             "answer": "which answer",
@@ -191,7 +192,7 @@ class _Way:
         if not isinstance(self.labels, str):
             if len(self.labels) != len(task):
                 raise ValueError(
-                    f"labels: {len(self.labels)} for {len(task)} examples of task {task.name}"
+                    f"labels: {len(self.labels)} for {len(task)} examples of task {task.name}, expected one each"
                 )
             return np.asarray(self.labels, int)
         if self.labels not in get_args(Labels):
@@ -203,7 +204,7 @@ class _Way:
         known = {key: i for i, key in enumerate(sorted(set(keys)))}
         if len(known) < 2:
             raise ValueError(
-                f"labels {self.labels!r}: all examples of task {task.name} have the same"
+                f"labels {self.labels!r}: all examples of task {task.name} have the same one, expected at least two"
             )
         return np.array([known[key] for key in keys])
 
@@ -211,7 +212,7 @@ class _Way:
 def _check_pairs(task: Task) -> None:
     if task.counterparts is None:
         raise ValueError(
-            f"task {task.name} has no counterparts: labels 'pair' needs them (name labels of the examples)"
+            f"labels 'pair': task {task.name} has no counterparts, so give labels for the examples"
         )
     clean, other = (
         sorted(side.identity(i) for i in range(len(task)))
@@ -219,8 +220,8 @@ def _check_pairs(task: Task) -> None:
     )
     if clean == other:
         raise ValueError(
-            f"task {task.name} has each pair both ways round, so that its counterparts are its examples: name other "
-            "labels than 'pair' (answer, template, or one for each example)"
+            f"labels 'pair': task {task.name} has each pair in both directions, so that its counterparts are its own "
+            "examples; expected answer, template, or a label for each example"
         )
 
 
@@ -229,11 +230,11 @@ def _readouts(
     task: Task,
     sites: str | Site | Sequence[str | Site] | None,
     positions: str | Sequence[Key] | None,
-    way: _Way,
+    plan: _ReadoutPlan,
     batch: int,
     progress: Progress | None,
 ) -> Readouts:
-    labels, find, test = way.of(task), task.find, task.test
+    labels, find, test = plan.of(task), task.find, task.test
     chosen = sites_of(model, sites, "position" if sites is None else "site")
     columns = _columns(model, task, chosen, positions)
     place = {number: i for i, number in enumerate(task.examples.numbers)}
@@ -244,75 +245,79 @@ def _readouts(
         each.append((half, features_of(model, half, chosen, at, batch), own))
     if labels is not None and not set(each[0][2].tolist()) & set(each[1][2].tolist()):
         raise ValueError(
-            f"labels {way.named}: none in the test half occurs in the find half, so that nothing can be learned "
-            f"({len(task)} examples with {len(set(labels.tolist()))} labels)"
+            f"labels ({plan.named}): no label of the test half occurs in the find half, so nothing can be learned from "
+            f"{len(task)} examples with {len(set(labels.tolist()))} labels"
         )
     found, total = [], len(chosen) * len(columns)
     for s, c in itertools.product(range(len(chosen)), range(len(columns))):
-        fitting, judging = (
+        fitting, testing = (
             _Rows.of(features[chosen[s].name, c], half, own) for half, features, own in each
         )
-        if len(fitting.rows) and len(judging.rows):
+        if len(fitting.rows) and len(testing.rows):
             column = columns[c] or (None, "all")
-            generator = np.random.default_rng([way.seed, s, c])
-            found.append(_judged(way, chosen[s], column, fitting, judging, generator))
+            generator = np.random.default_rng([plan.seed, s, c])
+            found.append(_tested_readout(plan, chosen[s], column, fitting, testing, generator))
         if progress is not None:
             progress(len(columns) * s + c + 1, total)
     return Readouts(
-        way.method, way.named, tuple(found), Record.of(model, test, way.seed), len(find)
+        plan.method, plan.named, tuple(found), Record.of(model, test, plan.seed), len(find)
     )
 
 
 def _columns(
     model: HookedModel, task: Task, sites: Sequence[Site], positions: str | Sequence[Key] | None
 ) -> list[tuple[Key, str] | None]:
-    """Positions with their names; None where sites are looked at as a whole."""
+    """The positions with their names; a single None if the sites are read as a whole."""
     by_position = [s.position_axes == ("position",) for s in sites]
     if not isinstance(model.input, TokenInput) or not all(by_position):
         if positions is not None:
             lacking = (
                 sites[by_position.index(False)].name if False in by_position else sites[0].name
             )
-            raise ValueError(f"positions: site {lacking} holds nothing by position of a text")
+            raise ValueError(
+                f"positions {positions!r}: site {lacking} has no text positions, so leave them out"
+            )
         return [None]
     return [(key, column_of(task, key).name) for key in keys_of(task, positions)]
 
 
-def _judged(
-    way: _Way,
+def _tested_readout(
+    plan: _ReadoutPlan,
     site: Site,
     column: tuple[Key | None, str],
     fitting: _Rows,
-    judging: _Rows,
+    testing: _Rows,
     generator: np.random.Generator,
 ) -> Readout:
     if len(set(fitting.labels.tolist())) < 2:
         raise ValueError(
-            f"labels: all examples of the find half at {site.name}, position {column[1]}, have the same"
+            f"labels: all examples of the find half at {site.name}, position {column[1]}, have the same one, expected "
+            "at least two"
         )
-    made = fit(way.method, fitting.rows, fitting.labels, way.strength)
-    right = made.right(judging.rows, judging.labels)
+    made = fit(plan.method, fitting.rows, fitting.labels, plan.strength)
+    right = made.right(testing.rows, testing.labels)
     two = len(made.weights) == 1
-    random = tuple(_random(fitting, judging, way.n_random, generator)) if two else ()
+    random = tuple(_random_accuracies(fitting, testing, plan.n_random, generator)) if two else ()
     control, control_fitted = [], []
-    for _ in range(way.n_control):
-        own, other = fitting.shuffled(generator), judging.shuffled(generator)
-        shuffled = fit(way.method, fitting.rows, own, way.strength)
-        control.append(float(shuffled.right(judging.rows, other).mean()))
+    for _ in range(plan.n_control):
+        own, other = fitting.shuffled(generator), testing.shuffled(generator)
+        shuffled = fit(plan.method, fitting.rows, own, plan.strength)
+        control.append(float(shuffled.right(testing.rows, other).mean()))
         control_fitted.append(float(shuffled.right(fitting.rows, own).mean()))
     accuracy, vector = float(right.mean()), torch.from_numpy(made.weights[0].copy())
     norm = float(vector.norm()) if two else float("nan")
     return Readout(
         site.name, column[1], column[0], vector if two else None, norm, accuracy,
-        *judging.interval(right, way.seed), float(made.right(fitting.rows, fitting.labels).mean()), random,
-        tuple(control), tuple(control_fitted), p_value(accuracy, random if two else control), len(judging.rows),
+        *testing.interval(right, plan.seed), float(made.right(fitting.rows, fitting.labels).mean()), random,
+        tuple(control), tuple(control_fitted), p_value(accuracy, random if two else control), len(testing.rows),
     )  # fmt: skip
 
 
-def _random(
-    fitting: _Rows, judging: _Rows, n: int, generator: np.random.Generator
+def _random_accuracies(
+    fitting: _Rows, testing: _Rows, n: int, generator: np.random.Generator
 ) -> Iterator[float]:
-    """The accuracy along random directions, each with its sign and boundary fitted; their length changes nothing."""
+    """The accuracy along random directions, each with its sign and boundary fitted."""
+    # Their lengths do not matter: the sign of the score does not depend on the direction's norm.
     for direction in generator.standard_normal((n, fitting.rows.shape[1])):
         made = along(direction, fitting.rows, fitting.labels)
-        yield float(made.right(judging.rows, judging.labels).mean())
+        yield float(made.right(testing.rows, testing.labels).mean())

@@ -1,4 +1,4 @@
-"""Readouts: linear classifiers by site and position, and how well they do on examples they have not seen."""
+"""Readouts: linear classifiers by site and position, and how well they do on held-out examples."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tables import Table, between
 
 What = Literal["accuracy", "selectivity", "fitted", "control", "random"]
-"""A readout's accuracy on held-out examples; that less the control task's; its accuracy where it was fitted; the
-control task's, or the mean of random directions', on held-out examples."""
+"""A readout's held-out accuracy; this minus the control task's (its selectivity); its accuracy on the examples it was
+fitted on; the held-out accuracy of the control task, or of random directions on average."""
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A linear classifier at one place, and how well it does on examples that it has not seen.
+    """A linear classifier at one site and position, and how well it does on held-out examples.
 
     Attributes:
-        site: where.
-        position: which column; `all` for the mean over all positions.
-        key: the position as it was asked for; None for all of them.
-        vector: the direction from the first class to the second (from corrupted to clean), one number for each of a
-            row's; None for more than two classes.
-        norm: its length.
+        site: the site's name.
+        position: the position's label; `all` for the mean over all positions.
+        key: the position as it was asked for; None for all positions.
+        vector: the direction from the first class to the second (from corrupted to clean); None with more than two
+            classes.
+        norm: the vector's norm.
         accuracy: the share of held-out rows that are right.
         low: lower end of its 95 % interval: bootstrap over examples, by cluster.
-        high: its upper end.
-        fitted: the share of rows that are right where it was fitted.
-        random: the accuracy of each random direction of equal norm, with sign and boundary fitted; none for more than
+        high: upper end of the interval.
+        fitted: the share of the rows it was fitted on that are right.
+        random: the accuracy of each random direction of equal norm, with sign and boundary fitted; empty with more than
             two classes.
-        control: the accuracy on each control task.
-        control_fitted: the same where it was fitted: how well such a classifier can learn labels by heart.
-        p_value: the share of random directions (of control tasks, for more than two classes) that do at least as well,
-            the readout counted.
-        n: how many held-out rows.
+        control: the held-out accuracy on each control task.
+        control_fitted: the accuracy on each control task's own rows: how well such a classifier can memorise labels.
+        p_value: (1 + k) / (1 + n) for k of n random directions (control tasks, with more than two classes) that do at
+            least as well.
+        n: the number of held-out rows.
     """
 
     site: str
@@ -66,11 +66,11 @@ class Readout:
 
     @property
     def selectivity(self) -> float:
-        """The accuracy less the mean of the control tasks'."""
+        """The accuracy minus the mean accuracy on the control tasks (Hewitt and Liang 2019)."""
         return self.accuracy - float(np.mean(self.control)) if self.control else float("nan")
 
     def value(self, what: What) -> float:
-        """One of its numbers."""
+        """One of the readout's numbers, by name."""
         if what in ("control", "random"):
             each = self.control if what == "control" else self.random
             return float(np.mean(each)) if each else float("nan")
@@ -82,10 +82,12 @@ class Readout:
         """The edit that adds the direction, at all positions or at one.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the readout has more than two classes.
         """
         if self.vector is None:
-            raise ValueError(f"readout of {self.site} has more than two classes: no one direction")
+            raise ValueError(
+                f"readout of {self.site} has more than two classes, and so no single direction"
+            )
         shape = model.site(self.site).unit_shape
         return Steer(self.site, self.vector.reshape(shape), amount, at).checked(model)
 
@@ -95,11 +97,11 @@ class Readouts:
     """Readouts by site and position.
 
     Attributes:
-        method: how each was fitted.
-        labels: what is read off.
-        readouts: site by site.
-        record: what they belong to; its task is the held-out half.
-        n_fitted: how many examples they were fitted on.
+        method: how each readout was fitted.
+        labels: what is read off, in words.
+        readouts: the readouts, site by site.
+        record: where the numbers come from; its task is the held-out half.
+        n_fitted: the number of examples that they were fitted on.
     """
 
     method: Method
@@ -119,10 +121,10 @@ class Readouts:
         return tuple(dict.fromkeys(r.position for r in self.readouts))
 
     def at(self, site: str, position: str) -> Readout:
-        """One of them.
+        """The readout of a site at a position.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: if there is no such readout.
         """
         for readout in self.readouts:
             if (readout.site, readout.position) == (site, position):
@@ -130,7 +132,7 @@ class Readouts:
         raise KeyError(f"no readout of {site!r} at position {position!r}")
 
     def matrix(self, what: What = "accuracy") -> Float[np.ndarray, "site position"]:
-        """A number of each readout; NaN where there is none."""
+        """One number of each readout, site by position; NaN where there is no readout."""
         made = np.full((len(self.rows), len(self.columns)), np.nan)
         for r in self.readouts:
             made[self.rows.index(r.site), self.columns.index(r.position)] = r.value(what)

@@ -1,4 +1,4 @@
-"""Whether a model uses what can be read off: directions added to a run, next to random ones of equal norm."""
+"""Steering: whether a model uses what can be read off. Directions are added to runs and compared with random ones."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from circuits.tasks.task import Task
 from circuits.units import Site
 
 N_DIRECTIONS = 10
-"""How many random directions stand next to each."""
-
+"""The number of random directions that each direction is compared with."""
 
 _MOST = 1e6
-"""The largest multiple of a direction that is added."""
+"""The largest multiple of a direction that can be added."""
 
 
 def steering_grid(
@@ -47,36 +46,38 @@ def steering_grid(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PatchGrid:
-    """Move each place along its direction, by itself, and measure on the task's `test` half.
+    """Move the activations at each readout along its direction, one at a time, and measure on the `test` half.
 
-    In the corrupted run (`denoising`) the direction is added, in the clean run (`noising`) it is taken away.
+    In the corrupted run (`denoising`) the direction is added; in the clean run (`noising`) it is subtracted.
 
     Args:
         model: the model.
         task: the whole task that the directions were found on, with counterparts.
-        readouts: of two classes, corrupted and clean.
-        amount: how many times the direction.
+        readouts: readouts of two classes, corrupted and clean.
+        amount: the multiple of the direction.
         direction: `noising`, `denoising` or `both`.
         metric: what is measured; the task's own if None.
-        n_random: how many random directions of equal norm.
-        batch: examples together.
-        memory: bytes that one pass may take, roughly.
-        seed: of random directions, intervals and p-values.
-        progress: called with what is done and all there is, in examples times runs.
+        n_random: the number of random directions of equal norm.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: seed of random directions, intervals and p-values.
+        progress: called with the work done and the total, in examples times runs.
 
     Raises:
         KeyError: if there is no such metric.
-        ValueError: if the task has no counterparts or is the half that directions were found on, readouts are of
+        ValueError: if the task has no counterparts or is the half that the directions were found on, the readouts have
             other labels, or a number is out of range.
     """
     if not math.isfinite(amount) or abs(amount) > _MOST:
         raise ValueError(f"amount {amount:g} must be a number from {-_MOST:g} to {_MOST:g}")
     judged = task.test
     if judged.counterparts is None:
-        raise ValueError(f"task {task.name} has no counterparts: there is no run to come to")
+        raise ValueError(
+            f"task {task.name} has no counterparts: there is no other run to compare with"
+        )
     if readouts.labels != "clean or corrupted":
         raise ValueError(
-            f"readouts tell apart {readouts.labels}: a direction from corrupted to clean is needed (labels 'pair')"
+            f"readouts of {readouts.labels}: expected those of clean or corrupted (labels 'pair')"
         )
     if n_random < 0:
         raise ValueError(f"n_random {n_random} must be 0 or more")
@@ -94,7 +95,7 @@ def steering_grid(
         vector = along[str(cell)]
         if draw:
             vector = _random(vector, seed, cells.index(cell), draw)
-        return Variant("", live=_Moved(site, cell, sign * vector), sites=(site.name,))
+        return Variant("", live=_MovedAlong(site, cell, sign * vector), sites=(site.name,))
 
     def there(way: PatchDirection, draw: int) -> Bool[np.ndarray, " example"]:
         return np.ones(len(judged), dtype=bool)
@@ -109,8 +110,8 @@ def steering_grid(
 
 
 @dataclass(frozen=True, eq=False)
-class _Moved:
-    """A cell moved along a vector."""
+class _MovedAlong:
+    """Adds a vector to a cell's activations."""
 
     site: Site
     cell: Cell
@@ -126,7 +127,7 @@ class _Moved:
 
 
 def _random(vector: Tensor, seed: int, place: int, draw: int) -> Tensor:
-    """A random direction of the same length."""
+    """A random direction of the same norm."""
     drawn = np.random.default_rng([seed, place, draw]).standard_normal(len(vector))
     made = torch.from_numpy(drawn)
     return made * (vector.norm() / made.norm())

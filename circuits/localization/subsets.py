@@ -1,7 +1,7 @@
-"""Keeping some units alone: everything else takes what it is in another run.
+"""Keeping only some units: everything else is replaced by its activation in another run.
 
-A circuit suffices if the model still does the task when all that is outside of it says nothing about the example (Wang
-et al. 2022, section 4; Chan et al. 2022, "Causal Scrubbing").
+A circuit suffices if the model still does the task when everything outside the circuit carries no information about the
+example (Wang et al. 2022, section 4; Chan et al. 2022, "Causal Scrubbing").
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ from circuits.tasks.task import Task
 from circuits.units import Site, Unit, Units
 
 Outside = Literal["counterpart", "mean", "position_mean", "zero"]
-"""What takes the place of everything that is not kept: what it is in the example's counterpart; its mean over the
-examples' tokens; its mean at each position; zero."""
+"""What replaces everything outside the circuit: its activation on the example's counterpart; its mean over all tokens
+of the examples; its mean at each position; or zero."""
 
 WRITERS = ("z", "mlp_out")
-"""What writes into a transformer's residual stream behind the embedding: heads and MLPs."""
+"""What writes into a transformer's residual stream after the embedding: heads and MLPs."""
 
 Keep = str | Site | Unit
 """Units (`SITE:3`, `SITE:1,2,5-9`), or a site whose units are all kept."""
 
 _TRIES = 20
-"""So many draws are made for each random set, before there are taken to be no others."""
+"""How many draws are made for each random set before concluding that no more different sets exist."""
 
 _KEPT, _NOTHING = "kept", "nothing kept"
 
 
 @dataclass(frozen=True)
 class Sufficiency:
-    """How well a model does a task with some units alone.
+    """How well a model does a task with only some units kept.
 
     Attributes:
-        kept: the units and whole sites that were kept, as they are written.
-        sites: where everything else was replaced.
-        how: what took its place.
-        metric: of the task.
-        intact: the metric of the whole model, the mean over examples.
-        nothing: with nothing kept.
-        only: with these kept alone.
-        faithfulness: how far the kept units come from nothing kept (0) to the whole model (1); it may be above 1, and
-            is NaN where the two do not differ.
+        kept: the units and whole sites that were kept.
+        sites: the sites at which everything else was replaced.
+        how: what it was replaced by.
+        metric: the task's metric.
+        intact: the metric of the whole model, averaged over examples.
+        nothing: the metric with nothing kept.
+        only: the metric with only these units kept.
+        faithfulness: (only - nothing) / (intact - nothing): 0 with nothing kept, 1 for the whole model; it can exceed
+            1, and is NaN if intact and nothing are equal.
         low: lower end of its 95 % interval: bootstrap over examples, by cluster.
-        high: its upper end.
+        high: upper end of the interval.
         null: the faithfulness of each random set.
-        null_sets: what each of them keeps.
+        null_sets: what each random set keeps.
         null_is: what the random sets are.
-        p_value: the share of random sets that come at least as far, the kept one counted; NaN without any.
-        least_p: the smallest p-value that so many sets can give.
-        n: how many examples.
-        record: what it belongs to.
+        p_value: (1 + k) / (1 + n) for k of n random sets that are at least as faithful; NaN without random sets.
+        least_p: the smallest p-value that this number of sets can give.
+        n: the number of examples.
+        record: where the numbers come from.
     """
 
     kept: tuple[str, ...]
@@ -115,24 +115,24 @@ def keep_only(
     examples: Examples | None = None,
     name: str = _KEPT,
 ) -> Variant:
-    """The model in which everything at some sites but a set of units is replaced.
+    """The model in which everything at some sites except a set of units is replaced.
 
-    What is kept is computed from what it then reads. With `zero` and means the variant's `edits` are data, which
-    `Recipe.of(model, variant.edits)` takes.
+    The kept units are computed from what they then read. With `zero` and means the variant's `edits` are data, which
+    `Recipe.of(model, variant.edits)` accepts.
 
     Args:
         model: the model.
         keep: units (`blocks.0.attn.hook_z:3,5-7`), and sites whose units are all kept (`blocks.0.hook_mlp_out`).
-        sites: where all others are replaced (see `select_sites`). If None: of a transformer the embedding of tokens,
-            all heads and all MLPs, so that keeping nothing leaves the counterparts' run.
-        how: what takes the others' place.
-        examples: over which means are taken.
-        name: of the variant.
+        sites: the sites at which everything else is replaced (see `select_sites`). By default a transformer's token
+            embedding, all heads and all MLPs, so that keeping nothing gives the counterparts' run.
+        how: what replaces everything else.
+        examples: the examples over which means are taken.
+        name: the variant's name.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if something is kept that is at none of the sites, no site is named and the model has not the usual
-            ones, or examples are missing for means or differ in length for means by position.
+        ValueError: if a kept unit is at none of the sites, the model lacks the default sites, or examples are missing
+            for means or differ in length for means by position.
     """
     if how not in get_args(Outside):
         raise ValueError(f"how {how!r} is not one of {', '.join(get_args(Outside))}")
@@ -144,7 +144,7 @@ def keep_only(
     if how in ("counterpart", "zero"):
         return replaced(model, outside, "zero" if how == "zero" else "counterpart", {}, name)
     if examples is None:
-        raise ValueError(f"how {how!r} needs examples, over which means are taken")
+        raise ValueError(f"how {how!r} needs examples to take means over")
     if how == "mean":
         seen = activities(model, list(dict.fromkeys(u.site for u in outside)), examples)
         return replaced(model, outside, "mean", seen, name)
@@ -163,25 +163,25 @@ def sufficiency(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Sufficiency:
-    """How well a model does a task with a set of units alone, compared with random sets.
+    """How well a model does a task with only a set of units kept, compared with random sets.
 
-    A random set has as many heads, drawn from all heads of these sites, as many whole sites, and as many units of each
-    site that is kept in part; an embedding that is kept stays.
+    A random set has equally many heads (from all heads of these sites), equally many whole sites, and equally many
+    units of each partly kept site; an embedding that is kept stays in every set.
 
     Args:
         model: the model.
         keep: as in `keep_only`.
-        task: what is measured on; with counterparts if these take the others' place.
+        task: what is measured on; it needs counterparts if `how` takes activations from them.
         sites: as in `keep_only`.
-        how: what takes the others' place.
-        n_random: how many random sets.
-        batch: examples together.
-        seed: of random sets and intervals.
-        progress: called with what is done and all there is, in examples times runs.
+        how: what replaces everything else.
+        n_random: the number of random sets.
+        batch: examples per batch.
+        seed: seed of random sets and intervals.
+        progress: called with the work done and the total, in examples times runs.
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: as `keep_only`; or if the task has no counterparts where they are asked for.
+        ValueError: as in `keep_only`, or if `how` needs counterparts and the task has none.
     """
     if how == "counterpart" and task.counterparts is None:
         raise ValueError(f"task {task.name} has no counterparts: how 'counterpart' needs them")
@@ -239,30 +239,30 @@ def _report(
 def keeping_sites(
     model: HookedModel, sites: str | Site | Sequence[str | Site] | None = None
 ) -> list[Site]:
-    """Where what is not kept is replaced, in order of execution.
+    """The sites at which everything that is not kept is replaced, in order of execution.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if none is named and the model has not the usual ones.
+        ValueError: if no site is named and the model lacks the default ones.
     """
     if sites is None:
         known = {s.name for s in model.sites}
         writers = [n for n in WRITERS if any(s.endswith(f".hook_{n}") for s in known)]
         if not writers:
             raise ValueError(
-                f"sites: model {model.name} has no heads and MLPs by the usual names: name the sites"
+                f"sites: model {model.name} has no heads and MLPs under their usual names, so name the sites"
             )
         chosen = [model.embedding, *select_sites(model, writers)]
     else:
         chosen = select_sites(model, sites)
     if not chosen:
-        raise ValueError("sites name none: expected at least one")
+        raise ValueError("sites are empty: expected at least one")
     order = {s.name: i for i, s in enumerate(model.sites)}
     return sorted(chosen, key=lambda s: order[s.name])
 
 
 def _units(model: HookedModel, keep: Sequence[Keep], places: Sequence[Site]) -> list[Unit]:
-    """All units that are kept, each once."""
+    """All kept units, each once."""
     if isinstance(keep, str | Site | Unit):
         keep = [keep]
     found: dict[Unit, None] = {}
@@ -271,7 +271,7 @@ def _units(model: HookedModel, keep: Sequence[Keep], places: Sequence[Site]) -> 
         far = next((u.site for u in units if u.site not in {s.name for s in places}), None)
         if far is not None:
             raise ValueError(
-                f"keep {str(item)!r}: {far} is not among the sites at which anything is replaced"
+                f"keep {str(item)!r}: {far} is not among the sites at which units are replaced"
             )
         found |= dict.fromkeys(units)
     return list(found)
@@ -288,7 +288,7 @@ def _named(model: HookedModel, item: Keep) -> list[Unit]:
 
 
 def written(units: Sequence[Unit], places: Sequence[Site]) -> tuple[str, ...]:
-    """Units in short: a site alone where all of its units are there."""
+    """Units in short: only the site's name if all of its units are included."""
     found = []
     for site in places:
         own = tuple(sorted(u.index for u in units if u.site == site.name))
@@ -300,7 +300,7 @@ def written(units: Sequence[Unit], places: Sequence[Site]) -> tuple[str, ...]:
 def _random_sets(
     model: HookedModel, units: Sequence[Unit], places: Sequence[Site], n: int, seed: int
 ) -> list[list[Unit]]:
-    """Different sets of the same kinds, drawn at random; none that is the set itself."""
+    """Different random sets of the same composition; the given set itself is never drawn."""
     generator = np.random.default_rng(seed)
     first = model.embedding if isinstance(model.input, TokenInput) else None
     own = {s: [u for u in units if u.site == s.name] for s in places}
@@ -323,6 +323,7 @@ def _random_sets(
 
     fixed = [] if first is None else own.get(first, [])
     tried = (fixed + drawn() for _ in range(_TRIES * n))
+    # The set itself is entered first, so that it counts as drawn, and dropped from the result.
     found: dict[frozenset[Unit], list[Unit]] = {frozenset(units): []}
     for some in tried:
         found.setdefault(frozenset(some), some)
@@ -335,11 +336,11 @@ def _random_sets(
 
 
 def _position_means(model: HookedModel, outside: Sequence[Unit], examples: Examples) -> list[Set]:
-    """An edit for each position of each site."""
+    """An edit for each position of each site that sets units to their mean there."""
     lengths = {len(examples.load(i)) for i in range(len(examples))}
     if len(lengths) > 1:
         raise ValueError(
-            f"how 'position_mean' needs texts of one length: they have from {min(lengths)} to {max(lengths)} tokens"
+            f"how 'position_mean' needs texts of equal length: these have {min(lengths)} to {max(lengths)} tokens"
         )
     found = []
     for name in dict.fromkeys(u.site for u in outside):

@@ -1,4 +1,4 @@
-"""Which pixels and tokens of the input a model's decision rests on, and whether such a map can be believed."""
+"""Saliency: which pixels of the input a model's output depends on, and how far such a map can be trusted."""
 
 from circuits.saliency.cards import MethodCard, card
 from circuits.saliency.faithfulness import (

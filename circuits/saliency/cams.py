@@ -21,10 +21,10 @@ def last_map(model: HookedModel, target: Target) -> Site:
     """The last map of channels before the output: where class activation maps are usually taken.
 
     Raises:
-        ValueError: if there is none, or the target is no output.
+        ValueError: if there is none, or the target is not an output.
     """
     if target.site != output_site(model).name:
-        raise ValueError(f"target {target} is no output: say at which site to take the map")
+        raise ValueError(f"target {target} is not an output: name the site to take the map at")
     for site in reversed(model.sites):
         if site.position_axes == ("y", "x") and min(site.position_shape) > 1:
             return site
@@ -34,7 +34,7 @@ def last_map(model: HookedModel, target: Target) -> Site:
 def _maps(site: Site, value: Tensor) -> Float[Tensor, "example channel y x"]:
     if site.position_axes != ("y", "x"):
         raise ValueError(
-            f"site {site.name} has no map: its positions are {site.position_axes or 'none'}"
+            f"site {site.name} has the position axes {site.position_axes or 'none'}: expected a map (y, x)"
         )
     return site.activations(value).unflatten(2, (value.shape[2], value.shape[3]))
 
@@ -48,16 +48,16 @@ def grad_cam(passes: Passes) -> Cam:
     Raises:
         ValueError: if the site has no map, or does not come before the target.
     """
-    activations, gradients = _both(passes)
+    activations, gradients = _activations_and_gradients(passes)
     return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
 
 
 def grad_cam_plus_plus(passes: Passes) -> Cam:
-    """Grad-CAM with weights for places that a channel finds several times (Chattopadhay et al. 2018).
+    """Grad-CAM++: position-wise weights for features that occur several times (Chattopadhay et al. 2018).
 
-    For the exponential of the score, whose derivatives are powers of the score's (equation 19).
+    For the exponential of the score, whose higher derivatives are powers of the score's gradient (equation 19).
     """
-    activations, g = _both(passes)
+    activations, g = _activations_and_gradients(passes)
     return _weighted(activations, g, g.square(), g.pow(3))
 
 
@@ -91,7 +91,7 @@ def smooth_grad_cam_plus_plus(
             copies = Passes(
                 passes.model, noisy, passes.aim.of(example), site, passes.batch, size="keep"
             )
-            g = _both(copies)[1]
+            g = _activations_and_gradients(copies)[1]
             powers = [
                 g.sum(0, keepdim=True),
                 g.square().sum(0, keepdim=True),
@@ -105,7 +105,7 @@ def smooth_grad_cam_plus_plus(
     return torch.cat(found)
 
 
-def _both(passes: Passes) -> tuple[Tensor, Tensor]:
+def _activations_and_gradients(passes: Passes) -> tuple[Tensor, Tensor]:
     site = passes.site
     assert site is not None, "maps are taken at a site"
     activations = _maps(site, passes.points)
@@ -114,7 +114,8 @@ def _both(passes: Passes) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(activations: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cam:
-    # in units of each example's largest gradient, so that no power of it vanishes
+    # alpha = g^2 / (2 g^2 + sum_positions(A) g^3) (equation 19), with weights sum of alpha relu(g). Computed in units
+    # of each example's largest gradient: the cube of a small gradient would underflow in float32.
     size = first.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(first.dtype).tiny)
     second, third = second / size**2, third / size**2
     below = 2 * second + activations.sum((2, 3), keepdim=True) * third
@@ -124,7 +125,7 @@ def _weighted(activations: Tensor, first: Tensor, second: Tensor, third: Tensor)
 
 
 def enlarged(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "example 1 h w"]:
-    """The positive part of a map, on the input's pixels."""
+    """The positive part of a map, interpolated to the input's pixels."""
     return F.interpolate(cam.clamp_min(0)[:, None], size, mode="bilinear", align_corners=False)
 
 

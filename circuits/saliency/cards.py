@@ -1,4 +1,4 @@
-"""A card for each attribution method: how it fares on a model at hand."""
+"""A card for each attribution method: how well it does on a given model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.saliency.faithfulness import (
     Curve,
-    Road,
+    RoadResult,
     Sensitivity,
     infidelity,
     insertion_deletion,
@@ -31,31 +31,31 @@ from circuits.tasks.targets import Target, as_target, output_site
 
 @dataclass(frozen=True)
 class MethodCard:
-    """What tests say of a method on a model.
+    """The results of all tests of an attribution method on a model.
 
     Attributes:
-        method: which.
+        method: the method's name.
         settings: its options.
-        randomization: whether its maps have to do with the weights.
-        curves: insertion and deletion, from three blanks.
-        road: with imputed pixels.
-        sensitivity: whether attributions add up.
-        infidelity: whether they foretell the change under noise, 0 best; and of shuffled attributions. Of
-            gradients themselves, where the method credits gradient x input the number says less.
-        verdicts: `passes` or `fails` by test, or `unclear` where the interval over images holds 0: better or
-            worse than random, with most blanks.
+        randomization: whether its maps depend on the weights.
+        curves: insertion and deletion, with three blanks.
+        road: removal with imputed pixels.
+        sensitivity: whether attributions add up to the target's loss.
+        infidelity: how badly attributions predict the change under noise (0 is best), and the same for shuffled ones.
+            It suits methods that give slopes; for those that give gradient x input it means less.
+        verdicts: by test, `passes` if better than random, `fails` if worse, `unclear` if the interval over images
+            contains 0; for insertion and deletion the verdict of most blanks.
         target: what was explained.
-        model: its name.
-        model_hash: of its weights.
+        model: the model's name.
+        model_hash: the hash of its weights.
         examples: which images, and how they were chosen.
-        seed: of everything random.
+        seed: seed of everything random.
     """
 
     method: str
     settings: Mapping[str, Any]
     randomization: RandomizationTest
     curves: tuple[Curve, ...]
-    road: Road
+    road: RoadResult
     sensitivity: Sensitivity
     infidelity: tuple[float, float]
     verdicts: Mapping[str, str]
@@ -116,17 +116,17 @@ def card(
     """Test a method of input attribution on a model.
 
     Args:
-        model: of images.
-        examples: images, at least two; the literature's verdicts want thirty or more.
+        model: an image model.
+        examples: at least two images; published verdicts need thirty or more.
         method: one of `METHODS`.
-        target: what is explained; the intact model's prediction is held fixed when weights are shuffled.
-        stages: of the randomisation test.
-        steps: of insertion and deletion.
-        faithful: on how many of the images faithfulness is measured.
-        seed: of everything random.
+        target: what is explained; the intact model's prediction stays the target when weights are shuffled.
+        stages: stages of the randomisation test.
+        steps: steps of insertion and deletion.
+        faithful: number of images on which faithfulness is measured.
+        seed: seed of everything random.
         batch: images in one pass.
-        progress: called with parts done and all.
-        options: of the method.
+        progress: called with the number of parts done and the total.
+        options: options of the method.
 
     Raises:
         KeyError: if a class is unknown.
@@ -137,7 +137,7 @@ def card(
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     given = as_examples(model, examples)
     inputs = given.inputs
-    fixed = _held_fixed(model, inputs, target, batch)
+    fixed = _fixed_target(model, inputs, target, batch)
     total = stages + 4
 
     def note(done: int) -> None:
@@ -168,16 +168,22 @@ def card(
     note(stages + 3)
     noisy = infidelity(plain, made.values, seed=seed)
     note(total)
-    verdicts = {
+    return MethodCard(
+        method, made.settings, randomization, tuple(curves), imputing, sums, noisy,
+        _verdicts(randomization, curves, imputing), str(as_target(model, target)), model.name, model.hash,
+        given.describe(), seed,
+    )  # fmt: skip
+
+
+def _verdicts(
+    randomization: RandomizationTest, curves: list[Curve], imputing: RoadResult
+) -> dict[str, str]:
+    return {
         "randomisation": "passes" if randomization.passes else "fails",
-        "insertion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "insertion"]),
-        "deletion": _of_most([_verdict(c.low, c.high) for c in curves if c.kind == "deletion"]),
+        "insertion": _majority([_verdict(c.low, c.high) for c in curves if c.kind == "insertion"]),
+        "deletion": _majority([_verdict(c.low, c.high) for c in curves if c.kind == "deletion"]),
         "road": _verdict(imputing.low, imputing.high),
     }
-    return MethodCard(
-        method, made.settings, randomization, tuple(curves), imputing, sums, noisy, verdicts,
-        str(as_target(model, target)), model.name, model.hash, given.describe(), seed,
-    )  # fmt: skip
 
 
 def _verdict(low: float, high: float) -> str:
@@ -186,14 +192,15 @@ def _verdict(low: float, high: float) -> str:
     return "fails" if high < 0 else "unclear"
 
 
-def _of_most(verdicts: list[str]) -> str:
-    """What more than half say; else `unclear`."""
+def _majority(verdicts: list[str]) -> str:
+    """The verdict of more than half; else `unclear`."""
     first = max(set(verdicts), key=verdicts.count)
     return first if verdicts.count(first) > len(verdicts) / 2 else "unclear"
 
 
-def _held_fixed(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
-    """The target with the intact model's unit and position for each image."""
+def _fixed_target(model: HookedModel, inputs: Tensor, target: str | Target, batch: int) -> Target:
+    """The target with each image's unit and position fixed as in the intact model."""
+    # A model with shuffled weights predicts something else; a map for that would differ for a trivial reason.
     aim = Passes(model, inputs, target, batch=batch).aim
     each = [aim.of(i) for i in range(len(inputs))]
     indices = tuple(int(i) for i in aim.indices)

@@ -1,4 +1,4 @@
-"""Whether what an attribution marks matters to the model: deletion, insertion, ROAD, sensitivity-n, infidelity."""
+"""Faithfulness of input attributions: deletion, insertion, ROAD, sensitivity-n, infidelity."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ Heats = Float[Tensor, "example h w"]
 Orders = Int[Tensor, "example place"]
 
 BLANKS: tuple[Blank, ...] = ("zero", "blur", "black")
-"""What pixels are replaced by: no single one is neutral."""
+"""What pixels are replaced by. Three, since no single replacement is neutral for every model."""
 
 Kind = Literal["insertion", "deletion"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The target as pixels are put in, or taken out, from the most credited on; means over examples.
+    """The target's value as pixels are inserted or deleted in order of attribution; means over examples.
 
     Attributes:
-        kind: in or out.
-        blank: what stands where no pixel is.
-        shares: of the pixels put in or taken out.
-        values: the target's value.
-        random: with as many pixels in random order (in blocks, the mean of several orders).
-        area: under `values`: large is good for insertion, small for deletion.
-        area_random: under `random`.
+        kind: insertion or deletion.
+        blank: what replaces the pixels.
+        shares: the shares of the pixels that are inserted or deleted.
+        values: the target's value at each share.
+        random: the same with pixels in random order (in blocks; the mean of several orders).
+        area: the area under `values`: a good map has a large one for insertion, a small one for deletion.
+        area_random: the area under `random`.
         low: lower end of the 95 % interval, by bootstrap over examples, of how much better than random the area is
             (larger for insertion, smaller for deletion); NaN for a single example.
-        high: its upper end.
+        high: upper end of the interval.
     """
 
     kind: Kind
@@ -66,15 +66,15 @@ def insertion_deletion(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Curve]:
-    """Insertion and deletion (Petsiuk et al. 2018) from three blanks, beside random orders.
+    """Insertion and deletion (Petsiuk et al. 2018) with three blanks, compared with random orders.
 
     Args:
-        passes: from the input to the target, whose quantity is best the probability.
-        heats: one number a pixel; the largest come first.
-        steps: along each curve.
-        n_random: random orders.
-        seed: of them.
-        progress: called with curves done and all.
+        passes: passes from the input to the target; its quantity should be the probability.
+        heats: one number for each pixel; the largest come first.
+        steps: number of steps along each curve.
+        n_random: number of random orders.
+        seed: seed of the random orders.
+        progress: called with the number of curves done and the total.
 
     Raises:
         ValueError: if heats do not fit the images, or an option is out of range.
@@ -92,8 +92,10 @@ def insertion_deletion(
         base = blanks(passes, blank)
         for kind in ("insertion", "deletion"):
             start, end = (base, passes.inputs) if kind == "insertion" else (passes.inputs, base)
-            values = _along(passes, start, end, own, steps)
-            random = np.mean([_along(passes, start, end, order, steps) for order in others], 0)
+            values = _removal_curve(passes, start, end, own, steps)
+            random = np.mean(
+                [_removal_curve(passes, start, end, order, steps) for order in others], 0
+            )
             shares = np.linspace(0, 1, steps + 1)
             areas = np.trapezoid(values, shares, axis=0), np.trapezoid(random, shares, axis=0)
             better = (areas[0] - areas[1]) * (1 if kind == "insertion" else -1)
@@ -110,7 +112,8 @@ def insertion_deletion(
 
 
 def order_of(heats: Heats) -> Orders:
-    """Pixels from the most to the least credited; equals in a fixed, scattered order."""
+    """Pixels from the largest to the smallest attribution; ties in a fixed, scattered order."""
+    # Ties in reading order would be contiguous areas at the top of the image, which no attribution marked.
     scatter = torch.randperm(heats[0].numel(), generator=Generator().manual_seed(0)).to(
         heats.device
     )
@@ -119,12 +122,12 @@ def order_of(heats: Heats) -> Orders:
 
 
 def check_heats(passes: Passes, heats: Heats) -> None:
-    """Raise ValueError if heats are not one number a pixel of the images."""
+    """Raise ValueError unless heats are one finite number for each pixel of the images."""
     wanted = (len(passes), *passes.inputs.shape[-2:])
     if tuple(heats.shape) != wanted:
         raise ValueError(f"heats of shape {tuple(heats.shape)}: expected {wanted}")
     if not bool(torch.isfinite(heats).all()):
-        raise ValueError("heats are not finite: nothing to rank")
+        raise ValueError("heats contain NaN or infinity: expected finite numbers to rank")
 
 
 def _check_shares(shares: tuple[float, ...]) -> None:
@@ -135,14 +138,15 @@ def _check_shares(shares: tuple[float, ...]) -> None:
 
 
 def _random_order(shape: torch.Size, generator: Generator) -> Orders:
-    """Blocks of pixels in random order: single pixels are noise, which no attribution competes with."""
+    """Blocks of pixels in random order."""
+    # Removing single random pixels gives high-frequency noise, which destroys any prediction at once: too easy a null.
     n, height, width = shape
     side = 16 if min(height, width) >= 64 else 4
     coarse = torch.rand(n, 1, -(-height // side), -(-width // side), generator=generator)
     return order_of(F.interpolate(coarse, scale_factor=side, mode="nearest")[:, 0, :height, :width])
 
 
-def _along(
+def _removal_curve(
     passes: Passes, start: Tensor, end: Tensor, order: Orders, steps: int
 ) -> Float[np.ndarray, "step example"]:
     """The target's value as the pixels of `end` replace those of `start` in order."""
@@ -162,17 +166,17 @@ def _along(
 
 
 @dataclass(frozen=True)
-class Road:
-    """The target as pixels are imputed from their neighbours; means over examples (Rong et al. 2022).
+class RoadResult:
+    """The target's value as pixels are imputed from their neighbours (ROAD, Rong et al. 2022); means over examples.
 
     Attributes:
-        shares: of the pixels removed.
-        most_first: the target's value when the most credited are removed.
-        least_first: and when the least credited are.
-        random: when random blocks are.
-        score: the mean of random less most first: above 0 if what is credited matters more than other parts.
+        shares: the shares of the pixels that are removed.
+        most_first: the target's value if the pixels with the largest attributions are removed.
+        least_first: the same for the smallest attributions.
+        random: the same for random blocks.
+        score: the mean of random minus most first; above 0 if the marked pixels matter more than other pixels.
         low: lower end of the score's 95 % interval, by bootstrap over examples; NaN for a single one.
-        high: its upper end.
+        high: upper end of the interval.
     """
 
     shares: tuple[float, ...]
@@ -192,19 +196,19 @@ def road(
     noise: float = 0.01,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Road:
-    """Remove pixels so that no mask shows: noisy linear imputation (Rong et al. 2022, section 4).
+) -> RoadResult:
+    """Remove pixels without leaving a visible mask, by noisy linear imputation (ROAD, Rong et al. 2022, section 4).
 
-    Every removed pixel is the weighted mean of its eight neighbours (1/6 beside, 1/12 across), removed or not:
-    a linear system; a little noise hides that it was solved.
+    Every removed pixel becomes the weighted mean of its eight neighbours (1/6 for direct, 1/12 for diagonal ones),
+    removed neighbours included, which is a linear system; a little noise hides how smooth the solution is.
 
     Args:
-        passes: from the input to the target.
-        heats: one number a pixel.
-        shares: of the pixels to remove.
-        noise: standard deviation, as a share of the image's range.
-        seed: of noise and random orders.
-        progress: called with shares done and all.
+        passes: passes from the input to the target.
+        heats: one number for each pixel.
+        shares: the shares of the pixels to remove.
+        noise: standard deviation of the noise, as a share of the image's range.
+        seed: seed of the noise and of random orders.
+        progress: called with the number of shares done and the total.
 
     Raises:
         ValueError: if heats do not fit the images, or a share is not between 0 and 1.
@@ -235,13 +239,15 @@ def road(
     each = np.array(rows)  # share x order x example
     most, least, random = (tuple(each[:, k].mean(1).tolist()) for k in range(3))
     score = (each[:, 2] - each[:, 0]).mean(0)
-    return Road(shares, most, least, random, float(score.mean()), *interval(score, seed=seed))
+    return RoadResult(shares, most, least, random, float(score.mean()), *interval(score, seed=seed))
 
 
 def imputed(
     image: Float[Tensor, "channel h w"], removed: Tensor, noise: float, generator: Generator
 ) -> Float[Tensor, "channel h w"]:
-    """An image whose removed pixels are the weighted means of their neighbours."""
+    """An image whose removed pixels are the weighted means of their neighbours, plus noise."""
+    # For removed pixel i with neighbours j: (sum_j w_ij) x_i - sum_{j removed} w_ij x_j = sum_{j kept} w_ij x_j. At the
+    # border the weights of the missing neighbours are left out on both sides.
     channels, height, width = image.shape
     gone = removed.cpu().numpy()
     n = int(gone.sum())
@@ -269,7 +275,7 @@ def imputed(
             known = at[~unknown]
             right[known] += weight * pixels[:, ny[known], nx[known]].T
     entries[0] = total
-    if n == gone.size:  # nothing to go by: the mean
+    if n == gone.size:  # the system is singular if no pixel is kept: take the mean of the image
         filled = np.broadcast_to(pixels.mean((1, 2)), (n, channels))
     else:
         matrix = coo_matrix(
@@ -287,11 +293,11 @@ def imputed(
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How far attributions of random sets of pixels add up to what the target loses without them.
+    """How well the summed attributions of random sets of pixels predict the target's loss without these pixels.
 
     Attributes:
-        shares: of the pixels in a set.
-        correlations: Pearson's, over sets; means over examples.
+        shares: the shares of the pixels in a set.
+        correlations: Pearson's correlation over sets; means over examples.
         random: the same for shuffled attributions.
     """
 
@@ -313,13 +319,13 @@ def sensitivity_n(
     """Sensitivity-n (Ancona et al. 2018), over sets of pixels in blocks.
 
     Args:
-        passes: from the input to the target.
-        heats: one signed number a pixel.
-        shares: of the pixels in a set.
-        sets: of each size.
+        passes: passes from the input to the target.
+        heats: one signed number for each pixel.
+        shares: the shares of the pixels in a set.
+        sets: number of sets of each size.
         blank: what pixels are replaced by.
-        seed: of the sets.
-        progress: called with examples done and all.
+        seed: seed of the sets.
+        progress: called with the number of examples done and the total.
 
     Raises:
         ValueError: if heats do not fit the images, or an option is out of range.
@@ -365,18 +371,18 @@ def infidelity(
     noise: float = 0.1,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Infidelity (Yeh et al. 2019): how badly attributions foretell the change under noise.
+    """Infidelity (Yeh et al. 2019): how badly attributions predict the target's change under noise.
 
-    The mean of (I . attribution - (f(x) - f(x - I)))^2 over Gaussian I, once attributions are scaled as fits
-    best, over the mean square of the change: 0 is perfect, 1 says nothing.
+    The mean of (I . attribution - (f(x) - f(x - I)))^2 over Gaussian I, with attributions scaled to fit best, divided
+    by the mean square of the change: 0 is perfect, 1 is as bad as predicting no change.
 
     Args:
-        passes: from the input to the target.
-        values: a number for each channel of each pixel (what one more unit of it adds, so gradients rather
-            than gradients x input), or one for all channels.
-        samples: of noise.
-        noise: standard deviation, as a share of the image's range.
-        seed: of the noise.
+        passes: passes from the input to the target.
+        values: a number for each channel of each pixel, or one for all channels; a slope, so a gradient rather than
+            gradient x input.
+        samples: number of noise samples.
+        noise: standard deviation of the noise, as a share of the image's range.
+        seed: seed of the noise.
 
     Returns:
         The infidelity, and that of shuffled attributions; means over examples.
@@ -395,14 +401,11 @@ def infidelity(
         shuffled = own.flatten()[order].reshape(own.shape)
         row = []
         for credit in (own, shuffled):
-            foretold = (drawn * credit).flatten(1).double().sum(1)
-            scale = (foretold @ change) / foretold.square().sum().clamp_min(1e-30)
-            row.append(
-                float(
-                    (scale * foretold - change).square().sum()
-                    / change.square().sum().clamp_min(1e-30)
-                )
-            )
+            predicted = (drawn * credit).flatten(1).double().sum(1)
+            # Least squares: min over s of |s p - c|^2 is at s = p.c / p.p. Methods differ in scale by convention only.
+            scale = (predicted @ change) / predicted.square().sum().clamp_min(1e-30)
+            missed = (scale * predicted - change).square().sum()
+            row.append(float(missed / change.square().sum().clamp_min(1e-30)))
         found.append(row)
     own_mean, shuffled_mean = np.mean(found, 0)
     return float(own_mean), float(shuffled_mean)

@@ -18,15 +18,15 @@ from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 
 Blank = Literal["zero", "black", "white", "blur"]
-"""What stands for no image: zero as the model takes it (the mean colour), black, white, or itself blurred."""
+"""A blank image: zeros after preprocessing (the mean colour), black, white, or the image itself, blurred."""
 
 Smoothing = Literal["mean", "variance", "square"]
-"""What is taken of noisy gradients: SmoothGrad (Smilkov et al. 2017), VarGrad (Adebayo et al. 2018),
+"""How gradients on noisy copies are combined: SmoothGrad (Smilkov et al. 2017), VarGrad (Adebayo et al. 2018),
 SmoothGrad-squared (Hooker et al. 2019)."""
 
 
 def gradient(passes: Passes, progress: Progress | None = None) -> Tensor:
-    """The target's gradient by each pixel (Simonyan et al. 2013), signed."""
+    """The target's signed gradient with respect to each pixel (Simonyan et al. 2013)."""
     parts = []
     for some in passes.chunks(len(passes)):
         which = torch.arange(some.start, some.stop)
@@ -47,12 +47,12 @@ def smooth_gradient(
     """Gradients on noisy copies of each image: their mean, variance or mean square.
 
     Args:
-        passes: from the input to the target.
-        samples: copies of each image.
-        noise: standard deviation, as a share of the image's range.
-        of: what is taken.
-        seed: of the noise; an image's noise does not depend on its company.
-        progress: called with examples done and all.
+        passes: passes from the input to the target.
+        samples: number of noisy copies of each image.
+        noise: standard deviation of the noise, as a share of the image's range.
+        of: how the gradients are combined.
+        seed: seed of the noise; an image's noise does not depend on the other images.
+        progress: called with the number of examples done and the total.
 
     Raises:
         ValueError: if an option is out of range.
@@ -86,28 +86,29 @@ def noisy_copies(
     spread = noise * float(x.max() - x.min())
     generator = torch.Generator().manual_seed(seed)
     for chunk in passes.chunks(samples):
-        drawn = [torch.randn(x.shape, generator=generator) for _ in chunk]  # whatever the batch
+        # Copy by copy, so that the noise does not depend on the batch size.
+        drawn = [torch.randn(x.shape, generator=generator) for _ in chunk]
         yield x + spread * torch.stack(drawn).to(x)
 
 
 def guided_gradient(passes: Passes, progress: Progress | None = None) -> Tensor:
-    """Guided backpropagation: ReLUs let only positive gradients back (Springenberg et al. 2014).
+    """Guided backpropagation: ReLUs pass only positive gradients back (Springenberg et al. 2014).
 
     Raises:
-        ValueError: if the model ran no ReLU.
+        ValueError: if no ReLU ran before the target.
     """
     with guided() as met:
         found = gradient(passes, progress)
     if not met:
         raise ValueError(
-            f"model {passes.model.name} has no ReLU before {passes.target}: nothing to guide"
+            f"model {passes.model.name} has no ReLU before {passes.target}: guided backpropagation needs one"
         )
     return found
 
 
 @contextmanager
 def guided() -> Iterator[list[str]]:
-    """Guide every ReLU of passes inside the block; yields a list that fills with those met."""
+    """Make every ReLU inside the block a guided one; yields a list to which each ReLU that runs is added."""
     mode = _Guided()
     with mode:
         yield mode.met
@@ -116,7 +117,7 @@ def guided() -> Iterator[list[str]]:
 class _GuidedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x > 0)  # not x: it may be overwritten
+        ctx.save_for_backward(x > 0)  # not x, which a later in-place operation may overwrite
         return x.clamp_min(0)
 
     @staticmethod
@@ -141,7 +142,7 @@ class _Guided(TorchFunctionMode):
         x = given["input"]
         made = _GuidedReLU.apply(x)
         if given.get("inplace") or func.__name__.endswith("_"):
-            return x.copy_(made)  # the model may go on with what it gave
+            return x.copy_(made)  # the model may use its own tensor again instead of the result
         return made
 
 
@@ -155,7 +156,7 @@ def integrated_gradient(
     """Integrated gradients from a blank image to the image.
 
     Returns:
-        The values, what is missing to their sum for each example, and the options used.
+        The values, the residual of their sum for each example, and the options used.
 
     Raises:
         ValueError: if an option is out of range.
@@ -168,7 +169,7 @@ def integrated_gradient(
 
 
 def name_of(blank: str | Tensor) -> str:
-    """How a blank is called in a record."""
+    """A blank's name in records."""
     return blank if isinstance(blank, str) else "given"
 
 
@@ -176,7 +177,7 @@ def blanks(passes: Passes, blank: Blank | Tensor) -> Tensor:
     """A blank for each image, as the model takes images.
 
     Raises:
-        ValueError: if it is no known name, or of another shape.
+        ValueError: if the name is unknown, or the tensor has another shape.
     """
     return blank_images(passes.model.input, passes.inputs, blank)
 
@@ -198,9 +199,10 @@ def blank_images(spec: Any, x: Tensor, blank: Blank | Tensor) -> Tensor:
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:
-    """Images blurred by a Gaussian of `sigma` pixels, their borders repeated."""
+    """Images blurred by a Gaussian of `sigma` pixels; beyond the border the edge pixels repeat."""
     if sigma < 0.05:
         return x
+    # The Gaussian is separable: two one-dimensional convolutions, each channel by itself, cut off at 3 sigma.
     radius = max(1, round(3 * sigma))
     at = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (at / sigma) ** 2)

@@ -1,4 +1,4 @@
-"""Which pixels are responsible: every method of input attribution under one name."""
+"""Saliency maps: every method of input attribution behind one function."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ SLOPES: frozenset[Method] = frozenset(
         "guided_grad_cam",
     }
 )
-"""Methods whose values say how much a pixel matters, not whether it speaks for or against: ranked by size."""
+"""Methods that give slopes: their values say how much a pixel matters but not in which direction its presence acts, so
+pixels are ranked by absolute value."""
 
 Made = tuple[Tensor, Tensor | None, dict[str, Any]]
-"""Values, what is missing to their sum, and what was used for options that adapt."""
+"""Values, the residual of their sum, and the values used for adaptive options."""
 
 
 def saliency_map(
@@ -57,26 +58,25 @@ def saliency_map(
     progress: Progress | None = None,
     **options: Any,
 ) -> Attribution:
-    """Credit the pixels of images with a target's value.
+    """Attribute a target's value to the pixels of images.
 
     Args:
-        model: of images.
-        examples: of images; tensors are as the model takes them (`input.normalize` makes them of images in 0..1).
+        model: an image model.
+        examples: images; tensors are as the model takes them (`input.normalize` converts images in 0..1).
         target: each image's prediction (`top`), a class, or a unit anywhere; see `parse_target`.
-        method: how; each is described, with its options, where it is defined:
-            `circuits.saliency.gradients` (gradient, gradient_x_input, smoothgrad, vargrad,
-            smoothgrad_squared, guided_backprop, integrated_gradients), `.relevance`, `.masking` (occlusion,
-            rise), `.cams` (grad_cam, grad_cam_plus_plus, smooth_grad_cam_plus_plus, guided_grad_cam),
-            `.surrogates` (lime, kernel_shap).
+        method: the method, documented with its options where it is defined: `circuits.saliency.gradients` (gradient,
+            gradient_x_input, smoothgrad, vargrad, smoothgrad_squared, guided_backprop, integrated_gradients),
+            `circuits.attribution.relevance`, `.masking` (occlusion, rise), `.cams` (grad_cam, grad_cam_plus_plus,
+            smooth_grad_cam_plus_plus, guided_grad_cam), `.surrogates` (lime, kernel_shap).
         site: where class activation maps are taken; the last map before the output if not given.
-        seed: of noise, masks and subsets.
-        batch: versions of an image in one pass: bounds the memory.
-        size: what becomes of images of another size.
-        progress: called with what is done and all.
-        options: of the method, e.g. `samples`, `steps`, `window`, `blank`, `segments`.
+        seed: seed of noise, masks and subsets.
+        batch: versions of an image in one pass, which bounds memory.
+        size: what to do with images of another size.
+        progress: called with the work done and the total.
+        options: options of the method, such as `samples`, `steps`, `window`, `blank`, `segments`.
 
     Returns:
-        Values a pixel: one a channel for gradients and relevance, one for all channels otherwise.
+        The attribution: one value for each channel of a pixel for gradients and relevance, else one for each pixel.
 
     Raises:
         KeyError: if a site or class is unknown.
@@ -87,11 +87,15 @@ def saliency_map(
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     spec = model.input
     if not isinstance(spec, ImageInput):
-        raise ValueError(f"model {model.name} takes tokens: use attribute() at a site")
+        raise ValueError(
+            f"model {model.name} takes tokens: expected an image model (use attribute() at a site)"
+        )
     check_options(method, options)
     goal = as_target(model, target)
     if site is not None and not (method.endswith("cam") or "cam_" in method):
-        raise ValueError(f"site {str(site)!r}: only class activation maps are taken at a site")
+        raise ValueError(
+            f"site {str(site)!r}: only class activation maps take a site, method {method!r} does not"
+        )
     if site is None and "cam" in method:
         site = cams.last_map(model, goal)
     if method == "relevance":
@@ -116,7 +120,7 @@ def saliency_map(
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise TypeError if a method, or a mask of `MASKS`, has no option of a name, or an option is of the wrong kind."""
+    """Raise TypeError if a method, or a mask of `MASKS`, does not have an option, or an option has the wrong type."""
     fitting_options(f"method {method}", _function(method), options, _parameters(method))
 
 
@@ -128,7 +132,7 @@ def _function(method: str) -> Callable[..., Any]:
 def fitting_options(
     what: str, function: Callable[..., Any], options: Mapping[str, Any], known: Iterable[str]
 ) -> None:
-    """Raise TypeError if a function has no option of a name, or an option is not of its annotated kind."""
+    """Raise TypeError if a function does not have an option, or an option does not have its annotated type."""
     names = [name for name in known if name != "seed"]
     parameters = inspect.signature(inspect.unwrap(function)).parameters
     for name, value in options.items():
@@ -177,7 +181,7 @@ def _parameters(method: str) -> dict[str, Any]:
     return {name: p.default for name, p in found.items() if name not in own}
 
 
-def _times_input(passes: Passes, progress: Progress | None) -> Tensor:
+def _gradient_x_input(passes: Passes, progress: Progress | None) -> Tensor:
     return passes.inputs * gradients.gradient(passes, progress)
 
 
@@ -210,7 +214,7 @@ def _with_progress(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _MAKERS: dict[str, Callable[..., Tensor | Made]] = {
     "gradient": _with_progress(gradients.gradient),
-    "gradient_x_input": _times_input,
+    "gradient_x_input": _gradient_x_input,
     "smoothgrad": _smoothed("mean"),
     "vargrad": _smoothed("variance"),
     "smoothgrad_squared": _smoothed("square"),

@@ -21,16 +21,16 @@ def occlusion(
     blank: Blank | Tensor = "zero",
     progress: Progress | None = None,
 ) -> Float[Tensor, "example 1 h w"]:
-    """What the target loses when a window is covered; where windows overlap, the mean (Zeiler 2014).
+    """The target's loss when a window is occluded, averaged where windows overlap (Zeiler and Fergus 2014).
 
-    As captum's Occlusion: the last window of a row is cut off at the border.
+    As in captum's Occlusion, the last window of a row is cut off at the border.
 
     Args:
-        passes: from the input to the target.
-        window: height and width of what is covered, in pixels; a seventh of the image if not given.
-        stride: from window to window; half a window if not given.
-        blank: what it is covered with.
-        progress: called with windows done and all.
+        passes: passes from the input to the target.
+        window: height and width of the window in pixels; a seventh of the image if not given.
+        stride: distance between windows; half a window if not given.
+        blank: what covers the window.
+        progress: called with the number of windows done and the total.
 
     Raises:
         ValueError: if an option is out of range.
@@ -79,16 +79,16 @@ def rise(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Float[Tensor, "example 1 h w"]:
-    """The target's mean over random masks that show a pixel, over how often it is shown (Petsiuk 2018).
+    """RISE: the target's mean over random masks that show a pixel (Petsiuk et al. 2018).
 
     Args:
-        passes: from the input to the target (whose quantity is, in the paper, the probability).
-        samples: masks; the same for all examples.
+        passes: passes from the input to the target (in the paper, to a probability).
+        samples: number of masks; all examples get the same masks.
         cells: cells of a mask along each side.
         keep: the share of cells that are shown.
-        blank: what is shown elsewhere.
-        seed: of the masks.
-        progress: called with masks done and all.
+        blank: what replaces hidden pixels.
+        seed: seed of the masks.
+        progress: called with the number of masks done and the total.
 
     Raises:
         ValueError: if an option is out of range.
@@ -119,7 +119,7 @@ def random_masks(
     height, width = size
     cell = (math.ceil(height / cells), math.ceil(width / cells))
     found = []
-    for _ in range(n):  # one by one: a mask does not depend on how many are made together
+    for _ in range(n):  # one at a time, so that masks do not depend on how many are made in a batch
         coarse = (torch.rand(1, 1, cells, cells, generator=generator) < keep).float()
         top = int(torch.randint(cell[0], (1,), generator=generator))
         left = int(torch.randint(cell[1], (1,), generator=generator))

@@ -1,4 +1,4 @@
-"""Meaningful and extremal perturbations: what must be kept, or hidden, of an image.
+"""Meaningful and extremal perturbations: masks of what must be kept, or hidden, in an image.
 
 Fong and Vedaldi 2017, "Interpretable Explanations of Black Boxes by Meaningful Perturbation"; Fong, Patrick
 and Vedaldi 2019, "Understanding Deep Networks via Extremal Perturbations and Smooth Masks".
@@ -25,31 +25,31 @@ from circuits.tasks.targets import Target
 from circuits.units import Site, Unit
 
 Game = Literal["preserve", "delete"]
-"""Keep the target as high as possible with only a part shown, or make it as low as possible with a part hidden."""
+"""`preserve` keeps the target as high as possible with only a part shown; `delete` makes it as low as possible with a
+part hidden."""
 
 Masks = Float[Tensor, "example 1 h w"]
 
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """A mask for each example, and what it does.
+    """A mask for each example, and its effect.
 
     Attributes:
         method: `extremal`, `meaningful`, or `extremal channels`.
         variant: whether the mask marks what is kept or what is hidden.
-        masks: in 0..1, 1 where the image is kept (preserve) or hidden (delete); for channels
-            `example unit`.
-        area: the share of the image (or of the units) that the mask was to mark; NaN if it was free.
+        masks: in 0..1, 1 where the image is kept (preserve) or hidden (delete); for channels `example unit`.
+        area: the prescribed share of the image (or of the units) that is marked; NaN if there was none.
         values: the target with the mask.
-        intact: the target without.
+        intact: the target without a mask.
         blank: the target with everything hidden.
-        random: the target with the mask's values at other places, in smooth patches (units drawn at random, for
-            channels); the mean of several.
+        random: the target with the mask's values moved to random smooth patches (for channels, with random units); the
+            mean of several draws.
         target: what was explained.
-        site: of the channels; `input` for images.
-        model_hash: of the weights.
-        examples: which they are, and how they were chosen.
-        seed: of everything random.
+        site: the channels' site; `input` for images.
+        model_hash: the hash of the model's weights.
+        examples: which examples, and how they were chosen.
+        seed: seed of everything random.
     """
 
     method: str
@@ -75,12 +75,12 @@ class Perturbation:
 
 
 class Pyramid:
-    """Images from all blurred to sharp, by a mask (Fong et al. 2019, section 3.4).
+    """Blurs images locally as a mask says, by interpolating between levels of blur (Fong et al. 2019, section 3.4).
 
     Args:
         x: the images.
-        levels: of blur, the sharp image included.
-        sigma: of the most blurred, in pixels; 20 of 224 if not given.
+        levels: number of levels, the sharp image included.
+        sigma: standard deviation of the strongest blur, in pixels; 20 for 224 pixels if not given.
     """
 
     def __init__(self, x: Tensor, levels: int = 8, sigma: float | None = None) -> None:
@@ -89,7 +89,8 @@ class Pyramid:
         self.levels = torch.stack([blurred(x, s) for s in strengths], 1)
 
     def __call__(self, masks: Masks) -> Tensor:
-        """The images, sharp where the mask is 1, blurred most where it is 0."""
+        """The images, sharp where the mask is 1 and most blurred where it is 0."""
+        # Linear interpolation between the two nearest levels, differentiable in the mask through `share`.
         n = self.levels.shape[1]
         at = masks.clamp(0, 1) * (n - 1)
         low = at.detach().floor().clamp(0, n - 2)
@@ -117,27 +118,27 @@ def extremal(
     size: Size = "refuse",
     progress: Progress | None = None,
 ) -> Perturbation:
-    """The smooth mask of a given area with the greatest effect on a target.
+    """The smooth mask of a given area with the largest effect on a target (Fong et al. 2019).
 
-    The mask is a smooth maximum of bumps on a coarse grid, and its sorted values are pulled to those of a
-    mask of this area (equation 4); what it hides is blurred. Gradients lead to a soft mask; it is then moved and
-    reshaped at random while that helps it as a mask of 0 and 1 of exactly the area, and given as that.
+    The mask is a smooth maximum of bumps on a coarse grid, and its sorted values are pulled towards those of a binary
+    mask of this area (equation 4); what it hides is blurred. Gradient descent gives a soft mask, which is then improved
+    as a binary mask of exactly this area by random changes, and returned as that.
 
     Args:
-        model: of images.
-        examples: as a source has them, or as the model takes them.
-        target: a class (its log probability does better than its logit: see `Target`) or a unit anywhere.
+        model: an image model.
+        examples: examples of a source, or a tensor as the model takes it.
+        target: a class (its log-probability works better than its logit; see `Target`) or a unit anywhere.
         area: the share of the image that is kept (preserve) or hidden (delete).
-        variant: which.
-        steps: of the optimiser.
-        tries: random changes of each mask afterwards, kept if they help it as a mask of 0 and 1.
-        step: pixels from bump to bump; a 32nd of the image if not given (7 of 224).
-        sigma: width of a bump, in pixels; three steps if not given.
-        rate: of the optimiser.
-        seed: of the changes tried, and of the random masks beside.
+        variant: `preserve` or `delete`.
+        steps: optimisation steps.
+        tries: random changes of each mask after that, kept if they improve the binary mask.
+        step: distance between bumps in pixels; a 32nd of the image if not given (7 for 224).
+        sigma: width of a bump in pixels; three steps if not given.
+        rate: learning rate.
+        seed: seed of the random changes and of the random masks for comparison.
         batch: images optimised together.
-        size: what becomes of images of another size.
-        progress: called with steps done and all.
+        size: what to do with images of another size.
+        progress: called with the number of steps done and the total.
 
     Raises:
         KeyError: if a class is unknown.
@@ -166,7 +167,7 @@ def extremal(
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         parts.append(_extremal(goal, which, search, note))
     masks = torch.cat(parts)
-    return _measured("extremal", goal, Pyramid, masks, area, variant, examples, seed)
+    return _with_controls("extremal", goal, Pyramid, masks, area, variant, examples, seed)
 
 
 def _check_variant(variant: str) -> None:
@@ -176,12 +177,12 @@ def _check_variant(variant: str) -> None:
 
 def _check_images(model: HookedModel) -> None:
     if not isinstance(model.input, ImageInput):
-        raise ValueError(f"model {model.name} takes tokens: masks are of images")
+        raise ValueError(f"model {model.name} takes tokens: expected an image model")
 
 
 @dataclass(frozen=True)
 class _Search:
-    """How a mask is looked for."""
+    """The options of a search for an extremal mask; see `extremal`."""
 
     area: float
     variant: Game
@@ -196,14 +197,14 @@ class _Search:
 def _extremal(
     goal: Passes, which: Tensor, search: _Search, progress: Callable[[int], None]
 ) -> Masks:
-    """Masks of some examples: by their gradient first, then by trying."""
+    """Masks of some examples: gradient descent first, then random search."""
     x = goal.inputs[which]
     smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
     pyramid = Pyramid(x)
     wanted = _sorted_reference(smooth.grid[0] * smooth.grid[1], search.area).to(x)
     keeps = search.variant == "preserve"
-    sign = _reward(goal, which) * (-1.0 if keeps else 1.0)
-    # all is kept, or all hidden, at first: the area then shrinks to what matters
+    sign = _target_scale(goal, which) * (-1.0 if keeps else 1.0)
+    # Everything is marked at first, and the area penalty, whose weight grows 20-fold, shrinks it to what matters.
     parameters = torch.ones(len(x), 1, *smooth.grid, device=x.device, requires_grad=True)
     optimizer = torch.optim.SGD([parameters], search.rate, momentum=0.9)
     for done in range(search.steps):
@@ -224,14 +225,12 @@ def _extremal(
         exact = hard(smooth(some), search.area)
         return sign * goal.value(pyramid(exact if keeps else 1 - exact), which)
 
-    return hard(smooth(_refined(parameters.detach(), cost, search)), search.area)
+    return hard(smooth(_random_search(parameters.detach(), cost, search)), search.area)
 
 
-def _refined(parameters: Tensor, cost: Callable[[Tensor], Tensor], search: _Search) -> Tensor:
-    """Masks moved and reshaped at random as long as that helps them as masks of 0 and 1.
-
-    Gradients are those of soft masks; what is looked for is judged as hard ones.
-    """
+def _random_search(parameters: Tensor, cost: Callable[[Tensor], Tensor], search: _Search) -> Tensor:
+    """Masks that are shifted and reshaped at random, keeping every change that improves the binary mask."""
+    # Gradients exist only for soft masks, but the result is measured as a binary one: this closes the gap.
     generator = Generator().manual_seed(search.seed)
     best, n = cost(parameters), len(parameters)
     for number in range(search.tries):
@@ -252,8 +251,9 @@ def _refined(parameters: Tensor, cost: Callable[[Tensor], Tensor], search: _Sear
     return parameters
 
 
-def _reward(goal: Passes, which: Tensor) -> Float[Tensor, " example"]:
-    """What a target's value counts for: a nat is one, and so is a tenth of any other intact value."""
+def _target_scale(goal: Passes, which: Tensor) -> Float[Tensor, " example"]:
+    """The scale that makes different targets comparable in the loss: 1 for a nat of log-probability, else 10 for the
+    intact value."""
     if goal.target.quantity == "log_probability":
         return torch.ones_like(goal.values[which])
     return 10.0 / goal.values[which].abs().clamp_min(1e-6)
@@ -269,8 +269,8 @@ class SmoothMasks:
 
     Args:
         size: height and width of the masks.
-        step: pixels from bump to bump.
-        sigma: width of a bump, in pixels.
+        step: distance between bumps in pixels.
+        sigma: width of a bump in pixels.
     """
 
     def __init__(self, size: tuple[int, ...], step: int, sigma: float) -> None:
@@ -286,7 +286,8 @@ class SmoothMasks:
         return self.enlarged(self.coarse(parameters))
 
     def coarse(self, parameters: Float[Tensor, "example 1 y x"]) -> Float[Tensor, "example 1 y x"]:
-        """The masks at the places of the bumps."""
+        """The masks at the positions of the bumps."""
+        # Smooth maximum over the surrounding bumps b: sum of b softmax(20 b).
         r = self.radius
         around = F.unfold(F.pad(parameters, (r, r, r, r), mode="replicate"), 2 * r + 1)
         bumps = around * self.bump.to(around)[None, :, None]
@@ -294,7 +295,7 @@ class SmoothMasks:
         return smooth.reshape(len(parameters), 1, *self.grid)
 
     def enlarged(self, coarse: Float[Tensor, "example 1 y x"]) -> Masks:
-        """On all pixels."""
+        """The masks at full resolution."""
         return F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).clamp(0, 1)
 
 
@@ -315,36 +316,32 @@ def meaningful(
     size: Size = "refuse",
     progress: Progress | None = None,
 ) -> Perturbation:
-    """The smallest smooth mask that, hidden by a blur, takes a target away (Fong and Vedaldi 2017, equation 5).
+    """The smallest smooth mask whose blurred region removes a target (Fong and Vedaldi 2017, equation 5).
 
     Args:
-        model: of images.
-        examples: as a source has them, or as the model takes them.
-        target: a class or a unit anywhere; for classes the authors take the probability.
-        variant: `delete`, or `preserve`: the smallest that must be kept.
-        steps: of Adam.
-        cells: of the mask along each side.
+        model: an image model.
+        examples: examples of a source, or a tensor as the model takes it.
+        target: a class or a unit anywhere; for classes the authors use the probability.
+        variant: `delete`, or `preserve` for the smallest region that must be kept.
+        steps: steps of Adam.
+        cells: cells of the mask along each side.
         l1: weight of the mask's area.
-        tv: weight of its roughness.
-        rate: of Adam.
-        sigma: of the blur, in pixels; 10 of 224 if not given.
-        seed: of the jitter, and of the random masks beside.
+        tv: weight of its total variation.
+        rate: learning rate of Adam.
+        sigma: standard deviation of the blur, in pixels; 10 for 224 pixels if not given.
+        seed: seed of the jitter and of the random masks for comparison.
         batch: images optimised together.
-        size: what becomes of images of another size.
-        progress: called with steps done and all.
+        size: what to do with images of another size.
+        progress: called with the number of steps done and the total.
 
     Raises:
         KeyError: if a class is unknown.
         ValueError: if examples, target or an option do not fit.
     """
     for name, value, low in (
-        ("steps", steps, 1),
-        ("cells", cells, 2),
-        ("l1", l1, 0),
-        ("tv", tv, 0),
-    ):
+        ("steps", steps, 1), ("cells", cells, 2), ("l1", l1, 0), ("tv", tv, 0), ("rate", rate, 1e-6)
+    ):  # fmt: skip
         check_range(name, value, low)
-    check_range("rate", rate, 1e-6)
     check_range("sigma", 1 if sigma is None else sigma, 0.05)
     _check_variant(variant)
     _check_images(model)
@@ -355,11 +352,12 @@ def meaningful(
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         x = goal.inputs[which]
         blending = _Blend(x, sigma)
-        sign = _reward(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
+        sign = _target_scale(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
         marked = torch.full((len(x), 1, cells, cells), 0.5, device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([marked], rate)
         for done in range(steps):
             masks = _on_pixels(marked, x)
+            # Jitter against adversarial masks that exploit single pixels (Fong and Vedaldi 2017, section 4.3).
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
             kept = masks.roll(shift, (2, 3))
             kept = kept if variant == "preserve" else 1 - kept
@@ -378,13 +376,13 @@ def meaningful(
     def blend(x: Tensor) -> _Blend:
         return _Blend(x, sigma)
 
-    return _measured(
+    return _with_controls(
         "meaningful", goal, blend, torch.cat(found), float("nan"), variant, examples, seed
     )
 
 
 class _Blend:
-    """Images mixed with themselves blurred, by a mask."""
+    """Mixes images with their blurred versions as a mask says."""
 
     def __init__(self, x: Tensor, sigma: float | None) -> None:
         self.x = x
@@ -413,24 +411,24 @@ def extremal_channels(
     size: Size = "refuse",
     progress: Progress | None = None,
 ) -> Perturbation:
-    """The share of a site's units that keeps, or takes away, most of a target (Fong et al. 2019, section 4).
+    """The units of a site, of a given share, that keep or remove most of a target (Fong et al. 2019, section 4).
 
     Args:
-        model: the model; tokens too.
-        examples: as a source has them, or as the model takes them.
-        target: what the units are to keep or take away.
-        site: whose units.
-        area: the share of units.
-        variant: whether they are kept alone or set to zero.
-        steps: of gradient descent with momentum.
-        rate: of it.
-        seed: of the random units beside.
+        model: the model, of images or tokens.
+        examples: examples of a source, or a tensor as the model takes it.
+        target: the target to keep or remove.
+        site: the units' site.
+        area: the share of units that are marked.
+        variant: whether only the marked units are kept, or only these are set to zero.
+        steps: steps of gradient descent with momentum.
+        rate: its learning rate.
+        seed: seed of the random units for comparison.
         batch: examples in one pass.
-        size: what becomes of images of another size.
-        progress: called with examples done and all.
+        size: what to do with images of another size.
+        progress: called with the number of examples done and the total.
 
     Returns:
-        `masks` is `example unit`.
+        The result; its `masks` are `example unit`.
 
     Raises:
         KeyError: if a site or class is unknown.
@@ -484,13 +482,15 @@ def _marked_units(
         weight = 3.0 * 20.0 ** (done / steps)
         effect = sign * (shown * gradients).flatten(1).sum(1)
         (credit,) = torch.autograd.grad(effect.sum(), marked)
-        # of units marked alike, those that do more stay
+        # Among units with equal marks the more effective ones are sorted last, and are pulled towards 1.
         order = (
             marked - 1e-3 * credit / credit.abs().amax(1, keepdim=True).clamp_min(1e-12)
         ).argsort(dim=1)
         missed = (marked.gather(1, order) - wanted).square().mean(1)
         (pulled,) = torch.autograd.grad((weight * missed).sum(), marked)
-        marked.grad = (credit + pulled) * n  # of the size it has for one unit alone
+        marked.grad = (
+            credit + pulled
+        ) * n  # independent of n: each unit's share of a mean over units is 1 / n
         optimizer.step()
         with torch.no_grad():
             marked.clamp_(0, 1)
@@ -498,7 +498,7 @@ def _marked_units(
 
 
 def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Game) -> Tensor:
-    """The site's tensor with each unit kept (preserve) or taken away (delete) as far as it is marked."""
+    """The site's tensor with each unit scaled by its mark (preserve), or by 1 minus its mark (delete)."""
     assert goal.site is not None, "channels are of a site"
     kept = marked if variant == "preserve" else 1 - marked
     everywhere = kept.reshape(*kept.shape, *(1,) * (goal.points.ndim - 2))
@@ -506,7 +506,7 @@ def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Game) -> T
 
 
 def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "example *rest"]:
-    """Each mask made 1 on its largest part of a given area and 0 elsewhere."""
+    """Binary masks: 1 on the largest values, up to a given share of the mask, and 0 elsewhere."""
     flat = masks.flatten(1)
     n = max(1, round(area * flat.shape[1]))
     chosen = flat.argsort(dim=1, descending=True, stable=True)[:, :n]
@@ -514,13 +514,13 @@ def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "e
 
 
 Perturbing = Callable[[Tensor], Callable[[Tensor], Tensor]]
-"""Takes images, and gives a function from masks to the images, kept where the mask is 1."""
+"""Takes images and returns a function from masks to perturbed images, which are unchanged where the mask is 1."""
 
 
 def shown_by(
     goal: Passes, masks: Masks, variant: Game = "preserve", perturbing: Perturbing = Pyramid
 ) -> Float[Tensor, " example"]:
-    """The target's value with an image kept only inside a mask (preserve) or only outside (delete)."""
+    """The target's value with images kept only inside a mask (preserve) or only outside it (delete)."""
     found = []
     for chunk in goal.chunks(len(goal)):
         which = torch.arange(chunk.start, chunk.stop, device=goal.inputs.device)
@@ -530,7 +530,7 @@ def shown_by(
     return torch.cat(found)
 
 
-def _measured(
+def _with_controls(
     method: str,
     goal: Passes,
     perturbing: Perturbing,
@@ -540,7 +540,7 @@ def _measured(
     examples: Examples | Tensor,
     seed: int,
 ) -> Perturbation:
-    """Masks beside random smooth ones that have the same values at other places."""
+    """The result for some masks, with random smooth masks that have the same values elsewhere as a control."""
     generator = Generator().manual_seed(seed)
     apart = max(1, round(max(masks.shape[-2:]) / 32))
     smooth = SmoothMasks(masks.shape[-2:], apart, 3.0 * apart)

@@ -1,8 +1,8 @@
-"""Whether an attribution has to do with the model: randomisation tests.
+"""Sanity checks: whether an attribution depends on the model at all.
 
-Adebayo et al. 2018, "Sanity Checks for Saliency Maps": layers' weights are shuffled from the output down
-(cascading) or one at a time (independent), and maps are compared with those of the intact model; or the model
-is trained on shuffled labels. A map that hardly changes does not show what the model has learned.
+Adebayo et al. 2018, "Sanity Checks for Saliency Maps": layers' weights are shuffled from the output down (cascading) or
+one group at a time (independent), and maps are compared with those of the intact model; or the model is trained on
+shuffled labels. A map that hardly changes does not show what the model has learned.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Attributing = Callable[[HookedModel, Tensor], Attribution]
 Mode = Literal["cascading", "independent"]
 
 KEPT = 0.5
-"""Maps pass if, while at most the upper half of the layers is shuffled, they keep less than this share of their
-likeness to themselves, beyond that to maps of other images."""
+"""Maps pass if, with at most the upper half of the layers shuffled, they keep less than this share of their similarity
+to the original maps beyond the similarity of maps of different images."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Maps with some layers shuffled, beside those of the intact model: means over images.
+    """The similarity of maps with some layers shuffled to those of the intact model; means over images.
 
     Attributes:
-        layers: how many are shuffled.
-        lowest: the name of the lowest of them (independent: of the only group's).
+        layers: the number of shuffled layers.
+        lowest: the name of the lowest shuffled layer (for independent, of its group).
         spearman: rank correlation of absolute values.
-        spearman_signed: and of signed ones.
+        spearman_signed: rank correlation of signed values.
         ssim: structural similarity of absolute values.
     """
 
@@ -56,20 +56,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class RandomizationTest:
-    """How much of a method's maps survives without the model's weights.
+    """How much of a method's maps remains when the model's weights are shuffled.
 
     Attributes:
-        method: which.
+        method: the method's name.
         mode: how layers were shuffled.
-        stages: from the output down; cascading ends with all layers.
-        chance: the same numbers for maps of different images with the intact model.
-        kept: the share of likeness beyond chance that is left, over the stages in which at most the upper half
-            is shuffled (cascading): by signed rank correlation or by SSIM, whichever is larger. (The rank
-            correlation of absolute values is left out: where an image has no contrast most maps are small.)
-        passes: whether that is below `KEPT`; None for independent tests, which have no such stage.
-        model_hash: of the intact weights.
+        stages: the stages from the output down; cascading ends with all layers shuffled.
+        chance: the same numbers for maps of different images in the intact model.
+        kept: the share of similarity beyond chance that remains, over the stages with at most the upper half of the
+            layers shuffled: by signed rank correlation or by SSIM, whichever is larger. (The rank correlation of
+            absolute values is left out: most maps are small wherever an image has no contrast.)
+        passes: whether that is below `KEPT`; None for independent tests, which have no such stages.
+        model_hash: the hash of the intact weights.
         examples: which images, and how they were chosen.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
     """
 
     method: str
@@ -99,10 +99,10 @@ def randomization_test(
         model: the model.
         examples: images, at least two.
         attributing: makes maps of images with a model.
-        mode: shuffle from the output down, or each part alone.
-        stages: in how many steps; an even number, so that there is a half.
-        seed: of the shuffling.
-        progress: called with stages done and all.
+        mode: whether layers are shuffled from the output down, or one group at a time.
+        stages: the number of stages; even, so that one stage has exactly the upper half shuffled.
+        seed: seed of the shuffling.
+        progress: called with the number of stages done and the total.
 
     Raises:
         ValueError: if there are fewer than two images, or an option does not fit.
@@ -113,31 +113,34 @@ def randomization_test(
     inputs = given.inputs
     if len(inputs) < 2:
         raise ValueError(
-            f"examples: {len(inputs)} images: expected at least two, to compare with each other"
+            f"examples: {len(inputs)} images, expected at least two to compare with each other"
         )
     layers = layers_in_order(model)[::-1]
     if stages < 2 or stages % 2 or stages > len(layers):
-        raise ValueError(f"stages {stages} must be even, from 2 to the {len(layers)} layers")
+        raise ValueError(
+            f"stages {stages} must be even, from 2 to {len(layers)}, the number of layers"
+        )
     ends = [round(len(layers) * (k + 1) / stages) for k in range(stages)]
     intact = attributing(model, inputs)
-    own = _maps(intact)
-    chance = _compared(own, [m.roll(1, 0) for m in own], 0, "")
+    own = _heat_maps(intact)
+    chance = _likeness(own, [m.roll(1, 0) for m in own], 0, "")
     found = []
     for k, end in enumerate(ends):
         start = ends[k - 1] if k and mode == "independent" else 0
         shuffled = randomized(model, seed, layers[start:end])
-        theirs = _maps(attributing(shuffled, inputs))
-        found.append(_compared(own, theirs, end - start, layers[end - 1]))
+        theirs = _heat_maps(attributing(shuffled, inputs))
+        found.append(_likeness(own, theirs, end - start, layers[end - 1]))
         if progress is not None:
             progress(k + 1, stages)
-    kept = _kept(found[: stages // 2], chance)
+    kept = _kept_beyond_chance(found[: stages // 2], chance)
     return RandomizationTest(
         intact.method, mode, tuple(found), chance, kept, kept < KEPT if mode == "cascading" else None,
         model.hash, given.describe(), seed,
     )  # fmt: skip
 
 
-def _kept(stages: Sequence[Stage], chance: Stage) -> float:
+def _kept_beyond_chance(stages: Sequence[Stage], chance: Stage) -> float:
+    # (similarity - chance) / (1 - chance): 1 for unchanged maps, 0 for maps as similar as those of different images.
     def beyond(name: str) -> float:
         by_chance = getattr(chance, name)
         return float(
@@ -147,12 +150,12 @@ def _kept(stages: Sequence[Stage], chance: Stage) -> float:
     return max(beyond("spearman_signed"), beyond("ssim"))
 
 
-def _maps(made: Attribution) -> list[Float[Tensor, "image y x"]]:
+def _heat_maps(made: Attribution) -> list[Float[Tensor, "image y x"]]:
     """Absolute and signed maps."""
     return [made.heat("absolute").cpu(), made.heat("signed").cpu()]
 
 
-def _compared(own: Sequence[Tensor], other: Sequence[Tensor], layers: int, lowest: str) -> Stage:
+def _likeness(own: Sequence[Tensor], other: Sequence[Tensor], layers: int, lowest: str) -> Stage:
     n = len(own[0])
     pairs = [
         [(a[i].numpy(), b[i].numpy()) for i in range(n)] for a, b in zip(own, other, strict=True)
@@ -164,11 +167,13 @@ def _compared(own: Sequence[Tensor], other: Sequence[Tensor], layers: int, lowes
 
 
 def ssim(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> float:
-    """Structural similarity of two maps, each stretched to 0..1 (its 99th percentile at 1); 0 if one is flat."""
+    """Structural similarity of two maps, each scaled to 0..1 (with its 99th percentile at 1); 0 if one is constant."""
     stretched = []
     for m in (a, b):
         low, high = np.quantile(m, [0.0, 0.99])
-        high = high if high > low else m.max()  # hardly anything marked: the largest
+        high = (
+            high if high > low else m.max()
+        )  # fewer than 1 % of the pixels stand out: scale by the maximum
         if not high > low:
             return 0.0
         stretched.append(((m - low) / (high - low)).clip(0, 1).astype(np.float64))
@@ -179,16 +184,16 @@ def ssim(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> float:
 
 @dataclass(frozen=True)
 class LabelTest:
-    """Maps of a network trained on true labels beside one trained on shuffled labels.
+    """The similarity of maps of a network trained on true labels to those of one trained on shuffled labels.
 
     Attributes:
-        likeness: of the two.
-        chance: of maps of different images.
-        kept: the share of likeness beyond chance.
-        accuracy: on the images, after training on true labels.
-        accuracy_shuffled: and on shuffled labels: the test says something if both are high.
-        examples: which they are, and how they were chosen.
-        seed: of everything random.
+        likeness: the similarity of the two networks' maps.
+        chance: the similarity of maps of different images.
+        kept: the share of similarity beyond chance.
+        accuracy: the accuracy on the images after training on true labels.
+        accuracy_shuffled: the accuracy on shuffled labels; the test is only meaningful if both are high.
+        examples: which examples, and how they were chosen.
+        seed: seed of everything random.
     """
 
     likeness: Stage
@@ -232,7 +237,7 @@ def label_test(
     inputs = given.inputs
     if len(labels) != len(inputs) or len(inputs) < 2:
         raise ValueError(
-            f"labels: {len(labels)} for {len(inputs)} images: expected as many, at least two"
+            f"labels: {len(labels)} for {len(inputs)} images, expected one each and at least two"
         )
     true = torch.tensor(labels, device=model.device)
     order = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))
@@ -240,11 +245,13 @@ def label_test(
     for number, wanted in enumerate((true, true[order])):
         twin = randomized(model, seed)
         accuracy = _trained(twin, inputs, wanted, steps, rate, progress, number)
-        found.append((_maps(attributing(twin, inputs)), accuracy))
+        found.append((_heat_maps(attributing(twin, inputs)), accuracy))
     (own, first), (theirs, second) = found
-    chance = _compared(own, [m.roll(1, 0) for m in own], 0, "")
-    stage = _compared(own, theirs, 0, "shuffled labels")
-    return LabelTest(stage, chance, _kept([stage], chance), first, second, given.describe(), seed)
+    chance = _likeness(own, [m.roll(1, 0) for m in own], 0, "")
+    stage = _likeness(own, theirs, 0, "shuffled labels")
+    return LabelTest(
+        stage, chance, _kept_beyond_chance([stage], chance), first, second, given.describe(), seed
+    )
 
 
 def _trained(
@@ -256,7 +263,7 @@ def _trained(
     progress: Progress | None,
     turn: int,
 ) -> float:
-    """Train in place, in evaluation mode; the share of images that are right at the end."""
+    """Train a model in place, in evaluation mode; returns the accuracy at the end."""
     module = model.module.eval()
     x = model.fitted(inputs)
     parameters = [p.requires_grad_(True) for p in module.parameters()]

@@ -1,4 +1,4 @@
-"""Input attribution by a linear model of what superpixels do: LIME and KernelSHAP."""
+"""Input attribution by linear models of the effects of superpixels: LIME and KernelSHAP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Coalitions = Float[np.ndarray, "sample segment"]
 
 
 def superpixels(inputs: Float[Tensor, "example channel h w"], n: int = 50) -> Segments:
-    """Each image cut into about `n` pieces of one colour (SLIC, Achanta et al. 2012), numbered from 0.
+    """Each image cut into about `n` segments of similar colour (SLIC, Achanta et al. 2012), numbered from 0.
 
     Raises:
         ValueError: if `n` is not from 2 to the number of pixels.
@@ -52,18 +52,18 @@ def lime(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Float[Tensor, "example 1 h w"]:
-    """Coefficients of a ridge regression on which superpixels are shown (Ribeiro et al. 2016).
+    """LIME: coefficients of a ridge regression of the target on which superpixels are shown (Ribeiro et al. 2016).
 
     Args:
-        passes: from the input to the target.
-        segments: superpixels of each image, or about how many.
-        samples: random subsets, each superpixel shown with probability a half; the first is the image.
-        width: of the kernel sqrt(exp(-d^2 / width^2)) in the cosine distance to the image, as in the
-            authors' code.
-        penalty: of the squared coefficients.
+        passes: passes from the input to the target.
+        segments: the superpixels of each image, or roughly how many to make.
+        samples: random subsets, each superpixel shown with probability 1/2; the first subset is the whole image.
+        width: width of the kernel sqrt(exp(-d^2 / width^2)) in the cosine distance to the image, as in the authors'
+            code.
+        penalty: weight of the squared coefficients.
         blank: what hides a superpixel.
-        seed: of the subsets.
-        progress: called with examples done and all.
+        seed: seed of the subsets.
+        progress: called with the number of examples done and the total.
 
     Raises:
         ValueError: if an option is out of range.
@@ -75,16 +75,18 @@ def lime(
     def fit(passes: Passes, example: int, pieces: Tensor, n: int, base: Tensor) -> np.ndarray:
         z = np.random.default_rng(seed).integers(0, 2, (samples, n)).astype(np.float64)
         z[0] = 1
-        values = _values(passes, example, pieces, z, base)
-        distance = 1 - np.sqrt(z.mean(1))  # the cosine between a subset and all ones
+        values = _values_of_subsets(passes, example, pieces, z, base)
+        # For z of 0 and 1, cos(z, 1) = sum(z) / (sqrt(sum(z)) sqrt(n)) = sqrt(mean(z)).
+        distance = 1 - np.sqrt(z.mean(1))
         weights = np.sqrt(np.exp(-(distance**2) / width**2))
+        # Weighted centring takes the place of an unpenalised intercept.
         x = z - np.average(z, axis=0, weights=weights)
         y = values - np.average(values, weights=weights)
         return np.linalg.solve(
             x.T @ (weights[:, None] * x) + penalty * np.eye(n), x.T @ (weights * y)
         )
 
-    return _fitted(passes, segments, blank, fit, progress)
+    return _superpixel_shares(passes, segments, blank, fit, progress)
 
 
 def kernel_shap(
@@ -97,17 +99,17 @@ def kernel_shap(
 ) -> Float[Tensor, "example 1 h w"]:
     """Shapley values of superpixels by weighted regression (Lundberg and Lee 2017, theorem 2).
 
-    They add up to the target's value less that of the blank. Where there are no more subsets than samples
-    all are taken and the values are exact; otherwise sizes are drawn by the kernel's weight, each subset
-    with its complement.
+    They sum to the target's value minus that of the blank image. If there are no more subsets than samples, all subsets
+    are used and the values are exact; otherwise sizes are drawn by the kernel's weight, each subset with its
+    complement.
 
     Args:
-        passes: from the input to the target.
-        segments: superpixels of each image, or about how many.
-        samples: subsets.
+        passes: passes from the input to the target.
+        segments: the superpixels of each image, or roughly how many to make.
+        samples: number of subsets.
         blank: what hides a superpixel.
-        seed: of the subsets.
-        progress: called with examples done and all.
+        seed: seed of the subsets.
+        progress: called with the number of examples done and the total.
 
     Raises:
         ValueError: if an option is out of range.
@@ -116,23 +118,28 @@ def kernel_shap(
 
     def fit(passes: Passes, example: int, pieces: Tensor, n: int, base: Tensor) -> np.ndarray:
         z, weights = coalitions(n, samples, seed)
-        ends = _values(passes, example, pieces, np.stack([np.zeros(n), np.ones(n)]), base)
+        ends = _values_of_subsets(
+            passes, example, pieces, np.stack([np.zeros(n), np.ones(n)]), base
+        )
         total = ends[1] - ends[0]
         if n == 1:
             return np.array([total])
-        y = _values(passes, example, pieces, z, base) - ends[0]
-        # the sum is fixed: the last one is what the others leave
+        y = _values_of_subsets(passes, example, pieces, z, base) - ends[0]
+        # The constraint sum(phi) = total is built in by eliminating the last value, phi_n = total - sum of the others:
+        # y - z_n total = sum_i (z_i - z_n) phi_i.
         x = z[:, :-1] - z[:, -1:]
         y = y - z[:, -1] * total
         gram = x.T @ (weights[:, None] * x)
         first = np.linalg.lstsq(gram, x.T @ (weights * y), rcond=None)[0]
         return np.append(first, total - first.sum())
 
-    return _fitted(passes, segments, blank, fit, progress)
+    return _superpixel_shares(passes, segments, blank, fit, progress)
 
 
 def coalitions(n: int, samples: int, seed: int) -> tuple[Coalitions, Float[np.ndarray, " sample"]]:
-    """Subsets of `n` for KernelSHAP, neither empty nor all, and their weights."""
+    """Proper non-empty subsets of `n` superpixels for KernelSHAP, and their weights."""
+    # The kernel is (n - 1) / (C(n, k) k (n - k)) for a subset of size k. Drawing the size with probability proportional
+    # to 1 / (k (n - k)), and then a subset of that size uniformly, samples by the kernel, so that weights are equal.
     if n < 2:
         return np.zeros((0, n)), np.zeros(0)
     if n < 31 and 2**n - 2 <= samples:
@@ -152,10 +159,10 @@ def coalitions(n: int, samples: int, seed: int) -> tuple[Coalitions, Float[np.nd
     return both, np.ones(len(both))
 
 
-def _values(
+def _values_of_subsets(
     passes: Passes, example: int, pieces: Tensor, z: np.ndarray, base: Tensor
 ) -> np.ndarray:
-    """The target's value with only some superpixels shown."""
+    """The target's value with only some superpixels shown, for each subset."""
     shown = torch.tensor(z, dtype=torch.float32, device=pieces.device)
     found = []
     for chunk in passes.chunks(len(z)):
@@ -166,10 +173,10 @@ def _values(
 
 
 Fit = Callable[[Passes, int, Tensor, int, Tensor], np.ndarray]
-"""From passes, an example, its pieces, how many there are and its blank to a share for each piece."""
+"""Takes passes, an example, its superpixels, their number and its blank; returns a share for each superpixel."""
 
 
-def _fitted(
+def _superpixel_shares(
     passes: Passes,
     segments: Segments | int,
     blank: Blank | Tensor,

@@ -43,21 +43,21 @@ DEFAULTS: Mapping[str, str] = {
     "googlenet": "prediction",
     "cifar10-resnet20": "prediction",
 }
-"""The task of each built-in model, when nobody names one."""
+"""The default task of each built-in model."""
 
 STATED = ("classes", "next-token", "prediction")
-"""Tasks that examples state by themselves (see `of_examples`): they need data."""
+"""Tasks that follow from the data alone (see `of_examples`)."""
 
 _DATA = {"shapes": "shapes", "cleanroom": "curves"}
-"""Where a built-in model's examples come from, when nobody says."""
+"""The default data of built-in models."""
 
 
 def names_of(model: HookedModel) -> list[str]:
-    """The tasks that a model can be given by name, its own first."""
+    """The names of the tasks that fit a model, its default task first."""
     if isinstance(model.input, ImageInput):
         known = [
             *STATED[::2],
-            *(name for name in IMAGE_PAIRS if name != "shapes" or _shapes(model)),
+            *(name for name in IMAGE_PAIRS if name != "shapes" or _is_shapes(model)),
         ]
     elif model.input.encoder is not None:
         known = [*TEMPLATES, STATED[1]]
@@ -68,7 +68,7 @@ def names_of(model: HookedModel) -> list[str]:
 
 
 def base_name(model: HookedModel) -> str:
-    """The name of a model without what was attached to it or done to it."""
+    """The name of a model without its attached autoencoders (`+NAME`) and edits (after a comma)."""
     return model.name.partition("+")[0].partition(",")[0]
 
 
@@ -87,45 +87,49 @@ def load_task(
     answer: str = "",
     against: str = "",
 ) -> Task:
-    """A task by name, from a file, or from what a person types.
+    """Load a task by name, from a file, or from texts and answers.
 
     Args:
-        model: what it is for.
-        spec: the name of a task, with options behind a colon (`indirect-object:templates=ABBA,corruption=swap`); a task
-            file (`.jsonl`) or a table (`.csv`, `.tsv`, `.json`); empty for the built-in model's own task, or, with
-            data or texts, the one that these state by themselves.
-        n: how many examples at most.
-        seed: of what is drawn, of the choice of examples, and of the split into halves.
+        model: the model that the task is for.
+        spec: the name of a task, with options after a colon (`indirect-object:templates=ABBA,corruption=swap`); a task
+            file (`.jsonl`) or a table (`.csv`, `.tsv`, `.json`). If empty: the task that follows from `data` or
+            `texts`, or the built-in model's default task if there are none.
+        n: the largest number of examples.
+        seed: seed of what is drawn, of the choice of examples, and of the split into halves.
         how: how examples of the data are chosen.
-        data: examples by name (see `open_source`), for tasks that need some.
-        labels: the class of each example of the data; from their names if None, where these tell.
-        texts: prompts, instead of data.
-        metric: what is measured, by name; the task's own if empty.
-        positions: `last`, `all` or whole numbers separated by commas: the positions that count.
-        answer: what the model should say to each example: a text or class; several are separated by `|`.
-        against: what the answer is compared with, likewise.
+        data: the name of the data (see `open_source`), for tasks that need some.
+        labels: the class of each example of the data; read from the examples' names if None and possible.
+        texts: prompts to use instead of data.
+        metric: the name of the metric; the task's own if empty.
+        positions: the counted positions: `last`, `all`, or whole numbers separated by commas.
+        answer: what the model should say to each example, a text or a class; several are separated by `|`.
+        against: the wrong answers that these are compared with, in the same form.
 
     Raises:
         KeyError: if there is no such task, metric or class.
         FileNotFoundError: if a file does not exist.
-        ValueError: if the task does not fit the model, or an option does not go with it.
+        ValueError: if the task does not fit the model, or an option does not fit the task.
     """
     chosen = as_metric(metric) if metric else None
     if answer or against or positions:
         if spec and spec not in STATED:
-            raise ValueError(f"task {spec!r} has answers and positions of its own: name no others")
-        return _typed(model, n, seed, how, data, texts, positions, answer, against, chosen)
+            raise ValueError(
+                f"task {spec!r} has its own answers and positions: leave out answer, against and positions"
+            )
+        return _task_from_answers(
+            model, n, seed, how, data, texts, positions, answer, against, chosen
+        )
     if not spec:
-        spec = "" if data or texts else default_of(model)
+        spec = "" if data or texts else default_task_name(model)
     name, _, options = spec.partition(":")
     if not spec or name in STATED:
-        task = _stated(model, name, n, seed, how, data, labels, texts)
+        task = _task_from_examples(model, name, n, seed, how, data, labels, texts)
     elif name in IMAGE_PAIRS:
-        task = of_pairs(
+        task = task_from_pairs(
             model, IMAGE_PAIRS[name](n, seed, **_options(IMAGE_PAIRS[name], options)), chosen
         )
     elif name in GENERATORS or name in TEMPLATES:
-        task = of_generated(model, _drawn(model, name, n, seed, options), seed)
+        task = task_from_generated(model, _generate(model, name, n, seed, options), seed)
     elif Path(spec).suffix in (".jsonl", ".csv", ".tsv", ".json") or Path(spec).exists():
         task = _from_file(model, Path(spec), n, seed, how)
     else:
@@ -133,39 +137,39 @@ def load_task(
     return task if chosen is None else task.with_metric(chosen)
 
 
-def default_of(model: HookedModel) -> str:
-    """The name of a built-in model's own task.
+def default_task_name(model: HookedModel) -> str:
+    """The name of a model's default task; for an image model that is not built in, its own prediction.
 
     Raises:
-        ValueError: if the model is none of these.
+        ValueError: if a token model is not built in.
     """
     own = DEFAULTS.get(base_name(model))
     if own is None and isinstance(model.input, ImageInput):
         return "prediction"
     if own is None:
         raise ValueError(
-            f"model {model.name} has no task of its own: name one (--task {', '.join(names_of(model)[:4])} or a file) "
-            "or data (--data)"
+            f"model {model.name} has no default task: name one (--task {', '.join(names_of(model)[:4])} or a file) or "
+            "data (--data)"
         )
     return own
 
 
-def of_generated(model: HookedModel, made: Generated, seed: int = 0) -> Task:
-    """A task from what a generator drew."""
+def task_from_generated(model: HookedModel, made: Generated, seed: int = 0) -> Task:
+    """A task from the items that a generator drew."""
     return compile_task(
         model, made.items, name=made.name, metric=made.metric, seed=seed, about=made.about,
         left_out=dict(made.left_out),
     )  # fmt: skip
 
 
-def of_pairs(model: HookedModel, pairs: ImagePairs, metric: Metric | None = None) -> Task:
-    """A task from pairs of images: a class against another where there are classes, else what the model puts out.
+def task_from_pairs(model: HookedModel, pairs: ImagePairs, metric: Metric | None = None) -> Task:
+    """A task from image pairs: one class against another if there are classes, else the model's own prediction.
 
     Raises:
-        ValueError: if the model takes tokens, or a class is none of its outputs.
+        ValueError: if the model takes tokens, or a class is not one of its outputs.
     """
     if not isinstance(model.input, ImageInput):
-        raise ValueError(f"task {pairs.name} is about images: model {model.name} takes tokens")
+        raise ValueError(f"task {pairs.name} needs an image model: model {model.name} takes tokens")
     clean, other = (_images(model, pairs, which) for which in ("clean", "corrupted"))
     groups = pairs.groups or ("",) * len(pairs.names)
     asked = tuple(
@@ -188,10 +192,10 @@ def _images(model: HookedModel, pairs: ImagePairs, which: str) -> Examples:
     return made
 
 
-def _drawn(model: HookedModel, name: str, n: int, seed: int, options: str) -> Generated:
+def _generate(model: HookedModel, name: str, n: int, seed: int, options: str) -> Generated:
     spec = model.input
     if not isinstance(spec, TokenInput):
-        raise ValueError(f"task {name!r} is about tokens: model {model.name} takes images")
+        raise ValueError(f"task {name!r} needs a token model: model {model.name} takes images")
     if name in TEMPLATES:
         make = TEMPLATES[name]
         return make(n, seed, spec, **_options(make, options))
@@ -200,21 +204,20 @@ def _drawn(model: HookedModel, name: str, n: int, seed: int, options: str) -> Ge
     known = inspect.signature(make).parameters
     sizes = {"length": min(spec.n_ctx, 64), "n_vocab": spec.n_vocab, "p": spec.n_vocab - 1}
     if name == "repeats":
+        # A pattern and its repeat fit behind the starting token, with a token left to predict.
         longest = max(1, (sizes["length"] - 3) // 2)
         sizes["periods"] = (min(6, longest), min(24, longest))  # type: ignore[assignment]
     return make(n, seed, **{k: v for k, v in sizes.items() if k in known} | given)
 
 
 def _options(make: Callable[..., Any], text: str) -> dict[str, Any]:
-    """Options written `name=value,name=value`."""
+    """Parse options written as `name=value,name=value`, checked against a generator's own parameters."""
     known = [k for k in inspect.signature(make).parameters if k not in ("n", "seed", "tokenizer")]
     found: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals or not value:
-            raise ValueError(
-                f"option {part!r} of a task is not of the form NAME=VALUE, e.g. {known[0]}=…"
-            )
+            raise ValueError(f"task option {part!r}: expected NAME=VALUE, for example {known[0]}=…")
         if key not in known and "settings" not in known:
             raise unknown("option of the task", key, known)
         found[key] = int(value) if value.lstrip("-").isdigit() else value
@@ -222,19 +225,19 @@ def _options(make: Callable[..., Any], text: str) -> dict[str, Any]:
 
 
 def _from_file(model: HookedModel, path: Path, n: int, seed: int, how: How) -> Task:
-    """A task file, or a table of the community."""
+    """A task from a task file, or from a published table."""
     spec = model.input
     if not isinstance(spec, TokenInput):
-        raise ValueError(f"task {str(path)!r} is about tokens: model {model.name} takes images")
+        raise ValueError(f"task {str(path)!r} needs a token model: model {model.name} takes images")
     if path.suffix != ".jsonl":
         table = read_table(path, tokenizer=spec)
         kept = tuple(table.items[i] for i in choose(range(len(table.items)), n, how, seed))
-        return of_generated(model, replace(table, items=kept), seed)
+        return task_from_generated(model, replace(table, items=kept), seed)
     header, items = read_items(path)
     if header.tokenizer and header.tokenizer != tokenizer_of(spec):
         raise ValueError(
-            f"task file {str(path)!r} has tokens of another tokenizer ({header.tokenizer}): model {model.name} has "
-            f"{tokenizer_of(spec)}"
+            f"task file {str(path)!r} holds tokens of another tokenizer ({header.tokenizer}): expected those of model "
+            f"{model.name} ({tokenizer_of(spec)})"
         )
     kept = tuple(items[i] for i in choose(range(len(items)), n, how, seed))
     return compile_task(
@@ -244,7 +247,7 @@ def _from_file(model: HookedModel, path: Path, n: int, seed: int, how: How) -> T
 
 
 def tokenizer_of(spec: TokenInput) -> str:
-    """What stands in a task file whose items are tokens: how many there are, and a digest of how they are written.
+    """A tokenizer's fingerprint in task files whose items are tokens: its vocabulary's size and a digest of it.
 
     >>> tokenizer_of(TokenInput(3, 8))
     '3 tokens, 778d5d27b716'
@@ -253,7 +256,7 @@ def tokenizer_of(spec: TokenInput) -> str:
     return f"{spec.n_vocab} tokens, {digest[:12]}"
 
 
-def _stated(
+def _task_from_examples(
     model: HookedModel,
     name: str,
     n: int,
@@ -263,11 +266,11 @@ def _stated(
     labels: Sequence[int] | None,
     texts: Sequence[str],
 ) -> Task:
-    """The task that examples state by themselves."""
+    """The task that follows from data or texts alone."""
     images = isinstance(model.input, ImageInput)
     if name and (name == "next-token") == images:
         raise ValueError(
-            f"task {name!r} does not fit: model {model.name} takes {'images' if images else 'tokens'}"
+            f"task {name!r} does not fit model {model.name}, which takes {'images' if images else 'tokens'}"
         )
     if texts:
         return of_examples(Examples.texts(model, list(texts)))
@@ -281,7 +284,7 @@ def _stated(
     return of_examples(Examples(model, source, n, how=how, seed=seed, labels=labels))
 
 
-def _typed(
+def _task_from_answers(
     model: HookedModel,
     n: int,
     seed: int,
@@ -293,14 +296,14 @@ def _typed(
     against: str,
     metric: Metric | None,
 ) -> Task:
-    """A task from examples, and answers and positions that a person types, the same for all."""
+    """A task from examples, with answers and positions that are given once and hold for all of them."""
     right, wrong = ([w for w in words.split("|") if w] for words in (answer, against))
     if wrong and not right:
-        raise ValueError(f"against {against!r} needs an answer that is compared with it")
+        raise ValueError(f"against {against!r} needs an answer (--answer) to compare it with")
     if isinstance(model.input, ImageInput):
         if positions:
             raise ValueError(
-                f"positions {positions!r}: model {model.name} takes images, which have none"
+                f"positions {positions!r} do not fit model {model.name}: images have no positions, only texts do"
             )
         examples = Examples(
             model, data or _DATA.get(base_name(model), "photos"), n, how=how, seed=seed
@@ -315,17 +318,19 @@ def _typed(
     if not own:
         source = open_source(data) if data else None
         if not isinstance(source, TextSource):
-            raise ValueError("answers and positions need a text (--text) or data of texts (--data)")
+            raise ValueError(
+                f"data {data!r}: answers and positions need texts, from --text or from data of texts"
+            )
         taken = Examples(model, source, n, how=how, seed=seed)
         own = [source.texts[i] for i in taken.numbers]
-    at = _numbers(positions)
+    at = _parse_positions(positions)
     if not right:
-        return _next_at(model, own, at)
+        return _next_token_at(model, own, at)
     items = [Item(t, tuple(right), tuple(wrong), positions=at) for t in own]
     return compile_task(model, items, name="answer", metric=metric, seed=seed)
 
 
-def _numbers(positions: str) -> str | tuple[int, ...]:
+def _parse_positions(positions: str) -> str | tuple[int, ...]:
     if positions in ("", "last", "all"):
         return positions or "last"
     try:
@@ -336,26 +341,27 @@ def _numbers(positions: str) -> str | tuple[int, ...]:
         ) from None
 
 
-def _next_at(
+def _next_token_at(
     model: HookedModel, texts: Sequence[str | tuple[int, ...]], at: str | tuple[int, ...]
 ) -> Task:
-    """Predict the next token, counted at some positions only."""
+    """The task of predicting the next token, counted at some positions only."""
     whole = of_examples(Examples.texts(model, texts))
     asked = []
     for i, question in enumerate(whole.questions):
         length = len(whole.examples.load(i))
         assert question.labels is not None, "every next token is a label"
+        # Nothing is known to follow the last token, so `last` is the position before it.
         wanted = range(length - 1) if at == "all" else [length - 2] if at == "last" else at
         far = [p for p in wanted if isinstance(p, int) and not -length <= p < length]
         if far or any(int(p) % length == length - 1 for p in wanted):
             raise ValueError(
                 f"position {(far or [length - 1])[0]} of {whole.examples.names[i]!r}: expected {-length} to "
-                f"{length - 2}, where a next token is known"
+                f"{length - 2}, a position with a next token"
             )
         places = tuple(int(p) % length for p in wanted)
         asked.append(Question(places, labels=tuple(question.labels[p] for p in places)))
     return Task(whole.name, whole.examples, tuple(asked), whole.metric, about=whole.about)
 
 
-def _shapes(model: HookedModel) -> bool:
+def _is_shapes(model: HookedModel) -> bool:
     return base_name(model) == "shapes"

@@ -1,4 +1,4 @@
-"""From items, as people write them, to a task for a particular model: texts become tokens, spans become positions."""
+"""Compiles items, as people write them, into a task for a model: texts become tokens, spans become positions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SHOWN = 60
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One item in tokens."""
+class _TokenItem:
+    """One item as the model's tokens."""
 
     clean: tuple[int, ...]
     corrupted: tuple[int, ...] | None
@@ -38,31 +38,30 @@ def compile_task(
     about: str = "",
     left_out: dict[str, tuple[str, ...]] | None = None,
 ) -> Task:
-    """A task for a model from items.
+    """Compile items into a task for a model.
 
     Args:
-        model: a model of tokens.
+        model: a model that takes tokens.
         items: at least one.
-        name: of the task.
-        metric: what is measured; a logit difference where answers are compared with something, else the
-            cross-entropy, if not given.
-        feeding: `one` if every answer has one token (the default then), else `fed` (the default then) or `first`.
-        seed: of the split into halves.
+        name: the task's name.
+        metric: what is measured. By default the logit difference if there are wrong answers, else the cross-entropy.
+        feeding: how answers are read; by default `one` if every answer has one token, else `fed`.
+        seed: seed of the split into halves.
         about: one sentence on what the model does.
-        left_out: what a generator left out already, by reason.
+        left_out: what the items' generator left out, by reason.
 
     Raises:
-        ValueError: if an item cannot be encoded, its counterpart has another length, an answer begins inside a token
-            of the prompt, or positions or spans lie outside the text.
+        ValueError: if an item cannot be encoded, its counterpart has another length, the tokenizer joins an answer to
+            the end of the prompt, or positions or spans lie outside the text.
     """
     spec = model.input
     if not isinstance(spec, TokenInput):
-        raise ValueError(f"model {model.name} takes images: items of text need a model of tokens")
+        raise ValueError(f"model {model.name} takes images: items of text need a token model")
     if not items:
-        raise ValueError(f"task {name} has no item: expected at least one")
-    asked = [_asked(spec, item) for item in items]
+        raise ValueError(f"task {name} has no items: expected at least one")
+    tokenized = [_tokenized(spec, item) for item in items]
     longest = max(
-        (len(a) for q in asked for a in (*q.question.answers, *q.question.against)), default=1
+        (len(a) for q in tokenized for a in (*q.question.answers, *q.question.against)), default=1
     )
     if feeding is None:
         feeding = "one" if longest == 1 else "fed"
@@ -72,20 +71,22 @@ def compile_task(
             "(the first token that differs)"
         )
     if feeding == "first":
-        asked = [_first_token(q, item) for q, item in zip(asked, items, strict=True)]
+        tokenized = [_cut_to_first_token(q, item) for q, item in zip(tokenized, items, strict=True)]
     if feeding == "fed":
-        _check_fed(asked, items, name)
-    paired = [q.corrupted is not None for q in asked]
+        _check_fed(tokenized, items, name)
+    paired = [q.corrupted is not None for q in tokenized]
     if any(paired) and not all(paired):
         lacking = items[paired.index(False)]
         raise ValueError(
-            f"item {_shown(lacking.clean)} of task {name} has no counterpart, but others do"
+            f"item {_shown(lacking.clean)} of task {name} has no counterpart: expected one for every item or for none"
         )
-    questions = tuple(q.question for q in asked)
+    questions = tuple(q.question for q in tokenized)
     names = tuple(_shown(item.clean) for item in items)
-    clean = Examples.texts(model, [q.clean for q in asked], names)
+    clean = Examples.texts(model, [q.clean for q in tokenized], names)
     other = (
-        Examples.texts(model, [q.corrupted or () for q in asked], names) if all(paired) else None
+        Examples.texts(model, [q.corrupted or () for q in tokenized], names)
+        if all(paired)
+        else None
     )
     return Task(
         name, clean, questions, default_metric(questions, feeding) if metric is None else as_metric(metric), other,
@@ -93,16 +94,18 @@ def compile_task(
     )  # fmt: skip
 
 
-def _asked(spec: TokenInput, item: Item) -> _Asked:
+def _tokenized(spec: TokenInput, item: Item) -> _TokenItem:
     clean = _tokens(spec, item.clean)
     corrupted = None if item.corrupted is None else _tokens(spec, item.corrupted)
     if corrupted is not None and len(corrupted) != len(clean):
         raise ValueError(
-            f"counterpart {_shown(item.corrupted or ())} has {len(corrupted)} tokens, {_shown(item.clean)} has "
-            f"{len(clean)}: expected as many"
+            f"counterpart {_shown(item.corrupted or ())} has {len(corrupted)} tokens: expected {len(clean)}, as many "
+            f"as {_shown(item.clean)} has"
         )
     if corrupted == clean:
-        raise ValueError(f"counterpart of {_shown(item.clean)} is the same: expected another text")
+        raise ValueError(
+            f"counterpart of {_shown(item.clean)} is the same text: expected a different one"
+        )
     spans = {name: _span(spec, item, name, clean) for name in item.spans}
     positions = _positions(item, spans, len(clean))
     answers, against = (
@@ -114,9 +117,9 @@ def _asked(spec: TokenInput, item: Item) -> _Asked:
         far = [token for token in item.labels if not 0 <= token < spec.n_vocab]
         if far:
             raise ValueError(
-                f"label {far[0]} of {_shown(item.clean)} is no token: expected 0 to {spec.n_vocab - 1}"
+                f"label {far[0]} of {_shown(item.clean)} is not a token: expected 0 to {spec.n_vocab - 1}"
             )
-    return _Asked(
+    return _TokenItem(
         clean, corrupted,
         Question(
             positions, answers, against, item.labels, item.group, item.fillers, spans, item.template
@@ -145,25 +148,29 @@ def _answer(
     """The tokens of an answer as they follow the prompt.
 
     Raises:
-        ValueError: if the tokenizer does not take it, or joins its beginning to the end of the prompt.
+        ValueError: if the tokenizer cannot encode the answer, or joins its beginning to the end of the prompt.
     """
+    # Prompt and answer are encoded together: a tokenizer may split a word differently after a text than alone.
     if not isinstance(word, str):
         found = tuple(word)
     elif isinstance(prompt, str) and spec.encoder is not None:
         both = tuple(whole(spec, prompt + word))
         if both[: len(clean)] != clean:
             raise ValueError(
-                f"answer {word!r} is joined to the end of {_shown(prompt)} by the tokenizer: expected the prompt's "
-                "own tokens first (a space belongs in front of the answer, not at the end of the prompt)"
+                f"answer {word!r} is joined to the end of {_shown(prompt)} by the tokenizer: expected an answer that "
+                "starts a new token (put the space in front of the answer, not at the end of the prompt)"
             )
         found = both[len(clean) :]
     else:
         found = tuple(spec.encode(word))
     if not found:
-        raise ValueError(f"answer {word!r} to {_shown(prompt)} has no token")
+        raise ValueError(
+            f"answer {word!r} to {_shown(prompt)} has no tokens: expected at least one"
+        )
     if len(clean) + len(found) - 1 > spec.n_ctx:
         raise ValueError(
-            f"answer {word!r} to {_shown(prompt)} ends past the {spec.n_ctx} tokens that the model takes"
+            f"answer {word!r} to {_shown(prompt)} needs {len(clean) + len(found) - 1} tokens: the model takes at most "
+            f"{spec.n_ctx}"
         )
     spec.check(_row(found))
     return found
@@ -172,19 +179,18 @@ def _answer(
 def _check_distinct(
     item: Item, answers: Sequence[tuple[int, ...]], against: Sequence[tuple[int, ...]]
 ) -> None:
-    """Raise ValueError if an answer counts twice, or both as right and as wrong."""
+    """Raise ValueError if two answers have the same tokens: it would count twice, or both as right and as wrong."""
     every = [*answers, *against]
     words = [*item.answers, *item.against]
     for i, tokens in enumerate(every):
         first = every.index(tokens)
         if first < i:
             both = first < len(answers) <= i
-            what = "is also what the answers are compared with" if both else "is there twice"
+            what = "is both a right and a wrong answer" if both else "is given twice"
             raise ValueError(f"answer {words[i]!r} to {_shown(item.clean)} {what}")
 
 
-def _row(tokens: Sequence[int]):
-
+def _row(tokens: Sequence[int]) -> Tensor:
     return torch.tensor([list(tokens)], dtype=torch.int64)
 
 
@@ -196,31 +202,35 @@ def _positions(item: Item, spans: dict[str, tuple[int, int]], n: int) -> tuple[i
     far = [p for p in item.positions if not -n <= p < n]
     if far:
         raise ValueError(
-            f"position {far[0]} is outside of {_shown(item.clean)}: expected {-n} to {n - 1}"
+            f"position {far[0]} is outside {_shown(item.clean)}: expected {-n} to {n - 1}"
         )
     made = tuple(p % n for p in item.positions)
     if len(set(made)) != len(made):
         raise ValueError(
-            f"positions {list(item.positions)} of {_shown(item.clean)} count one twice"
+            f"positions {list(item.positions)} of {_shown(item.clean)} are not distinct: expected each once"
         )
     return made
 
 
 def _span(spec: TokenInput, item: Item, name: str, clean: tuple[int, ...]) -> tuple[int, int]:
-    """A span in tokens: of text, the tokens that hold some of its characters."""
+    """A span in tokens: from the token that holds its first character to the last that ends within it, at least one."""
     start, stop = item.spans[name]
     if not 0 <= start < stop <= len(item.clean):
         raise ValueError(
-            f"span {name!r} of {_shown(item.clean)} is {start} to {stop}: expected a part of 0 to {len(item.clean)}"
+            f"span {name!r} of {_shown(item.clean)} is {start} to {stop}: expected a range within 0 to "
+            f"{len(item.clean)}"
         )
     if not isinstance(item.clean, str):
         return start, stop
-    # what stands before a character has as many tokens as the text up to it has in common with the whole
-    before, upto = (_common(spec, item.clean[:at], clean) for at in (start, stop))
+    # The text before a character accounts for as many tokens as its own encoding has in common with the whole text's.
+    # A token that crosses the start of the span is not among those, so the span includes it.
+    before, upto = (_tokens_before(spec, item.clean[:at], clean) for at in (start, stop))
     return min(before, len(clean) - 1), max(upto, before + 1)
 
 
-def _common(spec: TokenInput, text: str, clean: tuple[int, ...]) -> int:
+def _tokens_before(spec: TokenInput, text: str, clean: tuple[int, ...]) -> int:
+    """How many tokens of the whole text the beginning `text` accounts for."""
+    # The empty text still accounts for a beginning-of-text token; `encoded` refuses texts without a word.
     if not text:
         return int(spec.bos is not None and clean[:1] == (spec.bos,))
     own = (
@@ -229,19 +239,19 @@ def _common(spec: TokenInput, text: str, clean: tuple[int, ...]) -> int:
     return len(shared_beginning([own, list(clean)]))
 
 
-def _first_token(asked: _Asked, item: Item) -> _Asked:
-    """The prompt with what all answers share, and of each answer the next token."""
-    question = asked.question
+def _cut_to_first_token(tokenized: _TokenItem, item: Item) -> _TokenItem:
+    """The item with the tokens that all answers share moved into the prompt, and each answer cut to its next token."""
+    question = tokenized.question
     every = [list(a) for a in (*question.answers, *question.against)]
     shared = shared_beginning(every) if len(every) > 1 else []
     if any(len(a) == len(shared) for a in every):
         raise ValueError(
-            f"answers to {_shown(item.clean)} do not differ in one token: one is the beginning of all others"
+            f"answers to {_shown(item.clean)}: one is the beginning of all others, so no first token tells them apart"
         )
-    if question.positions != (len(asked.clean) - 1,):
+    if question.positions != (len(tokenized.clean) - 1,):
         raise ValueError(
-            f"answers to {_shown(item.clean)} are read at {question.positions}: the first token that differs is read "
-            "after the last"
+            f"answers to {_shown(item.clean)} are read at {question.positions}: feeding 'first' reads at the last "
+            "position only"
         )
     n = len(shared)
     answers, against = (
@@ -250,27 +260,27 @@ def _first_token(asked: _Asked, item: Item) -> _Asked:
     both = {a for a in answers if a in against}
     if both:
         raise ValueError(
-            f"answers to {_shown(item.clean)} begin with the same token as what they are against: feed them in whole "
+            f"answers to {_shown(item.clean)} begin with the same token as a wrong answer: compare whole answers "
             "(feeding 'fed')"
         )
     made = replace(
-        question, positions=(len(asked.clean) - 1 + n,), answers=answers, against=against
+        question, positions=(len(tokenized.clean) - 1 + n,), answers=answers, against=against
     )
-    other = None if asked.corrupted is None else (*asked.corrupted, *shared)
-    return _Asked((*asked.clean, *shared), other, made)
+    other = None if tokenized.corrupted is None else (*tokenized.corrupted, *shared)
+    return _TokenItem((*tokenized.clean, *shared), other, made)
 
 
-def _check_fed(asked: Sequence[_Asked], items: Sequence[Item], name: str) -> None:
-    for q, item in zip(asked, items, strict=True):
+def _check_fed(tokenized: Sequence[_TokenItem], items: Sequence[Item], name: str) -> None:
+    for q, item in zip(tokenized, items, strict=True):
         if q.question.positions is None or len(q.question.positions) != 1 or not q.question.answers:
             raise ValueError(
-                f"item {_shown(item.clean)} of task {name}: answers of several tokens are read at one position, and "
-                "there must be one"
+                f"item {_shown(item.clean)} of task {name}: with answers of several tokens, expected one counted "
+                "position and at least one answer"
             )
 
 
 def shared_beginning(every: Sequence[Sequence[int]]) -> list[int]:
-    """What all of some sequences begin with.
+    """The longest beginning that all sequences share.
 
     >>> shared_beginning([[1, 2, 3], [1, 2, 4]])
     [1, 2]

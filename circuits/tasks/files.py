@@ -1,6 +1,6 @@
-"""Task files: JSON lines, a header and then one item a line, as `docs/schemas/task.json` says.
+"""Task files: JSON lines, with a header and then one item on each line; `docs/schemas/task.json` is the schema.
 
-What is read is checked line by line: an error names the line, the field and what would be valid.
+Files are checked line by line as they are read: an error names the line, the field and what is valid.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from typing import Any, BinaryIO
 
 from circuits.files import replacing
 from circuits.tasks.items import Item, clipped
-from circuits.tasks.schema import HEADER, ITEM, LAYOUT, Field, HowRead
+from circuits.tasks.schema import HEADER, ITEM, LAYOUT, Feeding, Field
 from circuits.units import unknown
 
 MAX_LINE = 1 << 20
-"""Bytes that a line may have."""
+"""The largest size of a line, in bytes. It bounds the memory that a file which is no task file can take."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a task file says of its items.
+    """The first line of a task file, which describes its items.
 
     Attributes:
-        name: of the task.
+        name: the task's name.
         about: one sentence on what a model does that shows the behaviour.
-        metric: the name of the metric it is measured by; None leaves the choice to the reader.
-        reading: how answers are read; None leaves it open.
-        tokenizer: what tokens in the file are of, in words; empty where all is text.
-        seed: of the split into halves.
+        metric: the name of the metric that the task is measured by; None leaves the choice to the reader.
+        reading: how answers are read; None leaves the choice to the reader.
+        tokenizer: which tokenizer the tokens in the file belong to (see `tokenizer_of`); empty if all items are text.
+        seed: seed of the split into halves.
     """
 
     name: str
     about: str = ""
     metric: str | None = None
-    reading: HowRead | None = None
+    reading: Feeding | None = None
     tokenizer: str = ""
     seed: int = 0
 
 
 def write_items(path: str | Path, header: Header, items: Iterable[Item]) -> None:
-    """Write a task file, all or nothing.
+    """Write a task file. Nothing is written if any item is invalid.
 
     Raises:
-        ValueError: if there is no item, or something is not what the schema says (a negative token, half of a
-            surrogate pair, an item of more than `MAX_LINE` bytes).
+        ValueError: if there are no items, or one does not fit the schema (a negative token, half of a surrogate pair,
+            more than `MAX_LINE` bytes).
     """
     lines = [_line({"circuits_task": LAYOUT, **_plain(header)}, HEADER, "header")]
     lines += [_line(_plain(item), ITEM, f"item {i}") for i, item in enumerate(items, 1)]
@@ -61,8 +61,8 @@ def read_items(path: str | Path) -> tuple[Header, tuple[Item, ...]]:
     """Read a task file.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if a line is not what the schema says; the message names it.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line does not fit the schema; the message names the line.
     """
     what = f"task file {str(path)!r}"
     if not Path(path).is_file():
@@ -81,7 +81,7 @@ def read_items(path: str | Path) -> tuple[Header, tuple[Item, ...]]:
 
 
 def _plain(record: Header | Item) -> dict[str, Any]:
-    """The fields of a record that are not at their default, as JSON has them."""
+    """The fields of a record that differ from their defaults, as JSON values."""
     found = {}
     for field in fields(record):
         value = getattr(record, field.name)
@@ -92,6 +92,7 @@ def _plain(record: Header | Item) -> dict[str, Any]:
 
 
 def _line(raw: Mapping[str, Any], known: Mapping[str, Field], what: str) -> bytes:
+    # What is written passes the same check as what is read: every file that this writes can be read again.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
     _check(json.loads(text), known, what)
     line = text.encode() + b"\n"
@@ -104,7 +105,9 @@ def _line(raw: Mapping[str, Any], known: Mapping[str, Field], what: str) -> byte
 
 
 def _lines(file: BinaryIO, what: str) -> Iterator[tuple[str, Any]]:
-    """What each line that is not blank holds, and what error messages call the line."""
+    """Each non-blank line's name in error messages, and its parsed value."""
+    # readline with a limit, not iteration over the file: a line without an end would be read into memory whole.
+    # The limit is two bytes above the maximum, one for the newline and one to tell that a line is too long.
     number = 0
     while line := file.readline(MAX_LINE + 2):
         number += 1
@@ -116,14 +119,14 @@ def _lines(file: BinaryIO, what: str) -> Iterator[tuple[str, Any]]:
 
 
 def parse_json(line: bytes, place: str) -> Any:
-    """Strict JSON: UTF-8 without a byte-order mark, each field once, no NaN, no numbers of many digits.
+    """Parse strict JSON: UTF-8 without a byte-order mark, no repeated field, no NaN, no numbers of more than 20 digits.
 
     Args:
-        line: what to parse.
-        place: what error messages call it.
+        line: the text to parse.
+        place: its name in error messages.
 
     Raises:
-        ValueError: if it is not that.
+        ValueError: if the text is not such JSON.
     """
     if line.startswith(b"\xef\xbb\xbf"):
         raise ValueError(f"{place} starts with a byte-order mark: expected UTF-8 without one")
@@ -138,7 +141,7 @@ def parse_json(line: bytes, place: str) -> Any:
         raise ValueError(f"{place} is not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError(f"{place} is not JSON that can be read: nested too deeply") from None
-    except ValueError as error:  # a key twice, NaN, a number of thousands of digits
+    except ValueError as error:  # raised by the three hooks above; they do not know the place
         raise ValueError(f"{place}: {error}") from None
 
 
@@ -146,12 +149,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:
-            raise ValueError(f"field {clipped(key)!r} is there twice")
+            raise ValueError(f"field {clipped(key)!r} is repeated")
         made[key] = value
     return made
 
 
 def _number(digits: str) -> int:
+    # Python refuses to parse numbers of more than 4300 digits, with a message about its own settings.
     if len(digits) > 20:
         raise ValueError(f"{clipped(digits, 20)} has {len(digits)} digits")
     return int(digits)
@@ -191,14 +195,14 @@ def _item(raw: Any, place: str) -> Item:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, and whole numbers as such (JSON may write 1.0)."""
+    """Lists as tuples, and whole numbers as `int` (JSON may write them as 1.0)."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return int(value) if isinstance(value, float) else value
 
 
 def _check(raw: dict[str, Any], known: Mapping[str, Field], place: str) -> None:
-    """Raise ValueError unless a line has the fields that it should have, each in its form."""
+    """Raise ValueError unless a line has all required fields, no unknown ones, and each in its form."""
     for name, field in known.items():
         if field.required and name not in raw:
             raise ValueError(f"{place} lacks the field {name!r}")
@@ -215,7 +219,8 @@ def _check(raw: dict[str, Any], known: Mapping[str, Field], place: str) -> None:
 
 
 def _broken(value: Any) -> bool:
-    """Whether a text somewhere inside has no form in UTF-8."""
+    """Whether a text somewhere inside the value cannot be written as UTF-8."""
+    # JSON may escape half of a surrogate pair ("\ud83d"); Python parses it into a str that encode() refuses.
     if isinstance(value, str):
         return any("\ud800" <= c <= "\udfff" for c in value)
     parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -223,5 +228,5 @@ def _broken(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """A value of any size or depth in a few words."""
+    """A value of any size or depth, shortened for an error message."""
     return clipped(reprlib.repr(value))

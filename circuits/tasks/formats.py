@@ -1,4 +1,4 @@
-"""The tables of pairs that the circuit-discovery community uses: their columns, and what a row says."""
+"""The tables of prompt pairs that circuit-discovery projects publish: their columns, and how a row becomes an item."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AGAINST = (
 _YEARS = ("correct_idx", "label", "year")
 _COUNTERFACTUAL = "_counterfactual"
 _DEFAULTS = ("s2_io_flip_counterfactual", "symbol_counterfactual", "random_counterfactual")
-"""The counterparts that MIB's own circuit track takes."""
+"""The counterfactuals that MIB's own circuit track uses."""
 
 
 class NoCounterpartError(ValueError):
@@ -43,31 +43,31 @@ class NoCounterpartError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """A form of table.
+    """A table format.
 
     Attributes:
-        about: what kind of behaviour it holds, in a sentence.
-        expected: its columns, in words.
-        fits: whether some columns are those.
-        read: from a row to an item; raises NoCounterpartError if the row has none.
-        metric: what is measured, unless the items are not compared with anything.
+        about: what kind of behaviour it describes, in one sentence.
+        expected: its columns in words, for error messages.
+        fits: whether given columns are those of this format.
+        read: turns a row into an item; raises NoCounterpartError if the row has no counterpart.
+        metric: what is measured if the items have wrong answers.
     """
 
     about: str
     expected: str
     fits: Callable[[tuple[str, ...]], bool]
-    read: Callable[[Row, Reading], Item]
+    read: Callable[[Row, TableContext], Item]
     metric: str = "logit_difference"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a table is read.
+class TableContext:
+    """What reading a row needs to know of the table.
 
     Attributes:
-        columns: of the table.
-        counterpart: which, where there are several.
-        reader: of the tokenizer.
+        columns: the table's columns.
+        counterpart: which counterpart to take if there are several.
+        reader: how the tokenizer reads texts.
     """
 
     columns: tuple[str, ...]
@@ -75,26 +75,28 @@ class Reading:
     reader: Reader
 
     def first(self, names: Iterable[str]) -> str | None:
-        """The first of some columns that there is."""
+        """The first of several column names that the table has."""
         return next((name for name in names if name in self.columns), None)
 
     def corrupted(self, row: Row) -> str:
-        """The counterpart of a row: of the column that was asked for, or the first of some.
+        """The counterpart of a row: the column that was asked for, else the first of the usual ones.
 
         Raises:
             KeyError: if there is no such column.
-            ValueError: if the cell holds several, and none was asked for.
+            ValueError: if the cell holds several counterparts and none was asked for.
             NoCounterpartError: if the cell is empty.
         """
         asked, name = self.counterpart, self.first(_CORRUPTED)
         name = asked if asked in self.columns else name
         assert name is not None, "the format has one"
         value = row.get(name)
-        if isinstance(value, Mapping):  # ACDC keeps several by name
+        if isinstance(
+            value, Mapping
+        ):  # ACDC's files keep several counterparts in one cell, by name
             key = next(iter(value)) if len(value) == 1 and asked in (None, name) else asked
             if key not in value:
                 raise ValueError(
-                    f"{name} has {listed(value)}: expected one of them as the counterpart"
+                    f"counterpart {asked!r}: {name} has {listed(value)}, expected one of these"
                 )
             value = value[key]
         elif asked not in (None, name):
@@ -107,16 +109,16 @@ class Reading:
 # --- formats -----------------------------------------------------------------------------------
 
 
-def _of_ids(row: Row, reading: Reading) -> Item:
-    """EAP-IG: texts, and answers as the numbers of tokens."""
+def _read_token_ids(row: Row, reading: TableContext) -> Item:
+    """EAP-IG: texts, with answers as token ids."""
     names = next(pair for pair in _IDS if set(pair) <= set(reading.columns))
     answers, against = (tuple((i,) for i in _tokens(row, name)) for name in names)
     corrupted = reading.corrupted(row)
     return Item(_text(row, "clean"), answers, against, corrupted)
 
 
-def _of_years(row: Row, reading: Reading) -> Item:
-    """EAP-IG's and MIB's greater-than: the year that answers are above."""
+def _read_greater_than(row: Row, reading: TableContext) -> Item:
+    """EAP-IG's and MIB's greater-than: the year that the answers have to exceed."""
     clean, corrupted = _text(row, "clean"), reading.corrupted(row)
     name = reading.first(_YEARS)
     assert name is not None, "the format has one"
@@ -126,6 +128,7 @@ def _of_years(row: Row, reading: Reading) -> Item:
         raise ValueError(
             f"{name} {clipped(year)!r}: expected the two digits of a year below 99, and a text that ends in a century"
         )
+    # The prompt ends in a century, so that the answers are the years' last two digits (Hanna et al. 2023).
     words = {y: _year(f"{y:02d}", reading.reader) for y in range(100)}
     above = tuple(word for y, word in words.items() if y > int(year))
     upto = tuple(word for y, word in words.items() if y <= int(year))
@@ -141,15 +144,15 @@ def _year(digits: str, reader: Reader) -> Words:
     return tokens
 
 
-def _of_number(row: Row, reading: Reading) -> Item:
-    """EAP-IG's agreement: whether the subject is several."""
+def _read_agreement(row: Row, reading: TableContext) -> Item:
+    """EAP-IG's subject-verb agreement: whether the subject is plural."""
     said = str(row.get("plural", "")).strip()
     if said not in ("0", "1"):
         raise ValueError(f"plural {clipped(said)!r}: expected 0 or 1")
     verbs = [pair for pair in BEING if all(reading.reader.single("it", verb) for verb in pair)]
     if not verbs:
         raise ValueError(
-            f"verbs {', '.join(map('/'.join, BEING))}: none is one token of this tokenizer"
+            f"verbs {', '.join(map('/'.join, BEING))}: no pair is single tokens of this tokenizer"
         )
     number, corrupted = int(said), reading.corrupted(row)
     return Item(
@@ -158,8 +161,8 @@ def _of_number(row: Row, reading: Reading) -> Item:
     )  # fmt: skip
 
 
-def _of_choices(row: Row, reading: Reading) -> Item:
-    """MIB: a prompt with choices or a label, and counterfactuals of the same form."""
+def _read_mib(row: Row, reading: TableContext) -> Item:
+    """MIB: a prompt with choices or a label, and counterfactual prompts of the same form."""
     name = _counterfactual(reading)
     other = _parsed(row.get(name))
     if not isinstance(other, Mapping) or not other.get("prompt"):
@@ -173,16 +176,19 @@ def _of_choices(row: Row, reading: Reading) -> Item:
     fillers = tuple(str(word) for word in names if word)
     right, wrong = _chosen(row), _chosen(other)
     choices = _parsed(row.get("choices"))
-    if isinstance(choices, list):  # names: the other one, with the space that goes in front
+    if isinstance(
+        choices, list
+    ):  # names (indirect objects): answers get a leading space, as in MIB's own code
         others = tuple(f" {c}" for c in choices if c != right)
         return Item(
             _text(row, "prompt"), (f" {right}",), others, _text(other, "prompt"), fillers=fillers
         )
+    # The counterfactual's own answer is the wrong one here; where both prompts have one answer nothing is compared.
     against = (wrong,) if wrong != right else ()
     return Item(_text(row, "prompt"), (right,), against, _text(other, "prompt"), fillers=fillers)
 
 
-def _counterfactual(reading: Reading) -> str:
+def _counterfactual(reading: TableContext) -> str:
     there = [c for c in reading.columns if c.endswith(_COUNTERFACTUAL)]
     if reading.counterpart is not None:
         if reading.counterpart not in there:
@@ -190,7 +196,7 @@ def _counterfactual(reading: Reading) -> str:
         return reading.counterpart
     known = [c for c in _DEFAULTS if c in there]
     if len(known) != 1 and len(there) != 1:
-        raise ValueError(f"counterparts {listed(there)}: expected one to be named")
+        raise ValueError(f"counterpart: the table has {listed(there)}, name one of them")
     return known[0] if len(known) == 1 else there[0]
 
 
@@ -203,13 +209,13 @@ def _chosen(row: Row) -> str:
     key = str(row.get("answerKey", ""))
     if not isinstance(labels, list) or not (key.isdecimal() and int(key) < len(labels)):
         raise ValueError(
-            f"answerKey {clipped(key)!r}: expected the place of one of the choices, from 0"
+            f"answerKey {clipped(key)!r}: expected the index of one of the choices, from 0"
         )
     return str(labels[int(key)])
 
 
-def _of_texts(row: Row, reading: Reading) -> Item:
-    """ACDC's prompts and their like: texts, and answers as texts."""
+def _read_texts(row: Row, reading: TableContext) -> Item:
+    """ACDC's prompts and similar tables: texts, with answers as texts."""
     clean, answers, against = (reading.first(names) for names in (_CLEAN, _ANSWERS, _AGAINST))
     assert clean is not None, "the format has it"
     assert answers is not None, "the format has it"
@@ -222,14 +228,14 @@ def _of_texts(row: Row, reading: Reading) -> Item:
 
 FORMATS: Mapping[str, Format] = {
     "mib": Format(
-        "The right choice of those that a prompt has.",
+        "The right one of the choices in a prompt.",
         "prompt, answerKey and choices (or label), and a column that ends in _counterfactual",
         lambda columns: (
             "prompt" in columns
             and ({"answerKey", "choices"} <= set(columns) or "label" in columns)
             and any(c.endswith(_COUNTERFACTUAL) for c in columns)
         ),
-        _of_choices,
+        _read_mib,
     ),
     "eap-ig": Format(
         "The right token rather than the wrong one.",
@@ -238,22 +244,22 @@ FORMATS: Mapping[str, Format] = {
         lambda columns: (
             {"clean", "corrupted"} <= set(columns) and any(set(pair) <= set(columns) for pair in _IDS)
         ),
-        _of_ids,
+        _read_token_ids,
     ),
     "greater-than": Format(
-        "A year above the one that was named.",
+        "A year later than the one in the prompt.",
         "clean, corrupted, and correct_idx, label or year (the year that answers are above)",
         lambda columns: (
             {"clean", "corrupted"} <= set(columns) and any(name in columns for name in _YEARS)
         ),
-        _of_years,
+        _read_greater_than,
         "probability_difference",
     ),
     "agreement": Format(
-        "A verb in the number of its subject.",
+        "A verb that agrees with its subject in number.",
         "clean, corrupted and plural (0 or 1)",
         lambda columns: {"clean", "corrupted", "plural"} <= set(columns),
-        _of_number,
+        _read_agreement,
         "probability_difference",
     ),
     "acdc": Format(
@@ -261,18 +267,18 @@ FORMATS: Mapping[str, Format] = {
         "clean (or clean_prompt, clean_prefix), answers (or correct_answers, clean_answer), and, where there are such, "
         "corrupted (or corrupt_prompt, patch_prompt, patch_prefix) and against (or wrong_answers, patch_answer)",
         lambda columns: all(any(n in columns for n in names) for names in (_CLEAN, _ANSWERS)),
-        _of_texts,
+        _read_texts,
     ),
 }  # fmt: skip
-"""Tables that can be read, by name, in the order in which they are recognised: MIB's datasets; EAP-IG's tables with
-token numbers, its greater-than and its agreement; ACDC's prompts, with those of its followers."""
+"""Table formats by name, in the order in which they are tried: MIB's datasets; EAP-IG's tables with token ids, its
+greater-than and its agreement; the prompts of ACDC and of projects that build on it."""
 
 
 # --- cells -------------------------------------------------------------------------------------
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Columns as they are written in a message."""
+    """Column names as an error message shows them."""
     return clipped(", ".join(c or "(unnamed)" for c in columns), 200) or "none"
 
 
@@ -286,27 +292,29 @@ def _text(row: Row, name: str) -> str:
 
 
 def _texts(row: Row, name: str) -> tuple[str, ...]:
-    """One text or several: a list, also one that is written out in a cell."""
+    """One text or several: a list, or the text of a list in a CSV cell."""
     value = _parsed(row.get(name))
     listed = value if isinstance(value, list) else [row.get(name)]
     return tuple(_text({name: part}, name) for part in listed)
 
 
 def _tokens(row: Row, name: str) -> tuple[int, ...]:
-    """One token number or several."""
+    """One token id or several."""
     value = _parsed(row.get(name))
     listed = value if isinstance(value, list) and value else [value]
     tokens = []
     for part in listed:
+        # pandas writes a column of integers with gaps as floats: 318.0
         written = str(part).strip().removesuffix(".0")
         if isinstance(part, bool) or not re.fullmatch(r"\d{1,9}", written):
-            raise ValueError(f"{name} is {clipped(repr(part))}: expected the number of a token")
+            raise ValueError(f"{name} is {clipped(repr(part))}: expected a token id")
         tokens.append(int(written))
     return tuple(tokens)
 
 
 def _parsed(value: Any) -> Any:
-    """A list or a record that a cell of a text table writes out, as JSON or as Python does."""
+    """The list or record that a CSV cell holds as text, in JSON or in Python's notation."""
+    # pandas writes lists with Python's repr; `literal_eval` reads constants only and runs no code.
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     for parse in (json.loads, ast.literal_eval):

@@ -1,4 +1,4 @@
-"""What a generator of items hands back: the items, and an account of what it left out and why."""
+"""What a generator of items returns: the items, and what it left out and why."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Generated:
     """Items of one behaviour, drawn by a seed.
 
     Attributes:
-        name: of the behaviour.
-        items: what was drawn.
+        name: the behaviour's name.
+        items: the items that were drawn.
         about: one sentence on what a model does that shows the behaviour.
         metric: the name of the metric that the behaviour is usually measured by.
-        asked: how many items were asked for; there are fewer where no more different ones could be drawn.
+        asked: how many items were asked for; there are fewer items if no more distinct ones could be drawn.
         left_out: the words and texts that were left out, by reason.
     """
 
@@ -33,25 +33,25 @@ class Generated:
     def __len__(self) -> int:
         return len(self.items)
 
-    def account(self) -> str:
-        """What was left out, in one line; empty if nothing was.
+    def left_out_text(self) -> str:
+        """What was left out, as one line; empty if nothing was.
 
-        >>> Generated("a", (), "", "", 0, {"names that are not one token": ("Kyle", "Tiffany")}).account()
+        >>> Generated("a", (), "", "", 0, {"names that are not one token": ("Kyle", "Tiffany")}).left_out_text()
         "2 names that are not one token ('Kyle', 'Tiffany')"
         """
         missing = self.asked - len(self.items)
-        short = [f"{missing} of {self.asked} items: there are no more"] if missing > 0 else []
-        return "; ".join([*short, *accounts(self.left_out)])
+        short = [f"{missing} of {self.asked} items, as no more can be drawn"] if missing > 0 else []
+        return "; ".join([*short, *left_out_lines(self.left_out)])
 
 
-def accounts(left_out: Mapping[str, Iterable[str]]) -> list[str]:
-    """What was left out, a line a reason."""
+def left_out_lines(left_out: Mapping[str, Iterable[str]]) -> list[str]:
+    """What was left out, one line for each reason."""
     counted = {reason: list(words) for reason, words in left_out.items()}
     return [f"{len(words)} {reason} ({shown(words)})" for reason, words in counted.items()]
 
 
 def shown(words: Iterable[str]) -> str:
-    """The first few of some words, as they are written in a message.
+    """The first few words of a list, as an error message shows them.
 
     >>> shown(["a", "b", "c", "d"])
     "'a', 'b', 'c', …"
@@ -63,12 +63,12 @@ def shown(words: Iterable[str]) -> str:
 
 
 def check_choice(argument: str, value: str, known: Iterable[str]) -> None:
-    """Raise ValueError unless an argument has one of the values that it can have."""
+    """Raise ValueError unless an argument has one of its known values."""
     if value not in known:
         raise ValueError(f"{argument} {value!r}: expected one of {', '.join(known)}")
 
 
 def check_count(n: int) -> None:
-    """Raise ValueError unless something is asked for."""
+    """Raise ValueError unless the number of items asked for is at least 1."""
     if n < 1:
         raise ValueError(f"n {n} must be at least 1")

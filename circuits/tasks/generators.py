@@ -1,4 +1,4 @@
-"""Behaviours of models that take tokens rather than text: copying, addition, brackets."""
+"""Behaviours of models that take tokens rather than text: copying, modular addition, balanced brackets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from circuits.stimuli.repeats import N_CTX, N_VOCAB, Repeats, draw_patterns
 from circuits.tasks.generated import Generated, check_choice, check_count
 from circuits.tasks.items import Item
-from circuits.tasks.templates.filling import Account, draw, shuffled
+from circuits.tasks.templates.filling import LeftOut, draw, shuffled
 from circuits.tasks.templates.tokenizers import Reader
 
 Tokens = tuple[int, ...]
@@ -21,9 +21,9 @@ Tokens = tuple[int, ...]
 # --- copying -----------------------------------------------------------------------------------
 
 Repeated = Literal["other", "first_round", "rolled"]
-"""The counterpart of a sequence that repeats a pattern: an `other` sequence; the same one with other tokens in the
-pattern's `first_round`, so that there is nothing to copy in the second; or its tokens `rolled` on by one position, the
-last one coming after the starting token."""
+"""The counterpart of a sequence that repeats a pattern. `other`: an independent sequence. `first_round`: the same
+sequence with other tokens in the pattern's first occurrence, so that there is nothing to copy in the second. `rolled`:
+its tokens shifted by one position, the last one moving to just after the starting token."""
 
 
 def repeats(
@@ -35,20 +35,20 @@ def repeats(
     n_vocab: int = N_VOCAB,
     periods: tuple[int, int] = (6, 24),
 ) -> Generated:
-    """Sequences that repeat a random pattern, as `induction` is trained on.
+    """Sequences that repeat a random pattern, like those that `induction` is trained on.
 
-    Counted are the positions whose next token can be predicted by copying; that token is the label there.
+    The positions whose next token can be predicted by copying are counted; that token is the label.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        corruption: the counterpart.
-        length: of each sequence, with the starting token.
-        n_vocab: tokens to draw from; 0 starts each sequence.
-        periods: shortest and longest pattern.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        corruption: how the counterpart is made.
+        length: length of each sequence in tokens, including the starting token.
+        n_vocab: number of tokens to draw from; token 0 starts each sequence.
+        periods: lengths of the shortest and the longest pattern.
 
     Raises:
-        ValueError: if a pattern and its repeat do not fit, or `corruption` is none of its values.
+        ValueError: if a pattern and its repeat do not fit, or `corruption` is unknown.
     """
     check_choice("corruption", corruption, get_args(Repeated))
     check_count(n)
@@ -59,16 +59,15 @@ def repeats(
     others = _repeated_otherwise(drawn, corruption, generator, n_vocab, periods)
     items = []
     for i, (row, copied) in enumerate(zip(drawn.tokens.tolist(), drawn.copied, strict=True)):
-        known = copied.nonzero()[
-            :, 0
-        ].tolist()  # tokens that can be predicted, at the position before
+        # Token t is predicted at position t - 1.
+        known = copied.nonzero()[:, 0].tolist()
         items.append(
             Item(
                 tuple(row), corrupted=tuple(others[i].tolist()), labels=tuple(row[t] for t in known),
                 positions=tuple(t - 1 for t in known), group=f"sequence {i}", template="repeats",
             )
         )  # fmt: skip
-    about = "Each token of a repeated pattern, copied from the round before."
+    about = "Each token of a repeated pattern, copied from its previous occurrence."
     return Generated("repeats", tuple(items), about, "cross_entropy", n)
 
 
@@ -79,6 +78,7 @@ def _repeated_otherwise(
     n_vocab: int,
     periods: tuple[int, int],
 ) -> Tensor:
+    """The counterparts of repeating sequences; see `Repeated`."""
     tokens = drawn.tokens
     if corruption == "other":
         return draw_patterns(len(tokens), generator, tokens.shape[1], n_vocab, periods).tokens
@@ -87,27 +87,29 @@ def _repeated_otherwise(
     at = torch.arange(tokens.shape[1])[None]
     first = (at >= drawn.prefix[:, None]) & (at < (drawn.prefix + drawn.period)[:, None])
     step = torch.randint(1, n_vocab - 1, tokens.shape, generator=generator)
-    other = 1 + (tokens - 1 + step) % (n_vocab - 1)  # never the same, and never the starting token
+    # Tokens 1 to n_vocab - 1 as residues modulo n_vocab - 1: a step of 1 to n_vocab - 2 always gives another token,
+    # and never the starting token 0.
+    other = 1 + (tokens - 1 + step) % (n_vocab - 1)
     return torch.where(first, other, tokens)
 
 
 # --- addition ----------------------------------------------------------------------------------
 
 Added = Literal["first", "second", "both"]
-"""Which of the two numbers the counterpart replaces; the answer is always another."""
+"""Which of the two numbers the counterpart replaces; its sum always differs."""
 
 
 def addition(n: int, seed: int = 0, *, corruption: Added = "both", p: int = 113) -> Generated:
-    """Sums mod p: `a b =` with the answer at `=`, which is token p.
+    """Sums mod p: `a b =`, with the answer read at `=`, which is token p.
 
     Args:
-        n: how many items, of different pairs; at most p squared.
-        seed: of all that is drawn.
-        corruption: the counterpart.
+        n: number of items, each with a different pair of numbers; at most p squared.
+        seed: seed of everything that is drawn.
+        corruption: which of the numbers the counterpart replaces.
         p: the modulus, at least 3.
 
     Raises:
-        ValueError: if there are not so many pairs, or `corruption` is none of its values.
+        ValueError: if `n` is larger than the number of pairs, or `corruption` is unknown.
     """
     check_choice("corruption", corruption, get_args(Added))
     check_count(n)
@@ -117,11 +119,14 @@ def addition(n: int, seed: int = 0, *, corruption: Added = "both", p: int = 113)
     items = []
     for k, pair in enumerate(shuffled(range(p * p), random)[:n]):
         a, b = divmod(pair, p)
-        step = random.randrange(1, p)  # by which the answer changes
+        # The sum changes by `step`, which is not 0 modulo p. Where both numbers move, by `share` and `step - share`,
+        # neither of the two is 0: each number really is replaced.
+        step = random.randrange(1, p)
         share = random.choice([s for s in range(1, p) if s != step])
         moves = {"first": (step, 0), "second": (0, step), "both": (share, step - share)}[corruption]
         moved = ((a + moves[0]) % p, (b + moves[1]) % p)
-        # a sum, the same one with its numbers exchanged, and what is a counterpart elsewhere stay in one half
+        # Addition commutes, and a counterpart may be another item's clean input: a + b, b + a and the counterpart's
+        # sum are fillers, so that a split keeps them in one half.
         sums = tuple(f"{min(two)} + {max(two)}" for two in ((a, b), moved))
         items.append(
             Item(
@@ -136,8 +141,8 @@ def addition(n: int, seed: int = 0, *, corruption: Added = "both", p: int = 113)
 # --- brackets ----------------------------------------------------------------------------------
 
 Bracketed = Literal["flip", "order"]
-"""How a sequence with all brackets closed becomes one without: one bracket is turned round (`flip`); or an opening and
-a closing one change places (`order`), so that counting them is not enough."""
+"""How a balanced sequence becomes unbalanced: one bracket is reversed (`flip`), or an opening and a closing bracket are
+swapped (`order`), so that counting brackets is not enough to notice it."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,11 @@ class BracketTokens:
     """The tokens of the bracket task.
 
     Attributes:
-        start: in front of each sequence.
+        start: the token before each sequence.
         opening: an opening bracket.
-        closing: a closing one.
-        end: behind each sequence; the answer is read there.
-        balanced: the answer where every bracket is closed, none before it is opened.
+        closing: a closing bracket.
+        end: the token after each sequence, where the answer is read.
+        balanced: the answer if every bracket is closed, none before it is opened.
         unbalanced: the answer otherwise.
     """
 
@@ -169,26 +174,26 @@ def brackets(
     pairs: int = 8,
     tokens: BracketTokens | None = None,
 ) -> Generated:
-    """Sequences of brackets, balanced or not; the counterpart has the other answer.
+    """Balanced and unbalanced sequences of brackets; the counterpart has the opposite answer.
 
-    Each template instance is there in both forms, under one group. Balanced sequences are drawn uniformly.
+    Each instance occurs in both forms, in one group. Balanced sequences are drawn uniformly.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
+        n: number of items.
+        seed: seed of everything that is drawn.
         corruption: how the balanced and the unbalanced form differ.
-        pairs: how many pairs of brackets each sequence has.
-        tokens: how they are written.
+        pairs: number of bracket pairs in each sequence.
+        tokens: the tokens that brackets and answers are written with.
 
     Raises:
-        ValueError: if there are no pairs, or `corruption` is none of its values.
+        ValueError: if `pairs` is below 1, or `corruption` is unknown.
     """
     check_choice("corruption", corruption, get_args(Bracketed))
     if pairs < 1:
         raise ValueError(f"pairs {pairs} must be at least 1")
     written = tokens or BracketTokens()
     return draw(
-        "brackets", n, _bracketed(corruption, pairs, written, Random(seed)), Reader(None), Account(),
+        "brackets", n, _bracketed(corruption, pairs, written, Random(seed)), Reader(None), LeftOut(),
         about="Whether every bracket is closed, and none before it is opened.", metric="logit_difference",
     )  # fmt: skip
 
@@ -196,7 +201,7 @@ def brackets(
 def _bracketed(
     corruption: Bracketed, pairs: int, tokens: BracketTokens, random: Random
 ) -> Iterator[list[Item]]:
-    """A balanced sequence and an unbalanced one, one template instance after another."""
+    """Endless template instances, each a balanced sequence and an unbalanced one."""
     k = 0
     while True:
         good = balanced_sequence(pairs, random)
@@ -214,11 +219,10 @@ def _bracketed(
 
 
 def balanced_sequence(pairs: int, random: Random) -> list[int]:
-    """A balanced sequence of brackets, +1 for an opening and -1 for a closing one; all are as likely.
-
-    By the cycle lemma: of a cycle of pairs + 1 openings and pairs closings exactly one rotation stays above 0, and it
-    starts with an opening bracket, behind which the rest is balanced.
-    """
+    """A balanced sequence of brackets, +1 for an opening and -1 for a closing one, drawn uniformly."""
+    # Cycle lemma (Dvoretzky and Motzkin 1947): of the rotations of a cycle of pairs + 1 openings and pairs closings,
+    # exactly one has only positive partial sums. It starts just after the last minimum of the partial sums, and what
+    # follows its first bracket is balanced. Each balanced sequence comes from equally many shuffles.
     cycle = [1] * (pairs + 1) + [-1] * pairs
     random.shuffle(cycle)
     height, lowest, start = 0, 0, 0
@@ -230,13 +234,14 @@ def balanced_sequence(pairs: int, random: Random) -> list[int]:
 
 
 def _flipped(steps: list[int], random: Random) -> list[int]:
-    """One bracket turned round."""
+    """The sequence with one random bracket reversed; it then has unequal numbers of both."""
     at = random.randrange(len(steps))
     return [-step if i == at else step for i, step in enumerate(steps)]
 
 
 def _exchanged(steps: list[int], random: Random) -> list[int]:
-    """An opening bracket and a later closing one exchanged, where that closes one before it is opened."""
+    """The sequence with an opening and a later closing bracket swapped, so that one is closed before it is opened."""
+    # A swap with a > b puts the closing bracket first; only swaps that take the height below 0 unbalance the sequence.
     choices = [
         (i, j)
         for i, a in enumerate(steps)
@@ -250,7 +255,7 @@ def _exchanged(steps: list[int], random: Random) -> list[int]:
 
 
 def _heights(steps: list[int]) -> list[int]:
-    """How many brackets are open behind each."""
+    """The number of open brackets after each step."""
     return [sum(steps[: i + 1]) for i in range(len(steps))]
 
 
@@ -264,4 +269,4 @@ GENERATORS: Mapping[str, Callable[..., Generated]] = {
     "addition": addition,
     "brackets": brackets,
 }
-"""Generators of items in tokens by the behaviour's name; each takes how many and a seed."""
+"""Generators of token items by the behaviour's name; each takes the number of items and a seed."""

@@ -1,4 +1,4 @@
-"""Splitting a task in two, so that nothing which searches can see what judges."""
+"""Splitting a task into a half for searching and a half for evaluation that have nothing in common."""
 
 from __future__ import annotations
 
@@ -9,46 +9,49 @@ import networkx as nx
 import numpy as np
 
 LEAST = 2
-"""A half needs at least this many examples."""
+"""The fewest examples that a half may have."""
 
 
 def halves(
     keys: Sequence[Sequence[str]], seed: int
 ) -> dict[Literal["find", "test"], tuple[int, ...]]:
-    """Which examples are in which half; examples that share a key (a template instance, a name) are never apart.
+    """Which examples are in which half. Examples that share a key (a template instance, a name) are in the same half.
 
-    Where keys tie nearly all examples together, each key after the first (a filler) is given to one half, and examples
-    that mix fillers of both are left out.
+    If shared keys connect nearly all examples, each filler is assigned to one half instead, and examples that mix
+    fillers of both halves are left out.
 
     Args:
-        keys: of each example: its group first, then its fillers.
-        seed: of the split.
+        keys: for each example, its group first and then its fillers.
+        seed: seed of the split.
 
     Raises:
         ValueError: if there are too few independent examples for two halves.
     """
     generator = np.random.default_rng(seed)
-    parts = _tied(keys)
+    parts = _connected_parts(keys)
+    # One part with more than three quarters of the examples would leave too little for the other half.
     if len(parts) > 1 and max(map(len, parts)) <= 0.75 * len(keys):
         find: list[int] = []
         for i in generator.permutation(len(parts)):
-            # the half that is behind takes the next part
+            # A part goes to `find` if that brings the half's size closer to half of the examples.
             if len(find) + len(parts[i]) / 2 <= len(keys) / 2:
                 find += parts[i]
         chosen = set(find)
         made = sorted(chosen), [i for i in range(len(keys)) if i not in chosen]
     else:
-        made = _by_filler(keys, generator)
+        made = _split_by_filler(keys, generator)
     if min(map(len, made)) < LEAST:
         raise ValueError(
-            f"{len(keys)} examples cannot be split into two halves that share no template instance and no filler: "
-            f"expected at least {LEAST} in each (draw more examples, with more names)"
+            f"{len(keys)} examples cannot be split into two halves of at least {LEAST} that share no template instance "
+            "and no filler: draw more examples, with more names"
         )
     return {"find": tuple(made[0]), "test": tuple(made[1])}
 
 
-def _tied(keys: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Examples that are tied to each other by keys they share, directly or through others."""
+def _connected_parts(keys: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Groups of examples that are connected by shared keys, directly or through other examples."""
+    # A bipartite graph of examples (whole numbers) and keys (pairs, so that no key is taken for an example): its
+    # connected components are the parts.
     graph: nx.Graph = nx.Graph()
     for i, own in enumerate(keys):
         graph.add_node(i)
@@ -59,10 +62,10 @@ def _tied(keys: Sequence[Sequence[str]]) -> list[list[int]]:
     return sorted(part for part in parts if part)
 
 
-def _by_filler(
+def _split_by_filler(
     keys: Sequence[Sequence[str]], generator: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Fillers are shared out; examples go with their fillers, or are left out if these are apart."""
+    """Assign each filler to a half; examples follow their fillers, and are left out if those are in both halves."""
     names = sorted({key for own in keys for key in own[1:]})
     mine = set(np.array(names)[generator.permutation(len(names))[: len(names) // 2]].tolist())
     sides: list[list[int]] = [[], []]
@@ -72,6 +75,7 @@ def _by_filler(
         if len(there) != 1:
             continue
         side = there.pop()
+        # Two items of one template instance can have different fillers: the first one that is placed decides.
         if groups.setdefault(own[0], side) == side:
             sides[side].append(i)
     return sides[0], sides[1]

@@ -1,7 +1,7 @@
-"""Behaviours of models that take images: pairs of an image and its counterpart.
+"""Behaviours of image models: pairs of an image and its counterpart.
 
-The counterpart is another image, or the same one blurred, grey, turned, or with a patch replaced. Images are in 0..1,
-RGB, before a model's own preprocessing.
+The counterpart is another image, or the same one blurred, in grey, rotated, or with its middle replaced. Images are RGB
+in 0..1, before any model's preprocessing.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class ImagePairs:
     """Images and their counterparts, pair by pair.
 
     Attributes:
-        name: of the behaviour.
+        name: the behaviour's name.
         clean: the images, in 0..1.
-        corrupted: the counterpart of each.
-        names: one a pair.
+        corrupted: the counterpart of each image.
+        names: a name for each pair.
         kind: how the counterparts were made, in words.
         about: one sentence on what a model does that shows the behaviour.
-        classes: the class of each image, a number among the model's; empty where there are no classes.
-        against: the class that it is compared with; empty where there is none.
-        groups: the instance that each pair belongs to: pairs of one group stay in one half of a split.
+        classes: the class of each image, as an index into the model's outputs; empty if there are no classes.
+        against: the wrong class that it is compared with; empty if there is none.
+        groups: the instance that each pair belongs to; pairs of one group stay in one half of a split.
     """
 
     name: str
@@ -58,25 +58,27 @@ class ImagePairs:
     def __post_init__(self) -> None:
         n = len(self.clean)
         if not n:
-            raise ValueError(f"pairs of {self.name}: there is no image")
+            raise ValueError(f"pairs of {self.name}: there are no images, expected at least one")
         if self.clean.shape != self.corrupted.shape:
             raise ValueError(
-                f"counterparts of {self.name} are {tuple(self.corrupted.shape)}: expected "
-                f"{tuple(self.clean.shape)}, as the images"
+                f"counterparts of {self.name} have shape {tuple(self.corrupted.shape)}: expected "
+                f"{tuple(self.clean.shape)}, that of the images"
             )
         for what in ("names", "classes", "against", "groups"):
             if len(getattr(self, what)) not in ((n,) if what == "names" else (0, n)):
-                raise ValueError(f"{what} of {self.name}: {len(getattr(self, what))} for {n} pairs")
+                raise ValueError(
+                    f"{what} of {self.name}: there are {len(getattr(self, what))} for {n} pairs, expected one each"
+                )
 
     def __len__(self) -> int:
         return len(self.clean)
 
-    def compared(self, kind: Kind, **settings: float) -> ImagePairs:
-        """The same images, each with its own changed version as the counterpart.
+    def with_counterparts(self, kind: Kind, **settings: float) -> ImagePairs:
+        """The same images, each with a changed version of itself as the counterpart.
 
         Args:
-            kind: `blurred`, `grey`, `turned` or `patch` (from the next image).
-            **settings: of that change: `sigma`, `degrees`, `size`.
+            kind: `blurred`, `grey`, `turned` or `patch` (taken from the next image).
+            **settings: the change's settings: `sigma`, `degrees` or `size`.
 
         Raises:
             KeyError: if there is no such change.
@@ -92,11 +94,11 @@ class ImagePairs:
 
 
 def blurred(images: Images, sigma: float = 4.0) -> Images:
-    """Images under a Gaussian blur; edges go on as they end.
+    """Images under a Gaussian blur; beyond the border the edge pixels repeat.
 
     Args:
         images: in 0..1.
-        sigma: of the Gaussian, in pixels.
+        sigma: standard deviation of the Gaussian, in pixels.
 
     Raises:
         ValueError: if `sigma` is not positive.
@@ -114,10 +116,11 @@ def grey(images: Images) -> Images:
 
 
 def turned(images: Images, degrees: float = 180.0) -> Images:
-    """Images turned about their middle, counter-clockwise; corners that come in from outside repeat the edge.
+    """Images rotated counter-clockwise about their centre; corners that rotate in from outside repeat the edge pixels.
 
-    Quarter turns of square images, and half turns of all, are exact; others are interpolated.
+    Quarter turns of square images and half turns of all images are exact; other angles are interpolated.
     """
+    # Interpolation also blurs, which would be a second change besides the rotation.
     quarters, rest = divmod(degrees, 90)
     if not rest and (quarters % 2 == 0 or images.shape[-1] == images.shape[-2]):
         return images.rot90(int(quarters), (2, 3)).contiguous()
@@ -126,23 +129,27 @@ def turned(images: Images, degrees: float = 180.0) -> Images:
 
 
 def with_patch(images: Images, size: float = 0.5, others: Images | None = None) -> Images:
-    """Images whose middle is that of other images.
+    """Images whose middle is replaced by that of other images.
 
     Args:
         images: in 0..1.
         size: height and width of the patch, as a share of the image's.
-        others: where the patches are from; each image's is from the next one if not given.
+        others: the images that the patches come from; each image's patch comes from the next image if not given.
 
     Raises:
-        ValueError: if `size` is not above 0 and at most 1, the others have another shape, or there are none.
+        ValueError: if `size` is not above 0 and at most 1, or `others` are lacking or have another shape.
     """
     if not 0 < size <= 1:
         raise ValueError(f"size {size:g} must be above 0 and at most 1, a share of the image")
     if others is None and len(images) < 2:
-        raise ValueError("patch: expected at least two images, or others to take it from")
+        raise ValueError(
+            f"others: with {len(images)} images there is no next one to take the patch from, expected at least two"
+        )
     source = images.roll(-1, 0) if others is None else others
     if source.shape != images.shape:
-        raise ValueError(f"others are {tuple(source.shape)}: expected {tuple(images.shape)}")
+        raise ValueError(
+            f"others have shape {tuple(source.shape)}: expected {tuple(images.shape)}, that of the images"
+        )
     (top, height), (left, width) = (
         ((side - max(1, round(side * size))) // 2, max(1, round(side * size)))
         for side in images.shape[2:]
@@ -173,18 +180,18 @@ def curve_pairs(
     kind: Kind = "turned",
     **settings: float,
 ) -> ImagePairs:
-    """Drawn curves whose counterparts bulge the other way; what is measured is a unit's activation.
+    """Drawn curves whose counterparts bulge the other way, for measuring the activation of a unit.
 
-    Orientations are spread evenly over the circle, dark and light in turn, with the middle of each arc at the image's
-    centre: turned by 180 degrees, it is the arc of the opposite orientation at the same place.
+    Orientations are spread evenly over the circle and alternate between dark and light curves. The middle of each arc
+    is at the image's centre, so that rotation by 180 degrees gives the arc of opposite orientation at the same place.
 
     Args:
-        n: how many pairs.
-        seed: of radii and of where the orientations start.
+        n: number of pairs.
+        seed: seed of the radii and of the first orientation.
         size: height and width in pixels.
         radii: smallest and largest radius, as shares of the size.
-        kind: the counterparts.
-        **settings: of that change.
+        kind: how the counterparts are made.
+        **settings: the change's settings.
 
     Raises:
         ValueError: if `n` is not positive, or the radii are not in order.
@@ -209,7 +216,9 @@ def curve_pairs(
         for d, a, r in zip(is_dark.tolist(), angles.tolist(), radius.tolist(), strict=True)
     )
     about = "A curve of one orientation, rather than of the opposite one."
-    return ImagePairs("curves", images, images, names, "", about).compared(kind, **settings)
+    return ImagePairs("curves", images, images, names, "", about).with_counterparts(
+        kind, **settings
+    )
 
 
 def shape_pairs(
@@ -221,29 +230,29 @@ def shape_pairs(
     kind: Kind = "another",
     **settings: float,
 ) -> ImagePairs:
-    """Drawings of one class against another, as the `shapes` model is trained on.
+    """Drawings of one class against another, from the classes that the `shapes` model is trained on.
 
-    With `another` as the kind, the counterpart is a drawing of the other class; both classes are there as clean
-    images in turn, so that each is as often the answer. With other kinds it is the same drawing, changed.
+    With the kind `another`, the counterpart is a drawing of the other class, and the classes alternate as the clean
+    image, so that each is the answer equally often. With any other kind it is the same drawing, changed.
 
     Args:
-        n: how many pairs.
-        seed: of the drawings.
+        n: number of pairs.
+        seed: seed of the drawings.
         first: the name of a class.
         second: the name of the class that it is compared with.
-        kind: the counterparts.
-        **settings: of that change.
+        kind: how the counterparts are made.
+        **settings: the change's settings.
 
     Raises:
         KeyError: if there is no such class or kind of counterpart.
-        ValueError: if `n` is not positive, or the two classes are one.
+        ValueError: if `n` is not positive, or the two classes are the same.
     """
     check_count(n)
     for name in (first, second):
         if name not in CLASSES:
             raise unknown("class", name, CLASSES)
     if first == second:
-        raise ValueError(f"second {second!r} is the first class: expected another")
+        raise ValueError(f"second {second!r} is also the first class: expected a different one")
     both = CLASSES.index(first), CLASSES.index(second)
     classes = tuple(both[i % 2] for i in range(n))
     against = tuple(both[1 - i % 2] for i in range(n))
@@ -254,7 +263,7 @@ def shape_pairs(
         "another", f"Which of two classes a drawing is of: {first} or {second}.", classes, against,
     )  # fmt: skip
     if kind != "another":
-        return made.compared(kind, **settings)
+        return made.with_counterparts(kind, **settings)
     if settings:
         raise unknown("setting of another", next(iter(settings)), ["none"])
     return made
@@ -270,19 +279,19 @@ def pairs_of(
     kind: Kind = "another",
     **settings: float,
 ) -> ImagePairs:
-    """A person's own labelled images and their counterparts.
+    """Labelled images of a user and their counterparts.
 
-    With `another` as the kind, each image is paired with one of another class, whose class its own is compared with;
-    every image is the counterpart of one other image.
+    With the kind `another`, each image is paired with an image of another class, which becomes the wrong answer; every
+    image is the counterpart of exactly one other.
 
     Args:
         images: in 0..1.
-        classes: the class of each, a number among the model's.
-        names: one an image.
-        seed: of the pairing.
-        name: of the behaviour.
-        kind: the counterparts.
-        **settings: of that change.
+        classes: the class of each image, as an index into the model's outputs.
+        names: a name for each image.
+        seed: seed of the pairing.
+        name: the behaviour's name.
+        kind: how the counterparts are made.
+        **settings: the change's settings.
 
     Raises:
         ValueError: if more than half of the images are of one class, so that they cannot all be paired.
@@ -290,25 +299,24 @@ def pairs_of(
     """
     if kind != "another":
         plain = ImagePairs(name, images, images, names, "", classes=classes)
-        return plain.compared(kind, **settings)
-    order = _across(classes, Random(seed))
+        return plain.with_counterparts(kind, **settings)
+    order = _pair_across_classes(classes, Random(seed))
     return ImagePairs(
         name, images, images[order], names, "another", classes=classes, against=tuple(classes[i] for i in order)
     )  # fmt: skip
 
 
-def _across(classes: tuple[int, ...], random: Random) -> list[int]:
-    """For each place another one of another class; each place is taken once.
-
-    Sorted by class (at random within one), everybody takes the place that lies as many places on as the largest
-    class has members: nobody can then meet their own class.
-    """
+def _pair_across_classes(classes: tuple[int, ...], random: Random) -> list[int]:
+    """For each image the index of one of another class; every image is taken once."""
+    # Sort by class, in random order within each, and pair every image with the one `most` places further on, `most`
+    # being the size of the largest class. A class fills at most `most` consecutive places, so the shift leaves it;
+    # coming round the circle it cannot enter the same class again as long as 2 * most <= n.
     places = sorted(range(len(classes)), key=lambda i: (classes[i], random.random()))
     most = max((classes.count(c) for c in set(classes)), default=0)
     if 2 * most > len(classes):
         raise ValueError(
-            f"classes: {most} of {len(classes)} images are of one class, which cannot all be paired with others: "
-            "expected at most half"
+            f"classes: {most} of {len(classes)} images are of one class, expected at most half, so that each can be "
+            "paired with another class"
         )
     found = [0] * len(classes)
     for k, i in enumerate(places):
@@ -320,4 +328,4 @@ IMAGE_PAIRS: Mapping[str, Callable[..., ImagePairs]] = {
     "curves": curve_pairs,
     "shapes": shape_pairs,
 }
-"""Generators of pairs of images by the behaviour's name; each takes how many and a seed."""
+"""Generators of image pairs by the behaviour's name; each takes the number of pairs and a seed."""

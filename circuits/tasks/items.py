@@ -1,7 +1,7 @@
-"""One line of a task: an input, its counterpart, and what the model should answer, as people write it.
+"""One line of a task as people write it: an input, its counterpart, and what the model should answer.
 
-Items are plain data: text or tokens, before any model has seen them. `circuits.tasks.task` turns them into what a
-particular model takes.
+Items are plain data, text or tokens, independent of any model. `circuits.tasks.compiling` turns them into a task for a
+particular model.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class Item:
 
     Attributes:
         clean: the input on which the model shows the behaviour.
-        answers: what it should say; several are a set, any of which counts.
-        against: what the answers are compared with (for a logit difference, say); a set likewise.
+        answers: what the model should say; any of several answers counts as right.
+        against: the wrong answers that they are compared with (in a logit difference, for example).
         corrupted: the counterpart, which differs from `clean` in what the behaviour depends on.
-        labels: in place of answers: the one token that is right at each counted position, in the order of `positions`.
-        positions: where the answer is read: `last`, `all`, the name of one of `spans` (its last token), or positions
-            counted in tokens from the first token of the input (a beginning-of-text token included); negative from
-            the end.
+        labels: used instead of answers: the one right token at each counted position, in the order of `positions`.
+        positions: where the answer is read: `last`, `all`, the name of one of `spans` (its last token is meant), or
+            token positions counted from the first token of the input (a beginning-of-text token included); negative
+            positions count from the end.
         group: the template instance that the item belongs to; items of one group stay in one half of a split.
-        fillers: names and objects that fill the template; a split gives each filler to one half.
-        spans: named stretches of `clean`, from a start to a stop that is left out: of characters where `clean` is
-            text, of tokens where it is tokens.
+        fillers: the names and objects that fill the template; a split gives each filler to one half only.
+        spans: named parts of `clean`, each from a start to an exclusive stop: in characters if `clean` is text, in
+            tokens if it is tokens.
         template: the name of the template, such as `ABBA`.
     """
 
@@ -54,7 +54,7 @@ class Item:
         for name, words in (("answers", self.answers), ("against", self.against)):
             if any(not word for word in words):
                 raise ValueError(
-                    f"{name} of {clipped(repr(self.clean))} hold an empty text: expected at least one token"
+                    f"{name} of {clipped(repr(self.clean))} contain an empty text: expected at least one token in each"
                 )
         if isinstance(self.positions, str) and self.positions not in ("last", "all", *self.spans):
             valid = ", ".join(["last", "all", *self.spans])
@@ -63,7 +63,7 @@ class Item:
             )
         if not self.positions:
             raise ValueError(
-                f"positions of {clipped(repr(self.clean))} count nothing: expected at least one"
+                f"positions of {clipped(repr(self.clean))} are empty: expected at least one"
             )
         self._check_labels()
 
@@ -72,17 +72,19 @@ class Item:
             return
         if self.answers:
             raise ValueError(
-                f"labels and answers of {clipped(repr(self.clean))}: expected one of the two"
+                f"labels and answers of {clipped(repr(self.clean))} are both given: expected one of the two"
             )
         n, counted = len(self.labels), 1 if isinstance(self.positions, str) else len(self.positions)
+        # How many positions "all" means is known only once the text is in tokens; the task checks it then.
         if self.positions != "all" and n != counted:
             raise ValueError(
-                f"labels of {clipped(repr(self.clean))}: {n} for {counted} counted positions, expected one each"
+                f"labels of {clipped(repr(self.clean))}: there are {n} for {counted} counted positions, expected one "
+                "each"
             )
 
 
 def clipped(text: str, most: int = 60) -> str:
-    """A text cut off after a number of characters.
+    """A text cut to a number of characters, with an ellipsis where it was cut.
 
     >>> clipped("a long text", 7)
     'a long…'

@@ -1,6 +1,6 @@
-"""Metrics: one number an example from what a model puts out where a task counts.
+"""Metrics: one number for each example, from a model's output at the positions that a task counts.
 
-All are differentiable where what they measure is, and say in which direction a model is better.
+Each says in which direction a model is better, and is differentiable wherever what it measures is.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from circuits.tasks.targets import Aim, Target, as_target
 from circuits.units import Site, unknown
 
 Needs = Literal["answers", "against", "intact", "one_token", "rows"]
-"""What a metric cannot do without: answers; what they are compared with; the intact model's outputs; answers of one
-token; a single row an example."""
+"""What a metric needs: answers; wrong answers to compare them with; the intact model's outputs; answers of one token;
+one row for each example."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a model has on each example.
+    """A number that is measured on each example.
 
     Attributes:
         name: as it is written in tables and files.
-        unit: `nats`, `logits`, `probability`, `share`, or that of an activation (empty).
-        better: 1 if more is better, -1 if less is, 0 if neither.
-        needs: what it cannot do without.
+        unit: `nats`, `logits`, `probability` or `share`; empty for an activation.
+        better: 1 if more is better, -1 if less is better, 0 if neither.
+        needs: what a task has to have for this metric.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Metric:
     needs: frozenset[Needs] = frozenset()
 
     def sites(self) -> tuple[str, ...]:
-        """Sites that have to be read for it, besides the output."""
+        """The sites, besides the output, that have to be read for the metric."""
         return ()
 
     def of(self, reading: Reading, intact: Reading) -> Float[Tensor, " example"]:
         """The metric on each example of a batch.
 
         Args:
-            reading: of the model that is measured.
-            intact: of the model as it is.
+            reading: the output of the model that is measured.
+            intact: the output of the unchanged model.
         """
         raise NotImplementedError
 
@@ -57,8 +57,8 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class _Formula(Metric):
-    """A metric that is a function of a reading and the intact model's."""
+class _FormulaMetric(Metric):
+    """A metric given by a function of the measured model's reading and the intact model's."""
 
     formula: Callable[[Reading, Reading], Tensor] = lambda reading, intact: reading.logits
 
@@ -67,28 +67,33 @@ class _Formula(Metric):
 
 
 def _kl(reading: Reading, intact: Reading) -> Tensor:
+    # KL(p || q) = sum over outputs of p (log p - log q), with p the intact model and q the measured one.
     p = intact.log_p
     return reading.by_example((p.exp() * (p - reading.log_p)).sum(-1))
 
 
-def _first(intact: Reading) -> Tensor:
+def _first_choice(intact: Reading) -> Tensor:
     return intact.logits.argmax(-1, keepdim=True)
 
 
-def _changed(reading: Reading, intact: Reading) -> Tensor:
-    same = reading.logits.argmax(-1, keepdim=True) != _first(intact)
-    return reading.by_example(same[:, 0].to(reading.logits))
+def _first_choice_changed(reading: Reading, intact: Reading) -> Tensor:
+    changed = reading.logits.argmax(-1, keepdim=True) != _first_choice(intact)
+    return reading.by_example(changed[:, 0].to(reading.logits))
 
 
-def _logit(reading: Reading, intact: Reading) -> Tensor:
-    return reading.by_example(reading.logits.gather(1, _first(intact))[:, 0])
+def _logit_of_first_choice(reading: Reading, intact: Reading) -> Tensor:
+    return reading.by_example(reading.logits.gather(1, _first_choice(intact))[:, 0])
 
 
-def _among(reading: Reading, k: int) -> Tensor:
-    """How often an answer is among the k highest outputs at each place, if equal ones are in random order.
+def _share_in_top_k(reading: Reading, k: int) -> Tensor:
+    """The chance that an answer is among the k highest outputs at each place, ties being broken at random.
 
-    NaN is above and below everything.
+    An output that is NaN counts as higher than the answers.
     """
+    # Let `above` outputs lie above the best answer and `tied` be equal to it, `answers` of them being answers. The
+    # tied ones fill the k - above places that are left in random order, and (k - above) * answers / tied of these
+    # are answers on average. `~(x <= best)` rather than `x > best`: comparisons with NaN are false, and an output of
+    # NaN must not make an answer look right.
     ids = reading.places.wanted
     own = reading.logits.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
     best = own.max(-1, keepdim=True).values
@@ -97,68 +102,71 @@ def _among(reading: Reading, k: int) -> Tensor:
     return ((k - above) * answers / tied.clamp_min(1)).clamp(0, 1)
 
 
-def _within(k: int) -> Callable[[Reading, Reading], Tensor]:
+def _in_top_k(k: int) -> Callable[[Reading, Reading], Tensor]:
     def share(reading: Reading, intact: Reading) -> Tensor:
         if reading.places.fed:
             return (reading.log_p_of("wanted") > reading.log_p_of("against")).to(reading.logits)
-        return reading.by_example(_among(reading, k).to(reading.logits))
+        return reading.by_example(_share_in_top_k(reading, k).to(reading.logits))
 
     return share
 
 
-def _made(
+def _metric(
     name: str,
     unit: str,
     better: int,
     needs: set[Needs],
     formula: Callable[[Reading, Reading], Tensor],
 ) -> Metric:
-    return _Formula(name, unit, better, frozenset(needs), formula)
+    return _FormulaMetric(name, unit, better, frozenset(needs), formula)
 
 
-logit_difference = _made(
+logit_difference = _metric(
     "logit_difference", "logits", 1, {"answers", "against", "one_token"},
     lambda r, _: r.logit_of("wanted") - r.logit_of("against"),
 )  # fmt: skip
-"""The mean logit of the answers minus that of what they are against (Wang et al. 2022)."""
+"""The mean logit of the answers minus that of the wrong answers (Wang et al. 2022)."""
 
-log_probability = _made(
+log_probability = _metric(
     "log_probability", "nats", 1, {"answers"}, lambda r, _: r.log_p_of("wanted")
 )
-"""The log-probability of the answers, in nats: of any of a set; of all tokens of an answer of several."""
+"""The log-probability, in nats, that one of the answers comes; of an answer of several tokens, that all of them
+come."""
 
-log_probability_difference = _made(
+log_probability_difference = _metric(
     "log_probability_difference", "nats", 1, {"answers", "against"},
     lambda r, _: r.log_p_of("wanted") - r.log_p_of("against"),
 )  # fmt: skip
-"""The log-probability of the answers minus that of what they are against."""
+"""The log-probability of the answers minus that of the wrong answers."""
 
-probability_difference = _made(
+probability_difference = _metric(
     "probability_difference", "probability", 1, {"answers", "against"},
     lambda r, _: r.p_of("wanted") - r.p_of("against"),
 )  # fmt: skip
-"""The probability of the answers minus that of what they are against, both as sets (Hanna et al. 2023)."""
+"""The total probability of the answers minus that of the wrong answers (Hanna et al. 2023)."""
 
-probability = _made("probability", "probability", 1, {"answers"}, lambda r, _: r.p_of("wanted"))
-"""The probability of the answers, as a set."""
+probability = _metric("probability", "probability", 1, {"answers"}, lambda r, _: r.p_of("wanted"))
+"""The total probability of the answers."""
 
-cross_entropy = _made("cross_entropy", "nats", -1, {"answers"}, lambda r, _: -r.log_p_of("wanted"))
-"""Minus the log-probability of the answers, the mean over counted positions, in nats."""
+cross_entropy = _metric(
+    "cross_entropy", "nats", -1, {"answers"}, lambda r, _: -r.log_p_of("wanted")
+)
+"""Minus the log-probability of the answers, averaged over counted positions, in nats."""
 
-accuracy = _made("accuracy", "share", 1, {"answers"}, _within(1))
-"""The share of counted positions at which an answer is the first choice (of n that tie for it, the n-th part); of
-answers of several tokens, whether they are more probable than what they are against."""
+accuracy = _metric("accuracy", "share", 1, {"answers"}, _in_top_k(1))
+"""The share of counted positions at which an answer is the first choice; a first choice tied between n outputs counts
+1/n. For answers of several tokens: whether they are more probable than the wrong answers."""
 
-top5 = _made("top5", "share", 1, {"answers", "one_token"}, _within(5))
+top5 = _metric("top5", "share", 1, {"answers", "one_token"}, _in_top_k(5))
 """The share of counted positions at which an answer is among the first five choices."""
 
-kl = _made("kl", "nats", -1, {"intact"}, _kl)
+kl = _metric("kl", "nats", -1, {"intact"}, _kl)
 """The KL divergence from the intact model's prediction to the measured one's, in nats."""
 
-top1_changed = _made("top1_changed", "share", -1, {"intact"}, _changed)
+top1_changed = _metric("top1_changed", "share", -1, {"intact"}, _first_choice_changed)
 """The share of counted positions at which the first choice is another than the intact model's."""
 
-logit_of_first = _made("logit_of_first", "logits", 1, {"intact"}, _logit)
+logit_of_first = _metric("logit_of_first", "logits", 1, {"intact"}, _logit_of_first_choice)
 """The logit of the intact model's first choice."""
 
 METRICS: dict[str, Metric] = {
@@ -173,13 +181,13 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class UnitActivation(Metric):
-    """A unit's own number, or an output's: where the intact model is most active, or at a fixed position.
+    """The activation of a unit, or an output, at its most active position or at a given one.
 
-    The position of each example is fixed on the intact model and stays where it is while the model is changed.
+    The most active position is found in the intact model and kept while the model is changed.
 
     Attributes:
-        target: which unit, where, and in which form.
-        site: the target's.
+        target: which unit, at which position, and as which quantity.
+        site: the target's site.
     """
 
     target: Target = field(default_factory=lambda: Target("output", None))
@@ -187,11 +195,11 @@ class UnitActivation(Metric):
 
     @classmethod
     def named(cls, model: HookedModel, target: str | Target) -> UnitActivation:
-        """From what people write: `SITE:INDEX`, `class:NAME`, `token:WORD`, `top`, with `@POSITION`.
+        """The metric of a target as it is written: `SITE:INDEX`, `class:NAME`, `token:WORD` or `top`, with `@POSITION`.
 
         Raises:
             KeyError: if a site or class is unknown.
-            ValueError: if it is of none of these forms.
+            ValueError: if the text has none of these forms.
         """
         made = as_target(model, target)
         return cls(str(target), better=1, target=made, site=model.site(made.site))
@@ -205,17 +213,17 @@ class UnitActivation(Metric):
         return aim.value(value, torch.arange(len(value), device=value.device)).double()
 
     def aim(self, intact: Reading) -> Aim:
-        """The unit and position of each example, by the intact model."""
+        """The unit and position of each example, chosen on the intact model."""
         assert self.site is not None, "made by `named`"
         return Aim.at(self.site, self.target, intact.tensors[self.target.site], intact.mask)
 
 
 @dataclass(frozen=True)
 class Custom(Metric):
-    """A metric that a person writes: from the model's whole output to one number an example.
+    """A metric that a user writes as a function of the model's whole output.
 
     Attributes:
-        function: takes the output, batch first, and returns one number a row.
+        function: takes the output, batch first, and returns one number for each row.
     """
 
     function: Callable[[Tensor], Tensor] = lambda output: output
@@ -228,16 +236,16 @@ class Custom(Metric):
         if not isinstance(made, Tensor) or tuple(made.shape) != (n,):
             shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ValueError(
-                f"metric {self.name!r} returns {shape}: expected one number for each of {n} examples"
+                f"metric {self.name!r} returns {shape}: expected one number for each of the {n} examples"
             )
         return made.double()
 
 
 def as_metric(metric: str | Metric | Callable[[Tensor], Tensor]) -> Metric:
-    """A metric by its name, a person's own function, or itself.
+    """A metric from its name or from a user's function; a `Metric` is returned as it is.
 
     Raises:
-        KeyError: if there is none of that name.
+        KeyError: if there is no metric of that name.
     """
     if isinstance(metric, Metric):
         return metric

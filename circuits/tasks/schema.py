@@ -1,4 +1,4 @@
-"""What a task file may hold: the form of each field, as a check and as JSON schema at once."""
+"""What a task file may hold: the form of each field, both as a check and as a JSON schema."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ LAYOUT = 1
 MAX_NUMBER = 2**31 - 1
 """The largest token, position or seed."""
 
-HowRead = Literal["one", "fed", "first"]
-"""How answers are read: of `one` token; `fed` in whole; or by the `first` token that differs."""
+Feeding = Literal["one", "fed", "first"]
+"""How answers are read. `one`: each answer is one token. `fed`: answers of several tokens are fed in, and the
+log-probabilities of their tokens are added up. `first`: only the first token by which the answers differ is compared,
+and the tokens that they share are fed in."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Form:
     """A form that a JSON value can have.
 
     Attributes:
-        fits: whether a value has it.
-        schema: the same as JSON schema.
+        fits: whether a value has this form.
+        schema: the same form as a JSON schema.
     """
 
     fits: Callable[[Any], bool]
@@ -34,7 +36,8 @@ def _text(least: int = 0) -> Form:
     return Form(lambda value: isinstance(value, str) and len(value) >= least, schema)
 
 
-def _whole(low: int) -> Form:
+def _integer(low: int) -> Form:
+    # In JSON 1.0 and 1 are the same number, and JSON schema takes both as integers; a Python bool is an int.
     def fits(value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and low <= value <= MAX_NUMBER and value == int(value)
@@ -42,7 +45,7 @@ def _whole(low: int) -> Form:
     return Form(fits, {"type": "integer", "minimum": low, "maximum": MAX_NUMBER})
 
 
-def _listed(form: Form, least: int = 0, most: int | None = None) -> Form:
+def _array(form: Form, least: int = 0, most: int | None = None) -> Form:
     def fits(value: Any) -> bool:
         return (
             isinstance(value, list)
@@ -63,7 +66,7 @@ def _either(first: Form, second: Form) -> Form:
     )
 
 
-def _named(form: Form) -> Form:
+def _mapping(form: Form) -> Form:
     return Form(
         lambda value: isinstance(value, dict) and all(map(form.fits, value.values())),
         {"type": "object", "additionalProperties": form.schema},
@@ -71,6 +74,7 @@ def _named(form: Form) -> Form:
 
 
 def _one_of(*known: object) -> Form:
+    # Types are compared too: True == 1 in Python, but not in JSON.
     def fits(value: Any) -> bool:
         return any(type(value) is type(k) and value == k for k in known)
 
@@ -82,10 +86,10 @@ class Field:
     """A field of a line.
 
     Attributes:
-        form: of its value.
+        form: the form of its value.
         expected: the form in words, for error messages.
-        about: what it means.
-        required: whether each line has it.
+        about: what the field means.
+        required: whether every line must have it.
     """
 
     form: Form
@@ -94,11 +98,11 @@ class Field:
     required: bool = False
 
 
-_TOKENS = _listed(_whole(0), least=1)
+_TOKENS = _array(_integer(0), least=1)
 _WORDS = _either(_text(1), _TOKENS)
 _A_TEXT = (_text(), "a text")
 _SOME_WORDS = (_WORDS, "a text or a list of tokens, not empty")
-_SETS_OF_WORDS = (_listed(_WORDS), "a list of texts or of lists of tokens, none of them empty")
+_SETS_OF_WORDS = (_array(_WORDS), "a list of texts or of lists of tokens, none of them empty")
 
 HEADER: Mapping[str, Field] = {
     "circuits_task": Field(_one_of(LAYOUT), str(LAYOUT), "the layout of the file", required=True),
@@ -106,11 +110,11 @@ HEADER: Mapping[str, Field] = {
     "about": Field(*_A_TEXT, "a sentence on what a model does that shows the behaviour"),
     "metric": Field(*_A_TEXT, "the name of the metric that the task is measured by"),
     "reading": Field(
-        _one_of(*get_args(HowRead)), f"one of {', '.join(get_args(HowRead))}",
+        _one_of(*get_args(Feeding)), f"one of {', '.join(get_args(Feeding))}",
         "how answers are read: of one token, fed in whole, or by the first token that differs",
     ),
     "tokenizer": Field(*_A_TEXT, "what the tokens in the file are of; empty where all is text"),
-    "seed": Field(_whole(0), "a whole number from 0", "the seed of the split into halves"),
+    "seed": Field(_integer(0), "a whole number from 0", "the seed of the split into halves"),
 }  # fmt: skip
 """The fields of the first line."""
 
@@ -124,13 +128,13 @@ ITEM: Mapping[str, Field] = {
         "in place of answers: the one token that is right at each counted position",
     ),
     "positions": Field(
-        _either(_text(1), _listed(_whole(-MAX_NUMBER), least=1)),
+        _either(_text(1), _array(_integer(-MAX_NUMBER), least=1)),
         "last, all, the name of a span, or a list of whole numbers", "where the answer is read",
     ),
     "group": Field(*_A_TEXT, "the template instance; those of one instance stay in one half of a split"),
-    "fillers": Field(_listed(_text()), "a list of texts", "the words that fill the template"),
+    "fillers": Field(_array(_text()), "a list of texts", "the words that fill the template"),
     "spans": Field(
-        _named(_listed(_whole(0), 2, 2)), "names, each with a list of a start and a stop from 0",
+        _mapping(_array(_integer(0), 2, 2)), "names, each with a list of a start and a stop from 0",
         "named stretches of the input, from a start to a stop that is left out",
     ),
     "template": Field(*_A_TEXT, "the name of the template"),

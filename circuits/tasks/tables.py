@@ -1,7 +1,7 @@
-"""Reading the tables of pairs that the circuit-discovery community uses.
+"""Reads the tables of prompt pairs that circuit-discovery projects publish.
 
-Files are CSV, TSV, JSON (a list of rows, or a list under `prompts` or `data`) or JSON lines. Their format is
-recognised by their columns; a table of another form is refused by one line.
+Files are CSV, TSV, JSON (a list of rows, or one under `prompts` or `data`) or JSON lines. Their format is recognised by
+their columns; a table of an unknown format is refused with an error that lists the known ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.tasks.files import parse_json
-from circuits.tasks.formats import FORMATS, Format, NoCounterpartError, Reading, Row, listed
+from circuits.tasks.formats import FORMATS, Format, NoCounterpartError, Row, TableContext, listed
 from circuits.tasks.generated import Generated
 from circuits.tasks.items import Item, clipped
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
@@ -30,23 +30,23 @@ def read_table(
 ) -> Generated:
     """Read a table of pairs; see `FORMATS`.
 
-    Answers that are token numbers stay so, and hold for the tokenizer that the table was made with. Texts are taken as
-    they stand, except that MIB's names get the space in front that its own code adds.
+    Answers given as token ids are kept as ids, which are only valid for the tokenizer that the table was made with.
+    Texts are taken unchanged, except that MIB's names get the leading space that MIB's own code adds.
 
     Args:
-        path: ends in .csv, .tsv, .json or .jsonl.
+        path: a file that ends in .csv, .tsv, .json or .jsonl.
         format: one of `FORMATS`; recognised by the columns if not given.
-        counterpart: where a table has several: the column, or the name in a row's `corrupt_prompt`.
-        tokenizer: a model's input or its `encode`; with it, the years of a greater-than table become tokens, each as
-            it is encoded alone, and of the verbs of an agreement table those that are one token are taken.
+        counterpart: which counterpart to take if a table has several: a column, or a name in a row's `corrupt_prompt`.
+        tokenizer: a model's input or its `encode`. With it, the years of a greater-than table become tokens, each
+            encoded alone, and an agreement table keeps only the verbs that are one token.
 
     Returns:
-        The items, and the rows that have no counterpart, which are left out.
+        The items; rows without a counterpart are left out and listed.
 
     Raises:
         FileNotFoundError: if there is no such file.
         KeyError: if there is no such format, or no such counterpart.
-        ValueError: if the table has other columns, or a row is not what they say.
+        ValueError: if the table's columns fit no format, or a row does not fit its columns.
     """
     what = f"table {str(path)!r}"
     rows = _rows(Path(path), what)
@@ -61,7 +61,7 @@ def read_table(
             raise ValueError(
                 f"{what} has the columns {listed(columns)}: expected {chosen.expected}"
             )
-    reading = Reading(columns, counterpart, Reader(tokenizer))
+    reading = TableContext(columns, counterpart, Reader(tokenizer))
     items, lacking = [], []
     for i, row in enumerate(rows, 1):
         try:
@@ -71,7 +71,7 @@ def read_table(
         except ValueError as error:
             raise ValueError(f"{what}, row {i}: {error}") from None
     if not items:
-        raise ValueError(f"{what} has no row with a counterpart: expected at least one")
+        raise ValueError(f"{what} has no rows with a counterpart: expected at least one")
     left = {"rows without a counterpart": tuple(lacking)} if lacking else {}
     return Generated(
         Path(path).stem, tuple(items), chosen.about, _metric(chosen, items), len(rows), left
@@ -104,16 +104,20 @@ def _rows(path: Path, what: str) -> list[Row]:
         raise ValueError(f"{what} ends in {suffix!r}: expected {', '.join(readers)}")
     rows = readers[suffix](path, what)
     if not rows:
-        raise ValueError(f"{what} has no row: expected at least one")
+        raise ValueError(f"{what} has no rows: expected at least one")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{what}, row {i} is {clipped(repr(row))}: expected fields and values")
+            raise ValueError(
+                f"{what}, row {i} is {clipped(repr(row))}: expected an object with fields"
+            )
     return rows
 
 
 def _delimited(path: Path, what: str) -> list[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
+        # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first column's name.
+        # newline="": the csv module reads line ends inside quotes itself.
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file, delimiter=delimiter, strict=True))
     except UnicodeDecodeError as error:
@@ -135,7 +139,9 @@ def _json(path: Path, what: str) -> list[Any]:
     if isinstance(made, dict):
         made = next((made[key] for key in ("prompts", "data") if key in made), made)
     if not isinstance(made, list):
-        raise ValueError(f"{what} holds no rows: expected a list, or one under `prompts` or `data`")
+        raise ValueError(
+            f"{what} is not a list of rows: expected a list, or one under `prompts` or `data`"
+        )
     return made
 
 

@@ -1,4 +1,4 @@
-"""Targets: a class, a token's logit or a unit anywhere, as one number an example."""
+"""Targets: a class, a token's logit or any unit, as one number for each example."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from circuits.stimuli.labels import index_of
 from circuits.units import Site, Unit, unknown
 
 Quantity = Literal["activation", "probability", "log_probability"]
-"""The unit's own number (of an output: its logit), or its share of the softmax over the site's units, or the
-logarithm of that."""
+"""The unit's activation (for an output, its logit), its probability under a softmax over the site's units, or the
+logarithm of that probability."""
 
 _AT = re.compile(r"(?P<what>.+?)@(?P<at>-?\d+(,-?\d+)*)")
 
@@ -29,14 +29,14 @@ class Target:
     """A number that a model computes for each example.
 
     Attributes:
-        site: where.
-        index: which unit: one for all examples, one an example, or None for the largest of each example
-            (of the output: its prediction).
-        at: the position along `position_axes`, negative from the end. None is the last token of an
-            output over tokens, and elsewhere the position where the example is most active; it is held
-            fixed while the example is changed. One for all examples, or one for each.
+        site: the target's site.
+        index: the unit: one for all examples, one for each example, or None for each example's largest (for an output,
+            its prediction).
+        at: the position along `position_axes`, negative from the end; one for all examples or one for each. None is
+            the last token of an output over tokens; elsewhere it is the most active position of each example, which
+            stays fixed while the example is changed.
         against: a unit whose number is subtracted, as in a logit difference.
-        quantity: the number itself or the probability.
+        quantity: activation, probability or log-probability.
     """
 
     site: str
@@ -46,7 +46,7 @@ class Target:
     quantity: Quantity = "activation"
 
     def of_examples(self, examples: range) -> Target:
-        """The same for some of the examples."""
+        """The same target for some of the examples."""
         some = slice(examples.start, examples.stop)
         index = self.index[some] if isinstance(self.index, tuple) else self.index
         each = self.at is not None and len(self.at) > 0 and isinstance(self.at[0], tuple)
@@ -69,25 +69,25 @@ class Target:
 
 
 def output_site(model: HookedModel) -> Site:
-    """The site of a model's logits: the last of its kind, or the last of all."""
+    """The site of a model's logits: the last site of kind `logit`, or the last site if there is none."""
     return next((s for s in reversed(model.sites) if s.kind == "logit"), model.sites[-1])
 
 
 def parse_target(
     model: HookedModel, text: str, against: str = "", quantity: Quantity = "activation"
 ) -> Target:
-    """Read what to attribute to.
+    """Parse a target.
 
     Args:
         model: the model.
-        text: `top` (each example's prediction), `class:NAME` or `class:INDEX`, `token:WORD` or
-            `token:INDEX`, or a unit `SITE:INDEX`; all with `@POSITION` (`@Y,X` of a map) behind.
+        text: `top` (each example's prediction), `class:NAME` or `class:INDEX`, `token:WORD` or `token:INDEX`, or a
+            unit `SITE:INDEX`; each may end in `@POSITION` (`@Y,X` on a map).
         against: a class or token of the output to subtract.
-        quantity: the number or the probability.
+        quantity: activation, probability or log-probability.
 
     Raises:
         KeyError: if there is no such class, token or site.
-        ValueError: if it is none of these forms, or there is no such unit.
+        ValueError: if the text has none of these forms, or there is no such unit.
 
     >>> from circuits.models.zoo.loading import load_model
     >>> str(parse_target(load_model("shapes"), "mixed3b:3@4,4"))
@@ -109,7 +109,7 @@ def parse_target(
     if against:
         if made.site != output_site(model).name:
             raise ValueError(
-                f"against {against!r}: only a class or token has others to compare with"
+                f"against {against!r} does not go with target {text!r}: expected a class or a token as the target"
             )
         kind = "token" if isinstance(model.input, TokenInput) else "class"
         named = against if against.partition(":")[0] in ("class", "token") else f"{kind}:{against}"
@@ -127,7 +127,7 @@ def _parsed_unit(text: str) -> Unit:
 
 
 def output_index(model: HookedModel, text: str) -> int:
-    """The output that `class:NAME` or `token:WORD` names."""
+    """The index of the output that `class:NAME` or `token:WORD` names."""
     kind, _, name = text.partition(":")
     site = output_site(model)
     names: Sequence[str] = model.classes
@@ -136,7 +136,7 @@ def output_index(model: HookedModel, text: str) -> int:
     if name in names:
         return index_of(name, names, kind)
     close = [i for i, n in enumerate(names) if name and name.lower() in re.split(r", ?", n.lower())]
-    if len(close) == 1:  # ImageNet's names list synonyms
+    if len(close) == 1:  # ImageNet's class names are lists of synonyms: "tench, Tinca tinca"
         return close[0]
     if re.fullmatch(r"\d+", name):
         if int(name) >= site.n_units:
@@ -148,7 +148,7 @@ def output_index(model: HookedModel, text: str) -> int:
 
 
 def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
-    """A target that fits the model, from its text, a unit or itself.
+    """A target from its text or from a unit, or a target checked against the model.
 
     Raises:
         KeyError: if the site is unknown.
@@ -177,7 +177,7 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
 
 
 def _among_tokens(site: Site, target: Target, mask: Tensor) -> Tensor | None:
-    """The position that a target names in each padded text, counted among its tokens."""
+    """The position that a target names in each padded text: it counts the text's own tokens, not the padding."""
     positions = [at[0] for at in _each_position(target)] or ([-1] if site.kind == "logit" else [])
     if not positions:
         return None
@@ -188,13 +188,14 @@ def _among_tokens(site: Site, target: Target, mask: Tensor) -> Tensor | None:
     if bool(far.any()):
         i = int(far.int().argmax())
         raise ValueError(
-            f"target {target}: position {int(wanted[i])} must be from {-int(lengths[i])} to {int(lengths[i]) - 1}"
+            f"target {target}: position {int(wanted[i])} is outside example {i}: expected {-int(lengths[i])} to "
+            f"{int(lengths[i]) - 1}"
         )
     return first + torch.where(wanted < 0, wanted + lengths, wanted)
 
 
 def _each_position(target: Target) -> list[tuple[int, ...]]:
-    """The positions that a target names: none, one, or one for each example."""
+    """The positions that a target names: none, one for all examples, or one for each."""
     if target.at is None:
         return []
     if target.at and isinstance(target.at[0], tuple):
@@ -203,7 +204,7 @@ def _each_position(target: Target) -> list[tuple[int, ...]]:
 
 
 def check_indices(target: Target, n: int) -> None:
-    """Raise ValueError if a target has an index or position for each of another number of examples."""
+    """Raise ValueError if a target has several indices or positions, but not one for each of n examples."""
     positions = _each_position(target)
     if len(positions) > 1 and len(positions) != n:
         raise ValueError(
@@ -217,14 +218,14 @@ def check_indices(target: Target, n: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Aim:
-    """A target made definite for each example: which unit, at which position.
+    """A target resolved on examples: which unit, at which position, for each example.
 
     Attributes:
-        target: what was asked for.
-        site: where it is.
+        target: the target that was asked for.
+        site: its site.
         indices: the unit of each example.
         places: the flattened position of each example.
-        shape: of the positions.
+        shape: the shape of the positions, before flattening.
     """
 
     target: Target
@@ -241,18 +242,19 @@ class Aim:
         value: Tensor,
         mask: Bool[Tensor, "example position"] | None = None,
     ) -> Aim:
-        """Fix a target by the site's tensor on the examples.
+        """Resolve a target on examples, given the site's tensor.
 
         Args:
-            site: the target's.
-            target: what is asked for.
+            site: the target's site.
+            target: the target.
             value: the site's tensor.
-            mask: True where a token is, for texts that were padded; others are never aimed at.
+            mask: True at tokens, False at padding, for texts that were padded; padding is never the target.
 
         Raises:
-            ValueError: if the target has an index or position for each of another number of examples, or the
-                position is not on the map.
+            ValueError: if the target has several indices or positions but not one for each example, or a position is
+                not on the map.
         """
+        # Detached: which unit and position is the target is a choice, and no gradient flows through it.
         units = site.activations(value.detach())
         n = len(units)
         if mask is not None and site.position_axes == ("position",):
@@ -260,6 +262,7 @@ class Aim:
         places = cls._fixed(site, target, value, n, mask)
         if target.index is None:
             if places is None:
+                # units are example x unit x position: the largest number decides unit and position at once.
                 largest = units.flatten(1).argmax(1)
                 indices, places = largest // units.shape[2], largest % units.shape[2]
             else:
@@ -273,7 +276,7 @@ class Aim:
         return cls(target, site, indices, places, site.positions_of(value))
 
     def of(self, example: int) -> Target:
-        """The target of one example, at its own unit and position."""
+        """The target of one example, with its resolved unit and position."""
         at = np.unravel_index(int(self.places[example]), self.shape) if self.shape else None
         where = None if at is None else tuple(int(i) for i in at)
         return replace(self.target, index=int(self.indices[example]), at=where)
@@ -282,7 +285,7 @@ class Aim:
     def _fixed(
         site: Site, target: Target, value: Tensor, n: int, mask: Tensor | None = None
     ) -> Tensor | None:
-        """The flattened position that a target names, if it names one."""
+        """The flattened position that a target names; None if it names none."""
         axes = site.position_axes
         if mask is not None and axes == ("position",):
             return _among_tokens(site, target, mask.to(value.device))
@@ -294,11 +297,11 @@ class Aim:
         check_indices(target, n)
         places = []
         for at in positions:
-            place = 0
+            place = 0  # row-major, as `flatten` lays positions out
             for axis, length, index in zip(axes, site.positions_of(value), at, strict=True):
                 if not -length <= index < length:
                     raise ValueError(
-                        f"target {target}: position {index} along {axis} must be from {-length} to "
+                        f"target {target}: position {index} along {axis} is out of range: expected {-length} to "
                         f"{length - 1}"
                     )
                 place = place * length + index % length
@@ -306,8 +309,8 @@ class Aim:
         return torch.tensor(places, device=value.device).expand(n)
 
     def value(self, tensor: Tensor, examples: Int[Tensor, " point"]) -> Float[Tensor, " point"]:
-        """The target's number for tensors at its site, each of one of the examples."""
-        units = self.site.activations(tensor)
+        """The target's number for tensors at its site, each of which is a version of one of the examples."""
+        units = self.site.activations(tensor)  # point x unit x position
         rows = torch.arange(len(units), device=units.device)
         here = units[rows, :, self.places[examples]]
         if self.target.quantity == "probability":

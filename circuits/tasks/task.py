@@ -1,7 +1,7 @@
-"""Tasks: a behaviour as data, with its inputs, its counterparts, the positions that count, and the answers.
+"""Tasks: a behaviour as data. A task holds clean inputs, corrupted counterparts, counted positions and answers.
 
-A measure that depends on what a model is meant to do takes a `Task`. Averages are over examples of the means over each
-example's counted positions.
+Every measure that depends on what a model is meant to do takes a `Task`. A measure is averaged over each example's
+counted positions first, then over examples.
 """
 
 from __future__ import annotations
@@ -28,28 +28,25 @@ from circuits.tasks.metrics import (
     logit_difference,
 )
 from circuits.tasks.reading import Places
+from circuits.tasks.schema import Feeding
 
 Half = Literal["all", "find", "test"]
-"""Which part of a task's examples this is: what searches looks at `find` only, what judges looks at `test` only."""
-
-Feeding = Literal["one", "fed", "first"]
-"""How answers are read: each has `one` token; or answers of several tokens are `fed` in and their log-probabilities
-added up; or only the `first` token by which they differ is compared, what they share being fed in."""
+"""Which part of a task's examples this is. A search sees only the `find` half; an evaluation sees only `test`."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one example.
+    """What one example asks of the model.
 
     Attributes:
-        positions: the positions that count, from 0; None counts each position that the model answers at (one for a
-            classifier of images).
-        answers: the tokens of each answer (of images: one class each); a set, any of which counts.
-        against: what the answers are compared with.
-        labels: in place of answers: the one token that is right at each counted position.
-        group: the template instance it belongs to.
-        fillers: what fills the template.
-        spans: named stretches of the input, in tokens.
+        positions: the counted positions, from 0. None counts every position at which the model gives an output (one
+            for an image classifier).
+        answers: the tokens of each answer (for images, one class each). Any of them counts as right.
+        against: the wrong answers that they are compared with, in the same form.
+        labels: used instead of answers: the one right token at each counted position.
+        group: the template instance that the example belongs to.
+        fillers: the words that fill the template.
+        spans: named parts of the input, as start and stop in tokens.
         template: the template's name.
     """
 
@@ -65,14 +62,14 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class TaskBatch:
-    """Some of a task's examples, as they are run.
+    """Some of a task's examples, as the model runs them.
 
     Attributes:
-        inputs: as the model takes them; answers of several tokens have a row each.
-        mask: True where a token is; None where nothing was padded.
+        inputs: as the model takes them. An answer of several tokens has a row of its own.
+        mask: True at tokens, False at padding; None if nothing was padded.
         counterparts: the counterpart of each row, of the same shape; None if the task has none.
-        which: the places of its examples among the task's.
-        rows: the example of each row, counted within the batch.
+        which: the indices of the batch's examples in the task.
+        rows: the example of each row, as an index into the batch.
     """
 
     inputs: Tensor
@@ -87,17 +84,19 @@ class TaskBatch:
         return len(self.which)
 
     def places(self, n_positions: int) -> Places:
-        """Where the batch is read, given at how many positions the model puts something out.
+        """Where the batch is read, given the number of positions at which the model gives an output.
 
         Raises:
-            ValueError: if the model answers at several positions of an image that has one label.
+            ValueError: if the model gives an output at several positions of an image that has one label.
         """
         if self._places is not None:
             return self._places
+        # Only images get here: how many positions an image model has (one for a classifier, h x w for a segmenter)
+        # is not known before it has run.
         labels = self._labels
         if labels is not None and labels.shape[1] and n_positions > 1:
             raise ValueError(
-                f"labels: one for each example, but the model answers at {n_positions} positions of an example"
+                f"labels: there is one for each example, but the model gives {n_positions} outputs per example"
             )
         n = len(self.inputs)
         row = torch.arange(n).repeat_interleave(n_positions)
@@ -113,18 +112,18 @@ class Task:
     """A behaviour of a model.
 
     Attributes:
-        name: as it is written.
+        name: the task's name.
         examples: the clean inputs.
-        questions: what is asked of each.
-        counterparts: the corrupted input of each, of the same length; None if there are none.
-        metric: what is measured of it unless a caller asks for something else.
+        questions: what each example asks.
+        counterparts: the corrupted input of each example, of the same length; None if there are none.
+        metric: what is measured unless a caller asks for another metric.
         feeding: how answers are read.
-        seed: of the split into halves.
-        half: which part this is.
+        seed: seed of the split into halves.
+        half: which part of the task this is.
         about: one sentence on what the model does.
-        left_out: what was left out and why, by reason.
-        split: which half each example is in, of a part of a task: that of the whole task, so that nothing which one
-            part searched is what another judges. None: it is decided when a half is asked for.
+        left_out: what was left out, by reason.
+        split: the half that each example is in. A subset inherits it from the whole task, so that no example that a
+            search saw can end up in the test half of another subset. None: it is drawn when a half is asked for.
     """
 
     name: str
@@ -143,11 +142,12 @@ class Task:
         n = len(self.examples)
         if len(self.questions) != n:
             raise ValueError(
-                f"questions: {len(self.questions)} for {n} examples of task {self.name}"
+                f"questions of task {self.name}: there are {len(self.questions)} for {n} examples, expected one each"
             )
         if self.counterparts is not None and len(self.counterparts) != n:
             raise ValueError(
-                f"counterparts: {len(self.counterparts)} for {n} examples of task {self.name}: expected one each"
+                f"counterparts of task {self.name}: there are {len(self.counterparts)} for {n} examples, expected one "
+                "each"
             )
         check_metric(self, self.metric)
         if isinstance(self.model.input, TokenInput):
@@ -157,7 +157,9 @@ class Task:
         for i, question in enumerate(self.questions):
             length, name = len(self.examples.load(i)), self.examples.names[i]
             if question.positions is None or not question.positions:
-                raise ValueError(f"positions of {name!r} in task {self.name} count nothing")
+                raise ValueError(
+                    f"positions of {name!r} in task {self.name} are empty: expected at least one"
+                )
             far = [p for p in question.positions if not 0 <= p < length]
             if far:
                 raise ValueError(
@@ -165,13 +167,13 @@ class Task:
                 )
             if question.labels is not None and len(question.labels) != len(question.positions):
                 raise ValueError(
-                    f"labels of {name!r} in task {self.name}: {len(question.labels)} for "
-                    f"{len(question.positions)} counted positions"
+                    f"labels of {name!r} in task {self.name}: there are {len(question.labels)} for "
+                    f"{len(question.positions)} counted positions, expected one each"
                 )
             if self.counterparts is not None and len(self.counterparts.load(i)) != length:
                 raise ValueError(
                     f"counterpart of {name!r} in task {self.name} has {len(self.counterparts.load(i))} tokens: "
-                    f"expected {length}, as many as the clean text"
+                    f"expected {length}, the length of the clean text"
                 )
 
     # --- what it is ------------------------------------------------------------------------------
@@ -181,22 +183,23 @@ class Task:
 
     @property
     def model(self) -> HookedModel:
-        """The model that it was made for."""
+        """The model that the task was made for."""
         return self.examples.model
 
     @property
     def answered(self) -> bool:
-        """Whether there is an answer to each example."""
+        """Whether every example has an answer."""
         return all(q.answers or q.labels is not None for q in self.questions)
 
     @property
     def compared(self) -> bool:
-        """Whether there is something to compare each answer with."""
+        """Whether every example has wrong answers to compare the right ones with."""
         return all(q.against for q in self.questions)
 
     @cached_property
     def clusters(self) -> tuple[int, ...]:
-        """A number for each example: those of one template instance share it, since they are not independent."""
+        """A cluster number for each example; examples of one template instance share it, not being independent."""
+        # An example without a group is a cluster of its own: the NUL keeps its key apart from every group's name.
         known: dict[str, int] = {}
         return tuple(
             known.setdefault(q.group or f"\0{i}", len(known)) for i, q in enumerate(self.questions)
@@ -204,7 +207,7 @@ class Task:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 in hexadecimal of all inputs, counterparts, questions and the metric."""
+        """SHA-256 (hexadecimal) of all inputs, counterparts, questions and the metric."""
         digest = hashlib.sha256(f"{self.metric.name}|{self.feeding}".encode())
         for i, question in enumerate(self.questions):
             digest.update(repr((question, self.examples.identity(i))).encode())
@@ -213,7 +216,7 @@ class Task:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The task's record in JSON reports."""
         return {
             "task": self.name, "about": self.about, "metric": self.metric.name, "half": self.half,
             "answers": self.feeding, "split_seed": self.seed, "task_hash": self.hash,
@@ -223,21 +226,24 @@ class Task:
         }  # fmt: skip
 
     def with_metric(self, metric: Metric) -> Task:
-        """The same task, measured by something else.
+        """The same task with another metric.
 
         Raises:
-            ValueError: if the metric needs what the task does not have.
+            ValueError: if the metric needs something that the task does not have.
         """
         return replace(self, metric=metric)
 
     # --- parts -----------------------------------------------------------------------------------
 
     def subset(self, which: Sequence[int], half: Half | None = None) -> Task:
-        """The examples at some places."""
+        """The task with only some of its examples, by index."""
         other = self.counterparts
+        # The split is made before examples are taken away, so that each keeps the half that it has in the whole task.
         try:
             split = self._halves
-        except ValueError:  # too few to split
+        except (
+            ValueError
+        ):  # too few examples to split: asking the subset for a half raises the error
             split = None
         return replace(
             self, examples=self.examples.subset(which), half=half or self.half,
@@ -248,7 +254,7 @@ class Task:
 
     @cached_property
     def _halves(self) -> tuple[Literal["find", "test", "neither"], ...]:
-        """The half of each example."""
+        """The half of each example; `neither` for examples that would tie the two halves together."""
         if self.split is not None:
             return self.split
         keys = [
@@ -261,7 +267,7 @@ class Task:
 
     @property
     def find(self) -> Task:
-        """The half that searches, fits and chooses may look at.
+        """The half that searching, fitting and choosing may use.
 
         Raises:
             ValueError: if this is the test half, or there are too few examples to split.
@@ -270,7 +276,7 @@ class Task:
 
     @property
     def test(self) -> Task:
-        """The half that judges; nothing that searches may look at it.
+        """The half that results are evaluated on; no search may use it.
 
         Raises:
             ValueError: if this is the find half, or there are too few examples to split.
@@ -282,7 +288,7 @@ class Task:
             return self
         if self.half != "all":
             raise ValueError(
-                f"task {self.name} is its {self.half} half: the {half} half cannot be had from it"
+                f"task {self.name} is already the {self.half} half: take the {half} half of the whole task"
             )
         places = [i for i, own in enumerate(self._halves) if own == half]
         if len(places) < LEAST:
@@ -295,18 +301,19 @@ class Task:
     # --- running ---------------------------------------------------------------------------------
 
     def batches(self, size: int = BATCH, one_length: bool = False) -> Iterator[TaskBatch]:
-        """All examples, at most `size` together, in the order of `Examples.batches`."""
+        """All examples in batches of at most `size`, in the order of `Examples.batches`."""
         if size < 1:
             raise ValueError(f"batch {size} must be at least 1")
+        # A batch of fed answers is padded as a whole, so it takes the examples in the task's own order.
         if self.feeding == "fed":
             for start in range(0, len(self), size):
-                yield self._fed(range(start, min(start + size, len(self))))
+                yield self._fed_batch(range(start, min(start + size, len(self))))
             return
         for batch in self.examples.batches(size, one_length):
             other = None
             if self.counterparts is not None:
                 other = self.counterparts.batch(batch.which).inputs
-            places, labels = self._asked(batch.which, batch.mask)
+            places, labels = self._places_of(batch.which, batch.mask)
             yield TaskBatch(
                 batch.inputs,
                 batch.mask,
@@ -317,14 +324,15 @@ class Task:
                 labels,
             )
 
-    def _asked(
+    def _places_of(
         self, which: Sequence[int], mask: Tensor | None
     ) -> tuple[Places | None, Tensor | None]:
-        """Where some examples are read; of images the labels alone."""
+        """Where some examples are read; for images only their labels, since the positions are not known yet."""
         questions = [self.questions[i] for i in which]
         if not isinstance(self.model.input, TokenInput):
             given = [[a[0] for a in q.answers] for q in questions]
             return None, _table(given)
+        # Positions count from each text's first token, which padding on the left moves to the right.
         first = [0] * len(questions) if mask is None else mask.int().argmax(1).tolist()
         row, position, example, wanted, against = [], [], [], [], []
         for i, question in enumerate(questions):
@@ -342,8 +350,11 @@ class Task:
         )  # fmt: skip
         return places, None
 
-    def _fed(self, which: range) -> TaskBatch:
-        """Answers of several tokens: a row each, with all of its tokens but the last fed in."""
+    def _fed_batch(self, which: range) -> TaskBatch:
+        """A batch with a row for each answer of several tokens, into which all of its tokens but the last are fed."""
+        # With the prompt ending at position s, the logits at s + j predict the answer's token j given tokens 0 to
+        # j - 1 (teacher forcing), so log p(answer) is the sum of log p(token j at s + j), one place for each token.
+        # The counterpart's row is fed the same answer, so that both rows have the same shape.
         rows, others, side, example = [], [], [], []
         place: list[tuple[int, int, int, int]] = []
         for k, i in enumerate(which):
@@ -362,21 +373,16 @@ class Task:
         inputs, mask = self.model.pad(rows)
         first = mask.int().argmax(1)
         row, position, of, token = (torch.tensor(column) for column in zip(*place, strict=True))
+        # `side` says of each row whether it is a right or a wrong answer, so both columns hold the row's own token.
         places = Places(
-            row,
-            position + first[row],
-            of,
-            token[:, None],
-            token[:, None],
-            torch.tensor(side),
-            len(which),
-        )
+            row, position + first[row], of, token[:, None], token[:, None], torch.tensor(side), len(which)
+        )  # fmt: skip
         other = self.model.pad(others)[0] if others else None
         return TaskBatch(inputs, mask, other, which, torch.tensor(example), places, None)
 
 
 def _table(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
-    """Rows of different lengths as one table, -1 where there is nothing."""
+    """Rows of different lengths as one table, filled up with -1."""
     width = max((len(r) for r in rows), default=0)
     made = torch.full((len(rows), width), -1, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -385,40 +391,43 @@ def _table(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
 
 
 def check_metric(task: Task, metric: Metric) -> None:
-    """Raise ValueError if a metric needs what a task does not have."""
+    """Raise ValueError if a metric needs something that a task does not have."""
     if "answers" in metric.needs and not task.answered:
         raise ValueError(
             f"metric {metric.name} needs answers, which task {task.name} does not have"
         )
+    # Whether an answer of several tokens is the model's first choice among all texts cannot be read from one pass;
+    # whether it is more probable than the wrong answers can. So the accuracy of fed answers needs wrong answers.
     compared = "against" in metric.needs or (metric.name == "accuracy" and task.feeding == "fed")
     if compared and not task.compared:
         raise ValueError(
-            f"metric {metric.name} needs something to compare the answers with, which task {task.name} does not "
-            "have (--against)"
+            f"metric {metric.name} needs wrong answers to compare with, which task {task.name} does not have "
+            "(--against)"
         )
     if "one_token" in metric.needs and task.feeding == "fed":
         raise ValueError(
-            f"metric {metric.name} needs answers of one token: those of task {task.name} are fed in whole "
-            "(use log_probability_difference, or read the first token that differs)"
+            f"metric {metric.name} needs answers of one token, but those of task {task.name} have several (use "
+            "log_probability_difference, or feeding 'first', which compares the first token that differs)"
         )
     if "rows" in metric.needs and task.feeding == "fed":
         raise ValueError(
-            f"metric {metric.name} reads one row an example: answers of task {task.name} have a row each"
+            f"metric {metric.name} reads one row per example, but task {task.name} has a row for each answer of "
+            "several tokens"
         )
 
 
 def of_examples(examples: Examples, name: str = "") -> Task:
-    """The task that examples state by themselves: their labels, the next tokens, or nothing but the model's answer.
+    """The task that follows from examples alone.
 
-    Images with labels ask for the class; texts ask for the next token at every position but the last; images without
-    labels ask for nothing, and the metric is the divergence from the intact model's prediction.
+    For texts it is predicting the next token at every position but the last; for images with labels, the class. Images
+    without labels have no right answer: the metric is then the KL divergence from the intact model's prediction.
     """
     if isinstance(examples.model.input, TokenInput):
         return next_tokens(examples, name or "next token")
     if examples.labels is None:
         return Task(
             name or "prediction", examples, (Question(),) * len(examples), kl,
-            about="what the model puts out, whatever is right",
+            about="the model's own prediction, right or wrong",
         )  # fmt: skip
     n = output_width(examples.model)
     far = [label for label in examples.labels if not 0 <= label < n]
@@ -429,17 +438,17 @@ def of_examples(examples: Examples, name: str = "") -> Task:
 
 
 def next_tokens(examples: Examples, name: str = "next token") -> Task:
-    """Predict each token of a text from those before it.
+    """The task of predicting each token of a text from those before it.
 
     Raises:
-        ValueError: if a text has one token only.
+        ValueError: if a text has only one token.
     """
     asked = []
     for i in range(len(examples)):
         tokens = examples.tokens(i)
         if len(tokens) < 2:
             raise ValueError(
-                f"text {examples.names[i]!r} has one token: expected at least 2, to predict the next"
+                f"text {examples.names[i]!r} has one token: predicting the next one needs at least 2"
             )
         asked.append(Question(tuple(range(len(tokens) - 1)), labels=tuple(tokens[1:])))
     return Task(
@@ -452,28 +461,28 @@ def labelled_tokens(
     labels: Int[Tensor, "example position"] | Sequence[Sequence[int]],
     name: str = "labelled tokens",
 ) -> Task:
-    """Texts with the token that is right at each position, -1 where none counts.
+    """The task of texts whose right next tokens are given, -1 at positions that do not count.
 
     Args:
         examples: texts.
-        labels: for each text and position the token that comes after it; rows may be longer than their texts if
-            the rest is -1.
-        name: of the task.
+        labels: for each text and position, the token that should come next. A row may be longer than its text if the
+            rest is -1.
+        name: the task's name.
 
     Raises:
-        ValueError: if there is not a row for each text, a row is too short or counts behind the end of its text, a
-            label is no token, or a text counts nowhere.
+        ValueError: if there is not one row for each text, a row is too short or has a label after the end of its text,
+            a label is not a token, or a text has no label at all.
     """
     rows = labels.tolist() if isinstance(labels, Tensor) else [list(row) for row in labels]
     if len(rows) != len(examples):
-        raise ValueError(f"labels: {len(rows)} rows for {len(examples)} texts")
+        raise ValueError(f"labels: {len(rows)} rows for {len(examples)} texts, expected one each")
     n, asked = output_width(examples.model), []
     for i, row in enumerate(rows):
         length, text = len(examples.load(i)), examples.names[i]
         places = tuple(p for p, token in enumerate(row) if token != -1)
         if len(row) < length or any(p >= length for p in places):
             raise ValueError(
-                f"labels of {text!r}: {len(row)} for {length} tokens: expected one for each, -1 where none counts"
+                f"labels of {text!r}: {len(row)} for {length} tokens, expected one each, -1 where nothing counts"
             )
         far = [token for token in row if not -1 <= token < n]
         if far:
@@ -491,16 +500,17 @@ def labelled_tokens(
 
 
 def output_width(model: HookedModel) -> int:
-    """How many classes or tokens a model answers with."""
+    """The number of classes or tokens that a model chooses from."""
     from circuits.tasks.targets import output_site
 
     return output_site(model).n_units
 
 
 def default_metric(questions: Sequence[Question], feeding: Feeding = "one") -> Metric:
-    """The metric of a task whose author names none.
+    """The metric of a task that does not name one.
 
-    A difference of logits if answers are compared (of log-probabilities if they are fed in), else cross-entropy.
+    It is the logit difference if there are wrong answers (the difference of log-probabilities for answers of several
+    tokens), else the cross-entropy, or the KL divergence from the intact model if there are no answers at all.
     """
     if all(q.against for q in questions):
         return log_probability_difference if feeding == "fed" else logit_difference

@@ -50,7 +50,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Match:
+class UnitMatch:
     """A unit of the host and the unit of the donor that takes its place.
 
     Attributes:
@@ -91,7 +91,7 @@ class Graft:
     site: Site
     donor_site: Site
     scale: float
-    matches: tuple[Match, ...]
+    matches: tuple[UnitMatch, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(self, host: HookedModel, inputs: Tensor) -> DonorMaps:
@@ -308,7 +308,7 @@ def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: DonorMaps) -> Graft
         put = (gain * _moved(maps, shift) + offset).clamp_min(0)
         fit = _correlation(put, wanted[:, k])
         matches.append(
-            Match(host.unit, donor.unit, host.angle, donor.angle, gain, offset, shift, fit)
+            UnitMatch(host.unit, donor.unit, host.angle, donor.angle, gain, offset, shift, fit)
         )
     return replace(graft, matches=tuple(matches))
 

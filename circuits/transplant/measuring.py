@@ -1,4 +1,4 @@
-"""What a transplant does, compared with the intact network, zeros, constants and random controls."""
+"""Measures a transplant, compared with the intact network, zeros, constants and random controls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from circuits.tasks.task import Task
 from circuits.transplant.grafts import (
     Donors,
     Graft,
-    Match,
+    UnitMatch,
     nearest,
     shuffled,
     with_random_weights,
@@ -33,25 +33,25 @@ from circuits.transplant.grafts import (
 from circuits.units import Units
 
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-"""Of the best constant, in means of the units."""
+"""The levels tried for the best constant, in multiples of the units' means."""
 TRANSPLANT = "transplant"
 _CONTROL = 100
-"""Fitting a control counts as so many passes in the progress."""
+"""How many passes the fitting of a control counts as in the reported progress."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a network does with something else in the places of the family's units.
+    """The performance of a network whose family of units is replaced by something.
 
     Attributes:
-        name: what stands there.
-        accuracy: share of images whose label is the first answer.
-        top5: or among the first five.
-        kl: from the intact network's answers to these, in nats, the mean over images.
-        recovered_kl: 1 - kl / kl of zeroing the units. Intervals of all four are over resampled images.
-        p_kl: of a paired test of the images' differences from the transplant; NaN for the transplant itself.
-        p_accuracy: the same of accuracy.
-        repeats: how many random ones are averaged, image by image; 1 where nothing is random.
+        name: what replaces the units.
+        accuracy: the share of images whose label is the first choice.
+        top5: the share of images whose label is among the first five choices.
+        kl: the KL divergence of the predictions from the intact network's, in nats, averaged over images.
+        recovered_kl: 1 - kl / (kl with the units at zero). Intervals of all four are bootstraps over images.
+        p_kl: a paired test of the difference in KL from the transplant; NaN for the transplant itself.
+        p_accuracy: the same for accuracy.
+        repeats: the number of random repetitions that are averaged, image by image; 1 if nothing is random.
     """
 
     name: str
@@ -66,21 +66,21 @@ class Condition:
 
 @dataclass(frozen=True)
 class TransplantReport:
-    """A transplant, compared with what else can stand in its place, and with nothing.
+    """A transplant, compared with the intact network and with controls.
 
     Attributes:
-        conditions: "intact", "zero", "mean", "best constant" (a multiple of the means, chosen on calibration images:
-            what a change of bias does), "transplant", "shuffled orientations", "random weights".
-        matches: the transplant's.
-        donor: the other network's name.
-        donor_hash: of its weights.
-        calibration: what gains, offsets and shifts were fitted on, as `Examples.describe` has it.
-        labels: whose they are.
+        conditions: "intact", "zero", "mean", "best constant" (a multiple of the means, chosen on calibration images; it
+            shows what a mere change of bias achieves), "transplant", "shuffled orientations", "random weights".
+        matches: which donor unit replaces which unit of the host.
+        donor: the donor network's name.
+        donor_hash: the hash of its weights.
+        calibration: the images that gains, offsets and shifts were fitted on, as `Examples.describe` gives them.
+        labels: where the labels come from.
         record: the host, the images that everything was measured on, and the seed.
     """
 
     conditions: tuple[Condition, ...]
-    matches: tuple[Match, ...]
+    matches: tuple[UnitMatch, ...]
     donor: str
     donor_hash: str
     calibration: Mapping[str, Any]
@@ -112,15 +112,15 @@ def measure_transplant(
     """Measure a transplant, compared with the intact network, zeros, means, and two random controls.
 
     Args:
-        host: the network; afterwards it is what it was.
-        graft: what is put in.
-        calibration: images that the graft was fitted on; means and controls are too.
-        evaluation: others.
-        labels: the class of each evaluation image; without any the intact network's own answers.
-        n_random: how many shuffles, and how many networks of random weights.
-        batch: images together.
-        seed: of shuffles, random weights, intervals and tests.
-        progress: called with what is done and all there is.
+        host: the network; it is unchanged afterwards.
+        graft: the donor's units, fitted to the host.
+        calibration: the images that the graft was fitted on; means and controls are fitted on them too.
+        evaluation: other images, to measure on.
+        labels: the class of each evaluation image; without labels the intact network's own predictions.
+        n_random: the number of shuffles, and of networks with random weights.
+        batch: images per batch.
+        seed: seed of shuffles, random weights, intervals and tests.
+        progress: called with the work done and the total.
 
     Raises:
         ValueError: if there is no image, labels do not fit, or n_random is below 1.
@@ -159,7 +159,7 @@ def _variants(
     generator: Generator,
     note: Progress,
 ) -> dict[str, list[Variant]]:
-    """All conditions but the intact network, by name; random ones several times."""
+    """The variants of every condition but the intact network; random conditions have several."""
     name, indices = graft.site.name, [m.host.index for m in graft.matches]
     units = Units(name, tuple(indices))
     mean = activities(host, [name], calibration)[name].mean[indices]
@@ -191,7 +191,8 @@ def _variants(
 def _conditions(
     outcomes: Outcomes, groups: Mapping[str, Sequence[Variant]]
 ) -> tuple[Condition, ...]:
-    """In numbers with intervals; images are drawn again together for all of them."""
+    """Each condition's numbers with intervals, over the same bootstrap resamples of images."""
+    # Random repetitions are averaged image by image first: they are controls, not further images.
     repeats = {INTACT: [INTACT]} | {name: [v.name for v in some] for name, some in groups.items()}
     each = replace(
         outcomes, variants=tuple(repeats),

@@ -1,4 +1,4 @@
-"""Behaviours of language models as templates: items of text for any tokenizer."""
+"""Behaviours of language models as text templates that are filled for any tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATES: Mapping[str, Callable[..., Generated]] = {
     "pronouns": gendered_pronouns,
     "capitals": capital_country,
 }
-"""Generators of items by the behaviour's name; each takes how many, a seed and a model's tokenizer."""
+"""Generators of text items by the behaviour's name; each takes the number of items, a seed and a model's tokenizer."""
 
 __all__ = [
     "TEMPLATES",

@@ -1,4 +1,4 @@
-"""Agreement of a verb with its subject, with another noun between the two (Linzen et al. 2016)."""
+"""Subject-verb agreement in number, with another noun between subject and verb (Linzen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal, get_args
 from circuits.tasks.generated import Generated, check_choice
 from circuits.tasks.items import Item
 from circuits.tasks.templates.filling import (
-    Account,
+    LeftOut,
+    alternate,
     draw,
     fill,
-    pools,
-    taking_turns,
-    turns,
+    rotate_roles,
+    two_pools,
 )
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.tasks.templates.words import BEING, LIKING, OBJECTS, PEOPLE
@@ -22,7 +22,7 @@ from circuits.tasks.templates.words import BEING, LIKING, OBJECTS, PEOPLE
 NAME = "agreement"
 
 Structure = Literal["simple", "prepositional", "relative", "all"]
-"""What stands between subject and verb: nothing, a place that the subject is near, or a clause about it."""
+"""What stands between subject and verb: nothing, a prepositional phrase, or a relative clause."""
 
 SENTENCES = {
     "simple": ("Everyone knows that the {subject}", "It seems that the {subject}", "Today the {subject}"),
@@ -34,55 +34,58 @@ SENTENCES = {
 }  # fmt: skip
 
 Pair = tuple[str, str]
-"""A word of one, and the same word of several."""
+"""A word's singular and plural form."""
 
 
 def subject_verb_agreement(
     n: int, seed: int = 0, tokenizer: Tokenizer = None, *, structure: Structure = "all"
 ) -> Generated:
-    """Items whose answers are the verbs that go with the subject's number, against those of the other number.
+    """Items whose answers are verbs that agree with the subject, against those of the other number.
 
-    `The author near the tables` goes on with ` is`, ` was` or ` has` rather than ` are`, ` were` or ` have`; the
-    counterpart has the subject in the other number and the rest as it is. Each template instance is there with its
-    subject in both numbers, under one group; the noun between is in either number equally often.
+    `The author near the tables` continues with ` is`, ` was` or ` has` rather than ` are`, ` were` or ` have`. The
+    counterpart has the subject in the other number and is otherwise the same. Each instance occurs with its subject in
+    both numbers, in one group; the noun in between is singular and plural equally often.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        tokenizer: a model's input or its `encode`; nouns and verbs whose two forms differ in their number of tokens
-            are left out.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        tokenizer: a model's input or its `encode`. Nouns whose two forms differ in their number of tokens, and verbs
+            that are not one token, are left out.
         structure: what stands between subject and verb.
 
     Raises:
-        ValueError: if the tokenizer takes too few words, or `structure` is none of its values.
+        ValueError: if too few words fit the tokenizer, or `structure` is unknown.
     """
     check_choice("structure", structure, get_args(Structure))
-    random, reader, account = Random(seed), Reader(tokenizer), Account()
-    people, objects = _even(reader, account, PEOPLE), _even(reader, account, OBJECTS)
+    random, reader, left_out = Random(seed), Reader(tokenizer), LeftOut()
+    people, objects = (
+        _evenly_tokenized(reader, left_out, PEOPLE),
+        _evenly_tokenized(reader, left_out, OBJECTS),
+    )
     verbs = tuple(pair for pair in BEING if all(reader.single("it", verb) for verb in pair))
-    account.leave("verbs that are not one token", ("/".join(p) for p in BEING if p not in verbs))
-    account.need(NAME, people, 4, "nouns for people")
-    account.need(NAME, objects, 2, "nouns for things")
-    account.need(NAME, verbs, 1, "pairs of verbs")
+    left_out.add("verbs that are not one token", ("/".join(p) for p in BEING if p not in verbs))
+    left_out.require(NAME, people, 4, "nouns for people")
+    left_out.require(NAME, objects, 2, "nouns for things")
+    left_out.require(NAME, verbs, 1, "pairs of verbs")
     kinds = [structure] if structure != "all" else list(SENTENCES)
-    dealt = zip(pools(people, random), pools(objects, random), strict=True)
+    dealt = zip(two_pools(people, random), two_pools(objects, random), strict=True)
     first, second = (
         _instances(*pool, verbs, kinds, f"{NAME} {side}", random) for side, pool in enumerate(dealt)
     )
     return draw(
-        NAME, n, taking_turns(first, second), reader, account,
-        about="A verb in the number of its subject.", metric="probability_difference",
+        NAME, n, alternate(first, second), reader, left_out,
+        about="A verb that agrees with its subject in number.", metric="probability_difference",
     )  # fmt: skip
 
 
-def _even(reader: Reader, account: Account, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Nouns whose two forms have equally many tokens."""
+def _evenly_tokenized(reader: Reader, left_out: LeftOut, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Nouns whose two forms have equally many tokens, so that a text and its counterpart have equal lengths."""
     good = tuple(
         pair
         for pair in pairs
         if reader.blind or len({len(reader.after("The", f" {word}") or ()) for word in pair}) == 1
     )
-    account.leave(
+    left_out.add(
         "nouns whose two forms differ in their number of tokens",
         ("/".join(pair) for pair in pairs if pair not in good),
     )
@@ -97,11 +100,12 @@ def _instances(
     group: str,
     random: Random,
 ) -> Iterator[list[Item]]:
-    """Both numbers of a subject, one template instance after another."""
+    """Endless template instances, each with its subject in both numbers."""
     sentences = [(kind, sentence) for kind in kinds for sentence in SENTENCES[kind]]
     drawn = zip(
-        turns(people, 2, random), turns(objects, 1, random), turns(LIKING, 1, random), turns(sentences, 1, random),
-        turns((0, 1), 1, random), strict=True,
+        rotate_roles(people, 2, random), rotate_roles(objects, 1, random), rotate_roles(LIKING, 1, random),
+        rotate_roles(sentences, 1, random),
+        rotate_roles((0, 1), 1, random), strict=True,
     )  # fmt: skip
     for k, ((subject, person), (thing,), (liking,), ((kind, sentence),), (other,)) in enumerate(
         drawn

@@ -1,4 +1,4 @@
-"""Recall of a fact: the capital of a country."""
+"""Factual recall: the capital of a country."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from random import Random
 from circuits.tasks.generated import Generated
 from circuits.tasks.items import Item
 from circuits.tasks.templates.filling import (
-    Account,
+    LeftOut,
+    alternate,
     by_length,
     draw,
     fill,
-    pools,
+    rotate_roles,
     shuffled,
-    taking_turns,
-    turns,
+    two_pools,
 )
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.tasks.templates.words import CAPITALS
@@ -36,52 +36,54 @@ Place = tuple[str, str]
 def capital_country(
     n: int, seed: int = 0, tokenizer: Tokenizer = None, *, several: bool = False
 ) -> Generated:
-    """Items whose answer is a country's capital, against that of the country which the counterpart names.
+    """Items whose answer is a country's capital, against the capital of the counterpart's country.
 
-    Both countries of a template instance are asked for, under one group.
+    Each instance asks for both of its countries, in one group.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        tokenizer: a model's input or its `encode`; capitals that it splits are left out, and countries without
-            another of as many tokens.
-        several: keep capitals of several tokens, for a task that feeds answers in whole.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        tokenizer: a model's input or its `encode`. Capitals of several tokens are left out, and so are countries for
+            which there is no other one of equally many tokens.
+        several: keep capitals of several tokens, for a task that feeds whole answers in.
 
     Raises:
-        ValueError: if the tokenizer takes too few capitals or countries.
+        ValueError: if too few capitals or countries fit the tokenizer.
     """
-    random, reader, account = Random(seed), Reader(tokenizer), Account()
+    random, reader, left_out = Random(seed), Reader(tokenizer), LeftOut()
     places = CAPITALS
     if not several:
-        good = account.usable(reader, "the city of", (c for _, c in CAPITALS), "capitals")
+        good = left_out.keep_single_tokens(
+            reader, "the city of", (c for _, c in CAPITALS), "capitals"
+        )
         places = tuple(place for place in CAPITALS if place[1] in good)
-    dealt = [_by_length(reader, account, pool) for pool in pools(places, random)]
+    dealt = [_by_length(reader, left_out, pool) for pool in two_pools(places, random)]
     for pool in dealt:
-        account.need(NAME, list(pool), 1, "pairs of countries of equally many tokens")
+        left_out.require(NAME, list(pool), 1, "pairs of countries of equally many tokens")
     first, second = (_instances(pool, f"{NAME} {side}", random) for side, pool in enumerate(dealt))
     return draw(
-        NAME, n, taking_turns(first, second), reader, account,
+        NAME, n, alternate(first, second), reader, left_out,
         about="The capital of a country.", metric="log_probability_difference" if several else "logit_difference",
         one_token=not several,
     )  # fmt: skip
 
 
 def _by_length(
-    reader: Reader, account: Account, places: Sequence[Place]
+    reader: Reader, left_out: LeftOut, places: Sequence[Place]
 ) -> Mapping[int, list[Place]]:
-    """Countries by their number of tokens, where there are at least two."""
+    """Countries grouped by their number of tokens, in groups of at least two."""
     found = by_length(reader, "The capital of", places, lambda place: place[0])
     alone = [length for length, some in found.items() if len(some) < 2 or not length]
-    account.leave(
-        "countries without another of as many tokens",
+    left_out.add(
+        "countries without another one of equally many tokens",
         (country for length in alone for country, _ in found.pop(length)),
     )
     return found
 
 
 def _instances(pool: Mapping[int, list[Place]], group: str, random: Random) -> Iterator[list[Item]]:
-    """Two countries in one sentence, one template instance after another; each country once a round."""
-    sentences = turns(SENTENCES, 1, random)
+    """Endless template instances of one sentence with two countries; each round uses every country once."""
+    sentences = rotate_roles(SENTENCES, 1, random)
     k = 0
     while True:
         pairs = [pair for some in pool.values() for pair in _pairs(some, random)]
@@ -92,7 +94,7 @@ def _instances(pool: Mapping[int, list[Place]], group: str, random: Random) -> I
 
 
 def _pairs(places: list[Place], random: Random) -> list[tuple[Place, Place]]:
-    """Places two by two, in an order of their own each round; of an odd number one sits out."""
+    """Random pairs of places; if their number is odd, one is left over."""
     order = shuffled(places, random)
     return list(zip(order[::2], order[1::2], strict=False))
 

@@ -1,4 +1,4 @@
-"""Docstrings: the next parameter to be described (Heimersheim and Janiak 2023)."""
+"""Docstrings: which parameter is described next (Heimersheim and Janiak 2023)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal, get_args
 
 from circuits.tasks.generated import Generated, check_choice
 from circuits.tasks.items import Item
-from circuits.tasks.templates.filling import Account, draw, fill, pools, taking_turns, turns
+from circuits.tasks.templates.filling import LeftOut, alternate, draw, fill, rotate_roles, two_pools
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.tasks.templates.words import DESCRIPTIONS, FUNCTIONS, PARAMETERS
 
 NAME = "docstring"
 
 Corruption = Literal["both", "definition", "described", "answer"]
-"""Which names the counterpart replaces by others: those of the three parameters in the `definition`, those that are
-`described`, `both` (by different ones), or that of the `answer` alone, in the definition."""
+"""Which parameter names the counterpart replaces: the three in the `definition` that matter, those that are
+`described`, `both` (by different names), or only the `answer` in the definition."""
 
 TEMPLATE = '''def {function}(self, {before}, {also}, {a_def}, {b_def}, {c_def}, {after}):
     """{summary}
@@ -24,40 +24,42 @@ TEMPLATE = '''def {function}(self, {before}, {also}, {a_def}, {b_def}, {c_def}, 
     :param {a_doc}: {a_about}
     :param {b_doc}: {b_about}
     :param'''
-"""Three of six parameters are described in their order; the third one's name comes next."""
+"""The docstring describes three of six parameters in their order, and stops where the third one's name comes next."""
 
 _MATCHED = ("a_def", "b_def", "c_def")
 _DESCRIBED = ("a_doc", "b_doc")
 _PARAMETERS = 6
 _OTHERS = 5
-"""Names that a counterpart may need: three in the definition and two in the description."""
+"""The most names that a counterpart needs: three in the definition and two in the description."""
 _WORDS = 7
 
 
 def docstring(
     n: int, seed: int = 0, tokenizer: Tokenizer = None, *, corruption: Corruption = "both"
 ) -> Generated:
-    """Items whose answer is the parameter to be described next, against all other parameters.
+    """Items whose answer is the parameter that is described next, against all other parameters.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        tokenizer: a model's input or its `encode`; parameters that it splits are left out.
-        corruption: the counterpart.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        tokenizer: a model's input or its `encode`; parameters of several tokens are left out.
+        corruption: which names the counterpart replaces.
 
     Raises:
-        ValueError: if the tokenizer takes too few names, or `corruption` is none of its values.
+        ValueError: if too few names fit the tokenizer, or `corruption` is unknown.
     """
     check_choice("corruption", corruption, get_args(Corruption))
-    random, reader, account = Random(seed), Reader(tokenizer), Account()
-    names = account.usable(reader, "    :param", PARAMETERS, "parameters")
-    account.need(NAME, names, 2 * (_PARAMETERS + _OTHERS), "parameters")
-    dealt = zip(*(pools(some, random) for some in (names, DESCRIPTIONS, FUNCTIONS)), strict=True)
+    random, reader, left_out = Random(seed), Reader(tokenizer), LeftOut()
+    names = left_out.keep_single_tokens(reader, "    :param", PARAMETERS, "parameters")
+    left_out.require(NAME, names, 2 * (_PARAMETERS + _OTHERS), "parameters")
+    dealt = zip(
+        *(two_pools(some, random) for some in (names, DESCRIPTIONS, FUNCTIONS)), strict=True
+    )
     first, second = (
         _instances(pool, f"{NAME} {side}", corruption, random) for side, pool in enumerate(dealt)
     )
     return draw(
-        NAME, n, taking_turns(first, second), reader, account,
+        NAME, n, alternate(first, second), reader, left_out,
         about="The parameter of a function that its docstring describes next.", metric="logit_difference",
     )  # fmt: skip
 
@@ -65,9 +67,10 @@ def docstring(
 def _instances(
     pool: tuple[list[str], ...], group: str, corruption: Corruption, random: Random
 ) -> Iterator[list[Item]]:
-    """One item after another, each a template instance of its own, all words from one pool."""
+    """Endless template instances of one item each, all words from one pool."""
     drawn = zip(
-        turns(pool[0], _PARAMETERS + _OTHERS, random), turns(pool[1], _WORDS, random), turns(pool[2], 1, random),
+        rotate_roles(pool[0], _PARAMETERS + _OTHERS, random), rotate_roles(pool[1], _WORDS, random),
+        rotate_roles(pool[2], 1, random),
         strict=True,
     )  # fmt: skip
     for k, (names, words, (function,)) in enumerate(drawn):

@@ -1,7 +1,7 @@
-"""Filling templates with words, so that each word has each role as often and a split can part the words.
+"""Filling templates with words, so that each word has each role equally often and a split can separate the words.
 
 A behaviour's words are dealt into two pools by the seed, and an item takes all of its words from one pool. Items of
-different pools have no word in common: the halves of a split are the pools.
+different pools have no word in common, so that the pools become the two halves of a split.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
-from circuits.tasks.generated import Generated, accounts, check_count
+from circuits.tasks.generated import Generated, check_count, left_out_lines
 from circuits.tasks.items import Item
 from circuits.tasks.templates.tokenizers import Reader
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 N_POOLS = 2
 
 PATIENCE = 1000
-"""So many instances in a row that are left out or were there before end the drawing."""
+"""Drawing stops after this many instances in a row that were left out or had been drawn before."""
 
 
 def fill(template: str, words: Mapping[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:
     """Put words into a template's fields.
 
     Returns:
-        The text, and the stretch of characters that each field has in it.
+        The text, and the range of characters of each field in it.
 
     >>> fill("The {a} and {b}", {"a": "cat", "b": "dog"})
     ('The cat and dog', {'a': (4, 7), 'b': (12, 15)})
@@ -48,21 +48,22 @@ def shuffled(things: Iterable[T], random: Random) -> list[T]:
     return things
 
 
-def pools(things: Iterable[T], random: Random) -> tuple[list[T], list[T]]:
-    """Deal things into two pools of equal size (the first has one more of an odd number)."""
+def two_pools(things: Iterable[T], random: Random) -> tuple[list[T], list[T]]:
+    """Deal things into two pools of equal size (the first pool is one larger if their number is odd)."""
     order = shuffled(things, random)
     return order[::N_POOLS], order[1::N_POOLS]
 
 
-def turns(things: Sequence[T], roles: int, random: Random) -> Iterator[tuple[T, ...]]:
-    """Different things for a number of roles, over and over, without end.
+def rotate_roles(things: Sequence[T], roles: int, random: Random) -> Iterator[tuple[T, ...]]:
+    """Endless draws of different things for a number of roles.
 
-    In each round of as many draws as there are things, each thing has each role exactly once: the things stand in a
-    circle, and roles are places that go round it together.
+    In each round of len(things) draws, every thing has every role exactly once.
 
     Raises:
         ValueError: if there are fewer things than roles.
     """
+    # The things stand in a circle in random order, and the roles are fixed places that rotate round it together. So a
+    # word is no clue to its role, which a model or a probe could otherwise use instead of the behaviour.
     if len(things) < roles:
         raise ValueError(f"{len(things)} things for {roles} roles: expected at least as many")
     while True:
@@ -75,7 +76,7 @@ def turns(things: Sequence[T], roles: int, random: Random) -> Iterator[tuple[T, 
 def by_length(
     reader: Reader, prompt: str, things: Iterable[T], word: Callable[[T], str]
 ) -> dict[int, list[T]]:
-    """Things by the number of tokens that their word has behind a prompt; under 0 those that cannot be encoded."""
+    """Things grouped by the number of tokens of their word after a prompt; under 0 if the word cannot be encoded."""
     found: dict[int, list[T]] = {}
     for thing in things:
         tokens = () if reader.blind else reader.after(prompt, f" {word(thing)}")
@@ -84,42 +85,42 @@ def by_length(
     return found
 
 
-def taking_turns(first: Iterator[T], second: Iterator[T]) -> Iterator[T]:
-    """One of the first, one of the second, and so on."""
+def alternate(first: Iterator[T], second: Iterator[T]) -> Iterator[T]:
+    """One item of the first, one of the second, and so on: the halves of a split get equally many."""
     while True:
         yield next(first)
         yield next(second)
 
 
-class Account:
-    """What is left out while items are drawn: by reason, each word or text once, in order."""
+class LeftOut:
+    """A record of what is left out while items are drawn: by reason, each word or text once, in order."""
 
     def __init__(self) -> None:
         self._left: dict[str, dict[str, None]] = {}
 
-    def leave(self, reason: str, words: Iterable[str]) -> None:
-        """Note words or texts that are left out."""
+    def add(self, reason: str, words: Iterable[str]) -> None:
+        """Record words or texts that are left out."""
         for word in words:
             self._left.setdefault(reason, {})[word] = None
 
-    def usable(
+    def keep_single_tokens(
         self, reader: Reader, prompt: str, words: Iterable[str], what: str
     ) -> tuple[str, ...]:
-        """The words that are one token behind a prompt; the others are noted as `what` that are not."""
+        """The words that are one token after a prompt; the rest is recorded as left out."""
         good, bad = reader.singles(prompt, words)
-        self.leave(f"{what} that are not one token", bad)
+        self.add(f"{what} that are not one token", bad)
         return good
 
     def as_tuples(self) -> dict[str, tuple[str, ...]]:
         """Words and texts by reason."""
         return {reason: tuple(words) for reason, words in self._left.items()}
 
-    def need(self, task: str, things: Sequence[object], least: int, what: str) -> None:
-        """Raise ValueError if too few things are left to draw from."""
+    def require(self, task: str, things: Sequence[object], least: int, what: str) -> None:
+        """Raise ValueError if too few things remain to draw from."""
         if len(things) < least:
-            said = "; ".join(["", *accounts(self._left)])
+            said = "; ".join(["", *left_out_lines(self._left)])
             raise ValueError(
-                f"{task}: the tokenizer takes {len(things)} {what}, expected at least {least}{said}"
+                f"task {task}: the tokenizer leaves {len(things)} {what}, expected at least {least}{said}"
             )
 
 
@@ -128,28 +129,28 @@ def draw(
     n: int,
     instances: Iterator[list[Item]],
     reader: Reader,
-    account: Account,
+    left_out: LeftOut,
     *,
     about: str,
     metric: str,
     one_token: bool = True,
 ) -> Generated:
-    """The first `n` different items of template instances that the tokenizer takes.
+    """The first `n` distinct items whose template instances fit the tokenizer.
 
-    An instance is taken whole or left out whole (the last may be cut off), so that the items of a group balance.
+    An instance is taken or left out as a whole (only the last may be cut off), so that the items of a group balance.
 
     Args:
-        name: of the behaviour.
-        n: how many items.
+        name: the behaviour's name.
+        n: number of items.
         instances: the items of one template instance after another.
-        reader: of the model's tokenizer.
-        account: of what was left out so far.
+        reader: how the model's tokenizer reads texts.
+        left_out: what was left out so far.
         about: see `Generated`.
         metric: see `Generated`.
         one_token: whether each answer has to be a single token.
 
     Raises:
-        ValueError: if `n` is not positive, or no item can be taken.
+        ValueError: if `n` is not positive, or no item fits the tokenizer.
     """
     check_count(n)
     items: list[Item] = []
@@ -162,12 +163,12 @@ def draw(
         if any(key in seen for key in keys):
             continue
         seen.update(keys)
-        reasons = [reader.misfit(item, one_token) for item in made]
+        reasons = [reader.reason_unusable(item, one_token) for item in made]
         reason = next((r for r in reasons if r is not None), None)
         if reason is not None:
-            account.leave(reason, (str(item.clean) for item in made))
+            left_out.add(reason, (str(item.clean) for item in made))
             continue
         items += made
         idle = 0
-    account.need(name, items, 1, "items")
-    return Generated(name, tuple(items[:n]), about, metric, n, account.as_tuples())
+    left_out.require(name, items, 1, "items")
+    return Generated(name, tuple(items[:n]), about, metric, n, left_out.as_tuples())

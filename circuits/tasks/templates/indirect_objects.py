@@ -8,23 +8,23 @@ from typing import Literal, get_args
 
 from circuits.tasks.generated import Generated, check_choice
 from circuits.tasks.items import Item
-from circuits.tasks.templates.filling import Account, draw, fill, pools, taking_turns, turns
+from circuits.tasks.templates.filling import LeftOut, alternate, draw, fill, rotate_roles, two_pools
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.tasks.templates.words import NAMES, PLACES, THINGS
 
 NAME = "indirect-object"
 
 Order = Literal["ABBA", "BABA", "both"]
-"""Which of the two people is named first: the one who gets something (`ABBA`) or the one who gives (`BABA`)."""
+"""Which of the two people is named first: the one who receives (`ABBA`) or the one who gives (`BABA`)."""
 
 Corruption = Literal["abc", "third_name", "swap", "flip", "random_names"]
-"""The counterpart, where the clean text has IO and S, and S again:
+"""The counterpart of a clean text that names IO and S, and then S again (S2):
 
-`abc`: three other names (p_ABC of Wang et al.): neither who they are nor who was named twice is left.
-`third_name`: S is somebody else the second time: nobody was named twice.
-`swap`: IO stands in place of S the second time, so that the answer is the other one.
-`flip`: IO and S change places the first time: the order changes, the answer does not.
-`random_names`: two other names in the same order: who was named twice stays, who they are does not.
+`abc`: three other names (p_ABC of Wang et al.), which removes both who they are and which name is repeated.
+`third_name`: S2 is a third name, so that no name is repeated.
+`swap`: S2 is IO, so that the answer is the other name.
+`flip`: IO and S trade places at their first mention, which changes the order but not the answer.
+`random_names`: two other names in the same order, which keeps which position is repeated but not who they are.
 """
 
 _ROLES: Mapping[Corruption, int] = {
@@ -34,7 +34,7 @@ _ROLES: Mapping[Corruption, int] = {
     "flip": 2,
     "random_names": 4,
 }
-"""How many different names an item has, with its counterpart."""
+"""How many different names an item and its counterpart need."""
 
 SENTENCES = (
     "When {first} and {second} got to the {place}, {giver} gave a {thing} to",
@@ -54,7 +54,7 @@ SENTENCES = (
     "Yesterday {first} and {second} bought a {thing} near the {place}, and {giver} handed it to",
     "Since {first} and {second} were the last ones at the {place}, {giver} threw a {thing} to",
 )
-"""None starts with a name, and all go on with the name of who gets the thing."""
+"""No sentence starts with a name, and all continue with the name of the person who receives the thing."""
 
 
 def indirect_object(
@@ -65,35 +65,36 @@ def indirect_object(
     templates: Order = "both",
     corruption: Corruption = "abc",
 ) -> Generated:
-    """Items whose answer is the name of the indirect object (IO), against that of the subject (S).
+    """Items whose answer is the name of the indirect object (IO), against that of the subject (S); Wang et al. 2022.
 
-    `When Mary and John got to the store, John gave a ring to` goes on with ` Mary` rather than ` John`. With `both`
-    orders each template instance is there as ABBA and as BABA, under one group. Each name has each role equally often.
+    `When Mary and John got to the store, John gave a ring to` continues with ` Mary` rather than ` John`. With `both`
+    orders each instance occurs as ABBA and as BABA, in one group. Each name has each role equally often.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        tokenizer: a model's input or its `encode`; names that it splits are left out.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        tokenizer: a model's input or its `encode`; names of several tokens are left out.
         templates: who is named first.
-        corruption: the counterpart.
+        corruption: how the counterpart is made.
 
     Raises:
-        ValueError: if the tokenizer takes too few names, or an argument is none of its values.
+        ValueError: if too few names fit the tokenizer, or an argument has an unknown value.
     """
     check_choice("templates", templates, get_args(Order))
     check_choice("corruption", corruption, get_args(Corruption))
-    random, reader, account = Random(seed), Reader(tokenizer), Account()
-    names = account.usable(reader, "gave it to", NAMES, "names")
-    account.need(NAME, names, 2 * _ROLES[corruption], "names")
-    dealt = zip(*(pools(words, random) for words in (names, PLACES, THINGS)), strict=True)
+    random, reader, left_out = Random(seed), Reader(tokenizer), LeftOut()
+    names = left_out.keep_single_tokens(reader, "gave it to", NAMES, "names")
+    left_out.require(NAME, names, 2 * _ROLES[corruption], "names")
+    dealt = zip(*(two_pools(words, random) for words in (names, PLACES, THINGS)), strict=True)
     orders = ("ABBA", "BABA") if templates == "both" else (templates,)
     first, second = (
         _instances(pool, f"{NAME} {side}", orders, corruption, random)
         for side, pool in enumerate(dealt)
     )
     return draw(
-        NAME, n, taking_turns(first, second), reader, account,
-        about="The name of who gets something, rather than of who gives it.", metric="logit_difference",
+        NAME, n, alternate(first, second), reader, left_out,
+        about="The name of the person who receives something, rather than of the one who gives it.",
+        metric="logit_difference",
     )  # fmt: skip
 
 
@@ -104,10 +105,11 @@ def _instances(
     corruption: Corruption,
     random: Random,
 ) -> Iterator[list[Item]]:
-    """The items of one template instance after another, all words from one pool."""
+    """Endless template instances, all words of each from one pool."""
     drawn = zip(
-        turns(words[0], _ROLES[corruption], random), turns(words[1], 1, random), turns(words[2], 1, random),
-        turns(SENTENCES, 1, random), strict=True,
+        rotate_roles(words[0], _ROLES[corruption], random), rotate_roles(words[1], 1, random),
+        rotate_roles(words[2], 1, random),
+        rotate_roles(SENTENCES, 1, random), strict=True,
     )  # fmt: skip
     for k, (names, (place,), (thing,), (sentence,)) in enumerate(drawn):
         yield [
@@ -127,6 +129,7 @@ def _item(
 ) -> Item:
     io, s, *others = names
     flipped = "BABA" if order == "ABBA" else "ABBA"
+    # The names in the roles of IO, S and S2 in the counterpart, and the order of the first two.
     mentions, other_order = {
         "abc": (tuple(others), order),
         "third_name": ((io, s, *others), order),
@@ -149,7 +152,7 @@ def _item(
 def _text(
     sentence: str, order: str, mentions: tuple[str, ...], place: str, thing: str
 ) -> tuple[str, dict[str, tuple[int, int]]]:
-    """A sentence about who gets something and who gives it, who is named again."""
+    """A sentence that names the receiver and the giver in some order, and then the giver again."""
     first, second = mentions[:2] if order == "ABBA" else (mentions[1], mentions[0])
     words = {"first": first, "second": second, "giver": mentions[2], "place": place, "thing": thing}
     return fill(sentence, words)

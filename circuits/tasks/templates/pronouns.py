@@ -1,4 +1,4 @@
-"""Gendered pronouns: the pronoun that goes with a name (Mathwin et al. 2023)."""
+"""Gendered pronouns: the pronoun that agrees with a name (Mathwin et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from random import Random
 from circuits.tasks.generated import Generated
 from circuits.tasks.items import Item
 from circuits.tasks.templates.filling import (
-    Account,
+    LeftOut,
+    alternate,
     by_length,
     draw,
     fill,
-    pools,
+    rotate_roles,
     shuffled,
-    taking_turns,
-    turns,
+    two_pools,
 )
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.tasks.templates.words import FEMALE_NAMES, MALE_NAMES
@@ -34,53 +34,57 @@ SENTENCES = (
     "Once there was a child named {name}. One day",
     "One day {name} was very happy because",
 )
-"""None starts with a name, and all can go on with `she` or `he`."""
+"""No sentence starts with a name, and all can continue with `she` or `he`."""
 
 _PRONOUNS = (" she", " he")
 
 
 def gendered_pronouns(n: int, seed: int = 0, tokenizer: Tokenizer = None) -> Generated:
-    """Items whose answer is ` she` or ` he`, against the other; the counterpart has a name of the other gender.
+    """Items whose answer is ` she` or ` he`, against the other one; the counterpart has a name of the other gender.
 
-    Each template instance is there with both names, under one group, so that either answer is as frequent.
+    Each instance occurs with both names, in one group, so that both answers are equally frequent.
 
     Args:
-        n: how many items.
-        seed: of all that is drawn.
-        tokenizer: a model's input or its `encode`; a woman's and a man's name of as many tokens go together, and
-            names that find no other are left out.
+        n: number of items.
+        seed: seed of everything that is drawn.
+        tokenizer: a model's input or its `encode`. A woman's and a man's name of equally many tokens are paired; names
+            for which there is none of the other gender are left out.
 
     Raises:
-        ValueError: if the tokenizer takes too few names, or splits a pronoun.
+        ValueError: if too few names fit the tokenizer, or a pronoun is not one token.
     """
-    random, reader, account = Random(seed), Reader(tokenizer), Account()
-    pronouns = account.usable(reader, "because", ("she", "he"), "pronouns")
-    account.need(NAME, pronouns, 2, "pronouns")
-    dealt = list(zip(*(pools(some, random) for some in (FEMALE_NAMES, MALE_NAMES)), strict=True))
-    matched = [_matched(reader, account, *pool) for pool in dealt]
+    random, reader, left_out = Random(seed), Reader(tokenizer), LeftOut()
+    pronouns = left_out.keep_single_tokens(reader, "because", ("she", "he"), "pronouns")
+    left_out.require(NAME, pronouns, 2, "pronouns")
+    dealt = list(
+        zip(*(two_pools(some, random) for some in (FEMALE_NAMES, MALE_NAMES)), strict=True)
+    )
+    matched = [_matched(reader, left_out, *pool) for pool in dealt]
     for pool in matched:
-        account.need(NAME, pool, 1, "pairs of names of as many tokens in one half of the names")
+        left_out.require(
+            NAME, pool, 1, "pairs of names of equally many tokens in one half of the names"
+        )
     first, second = (
         _instances(pool, f"{NAME} {side}", random) for side, pool in enumerate(matched)
     )
     return draw(
-        NAME, n, taking_turns(first, second), reader, account,
-        about="The pronoun that goes with a name.", metric="logit_difference",
+        NAME, n, alternate(first, second), reader, left_out,
+        about="The pronoun that agrees with a name.", metric="logit_difference",
     )  # fmt: skip
 
 
 Names = tuple[list[str], list[str]]
-"""Women's and men's names of one number of tokens."""
+"""Women's and men's names that all have the same number of tokens."""
 
 
 def _matched(
-    reader: Reader, account: Account, women: Sequence[str], men: Sequence[str]
+    reader: Reader, left_out: LeftOut, women: Sequence[str], men: Sequence[str]
 ) -> list[Names]:
-    """Names by their number of tokens, where there are both women's and men's."""
+    """Names grouped by their number of tokens, where there are both women's and men's names."""
     both = [by_length(reader, "when", some, str) for some in (women, men)]
     for own, other in (both, reversed(both)):
-        account.leave(
-            "names without one of the other gender of as many tokens",
+        left_out.add(
+            "names without one of the other gender of equally many tokens",
             (n for length, some in own.items() if not length or length not in other for n in some),
         )
     return [
@@ -89,8 +93,8 @@ def _matched(
 
 
 def _instances(pool: Sequence[Names], group: str, random: Random) -> Iterator[list[Item]]:
-    """A sentence about a woman and the same about a man, one template instance after another."""
-    sentences = turns(SENTENCES, 1, random)
+    """Endless template instances, each a sentence about a woman and the same sentence about a man."""
+    sentences = rotate_roles(SENTENCES, 1, random)
     k = 0
     while True:
         pairs = [

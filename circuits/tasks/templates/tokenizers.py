@@ -1,4 +1,4 @@
-"""Whether a tokenizer can take an item: words of one token, texts of equal length, answers that follow a prompt."""
+"""Whether an item fits a tokenizer: words of one token, texts of equal length, answers that start a new token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.items import Item, Words
 
 Tokenizer = Callable[[str], list[int]] | TokenInput | None
-"""A model's way from text to tokens (`model.input`, or its `encode`); None takes every text."""
+"""What turns text into tokens (`model.input`, or its `encode`); None accepts every text."""
 
 UNKNOWN = "texts that the tokenizer cannot encode"
 UNEQUAL = "texts whose counterpart has another number of tokens"
@@ -18,7 +18,7 @@ SAME = "texts whose answers are the same token as what they are against"
 
 
 class Reader:
-    """How a tokenizer reads texts; without one, every text is taken as it is.
+    """How a tokenizer reads texts; without a tokenizer every text is accepted.
 
     Args:
         tokenizer: a model's input, its `encode`, or None.
@@ -39,35 +39,37 @@ class Reader:
         if text not in self._known:
             try:
                 self._known[text] = tuple(self._encode(text))
-            except ValueError:  # a word that a vocabulary lacks
+            except ValueError:  # the vocabulary lacks a word
                 self._known[text] = None
         return self._known[text]
 
     def after(self, prompt: str, word: str) -> tuple[int, ...] | None:
-        """The tokens that a word adds to a prompt; None if it cannot be encoded, or is joined to the prompt's end."""
+        """The tokens that a word adds to a prompt; None if it cannot be encoded or is joined to the prompt's end."""
+        # Encoding the word alone is not enough: BPE merges depend on what stands before it, and a merge across the
+        # border would change the prompt's own last token.
         own, whole = self.tokens(prompt), self.tokens(prompt + word)
         if own is None or whole is None or whole[: len(own)] != own:
             return None
         return whole[len(own) :]
 
     def single(self, prompt: str, word: str) -> bool:
-        """Whether a word is one token behind a prompt (or alone, where a vocabulary lacks the prompt's words)."""
+        """Whether a word is one token after a prompt (or alone, if the vocabulary lacks the prompt's words)."""
         if self.blind:
             return True
         before = prompt if self.tokens(prompt) is not None else ""
         return len(self.after(before, word) or ()) == 1
 
     def singles(self, prompt: str, words: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Words that are one token behind a prompt and a space, and those that are not."""
+        """The words that are one token after a prompt and a space, and the words that are not."""
         words = tuple(words)
         good = tuple(word for word in words if self.single(prompt, f" {word}"))
         return good, tuple(word for word in words if word not in good)
 
-    def misfit(self, item: Item, one_token: bool = True) -> str | None:
-        """Why an item of text cannot be taken; None if it can.
+    def reason_unusable(self, item: Item, one_token: bool = True) -> str | None:
+        """Why an item does not fit the tokenizer; None if it fits.
 
         Args:
-            item: with texts, and answers as texts that follow the clean one or as tokens.
+            item: an item of text; its answers are texts that follow the clean one, or tokens.
             one_token: whether each answer has to be a single token.
         """
         if self.blind:

@@ -1,7 +1,7 @@
-"""The words that templates are filled with: names, places, things, countries, nouns, parameters.
+"""The words that fill templates: names, places, things, countries, nouns, parameters.
 
-No word stands in two lists that fill one template, so that a split can give each word to one half. Things begin
-with a consonant: templates write `a` in front of them.
+No word is in two lists that fill one template, so that a split can give each word to one half. Things begin with a
+consonant, since templates write `a` before them.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ PLACES = _words(
     "school store park office station hospital restaurant library market museum garden beach church farm theater "
     "bakery harbor hotel stadium lake castle zoo bank river"
 )
-"""Where people can be said to be `at the …`."""
+"""Places that fit `at the …`."""
 
 THINGS = _words(
     "ring book drink letter necklace ball phone ticket gift cake bottle hat lamp map camera basket pencil flower "
     "jacket bracelet sandwich cup key painting"
 )
-"""What people can give each other."""
+"""Things that people can give each other."""
 
 PERIODS = _words(
     "war siege reign project voyage expedition campaign occupation famine drought plague truce alliance dispute feud "
     "rebellion strike construction journey conflict contract crisis partnership marriage career tour trial study "
     "regime blockade boom epidemic migration program protest quest renovation revolution struggle search"
 )
-"""What can last for years."""
+"""Nouns for things that can last for years."""
 
 PEOPLE = (
     ("author", "authors"), ("teacher", "teachers"), ("doctor", "doctors"), ("farmer", "farmers"),
@@ -53,7 +53,7 @@ PEOPLE = (
     ("worker", "workers"), ("customer", "customers"), ("engineer", "engineers"), ("actor", "actors"),
     ("player", "players"), ("soldier", "soldiers"), ("friend", "friends"), ("visitor", "visitors"),
 )  # fmt: skip
-"""Nouns for people, one and several."""
+"""Nouns for people, singular and plural."""
 
 OBJECTS = (
     ("picture", "pictures"), ("table", "tables"), ("window", "windows"), ("car", "cars"), ("house", "houses"),
@@ -61,7 +61,7 @@ OBJECTS = (
     ("boat", "boats"), ("building", "buildings"), ("train", "trains"), ("bridge", "bridges"), ("horse", "horses"),
     ("bird", "birds"), ("desk", "desks"), ("plane", "planes"), ("tower", "towers"), ("truck", "trucks"),
 )  # fmt: skip
-"""Nouns for what people can be near, one and several."""
+"""Nouns for things that people can be near, singular and plural."""
 
 LIKING = (
     ("likes", "like"),
@@ -70,10 +70,10 @@ LIKING = (
     ("hears", "hear"),
     ("follows", "follow"),
 )
-"""Verbs of one and of several who see or like somebody."""
+"""Transitive verbs that fit people, singular and plural."""
 
 BEING = ((" is", " are"), (" was", " were"), (" has", " have"))
-"""Verbs that go on from a subject that is one, and from one that is several."""
+"""Verbs that can follow a singular subject, and the same for a plural one."""
 
 CAPITALS = (
     ("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Germany", "Berlin"), ("England", "London"),
@@ -90,7 +90,7 @@ CAPITALS = (
     ("Thailand", "Bangkok"), ("Vietnam", "Hanoi"), ("Indonesia", "Jakarta"), ("Nepal", "Kathmandu"),
     ("Afghanistan", "Kabul"), ("Taiwan", "Taipei"),
 )  # fmt: skip
-"""Countries and their capitals, one word each; no capital has its country's name in it."""
+"""Countries and their capitals, one word each; no capital contains its country's name, which would give it away."""
 
 PARAMETERS = _words(
     "size name path mode color width height count label token value index table file host port user query model "
@@ -111,4 +111,4 @@ DESCRIPTIONS = _words(
     "street castle hunter silver village doctor mountain bridge winner story paper master sugar orange dinner "
     "horse kingdom captain season teacher shadow butter valley bottle cousin"
 )
-"""Words that say nothing about a parameter."""
+"""Words that give no hint of a parameter's name."""
