@@ -391,3 +391,16 @@ def test_what_holds_the_same_for_all_examples_is_changed_in_whole_passes(
     own, other = bridge.logits(x).log_softmax(-1), bridge.logits(x, changed).log_softmax(-1)
     expected = (own.exp() * (own - other)).sum(-1)[:, :-1].mean(1)  # at all but the last position
     assert together.values["kl"][2] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_logits_that_are_not_finite_are_refused_in_padded_batches_too(bridge: HookedModel) -> None:
+    def task(*texts: str):
+        return compile_task(bridge, [Item(text, ("7",)) for text in texts])
+
+    table = next(p for p in bridge.parameters.values() if p.shape[0] == 20)
+    with torch.no_grad():
+        table[5] = float("nan")
+    run(bridge, [Variant("as it is")], task("1 2 3 4", "8 9"))
+    for texts in (("1 2 3 4", "5 9"), ("1 2 5 4", "8 9")):
+        with pytest.raises(ValueError, match="puts out NaN or infinity on an example"):
+            run(bridge, [Variant("as it is")], task(*texts))

@@ -297,6 +297,11 @@ def _with_gain(
         raise ValueError(
             f"unit {_i_th(theirs, dead[0])} of the donor does not respond to the examples: no gain can be fitted"
         )
+    still = [i for i, spread in enumerate(before[1].tolist()) if spread == 0]
+    if still:
+        raise ValueError(
+            f"unit {end.site}:{which[still[0]]} is the same on all examples: no gain can be fitted to it"
+        )
     # gain * after + offset has the old moments if gain = old std / new std and offset = old mean - gain * new mean.
     gain = before[1] / after[1]
     if ours.bias is None:  # no bias can hold an offset: the mean is then what the weights give

@@ -167,7 +167,8 @@ def narrows(model: HookedModel, site: Site, end: Site, inputs: Tensor, output: T
         inputs: examples of at least two positions.
         output: the tensor of `end` for them.
     """
-    own, some = inputs[:2], slice(inputs.shape[1] % 2, None, 2)
+    # Of those that remain the last position is one: it is what is read most often.
+    own, some = inputs[:2], slice((inputs.shape[1] - 1) % 2, None, 2)
     try:
         found = model.run(own, read=[end], edits={site.name: lambda value: value[:, some]})[end]
     except (RuntimeError, IndexError):  # a shape in the model follows the number of tokens
