@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -50,7 +51,12 @@ class Forked:
         if out is not None:
             out.touch()
         self._process = _CONTEXT.Process(target=_run, args=(code, words, given, out))
-        self._process.start()
+        # The child would run this process' main module again, which may be a page that was tested before.
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
 
     @property
     def pid(self) -> int:

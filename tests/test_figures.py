@@ -49,7 +49,7 @@ from circuits.graph import CircuitGraph, UnitGroup, collapse
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.saliency import saliency_map
 from circuits.saliency.cards import MethodCard
-from circuits.saliency.faithfulness import Curve, Road, Sensitivity
+from circuits.saliency.faithfulness import Curve, RoadResult, Sensitivity
 from circuits.saliency.sanity import RandomizationTest, Stage
 from circuits.store import TailFit, UnitStatistics
 from circuits.store.spectra import Bin, Spectrum
@@ -452,7 +452,7 @@ def card() -> MethodCard:
         "insertion": "passes",
         "deletion": "unclear",
     }
-    road, sensitivity = object.__new__(Road), object.__new__(Sensitivity)
+    road, sensitivity = object.__new__(RoadResult), object.__new__(Sensitivity)
     return MethodCard(
         "gradient",
         {},

@@ -42,7 +42,7 @@ def record_senders(
     """A run with what every sender writes."""
     stream = stream_of(model)
     edits = at_positions(stream, positions_of(stream, tokens, positions))
-    return model.run(tokens, read=stream.written(stream.senders), edits=edits)
+    return model.run(tokens, read=stream.sender_sites(stream.senders), edits=edits)
 
 
 def path_changes(
@@ -51,7 +51,7 @@ def path_changes(
     """Paths patched together from a recorded run, as changes of sites."""
     stream = stream_of(model)
     some = frozenset(stream.path(path) for path in group)
-    other = {name: source[name] for name in stream.written({sender for sender, _ in some})}
+    other = {name: source[name] for name in stream.sender_sites({sender for sender, _ in some})}
     return changes_of(stream, [some], other, Options())
 
 

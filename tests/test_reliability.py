@@ -159,7 +159,7 @@ def test_badges_separate_units_of_googlenet(assets: Path) -> None:
 def test_too_few_images_and_wrong_pictures_are_named(
     shapes: HookedModel, photos: Examples, natural: NaturalResponses
 ) -> None:
-    with pytest.raises(ValueError, match="8 found, at least 9"):
+    with pytest.raises(ValueError, match="there are 8, expected at least 9"):
         natural_responses(shapes, "mixed3a", photos.subset(range(8)))
     picture = visualize_units(shapes, ["conv2d0:1"], steps=1)
     with pytest.raises(ValueError, match="expected one of a unit of mixed3a"):

@@ -509,7 +509,7 @@ def test_a_bottleneck_explains_what_it_decides_exactly() -> None:
     assert why.logit == pytest.approx(why.bias + sum(s.contribution for s in why.shares) + why.left)
     assert why.label == ["a", "b", "c"][int(found.predict(other[5:6])[0])]
     assert {s.unit.index for s in found.explain_class(other, "b", top=1).shares} <= {0, 1, 2}
-    with pytest.raises(KeyError, match="class 'd' is none"):
+    with pytest.raises(KeyError, match="class 'd' is not one of"):
         found.explain(other[5], "d")
 
 

@@ -260,7 +260,7 @@ def test_bad_units_lists_are_refused(text: str, message: str) -> None:
 def test_units_of_two_sites_or_none_are_refused() -> None:
     with pytest.raises(ValueError, match=r"units name 2 sites \(a, b\): expected one"):
         Units.of(["a:1", "b:1"])
-    with pytest.raises(ValueError, match="units of a name none"):
+    with pytest.raises(ValueError, match="units of a are an empty list"):
         Units("a", ())
 
 
