@@ -55,7 +55,10 @@ def slot(model_hash: str) -> str:
 
 
 def drawing(model_hash: str) -> Drawing | None:
-    """This session's circuit of a model; what was drawn in the tab's last session, if nothing has been yet."""
+    """This session's circuit of a model, None before it is begun; what the tab kept is a change of it."""
+    # The tab may answer before the page has begun a circuit. Its answer waits: undo has to lead to what is begun.
+    if slot(model_hash) not in st.session_state:
+        return None
     return tab_storage.in_hand(slot(model_hash), _read)
 
 
@@ -70,8 +73,7 @@ def _read(text: str) -> Drawing:
         graph, origin, version = raw["graph"], str(raw["origin"]), int(raw["version"])
     except (TypeError, RecursionError) as error:
         raise ValueError("it is no circuit") from error
-    drawn = _small(from_node_link(graph))
-    return Drawing(drawn, past=(drawn,), origin=origin, version=version)
+    return Drawing(_small(from_node_link(graph)), origin=origin, version=version)
 
 
 def begin(model_hash: str, drawn: Drawing) -> None:

@@ -237,9 +237,7 @@ class Blank(Ending):
 def test_a_way_that_gives_nan_where_nothing_is_seen_is_not_taken() -> None:
     model = own(Blank())
     assert model.padding is None
-    with pytest.raises(
-        ValueError, match=r"padding on the left with attention_mask=: \S+ has NaN"
-    ):
+    with pytest.raises(ValueError, match=r"padding on the left with attention_mask=: \S+ has NaN"):
         model.pad([[1, 2], [3]])
 
 

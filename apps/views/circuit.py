@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import streamlit as st
@@ -43,9 +44,21 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     """Begin with what the URL asks for: a saved circuit, or a unit and its neighbours; or go on."""
     asked = {name: st.query_params.get(name, "") for name in ("circuit", "version", "unit")}
     origin = " ".join(f"{k}={v}" for k, v in asked.items() if v)
+    if drawing.drawing(record.hash) is None:
+        drawing.begin(record.hash, _asked_for(record, model, store, asked, origin))
     now = drawing.drawing(record.hash)
-    if now is not None and origin in ("", now.origin):
-        return
+    if now is not None and origin not in ("", now.origin):
+        _replace(record, now, _asked_for(record, model, store, asked, origin))
+
+
+def _asked_for(
+    record: ModelRecord,
+    model: HookedModel,
+    store: GraphStore,
+    asked: Mapping[str, str],
+    origin: str,
+) -> Drawing:
+    """The circuit that the URL asks for; without any, a unit of a late site and its neighbours."""
     if asked["circuit"]:
         if asked["version"] and not asked["version"].isdecimal():
             raise ValueError(f"version {asked['version']!r} of a circuit is not a whole number")
@@ -53,16 +66,14 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
         database = cached.workspace().database
         graph = load_circuit(database, asked["circuit"], record.hash, version)
         latest = circuit_history(database, asked["circuit"], record.hash)[-1].version
-        _replace(record, now, Drawing(graph, origin=origin, version=version or latest))
-    else:
-        unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
-        graph = store.neighbourhood(unit, 1, TOP)
-        _replace(record, now, Drawing(graph, origin=origin))
+        return Drawing(graph, origin=origin, version=version or latest)
+    unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
+    return Drawing(store.neighbourhood(unit, 1, TOP), origin=origin)
 
 
-def _replace(record: ModelRecord, before: Drawing | None, new: Drawing) -> None:
+def _replace(record: ModelRecord, before: Drawing, new: Drawing) -> None:
     """Begin with another circuit; what was drawn before comes back by undo."""
-    if before is not None and before.past:
+    if before.past:
         new = replace(new, past=(before.graph,))
         st.toast("Undo brings back the circuit that you had drawn.")
     drawing.begin(record.hash, new)
