@@ -170,7 +170,6 @@ def test_labels_from_names_files_and_lists(tmp_path: Path) -> None:
         read_labels(data, ["a"])
 
 
-@pytest.mark.slow
 def test_googlenet_needs_its_curve_units(assets: Path) -> None:
     """The ten units of the 5x5 branch that respond most to curves, beside random groups of the branch."""
     model = load_model("googlenet")

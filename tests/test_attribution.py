@@ -621,7 +621,6 @@ def test_heads_and_neurons_are_ranked_as_ablation_does(name: str, request) -> No
 # --- real photographs --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_googlenet_equals_captum_and_is_complete(assets: Path) -> None:
     single = load_model("googlenet")
     x = Examples(single, f"folder:{assets / 'images/imagenet500'}", 2).inputs

@@ -285,7 +285,6 @@ def test_without_negative_weights_googlenets_curves_answer_the_opposite(assets: 
     assert report.restored
 
 
-@pytest.mark.slow
 def test_editing_curves_of_googlenet_beside_random_twins(assets: Path, tmp_path: Path) -> None:
     model = load_model("googlenet")
     source = open_source(f"folder:{assets / 'images' / 'imagenet500'}")
@@ -315,7 +314,6 @@ def test_editing_curves_of_googlenet_beside_random_twins(assets: Path, tmp_path:
     assert (tmp_path / "e.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_one_fact_of_the_addition_model_is_changed_more_locally_than_by_fine_tuning(
     assets: Path,
 ) -> None:

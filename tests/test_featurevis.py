@@ -160,7 +160,6 @@ def test_broken_models_are_named(how: str, message: str) -> None:
         visualize(HookedModel(Broken(how), (3, 16, 16)), "conv:1", steps=3)
 
 
-@pytest.mark.slow
 def test_googlenet_curve_unit_shows_its_curve(assets: Path) -> None:
     model = load_model("googlenet")
     picture = visualize(model, "mixed3b:335", steps=64, size=112)
@@ -213,7 +212,6 @@ def test_any_shape_of_model_needs_no_flags(net: nn.Module, shape, unit: str) -> 
     assert visualize(model, unit, steps=20, negative=True).activation < plain.activation
 
 
-@pytest.mark.slow
 def test_cifar_resnet(assets: Path) -> None:
     model = load_model("cifar10-resnet20")
     excited = visualize(model, "layer3.0.relu2:11", steps=48)
@@ -334,7 +332,6 @@ def test_objectives_can_be_visualized(own_net: HookedModel) -> None:
     assert picture.activation > picture.start
 
 
-@pytest.mark.slow
 def test_bfloat16_pictures_report_in_float32() -> None:
     model = load_model("shapes")
     half = visualize(model, "mixed3b:200", steps=4, precision="bfloat16")

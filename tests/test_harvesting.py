@@ -335,7 +335,6 @@ h.harvest(load_model("cleanroom"), open_source("curves"), ["line"], Workspace(Pa
 """
 
 
-@pytest.mark.slow
 def test_killed_harvest_resumes_to_identical_files(tmp_path: Path) -> None:
     def finished(place: Path) -> dict[str, str]:
         assert Forked(KILLED, place).wait() == 0
@@ -411,7 +410,6 @@ def test_errors_of_workers_arrive_whole(tmp_path: Path, monkeypatch) -> None:
 COMMAND = ["harvest", "shapes", "--data", "shapes", "--sites", "mixed3*", "--full", "mixed3b"]
 
 
-@pytest.mark.slow
 def test_ranks_give_the_files_of_one_process(tmp_path: Path) -> None:
     def made(n: int) -> dict[str, str]:
         place = tmp_path / str(n)
@@ -423,7 +421,6 @@ def test_ranks_give_the_files_of_one_process(tmp_path: Path) -> None:
     assert made(1) == made(2)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_stops_the_others_and_a_restart_finishes(tmp_path: Path) -> None:
     launch = [
         sys.executable,

@@ -11,8 +11,6 @@ import torch
 import circuits
 from circuits.models.zoo.loading import load_model
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory) -> Path:

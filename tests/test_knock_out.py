@@ -159,7 +159,6 @@ def test_a_position_past_the_end_is_named(bridge: HookedModel) -> None:
         knock_out(f"{PATTERN}:0", keys=[])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # other packages' own
 def test_models_of_transformers(tmp_path: Path) -> None:
     import transformers

@@ -169,7 +169,6 @@ def test_a_position_outside_the_map_is_named(model: HookedModel) -> None:
         respond(model, images(), objective)
 
 
-@pytest.mark.slow
 def test_a_caricature_keeps_the_layout() -> None:
     """Where the image's activations are large the caricature's are, more than chance would have it."""
     model = load_model("shapes")

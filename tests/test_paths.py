@@ -618,7 +618,6 @@ def saved(folder: Path, kind: str) -> tuple[HookedModel, Any]:
     return HookedModel(huggingface_bridge(str(folder)), TokenInput(20, 12), kind), inner
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # other packages' own
 @pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Gemma2"])
 def test_models_of_transformers(kind: str, tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ def test_a_stopped_sheet_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch) 
         assert (tmp_path / "parts" / name).stat().st_mtime_ns == age, "not made again"
 
 
-@pytest.mark.slow
 def test_a_killed_sheet_goes_on(tmp_path: Path) -> None:
     words = (
         f"visualize shapes conv2d2 --sheet --steps 24 --size 48 --out {tmp_path / 'sheet'}".split()
