@@ -21,18 +21,18 @@ def ablate(
     task: options.LabelledTask,
     output: options.FigureOutput,
     how: Annotated[ablation.Replacement, option(
-        "What the units' activations are replaced by: zero, their mean over the examples, their activation on "
-        "another example (resample) or on the example's counterpart."
+        "What to replace the units' activations with: zero, their mean over the examples, their activation on "
+        "another example (resample) or on the example's counterpart (the corrupted input)."
     )] = "zero",
     random: options.Random = N_RANDOM,
     pool: Annotated[str, option(
-        "The units that the random groups are drawn from, written as UNITS. By default units of the same site that "
-        "are about as active."
+        "The units to draw the random groups from, written like the units to ablate. By default units of the same "
+        "site that are about equally active."
     )] = "",
-    later: Annotated[str, option("A later site: also list those of its units that change most. By default none.")] = "",
+    later: Annotated[str, option("A later site: also list its units that change most. By default none.")] = "",
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Ablate units and show what changes, compared with random units that are as active."""
+    """Ablate units and show what changes, compared with random, equally active units."""
     loaded = model.load()
     chosen = units_of(loaded, units)
     asked = task.compile(loaded, seed)

@@ -50,8 +50,8 @@ class Settings:
         "With --method integrated_gradients: the number of steps from the baseline to the activations."
     )] = 50  # fmt: skip
     check: Annotated[int, option(
-        "How many units of each of the first four examples are really ablated, to correlate attributions with their "
-        "effects; 0 leaves this check out."
+        "How many units to ablate on each of the first four examples, to check how well attributions correlate with "
+        "the effects of ablation; 0 skips this check."
     )] = 16  # fmt: skip
     batch: options.Batch = 32
 
@@ -62,21 +62,21 @@ def attribute(
     settings: Settings,
     examples: options.Inputs,
     output: options.FigureOutput,
-    site: Annotated[str, argument("The site whose units are credited; not needed with --direct.")] = "",
+    site: Annotated[str, argument("The site whose units get the attributions; not needed with --direct.")] = "",
     target: options.Target = "top",
     against: options.Subtracted = "",
     quantity: options.Quantity = "activation",
     groups: Annotated[int, option(
-        "Also factorise the activations into this many groups of units, and credit these; 0: do not."
+        "Also factorise the activations into this many groups of units, and attribute to these; 0 turns this off."
     )] = 0,
     direct: Annotated[bool, option(
-        "Instead split a transformer's logit into what each head and MLP adds to it (direct logit attribution).",
+        "Instead, split a transformer's logit into what each head and MLP adds to it (direct logit attribution).",
         "--direct",
     )] = False,
     top: options.Top = options.TOP,
     save: Annotated[str, option("Store the mean attributions as edges of the model's graph, under this name.")] = "",
     out: Annotated[Path | None, option(
-        "Save all attributions to this .safetensors file, and what they are in a .json file next to it."
+        "Save all attributions to this .safetensors file, and a description of them to a .json file next to it."
     )] = None,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip

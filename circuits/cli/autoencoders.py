@@ -57,32 +57,32 @@ class Variants:
     heading: ClassVar = "Which autoencoders"
 
     architecture: Annotated[Architecture, option(
-        "The architecture. topk, batchtopk and matryoshka fix the number of active latents by --k, relu, gated and "
-        "jumprelu weigh sparsity by --sparsity."
+        "The architecture. topk, batchtopk and matryoshka fix the number of active latents (--k); relu, gated and "
+        "jumprelu have a sparsity penalty in the loss (--sparsity)."
     )] = "topk"  # fmt: skip
     latents: Annotated[list[int] | None, option(
         "The number of latents; may be repeated to train several sizes.", check=options.within(1)
     )] = None  # fmt: skip
     expansion: Annotated[int, option(
-        "Without --latents: how many latents for each number of a row.", check=options.within(1)
+        "Without --latents: the number of latents per dimension of the activations.", check=options.within(1)
     )] = LATENTS  # fmt: skip
     k: Annotated[list[int] | None, option(
         f"How many latents are active in a row; may be repeated to train several. By default {ACTIVE}.", "--k"
     )] = None  # fmt: skip
     sparsity: Annotated[list[float] | None, option(
-        "The factor of the sparsity term of the loss; may be repeated to train several. By default 1."
+        "The coefficient of the sparsity penalty in the loss; may be repeated to train several. By default 1."
     )] = None  # fmt: skip
     seeds: Annotated[str, option(
-        "The seeds from which autoencoders begin, with commas: one is trained from each."
+        "The initialisation seeds, separated by commas: one autoencoder is trained from each."
     )] = "0"  # fmt: skip
     skip: Annotated[bool, option(
-        "With --target: add a linear map from what is read to what is written.", "--skip"
+        "With --target: add a linear skip connection from SITE to --target.", "--skip"
     )] = False  # fmt: skip
     lr: Annotated[
         float | None, option("The learning rate. By default 2e-4 / sqrt(latents / 2^14).")
     ] = None
     bias: Annotated[Literal["mean", "median"], option(
-        "Where the decoder's bias begins: the mean or the geometric median of the rows."
+        "What the decoder's bias is initialised to: the mean or the geometric median of the rows."
     )] = "mean"  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -130,24 +130,26 @@ class Training:
 
     heading: ClassVar = "Training"
 
-    steps: Annotated[int, option("The number of training steps, one for each batch.")] = 2000
-    batch: Annotated[int, option("The number of rows in a batch.")] = 4096
+    steps: Annotated[int, option("The number of training steps, of one batch each.")] = 2000
+    batch: Annotated[int, option("The number of rows (activation vectors) in a batch.")] = 4096
     hold_out: Annotated[float, option(
-        "The share of the examples that is not trained on, so that it can be measured on."
+        "The fraction of the examples that is held out for evaluation."
     )] = 0.1  # fmt: skip
     leave_first: Annotated[int | None, option(
-        "How many tokens at the start of each text are left out. By default 1."
+        "How many tokens to leave out at the start of each text. By default 1."
     )] = None  # fmt: skip
     norms: Annotated[float, option(
         "Leave out rows whose norm is more than this many times the median; 0 leaves none out."
     )] = 10.0  # fmt: skip
-    precision: Annotated[Precision, option("The precision of the encoder's product.")] = "float32"
+    precision: Annotated[Precision, option("The precision of the encoder's matrix product.")] = (
+        "float32"
+    )
     live: Annotated[bool, option(
-        "Run the model for its activations. By default those of a harvest are used, where there is one.", "--live"
+        "Run the model to get activations. By default those of a harvest are used, if there is one.", "--live"
     )] = False  # fmt: skip
-    every: Annotated[float, option("Seconds from one checkpoint to the next.")] = 60.0
+    every: Annotated[float, option("Seconds between checkpoints.")] = 60.0
     anew: Annotated[bool, option(
-        "Start from the beginning, and overwrite what is there.", "--anew"
+        "Start over, and overwrite what is there.", "--anew"
     )] = False  # fmt: skip
     seed: options.Seed = 0
 
@@ -165,7 +167,7 @@ class Training:
 @command(app)
 def train(
     model: options.Model,
-    site: Annotated[str, argument("The site whose activations are encoded.")],
+    site: Annotated[str, argument("The site whose activations the autoencoder reads.")],
     name: Annotated[str, option("The autoencoder's name: letters, digits, _ and -.")],
     data: Annotated[str, option(
         "The dataset (see `circuits harvest`). If it was harvested with --full SITE, the harvest is used."
@@ -174,12 +176,13 @@ def train(
     training: Training,
     output: options.Output,
     target: Annotated[str, option(
-        "Train a transcoder: the site whose activations it writes. By default SITE itself, as an autoencoder does."
+        "Train a transcoder, which predicts the activations of this site from those of SITE. By default SITE itself: "
+        "an autoencoder."
     )] = "",
 ) -> None:  # fmt: skip
-    """Train autoencoders of a site. Run it again to go on where it stopped.
+    """Train autoencoders on a site. Run it again to resume.
 
-    Several sizes, sparsities and seeds learn from the same pass over the rows.
+    Several sizes, sparsities and seeds are trained together, in one pass over the rows (activation vectors).
     """
     place = model.place.writable()
     check_name(name)

@@ -53,7 +53,7 @@ def case(
     output: options.Output,
     workspace: options.WorkspaceFolder = None,
 ) -> None:
-    """Run a case study: all of its evidence, as numbers and as one page. Finished stages are kept."""
+    """Run a case study and report its evidence as numbers and as a page. Run it again to resume."""
     study = _study(name)
     with output.progress(name) as progress:
         made = study.run(Workspace.default(workspace), study.Options(**vars(settings)), progress)

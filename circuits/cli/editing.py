@@ -28,17 +28,17 @@ from circuits.units import Unit
 from circuits.workspace import Workspace
 
 app = typer.Typer(
-    help="Edit circuits: recipes, what they do, and a ledger in which everything can be undone.",
+    help="Write recipes of edits, measure them, and keep edits in a ledger with undo and redo.",
     no_args_is_help=True,
 )
 
 What = Annotated[list[str] | None, argument(
-    "Edits in words, e.g. 'zero SITE:1,2', 'scale SITE:1 factor=2' or 'filter_weights into=SITE:1' (`circuits edit "
-    "operators` lists all of them), and recipe files."
+    "Edits and recipe files, applied in order. An edit is an operator with its fields, in quotes, e.g. 'zero "
+    "SITE:1,2', 'scale SITE:1 factor=2' or 'filter_weights into=SITE:1' (`circuits edit operators` lists them all)."
 )]  # fmt: skip
-Branch = Annotated[str, option("The branch of the ledger.")]
-BranchInstead = Annotated[str, option("Take the edits of this branch of the ledger instead.")]
-AnyBranch = Annotated[str, option("Show this branch of the ledger alone. By default all of them.")]
+Branch = Annotated[str, option("The branch of the ledger to work on.")]
+BranchInstead = Annotated[str, option("Instead, take the edits of this branch of the ledger.")]
+AnyBranch = Annotated[str, option("Show only this branch of the ledger. By default all of them.")]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Measuring:
 
 @command(app)
 def operators(output: options.Output) -> None:
-    """List the operators and what each needs."""
+    """List the edit operators and the fields of each."""
     rows = [("zero", "units", "Remove units: scale by 0.")]
     for name, kind in OPERATORS.items():
         needs = [f.name if f.default is MISSING else f"[{f.name}]" for f in fields(kind)]
@@ -105,7 +105,7 @@ def new(
     examples: options.LabelledDataset,
     what: What = None,
     associate: Annotated[str, option(
-        "A layer, in which to store by a rank-one edit that --prompt is answered with --answer."
+        "A layer: add a rank-one edit of its weights (ROME) that makes the model answer --prompt with --answer."
     )] = "",
     prompt: Annotated[str, option("With --associate: the text whose answer is to change.")] = "",
     answer: Annotated[str, option("With --associate: the new answer, token:WORD or class:NAME.")] = "",
@@ -114,7 +114,7 @@ def new(
     force: options.Force = False,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Write a recipe from edits in words and other recipes."""
+    """Write a recipe file from edits and from other recipes."""
     options.check_out(out)
     loaded = model.load()
     base = recipe_of(loaded, what or [], examples, seed, force)
@@ -144,13 +144,13 @@ def measure(
     what: What = None,
     branch: BranchInstead = "",
     generalise: Annotated[str, option(
-        "Another dataset, on which --target is measured too: does the edit generalise? By default none."
+        "Another dataset on which to measure --target too, to see whether the edit generalises. By default none."
     )] = "",
-    tuning: Annotated[str, option("Units whose tuning to curves is measured too, e.g. mixed3b:1,2.")] = "",
+    tuning: Annotated[str, option("Units whose curve tuning is measured too, e.g. mixed3b:1,2.")] = "",
     force: options.Force = False,
     out: Annotated[Path | None, option("Save the report to this file, as JSON.")] = None,
 ) -> None:  # fmt: skip
-    """Measure what edits do: a recipe, edits in words, or a branch of the ledger (and note it there)."""
+    """Measure what edits do, or a branch of the ledger, which then records the report."""
     options.check_out(out)
     _either(what, branch)
     ledger, head = None, ""
@@ -173,13 +173,13 @@ def measure(
 @command(app)
 def diff(
     before: Annotated[str, argument("A recipe file or, with --model, a branch.")],
-    after: Annotated[str, argument("The recipe file or branch that it is compared with.")],
+    after: Annotated[str, argument("The recipe file or branch to compare it with.")],
     output: options.Output,
     model: Annotated[str, option("A model: compare two branches of its ledger.")] = "",
     workspace: options.WorkspaceFolder = None,
     weights: Annotated[Path | None, option("With --model: a file of weights for it.")] = None,
 ) -> None:  # fmt: skip
-    """Show what has to be taken out of one recipe and put in to get another."""
+    """Show which edits to remove from one recipe, and which to add, to get another."""
     if model:
         _, ledger = _ledger(options.Model(model, weights, workspace))
         old, new = (ledger.recipe(name) for name in (before, after))
@@ -207,7 +207,7 @@ def bake(
     branch: BranchInstead = "",
     force: options.Force = False,
 ) -> None:
-    """Write new weights with the edits in them: `--weights FILE` loads them for the same model."""
+    """Write a weights file with the edits applied: `--weights FILE` loads it for the same model."""
     options.check_out(out, ".safetensors", option="weights file")
     _either(what, branch)
     if branch:
@@ -239,10 +239,10 @@ def apply(
     author: options.Author = "",
     force: options.Force = False,
     measured: Annotated[bool, option(
-        "Measure what the branch does with the new edits, as `circuits edit measure` does.", "--measure/--no-measure"
+        "Measure what the branch with the new edits does, as `circuits edit measure` does.", "--measure/--no-measure"
     )] = True,
 ) -> None:  # fmt: skip
-    """Put edits on a branch of the ledger, and measure what it does, compared with random edits."""
+    """Add edits to a branch of the ledger, and measure what it does, compared with random edits."""
     loaded, ledger = _ledger(model, write=True)
     recipe = recipe_of(loaded, what or [], task.examples, measuring.seed, force)
     if not recipe.edits:
@@ -264,7 +264,7 @@ def apply(
 
 @command(app)
 def undo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
-    """Take the last edit of a branch back, and check that the weights are what they were."""
+    """Undo the last edit of a branch, and check that the weights are what they were before."""
     _, ledger = _ledger(model, write=True)
     entry = ledger.undo(branch, author or None)
     say(f"undone: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
@@ -272,7 +272,7 @@ def undo(model: options.Model, branch: Branch = "main", author: options.Author =
 
 @command(app)
 def redo(model: options.Model, branch: Branch = "main", author: options.Author = "") -> None:
-    """Make the edit again that was undone last."""
+    """Redo the edit that was undone last."""
     _, ledger = _ledger(model, write=True)
     entry = ledger.redo(branch, author or None)
     say(f"made again: {entry.hash[:12]} {_words(entry.edit)}; at {_place(ledger, branch)}")
@@ -283,13 +283,13 @@ def new_branch(
     model: options.Model,
     name: Annotated[str, argument("The name of the new branch.")],
     at: Annotated[str, option(
-        "The entry that the branch begins at, or the model's hash: its first digits are enough. By default the last "
-        "entry of the branch --from."
+        "The hash of the entry that the branch starts from, or of the unedited model; its first digits are enough. "
+        "By default the last entry of the branch --from."
     )] = "",
-    origin: Annotated[str, option("The branch that it begins on.", "--from")] = "main",
+    origin: Annotated[str, option("The branch to start from.", "--from")] = "main",
     author: options.Author = "",
 ) -> None:  # fmt: skip
-    """Begin a branch."""
+    """Create a branch."""
     _, ledger = _ledger(model, write=True)
     ledger.branch(name, at or None, origin, author or None)
     say(f"branch {name} begins at {_place(ledger, name)}")
@@ -297,7 +297,7 @@ def new_branch(
 
 @command(app)
 def log(model: options.Model, output: options.Output, branch: AnyBranch = "") -> None:
-    """List what happened, oldest first, and where each branch is."""
+    """List the events of the ledger, oldest first, and where each branch is."""
     _, ledger = _ledger(model)
     if branch:
         ledger.head(branch)
@@ -335,7 +335,7 @@ def show(
 
 @command(app)
 def replay(model: options.Model, output: options.Output, branch: Branch = "main") -> None:
-    """Make a branch's edits again on the model and compare every hash; exit code 1 if one differs."""
+    """Apply a branch's edits to the model again and compare every hash; exit code 1 if one differs."""
     loaded, ledger = _ledger(model)
     found = ledger.replay(branch)
     with ledger.edited(branch):

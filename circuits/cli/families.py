@@ -25,15 +25,17 @@ class Search:
     """What makes a family, and how it is tested."""
 
     kind: Annotated[Transformation, option(
-        "How the members of a family differ: they are turned, mirrored, scaled or hue-shifted."
+        "How the members of a family differ: by rotation, mirroring, scale or hue."
     )] = "rotation"  # fmt: skip
     threshold: Annotated[float, option(
-        "The least mean agreement of a unit with the members of its family, at most 1."
+        "The minimum mean agreement (at most 1) of a unit with the members of its family."
     )] = 0.7  # fmt: skip
-    least: Annotated[int, option("The least number of members.")] = 4
-    permutations: Annotated[int, option("How often chance is tried.")] = 199
+    least: Annotated[int, option("The minimum number of members.")] = 4
+    permutations: Annotated[
+        int, option("How many random permutations to compute p-values from.")
+    ] = 199
     size: Annotated[int | None, option(
-        "The side of the stimuli in pixels. By default that of the model's images."
+        "The side length of the stimuli in pixels. By default that of the model's input."
     )] = None  # fmt: skip
     seed: options.Seed = 0
 
@@ -48,7 +50,8 @@ class Saved:
     rename: Annotated[str, option("Give a saved family another name, written OLD=NEW.")] = ""
     remove: Annotated[str, option("Remove the saved family of this name; its history stays.")] = ""
     weights_from: Annotated[str, option(
-        "Measure whether the weights into a saved family from another turn with them, written SAVED=OTHER."
+        "Measure whether the weights from one saved family (OTHER) into another (SAVED) are equivariant: whether "
+        "they rotate with the units. Written SAVED=OTHER."
     )] = ""  # fmt: skip
 
     @property
@@ -63,7 +66,7 @@ def families(
     search: Search,
     saved: Saved,
     output: options.FigureOutput,
-    site: Annotated[str, argument("The site in which to look; not needed for saved families.")] = "",
+    site: Annotated[str, argument("The site to search; not needed for saved families.")] = "",
     units: Annotated[str, option(
         "Measure these units of SITE (their indices, with commas) as one family, instead of looking for families."
     )] = "",
@@ -71,7 +74,7 @@ def families(
     save: Annotated[bool, option("Save every family that is found.", "--save")] = False,
     note: options.Note = "",
 ) -> None:  # fmt: skip
-    """Find groups of units that are one unit turned, mirrored, scaled or hue-shifted, and save them."""
+    """Find units that are rotated, mirrored, scaled or hue-shifted copies of each other."""
     if (save or name) and saved.wanted:
         raise ValueError("--save and --name go with finding or measuring families")
     loaded, place = model.load(), model.place

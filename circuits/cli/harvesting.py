@@ -27,12 +27,14 @@ app = Typer()
 class Depth:
     """What is kept of which sites."""
 
-    sites: Annotated[str, option("The sites to harvest, with commas; patterns like mixed* too.")] = ""  # fmt: skip
+    sites: Annotated[str, option(
+        "The sites to harvest, separated by commas; patterns like 'mixed*' work too."
+    )] = ""  # fmt: skip
     full: Annotated[str, option(
-        "The sites of which whole activations are kept, too. By default none."
+        "The sites whose full activations are also stored. By default none."
     )] = ""  # fmt: skip
     covariance: Annotated[str, option(
-        "The sites of which the covariance of the units is kept, too. By default none."
+        "The sites for which the covariance of the units is also stored. By default none."
     )] = ""  # fmt: skip
 
 
@@ -40,26 +42,28 @@ class Depth:
 class Pass:
     """How the pass over the dataset is made."""
 
-    heading: ClassVar = "How it is done"
+    heading: ClassVar = "How it is run"
 
     batch: Annotated[int | None, option(
-        "How many examples in one forward pass. By default what --memory allows."
+        "How many examples to run in one forward pass. By default as many as --memory allows."
     )] = None  # fmt: skip
     layout: Annotated[Layout, option(
-        "How whole activations lie on disk: in blocks, or by rows, which are faster to read at random."
+        "How full activations are laid out on disk: in blocks, or in rows, which are faster to read in random order."
     )] = "blocks"  # fmt: skip
-    compress: Annotated[bool, option("Compress whole activations where it pays.", "--compress")] = False  # fmt: skip
+    compress: Annotated[bool, option(
+        "Compress full activations where that saves enough space.", "--compress"
+    )] = False  # fmt: skip
     precision: Annotated[Precision, option("The precision of the forward pass.")] = "float32"
-    memory: Annotated[float, option("The GiB of memory that activations may take.")] = 4.0
+    memory: Annotated[float, option("How much memory activations may take, in GiB.")] = 4.0
     workers: Annotated[int | None, option(
-        "How many processes do the work. By default one for each CPU thread."
+        "The number of worker processes. By default one for each CPU thread."
     )] = None  # fmt: skip
     skip_bad: Annotated[bool, option(
-        "List examples that cannot be read, and continue. By default the harvest stops.", "--skip-bad",
+        "Skip examples that cannot be read, and list them. By default the harvest stops.", "--skip-bad",
     )] = False  # fmt: skip
     positions: Annotated[int | None, option(
-        "How many positions of an example, drawn at random, histograms look at; 0 is all. By default as few as give "
-        "2048 numbers for each unit, and 8 at least."
+        "How many positions per example, drawn at random, go into the histograms; 0 means all. By default just "
+        "enough for 2048 values per unit, and at least 8."
     )] = None  # fmt: skip
     seed: options.Seed = 0
 
@@ -76,10 +80,10 @@ def harvest(
     how: Pass,
     output: options.Output,
     resume: Annotated[bool, option(
-        "Continue where an earlier run stopped, or start from the beginning.", "--resume/--anew"
+        "Continue where an earlier run stopped, or start over.", "--resume/--anew"
     )] = True,
 ) -> None:  # fmt: skip
-    """Record what units do on every example of a dataset. Run it again to resume.
+    """Record unit activations on every example of a dataset. Run it again to resume.
 
     Under `torchrun --nproc-per-node N -m circuits harvest …` N processes share the work.
     """

@@ -60,15 +60,15 @@ def check_out(path: Path | None, *endings: str, option: str = "--out") -> None:
 
 UnitArgument = Annotated[str, argument("The unit, written SITE:INDEX, e.g. mixed3b:335.")]
 UnitsArgument = Annotated[str, argument(
-    "Units, written SITE:1,2,5-9. A site alone stands for all of its units; write those of several sites in quotes, "
-    "with blanks between."
+    "Units, written SITE:1,2,5-9. A site alone stands for all of its units. To name units of several sites, separate "
+    "them by spaces and put the whole in quotes."
 )]  # fmt: skip
 WorkspaceFolder = Annotated[Path | None, option(
-    "The folder in which results, harvests and autoencoders are kept and looked up. By default $CIRCUITS_WORKSPACE "
+    "The folder where results, harvests and autoencoders are stored and looked up. By default $CIRCUITS_WORKSPACE "
     "or, if that is not set, ./cache.", "--workspace"
 )]  # fmt: skip
 Weights = Annotated[Path | None, option(
-    "A file of weights for the model, .safetensors or .pt. By default the model's own.", "--weights"
+    "A weights file for the model, .safetensors or .pt. By default the model's own weights.", "--weights"
 )]  # fmt: skip
 Data = Annotated[str, option(
     "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
@@ -93,40 +93,40 @@ Labels = Annotated[str, option(
     "The class of each image of --data: FILE.json, FILE.npz:KEY, or `names` to read classes from the images' names.",
     "--labels",
 )]  # fmt: skip
-Text = Annotated[str, option("One text instead of a dataset, for models of tokens.", "--text")]
+Text = Annotated[str, option("One text instead of a dataset, for language models.", "--text")]
 Seed = Annotated[int, option(
-    "The seed of everything that is random.", "--seed", check=within(0, 2**32 - 1)
+    "The random seed.", "--seed", check=within(0, 2**32 - 1)
 )]  # fmt: skip
 Random = Annotated[int, option(
-    "How many random variants (other units, random edits) to measure as the null distribution.", "--random"
+    "How many random variants (other units, random edits) to measure for the null distribution.", "--random"
 )]  # fmt: skip
 TOP = 10
 Top = Annotated[int, option(
-    "How many units, edges or lines to list of each kind, the strongest first.", "--top", check=within(1)
+    "How many units, edges or rows of each kind to list, strongest first.", "--top", check=within(1)
 )]  # fmt: skip
-Note = Annotated[str, option("Why this is done: a remark that is kept with it.", "--note")]
+Note = Annotated[str, option("A note on why you do this, stored with the result.", "--note")]
 Author = Annotated[
-    str, option("Who does this. By default the user that runs the command.", "--author")
+    str, option("The author to record. By default the user who runs the command.", "--author")
 ]
 Batch = Annotated[int, option(
-    "How many versions of examples to compute in one pass: fewer take less memory.", "--batch"
+    "How many inputs (examples and variants of them) to run in one pass: fewer take less memory.", "--batch"
 )]  # fmt: skip
 MethodOptions = Annotated[list[str] | None, option(
     "An option of the method, written NAME=VALUE, e.g. samples=20; may be repeated.", "--option"
 )]  # fmt: skip
 Target = Annotated[str, option(
-    "What is explained: top (each example's most likely answer), class:NAME, token:WORD or a unit SITE:INDEX; add "
+    "What to explain: top (each example's most likely answer), class:NAME, token:WORD or a unit SITE:INDEX; add "
     "@POSITION for one position.", "--target"
 )]  # fmt: skip
 Subtracted = Annotated[str, option(
     "A class or token whose logit is subtracted from the target's. By default none.", "--against"
 )]  # fmt: skip
 Quantity = Annotated[Literal["activation", "probability", "log_probability"], option(
-    "Which quantity of the target is explained: its activation (for a class or token, its logit), or its probability "
+    "Which quantity of the target to explain: its activation (for a class or token, its logit), or its probability "
     "or log probability.", "--quantity"
 )]  # fmt: skip
 Force = Annotated[bool, option(
-    "Accept recipes that were written for other weights, where they fit this model.", "--force"
+    "Accept recipes that were written for other weights, if they fit this model.", "--force"
 )]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ class Images(Dataset):
         list[Path] | None, option("An image file instead of a dataset; may be repeated.")
     ] = None
     exact: Annotated[bool, option(
-        "Refuse images that do not have the model's size. By default they are fitted to it.", "--exact"
+        "Refuse images that do not have the model's input size. By default they are fitted to it.", "--exact"
     )] = False  # fmt: skip
 
     def choose(self, model: HookedModel, seed: int) -> Examples:
@@ -348,11 +348,11 @@ class PairsTask:
     heading: ClassVar = "Task and examples"
 
     task: Annotated[str, option(
-        "The task on which the model is measured: its name or its file. By default the model's own task, or what "
-        "--data or --text states by itself."
+        "The task to measure the model on: its name or its file. By default the task that follows from --data or "
+        "--text (such as predicting the next token) or, without those, the model's default task."
     )] = ""  # fmt: skip
     metric: Annotated[str, option(
-        "The metric that is measured first, e.g. logit_difference. By default the task's own."
+        "The main metric, e.g. logit_difference. By default the task's own."
     )] = ""  # fmt: skip
     data: Data = ""
     text: Text = ""
@@ -387,14 +387,14 @@ class AnsweredTask(PairsTask):
     """A task: what is measured, where, and on which examples."""
 
     positions: Annotated[str, option(
-        "The positions at which answers are read: last, all, the name of one of the task's spans, or numbers from 0 "
-        "with commas, e.g. 3,5. By default the task's own."
+        "The positions at which answers are read: last, all, the name of one of the task's spans, or indices from 0, "
+        "separated by commas, e.g. 3,5. By default the task's own."
     )] = ""  # fmt: skip
     answer: Annotated[str, option(
-        "The right answer to every example: a token or class. By default each example's own."
+        "The right answer for all examples: a token or class. By default each example's own."
     )] = ""  # fmt: skip
     against: Annotated[str, option(
-        "The wrong answer that the right one is compared with. By default each example's own, if it has one."
+        "The wrong answer to compare the right one with. By default each example's own, if it has one."
     )] = ""  # fmt: skip
 
     def _asked(self, model: HookedModel) -> dict[str, Any]:
@@ -440,9 +440,7 @@ class Output:
 
     heading: ClassVar = "Output"
 
-    json: Annotated[
-        bool, option("Print the result as JSON, for programs, instead of tables.", "--json")
-    ] = False
+    json: Annotated[bool, option("Print the result as JSON instead of tables.", "--json")] = False
 
     def progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A progress bar, unless JSON is printed."""
@@ -471,7 +469,7 @@ class FigureOutput(Output):
     """How a command shows its result, with a figure if one is wanted."""
 
     figure: Annotated[Path | None, option(
-        "Also draw the result, into this file: a path that ends in .png or .svg."
+        "Also save a figure of the result to this file, .png or .svg."
     )] = None  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -22,18 +22,19 @@ from circuits.tasks import Task
 app = Typer()
 
 Sites = Annotated[str, option(
-    "The sites, with commas: names, patterns (blocks.*.hook_mlp_out) or ends of names (resid_pre, z, attn_out). By "
-    "default every site that is meant for this."
+    "The sites, separated by commas: names, patterns (blocks.*.hook_mlp_out) or endings of names (resid_pre, z, "
+    "attn_out). By default every site that suits the command."
 )]  # fmt: skip
 At = Annotated[str, option(
-    "The positions that are looked at, with commas: 3,-1, spans of the task by name, or `spans` for all spans. By "
-    "default every position."
+    "The positions to look at, separated by commas: indices (3,-1), names of the task's spans, or `spans` for all "
+    "spans. By default every position."
 )]  # fmt: skip
 Pairs = Annotated[int, option(
-    "From how many other pairs, drawn at random, each place is also patched, as a control.", check=options.within(0)
+    "As a control, also patch each place from this many other pairs, drawn at random.", check=options.within(0)
 )]  # fmt: skip
 Direction = Annotated[Directions, option(
-    "Which run is patched: the clean one (noising), the corrupted one (denoising), or both in turn."
+    "Which run to patch: the clean one, from the corrupted one (noising), the corrupted one, from the clean one "
+    "(denoising), or each in turn (both)."
 )]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def patch(
     output: options.FigureOutput,
     sites: Sites = "",
     by: Annotated[By, option(
-        "What is patched at once: a whole site, one position of it, one head, one head at one position, or one unit."
+        "What to patch at a time: a whole site, one position of it, one head, one head at one position, or one unit."
     )] = "position",
     at: At = "",
     direction: Direction = "both",
@@ -52,7 +53,7 @@ def patch(
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Patch sites, heads or positions from the other run of each pair: which of them carry a task?"""
+    """Find which sites, heads or positions carry a task, by activation patching."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
     with output.progress("patch") as progress:
@@ -73,17 +74,19 @@ def paths(
         "Direct paths, written SENDER,RECEIVER, e.g. 0.3,1.0.k or mlp:0,logits. By default every path."
     )] = None,
     heads: Annotated[str, option(
-        "Instead show the total, direct and indirect effect of these heads, LAYER.HEAD with commas, or `all`."
+        "Instead of paths, show the total, direct and indirect effects of these heads: LAYER.HEAD, separated by "
+        "commas, or `all`."
     )] = "",
     through_mlps: Annotated[bool, option(
-        "Let MLPs between the two ends of a path recompute. By default they are held, too.", "--through-mlps"
+        "Recompute the MLPs between the two ends of a path. By default they are frozen, as the attention heads "
+        "always are.", "--through-mlps"
     )] = False,
     direction: Direction = "noising",
     random: Pairs = 1,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Patch direct paths of a transformer from the other run of each pair: what reads what for a task?"""
+    """Find which direct paths of a transformer carry a task, by path patching."""
     if heads and (path or through_mlps):
         raise ValueError("--heads does not go with paths or --through-mlps")
     pairs = [_path(text) for text in path] if path else None
@@ -128,19 +131,20 @@ def _heads(
 def keep(
     model: options.Model,
     units: Annotated[str, argument(
-        "What is kept: SITE:1,2,5-9, whole sites (hook_embed) or ends of names (mlp_out), with blanks between."
+        "What to keep: SITE:1,2,5-9, whole sites (hook_embed) or endings of names (mlp_out), separated by spaces and "
+        "in quotes."
     )],
     task: options.AnsweredTask,
     output: options.FigureOutput,
     sites: Sites = "",
     how: Annotated[Outside, option(
-        "What everything else is replaced by: its activation on the example's counterpart, its mean over the examples "
-        "(at each position by itself, with position_mean), or zero."
+        "What to replace everything else with: its activation on the example's counterpart, its mean over the "
+        "examples (position_mean: separately at each position), or zero."
     )] = "counterpart",
     random: options.Random = N_RANDOM,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Keep only some units, replace everything else, and show how much of a task is left."""
+    """Keep only some units, ablate all others, and show how well a task is still done."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
     with output.progress("keep") as progress:
@@ -157,16 +161,16 @@ def lens(
     task: options.AnsweredTask,
     output: options.FigureOutput,
     tokens: Annotated[bool, option(
-        "Instead show the most probable next token at each depth and position of --text.", "--tokens"
+        "Instead, show the most probable next token at each depth and position of --text.", "--tokens"
     )] = False,
     held: Annotated[bool, option(
-        "Hold the final normalisation at the scale of the last layer, so that layers add what they write. By default "
-        "it is computed for each depth.", "--held",
+        "Freeze the scale of the final normalisation at its value after the last layer, so that the layers' "
+        "contributions add up. By default it is recomputed at each depth.", "--held",
     )] = False,
-    middle: Annotated[bool, option("Also stop between the attention and the MLP of each layer.", "--middle")] = False,
+    middle: Annotated[bool, option("Also stop between attention and MLP in each layer.", "--middle")] = False,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Show what a transformer would answer if it stopped at each depth (logit lens)."""
+    """Show what a transformer would predict if it stopped at each depth (logit lens)."""
     loaded = model.load()
     norm: Norm = "held" if held else "own"
     if tokens:
@@ -197,17 +201,16 @@ def probe(
     sites: Sites = "",
     at: At = "",
     labels: Annotated[Labels, option(
-        "The label that is read off: whether a text is an example or its counterpart (pair), its answer, or its "
-        "template."
+        "The label to predict: whether a text is an example or its counterpart (pair), its answer, or its template."
     )] = "pair",
     steer: Annotated[float, option(
-        "Also steer the corrupted run with this multiple of the direction; 0: do not."
+        "Also steer the corrupted run with this multiple of the direction; 0 turns this off."
     )] = 0.0,
     random: options.Random = N_RANDOM,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Show where a label can be read off linearly, on held-out examples."""
+    """Show where a label can be read off by linear probes, tested on held-out examples."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
     read = (

@@ -38,19 +38,20 @@ class Wanted:
     heading: ClassVar = "Which pictures"
 
     objective: Annotated[objectives.Kind | None, option(
-        "What is made large: a unit everywhere (channel) or in the middle of its map (neuron), a direction by its "
-        "cosine, all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
+        "What to maximise: a unit over its whole map (channel) or at its centre (neuron), the cosine with a "
+        "direction, all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
     )] = None  # fmt: skip
     seeds: Annotated[
         int, option("Make a picture from each of this many seeds.", check=options.within(1, 64))
     ] = 1
     negative: Annotated[bool, option(
-        "Make what the unit is least active on instead.", "--negative"
+        "Minimise the unit's activation instead.", "--negative"
     )] = False  # fmt: skip
-    diverse: Annotated[int, option("Make this many pictures that are unlike each other.")] = 1
-    badge: Annotated[bool, option("Also measure how far the picture can be trusted.", "--badge")] = False  # fmt: skip
+    diverse: Annotated[int, option("Make this many pictures that differ from each other.")] = 1
+    badge: Annotated[bool, option("Also measure how reliable the picture is.", "--badge")] = False  # fmt: skip
     sheet: Annotated[bool, option(
-        "Make a picture of every unit of a site, as tiles and one atlas. Run it again to resume.", "--sheet"
+        "Make a picture of every unit of a site, as separate tiles and as one image of all (atlas). Run it again to "
+        "resume.", "--sheet"
     )] = False  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -73,18 +74,18 @@ class Rendering:
     """How pictures are made."""
 
     param: Annotated[Literal["fourier", "pixel", "laplacian", "cppn", "maco"], option(
-        "How images are parameterized: by their Fourier coefficients, pixels, a Laplacian pyramid, a network of "
-        "coordinates (cppn), or the phases of a fixed spectrum (maco)."
+        "How images are parameterized: by Fourier coefficients, pixels, a Laplacian pyramid, a network that maps "
+        "coordinates to colours (cppn), or phases with the magnitudes of the spectrum fixed (maco)."
     )] = "fourier"  # fmt: skip
     images: Annotated[str | None, option(
-        "The dataset whose colours (for maco, spectrum) are used and with which a badge compares. By default photos "
-        "for maco and badges, and ImageNet's colours."
+        "The dataset whose colour statistics (with maco, spectrum) are used, and with which --badge compares. By "
+        "default ImageNet's colour statistics, and photos for maco and --badge."
     )] = None  # fmt: skip
     steps: Annotated[int, option("The number of optimisation steps.")] = 256
     size: Annotated[int | None, option(
-        "The side of the pictures in pixels. By default that of the model's images."
+        "The side length of the pictures in pixels. By default that of the model's input."
     )] = None  # fmt: skip
-    alpha: Annotated[bool, option("Also optimise how transparent each pixel is.", "--alpha")] = False  # fmt: skip
+    alpha: Annotated[bool, option("Also optimise the transparency of each pixel.", "--alpha")] = False  # fmt: skip
     seed: options.Seed = 0
 
     @property
@@ -117,7 +118,7 @@ def visualize(
         "The file to write, .png or .webp; with --sheet a folder. By default in the workspace."
     )] = None,
 ) -> None:  # fmt: skip
-    """Make the image that excites a unit most or, for a language model, the embeddings that do."""
+    """Make a feature visualization: an image (or embeddings) that excites a unit most."""
     place = model.place
     if out is not None and not wanted.sheet:
         check_suffix(out)

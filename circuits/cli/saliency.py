@@ -209,7 +209,7 @@ def sanity(
     batch: options.Batch = 32,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Test whether attribution methods depend on what this model has learned: a card for each."""
+    """Test whether saliency methods depend on what the model learned: a card for each."""
     options.check_out(out, ".json")
     given = name_values(method_options)
     wanted = _methods(method or SANITY, given, METHODS)

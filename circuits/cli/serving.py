@@ -85,7 +85,7 @@ def demo(
         "Start the app when the workspace is built, or do not.", "--serve/--no-serve"
     )] = True,
 ) -> None:  # fmt: skip
-    """Build the workspace of the built-in models, without a network, and open the app on it."""
+    """Build a demo workspace from the built-in models (works offline) and open the app on it."""
     check_port(port)
     place = Workspace.default(workspace).writable()
     with output.progress("demo") as progress:

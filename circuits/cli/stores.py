@@ -19,7 +19,9 @@ from circuits.tables import Table
 from circuits.units import unknown
 from circuits.workspace import Workspace
 
-app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, inspect, verify, export and delete activation stores.", no_args_is_help=True
+)
 
 _FORMATS: dict[str, Format] = {".npz": "npz", ".safetensors": "safetensors", ".parquet": "parquet"}
 

@@ -54,7 +54,7 @@ def attention(
         "The text in which the heads attend: words, or numbers of tokens if the model has no words."
     )] = "",
 ) -> None:  # fmt: skip
-    """Show where heads attend in a text, raw and weighted by the length of the values."""
+    """Show attention patterns of heads on a text, raw and weighted by value norms."""
     if not text:
         raise ValueError("--text is empty: expected the text in which heads attend")
     found = localization.attention_patterns(model.load(), text, heads.replace(",", " ").split())
@@ -77,7 +77,7 @@ def generate(
     force: options.Force = False,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Continue texts with the model as it is and, with --edit, as it is edited."""
+    """Continue texts with the unedited model and, with --edit, with the edited model too."""
     if not text:
         raise ValueError("--text is missing: expected at least one text to continue")
     loaded = model.load()

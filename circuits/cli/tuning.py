@@ -43,7 +43,7 @@ app = Typer()
 class Drawing:
     """What is drawn."""
 
-    shape: Annotated[Shape, option("The shape that is turned, for a plain tuning curve.")] = "curve"
+    shape: Annotated[Shape, option("The shape to rotate, for a plain tuning curve.")] = "curve"
     step: Annotated[float | None, option(
         "Degrees from one angle to the next. By default 1; 5 with --find, and 10 with --heat-map."
     )] = None  # fmt: skip
@@ -51,7 +51,7 @@ class Drawing:
         "A radius to draw, in pixels; may be repeated. By default several, of which each unit's best is taken."
     )] = None  # fmt: skip
     size: Annotated[int | None, option(
-        "The side of the images in pixels. By default a little more than a unit sees."
+        "The side length of the images in pixels. By default a little more than a unit's receptive field."
     )] = None  # fmt: skip
 
     def degrees(self, usual: float) -> float:
@@ -75,7 +75,7 @@ def tune(
     data: options.HarvestedData = "",
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Show how units respond as a drawn shape is turned, bent or painted differently."""
+    """Show tuning curves: how units respond as a drawn shape is rotated, bent or restyled."""
     radius = drawing.radius
     if find + heat + aspects > 1:
         raise ValueError("--find, --heat-map and --aspects: expected one of them")
@@ -193,7 +193,7 @@ def examples(
     )] = "gradient_x_input",
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Show examples from a unit's whole range of activation, and how often each part of it occurs."""
+    """Show dataset examples across a unit's activation range, and how common each part is."""
     if overlay and output.figure is None:
         raise ValueError("--overlay marks pixels in the figure: give --figure too")
     loaded = model.load()

@@ -101,7 +101,7 @@ def expand(
     out: Annotated[Path | None, option("Save the weights of all units of SOURCE to this .safetensors file.")] = None,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Show a site's weights on a unit through everything between them, next to shuffled weights."""
+    """Show expanded weights (site to unit, through all layers between) and shuffled ones."""
     options.check_out(out, ".safetensors")
     _position(expanding.at)
     loaded = model.load()
