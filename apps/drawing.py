@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -79,6 +79,14 @@ def _read(text: str) -> Drawing:
 def begin(model_hash: str, drawn: Drawing) -> None:
     """Begin with another circuit."""
     st.session_state[slot(model_hash)] = drawn
+
+
+def replace_by(model_hash: str, before: Drawing, new: Drawing) -> None:
+    """Begin with another circuit; what was drawn before comes back by undo."""
+    if before.past:
+        new = replace(new, past=(before.graph,))
+        st.toast("Undo brings back the circuit that you had drawn.")
+    begin(model_hash, new)
 
 
 def change(model_hash: str, graph: CircuitGraph) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import streamlit as st
 
@@ -48,7 +47,7 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
         drawing.begin(record.hash, _asked_for(record, model, store, asked, origin))
     now = drawing.drawing(record.hash)
     if now is not None and origin not in ("", now.origin):
-        _replace(record, now, _asked_for(record, model, store, asked, origin))
+        drawing.replace_by(record.hash, now, _asked_for(record, model, store, asked, origin))
 
 
 def _asked_for(
@@ -69,14 +68,6 @@ def _asked_for(
         return Drawing(graph, origin=origin, version=version or latest)
     unit = model.unit(asked["unit"]) if asked["unit"] else _first(store, model)
     return Drawing(store.neighbourhood(unit, 1, TOP), origin=origin)
-
-
-def _replace(record: ModelRecord, before: Drawing, new: Drawing) -> None:
-    """Begin with another circuit; what was drawn before comes back by undo."""
-    if before.past:
-        new = replace(new, past=(before.graph,))
-        st.toast("Undo brings back the circuit that you had drawn.")
-    drawing.begin(record.hash, new)
 
 
 def _first(store: GraphStore, model: HookedModel) -> Unit:
