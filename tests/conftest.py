@@ -99,7 +99,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if seconds.get(_name(item), 0) <= QUICK]
     modules: Counter[str] = Counter()
-    for name in {_name(item) for item in items}:
+    for name in dict.fromkeys(
+        _name(item) for item in items
+    ):  # in one order, for all workers: sums round
         modules[_module(name)] += seconds.get(name, 0)
     items.sort(key=lambda item: -modules[_module(_name(item))])
 

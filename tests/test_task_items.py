@@ -500,7 +500,7 @@ def test_what_a_vocabulary_of_512_tokens_can_take(assets: Path) -> None:
         )
     assert greater_than(4, 0, spec, digits="one").items[0].template == "next digit"
     with pytest.raises(
-        ValueError, match=r"indirect-object: the tokenizer takes 2 names, .*84 names that are not"
+        ValueError, match=r"indirect-object: the tokenizer leaves 2 names, .*84 names that are not"
     ):
         indirect_object(10, 0, spec)
 

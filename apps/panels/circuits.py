@@ -30,7 +30,7 @@ def tools_panel(record: ModelRecord, model: HookedModel, store: GraphStore, now:
         st.container(horizontal=True, vertical_alignment="bottom"),
     ):
         words = st.text_input(
-            "Add units", placeholder="SITE:INDEX, more with blanks between", max_chars=400
+            "Add units", placeholder="SITE:INDEX; separate several with spaces", max_chars=400
         )
         if st.form_submit_button("Add"):
             try:

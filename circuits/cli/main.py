@@ -28,10 +28,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         say(f"circuits {__version__}")
         raise Exit
+    return wanted
 
 
 @app.callback()

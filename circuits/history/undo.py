@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U", bound="UndoStack[Any]")
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ class UndoStack(Generic[T]):
         """Whether there was no change at all, not even one that was undone."""
         return not self.past and not self.future
 
-    def changed(self, now: T) -> Self:
+    def changed(self: U, now: Any) -> U:
         """With another state; what was undone is forgotten."""
         return replace(self, now=now, past=(*self.past, self.now)[-self.most :], future=())
 
-    def undone(self) -> Self:
+    def undone(self: U) -> U:
         """As before the last change; itself if there was none."""
         if not self.past:
             return self
         *past, now = self.past
         return replace(self, now=now, past=tuple(past), future=(*self.future, self.now))
 
-    def redone(self) -> Self:
+    def redone(self: U) -> U:
         """With the change that was undone last; itself if there is none."""
         if not self.future:
             return self
