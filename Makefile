@@ -59,7 +59,7 @@ lint: $(STAMP)
 check: $(STAMP)
 	$(MAKE) --no-print-directory -j 2 lint quick
 
-# Without the command line's tests: what they give it in the place of models and results has not their types.
+# Without the command line's tests: they pass stand-ins for models and results, which the shape checks refuse.
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(SPREAD) $(SHAPES) --quick -m "not browser and not models and not nightly" --ignore-glob="tests/test_cli*" $(ARGS)
 

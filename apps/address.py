@@ -171,7 +171,7 @@ def python(code: str, key: str = "") -> None:
 
 
 def rerun_part() -> None:
-    """Run the fragment anew, or the page where it is all that runs."""
+    """Run the fragment again, or the whole page if there is no fragment."""
     try:
         st.rerun(scope="fragment")
     except StreamlitAPIException:  # not in a run of the fragment alone
@@ -195,5 +195,5 @@ def guarded(view: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def part(view: Callable[_P, None]) -> Callable[_P, None]:
-    """A part of a page that runs anew by itself when something in it is changed."""
+    """A part of a page that runs again by itself when something in it is changed."""
     return st.fragment(guarded(view))

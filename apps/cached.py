@@ -303,7 +303,7 @@ def graph_of(record: ModelRecord, model: HookedModel) -> GraphStore:
         KeyError,
     ):  # damaged, or of another version: it is made from the weights
         workspace().writable()
-        with st.spinner("Gathering the model's weights anew…"):
+        with st.spinner("Gathering the model's weights again…"):
             build_graph(model, folder).close()
         return _opened(folder, record.hash)
 
@@ -480,7 +480,7 @@ def attributed(
     """Which units of a site are responsible for a target.
 
     Raises:
-        KeyError, ValueError: if the target is unknown or not behind the site.
+        KeyError, ValueError: if the target is unknown or does not come after the site.
     """
     return _attributed(model.intact_hash, one.identity(0), site, target, method, model, one)
 

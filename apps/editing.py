@@ -48,7 +48,7 @@ def _read(text: str) -> Stack:
 
 
 def keep(model_hash: str, stack: Stack) -> None:
-    """Make these the session's edits; the tab keeps them when the page runs anew."""
+    """Make these the session's edits; the tab keeps them when the page is loaded again."""
     st.session_state[_STACK + model_hash] = stack
 
 

@@ -47,7 +47,7 @@ class Concepts:
         data: name of the source; its examples have labels, which give latents their names.
         settings: of the autoencoder.
         schedule: of the training.
-        examples: at most so many held-out ones show what the model does with it.
+        examples: how many held-out ones are used, at most, to measure what the model does with it.
     """
 
     name: str

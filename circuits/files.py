@@ -17,7 +17,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; flushed and renamed into place at the end.
+    """A temporary file in the folder of `path` to write to; flushed and renamed into place at the end.
 
     If the block raises, `path` is as it was and the temporary file is gone. Writers of one path do
     not meet: the last to finish wins. What a writer left that was killed is removed by the next.

@@ -63,7 +63,7 @@ class Job:
     """A job, as its folder had it when it was looked at.
 
     Attributes:
-        id: its name; later ones sort behind earlier ones.
+        id: its name; later ones sort after earlier ones.
         folder: where all about it is kept.
         argv: the verb and its arguments.
         title: what it is called.

@@ -283,7 +283,8 @@ def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
     assert test.dataframe[2].value["active in %"].is_monotonic_decreasing
     # trained again: what was measured of the old one is not shown
     assert (
-        run(f"sae train shapes mixed3a --name a --data shapes {more} --seed 1 --anew".split()) == 0
+        run(f"sae train shapes mixed3a --name a --data shapes {more} --seed 1 --overwrite".split())
+        == 0
     )
     assert "Not measured yet" in text(shown.run())
     (tmp_path / "saes" / "a" / "sae.safetensors").write_bytes(b"x")

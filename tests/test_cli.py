@@ -43,11 +43,13 @@ def test_models_and_sites_as_json(capsys, own: str) -> None:
 def test_what_harvest_asks_for(workspace: Path) -> None:
     asked = given(
         "harvesting.run", "harvest", "cleanroom", "--data", "curves", "--sites", "line,complex", "--full", "line",
-        "--batch", "4", "--memory", "2", "--layout", "rows", "--positions", "9", "--skip-bad", "--anew", "--seed", "3",
+        "--batch", "4", "--memory", "2", "--layout", "rows", "--positions", "9", "--skip-bad", "--overwrite",
+        "--seed", "3",
     )  # fmt: skip
     expected = {
         "sites": ["line", "complex"], "full": ["line"], "covariance": [], "batch": 4, "memory": 2 * 2**30,
-        "layout": "rows", "compress": False, "precision": "float32", "positions": 9, "skip_bad": True, "anew": True,
+        "layout": "rows", "compress": False, "precision": "float32", "positions": 9, "skip_bad": True,
+        "overwrite": True,
         "seed": 3, "workers": None,
     }  # fmt: skip
     assert {k: asked[k] for k in expected} == expected

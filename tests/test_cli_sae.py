@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(
 
 def test_what_training_asks_for() -> None:
     command = ["sae", *TRAIN, "--latents", "64", "--latents", "128", "--k", "4", "--seeds", "0,1", "--steps",
-               "5", "--batch", "128", "--norms", "0", "--every", "9", "--anew", "--seed", "3",
+               "5", "--batch", "128", "--norms", "0", "--every", "9", "--overwrite", "--seed", "3",
                "--bias", "median"]  # fmt: skip
     asked = given("autoencoders.library.train", *command)
     variants = asked["settings"].values()
@@ -274,7 +274,7 @@ def test_what_training_asks_for() -> None:
     schedule, rule = asked["schedule"], asked["rule"]
     assert (schedule.steps, schedule.batch, schedule.seed) == (5, 128, 3)
     assert (rule.positions, rule.norms, rule.hold_out) == (0, 0.0, 0.1)
-    assert (asked["every"], asked["anew"]) == (9.0, True)
+    assert (asked["every"], asked["overwrite"]) == (9.0, True)
     one = given("autoencoders.library.train", "sae", *TRAIN)["settings"]
     assert (one.n_latents, one.k, one.architecture) == (8 * 160, 32, "topk")
     texts = ["sae", "train", "induction", SITE, "--name", "n", "--data", "repeats"]

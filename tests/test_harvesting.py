@@ -589,7 +589,7 @@ def test_a_shard_renamed_but_not_noted_is_not_made_again(
 def test_anew_throws_away_what_was_there(model, tmp_path: Path) -> None:
     store = harvest(model, part(6), ["line"], Workspace(tmp_path))
     (store.folder / "provenance.json").write_text("{")
-    again = harvest(model, part(6), ["line"], Workspace(tmp_path), anew=True)
+    again = harvest(model, part(6), ["line"], Workspace(tmp_path), overwrite=True)
     assert {health.state for health in again.verify()} == {"intact"}
 
 

@@ -275,7 +275,7 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     with pytest.raises(ValueError, match="holds a training that differs in schedule"):
         train(**small(known, steps=61), folder=tmp_path / "r")
     assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
-    new = train(**small(known, steps=61), folder=tmp_path / "r", anew=True)
+    new = train(**small(known, steps=61), folder=tmp_path / "r", overwrite=True)
     assert not same(made["a"], new["a"])
 
     def stop(progress: TrainingProgress) -> None:
@@ -283,7 +283,7 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(**small(known, steps=62), folder=tmp_path / "r", anew=True, report=stop)
+        train(**small(known, steps=62), folder=tmp_path / "r", overwrite=True, report=stop)
     seen: list[int] = []
     train(**small(known, steps=62), folder=tmp_path / "r", report=lambda p: seen.append(p.step))
     assert seen[0] == 6, "an interrupted fresh start is resumed"

@@ -33,7 +33,9 @@ def weights_panel(look: Look) -> None:
         for column, connection in zip(st.columns(TOP), connections, strict=False):
             with column:
                 _connection(look, connection, end)
-    st.caption("Strength is the norm of the kernel; “typical” the median norm of those beside it.")
+    st.caption(
+        "Strength is the norm of the kernel; “typical” is the median norm over all units at the other end."
+    )
     with st.container(horizontal=True):
         link("circuit", "These as a circuit", model=cached.label_of(look.record), unit=look.unit)
         python(f"""

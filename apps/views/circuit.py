@@ -106,7 +106,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     )
     st.caption(
         f"{len(shown)} nodes, {shown.number_of_edges()} edges of weights {record.hash[:16]}: red excites, blue "
-        "inhibits; as wide as strong beside the strongest of their kind."
+        "inhibits; an edge is as wide as it is strong, relative to the strongest of its kind."
     )
     selection_panel(record, model, store, shown, st.session_state.get(key, ""))
     keep_panel(record, now, shown)

@@ -22,7 +22,7 @@ LISTED = 200  # latents in the list, at most
 
 
 def page() -> None:
-    """An autoencoder's numbers beside their nulls, and its latents."""
+    """An autoencoder's numbers with their nulls, and its latents."""
     st.title("Concepts")
     found = cached.autoencoders()
     if not found:

@@ -1,4 +1,4 @@
-"""Edits: made, undone, and what they do beside random ones."""
+"""The page of edits: make them, undo them, and compare their effects with those of random edits."""
 
 from __future__ import annotations
 

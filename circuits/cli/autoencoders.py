@@ -148,8 +148,8 @@ class Training:
         "Run the model to get activations. By default those of a harvest are used, if there is one.", "--live"
     )] = False  # fmt: skip
     every: Annotated[float, option("Seconds between checkpoints.")] = 60.0
-    anew: Annotated[bool, option(
-        "Start over, and overwrite what is there.", "--anew"
+    overwrite: Annotated[bool, option(
+        "Start over, and overwrite what is there.", "--overwrite"
     )] = False  # fmt: skip
     seed: options.Seed = 0
 
@@ -197,7 +197,7 @@ def train(
     with _training_bar(f"train {name}", output.json) as report:
         made = library.train(
             rows, settings, schedule, place.autoencoder_path(name), rule=rule, every=training.every,
-            anew=training.anew, report=report,
+            overwrite=training.overwrite, report=report,
         )  # fmt: skip
     model.register(loaded.hash)
     paths = {f"{name}/{variant}" if variant else name: code for variant, code in made.items()}

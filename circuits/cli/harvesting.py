@@ -80,7 +80,7 @@ def harvest(
     how: Pass,
     output: options.Output,
     resume: Annotated[bool, option(
-        "Continue where an earlier run stopped, or start over.", "--resume/--anew"
+        "Continue where an earlier run stopped, or start over and overwrite it.", "--resume/--overwrite"
     )] = True,
 ) -> None:  # fmt: skip
     """Record unit activations on every example of a dataset. Run it again to resume.
@@ -102,7 +102,7 @@ def harvest(
     with quiet.progress(f"harvest {model.spec} on {data}") as progress:
         store = run(
             loaded, source, summary, place, record, progress=progress, full=full, covariance=covariance,
-            anew=not resume, **settings,
+            overwrite=not resume, **settings,
         )  # fmt: skip
     if lead:
         show_store(store, output)

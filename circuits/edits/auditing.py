@@ -1,4 +1,4 @@
-"""Whether anybody changed the ledger behind its back."""
+"""Checks whether the ledger was changed by anything but itself."""
 
 from __future__ import annotations
 

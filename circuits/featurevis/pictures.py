@@ -38,7 +38,7 @@ class Picture:
         seed: of the start and the transforms.
         settings: everything else it was made with.
         alpha: how opaque each pixel is, if that was made.
-        at: the image after so many steps, where that was asked for.
+        at: the image after each number of steps that was asked for.
     """
 
     objective: str

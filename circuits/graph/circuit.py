@@ -105,7 +105,7 @@ class CircuitGraph(nx.MultiDiGraph):
 
     An edge's key says its kind, and the layer where there is one: `weight:conv2`. Its attributes are
     `kind`, `norm` (strength), `sum` (signed), and where known `kernel` (nested lists), `layer`,
-    `through`, `typical` (the median norm of the kernels beside it). `graph` holds `model`,
+    `through`, `typical` (the median norm of the kernels to or from all units at the other end). `graph` holds `model`,
     `model_hash`, and how the circuit came about. Everything that networkx has works on it.
     """
 

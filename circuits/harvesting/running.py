@@ -65,7 +65,7 @@ def harvest(
     memory: int = MEMORY,
     workers: int | None = None,
     skip_bad: bool = False,
-    anew: bool = False,
+    overwrite: bool = False,
     seed: int = 0,
 ) -> ActivationStore:
     """Record the activations of some sites on every example; resume an interrupted harvest.
@@ -88,12 +88,12 @@ def harvest(
         compress: compress whole tensors (lzf) if that pays for a first block.
         precision: the precision of the forward pass.
         positions: how many positions of an example histograms count (a random sample; all other statistics use every
-            position); by default so many that each histogram counts `LOOKED_AT` activations; 0 is all.
+            position). By default enough for each histogram to count `LOOKED_AT` activations; 0 means all of them.
         memory: bytes for the activations of all processes in a forward pass (the shards that they gather come on
             top: at most two for each process, of `FULL_BYTES` each, in float32).
         workers: the number of processes, if `memory` is enough for that many; 1 uses only this process.
         skip_bad: leave out and list examples that cannot be read, instead of stopping at them.
-        anew: delete what an earlier harvest left.
+        overwrite: delete what an earlier harvest of the same kind has written, and start over.
         seed: the seed of the choice of positions.
 
     Returns:
@@ -127,7 +127,7 @@ def harvest(
     provenance = _provenance(inputs, name, chosen, depth, batch or min(LARGEST_BATCH, fitting))
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
-    if not anew and (folder / "provenance.json").exists():
+    if not overwrite and (folder / "provenance.json").exists():
         # Another batch size would round differently: the files would not be those of an uninterrupted harvest.
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
     count = min(_workers(model, workers), max(1, fitting // provenance.batch))
@@ -139,7 +139,7 @@ def harvest(
         with ranks.lead() as lead:
             if lead:
                 workspace.register(record or plain, replace=record is not None)
-        _harvest(work, ranks, count, progress, anew)
+        _harvest(work, ranks, count, progress, overwrite)
     return ActivationStore.open(folder, provenance.model_hash, source.hash)
 
 
@@ -195,7 +195,7 @@ def _workers(model: HookedModel, workers: int | None) -> int:
 
 
 def _harvest(
-    work: ShardWork, ranks: Ranks, workers: int, progress: Progress | None, anew: bool
+    work: ShardWork, ranks: Ranks, workers: int, progress: Progress | None, overwrite: bool
 ) -> None:
     """Make what is missing of a store, while rank 0 holds the lock of its folder."""
     provenance, folder = work.provenance, work.folder
@@ -206,7 +206,7 @@ def _harvest(
     with ExitStack() as stack:
         with ranks.lead() as lead:
             if lead:
-                stack.enter_context(locked(folder, provenance, anew))
+                stack.enter_context(locked(folder, provenance, overwrite))
                 missing, finished = _prepared(work, writer, workers)
         missing, finished = ranks.shared((missing, finished))
         done = total - sum(len(writer.shards[i]) for i in missing)

@@ -140,7 +140,7 @@ def train(
     rule: RowFilter | None = None,
     name: str = "",
     every: float = 60.0,
-    anew: bool = False,
+    overwrite: bool = False,
     device: str | torch.device | None = None,
     report: Report | None = None,
 ) -> dict[str, Autoencoder]:
@@ -158,7 +158,7 @@ def train(
         rule: which rows are left out; if None, the first position of texts and norms above 10 medians.
         name: the name of the run, from which sites of latents get their names; by default the folder's.
         every: seconds between checkpoints.
-        anew: start over, and overwrite the autoencoders in the folder.
+        overwrite: start over, and overwrite the autoencoders in the folder.
         device: the device; by default a GPU if there is one.
         report: called after each step.
 
@@ -191,12 +191,12 @@ def train(
             return _results(run, name, plan)
         _make_folder(place, several, ranks)
         with _exclusive(place, ranks), ranks.together():
-            done = _finished(place, several, plan, anew)
+            done = _finished(place, several, plan, overwrite)
             if done is not None:
                 return done
             # Started before old files are removed: rows that cannot be trained on must not cost earlier results.
             run = _start(source, several, schedule, rule, ranks, device)
-            if not anew:
+            if not overwrite:
                 _resume(run, place / CHECKPOINT, plan)
             elif ranks.rank == 0:
                 for file in place.glob("*.safetensors"):
@@ -425,14 +425,14 @@ def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _finished(
-    place: Path, several: Mapping[str, Hyperparameters], plan: Mapping[str, Any], anew: bool
+    place: Path, several: Mapping[str, Hyperparameters], plan: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Autoencoder] | None:
     """The results of an earlier training with the same plan; None if it is not finished.
 
     Raises:
         ValueError: if the folder holds the results of another training.
     """
-    if anew:
+    if overwrite:
         return None
     found = {}
     for variant in several:
@@ -459,7 +459,7 @@ def _differs(place: Path, theirs: Any, ours: Mapping[str, Any]) -> str:
         what = f"differs in {', '.join(differing)}"
     return (
         f"folder {str(place)!r} holds a training that {what}: expected the same arguments to resume it, another "
-        "name, or --anew to overwrite it"
+        "name, or --overwrite to overwrite it"
     )
 
 
@@ -491,7 +491,9 @@ def _resume(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
         tensors, metadata = read_tensors(path)
         about = json.loads(metadata["circuits.training"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged: start over with --anew") from error
+        raise ValueError(
+            f"checkpoint {str(path)!r} is damaged: start over with --overwrite"
+        ) from error
     if about["plan"] != plan:
         raise ValueError(_differs(path.parent, about["plan"], plan))
     for i, (name, learner) in enumerate(run.learners.items()):

@@ -1,4 +1,4 @@
-"""Saliency maps: every method of input attribution behind one function."""
+"""Saliency maps: one function for every method of input attribution."""
 
 from __future__ import annotations
 

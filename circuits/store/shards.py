@@ -151,13 +151,13 @@ def shard_name(index: int) -> str:
 
 
 @contextmanager
-def locked(folder: Path, provenance: Provenance, anew: bool = False) -> Iterator[None]:
+def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Iterator[None]:
     """Hold the lock of a store's folder inside the block, after a check that what is there was made in the same way.
 
     Args:
         folder: the store's folder.
         provenance: the store's provenance.
-        anew: whether to delete what is there.
+        overwrite: whether to delete what is there.
 
     Raises:
         BlockingIOError: if another process is writing it.
@@ -166,7 +166,7 @@ def locked(folder: Path, provenance: Provenance, anew: bool = False) -> Iterator
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         take(lock, folder)
-        if anew:
+        if overwrite:
             clear(folder)
         if (folder / "provenance.json").exists():
             changed = provenance.difference(Provenance.read(folder))

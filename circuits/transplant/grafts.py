@@ -38,7 +38,7 @@ SHIFTS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 """What all gains are multiplied by."""
 _NEAR, _ORDERS = 45.0, 5000
-_CHOOSING = 160  # at most so many calibration images choose a strength or a constant
+_CHOOSING = 160  # calibration images, at most, that choose a strength or a constant
 
 
 @dataclass(frozen=True)
