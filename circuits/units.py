@@ -477,7 +477,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> KeyError:
     """
     names = list(known)
     close = nearest(name, names)
-    if close:
+    if not names:
+        hint = "there is none"
+    elif close:
         hint = f"did you mean {', '.join(close)}?"
     else:
         hint = f"expected one of {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"

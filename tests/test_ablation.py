@@ -136,7 +136,7 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
         ablate(branches, ["cat:1"], x, labels=[0, 1])
     with pytest.raises(ValueError, match=r"^label 3: expected a class from 0 to 2"):
         ablate(branches, ["cat:1"], x, labels=[0, 1, 3])
-    with pytest.raises(ValueError, match=r"^pool: 1 units are too few to draw from"):
+    with pytest.raises(ValueError, match=r"^pool: 1 units are too few: expected more active units"):
         ablate(branches, ["cat:1", "cat:2"], x, pool=["cat:3"])
     with pytest.raises(ValueError, match=r"^examples are empty"):
         ablate(branches, ["cat:1"], [])

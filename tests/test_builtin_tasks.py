@@ -60,7 +60,7 @@ def test_what_a_person_types(bridge: HookedModel) -> None:
         ({"texts": ["1 2"], "positions": "end"}, "positions 'end': expected last, all, or whole numbers"),
         ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' cannot be tokenized"),
         ({}, "model tiny-bridge has no default task"),
-        ({"answer": "3"}, "data '': answers and positions need texts"),
+        ({"answer": "3"}, "an answer needs a text"),
         ({"spec": "classes"}, "task 'classes' does not fit model tiny-bridge, which takes tokens"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

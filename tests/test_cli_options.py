@@ -149,3 +149,34 @@ def test_a_task_is_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None
         "1",
         None,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "weights shapes line:1 --top nan",
+            "Invalid value for '--top': 'nan' is not a whole number",
+        ),
+        ("generate induction --temperature warm", "'--temperature': 'warm' is not a number"),
+        ("ablate shapes line:1 --how nothing", "'--how': 'nothing' is not one of 'zero', 'mean'"),
+        ("ablate shapes line:1 --random -3", "'--random': -3 must be 0 or more"),
+        ("probe induction --steer nan", "'--steer': nan must be -1000000 to 1000000"),
+        ("generate induction --tokens -1", "'--tokens': -1 must be 1 or more"),
+        ("nosuch", "No such command 'nosuch' (`circuits --help` lists the commands)"),
+        ("store nosuch", "No such command 'nosuch' (`circuits store --help` lists the commands)"),
+        (
+            "sites shapes --nope",
+            "No such option: --nope (`circuits sites --help` lists the options)",
+        ),
+        ("edit apply shapes missing.json", "recipe 'missing.json' does not exist or is not a file"),
+        ("store rm nosuch --yes", "unknown store 'nosuch': there is none"),
+    ],
+)
+def test_what_is_typed_wrongly_is_named_with_its_value(
+    words: str, said: str, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CIRCUITS_WORKSPACE", str(tmp_path))
+    assert run(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line

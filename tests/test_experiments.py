@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.edits.activations import scale, zero
 from circuits.edits.estimation import steer
@@ -21,7 +21,7 @@ from circuits.experiments.ablation import ablate
 from circuits.means import activities, site_mean
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
-from circuits.tasks import Item, compile_task, of_examples
+from circuits.tasks import Item, Question, Task, as_metric, compile_task, of_examples
 from circuits.units import Direction, Unit
 from tests.conftest import seeded
 from tests.test_padding import Attending
@@ -404,3 +404,33 @@ def test_logits_that_are_not_finite_are_refused_in_padded_batches_too(bridge: Ho
     for texts in (("1 2 3 4", "5 9"), ("1 2 5 4", "8 9")):
         with pytest.raises(ValueError, match="puts out NaN or infinity on an example"):
             run(bridge, [Variant("as it is")], task(*texts))
+
+
+class PerText(nn.Module):
+    """A classifier of texts: the mean of its tokens' vectors, as four logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        weights = mask[..., None] / mask.sum(1)[:, None, None]
+        return self.head((self.embed(tokens) * weights).sum(1))
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_a_text_as_long_as_there_are_classes_is_padded_like_others(length: int) -> None:
+    model = HookedModel(seeded(PerText()), TokenInput(20, 12))
+    texts = [[1, 2], list(range(1, 1 + length))]
+    questions = tuple(Question(positions=(0,), answers=((k,),)) for k in (1, 2))
+    task = Task("t", Examples.texts(model, texts), questions, as_metric("cross_entropy"))
+    effect = ablate(model, ["embed:0"], task, n_random=0).effects["cross_entropy"]
+    expected = []
+    for text, right in zip(texts, (1, 2), strict=True):
+        x, answer = torch.tensor([text]), torch.tensor([right])
+        before = F.cross_entropy(model.logits(x), answer)
+        with edited(model, [zero("embed:0")]):
+            expected.append(float(F.cross_entropy(model.logits(x), answer) - before))
+    assert effect.change == pytest.approx(np.mean(expected), abs=1e-6)

@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except TyperException as error:
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = _usage(error)
         return _fail(message, 2) if message else 2  # no command: the help has been shown
     except Exception as error:
         if os.environ.get(DEBUG):
@@ -99,6 +99,27 @@ def _workspace_of(arguments: Sequence[str]) -> Iterator[None]:
             os.environ.pop(WORKSPACE, None)
         else:
             os.environ[WORKSPACE] = before
+
+
+_EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
+"""What an option takes, by pydantic's name for the error of a word that is not of that kind."""
+
+
+def _usage(error: TyperException) -> str:
+    """What is wrong with the words of a command, naming each word as it was typed, and where help is found."""
+    message = getattr(error, "format_message", lambda: str(error))()
+    # Typer reads options by pydantic, whose words say neither the value nor, to a newcomer, what it should be.
+    reasons = getattr(error.__cause__, "errors", list)()
+    for reason in reasons:
+        if reason["type"] in _EXPECTED:
+            said = f"{reason['input']!r} is not {_EXPECTED[reason['type']]}"
+            message = message.replace(reason["msg"], said)
+    message = message.replace(": Value error, ", ": ")
+    path = getattr(getattr(error, "ctx", None), "command_path", "circuits")
+    if message.startswith("No such"):
+        what = "options" if "option" in message.partition(":")[0] else "commands"
+        message = f"{message.rstrip('.')} (`{path} --help` lists the {what})"
+    return message
 
 
 def _message(error: Exception) -> str:

@@ -98,7 +98,8 @@ Seed = Annotated[int, option(
     "The random seed.", "--seed", check=within(0, 2**32 - 1)
 )]  # fmt: skip
 Random = Annotated[int, option(
-    "How many random variants (other units, random edits) to measure for the null distribution.", "--random"
+    "How many random variants (other units, random edits) to measure for the null distribution.", "--random",
+    check=within(0),
 )]  # fmt: skip
 TOP = 10
 Top = Annotated[int, option(
@@ -109,7 +110,8 @@ Author = Annotated[
     str, option("The author to record. By default the user who runs the command.", "--author")
 ]
 Batch = Annotated[int, option(
-    "How many inputs (examples and variants of them) to run in one pass: fewer take less memory.", "--batch"
+    "How many inputs (examples and variants of them) to run in one pass: fewer take less memory.", "--batch",
+    check=within(1),
 )]  # fmt: skip
 MethodOptions = Annotated[list[str] | None, option(
     "An option of the method, written NAME=VALUE, e.g. samples=20; may be repeated.", "--option"

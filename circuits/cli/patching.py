@@ -145,6 +145,8 @@ def keep(
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Keep only some units, ablate all others, and show how well a task is still done."""
+    if not units.strip():
+        raise ValueError("UNITS is empty: expected what to keep, e.g. blocks.0.attn.hook_z:3")
     loaded = model.load()
     asked = task.compile(loaded, seed)
     with output.progress("keep") as progress:
@@ -204,7 +206,8 @@ def probe(
         "The label to predict: whether a text is an example or its counterpart (pair), its answer, or its template."
     )] = "pair",
     steer: Annotated[float, option(
-        "Also steer the corrupted run with this multiple of the direction; 0 turns this off."
+        "Also add this multiple of the direction to the corrupted run, between -1e6 and 1e6; 0 turns this off.",
+        check=options.within(-1_000_000, 1_000_000),
     )] = 0.0,
     random: options.Random = N_RANDOM,
     top: options.Top = options.TOP,

@@ -72,6 +72,8 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _loaded(model: HookedModel, path: str, force: bool) -> Recipe:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe {path!r} does not exist or is not a file")
     recipe = Recipe.load(path)
     if force and recipe.model_hash not in ("", model.hash):
         warn(

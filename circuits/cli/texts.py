@@ -70,7 +70,9 @@ def generate(
     edit: Annotated[list[str] | None, option(
         "An edit in words, or a recipe file; may be repeated. By default the model is not edited."
     )] = None,
-    tokens: Annotated[int, option("How many tokens to add to each text.")] = N_TOKENS,
+    tokens: Annotated[int, option(
+        "How many tokens to add to each text.", check=options.within(1)
+    )] = N_TOKENS,
     temperature: Annotated[float, option(
         "The temperature at which tokens are drawn; 0 takes the most probable token each time."
     )] = 0.0,

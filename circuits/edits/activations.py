@@ -418,7 +418,7 @@ def check_projection(operator: str, basis: Tensor, dual: Tensor | None) -> None:
     off = (inner - torch.eye(len(inner), dtype=torch.float64)).abs().max().item()
     if off > 1e-3:
         raise ValueError(
-            f"basis of edit {operator!r} gives no projection: dual^T basis differs from the identity by  {off:.2g}"
+            f"basis of edit {operator!r} gives no projection: dual^T basis differs from the identity by {off:.2g}"
         )
 
 

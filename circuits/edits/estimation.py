@@ -230,7 +230,8 @@ def transplant(
 
     Raises:
         KeyError: if a site or layer is unknown.
-        ValueError: if units do not exist or do not match, or kernels differ in size.
+        ValueError: if units do not exist or do not match, kernels differ in size, or a gain cannot be fitted, because a
+            unit of either network is the same on all examples.
     """
     _, own = _checked_units(model, into)
     _, theirs = _checked_units(donor, units)

@@ -172,7 +172,7 @@ def paired_p(
 ) -> float:
     """The two-sided p-value of a paired test that the mean is 0, by random sign flips (Fisher 1935).
 
-    For differences of -1, 0 and 1 this is McNemar's test.
+    For differences of -1, 0 and 1 this is McNemar's test. A difference that is NaN is left out.
     """
     # Differences of 0 are the same with either sign. Without them few enough may be left to try every combination.
     some = np.asarray(differences, float)

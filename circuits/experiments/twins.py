@@ -110,7 +110,7 @@ def null_of(
         return Null(variants, tuple(units for _, units in twins), draw.described(len(twins)))
     if pool is not None:
         raise ValueError(
-            f"pool: {len(pool)} units are too few to draw from: expected more live ones than the {len(owners)} edited"
+            f"pool: {len(pool)} units are too few: expected more active units than the {len(owners)} edited"
         )
     return _random_changes(model, ready, n, seed, draw.why_not())
 

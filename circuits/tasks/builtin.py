@@ -318,9 +318,9 @@ def _task_from_answers(
     if not own:
         source = open_source(data) if data else None
         if not isinstance(source, TextSource):
-            raise ValueError(
-                f"data {data!r}: answers and positions need texts, from --text or from data of texts"
-            )
+            what = f"positions {positions!r}" if positions else "an answer"
+            why = f"data {data!r} is not texts" if data else "there is neither"
+            raise ValueError(f"{what} needs a text (--text) or data of texts, and {why}")
         taken = Examples(model, source, n, how=how, seed=seed)
         own = [source.texts[i] for i in taken.numbers]
     at = _parse_positions(positions)
