@@ -45,10 +45,10 @@ from circuits.models.adapter.padding import (
 from circuits.models.adapter.sites import (
     evaluating,
     find_embedding,
-    find_sites,
     is_bridge,
     logits_last,
     main_output,
+    trace_model,
 )
 from circuits.models.adapter.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
@@ -96,9 +96,14 @@ class HookedModel:
         aliases: other names for sites, alias -> site name.
         classes: names of the outputs, if it is a classifier.
         unit_names: names of units, by site, for models that are built by hand, where a unit's meaning is known.
+        axes: what the axes of sites mean where the operations of the pass do not tell, by name, e.g.
+            `{"mixer": ("batch", "unit", "position")}`: `batch` first, and one of `unit` and `channel`.
 
     Attributes:
         sites: all sites, in order of execution.
+        unplaced: tensors that are no sites since nothing tells which axis holds their units: their shapes for one
+            example, by the name that the site would have.
+        program: the operations of a pass.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class HookedModel:
         aliases: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
         unit_names: Mapping[str, Sequence[str]] | None = None,
+        axes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.module = module
         if isinstance(input, tuple | list):
@@ -122,17 +128,21 @@ class HookedModel:
         self.unit_names = dict(unit_names or {})
         # Reentrant: a thread that edits the model also runs it, inside the edit.
         self.lock = threading.RLock()
+        self._axes = dict(axes or {})
         with NormalisationDetector() as noticed:
-            found = find_sites(module, lambda n: self.fitted(self.input.example(n)))
+            found = trace_model(
+                module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
+            )
         self._normalises = noticed.seen
+        self.program, self.unplaced = found.program, found.unplaced
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
                 site, aliases=(*site.aliases, *(a for a in declared if declared[a] == site.name))
             )
-            for site, _ in found
+            for site, _ in found.sites
         )
-        self._taps: dict[str, Tap] = {site.name: tap for site, tap in found}
+        self._taps: dict[str, Tap] = {site.name: tap for site, tap in found.sites}
         self._interventions = 0
         self._placed = 0  # changes in force that name positions (`circuits.hooks.placed`)
         self._suspended = False  # inside `outside`, hooks of changes stay registered but do nothing
@@ -158,6 +168,11 @@ class HookedModel:
             KeyError: if there is none; the message offers the nearest names.
         """
         key = name.name if isinstance(name, Site) else self._aliases.get(name, name)
+        if key in self.unplaced:
+            raise KeyError(
+                f"site {key!r} of {self.name} has the shape {self.unplaced[key]} and nothing tells which axis holds "
+                f"its units: say so by HookedModel(…, axes={{{key!r}: ('batch', …)}}), with 'unit' for that axis"
+            )
         if key not in self._by_name:
             raise unknown(f"site of {self.name}", key, [*self._by_name, *self._aliases])
         return self._by_name[key]
@@ -632,6 +647,7 @@ class HookedModel:
             aliases,
             self.classes,
             self.unit_names,
+            self._axes,
         )
 
     # --- weights -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ class ImageInput:
     scale: float = 1.0
     bgr: bool = False
     resize: Literal["stretch", "crop", "margin-crop"] = "crop"
+
+    axes: ClassVar[tuple[str, ...]] = ("batch", "unit", "y", "x")
+    """The labels of its axes (`circuits.models.adapter.axes`)."""
 
     def __post_init__(self) -> None:
         if min(self.channels, self.height, self.width) < 1 or self.height * self.width > 2**26:
@@ -157,6 +160,9 @@ class TokenInput:
     bos: int | None = None
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
     filler: int = field(default=0, repr=False, compare=False)
+
+    axes: ClassVar[tuple[str, ...]] = ("batch", "position")
+    """The labels of its axes."""
 
     def __post_init__(self) -> None:
         if self.vocabulary and len(self.vocabulary) != self.n_vocab:

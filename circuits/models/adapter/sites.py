@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
-from circuits.units import Site, SiteKind
+from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
+from circuits.models.adapter.program import Program, Recorder
+from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
 """Sizes of the two batches that are traced: a tensor whose first axis follows them has the batch in front."""
@@ -44,15 +46,39 @@ def is_bridge(module: nn.Module) -> bool:
     return hasattr(module, "hook_dict") and hasattr(module, "cfg")
 
 
-def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tuple[Site, Tap]]:
-    """Every site of a model with the tap that reaches it, in order of execution.
+@dataclass(frozen=True)
+class TracedModel:
+    """What tracing finds out about a model.
+
+    Attributes:
+        sites: every site with the tap that reaches it, in order of execution.
+        unplaced: the shapes (for one example) of tensors that are no sites, because nothing tells which axis holds
+            their units, by the name that the site would have.
+        program: the operations of one pass.
+    """
+
+    sites: list[tuple[Site, Tap]]
+    unplaced: dict[str, tuple[int, ...]]
+    program: Program
+
+
+def trace_model(
+    module: nn.Module,
+    examples: Callable[[int], Tensor],
+    given: Labels,
+    axes: Mapping[str, Sequence[str]] | None = None,
+) -> TracedModel:
+    """Run a model on two batches and describe every tensor that it shows.
 
     Args:
         module: any module, or a TransformerLens bridge (its hook points become the sites).
         examples: makes a batch of the number of examples that it is given.
+        given: the labels of the input's axes (see `circuits.models.adapter.axes`).
+        axes: the axes of sites where they cannot be found, by name: `batch` first, `unit` or `channel` once.
 
     Raises:
-        ValueError: if the model cannot run on its example, or no module returns a batch of floating-point numbers.
+        ValueError: if the model cannot run on its example, no module returns a batch of floating-point numbers, or
+            `axes` do not fit.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
     latents = hook_points(module)
@@ -61,10 +87,13 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
     names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
     names |= {name: (spot, ()) for name, spot in latents.items()}
     size, other = TRACE_BATCHES
-    traces, final = _traced(module, names, examples(size))
-    shapes = {t.name: t.value.shape for t in _traced(module, names, examples(other))[0]}
+    traces, final, first = _traced(module, names, examples(size))
+    again, _, second = _traced(module, names, examples(other), first)
+    shapes = {t.name: t.value.shape for t in again}
     found: dict[str, tuple[Site, Tap]] = {}
-    axes: dict[int, tuple[tuple[str, ...], SiteKind]] = {}
+    unplaced: dict[str, tuple[int, ...]] = {}
+    labels = {} if is_bridge(module) else follow_axes(first.program, given)
+    asked = {name: _checked_axes(name, own) for name, own in (axes or {}).items()}
     for t in traces:
         if not t.value.is_floating_point() or t.value.ndim < 2 or t.name not in shapes:
             continue
@@ -77,27 +106,43 @@ def find_sites(module: nn.Module, examples: Callable[[int], Tensor]) -> list[tup
         elif is_bridge(module):
             site, tap = _bridge_site(t, names)
         else:
-            site, tap = _module_site(t, final, axes)
+            value = first.value(t.value)
+            own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
+            if own is None:
+                unplaced[t.name] = tuple(t.value.shape[1:])
+                continue
+            site, tap = _module_site(t, own, t.value is final), t.tap
         found.setdefault(site.name, (site, tap))
     for name in [n for n in found if _shown_too_late(n, list(found))]:
         del found[name]
+    if asked:
+        raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
         raise ValueError(
             f"model {type(module).__name__} has no site: no module returns a batch of floating-point numbers"
+            + (
+                f' whose axes are known; say what they are: axes={{{next(iter(unplaced))!r}: ("batch", …)}}'
+                if unplaced
+                else ""
+            )
         )
-    return list(found.values())
+    return TracedModel(list(found.values()), unplaced, second.program)
 
 
-def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trace], Tensor]:
+def _traced(
+    module: nn.Module, names: Named, example: Tensor, before: Recorder | None = None
+) -> tuple[list[Trace], Tensor, Recorder]:
     """The tensors of one pass, and the model's output; the output is traced too, even if no module returned it."""
     outputs: list[Any] = []
+    recorder = Recorder(module, [example], before)
     with evaluating(module), torch.no_grad():
         try:
-            traces = trace(
-                module,
-                {name: m for name, (m, _) in names.items()},
-                lambda: outputs.append(module(example)),
-            )
+            with recorder:
+                traces = trace(
+                    module,
+                    {name: m for name, (m, _) in names.items()},
+                    lambda: outputs.append(module(example)),
+                )
         except (RuntimeError, TypeError, IndexError) as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
@@ -108,7 +153,7 @@ def _traced(module: nn.Module, names: Named, example: Tensor) -> tuple[list[Trac
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
         traces.append(Trace(Tap(module, 0, path), "output", final))
-    return traces, final
+    return traces, final, recorder
 
 
 def main_output(output: Any) -> Tensor:
@@ -156,44 +201,46 @@ def _hook_point_site(t: Trace, point: HookPoint) -> Site:
     return Site(t.name, point.kind, point.axes, point.unit_axis, shape, (), stored)
 
 
-# Torch does not say which axis of a tensor holds the units: it follows from the class of the module.
-_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
-_FIRST_AXIS_1D = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
-
-
-def _module_site(
-    t: Trace, final: Tensor, known: dict[int, tuple[tuple[str, ...], SiteKind]]
-) -> tuple[Site, Tap]:
-    """Describe a module's output; `known` holds the axes of the tensors described so far, by their identity."""
-    axes, kind = _module_axes(t.value.ndim, t.tap.module)
-    plain = not any(True for _ in t.tap.module.parameters())
-    if plain and t.given is not None and t.given.shape == t.value.shape and id(t.given) in known:
-        axes, kind = known[
-            id(t.given)
-        ]  # an activation function, dropout, …: the layout of its input
-    known.setdefault(id(t.value), (axes, kind))
-    site = Site(
-        t.name,
-        "logit" if t.value is final else kind,
-        axes,
-        axes.index("channel" if "channel" in axes else "unit"),
-        tuple(t.value.shape[1:]),
-        module=type(t.tap.module).__name__,
+def _module_site(t: Trace, axes: tuple[str, ...], final: bool) -> Site:
+    """Describe a module's output, or the model's if it is `final`."""
+    place = axes.index("channel" if "channel" in axes else "unit")
+    kind: SiteKind = "channel" if "channel" in axes else "neuron"
+    shape = tuple(t.value.shape[1:])
+    return Site(
+        t.name, "logit" if final else kind, axes, place, shape, module=type(t.tap.module).__name__
     )
-    return site, t.tap
 
 
-def _module_axes(ndim: int, module: nn.Module) -> tuple[tuple[str, ...], SiteKind]:
-    """The axis names of a module's output, and what its units are."""
-    if ndim == 2:
-        return ("batch", "unit"), "neuron"
-    space = {3: ("position",), 4: ("y", "x"), 5: ("z", "y", "x")}.get(
-        ndim, tuple(f"axis{i}" for i in range(ndim - 2))
-    )
-    unit_last = isinstance(module, _LAST_AXIS) or ndim > 5
-    if unit_last or (ndim == 3 and not isinstance(module, _FIRST_AXIS_1D)):
-        return ("batch", *space, "unit"), "neuron"
-    return ("batch", "channel", *space), "channel"
+def _site_axes(t: Trace, labels: Labels) -> tuple[str, ...] | None:
+    """The axes of a site: units second are channels; None if nothing tells where the units are."""
+    n = t.value.ndim
+    place = unit_axis(labels)
+    if n == 2 and (place == 1 or set(labels[1:]) <= {UNKNOWN}):
+        return ("batch", "unit")  # one vector an example: its numbers are the units
+    if not place:
+        return None
+    kinds = [label.partition("/")[0] for label in labels]
+    axes = [
+        kind if kind != UNKNOWN and kinds.count(kind) == 1 else f"axis{i}"
+        for i, kind in enumerate(kinds)
+    ]
+    if n == 3:
+        axes = ["position"] * 3
+    axes[0], axes[place] = "batch", "channel" if place == 1 else UNIT
+    return tuple(axes)
+
+
+def _checked_axes(name: str, axes: Sequence[str]) -> tuple[str, ...]:
+    own = tuple(axes)
+    if (
+        own[:1] != ("batch",)
+        or sum(axis in ("unit", "channel") for axis in own) != 1
+        or len({*own}) < len(own)
+    ):
+        raise ValueError(
+            f"axes of site {name!r} are {own}: expected different names, `batch` first, and one of `unit` and `channel`"
+        )
+    return own
 
 
 # --- TransformerLens bridges -------------------------------------------------------------------

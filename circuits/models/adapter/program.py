@@ -1,0 +1,254 @@
+"""The operations of one forward pass, as calls of torch functions.
+
+Autograd's graph and torch's dispatcher show what a pass executes after torch has chosen kernels, which differ between
+machines, threads and versions. A `Program` holds what the model's code asks for: the functions that it calls, with
+their constants, and which tensor goes where. What a model *is* beside its weights follows from it: a changed `forward`,
+an axis's meaning, dropout that is always on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the pass as it was at one moment: writing into it in place makes it another value.
+
+    Attributes:
+        number: in the order in which values appeared.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a torch function that made or changed a tensor.
+
+    Attributes:
+        name: the function's full name, e.g. `torch.nn.functional.conv2d`, `torch.Tensor.add`.
+        args: its positional arguments, nested as they were, with a `Value` in the place of each tensor.
+        kwargs: its keyword arguments, likewise.
+        outputs: the values that it made; a tensor that it changed in place is one of them.
+        module: the path of the innermost module that was running.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Value, ...]
+    module: str
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The values among the arguments."""
+        return tuple(v for v in _flat((self.args, self.kwargs)) if isinstance(v, Value))
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument, whether it was passed by place or by name."""
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one forward pass does.
+
+    Attributes:
+        operations: in order of execution.
+        sources: the values that no operation made: `input`, a parameter, buffer or plain tensor of a module by its
+            name, `constant SHA256` for a tensor that belongs to no module, `unseen` for one that was made in a way
+            that cannot be seen.
+        shapes: each value's shape.
+    """
+
+    operations: tuple[Operation, ...] = ()
+    sources: Mapping[Value, str] = field(default_factory=dict)
+    shapes: Mapping[Value, tuple[int, ...]] = field(default_factory=dict)
+
+    def describe(self) -> Iterator[str]:
+        """One line a source and operation: the same wherever the same computation is traced.
+
+        Devices are left out, since a computation is the same on each of them.
+        """
+        for value, source in self.sources.items():
+            yield f"{value.number} = {source}"
+        for op in self.operations:
+            made = ",".join(str(value.number) for value in op.outputs)
+            yield f"{made} = {op.name} {_text(op.args)} {_text(dict(sorted(op.kwargs.items())))}"
+
+
+class Recorder(TorchFunctionMode):
+    """Records the `Program` of the forward pass that runs inside the block.
+
+    Args:
+        root: the model.
+        examples: the tensors that the pass is given.
+        before: the recorder of an earlier pass, if there was one. A tensor that no seen operation made is then known
+            to be a constant if the earlier pass met it too; else it was made in a way that cannot be seen (a compiled
+            function, numpy) and differs from pass to pass.
+    """
+
+    def __init__(
+        self, root: nn.Module, examples: Sequence[Tensor], before: Recorder | None = None
+    ) -> None:
+        super().__init__()
+        self._before = before
+        self._root = root
+        self._operations: list[Operation] = []
+        self._sources: dict[Value, str] = {}
+        self._shapes: dict[Value, tuple[int, ...]] = {}
+        # Tensors are known by their `id`, which Python gives to another once one is freed: the reference tells. Weak,
+        # so that the pass needs no more memory than without a recorder.
+        self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
+        self._names = {id(tensor): name for name, tensor in own_tensors(root).items()}
+        self._names |= {id(tensor): "input" for tensor in examples}
+        self._running: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        for path, module in self._root.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._entering(path), prepend=True),
+                module.register_forward_hook(self._leaving, always_call=True),
+            ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def program(self) -> Program:
+        """What has been recorded so far."""
+        return Program(tuple(self._operations), dict(self._sources), dict(self._shapes))
+
+    def value(self, tensor: Tensor) -> Value | None:
+        """The value that a tensor holds now; None if no operation of the pass has met it."""
+        value, known = self._values.get(id(tensor), (None, None))
+        return value if known is not None and known() is tensor else None
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        return lambda *_: self._running.append(path)
+
+    def _leaving(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # Arguments are looked up before the call: afterwards a tensor that was written in place is another value.
+        given, named = self._referred(args), self._referred(kwargs)
+        output = func(*args, **kwargs)
+        name = resolve_name(func) or getattr(func, "__qualname__", type(func).__name__)
+        made = [leaf for leaf in _flat(output) if isinstance(leaf, Tensor)]
+        if _writes(name, kwargs) and not made:  # `x[0] = y` returns nothing
+            made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
+        if made:  # else it was asked for a shape, say
+            outputs = tuple(self._new(tensor) for tensor in made)
+            self._operations.append(
+                Operation(name, given, named, outputs, self._running[-1] if self._running else "")
+            )
+        return output
+
+    def _new(self, tensor: Tensor) -> Value:
+        value = Value(len(self._shapes))
+        self._values[id(tensor)] = value, weakref.ref(tensor)
+        self._shapes[value] = tuple(tensor.shape)
+        return value
+
+    def _referred(self, given: Any) -> Any:
+        """Arguments with a `Value` in the place of each tensor."""
+        if isinstance(given, Tensor):
+            known = self.value(given)
+            if known is None:
+                known = self._new(given)
+                self._sources[known] = self._names.get(id(given)) or self._unnamed(given)
+            return known
+        if isinstance(given, Mapping):
+            return {key: self._referred(item) for key, item in given.items()}
+        if isinstance(given, list | tuple) and not isinstance(given, torch.Size):
+            return tuple(self._referred(item) for item in given)
+        return given
+
+    def _unnamed(self, given: Tensor) -> str:
+        constant = self._before is not None and self._before.value(given) is not None
+        return f"constant {_digest(given)}" if constant else "unseen"
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters, buffers and plain tensors among a model's attributes, by name; each tensor once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, part in module.named_modules():
+        for kept in (part._parameters, part._buffers, vars(part)):
+            for name, tensor in kept.items():
+                if isinstance(tensor, Tensor):
+                    found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
+    return dict(found.values())
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function changes its first argument in place."""
+    last = name.rpartition(".")[2]
+    return last == "__setitem__" or (last.endswith("_") and not last.endswith("__"))
+
+
+def _flat(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, Mapping):
+        for item in nested.values():
+            yield from _flat(item)
+    elif isinstance(nested, list | tuple):
+        for item in nested:
+            yield from _flat(item)
+    else:
+        yield nested
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    if flat.numel():  # an empty tensor cannot be viewed as bytes
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _text(argument: Any) -> str:
+    """An argument in words that do not depend on the machine."""
+    match argument:
+        case Value():
+            return f"%{argument.number}"
+        case torch.device():
+            return "device"
+        case dict():
+            return "{" + ",".join(f"{key}:{_text(item)}" for key, item in argument.items()) + "}"
+        case list() | tuple():
+            return "[" + ",".join(map(_text, argument)) + "]"
+        case slice():
+            return f"{_text(argument.start)}:{_text(argument.stop)}:{_text(argument.step)}"
+        case np.ndarray():
+            return f"array {hashlib.sha256(argument.tobytes()).hexdigest()}"
+        case None | bool() | int() | float() | complex() | str() | torch.dtype():
+            return repr(argument)
+        case _ if callable(argument):
+            return getattr(argument, "__qualname__", type(argument).__qualname__)
+        case _:
+            return (
+                f"{type(argument).__qualname__} {argument}"
+                if _plain(argument)
+                else type(argument).__qualname__
+            )
+
+
+def _plain(argument: Any) -> bool:
+    """Whether an argument's text says what it is, and holds no address in memory."""
+    return isinstance(argument, torch.memory_format | torch.layout | np.generic) or argument is ...
