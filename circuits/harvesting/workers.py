@@ -60,7 +60,10 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
         for i in range(n):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_work, args=(job, i, list(items[i::n]), theirs, os.getpid()), daemon=True
+                # Every n-th item: 0, n, 2 n …, so that all get through the data at the same pace.
+                target=_work,
+                args=(job, i, list(items[i::n]), theirs, os.getpid()),
+                daemon=True,
             )
             with warnings.catch_warnings():
                 # Python 3.12 and later warn of forking a process with threads, whose locks may be held. Workers use
@@ -72,6 +75,7 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
         _listen(channels, heard)
     finally:
         for channel, process in channels.items():
+            # Also after an error: a worker that goes on would write shards that nobody waits for.
             process.kill()
             process.join()
             channel.close()
