@@ -110,10 +110,9 @@ def measure_equivariance(
     sums = kernels.sum((2, 3))
     # Each target's kernels rotated back by every target's angle: a permutation of angles then only selects from this
     # table, instead of rotating all kernels again.
+    # Axes x and y in this order: counter-clockwise by -angle as seen, that is back by the angle.
     turned = np.stack(
-        # Axes x and y in this order with the minus: counter-clockwise by -angle as seen, that is back by the angle.
-        [rotate(kernels, -angle, axes=(3, 2), reshape=False, order=1) for angle in at],
-        axis=1,
+        [rotate(kernels, -angle, axes=(3, 2), reshape=False, order=1) for angle in at], axis=1
     )
     generator = np.random.default_rng(seed)
     own = np.arange(len(at))
@@ -157,7 +156,6 @@ def _check_family(family: Family, site: str, units: tuple[int, ...]) -> None:
 
 
 def _correlation(sums: np.ndarray, at: np.ndarray, of: np.ndarray, multiple: int) -> float:
-    # Largest where source and target have one angle.
     cosine = np.cos(np.deg2rad(multiple * (at[:, None] - of[None])))
     return float(np.corrcoef(sums.ravel(), cosine.ravel())[0, 1])
 

@@ -195,8 +195,6 @@ def _incoming(model: HookedModel, site: str) -> tuple[Vectors, str]:
         raise ValueError(_not_built(model, site))
     parts = [part for source in sources for part in raw_weights(model, source, site)]
     beside = _side_by_side(parts, model.n_units(site))
-    # Where layers write different units (branches of a concatenation), units of two layers share no column and would
-    # all be at right angles: weights expanded from one source put them into one space.
     if len({part.units for part in parts}) > 1:
         expanded = expand_weights(model, sources[0], site).weight.flatten(1).numpy()
         if not (beside.any(1) & ~expanded.any(1)).any():

@@ -139,7 +139,6 @@ def dissect(
         for unit, weight in s.units:
             if weight > 0:
                 used.setdefault(str(unit), []).append(s.concept)
-    # Units that serve more than one concept (Net2Vec asks how concepts share units).
     several = {unit: tuple(c) for unit, c in sorted(used.items()) if len(c) > 1}
     return Dissection(tuple(segments), several, quantile, site, data, seed)
 

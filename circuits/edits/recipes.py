@@ -132,8 +132,8 @@ class Recipe:
             raise ValueError(
                 f"order {list(order)} is not a permutation of 0 to {len(self.edits) - 1}"
             )
-        # Pairs that come in the other order than before: only these have to commute. For the order 2, 0, 1 they are (2,
-        # 0) and (2, 1).
+        # Pairs that come in the other order than before: only these have to commute. In the order 2 0 1 they are 2
+        # before 0 and 2 before 1.
         pairs = ((i, j) for k, i in enumerate(order) for j in order[k + 1 :] if j < i)
         with model.steady():
             for i, j in pairs:

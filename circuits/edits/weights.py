@@ -90,7 +90,6 @@ def layer_named(matrices: Sequence[WeightMatrix], name: str) -> WeightMatrix:
     found = next((m for m in matrices if m.name == name), None)
     if found is None:
         names = [m.name for m in matrices]
-        # Twelve names fill a line or two; a network may have hundreds.
         listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
         raise KeyError(f"{unknown('layer with weights', name, names).args[0]} (there are {listed})")
     return found

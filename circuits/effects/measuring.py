@@ -258,10 +258,9 @@ def norms(
     def sized(site: Site, change: Change) -> Change:
         def changed(value: Tensor) -> Tensor:
             made = change(value)
+            # In float64: a small change is a difference of large numbers.
             gone, whole = (
-                # In float64: a small change is a difference of large numbers.
-                (v.detach().double().flatten(1).norm(dim=1))
-                for v in (made - value, value)
+                (v.detach().double().flatten(1).norm(dim=1)) for v in (made - value, value)
             )
             seen[site.name].append(
                 (float(gone.sum()), float((gone / whole.clamp_min(1e-30)).sum()), len(gone))

@@ -95,7 +95,6 @@ class RunPair:
             raise ValueError(
                 f"where has shape {tuple(where.shape)}: expected that of the tokens, {tuple(self.tokens.shape)}"
             )
-        # Sets that fit into one pass; never more than there are.
         each = max(1, min(len(sets), (rows or self._rows()) // n))
         model = self.stream.model
         used = self.stream.sender_sites({s for group in sets for s, _ in group})

@@ -430,12 +430,9 @@ class _Runner:
         reads = self._reads()
         if part.counterparts is None or not reads:
             return {}
+        # Stopped at the last site that is read: nobody looks at what comes behind it.
         cache = self.model.run(
-            # Stopped at the last site that is read: nobody looks at what comes behind it.
-            part.counterparts,
-            mask=part.mask,
-            read=reads,
-            until=self.model.last(reads),
+            part.counterparts, mask=part.mask, read=reads, until=self.model.last(reads)
         )
         return {s.name: cache[s] for s in reads}
 

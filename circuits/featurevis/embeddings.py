@@ -187,8 +187,8 @@ def _table(model: HookedModel, place: str, spec: TokenInput) -> Float[Tensor, "t
     """The embedding of every token, read from the model itself."""
     rows = []
     for start in range(0, spec.n_vocab, spec.n_ctx):
-        # All tokens of the vocabulary are run as texts of the longest length that the model takes, since only some
-        # models show their table as a parameter. At the embedding site nothing has yet mixed positions.
+        # Texts as long as the model takes them, until every token of the vocabulary has been read: at the embedding
+        # site nothing has mixed positions yet.
         tokens = torch.arange(start, min(start + spec.n_ctx, spec.n_vocab))[None]
         rows.append(model.run(tokens, read=[place], until=place)[place][0].detach().float())
     return torch.cat(rows)

@@ -69,9 +69,9 @@ def _along(
 ) -> Iterator[tuple[int, PreActivation]]:
     out = link.index[unit.index]
     for other in layer.writes:
+        site = model.site(other.site)
         # `depth` counts the operations after the layer: shallower than the unit's site means between the layer and that
         # site.
-        site = model.site(other.site)
         if other.depth < link.depth and _linear(site):
             (same,) = (other.index == out).nonzero(as_tuple=True)
             for i in same.tolist():

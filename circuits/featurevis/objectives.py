@@ -400,10 +400,9 @@ def l1(constant: float = 0.5) -> Objective:
 
 def l2(constant: float = 0.5) -> Objective:
     """Root mean square difference of pixels from a constant; to be subtracted."""
+    # 1e-12, as the square root has no finite derivative at 0.
     return _of_inputs(
-        # As in `difference`: the square root has no finite derivative at 0.
-        "L2",
-        lambda images: ((images - constant).square().flatten(1).mean(1) + 1e-12).sqrt(),
+        "L2", lambda images: ((images - constant).square().flatten(1).mean(1) + 1e-12).sqrt()
     )
 
 

@@ -161,7 +161,7 @@ def optimize(
 
 def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int, Objective]]:
     """The batch cut into chunks of a few images, never within a part; larger ones do not fit a processor's cache."""
-    # An accelerator has more memory near its units and is idle on four images.
+    # An accelerator is hardly busy with four images.
     most = MICRO_BATCH if device.type == "cpu" else 16 * MICRO_BATCH
     found: list[tuple[int, int, Objective]] = []
     begin = end = 0

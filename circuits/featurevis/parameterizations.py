@@ -61,7 +61,7 @@ class Values:
 
     def __add__(self, other: Values) -> Values:
         """The sum, image by image; a single image is shared by all of the other's."""
-        # The more careful of two rates: the part with the higher one only learns more slowly, the other would diverge.
+        # The more careful of two rates: the part with the higher one only learns more slowly, the other might diverge.
         rate = min(self.learning_rate, other.learning_rate)
         return Values(
             [*self.parameters, *other.parameters], lambda: self.values() + other.values(), rate

@@ -326,7 +326,6 @@ def _pictures(
     model_hash = model.hash
     values = values_of(model, parts, found.images.to(model.device))
     objectives = [objective for objective, n in parts for _ in range(n)]
-    # The objective was maximised with its sign turned.
     sign = (
         -1.0 if kind == "negative" else 1.0
     )  # report the unit's activation, not the negated objective

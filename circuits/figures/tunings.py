@@ -51,7 +51,6 @@ def tuning_figure(
     Raises:
         ValueError: if there is none.
     """
-    # One run without a name is drawn in the way of several.
     runs = dict(tunings) if isinstance(tunings, Mapping) else {"": tunings}
     units = list(dict.fromkeys(t.unit for run in runs.values() for t in run))
     if not units:

@@ -95,7 +95,7 @@ def _node(entry: Mapping[str, Any]) -> Node:
     kind, parts = entry["feature_type"], entry["node_id"].split("_")
     layer, position = str(entry["layer"]), int(entry["ctx_idx"])
     number = entry.get("feature")
-    # Errors have no feature number; for features it is in the id, `layer_feature_position`.
+    # Of a feature the number is in the id, `layer_feature_position`.
     if len(parts) == 3 and parts[1].isdigit():
         number = int(parts[1])  # `feature` is the layer and the feature paired as one number
     if kind == _ERROR:

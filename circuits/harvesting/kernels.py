@@ -183,6 +183,6 @@ def prepare():
     units_last(y, y.view(np.int32), center, *found)
     histogram, powers = np.zeros((2, 3), np.int64), np.zeros((4, 2))
     places = np.zeros((2, 1), np.int64)
-    # Three layouts: numba compiles once for each combination of strides.
+    # Three kinds of memory layout, for each of which numba compiles a version of its own.
     for activations in (x, y.transpose(0, 2, 1), y[:1].transpose(0, 2, 1)):
         look(activations, places, center, center, center, histogram, powers)

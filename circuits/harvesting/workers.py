@@ -59,11 +59,9 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
     try:
         for i in range(n):
             ours, theirs = context.Pipe(duplex=False)
+            # Every n-th item from i on, so that all get through the data at the same pace.
             process = context.Process(
-                # Every n-th item: 0, n, 2 n …, so that all get through the data at the same pace.
-                target=_work,
-                args=(job, i, list(items[i::n]), theirs, os.getpid()),
-                daemon=True,
+                target=_work, args=(job, i, list(items[i::n]), theirs, os.getpid()), daemon=True
             )
             with warnings.catch_warnings():
                 # Python 3.12 and later warn of forking a process with threads, whose locks may be held. Workers use

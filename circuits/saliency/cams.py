@@ -85,8 +85,8 @@ def smooth_grad_cam_plus_plus(
     """
     check_range("samples", samples, 1)
     check_range("noise", noise, 0)
-    # Derivatives are averaged over noisy images, activations are those of the image itself (Omeiza et al. 2019,
-    # equations 6 and 7): only the weights of the channels are smoothed.
+    # Derivatives are averaged over noisy images, activations are those of the image itself (Omeiza et al. 2019): only
+    # the weights of the channels are smoothed.
     site = passes.site
     assert site is not None, "maps are taken at a site"
     found = []

@@ -91,8 +91,8 @@ def insertion_deletion(
     total = 2 * len(BLANKS)
     for blank in BLANKS:
         base = blanks(passes, blank)
-        # Both ways, since they fail differently: deletion rewards maps that break the image up early, insertion such as
-        # find what is enough.
+        # Both ways, since they fail differently: deletion rewards maps that break the image up early, insertion maps
+        # that find what is enough.
         for kind in ("insertion", "deletion"):
             start, end = (base, passes.inputs) if kind == "insertion" else (passes.inputs, base)
             values = _removal_curve(passes, start, end, own, steps)

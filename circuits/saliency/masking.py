@@ -69,8 +69,8 @@ def occlusion(
 
 
 def _starts(length: int, window: int, stride: int) -> range:
-    # The last window starts at or before the last place where it fits whole, rounded up to a stride: 10 pixels, windows
-    # of 4 every 4 start at 0, 4 and 8; the last is cut off by the border.
+    # The last window starts at the last place where it fits whole, rounded up to a stride: 10 pixels, windows of 4
+    # every 4 start at 0, 4 and 8; the last is cut off by the border.
     return range(0, (math.ceil((length - window) / stride) + 1) * stride, stride)
 
 
@@ -113,8 +113,7 @@ def rise(
             total[example] += torch.tensordot(values, masks[:, 0], dims=1)
         if progress is not None:
             progress(chunk.stop, samples)
-    # E[f(x * m) m_p] / E[m_p] = E[f(x * m) | p shown] for masks of 0 and 1 (Petsiuk et al. 2018, equation 6); E[m_p] is
-    # `keep`.
+    # E[f(x * m) m_p] / E[m_p] = E[f(x * m) | p shown] for masks of 0 and 1 (Petsiuk et al. 2018); E[m_p] is `keep`.
     return (total / (samples * keep))[:, None]
 
 

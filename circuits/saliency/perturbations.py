@@ -204,8 +204,8 @@ def _extremal(
     x = goal.inputs[which]
     smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
     pyramid = Pyramid(x)
-    # The area term of the paper (equation 4): the sorted values of a mask of area a shall be (1 - a) n zeros and then a
-    # n ones. Unlike a penalty on the mean it also asks for 0 and 1 and nothing between.
+    # The area term of the paper: the sorted values of a mask of area a shall be (1 - a) n zeros and then a n ones.
+    # Unlike a penalty on the mean it also asks for 0 and 1 and nothing between.
     wanted = _sorted_reference(smooth.grid[0] * smooth.grid[1], search.area).to(x)
     keeps = search.variant == "preserve"
     sign = _target_scale(goal, which) * (-1.0 if keeps else 1.0)

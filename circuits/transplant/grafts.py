@@ -194,10 +194,9 @@ def match_and_fit(
     bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
     wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
     fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
+    # Families are not mixed: the one whose units correlate best on average is taken as a whole.
     best = max(
-        # Families are not mixed: the one whose units correlate best on average is taken as a whole.
-        fitted,
-        key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean(),
+        fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
     )
     return _strengthened(host, best, shown)
 
