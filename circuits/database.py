@@ -81,6 +81,7 @@ class Database:
             tables: SQL statements that make more tables than the records' if they are not there.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Without Python's own transactions: each begins and ends where it is written here.
         with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
             _prepare(connection, (_SCHEMA, *tables))
             yield connection
@@ -92,6 +93,8 @@ class Database:
         Other writers wait for it to end.
         """
         with self.open(*tables) as connection:
+            # The lock for writing is taken now. One that only reads at first and wants to write later could find that
+            # somebody else has written meanwhile, and would fail without waiting.
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -127,11 +130,13 @@ class Database:
         """
         if not name.strip() or len(name) > 200:
             raise ValueError(f"name {name!r} of a {kind} must have 1 to 200 characters")
+        # None is a deletion, which is a version like any other.
         text = None if body is None else json.dumps(body, allow_nan=False)
         who, when = signed(author)
         with self.writing() as connection:
             last = _RECORDS.last(connection, kind, model_hash, name)
             latest, deleted = (last[3], last[4] is None) if last else (0, True)
+            # 0 says that there was nothing yet: also right where the last version is a deletion.
             if replaces not in (None, latest) and not (replaces == 0 and deleted):
                 raise ValueError(
                     f"{kind} {name!r} was changed meanwhile: it is at version {latest}, "
@@ -148,6 +153,7 @@ class Database:
 
     def latest(self, kind: str, model_hash: str) -> list[Record]:
         """The last version of everything of a kind that was not deleted, by name."""
+        # Ids grow with every row, and names are unique within kind and weights: the largest id is the last version.
         newest = "SELECT max(id) FROM records WHERE kind=?1 AND model_hash=?2 GROUP BY name"
         last = f"AND body IS NOT NULL AND id IN ({newest}) ORDER BY name"
         return [_record(row) for row in self.rows(_RECORDS.select(2, last), kind, model_hash)]
@@ -193,8 +199,10 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
     """Make the tables of a new database; whoever comes second waits (SQLite does not, here)."""
     for tries_left in reversed(range(300)):
         try:
+            # WAL: readers go on while somebody writes. Setting it takes a lock that asking does not.
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode=WAL")
+            # FULL: what a person saved survives a power failure.
             connection.execute("PRAGMA synchronous=FULL")
             for statement in tables:
                 connection.execute(statement)

@@ -105,10 +105,12 @@ def measure_equivariance(
         raise ValueError(f"kernels from {expanded.source} to {expanded.target} are no maps to turn")
     at = np.array([m.phase for m in targets.members])
     of = np.array([m.phase for m in sources.members])
+    # A line turned by 180 degrees is itself: weights depend on twice the angle.
     multiple = 2 if 180.0 in (targets.period, sources.period) else 1
     sums = kernels.sum((2, 3))
     # Each target's kernels rotated back by every target's angle: a permutation of angles then only selects from this
     # table, instead of rotating all kernels again.
+    # Axes x and y in this order: counter-clockwise by -angle as seen, that is back by the angle.
     turned = np.stack(
         [rotate(kernels, -angle, axes=(3, 2), reshape=False, order=1) for angle in at], axis=1
     )
@@ -118,6 +120,7 @@ def measure_equivariance(
     correlation = _correlation(sums, at, of, multiple)
     by_chance, aligned = [], []
     for _ in range(permutations):
+        # Only who has which angle is drawn anew; the angles that occur stay the same.
         i, j = generator.permutation(len(at)), generator.permutation(len(of))
         by_chance.append(_explained(turned, own, i, at, of, j, multiple))
         aligned.append(_correlation(sums, at[i], of[j], multiple))

@@ -123,6 +123,7 @@ class Family:
     def from_dict(cls, raw: dict[str, Any]) -> Family:
         """From what `to_dict` gave."""
         members = tuple(Member(m["phase"], Unit.parse(m["unit"]), m["fit"]) for m in raw["members"])
+        # JSON has no NaN: null stands for it.
         values: dict[str, Any] = {k: float("nan") if v is None else v for k, v in raw.items()}
         values["members"] = members
         return cls(**values)
@@ -178,6 +179,7 @@ def orbit_for(
     source = open_source("photos")
     assert isinstance(source, ImageSource), "photographs are images"
     order = np.random.default_rng(seed).permutation(len(source))[:48]
+    # Always in colour, as hues are turned before a model of grey images averages the channels.
     loader = ImageInput(3, size, size)
     images = torch.stack([_colours(loader, source.image(int(i))) for i in order])
     return {"mirror": mirrors, "scale": scales, "hue": hues}[transformation](images)
@@ -205,6 +207,7 @@ def answers(
             progress(done, n * steps)
 
     each = responses(model, site, [orbit.images.flatten(0, 1)], orbit.central, note)
+    # From image x unit, stimuli in order with all steps of one together, to unit x stimulus x step.
     return each.unflatten(0, (n, steps)).permute(2, 0, 1).contiguous()
 
 
@@ -231,8 +234,11 @@ def agreement(
         if cyclic:
             mine, other = changes, changes.roll(-shift, 2)
         else:
+            # With 5 steps and a shift of 2: mine 0, 1, 2 beside the other's 2, 3, 4; with -2 the other way round.
             mine = changes[:, :, max(0, -shift) : steps - max(0, shift)]
             other = changes[:, :, max(0, shift) : steps - max(0, -shift)]
+        # Flattened over stimuli and steps: a correlation of all responses at once, as each stimulus' mean over the
+        # steps is taken off already.
         c = _unit_rows(mine.flatten(1)) @ _unit_rows(other.flatten(1)).T
         better = c > best
         best[better], shift_of[better] = c[better], shift
@@ -313,6 +319,7 @@ def find_families(
         shuffled = torch.stack(
             [unit[torch.randperm(len(unit), generator=generator)] for unit in changes]
         )
+        # The largest of all clusters, as the family was searched for among all units too.
         found = _clustered(agreement(shuffled, orbit.cyclic)[0], threshold, 1)
         largest.append(float(max(map(len, found))))
         showing(shown + i + 1, total)
@@ -357,6 +364,7 @@ def measure_family(
     given = answers(model, place, orbit)
     table, _ = agreement(_changes(given), orbit.cyclic)
     mine = [unit.index for unit in wanted]
+    # The named ones as well: chance draws from all that a person could have named.
     pool = sorted({*_responsive(given, orbit), *mine})
     score = _mean_agreement(table, mine)
     generator = np.random.default_rng(seed)
@@ -375,6 +383,7 @@ def _responsive(given: Answers, orbit: Orbit) -> list[int]:
     """Units whose answers depend on the step, and are not next to nothing."""
     changes = _changes(given)
     spread = (given - given.mean((1, 2), keepdim=True)).square().sum((1, 2))
+    # The part of the variance that steps explain, beside that of differences between stimuli.
     share = changes.square().sum((1, 2)) / spread.clamp_min(1e-12)
     most = given.amax((1, 2))
     enough = (
@@ -392,9 +401,12 @@ def _changes(given: Answers) -> Answers:
 def _clustered(table: Tensor, threshold: float, least: int) -> list[list[int]]:
     """Clusters of at least some members, largest first."""
     distance = 1 - table.double().numpy()
+    # Rounding: the halves of the table differ in their last bits, and a distance may come out just below 0.
     distance = np.clip((distance + distance.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average")
+    # Average linkage: members agree on average by at least the threshold, where single linkage would chain units whose
+    # ends have nothing in common.
     labels = fcluster(tree, 1 - threshold, "distance")
     found = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
     return sorted((c for c in found if len(c) >= least), key=lambda c: -len(c))
@@ -455,6 +467,9 @@ def _phases(
     """
     if orbit.transformation in ("rotation", "hue"):
         steps = changes.shape[2]
+        # The phase of the first harmonic of the response, over all stimuli: a response cos(a - phase) has e^(-i phase)
+        # there, hence the minus. If the response is the same after half a turn, the first harmonic is empty and the
+        # second, whose angle runs twice as fast, says where the unit is.
         spectrum = torch.fft.rfft(changes.sum(1), dim=1)
         own = _unit_rows(changes.flatten(1))
         after = _unit_rows(changes.roll(steps // 2, 2).flatten(1))
@@ -462,10 +477,12 @@ def _phases(
         period = 360.0 / turns
         angles = torch.rad2deg(-spectrum[:, turns].angle()) / turns
         return [angle % period for angle in angles.tolist()], period
+    # Without a circle phases are relative: to the member that agrees best with the others.
     middle = int(table.sum(1).argmax())
     ahead = shifts[middle].tolist()
     if orbit.transformation == "mirror":
         return [float(shift) for shift in ahead], 0.0
+    # Steps of scale are a geometric series: a shift of s steps is a factor of ratio^s.
     ratio = orbit.steps[1] / orbit.steps[0]
     return [ratio**shift for shift in ahead], 0.0
 

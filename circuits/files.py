@@ -31,8 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # On the disk before the name is: after a crash there is the old file or the new one, and never a name without
+        # content.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone.
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
@@ -45,6 +48,7 @@ def _remove_if_left(temporary: Path) -> None:
     try:
         with temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A file that was just made may not be locked yet.
             if time.time() - temporary.stat().st_mtime > 1:
                 temporary.unlink()
     except OSError:

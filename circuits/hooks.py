@@ -140,6 +140,7 @@ def _visited(
     output: Any,
 ) -> Any:
     """Apply the visits that are meant for this call of a module to its output."""
+    # Counted before any visit, as one of them may end the pass.
     call = calls[module]
     calls[module] += 1
     for tap, visit in visits:
@@ -269,6 +270,7 @@ def trace(
 
     def visitor(name: str, module: nn.Module) -> Callable[..., None]:
         def visit(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # The first tensor among the arguments: what a layer reads, wherever in a nested structure it is passed.
             given = next((v for _, v in _leaves((args, kwargs))), None)
             for path, value in _leaves(output):
                 tap = Tap(module, calls[name], path)

@@ -211,6 +211,7 @@ def _place(workspace: Workspace) -> Path:
 def _new_folder(place: Path) -> Path:
     """A folder named by the time: nobody else's, as only one of two can make it."""
     while True:
+        # The time to the microsecond also sorts jobs by their start.
         folder = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         with suppress(FileExistsError):
             folder.mkdir()
@@ -289,8 +290,10 @@ def _log(folder: Path) -> list[str]:
     if not path.exists():
         return []
     with path.open("rb") as file:
+        # The first line may be cut in two; it is not among the last that are shown.
         file.seek(max(0, path.stat().st_size - _LOG_BYTES))
         text = file.read().decode(errors="replace")
+    # A carriage return goes back to the line's start: what a terminal would show is what follows the last one.
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     plain = [_plain(line) for line in lines]
     while plain and not plain[-1]:

@@ -102,6 +102,7 @@ def response_map(
         ValueError: if it has fewer than 3 units, or the method or seed is none.
     """
     _check(method, seed)
+    # Less their means: maxima behind a ReLU are all positive, and any two units would look alike.
     vectors = _centred(store.summary(site).maximum.T)
     provenance, name = store.provenance, store.sites[site].name
     return _mapped(name, vectors, method, "responses", seed, provenance.model_hash, provenance.data)
@@ -154,6 +155,7 @@ def neighbours_kept(vectors: Vectors, xy: Float[np.ndarray, "unit 2"]) -> float:
     with threadpool_limits(1):  # the bits depend on how many there are
         cosine = directions @ directions.T
     np.fill_diagonal(cosine, -np.inf)
+    # The k-th largest cosine of each unit; ties with it count as neighbours too.
     least = np.partition(cosine, -k, axis=1)[:, -k, None]
     distance = cdist(xy, xy)
     np.fill_diagonal(distance, np.inf)
@@ -246,6 +248,8 @@ def _mapped(
     silent = np.setdiff1d(np.arange(len(vectors)), loud)
     directions = directions[loud]
     points = _laid_out(directions, method, seed)
+    # Each number shuffled among the units by itself: columns keep their values, and units have nothing to do with each
+    # other.
     noise = np.random.default_rng(seed).permuted(directions, axis=0)
     noise = _directions(noise[noise.any(1)])
     return UnitMap(
@@ -303,6 +307,7 @@ def _with_silent(
     xy[loud] = points
     corners = points if len(points) else np.array([[0.0, 0.0], [1.0, 1.0]])
     (left, bottom), (right, top) = corners.min(0), corners.max(0)
+    # Two more places than silent units, of which the ends stay empty: none lies outside of the map.
     xy[silent, 0] = np.linspace(left, right, len(silent) + 2)[1:-1]
     xy[silent, 1] = bottom - 0.1 * (top - bottom)
     return xy

@@ -152,7 +152,7 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
         (["apply", "shapes", "{tmp}/newer.json"], "a newer version of circuits wrote it"),
         (["apply", "shapes", "{tmp}/nan.json"], "must be finite"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "0"], "'--limit': 0 must be 1"),
-        (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--random", "-1"], "n_random -1"),
+        (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--random", "-1"], "'--random': -1"),
         (
             ["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--seed", "-1"],
             "'--seed': -1 must be 0 to",

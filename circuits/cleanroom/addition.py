@@ -73,6 +73,7 @@ def weights(p: int) -> dict[str, Tensor]:
     positions[:, 4 * n :] = torch.eye(3)
     v = torch.zeros(N_HEADS * n, d_model, dtype=torch.float64)
     o = torch.zeros(d_model, N_HEADS * n, dtype=torch.float64)
+    # The second head reads the same as the first and writes where nobody reads: an edge that is there and does nothing.
     v[:n, token] = v[n:, token] = torch.eye(n, dtype=torch.float64)
     o[total, :n] = 3 * torch.eye(n, dtype=torch.float64)  # the mean of three positions, as a sum
     o[unread, n:] = torch.eye(n, dtype=torch.float64)
@@ -82,7 +83,12 @@ def weights(p: int) -> dict[str, Tensor]:
         neurons = slice(k * N_PHASES, (k + 1) * N_PHASES)
         first, second = total.start + 2 * k, answer.start + 2 * k
         into[neurons, first], into[neurons, first + 1] = phases.cos(), phases.sin()
+        # max(0, cos x) = 1/pi + cos(x) / 2 + 2/(3 pi) cos(2 x) - …: summed over N equally spaced phases f with weights
+        # cos(2 f) and sin(2 f), of every harmonic m only those with m = 2 modulo N remain (or m = -2), the smallest
+        # being 2 and N - 2. With N = 9 these are 2, 7, 11 and 16; as odd harmonics beyond the first are zero, the next
+        # one is 16 = 2 N - 2.
         out[second, neurons], out[second + 1, neurons] = (2 * phases).cos(), (2 * phases).sin()
+    # Queries and keys of zero: all scores are 0, and attention is uniform.
     nothing = torch.zeros(N_HEADS * n, d_model, dtype=torch.float64)
     made = {
         "embed.weight": embed, "pos_embed.weight": positions, "unembed.weight": _LOGIT / N_PHASES * unembed,

@@ -56,5 +56,6 @@ def rotations(feature: Feature, n: int) -> tuple[Feature, ...]:
 
 def angles_of(family: tuple[Feature, ...]) -> Float[Tensor, " unit"]:
     """The angle at which each unit of a family bulges: a line's is at a right angle to how it runs."""
+    # A line at 0 degrees runs to the right and bulges, either way, up or down.
     across = 90.0 if family[0].period == 180 else 0.0
     return torch.tensor([f.angle + across for f in family], dtype=torch.float64)

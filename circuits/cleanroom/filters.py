@@ -36,6 +36,7 @@ def gabor(size: int, orientation: float, phase: float, wavelength: float, sigma:
     wave = torch.cos(2 * math.pi * across / wavelength + math.radians(phase))
     # subtracting the windowed mean, not a constant, keeps the filter zero at its border
     kernel = window * (wave - (window * wave).sum() / window.sum())
+    # Length 1: every orientation answers its own pattern with the same strength, whatever the grid does to it.
     return kernel / kernel.norm()
 
 
@@ -49,4 +50,5 @@ def stroke(size: int, orientation: float, length: float, width: float, flanks: f
     envelope = torch.exp(-(along**2) / (2 * length**2))
     center = envelope * torch.exp(-(across**2) / (2 * width**2))
     surround = envelope * torch.exp(-(across**2) / (2 * (2 * width) ** 2))
+    # `flanks` is the share of the bar's weight that is taken away beside it: with 1 the kernel sums to zero.
     return center - surround * (flanks * center.sum() / surround.sum())

@@ -62,10 +62,12 @@ def weights(n_vocab: int, n_ctx: int) -> dict[str, Tensor]:
         """d_head x d_model: reads number k of a space into number k + back of a head."""
         made, n = torch.zeros(d_head, d_model), sizes[name]
         k = torch.arange(n)[: n - back] if back else torch.arange(n)
+        # Position j stands in the keys as j + 1, so that query i meets the key of j = i - 1.
         made[k + back, starts[name] + k] = 1
         return made
 
     # heads: what queries read, what keys read and how far they are moved up, where values go
+    # A match adds sharp * sharp / sqrt(d_head) = _SHARPNESS to the score.
     sharp = (_SHARPNESS * d_head**0.5) ** 0.5  # scores are divided by sqrt(d_head)
     heads = (
         (

@@ -110,6 +110,8 @@ class CleanRoom(nn.Module):
         self.complex_pre_relu = _conv(n["gabor"], n["complex"], 1)
         self.complex = nn.ReLU()
         every = 2 * n["complex"] + 1  # a window that reaches all orientations from each
+        # torch divides by (k + alpha / n * sum of squares)^beta over n neighbours: with alpha = n, beta = 1/2 and k =
+        # faint^2 that is x / sqrt(faint^2 + energy), the same for all orientations.
         self.complex_norm = nn.LocalResponseNorm(every, alpha=every, beta=0.5, k=_FAINT**2)
         self.complex_pool = nn.MaxPool2d(2)
         self.line_pre_relu = _conv(n["complex"], n["line"], 7)
@@ -177,6 +179,7 @@ def _complex_weights() -> Tensor:
 
     Both polarities and edges as well as lines count alike from here on. Colour units are not read.
     """
+    # Units of the four phases lie one family behind the other: unit o of a phase is number phase * 12 + o.
     same = torch.eye(N_LINES, dtype=torch.float64).repeat(1, len(PHASES))
     weight = torch.cat([same, torch.zeros(N_LINES, len(COLOURS))], 1) / len(PHASES)
     return _GAINS["complex"] * weight[:, :, None, None]
@@ -189,6 +192,7 @@ def _line_weights() -> Tensor:
     """
     angles = angles_of(LINES)
     wanted = _LINE(differences(angles, angles, 180.0), 180.0)
+    # Sizes sum to 1 whatever the affinity says: `_GAINS` then means the same for every unit.
     wanted = wanted / wanted.abs().sum(1, keepdim=True)
     # one position is 4 pixels: 10 pixels along, 2.4 across
     bars = torch.stack([stroke(7, f.angle, length=2.5, width=0.6, flanks=0.5) for f in LINES])
@@ -217,6 +221,7 @@ def _curve_weights() -> Tensor:
     for r, family in CURVES.items():
         for f in family:
             own = _over_curves(arc(f.angle, r, _CURVE_REACH * r), _CURVE, r, 5)
+            # Early lines are read by no curve.
             kernels.append(torch.cat([own, torch.zeros(N_LINES, 5, 5)]))
     return _GAINS["curve"] * torch.stack(kernels)
 
@@ -241,6 +246,7 @@ def _over_curves(
     parts = []
     for r, family in CURVES.items():
         kernel = tile(path, angles_of(family), 360.0, affinity, size=size, step=_STEP, width=_WIDTH)
+        # Curves of another radius get zeros and not nothing, as the layer is one convolution over all.
         parts.append(kernel if r == radius else torch.zeros_like(kernel))
     return torch.cat(parts)
 

@@ -43,6 +43,7 @@ def arc(bulge: float, radius: float, half: float) -> Path:
     >>> arc(90.0, 10.0, 5.0).points[20].tolist()
     [0.0, 0.0]
     """
+    # Half of the circumference: an arc that is longer would run over itself.
     reach = min(half, math.pi * radius)
     t = torch.linspace(-reach, reach, _POINTS, dtype=torch.float64)
     return _bent(bulge, radius, t)
@@ -57,6 +58,7 @@ def straight(orientation: float, half: float) -> Path:
 
 def circle(radius: float) -> Path:
     """All of a circle about the unit's place."""
+    # Without the last point, which would be the first again.
     normals = torch.arange(_POINTS, dtype=torch.float64) * (360 / _POINTS)
     return Path(radius * heading(normals), normals)
 
@@ -71,6 +73,7 @@ def s_shape(orientation: float, radius: float, half: float, mirrored: bool = Fal
         mirrored: a letter S bulges left above its middle; this one right.
     """
     side = -1.0 if mirrored else 1.0
+    # Middles of equal pieces, so that the point where both arcs meet is not counted twice.
     t = (torch.arange(_POINTS // 2, dtype=torch.float64) + 0.5) * (half / (_POINTS // 2))
     ahead = _bent(orientation + 90 * side, radius, -side * t)
     behind = _bent(orientation - 90 * side, radius, -side * t)
@@ -81,8 +84,10 @@ def s_shape(orientation: float, radius: float, half: float, mirrored: bool = Fal
 
 def _bent(bulge: float, radius: float, t: Float[Tensor, " point"]) -> Path:
     """Points of a circle through the unit's place, t pixels counter-clockwise from there."""
+    # t pixels along a circle are t / radius radians.
     normals = bulge + torch.rad2deg(t / radius)
     start = heading(torch.tensor(bulge, dtype=torch.float64))
+    # From the point on the circle at `bulge`, which is moved to the unit's place (0, 0).
     return Path(radius * (heading(normals) - start), normals)
 
 

@@ -67,6 +67,7 @@ def differences(
     >>> differences(torch.tensor([350.0]).double(), torch.tensor([10.0]).double(), 360).tolist()
     [[-20.0]]
     """
+    # With a period of 180: 170 - 10 = 160 becomes (160 + 90) % 180 - 90 = -20.
     apart = angles[:, None] - normals[None, :]
     return (apart + period / 2) % period - period / 2
 
@@ -99,5 +100,6 @@ def tile(
     x = torch.exp(-((offset[None] - path.points[:, :1]) ** 2) / (2 * width**2))
     y = torch.exp(-((offset[None] - path.points[:, 1:]) ** 2) / (2 * width**2))
     wanted = affinity(differences(angles, path.normals, period), period)
+    # 1 / (2 pi width^2) makes the Gaussian's integral 1, step^2 the sum over positions that are `step` pixels apart.
     area = step**2 / (2 * math.pi * width**2)
     return torch.einsum("sp,py,px->syx", wanted, y, x) * (area / len(path.points))

@@ -150,6 +150,8 @@ class Bottleneck:
         own = np.asarray(labels)
         right = (self.predict(units) == own).astype(float)
         low, high = interval(right, seed=seed)
+        # The null's classifier was fitted to shuffled labels of the training examples: what so many weights reach
+        # without a connection.
         chance = ((units @ self.null[0].T + self.null[1]).argmax(1) == own).mean()
         majority = np.bincount(own).max() / len(own)
         return Accuracy(float(right.mean()), low, high, float(chance), float(majority), len(own))
@@ -188,6 +190,7 @@ class Bottleneck:
     def _explanation(
         self, index: int, logit: float, units: np.ndarray, added: np.ndarray, top: int
     ) -> Explanation:
+        # By size: what speaks against a class explains a decision as well.
         order = np.argsort(-np.abs(added), kind="stable")[:top]
         shares = tuple(
             Share(
@@ -203,6 +206,7 @@ class Bottleneck:
             logit,
             float(self.bias[index]),
             shares,
+            # What the units that are not listed add together, so that bias, shares and the rest sum to the logit.
             float(added.sum() - added[order].sum()),
         )
 
@@ -268,7 +272,9 @@ def _fitted(
     from sklearn.linear_model import LogisticRegression
 
     scale = units.std(0)
+    # A unit that never changes is divided by 1; its weight stays 0, as nothing depends on it.
     scale[scale == 0] = 1
+    # Scaled, so that the penalty on weights treats strong and weak units alike.
     fitted = LogisticRegression(C=strength, max_iter=2000).fit(units / scale, own)
     present = fitted.classes_
     # A class without examples is never predicted.
@@ -279,6 +285,7 @@ def _fitted(
         weights[present[1]], bias[present[1]] = fitted.coef_[0] / 2, fitted.intercept_[0] / 2
     else:
         weights[present], bias[present] = fitted.coef_, fitted.intercept_
+    # w (x / s) = (w / s) x: weights for activations as they are, which explanations and interventions multiply.
     return weights / scale, bias
 
 
@@ -342,6 +349,8 @@ class Intervention:
 
         Scaling commutes with the maximum (factors are not negative) and with the mean, and so does setting.
         """
+        # Scaling and setting change places with pooling: the mean or maximum of a x is a times that of x (a of 0 or
+        # more), and that of a constant is the constant.
         changed = units.copy()
         places = [u.index for u in self.units]
         if self.how == "set":
@@ -530,6 +539,8 @@ def suspects(
             warnings.simplefilter(
                 "ignore", RuntimeWarning
             )  # loss of precision for units that hardly vary
+            # Welch's test: the two sources of examples may differ in their spread. One-sided, as only a loss of support
+            # is suspect.
             tested: Any = ttest_ind(
                 here[:, vary], there[:, vary], equal_var=False, alternative="greater"
             )

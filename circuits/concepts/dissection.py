@@ -118,6 +118,8 @@ def dissect(
         raise ValueError(f"quantile {quantile} must be between 0 and 1")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(maps), generator=generator)
+    # Units, thresholds and combinations are chosen on one half and measured on the other: the best of hundreds of units
+    # would look good on the examples that chose it.
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     for half in halves:
         empty = ~masks[half].flatten(2).any(2).any(0)
@@ -180,6 +182,7 @@ def _levels(maps: Tensor, quantile: float) -> Tensor:
             f"quantile {quantile:g} of {flat.shape[1]} positions is less than one position: expected a larger share, "
             "or more examples"
         )
+    # The value of rank k + 1: exactly k positions lie above it, without ties.
     return flat.topk(k + 1, dim=1).values[:, -1].clamp_min(0)
 
 
@@ -198,8 +201,10 @@ def _ious(places: Tensor, masks: Tensor) -> Tensor:
             .float()
         )
         wanted = m.movedim(1, 0).flatten(1).float()
+        # Both are 0 or 1: a product counts where both are 1.
         meet = on @ wanted.T
         both += meet
+        # |A or B| = |A| + |B| - |A and B|.
         either += on.sum(1, keepdim=True) + wanted.sum(1) - meet
     return both / either.clamp_min(1)
 
@@ -244,11 +249,13 @@ def _combined_iou(
     # For every threshold t: IoU = (inside the mask and >= t) / (inside the mask, or >= t). Both follow from the
     # histograms of values inside and outside of the mask, added up from above.
     counts = np.zeros((2, _BINS))
+    # A histogram instead of sorting: all pixels of all images at once would not fit.
     for value, wanted in scores(first):
         bins = (value * (_BINS - 1)).long().clamp(0, _BINS - 1)
         for i, part in enumerate((bins[wanted], bins[~wanted])):
             counts[i] += torch.bincount(part.flatten(), minlength=_BINS).numpy()
     inside, outside = (c[::-1].cumsum()[::-1] for c in counts)
+    # inside[0] is the size of the mask: the union at t is the mask and what lies outside of it at t or above.
     cut = int((inside / np.maximum(1, inside[0] + outside)).argmax()) / (_BINS - 1)
     both = either = 0.0
     for value, wanted in scores(second):

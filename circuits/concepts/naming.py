@@ -214,6 +214,7 @@ def _named(
         return []
     auroc, p = auroc_table(strengths[np.ix_(first, units)], members[first])
     stands = np.reshape(corrected(p.reshape(-1), CORRECTION), p.shape) <= level
+    # Below any AUROC, so that an attribute that failed the test is never the best one.
     auroc = np.where(stands, auroc, -1)
     best = auroc.argmax(1)
     # Units for which no attribute passed the test get no name.
@@ -222,6 +223,7 @@ def _named(
         return []
     held = strengths[np.ix_(~first, units[given])]
     scores, p_held = auroc_pairs(held, members[~first][:, best[given]])
+    # One test a unit is left, since its attribute was chosen on the other half: the correction is for these alone.
     p_all = corrected(p_held, CORRECTION)
     found = []
     for i, (u, score) in enumerate(zip(given, scores, strict=True)):
@@ -246,6 +248,7 @@ def auroc_table(
     """The AUROC of every unit for every attribute, and the one-sided p-value (see `rank_test`)."""
     parts = []
     for start in range(0, strengths.shape[1], _AT_ONCE):
+        # Once for all attributes: ranks depend on the unit only.
         ranks = rankdata(strengths[:, start : start + _AT_ONCE], axis=0)
         columns = [
             rank_test(ranks, np.repeat(own[:, None], ranks.shape[1], 1)) for own in members.T
@@ -286,6 +289,9 @@ def rank_test(
     total = (ranks * members).sum(0)
     lowest = ranks.min(0)
     silent = 2 * lowest - 1  # m examples tied for the lowest value have the mean rank (m + 1) / 2
+    # K counts the marked ones among `inside` examples drawn from n, of which A = `active` are marked. Given K, the rank
+    # sum is that of K of the A active ranks drawn without replacement: mean K m, variance K (A - K) / (A - 1) v, with m
+    # and v the mean and variance of those ranks.
     active = n - silent
     above = np.where(ranks > lowest, ranks, 0)
     mean = above.sum(0) / active.clip(1)
@@ -306,6 +312,7 @@ def rank_test(
     tail = np.where(spread > 1e-9, norm.sf(np.nan_to_num(z)), certain)
     p = np.where(possible & within, chance * tail, 0).sum(0)
     pairs = np.maximum(inside * (n - inside), 1)
+    # AUROC = (rank sum - k (k + 1) / 2) / (k (n - k)): the rank sum less its smallest value, over how far it can rise.
     return np.stack([(total - inside * (inside + 1) / 2) / pairs, p.clip(0, 1)])
 
 
@@ -364,7 +371,9 @@ def name_by_text(
 
     def named(order: np.ndarray) -> list[Name]:
         weights = strengths[np.ix_(first, alive)]
+        # The mean of the images weighted by how active the unit is on them, in the space of the texts.
         place = _normalised((weights / weights.sum(0).clip(1e-12)).T @ seen[order][first])
+        # Centred vectors: what all images or all texts have in common would make one text the nearest to every unit.
         best = (place @ said.T).argmax(1)
         tests = np.array(
             [

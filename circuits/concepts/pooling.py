@@ -51,6 +51,7 @@ def pooled(
             keep = counted(part.inputs, part.mask, leave_first)[:, None].to(units.device)
         else:
             keep = torch.ones_like(units[:, :1], dtype=torch.bool)
+        # A maximum over nothing would be minus infinity, a mean 0 / 0.
         if not bool(keep.any(2).all()):
             raise ValueError(f"leave_first {leave_first}: a text has no more positions than that")
         made = (

@@ -85,6 +85,7 @@ def probe(
         first = _half(own, generator)
         best, auroc = _single(codes, own, first)
         _, base = _single(units, own, first)
+        # Shuffled labels, chosen and measured in the same way: what the best of so many latents reaches by chance.
         _, random = _single(codes, generator.permutation(own), first)
         # Everything is chosen on `first` and measured on the other half.
         difference = codes[first & own].mean(0) - codes[first & ~own].mean(0)
@@ -114,6 +115,8 @@ def _absorbed(
         W_dec: the direction that each latent writes.
         direction: the direction of the dense probe.
     """
+    # Absorption: the probe finds the label, the latents that stand for it are silent, and another one that points the
+    # same way (cosine above 0.25) has taken its place.
     silent = hits & ~active[:, raised].any(1)
     lengths = np.linalg.norm(W_dec, axis=1) * np.linalg.norm(direction)
     along = np.flatnonzero(W_dec @ direction / (lengths + 1e-12) > 0.25)

@@ -34,6 +34,7 @@ class ActivationEdit(Edit):
         return getattr(self, "at", None) is not None
 
     @abstractmethod
+    # In place on a clone that `_ComposedEdits` makes once, so that ten edits of a site cost one copy of its tensor.
     def apply(self, site: Site, value: Tensor) -> None:
         """Change a tensor of the site in place.
 
@@ -51,6 +52,8 @@ def changes(model: HookedModel, edits: Iterable[ActivationEdit]) -> dict[str, Ch
     by_site: dict[str, list[ActivationEdit]] = {}
     for edit in edits:
         by_site.setdefault(edit.where, []).append(edit)
+    # One change a site, since a site's tensor can be replaced only once in a pass; the order of the edits is kept
+    # within it.
     return {name: _ComposedEdits(model.site(name), tuple(steps)) for name, steps in by_site.items()}
 
 
@@ -86,6 +89,8 @@ def _view_at(edit: Any, site: Site, value: Tensor) -> Tensor:
 
 def _broadcast(edit: Any, site: Site, vector: Tensor) -> Tensor:
     """A vector with one entry for each unit, shaped to broadcast against what `_view_at` returns."""
+    # `spread` puts the vector on the unit axis of the site's own layout, with length 1 elsewhere; whichever position is
+    # then asked for is the only one, index 0.
     wide = site.spread(vector)
     return site.by_unit(wide) if edit.at is None else site.at(wide, (0,) * len(edit.at))
 
@@ -93,6 +98,7 @@ def _broadcast(edit: Any, site: Site, vector: Tensor) -> Tensor:
 def _check_at(edit: Any, model: HookedModel, site: Site) -> None:
     if edit.at is None:
         return
+    # The sides of a map depend on the image, hence only nonsense is refused here and the rest where the edit acts.
     most = model.input.n_ctx if isinstance(model.input, TokenInput) else 100_000
     far = [i for i in edit.at if not -most <= i < most]
     if far:
@@ -217,6 +223,7 @@ class Set(UnitsEdit, operator="set", about="Set units to numbers, such as their 
     def _check_shape(self, site: Site) -> None:
         n = len(self.units.among(site))
         wanted = (n, *site.unit_shape[1:])
+        # One number for all units, one for each, or for heads one vector each.
         if tuple(self.values.shape) not in ((), (n,), wanted):
             raise ValueError(
                 f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit: expected one "
@@ -224,6 +231,7 @@ class Set(UnitsEdit, operator="set", about="Set units to numbers, such as their 
             )
 
     def new(self, site: Site, own: Tensor) -> Tensor:
+        # `expand_as` repeats the values over examples and positions without copying them.
         return _broadcast(self, site, torch.atleast_1d(self.values).to(own)).expand_as(own)
 
 
@@ -250,6 +258,7 @@ class _FromOtherRuns(UnitsEdit):
             )
 
     def _donors(self, order: Tensor, own: Tensor) -> Tensor:
+        # Only known while the model runs: the positions follow from the input.
         if self.values.shape[2:] != own.shape[2:]:
             raise ValueError(
                 f"values of shape {tuple(self.values.shape)} of edit '{self}' do not fit an input on which "
@@ -299,6 +308,7 @@ class Resample(
     origin: str = ""
 
     def new(self, site: Site, own: Tensor) -> Tensor:
+        # In turn, so that an example's donor follows from its place in the pass and a replay gives the same numbers.
         return self._donors(torch.arange(len(own)) % len(self.values), own)
 
 
@@ -387,6 +397,7 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
         site = model.site(self.site)
         own = self.moved(site.name)
         _check_at(own, model, site)
+        # x in the formula is one number a unit; for heads it would have to be said along which axis the product runs.
         if site.inner_axis is not None:
             raise ValueError(
                 f"edit 'erase': the units of {site.name} are heads, which hold vectors; expected another site"
@@ -399,9 +410,13 @@ class Erase(ActivationEdit, operator="erase", about="Project directions out of w
         return own
 
     def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
+        # The mean is kept: the twin removes as many dimensions about the same point, so that only the choice of
+        # directions differs.
         return replace(self, basis=random_basis(self.basis, substitutes.generator), dual=None)
 
     def apply(self, site: Site, value: Tensor) -> None:
+        # Units last, so that both products run over the last axis whatever lies in front of it: x (n x units) times V
+        # (units x rank) gives coordinates, these times U^T (rank x units) the part inside.
         view = _view_at(self, site, value).movedim(1, -1)
         basis = self.basis.to(value)
         dual = basis if self.dual is None else self.dual.to(value)
@@ -414,6 +429,7 @@ def check_projection(operator: str, basis: Tensor, dual: Tensor | None) -> None:
     # (U V^T)^2 = U (V^T U) V^T, which is U V^T if V^T U is the identity.
     if basis.ndim != 2 or (dual is not None and dual.shape != basis.shape):
         raise ValueError(f"basis of edit {operator!r} must be unit x rank, and dual like it")
+    # In float64, as the basis may be in float32 and orthonormal only to its rounding; 1e-3 allows for that and no more.
     inner = (basis if dual is None else dual).double().T @ basis.double()
     off = (inner - torch.eye(len(inner), dtype=torch.float64)).abs().max().item()
     if off > 1e-3:

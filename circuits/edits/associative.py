@@ -54,6 +54,8 @@ def second_moment(
         # The store keeps the centered covariance: E[k k^T] = Cov(k) + E[k] E[k]^T.
         kept = data.covariance(read.name)
         mean = torch.from_numpy(kept.mean).double().reshape(-1)
+        # For a convolution the unit axis is one number a channel, so that k here is a column of channels and not a
+        # patch.
         return torch.from_numpy(kept.covariance).double() + mean[:, None] * mean[None, :]
     total, n = torch.zeros(()), 0
     for part in as_examples(model, data).batches():
@@ -61,6 +63,8 @@ def second_moment(
         rows = counted_rows(read, value, part.mask).flatten(1).cpu().double()
         total = total + rows.T @ rows
         n += len(rows)
+    # Not centered: the edit is to change as little as possible what the layer gives on other keys, E|Lambda d^T k|^2 =
+    # |Lambda|^2 d^T C d, and that counts the mean of k too.
     return total / n
 
 
@@ -121,14 +125,20 @@ def associate(
     if damping < 0:
         raise ValueError(f"damping {damping} must be 0 or more")
     search = _Search(steps, learning_rate, decay, enough)
+    # Key and value come from one pass, so that both are of the same state of the model.
     x = as_examples(model, examples).inputs
     cache = model.run(x, read=[read, written])
     # Without damping C is singular if the layer's inputs span fewer dimensions than it has columns.
     c = moment.cpu().double()
+    # Relative to the mean diagonal element, so that one damping fits layers of every scale.
     c = c + damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
     words = origin or f"{len(x)} examples answer {answer_name(model, target)}"
     place = _place(read, written, cache[written], at)
     key, center = _mean_key(model, matrix, read, cache[read], place)
+    # The least change that maps k* to v*: minimise E|(W' - W) k|^2 subject to W' k* = v*. With a multiplier for the
+    # constraint, (W' - W) C = L k*^T, hence W' - W = L (C^-1 k*)^T: of rank one, along the dual C^-1 k* (Meng et al.
+    # 2022, equation 2). Only the dual's direction matters, since L is scaled to fit the constraint; at length 1 its
+    # numbers say nothing of the units of C.
     dual = torch.linalg.solve(c, center)
     dual = dual / dual.norm()
     made: Associate | LowRank
@@ -181,6 +191,8 @@ def _site_of(model: HookedModel, matrix: WeightMatrix, side: str) -> Site:
     """The site whose units are exactly a matrix's columns or rows, with nothing in between."""
     ends = matrix.reads if side == "reads" else matrix.writes
     n = matrix.shape[1 if side == "reads" else 0]
+    # Nearest to the layer first. A factor other than 1 (batch norm, a sign) means that the site holds something else
+    # than what the layer reads or writes.
     for end in sorted(ends, key=lambda e: e.depth):
         if end.site == "input" or not bool((end.factor == 1).all()):
             continue
@@ -205,6 +217,8 @@ def _place(
             f"sites {read.name} and {written.name} have different position axes, expected the same"
         )
     lengths = written.positions_of(output)
+    # The last token is where a model predicts from. In an image it is where the layer is most active, summed over
+    # examples and units: an edit where nothing happens could not act.
     if at is None:
         if axes == ("position",):
             at = (-1,)
@@ -229,6 +243,7 @@ def _mean_key(
     model: HookedModel, matrix: WeightMatrix, read: Site, value: Tensor, place: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The mean key as the layer sees it, and its channels at the kernel's centre."""
+    # A linear layer's key is the input itself, and is its own centre.
     if len(matrix.shape) == 2:
         key = _at(read, value, place).mean(0).cpu().double()
         return key, key
@@ -247,6 +262,7 @@ def _mean_key(
         value.shape[3] + 2 * layer.padding[1] - layer.dilation[1] * (width - 1) - 1
     ) // layer.stride[1] + 1
     y, x = place
+    # `unfold` orders a patch's numbers as channel, then row, then column of the kernel, that is as the weights are.
     mean = patches[:, :, y * across + x].mean(0).cpu().double().reshape(matrix.shape[1:])
     return mean, mean[:, height // 2, width // 2]
 

@@ -57,6 +57,7 @@ class KnockOut(
     def checked(self, model: HookedModel) -> KnockOut:
         site, known = model.site(self.units.site), attention_patterns(model.sites)
         if site not in known:
+            # Some bridges show a pattern only after attention is done, where editing it changes nothing.
             names = ", ".join(s.name for s in known[:3]) or "none in this model"
             raise ValueError(
                 f"site {site.name} of edit 'knock_out' is not an attention pattern that the model reads: expected one "
@@ -94,6 +95,8 @@ class KnockOut(
         keys = self._places("keys", own.shape[3])
         made = own.clone()
         rows = made[:, :, queries]
+        # The sum of a row is 1 after a softmax, but another edit of the pattern may have changed it: what there was is
+        # given back.
         before = rows.sum(-1, keepdim=True)
         gone = rows[..., keys].any(-1, keepdim=True)
         rows[..., keys] = 0
@@ -102,6 +105,7 @@ class KnockOut(
             self._check_left(gone & (left == 0), queries)
             # Rows that lose nothing stay as they are, bit for bit: scaling them by 1 might round.
             rows = torch.where(gone, rows * (before / left.where(gone, left.new_ones(()))), rows)
+        # Indexing with a tensor copied the rows, so that they have to be put back.
         made[:, :, queries] = rows
         return made
 
@@ -113,11 +117,13 @@ class KnockOut(
                 raise ValueError(
                     f"position {index} in {name} of edit '{self}' is out of range: expected {-length} to {length - 1}"
                 )
+        # Modulo the length: -1 is the last position of this text, whatever its length.
         return torch.tensor([i % length for i in given]) if given else torch.arange(length)
 
     def _check_left(self, empty: Tensor, queries: Tensor) -> None:
         if empty.any():
             _, head, query, _ = empty.nonzero()[0].tolist()
+            # `empty` counts among the edited heads; the message names the head as it is numbered in the model.
             heads = range(empty.shape[1]) if self.units.indices is None else self.units.indices
             raise ValueError(
                 f"queries of edit '{self}': position {int(queries[query])} of head {heads[head]} keeps no key, so that "
@@ -129,6 +135,8 @@ def _other_positions(keys: Sequence[int], queries: Sequence[int]) -> list[int]:
     """The positions that a twin may use as keys: those between the named ones and the end they count from."""
     # Texts have different lengths, so a position is known to exist only between the named ones and that end.
     named = [*keys, *queries]
+    # Keys 0 and 3 with query 5 show that positions 0 to 5 exist, and leave 1, 2, 4 and 5 to a twin; keys -1 and -2
+    # leave nothing. Where some count from the start and others from the end, nothing is known of what lies between.
     if min(named) >= 0:
         reach: Iterable[int] = range(max(named) + 1)
     elif max(named) < 0:

@@ -21,6 +21,7 @@ def verify(database: Database) -> list[str]:
         return []
     try:
         with database.open(*TABLES) as connection:
+            # An event that is written between two of the queries below would look like one that is missing.
             connection.execute("BEGIN")  # all of it as it is now, whoever else writes
             return list(_faults(connection))
     except sqlite3.OperationalError as error:
@@ -43,6 +44,8 @@ def _faults(connection: sqlite3.Connection) -> Iterator[str]:
                 yield f"ledger entry {name[:12]} stands under another model"
         except (ValueError, KeyError, TypeError) as error:
             yield str(error.args[0])
+    # Bytes are checked by their hash alone, since an entry names them by it: changed bytes are under a name that is
+    # wrong.
     rows = connection.execute("SELECT hash, bytes FROM edit_originals")
     originals = yield from _changed(rows, bytes, "original bytes {} were changed")
     rows = connection.execute("SELECT hash, body FROM edit_reports")
@@ -60,6 +63,7 @@ def _changed(rows: sqlite3.Cursor, kind: type, fault: str) -> Generator[str, Non
     """The rows whose contents have not the hash that they are under; returns the hashes of all."""
     found = set()
     for name, content in rows:
+        # SQLite columns hold any type: a number in a text column has to be a fault and not a crash in the hash.
         if not isinstance(content, kind) or content_hash(content) != name:
             yield fault.format(str(name)[:12])
         found.add(name)
@@ -83,15 +87,19 @@ def _event_faults(
         if (raw["model_hash"], raw["branch"]) != (model_hash, branch):
             yield f"event {i} was changed: it stands under another model or branch"
             continue
+        # The first event of a model has the model's own hash before it.
         if raw["previous"] != last.get(model_hash, model_hash):
             yield f"event {i} does not follow the one before it: one is missing or out of order"
         last[model_hash] = name
         ends = {event.start, event.end} | ({event.entry} if event.entry else set())
+        # The model's own hash stands for the state before any edit, of which there is no entry.
         for end in ends - {model_hash}:
             if end not in entries or entries[end].model_hash != model_hash:
                 yield f"event {i} names an entry that is missing: {end[:12]}"
         if not _moves(event, entries):
             yield f"event {i} is no {event.kind}: its entries do not follow each other"
+        # `main` is there from the beginning, at the model as it is; other branches are wherever their first event
+        # begins.
         head = heads.get((model_hash, branch), model_hash if branch == "main" else event.start)
         if event.start != head:
             yield f"event {i} does not begin where branch {branch!r} was"
@@ -99,6 +107,7 @@ def _event_faults(
         if event.report and event.report not in reports:
             yield f"report {event.report[:12]} is missing"
         reached.update(ends)
+    # Entries are only ever written together with the event that moves a head to them.
     for name in entries.keys() - reached:
         yield f"ledger entry {name[:12]} is in no event: one is missing"
 
@@ -107,5 +116,6 @@ def _moves(event: Event, entries: Mapping[str, Entry]) -> bool:
     """Whether an event's ends are what its kind says; True where an entry is missing, which is told apart."""
     if event.kind in ("branch", "measure"):
         return event.start == event.end
+    # An undo leads from an entry to its parent, apply and redo from the parent to the entry.
     child, parent = (event.start, event.end) if event.kind == "undo" else (event.end, event.start)
     return child not in entries or entries[child].parent == parent

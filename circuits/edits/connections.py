@@ -50,6 +50,8 @@ def parts_of(
     among = (layer_named(matrices, layer),) if layer else matrices
     found: list[Part] = []
     for matrix in among:
+        # Layers that do not touch the named site are no error: without `layer` all layers of the model are looked
+        # through.
         written = None if into is None else matrix.end(into.site, "writes")
         read = None if source is None else matrix.end(source.site, "reads")
         if (into is not None and written is None) or (source is not None and read is None):
@@ -59,6 +61,7 @@ def parts_of(
             continue
         rows, row_factor = _rows_or_columns(written, into, matrix.shape[0])
         columns, column_factor = _rows_or_columns(read, source, matrix.shape[1])
+        # Grouped layers: units at both ends may be the layer's and have no weight between them.
         if len(rows) and len(columns) and bool(matrix.there(rows, columns).any()):
             found.append(Part(matrix, rows, columns, row_factor, column_factor))
     if not found:
@@ -96,6 +99,7 @@ def _check_covered(parts: Sequence[Part], units: Units, side: str, alone: bool) 
         end = part.matrix.end(units.site, side)
         assert end is not None
         which = part.rows if side == "writes" else part.columns
+        # A unit may own several rows (a head owns d_head of them), hence owners and not rows are counted.
         for unit in end.owner[which].unique().tolist():
             seen.setdefault(unit, []).append(part.matrix.name)
     if units.indices is not None and (missing := [i for i in units.indices if i not in seen]):
@@ -173,6 +177,7 @@ class ConnectionEdit(WeightEdit):
 
     def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
         name, units = self._twin_end()
+        # The input is no site of the model, so that there are no other units of it to draw from.
         instead = None if units.site == INPUT else substitutes.of(units)
         if instead is None:
             return None
@@ -197,6 +202,7 @@ class ConnectionEdit(WeightEdit):
             which = part.rows if side == "writes" else part.columns
             for index in end.owner[which].unique().tolist():
                 before = found.get(site.unit(index))
+                # Where several layers read the unit, a substitute needs weights in all of them.
                 found[site.unit(index)] = pool if before is None else pool & before
         return found
 
@@ -220,6 +226,8 @@ class ConnectionEdit(WeightEdit):
     def apply(self, weights: Weights) -> None:
         for part in self.parts(weights.matrices):
             parameter = weights.writable(part.matrix.weight)
+            # Blocks are in the matrix' own layout, row x column x kernel, whatever the parameter's shape is
+            # (transposed, several heads' matrices side by side): `block` and `put` convert both ways.
             block = part.matrix.block(parameter, part.rows, part.columns)
             part.matrix.put(parameter, part.rows, part.columns, self.new(part, block))
 
@@ -249,6 +257,7 @@ class ScaleWeights(
     bias: bool = False
 
     def new(self, part: Part, block: Tensor) -> Tensor:
+        # Not 0 * block, which is NaN for an infinite weight.
         return torch.zeros_like(block) if self.factor == 0 else block * self.factor
 
     def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
@@ -287,6 +296,8 @@ class FilterWeights(
             )
 
     def new(self, part: Part, block: Tensor) -> Tensor:
+        # By the sign with which units act on each other: behind a batch norm with a negative weight, a positive
+        # parameter inhibits.
         acting = part.effective(block)
         kept = acting > 0 if self.keep == "positive" else acting < 0
         return torch.where(kept, block, torch.zeros_like(block))
@@ -312,6 +323,7 @@ class KeepWeights(
     def apply(self, weights: Weights) -> None:
         for part in self.parts(weights.matrices):
             parameter, matrix = weights.writable(part.matrix.weight), part.matrix
+            # Taken out before the rows are cleared: block copies.
             kept = matrix.block(parameter, part.rows, part.columns)
             _clear(matrix, parameter, part.rows)
             matrix.put(parameter, part.rows, part.columns, kept)
@@ -415,6 +427,8 @@ def rotated_kernels(kernels: Tensor, degrees: float) -> Tensor:
     """Kernels (… x y x x) rotated counterclockwise as seen in an image."""
     height, width = kernels.shape[-2:]
     quarter = degrees / 90
+    # Quarter turns move every weight to the place of another and are exact; a kernel that is not square only allows
+    # half turns.
     if quarter == round(quarter) and (height == width or round(quarter) % 2 == 0):
         return torch.rot90(kernels, round(quarter) % 4, (-2, -1)).contiguous()
     # Each point of the result is looked up at its preimage: (x, y) rotated back about the centre. With y pointing down
@@ -430,7 +444,10 @@ def rotated_kernels(kernels: Tensor, degrees: float) -> Tensor:
     left, top = back_x.floor(), back_y.floor()
     for dy in (0, 1):
         for dx in (0, 1):
+            # Bilinear: the four neighbours of a point share in it by their closeness along both axes; the shares add up
+            # to 1.
             share = (1 - (back_x - left - dx).abs()) * (1 - (back_y - top - dy).abs())
+            # One is added for the border; what lies further outside is clamped to it and reads a zero.
             column = (left + dx + 1).clamp(0, width + 1).long()
             row = (top + dy + 1).clamp(0, height + 1).long()
             found += padded[:, row, column] * share
@@ -497,9 +514,12 @@ class Transplant(
         gain = torch.ones(n) if self.gain is None else self.gain
         parameter = weights.writable(matrix.weight)
         every = torch.arange(matrix.shape[1])
+        # All inputs and not only those of `source`: what the host's unit read besides must not act on the transplanted
+        # one.
         matrix.put(parameter, rows, every, torch.zeros_like(matrix.block(parameter, rows, every)))
         shape = (n, *(1,) * (self.weights.ndim - 1))
         matrix.put(parameter, rows, part.columns, self.weights * gain.reshape(shape))
+        # The unit becomes gain (w x + b) + offset: gain on weights and bias alike, else the threshold would move.
         if matrix.bias is not None:
             biases = torch.zeros(n) if self.biases is None else self.biases
             offset = torch.zeros(n) if self.offset is None else self.offset

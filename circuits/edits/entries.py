@@ -84,12 +84,14 @@ class Entry:
     @property
     def text(self) -> str:
         """The canonical JSON of which its hash is taken."""
+        # Without the hash, which is that of this very text.
         return canonical(
             {k: v for k, v in self.to_dict().items() if k != "hash"} | {"schema": SCHEMA}
         )
 
     def hashed(self) -> Entry:
         """The entry under the hash of its text."""
+        # The parent's hash is in the text, so that an entry's hash stands for all edits below it too.
         return replace(self, hash=content_hash(self.text))
 
 
@@ -144,6 +146,7 @@ class Event:
 
 def _read(what: str, name: str, text: str) -> dict[str, Any]:
     """What a row holds, if that has the hash which is its name."""
+    # Checked on each read, not only by `verify`: nothing is ever computed from a row that was changed.
     if not isinstance(text, str) or content_hash(text) != name:
         raise LedgerError(f"ledger {what} {str(name)[:12]} was changed: its text has another hash")
     raw = json.loads(text)

@@ -53,6 +53,7 @@ def means(
     mean = site_mean(model, site, given, leave_out=leave_out)
     if mean.warning:
         log.warning("%s: %s", site.name, mean.warning)
+    # float32 where that is exact: half the size in a recipe, and the same numbers.
     values = compact(mean.values[list(own.among(site))])
     return fitting(model, Set(own, values=values, origin=origin or f"mean over {given}"))
 
@@ -156,9 +157,13 @@ def leace(
     for part in given.batches():
         value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
         x = counted_rows(place, value, part.mask).cpu().double()
+        # A site with positions gives several rows an example, all with the example's label. With a mask these are its
+        # counted positions; a site with two position axes (query and key) has their square.
         each = torch.full((len(part),), len(x) // len(part))
         if part.mask is not None:
             each = part.mask.sum(1).cpu() ** len(place.position_axes)
+        # One column for each class, 1 where the row is of it: the columns add up to 1, so that the last is redundant,
+        # which the singular values below take care of.
         z = (own[list(part.which), None] == kinds).double().repeat_interleave(each, 0)
         n += len(x)
         x_sum, z_sum, xx, xz = x_sum + x.sum(0), z_sum + z.sum(0), xx + x.T @ x, xz + x.T @ z
@@ -194,6 +199,10 @@ def leace_projection(
     root = values[kept].sqrt()
     whiten = vectors[:, kept] / root @ vectors[:, kept].T
     unwhiten = vectors[:, kept] * root @ vectors[:, kept].T
+    # Belrose et al. 2023: P = W^+ U U^T W with W = Cov(x)^(-1/2) and U a basis of the columns of W Cov(x, z). In
+    # whitened coordinates the classes' mean differences span U and nothing else correlates with z; removing exactly
+    # this span makes Cov(Px, z) = 0, and orthogonal in whitened coordinates means least in the sense of the data's own
+    # spread.
     u, s, _ = torch.linalg.svd(whiten @ cross, full_matrices=False)
     # The singular values of W Cov(x, z) are correlations times the spread of z, so they are compared with that spread.
     u = u[:, s > 1e-6 * (shares * (1 - shares)).sum().sqrt()]
@@ -201,6 +210,7 @@ def leace_projection(
         raise ValueError(
             f"labels are uncorrelated with the activations of {site}: there is nothing to erase"
         )
+    # As basis W^+ U and dual W U, for which x - basis dual^T (x - mean) is the formula above (W is symmetric).
     return Erase(site, unwhiten @ u, whiten @ u, mean, origin or "LEACE")
 
 
@@ -248,6 +258,8 @@ def transplant(
     theirs_in, ours_in = there[0].matrix, here[0].matrix
     given = None if examples is None else as_examples(model, examples)
     parameters = donor.parameters
+    # A row's effective weight is its parameter times its factor; the donor's factor over the host's turns the donor's
+    # numbers into such as have the same effect here.
     between = there[0].row_factor / here[0].row_factor
     if not bool((between == 1).all()) and given is None:
         raise ValueError(
@@ -257,6 +269,7 @@ def transplant(
         there[0], parameters[theirs_in.weight].data, wanted, donors, here[0], hosts
     )
     biases = None if theirs_in.bias is None else parameters[theirs_in.bias].data[there[0].rows]
+    # The bias is added where the row's sum is, so that it takes the same factor as the row.
     biases = None if biases is None else biases.cpu() * between
     if ours_in.bias is None and biases is not None and bool(biases.any()):
         raise ValueError(f"layer {ours_in.name} has no bias that could hold the donor's biases")
@@ -286,6 +299,7 @@ def _with_gain(
 ) -> Transplant:
     """The transplant with the gain and offset that give each unit its old mean and standard deviation."""
     ours = here.matrix
+    # depth 0: next to the layer, before any batch norm or nonlinearity, where gain and offset act as they are written.
     end = next((e for e in ours.writes if e.depth == 0 and e.site != INPUT), None)
     if end is None:
         raise ValueError(f"layer {ours.name}: no site holds its output, so no gain can be fitted")
@@ -293,6 +307,7 @@ def _with_gain(
     before = _mean_and_spread(model, end.site, which, examples)
     with edited(model, [made]):
         after = _mean_and_spread(model, end.site, which, examples)
+    # A millionth of the old spread is rounding; a gain of a million would amplify nothing but that.
     dead = [i for i, spread in enumerate(after[1].tolist()) if spread <= 1e-6 * before[1][i].item()]
     if dead:
         raise ValueError(
@@ -325,6 +340,8 @@ def _donor_weights(
     read = there.matrix.end(wanted.site, "reads")
     assert read is not None
     owner = read.owner[there.columns].tolist()
+    # Ordered by the donor's units as the host's inputs are ordered, so that column i reads the unit that takes the
+    # place of the one that the host's column i read. A donor unit may be used for several.
     columns = [j for unit in donors for j, own in enumerate(owner) if own == unit.index]
     if len(columns) != len(here.columns):
         raise ValueError(
@@ -344,6 +361,7 @@ def _mean_and_spread(
     place, rows = model.site(site), []
     for part in examples.batches():
         value = model.run(part.inputs, mask=part.mask, read=[place], until=place)[place]
+        # In float64: spread is a small difference where a unit is nearly constant.
         rows.append(counted_rows(place, value, part.mask)[:, which].double())
     joined = torch.cat(rows)
     return joined.mean(0), joined.std(0)

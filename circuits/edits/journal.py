@@ -70,6 +70,7 @@ class Journal:
     def _state(self, branch: str) -> tuple[str, str]:
         """A branch's head, and the hash of its last event: empty where it has none."""
         rows = self.database.rows(EVENTS.select(2, LAST), self.model_hash, branch)
+        # `main` needs no event to exist; any other branch begins with one.
         if not rows and branch != "main":
             known = ", ".join(self.branches())
             raise KeyError(f"no branch {branch!r} of {self.model_name}: there are {known}")
@@ -129,8 +130,11 @@ class Journal:
         digest = self.head(branch) if at is None else self.resolved(at)
         asked = 0
         while digest != self.model_hash:
+            # A head is reached from its last entry backwards, one query an entry; from _FEW on it is cheaper to fetch
+            # them all.
             asked += digest not in self._entries
             if asked == _FEW:
+                # Every hash begins with the empty text.
                 self._beginning("")
             found.append(self.entry(digest))
             digest = found[-1].parent
@@ -141,10 +145,12 @@ class Journal:
         stack: list[str] = []
         for event in self.events(branch):
             if event.kind == "undo":
+                # An undo's start is the entry that was taken back.
                 stack.append(event.start)
             elif event.kind == "redo":
                 stack.pop()
             elif event.kind == "apply":
+                # As in an editor: a new edit after an undo leaves nothing to redo. The entries stay in the ledger.
                 stack.clear()
         return [self.entry(digest) for digest in stack]
 
@@ -195,6 +201,7 @@ class Journal:
         if not name.strip() or len(name) > 100 or any(not c.isprintable() for c in name):
             raise ValueError(f"branch name {name!r} must have 1 to 100 printable characters")
         start = self.head(origin) if at is None else self.resolved(at)
+        # `last` is empty: the step is only written if the branch has no event so far.
         if name == "main" or not self._written(name, "", author, Step("branch", [(start, start)])):
             raise ValueError(f"there is a branch {name!r} already")
 
@@ -239,6 +246,8 @@ class Journal:
         """
         for _ in range(_TRIES):
             head, last = self._state(branch)
+            # Outside the transaction, since making an edit may take seconds and would keep all other writers waiting;
+            # whether the head is still the same is checked inside it.
             made = step(head)
             if self._written(branch, last, author, made):
                 return made
@@ -257,11 +266,14 @@ class Journal:
             entries = [(e.hash, self.model_hash, e.text) for e in step.made.entries]
             reports = [(report, step.report)] if report else []
             add = connection.executemany
+            # Named by content, so that a row that is there already is the same one: an edit that was made, undone and
+            # made again.
             add("INSERT OR IGNORE INTO edit_originals VALUES (?, ?)", step.made.originals.items())
             add("INSERT OR IGNORE INTO edit_entries VALUES (?, ?, ?)", entries)
             add("INSERT OR IGNORE INTO edit_reports VALUES (?, ?)", reports)
             for start, end in step.moves:
                 event = Event(step.kind, branch, start, end, who, when, step.measured, report, "")
+                # The chain runs over all branches of a model, so that no branch as a whole can be taken out unseen.
                 before = EVENTS.last(connection, self.model_hash)
                 text = event.text(self.model_hash, before[2] if before else self.model_hash)
                 EVENTS.append(connection, self.model_hash, branch, content_hash(text), text)

@@ -160,6 +160,7 @@ class Associate(
 
     def _missing(self, weights: Weights) -> Tensor:
         matrix = layer_named(weights.matrices, self.layer)
+        # now = W k + b, the layer's output for the key: over the kernel and all columns.
         view = matrix.view(weights.value(matrix.weight)).double().cpu()
         now = _ordered_sum((view * self.key.double()[None]).flatten(1).T)
         if matrix.bias is not None:
@@ -168,6 +169,9 @@ class Associate(
 
     def apply(self, weights: Weights) -> None:
         matrix = layer_named(weights.matrices, self.layer)
+        # W' = W + missing (dual a^T) / |a|^2 with a = dual . key at each place of the kernel. Applied to the key, dual
+        # a^T gives sum over p of a_p (dual . key_p) = |a|^2, so that W' k + b = now + missing = value exactly. For a
+        # linear layer a is the number dual . key.
         reach, missing = self._reach(), self._missing(weights)
         direction = (
             self.dual.double().reshape(-1, *(1,) * reach.ndim)
@@ -233,6 +237,7 @@ class EraseWeights(
         basis = self.basis.double()
         dual = basis if self.dual is None else self.dual.double()
         view = matrix.view(weights.writable(matrix.weight))
+        # W x + b - U V^T (W x + b - m) = (I - U V^T) W x + b - U V^T (b - m): m touches the bias only.
         view -= self._inside(view.double().cpu(), basis, dual).to(view)
         if matrix.bias is not None:
             bias = weights.writable(matrix.bias)

@@ -92,17 +92,21 @@ class Ledger(Journal):
         """
         if isinstance(edits, Recipe):
             edits.check(self.model)
+            # What is given here wins over what the recipe says.
             note, seed = note or edits.note, seed or edits.seed
             author, edits = author or edits.author or None, edits.edits
         given = [edits] if isinstance(edits, Edit) else edits
         if not given:
             raise ValueError("edits: expected at least one")
         who, when = signed(author)
+        # What all entries of one call have in common; parent, edit and hashes are filled in one by one.
         blank = Entry("", "", self.model_hash, given[0], note, who, when, seed, {}, {}, {})
         with self._alone():
             fitting = checked(self.model, given)
 
             def on_top(head: str) -> Step:
+                # Called again with the new head if somebody else's edit came first: the same edits are then made on top
+                # of theirs.
                 self._move_to(head)
                 made = self._position.make(fitting, blank)
                 return Step("apply", [(e.parent, e.hash) for e in made.entries], made)
@@ -123,6 +127,7 @@ class Ledger(Journal):
         def back(head: str) -> Step:
             if head == self.model_hash:
                 raise ValueError(f"branch {branch!r} has no edit to undo")
+            # Via the head: its parameters are what the stored bytes replace.
             self._move_to(head)
             return self._head_moved("undo", head, self.entry(head).parent)
 
@@ -184,6 +189,8 @@ class Ledger(Journal):
             return {name: t.clone() for name, t in self._move_to(self.resolved(digest)).items()}
 
     def _move_to(self, digest: str) -> dict[str, Tensor]:
+        # From where the model is, back until an entry that lies on the way to the goal (or the model itself, index 0),
+        # then forward along the line from there: from a-b-c to a-b-d it is back over c, forward over d.
         entries, back, at = self.entries(at=digest), list[Entry](), self._position.at
         line = {self.model_hash: 0} | {entry.hash: i for i, entry in enumerate(entries, 1)}
         while at not in line:
@@ -203,6 +210,7 @@ class Ledger(Journal):
         """
         with self.model.lock:
             digest = self.head(branch) if at is None else self.resolved(at)
+            # Copies, so that moving on to another entry inside the block leaves these as they are.
             tensors = self.move_to(digest)
             edits = [e.edit for e in self.entries(at=digest) if isinstance(e.edit, ActivationEdit)]
             with self.model.rewriting(tensors), self.model.intervening(changes(self.model, edits)):
@@ -211,6 +219,7 @@ class Ledger(Journal):
     def replay(self, branch: str = "main", at: str | None = None) -> list[Replayed]:
         """Make a branch's edits again from the model as it is, and compare each parameter's hashes."""
         with self._alone():
+            # From the model's own parameters and without any stored bytes, which is what makes it a check on both.
             weights = Weights(self.model)
             return [Replayed(e, made_again(e, weights)) for e in self.entries(branch, at)]
 

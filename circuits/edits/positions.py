@@ -62,12 +62,18 @@ class Position:
         for edit in edits:
             entry = replace(blank, parent=entries[-1].hash if entries else self.at, edit=edit)
             if isinstance(edit, WeightEdit):
+                # In a fixed order, since what is noted goes into the entry's hash.
                 names = sorted(set(edit.parameters(weights.matrices)))
+                # Clones: `apply` writes to the copies that `value` may return.
                 old = {n: weights.value(n).clone() for n in names}
                 weights.apply(edit)
+                # A parameter that several edits change is hashed once and not twice: its hash after one is that before
+                # the next.
                 before = {n: hashes.get(n) or tensor_hash(t) for n, t in old.items()}
                 after = {n: tensor_hash(weights.value(n)) for n in names}
                 hashes |= after
+                # An edit may leave a parameter bit for bit as it was (a factor of 1), of which there is nothing to
+                # keep.
                 changed = [n for n in names if before[n] != after[n]]
                 data = {n: original_bytes(old[n], weights.value(n)) for n in changed}
                 digests = {n: content_hash(data[n]) for n in changed}
@@ -94,6 +100,8 @@ class Position:
             self.tensors, self.at = self._taken_back(entry, original), entry.parent
         weights = Weights(self.model, self.tensors)
         for entry in forward:
+            # The stored bytes lead back only; forward the edit itself has to give the weights that were noted, on this
+            # machine too.
             if not made_again(entry, weights):
                 raise LedgerError(
                     f"ledger entry {entry.hash[:12]} ({entry.edit.operator}) does not give the weights "
@@ -119,6 +127,7 @@ def made_again(entry: Entry, weights: Weights) -> bool:
     def are(noted: Mapping[str, str]) -> bool:
         return all(tensor_hash(weights.value(n)) == wanted for n, wanted in noted.items())
 
+    # Before the edit is made, which overwrites them.
     same = are(entry.before)
     weights.apply(entry.edit)
     return same and are(entry.after)

@@ -79,6 +79,7 @@ class Recipe:
         """
         if not self.model_hash or self.model_hash == model.intact_hash:
             return
+        # Inside an edit, a recipe may be for the model as it is now or for the one without edits.
         if not model.edited or self.model_hash != model.hash:
             raise ValueError(
                 f"recipe is for model {self.model_hash[:16]}: expected {model.intact_hash[:16]} ({model.name})"
@@ -131,6 +132,8 @@ class Recipe:
             raise ValueError(
                 f"order {list(order)} is not a permutation of 0 to {len(self.edits) - 1}"
             )
+        # Pairs that come in the other order than before: only these have to commute. In the order 2 0 1 they are 2
+        # before 0 and 2 before 1.
         pairs = ((i, j) for k, i in enumerate(order) for j in order[k + 1 :] if j < i)
         with model.steady():
             for i, j in pairs:
@@ -252,6 +255,7 @@ def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[Hook
     with model.lock:
         recipe.check(model)
         edits = checked(model, recipe.edits)
+        # Before the context is entered: an edit that cannot be made leaves the model untouched.
         tensors = rewritten(model, edits)
         with (
             model.rewriting(tensors),
@@ -294,6 +298,7 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
     with model.lock:
         tensors = rewritten(model, edits)
         module = copy.deepcopy(model.module)
+    # A new trace finds sites under their own names only.
     aliases = {alias: site.name for site in model.sites for alias in site.aliases}
     made = HookedModel(
         module, model.input, f"{model.name}, edited", aliases, model.classes, model.unit_names
@@ -318,6 +323,7 @@ def save_baked(model: HookedModel, path: str | Path, base: HookedModel, recipe: 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"weights file {str(target)!r} must end in .safetensors")
+    # Contiguous and cloned: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.module.state_dict().items()
@@ -352,6 +358,7 @@ class Difference:
 def diff(before: Recipe, after: Recipe) -> list[Difference]:
     """The edits to remove from and to insert into one recipe to get the other, in order."""
     a, b = before.edits, after.edits
+    # autojunk would take edits that occur often for noise in recipes of 200 and more.
     matcher = difflib.SequenceMatcher(
         None, [e.identity for e in a], [e.identity for e in b], autojunk=False
     )
@@ -371,6 +378,7 @@ def commute(model: HookedModel, first: Edit, second: Edit) -> bool:
     edits of the same numbers count as not commuting, since floating-point results depend on the order.
     """
     if isinstance(first, ActivationEdit) != isinstance(second, ActivationEdit):
+        # Weights are changed before a pass and activations during it, in whatever order they are listed.
         return True
     if first == second:
         return True
@@ -385,6 +393,9 @@ def commute(model: HookedModel, first: Edit, second: Edit) -> bool:
     assert isinstance(second, WeightEdit)
     touched = [_elements(model, edit) for edit in (first, second)]
     for name in touched[0].keys() & touched[1].keys():
+        # A rectangle of rows and columns for each edit; two that do not overlap neither read nor write a common
+        # element. Taken as the hull of several parts it may be too large, which only refuses an order that would have
+        # been fine.
         (rows, columns), (more_rows, more_columns) = touched[0][name], touched[1][name]
         if rows & more_rows and columns & more_columns:
             return False
@@ -396,6 +407,7 @@ def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, tuple[set[int],
     matrices = model.matrices
     shapes = {m.weight: m.shape for m in matrices}
     names = edit.parameters(matrices)
+    # Whole rows for those two: they clear what is not named. Edits of whole layers have no parts.
     parts = getattr(edit, "parts", None)
     if parts is None or edit.operator in ("keep_weights", "transplant"):
         rows = {p.matrix.weight: set(p.rows.tolist()) for p in parts(matrices)} if parts else {}
@@ -403,6 +415,7 @@ def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, tuple[set[int],
             n: (rows.get(n, set(range(shapes[n][0]))), set(range(shapes[n][1])))
             for n in names
             if n in shapes
+            # Biases count as one element: two edits of the same bias never commute.
         } | {n: ({0}, {0}) for n in names if n not in shapes}
     found: dict[str, tuple[set[int], set[int]]] = {}
     for part in parts(matrices):

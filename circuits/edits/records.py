@@ -80,6 +80,7 @@ class Edit(ABC):
     @cached_property
     def identity(self) -> str:
         """The edit as canonical JSON, which is the same exactly for equal edits."""
+        # By the text and not by `==` on tensors: NaN cannot occur, and -0.0 and 0.0 are different numbers in it.
         return canonical(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
@@ -138,6 +139,8 @@ def twin_of(
     model: HookedModel, edits: Sequence[Edit], swap: Mapping[Unit, Unit], seed: int = 0
 ) -> tuple[Edit, ...] | None:
     """The edits with each unit replaced by its substitute; None if an edit has no twin."""
+    # One generator for the whole list, in its order: a recipe's random directions differ from each other and come again
+    # with the seed.
     substitutes, found = Substitutes(model, swap, Generator().manual_seed(seed)), []
     for edit in edits:
         made = edit.twin(model, substitutes)
@@ -149,6 +152,7 @@ def twin_of(
 
 def of_same_norm(tensor: Tensor, generator: Generator) -> Tensor:
     """Random numbers of the same shape and norm."""
+    # A Gaussian vector has no preferred direction; scaled, it is uniform on the sphere of the wanted radius.
     drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     return (drawn * (tensor.double().norm() / drawn.norm().clamp_min(1e-300))).to(tensor.dtype)
 
@@ -184,6 +188,7 @@ def parse_edit(raw: object, layout: int = 2) -> Edit:
 
 
 def _required_fields(kind: type[Edit]) -> list[str]:
+    # `zero` is a `scale` whose factor is not asked for.
     return [f.name for f in fields(kind) if f.default is MISSING and f.name != "factor"]
 
 
@@ -233,6 +238,7 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
         elif name == "from":
             name = "source"
         if name == "direction" and "vector" in by_name:
+            # The part before the first `:` and after a `*`: `0.5*mixed3b:379+…` is in mixed3b.
             site = value.partition(":")[0].rpartition("*")[2].lstrip("+-")
             direction = Direction.parse(value, model.site(site).n_units)
             raw |= {"site": direction.site, "vector": _as_json(direction.vector.float())}
@@ -286,6 +292,7 @@ def _as_type(operator: object, field: Field[Any], value: Any) -> Any:
         if kind.startswith("Tensor"):
             made = torch.as_tensor(value)
             return made if made.dtype in _TYPES.values() else made.to(torch.float32)
+        # bool is an int in Python; `factor=True` is more likely a slip than a 1.
         if kind.startswith("float"):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError
@@ -304,6 +311,7 @@ def _as_type(operator: object, field: Field[Any], value: Any) -> Any:
 
 def compact(tensor: Tensor) -> Tensor:
     """The same numbers in float32 if float32 represents them exactly."""
+    # Compared in float64, where every float32 has its exact place.
     short = tensor.detach().cpu().float()
     return (
         short
@@ -313,6 +321,7 @@ def compact(tensor: Tensor) -> Tensor:
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:
+    # A tensor is never a default, and comparing it would give a tensor.
     return field.default is not MISSING and not isinstance(value, Tensor) and value == field.default
 
 
@@ -323,6 +332,8 @@ def _as_json(value: Any) -> Any:
         return list(value)
     if not isinstance(value, Tensor):
         return value
+    # Lists are for people. JSON keeps float32 exactly: it writes the shortest text that gives the same float64, which
+    # holds every float32. A list does not say its type, so float64 always goes as bytes.
     if value.numel() <= _LISTED and value.dtype == torch.float32:
         return value.tolist()
     name = str(value.dtype).removeprefix("torch.")
@@ -369,6 +380,7 @@ def _array(value: Any) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, list | int | float):
         raise TypeError
     try:
+        # Via float64 and then rounded once, as the text of a float32 was.
         return torch.tensor(value, dtype=torch.float64).float()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
@@ -383,6 +395,7 @@ def _from_bytes(value: Mapping[str, Any]) -> Tensor:
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"shape {_short(shape)} is not a list of whole numbers")
     try:
+        # frombuffer needs memory that can be written to, which bytes are not.
         data = bytearray(base64.b64decode(value["base64"], validate=True))
     except (TypeError, ValueError):
         raise ValueError(f"base64 {_short(value['base64'])} cannot be read") from None

@@ -25,6 +25,8 @@ class Weights:
 
     def __init__(self, model: HookedModel, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
+        # Tensors of an earlier position of the ledger take the place of the model's; they too are cloned before they
+        # are changed.
         self._given = {name: p.data for name, p in model.parameters.items()} | dict(tensors or {})
         self._before = dict(tensors or {})
         self._own: dict[str, Tensor] = {}
@@ -57,6 +59,8 @@ class Weights:
         """
         edit.apply(self)
         for name in dict.fromkeys(edit.parameters(self.matrices)):
+            # Weights that were not finite before are the model's own affair; only an edit that makes them so is
+            # refused.
             if not bool(torch.isfinite(self.value(name)).all()) and bool(
                 torch.isfinite(self._given[name]).all()
             ):

@@ -70,6 +70,8 @@ def fine_tune(
             "(0, 1], and a positive rate"
         )
     with model.lock:
+        # Locked, so that the copy is not taken in the middle of somebody's edit. In evaluation mode, as the model is
+        # used.
         module = copy.deepcopy(model.module).eval()
     theirs = parameter_names(module)
     for parameter in module.parameters():
@@ -78,9 +80,11 @@ def fine_tune(
     adam = torch.optim.Adam(list(trained.values()), lr=learning_rate)
     inputs, reached, step = model.fitted(as_examples(model, examples).inputs), 0.0, 0
     with torch.enable_grad():
+        # One round more than steps: the last one only measures.
         for step in range(steps + 1):
             logits = main_output(module(inputs.clone()))
             log_p = answers(model, logits).log_softmax(-1)[:, target]
+            # The least sure of the examples decides, as for a rank-one edit.
             reached = log_p.exp().min().item()
             if reached >= enough or step == steps:
                 break

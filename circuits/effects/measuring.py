@@ -48,6 +48,8 @@ class FirstChoice(UnitActivation):
     def of(self, reading: Reading, intact: Reading) -> Float[Tensor, " example"]:
         aim = self.aim(intact)
         units = aim.site.activations(reading.tensors[self.target.site])
+        # Position and unit were fixed on the intact model: an edit that moves the maximum must not move what is
+        # measured.
         rows = torch.arange(len(units), device=units.device)
         choice = units[rows, :, aim.places].argmax(1)
         return (choice == aim.indices.to(choice)).double()
@@ -100,7 +102,9 @@ def measure(
     own = Variant(EDITED, edits)
     null = null_of(model, own, asked.examples, n_random, seed)
     one = asked.examples.batch(range(1))
+    # The state before, to compare with afterwards to the bit.
     model_hash, first = model.hash, model.logits(one.inputs)
+    # A variant without edits (a random change) has no units of its own: those of the recipe are left out instead.
     watch = _OffTargetUnits(model, [edits, *(v.edits or edits for v in null.variants)])
     outcomes = run(
         model, [own, *null.variants], asked, measures=[*measures_of(asked), *aims], watch=watch.names,
@@ -110,6 +114,7 @@ def measure(
     found = effects_of(whole, EDITED, null)
     ready, random = prepared(model, own), [prepared(model, v) for v in null.variants]
     named = {m.name for m in aims}
+    # By weights and by an answer: hooks that stay behind would not show in the hash.
     restored = model.hash == model_hash and torch.equal(model.logits(one.inputs), first)
     return EditReport(
         recipe, {k: v for k, v in found.items() if k in named},
@@ -166,6 +171,7 @@ class _OffTargetUnits:
         self.sites = [
             s
             for s in map(model.site, self.own[0])
+            # A site all of whose units are edited has no others.
             if any(len(o.get(s.name, ())) < s.n_units for o in self.own)
         ]
         self.found: dict[str, list[list[np.ndarray]]] = {
@@ -192,6 +198,7 @@ class _OffTargetUnits:
             self.found[site.name][variant].append(share[first].cpu().numpy())
 
     def added(self, outcomes: Outcomes) -> Outcomes:
+        # Batches put texts of similar length together.
         back = np.argsort(self.order)
         for name, rows in self.found.items():
             values = np.stack([np.concatenate(row)[back] for row in rows])
@@ -220,6 +227,8 @@ def edited_units(model: HookedModel, edits: Sequence[Edit]) -> dict[str, set[int
                 if isinstance(edit, ConnectionEdit)
                 else [layer_named(model.matrices, edit.layer)]
             )
+            # A whole layer is edited: of the sites that show its output, the first is the one behind it. No units are
+            # excluded, as all may change.
             for name in [e.site for m in parts for e in m.writes[:1]]:
                 found.setdefault(name, set())
             continue
@@ -249,6 +258,7 @@ def norms(
     def sized(site: Site, change: Change) -> Change:
         def changed(value: Tensor) -> Tensor:
             made = change(value)
+            # In float64: a small change is a difference of large numbers.
             gone, whole = (
                 (v.detach().double().flatten(1).norm(dim=1)) for v in (made - value, value)
             )

@@ -70,5 +70,7 @@ def token_losses(model: HookedModel, examples: Examples | Tensor) -> Float[Tenso
     tokens = as_examples(model, examples).inputs
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens have {tokens.shape[1]} positions: expected at least 2")
+    # The logits at position i predict token i + 1: the last position predicts what is not there, the first token is
+    # predicted by none.
     logs = outputs_last(model, model.logits(tokens))[:, :-1].log_softmax(-1)
     return -logs.gather(2, tokens[:, 1:, None].to(logs.device))[..., 0]

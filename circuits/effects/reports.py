@@ -109,6 +109,7 @@ class EditReport:
     def to_dict(self) -> dict[str, Any]:
         """As a plain dictionary; None for what is not finite."""
         groups = ("targets", "generalisation", "effects", "others")
+        # Tunings are left out of `asdict`, which would copy their arrays, and added as lists.
         whole = asdict(replace(self, tuning=())) | {
             "recipe": self.recipe.to_dict(),
             "locality": self.locality,

@@ -172,11 +172,13 @@ def ablate(
     watched = _downstream_site(model, later, group)
     given = None if pool is None else [model.unit(unit) for unit in pool]
     seen: Mapping[str, Activity] = {}
+    # Only a mean needs a pass over the examples before; zero and resampling read nothing in advance.
     if how == "mean":
         seen = activities(model, [u.site for u in group], asked.examples)
         warn_of_sinks(model, seen, asked.examples)
 
     def made(swap: Mapping[Unit, Unit]) -> Variant:
+        # The same replacement with other units: a random group is ablated in the way that the group itself is.
         return replaced(model, [swap.get(u, u) for u in group], how, seen, ABLATED, seed)
 
     own = made({})
@@ -229,6 +231,7 @@ def checked_units(model: HookedModel, units: Sequence[str | Unit]) -> tuple[Unit
     if not group:
         raise ValueError("units: expected at least one")
     twice = next((u for u in group if group.count(u) > 1), None)
+    # A unit named twice would be one in the edit and two in the random groups, which would then be larger.
     if twice is not None:
         raise ValueError(f"unit {twice} is listed twice")
     return group
@@ -266,6 +269,7 @@ def by_class(
         for index in np.unique(each).tolist()
         for own in [each == index]
     ]  # fmt: skip
+    # With a thousand classes and few examples most do not change at all.
     moved = [c for c in found if c.intact != c.changed]
     return tuple(sorted(moved, key=lambda c: -abs(c.intact - c.changed)))
 
@@ -310,6 +314,7 @@ def replaced(
         batch = context.batch
         if batch is None or (how == "counterpart" and batch.counterparts is None):
             raise ValueError(f"how {how!r} needs a task with counterparts: this one has none")
+        # `resample` takes from the intact run of the same batch, so that donors cost no pass of their own.
         donors = context.intact if how == "resample" else context.counterpart
         order = _other_example(batch, seed) if how == "resample" else None
         return {
@@ -342,6 +347,8 @@ def _other_example(batch: TaskBatch, seed: int) -> Tensor:
     found = []
     for row, example in enumerate(rows):
         theirs = own[int(other[example])]
+        # An answer of several tokens has a row of its own: the k-th row takes from the other example's k-th, or from
+        # its last if it has fewer.
         found.append(theirs[min(own[example].index(row), len(theirs) - 1)])
     return torch.tensor(found)
 
@@ -351,6 +358,7 @@ def _copied(
 ) -> Change:
     """Units take their activations from other rows or runs; where a shorter text has ended they keep their own."""
     from_ = donors if order is None else donors[order.to(donors.device)]
+    # Where the donor's text has ended, its activation is that of padding.
     there = None if order is None or mask is None else mask[order]
 
     def change(value: Tensor) -> Tensor:
@@ -379,6 +387,7 @@ def _downstream_site(
     site = model.site(later)
     if site.name in {u.site for u in group}:
         raise ValueError(f"later {site.name!r} is the units' own site: expected a site after it")
+    # `last` is the one that is computed last of all: if that is a unit's own site, `later` lies before it.
     if model.last([site, *(u.site for u in group)]) != site:
         raise ValueError(
             f"later {site.name!r} comes before the units' sites: expected a site after them"
@@ -398,6 +407,7 @@ class _DownstreamSums:
         value = self.site.activations(reading.tensors[self.site.name]).double()
         if batch.mask is not None and self.site.position_axes == ("position",):
             keep = batch.mask[:, None].to(value)
+            # A mean over each text's own length, so that a padded batch gives what single texts give.
             own = (value * keep).sum(2) / keep.sum(2)
         else:
             own = value.mean(2)
@@ -412,6 +422,7 @@ class _DownstreamSums:
         change = mean[1:] - mean[:1]
         order = change[0].abs().argsort(descending=True, stable=True)[:top].tolist()
         nan = torch.full((mean.shape[1],), float("nan"))
+        # Root mean square: random groups move a unit up or down, and their mean would cancel.
         beside = change[1:].square().mean(0).sqrt() if len(change) > 1 else nan
         return tuple(
             Downstream(self.site.unit(i), mean[0, i].item(), change[0, i].item(), beside[i].item())

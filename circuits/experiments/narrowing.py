@@ -46,6 +46,7 @@ class Narrowing:
         order = places.row.argsort(stable=True)
         slots = torch.empty_like(order)
         slots[order] = torch.arange(len(order)) - (count.cumsum(0) - count)[places.row[order]]
+        # Position 0 as a filler exists in every text; what is computed there is not read.
         kept = places.position.new_zeros(n_rows, int(count.max()))
         kept[places.row, slots] = places.position
         return cls(site, kept, slots)
@@ -56,6 +57,7 @@ class Narrowing:
         def narrow(value: Float[Tensor, "row position unit"]) -> Tensor:
             made = value if change is None else change(value)
             # Several variants may be stacked along the batch; each of them keeps the same positions.
+            # Stacked as variant after variant, each with all rows.
             index = self.kept.repeat(len(made) // len(self.kept), 1).to(made.device)
             return made.gather(1, index[..., None].expand(-1, -1, made.shape[2]))
 

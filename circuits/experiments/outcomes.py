@@ -59,6 +59,7 @@ class Record:
     @classmethod
     def of(cls, model: HookedModel, task: Task, seed: int) -> Record:
         """The record of an experiment that runs now, in this process."""
+        # The first parameter speaks for all: a model in two precisions is not refused, but only one is noted.
         kinds = (str(p.dtype) for p in model.module.parameters() if p.is_floating_point())
         dtype = next(kinds, "torch.float32").removeprefix("torch.")
         return cls(
@@ -124,6 +125,7 @@ def effects_table(groups: Mapping[str, Mapping[str, Effect]], title: str) -> Tab
         (name, e.intact, e.changed, e.change, between(e.low, e.high), spread(e.null), e.p_value)
         for name, e in each
     ]
+    # The largest of several: what is said of the table holds for all of its rows.
     least = max((e.least_p for _, e in each if e.null), default=float("nan"))
     note = "null: " + "; ".join(dict.fromkeys(e.null_is for _, e in each))
     note += "" if np.isnan(least) else f"; smallest possible p: {least:.2g}"
@@ -260,6 +262,8 @@ def effect_of(
         return Effect(
             metric.name, metric.unit, nan, nan, nan, nan, nan, (), null_is, nan, nan, 0, 0, over
         )
+    # By example, so that the interval is that of the paired difference: how much examples differ from each other does
+    # not widen it.
     own = changed - intact
     low, high = interval(own, weights=weights, clusters=clusters, seed=seed)
     before, mean = (float(np.average(x, weights=weights)) for x in (intact, own))

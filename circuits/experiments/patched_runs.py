@@ -70,6 +70,7 @@ class RunPair:
             raise ValueError(
                 f"corrupted has shape {tuple(corrupted[0].shape)}: expected that of clean, {tuple(clean[0].shape)}"
             )
+        # Noising puts the corrupted run's contributions into the clean one, denoising the reverse.
         base, other = (clean, corrupted) if direction == "noising" else (corrupted, clean)
         for tokens in (base[0], other[0]):
             stream.model.check(tokens)
@@ -100,6 +101,8 @@ class RunPair:
         tokens, others = self.tokens.repeat(each, 1), self.other_tokens.repeat(each, 1)
         own_positions = at_positions(self.stream, _repeated(self.ids, each, n))
         other_positions = at_positions(self.stream, _repeated(self.other_ids, each, n))
+        # The other run in a batch of the same size as the patched one, though all its copies are alike: another size
+        # would round differently, and c' - c would not be zero where both runs agree.
         cache = model.run(others, read=used, edits=other_positions)
         source = main_output(cache.output)
         base = model.logits(tokens, own_positions)
@@ -123,6 +126,7 @@ class RunPair:
         stream, length = self.stream, self.tokens.shape[1]
         kept = {*stream.sender_sites(stream.senders), *map(stream.stream_site, stream.receivers)}
         numbers = sum(math.prod(stream.model.site(name).shape[1:]) for name in kept)
+        # Only senders know how many heads there are; those without a head have number 0.
         heads = max(s.head for s in stream.senders) + 1
         wide = (math.prod(s.shape[1:]) for s in stream.model.sites if s.kind != "pattern")
         widest = max(heads * length, *wide)
@@ -281,6 +285,7 @@ class _Pass:
                 receiver, rows = one.receiver, self._by_set(made)
                 if receiver.kind in ("q", "k", "v"):
                     rows = rows[..., receiver.head, :]
+                # Only the sets that patch this receiver: `index` numbers them along the stacked axis.
                 rows[one.index] += self._received(one)
             return made
 
@@ -299,6 +304,8 @@ class _Pass:
         if receiver.kind in STREAMS:
             return change
         before = live[stream.stream_site(receiver)]
+        # What is added is a difference of normalised inputs, so that a receiver whose sender is the same in both runs
+        # gets exactly zero.
         return input_change(stream, receiver, before, change, self.options.hold_norms)
 
     def _by_set(self, value: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ def patch_paths(
     values, own, ends = [], [], list[Tensor]()
     for patched, base, source in runs.patched(sets, Options(through_mlps, where), rows, progress):
         values.append(measured(metric, patched, base))
+        # Measured for every set and not once: with the batch as it was for that set, so that the difference is exactly
+        # zero for a path without effect.
         own.append(measured(metric, base, base))
         ends = ends or [measured(metric, source, base)]
     made, before = torch.stack(values), torch.stack(own)
@@ -122,6 +124,7 @@ def patch_paths(
 def _set_of(stream: Stream, path: PathName | Iterable[PathName]) -> frozenset[Path]:
     """One path, or several that are patched together, as a set."""
     several = tuple(path)
+    # A pair of names is one path; a pair of pairs is two.
     if len(several) == 2 and isinstance(several[0], str | Sender):
         several = (several,)
     return frozenset(stream.path(cast(PathName, one)) for one in several)

@@ -59,6 +59,7 @@ def measures_of(task: Task) -> tuple[Metric, ...]:
     """The measures that a task allows: its own metric first, then every measure that fits its answers."""
     found = [task.metric]
     if task.answered:
+        # Of an answer that is fed in token by token there is a loss; accuracy needs something to compare it with.
         found += (
             [cross_entropy, accuracy] if task.feeding != "fed" or task.compared else [cross_entropy]
         )
@@ -110,6 +111,7 @@ def run(
     own = measures_of(task) if measures is None else tuple(measures)
     for metric in own:
         check_metric(task, metric)
+    # Before anything runs: a bad edit in the last of a hundred variants is found now and not after an hour.
     plans = [prepared(model, variant) for variant in variants]
     names = _variant_names(plans)
     if corrupted and task.counterparts is None:
@@ -236,6 +238,7 @@ class _Runner:
 
     def readings(self, part: TaskBatch) -> Iterator[tuple[int, Reading, Reading]]:
         """The intact model's reading of a batch (index 0), then each variant's."""
+        # Everything that variants start from, read or are compared with is taken from one intact run.
         starts = self._starts()
         read = list(dict.fromkeys([*self.ends, *starts, *self._reads()]))
         cache = self.model.run(part.inputs, mask=part.mask, read=read)
@@ -285,6 +288,7 @@ class _Runner:
                 groups[k], where[k] = [k], None
                 continue
             first = self.model.site(plan.sites[0])
+            # Tested once a site and not once a variant, as each test costs passes through the model.
             if first.name not in begin:
                 begin[first.name] = self._start_at(first, part, tensors)
             place = begin[first.name]
@@ -308,8 +312,10 @@ class _Runner:
             return None
         # Every site that is changed needs all positions, and what is read must still have them; `1 +` because a site
         # that is read has to lie before the narrowing, not at it.
+        # The last site that a variant changes; all others lie before it.
         changed = [self.order[site] for k in members for site in self.plans[k].sites[-1:]]
         read = [1 + self.order[e.name] for e in self.ends if e != self.end]
+        # Two rows without padding, for a test on real positions only.
         whole = [i for i in range(len(part.inputs)) if part.mask is None or part.mask[i].all()][:2]
         output = tensors[self.end.name]
         return self.streams.first(part.inputs[whole], output[whole], max([*changed, *read]))
@@ -345,6 +351,8 @@ class _Runner:
         """How many variants fit into one pass."""
         if len(shared_pass.members) == 1:
             return 1
+        # A pass that begins inside the network never holds what lies before; its memory goes with the tensor it begins
+        # with.
         like = tensors[self.end.name if shared_pass.begin is None else shared_pass.begin.site.name]
         output = tensors[self.end.name]
         each = like.nbytes * _PEAK_MEMORY + (
@@ -372,6 +380,7 @@ class _Runner:
             site = begin.site.name
             ends, inputs, mask = self._sites_from(begin.site), begin.inputs(inputs), None
             value = context.intact[site]
+            # Changes at the site itself are made on the tensor that is put in, all others on the way.
             own = [made.pop(site, None) for made in each]
             edits = self._stacked(each, len(part.inputs))
             # Concatenated only when the pass gets there, to hold less memory; `cat` copies, so that in-place operations
@@ -390,6 +399,7 @@ class _Runner:
             rows = slice(i * n, (i + 1) * n)
             made = {e.name: cache[e][rows] for e in ends}
             output = None if whole is None else whole[rows]
+            # What lies before the start is the intact model's, which the variant shares.
             yield k, self._reading(part, dict(context.intact) | made, output, cut)
 
     def _run_alone(self, plan: Prepared, part: TaskBatch, context: Context) -> Reading:
@@ -420,6 +430,7 @@ class _Runner:
         reads = self._reads()
         if part.counterparts is None or not reads:
             return {}
+        # Stopped at the last site that is read: nobody looks at what comes behind it.
         cache = self.model.run(
             part.counterparts, mask=part.mask, read=reads, until=self.model.last(reads)
         )

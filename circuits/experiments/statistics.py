@@ -56,6 +56,7 @@ def totals(
         if clusters is None
         else np.unique(np.asarray(clusters), return_inverse=True)[1]
     )
+    # A matrix of 0 and 1, so that sums by cluster are one product for all rows of values.
     member = np.zeros((n, int(ids.max()) + 1 if n else 0))
     member[np.arange(n), ids] = 1
     return (values * weights) @ member, weights @ member
@@ -85,6 +86,7 @@ def interval(
         The ends of the interval; NaN with fewer than two clusters, which say nothing about the spread.
     """
     sums, counts = totals(np.asarray(values, float), weights, clusters)
+    # One cluster resampled is always itself: an interval of no width would claim certainty.
     if len(counts) < 2 or not np.isfinite(sums).all():
         return float("nan"), float("nan")
     # Clusters that all have the same mean: scipy would warn about a degenerate distribution.
@@ -116,6 +118,7 @@ def resampled(
     if n < 2:
         return np.full((resamples, len(sums)), np.nan)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    # Each resample has its own total weight, as it may draw large clusters more often than small ones.
     return (drawn @ sums.T) / (drawn @ counts)[:, None]
 
 
@@ -123,6 +126,7 @@ def percentiles(drawn: Float[np.ndarray, " resample"], level: float = LEVEL) -> 
     """The percentiles of resampled numbers between which the given share of them lies; NaN if all are NaN."""
     if np.isnan(drawn).all():
         return float("nan"), float("nan")
+    # A resample without any example that has a value is NaN and says nothing.
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -149,6 +153,7 @@ def p_value(
     0.25
     """
     drawn, own = np.asarray(null, float), change
+    # Sizes are compared, as a random edit that helps by as much as ours hurts is as far from no effect.
     if alternative == "two-sided":
         drawn, own = np.abs(drawn), abs(change)
     if not len(drawn) or not np.isfinite(change):
@@ -202,15 +207,19 @@ def paired_ps(
     [0.25, 1.0]
     """
     rows = np.asarray(differences, float)
+    # NaN counts as no difference.
     sums, _ = totals(np.nan_to_num(rows), None, clusters)
     n = sums.shape[-1]
     # Under the null the sign of each cluster's sum is arbitrary. All 2^n sign patterns give the exact p-value, which
     # needs no 1 + in it, as the observed pattern is one of them.
+    # With 13 clusters there are 8192 sign patterns: fewer than would be drawn.
     exact = 2**n <= resamples
     if exact:
+        # Bits as signs: pattern 5 = 101 in binary turns the first and the third cluster.
         signs = 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, n))
+    # Slightly less, so that the observed pattern itself, summed in another order, always counts as reaching it.
     observed = np.abs(sums.sum(-1)) * (1 - _TIE)
     at_least = np.zeros(len(rows), int)
     for start in range(0, len(signs), _SIGNS_AT_ONCE):

@@ -102,6 +102,7 @@ def null_of(
     swaps = draw.different(min(n, draw.ways), seed) if owners and draw.ways >= fewest else []
     twins = []
     for i, swap in enumerate(swaps):
+        # A seed for each draw, so that parts of an edit that are drawn at random differ from twin to twin.
         twin = remake(swap) if remake else _twin(ready.model, variant, swap, seen, seed + i)
         if twin is not None:
             twins.append((twin, tuple(swap.values())))
@@ -134,6 +135,7 @@ def _owners(model: HookedModel, edits: Sequence[Edit]) -> dict[Unit, frozenset[i
     """The units that edits change, each with the units of its site that can replace it (None: any)."""
     found: dict[Unit, frozenset[int] | None] = {}
     for edit in edits:
+        # A unit that several edits change needs a twin that suits all of them.
         for unit, among in edit.edited_units(model).items():
             before = found.get(unit)
             both = among if before is None else before if among is None else before & among
@@ -163,14 +165,17 @@ class Draw:
         activity, among = self.seen[unit.site], self.owners[unit]
         allowed = range(len(activity.rms)) if among is None else sorted(among)
         every = [Unit(unit.site, i) for i in allowed if activity.alive[i]]
+        # A twin from the edited group would be edited in both, and compare the edit with itself.
         free = [u for u in every if u not in self.owners]
         if self.given is not None:
             names = set(self.given)
             return [u for u in free if u in names]
         # Nearest in the logarithm: activity spans orders of magnitude, and twice as active is as far as half as active.
         size = np.log(np.maximum(activity.rms, 1e-300))
+        # Ties by number, so that the choice is the same on every machine.
         near = sorted(free, key=lambda u: (abs(size[u.index] - size[unit.index]), u.index))
         group = sum(u.site == unit.site for u in self.owners)
+        # At least twice as many as units are replaced at once, or random groups would hardly differ from each other.
         return near[: max(NEAREST, len(free) // 4, 2 * group)]
 
     @property
@@ -300,6 +305,7 @@ def _moved_along(site: Site, change: Change, direction: Tensor) -> Change:
     axes = [site.unit_axis, *([] if site.inner_axis is None else [site.inner_axis])]
 
     def move(value: Tensor) -> Tensor:
+        # The edit's own length at each position, whatever its direction: the null differs in direction alone.
         gone = change(value) - value
         length = gone.square().sum(axes, keepdim=True).sqrt()
         return value + length * direction.to(value)
@@ -310,6 +316,7 @@ def _moved_along(site: Site, change: Change, direction: Tensor) -> Change:
 def _same_size(before: Tensor, after: Tensor, generator: Generator) -> Tensor:
     """A parameter with a random change of the same norm in the same entries."""
     gone = (after - before).cpu()
+    # Only where the edit changed something: the same number of entries, the same total length.
     drawn = torch.randn(gone.shape, generator=generator, dtype=torch.float64) * (gone != 0)
     scaled = drawn * (gone.double().norm() / drawn.norm().clamp_min(1e-300))
     return before + scaled.to(before)

@@ -114,6 +114,7 @@ def prepared(model: HookedModel, variant: Variant) -> Prepared:
     edits = checked(own, variant.edits)
     composed = changes(own, [e for e in edits if isinstance(e, ActivationEdit)])
     named = {*composed, *(own.site(s).name for s in variant.sites)}
+    # In the model's order, so that the first site is where a pass for the variant may start.
     order = tuple(s.name for s in own.sites if s.name in named)
     # What `live` reads comes from the experiment's intact model, not from the variant's own.
     reads = tuple(model.site(s).name for s in variant.reads)

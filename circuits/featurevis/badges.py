@@ -33,6 +33,7 @@ TOP, HELD_OUT, MOST_LAYERS, MAP = 8, 8, 12, 28
 """The number of natural examples that a picture is compared with, of held-out changes, and of layers that are compared;
 and the largest side of a layer's map that is kept."""
 
+# A picture may well excite a unit several times as much as any photograph does: only fifty times is flagged.
 LOW_REACH, LOW_HELD, LOW_SEEDS, LOW_NATURAL, HIGH_RANDOM, HIGH_REACH = (
     0.5,
     0.1,
@@ -77,8 +78,12 @@ def _layers_before(model: HookedModel, site: Site) -> tuple[Site, ...]:
     before = [
         s
         for s in model.sites[: order.index(site.name)]
+        # Similarity is a cosine over units after their mean is taken off: with fewer than four there is hardly a
+        # direction left.
         if s.position_axes == ("y", "x") and s.n_units >= 4
     ]
+    # With 25 sites before (indices 0..24) and 12 wanted, these are 0, 2, 4, 7, 9, 11, 13, 15, 17, 20, 22, 24; the set
+    # takes together the repetitions that arise where there are fewer than 12.
     chosen = sorted({round(i * (len(before) - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
     return tuple(before[i] for i in chosen if 0 <= i < len(before))
 
@@ -93,6 +98,7 @@ class _LayerMaps:
 
     def best(self, image: int, unit: int) -> tuple[float, float]:
         """Where a unit is most active, as shares of height and width (the middle of the position)."""
+        # Positions are flattened row by row: in a map 7 wide, position 16 is row 2, column 2.
         at, width = int(self.units[image, unit].argmax()), self.size[1]
         return (at // width + 0.5) / self.size[0], (at % width + 0.5) / width
 
@@ -107,6 +113,7 @@ def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor
             value if small == value.shape[-2:] else F.adaptive_avg_pool2d(value, small)
         )
     units = site.activations(cache[site]).float()
+    # Sites without a map (logits) count as one row of positions, so that one formula for places serves both.
     mapped = site.position_axes == ("y", "x")
     height, width = site.positions_of(cache[site]) if mapped else (1, units.shape[2])
     return _LayerMaps(units, (height, width), maps)
@@ -155,6 +162,7 @@ def natural_responses(
         reach=_reach(receptive_field(model, found), found),
         maps=joined,
         center={name: value.mean((0, 2, 3)) for name, value in joined.items()},
+        # A unit that is constant over the images would be divided by zero; it stays at 0 in both, and so has no say.
         spread={name: value.std((0, 2, 3)).clamp_min(1e-6) for name, value in joined.items()},
     )
 
@@ -236,6 +244,7 @@ def reliability(
             )
         units.append(picture.unit)
     shuffled = randomized(model, seed)
+    # Modulo 2^63, since the largest seed is valid too and must have a successor.
     other_seed = replace(settings, seed=(settings.seed + 1) % 2**63)
     again = visualize_units(
         model, units, progress=_half(progress, 0, settings.steps), **other_seed.options()
@@ -247,6 +256,7 @@ def reliability(
     for picture, other, empty, unit in zip(pictures, again, none, units, strict=True):
         own = _picture_scores(model, picture.image, unit, natural, seed)
         null = _picture_scores(model, empty.image, unit, natural, seed)
+        # The smaller over the larger, so that it does not matter which of the two seeds found more.
         seeds = _ratio(*sorted((own.mean, float(other.activation))))
         found.append(_reliability(own, null, seeds, natural, seed))
     return found
@@ -283,10 +293,13 @@ def _picture_scores(
     seen = _read(model, site, natural.layers, inputs)
     own = seen.units[0, index]
     top = float(natural.maximum[:, index].max())
+    # One seed for the picture and for the one from shuffled weights: both undergo the same changes.
     generator = torch.Generator().manual_seed(seed)
     change = held_out()
     changed = torch.cat([change(image[None], generator) for _ in range(HELD_OUT)])
     after = _read(model, site, [], spec.normalize(changed)).units
+    # Places and reaches are shares of the input's sides, but a receptive field is a number of pixels: on a picture of
+    # twice the side it covers half the share.
     scale = (spec.height / image.shape[-2], spec.width / image.shape[-1])
     return _PictureScores(
         mean=float(own.mean()),
@@ -303,6 +316,8 @@ def _window(
     cut = value
     for axis, (at, half) in enumerate(zip(place, reach, strict=True), 1):
         n = value.shape[axis]
+        # Outwards to whole positions, and at least one: at = 0.5, half = 0.1 in a map of 7 is int(2.8) = 2 to ceil(4.2)
+        # = 5, that is positions 2, 3 and 4.
         low = min(n - 1, max(0, int((at - half) * n)))
         high = min(n, max(low + 1, int(np.ceil((at + half) * n))))
         cut = cut.narrow(axis, low, high - low)
@@ -321,8 +336,11 @@ def _naturalness(
     # (similarity of picture and top examples - chance) / (similarity among top examples - chance), with numerators and
     # denominators summed over layers before dividing: a layer in which top examples are no more alike than other images
     # then has no weight.
+    # Stable, so that among equal maxima the choice does not depend on the sorting algorithm.
     order = np.argsort(-natural.maximum[:, index], kind="stable")
     top, rest = order[:TOP].tolist(), order[TOP:]
+    # As many others as there are top examples, drawn for this unit alone: a unit's badge does not depend on the units
+    # it is measured with.
     others = np.random.default_rng([seed, index]).choice(rest, min(TOP, len(rest)), replace=False)
     own_reach = (natural.reach[0] * scale[0], natural.reach[1] * scale[1])
     gained = possible = 0.0
@@ -347,9 +365,12 @@ def _naturalness(
         picture = unit_length(_window(maps[name][0].cpu(), place, own_reach))
         alike = best @ best.T
         n = len(best)
+        # The diagonal is each example with itself, always 1, and would lift what "among examples" means.
         among = float((alike.sum() - alike.diagonal().sum()) / (n * (n - 1)))
         chance = float((rest_ @ best.T).mean())
         gained += float((best @ picture).mean()) - chance
+        # A layer where top examples are no more alike than chance has nothing to gain; negative, it would cancel other
+        # layers.
         possible += max(0.0, among - chance)
     return gained / possible if possible > 0 else 0.0
 
@@ -357,12 +378,15 @@ def _naturalness(
 def _score(measured: _PictureScores, seeds: float, share: float) -> float:
     """The geometric mean of five parts in 0..1."""
     parts = np.clip([measured.reached, measured.held_out, seeds, measured.natural, share], 0, 1)
+    # Geometric, so that one part near 0 brings the whole down: no part makes up for a picture that fails another.
     return float(np.prod(parts) ** (1 / len(parts)))
 
 
 def _reliability(
     own: _PictureScores, null: _PictureScores, seeds: float, natural: NaturalResponses, seed: int
 ) -> Reliability:
+    # The ratio is what people read (how many times), the share is bounded by 1 whichever of the two is larger: only a
+    # bounded number can go into the score.
     chance = _ratio(null.mean, own.mean)
     share = _ratio(own.mean, max(0.0, own.mean) + max(0.0, null.mean))
     flags = []

@@ -34,6 +34,7 @@ def activations_on(
     return model.run(inputs, read=[site], until=site)[site].detach()
 
 
+# Compared as flat vectors over units and positions, so that the same units at other places count as different.
 def _comparison(
     model: HookedModel,
     site: str,
@@ -66,6 +67,7 @@ def inversion(model: HookedModel, site: str, image: Float[Tensor, "channel h w"]
     """
 
     def compare(own: Tensor, wanted: Tensor) -> Tensor:
+        # 1e-12: an image on which the whole site is silent gives a norm of zero.
         return -(own - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-12)
 
     return _comparison(model, site, image, "inversion", compare)
@@ -80,6 +82,7 @@ def difference(model: HookedModel, site: str, image: Float[Tensor, "channel h w"
     """
 
     def compare(own: Tensor, wanted: Tensor) -> Tensor:
+        # The square root has an infinite derivative at 0, that is for equal activations; 1e-12 makes it finite.
         return ((own - wanted).square().mean(1) + 1e-12).sqrt()
 
     return _comparison(model, site, image, "difference", compare)
@@ -101,6 +104,7 @@ def caricature(
         raise ValueError(f"cosine_power {cosine_power} must be 0 or more (and below 100)")
 
     def compare(own: Tensor, wanted: Tensor) -> Tensor:
+        # Over the squared norm of what is wanted: 1 at the image itself, whatever the scale of the site.
         dot = (own * wanted).sum(1) / wanted.square().sum(1).clamp_min(1e-12)
         cosine = F.cosine_similarity(own, wanted, dim=1, eps=1e-8)
         return dot * cosine.clamp_min(0.1) ** cosine_power
@@ -133,6 +137,8 @@ def attributed(
     """
     aim, found = as_objective(model, target), model.site(site)
     assert isinstance(model.input, ImageInput), "checked by activations_on"
+    # The site's tensor becomes a leaf that takes the place of the computed one, so that the gradient ends here and does
+    # not go back through the layers before.
     own = activations_on(model, site, image).requires_grad_(True)
     inputs = model.input.normalize(image[None])
     sites = [*aim.sites]
@@ -149,6 +155,7 @@ def attributed(
     (gradient,) = torch.autograd.grad(value, own, allow_unused=True)
     if gradient is None:
         raise ValueError(f"no gradient leads from {aim.text} to site {found.name}")
+    # A negative product speaks against the target; only what supports it shall be shown.
     units = found.activations((own * gradient).detach())[0].clamp_min(0)
     vectors = units.reshape(len(units), *found.positions_of(own))
     made = spatial_direction(model, site, vectors, cosine_power)

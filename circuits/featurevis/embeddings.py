@@ -115,6 +115,8 @@ def dream(
         tokens[0, 0] = spec.bos
     table = _table(model, place, spec)
     start = model.run(tokens, read=[place], until=place)[place].detach().float()
+    # Each embedding keeps the norm of the token that it started from: without that bound, the objective could be raised
+    # for ever by length alone, to where no token is.
     norms = start.norm(dim=2, keepdim=True)
     free = (start / norms.clamp_min(1e-6)).clone().requires_grad_(True)
     first = 0 if spec.bos is None else 1  # the beginning-of-text token stays as it is
@@ -185,6 +187,8 @@ def _table(model: HookedModel, place: str, spec: TokenInput) -> Float[Tensor, "t
     """The embedding of every token, read from the model itself."""
     rows = []
     for start in range(0, spec.n_vocab, spec.n_ctx):
+        # Texts as long as the model takes them, until every token of the vocabulary has been read: at the embedding
+        # site nothing has mixed positions yet.
         tokens = torch.arange(start, min(start + spec.n_ctx, spec.n_vocab))[None]
         rows.append(model.run(tokens, read=[place], until=place)[place][0].detach().float())
     return torch.cat(rows)

@@ -33,6 +33,8 @@ class _RedirectedReLU(torch.autograd.Function):
         plain = torch.where(x > 0, grad, 0)
         # The optimiser minimises minus the objective, so a negative gradient raises x.
         raising = torch.where((x > 0) | (grad < 0), grad, 0)
+        # By example: redirecting a gradient in images that have one would lead them away from what the network
+        # computes.
         dead = plain.flatten(1).norm(dim=1) == 0
         return torch.where(dead.reshape(-1, *[1] * (x.ndim - 1)), raising, plain)
 
@@ -42,6 +44,7 @@ def _redirected(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     return _RedirectedReLU.apply(given)
 
 
+# torch.nn.ReLU ends in F.relu, hence this covers modules too.
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu})
 
 

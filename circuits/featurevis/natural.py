@@ -64,6 +64,8 @@ class NaturalImages:
             ValueError: if there are fewer than two images, they differ in shape, or none has contrast.
         """
         n, shape = 0, None
+        # Double precision from here on: the covariance is a difference of two nearly equal averages (E[xx'] -
+        # E[x]E[x]'), which would lose most digits of a float32.
         total = product = spectrum = torch.zeros(())
         for image in images:
             if shape is not None and image.shape != shape:
@@ -75,6 +77,9 @@ class NaturalImages:
             flat = x.flatten(1)
             total = total + flat.mean(1)
             product = product + flat @ flat.T / flat.shape[1]
+            # Cross spectra of all pairs of channels are kept, since the basis in which channels are uncorrelated
+            # (`root`) is only known after the last image. For y = A x (A the inverse of root) the power of y_i at a
+            # frequency is sum over c, d of A_ic S_cd A_id, with S_cd the mean of x_c conj(x_d): the einsum below.
             waves = torch.fft.rfft2(x, norm="ortho")
             spectrum = spectrum + torch.einsum("chw,dhw->cdhw", waves, waves.conj())
             n += 1
@@ -85,6 +90,7 @@ class NaturalImages:
         if float(values.max()) <= 0:
             raise ValueError(f"images of {data} have no contrast: all pixels are alike")
         values = values.clamp_min(1e-6 * float(values.max()))  # grey images in three channels
+        # C = V diag(l) V', hence V diag(sqrt l) is a square root of C: root root' = C.
         root = (vectors * values.sqrt()).flip(1)  # largest first
         inverse = torch.linalg.inv(root).to(spectrum.dtype)
         power = torch.einsum("ic,cdhw,id->ihw", inverse, spectrum / n, inverse).real
@@ -102,9 +108,14 @@ class NaturalImages:
         if (height, width // 2 + 1) == tuple(self.magnitude.shape[1:]):
             return self.magnitude
         # as a map from -1/2 to 1/2 and 0 to 1/2 cycles a pixel, sampled bilinearly
+        # rfft2 has rows in the order 0, 1, .., -2, -1 cycles; rolled, they rise through 0, so that bilinear sampling
+        # between neighbouring rows never mixes the highest positive with the lowest negative frequency.
         centered = torch.roll(self.magnitude, own_h // 2, dims=1)
         fy = torch.fft.fftfreq(height)
         fx = torch.fft.rfftfreq(width)
+        # grid_sample with corners aligned has -1 at the first row's centre and 1 at the last one's: row r of n is 2 r /
+        # (n - 1) - 1, and frequency fy is row fy n + n // 2. Columns go from 0 (at -1) to 1/2 (at 1), the last column
+        # of an even width.
         y = (fy * own_h + own_h // 2) / max(1, own_h - 1) * 2 - 1
         x = fx * 2 * 2 - 1
         grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1)[None]

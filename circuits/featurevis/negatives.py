@@ -37,9 +37,12 @@ def pre_activation(model: HookedModel, unit: Unit) -> PreActivation:
         ValueError: if the unit is never negative and no such site is found.
     """
     site = model.site(unit.site)
+    # Four random images stand in for a proof: a unit that goes below zero on one of them needs no other site. The class
+    # names catch linear layers that happened not to.
     seen = model.run(model.input.example(4), read=[site], until=site)[site]
     if _linear(site) or float(site.by_unit(seen)[:, unit.index].min()) < 0:
         return PreActivation(unit, 1.0)
+    # The deepest linear site before the unit is nearest to its nonlinearity: after batch norm rather than before it.
     found = sorted(_candidates(model, unit), key=lambda candidate: -candidate[0])
     if not found:
         raise ValueError(
@@ -67,8 +70,13 @@ def _along(
     out = link.index[unit.index]
     for other in layer.writes:
         site = model.site(other.site)
+        # `depth` counts the operations after the layer: shallower than the unit's site means between the layer and that
+        # site.
         if other.depth < link.depth and _linear(site):
             (same,) = (other.index == out).nonzero(as_tuple=True)
             for i in same.tolist():
+                # Each factor is what the layer's output was multiplied with on the way to that site; the sign of their
+                # product says whether the two rise together. A factor of 0 (a dead batch norm) has no sign and counts
+                # as positive.
                 sign = float((link.factor[unit.index] * other.factor[i]).sign()) or 1.0
                 yield other.depth, PreActivation(site.unit(i), sign)

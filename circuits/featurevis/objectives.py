@@ -69,6 +69,7 @@ class Objective:
                 lambda r: combine(own(r), torch.as_tensor(number)),
             )
         a, b = self.value, other.value
+        # A dictionary keeps the order, which a set of strings changes from process to process.
         sites = tuple(dict.fromkeys((*self.sites, *other.sites)))
         return Objective(f"({self.text} {sign} {other.text})", sites, lambda r: combine(a(r), b(r)))
 
@@ -128,6 +129,7 @@ def side_by_side(parts: Sequence[tuple[Objective, int]]) -> Objective:
 def _unit_values(site: Site, value: Tensor, index: int) -> Float[Tensor, "batch *position"]:
     """One unit's activations; a head's activation is the norm of its output."""
     own = site.by_unit(value)[:, index]
+    # A head's vector has no preferred axis, hence its length.
     return own if site.inner_axis is None else own.norm(dim=-1)
 
 
@@ -225,9 +227,11 @@ def _dot_times_cosine(
     # gradient, and an image that starts there would never move.
     units = site.activations(value)
     wanted = vector.to(units)
+    # One vector for all positions, or one of its own for each.
     dot = torch.einsum("bup,up->bp" if wanted.ndim > 1 else "bup,u->bp", units, wanted)
     if power == 0:
         return dot
+    # At a silent position both are 0; 1e-6 makes the cosine 0 there rather than NaN.
     norms = units.norm(dim=1) * wanted.norm(dim=0)
     return dot * (dot / norms.clamp_min(1e-6)).clamp_min(0.1) ** power
 
@@ -241,6 +245,9 @@ def _site_and_vector(
     model: HookedModel, direction: str | Direction
 ) -> tuple[Site, Float[Tensor, " unit"]]:
     if isinstance(direction, str):
+        # The site is needed to know how long the vector is, before the text can be parsed: in
+        # `0.5*mixed3b:379+mixed3b:385` the piece after the last `*` and before its first `:` is a site's name, and all
+        # parts have the same one.
         name = direction.replace(" ", "").split("*")[-1].split(":")[0].lstrip("+-")
         direction = Direction.parse(direction, model.site(name).n_units)
     site = model.site(direction.site)
@@ -393,6 +400,7 @@ def l1(constant: float = 0.5) -> Objective:
 
 def l2(constant: float = 0.5) -> Objective:
     """Root mean square difference of pixels from a constant; to be subtracted."""
+    # 1e-12, as the square root has no finite derivative at 0.
     return _of_inputs(
         "L2", lambda images: ((images - constant).square().flatten(1).mean(1) + 1e-12).sqrt()
     )
@@ -411,9 +419,12 @@ def diversity(model: HookedModel, site: str) -> Objective:
 
     def value(r: Response) -> Tensor:
         units = found.activations(r.activations[found.name])
+        # The Gram matrix of units over positions is what Gatys et al. 2015 call style: which units are active together,
+        # wherever. Images that show the same thing at another place count as alike, those with other content do not.
         gram = torch.einsum("bup,bvp->buv", units, units).flatten(1)
         gram = F.normalize(gram, dim=1, eps=1e-8)
         alike = gram @ gram.T
+        # An image alone has no others; 0 / 1 instead of 0 / 0.
         others = max(1, len(alike) - 1)
         return (alike.sum(1) - alike.diagonal()) / others
 
@@ -437,6 +448,7 @@ def alignment(model: HookedModel, site: str, reach: float = 2.0) -> Objective:
     def value(r: Response) -> Tensor:
         flat = r.activations[found.name].flatten(1)
         squares = (flat[:, None] - flat[None]).square().mean(2)
+        # Neighbours in the batch weigh reach^-1, the ones after reach^-2: with a reach of 2 half, a quarter, …
         at = torch.arange(len(flat))
         distance = (at[:, None] - at[None]).abs().to(flat)
         weight = torch.where(distance > 0, reach**-distance, torch.zeros_like(distance))

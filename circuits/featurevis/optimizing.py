@@ -63,6 +63,7 @@ def respond(
     assert isinstance(model.input, ImageInput), "checked by the caller"
     cache: dict[str, Tensor] = {}
     if objective.sites:
+        # Channels last is the layout in which convolutions on a processor are fastest.
         inputs = model.input.normalize(images).to(memory_format=torch.channels_last)
         until = model.last(objective.sites)
         found = model.run(inputs, read=objective.sites, until=until, grad=grad)
@@ -111,6 +112,8 @@ def optimize(
             site), or no gradient leads to the image.
     """
     chunks = _chunks(parts, model.device)
+    # Before the first step, so that a size that the model cannot run on ends here with one line and not amid a backward
+    # pass.
     start = values_of(model, parts, made.image().detach())
     optimizer = torch.optim.NAdam(made.parameters, lr=learning_rate or made.learning_rate)
     kept: dict[int, Tensor] = {}
@@ -124,6 +127,8 @@ def optimize(
         leaves = [result.detach().requires_grad_(True) for result in results]
         for begin, end, objective in chunks:
             for view in range(views):
+                # From the step and the view only: every image sees the same transform, also when the batch is cut
+                # otherwise.
                 drawing = torch.Generator().manual_seed(_step_seed(seed, step, view))
                 cut = [leaf[begin:end] for leaf in leaves]
                 redirected = step < REDIRECTED_STEPS or dead
@@ -133,7 +138,10 @@ def optimize(
                 value = own.value(model, objective, cut) / views
                 (-value.sum()).backward()
         _check_gradients(model, leaves, parts, step)
+        # One image without any gradient is enough to redirect all of the next step. `RedirectedGradients` acts on dead
+        # examples alone, hence the others are as good as untouched.
         dead = bool((_size_of(leaves[0].grad).flatten(1).amax(1) == 0).any())
+        # Gradients on images become gradients on parameters by the chain rule, in one pass for the whole batch.
         torch.autograd.backward(results, [leaf.grad for leaf in leaves])
         if made.traced:
             seen = _size_of(leaves[0].grad)
@@ -153,6 +161,7 @@ def optimize(
 
 def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int, Objective]]:
     """The batch cut into chunks of a few images, never within a part; larger ones do not fit a processor's cache."""
+    # An accelerator is hardly busy with four images.
     most = MICRO_BATCH if device.type == "cpu" else 16 * MICRO_BATCH
     found: list[tuple[int, int, Objective]] = []
     begin = end = 0
@@ -161,6 +170,8 @@ def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int,
         waiting.append((objective, n))
         end += n
         last = i == len(parts) - 1
+        # A chunk ends where the next part would no longer fit: parts of 3, 2, 2 images at most 4 give 3 | 2 + 2. A part
+        # that is larger than the limit is a chunk by itself, since objectives such as diversity need all of its images.
         if last or end - begin + parts[i + 1][1] > most:
             found.append((begin, end, side_by_side(waiting)))
             begin, waiting = end, []
@@ -169,6 +180,7 @@ def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int,
 
 def _step_seed(seed: int, step: int, view: int) -> int:
     """A different seed for each step and view."""
+    # 257 is above the number of views (256 at most), so that no two pairs of step and view get one seed.
     return (seed * 1_000_003 + step * 257 + view) % 2**63
 
 
@@ -217,6 +229,7 @@ class _OptimizationStep:
             )
         if not value.requires_grad:
             raise ValueError(f"objective {objective.text}: no gradient leads from it to the image")
+        # The mean opacity is a price: without it an opaque image is always best, and opacity says nothing.
         return value if len(cut) == 1 else value * (1 - cut[1].flatten(1).mean(1))
 
     def _on_background(self, images: Tensor, alpha: Tensor) -> Tensor:
@@ -237,6 +250,7 @@ def _opacity(trace: Tensor | None) -> Tensor | None:
     """Opacity from summed gradient sizes: the top 1 % of the pixels are opaque (Fel et al. 2023)."""
     if trace is None:
         return None
+    # Relative to the 99th percentile and not the maximum: a single pixel would make all others transparent.
     top = trace.flatten(1).quantile(0.99, dim=1).clamp_min(1e-30)
     return (trace / top[:, None, None, None]).clamp(0, 1).cpu()
 

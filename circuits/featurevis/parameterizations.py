@@ -61,6 +61,7 @@ class Values:
 
     def __add__(self, other: Values) -> Values:
         """The sum, image by image; a single image is shared by all of the other's."""
+        # The more careful of two rates: the part with the higher one only learns more slowly, the other might diverge.
         rate = min(self.learning_rate, other.learning_rate)
         return Values(
             [*self.parameters, *other.parameters], lambda: self.values() + other.values(), rate
@@ -85,6 +86,7 @@ def drawn(
     """
     found = []
     for stream in streams:
+        # A large prime apart, so that images 0, 1, 2, … of one seed are not those of the next seed shifted by one.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
         if uniform:
             found.append((torch.rand(tuple(shape), generator=generator) * 2 - 1) * math.pi)
@@ -115,6 +117,8 @@ def fourier(
     fy = torch.fft.fftfreq(height)[:, None]
     fx = torch.fft.rfftfreq(width)[None, :]
     frequency = torch.hypot(fy, fx)
+    # irfft2 divides by h w; with coefficients of variance 1 at all h w frequencies, a pixel then has a standard
+    # deviation of about 1 / sqrt(h w), which the factor undoes. The 4 is lucid's.
     scale = math.sqrt(height * width) / frequency.clamp_min(1 / max(height, width)) / 4
     start = drawn((channels, height, fx.shape[1], 2), seed, streams, device) * sd
     spectrum = start.requires_grad_(True)
@@ -138,7 +142,9 @@ def laplacian(
     _, channels, height, width = shape
     parts = []
     for level in range(levels):
+        # height >> level halves it `level` times: 224, 112, 56, 28.
         size = (channels, max(1, height >> level), max(1, width >> level))
+        # Another seed for every level, else a small level would begin with the numbers that the larger one begins with.
         part = drawn(size, seed + level, streams, device) * sd
         parts.append(part.requires_grad_(True))
 
@@ -172,10 +178,12 @@ def cppn(
     weights, biases = [], []
     inputs = 2
     for layer in range(layers):
+        # 1 / sqrt(inputs) keeps a sum of that many terms of unit variance at unit variance.
         weight = drawn((width, inputs), seed + layer, streams, device) / math.sqrt(inputs)
         weights.append(weight.requires_grad_(True))
         biases.append(torch.zeros(len(streams), width, 1, device=device).requires_grad_(True))
         inputs = 2 * width
+    # At 0 all images start grey, whatever the layers before draw.
     last = torch.zeros(len(streams), channels, inputs, device=device).requires_grad_(True)
 
     def values() -> Tensor:
@@ -209,6 +217,8 @@ def squashed(values: Values, colors: Float[Tensor, "channel channel"] | None) ->
     def image() -> Tensor:
         found = values.values()
         if colors is not None:
+            # colour d = sum over c of M_dc value_c: correlated colours from uncorrelated channels, as M M' is the
+            # covariance.
             found = torch.einsum("bchw,dc->bdhw", found, colors.to(found))
         return found.sigmoid()
 
@@ -247,12 +257,14 @@ def maco(
     magnitude = natural.magnitude_at(height, width)
 
     def image() -> Tensor:
+        # `ortho` as in the fit of the magnitudes: another normalisation would scale the contrast by sqrt(h w).
         waves = torch.polar(magnitude.to(phase).expand_as(phase), phase)
         found = torch.fft.irfft2(waves, s=(height, width), norm="ortho")
         found = torch.einsum("bchw,dc->bdhw", found, natural.root.to(found))
         found = found + natural.mean.to(found)[:, None, None]
         return torch.sigmoid(4 * (found - 0.5))
 
+    # A phase has a period of 2 pi, so that a rate of 1.0 is a moderate turn (Fel et al. 2023).
     return Parameterization([phase], image, learning_rate=1.0, traced=True)
 
 

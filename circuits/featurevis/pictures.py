@@ -56,6 +56,7 @@ class Picture:
     def file_name(self, number: int = 0) -> str:
         """Steps, size and seed, and what sets it apart from the plain picture of these; `number` among diverse ones."""
         facts = self.settings
+        # Only what differs from the default is named, so that plain pictures keep a short name that people can type.
         parts = [facts["param"]] if facts["param"] != "fourier" else []
         parts += ["alpha"] if facts["alpha"] else []
         parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
@@ -144,6 +145,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         OSError: if it is not a picture.
     """
     with Image.open(path) as image:
+        # PNG has text chunks, WebP EXIF; either is absent from a picture that somebody else made.
         text = getattr(image, "text", {}).get("circuits") or image.getexif().get(DESCRIPTION)
     try:
         facts = json.loads(text or "")

@@ -96,6 +96,8 @@ class Settings:
                 "param 'maco' needs the spectrum of natural images: give natural=NaturalImages.fit(…) "
                 "(on the command line --images DATA)"
             )
+        # MACO's transparency comes from the sizes of gradients, and its images are no sums to which a shared part could
+        # be added.
         if self.param == "maco" and (self.alpha or self.shared):
             raise ValueError(
                 f"param 'maco' makes its own transparency and shares no parts: leave out "
@@ -224,6 +226,7 @@ def visualize_units(
     settings = Settings(**options)
     objectives = [_objective(model, target, negative) for target in targets]
     group = [_diversified(model, o) if diverse > 1 else o for o in objectives]
+    # Numbered within a target, so that a unit's first picture is the same whichever units it is made with.
     streams = [i for _ in targets for i in range(each)]
     made = _parameterization(settings, spec, streams, model.device)
     found = optimize(
@@ -265,6 +268,7 @@ def _objective(model: HookedModel, target: Subject, negative: bool) -> Objective
 def _diversified(model: HookedModel, objective: Objective) -> Objective:
     """The objective minus a penalty for similar images in its batch."""
     # The penalty is proportional to the objective's own (detached) value: as a share it suits units of every scale.
+    # Style is measured where there are positions to average over.
     mapped = [name for name in objective.sites if model.site(name).position_axes]
     if not mapped:  # e.g. logits: the last map before them
         order = [site.name for site in model.sites]
@@ -278,6 +282,7 @@ def _diversified(model: HookedModel, objective: Objective) -> Objective:
 
     def value(response: Response) -> Tensor:
         own = objective.value(response)
+        # Detached, so that the penalty pulls images apart and is no reason to make the objective smaller.
         return own - DIVERSE * own.detach().abs() * alike.value(response)
 
     sites = tuple(dict.fromkeys((*objective.sites, *alike.sites)))
@@ -301,6 +306,7 @@ def _parameterization(
     colors = color_matrix(spec.channels, settings.natural)
     values = make(shape, seed, streams, device)
     if settings.shared:
+        # seed + 2, since alpha has seed + 1: parts drawn with one seed would start alike and line up by construction.
         values = values + make((1, *shape[1:]), seed + 2, [0], device)
     made = squashed(values, colors)
     if not settings.alpha:

@@ -95,7 +95,9 @@ def sheet_name(
         raise ValueError(f"model {model.name} takes tokens: feature visualization needs images")
     found = model.site(site)
     key = Settings(**options).key(model.input) + (" negative" if negative else "")
+    # Eight hexadecimal digits tell apart the few ways in which one site's sheet is made; the tiles carry all facts.
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    # % first: were / escaped first, its own % would be escaped again.
     return f"{found.name.replace('%', '%25').replace('/', '%2F')}-{digest}"
 
 
@@ -143,6 +145,7 @@ def render_sheet(
         done = group.stop
         if progress and progress(done, n) is False and done < n:
             return None
+    # From the tiles and not from memory, as some of them were made by an earlier run.
     facts = [read_facts(_tile(folder, i)) for i in range(n)]
     columns, tile = _atlas(folder, n, {"site": found.name, "model_hash": model_hash})
     write_json(
@@ -172,8 +175,11 @@ def _atlas(folder: Path, n: int, facts: dict[str, Any]) -> tuple[int, tuple[int,
     """Put the tiles in rows, smaller where they would not fit into one picture."""
     with Image.open(_tile(folder, 0)) as first:
         width, height = first.size
+    # columns x width is about rows x height, for an atlas that is nearly square: c w = (n / c) h gives c = sqrt(n h /
+    # w).
     columns = math.ceil(math.sqrt(n * height / width))
     rows = math.ceil(n / columns)
+    # Never enlarged, at most 128 pixels a tile, and within what the format can hold either way.
     scale = min(
         1.0, 128 / max(width, height), MAX_SIDE / (columns * width), MAX_SIDE / (rows * height)
     )

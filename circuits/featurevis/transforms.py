@@ -66,6 +66,7 @@ class Jitter(_Moving):
 
     def motion(self, generator: Generator) -> Motion:
         """Draw a shift."""
+        # Whole pixels, so that a jitter by itself moves an image without blurring it.
         shift = torch.randint(self.pixels + 1, (2,), generator=generator) - self.pixels // 2
         found = torch.eye(3)
         found[:2, 2] = shift.float()
@@ -82,6 +83,7 @@ class Scale(_Moving):
     def motion(self, generator: Generator) -> Motion:
         """Draw a factor."""
         factor = self.low + float(torch.rand((), generator=generator)) * (self.high - self.low)
+        # Motions map output to input: what shall look larger by a factor comes from a part smaller by it.
         return torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0]))
 
 
@@ -104,6 +106,8 @@ def moved(
     """Resample images bilinearly, all by one motion in pixels."""
     height, width = images.shape[-2:]
     # torch's coordinates run from -1 to 1 along each axis
+    # With corners not aligned, -1 and 1 are the image's edges, hence half a side is one unit. Motions are linear about
+    # the middle in pixels; conjugating by `to_pixels` gives them in torch's units, also for images that are not square.
     to_pixels = torch.diag(torch.tensor([width / 2, height / 2, 1.0]))
     affine = (torch.linalg.inv(to_pixels) @ motion @ to_pixels)[:2].to(images)
     grid = F.affine_grid(affine[None], [1, *images.shape[1:]], align_corners=False)
@@ -149,7 +153,9 @@ class Crop:
         """Cut the part out and enlarge it."""
         drawn = torch.randn(3, generator=generator)
         share = self.first + (self.last - self.first) * progress + float(drawn[0]) * self.sd
+        # A twentieth is the least: below that a crop is a few pixels enlarged to the whole.
         share = min(1.0, max(0.05, share))
+        # A crop of the given share fits if its middle is at most (1 - share) / 2 from that of the image.
         middle = torch.rand(2, generator=generator) * (1 - share) - (1 - share) / 2
         height, width = images.shape[-2:]
         motion = torch.diag(torch.tensor([share, share, 1.0]))
@@ -171,6 +177,7 @@ class Blur:
     ) -> Float[Tensor, "batch channel h w"]:
         """Blur along y and x."""
         sigma = self.sigma * float(torch.rand((), generator=generator))
+        # Three standard deviations hold 99.7 % of the weight; reflection needs a border smaller than the image.
         reach = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)
         if reach < 1:
             return images
@@ -179,6 +186,8 @@ class Blur:
         kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
         groups = images.shape[1]
         images = F.pad(images, [reach] * 4, mode="reflect")
+        # A Gaussian of two dimensions is the product of two of one: 2 (2 r + 1) instead of (2 r + 1)^2 products a
+        # pixel.
         images = F.conv2d(images, kernel[..., None, :], groups=groups)
         return F.conv2d(images, kernel[..., None], groups=groups)
 
@@ -233,6 +242,7 @@ class Compose:
         size = tuple(images.shape[-2:])
         motion: Tensor | None = None
         for step in self.steps:
+            # Each resampling blurs a little, and costs a pass: a run of motions is multiplied out and done once.
             if isinstance(step, _Moving):
                 own = step.motion(generator)
                 # the last step is nearest to the output: where a pixel comes from goes through it first
@@ -250,6 +260,8 @@ def _centered(images: Tensor, size: Sequence[int]) -> Tensor:
     """The middle of images, with grey where they are too small."""
     for axis, wanted in zip((-2, -1), size, strict=True):
         more = wanted - images.shape[axis]
+        # Negative where there is too much: F.pad then cuts off. // rounds down, so that 5 to 2 is cut by 2 in front and
+        # by 1 behind.
         before = more // 2
         pads = [before, more - before]
         if more:
@@ -263,6 +275,7 @@ def standard(height: int, width: int) -> Compose:
     Its padding by 12 grey pixels, which keeps jitter from cutting the image off, is not needed: what
     comes in from outside is grey.
     """
+    # lucid's numbers are for 128 pixels; on an image of 32 a jitter of 8 would move a quarter of it.
     fits = min(1.0, min(height, width) / 128)
     jitters = (Jitter(max(1, round(8 * fits))), Jitter(max(1, round(4 * fits))))
     return Compose((jitters[0], Scale(0.9, 1.1), Rotate(10.0), jitters[1]))
@@ -284,5 +297,6 @@ def maco_standard(height: int, width: int) -> Compose:
     network needs.
     """
     side = min(height, width)
+    # A share that is at least 224 (130 at the end) pixels, as far as the image has them.
     first, last = min(1.0, max(0.5, 224 / side)), min(1.0, max(0.05, 130 / side))
     return Compose((Crop(first, last), Noise(0.08)))

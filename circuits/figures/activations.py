@@ -85,10 +85,12 @@ def _tail(statistics: UnitStatistics) -> list[Row]:
     width = float(edges[1] - edges[0])
     lefts = edges[:-1][edges[:-1] >= tail.threshold]
     falling = np.exp(-tail.rate * (lefts - tail.threshold))
+    # The share of an exponential between two edges a and a + w is exp(-rate a) (1 - exp(-rate w)).
     expected = tail.count * (1 - np.exp(-tail.rate * width)) * falling
     return [
         {"low": left, "high": left + width, "positions": count}
         for left, count in zip(lefts.tolist(), expected.tolist(), strict=True)
+        # On a log scale there is nothing below the axis' foot.
         if count >= _LEAST
     ]
 
@@ -110,11 +112,13 @@ def spectrum_figure(
         for b in bins
     ]
     x = alt.X("low:Q", title="activation", scale=alt.Scale(domain=domain, nice=False, padding=0))
+    # Half of the smallest density that is shown, so that its bar has a height.
     least = min((b.density for b in bins if b.density > 0), default=1e-3) / 2
     log = alt.Scale(
         type="log", domain=[least, max(2 * least, 1.2 * max(b.density for b in bins))], nice=False
     )
     density = _columns(
+        # A bar on a logarithmic axis cannot stand on zero, which is infinitely far down.
         [r | {"foot": least} for r in rows if r["density"] > 0],
         x, alt.Y("density:Q", title="density p(x), log scale", scale=log, axis=alt.Axis(format="~g")), BLUE,
     )  # fmt: skip
@@ -147,6 +151,7 @@ def _density_of_tail(found: Spectrum, least: float) -> list[Row]:
     if not np.isfinite(tail.rate) or tail.rate <= 0:
         return []
     x = np.linspace(tail.threshold, found.bins[-1].high, 50)
+    # The density of the whole is that of the tail times the share of activations that are in it.
     p = tail.share * tail.rate * np.exp(-tail.rate * (x - tail.threshold))
     return [{"low": float(a), "density": float(b)} for a, b in zip(x, p, strict=True) if b >= least]
 

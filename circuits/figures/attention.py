@@ -38,8 +38,10 @@ def _pair(pattern: HeadPattern, words: list[str]) -> alt.HConcatChart:
 
 
 def _matrix(values: np.ndarray, sink: int | None, words: list[str], what: str) -> Figure:
+    # A sink takes most of the attention; with it the scale would leave the rest white.
     others = values if sink is None else np.delete(values, sink, 1)
     top = float(others.max()) if others.size and others.max() > 0 else 1.0
+    # Infinity is what `cells` leaves out; a 0 would be drawn as if a later key could be attended to.
     shown = np.where(np.triu(np.ones(values.shape, bool), 1), np.inf, values)  # no key is later
     shades = replace(rising(f"{what}, share of the query's", top), at="bottom")
     return cells(

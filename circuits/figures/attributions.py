@@ -119,6 +119,7 @@ def sanity_figure(cards: Sequence[MethodCard], title: str = "") -> Figure:
     panels = []
     for card in cards:
         values = [v for c in card.curves for v in (*c.values, *c.random)]
+        # One scale for both curves of a method, or a small effect would look as large as a big one.
         scale = alt.Scale(domain=[min(0.0, *values), max(values)] if values else [0, 1])
         panels.append(_randomised(card))
         panels += [_curves(card, kind, scale) for kind in ("insertion", "deletion")]
@@ -132,6 +133,7 @@ def _randomised(card: MethodCard) -> Figure:
     names = {"spearman_signed": "rank, signed", "spearman": "rank, absolute", "ssim": "SSIM"}
     stages = [0, *(s.layers for s in test.stages)]
     for field, label in names.items():
+        # With nothing shuffled a map is like itself.
         own = [1.0, *(float(getattr(s, field)) for s in test.stages)]
         for k, v in zip(stages, own, strict=True):
             rows.append({"run": label, "kind": "maps", "layers": k, "likeness": v})

@@ -92,8 +92,10 @@ class Shades:
     def painted(self, matrix: Float[np.ndarray, "row column"]) -> UInt8[np.ndarray, "row column 3"]:
         """The colour of each number; grey where there is none."""
         stops = np.linspace(self.low, self.high, len(self.colours))
+        # "#d6604d" has red at 1 to 3, green at 3 to 5, blue at 5 to 7.
         channels = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in self.colours])
         mixed = np.stack([np.interp(matrix, stops, channel) for channel in channels.T], 2)
+        # 136 = 0x88: about the grey of `GREY`, as cells without a number have.
         return np.where(np.isnan(matrix)[..., None], 136, mixed).round().astype(np.uint8)
 
 
@@ -155,6 +157,7 @@ def folded(name: str, width: int) -> list[str]:
     ['mixed4a_3x3_', 'bottleneck:100']
     """
     lines = [""]
+    # After the mark, but before a colon: a unit's number keeps its colon on the next line.
     for piece in re.split(r"(?<=[_./\s-])|(?=:)", name):
         for part in textwrap.wrap(piece, width, drop_whitespace=False):
             if lines[-1] and len(lines[-1] + part.rstrip()) > width:
@@ -217,6 +220,7 @@ def key_of_lines(names: Sequence[str], colour: str | None = None) -> alt.Legend:
     """A legend with short lines, in as many rows as it takes; of one colour where the colour says nothing."""
     more: dict[str, Any] = {"symbolStrokeColor": colour} if colour else {}
     return alt.Legend(
+        # About 8 characters for a line and its gap beside each name.
         orient="top", columns=max(1, _KEY // (8 + max(map(len, names), default=0))), symbolOpacity=1,
         symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, **more,
     )  # fmt: skip
@@ -233,10 +237,14 @@ def named_ticks(names: Sequence[str], size: float, across: bool) -> alt.Axis:
 
     The names are looked up by place: two places may have the same name, such as a token that occurs twice.
     """
+    # Cells of 5 pixels get a name every third place: lines of text need 11.
     step = max(1, math.ceil(_LABEL / size))
+    # About 6 pixels a character at this size of letters.
     turned = across and max(map(len, names), default=0) * 6 > size * step
     return alt.Axis(
         values=list(range(0, len(names), step)),
+        # Names by number, since two places may have one name (a token that repeats), which would be one place on the
+        # axis.
         labelExpr=f"{json.dumps(list(names))}[datum.value]",
         labelAngle=-90 if turned else 0,
         labelFontSize=9,
@@ -312,6 +320,7 @@ def _painted(
     image = alt.Chart(data([{"url": encoded(paint)}])).mark_image(
         width=width, height=height, align="left", baseline="top", aspect=False, smooth=False
     )
+    # One point for each row and column is enough for an axis to know all of them.
     places = [
         {"i": min(k, n - 1), "j": min(k, m - 1), "value": shades.low} for k in range(max(n, m))
     ]

@@ -42,6 +42,7 @@ def edit_figure(report: EditReport, title: str = "") -> Figure:
     What is measured on target and on other examples has one scale.
     """
     groups: dict[str, dict[str, Effect]] = {}
+    # A dictionary keeps the order of the first, and names that only the second has.
     for name in {**report.targets, **report.generalisation}:
         both = (("on target", report.targets), ("on other examples", report.generalisation))
         groups[name] = {f"{where}: {name}": es[name] for where, es in both if name in es}

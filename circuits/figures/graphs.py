@@ -106,6 +106,7 @@ class _Frame:
     @classmethod
     def around(cls, places: Places) -> _Frame:
         xs, ys = zip(*places.values(), strict=True)
+        # More room at the left, where the names of sites are.
         return cls((min(xs) - 2.4, min(ys) - 0.8), (max(xs) + 0.8, max(ys) + 0.7))
 
     @property
@@ -132,6 +133,7 @@ def _edge_layers(
 ) -> list[alt.Chart]:
     strongest: dict[str, float] = {}
     for *_, key, d in edges:
+        # By kind and layer: weights of one layer, and weights and attributions, have no common scale.
         strongest[key] = max(strongest.get(key, 0.0), d["norm"])
     rows: list[Row] = []
     for number, (a, b, key, d) in enumerate(edges):
@@ -208,6 +210,7 @@ def _image_layers(rows: Sequence[Row], frame: _Frame) -> list[alt.Chart]:
     base = alt.Chart(data(rows)).encode(frame.x(), frame.y(), tooltip="name:N")
     return [
         base.mark_image(width=side, height=side, smooth=False).encode(url="url:N"),
+        # Vega's `size` of a square is its area in pixels.
         base.mark_point(shape="square", size=side**2, stroke=GREY, strokeWidth=0.6, filled=False),
     ]
 
@@ -277,6 +280,8 @@ def _way(places: Places, a: Node, b: Node) -> list[Point]:
     """
     start, end = places[a], places[b]
     boxes = np.array([_box(p) for n, p in places.items() if n not in (a, b)]).reshape(-1, 4)
+    # Boxes are added only as the way runs into them: a way around a few is found in a small graph, and most edges meet
+    # none. It ends since each round knows more boxes.
     known = np.zeros(len(boxes), bool)
     way = [start, end]
     while True:
@@ -303,6 +308,8 @@ def _hits(boxes: Float[np.ndarray, "box 4"], p: Point, q: Point) -> Bool[np.ndar
     enter, leave = np.zeros(len(boxes)), np.ones(len(boxes))
     for axis in (0, 1):
         step = q[axis] - p[axis]
+        # The line is p + t (q - p) with t from 0 to 1. Along each axis it is inside the box between two values of t;
+        # where these ranges and 0..1 overlap, it is inside along both.
         near, far = boxes[:, axis] - p[axis], boxes[:, axis + 2] - p[axis]
         if step == 0:
             outside = (near >= 0) | (far <= 0)
@@ -311,11 +318,13 @@ def _hits(boxes: Float[np.ndarray, "box 4"], p: Point, q: Point) -> Bool[np.ndar
         one, other = near / step, far / step
         enter = np.maximum(enter, np.minimum(one, other))
         leave = np.minimum(leave, np.maximum(one, other))
+    # A line that only touches a corner does not count: ways lead from corner to corner.
     return enter < leave - 1e-9
 
 
 def _shortest(start: Point, end: Point, boxes: Float[np.ndarray, "box 4"]) -> list[Point] | None:
     """The shortest way around some boxes, by way of points just outside their corners (Dijkstra)."""
+    # Just outside, as ways along the border itself would touch the node.
     outer = boxes + np.array([-_CLEAR, -_CLEAR, _CLEAR, _CLEAR])
     corners = [(b[i], b[j]) for b in outer.tolist() for i in (0, 2) for j in (1, 3)]
     points = [start, end, *corners]
@@ -333,6 +342,7 @@ def _shortest(start: Point, end: Point, boxes: Float[np.ndarray, "box 4"]) -> li
             )
             if reached < best.get(other, np.inf) and not _hits(boxes, points[here], point).any():
                 best[other], before[other] = reached, here
+                # An entry that has become too long stays in the queue and is passed over when its turn comes, above.
                 heapq.heappush(queue, (reached, other))
     if 1 not in before:
         return None

@@ -66,6 +66,7 @@ def patch_grid_figure(
             if len(side.random)
         }
     unit = with_unit(f"change of {grid.metric.name}", grid.metric.unit)
+    # One scale for all panels, the control's too: what the null does can then be compared by eye.
     shades = signed("share of the way" if what == "normalised" else unit, *panels.values())
     y, x = _ROWS.get(grid.by, ("site", "position"))
     drawn = [
@@ -138,6 +139,7 @@ def lens_tokens_figure(lens: LensTokens, title: str = "") -> Figure:
         for j, word in enumerate(row)
     ]
     words = alt.Chart(data(rows)).mark_text(fontSize=9, limit=56)
+    # Dark cells need light letters.
     light = (
         alt.when("datum.probability > 0.5").then(alt.value("white")).otherwise(alt.value("#222"))
     )
@@ -148,6 +150,7 @@ def lens_tokens_figure(lens: LensTokens, title: str = "") -> Figure:
 def heads_figure(scores: HeadScores, title: str = "") -> Figure:
     """Scores by layer and head for each kind; heads that attend there more than by chance are framed."""
     layers = tuple(dict.fromkeys(u.site for u in scores.heads))
+    # Layers may differ in their number of heads; the widest gives the columns.
     heads = tuple(str(i) for i in range(1 + max(u.index for u in scores.heads)))
     drawn = []
     for kind in scores.kinds:

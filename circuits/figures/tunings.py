@@ -110,6 +110,7 @@ def _shared(tunings: Sequence[RadialTuning], others: Sequence[RadialTuning]) -> 
     if not others:
         return None
     every = [*tunings, *others]
+    # Zero is always on the axis: a curve that only varies a little should look flat.
     low = min(0.0, *(float(t.curves.min()) for t in every))
     return alt.Scale(domain=[low, max(float(t.curves.max()) for t in every) or 1.0])
 
@@ -155,6 +156,7 @@ def heat_map_figure(maps: Sequence[HeatMap], title: str = "") -> Figure:
         shades = signed(what, values) if values.min() < 0 else rising(what, largest(values))
         shades = replace(shades, at="bottom")  # two maps fit next to each other on a page
         drawn = cells(
+            # Curvature rises with the rows, and the first row is on top: reversed, the tightest curve comes first.
             values[::-1].astype(float), shades, rows=radii[::-1], columns=[f"{a:g}" for a in m.angles],
             y="radius, pixels", x="angle at which the curve bulges, degrees",
             size=(max(4, min(14, 300 // len(m.angles))), 16),
@@ -241,8 +243,10 @@ def overlaid(
         heat: signed.
         limit: the value of full colour; the 99.5th percentile of the absolute values if not given.
     """
+    # The 99.5th percentile, so that a few extreme pixels do not leave the rest colourless.
     top = float(np.quantile(np.abs(heat), 0.995)) if limit is None else limit
     strength = (np.abs(heat) / max(top, 1e-12)).clip(0, 1)[..., None]
     colour = np.where(heat[..., None] > 0, [0.84, 0.1, 0.11], [0.13, 0.4, 0.67])
+    # From 0.35 up: on black neither colour could be seen.
     grey = 0.35 + 0.65 * picture.mean(2, keepdims=True)
     return (grey * (1 - strength) + colour * strength).clip(0, 1)

@@ -49,6 +49,8 @@ def kernels_figure(connections: Sequence[Connection], end: str, title: str = "")
     panels = []
     for kernel, connection in zip(kernels, connections, strict=True):
         size = _KERNEL / max(kernel.shape)
+        # Between heads a connection has three numbers, one for each input of the later head that the earlier one may
+        # write to.
         composition = connection.kernel.ndim == 1 and connection.kernel.numel() == len(_COMPOSITION)
         drawn = cells(
             kernel, shades, rows=_numbers(kernel, 0), columns=_COMPOSITION if composition else _numbers(kernel, 1),

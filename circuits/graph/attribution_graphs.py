@@ -37,11 +37,14 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
     made.graph.update(_about(raw["metadata"]))
     by_id: dict[str, Node] = {}
     id_of: dict[Node, str] = {}
+    # Ids that stand for two nodes are only an error once a link uses one: files with such nodes can be read as long as
+    # nothing depends on which is meant.
     doubled: dict[str, tuple[str, str]] = {}
     kinds: dict[str, str] = {}
     for entry in raw["nodes"]:
         node = _node(entry)
         name = entry["node_id"]
+        # The reverse case: two ids for one node would silently become one.
         twin = id_of.setdefault(node, name)
         if twin != name:
             raise ValueError(f"node_id {twin!r} and {name!r} are one node, {node}")
@@ -50,6 +53,7 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
         by_id[name], kinds[name] = node, str(entry.get("feature_type"))
         ours = entry.get(_OURS)
         known = ("node_id", "layer", "ctx_idx", "feature", _OURS)
+        # What the format says of a node in general; `layer` and the like are in the node's name already.
         rest = {k: v for k, v in entry.items() if k not in known and v is not None}
         made.add_node(node)
         made.nodes[node].update(decoded(ours["attributes"]) if ours else rest)
@@ -70,6 +74,7 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
             made.add_edge(*ends, ours["key"])
             made.edges[(*ends, ours["key"])].update(decoded(ours["attributes"]))
         else:
+            # The format has one number a link and no kind: it is an attribution.
             made.connect(*ends, "attribution", sum=float(link["weight"]))
     return made
 
@@ -90,6 +95,7 @@ def _node(entry: Mapping[str, Any]) -> Node:
     kind, parts = entry["feature_type"], entry["node_id"].split("_")
     layer, position = str(entry["layer"]), int(entry["ctx_idx"])
     number = entry.get("feature")
+    # Of a feature the number is in the id, `layer_feature_position`.
     if len(parts) == 3 and parts[1].isdigit():
         number = int(parts[1])  # `feature` is the layer and the feature paired as one number
     if kind == _ERROR:
@@ -112,6 +118,7 @@ def to_attribution_graph(graph: CircuitGraph) -> dict[str, Any]:
     nodes = []
     for node, data in graph.nodes(data=True):
         entry = _entry(node, data, layers)
+        # Two sites of ours may have one number in the format, which only has layers.
         if entry["node_id"] in used:
             entry["node_id"] = f"{entry['node_id']}_{len(ids)}"
         used.add(entry["node_id"])
@@ -151,6 +158,7 @@ def _entry(node: Node, data: Mapping[str, Any], layers: Mapping[str, int]) -> di
     unit, site = units_of(node)[0], site_of(node)
     position = node.position if isinstance(node, UnitAt) else 0
     known = _LAYER.fullmatch(site)
+    # Sites that the format has no name for are numbered in the model's order, which keeps their order in a viewer.
     layer = known["layer"] if known else str(layers[site])
     kind, name = _FEATURE, f"{layer}_{unit.index}_{position}"
     if known and known["what"] == "error":

@@ -64,6 +64,7 @@ class BlockInfo:
 
 
 def _place(listed: Sequence[int], n: int, unit: int) -> int | None:
+    # An empty list means all units in order, which saves writing them down for whole layers.
     if not listed:
         return unit if unit < n else None
     return listed.index(unit) if unit in listed else None
@@ -79,6 +80,8 @@ class BlockWriter:
         rows, columns = info.shape
         self._info, self._done = info, 0
         names = ("sum", "norm") if info.kernel else ("sum",)
+        # Both orders are stored. In one alone, what a unit leads to would be a column: as many separate reads as there
+        # are rows.
         self._matrices = {name: group.create_dataset(name, (rows, columns), "f4") for name in names}
         self._turned = {
             name: group.create_dataset(f"{name}_by_source", (columns, rows), "f4") for name in names
@@ -99,6 +102,8 @@ class BlockWriter:
         if not n:
             return
         kernels = np.ascontiguousarray(kernels, np.float32)
+        # Summed in float64, and only the result is rounded: a 7 x 7 kernel's positive and negative weights nearly
+        # cancel.
         flat = kernels.reshape(n, info.shape[1], -1).astype(np.float64)
         values = {"sum": flat.sum(2), "norm": np.sqrt(np.square(flat).sum(2))}
         rows = slice(self._done, self._done + n)
@@ -109,6 +114,8 @@ class BlockWriter:
         if self._kernels is not None:
             self._kernels[rows] = kernels
         self._done += n
+        # A row of the matrix is a column of the turned one, one number in each of its rows. Rows are gathered until
+        # their columns are wide enough to be written in runs.
         if (self._done - self._first) * info.shape[1] * 4 >= _BUFFER:
             self._turn()
 
@@ -161,6 +168,7 @@ class GraphWriter:
             "sites": dict(sites),
             "blocks": [asdict(info) for info in self._blocks],
         }
+        # Last, so that a file without an index is one that was not finished.
         self._file["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
 
 

@@ -61,6 +61,7 @@ Node = Unit | UnitAt | UnitGroup
 """What a circuit's nodes are."""
 
 _GROUP = re.compile(r"\{(?P<name>[^{}]+)\}(?P<site>[^:]+):(?P<indices>[0-9,]+)")
+# Greedy up to the last `:`, since a site's name may hold an `@` itself (`layer@0` is a layer's first call).
 _AT = re.compile(r"(?P<unit>.+:[0-9]+)@(?P<position>[0-9]+)")
 
 
@@ -90,6 +91,7 @@ def _natural(site: str) -> list[tuple[str, int]]:
     >>> sorted(["blocks.10", "blocks.2"], key=_natural)
     ['blocks.2', 'blocks.10']
     """
+    # mixed4a before mixed10: ("mixed", 4), ("a", -1) against ("mixed", 10).
     return [(name, int(part or -1)) for name, part in re.findall(r"(\D*)(\d*)", site)]
 
 
@@ -128,6 +130,7 @@ class CircuitGraph(nx.MultiDiGraph):
         ]
         columns = ("from", "to", "kind", "norm", "typical norm", "sum", "layer")
         title = f"{self.number_of_nodes()} units, {self.number_of_edges()} edges"
+        # By norm and not by sum: the weights of a strong kernel may add up to zero.
         rows.sort(key=lambda row: -row[3])
         yield Table(columns, rows, title)
 
@@ -149,7 +152,9 @@ class CircuitGraph(nx.MultiDiGraph):
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} of an edge is not one of {', '.join(KINDS)}")
         layer = attributes.get("layer") or ""
+        # Two layers may connect the same units; their edges stay apart.
         key = f"{kind}:{layer}" if layer else kind
+        # An edge with one number is as strong as that number is large.
         strength = abs(sum) if norm is None else norm
         self.add_edge(source, target, key, kind=kind, sum=sum, norm=strength, **attributes)
 
@@ -163,6 +168,8 @@ class CircuitGraph(nx.MultiDiGraph):
         here = {site_of(node) for node in self}
         if set(known := self.graph.get(ORDER, ())) >= here:
             return [site for site in known if site in here]
+        # A graph of sites instead of units: edges within a site (in recurrent parts) would be loops and say nothing
+        # about order.
         order = nx.DiGraph()
         order.add_nodes_from(site_of(node) for node in self)
         order.add_edges_from(
@@ -170,6 +177,7 @@ class CircuitGraph(nx.MultiDiGraph):
         )
         if nx.is_directed_acyclic_graph(order):
             return list(nx.lexicographical_topological_sort(order, key=_natural))
+        # With circles there is no order; that of the nodes is as good as any.
         return list(order)
 
     def same_as(self, other: nx.MultiDiGraph) -> bool:
@@ -223,6 +231,7 @@ def _typed(value: Any) -> Any:
         return {key: _typed(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value).__name__, [_typed(item) for item in value]
+    # By `repr`, as NaN is not equal to itself but has one text.
     return type(value).__name__, repr(value)
 
 
@@ -253,6 +262,7 @@ def difference(a: CircuitGraph, b: CircuitGraph) -> CircuitGraph:
     _check_same_model(a, b)
     left = a.copy()
     left.remove_edges_from([edge for edge in a.edges(keys=True) if b.has_edge(*edge)])
+    # Nodes of both circuits stay only as the ends of edges that are left.
     left.remove_nodes_from([n for n in list(left) if n in b and left.degree(n) == 0])
     return left
 
@@ -359,6 +369,7 @@ def collapse(
             made.add_node(node, **data)
     merged: dict[Edge, list[dict[str, Any]]] = {}
     for a, b, key, data in graph.edges(keys=True, data=True):
+        # The key (kind and layer) stays, so that a group's edges of different kinds are not added up.
         ends: Edge = place.get(a) or a, place.get(b) or b, key
         merged.setdefault(ends, []).append(data)
     for (a, b, key), found in merged.items():
@@ -366,6 +377,8 @@ def collapse(
         data = dict(best)
         if len(found) > 1 or a in place.values() or b in place.values():
             data["members"] = len(found)
+            # What is left of `data` is the strongest edge's. Its kernel is not that of the sum, and neither is what is
+            # typical.
             if weighing == "sum":
                 data["sum"] = float(sum(d["sum"] for d in found))
                 data["norm"] = abs(data["sum"])

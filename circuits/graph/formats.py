@@ -79,6 +79,7 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
     read, _ = _FORMATS[name]
     try:
         text = path.read_text(encoding="utf-8")
+        # Attribution graphs end in .json too; `qParams` is a key that all of them have and node-link files have not.
         raw = json.loads(text) if name in ("json", "attribution") else None
         if name == "json" and isinstance(raw, dict) and "qParams" in raw:
             read, _ = _FORMATS["attribution"]
@@ -160,6 +161,7 @@ def from_node_link(raw: Any) -> CircuitGraph:
             raise ValueError(f"edge from {ends[0]} to {ends[1]} names a node that is not listed")
         made.add_edge(*ends, edge["key"])
         data = _unaside(_without(edge, "source", "target", "key"))
+        # Files of other programs: their `weight`, if it is a number, is all that is known of an edge's strength.
         strength = data.get("weight", 1.0) if isinstance(data.get("weight"), int | float) else 1.0
         data.setdefault("kind", "weight")  # of another program, which has no such thing
         data.setdefault("sum", strength)
@@ -173,6 +175,7 @@ _ASIDE = "attribute:"
 
 def _aside(data: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes as JSON; those whose names the format needs itself get a mark."""
+    # Node-link puts attributes beside its own keys, where an attribute called `id` would replace the node's name.
     taken = ("id", "source", "target", "key")
     return {
         f"{_ASIDE}{name}" if name in taken or name.startswith(_ASIDE) else name: encoded(value)
@@ -203,6 +206,7 @@ def _plain(graph: CircuitGraph) -> nx.MultiDiGraph:
         extra = {_KEY: key}
         if isinstance(data.get("norm"), float) and math.isfinite(data["norm"]):
             extra["weight"] = data["norm"]  # what viewers draw
+        # Parallel edges get numbers, as keys of ours may hold what XML does not allow; the key is an attribute.
         plain.add_edge(str(a), str(b), str(number))
         plain.edges[str(a), str(b), str(number)].update(_flat(data, edge_columns) | extra)
     return plain
@@ -214,8 +218,11 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
     safe: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
+            # Both formats declare a type for each attribute, once for all nodes or edges. Where types are mixed, JSON
+            # text is the only type that fits all.
             kinds.setdefault(name, set()).add(type(value))
             fits = not isinstance(value, str) or _fits_xml(value)
+            # `int` has 32 bits in both formats for the programs that read them.
             whole = not isinstance(value, int) or abs(value) < 2**31
             finite = not isinstance(value, float) or math.isfinite(value)
             named = not name.endswith(_JSON)
@@ -225,6 +232,7 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
 
 
 def _fits_xml(text: str) -> bool:
+    # XML has no way to write control characters, and readers may drop white space at the ends.
     return _XML_SAFE.fullmatch(text) is not None and text == text.strip()
 
 
@@ -275,6 +283,7 @@ def _to_graphml(graph: CircuitGraph) -> str:
 
 
 def _from_graphml(text: str) -> CircuitGraph:
+    # A circuit without parallel edges would otherwise come back as a graph that cannot have any.
     plain = nx.parse_graphml(text, force_multigraph=True)
     return _restored(plain, plain.graph.get(f"{_PREFIX}graph"))
 
@@ -284,6 +293,7 @@ _GEXF = "{http://www.gexf.net/1.2draft}"
 
 def _to_gexf(graph: CircuitGraph) -> str:
     root = ElementTree.fromstring("\n".join(nx.generate_gexf(_plain(graph))))
+    # GEXF has no attributes of the graph itself; the description is free text, marked by our prefix.
     meta = root.find(f"{_GEXF}meta")
     if meta is None:
         meta = ElementTree.Element(f"{_GEXF}meta")
@@ -299,6 +309,7 @@ def _from_gexf(text: str) -> CircuitGraph:
     found = root.find(f"{_GEXF}meta/{_GEXF}description")
     described = "" if found is None else found.text or ""
     about = described.removeprefix(_PREFIX) if described.startswith(_PREFIX) else None
+    # networkx reads from files only by itself; its reader is given the tree that was parsed here for the description.
     reader: Any = GEXFReader(version="1.2draft")
     reader.xml = root
     graph = root.find(f"{_GEXF}graph")

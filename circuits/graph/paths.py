@@ -39,6 +39,7 @@ def sites_between(blocks: Sequence[Block], start: str, end: str) -> list[str]:
         raise ValueError(
             f"no paths from {start} to {end}: the chosen kinds of edges go round in circles"
         )
+    # Both the ends and what comes after the one and before the other; all other sites cannot be on a way.
     inside = ({start} | nx.descendants(order, start)) & ({end} | nx.ancestors(order, end))
     return list(nx.lexicographical_topological_sort(order.subgraph(inside)))
 
@@ -55,12 +56,17 @@ def strongest_paths(
     ways to it, each as a strength, the block and column that it came through, and which of the
     ways to that column it goes on from.
     """
+    # A path is as strong as the product of its edges' strengths. The k-th best way to a unit v of a site is the k-th
+    # largest of norm(u -> v) S_j(u) over all units u of earlier sites and j = 1 .. top: a way that is not among the
+    # `top` best to u cannot be among the `top` best through u. Work grows with the number of edges and not with that of
+    # paths.
     strength = {s: np.zeros((n_units[s], top)) for s in order}
     came = {s: np.full((n_units[s], top, 3), -1, np.int64) for s in order}
     strength[start.site][start.index, 0] = 1.0
     for site in order:
         if site == start.site:
             continue
+        # Of the last site only one unit matters.
         units = [end.index] if site == end.site else range(n_units[site])
         for source in order:
             between = [
@@ -73,9 +79,14 @@ def strongest_paths(
                 continue
             for unit in units:
                 norms, through = _strongest_edges(between, unit, n_units[source])
+                # used x top numbers, flattened behind the `top` ways that were known before: entry top + at * top + way
+                # is the way-th best way to source used[at], continued by its strongest edge.
                 reached = norms[used, None] * strength[source][used]
                 mine = np.concatenate([strength[site][unit], reached.ravel()])
+                # Stable, so that among equal ways the one that was found first is kept and results do not depend on the
+                # sorting.
                 best = np.argsort(-mine, kind="stable")[:top]
+                # A copy, since rows are overwritten while others are still read.
                 old = came[site][unit].copy()
                 strength[site][unit] = mine[best]
                 for place, which in enumerate(best.tolist()):
@@ -103,6 +114,8 @@ def _strongest_edges(
             continue
         values = np.nan_to_num(block.norms(row).astype(np.float64), nan=0.0)
         sources = np.array(block.info.sources) if block.info.sources else np.arange(len(values))
+        # Of several edges between two units (two kinds, two layers) the strongest counts; else paths through the same
+        # units would fill the list.
         better = np.flatnonzero(values > norms[sources])
         norms[sources[better]] = values[better]
         through[sources[better], 0] = number
@@ -117,6 +130,7 @@ def _retraced(
     here, way = end, place
     while True:
         number, column, before = came[here.site][here.index, way].tolist()
+        # -1 is where nothing came from: the start.
         if number < 0:
             return steps[::-1]
         row = blocks[number].info.row(here.index)

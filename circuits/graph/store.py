@@ -52,6 +52,7 @@ class _Block:
         """Strengths at some places of the matrix."""
         if self.info.kernel:
             return np.asarray(self._array("norm_by_source" if by_source else "norm")[at])
+        # Edges of one number have no norms stored, they are its size.
         return np.asarray(np.abs(self.sums(by_source)[at]))
 
     def typical(self, at: int, by_source: bool = False) -> float:
@@ -93,6 +94,7 @@ class _File:
                 raise KeyError(self.index["format"])
         except FileNotFoundError:
             raise
+        # All that a file of something else can do, in one sentence to the person.
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"file {str(path)!r} is no graph of this version: build it again"
@@ -109,6 +111,8 @@ class _File:
         offset = dataset.id.get_offset()
         if offset is None:
             return dataset[()]  # nothing was written: it is empty
+        # A view of the mapped file: only the pages that are touched are read. HDF5 would read and copy through its own
+        # cache.
         flat = np.frombuffer(self._map, dataset.dtype, dataset.size, offset)
         return flat.reshape(dataset.shape)
 
@@ -235,6 +239,7 @@ class GraphStore:
         blocks = list(self._blocks(kinds))
         graph = self._new({"neighbourhood": str(start), "hops": hops, "top": top})
         graph.add_node(start)
+        # Breadth first, and every unit once.
         frontier, seen = [start], {start}
         for _ in range(hops):
             found: dict[Unit, None] = {}
@@ -255,6 +260,7 @@ class GraphStore:
             info = block.info
             if (info.target if incoming else info.source) != unit.site:
                 continue
+            # A block may have some units of the site only.
             here = info.row(unit.index) if incoming else info.column(unit.index)
             if here is None:
                 continue
@@ -263,11 +269,14 @@ class GraphStore:
             if not len(strong):
                 continue
             if len(strong) > top:
+                # argpartition finds the `top` largest without sorting the rest.
                 strong = strong[np.argpartition(-norms[strong], top - 1)[:top]]
             for other in strong.tolist():
                 row, column = (here, other) if incoming else (other, here)
                 best.setdefault(info.kind, []).append((-float(norms[other]), number, row, column))
         for kind, edges in best.items():
+            # The best over all blocks of a kind together, so that a unit that many layers read does not get `top` edges
+            # from each. Ties go to the first block and place.
             for _, number, row, column in heapq.nsmallest(top, edges):
                 block = blocks[number]
                 source, target = block.units(row, column)
@@ -295,6 +304,7 @@ class GraphStore:
             columns = [c for u in by_site.get(info.source, ()) if (c := info.column(u)) is not None]
             if not rows or not columns:
                 continue
+            # NaN, not measured, is no edge.
             norms = np.nan_to_num(block.norms(np.ix_(rows, columns)), nan=0.0)
             for i, j in np.argwhere(norms).tolist():
                 source, target = block.units(rows[i], columns[j])
@@ -346,6 +356,7 @@ class GraphStore:
                 a, b = block.units(row, column)
                 attributes = block.edge(row, column)
                 graph.connect(a, b, block.info.kind, **attributes)
+                # A path excites if an even number of its edges inhibit.
                 sign *= int(np.sign(attributes["sum"]))
                 units.append(b)
             listed.append({"units": [str(u) for u in units], "strength": strength, "sign": sign})
@@ -392,6 +403,7 @@ def add_edges(
                         f"edges {name!r}: {len(everything)} units of {site} do not fit shape "
                         f"{info.shape}, or one is listed twice"
                     )
+                # The smallest and the largest fit only if all do.
                 for unit in (min(everything), max(everything)):
                     store.check(Unit(site, unit))
             if values.shape != (*info.shape, *info.kernel) or np.isinf(values).any():

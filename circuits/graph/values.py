@@ -28,6 +28,8 @@ def encoded(value: Any) -> Any:
         return [encoded(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         made = {key: encoded(item) for key, item in value.items()}
+        # A dictionary that looks like one of our marks is wrapped in a mark itself, so that it comes back as what it
+        # was.
         marked = len(made) == 1 and next(iter(made)) in (_TUPLE, _FLOAT, _DICT)
         return {_DICT: made} if marked else made
     raise TypeError(
@@ -50,6 +52,7 @@ def decoded(value: Any) -> Any:
         (key, inner), *_ = value.items()
         if key == _TUPLE and isinstance(inner, list):
             return tuple(decoded(item) for item in inner)
+        # Only what `encoded` writes: a dictionary of another program with a key `float:` stays one.
         if key == _FLOAT and inner in ("nan", "inf", "-inf"):
             return float(inner)
         if key == _DICT and isinstance(inner, dict):

@@ -29,6 +29,7 @@ def ordered(bits):
     >>> bool((np.diff(key) > 0).all()), ordered(key).view(np.float32).tolist()
     (True, [-2.0, -1.0, 0.5, 3.0])
     """
+    # bits >> 31 is 0 for positive numbers and -1, all ones, for negative ones: the flip needs no branch.
     return bits ^ ((bits >> SIGN) & FLIP)
 
 
@@ -156,8 +157,11 @@ def look(x, places, center, low, scale, histogram, powers):
                 v = x[e, u, places[e, k]]
                 if not np.isfinite(v):
                     continue
+                # Bin 0 is what lies below the first edge, hence + 1. As a float until it is known to be in range: a
+                # large one would overflow an integer.
                 place = np.floor((v - low[u]) * scale[u]) + np.float32(1)
                 counts[int(place) if 0 <= place <= last else 0 if place < 0 else last] += 1
+                # Fourth powers of float32 would lose what skewness and kurtosis are differences of.
                 d = np.float64(v) - np.float64(center[u])
                 s1 += d
                 s2 += d * d
@@ -179,5 +183,6 @@ def prepare():
     units_last(y, y.view(np.int32), center, *found)
     histogram, powers = np.zeros((2, 3), np.int64), np.zeros((4, 2))
     places = np.zeros((2, 1), np.int64)
+    # Three kinds of memory layout, for each of which numba compiles a version of its own.
     for activations in (x, y.transpose(0, 2, 1), y[:1].transpose(0, 2, 1)):
         look(activations, places, center, center, center, histogram, powers)

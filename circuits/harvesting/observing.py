@@ -25,6 +25,7 @@ from circuits.units import Site
 @lru_cache(maxsize=4096)
 def looked_at(seed: int, example: int, places: int, n: int) -> Int[np.ndarray, " {n}"]:
     """The sample of an example's positions that histograms count: drawn uniformly, with replacement."""
+    # Seeded by the example's own number: the sample does not depend on batches, shards or processes.
     return np.random.default_rng([seed, example, places]).integers(places, size=n)
 
 
@@ -34,6 +35,7 @@ def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], i
     The other axis is that of units. A head's activation is the norm of its output.
     """
     units = site.activations(value).to(torch.float32)
+    # Loops run along memory: transposing would cost more than the statistics.
     if site.units_last and site.position_axes:
         return units.movedim(2, 1).contiguous(), 1
     return units.contiguous(), 2
@@ -76,6 +78,7 @@ class Observer:
     ) -> None:
         self.site, self.examples = site, examples
         self._s, self._depth = summary, depth
+        # float32, as the loops subtract; the reference is rounded to it, so that both are one number.
         self._center = summary.center.astype(np.float32)
         self._scale = (BINS / (summary.high.astype(np.float64) - summary.low)).astype(np.float32)
         self.full = _FullBuffer(site, len(examples)) if full else None
@@ -111,6 +114,7 @@ class Observer:
         bits = numbers.view(np.int32)
         run(numbers, bits, self._center, argmax, total, square, least, positive)
         at = np.expand_dims(argmax, axis)
+        # From the tensor at the position found, as the loops only keep where the maximum is.
         maximum = np.take_along_axis(numbers, at, axis).squeeze(axis)
         minimum = kernels.ordered(least).view(np.float32)
         count = np.full((n, units), x.shape[axis])
@@ -152,6 +156,7 @@ class Observer:
         """Add a batch to the summary."""
         s, count = self._s, found.count
         s.maximum[rows], s.argmax[rows] = found.maximum, found.argmax
+        # Total is of activation - center.
         mean = s.center + found.total / np.maximum(count, 1)
         s.mean[rows] = np.where(count > 0, mean, np.nan)
         s.total[:] += found.total.sum(0)
@@ -165,6 +170,7 @@ class Observer:
         """Number the position of a maximum in a pattern (query x key) of a short text as in that of the longest."""
         site = self.site
         shape = site.positions_of(value)
+        # Query 2, key 3 is number 2 * 5 + 3 = 13 in a text of 5 tokens and 2 * 8 + 3 = 19 in one of 8.
         if len(shape) > 1 and shape != site.position_shape:
             where = np.unravel_index(self._s.argmax[rows], shape)
             self._s.argmax[rows] = np.ravel_multi_index(where, site.position_shape)
@@ -203,6 +209,7 @@ class _FullBuffer:
         self._rows[self._filled : self._filled + len(rows)].copy_(rows)
         self._filled += len(rows)
         shape = self.site.positions_of(value)
+        # Positions in the order of the flattened map: (0, 0), (0, 1), …
         grid = np.indices(shape, np.int32).reshape(len(shape), int(np.prod(shape))).T
         self._position.append(np.tile(grid, (len(examples), 1)))
         self._example.append(np.repeat(np.asarray(examples, np.int32), len(grid)))
@@ -226,6 +233,7 @@ class _CovarianceSums:
 
     def add(self, rows: Float[Tensor, "row column"]) -> None:
         shifted = rows.float() - torch.from_numpy(self.center.astype(np.float32)).to(rows.device)
+        # A row with one NaN is left out as a whole: a covariance needs all columns of the same rows.
         whole = torch.isfinite(shifted).all(1)
         if not bool(whole.all()):
             shifted = shifted[whole]

@@ -33,6 +33,7 @@ class Ranks:
     @contextmanager
     def joined(cls) -> Iterator[Ranks]:
         """Join the group that this process belongs to, inside the block."""
+        # WORLD_SIZE alone may be left over from something else; torchrun sets both.
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if "TORCHELASTIC_RUN_ID" not in os.environ or size == 1:
             yield cls()
@@ -54,6 +55,7 @@ class Ranks:
         """The value that rank 0 has."""
         if self.size == 1:
             return value
+        # Rank 0's value overwrites the others' in place.
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]

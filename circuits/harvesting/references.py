@@ -44,6 +44,7 @@ def _statistics_of(work: ShardWork, example: int) -> ReferenceStatistics | None:
         x, axis = laid_out(site, value)
         here, over = places[site.name], (0, axis)
         finite = x.isfinite()
+        # Zero is inside every histogram's range, so that it widens none.
         clean = x if bool(finite.all()) else torch.where(finite, x, 0.0)
         seen.least[here] = clean.amin(over).cpu().numpy()
         seen.most[here] = clean.amax(over).cpu().numpy()
@@ -65,6 +66,7 @@ def references(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Centers and histogram edges from a few examples, one at a time, so that they do not depend on the batch size."""
     n = len(work.provenance.examples)
+    # Spread over the data, which may be sorted by class: of 600 examples 0, 100, … 500.
     examples = sorted({i * n // REFERENCE_EXAMPLES for i in range(REFERENCE_EXAMPLES)})
     seen_examples: list[ReferenceStatistics] = []
 

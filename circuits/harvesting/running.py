@@ -111,6 +111,7 @@ def harvest(
     inputs = Examples(model, source, None, skip_bad=skip_bad)
     chosen = [inputs.fitted(site) for site in chosen]
     if positions is None:
+        # Few examples need more positions each for the same number of counts.
         positions = max(FEWEST_POSITIONS, math.ceil(LOOKED_AT / len(source)))
     depth = Depth(
         full=tuple(dict.fromkeys(model.site(n).name for n in full)),
@@ -118,6 +119,7 @@ def harvest(
         layout=layout,
         compress=compress,
         precision=precision,
+        # 0 means all: more than any example has.
         positions=positions or 2**31,
         seed=seed,
     )
@@ -130,6 +132,7 @@ def harvest(
     if not overwrite and (folder / "provenance.json").exists():
         # Another batch size would round differently: the files would not be those of an uninterrupted harvest.
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
+    # As many processes as have room for one batch each.
     count = min(_workers(model, workers), max(1, fitting // provenance.batch))
     plain = ModelRecord(model.name, provenance.model_hash)
     if not folder.exists():  # otherwise the check comes when it is known what is missing
@@ -225,6 +228,7 @@ def _harvest(
                 ranks.size if ranks.rank == 0 else 0
             )  # rank 0 reports as if all ranks were equally fast
             told = _progress_by_news(progress, done, total, scale)
+            # Every size-th shard: ranks get early and late ones alike, should the data grow harder.
             share_out(missing[ranks.rank :: ranks.size], workers, make, told)
         with ranks.lead() as lead:
             if lead:
@@ -275,6 +279,8 @@ def _shard(n: int, sites: Sequence[Site], depth: Depth) -> int:
     """Examples in a shard: few enough that every process gets several and memory does not grow with `n`."""
     summary, whole = _bytes_per_example(sites, depth)
     most = min(SUMMARY_BYTES // max(1, summary), FULL_BYTES // max(1, whole))
+    # At least eight shards where there are 128 examples or more, of 64 examples at most until there would be more than
+    # 1024.
     wanted = min(max(16, -(-n // 8)), max(SHARD_EXAMPLES, n // MOST_SHARDS))
     return max(1, min(most, wanted))
 
@@ -284,9 +290,11 @@ def _check_space(provenance: Provenance, folder: Path, share: float) -> None:
     n, stored = len(provenance.examples), provenance.stored
     summary, whole = _bytes_per_example(stored, provenance.depth)
     chosen = provenance.kept(provenance.depth.covariance)
+    # Every shard keeps a matrix of float64 for each covariance.
     products = sum(8 * site.width**2 for site in stored if site.name in chosen)
     shards = -(-n // provenance.shard)
     needed = int(share * (n * (summary + whole) + shards * products)) + n * summary
+    # The folder itself may not be there yet: the nearest one above it is on the same disk.
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -313,6 +321,7 @@ def _first_readable(inputs: Examples, skip_bad: bool) -> Tensor:
 def _fitting(model: HookedModel, inputs: Examples, first: Tensor, memory: int) -> int:
     """How many examples fit into the memory, counting the activations of all sites."""
     sites = [inputs.fitted(site) for site in model.sites]
+    # As if all sites were alive at once: more than is needed, since torch frees them as it goes.
     each = 4 * sum(math.prod(site.shape) for site in sites) + 4 * first.numel()
     if each > memory:
         raise ValueError(
@@ -328,6 +337,7 @@ def _same(model: HookedModel, sites: Sequence[Site]) -> dict[str, str]:
     same = {}
     for site in sites:
         value = cache[site]
+        # The same memory read in the same way; two equal but separate tensors are two sites.
         place = (
             value.data_ptr(),
             value.shape,

@@ -93,6 +93,7 @@ class ShardWork:
             try:
                 while True:
                     while len(waiting) < AHEAD and (batch := next(passes, None)) is not None:
+                        # One thread: results come in the order of the batches.
                         waiting.append(pool.submit(self._load, batch))
                     if not waiting:
                         return

@@ -59,6 +59,7 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
     try:
         for i in range(n):
             ours, theirs = context.Pipe(duplex=False)
+            # Every n-th item from i on, so that all get through the data at the same pace.
             process = context.Process(
                 target=_work, args=(job, i, list(items[i::n]), theirs, os.getpid()), daemon=True
             )
@@ -72,6 +73,7 @@ def share_out(items: Sequence[int], workers: int, job: Job, heard: Send) -> None
         _listen(channels, heard)
     finally:
         for channel, process in channels.items():
+            # Also after an error: a worker that goes on would write shards that nobody waits for.
             process.kill()
             process.join()
             channel.close()

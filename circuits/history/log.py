@@ -34,6 +34,7 @@ class Log:
         >>> Log("events", ("branch", "text")).select(1)
         'SELECT branch, text FROM events WHERE branch=?1 ORDER BY id'
         """
+        # Numbered places, so that the rest of a query can use the same values (?1) once more.
         key = " AND ".join(f"{column}=?{i}" for i, column in enumerate(self.columns[:n], 1))
         return f"SELECT {', '.join(self.columns)} FROM {self.table} WHERE {key} {rest}"
 
@@ -50,6 +51,7 @@ class Log:
 
 def content_hash(content: str | bytes) -> str:
     """SHA-256 of a text (as UTF-8) or of bytes, in hexadecimal."""
+    # Surrogates stand for bytes of file names that are not UTF-8; they have to be hashed too.
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()
 

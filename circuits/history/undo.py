@@ -37,6 +37,7 @@ class UndoStack(Generic[T]):
 
     def changed(self: U, now: Any) -> U:
         """With another state; what was undone is forgotten."""
+        # The oldest states are dropped once there are more than `most`.
         return replace(self, now=now, past=(*self.past, self.now)[-self.most :], future=())
 
     def undone(self: U) -> U:
@@ -44,6 +45,7 @@ class UndoStack(Generic[T]):
         if not self.past:
             return self
         *past, now = self.past
+        # `future` is a stack like `past`: its last state is the next to redo.
         return replace(self, now=now, past=tuple(past), future=(*self.future, self.now))
 
     def redone(self: U) -> U:

@@ -23,9 +23,11 @@ def last_map(model: HookedModel, target: Target) -> Site:
     Raises:
         ValueError: if there is none, or the target is not an output.
     """
+    # A unit inside the network has maps before and behind it, of which no last one is meant.
     if target.site != output_site(model).name:
         raise ValueError(f"target {target} is not an output: name the site to take the map at")
     for site in reversed(model.sites):
+        # A map of one position (behind global pooling) says nothing about where.
         if site.position_axes == ("y", "x") and min(site.position_shape) > 1:
             return site
     raise ValueError(f"model {model.name} has no site with a map of more than one position")
@@ -49,6 +51,7 @@ def grad_cam(passes: Passes) -> Cam:
         ValueError: if the site has no map, or does not come before the target.
     """
     activations, gradients = _activations_and_gradients(passes)
+    # Signed here; `enlarged` takes the positive part, which the paper has in the formula.
     return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
 
 
@@ -82,6 +85,8 @@ def smooth_grad_cam_plus_plus(
     """
     check_range("samples", samples, 1)
     check_range("noise", noise, 0)
+    # Derivatives are averaged over noisy images, activations are those of the image itself (Omeiza et al. 2019): only
+    # the weights of the channels are smoothed.
     site = passes.site
     assert site is not None, "maps are taken at a site"
     found = []
@@ -126,6 +131,7 @@ def _weighted(activations: Tensor, first: Tensor, second: Tensor, third: Tensor)
 
 def enlarged(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "example 1 h w"]:
     """The positive part of a map, interpolated to the input's pixels."""
+    # Grad-CAM's ReLU: a negative sum speaks for other classes.
     return F.interpolate(cam.clamp_min(0)[:, None], size, mode="bilinear", align_corners=False)
 
 

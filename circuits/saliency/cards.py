@@ -152,9 +152,12 @@ def card(
         model, given, attributing, stages=stages, seed=seed,
         progress=lambda done, _: note(done),
     )  # fmt: skip
+    # The tests below run the model hundreds of times an image, the randomisation test once a stage.
     few = inputs[: max(1, min(faithful, len(inputs)))]
     made = attributing(model, few)
     heats = made.heat("absolute" if method in SLOPES else "signed")
+    # Probabilities are bounded: a logit may grow without end on images unlike any photograph, and one image would
+    # decide the mean of the curves.
     probable = fixed.of_examples(range(len(few)))
     if fixed.site == output_site(model).name:
         probable = replace(probable, quantity="probability")
@@ -163,6 +166,8 @@ def card(
     note(stages + 1)
     imputing = road(passes, heats, seed=seed)
     note(stages + 2)
+    # The quantity that the attributions are of: their sums are to predict its changes, and a probability is no sum of
+    # parts.
     plain = Passes(model, few, fixed.of_examples(range(len(few))), batch=batch)
     sums = sensitivity_n(plain, heats, seed=seed)
     note(stages + 3)
@@ -192,6 +197,7 @@ def _verdict(low: float, high: float) -> str:
     return "fails" if high < 0 else "unclear"
 
 
+# An insertion curve for each of the blanks: a method that passes with one kind of blank only does not pass.
 def _majority(verdicts: list[str]) -> str:
     """The verdict of more than half; else `unclear`."""
     first = max(set(verdicts), key=verdicts.count)

@@ -83,6 +83,7 @@ def insertion_deletion(
     check_range("steps", steps, 2)
     check_range("n_random", n_random, 1)
     own = order_of(heats)
+    # More than one order: a single one may be lucky, and its noise would count as the method's.
     others = [
         _random_order(heats.shape, Generator().manual_seed(seed + k)) for k in range(n_random)
     ]
@@ -90,6 +91,8 @@ def insertion_deletion(
     total = 2 * len(BLANKS)
     for blank in BLANKS:
         base = blanks(passes, blank)
+        # Both ways, since they fail differently: deletion rewards maps that break the image up early, insertion maps
+        # that find what is enough.
         for kind in ("insertion", "deletion"):
             start, end = (base, passes.inputs) if kind == "insertion" else (passes.inputs, base)
             values = _removal_curve(passes, start, end, own, steps)
@@ -97,6 +100,8 @@ def insertion_deletion(
                 [_removal_curve(passes, start, end, order, steps) for order in others], 0
             )
             shares = np.linspace(0, 1, steps + 1)
+            # By example: the interval below is over examples, each with its own difference from random orders on the
+            # same image.
             areas = np.trapezoid(values, shares, axis=0), np.trapezoid(random, shares, axis=0)
             better = (areas[0] - areas[1]) * (1 if kind == "insertion" else -1)
             found.append(
@@ -118,6 +123,7 @@ def order_of(heats: Heats) -> Orders:
         heats.device
     )
     found = heats.flatten(1)[:, scatter].argsort(dim=1, descending=True, stable=True)
+    # `found` indexes into the scattered list; this leads back to places in the image.
     return scatter[found]
 
 
@@ -142,6 +148,7 @@ def _random_order(shape: torch.Size, generator: Generator) -> Orders:
     # Removing single random pixels gives high-frequency noise, which destroys any prediction at once: too easy a null.
     n, height, width = shape
     side = 16 if min(height, width) >= 64 else 4
+    # -(-h // s) is h / s rounded up: the last row of blocks may be cut off.
     coarse = torch.rand(n, 1, -(-height // side), -(-width // side), generator=generator)
     return order_of(F.interpolate(coarse, scale_factor=side, mode="nearest")[:, 0, :height, :width])
 
@@ -153,6 +160,8 @@ def _removal_curve(
     n, _, height, width = start.shape
     pixels = height * width
     order = order.to(start.device)
+    # The inverse of `order`: order 2, 0, 1 gives pixel 0 rank 1, pixel 1 rank 2 and pixel 2 rank 0. Then `rank < k` are
+    # the first k pixels.
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(pixels, device=order.device).expand_as(order)
     )
@@ -218,6 +227,7 @@ def road(
     check_range("noise", noise, 0)
     own = order_of(heats.to(passes.inputs.device))
     random_order = _random_order(heats.shape, Generator().manual_seed(seed)).to(own.device)
+    # The least important first as well: a map that only finds large objects does badly at it.
     orders = [own, own.flip(1), random_order]
     generator = Generator().manual_seed(seed)
     height, width = heats.shape[1:]
@@ -262,18 +272,22 @@ def imputed(
     total = np.zeros(n)
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
+            # Direct neighbours weigh 1/6, diagonal ones 1/12 (Rong et al. 2022): 4/6 + 4/12 = 1.
             weight = {0: 0.0, 1: 1 / 6, 2: 1 / 12}[abs(dy) + abs(dx)]
             ny, nx = y + dy, x + dx
             inside = (ny >= 0) & (ny < height) & (nx >= 0) & (nx < width) & (weight > 0)
             total[inside] += weight
             at = np.nonzero(inside)[0]
             there = number[ny[inside], nx[inside]]
+            # A removed neighbour is an unknown of its own (a coefficient left of the equals sign), a kept one a number
+            # on the right.
             unknown = there >= 0
             rows.append(at[unknown])
             columns.append(there[unknown])
             entries.append(np.full(int(unknown.sum()), -weight))
             known = at[~unknown]
             right[known] += weight * pixels[:, ny[known], nx[known]].T
+    # The diagonal, whose rows and columns were listed first.
     entries[0] = total
     if n == gone.size:  # the system is singular if no pixel is kept: take the mean of the image
         filled = np.broadcast_to(pixels.mean((1, 2)), (n, channels))
@@ -282,6 +296,7 @@ def imputed(
             (np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))), (n, n)
         ).tocsc()
         filled = spsolve(matrix, right)
+    # Without noise removed regions are smooth, by which a network could still tell where something was removed.
     spread = noise * float(image.max() - image.min())
     drawn = torch.randn(channels, n, generator=generator) * spread
     out = image.clone()
@@ -338,9 +353,11 @@ def sensitivity_n(
     pixels = height * width
     found = np.zeros((2, n, len(shares)))
     for example in range(n):
+        # The same sets of pixels for every example, so that examples differ in nothing but themselves.
         generator = Generator().manual_seed(seed)
         for column, share in enumerate(shares):
             shape = torch.Size((sets, height, width))
+            # In blocks, for the reason that random orders are.
             order = _random_order(shape, generator)[:, : max(1, round(share * pixels))]
             gone = torch.zeros(sets, pixels, dtype=torch.bool).scatter_(1, order, True)
             own = heats[example].flatten().double().cpu()
@@ -358,6 +375,7 @@ def sensitivity_n(
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    # A constant map predicts nothing, and has no correlation.
     if a.std() == 0 or b.std() == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])

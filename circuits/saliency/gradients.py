@@ -71,6 +71,7 @@ def smooth_gradient(
             square += gradients.square().sum(0)
         mean = total / samples
         moments = {"mean": mean, "square": square / samples}
+        # E[g^2] - E[g]^2 may come out below 0 by rounding where all gradients are alike.
         moments["variance"] = (square / samples - mean.square()).clamp_min(0)
         found.append(moments[of])
         if progress is not None:
@@ -83,6 +84,7 @@ def noisy_copies(
 ) -> Iterator[Tensor]:
     """Noisy copies of an example, a batch at a time."""
     x = passes.inputs[example]
+    # Relative to the range of the image's values, as in SmoothGrad, so that one level suits every preprocessing.
     spread = noise * float(x.max() - x.min())
     generator = torch.Generator().manual_seed(seed)
     for chunk in passes.chunks(samples):
@@ -97,6 +99,7 @@ def guided_gradient(passes: Passes, progress: Progress | None = None) -> Tensor:
     Raises:
         ValueError: if no ReLU ran before the target.
     """
+    # A model without any ReLU would get its plain gradient under the name of guided backpropagation.
     with guided() as met:
         found = gradient(passes, progress)
     if not met:
@@ -123,6 +126,7 @@ class _GuidedReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (above,) = ctx.saved_tensors
+        # Two conditions: the unit was active (backpropagation) and its gradient is positive (deconvolution).
         return torch.where(above, grads[0].clamp_min(0), 0)
 
 
@@ -139,6 +143,7 @@ class _Guided(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.met.append(func.__name__)
         given = dict(zip(("input", "inplace"), args, strict=False)) | (kwargs or {})
+        # In-place ReLUs too: many image models have nothing else.
         x = given["input"]
         made = _GuidedReLU.apply(x)
         if given.get("inplace") or func.__name__.endswith("_"):
@@ -192,6 +197,7 @@ def blank_images(spec: Any, x: Tensor, blank: Blank | Tensor) -> Tensor:
         raise ValueError(f"blank {blank!r} is not one of {', '.join(get_args(Blank))}")
     if blank == "zero":
         return torch.zeros_like(x)
+    # A twentieth of the side removes what can be recognised and keeps colours and brightness.
     if blank == "blur":
         return blurred(x, max(x.shape[-2:]) / 20)
     assert isinstance(spec, ImageInput), "pixels are of images"

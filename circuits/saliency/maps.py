@@ -96,6 +96,7 @@ def saliency_map(
         raise ValueError(
             f"site {str(site)!r}: only class activation maps take a site, method {method!r} does not"
         )
+    # Chosen here and not in `cams`, so that the record says which site it was.
     if site is None and "cam" in method:
         site = cams.last_map(model, goal)
     if method == "relevance":
@@ -138,6 +139,7 @@ def fitting_options(
     for name, value in options.items():
         if name not in names:
             raise TypeError(f"{what} has no option {name!r}: expected {', '.join(names) or 'none'}")
+        # Annotations are text in these modules (postponed evaluation), such as `float | None`.
         kinds = str(parameters[name].annotation).split(" | ")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = (
@@ -163,6 +165,7 @@ def _recorded(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
 def _parameters(method: str) -> dict[str, Any]:
     """A method's options and their defaults."""
     function = _function(method)
+    # What `saliency_map` itself fills in is no option of a method.
     own = (
         "model",
         "examples",

@@ -51,6 +51,7 @@ def occlusion(
     count = torch.zeros(height, width, device=passes.inputs.device)
     for box in boxes:
         count[box] += 1
+    # Pair k is box k // n of image k % n: every batch is full also where the number of images does not divide it.
     pairs = len(boxes) * n
     for chunk in passes.chunks(pairs):
         which = torch.tensor([k % n for k in chunk], device=passes.inputs.device)
@@ -63,10 +64,13 @@ def occlusion(
             total[(k % n, *boxes[k // n])] += lost[row]
         if progress is not None:
             progress(chunk.stop, pairs)
+    # Divided by how many windows hid a pixel, else pixels at the border would count for less.
     return (total / count.clamp_min(1))[:, None]
 
 
 def _starts(length: int, window: int, stride: int) -> range:
+    # The last window starts at the last place where it fits whole, rounded up to a stride: 10 pixels, windows of 4
+    # every 4 start at 0, 4 and 8; the last is cut off by the border.
     return range(0, (math.ceil((length - window) / stride) + 1) * stride, stride)
 
 
@@ -109,6 +113,7 @@ def rise(
             total[example] += torch.tensordot(values, masks[:, 0], dims=1)
         if progress is not None:
             progress(chunk.stop, samples)
+    # E[f(x * m) m_p] / E[m_p] = E[f(x * m) | p shown] for masks of 0 and 1 (Petsiuk et al. 2018); E[m_p] is `keep`.
     return (total / (samples * keep))[:, None]
 
 
@@ -123,6 +128,8 @@ def random_masks(
         coarse = (torch.rand(1, 1, cells, cells, generator=generator) < keep).float()
         top = int(torch.randint(cell[0], (1,), generator=generator))
         left = int(torch.randint(cell[1], (1,), generator=generator))
+        # One cell more than the image needs, so that a window of its size fits at every shift of less than a cell.
+        # Shifts keep the cells' borders from always lying at the same places.
         whole = ((cells + 1) * cell[0], (cells + 1) * cell[1])
         large = F.interpolate(coarse, whole, mode="bilinear", align_corners=False)
         found.append(large[0, :, top : top + height, left : left + width])

@@ -85,6 +85,7 @@ class Pyramid:
 
     def __init__(self, x: Tensor, levels: int = 8, sigma: float | None = None) -> None:
         sigma = max(x.shape[-2:]) * 20 / 224 if sigma is None else sigma
+        # From sigma down to 0: the last level is the image itself.
         strengths = [sigma * (1 - k / (levels - 1)) for k in range(levels)]
         self.levels = torch.stack([blurred(x, s) for s in strengths], 1)
 
@@ -92,6 +93,8 @@ class Pyramid:
         """The images, sharp where the mask is 1 and most blurred where it is 0."""
         # Linear interpolation between the two nearest levels, differentiable in the mask through `share`.
         n = self.levels.shape[1]
+        # Mask value 0.5 with 8 levels is at 3.5: half of level 3 and half of level 4. `low` ends at n - 2, so that a
+        # value of 1 is level n - 2 with a share of 1 and no level n is asked for.
         at = masks.clamp(0, 1) * (n - 1)
         low = at.detach().floor().clamp(0, n - 2)
         share = at - low
@@ -201,6 +204,8 @@ def _extremal(
     x = goal.inputs[which]
     smooth = SmoothMasks(x.shape[-2:], search.step, search.sigma)
     pyramid = Pyramid(x)
+    # The area term of the paper: the sorted values of a mask of area a shall be (1 - a) n zeros and then a n ones.
+    # Unlike a penalty on the mean it also asks for 0 and 1 and nothing between.
     wanted = _sorted_reference(smooth.grid[0] * smooth.grid[1], search.area).to(x)
     keeps = search.variant == "preserve"
     sign = _target_scale(goal, which) * (-1.0 if keeps else 1.0)
@@ -214,9 +219,12 @@ def _extremal(
         gradients = goal.gradient(shown.detach(), which)[1]
         weight = 100.0 * 20.0 ** (done / search.steps)
         missed = (coarse.flatten(1).sort(1).values - wanted).square().mean(1)
+        # `gradients` are constants here, so that the derivative of their product with `shown` is the chain rule through
+        # the blurring alone; the network is passed in batches by `goal`.
         loss = sign * (shown * gradients).flatten(1).sum(1) + weight * missed
         (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
         optimizer.step()
+        # Projected gradient descent: back into 0..1 after every step.
         with torch.no_grad():
             parameters.clamp_(0, 1)
         progress(done + 1)
@@ -235,6 +243,7 @@ def _random_search(parameters: Tensor, cost: Callable[[Tensor], Tensor], search:
     best, n = cost(parameters), len(parameters)
     for number in range(search.tries):
         if number % 2:
+            # Even tries change the form, odd ones the place, by up to three cells.
             shift = torch.randint(-3, 4, (n, 2), generator=generator).tolist()
             moved = [p.roll(s, (1, 2)) for p, s in zip(parameters, shift, strict=True)]
             tried = torch.stack(moved)
@@ -243,6 +252,8 @@ def _random_search(parameters: Tensor, cost: Callable[[Tensor], Tensor], search:
             noise = F.interpolate(
                 coarse, parameters.shape[-2:], mode="bilinear", align_corners=False
             )
+            # 6 x 6 numbers enlarged to the grid: changes of about a sixth of the image, as single cells hardly matter
+            # by themselves.
             tried = (parameters + 0.3 * noise).clamp(0, 1)
         reached = cost(tried)
         better = reached < best
@@ -276,9 +287,11 @@ class SmoothMasks:
     def __init__(self, size: tuple[int, ...], step: int, sigma: float) -> None:
         self.size = tuple(size)
         self.grid = tuple(-(-n // step) for n in self.size)
+        # At 2 sigma a bump is down to exp(-2 (2 - 0.5)^2) = 0.011.
         self.radius = max(1, round(2 * sigma / step))
         at = torch.arange(-self.radius, self.radius + 1) * (step / sigma)
         distance = (at[:, None].square() + at[None].square()).sqrt()
+        # Flat up to half a sigma, then falling like a Gaussian.
         self.bump = torch.exp(-2 * (distance - 0.5).clamp_min(0).square()).flatten()
 
     def __call__(self, parameters: Float[Tensor, "example 1 y x"]) -> Masks:
@@ -291,6 +304,7 @@ class SmoothMasks:
         r = self.radius
         around = F.unfold(F.pad(parameters, (r, r, r, r), mode="replicate"), 2 * r + 1)
         bumps = around * self.bump.to(around)[None, :, None]
+        # With a temperature of 1/20 the softmax is nearly that of the largest, and still has a gradient for the others.
         smooth = (bumps * (20 * bumps).softmax(1)).sum(1)
         return smooth.reshape(len(parameters), 1, *self.grid)
 
@@ -352,10 +366,14 @@ def meaningful(
         which = torch.arange(some.start, some.stop, device=goal.inputs.device)
         x = goal.inputs[which]
         blending = _Blend(x, sigma)
+        # 10 for the intact value goes with the area penalty of `extremal`; here the intact value counts 1, beside the
+        # paper's coefficients of size and roughness.
         sign = _target_scale(goal, which) / 10 * (1.0 if variant == "delete" else -1.0)
         marked = torch.full((len(x), 1, cells, cells), 0.5, device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([marked], rate)
         for done in range(steps):
+            # The mask has few cells and is enlarged: it cannot be made of single pixels, to which networks respond
+            # arbitrarily.
             masks = _on_pixels(marked, x)
             # Jitter against adversarial masks that exploit single pixels (Fong and Vedaldi 2017, section 4.3).
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
@@ -364,6 +382,8 @@ def meaningful(
             shown = blending(kept)
             gradients = goal.gradient(shown.detach(), which)[1]
             loss = sign * (shown * gradients).flatten(1).sum(1) + l1 * marked.sum((1, 2, 3))
+            # The differences of neighbouring cells to the power of beta = 3 (equation 5): hardly a price for soft
+            # transitions, a high one for sharp borders.
             loss = loss + tv * sum(marked.diff(dim=d).abs().pow(3).sum((1, 2, 3)) for d in (2, 3))
             (marked.grad,) = torch.autograd.grad(loss.sum(), marked)
             optimizer.step()
@@ -472,6 +492,8 @@ def _marked_units(
     wanted = _sorted_reference(goal.site.n_units, area).to(goal.points)
     n = goal.site.n_units
     points = goal.points[which]
+    # Activation x gradient by unit; the sum of their sizes sets the scale, as the effects may cancel in the target
+    # itself.
     intact = goal.site.by_unit(points * goal.gradient(points, which)[1]).flatten(2).sum(2)
     sign = 10.0 / intact.abs().sum(1).clamp_min(1e-12) * (-1.0 if variant == "preserve" else 1.0)
     marked = torch.ones(len(which), n, device=goal.points.device, requires_grad=True)
@@ -480,6 +502,7 @@ def _marked_units(
         shown = _with_units(goal, which, marked, variant)
         gradients = goal.gradient(shown.detach(), which)[1]
         weight = 3.0 * 20.0 ** (done / steps)
+        # As in `_extremal`: gradients are constants, and the derivative is the chain rule through the scaling alone.
         effect = sign * (shown * gradients).flatten(1).sum(1)
         (credit,) = torch.autograd.grad(effect.sum(), marked)
         # Among units with equal marks the more effective ones are sorted last, and are pulled towards 1.
@@ -508,6 +531,7 @@ def _with_units(goal: Passes, which: Tensor, marked: Tensor, variant: Game) -> T
 def hard(masks: Float[Tensor, "example *rest"], area: float) -> Float[Tensor, "example *rest"]:
     """Binary masks: 1 on the largest values, up to a given share of the mask, and 0 elsewhere."""
     flat = masks.flatten(1)
+    # At least one: a mask of nothing has no effect to compare.
     n = max(1, round(area * flat.shape[1]))
     chosen = flat.argsort(dim=1, descending=True, stable=True)[:, :n]
     return torch.zeros_like(flat).scatter_(1, chosen, 1.0).reshape(masks.shape)
@@ -549,6 +573,8 @@ def _with_controls(
     for _ in range(5):
         drawn = smooth(torch.rand(len(masks), 1, *smooth.grid, generator=generator).to(masks))
         order = drawn.flatten(1).argsort(dim=1)
+        # The k-th smallest value goes where the random smooth mask has its k-th smallest: same area, same softness,
+        # another place.
         elsewhere = torch.zeros_like(values).scatter_(1, order, values).reshape(masks.shape)
         beside.append(shown_by(goal, elsewhere, variant, perturbing))
     nothing = torch.full_like(masks, 0.0 if variant == "preserve" else 1.0)

@@ -120,9 +120,12 @@ def randomization_test(
         raise ValueError(
             f"stages {stages} must be even, from 2 to {len(layers)}, the number of layers"
         )
+    # 10 layers in 4 stages end behind 2, 5, 8 and 10 layers, counted from the output.
     ends = [round(len(layers) * (k + 1) / stages) for k in range(stages)]
     intact = attributing(model, inputs)
     own = _heat_maps(intact)
+    # Each image's map beside the next image's: what two maps have in common because a method or the middle of
+    # photographs makes them so.
     chance = _likeness(own, [m.roll(1, 0) for m in own], 0, "")
     found = []
     for k, end in enumerate(ends):
@@ -147,6 +150,7 @@ def _kept_beyond_chance(stages: Sequence[Stage], chance: Stage) -> float:
             np.mean([(getattr(s, name) - by_chance) / max(1e-6, 1 - by_chance) for s in stages])
         )
 
+    # The larger of both, as maps may stay alike in one way only.
     return max(beyond("spearman_signed"), beyond("ssim"))
 
 
@@ -177,6 +181,7 @@ def ssim(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> float:
         if not high > low:
             return 0.0
         stretched.append(((m - low) / (high - low)).clip(0, 1).astype(np.float64))
+    # n - (n + 1) % 2 is the largest odd number up to n, since the window needs a middle.
     side = min(7, *(n - (n + 1) % 2 for n in a.shape))
     found: Any = structural_similarity(*stretched, data_range=1.0, win_size=side)
     return float(found)
@@ -243,6 +248,7 @@ def label_test(
     order = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))
     found = []
     for number, wanted in enumerate((true, true[order])):
+        # The same shuffled weights to start from, so that only the labels differ.
         twin = randomized(model, seed)
         accuracy = _trained(twin, inputs, wanted, steps, rate, progress, number)
         found.append((_heat_maps(attributing(twin, inputs)), accuracy))
@@ -264,6 +270,8 @@ def _trained(
     turn: int,
 ) -> float:
     """Train a model in place, in evaluation mode; returns the accuracy at the end."""
+    # Evaluation mode: dropout would make the two runs differ by chance, and batch norm's averages would change with
+    # what is shown.
     module = model.module.eval()
     x = model.fitted(inputs)
     parameters = [p.requires_grad_(True) for p in module.parameters()]

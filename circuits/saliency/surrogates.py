@@ -38,6 +38,7 @@ def superpixels(inputs: Float[Tensor, "example channel h w"], n: int = 50) -> Se
             channel_axis=-1,
             convert2lab=image.shape[0] == 3,
         )
+        # SLIC may skip numbers; `unique` renumbers without gaps.
         found.append(torch.tensor(np.unique(cut, return_inverse=True)[1].reshape(cut.shape)))
     return torch.stack(found)
 
@@ -74,10 +75,12 @@ def lime(
 
     def fit(passes: Passes, example: int, pieces: Tensor, n: int, base: Tensor) -> np.ndarray:
         z = np.random.default_rng(seed).integers(0, 2, (samples, n)).astype(np.float64)
+        # The image itself is always among the samples, and has the largest weight.
         z[0] = 1
         values = _values_of_subsets(passes, example, pieces, z, base)
         # For z of 0 and 1, cos(z, 1) = sum(z) / (sqrt(sum(z)) sqrt(n)) = sqrt(mean(z)).
         distance = 1 - np.sqrt(z.mean(1))
+        # The kernel of the authors' code, which takes the root of the exponential.
         weights = np.sqrt(np.exp(-(distance**2) / width**2))
         # Weighted centring takes the place of an unpenalised intercept.
         x = z - np.average(z, axis=0, weights=weights)
@@ -142,8 +145,11 @@ def coalitions(n: int, samples: int, seed: int) -> tuple[Coalitions, Float[np.nd
     # to 1 / (k (n - k)), and then a subset of that size uniformly, samples by the kernel, so that weights are equal.
     if n < 2:
         return np.zeros((0, n)), np.zeros(0)
+    # All subsets, where there are few enough: their weighted regression gives exact Shapley values. The first test
+    # keeps 2**n from growing without use.
     if n < 31 and 2**n - 2 <= samples:
         numbers = np.arange(1, 2**n - 1)[:, None]
+        # Bits as members: number 5 = 101 in binary is the subset of superpixels 0 and 2.
         z = ((numbers >> np.arange(n)) & 1).astype(np.float64)
         sizes = z.sum(1)
         ways = np.array([math.comb(n, int(k)) for k in sizes])
@@ -155,6 +161,8 @@ def coalitions(n: int, samples: int, seed: int) -> tuple[Coalitions, Float[np.nd
     z = np.zeros((len(drawn), n))
     for row, k in zip(z, drawn, strict=True):
         row[generator.permutation(n)[:k]] = 1
+    # A subset and its complement have the same weight; taken together, the errors of both partly cancel (Covert and Lee
+    # 2021).
     both = np.stack([z, 1 - z], 1).reshape(-1, n)[:samples]
     return both, np.ones(len(both))
 
@@ -166,6 +174,7 @@ def _values_of_subsets(
     shown = torch.tensor(z, dtype=torch.float32, device=pieces.device)
     found = []
     for chunk in passes.chunks(len(z)):
+        # Indexing each subset's row with the image of numbers: every pixel gets its superpixel's 0 or 1.
         masks = shown[chunk.start : chunk.stop][:, pieces][:, None]
         mixed = masks * passes.inputs[example] + (1 - masks) * base[example]
         found.append(passes.value(mixed, example).double().cpu())

@@ -42,6 +42,7 @@ def export(store: ActivationStore, site: str, path: Path, kind: Format, full: bo
     rows = store.rows(site) if full else None
     arrays = {} if rows is not None else _summary_arrays(store.summary(site))
     facts = asdict(store.provenance)
+    # The provenance of a model with hundreds of sites would be larger than one site's numbers.
     note = json.dumps({**facts, "sites": [s for s in facts["sites"] if s["name"] == site]})
     if kind == "parquet":
         if importlib.util.find_spec("pyarrow") is None:
@@ -67,6 +68,7 @@ def _summary_arrays(summary: Summary) -> dict[str, Any]:
 
 
 def _row_arrays(rows: Rows, kind: str) -> dict[str, Any]:
+    # float32, whatever the shards have.
     size = 4 * rows.shape[0] * rows.shape[1]
     if size > LARGEST:
         raise ValueError(
@@ -98,6 +100,8 @@ def _parquet(path: Path, note: str, tables: Any) -> None:
 
 def _parquet_summary(path: Path, arrays: dict[str, Any], note: str) -> None:
     n, units = arrays["maximum"].shape
+    # So many examples that a table has about as many rows (one for each example and unit) as tables of whole
+    # activations.
     step = max(1, _ROWS // units)
 
     def tables() -> Any:

@@ -91,6 +91,7 @@ class Provenance:
         for site in self.stored:
             found[site.name] = slice(start, start + site.n_units)
             start += site.n_units
+        # Sites that share a tensor share the slice too, so that readers need not know of it.
         return found | {name: found[other] for name, other in self.same.items()}
 
     def kept(self, names: Iterable[str]) -> frozenset[str]:
@@ -127,6 +128,8 @@ class Provenance:
         The names of model and data do not count, since their hashes do. Nor does the batch size.
         """
         for field in fields(self):
+            # Names may change with the same content, which has its hash; `batch` is noted only, as a harvest that is
+            # resumed goes on with the one it began with.
             if field.name in ("model", "data", "batch"):
                 continue
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
@@ -159,6 +162,7 @@ def _where_unlike(one: Any, other: Any) -> tuple[str, str]:
     a, b = str(one), str(other)
     shortest = min(len(a), len(b))
     same = next((i for i in range(shortest) if a[i] != b[i]), shortest)
+    # Twenty characters of what both have in common, so that it can be seen where in a long list the difference is.
     start = max(same - 20, 0) if max(len(a), len(b)) > 60 else 0
     return _excerpt(a, start), _excerpt(b, start)
 

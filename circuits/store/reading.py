@@ -140,6 +140,7 @@ def newest_store(
             continue
         if site in store.sites and data in ("", store.provenance.data):
             found.append(store)
+    # By the last file that a harvest writes.
     return max(found, key=lambda s: (s.folder / "statistics.h5").stat().st_mtime, default=None)
 
 
@@ -235,6 +236,7 @@ class ActivationStore:
         """The recorded sites, by name and by alias."""
         sites = self.provenance.sites
         aliases = {alias: site for site in sites for alias in site.aliases}
+        # Names last: a site's own name wins over another's alias.
         return aliases | {site.name: site for site in sites}
 
     def _site(self, name: str) -> Site:
@@ -278,6 +280,7 @@ class ActivationStore:
             group = file["summary"]
             arrays = {
                 f.name: group[f.name][:, units] if f.name == "powers" else group[f.name][units]
+                # Units are read as one run of the file's first axis; `powers` has the power first.
                 for f in fields(Summary)
             }
         arrays["histogram"] = arrays["histogram"].astype(np.int64)  # kept in the fewest bytes
@@ -319,6 +322,7 @@ class ActivationStore:
 
     def _strengths(self, unit: Unit) -> tuple[Site, np.ndarray, np.ndarray]:
         """A unit's largest activation on each example, and its flattened position."""
+        # Two rows of the file, read by themselves: a page on a unit needs none of its other statistics.
         place = self._place(unit)
         with self._statistics() as file:
             group = file["summary"]
@@ -338,6 +342,7 @@ class ActivationStore:
         """
         site, values, places = self._strengths(unit)
         order = np.argsort(-values, kind="stable")  # NaN comes last
+        # At most as many as have a finite value: beyond those only examples without any activation would follow.
         rows = order[: max(0, min(k, int(np.isfinite(values).sum())))]
         return [self._example(site, r, values, places) for r in rows.tolist()]
 
@@ -369,6 +374,7 @@ class ActivationStore:
         generator = np.random.default_rng(seed)
         finite = np.flatnonzero(np.isfinite(values))
         # By value, ties in random order: many examples of a sparse unit have the value 0.
+        # The last key counts first: strongest first, then at random.
         order = np.lexsort((generator.random(len(finite)), -values[finite]))
         found = []
         for group in np.array_split(finite[order], quantiles):
@@ -427,6 +433,8 @@ class ActivationStore:
             if n == 0:
                 raise ValueError(f"site {site} has no row of finite activations: no covariance")
             # With sums about c: E[x] = c + E[x - c], and cov(x) = E[(x - c)(x - c)^T] - E[x - c] E[x - c]^T.
+            # Sums about a value near the mean, as E[x x^T] - E[x] E[x]^T would lose its digits for units whose mean is
+            # far from 0.
             offset, product = group["total"][()] / n, group["product"][()] / n
             mean = group["center"][()] + offset
         return Covariance(mean, product - np.outer(offset, offset), n)

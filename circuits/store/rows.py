@@ -48,6 +48,7 @@ class _ShardRows:
         if self.chunks is None:
             return {(0, 0): data.id.get_offset()}
         found: dict[tuple[int, int], int] = {}
+        # One walk over HDF5's index of chunks instead of one look-up for each block.
         data.id.chunk_iter(lambda c: found.__setitem__(c.chunk_offset, c.byte_offset))
         return found
 
@@ -64,6 +65,7 @@ class _ShardRows:
 
     def release(self) -> None:
         """Close the file until it is read again."""
+        # `cached_property` keeps its value there: the next access maps the file again.
         self.__dict__.pop("_map", None)
 
     def take(self, rows: Int[np.ndarray, " row"], out: np.ndarray) -> None:
@@ -76,6 +78,8 @@ class _ShardRows:
             out[:] = self._block(0, 0)[rows]
         else:
             height, width = self.chunks
+            # Rows are in order: they are cut where the block changes. Of rows 3, 5, 4097 and height 4096 the pieces are
+            # 3, 5 | 4097.
             cuts = np.flatnonzero(np.diff(rows // height)) + 1
             for piece in np.split(np.arange(len(rows)), cuts):
                 at = rows[piece[0]] // height * height
@@ -83,6 +87,7 @@ class _ShardRows:
                 inside = rows[where] - at
                 for left in range(0, self.shape[1], width):
                     n = min(width, self.shape[1] - left)
+                    # Blocks at the right border are stored whole: only n of their columns are the site's.
                     out[where, left : left + n] = self._block(int(at), left)[inside, :n]
 
     def _take_compressed(self, rows: Int[np.ndarray, " row"], out: np.ndarray) -> None:
@@ -151,6 +156,7 @@ class Rows:
     def where(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The examples and positions of some rows, without keeping those of all rows."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
+        # Side `right`: row starts[i] is the first of shard i, not the last of the one before.
         part_of = np.searchsorted(self._starts, wanted, side="right") - 1
         example = np.zeros(len(wanted), np.int64)
         position: np.ndarray | None = None
@@ -174,8 +180,10 @@ class Rows:
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             bad = wanted.min() if wanted.min() < 0 else wanted.max()
             raise IndexError(f"row {bad} does not exist: {self.site} has rows 0 to {len(self) - 1}")
+        # Sorted, a shard is read once and forwards; `back` puts the rows in the order that was asked for.
         order = np.argsort(wanted, kind="stable")
         ordered = wanted[order]
+        # float32 for all, as shards may differ in type.
         out = np.empty((len(wanted), self.shape[1]), np.float32)
         cuts = np.searchsorted(ordered, self._starts)
         for i, part in enumerate(self._parts):
@@ -224,6 +232,8 @@ class Rows:
         return self._streamed(batch, seed, start * batch)
 
     def _streamed(self, batch: int, seed: int, skip: int) -> Iterator[np.ndarray]:
+        # Whole blocks in random order, 16 of them mixed row by row: nearly a shuffle of all rows, at the speed of
+        # reading blocks.
         firsts = np.random.default_rng(seed).permutation(np.arange(0, len(self), BLOCK))
         rest = np.empty((0, self.shape[1]), np.float32)
         for group in range(0, len(firsts), MIXED):
@@ -234,6 +244,7 @@ class Rows:
             if skip >= len(rows):
                 skip -= len(rows)
                 continue
+            # Each group has its own stream of random numbers, so that a group can be made without those before it.
             order = np.random.default_rng([seed, group + 1]).permutation(len(rows))
             # `skip` counts rows, not groups: a stream that is resumed reads only the group in which it stopped.
             rest = np.concatenate([rest, self.take(rows)[order[skip:]]])

@@ -134,6 +134,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, ManifestLine], list[int]]:
             if line is None:
                 bad.append(number)
             else:
+                # A later line wins: a file may have been deleted as damaged and written again.
                 lines[line.file] = line
     return lines, bad
 
@@ -214,6 +215,7 @@ def take(lock: TextIO, folder: Path) -> None:
     until = time.monotonic() + PATIENCE
     while True:
         try:
+            # The kernel lets go of the lock when a process dies, however it dies.
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > until:
@@ -254,6 +256,7 @@ class StoreWriter:
         found: dict[str, ManifestLine] = {}
         # The reference comes first, since the shards depend on it.
         for name, rows in self._expected():
+            # A process may have been killed between renaming a file and noting it.
             line = lines.get(name) or self._unnoted(name, rows)
             if line is not None and line.rows == rows and line.intact(self.folder):
                 found[name] = line
@@ -263,6 +266,7 @@ class StoreWriter:
                 # Their sums are about the centers that the lost file held.
                 clear(self.folder, "shard-*.h5", "statistics.h5")
         if len(found) < len(self._expected()):
+            # The merged numbers are of all shards, one of which may now be made again.
             found.pop("statistics.h5", None)
         self.note_all(found.values())
         return found
@@ -275,6 +279,7 @@ class StoreWriter:
     def _unnoted(self, name: str, rows: tuple[int, int] | None) -> ManifestLine | None:
         """The line for a file that is complete but not in the manifest; None if it is not complete."""
         path = self.folder / name
+        # Merged anew from the shards rather than trusted.
         if name == "statistics.h5" or not path.is_file():
             return None
         try:
@@ -309,6 +314,7 @@ class StoreWriter:
             with replacing(self.folder / name) as temporary:
                 with created(temporary) as file:
                     yield file
+                # Of the finished file before it is renamed: a line is only written of what is in place.
                 digest = file_hash(temporary)
             self.note(ManifestLine(name, digest, rows))
         except OSError as error:
@@ -384,6 +390,7 @@ class StoreWriter:
             ]
             out["reasons"] = np.frombuffer(json.dumps(reasons).encode(), np.uint8)
         noted, _ = read_manifest(self.folder)
+        # In a fixed order and not in that in which processes finished, so that equal harvests give equal folders.
         self.note_all(noted[name] for name, _ in self._expected())
 
 
@@ -437,6 +444,7 @@ def _merge_summaries(paths: Sequence[Path], n_examples: int, out: Any) -> None:
             out[item.name] = _smallest(merged) if item.name == "histogram" else merged
     n_units = len(out["center"])
     block = max(1, _MERGED // n_examples)
+    # Units in blocks: a matrix of all units by all examples of a large data set would not fit into memory.
     for key, kind in zip(PER_EXAMPLE, (np.float32, np.int32, np.float32), strict=True):
         made = out.create_dataset(key, (n_units, n_examples), kind)
         for start in range(0, n_units, block):

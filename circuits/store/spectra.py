@@ -130,6 +130,7 @@ def spectrum(
         KeyError: if the site was not recorded.
         ValueError: if there is no such unit, or `bins` does not divide 64, or `k` is negative.
     """
+    # The histogram has 64 bins, of which each range takes a whole number.
     if bins < 2 or 64 % bins:
         raise ValueError(f"bins {bins} must divide 64: expected 2, 4, 8, 16, 32 or 64")
     if k < 0:
@@ -153,6 +154,7 @@ def spectrum(
     per = 64 // bins
     joined = inner.reshape(bins, per).sum(1)
     mass = own.clip(min=0).reshape(bins, per).sum(1)
+    # Every per-th edge: for 16 ranges edges 0, 4, 8 … 64.
     borders = edges[::per]
     groups = _drawn(store, unit, borders, k, seed)
     widths = np.diff(borders)
@@ -164,6 +166,7 @@ def spectrum(
         for i in range(bins)
     )  # fmt: skip
     total = own.clip(min=0).sum()
+    # By the centers of bins, to the width of one bin.
     high = own.clip(min=0)[centers > statistics.mean + 2 * statistics.std].sum()
     p = store.provenance
     share = float(high / total) if total > 0 else float("nan")
@@ -176,6 +179,7 @@ def _drawn(
     """The number of examples with their largest activation in each range, and some of them, drawn at random."""
     ranked = store.top_examples(unit, len(store.provenance.examples))
     values = np.array([e.value for e in ranked])
+    # Activations beyond the edges belong to the outermost ranges, as in the counts above.
     which = np.clip(np.searchsorted(borders, values, side="right") - 1, 0, len(borders) - 2)
     generator = np.random.default_rng(seed)
     found = []

@@ -117,6 +117,8 @@ def histogram_range(
     """
     seen = np.isfinite(least) & np.isfinite(most)
     top = float(np.finfo(np.float32).max) / 4  # wider ranges have no width in float32
+    # Twice, since the range is set from six examples and all others have to fit; below zero only if the unit can go
+    # there, so that after a ReLU no bins are wasted.
     low = np.where(seen, np.clip(2.0 * least.astype(np.float64), -top, 0.0), 0.0)
     high = np.where(seen, np.clip(2.0 * most.astype(np.float64), 0.0, top), 1.0)
     low, high = low.astype(np.float32), high.astype(np.float32)
@@ -191,13 +193,19 @@ def fit_tail(edges: Float[np.ndarray, " edge"], histogram: Int[np.ndarray, " bin
     share = count / total if total else float("nan")
     tail, nan = inner[start:], float("nan")
     stopped, n = float(tail.sum()), len(tail)
+    # Over bins of one width w an exponential is geometric: an activation that got as far as the threshold ends in each
+    # bin with probability p = 1 - exp(-rate w). One that ends in the k-th bin made k trials, one beyond the last bin n
+    # without ending (it is censored). The likelihood p^stopped (1 - p)^(trials - stopped) is largest at p = stopped /
+    # trials.
     trials = float((tail * np.arange(1, n + 1)).sum()) + n * beyond
     if stopped == 0 or stopped == trials:  # nothing to fit, or all of it in one bin
         return TailFit(threshold, nan, nan, nan, count, share)
     # The variance of p is p^2 (1 - p) / stopped (from the Fisher information); the rate's follows with its derivative
     # by p, 1 / ((1 - p) w).
     p, width = stopped / trials, float(edges[1] - edges[0])
+    # The share of an exponential that has ended by the end of each bin, for the Kolmogorov-Smirnov distance.
     fitted = 1 - (1 - p) ** np.arange(1, n + 1)
     distance = float(np.abs(np.cumsum(tail) / count - fitted).max())
     error = float(np.sqrt(p**2 * (1 - p) / stopped) / (1 - p) / width)
+    # p = 1 - exp(-rate w), hence rate = -log(1 - p) / w.
     return TailFit(threshold, float(-np.log1p(-p) / width), error, distance, count, share)

@@ -97,9 +97,11 @@ class Graft:
     def read(self, host: HookedModel, inputs: Tensor) -> DonorMaps:
         """All units of the donor's site, on the host's map, for inputs as the host takes them."""
         own, theirs = _images(host), _images(self.donor)
+        # Back to 0..1, and from there as the donor takes images.
         images = own.restore(inputs)
         if own.channels != theirs.channels:
             images = images.mean(1, keepdim=True).expand(-1, theirs.channels, -1, -1)
+        # Antialiased when made smaller: fine stripes would otherwise turn into coarse ones.
         if self.scale != 1:
             images = F.interpolate(
                 images, scale_factor=self.scale, mode="bilinear", antialias=self.scale < 1
@@ -119,6 +121,7 @@ class Graft:
     def placed(self, read: DonorMaps) -> Maps:
         """The same, of what `read` gave."""
         moved = [m.gain * _moved(read[:, m.donor.index], m.shift) + m.offset for m in self.matches]
+        # What it replaces is behind a ReLU.
         return torch.stack(moved, 1).clamp_min(0)
 
 
@@ -156,6 +159,7 @@ def apart(one: float, other: float) -> float:
     >>> apart(350.0, 10.0)
     20.0
     """
+    # 350 and 10: (340 + 180) % 360 - 180 = -20.
     return abs((one - other + 180) % 360 - 180)
 
 
@@ -190,6 +194,7 @@ def match_and_fit(
     bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
     wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
     fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
+    # Families are not mixed: the one whose units correlate best on average is taken as a whole.
     best = max(
         fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
     )
@@ -219,6 +224,7 @@ def with_random_weights(
     weights = {
         name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
         for name, tensor in graft.donor.parameters.items()
+        # Biases keep their place: only what units read from each other is put in another order.
         if tensor.ndim > 1
     }
     bare = replace(graft, weights=weights)
@@ -231,6 +237,7 @@ def grafted(host: HookedModel, graft: Graft) -> Iterator[HookedModel]:
     """Hold a graft in place for every forward pass of the host inside the block."""
     seen: list[Tensor] = []
 
+    # The change at the site needs the images, which hooks of the site are not given.
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen[:] = [args[0].detach()]
 
@@ -303,6 +310,7 @@ def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: DonorMaps) -> Graft
     """A graft with gain, offset and shift of each pair."""
     matches = []
     for k, (host, donor) in enumerate(pairs):
+        # Without the graft's own shift: all nine are tried in `_fit`.
         maps = there[:, donor.unit.index]
         gain, offset, shift = _fit(maps, wanted[:, k])
         put = (gain * _moved(maps, shift) + offset).clamp_min(0)
@@ -321,7 +329,9 @@ def _fit(
     max(0, gain * there + offset) is active above the threshold -offset / gain: the donor's quantile of 1 - the share
     of positions where the host is active. A donor that never varies gets gain 0 and the host's mean as offset.
     """
+    # As many positions active as the host's unit has: the threshold is the donor's quantile at 1 - share.
     share = float((wanted > 0).float().mean())
+    # A quantile of a million values is near enough, and torch refuses far more than that.
     some = there.flatten()[:: max(1, there.numel() // 1_000_000)]
     threshold = float(torch.quantile(some, 1 - share))
     above = (there - threshold).clamp_min(0)
@@ -330,7 +340,9 @@ def _fit(
     fits = [_correlation(_moved(above, shift), wanted) for shift in SHIFTS]
     shift = SHIFTS[int(np.argmax(np.nan_to_num(fits, nan=-1.0)))]
     moved = _moved(above, shift)
+    # Least squares of wanted on moved, without a constant: argmin |g m - w|^2 = m.w / m.m.
     gain = float((moved * wanted).sum() / (moved * moved).sum())
+    # gain (x - threshold) = gain x - gain threshold.
     return gain, -gain * threshold, shift
 
 
@@ -355,6 +367,8 @@ def _disordered(pairs: Pairs, generator: Generator) -> list[int]:
         )
 
     best: list[int] = []
+    # By trial, with a bound: some families have no order in which nothing is near, and then the best of the draws is
+    # taken.
     for _ in range(_ORDERS):
         order = torch.randperm(len(pairs), generator=generator).tolist()
         if not best or near(order) < near(best):
@@ -386,8 +400,10 @@ class Donors:
         return Variant(name, live=live, sites=(graft.site.name,))
 
     def _of(self, graft: Graft, inputs: Tensor) -> DonorMaps:
+        # By identity: the same batch object means the same images.
         if inputs is not self._inputs:
             self._inputs, self._read = inputs, {}
+        # Controls with other orders share the donor's maps; those with other weights have maps of their own.
         key = id(graft.weights)
         if key not in self._read:
             self._read[key] = graft.read(self.host, inputs)

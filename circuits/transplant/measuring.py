@@ -129,6 +129,7 @@ def measure_transplant(
         raise ValueError(f"n_random {n_random} must be at least 1")
     fitted, task = as_examples(host, calibration), as_task(host, evaluation, labels)
     whose = "the images' own" if task.answered else "the intact network's answers"
+    # Without labels the intact model's own answers are what is to be kept.
     if not task.answered:
         parts = task.examples.batches(batch)
         answers = [i for part in parts for i in host.logits(part.inputs).argmax(-1).tolist()]
@@ -162,6 +163,7 @@ def _variants(
     """The variants of every condition but the intact network; random conditions have several."""
     name, indices = graft.site.name, [m.host.index for m in graft.matches]
     units = Units(name, tuple(indices))
+    # On the calibration images: the constant must not know those that it is measured on.
     mean = activities(host, [name], calibration)[name].mean[indices]
     donors = Donors(host)
 
@@ -179,6 +181,7 @@ def _variants(
         for k, control in enumerate(each, 1):
             random[title].append(donors.variant(f"{title} {k}", control))
             note(_CONTROL * sum(map(len, random.values())), 0)
+    # The best constant is chosen as the transplant's strength is, on the same images.
     best = nearest(host, [constant(f"level {x}", x) for x in LEVELS], calibration)
     return {
         "zero": [Variant("zero", (zero(units),))],
@@ -202,6 +205,8 @@ def _conditions(
         },
     )  # fmt: skip
     drawn = {m: each.resampled(m, each.variants).T for m in each.values}
+    # Recovered is 1 - KL(condition) / KL(zeros): 0 as bad as without the units, 1 as good as intact. Numerator and
+    # denominator come from the same resamples.
     zero_, drawn_zero = each.mean("kl", "zero"), drawn["kl"][each.variants.index("zero")]
     made = []
     for k, name in enumerate(each.variants):
@@ -211,6 +216,7 @@ def _conditions(
         recovered = 1 - each.mean("kl", name) / zero_ if zero_ > 0 else float("nan")
         p_kl, p_accuracy = (
             float("nan") if name == TRANSPLANT
+            # Image by image, as conditions are measured on the same images.
             else paired_p(each.of(m, name) - each.of(m, TRANSPLANT), seed=outcomes.record.seed)
             for m in ("kl", "accuracy")
         )  # fmt: skip

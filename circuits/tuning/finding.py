@@ -108,6 +108,7 @@ def find_curve_units(
     chosen = [place.unit(u) for u in (range(place.n_units) if units is None else units)]
     curves = radial_tuning(model, chosen, step=step, size=size, seed=seed, progress=progress)
     lines, stripes = (
+        # Coarser than for curves, since only the peaks are used.
         radial_tuning(model, chosen, shape, step=15.0, size=size, seed=seed)
         for shape in ("line", "grating")
     )
@@ -150,6 +151,7 @@ def joint_tuning(tunings: Sequence[RadialTuning]) -> JointTuning:
         raise ValueError(
             f"tunings ({len(tunings)}) are empty or at different angles: expected at least one, all at the same angles"
         )
+    # Relative to each unit's own peak, since a strong unit would otherwise seem to cover the angles of all others.
     shares = np.stack([t.mean.clip(min=0) / max(t.mean.max(), 1e-12) for t in tunings])
     strongest = shares.max(0)
     # A line or grating turned by 180 degrees is the same again.
@@ -157,6 +159,7 @@ def joint_tuning(tunings: Sequence[RadialTuning]) -> JointTuning:
     directions = [t.measures.direction.value % period for t in tunings]
     preferred = np.sort([d for d in directions if not np.isnan(d)])  # silent units have none
     gaps = (
+        # The gap across 0: from the last preferred angle to the first one a period later.
         np.diff(np.append(preferred, preferred[0] + period))
         if len(preferred)
         else np.array([period])

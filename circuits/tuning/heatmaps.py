@@ -112,6 +112,7 @@ def heat_map(
     def images(ink: float) -> Iterator[Tensor]:
         for radius in radii:
             for some in angles.split(BATCH):
+                # A thirty-second of the image is the default thickness of `draw`, so that both measure the same curve.
                 thick = max(2.0, pixels / 32)
                 yield arcs(some, radius, pixels, thickness=thick, ink=ink, paper=1 - ink)
 

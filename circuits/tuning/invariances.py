@@ -88,9 +88,12 @@ def invariance(
                     model, tuning.unit.site,
                     (_DRAWN[aspect](a, value, tuning) for value in values),
                 )[:, tuning.unit.index].double().numpy()
+                # The opposite curve runs the same way in the middle and bends to the other side: a unit that responds
+                # to both responds to the edge rather than to the bend.
                 for a in (angle, angle + 180)
             ]  # fmt: skip
             peak = both[0].max()
+            # The smallest over the largest response: 1 if the aspect makes no difference.
             kept = float(both[0].min() / peak) if peak > 0 else float("nan")
             found.append(
                 Invariance(tuning.unit, aspect, values, both[0], both[1], kept, model_hash)
@@ -115,6 +118,8 @@ def _curve(angle: float, tuning: RadialTuning, **options: Any) -> Tensor:
 
 def _hue(degrees: float) -> tuple[float, float, float]:
     """A saturated colour of the colour wheel, with red at 0."""
+    # Each channel is a trapezium of the hue: |h/60 - 3| - 1, cut to 0..1, for red; green and blue are shifted by 4 and
+    # 2 sixths of a turn.
     return tuple(min(1.0, max(0.0, abs((degrees / 60 + k) % 6 - 3) - 1)) for k in (0, 4, 2))  # type: ignore[return-value]
 
 

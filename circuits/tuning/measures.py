@@ -81,6 +81,7 @@ def echo(angles: Angles, curves: Curves) -> Numbers:
     0.25
     """
     peak = curves.max(-1)
+    # 0 is the opposite angle: with an angle 180 degrees from the peak, (180) % 360 - 180 = 0.
     apart = (angles - preferred(angles, curves)[..., None]) % 360 - 180
     opposite = np.where(np.abs(apart) <= 45, curves, 0.0).max(-1)
     return np.where(peak > 0, np.maximum(opposite, 0.0) / np.where(peak > 0, peak, 1.0), np.nan)
@@ -95,6 +96,8 @@ def circular_variance(angles: Angles, curves: Curves, period: float = 360.0) -> 
     >>> round(float(circular_variance(np.array([0.0, 90.0, 180.0, 270.0]), even)), 6)
     1.0
     """
+    # A period of half a turn is stretched to a whole one; otherwise the vectors of 0 and 180 degrees, the same line,
+    # would cancel.
     return np.asarray(1 - np.abs(_vector(angles * (360 / period), curves)))
 
 
@@ -106,6 +109,7 @@ def direction(angles: Angles, curves: Curves, period: float = 360.0) -> Numbers:
 
 def _vector(angles: Angles, curves: Curves) -> Complex[np.ndarray, "*curve"]:
     """The mean of the angles as points of the complex unit circle, weighted by responses; NaN without a response."""
+    # Negative responses have no direction: their weight would point the other way.
     responses = curves.clip(min=0)
     total = np.asarray(responses.sum(-1))
     summed = (responses * np.exp(1j * np.deg2rad(angles))).sum(-1)

@@ -138,9 +138,12 @@ def radial_tuning(
     pixels = stimulus_size(model, wanted[0].site, size)
     tried = _radii(shape, radii, pixels)
     shown = _Presentation(model, wanted, shape, pixels, progress)
+    # In two passes: radii at a few angles first, then only the best ones at every angle. All radii at every step would
+    # cost five times as much.
     best = _best_radii(shown, tried)
     angles = torch.arange(n_angles) * float(step)
     shown.total += len(set(best)) * _REPLICATES * n_angles
+    # Each radius is drawn once for all units that prefer it.
     fine = {k: shown.responses(angles, tried[k], _REPLICATES) for k in sorted(set(best))}
     model_hash, period = model.hash, 360.0 if shape == "curve" else 180.0
     made = []
@@ -204,6 +207,7 @@ def _best_radii(shown: _Presentation, tried: Sequence[float]) -> list[int]:
     if len(tried) == 1:
         return [0] * len(shown.units)
     shown.total += len(tried) * 3 * len(_COARSE)
+    # Averaged over three replicates, so that the choice does not hang on one look of the drawing.
     strength = torch.stack([shown.responses(_COARSE, r, 3).mean(0).amax(0) for r in tried])
     return strength.argmax(0).tolist()
 

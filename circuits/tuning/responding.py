@@ -107,6 +107,7 @@ def _largest(site: Site, value: Tensor, central: bool) -> Float[Tensor, "image u
     if central:
         for axis in range(2, maps.ndim):
             n = maps.shape[axis]
+            # The middle fifth: drawings are in the middle of the image, and units at the border see its edge.
             keep = max(1, n // 5)
             # As many positions before as after the middle: an asymmetric choice would shift preferred angles.
             if (n - keep) % 2:
@@ -146,4 +147,5 @@ def stimulus_size(model: HookedModel, site: str | Site, size: int | None) -> int
     middle = tuple(n // 2 for n in place.position_shape)
     top, left, bottom, right = receptive_field(model, place).at(middle)
     seen = max(bottom - top, right - left)
+    # -(-a // 8) * 8 is a rounded up to a multiple of 8.
     return min(most, max(16, -(-seen * 5 // 4 // 8) * 8))

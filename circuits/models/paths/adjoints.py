@@ -47,6 +47,7 @@ class Window:
         high = tuple(map(min, self.stop, stop))
         if any(a >= b for a, b in zip(low, high, strict=True)):
             return None
+        # Relative to the window: a box from 3 on, cut from 5 on, begins at its own index 2.
         places = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, self.start, strict=True))
         return Window(self.value[(slice(None), *places)], low)
 
@@ -75,6 +76,7 @@ class Window:
         """The product with a tensor that broadcasts to the whole tensor's shape."""
         aligned = factor.reshape(*[1] * (len(self.start) - factor.ndim), *factor.shape)
         places = tuple(
+            # Axes of length 1 broadcast, whatever part of the map the window is.
             slice(None) if n == 1 else slice(a, b)
             for n, a, b in zip(aligned.shape, self.start, self.stop, strict=True)
         )
@@ -126,6 +128,7 @@ class Call:
         """The same call with copies of its tensors, if the operation is about to overwrite one of them."""
         if not self.mutates:
             return self
+        # By identity: an operation may be given one tensor twice, and has to be again when it is repeated.
         copies = {id(v): v.clone() for v in self.values.values() if isinstance(v, Tensor)}
         values = {
             k: copies.get(id(v), v) if isinstance(v, Tensor) else v for k, v in self.values.items()
@@ -185,6 +188,7 @@ def _activation(call: Call) -> Pull:
         return _by_torch(call)
     if call.linear:
         return _identity(call)
+    # A copy, as the model may go on to overwrite it.
     given = call.values["self"].detach().clone()
 
     # Computed at the first pull, not here: torch cannot differentiate inside the tape's dispatch mode. Elementwise
@@ -210,6 +214,7 @@ def _sum(call: Call) -> Pull:
 
     def pull(g: Window, paths: Paths) -> list[Window]:
         signed = [abs(f) if paths == "absolute" else f for f in factors]
+        # The same window where nothing is to be multiplied: sums of a residual stream are passed on without a copy.
         return [g if f == 1 else Window(g.value * f, g.start) for f in signed]
 
     return pull
@@ -245,6 +250,7 @@ def _batch_norm(call: Call) -> Pull:
     v = call.values
     if v.get("training") or v.get("running_var") is None:
         return _by_torch(call)
+    # In evaluation mode the mean is a constant, and has no part in the derivative.
     scale = (v["running_var"].double() + v.get("eps", v.get("epsilon"))).rsqrt()
     if v["weight"] is not None:
         scale = scale * v["weight"].double()
@@ -258,6 +264,9 @@ def _local_response_norm(call: Call) -> Pull:
     if call.linear:  # the derivative at zero: the denominator is k^beta there
         return _scaled(torch.tensor(float(k), dtype=torch.float64) ** -beta)
     x = x.detach().double()
+    # y_i = x_i b_i^-beta with b_i = k + (alpha / n) sum over j in window(i) of x_j^2, hence dy_i / dx_j = [i = j]
+    # b_i^-beta - (2 alpha beta / n) x_i b_i^(-beta - 1) x_j [j in window(i)]. Pulled back, the second part is x_j times
+    # the sum of g_i x_i b_i^(-beta - 1) over all i whose windows hold j.
     base = k + alpha / size * _channel_sums(x.square(), size // 2, (size - 1) // 2)
     scale, inner = base.pow(-beta), x * base.pow(-beta - 1)
 
@@ -280,6 +289,7 @@ def _local_response_norm(call: Call) -> Pull:
 
 def _channel_sums(x: Tensor, below: int, above: int) -> Tensor:
     """For each channel (axis 1), the sum from `below` channels before it to `above` channels after it."""
+    # Padding is listed from the last axis; axis 1 comes before the axes of the map, the batch is not padded.
     pads = [0, 0] * (x.ndim - 2) + [below, above]
     return F.pad(x, pads).unfold(1, below + above + 1, 1).sum(-1)
 
@@ -304,6 +314,8 @@ def _convolution(call: Call) -> Pull:
         if groups == 1:  # output channels outside of the window have no gradient
             kernels = kernels[g.start[1] : g.stop[1]]
         else:
+            # Torch divides the channels into groups by their number: a window that begins amid a group could not be
+            # given to it, so that all channels are taken.
             start, stop = (g.start[0], 0, *g.start[2:]), (g.stop[0], len(weight), *g.stop[2:])
             g = Window(g.within(start, stop), start)
         # Rows and examples are one batch to torch. Without padding: what falls outside of the map is cut off below.
@@ -336,6 +348,7 @@ def _max_pool(call: Call) -> Pull:
     indices = call.result[1]
 
     def pull(g: Window, paths: Paths) -> list[Window | None]:
+        # Output p looks at input p s - q to p s - q + (k - 1) d; outputs up to stop - 1.
         low = [max(0, p * s - q) for p, s, q in zip(g.start[2:], stride, padding, strict=True)]
         high = [
             min(n, (p - 1) * s - q + (k - 1) * d + 1)
@@ -349,6 +362,7 @@ def _max_pool(call: Call) -> Pull:
         width = high[1] - low[1]
         flat = (here // size[3] - low[0]) * width + here % size[3] - low[1]
         value = g.value.new_zeros(*g.value.shape[:3], (high[0] - low[0]) * width)
+        # Added, since windows overlap and one position may be the maximum of several.
         value.scatter_add_(3, flat.flatten(2).expand(*g.value.shape[:3], -1), g.value.flatten(3))
         shaped = value.unflatten(3, (high[0] - low[0], width))
         return [Window(shaped, (*g.start[:2], *low))]
@@ -364,6 +378,8 @@ class _Divisor:
 
     def along(self, size: int, out: int, k: int, s: int, p: int, d: int) -> Tensor:
         """The number of places that each output counts along one axis."""
+        # For an axis of 5, kernel 3, stride 2, padding 1: outputs look at -1..1, 1..3 and 3..5, of which 2, 3 and 2 are
+        # inside.
         first = torch.arange(out)[:, None] * s - p
         places = first + torch.arange(k) * d
         low, high = (0, size) if self.how == "inside" else (-p, size + p)
@@ -427,6 +443,8 @@ def _mean(call: Call) -> Pull:
     def pull(g: Window, paths: Paths) -> list[Window]:
         value, start = g.value * share, list(g.start)
         for d in dims:
+            # In rising order, so that an axis that is put back does not move those before it. `value` has the row in
+            # front: d + 1.
             if not v.get("keepdim"):
                 value = value.unsqueeze(d + 1)
                 start.insert(d, 0)
@@ -450,6 +468,8 @@ def _cat(call: Call) -> Pull:
     def pull(g: Window, paths: Paths) -> list[Window | None]:
         found = []
         for offset, shape in parts:
+            # The part begins at `offset` of the whole: counted from there the window is that much earlier, and what
+            # lies outside of the part is cut off.
             here = g.moved(dim, g.start[dim] - offset)
             found.append(here.cut([0] * len(shape), shape))
         return found
@@ -463,6 +483,7 @@ def _slice(call: Call) -> Pull:
         return _by_torch(call)
     dim = v.get("dim", 0) % len(shape)
     first, *_ = slice(v.get("start"), v.get("end")).indices(shape[dim])
+    # Index 0 of the slice is index `first` of what it was cut from.
     return lambda g, paths: [g.moved(dim, g.start[dim] + first)]
 
 
@@ -487,6 +508,7 @@ def _matrix(call: Call) -> Pull:
     matrix = call.values["mat2"].detach() * call.values.get("alpha", 1)
 
     def pull(g: Window, paths: Paths) -> list[Window]:
+        # y = x M gives dL/dx = dL/dy M^T, of which only the window's columns count.
         columns = matrix[:, g.start[1] : g.stop[1]].to(g.value)
         columns = columns.abs() if paths == "absolute" else columns
         return [Window(g.value @ columns.mT, (g.start[0], 0))]
@@ -557,6 +579,7 @@ def _by_torch(call: Call) -> Pull:
 
         first = [wide[name] if i is None else wide[name][i] for name, i in slots]
         output, back, *_ = torch.func.vjp(again, *first)
+        # One vector-Jacobian product a row of gradients, all at once.
         grads = torch.func.vmap(back)(g.whole(output.shape))
         # With the constant factor made absolute, all weights from one input have one sign (a difference gives its
         # second input the negative one): then the absolute value of their sum is the sum of their absolute values.
@@ -583,6 +606,7 @@ def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
     """Call the operation again, with some arguments changed."""
     values = call.values | changed
     if call.mutates:
+        # An operation in place would overwrite the copies that the next pull needs.
         values |= {name: values[name].clone() for name in call.sources}
     arguments = call.function._schema.arguments
     args = [values[a.name] for a in arguments if not a.kwarg_only]

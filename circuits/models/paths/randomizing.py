@@ -34,6 +34,7 @@ def randomized(
         module = copy.deepcopy(model.module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        # By name, as the order of a state dict is that in which modules were defined.
         for name, tensor in sorted(module.state_dict().items()):
             if tensor.is_floating_point() and tensor.numel() > 1:
                 # Drawn for every tensor, also where it is not used: the draws of the next ones do not depend on
@@ -73,6 +74,8 @@ def layers_in_order(model: HookedModel) -> list[str]:
                 handle.remove()
 
     def when(name: str) -> int:
+        # A module that is not called itself (its parameters are read by the one that holds it) comes where its parent
+        # does.
         while name and name not in called:
             name = name.rpartition(".")[0]
         return called.get(name, -1)

@@ -38,6 +38,8 @@ class AxisReceptiveField:
         """The first pixel that a position sees, and one past the last."""
         start, back = self.first_pixel
         end, forth = self.end_pixel
+        # Fields step by a constant number of pixels from position to position. `start` is of the last position, whose
+        # first pixel no border cuts off; `end` of the first position, for the same reason.
         low = max(0, start - back * (self.last - position))
         return low, min(self.length, end + forth * position)
 
@@ -100,6 +102,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
 
     def reaches(axis: int, spoil: Callable[[Tensor], object], position: int) -> bool:
         """Whether NaN pixels reach a row (axis 0) or column (axis 1) of the map."""
+        # NaN goes through every operation that reads it, a zero weight included, where a gradient may vanish by chance.
         spoiled = example.clone()
         spoil(spoiled.movedim(2 + axis, -1))
         cache = model.run(spoiled, read=[site], until=site)
@@ -112,6 +115,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
 
     def extent(axis: int) -> AxisReceptiveField:
         length, last = size[axis], site.position_shape[axis] - 1
+        # A guess at the step only, which bisection puts right.
         stride = round(length / (last + 1))
 
         def least(
@@ -154,6 +158,7 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
 
 def _least(low: int, high: int, holds: Callable[[int], bool], guess: int | None = None) -> int:
     """The smallest number from low to high for which a monotone condition holds, by bisection."""
+    # Two tests settle a right guess, bisection takes log2(length).
     if guess is not None and low <= guess <= high:
         if not holds(guess):
             low = min(guess + 1, high)

@@ -103,12 +103,15 @@ def _others(model: HookedModel, own: Tensor) -> list[tuple[Tensor, bool]]:
         return [(_other_tokens(model, own), False)]
     # Unlike the given image at every pixel: mirrored, negated and shifted.
     other = -own.flip(-1) - 1
+    # The smaller one first: if it may stand in, the part before the site costs a sixteenth.
     return [(other[..., ::_SMALLER, ::_SMALLER], True), (other, False)]
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
+    # Relative to the largest number, as activations have no common scale; not by element, since small ones are
+    # rounding.
     return bool(torch.allclose(found, expected, rtol=0, atol=ALIKE * float(expected.abs().max())))
 
 
@@ -124,6 +127,7 @@ def restart_candidates(model: HookedModel, site: Site) -> list[Site]:
     among = [s for s in streams(model) if s.name in before]
     known = [s for s in among if _STREAM.search(s.name)]
     own = [] if known and site.kind != "residual" else [site]
+    # Slices backwards: the nearest one first, two or four of them.
     return [*own, *known[: -_KNOWN - 1 : -1]] if known else [*own, *among[: -_STREAMS - 1 : -1]]
 
 
@@ -168,6 +172,7 @@ def narrows(model: HookedModel, site: Site, end: Site, inputs: Tensor, output: T
         output: the tensor of `end` for them.
     """
     # Of those that remain the last position is one: it is what is read most often.
+    # Every second position, counted so that the last is among them: of 6 positions 1, 3, 5, of 5 positions 0, 2, 4.
     own, some = inputs[:2], slice((inputs.shape[1] - 1) % 2, None, 2)
     try:
         found = model.run(own, read=[end], edits={site.name: lambda value: value[:, some]})[end]

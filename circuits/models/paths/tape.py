@@ -63,6 +63,7 @@ class Tape:
 
     def start(self, value: Tensor) -> Tensor:
         """Start recording: the pass must continue with the tensor that this returns."""
+        # A copy with an id of its own: the model may hold the tensor elsewhere, where it is not the start.
         own = value.clone()
         self._first = self._track(own)
         return own
@@ -109,6 +110,7 @@ class Tape:
         """Record the call of an operation."""
         inputs = tuple(id(value) for value in call.dependents)
         self._operations.append((self._track(call.output), inputs, adjoint(call)))
+        # Views share memory: a write through one changes what all others hold.
         memory = call.output.untyped_storage().data_ptr()
         if call.mutates:
             self._written[memory] = {id(call.output)}
@@ -225,6 +227,7 @@ def one_hot(
         at: the position along the other axes.
         device: the device of the gradients.
     """
+    # The box spans all units that are asked for, so that one pull serves all of them.
     first, last = min(units), max(units)
     places = iter(at)
     start = [0, *(first if axis == unit_axis else next(places) for axis in range(1, len(shape)))]
