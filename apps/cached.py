@@ -84,10 +84,13 @@ def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
         _check_trust(f"model {spec}")
     with ALONE:
         model = load_model(spec, weights)
+    outdated = workspace().recognise(model.identity)
     if model.hash != model_hash:
+        if model.weights_hash == model_hash:
+            raise ValueError(outdated)
         raise ValueError(
-            f"model {spec} has other weights ({model.hash[:16]}) than the workspace's "
-            f"{model_hash[:16]}: harvest it again"
+            f"model {spec} is another one ({model.hash[:16]}) than the workspace's {model_hash[:16]}: "
+            "harvest it again"
         )
     return model
 

@@ -146,6 +146,24 @@ class Database:
             _RECORDS.append(connection, *row)
         return _record(row)
 
+    def take_over(self, before: str, now: str) -> None:
+        """Copy what was saved under another hash of the same model to its present one, unless the name is taken there.
+
+        What was saved stays as it is; copies name the new hash, also in their bodies.
+        """
+        if before == now or not self.rows(
+            "SELECT 1 FROM records WHERE model_hash=?1 LIMIT 1", before
+        ):
+            return
+        columns = "kind, name, version, note, author, created"
+        with self.writing() as connection:
+            connection.execute(
+                f"INSERT INTO records (model_hash, body, {columns}) "
+                f"SELECT ?2, replace(body, ?1, ?2), {columns} FROM records AS old WHERE model_hash=?1 AND NOT EXISTS "
+                "(SELECT 1 FROM records WHERE kind=old.kind AND name=old.name AND model_hash=?2) ORDER BY id",
+                (before, now),
+            )
+
     def history(self, kind: str, model_hash: str, name: str) -> list[Record]:
         """All versions of something, oldest first; empty if there is none."""
         rows = self.rows(_RECORDS.select(3), kind, model_hash, name)

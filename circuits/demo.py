@@ -17,7 +17,7 @@ from circuits.featurevis.render import visualize_units
 from circuits.files import write_json
 from circuits.harvesting import harvest
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.zoo.loading import BUILTIN, load_model
+from circuits.models.zoo.loading import BUILTIN, load_model, record_of
 from circuits.models.zoo.weights_files import file_hash
 from circuits.sae import (
     Hyperparameters,
@@ -171,7 +171,7 @@ def _build(workspace: Workspace, progress: Callable[[int, int], object] | None) 
         for data in plan.data:
             built(
                 _activations(
-                    ModelRecord(plan.model, model.hash), model, data, plan.sites, workspace
+                    record_of(plan.model, None, model.identity), model, data, plan.sites, workspace
                 )
             )
         for site, indices in plan.pictured:
@@ -241,7 +241,7 @@ def _concepts(spec: str, model: HookedModel, plan: Concepts, workspace: Workspac
         save_evaluation(path, as_evaluation(measured, behaved, "held out of training"))
     attached = model.attach(code, plan.name, plan.site)
     latents = f"sae/{plan.name}"
-    record = ModelRecord(f"{spec}+{latents}", attached.hash)
+    record = replace(record_of(spec, None, attached.identity), spec=f"{spec}+{latents}")
     row = _activations(record, attached, plan.data, [latents], workspace)
     if not names_of(workspace.database, attached.hash):
         save_names(workspace.database, attached.hash, _names(attached, latents, source, labels))

@@ -18,8 +18,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -32,8 +32,27 @@ _LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file
 
 _OF_UNIT = re.compile(r"(?P<unit>[^:]+:(0|[1-9][0-9]*))-[0-9]+steps-")
 
+_TOLERANCE = 0.01
+"""By how much a model's outputs may differ, relative to the largest, between machines: bfloat16 has 8 bits."""
+
 DIGITS = 16
 """How many hexadecimal digits of a hash name a folder."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a model is.
+
+    Attributes:
+        hash: of its weights and of what it computes with them.
+        weights_hash: of its weights alone, by which earlier versions knew it.
+        outputs: some of its outputs for a fixed input. They differ by rounding from machine to machine, so they are
+            compared and not hashed.
+    """
+
+    hash: str
+    weights_hash: str
+    outputs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +61,22 @@ class ModelRecord:
 
     Attributes:
         spec: what `load_model` takes.
-        hash: of its weights.
+        hash: its hash.
         weights: the weights file it was loaded from, if one was named.
+        outputs: as in `ModelIdentity`; none if they are not known.
+        weights_hash: likewise.
     """
 
     spec: str
     hash: str
     weights: str | None = None
+    outputs: tuple[float, ...] = ()
+    weights_hash: str = ""
+
+    @classmethod
+    def of(cls, spec: str, model: ModelIdentity, weights: str | None = None) -> ModelRecord:
+        """The record of a model."""
+        return cls(spec, model.hash, weights, model.outputs, model.weights_hash)
 
 
 @dataclass(frozen=True)
@@ -98,6 +126,47 @@ class Workspace:
         known = _read_record(path)
         if known is None or (replace and known != record):
             write_json(path, asdict(record))
+
+    def recognise(self, model: ModelIdentity) -> str:
+        """Check that a model computes what it did when the workspace came to know it, and take over what people wrote
+        about it under the hash of its weights alone.
+
+        Returns:
+            A line about stores and pictures that were made under that hash, which are not used; else nothing.
+
+        Raises:
+            ValueError: if it has the same hash and other outputs.
+        """
+        folder = self.model_folder(model.hash)
+        known = _read_record(folder / "model.json")
+        if (
+            known is not None
+            and (difference := _difference(known.outputs, model.outputs)) > _TOLERANCE
+        ):
+            raise ValueError(
+                f"model {known.spec} computes something else than when {str(folder)!r} was filled, although weights "
+                f"and operations are the same: its outputs differ by {difference:.2g} of the largest; use another "
+                "--workspace, or delete that folder"
+            )
+        if os.access(self.root / "workspace.db", os.W_OK):
+            self.database.take_over(model.weights_hash, model.hash)
+        return self.outdated(model)
+
+    def outdated(self, model: ModelIdentity) -> str:
+        """What to do about stores and pictures that earlier versions made; empty if there are none."""
+        folder = self.model_folder(model.weights_hash)
+        record = _read_record(folder / "model.json")
+        if record is None or model.hash == model.weights_hash:
+            return ""
+        return (
+            f"what {str(folder)!r} holds is not used: an earlier version made it, which knew models by their weights "
+            f"alone; make it again (`circuits harvest {record.spec} …`) and delete that folder"
+        )
+
+    def present_hash(self, model_hash: str) -> str:
+        """The hash of the model that had this hash in earlier versions, if the workspace knows it; else the hash."""
+        found = next((r for r in self.models() if r.weights_hash == model_hash), None)
+        return model_hash if found is None else found.hash
 
     def models(self) -> list[ModelRecord]:
         """The models it knows, by name; folders with an unreadable record are left out."""
@@ -162,7 +231,21 @@ def _read_record(path: Path) -> ModelRecord | None:
     except (ValueError, TypeError, OSError):
         return None
     texts = isinstance(record.spec, str) and isinstance(record.hash, str)
-    return record if texts and isinstance(record.weights, str | None) else None
+    if (
+        not texts
+        or not isinstance(record.weights, str | None)
+        or not isinstance(record.outputs, list | tuple)
+    ):
+        return None
+    return replace(record, outputs=tuple(record.outputs))
+
+
+def _difference(known: Sequence[float], now: Sequence[float]) -> float:
+    """The largest difference of two models' outputs, relative to the largest output; 0 where nothing is known."""
+    if len(known) != len(now) or not known:
+        return 0.0
+    largest = max(abs(x) for x in known)
+    return max(abs(x - y) for x, y in zip(known, now, strict=True)) / (largest or 1.0)
 
 
 def _file_name(target: str) -> str:

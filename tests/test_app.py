@@ -216,7 +216,7 @@ def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
 def test_broken_workspaces_say_what_is_wrong(tmp_path: Path, monkeypatch) -> None:
     place = Workspace(tmp_path)
     place.register(ModelRecord("cleanroom", "0" * 64))
-    assert "has other weights" in text(page(place, monkeypatch))
+    assert "is another one" in text(page(place, monkeypatch))
     gone = Workspace(tmp_path / "gone")
     gone.register(ModelRecord("shapes", "1" * 64, str(tmp_path / "gone.safetensors")))
     assert "does not exist" in text(page(gone, monkeypatch))

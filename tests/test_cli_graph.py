@@ -176,4 +176,4 @@ def test_a_circuit_of_other_weights_is_refused(capsys, tmp_path: Path) -> None:
         run(["graph", "export", "cleanroom", str(tmp_path / "c.json"), "line:1", "--top", "2"]) == 0
     )
     assert run(["graph", "import", "shapes", str(tmp_path / "c.json"), "--name", "x"]) == 2
-    assert "circuit belongs to weights" in capsys.readouterr().err
+    assert "circuit belongs to model" in capsys.readouterr().err

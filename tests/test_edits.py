@@ -393,6 +393,31 @@ def test_shared_weights_are_changed_once_and_only_by_name() -> None:
     assert torch.equal(cut[:, 1], -plain[:, 1])
 
 
+class Twice(nn.Module):
+    """A layer that runs twice in one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.relu = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.relu(self.shared(self.first(x)))).mean((2, 3))
+
+
+def test_a_layer_that_runs_twice_is_changed_only_by_name() -> None:
+    model = HookedModel(seeded(Twice()), (3, 5, 5), "twice")
+    for text in ("into=shared@1:1", "source=relu:0", "into=shared@0:1 source=first:0"):
+        with pytest.raises(ValueError, match="layer shared runs 2 times in a pass"):
+            read_edit(model, f"scale_weights {text}")
+    edit = read_edit(model, "scale_weights into=shared@1:1 layer=shared factor=0")
+    inputs = torch.rand(2, 3, 5, 5)
+    with edited(model, [edit]):
+        seen = model.run(inputs, read=["shared@0", "shared@1"])
+    bias = model.parameters["shared.bias"][1]
+    for name in ("shared@0", "shared@1"):
+        assert torch.allclose(seen[name][:, 1], bias)
+
+
 def test_matrices_are_those_of_the_intact_model(bridge: HookedModel) -> None:
     plain = [
         (m.name, [e.site for e in m.reads], [e.site for e in m.writes]) for m in bridge.matrices

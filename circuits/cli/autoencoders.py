@@ -199,7 +199,7 @@ def train(
             rows, settings, schedule, place.autoencoder_path(name), rule=rule, every=training.every,
             overwrite=training.overwrite, report=report,
         )  # fmt: skip
-    model.register(loaded.hash)
+    model.register(loaded)
     paths = {f"{name}/{variant}" if variant else name: code for variant, code in made.items()}
     path, code = next(iter(paths.items()))
     hint = f"latents are units: circuits harvest {model.spec}+sae/{path} --data {data} --sites sae/{code.about.name}"
@@ -371,5 +371,5 @@ def import_code(
     )
     options.attached(loaded, code)  # whether it fits
     save_autoencoder(code, path)
-    owner.register(loaded.hash)
+    owner.register(loaded)
     say(f"{code.n_latents} latents of {read} as sae/{name}: written to {path}")

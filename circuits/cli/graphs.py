@@ -103,7 +103,7 @@ def build(
     for name in (name for pair in pairs for name in pair if name != INPUT):
         loaded.site(name)
     folder = place.model_folder(loaded.hash)
-    model.register(loaded.hash)
+    model.register(loaded)
     with output.progress("graph") as progress:
         build_graph(loaded, folder, progress).close()
         sites = _known_units(loaded)
@@ -188,7 +188,7 @@ def import_(
     """Save a circuit from a file in the workspace; its units must be the model's."""
     found = read_circuit(file, format)
     loaded = model.load()
-    found.checked(loaded.hash, _known_units(loaded))
+    found.checked(loaded.hash, _known_units(loaded), loaded.weights_hash)
     found.graph["model_hash"] = loaded.hash
     record = save_circuit(model.place.writable().database, name, found, note)
     n = found.number_of_nodes()

@@ -90,7 +90,7 @@ def harvest(
     place = model.place.writable()
     loaded = model.load()
     source = open_source(data)
-    record = model.record(loaded.hash)
+    record = model.record(loaded)
     lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)

@@ -112,7 +112,7 @@ def name_latents(
     if keep:
         concepts.save_names(place.writable().database, model.hash, found.holding, note)
         spec, weights = sae.known(loaded.hash)
-        place.register(record_of(f"{spec}+{sae.sae}", weights, model.hash), replace=False)
+        place.register(record_of(f"{spec}+{sae.sae}", weights, model.identity), replace=False)
     output.show(found, found.tables(top))
 
 

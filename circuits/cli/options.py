@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from typer import BadParameter
 
 from circuits.autoencoders import Autoencoder, load_autoencoder
 from circuits.cli.choosing import labels_of, usual_data
-from circuits.cli.output import progress_bar, say, show_json, show_table
+from circuits.cli.output import progress_bar, say, show_json, show_table, warn
 from circuits.cli.signatures import argument, option
 from circuits.examples import LIMIT, Examples
 from circuits.files import check_writable
@@ -154,15 +154,18 @@ class Model:
 
     def load(self) -> HookedModel:
         """The model itself."""
-        return load_model(self.spec, self.weights)
+        loaded = load_model(self.spec, self.weights)
+        if outdated := self.place.recognise(loaded.identity):
+            warn(outdated)
+        return loaded
 
-    def record(self, model_hash: str) -> ModelRecord:
+    def record(self, model: HookedModel) -> ModelRecord:
         """How the workspace finds the model again."""
-        return record_of(self.spec, self.weights, model_hash)
+        return record_of(self.spec, self.weights, model.identity)
 
-    def register(self, model_hash: str) -> None:
+    def register(self, model: HookedModel) -> None:
         """Note in the workspace how the model is found again, if it does not know yet."""
-        self.place.register(self.record(model_hash), replace=False)
+        self.place.register(self.record(model), replace=False)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ class Sae:
 
     def load(self) -> Autoencoder:
         """The autoencoder itself."""
-        return load_autoencoder(find_autoencoder(self.sae, self.place))
+        code = load_autoencoder(find_autoencoder(self.sae, self.place))
+        code.about = replace(code.about, model_hash=self.place.present_hash(code.about.model_hash))
+        return code
 
     def load_model(self, code: Autoencoder) -> HookedModel:
         """The model that it belongs to, without the autoencoder.
@@ -202,9 +207,9 @@ class Sae:
                 "does not know: name it with --model"
             )
         loaded = load_model(spec, weights)
-        if code.about.model_hash and loaded.hash != code.about.model_hash:
+        if code.about.model_hash and not loaded.is_called(code.about.model_hash):
             raise ValueError(
-                f"--model {spec}: its weights are {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
+                f"--model {spec}: its hash is {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
                 f"{code.about.model_hash[:16]}"
             )
         return loaded

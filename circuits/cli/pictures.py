@@ -145,7 +145,7 @@ def visualize(
     else:
         _pictures(place, loaded, chosen, target, settings, wanted, rendering.data, out, output)
     if out is None:
-        model.register(loaded.hash)
+        model.register(loaded)
 
 
 def _leave_out(given: dict[str, bool], why: str) -> None:

@@ -162,6 +162,11 @@ class ConnectionEdit(WeightEdit):
                     f"layer {part.matrix.name} shares its weights with {shared}: name layer={part.matrix.name} to "
                     "change all of them"
                 )
+            if part.matrix.calls > 1 and not own.layer:
+                raise ValueError(
+                    f"layer {part.matrix.name} runs {part.matrix.calls} times in a pass, with the same weights: name "
+                    f"layer={part.matrix.name} to change all of them"
+                )
         own._check_parts(parts)
         return own
 

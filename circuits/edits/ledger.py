@@ -17,13 +17,13 @@ from torch import Tensor
 from circuits.database import Database
 from circuits.edits.activations import ActivationEdit, changes
 from circuits.edits.auditing import verify
-from circuits.edits.entries import Entry, Kind
+from circuits.edits.entries import EVENTS, Entry, Kind
 from circuits.edits.journal import Journal, Step
 from circuits.edits.positions import Position, made_again
 from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit
 from circuits.edits.weights import Weights
-from circuits.history import signed
+from circuits.history import LAST, signed
 from circuits.models.adapter.hooked_model import HookedModel
 
 
@@ -52,9 +52,16 @@ class Ledger(Journal):
     """
 
     def __init__(self, database: Database, model: HookedModel) -> None:
-        super().__init__(database, model.intact_hash, model.name)
+        digest, before = model.intact_hash, model.weights_hash
+        # A ledger that an earlier version began is under the hash of the weights alone, and goes on under it: its
+        # entries hold it, and each holds the hash of the one before.
+        if database.rows(EVENTS.select(1, LAST), before) and not database.rows(
+            EVENTS.select(1, LAST), digest
+        ):
+            digest = before
+        super().__init__(database, digest, model.name)
         self.model = model
-        self._position = Position(model)
+        self._position = Position(model, digest)
 
     def recipe(self, branch: str = "main", at: str | None = None) -> Recipe:
         """A branch's edits as a recipe, with all notes and authors; the seed is that of the last."""
@@ -170,10 +177,10 @@ class Ledger(Journal):
                 raise ValueError(
                     f"model {self.model.name} is edited: use its ledger outside the edit"
                 )
-            if self.model.hash != self.model_hash:
+            if not self.model.is_called(self.model_hash):
                 raise ValueError(
-                    f"model {self.model.name} has other weights ({self.model.hash[:16]}) than those that this "
-                    f"ledger is of ({self.model_hash[:16]})"
+                    f"model {self.model.name} is another one ({self.model.hash[:16]}) than the one that this "
+                    f"ledger is of ({self.model_hash[:16]}): its weights or its operations have changed"
                 )
             yield
 

@@ -36,16 +36,16 @@ class Position:
     The model's own parameters are read, never written to.
 
     Args:
-        model: whose ledger; the position begins at the model as it is.
+        model: whose ledger.
+        at: where the position begins: the hash under which the ledger has the model as it is.
 
     Attributes:
         at: the hash of the entry; of the weights, for the model as it is.
         tensors: the parameters that differ from the model's, by name.
     """
 
-    def __init__(self, model: HookedModel) -> None:
-        self.model = model
-        self.at = model.intact_hash
+    def __init__(self, model: HookedModel, at: str) -> None:
+        self.model, self.at = model, at
         self.tensors: dict[str, Tensor] = {}
 
     def make(self, edits: Sequence[Edit], blank: Entry) -> Made:

@@ -184,19 +184,22 @@ class CircuitGraph(nx.MultiDiGraph):
         """Whether both hold the same nodes, edges and attributes, types included."""
         return _contents(self) == _contents(other)
 
-    def checked(self, model_hash: str, n_units: Mapping[str, int]) -> CircuitGraph:
+    def checked(
+        self, model_hash: str, n_units: Mapping[str, int], weights_hash: str = ""
+    ) -> CircuitGraph:
         """This circuit, if it belongs to a model.
 
         Args:
-            model_hash: of the model's weights.
+            model_hash: of the model.
             n_units: how many units each of its sites has.
+            weights_hash: of the model's weights alone, which circuits of earlier versions name.
 
         Raises:
-            ValueError: if it was made from other weights, or names units that are not there.
+            ValueError: if it was made from another model, or names units that are not there.
         """
-        if self.model_hash and self.model_hash != model_hash:
+        if self.model_hash and self.model_hash not in (model_hash, weights_hash):
             raise ValueError(
-                f"circuit belongs to weights {self.model_hash[:16]}, the model has {model_hash[:16]}"
+                f"circuit belongs to model {self.model_hash[:16]}, this one is {model_hash[:16]}"
             )
         units = {unit: node for node in self for unit in units_of(node)}
         gone = [

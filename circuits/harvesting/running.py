@@ -134,7 +134,7 @@ def harvest(
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
     # As many processes as have room for one batch each.
     count = min(_workers(model, workers), max(1, fitting // provenance.batch))
-    plain = ModelRecord(model.name, provenance.model_hash)
+    plain = ModelRecord.of(model.name, model.identity)
     if not folder.exists():  # otherwise the check comes when it is known what is missing
         _check_space(provenance, folder, 1.0)
     work = ShardWork(model, inputs, provenance, folder, skip_bad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import threading
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +23,11 @@ from circuits.models.adapter.attaching import (
 )
 from circuits.models.adapter.composition import bridge_layers
 from circuits.models.adapter.generating import Sampling, continue_texts
+from circuits.models.adapter.identity import (
+    model_digest,
+    program_digest,
+    weights_digest,
+)
 from circuits.models.adapter.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.adapter.latent_weights import latent_layers
 from circuits.models.adapter.matrices import (
@@ -42,6 +47,7 @@ from circuits.models.adapter.padding import (
     padded,
     unpadded,
 )
+from circuits.models.adapter.program import unsteady
 from circuits.models.adapter.sites import (
     evaluating,
     find_embedding,
@@ -52,6 +58,12 @@ from circuits.models.adapter.sites import (
 )
 from circuits.models.adapter.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
+from circuits.workspace import ModelIdentity
+
+log = logging.getLogger(__name__)
+
+_OUTPUTS = 64
+"""How many outputs of a model are kept to know it by."""
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -135,6 +147,14 @@ class HookedModel:
             )
         self._normalises = noticed.seen
         self.program, self.unplaced = found.program, found.unplaced
+        self._operations = program_digest(found.program)
+        self._unsteady = list(dict.fromkeys(unsteady(found.program)))
+        if self._unsteady:
+            more = f" and {len(self._unsteady) - 3} more" if len(self._unsteady) > 3 else ""
+            why = ", ".join(self._unsteady[:3]) + more
+            log.warning(
+                "model %s: its numbers differ from run to run or batch to batch: %s", self.name, why
+            )
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
@@ -750,33 +770,41 @@ class HookedModel:
     # --- identity ------------------------------------------------------------------------------
 
     @property
-    def intact_hash(self) -> str:
-        """The hash of the weights of the unedited model."""
-        with self.lock:
-            return self._digest(self._replaced)
-
-    @property
     def hash(self) -> str:
-        """SHA-256 in hexadecimal, over the classes of all modules and the names, types, shapes and
-        bytes of all weights.
+        """SHA-256 in hexadecimal over all weights and over what is computed with them: classes and settings of modules,
+        and the operations of a pass with their constants (`circuits.models.adapter.identity`).
         """
         return self._digest({})
 
+    @property
+    def intact_hash(self) -> str:
+        """The hash of the unedited model."""
+        with self.lock:
+            return self._digest(self._replaced)
+
     def _digest(self, instead: Mapping[int, Tensor]) -> str:
-        """The hash with other tensors in the place of some, by the address of the memory of what they replace."""
-        digest = hashlib.sha256()
-        for name, module in self.module.named_modules():
-            digest.update(f"{name}|{type(module).__qualname__}|".encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            # A state dict may hold more than tensors (`get_extra_state`).
-            if not isinstance(tensor, Tensor):
-                continue
-            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            tensor = instead.get(tensor.data_ptr(), tensor)
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():  # an empty tensor cannot be viewed as bytes
-                digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return model_digest(self.module, self.program, self._operations, instead)
+
+    def is_called(self, digest: str) -> bool:
+        """Whether a hash is the unedited model's, or that of its weights alone, by which earlier versions knew it."""
+        return digest == self.intact_hash or digest == self.weights_hash
+
+    @property
+    def weights_hash(self) -> str:
+        """The hash of the unedited model's weights and classes of modules alone."""
+        with self.lock:
+            return weights_digest(self.module, self._replaced)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What the unedited model is, with some of its outputs for a fixed input: hashes cannot see everything."""
+        if self._unsteady:  # nothing to compare with
+            return ModelIdentity(self.intact_hash, self.weights_hash)
+        with self.lock, self.outside(), torch.no_grad():
+            numbers = self.logits(self.input.example(2)).double().flatten()
+            every = max(1, len(numbers) // _OUTPUTS)
+            outputs = tuple(numbers[::every][:_OUTPUTS].tolist())
+            return ModelIdentity(self.intact_hash, self.weights_hash, outputs)
 
     def __repr__(self) -> str:
         return f"HookedModel({self.name}, {len(self.sites)} sites)"

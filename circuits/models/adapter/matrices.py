@@ -60,6 +60,7 @@ class WeightMatrix:
         tied: other names of the same parameter, and layers that share it: an edit changes them too.
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
+        calls: how often the layer runs in one pass; an edit changes all of them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class WeightMatrix:
     reads: tuple[MatrixEnd, ...] = ()
     writes: tuple[MatrixEnd, ...] = ()
     tied: tuple[str, ...] = ()
+    calls: int = 1
 
     def end(self, site: str, side: str) -> MatrixEnd | None:
         """The rows (`side` is `writes`) or columns (`reads`) as units of a site; None if they are not its units."""
@@ -154,6 +156,7 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
         found[layer.name] = WeightMatrix(
             layer.name, name, None if bias is None else by_parameter.get(id(bias)), shape, groups, False,
             _joined(before.reads if before else (), reads), _joined(before.writes if before else (), writes),
+            calls=before.calls + 1 if before else 1,
         )  # fmt: skip
     shared = {
         m.weight: [o.name for o in found.values() if o.weight == m.weight] for m in found.values()
@@ -239,7 +242,7 @@ def matrices_of_sites(
                 own, by_parameter[id(weight)],
                 by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
                 tuple(weight.shape[::-1] if known.transposed else weight.shape), 1, known.transposed,
-                tuple(reversed(reads)), tuple(writes), tied,
+                tuple(reversed(reads)), tuple(writes), tied, len(known.calls),
             )
         )  # fmt: skip
     order = {name: i for i, name in enumerate(names)}

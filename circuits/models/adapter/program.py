@@ -186,6 +186,39 @@ class Recorder(TorchFunctionMode):
         return f"constant {_digest(given)}" if constant else "unseen"
 
 
+def unsteady(program: Program) -> Iterator[str]:
+    """What makes the numbers of a pass differ from run to run, or depend on the other examples of a batch."""
+    for op in program.operations:
+        name = op.name.rpartition(".")[2]
+        where = f" in {op.module}" if op.module else ""
+        if name in _DROPS:
+            if op.argument(1, "p", 0.5) and op.argument(2, "training", True):
+                yield f"{name}{where} is on in evaluation mode"
+        elif name == "scaled_dot_product_attention" and op.argument(4, "dropout_p", 0.0):
+            yield f"dropout of attention{where} is on in evaluation mode"
+        elif name in _DRAWS:
+            yield f"{name}{where} draws random numbers"
+        elif name == "batch_norm" and (
+            op.argument(1, "running_mean") is None or op.argument(5, "training", False)
+        ):
+            yield f"{name}{where} normalises by the batch's own statistics"
+
+
+_DROPS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "dropout_",
+}
+_DRAWS = {
+    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "bernoulli_",
+    "multinomial", "normal", "normal_", "uniform_", "exponential_", "poisson", "gumbel_softmax",
+}  # fmt: skip
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters, buffers and plain tensors among a model's attributes, by name; each tensor once."""
     found: dict[int, tuple[str, Tensor]] = {}

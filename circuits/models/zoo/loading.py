@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from circuits.models.zoo.weights_files import (
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
-from circuits.workspace import ModelRecord, Workspace
+from circuits.workspace import ModelIdentity, ModelRecord, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -127,14 +127,14 @@ def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
         ValueError: if a file is damaged, or its autoencoder was trained on other weights or fits no site.
     """
     # Taken once: attaching changes the hash, and all were trained on the model without autoencoders.
-    intact = model.hash
+    intact = model
     for path in paths:
         code = load_autoencoder(find_autoencoder(path))
         about = code.about
-        if about.model_hash and about.model_hash != intact:
+        if about.model_hash and not intact.is_called(about.model_hash):
             raise ValueError(
-                f"autoencoder {path!r} was trained on {about.model} with weights {about.model_hash[:16]}, not "
-                f"{intact[:16]}: its latents would mean something else"
+                f"autoencoder {path!r} was trained on {about.model} with hash {about.model_hash[:16]}, not "
+                f"{intact.hash[:16]}: its latents would mean something else"
             )
         if not about.site:
             raise ValueError(f"autoencoder {path!r} does not say which site it was trained on")
@@ -181,18 +181,18 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
 # --- built in ----------------------------------------------------------------------------------
 
 
-def record_of(spec: str, weights: Path | None, model_hash: str) -> ModelRecord:
+def record_of(spec: str, weights: Path | None, model: ModelIdentity) -> ModelRecord:
     """How to load the model again, from any folder."""
     spec, *attached = spec.split("+")
     if attached:
-        base = record_of(spec, weights, model_hash)
+        base = record_of(spec, weights, model)
         names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]
-        return ModelRecord("+".join([base.spec, *names]), model_hash, base.weights)
+        return replace(base, spec="+".join([base.spec, *names]))
     scheme, _, rest = spec.partition(":")
     path = Path(rest.partition(":")[0])
     if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
         spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
-    return ModelRecord(spec, model_hash, str(weights.resolve()) if weights else None)
+    return ModelRecord.of(spec, model, str(weights.resolve()) if weights else None)
 
 
 def _in_workspace(path: Path) -> str:

@@ -1,0 +1,199 @@
+"""What tells models apart: their weights, and what is computed with them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+from circuits.workspace import ModelRecord, Workspace
+
+SIZE = (1, 6, 6)
+
+
+class Net(nn.Module):
+    def __init__(self, shift: float = 1.0, **settings: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, **{"padding": 1, **settings})
+        self.act = nn.LeakyReLU(0.1)
+        self.shift = torch.tensor(shift)  # a plain tensor: not in the state dict
+        self.seen = torch.zeros(())
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.arange(p.numel()).reshape(p.shape) / 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.conv(x))
+        self.seen = y.sum()  # what a module notes while it runs is not part of it
+        return self.last(y) + self.shift
+
+    def last(self, y: Tensor) -> Tensor:
+        return F.relu(y).mean((2, 3))
+
+
+class Tanh(Net):
+    def last(self, y: Tensor) -> Tensor:
+        return torch.tanh(y).mean((2, 3))
+
+
+class Scaled(Net):
+    def last(self, y: Tensor) -> Tensor:
+        return (F.relu(y) * 0.5).mean((2, 3))
+
+
+class Crossed(Net):
+    """The same functions in the same order on other tensors."""
+
+    def last(self, y: Tensor) -> Tensor:
+        return F.relu(self.conv.weight.mean() * y).mean((2, 3))
+
+
+class Uncrossed(Net):
+    def last(self, y: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        return F.relu(self.conv.bias.mean() * y).mean((2, 3))
+
+
+class InNumpy(Net):
+    """Computes what torch does not see."""
+
+    factor = 1.0
+
+    def last(self, y: Tensor) -> Tensor:
+        return torch.from_numpy(self.factor * y.detach().numpy().mean((2, 3), dtype=np.float32))
+
+
+Tanh.__qualname__ = Scaled.__qualname__ = Crossed.__qualname__ = Uncrossed.__qualname__ = "Net"
+
+
+def hooked(module: nn.Module) -> HookedModel:
+    return HookedModel(module, SIZE, "net")
+
+
+def test_every_change_of_the_computation_is_another_model() -> None:
+    changed = Net()
+    changed.act.negative_slope = 0.2
+    models = [
+        Net(), Tanh(), Scaled(), Crossed(), Uncrossed(), Net(stride=2), Net(padding_mode="circular"),
+        Net(dilation=2), Net(shift=2.0), changed,
+    ]  # fmt: skip
+    assert len({hooked(m).weights_hash for m in models}) == 1
+    assert len({hooked(m).hash for m in models}) == len(models)
+    again = hooked(Net())
+    assert again.hash == hooked(Net()).hash
+    before = again.hash
+    again.run(torch.rand(1, *SIZE))
+    assert again.hash == before  # `seen` has changed
+    again.module.get_submodule("conv").__dict__["stride"] = (2, 2)
+    assert again.hash != before
+
+
+def test_an_edited_weight_is_another_model_and_comes_back() -> None:
+    model = hooked(Net())
+    before = model.hash
+    with model.rewriting({"conv.bias": torch.zeros(2)}):
+        assert (model.hash != before, model.intact_hash, model.is_called(before)) == (
+            True,
+            before,
+            True,
+        )
+    assert model.hash == before
+
+
+@pytest.mark.parametrize("spec", ["shapes", "induction-by-hand"])
+def test_a_model_has_the_same_hash_in_another_process_and_on_another_processor(spec: str) -> None:
+    code = f"import circuits; print(circuits.load_model({spec!r}).hash)"
+    other = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "2"}
+    made = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | other,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    model = load_model(spec)
+    assert made.stdout.strip() == model.hash
+    # Wrapped once more: what a bridge keeps from a pass does not change what it is.
+    assert HookedModel(model.module, model.input).hash == model.hash
+
+
+def test_what_no_operation_shows_is_noticed_by_the_outputs(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    model = hooked(InNumpy())
+    place.register(ModelRecord.of("python:net.py:f", model.identity))
+    assert place.recognise(hooked(InNumpy()).identity) == ""
+    other = InNumpy()
+    other.factor = 1.5
+    assert hooked(other).hash == model.hash
+    with pytest.raises(
+        ValueError, match=r"python:net.py:f computes something else .* differ by 0\.\d+ of"
+    ):
+        place.recognise(hooked(other).identity)
+    other.factor = 1.0001  # rounding, on another machine
+    assert place.recognise(hooked(other).identity) == ""
+
+
+def test_what_an_earlier_version_made_is_named_and_what_people_wrote_is_taken_over(
+    tmp_path: Path,
+) -> None:
+    place, model = Workspace(tmp_path), hooked(Net())
+    before, now = model.weights_hash, model.hash
+    place.register(ModelRecord("python:net.py:f", before))
+    data = place.database
+    data.save("family", before, "a", {"of": before}, author="ann")
+    data.save("family", before, "a", {"of": before, "n": 2}, author="bob")
+    data.save("family", before, "b", None)
+    data.save("circuit", now, "a", {"own": True})
+    data.save("circuit", before, "a", {"own": False})
+    for _ in range(2):  # the second time there is nothing left to do
+        line = place.recognise(model.identity)
+        assert f"what '{tmp_path / before[:16]}' holds is not used" in line
+        assert "circuits harvest python:net.py:f" in line
+    found = data.history("family", now, "a")
+    assert [(r.version, r.author, r.body) for r in found] == [
+        (1, "ann", {"of": now}),
+        (2, "bob", {"of": now, "n": 2}),
+    ]
+    assert len(data.history("family", before, "a")) == 2
+    assert [r.body for r in data.history("circuit", now, "a")] == [{"own": True}]
+    assert data.latest("family", now)[0].name == "a"
+
+
+class Noisy(Net):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.norm = nn.BatchNorm2d(2, track_running_stats=False)
+
+    def last(self, y: Tensor) -> Tensor:
+        if self.how == "dropout":
+            return F.dropout(y, 0.5).mean((2, 3))
+        if self.how == "draws":
+            return (y + torch.rand_like(y)).mean((2, 3))
+        if self.how == "batch":
+            return self.norm(y).square().mean((2, 3))
+        return F.dropout(F.dropout(y, 0.0), 0.5, self.training).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("dropout", "batch: dropout is on in evaluation mode"),
+        ("draws", "batch: rand_like draws random numbers"),
+        ("batch", "batch: batch_norm in norm normalises by the batch's own statistics"),
+        ("", ""),
+    ],
+)
+def test_a_model_without_steady_numbers_is_named(how: str, expected: str, caplog) -> None:
+    model = hooked(Noisy(how))
+    assert bool(model.identity.outputs) == (not expected)
+    lines = [r.getMessage() for r in caplog.records]
+    assert [expected in line for line in lines] == ([True] if expected else [])
