@@ -159,7 +159,7 @@ def _task(
     assert _store is not None, "these tasks need data"
     source = examples_of(_model, _store).source
     labels = labels_of(_model, _store) if name == "classes" else None
-    return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True))
+    return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True).readable())
 
 
 def task_of(model: HookedModel, name: str, n: int, store: ActivationStore | None) -> Task:
