@@ -71,10 +71,10 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     """How many names there are of each reason, most first, with the first few of them.
 
     >>> by_reason({"b.txt": "of another kind", "a": "hidden", "c.md": "of another kind"})
-    '2 of another kind (b.txt, c.md), 1 hidden (a)'
+    '2 × of another kind (b.txt, c.md), 1 × hidden (a)'
     """
     parts = []
     for kind, names in sorted(kinds(reasons).items(), key=lambda one: -len(one[1])):
         more = ", …" if len(names) > _FIRST else ""
-        parts.append(f"{len(names)} {kind} ({', '.join(names[:_FIRST])}{more})")
+        parts.append(f"{len(names)} × {kind} ({', '.join(names[:_FIRST])}{more})")
     return ", ".join(parts)

@@ -24,12 +24,12 @@ GOOD = {
 """The good files, by the number of their class; the folder c is a link."""
 BAD = {"b/cut.png": 1, "c/empty.jpg": 2}
 ACCOUNT = (
-    "of 10 images taken ({}); skipped 1 image cannot be read: image file is truncated (b/cut.png), "
-    "1 image cannot be read: the file is empty (c/empty.jpg)"
+    "of 10 images taken ({}); skipped 1 × image cannot be read: image file is truncated (b/cut.png), "
+    "1 × image cannot be read: the file is empty (c/empty.jpg)"
 )
 OTHERS = (
-    "not among the images: 4 hidden or of the system (Thumbs.db, __MACOSX, a/._1.png, …), "
-    "1 of kind .txt (notes.txt), 1 a link to a folder that it is in (round)"
+    "not among the images: 4 × hidden or of the system (Thumbs.db, __MACOSX, a/._1.png, …), "
+    "1 × of kind .txt (notes.txt), 1 × a link to a folder that it is in (round)"
 )
 
 
@@ -110,8 +110,8 @@ def test_harvest_takes_what_can_be_read_and_lists_the_rest(
     }  # fmt: skip
     assert run(harvest) == 0
     told = capsys.readouterr().err
-    assert "8 of 10 images taken (all that can be read); not among the images: 4 hidden" in told
-    assert "skipped 1 image cannot be read: " in told
+    assert "8 of 10 images taken (all that can be read); not among the images: 4 × hidden" in told
+    assert "skipped 1 × image cannot be read: " in told
     assert told.count("\n") == 2
     # The same data, typed otherwise.
     monkeypatch.chdir(folder.parent)

@@ -92,6 +92,8 @@ def by_example(source: Source, given: Mapping[str, Any], what: str) -> list[Any]
     for fold in (_same, _folded):
         root = _parts("" if folder is None else folder.as_posix(), fold)
         names = {i: _parts(n, fold) for i, n in enumerate(source.names) if i not in best}
+        if not names:
+            break
         keys = _Keys(given, fold, {len(parts) for parts in names.values()})
         own = {i: keys.whole.get(p) or keys.whole.get(root + p) or [] for i, p in names.items()}
         taken |= {key for found in own.values() for key in found}
