@@ -115,9 +115,8 @@ def test_harvest_takes_what_can_be_read_and_lists_the_rest(
     assert told.count("\n") == 2
     # The same data, typed otherwise.
     monkeypatch.chdir(folder.parent)
-    for data in ("folder:val", "folder:./far/../val/"):
-        found = output(capsys, "examples", "shapes", "mixed3a:0", "--data", data)
-        assert found["data"] == f"folder:{folder}"
+    found = output(capsys, "examples", "shapes", "mixed3a:0", "--data", "folder:./far/../val/")
+    assert found["data"] == f"folder:{folder}"
     refused(capsys, "image file is truncated", *harvest, "--overwrite", "--stop-at-bad")
 
 
