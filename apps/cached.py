@@ -43,6 +43,7 @@ from circuits.models.paths.receptive import ReceptiveField, receptive_field
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.saliency import saliency_map
 from circuits.saliency.maps import Method as PixelMethod
+from circuits.specs import runs_code, split_attached
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -80,7 +81,7 @@ def _check_trust(what: str) -> None:
 
 @st.cache_resource(show_spinner="Loading the model…")
 def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
-    if spec.startswith("python:"):
+    if runs_code(spec):
         _check_trust(f"model {spec}")
     with ALONE:
         model = load_model(spec, weights)
@@ -111,7 +112,7 @@ def stores_of(record: ModelRecord) -> list[ActivationStore]:
 
 @st.cache_resource(show_spinner="Opening the data…", max_entries=8)
 def _examples(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Examples:
-    if data.startswith("python:"):
+    if runs_code(data):
         _check_trust(f"data {data}")
     source: Source = open_source(data)
     if source.hash != data_hash:
@@ -161,7 +162,7 @@ def _task(
     assert _store is not None, "these tasks need data"
     source = examples_of(_model, _store).source
     labels = labels_of(_model, _store) if name == "classes" else None
-    return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True))
+    return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True).readable())
 
 
 def task_of(model: HookedModel, name: str, n: int, store: ActivationStore | None) -> Task:
@@ -532,7 +533,7 @@ def autoencoder_of(path: Path) -> Autoencoder:
 def record_with(path: Path) -> ModelRecord | None:
     """The model of the workspace that has this autoencoder attached, and no other."""
     for record in workspace().models():
-        _, *attached = record.spec.split("+")
+        _, *attached = split_attached(record.spec)
         if len(attached) == 1:
             try:
                 found = find_autoencoder(attached[0], workspace())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.padding import group_by_length
-from circuits.stimuli.images import ImageSource, to_image
+from circuits.stimuli.accounts import account, left_out
+from circuits.stimuli.images import ImageSource, on_white, to_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
 from circuits.units import Site
@@ -98,6 +100,7 @@ class Examples:
         labels: the class of each example; None without labels.
         how: how they were chosen.
         seed: the seed of the choice.
+        skipped: the chosen ones that cannot be read and were left out, by name, with the reasons (see `readable`).
 
     Raises:
         ValueError: if `n` is not positive, there is nothing to choose from, the source is of images and the model
@@ -131,6 +134,7 @@ class Examples:
         self.names = tuple(self.source.names[i] for i in self.numbers)
         self.labels = None if labels is None else tuple(int(labels[i]) for i in self.numbers)
         self._of = "all" if n is None or n >= len(pool) else f"{len(self.numbers)} of {len(pool)}"
+        self.skipped: dict[str, str] = {}
         self._ready: Callable[[int], Tensor] | None = (
             None  # set where examples are given as the model takes them
         )
@@ -218,7 +222,38 @@ class Examples:
         made.names = tuple(self.names[i] for i in which)
         made.labels = None if self.labels is None else tuple(self.labels[i] for i in which)
         made._of = f"{len(made.numbers)} of {len(self)}"
+        made.skipped = {}
         return made
+
+    def readable(self) -> Examples:
+        """These examples without the files of a folder that cannot be read, which become `skipped`.
+
+        Each file is decoded for this. Examples of anything else are returned as they are: one that cannot be read
+        stops what reads it.
+
+        Raises:
+            ValueError: if none can be read.
+        """
+        bad = self.unreadable(range(len(self)))
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            raise ValueError(f"data {self.data!r}: none of {len(bad)} images can be read: {bad[0]}")
+        made = self.subset([i for i in range(len(self)) if i not in bad])
+        made.skipped = self.skipped | {self.names[i]: reason for i, reason in bad.items()}
+        made._of = self._of
+        return made
+
+    def unreadable(self, places: Iterable[int]) -> dict[int, str]:
+        """Those of some examples, by index, that are files of a folder which cannot be read, and why."""
+        bad: dict[int, str] = {}
+        if isinstance(self.source, ImageSource) and self.source.folder is not None:
+            for place in places:
+                try:
+                    self.load(place)
+                except (OSError, ValueError) as error:
+                    bad[place] = str(error)
+        return bad
 
     # --- what they are ---------------------------------------------------------------------------
 
@@ -237,14 +272,21 @@ class Examples:
     @property
     def chosen(self) -> str:
         """Which examples were taken and how, for titles and reports: `32 of 500, spread evenly (seed 0)`."""
+        bad = f", less {len(self.skipped)} unreadable" if self.skipped else ""
         if self._of == "all" or self.how == "given":
-            return f"{len(self)}, {'as given' if self.how == 'given' else 'all there are'}"
+            n = len(self) + len(self.skipped)
+            return f"{n}, {'as given' if self.how == 'given' else 'all there are'}{bad}"
         ways = {
             "spread": f"spread evenly (seed {self.seed})",
             "first": "the first",
             "random": f"drawn at random (seed {self.seed})",
         }
-        return f"{self._of}, {ways[self.how]}"
+        return f"{self._of}, {ways[self.how]}{bad}"
+
+    @property
+    def account(self) -> str:
+        """What of a folder was taken, and what was not and why, in one line; empty if it is no folder."""
+        return account(self.source, len(self), self.chosen, self.skipped)
 
     def identity(self, place: int) -> str:
         """A text that is the same for equal examples of any source: the tokens, or the source's hash and the index.
@@ -261,7 +303,7 @@ class Examples:
         """As JSON has it."""
         return {
             "data": self.data, "data_hash": self.source.hash, "n": len(self), "chosen": self.chosen,
-            "how": self.how, "seed": self.seed,
+            "how": self.how, "seed": self.seed, "skipped": self.skipped, "left_out": left_out(self.source),
         }  # fmt: skip
 
     def fitted(self, site: Site) -> Site:
@@ -301,6 +343,8 @@ class Examples:
         assert isinstance(self.source, ImageSource), "text has no picture"
         image = self.source.image(self.numbers[place])
         if isinstance(image, Tensor):
+            if len(image) == 4:
+                image = on_white(image)
             return to_image(image.expand(3, -1, -1) if len(image) == 1 else image[:3])
         return image.convert("RGB")
 
@@ -412,6 +456,8 @@ class Examples:
         image = source.image(number)
         if not isinstance(image, Tensor):
             return spec.load(image)
+        if len(image) == 4 != spec.channels:  # opacity, as of a file, unless the model takes it
+            image = on_white(image)
         if image.shape == (spec.channels, spec.height, spec.width):
             return image  # already of the model's size: it is not rounded to the 256 values of a picture
         if len(image) == 1:
@@ -490,6 +536,8 @@ def _check_kind(model: HookedModel, source: Source) -> None:
     wants = "images" if isinstance(model.input, ImageInput) else "tokens"
     if isinstance(model.input, ImageInput) != isinstance(source, ImageSource):
         raise ValueError(f"data {source.spec!r} does not fit: model {model.name} takes {wants}")
+    if isinstance(model.input, ImageInput) and isinstance(source, ImageSource) and source.folder:
+        model.input.check_channels()  # now: of each file it would look as if the file could not be read
 
 
 def as_examples(
@@ -511,8 +559,6 @@ def as_examples(
             raise ValueError(
                 f"labels have {len(labels)} entries: expected one for each of {len(examples)} examples"
             )
-        examples = examples.subset(
-            range(len(examples))
-        )  # a copy: the caller's examples keep their labels
+        examples = copy(examples)  # the caller's examples keep their labels
         examples.labels = tuple(int(i) for i in labels)
     return examples

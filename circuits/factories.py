@@ -8,6 +8,7 @@ import inspect
 import sys
 from pathlib import Path
 
+from circuits.specs import split_key
 from circuits.units import unknown
 
 
@@ -23,9 +24,11 @@ def call_factory(what: str, name: str) -> object:
         KeyError: if it has no such function.
         ValueError: if `name` is not of that form, or the function raises.
     """
-    module_name, _, factory_name = name.partition(":")
+    module_name, factory_name = split_key(name)
     if not factory_name:
-        raise ValueError(f"{what} 'python:{name}' is not of the form python:MODULE:FACTORY")
+        raise ValueError(
+            f"{what} 'python:{name}' is not of the form python:MODULE:FACTORY or FILE.py:FUNCTION"
+        )
     try:
         namespace = _import(module_name)
     except Exception as error:

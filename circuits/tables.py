@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+_FIRST = 3
+"""How many names of each kind are shown."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,29 @@ def visible(token: str) -> str:
     ' a↵'
     """
     return token.replace("\n", "↵")
+
+
+def kinds(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by reason; what differs from name to name (quoted names, numbers) does not tell reasons apart.
+
+    >>> kinds({"a": "image '/a' is cut off (3 bytes)", "b": "image '/b' is cut off (12 bytes)"})
+    {'image is cut off (… bytes)': ['a', 'b']}
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        kind = re.sub(r"\b\d+\b", "…", re.sub(r" *('[^']*'|\"[^\"]*\")", "", reason))
+        found.setdefault(kind, []).append(name)
+    return found
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """How many names there are of each reason, most first, with the first few of them.
+
+    >>> by_reason({"b.txt": "of another kind", "a": "hidden", "c.md": "of another kind"})
+    '2 × of another kind (b.txt, c.md), 1 × hidden (a)'
+    """
+    parts = []
+    for kind, names in sorted(kinds(reasons).items(), key=lambda one: -len(one[1])):
+        more = ", …" if len(names) > _FIRST else ""
+        parts.append(f"{len(names)} × {kind} ({', '.join(names[:_FIRST])}{more})")
+    return ", ".join(parts)

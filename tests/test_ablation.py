@@ -146,7 +146,7 @@ def test_labels_from_names_files_and_lists(tmp_path: Path) -> None:
     shapes = open_source("shapes")
     classes = load_model("shapes").classes
     assert read_labels(shapes, classes)[: len(classes)] == list(range(len(classes)))
-    data = from_dataset([np.zeros((4, 4, 3), np.uint8)] * 2, "two")
+    data = from_dataset([np.zeros((8, 8, 3), np.uint8)] * 2, "two")
     path = tmp_path / "labels.json"
     path.write_text(json.dumps({"labels": {"example 0": "b", "example 1": 0}}))
     assert read_labels(data, ["a", "b"], path) == [1, 0]

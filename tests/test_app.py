@@ -178,11 +178,12 @@ def test_a_link_in_the_url_does_not_become_one(built: Workspace, monkeypatch) ->
     assert test.warning[0].value.startswith("There is no model `![x](https://example.org/a.png)'`")
 
 
-def test_a_workspace_runs_no_code_unasked(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("scheme", ["python:", ""])
+def test_a_workspace_runs_no_code_unasked(scheme: str, tmp_path: Path, monkeypatch) -> None:
     code = tmp_path / "evil.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     place = Workspace(tmp_path / "ws")
-    place.register(ModelRecord(f"python:{code}:f", "1" * 64))
+    place.register(ModelRecord(f"{scheme}{code}:f", "1" * 64))
     assert "--trust-python" in text(page(place, monkeypatch))
     assert not (tmp_path / "ran").exists()
 

@@ -49,6 +49,56 @@ def test_arrays_of_images_come_in_any_usual_layout(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(grey, 2)[..., 0], BYTES[2, ..., 0])
 
 
+def test_a_layout_that_is_not_clear_is_asked_for() -> None:
+    for shape in ((3, 20, 3), (16, 4, 4), (1, 9, 2)):
+        arrays = [np.random.default_rng(0).random(shape, np.float32)]
+        with pytest.raises(
+            ValueError, match=r"example 0 of it: it has shape .* layout='channels_first'"
+        ):
+            from_dataset(arrays, "it")
+        for layout, expected in (
+            ("channels_first", arrays[0]),
+            ("channels_last", arrays[0].transpose(2, 0, 1)),
+        ):
+            source = from_dataset(arrays, "it", layout=layout)
+            assert isinstance(source, ImageSource)
+            np.testing.assert_array_equal(np.asarray(source.image(0)), expected)
+    with pytest.raises(
+        ValueError, match="layout 'hwc' is not one of channels_first, channels_last"
+    ):
+        from_dataset([BYTES[0]], "it", layout="hwc")  # type: ignore[arg-type]
+
+
+def test_opacity_of_arrays_is_that_of_files(tmp_path: Path) -> None:
+    opacity = np.random.default_rng(1).integers(0, 256, (5, 40, 48, 1), dtype=np.uint8)
+    rgba = np.concatenate([BYTES, opacity], -1)
+    Image.fromarray(rgba[2]).save(tmp_path / "2.png")
+    model = HookedModel(torch.nn.Conv2d(3, 2, 3), ImageInput(3, 40, 48))
+    file = Examples(model, f"folder:{tmp_path}")
+    array = Examples(model, from_dataset(rgba, "rgba"), None)
+    # Pillow rounds each step to whole numbers.
+    torch.testing.assert_close(array.load(2), file.load(0), atol=1.5 / 255, rtol=0)
+    np.testing.assert_allclose(np.asarray(array.picture(2)), np.asarray(file.picture(0)), atol=2)
+    by_hand = (rgba[2, 5, 7, :3] / 255.0) * (rgba[2, 5, 7, 3] / 255) + 1 - rgba[2, 5, 7, 3] / 255
+    np.testing.assert_allclose(array.load(2)[:, 5, 7].numpy(), by_hand, atol=1e-6)
+    four = HookedModel(torch.nn.Conv2d(4, 2, 3), ImageInput(4, 40, 48))
+    whole = Examples(four, from_dataset(rgba, "rgba"), None).load(2)
+    np.testing.assert_array_equal((whole * 255).round().numpy(), rgba[2].transpose(2, 0, 1))
+
+
+def test_the_example_with_bad_pixels_is_named() -> None:
+    arrays = BYTES.astype(np.float32) / 255
+    arrays[3, 0, 0, 0], arrays[3, 1, 1, 1] = np.nan, np.inf
+    source = from_dataset(arrays, "mine")
+    assert isinstance(source, ImageSource)
+    with pytest.raises(
+        ValueError, match="example 3 of mine: it has 2 NaN or infinite values of 5760"
+    ):
+        source.image(3)
+    deep = from_dataset([BYTES[0].astype(np.uint16) * 257], "deep")
+    np.testing.assert_array_equal(pixels(deep, 0), BYTES[0])
+
+
 def test_arrays_of_tokens_are_taken_as_they_are(tmp_path: Path, bridge: HookedModel) -> None:
     tokens = np.random.default_rng(0).integers(0, 20, (9, 7))
     np.savez(tmp_path / "t.npz", a=tokens, b=tokens[:4])

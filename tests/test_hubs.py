@@ -38,6 +38,8 @@ def test_transformer_lens_from_a_folder(gpt2_folder: Path) -> None:
     assert model.input.encode("b a zz") == model.module.tokenizer.encode(
         "b a zz", add_special_tokens=False
     )
+    a, s, b = (model.input.vocabulary.index(c) for c in "asb")
+    assert model.input.encode("a <s> b") == [a, 1, s, 1, b], "text, not the token 0"
     assert model.site("blocks.1.attn.hook_z").n_units == 2
     x = model.input.example(2)
     before = model.logits(x)

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from circuits.stimuli import drawing
-from circuits.stimuli.images import read_image, to_image
+from circuits.stimuli.images import ImageSource, read_image, to_image
 from circuits.stimuli.repeats import BOS, draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
 from circuits.stimuli.sources import open_source
+from circuits.stimuli.texts import TextSource
 
 
 def polyline_distance(points: torch.Tensor, path: np.ndarray) -> np.ndarray:
@@ -134,6 +135,61 @@ def test_folder_reads_every_kind_of_image(tmp_path: Path) -> None:
     before = source.hash
     Image.fromarray(255 - pixels).save(tmp_path / "rgb.png")
     assert open_source(f"folder:{tmp_path}").hash != before
+
+
+def test_links_are_followed_and_end(tmp_path: Path) -> None:
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "far" / "deep" / "a.png")
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "cat").symlink_to(tmp_path / "far")
+    (here / "b.png").symlink_to(tmp_path / "far" / "deep" / "a.png")
+    (here / "gone.png").symlink_to(tmp_path / "nothing")
+    (here / "round").symlink_to(here)
+    (tmp_path / "far" / "deep" / "up").symlink_to(tmp_path / "far")
+    source = open_source(f"folder:{here}")
+    assert source.names == ("b.png", "cat/deep/a.png")
+    assert isinstance(source, ImageSource)
+    assert source.left_out == {
+        "gone.png": "a link to nothing", "round": "a link to a folder that it is in",
+        "cat/deep/up": "a link to a folder that it is in",
+    }  # fmt: skip
+
+
+def grey(value: float, dtype: type, path: Path) -> int:
+    """What a picture of one value in a file is, as 8 bits."""
+    Image.fromarray(np.full((4, 5), value, dtype)).save(path)
+    pixels = np.asarray(read_image(path))
+    assert pixels.shape == (4, 5, 3)
+    assert (pixels == pixels[0, 0, 0]).all()
+    return int(pixels[0, 0, 0])
+
+
+def test_values_of_files_are_scaled_by_their_kind(tmp_path: Path) -> None:
+    assert grey(0.5, np.float32, tmp_path / "a.tif") == 128  # 127.5, rounded to even
+    assert grey(1.0, np.float32, tmp_path / "a.tif") == 255
+    for name in ("a.tif", "a.png", "a.pgm"):
+        assert grey(200 * 257, np.uint16, tmp_path / name) == 200
+        assert grey(100, np.uint16, tmp_path / name) == 0, "dark, but still of 16 bits"
+    for value, kind, message in (
+        (200.0, np.float32, "has values 200 to 200: expected 0 to 1"),
+        (np.nan, np.float32, "has 20 NaN or infinite values of 20"),
+        (200, np.int32, "has whole numbers of 32 bits, and nothing says which is white"),
+    ):
+        with pytest.raises(ValueError, match=rf"a\.tif' cannot be read: it {message}"):
+            grey(value, kind, tmp_path / "a.tif")
+
+
+def test_texts_are_cut_at_the_ends_of_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    kept = ("a\u2028b\x85c\x0bd\x0ce", "f <s> g", "h", "i")
+    path.write_bytes(
+        ("\ufeff" + kept[0] + "\r\n" + kept[1] + "\n\n" + kept[2] + "\r" + kept[3]).encode()
+    )
+    source = open_source(f"tokens:{path}")
+    assert isinstance(source, TextSource)
+    assert source.texts == kept
+    assert source.names == ("line 1", "line 2", "line 4", "line 5")
 
 
 @pytest.mark.parametrize(

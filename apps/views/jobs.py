@@ -13,6 +13,7 @@ from circuits import jobs
 from circuits.environment import TRUST_PYTHON
 from circuits.jobs import Job
 from circuits.models.adapter.inputs import ImageInput
+from circuits.specs import runs_code
 
 STATES = {
     "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",
@@ -91,7 +92,7 @@ def _start() -> None:
 
 
 def _begin(argv: list[str], title: str) -> None:
-    if any(word.startswith("python:") for word in argv) and not os.environ.get(TRUST_PYTHON):
+    if any(runs_code(word) for word in argv) and not os.environ.get(TRUST_PYTHON):
         st.error(
             "python: models and data run their own code: start the app with `circuits app --trust-python`"
         )

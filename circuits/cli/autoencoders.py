@@ -15,9 +15,9 @@ from circuits.autoencoders import FILE, About, Autoencoder, load_autoencoder, sa
 from circuits.autoencoders.autoencoder import autoencoders_table
 from circuits.autoencoders.layouts import Layout, export_autoencoder, import_autoencoder
 from circuits.cli import options
-from circuits.cli.choosing import labels_of
+from circuits.cli.choosing import labels_of, readable
 from circuits.cli.latents import bottleneck, name_latents
-from circuits.cli.output import errors, progress_bar, say, warn
+from circuits.cli.output import errors, note, progress_bar, say, warn
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import LIMIT, Examples
 from circuits.models.adapter.attaching import check_name
@@ -32,7 +32,8 @@ from circuits.sae import (
 from circuits.sae.batches import RowSource, rows_of
 from circuits.sae.learners import Architecture
 from circuits.sae.training import Precision, Report
-from circuits.stimuli.sources import open_source
+from circuits.stimuli.accounts import account, left_out
+from circuits.stimuli.sources import Source, open_source
 from circuits.store.reading import newest_store
 from circuits.workspace import Workspace
 
@@ -188,7 +189,8 @@ def train(
     check_name(name)
     loaded = model.load()
     goal = loaded.site(target).name if target else None
-    rows = _rows(place, loaded, loaded.site(site).name, goal, data, training.live)
+    source = open_source(data)
+    rows = _rows(place, loaded, loaded.site(site).name, goal, source, training.live)
     settings = variants.settings(int(rows.about["width"]))
     rule = training.rule(rows, site)
     schedule = Schedule(
@@ -203,18 +205,23 @@ def train(
     paths = {f"{name}/{variant}" if variant else name: code for variant, code in made.items()}
     path, code = next(iter(paths.items()))
     hint = f"latents are units: circuits harvest {model.spec}+sae/{path} --data {data} --sites sae/{code.about.name}"
-    output.show(
-        {c.about.name: c.describe() for c in made.values()}, [autoencoders_table(paths), hint]
-    )
+    n, skipped = len(source) - len(rows.skipped), dict(rows.skipped)
+    if told := account(source, n, "as far as they were read", skipped):
+        note(told)
+    facts = {
+        c.about.name: c.describe() | {"skipped": skipped, "left_out": left_out(source)}
+        for c in made.values()
+    }
+    output.show(facts, [autoencoders_table(paths), hint])
 
 
 def _rows(
-    place: Workspace, model: HookedModel, site: str, target: str | None, data: str, live: bool = False
+    place: Workspace, model: HookedModel, site: str, target: str | None, source: Source, live: bool = False
 ) -> RowSource:  # fmt: skip
     """Rows of a harvest, if there is one at full depth; else of the model as it runs."""
     folders = [] if live else place.store_folders(model.hash)
-    store = newest_store(folders, model.hash, site, data)
-    return rows_of(model, site, target, open_source(data), store)
+    store = newest_store(folders, model.hash, site, source.spec)
+    return rows_of(model, site, target, source, store)
 
 
 @contextmanager
@@ -281,8 +288,10 @@ def evaluate(
     which = "held out of training" if among else ""
     if examples == "all":
         which = "those of the training too"
-    taken = Examples(loaded, source, limit, how=take, seed=seed, labels=known, among=among)
-    read = _rows(place, loaded, code.about.site, target, data)
+    taken = readable(
+        Examples(loaded, source, limit, how=take, seed=seed, labels=known, among=among)
+    )
+    read = _rows(place, loaded, code.about.site, target, source)
     measured = library.reconstruction(code, read, rows=rows, seed=seed)
     behaved = library.behaviour(loaded, code, taken, seed=seed)
     found = library.as_evaluation(measured, behaved, which)

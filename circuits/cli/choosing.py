@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from circuits.cli.output import note
+from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
@@ -33,6 +35,14 @@ def units_of(model: HookedModel, text: str) -> list[Unit]:
 def usual_data(model: HookedModel) -> str:
     """The name of the data that a command takes when nobody names any."""
     return "photos" if isinstance(model.input, ImageInput) else "repeats"
+
+
+def readable(examples: Examples) -> Examples:
+    """The examples without files that cannot be read; of a folder it is said what was taken, what was not, and why."""
+    examples = examples.readable()
+    if examples.account:
+        note(examples.account)
+    return examples
 
 
 def labels_of(model: HookedModel, source: Source, labels: str) -> list[int]:

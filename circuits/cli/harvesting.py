@@ -9,12 +9,14 @@ from typing import Annotated, Any, ClassVar
 from typer import Typer
 
 from circuits.cli import options
-from circuits.cli.output import warn
+from circuits.cli.output import note, warn
 from circuits.cli.signatures import command, option
 from circuits.cli.stores import show_store
 from circuits.harvesting import harvest as run
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.selecting import select_sites
+from circuits.stimuli.accounts import account
+from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import Provenance
 from circuits.store.provenance import Layout, Precision
@@ -58,9 +60,10 @@ class Pass:
     workers: Annotated[int | None, option(
         "The number of worker processes. By default one for each CPU thread."
     )] = None  # fmt: skip
-    skip_bad: Annotated[bool, option(
-        "Skip examples that cannot be read, and list them. By default the harvest stops.", "--skip-bad",
-    )] = False  # fmt: skip
+    skip_bad: Annotated[bool | None, option(
+        "Skip and list examples that cannot be read, or stop at the first one. By default files of a folder are "
+        "skipped, and the harvest stops at any other.", "--skip-bad/--stop-at-bad",
+    )] = None  # fmt: skip
     positions: Annotated[int | None, option(
         "How many positions per example, drawn at random, go into the histograms; 0 means all. By default just "
         "enough for 2048 values per unit, and at least 8."
@@ -94,7 +97,11 @@ def harvest(
     lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
     if lead:
         _note_stale(place, record, source)
-    settings: dict[str, Any] = vars(how) | {"memory": int(how.memory * 2**30)}
+    files = isinstance(source, ImageSource) and source.folder is not None
+    settings: dict[str, Any] = vars(how) | {
+        "memory": int(how.memory * 2**30),
+        "skip_bad": files if how.skip_bad is None else how.skip_bad,
+    }
     summary, full, covariance = (
         _names(loaded, s) for s in (depth.sites, depth.full, depth.covariance)
     )
@@ -105,6 +112,10 @@ def harvest(
             overwrite=not resume, **settings,
         )  # fmt: skip
     if lead:
+        n = len(source) - len(store.skipped)
+        # What was skipped is said with what else is wrong with the store, or in its JSON.
+        if told := account(source, n, "all that can be read", {}):
+            note(told)
         show_store(store, output)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from circuits import concepts
 from circuits.autoencoders import Autoencoder
 from circuits.cli import options
-from circuits.cli.choosing import labels_of
+from circuits.cli.choosing import labels_of, readable
 from circuits.cli.output import say, warn
 from circuits.cli.signatures import option
 from circuits.concepts import Intervention
@@ -96,7 +96,7 @@ def name_latents(
     if attributes and labels:
         raise ValueError("--attributes and --labels: expected one of them")
     source = examples.source(code)
-    chosen = Examples(model, source, examples.limit, how=examples.take, seed=seed)
+    chosen = readable(Examples(model, source, examples.limit, how=examples.take, seed=seed))
     if labels:
         each = _classes(source, labels, loaded)
     else:
@@ -188,7 +188,9 @@ def bottleneck(
         raise ValueError(f"--strength {strength} must be above 0")
     source = examples.source(code)
     every = labels_of(loaded, source, labels)
-    chosen = Examples(model, source, examples.limit, how=examples.take, seed=seed, labels=every)
+    chosen = readable(
+        Examples(model, source, examples.limit, how=examples.take, seed=seed, labels=every)
+    )
     which = chosen.numbers
     if explain is not None and explain not in which:
         raise ValueError(

@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 from typer import BadParameter
 
 from circuits.autoencoders import Autoencoder, load_autoencoder
-from circuits.cli.choosing import labels_of, usual_data
-from circuits.cli.output import progress_bar, say, show_json, show_table, warn
+from circuits.cli.choosing import labels_of, readable, usual_data
+from circuits.cli.output import note, progress_bar, say, show_json, show_table, warn
 from circuits.cli.signatures import argument, option
 from circuits.examples import LIMIT, Examples
 from circuits.files import check_writable
@@ -72,7 +72,7 @@ Weights = Annotated[Path | None, option(
 )]  # fmt: skip
 Data = Annotated[str, option(
     "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
-    "hf:PATH[:COLUMN] or python:MODULE:FACTORY.", "--data"
+    "hf:PATH[:COLUMN], python:MODULE:FACTORY or FILE.py:FUNCTION.", "--data"
 )]  # fmt: skip
 HarvestedData = Annotated[str, option(
     "The dataset whose harvest is used. By default the newest harvest that has the site.", "--data"
@@ -90,7 +90,8 @@ LimitOrAll = Annotated[int | None, option(
     "How many examples of the dataset to take. By default all of them.", "--limit", check=within(1, 10**6)
 )]  # fmt: skip
 Labels = Annotated[str, option(
-    "The class of each image of --data: FILE.json, FILE.npz:KEY, or `names` to read classes from the images' names.",
+    "The class of each image of --data: FILE.json, FILE.csv, FILE.npz[:KEY] (in order, or by the images' names or "
+    "paths), or `names` to read classes from the images' names (their folders).",
     "--labels",
 )]  # fmt: skip
 Text = Annotated[str, option("One text instead of a dataset, for language models.", "--text")]
@@ -244,7 +245,8 @@ class Dataset:
 
     def choose(self, model: HookedModel, seed: int) -> Examples:
         """The examples; without --data of photographs, or of repeated tokens."""
-        return Examples(model, self.data or usual_data(model), self.limit, how=self.take, seed=seed)
+        data = self.data or usual_data(model)
+        return readable(Examples(model, data, self.limit, how=self.take, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class LabelledDataset(Dataset):
         """The examples, with their classes if labels were named."""
         source = open_source(self.data or usual_data(model))
         known = labels_of(model, source, self.labels) if self.labels else None
-        return Examples(model, source, self.limit, how=self.take, seed=seed, labels=known)
+        return readable(Examples(model, source, self.limit, how=self.take, seed=seed, labels=known))
 
 
 @dataclass(frozen=True)
@@ -379,12 +381,16 @@ class PairsTask:
             raise ValueError(
                 f"--task {self.task!r} has its own examples: leave out --data and --text"
             )
-        return load_task(
-            model, self.task, n=self.limit, seed=seed, how=self.take, data=self.data,
-            texts=[self.text] if self.text else (), **self._asked(model),
+        source = open_source(self.data) if self.data else None
+        task = load_task(
+            model, self.task, n=self.limit, seed=seed, how=self.take, data=source or "",
+            texts=[self.text] if self.text else (), **self._asked(model, source),
         )  # fmt: skip
+        if source is not None and task.examples.account:
+            note(task.examples.account)
+        return task
 
-    def _asked(self, model: HookedModel) -> dict[str, Any]:
+    def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
         """More that `load_task` takes."""
         return {"metric": self.metric}
 
@@ -404,9 +410,9 @@ class AnsweredTask(PairsTask):
         "The wrong answer to compare the right one with. By default each example's own, if it has one."
     )] = ""  # fmt: skip
 
-    def _asked(self, model: HookedModel) -> dict[str, Any]:
+    def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
         more = {"positions": self.positions, "answer": self.answer, "against": self.against}
-        return super()._asked(model) | more
+        return super()._asked(model, source) | more
 
 
 @dataclass(frozen=True)
@@ -415,13 +421,13 @@ class LabelledTask(AnsweredTask):
 
     labels: Labels = ""
 
-    def _asked(self, model: HookedModel) -> dict[str, Any]:
-        if self.labels and not self.data:
+    def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
+        if self.labels and source is None:
             raise ValueError(f"--labels {self.labels!r} goes with --data")
         if self.labels and not isinstance(model.input, ImageInput):
             raise ValueError(f"--labels {self.labels!r}: of texts the next token is what is right")
-        known = labels_of(model, open_source(self.data), self.labels) if self.labels else None
-        return super()._asked(model) | {"labels": known}
+        known = labels_of(model, source, self.labels) if source and self.labels else None
+        return super()._asked(model, source) | {"labels": known}
 
     @property
     def examples(self) -> LabelledDataset:

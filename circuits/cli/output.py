@@ -70,6 +70,11 @@ def say(text: str) -> None:
     console.print(text)
 
 
+def note(text: str) -> None:
+    """Print one line on stderr that is worth knowing."""
+    errors.print(f"circuits: {text}")
+
+
 def warn(text: str) -> None:
     """Print one line on stderr that is no error."""
     errors.print(f"circuits: {text}", style="yellow")

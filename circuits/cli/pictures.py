@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.choosing import readable
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import Examples
 from circuits.featurevis import objectives
@@ -157,7 +158,7 @@ def _leave_out(given: dict[str, bool], why: str) -> None:
 
 def _natural(place: Workspace, model: HookedModel, data: str) -> NaturalImages:
     """The statistics of a dataset's images as the model takes them, from the workspace if they are there."""
-    images, size = Examples(model, data, NATURAL_IMAGES), model.input
+    images, size = readable(Examples(model, data, NATURAL_IMAGES)), model.input
     assert isinstance(size, ImageInput), "checked by the caller"
     path = place.natural_path(images.source.hash, (size.channels, size.height, size.width))
     found = (images.load(i) for i in range(len(images)))
@@ -218,7 +219,7 @@ def _badge(
     unit = pictures[0].unit
     if unit is None:
         raise ValueError("a badge is for a picture of a unit: name one, SITE:INDEX")
-    natural = natural_responses(model, unit.site, Examples(model, data, BADGE_IMAGES))
+    natural = natural_responses(model, unit.site, readable(Examples(model, data, BADGE_IMAGES)))
     return reliability(model, pictures, natural, settings, seed=settings.seed)[0].to_dict()
 
 

@@ -21,6 +21,7 @@ from circuits.harvesting.shardwork import ShardWork
 from circuits.harvesting.workers import Send, share_out
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
+from circuits.stimuli.accounts import left_out
 from circuits.stimuli.sources import Source
 from circuits.store import ActivationStore, Provenance
 from circuits.store.provenance import Depth, Layout, Precision, run_name
@@ -177,6 +178,7 @@ def _provenance(
         batch=batch,
         shard=_shard(len(source), sites, depth),
         same=_same(model, sites),
+        left_out=left_out(source),
     )
 
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.sources import Source
+from circuits.stimuli.texts import TextSource
 from circuits.store import ActivationStore
 
 BLOCK = 4096
@@ -104,10 +106,12 @@ class RowSource(ABC):
         about: what the rows are, for the record: `rows` (`store`, `array` or `model`, on which their order depends),
             `model`, `model_hash`, `site`, `target`, `data`, `data_hash`, `width`, `target_width`.
         tokens: whether rows are positions of texts.
+        skipped: the examples that could not be read, as far as they were met, by name, with the reasons.
     """
 
     about: Mapping[str, Any]
     tokens: bool = False
+    skipped: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int:
@@ -183,6 +187,7 @@ class StoreRows(_BlockRows):
                     "needs finite rows (harvest again without those examples)"
                 )
         self.tokens = "position" in place.axes
+        self.skipped = store.skipped
         self.about = {
             "rows": "store", "model": p.model, "model_hash": p.model_hash, "site": place.name, "target": goal.name,
             "data": p.data, "data_hash": p.data_hash, "width": self.rows.shape[1],
@@ -247,6 +252,8 @@ class ArrayRows(_BlockRows):
 class ModelRows(RowSource):
     """Rows that a model computes when they are needed: nothing is kept on disk.
 
+    Files of a folder that cannot be read have no rows, and become `skipped`.
+
     Args:
         model: the model.
         source: the examples.
@@ -298,7 +305,17 @@ class ModelRows(RowSource):
     def load(self, order: np.ndarray, group: int) -> Group:
         # Sorted, so that texts of one length, which often stand together, share a pass; the group is shuffled later.
         examples = np.sort(order[group * self._per_group : (group + 1) * self._per_group])
-        parts = [self._rows(i) for i in self._passes(examples)]
+        bad = self.inputs.unreadable(examples.tolist())
+        self.skipped = {**self.skipped, **{self.inputs.names[i]: why for i, why in bad.items()}}
+        parts = [
+            self._rows(i) for i in self._passes([i for i in examples.tolist() if i not in bad])
+        ]
+        if not parts:
+            x, y = (torch.zeros(0, site.width) for site in (self.site, self.goal))
+            axes = len(self.site.position_axes)
+            return Group(
+                x, x if self.goal is self.site else y, examples[:0], np.zeros((0, axes), np.int64)
+            )
         found = Group(
             torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]),
             np.concatenate([p.example for p in parts]), np.concatenate([p.position for p in parts]),
@@ -306,12 +323,13 @@ class ModelRows(RowSource):
         # One object, which is how an autoencoder is told from a transcoder further on.
         return replace(found, y=found.x) if self.goal is self.site else found
 
-    def _passes(self, examples: np.ndarray) -> Iterator[list[int]]:
+    def _passes(self, examples: list[int]) -> Iterator[list[int]]:
         """Cut examples into runs of at most `batch` that have the same length."""
         chunk: list[int] = []
         size = -1
-        for i in examples.tolist():
-            own = len(self.inputs.load(i))
+        texts = isinstance(self.inputs.source, TextSource)
+        for i in examples:
+            own = len(self.inputs.load(i)) if texts else 0  # images are of one size
             if chunk and (len(chunk) == self.batch or own != size):
                 yield chunk
                 chunk = []

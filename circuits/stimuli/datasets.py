@@ -6,15 +6,22 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 
-from circuits.stimuli.images import ImageSource, to_rgb
+from circuits.specs import normal_data, split_key
+from circuits.stimuli.images import ImageSource, check_range, to_rgb
 from circuits.stimuli.texts import TextSource
+
+Layout = Literal["channels_first", "channels_last"]
+"""Where arrays have their channels: channel x y x x, or y x x x channel."""
+
+MOST_CHANNELS = 4
+"""The longest last axis that may be one of channels."""
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "x", "x_test", "x_train", "data")
 TEXT_COLUMNS = ("input_ids", "tokens", "text", "texts", "content", "sentence")
@@ -25,21 +32,25 @@ def from_dataset(
     name: str,
     column: str | int | None = None,
     identity: str | None = None,
+    layout: Layout | None = None,
 ) -> ImageSource | TextSource:
     """Take any map-style dataset (with `len` and indexing) as data: of torch, torchvision, Hugging Face, or a list.
 
     Args:
-        dataset: a dataset whose examples are pictures or tensors (channel x y x x, floats in 0..1 or bytes), texts or
-            sequences of tokens; or tuples or mappings that hold one of these.
+        dataset: a dataset whose examples are pictures, arrays or tensors (see `as_image`), texts or sequences of
+            tokens; or tuples or mappings that hold one of these.
         name: its name in provenance.
         column: the part of an example to use; by default the first of a tuple, or a column with a usual name.
         identity: what stands for the content in the hash, such as a version; by default all examples are read once to
             hash them.
+        layout: whether arrays have their channels first or last; needed only where both are possible.
 
     Raises:
-        ValueError: if it is empty, or an example is none of the above.
+        ValueError: if it is empty, an example is none of the above, or its layout is not clear.
         TypeError: if it has no length or no indexing.
     """
+    if layout is not None and layout not in get_args(Layout):
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(get_args(Layout))}")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"dataset {name} of type {type(dataset).__name__} is not map-style: it needs a length and "
@@ -65,11 +76,10 @@ def from_dataset(
         return TextSource(name, names, digest, texts)
 
     def image(i: int) -> Image.Image | torch.Tensor:
-        return as_image(example(i), f"{names[i]} of {name}")
+        return as_image(example(i), f"{names[i]} of {name}", layout)
 
-    as_image(
-        first, f"{names[0]} of {name}"
-    )  # raises now, and not at the first use, if it is not an image
+    # Raises now, and not at the first use, if it is not an image.
+    as_image(first, f"{names[0]} of {name}", layout)
     digest = _digest(identity, column, lambda i: _bytes_or_error(image, i), n)
     return ImageSource(name, names, digest, image)
 
@@ -136,42 +146,59 @@ def _tokens(item: Any) -> str | tuple[int, ...]:
     return item if isinstance(item, str) else tuple(int(t) for t in item)
 
 
-def as_image(item: Any, name: str) -> Image.Image | torch.Tensor:
+def as_image(item: Any, name: str, layout: Layout | None = None) -> Image.Image | torch.Tensor:
     """Convert a picture, array or tensor to what `ImageSource` gives.
 
-    Arrays are y x x (grey), y x x x channel, or channel x y x x; bytes are in 0..255, floats in 0..1.
+    Arrays are y x x (grey), y x x x channel, or channel x y x x; bytes are in 0..255, whole numbers of 16 bits in
+    0..65535, floats in 0..1.
+
+    Args:
+        item: the picture, array or tensor.
+        name: what it is, for messages.
+        layout: where an array of three axes has its channels. By default last if the last axis is at most 4 long, and
+            first otherwise.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these; if a value is not finite or outside its range; or if no `layout` is given
+            and the channels may be at either end.
     """
-    if isinstance(item, Image.Image):
-        return to_rgb(item)
-    if not isinstance(item, np.ndarray | torch.Tensor):
-        raise ValueError(
-            f"{name} is of type {type(item).__name__}: expected a picture, a tensor, a text or "
-            "tokens"
-        )
-    values = torch.as_tensor(np.ascontiguousarray(np.asarray(item)))
+    try:
+        if isinstance(item, Image.Image):
+            return to_rgb(item)
+        if not isinstance(item, np.ndarray | torch.Tensor):
+            raise ValueError(
+                f"it is of type {type(item).__name__}: expected a picture, a tensor, a text or tokens"
+            )
+        values = _channels_first(np.ascontiguousarray(np.asarray(item)), layout)
+        if values.dtype in (np.uint8, np.uint16):
+            return torch.from_numpy(values.astype(np.float32) / np.iinfo(values.dtype).max)
+        if not np.issubdtype(values.dtype, np.floating):
+            raise ValueError(
+                f"it has type {values.dtype}: expected bytes, or floats in 0..1 (or 16 bits without sign)"
+            )
+        check_range(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _channels_first(values: np.ndarray, layout: Layout | None) -> np.ndarray:
+    """An image as channel x y x x."""
     if values.ndim == 2:
-        values = values[None]
-    # Told by which axis has the length of channels; where both do, channels come first.
-    elif values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
-        values = values.movedim(2, 0)
+        return values[None]
     if values.ndim != 3:
-        raise ValueError(
-            f"{name} has shape {tuple(item.shape)}: expected an image, channel x y x x"
-        )
-    if values.dtype == torch.uint8:
-        values = values.float() / 255
-    elif not values.is_floating_point():
-        raise ValueError(f"{name} has type {values.dtype}: expected bytes, or floats in 0..1")
-    values = values.float()
-    if not bool(torch.isfinite(values).all()) or values.min() < 0 or values.max() > 1:
-        raise ValueError(
-            f"{name} has values {float(values.min()):.3g} to {float(values.max()):.3g}: "
-            "expected 0 to 1 (preprocessing is the model's)"
-        )
-    return values[:3] if values.shape[0] == 4 else values  # a fourth channel is transparency
+        raise ValueError(f"it has shape {values.shape}: expected an image, channel x y x x")
+    first, middle, last = values.shape
+    if layout is None and last <= MOST_CHANNELS:
+        # An image is hardly ever so narrow, so these are channels, unless the first axis is as short, or so is the
+        # middle one, of an image of a few pixels with many channels.
+        if min(first, middle) <= MOST_CHANNELS:
+            raise ValueError(
+                f"it has shape {values.shape}, whose channels may be the first axis or the last: say which to "
+                "`from_dataset`, layout='channels_first' or layout='channels_last'"
+            )
+        layout = "channels_last"
+    return np.ascontiguousarray(np.moveaxis(values, 2, 0)) if layout == "channels_last" else values
 
 
 def open_array(path: str) -> ImageSource | TextSource:
@@ -181,7 +208,7 @@ def open_array(path: str) -> ImageSource | TextSource:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read, has no such array, or the array holds neither images nor tokens.
     """
-    file, _, key = path.partition(":")
+    file, key = split_key(path)
     place = Path(file).expanduser()
     if not place.is_file():
         raise FileNotFoundError(f"array file {file!r} does not exist or is not a file")
@@ -194,8 +221,7 @@ def open_array(path: str) -> ImageSource | TextSource:
     if array.ndim == 2 and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"array file {file!r}: tokens are whole numbers, not {array.dtype}")
     identity = hashlib.sha256(array.tobytes()).hexdigest() + f"{array.shape}{array.dtype}"
-    spec = f"npz:{place.resolve()}" + (f":{key}" if key else "")
-    return from_dataset(array, spec, identity=identity)
+    return from_dataset(array, normal_data(f"npz:{path}"), identity=identity)
 
 
 def _array(place: Path, key: str) -> np.ndarray:
@@ -224,7 +250,7 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
         FileNotFoundError: if there is no such folder.
         ValueError: if it is not such a folder, or its split or column is not clear.
     """
-    folder, _, column = path.partition(":")
+    folder, column = split_key(path)
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise FileNotFoundError(f"dataset folder {folder!r} does not exist or is not a folder")
@@ -241,10 +267,9 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
             f"{', '.join(map(str, dataset))}"
         )
-    spec = f"hf:{place.resolve()}" + (f":{column}" if column else "")
     # The files identify the content: reading all examples to hash them would be slow.
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
-    return from_dataset(dataset, spec, column or None, identity=fingerprint)
+    return from_dataset(dataset, normal_data(f"hf:{path}"), column or None, identity=fingerprint)
 
 
 def _file_digest(path: Path) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".avif",
+    ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga",
+})  # fmt: skip
+"""How the names of image files end, in lower case."""
+
+DEEP = ("PNG", "PPM")
+"""Formats whose pixels of 32 bits in Pillow (mode I) were 16 bits in the file."""
+
 MAX_PIXELS = 100_000_000
 """Larger images are refused: they are more often decompression bombs than photographs."""
 
@@ -35,13 +42,17 @@ class ImageSource:
         names: the name of each image.
         hash: the SHA-256 of its content, in hexadecimal.
         image: function from an index to the image: a picture, or a tensor in 0..1, channel x y x x (in RGB order if
-            it has three channels).
+            it has three channels, with opacity as the fourth of four).
+        folder: where the files are, of which `names` are the paths; None if they are no files of a folder.
+        left_out: the files of the folder that are no examples, and why.
     """
 
     spec: str
     names: tuple[str, ...]
     hash: str
     image: Callable[[int], Image.Image | torch.Tensor]
+    folder: Path | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +73,8 @@ def read_image(path: Path) -> Image.Image:
 def decode(
     file: Path | BytesIO, name: str, most: int, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several frames, the first.
+    """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several frames, the first (see
+    `to_rgb`).
 
     The size in its header is checked before a pixel is decoded.
 
@@ -76,10 +88,12 @@ def decode(
         ValueError: if it is not such an image, is damaged or truncated, or has too many pixels.
     """
     try:
+        if isinstance(file, Path) and not file.stat().st_size:
+            raise ValueError("the file is empty")
         with Image.open(file, formats=formats) as opened:
             width, height = max(opened.size, _tile(opened), key=math.prod)
             if width * height <= most:
-                return to_rgb(ImageOps.exif_transpose(opened))
+                return to_rgb(opened)
     except UnidentifiedImageError as error:
         known = ", ".join(formats) if formats else "a format that Pillow knows"
         raise ValueError(
@@ -101,18 +115,59 @@ def _tile(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image to 8-bit RGB: 16 bits are scaled down, transparency is put on white."""
-    # Pillow's own conversion of these modes clips at 255 instead of scaling. Modes I and F do not say their range: if
-    # a value exceeds 255, it is taken to be 16 bits.
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        deep = image.mode.startswith("I;16") or np.asarray(image).max() > 255
-        top = 65535.0 if deep else 255.0
-        scaled = image.convert("F").point(lambda v: v * (255.0 / top))
-        return scaled.convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """Convert any picture to 8-bit RGB, turned upright as its EXIF orientation says.
+
+    Values are scaled by what the picture says of them: whole numbers of 8 bits are in 0..255, of 16 bits in 0..65535,
+    floats in 0..1. Transparency is put on white.
+
+    Raises:
+        ValueError: if nothing says what white is: whole numbers of 32 bits, and floats outside 0..1.
+    """
+    kind, mode = image.format, image.mode
+    image = ImageOps.exif_transpose(image)
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        # Pillow's own conversion of these modes clips at 255 instead of scaling.
+        grey = (np.asarray(image, np.float64) / _white(image, kind) * 255).round()
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _white(image: Image.Image, kind: str | None) -> float:
+    """The value that is white in a picture of more than 8 bits a pixel."""
+    if image.mode != "F":
+        if image.mode == "I" and kind not in DEEP:
+            raise ValueError(
+                "it has whole numbers of 32 bits, and nothing says which is white: expected 8 or 16 bits, or "
+                "floats in 0..1"
+            )
+        return 65535.0
+    check_range(np.asarray(image))
+    return 1.0
+
+
+def check_range(values: np.ndarray) -> None:
+    """Raise ValueError unless all values of an image are in 0..1."""
+    odd = int((~np.isfinite(values)).sum())
+    if odd:
+        raise ValueError(f"it has {odd} NaN or infinite values of {values.size}: expected 0 to 1")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"it has values {low:.3g} to {high:.3g}: expected 0 to 1, before the model's preprocessing"
+        )
+
+
+def on_white(values: Float[torch.Tensor, "4 y x"]) -> Float[torch.Tensor, "3 y x"]:
+    """Put an image in 0..1 with opacity as its fourth channel on white, as is done with the files of pictures.
+
+    >>> on_white(torch.tensor([0.0, 0.5, 1.0, 0.5])[:, None, None]).flatten().tolist()
+    [0.5, 0.75, 1.0]
+    """
+    opacity = values[3:]
+    return values[:3] * opacity + (1 - opacity)
 
 
 def to_image(values: torch.Tensor) -> Image.Image:

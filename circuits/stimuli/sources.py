@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from circuits.factories import call_factory
+from circuits.specs import normal_data, python_spec, runs_code
 from circuits.stimuli.datasets import from_dataset, open_array, open_hugging_face
 from circuits.stimuli.drawing import curves
 from circuits.stimuli.images import IMAGE_SUFFIXES, ImageSource, read_image, to_image
@@ -20,6 +21,7 @@ from circuits.stimuli.photos import photographs
 from circuits.stimuli.repeats import draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
 from circuits.stimuli.texts import TextSource
+from circuits.tables import by_reason
 from circuits.units import unknown
 
 Source = ImageSource | TextSource
@@ -31,7 +33,9 @@ def open_source(spec: str) -> Source:
     Args:
         spec: `photos`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text in each line),
             `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder saved by Hugging Face
-            `datasets`), `python:MODULE:FACTORY` (a function, or FILE.py:FUNCTION, that returns a map-style dataset).
+            `datasets`), `python:MODULE:FACTORY` (a function that returns a map-style dataset) or `FILE.py:FUNCTION`.
+
+    The source's `spec` is the name in its one form (see `circuits.specs.normal_data`).
 
     Raises:
         KeyError: if there is no such source.
@@ -45,6 +49,8 @@ def open_source(spec: str) -> Source:
         return _OPENERS_WITH_PATH[scheme](rest)
     if spec in _OPENERS:
         return _OPENERS[spec]()
+    if runs_code(spec):
+        return _python(python_spec(spec).removeprefix("python:"))
     raise unknown("data", spec, DATA)
 
 
@@ -95,22 +101,66 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def _folder(path: str) -> ImageSource:
+    """The images below a folder, by their paths in it; links to folders are followed."""
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {path!r} does not exist or is not a folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
+    root = root.resolve()
+    left_out: dict[str, str] = {}
+    hashes: dict[str, bytes] = {}
+    for file, reason in _files(root, (root,)):
+        name = file.relative_to(root).as_posix()
+        if reason:
+            left_out[name] = reason
+            continue
+        try:
+            hashes[name] = hashlib.sha256(file.read_bytes()).digest()
+        except OSError as error:
+            left_out[name] = f"not to be opened: {error.strerror}"
+    if not hashes:
+        others = f" (it has {by_reason(left_out)})" if left_out else ""
         raise ValueError(
-            f"data folder {path!r} holds no images: expected files ending in "
+            f"data folder {path!r} holds no images{others}: expected files ending in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    names = tuple(str(p.relative_to(root)) for p in files)
-    parts: list[bytes | str] = ["folder"]
-    for name, file in zip(names, files, strict=True):
-        parts += [name, hashlib.sha256(file.read_bytes()).digest()]
+    names = tuple(sorted(hashes, key=lambda name: name.split("/")))
+    digest = _digest("folder", *(part for name in names for part in (name, hashes[name])))
     return ImageSource(
-        f"folder:{root.resolve()}", names, _digest(*parts), lambda i: read_image(files[i])
+        f"folder:{root}", names, digest, lambda i: read_image(root / names[i]), root, left_out
     )
+
+
+_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
+"""What operating systems put into folders, in lower case."""
+
+
+def _files(folder: Path, trail: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
+    """What is in a folder and in those below, each with why it is no image; empty if it is one.
+
+    Args:
+        folder: the folder.
+        trail: where it and the folders above it are, without links.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        yield folder, f"not to be opened: {error.strerror}"
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
+            yield entry, "hidden or of the system"
+        elif entry.is_dir():
+            place = entry.resolve()
+            if place in trail:
+                yield entry, "a link to a folder that it is in"
+            else:
+                yield from _files(entry, (*trail, place))
+        elif not entry.is_file():
+            yield entry, "a link to nothing" if entry.is_symlink() else "no file"
+        elif entry.suffix.lower() not in IMAGE_SUFFIXES:
+            yield entry, f"of kind {entry.suffix}" if entry.suffix else "of no kind"
+        else:
+            yield entry, ""
 
 
 def _curves() -> ImageSource:
@@ -162,15 +212,19 @@ def _tokens(path: str) -> TextSource:
     if not file.is_file():
         raise FileNotFoundError(f"token file {path!r} does not exist or is not a file")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a text
     except UnicodeDecodeError as error:
         raise ValueError(f"token file {path!r} is not text in UTF-8: {error}") from error
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Opening it made \r\n and \r to \n. `splitlines` also cuts at characters of a text, such as U+2028.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"token file {path!r} is empty: expected one text a line")
     names = tuple(f"line {n}" for n, _ in lines)
     return TextSource(
-        f"tokens:{file.resolve()}", names, _digest("tokens", text), tuple(line for _, line in lines)
+        normal_data(f"tokens:{path}"),
+        names,
+        _digest("tokens", text),
+        tuple(line for _, line in lines),
     )
 
 
@@ -188,9 +242,7 @@ def _python(name: str) -> Source:
     made = call_factory("data", name)
     if isinstance(made, ImageSource | TextSource):
         return made
-    file, _, function = name.partition(":")
-    place = str(Path(file).resolve()) if file.endswith(".py") else file
-    return from_dataset(made, f"python:{place}:{function}")
+    return from_dataset(made, python_spec(f"python:{name}"))
 
 
 _OPENERS: dict[str, Callable[[], Source]] = {

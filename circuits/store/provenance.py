@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class Provenance:
         batch: examples in a forward pass.
         shard: examples in a shard.
         same: sites that share the tensor of an earlier site, name -> that site's name; such a tensor is kept once.
+        left_out: how many files of the data's folder are no examples, by reason.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Provenance:
     batch: int
     shard: int
     same: dict[str, str]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def stored(self) -> tuple[Site, ...]:
@@ -125,18 +127,19 @@ class Provenance:
     def difference(self, other: Provenance) -> str | None:
         """In words, the first field in which `other` differs; None if it was made in the same way.
 
-        The names of model and data do not count, since their hashes do. Nor does the batch size.
+        The names of model and data do not count, since their hashes do. Nor does the batch size, nor what else the
+        data's folder holds.
         """
-        for field in fields(self):
+        for one in fields(self):
             # Names may change with the same content, which has its hash; `batch` is noted only, as a harvest that is
             # resumed goes on with the one it began with.
-            if field.name in ("model", "data", "batch"):
+            if one.name in ("model", "data", "batch", "left_out"):
                 continue
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            ours, theirs = getattr(self, one.name), getattr(other, one.name)
             # Compared as JSON, since what was read from a file has lists where the other has tuples.
             if json.dumps(ours, default=asdict) != json.dumps(theirs, default=asdict):
                 was, now = _where_unlike(theirs, ours)
-                return f"{field.name} was {was}, is {now}"
+                return f"{one.name} was {was}, is {now}"
         return None
 
 

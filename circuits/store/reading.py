@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from circuits.hdf5 import opened
+from circuits.specs import normal_data
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.rows import Rows
 from circuits.store.shards import ManifestLine, StoreWriter, read_manifest, shard_name
@@ -26,7 +27,7 @@ from circuits.store.summaries import (
     fit_tail,
     skewness_and_kurtosis,
 )
-from circuits.tables import Table
+from circuits.tables import Table, by_reason
 from circuits.units import Site, Unit, unknown
 
 
@@ -132,7 +133,7 @@ def newest_store(
     folders: Iterable[Path], model_hash: str, site: str, data: str = ""
 ) -> ActivationStore | None:
     """The newest finished store of a model that has a site (of some data, if it is named); None if none has."""
-    found = []
+    found, data = [], normal_data(data)
     for folder in folders:
         try:
             store = ActivationStore.open(folder, model_hash)
@@ -160,7 +161,8 @@ class ActivationStore:
         p = self.provenance
         return {
             "folder": str(self.folder), "model": p.model, "model_hash": p.model_hash, "data": p.data,
-            "data_hash": p.data_hash, "examples": len(p.examples), "skipped": self.skipped, "version": p.version,
+            "data_hash": p.data_hash, "examples": len(p.examples), "skipped": self.skipped, "left_out": p.left_out,
+            "version": p.version,
             "batch": p.batch, "depth": asdict(p.depth), "same": p.same, "sites": [site.name for site in p.sites],
             "nonfinite": self.nonfinite(),
         }  # fmt: skip
@@ -175,8 +177,8 @@ class ActivationStore:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with it, in lines."""
-        for name, reason in self.skipped.items():
-            yield f"skipped {name}: {reason}"
+        if self.skipped:
+            yield f"skipped {by_reason(self.skipped)}"
         for name, n in self.nonfinite().items():
             yield f"site {name}: {n} activations are NaN or infinite, and left out of statistics"
 

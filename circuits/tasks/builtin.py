@@ -16,7 +16,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.labels import read_labels
-from circuits.stimuli.sources import open_source
+from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
 from circuits.tasks.compiling import compile_task
 from circuits.tasks.files import read_items
@@ -79,7 +79,7 @@ def load_task(
     n: int = LIMIT,
     seed: int = 0,
     how: How = "spread",
-    data: str = "",
+    data: str | Source = "",
     labels: Sequence[int] | None = None,
     texts: Sequence[str] = (),
     metric: str = "",
@@ -97,7 +97,8 @@ def load_task(
         n: the largest number of examples.
         seed: seed of what is drawn, of the choice of examples, and of the split into halves.
         how: how examples of the data are chosen.
-        data: the name of the data (see `open_source`), for tasks that need some.
+        data: the data, for tasks that need some, by name (see `open_source`) or opened. Of a folder, files that cannot
+            be read are left out (see `Examples.skipped`).
         labels: the class of each example of the data; read from the examples' names if None and possible.
         texts: prompts to use instead of data.
         metric: the name of the metric; the task's own if empty.
@@ -262,7 +263,7 @@ def _task_from_examples(
     n: int,
     seed: int,
     how: How,
-    data: str,
+    data: str | Source,
     labels: Sequence[int] | None,
     texts: Sequence[str],
 ) -> Task:
@@ -276,12 +277,16 @@ def _task_from_examples(
         return of_examples(Examples.texts(model, list(texts)))
     if not data and not images:
         raise ValueError(f"task {name!r} needs data (--data) or a text (--text)")
-    source = open_source(data or _DATA.get(base_name(model), "photos"))
+    source = _opened(data or _DATA.get(base_name(model), "photos"))
     if images and labels is None and name == "classes":
         labels = read_labels(source, model.classes)
     if name == "prediction":
         labels = None
-    return of_examples(Examples(model, source, n, how=how, seed=seed, labels=labels))
+    return of_examples(Examples(model, source, n, how=how, seed=seed, labels=labels).readable())
+
+
+def _opened(data: str | Source) -> Source:
+    return open_source(data) if isinstance(data, str) else data
 
 
 def _task_from_answers(
@@ -289,7 +294,7 @@ def _task_from_answers(
     n: int,
     seed: int,
     how: How,
-    data: str,
+    data: str | Source,
     texts: Sequence[str],
     positions: str,
     answer: str,
@@ -307,7 +312,7 @@ def _task_from_answers(
             )
         examples = Examples(
             model, data or _DATA.get(base_name(model), "photos"), n, how=how, seed=seed
-        )
+        ).readable()
         question = Question(
             answers=tuple((output_index(model, f"class:{w}"),) for w in right),
             against=tuple((output_index(model, f"class:{w}"),) for w in wrong),
@@ -316,10 +321,10 @@ def _task_from_answers(
         return Task("answer", examples, asked, metric or default_metric(asked))
     own: Sequence[str | tuple[int, ...]] = list(texts)
     if not own:
-        source = open_source(data) if data else None
+        source = _opened(data) if data else None
         if not isinstance(source, TextSource):
             what = f"positions {positions!r}" if positions else "an answer"
-            why = f"data {data!r} is not texts" if data else "there is neither"
+            why = "there is neither" if source is None else f"data {source.spec!r} is not texts"
             raise ValueError(f"{what} needs a text (--text) or data of texts, and {why}")
         taken = Examples(model, source, n, how=how, seed=seed)
         own = [source.texts[i] for i in taken.numbers]

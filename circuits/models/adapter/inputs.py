@@ -116,16 +116,20 @@ class ImageInput:
             return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + w, top + h))
         return image.resize(size, Image.Resampling.BICUBIC)
 
+    def check_channels(self) -> None:
+        """Raise ValueError if the model takes neither 3 nor 1 channels, as pictures have."""
+        if self.channels not in (1, 3):
+            raise ValueError(
+                f"a photograph has 3 channels (or 1, grey): the model takes {self.channels}"
+            )
+
     def load(self, image: Image.Image) -> Float[Tensor, "channel h w"]:
         """Turn a picture into the values in 0..1 that `normalize` takes.
 
         Raises:
             ValueError: if the model takes neither 3 nor 1 channels.
         """
-        if self.channels not in (1, 3):
-            raise ValueError(
-                f"a photograph has 3 channels (or 1, grey): the model takes {self.channels}"
-            )
+        self.check_channels()
         fitted = self.fit(image.convert("RGB" if self.channels == 3 else "L"))
         pixels = torch.tensor(np.asarray(fitted), dtype=torch.float32) / 255
         return rearrange(pixels, "h w ... -> (...) h w") if pixels.ndim == 3 else pixels[None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 Encoder = Callable[[str], list[int]]
 """Takes a text and returns its tokens, without the token that starts a sequence."""
@@ -41,6 +43,24 @@ def by_words(vocabulary: Sequence[str]) -> Encoder:
         return [ids[word] for word in text.split()]
 
     return encode
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer of Hugging Face."""
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool, split_special_tokens: bool
+    ) -> list[int]:
+        """The tokens of a text."""
+        ...
+
+
+def by_tokenizer(tokenizer: Tokenizer) -> Encoder:
+    """Make an encoder of a Hugging Face tokenizer: what is written in a text is text, also `<s>` or `<|endoftext|>`.
+
+    Tokens that no text has are given as numbers.
+    """
+    return partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
 
 
 def by_merges(pieces: Sequence[str], scores: Sequence[float]) -> Encoder:

@@ -6,10 +6,8 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -21,7 +19,7 @@ from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
 from circuits.factories import call_factory
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
-from circuits.models.adapter.tokenizing import by_merges
+from circuits.models.adapter.tokenizing import by_merges, by_tokenizer
 from circuits.models.zoo.inception import googlenet, shapes
 from circuits.models.zoo.resnet import ResNet20
 from circuits.models.zoo.transformers import (
@@ -38,6 +36,7 @@ from circuits.models.zoo.weights_files import (
     load_weights,
     read_weights,
 )
+from circuits.specs import python_spec, split_attached
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
@@ -84,9 +83,9 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
 
     Args:
         spec: a name that `circuits models` lists; `python:module:factory` (a function without required arguments
-            that returns a `HookedModel`, or an `nn.Module` with an `input_shape`); `tl:NAME`, `hf:NAME` or
-            `torchvision:NAME`. After it may come `+PATH` for each autoencoder to attach: a file, its folder, or its
-            name in the workspace (`googlenet+sae/curves`).
+            that returns a `HookedModel`, or an `nn.Module` with an `input_shape`) or `FILE.py:FUNCTION`; `tl:NAME`,
+            `hf:NAME` or `torchvision:NAME`. After it may come `+PATH` for each autoencoder to attach: a file, its
+            folder, or its name in the workspace (`googlenet+sae/curves`).
         weights: a safetensors file, or a `.pt` file of plain tensors.
 
     Raises:
@@ -95,12 +94,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
         ImportError: if it needs a package that is not installed.
         ValueError: if the weights do not fit.
     """
-    # A local folder may have a `+` in its name: if the whole exists as a path, nothing is split off.
-    named = spec.partition(":")[2]
-    a_path = bool(named) and os.path.exists(os.path.expanduser(named))
-    spec, *attached = [spec] if a_path else spec.split("+")
+    spec, *attached = split_attached(spec)
     if attached:
         return attach_files(load_model(spec, weights), attached)
+    spec = _with_scheme(spec)
     path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
     if spec.endswith(":") and spec in MODELS:
@@ -183,16 +180,22 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
 
 def record_of(spec: str, weights: Path | None, model: ModelIdentity) -> ModelRecord:
     """How to load the model again, from any folder."""
-    spec, *attached = spec.split("+")
+    spec, *attached = split_attached(spec)
     if attached:
         base = record_of(spec, weights, model)
         names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]
         return replace(base, spec="+".join([base.spec, *names]))
+    spec = _with_scheme(spec)
     scheme, _, rest = spec.partition(":")
-    path = Path(rest.partition(":")[0])
-    if scheme in ("python", "tl", "hf") and path.exists():  # a file of their own, a local folder
-        spec = ":".join([scheme, str(path.resolve()), *rest.split(":")[1:]])
+    if scheme in ("tl", "hf") and rest and Path(rest).exists():  # a local folder
+        spec = f"{scheme}:{Path(rest).resolve()}"
     return ModelRecord.of(spec, model, str(weights.resolve()) if weights else None)
+
+
+def _with_scheme(spec: str) -> str:
+    """The name of a model with its scheme: `python:` may be left out of a file of their own."""
+    scheme, colon, _ = spec.partition(":")
+    return spec if scheme != "python" and f"{scheme}{colon}" in MODELS else python_spec(spec)
 
 
 def _in_workspace(path: Path) -> str:
@@ -389,7 +392,7 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
         ) from error
     tokenizer, encoder = bridge.tokenizer, None
     if tokenizer is not None:
-        encoder = partial(tokenizer.encode, add_special_tokens=False)
+        encoder = by_tokenizer(tokenizer)
     vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
     bos = getattr(tokenizer, "bos_token_id", None)
     filler = getattr(tokenizer, "pad_token_id", None) or 0
