@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
+from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import parameter_names
 from circuits.models.adapter.sites import main_output
@@ -70,7 +70,7 @@ def fine_tune(
             "(0, 1], and a positive rate"
         )
     with model.lock:
-        module = copy.deepcopy(model.module).eval()
+        module = deep_copy(model.module).eval()
     theirs = parameter_names(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
