@@ -48,9 +48,16 @@ def _modules(width: int) -> dict[str, Callable[[], nn.Module]]:
         "num_attention_heads": 4, "max_position_embeddings": 128,
     }  # fmt: skip
     gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    gemma = {"num_key_value_heads": 2, "head_dim": width // 4, "pad_token_id": 3}
+    opt = {
+        "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 2 * width, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 3,
+    }  # fmt: skip
     return {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**ends, **gpt2)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**common, num_key_value_heads=2)),
         "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**common)),
         "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**common)),
+        "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**common, **gemma)),
+        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**ends, **opt)),
     }

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from circuits.autoencoders import About, save_autoencoder
 from circuits.cli.main import run
 from tests.commands import given, output, put
+from tests.random_models import booted
+from tests.test_attaching import code_of
 
 SITE = "blocks.0.hook_resid_post"
 BRIEFLY = "--steps 40 --batch 512 --lr 2e-3"
@@ -88,6 +91,29 @@ def test_latents_are_units_of_every_command(capsys: pytest.CaptureFixture[str]) 
     ):
         asked = given(where, *command)
         assert "sae/mixed" in str(asked.get("sites", asked.get("units")))
+
+
+@pytest.mark.filterwarnings("ignore")  # other packages' own
+def test_latents_of_a_bridge_are_units_of_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = booted(tmp_path / "gpt2", "gpt2")
+    code = code_of(model, SITE, n=24)
+    code.about = About("r", SITE, SITE, model.name, model.hash)
+    spec = f"{model.name}+{save_autoencoder(code, tmp_path / 'r')}"
+    del model
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a b c d e f\nf e d c b a\n" * 8)
+    data = ("--data", f"tokens:{texts}", "--limit", "4")
+    harvested = output(capsys, "harvest", spec, *data[:2], "--sites", "sae/r")
+    assert "sae/r" in json.dumps(harvested)
+    assert output(capsys, "attribute", spec, "sae/r", *data)["site"] == "sae/r"
+    ablated = output(capsys, "ablate", spec, "sae/r:1,2", *data, "--random", "1")
+    assert ablated["units"] == ["sae/r:1", "sae/r:2"]
+    words = "scale units=sae/r:1 factor=0"
+    assert "sae/r:1" in json.dumps(
+        output(capsys, "edit", "measure", spec, words, *data, "--random", "1")
+    )
 
 
 def test_latents_are_named_by_attributes_and_by_people(

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from circuits.autoencoders import Autoencoder, load_autoencoder
+from circuits.autoencoders import About, Autoencoder, load_autoencoder
+from circuits.autoencoders.files import read_tensors
 from circuits.concepts import Intervention, as_recipe, intervene, pooled, suspects, train_bottleneck
 from circuits.examples import Examples
 from circuits.harvesting import harvest
@@ -34,9 +36,10 @@ from circuits.sae import (
     stability,
     train,
 )
-from circuits.sae.batches import Batches, geometric_median
-from circuits.sae.learners import Learner, _Heaviside
+from circuits.sae.batches import Batches, _calibrate, geometric_median
+from circuits.sae.learners import Architecture, Learner, _Heaviside
 from circuits.sae.metrics import random_dictionary
+from circuits.sae.training import CHECKPOINT
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore
 from circuits.units import Unit
@@ -158,6 +161,18 @@ def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
         assert own <= (rows - point + shift).norm(dim=1).sum()
 
 
+def test_means_and_scales_are_exact_far_from_zero(known: tuple) -> None:
+    rows = known[1][:3000] + np.float32(1000)
+    exact = rows.astype(np.float64)
+    middle = exact.mean(0)
+    found = Batches(ArrayRows(rows), 512, EVERY).calibration
+    np.testing.assert_allclose(found.mean.numpy(), middle, rtol=1e-7)
+    scale = (rows.shape[1] / ((exact - middle) ** 2).sum(1).mean()) ** 0.5
+    assert found.scale == pytest.approx(scale, rel=1e-9)
+    near = geometric_median(torch.from_numpy((exact - 1000).astype(np.float32)))
+    assert float((found.target_median - 1000 - near).abs().max()) < 1e-4
+
+
 # --- learning --------------------------------------------------------------------------------------
 
 KINDS = [
@@ -186,8 +201,6 @@ def test_each_architecture_learns_and_is_folded_without_a_change(
         learner.after_step(found.active, 512)
         shares.append(float(found.fvu))
     assert shares[-1] < 0.6 * shares[0]
-    from circuits.autoencoders import About
-
     code = learner.folded(About())
     torch.testing.assert_close(code.W_dec.norm(dim=1), torch.ones(48), atol=1e-5, rtol=0)
     x = torch.from_numpy(rows[:256])
@@ -198,6 +211,88 @@ def test_each_architecture_learns_and_is_folded_without_a_change(
     assert fvu == pytest.approx(float(kept.fvu), abs=0.05 if loose else 1e-4)
     active = float((code.encode(x) > 0).sum(1).float().mean())
     assert active == pytest.approx(float(kept.l0), abs=1.0 if loose else 1e-3)
+
+
+OFFSETS = {
+    "300": (300.0, np.float32), "30, float16": (30.0, np.float16),
+    "each its own": (np.random.default_rng(0).normal(0, 100, 32), np.float32),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def centered(known: tuple) -> dict[str, Autoencoder]:
+    return of_rows(known[1])
+
+
+def of_rows(rows: np.ndarray) -> dict[str, Autoencoder]:
+    """An autoencoder of each kind, each with another seed."""
+    several = {s.architecture: replace(s, lr=3e-3, seed=i) for i, s in enumerate(KINDS)}
+    return train(ArrayRows(rows[:4000]), several, Schedule(40, batch=256))
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_rows_far_from_zero_are_learned_as_if_they_were_not(
+    name: str, known: tuple, centered: dict[str, Autoencoder]
+) -> None:
+    offset, dtype = OFFSETS[name]
+    rows = (known[1] + offset).astype(dtype)
+    for label, code in of_rows(rows).items():
+        here, there = code.about.metrics, centered[label].about.metrics
+        assert here["fvu"] == pytest.approx(there["fvu"], abs=0.005), label
+        assert here["l0"] == pytest.approx(there["l0"], rel=0.02), label
+        assert here["dead"] == pytest.approx(there["dead"], abs=0.05), label
+        # In use, where everything is folded into the weights. FVU about the mean, by its definition.
+        x = rows[4000:6000].astype(np.float64)
+        error = ((code(torch.from_numpy(x).float()).double().numpy() - x) ** 2).sum()
+        shares = [error / ((x - x.mean(0)) ** 2).sum()]
+        intact = torch.from_numpy(known[1][4000:6000])
+        error = (centered[label](intact) - intact).square().sum()
+        shares.append(float(error / (intact - intact.mean(0)).square().sum()))
+        assert shares[0] == pytest.approx(shares[1], abs=0.005), label
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
+def test_the_penalty_is_in_units_of_the_spread(architecture: Architecture, known: tuple) -> None:
+    rows = torch.from_numpy(known[1][:2000])
+    settings = Hyperparameters(architecture, 40, sparsity=0.7)
+    losses = []
+    for given in (rows, rows * 9 + 50, (rows * 9 + 50).half()):
+        calibration = Batches(ArrayRows(given.float().numpy()), 512, EVERY).calibration
+        losses.append(Learner(settings, calibration, 10, 512)(given, given, 1.0).loss.item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=2e-3)
+    if architecture != "relu":
+        return
+    d = rows.shape[1]
+    x = rows - rows.mean(0)
+    x = x * (d / x.square().sum(1).mean()).sqrt()
+    directions = torch.randn(40, d, generator=torch.Generator().manual_seed(0))
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    codes = (x @ directions.T).relu()
+    error = (x - codes @ directions).square().sum(1).mean()
+    assert losses[0] == pytest.approx(float((error + 0.7 * codes.sum(1).mean()) / d), rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [KINDS[0], *KINDS[3:]], ids=lambda s: s.architecture)
+def test_a_transcoder_with_a_way_beside_is_folded_without_a_change(
+    settings: Hyperparameters, known: tuple
+) -> None:
+    x = torch.from_numpy(known[1][:500])
+    g = torch.Generator().manual_seed(0)
+    y = x @ torch.randn(32, 20, generator=g) * 3 - 50
+    x = x + 30
+    calibration = _calibrate(x, y, 0)
+    learner = Learner(
+        replace(settings, skip=True, bias="median"), calibration, 10, 500, transcoder=True
+    )
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    learner.after_step(torch.ones(48, dtype=torch.bool), 500)
+    found = learner(x, y, 1.0)
+    code = learner.folded(About())
+    error = (code(x) - y).double().square().sum(1).mean()
+    variance = (y - y.mean(0)).double().square().sum(1).mean()
+    assert float(found.fvu) == pytest.approx(float(error / variance), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +382,26 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     seen: list[int] = []
     train(**small(known, steps=62), folder=tmp_path / "r", report=lambda p: seen.append(p.step))
     assert seen[0] == 6, "an interrupted fresh start is resumed"
+
+
+def test_a_checkpoint_of_rows_that_were_not_centred_is_refused(
+    known: tuple, tmp_path: Path
+) -> None:
+    def stop(progress: TrainingProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**small(known), folder=tmp_path / "r", report=stop)
+    file = tmp_path / "r" / CHECKPOINT
+    tensors, metadata = read_tensors(file)
+    about = json.loads(metadata["circuits.training"])
+    assert about.pop("format") == 2
+    save_file(tensors, file, metadata={"circuits.training": json.dumps(about)})
+    with pytest.raises(
+        ValueError, match=r"has format 1, expected 2 .*: start over with --overwrite"
+    ):
+        train(**small(known), folder=tmp_path / "r")
+    train(**small(known, steps=1), folder=tmp_path / "r", overwrite=True)
 
 
 def test_a_threshold_learns_from_what_is_near_it_and_not_from_silence() -> None:

@@ -71,7 +71,8 @@ class Variants:
         f"How many latents are active in a row; may be repeated to train several. By default {ACTIVE}.", "--k"
     )] = None  # fmt: skip
     sparsity: Annotated[list[float] | None, option(
-        "The coefficient of the sparsity penalty in the loss; may be repeated to train several. By default 1."
+        "The coefficient of the sparsity penalty in the loss, for rows scaled to a variance of 1 a unit; may be "
+        "repeated to train several. By default 1."
     )] = None  # fmt: skip
     seeds: Annotated[str, option(
         "The initialisation seeds, separated by commas: one autoencoder is trained from each."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import replacing, write_json
+from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.weights_files import BAKED
 from circuits.units import unknown
@@ -297,7 +297,7 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
             )
     with model.lock:
         tensors = rewritten(model, edits)
-        module = copy.deepcopy(model.module)
+        module = deep_copy(model.module)
     # A new trace finds sites under their own names only.
     aliases = {alias: site.name for site in model.sites for alias in site.aliases}
     made = HookedModel(

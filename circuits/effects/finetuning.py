@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples, as_examples
+from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import parameter_names
 from circuits.models.adapter.sites import main_output
@@ -72,7 +72,7 @@ def fine_tune(
     with model.lock:
         # Locked, so that the copy is not taken in the middle of somebody's edit. In evaluation mode, as the model is
         # used.
-        module = copy.deepcopy(model.module).eval()
+        module = deep_copy(model.module).eval()
     theirs = parameter_names(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)

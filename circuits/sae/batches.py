@@ -34,7 +34,7 @@ _GROUP_BYTES = 2**27
 """Memory that a group of rows takes, about."""
 
 _SAMPLE = 2**15
-"""Rows from which means and norms are estimated."""
+"""Rows from which means, scales and norms are estimated."""
 
 
 @dataclass(frozen=True)
@@ -383,23 +383,19 @@ class Calibration:
 
     Attributes:
         mean: the mean of the rows to encode.
-        median: their geometric median.
-        scale: the factor that makes E||x||^2 equal to their width.
+        scale: the factor that makes E||x - mean||^2 equal to their width.
         target_mean: the mean of the rows to reconstruct.
         target_median: their geometric median.
-        target_scale: the factor that makes E||y||^2 equal to their width.
-        variance: the total variance of the rows to reconstruct, once scaled: E||y - mean||^2.
+        target_scale: the factor that makes E||y - target_mean||^2 equal to their width.
         limit: the norm above which rows are left out; infinite without a limit.
         n: the number of rows in the sample.
     """
 
     mean: Tensor
-    median: Tensor
     scale: float
     target_mean: Tensor
     target_median: Tensor
     target_scale: float
-    variance: float
     limit: float
     n: int
 
@@ -456,7 +452,9 @@ class Batches:
             raise ValueError(
                 f"rows: {self.rule} leaves out every one of {self.source.about['site']}"
             )
-        return _calibrate(torch.cat(x), torch.cat(y), self.rule.norms)
+        rows = torch.cat(x)
+        same = all(ours is theirs for ours, theirs in zip(x, y, strict=True))
+        return _calibrate(rows, rows if same else torch.cat(y), self.rule.norms)
 
     def _without_positions(self, found: Group) -> Group:
         if not self.rule.positions or not self.source.tokens:
@@ -545,17 +543,21 @@ def _calibrate(x: Tensor, y: Tensor, norms: float) -> Calibration:
     if norms and not limit > 0:  # more than half of the rows are zero: their median is no scale
         limit = float("inf")
     keep = size <= limit
-    x, y = x[keep], y[keep]
-    if not float(x.square().sum()) > 0 or not float((y - y.mean(0)).square().sum()) > 0:
+    x, y = (x[keep],) * 2 if y is x else (x[keep], y[keep])
+    if any(bool((rows == rows[0]).all()) for rows in (x, y)):
         raise ValueError("rows are all zero or all the same: there is nothing to learn")
-    scale, target_scale = (
-        (rows.shape[1] / rows.double().square().sum(1).mean()).sqrt().item() for rows in (x, y)
-    )
-    variance = (y.double() - y.double().mean(0)).square().sum(1).mean().item() * target_scale**2
-    return Calibration(
-        x.double().mean(0).float(), geometric_median(x), scale, y.double().mean(0).float(),
-        geometric_median(y), target_scale, variance, limit, len(x),
-    )  # fmt: skip
+    mean, scale = _center_and_scale(x)
+    target_mean, target_scale = (mean, scale) if y is x else _center_and_scale(y)
+    return Calibration(mean, scale, target_mean, geometric_median(y), target_scale, limit, len(x))
+
+
+def _center_and_scale(rows: Float[Tensor, "row width"]) -> tuple[Float[Tensor, " width"], float]:
+    """The mean of rows, and the factor by which rows less their mean have a mean squared norm equal to their width."""
+    # In float64, and the mean first: where it is far above the spread, E||x||^2 - ||mean||^2 would cancel to noise.
+    exact = rows.double()
+    mean = exact.mean(0)
+    squared_norm = (exact - mean).square().sum(1).mean()
+    return mean.float(), (rows.shape[1] / squared_norm).sqrt().item()
 
 
 def geometric_median(rows: Float[Tensor, "row width"], steps: int = 50) -> Float[Tensor, " width"]:
@@ -563,12 +565,14 @@ def geometric_median(rows: Float[Tensor, "row width"], steps: int = 50) -> Float
 
     Its iteration: the mean of the rows, each weighted by the inverse of its distance to the last point.
     """
-    point = rows.mean(0)
+    # About the mean, since where that is far above the spread, float32 would round away what moves the point.
+    mean = rows.double().mean(0)
+    rows = (rows - mean).float()
+    point = torch.zeros_like(rows[0])
     for _ in range(steps):
         distance = (rows - point).norm(dim=1).clamp_min(1e-8)
         weight = 1 / distance
-        new = (rows * weight[:, None]).sum(0) / weight.sum()
-        if float((new - point).norm()) <= 1e-6 * float(point.norm() + 1e-8):
-            return new
-        point = new
-    return point
+        before, point = point, (rows * weight[:, None]).sum(0) / weight.sum()
+        if float((point - before).norm()) <= 1e-6 * float(distance.mean()):
+            break
+    return (mean + point).float()

@@ -1,7 +1,8 @@
 """Autoencoders in training: the loss and the constraints of each architecture.
 
-Rows are scaled so that E||x||^2 is their width. All losses are fractions of variance unexplained (FVU) of the rows
-to reconstruct: the mean alone would give 1. So learning rates and penalties carry over from site to site.
+Rows are centred and scaled: their mean is 0, and E||x||^2 is their width. All losses are fractions of variance
+unexplained (FVU) of the rows to reconstruct: the mean alone would give 1. So learning rates and penalties carry over
+from site to site, and an offset of the rows, however far above their spread, changes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ class Hyperparameters:
         architecture: the architecture.
         n_latents: the number of latents.
         k: for `topk`, `batchtopk` and `matryoshka`: the L0, in each row for the first, on average for the other two.
-        sparsity: for `relu` and `gated`: the factor of the L1 penalty; for `jumprelu`: of the L0 penalty.
+        sparsity: for `relu` and `gated`: the factor of the L1 penalty; for `jumprelu`: of the L0 penalty. In units of
+            rows whose squared distance from their mean is their width d on average, the loss is the squared error of a
+            row plus `sparsity` times its L1 or L0 (divided by d, so that it is in units of the FVU). SAELens
+            (`expected_average_only_in`) scales rows to an average norm of sqrt(d), dictionary_learning to a mean
+            squared norm of 1, both without centring: for rows with mean 0 the L1 factor is about the same as in the
+            former, and sqrt(d) times that in the latter.
         lr: the learning rate; 2e-4 / sqrt(n_latents / 2^14) if None (Gao et al. 2024).
         aux: the factor of the auxiliary loss AuxK, by which dead latents learn from the reconstruction error.
         dead_after: the number of rows without activity after which a latent counts as dead. If None, 1000 times the
@@ -121,7 +127,8 @@ class Learner(nn.Module):
         half: compute the encoder's matrix product in bfloat16.
     """
 
-    center: Tensor
+    mean: Tensor
+    target_mean: Tensor
     silent: Tensor
     bound: Tensor
 
@@ -150,19 +157,18 @@ class Learner(nn.Module):
         self.W_enc = nn.Parameter(encoder.clone())
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.scale, self.target_scale = calibration.scale, calibration.target_scale
-        self.variance = calibration.variance
-        # A decoder that begins at the middle of the rows has nothing to learn about their mean.
+        self.variance = float(d_out)  # of the scaled rows
+        self.register_buffer("mean", calibration.mean, persistent=False)
+        self.register_buffer("target_mean", calibration.target_mean, persistent=False)
+        # A decoder that begins at the middle of the rows, for which rows are centred, has nothing to learn about it.
         middle = calibration.target_mean if settings.bias == "mean" else calibration.target_median
-        self.b_dec = nn.Parameter(middle * self.target_scale)
+        self.b_dec = nn.Parameter((middle - calibration.target_mean) * self.target_scale)
         # A latent is active once in n / L0 rows on average; without a k, an L0 of 32 is assumed.
         wait = n / settings.k if settings.architecture in _TOP_K else n / 32
         self.dead_after = settings.dead_after or max(
             1, min(10_000_000, steps * batch // 5, int(1000 * wait))
         )
         self.threshold_steps = max(1, min(_THRESHOLD_STEPS, steps // 20))
-        # A transcoder's input is centred by its mean: the decoder's bias belongs to another site.
-        center = calibration.mean * self.scale
-        self.register_buffer("center", center, persistent=False)
         self.register_buffer(
             "silent", torch.zeros(n, dtype=torch.int64)
         )  # rows since each was active
@@ -184,14 +190,15 @@ class Learner(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            x: the rows to encode, not scaled.
-            y: the rows to reconstruct, not scaled; `x` itself unless it is a transcoder.
+            x: the rows to encode, neither centred nor scaled.
+            y: the rows to reconstruct, likewise; `x` itself unless it is a transcoder.
             warm: the share of the sparsity penalty that counts so far, 0 to 1.
         """
         own = y is x
-        x = x * self.scale
-        y = x if own else y * self.target_scale
-        inside = x - (self.center if self.transcoder else self.b_dec)
+        x = (x - self.mean) * self.scale
+        y = x if own else (y - self.target_mean) * self.target_scale
+        # The decoder's bias of a transcoder belongs to another site.
+        inside = x if self.transcoder else x - self.b_dec
         kind = self.settings.architecture
         if kind in _TOP_K:
             return self._top_k_step(inside, y)
@@ -362,22 +369,25 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def folded(self, about: About) -> Autoencoder:
-        """The autoencoder for unscaled rows, with directions of length 1 and everything else folded in.
+        """The autoencoder for rows as they are, with directions of length 1 and everything else folded in.
 
-        In training a = f(W_enc (s x - c) + b_enc) and t y = W_dec^T a + b_dec + W_skip (s x - c), with the scales s
-        and t and the centre c. With directions of length n, the codes for y become a n / t: the weights of the
-        encoder are multiplied by s n / t, its biases and thresholds by n / t.
+        In training a = f(W_enc (s x - c) + b_enc) and t (y - m) = W_dec^T a + b_dec + W_skip (s x - c), with the scales
+        s and t, the mean m of y, and c = s E[x], plus b_dec unless it is a transcoder. With directions of length n,
+        the codes for y become a n / t: the weights of the encoder are multiplied by s n / t, its biases and thresholds
+        by n / t.
         """
         length = self.W_dec.norm(dim=1).clamp_min(1e-8)
         by = length / self.target_scale
-        center = self.center if self.transcoder else self.b_dec
-        W_dec, b_dec = self.W_dec / length[:, None], self.b_dec / self.target_scale
+        center = self.mean * self.scale + (0 if self.transcoder else self.b_dec)
+        W_dec = self.W_dec / length[:, None]
+        b_dec = self.target_mean + self.b_dec / self.target_scale
         W_skip = None
         if self.settings.skip:
             W_skip = self.W_skip * (self.scale / self.target_scale)
-            b_dec = b_dec - (self.W_skip @ center) / self.target_scale
+            b_dec = b_dec - _product(self.W_skip, center) / self.target_scale
         kind = self.settings.architecture
-        W_enc, b_enc = self.W_enc, self.b_enc - self.W_enc @ center
+        shift = _product(self.W_enc, center)
+        W_enc, b_enc = self.W_enc, self.b_enc - shift
         threshold: Tensor | None = None
         if kind == "gated":
             # The gate is open where W x > -b_gate, which is where the magnitude gain W x + b_mag exceeds b_mag -
@@ -385,7 +395,7 @@ class Learner(nn.Module):
             # of the magnitude is the threshold.
             gain = self.log_gain.exp()
             threshold = (self.b_enc - gain * self.b_gate).clamp_min(0)
-            W_enc, b_enc = gain[:, None] * W_enc, self.b_enc - gain * (self.W_enc @ center)
+            W_enc, b_enc = gain[:, None] * W_enc, self.b_enc - gain * shift
         elif kind == "jumprelu":
             threshold = self.log_threshold.exp()
         elif kind in ("batchtopk", "matryoshka"):
@@ -396,6 +406,11 @@ class Learner(nn.Module):
             self.settings.k if kind == "topk" else None,
             None if threshold is None else threshold * by, W_skip, about,
         )  # fmt: skip
+
+
+def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Their product, added up in float64: where the mean is far above the spread, terms cancel."""
+    return (matrix.double() @ vector.double()).float()
 
 
 def prefixes(n: int) -> list[int]:

@@ -35,6 +35,9 @@ CHECKPOINT = "checkpoint.safetensors"
 
 _RESERVED = (Path(CHECKPOINT).stem, Path(FILE).stem)
 
+_FORMAT = 2
+"""The version of checkpoints: parameters of version 1 are those of rows that were not centred."""
+
 _CURVE_POINTS = 100
 """Points of the training curve that are kept, about."""
 
@@ -476,7 +479,9 @@ def _save(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
     numbers, rest = run.batches.state()
     for i, rows in enumerate(rest):
         tensors[f"rest/{i}"] = rows
-    about = {"plan": plan, "step": run.step, "batches": numbers, "curve": run.curve}
+    about = {
+        "format": _FORMAT, "plan": plan, "step": run.step, "batches": numbers, "curve": run.curve
+    }  # fmt: skip
     # Cloned, because safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as temporary:
@@ -494,6 +499,11 @@ def _resume(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: start over with --overwrite"
         ) from error
+    if (form := about.get("format", 1)) != _FORMAT:
+        raise ValueError(
+            f"checkpoint {str(path)!r} has format {form}, expected {_FORMAT} (in 1 rows were not centred): start over "
+            "with --overwrite"
+        )
     if about["plan"] != plan:
         raise ValueError(_differs(path.parent, about["plan"], plan))
     for i, (name, learner) in enumerate(run.learners.items()):
@@ -518,7 +528,7 @@ def _results(run: _Run, name: str, plan: Mapping[str, Any]) -> dict[str, Autoenc
     c = b.calibration
     limit = c.limit if c.limit < float("inf") else None
     calibration = {
-        "scale": c.scale, "target_scale": c.target_scale, "variance": c.variance, "limit": limit, "rows": c.n
+        "scale": c.scale, "target_scale": c.target_scale, "limit": limit, "rows": c.n
     }  # fmt: skip
     made = {}
     for variant, learner in run.learners.items():

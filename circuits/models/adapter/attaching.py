@@ -10,7 +10,6 @@ latents were changed; everything after x sees the change.
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import LastHook, Tap
+from circuits.models.adapter.copying import deep_copy
 from circuits.units import Site, SiteKind
 
 PREFIX = "sae/"
@@ -184,8 +184,8 @@ def attached_module(
 ) -> nn.Module:
     """A copy of a module with an autoencoder attached."""
     # In one call, so that the copied taps point into the copied module.
-    module, source, target = copy.deepcopy((module, source, target))
-    attached = Attached(copy.deepcopy(code).to(_device(module)), source, target or source)
+    module, source, target = deep_copy((module, source, target))
+    attached = Attached(deep_copy(code).to(_device(module)), source, target or source)
     module.add_module(PREFIX + name, attached)
     module.register_forward_pre_hook(attached.restart)
     source.tap.module.register_forward_hook(attached.visit)

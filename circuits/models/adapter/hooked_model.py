@@ -158,7 +158,11 @@ class HookedModel:
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
-                site, aliases=(*site.aliases, *(a for a in declared if declared[a] == site.name))
+                site,
+                aliases=(
+                    *site.aliases,
+                    *(a for a in declared if declared[a] == site.name and a not in site.aliases),
+                ),
             )
             for site, _ in found.sites
         )

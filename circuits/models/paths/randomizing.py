@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 
 import torch
 from torch import nn
 
+from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import evaluating
 
@@ -31,7 +31,7 @@ def randomized(
     if model.edited:
         raise ValueError(f"model {model.name} is edited: shuffle its weights outside the edit")
     with model.lock:
-        module = copy.deepcopy(model.module)
+        module = deep_copy(model.module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # By name, as the order of a state dict is that in which modules were defined.
