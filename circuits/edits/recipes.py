@@ -298,11 +298,7 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
     with model.lock:
         tensors = rewritten(model, edits)
         module = deep_copy(model.module)
-    # A new trace finds sites under their own names only.
-    aliases = {alias: site.name for site in model.sites for alias in site.aliases}
-    made = HookedModel(
-        module, model.input, f"{model.name}, edited", aliases, model.classes, model.unit_names
-    )
+    made = model.around(module, f"{model.name}, edited")
     for name, tensor in tensors.items():
         made.parameters[name].data.copy_(tensor)
     return made

@@ -663,15 +663,14 @@ class HookedModel:
         places = [TappedSite(s, self._taps[s.name]) for s in dict.fromkeys((source, end))]
         with self.lock:
             module = attached_module(self.module, name, code, places[0], (*places, None)[1])
+        return self.around(module, f"{self.name}+{PREFIX}{name}")
+
+    def around(self, module: nn.Module, name: str) -> HookedModel:
+        """Wrap a changed copy of the module: what is known of this model's input, sites and units holds for it too."""
+        # A new trace finds sites under their own names only.
         aliases = {alias: s.name for s in self.sites for alias in s.aliases}
         return HookedModel(
-            module,
-            self.input,
-            f"{self.name}+{PREFIX}{name}",
-            aliases,
-            self.classes,
-            self.unit_names,
-            self._axes,
+            module, self.input, name, aliases, self.classes, self.unit_names, self._axes
         )
 
     # --- weights -------------------------------------------------------------------------------

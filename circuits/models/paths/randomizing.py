@@ -42,15 +42,8 @@ def randomized(
                 order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
                 if modules is None or name.rpartition(".")[0] in modules:
                     tensor.copy_(tensor.flatten()[order].reshape(tensor.shape))
-    aliases = {alias: site.name for site in model.sites for alias in site.aliases}
     which = "" if modules is None else f", {len(modules)} layers"
-    return HookedModel(
-        module,
-        model.input,
-        f"{model.name}, randomized{which} (seed {seed})",
-        aliases,
-        model.classes,
-    )
+    return model.around(module, f"{model.name}, randomized{which} (seed {seed})")
 
 
 def layers_in_order(model: HookedModel) -> list[str]:
