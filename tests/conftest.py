@@ -7,7 +7,7 @@ import json
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -139,6 +139,27 @@ def _drawn(opened: Callable[[], ImageSource]) -> ImageSource:
     source = opened()
     images = [source.image(i) for i in range(len(source))]
     return replace(source, image=images.__getitem__)
+
+
+FEWER = {"shapes": range(0, 200, 2), "curves": range(0, 192, 4)}
+"""Five of the ten drawings of every second class; curves at every 60 degrees instead of every 15."""
+
+
+@pytest.fixture(scope="module")
+def fewer_drawings() -> Iterator[None]:
+    """`shapes` and `curves` with a fraction of their drawings, for tests that need any data."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kept in FEWER.items():
+            patch.setitem(sources._OPENERS, name, partial(_some, sources._OPENERS[name], kept))
+        yield
+
+
+def _some(opened: Callable[[], ImageSource], kept: range) -> ImageSource:
+    source = opened()
+    names = tuple(source.names[i] for i in kept)
+    return ImageSource(
+        source.spec, names, f"{len(kept)} {source.hash}", lambda i: source.image(kept[i])
+    )
 
 
 class Block(nn.Module):

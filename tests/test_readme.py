@@ -1,16 +1,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from circuits.cli.commands import ENTRIES
-from circuits.stimuli import sources
-from circuits.stimuli.images import ImageSource
 from circuits.tuning import radial
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,12 +34,7 @@ def test_readme_has_the_settings_that_are_made_smaller() -> None:
     assert [whole for whole in SMALLER if whole not in "".join(SCRIPTS)] == []
 
 
-def _few(opened: Callable[[], ImageSource]) -> ImageSource:
-    """Two drawings of each class instead of ten."""
-    source = opened()
-    return replace(source, names=source.names[:80], hash=f"80 {source.hash}")
-
-
+@pytest.mark.usefixtures("fewer_drawings")
 @pytest.mark.parametrize(
     "script",
     SCRIPTS,
@@ -62,7 +52,6 @@ def _few(opened: Callable[[], ImageSource]) -> ImageSource:
 )
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sources._OPENERS, "shapes", partial(_few, sources._OPENERS["shapes"]))
     monkeypatch.setattr(radial, "_REPLICATES", 2)
     for whole, small in SMALLER.items():
         script = script.replace(whole, small)
