@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 PYTHON ?= python3
 ARGS ?=
+# Where a machine forbids Python to keep what it compiles, every process of the tests compiles the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo app test test-models nightly durations fuzz lint check quick format bench clean
 

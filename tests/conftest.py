@@ -7,6 +7,9 @@ import json
 import os
 import pkgutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,8 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.inception import Concatenate
 from circuits.models.zoo.transformers import native_bridge
+from circuits.stimuli import sources
+from circuits.stimuli.images import ImageSource
 
 settings.register_profile(
     "gate",  # the same examples in every run, on any machine
@@ -121,6 +126,40 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     known |= {name: round(seconds, 2) for name, seconds in _measured.items()}
     kept = {name: known[name] for name in sorted(known) if known[name] >= 0.05}
     DURATIONS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> None:
+    """Draw what `shapes` and `curves` hold once: each opened source, in each worker of a harvest, drew all anew."""
+    for name in ("shapes", "curves"):
+        sources._OPENERS[name] = cache(partial(_drawn, sources._OPENERS[name]))
+
+
+def _drawn(opened: Callable[[], ImageSource]) -> ImageSource:
+    source = opened()
+    images = [source.image(i) for i in range(len(source))]
+    return replace(source, image=images.__getitem__)
+
+
+FEWER = {"shapes": range(0, 200, 2), "curves": range(0, 192, 4)}
+"""Five of the ten drawings of every second class; curves at every 60 degrees instead of every 15."""
+
+
+@pytest.fixture(scope="module")
+def fewer_drawings() -> Iterator[None]:
+    """`shapes` and `curves` with a fraction of their drawings, for tests that need any data."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kept in FEWER.items():
+            patch.setitem(sources._OPENERS, name, partial(_some, sources._OPENERS[name], kept))
+        yield
+
+
+def _some(opened: Callable[[], ImageSource], kept: range) -> ImageSource:
+    source = opened()
+    names = tuple(source.names[i] for i in kept)
+    return ImageSource(
+        source.spec, names, f"{len(kept)} {source.hash}", lambda i: source.image(kept[i])
+    )
 
 
 class Block(nn.Module):

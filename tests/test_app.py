@@ -33,9 +33,11 @@ from circuits.units import Unit
 from circuits.weights import build_graph
 from circuits.workspace import ModelRecord, Workspace
 
+pytestmark = pytest.mark.usefixtures("fewer_drawings")
+
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Workspace:
+def built(fewer_drawings: None, tmp_path_factory) -> Workspace:
     """A small workspace: the clean room with one picture, and the induction model."""
     place = Workspace(tmp_path_factory.mktemp("ws"))
     model = load_model("cleanroom")
@@ -119,7 +121,7 @@ def test_ablation_shows_its_baseline_and_is_undone(built: Workspace, monkeypatch
     assert "identical to the bit" in text(test)
     test.selectbox(key="effects-task").select("prediction").run()
     assert not test.exception
-    assert "prediction on curves: 16 of 192, spread evenly (seed 0)" in text(test)
+    assert "prediction on curves: 16 of 48, spread evenly (seed 0)" in text(test)
 
 
 def test_the_picture_can_be_made_here(built: Workspace, monkeypatch) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def place(tmp_path_factory) -> Workspace:
     ):
         model = load_model(spec)
         harvest(model, open_source(data), sites, made, ModelRecord(spec, model.hash))
-    more = "--latents 256 --k 8 --steps 60 --batch 512"
+    more = "--latents 256 --k 8 --steps 30 --batch 512"
     at = ["--workspace", str(made.root)]
     assert run(f"sae train shapes mixed3b --name little --data shapes {more}".split() + at) == 0
     assert (
@@ -57,40 +59,45 @@ def place(tmp_path_factory) -> Workspace:
     return made
 
 
-@pytest.fixture(scope="module")
-def server(place: Workspace) -> Iterator[str]:
-    """The app, as `circuits app` starts it."""
-    with started(place) as url:
-        yield url
+class Server:
+    """The app, as `circuits app` starts it: on a free port, and on the same one if it is started again."""
 
-
-class started:  # noqa: N801 (a context manager, used as a function)
-    """A server on a free port, or on a given one."""
-
-    def __init__(self, place: Workspace, port: int = 0) -> None:
+    def __init__(self, place: Workspace) -> None:
+        self.root = place.root
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
         command = [
-            sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(place.root), "--port", str(self.port),
+            sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(self.root), "--port", str(self.port),
         ]  # fmt: skip
         self.process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(self.url, timeout=2):
+                return
+            time.sleep(0.1)
+        self.stop()
+        raise TimeoutError(f"the app did not answer at {self.url}")
 
-    def __enter__(self) -> str:
-        url = f"http://127.0.0.1:{self.port}"
-        for _ in range(120):
-            try:
-                with urllib.request.urlopen(url, timeout=2):
-                    return url
-            except OSError:
-                time.sleep(0.5)
-        self.__exit__()
-        raise TimeoutError(f"the app did not answer at {url}")
-
-    def __exit__(self, *_: object, how: int = 15) -> None:
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         os.killpg(self.process.pid, how)
         self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def running(place: Workspace) -> Iterator[Server]:
+    made = Server(place)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def server(running: Server) -> str:
+    return running.url
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +127,7 @@ def shoot(page: Page, name: str) -> None:
     assert size is not None
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
     page.set_viewport_size({"width": size["width"], "height": height + 20})
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(300)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
     page.set_viewport_size(size)
 
@@ -150,7 +157,7 @@ def on_canvas(page: Page, node: str) -> None:
     before = None
     while (at := page.evaluate(there, node)) != before:  # still being laid out
         page.locator(".circuit-canvas").scroll_into_view_if_needed()
-        page.wait_for_timeout(300)
+        page.wait_for_timeout(200)
         before = at
     page.mouse.click(*at)
     waited(lambda: page.evaluate(chosen) == [node])
@@ -168,7 +175,7 @@ def waited(found: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def caption(page: Page, words: str) -> Locator:
@@ -361,53 +368,50 @@ def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page
 
 
 def test_a_job_edits_and_a_circuit_outlive_a_reload_and_the_server(
-    place: Workspace, page: Page
+    running: Server, page: Page
 ) -> None:
-    first = started(place)
-    with first as url:
-        page.goto(f"{url}/edits?model=cleanroom&on=line:3")
-        page.get_by_role("button", name="Add this edit").click()
-        expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
-        quiet(page)
-        page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
-        page.get_by_label("Add units").fill("mixed3a:0")
-        page.get_by_label("Add units").press("Enter")
-        page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
-        quiet(page)
-        page.goto(f"{url}/jobs?model=shapes&do=sae&site=mixed3b")
-        page.get_by_role("button", name="Start", exact=True).click()
-        expect(page.get_by_text("▶ running")).to_be_visible()
-        page.reload()
-        expect(page.get_by_text("▶ running")).to_be_visible()
-        moved = page.get_by_text(re.compile(r"^\d+ of \d+$")).first
-        expect(moved).to_be_visible()
-        shoot(page, "e-running")
-        os.killpg(first.process.pid, 9)
-        first.process.wait(timeout=20)
-        first.process = subprocess.Popen(["sleep", "600"], start_new_session=True)  # for __exit__
-    with started(place, first.port) as url:
-        page.goto(f"{url}/jobs")
-        expect(page.get_by_text("▶ running")).to_be_visible()
-        page.get_by_role("button", name="Cancel").click()
-        expect(page.get_by_text("◼ cancelled")).to_be_visible()
-        shoot(page, "e-cancelled")
-        page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
-        page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
-        page.get_by_role("button", name="Undo").click()
-        page.wait_for_function(f"id => !({ON_CANVAS})(id)", arg="mixed3a:0")
-        page.goto(f"{url}/edits?model=cleanroom")
-        expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
-        other = page.context.new_page()  # another tab
-        other.goto(f"{url}/edits?model=cleanroom")
-        quiet(other)
-        expect(other.get_by_text("None: the model is as it is.")).to_be_visible()
-        other.close()
-        page.get_by_role("button", name="Undo").click()
-        expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
-        page.reload()
-        expect(page.get_by_role("heading", name="Edits in force")).to_be_visible()
-        quiet(page)
-        expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
+    url = running.url
+    page.goto(f"{url}/edits?model=cleanroom&on=line:3")
+    page.get_by_role("button", name="Add this edit").click()
+    expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
+    quiet(page)
+    page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
+    page.get_by_label("Add units").fill("mixed3a:0")
+    page.get_by_label("Add units").press("Enter")
+    page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
+    quiet(page)
+    page.goto(f"{url}/jobs?model=shapes&do=sae&site=mixed3b")
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_text("▶ running")).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("▶ running")).to_be_visible()
+    moved = page.get_by_text(re.compile(r"^\d+ of \d+$")).first
+    expect(moved).to_be_visible()
+    shoot(page, "e-running")
+    running.stop(signal.SIGKILL)
+    running.start()
+    page.goto(f"{url}/jobs")
+    expect(page.get_by_text("▶ running")).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("◼ cancelled")).to_be_visible()
+    shoot(page, "e-cancelled")
+    page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
+    page.wait_for_function(ON_CANVAS, arg="mixed3a:0")
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function(f"id => !({ON_CANVAS})(id)", arg="mixed3a:0")
+    page.goto(f"{url}/edits?model=cleanroom")
+    expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
+    other = page.context.new_page()  # another tab
+    other.goto(f"{url}/edits?model=cleanroom")
+    quiet(other)
+    expect(other.get_by_text("None: the model is as it is.")).to_be_visible()
+    other.close()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("heading", name="Edits in force")).to_be_visible()
+    quiet(page)
+    expect(page.get_by_text("None: the model is as it is.")).to_be_visible()
 
 
 # --- other promises ------------------------------------------------------------------------------

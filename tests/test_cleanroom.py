@@ -35,7 +35,7 @@ def model() -> HookedModel:
 
 @pytest.fixture(scope="module")
 def curves(model: HookedModel) -> list[RadialTuning]:
-    return radial_tuning(model, [f"curve:{k}" for k in range(72)], step=5.0)
+    return radial_tuning(model, [f"curve:{k}" for k in range(72)], step=5.0, radii=RADII)
 
 
 # --- the craft ---------------------------------------------------------------------------------
@@ -191,26 +191,30 @@ def test_no_echo_at_any_radius_of_the_range(model: HookedModel, radius: float) -
 
 
 def test_echo_falls_layer_by_layer(model: HookedModel) -> None:
+    def tuned(units: list[str], step: float, size: int | None = None) -> list[RadialTuning]:
+        return radial_tuning(model, units, step=step, radii=RADII, size=size)
+
     # what early curves see is smaller than what curves see: both are shown the same
     def echoes(site: str, n: int) -> list[float]:
         units = [f"{site}:{k}" for k in range(n)]
-        return [t.measures.echo.value for t in radial_tuning(model, units, step=15.0, size=128)]
+        return [t.measures.echo.value for t in tuned(units, 30.0, 128)]
 
     lines, early, late = echoes("line", 12), echoes("early", 72), echoes("curve", 72)
     assert min(lines) > 0.7 > 0.4 > np.median(early) > 0.05 > 0.03 > max(late)
-    own = radial_tuning(model, [f"early:{k}" for k in range(72)], step=5.0)
+    own = tuned([f"early:{k}" for k in range(72)], step=15.0)
     assert all(0.05 <= t.measures.echo.value <= 0.4 for t in own)
 
 
 def test_without_negative_weights_echoes_grow(model: HookedModel) -> None:
-    with_negative = radial_tuning(model, [f"curve:{k}" for k in range(24)], step=15.0)
+    units, radii = [f"curve:{k}" for k in range(24)], RADII[:1]
+    with_negative = radial_tuning(model, units, step=15.0, radii=radii)
     weights = model.parameters
     positive = {
         name: weights[name].clamp_min(0)
         for name in ("early_pre_relu.weight", "curve_pre_relu.weight")
     }
     with model.rewriting(positive):
-        without = radial_tuning(model, [f"curve:{k}" for k in range(24)], step=15.0)
+        without = radial_tuning(model, units, step=15.0, radii=radii)
     before = np.mean([t.measures.echo.value for t in with_negative])
     after = np.mean([t.measures.echo.value for t in without])
     assert after > max(5 * before, 0.2)
@@ -246,15 +250,11 @@ def test_published_curves_are_alike(curves: list[RadialTuning]) -> None:
     best = []
     for curve in published["mixed3b"].values():
         theirs = np.array(curve)[::5]
-        best.append(max(best_correlation(theirs, row) for row in ours))
+        turned = np.stack([np.roll(theirs, k) for k in range(len(theirs))])
+        best.append(np.corrcoef(turned, ours)[: len(turned), len(turned) :].max())
     assert len(best) == 10
     assert min(best) >= 0.94
     assert np.median(best) >= 0.98
-
-
-def best_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson's r after turning one curve so that it fits best."""
-    return max(float(np.corrcoef(one, np.roll(other, k))[0, 1]) for k in range(len(one)))
 
 
 # --- circles and S-shapes ----------------------------------------------------------------------

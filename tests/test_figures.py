@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,6 +59,7 @@ from circuits.tuning.measures import measure_tuning
 from circuits.units import Unit
 from circuits.weights import Connection, incoming
 from circuits.weights.graphs import build_graph
+from tests.conftest import examples
 from tests.specs import svg_texts, unlabelled, views
 
 ODD = "<a href='http://a.example'>b</a> $x$ &amp;"
@@ -210,6 +211,7 @@ def test_a_legend_says_what_edges_mean(kind: str, words: tuple[str, str]) -> Non
     assert set(words) <= set(texts)
 
 
+@settings(max_examples=examples(40))
 @given(st.integers(0, 10**6))
 def test_no_edge_runs_through_a_node(seed: int) -> None:
     """Sampled along each edge: no point is in the square of a node that the edge does not belong to."""

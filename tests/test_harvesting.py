@@ -44,21 +44,21 @@ def part(n: int, spec: str = "shapes") -> ImageSource:
     return ImageSource(f"{spec}", whole.names[:n], f"{n}{whole.hash}", whole.image)
 
 
-def oracle(model: HookedModel, source: ImageSource, site: str) -> np.ndarray:
-    """Every activation of a site in float64: example x unit x position, one example at a time."""
-    rows = []
+def oracle(model: HookedModel, source: ImageSource, sites: list[str]) -> list[np.ndarray]:
+    """Every activation of some sites in float64: example x unit x position, one example at a time."""
+    rows: list[list[np.ndarray]] = [[] for _ in sites]
     for i in range(len(source)):
         x = model.input.normalize(model.input.load(source.image(i))[None])
-        cache = model.run(x, read=[site])
-        rows.append(model.site(site).activations(cache[site])[0].double().numpy())
-    return np.stack(rows)
+        cache = model.run(x, read=sites)
+        for kept, site in zip(rows, sites, strict=True):
+            kept.append(model.site(site).activations(cache[site])[0].double().numpy())
+    return [np.stack(kept) for kept in rows]
 
 
 def test_statistics_equal_a_slow_oracle(model: HookedModel, tmp_path: Path) -> None:
-    source = part(45)
-    store = harvest(model, source, ["complex", "line"], Workspace(tmp_path), batch=7, positions=0)
-    for site, side in (("complex", 64), ("line", 32)):
-        values = oracle(model, source, site)
+    source, sites = part(30), ["complex", "line"]
+    store = harvest(model, source, sites, Workspace(tmp_path), batch=7, positions=0)
+    for site, side, values in zip(sites, (64, 32), oracle(model, source, sites), strict=True):
         for unit in (0, 5, 11):
             s = store.statistics(Unit(site, unit))
             v = values[:, unit]
@@ -328,10 +328,13 @@ import sys
 from pathlib import Path
 import circuits.harvesting.running as h
 from circuits.models.zoo.loading import load_model
+from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import open_source
 from circuits.workspace import Workspace
 h._shard = lambda *a: 10
-h.harvest(load_model("cleanroom"), open_source("curves"), ["line"], Workspace(Path(sys.argv[1])), batch=4)
+curves = open_source("curves")
+some = ImageSource("curves", curves.names[:100], "100 " + curves.hash, curves.image)
+h.harvest(load_model("cleanroom"), some, ["line"], Workspace(Path(sys.argv[1])), batch=4)
 """
 
 
@@ -342,7 +345,7 @@ def test_killed_harvest_resumes_to_identical_files(tmp_path: Path) -> None:
         return digests(statistics.parent)
 
     place = tmp_path / "killed"
-    for n in (1, 3, 6):  # kill it each time a few more are there
+    for n in (1, 4):  # kill it each time a few more are there
         process = Forked(KILLED, place)
         while process.running() and len(list(place.glob("*/*/*/shard-*.h5"))) < n:
             time.sleep(0.005)
@@ -407,13 +410,19 @@ def test_errors_of_workers_arrive_whole(tmp_path: Path, monkeypatch) -> None:
         harvest(load_model("cleanroom"), spoilt, ["line"], Workspace(tmp_path), workers=2)
 
 
-COMMAND = ["harvest", "shapes", "--data", "shapes", "--sites", "mixed3*", "--full", "mixed3b"]
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`circuits harvest` of six shards, three for each of two ranks."""
+    folder, source = tmp_path_factory.mktemp("drawings"), part(96)
+    for i, name in enumerate(source.names):
+        source.image(i).save(folder / f"{i:02} {name}.png")
+    return f"harvest shapes --data folder:{folder} --sites mixed3* --full mixed3b".split()
 
 
-def test_ranks_give_the_files_of_one_process(tmp_path: Path) -> None:
+def test_ranks_give_the_files_of_one_process(command: list[str], tmp_path: Path) -> None:
     def made(n: int) -> dict[str, str]:
         place = tmp_path / str(n)
-        codes = ranks(n, COMMAND_LINE, *COMMAND, "--workspace", place, folder=tmp_path)
+        codes = ranks(n, COMMAND_LINE, *command, "--workspace", place, folder=tmp_path)
         assert codes == [0] * n, (tmp_path / "rank0.log").read_text()
         (statistics,) = place.glob("*/*/*/statistics.h5")
         return digests(statistics.parent)
@@ -421,7 +430,9 @@ def test_ranks_give_the_files_of_one_process(tmp_path: Path) -> None:
     assert made(1) == made(2)
 
 
-def test_a_killed_rank_stops_the_others_and_a_restart_finishes(tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_others_and_a_restart_finishes(
+    command: list[str], tmp_path: Path
+) -> None:
     launch = [
         sys.executable,
         "-m",
@@ -430,8 +441,8 @@ def test_a_killed_rank_stops_the_others_and_a_restart_finishes(tmp_path: Path) -
         "--nproc-per-node",
         "2",
     ]
-    command = [*launch, "-m", "circuits", *COMMAND, "--workspace", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [*launch, "-m", "circuits", *command, "--workspace", str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("*/*/*/shard-*.h5")):
         time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -439,7 +450,7 @@ def test_a_killed_rank_stops_the_others_and_a_restart_finishes(tmp_path: Path) -
     assert process.wait(120) != 0
     assert not list(tmp_path.glob("*/*/*/statistics.h5"))
     assert list(tmp_path.glob("*/*/*/shard-*.h5"))
-    assert run([*COMMAND, "--workspace", str(tmp_path)]) == 0
+    assert run([*command, "--workspace", str(tmp_path)]) == 0
     (folder,) = (p.parent for p in tmp_path.glob("*/*/*/statistics.h5"))
     store = ActivationStore.open(folder)
     assert {health.state for health in store.verify()} == {"intact"}

@@ -6,9 +6,22 @@ from pathlib import Path
 import pytest
 
 from circuits.cli.commands import ENTRIES
+from circuits.tuning import radial
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+SMALLER = {
+    "steps=64": "steps=3",
+    "steps=32": "steps=3",
+    "steps=50, batch=1024": "steps=3, batch=256",
+    "n_random=19": "n_random=2",
+    "range(195, 205), step=15.0": "range(199, 201), step=90.0",
+    '["mixed3b:200"], step=15.0': '["mixed3b:200"], step=90.0',
+    "permutations=99": "permutations=19",
+    '"photos", 60': '"photos", 12',
+}
+"""Settings of the scripts on which it does not depend whether they run, and those with which they run here."""
 
 
 def test_readme_has_its_scripts() -> None:
@@ -17,6 +30,11 @@ def test_readme_has_its_scripts() -> None:
     assert len(lines) == 11, "an import and ten lines"
 
 
+def test_readme_has_the_settings_that_are_made_smaller() -> None:
+    assert [whole for whole in SMALLER if whole not in "".join(SCRIPTS)] == []
+
+
+@pytest.mark.usefixtures("fewer_drawings")
 @pytest.mark.parametrize(
     "script",
     SCRIPTS,
@@ -34,6 +52,9 @@ def test_readme_has_its_scripts() -> None:
 )
 def test_readme_scripts_run(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(radial, "_REPLICATES", 2)
+    for whole, small in SMALLER.items():
+        script = script.replace(whole, small)
     exec(compile(script, "README.md", "exec"), {})
     assert capsys.readouterr().out
 

@@ -112,7 +112,7 @@ class Misled(nn.Module):
 
 
 def test_a_misleading_unit_is_flagged(shapes: HookedModel, photos: Examples) -> None:
-    settings = Settings(steps=128)
+    settings = Settings(steps=64)
     unit, x = 120, photos.inputs
     assert isinstance(shapes.module, InceptionNet)
     nets = [Misled(copy.deepcopy(shapes.module), unit, x, strength) for strength in (0.0, 20.0)]
@@ -142,7 +142,7 @@ def separated(model: HookedModel, site: str, units: list[int], natural, settings
 def test_badges_separate_on_the_built_in_model(
     shapes: HookedModel, natural: NaturalResponses
 ) -> None:
-    units = list(range(0, 160, 16))
+    units = list(range(0, 160, 32))
     assert separated(shapes, "mixed3a", units, natural, Settings(steps=24)) >= 0.75
 
 

@@ -48,7 +48,7 @@ def test_a_stopped_sheet_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch) 
 
 def test_a_killed_sheet_goes_on(tmp_path: Path) -> None:
     words = (
-        f"visualize shapes conv2d2 --sheet --steps 24 --size 48 --out {tmp_path / 'sheet'}".split()
+        f"visualize shapes conv2d2 --sheet --steps 10 --size 48 --out {tmp_path / 'sheet'}".split()
     )
     process = command_line(*words)
     deadline = time.monotonic() + 120
