@@ -251,7 +251,7 @@ def test_a_model_is_loaded_with_its_autoencoders(
         load_model("shapes+y")
     code.about = About("x", "mixed3a", "mixed3a", "shapes", "0" * 64)
     save_autoencoder(code, tmp_path / "saes" / "z")
-    with pytest.raises(ValueError, match="was trained on shapes with weights 0000000000000000"):
+    with pytest.raises(ValueError, match="was trained on shapes with hash 0000000000000000"):
         load_model("shapes+z")
     code.about = About("x")
     save_autoencoder(code, tmp_path / "saes" / "w")

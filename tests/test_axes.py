@@ -188,6 +188,8 @@ def test_what_cannot_be_known_is_asked_for() -> None:
         ((2, 4, 1, 6), "batch y x unit", (2, 4, 6), "batch y unit"),
         ((2, 4, 6), "batch unit y", (8, 6), "? y"),
         ((2, 4, 6), "batch unit y", (2, 1, 4, 6), "batch ? unit y"),
+        ((2, 9, 4), "batch position unit", (2, 3, 3, 4), "batch y x unit"),
+        ((2, 3, 4, 6), "? unit y x", (6, 4, 6), "? y x"),
         ((2, 3, 4, 5), "batch unit y x", (2, 5, 4, 3), "batch ? ? ?"),
     ],
 )

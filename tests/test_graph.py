@@ -322,7 +322,7 @@ def test_collapse_by_sum_and_by_representative() -> None:
 def test_a_circuit_checks_the_model_that_it_is_used_with() -> None:
     with pytest.raises(ValueError, match="names units that the model does not have: y:7"):
         small().checked("ab" * 32, {"x": 2, "y": 3})
-    with pytest.raises(ValueError, match=r"belongs to weights abab.*, the model has 9999"):
+    with pytest.raises(ValueError, match=r"belongs to model abab.*, this one is 9999"):
         small().checked("9" * 64, {"x": 2, "y": 8})
     assert small().checked("ab" * 32, {"x": 2, "y": 8}).same_as(small())
 

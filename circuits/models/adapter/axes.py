@@ -120,7 +120,7 @@ def _with(labels: Labels, place: int, label: str) -> Labels:
 def _convolved(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     rank = int(op.name.rpartition("conv")[2].removeprefix("_transpose")[0])
     batch = found[op.inputs[0]][: len(program.shapes[op.outputs[0]]) - rank - 1]
-    return [(*batch, UNIT, *SPACE[rank])]
+    return [(*(UNKNOWN if _of_units(label) else label for label in batch), UNIT, *SPACE[rank])]
 
 
 def _linear(op: Operation, program: Program, found: Found) -> list[Labels | None]:
@@ -278,6 +278,8 @@ def _split(run: Sequence[str], n: int) -> list[str]:
     """The labels of `n` axes that hold what those of `run` held."""
     if n == 1:
         return [_joined(run)]
+    if list(run) == ["position"] and n in SPACE:
+        return list(SPACE[n])  # tokens that are put back into a map
     if len(run) == 1 and run[0] != UNKNOWN:
         return [f"{run[0]}/{i}" for i in range(n)]
     return [UNKNOWN] * n
@@ -288,14 +290,12 @@ def _joined(run: Sequence[str]) -> str:
     kinds = [label.partition("/")[0] for label in run]
     if len(run) == 1:
         return run[0]
-    if "batch" in kinds:
+    if "batch" in kinds or UNKNOWN in kinds:
         return UNKNOWN
     if UNIT in run or kinds.count(UNIT) > 1:
         return UNIT
     # A part of the units beside positions, as in a shuffle of pixels: positions are what is made.
     places = [kind for kind in kinds if kind != UNIT]
-    if UNKNOWN in places:
-        return UNKNOWN
     return places[0] if len(set(places)) == 1 else "position"
 
 

@@ -75,6 +75,14 @@ class Program:
     sources: Mapping[Value, str] = field(default_factory=dict)
     shapes: Mapping[Value, tuple[int, ...]] = field(default_factory=dict)
 
+    def following(self, source: str) -> set[Value]:
+        """The values that depend on those of a source, such as `input`, with these themselves."""
+        found = {value for value, name in self.sources.items() if name == source}
+        for op in self.operations:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return found
+
     def describe(self) -> Iterator[str]:
         """One line a source and operation: the same wherever the same computation is traced.
 
@@ -188,6 +196,7 @@ class Recorder(TorchFunctionMode):
 
 def unsteady(program: Program) -> Iterator[str]:
     """What makes the numbers of a pass differ from run to run, or depend on the other examples of a batch."""
+    following = program.following("input")
     for op in program.operations:
         name = op.name.rpartition(".")[2]
         where = f" in {op.module}" if op.module else ""
@@ -201,7 +210,8 @@ def unsteady(program: Program) -> Iterator[str]:
         elif name == "batch_norm" and (
             op.argument(1, "running_mean") is None or op.argument(5, "training", False)
         ):
-            yield f"{name}{where} normalises by the batch's own statistics"
+            if op.inputs[0] in following:  # else weights are standardised
+                yield f"{name}{where} normalises by the batch's own statistics"
 
 
 _DROPS = {
