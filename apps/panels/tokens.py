@@ -98,7 +98,7 @@ def logits_panel(look: Look) -> None:
         )
     elif _HEAD.fullmatch(look.unit.site):
         st.subheader("What it copies and changes")
-        ov = ov_circuit(look.model, look.unit, tokens=True)
+        ov = ov_circuit(look.model, look.unit, tokens=True).matrix
         own = (ov.argmax(1) == torch.arange(len(ov))).float().mean().item()
         flat = ov.flatten().topk(min(LISTED, ov.numel()))
         rows = [
