@@ -14,7 +14,7 @@ from circuits.attribution import direct_logit_attribution
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.norms import measure_norm
 from circuits.models.zoo.loading import load_model
-from circuits.weights import head_composition, ov_circuit, qk_circuit
+from circuits.weights import direct_logits, head_composition, ov_circuit, qk_circuit
 from tests.transformer_families import (
     FAMILIES,
     HEADS,
@@ -81,7 +81,17 @@ def test_what_a_norm_does_is_found_by_feeding_it_vectors() -> None:
         measure_norm(Oddity(), 6, "ln1")
 
 
-@pytest.fixture(scope="module", params=SPLIT)
+NIGHTLY = {
+    "gpt-neox-serial", "gpt-bigcode", "qwen3-moe", "olmo3", "olmoe", "glm", "glm4", "exaone4", "xglm", "arcee",
+    "seed-oss",
+}  # fmt: skip
+"""Families whose parts other families have as well."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=[pytest.mark.nightly] * (f in NIGHTLY)) for f in SPLIT],
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -208,6 +218,21 @@ def test_circuits_are_what_attention_does(family: str, both: tuple[HookedModel, 
             written = written * seen.factor(norm)[:, query]
             wanted = wanted * seen.gain(norm)[:, query]
         torch.testing.assert_close(written, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite", "llama"])
+def test_neurons_write_through_every_norm_on_their_way(family: str, tmp_path: Path) -> None:
+    """W_out, the gain behind the MLP, what the stream is multiplied by, the final gain and the unembedding."""
+    model, inner = bridged(family, tmp_path)
+    state = {name.split("model.", 1)[-1]: p.detach() for name, p in inner.named_parameters()}
+    more = 1.0 if family == "gemma3" else 0.0
+    out = state["layers.0.mlp.down_proj.weight"][:, 5] * FAMILIES[family].added
+    if FAMILIES[family].behind is not None:
+        out = out * (more + state["layers.0.post_feedforward_layernorm.weight"])
+    final = more + state["norm.weight"]
+    wanted = inner.get_output_embeddings().weight.detach() @ (out * final)
+    found = direct_logits(model, "blocks.0.mlp.hook_post:5")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 # --- what is asked of any of them ------------------------------------------------------------------

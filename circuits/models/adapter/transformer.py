@@ -139,7 +139,11 @@ class Transformer:
         self.model, self.bridge = model, model.module
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
         self._norms: dict[nn.Module, Norm] = {}
-        n = self.bridge.cfg.n_layers
+        n = getattr(self.bridge.cfg, "n_layers", 0)
+        if not n:
+            raise ValueError(
+                f"model {model.name} has no layers that follow each other along one residual stream"
+            )
         self.layers = tuple(self._layer(i, n) for i in range(n))
         self.embed, self.position = self._site("hook_embed"), self._site("hook_pos_embed")
         self.last = self.layers[-1].after
