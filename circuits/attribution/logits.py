@@ -131,7 +131,7 @@ def direct_logit_attribution(
     values = torch.stack(list(found.values()), 1)
     return LogitParts(
         tuple(found), values.float(), wanted.float(), (wanted - values.sum(1)).float(), str(goal),
-        _attributed(cache[before], cache[end]), model.hash, given.describe(),
+        _attributed(at(before.name), at(end.name)), model.hash, given.describe(),
     )  # fmt: skip
 
 

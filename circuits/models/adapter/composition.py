@@ -195,11 +195,11 @@ class LowRank:
 
     def norm_with(self, other: LowRank | None = None) -> float:
         """The Frobenius norm of the matrix, or of its product with another: ||L M R||^2 = tr(M^T L^T L M R R^T)."""
-        if other is None:
-            middle, right = torch.eye(len(self.right), dtype=self.right.dtype), self.right
-        else:
+        gram, right = self.left.mT @ self.left, self.right
+        if other is not None:
             middle, right = self.right @ other.left, other.right
-        square = (middle.mT @ (self.left.mT @ self.left) @ middle @ (right @ right.mT)).trace()
+            gram = middle.mT @ gram @ middle
+        square = (gram @ (right @ right.mT)).trace()
         return float(square.clamp_min(0).sqrt())
 
 

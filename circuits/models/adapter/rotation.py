@@ -54,7 +54,7 @@ def rotations(
         if found is None:
             found = _from_patterns(transformer, sites, offsets)
         _check(transformer, sites, offsets, found)
-    return found
+    return found.to(transformer.model.device)
 
 
 def _shown(
@@ -179,7 +179,7 @@ def _scores(
     patterns = []
     for queries in (query, torch.zeros_like(query)):
         cache = _run(transformer, sites, queries, key, (sites.patterns,))
-        patterns.append(cache[sites.patterns].double().log())
+        patterns.append(cache[sites.patterns].log())
     scores, none = (p - p[..., zero : zero + 1] for p in patterns)
     return scores - none
 
@@ -191,7 +191,7 @@ def _run(
     key: Float[Tensor, "example position d_head"],
     read: Sequence[str],
 ) -> Mapping[str, Tensor]:
-    """Run with every head's queries and keys replaced, behind their normalisation if they have one."""
+    """Run with every head's queries and keys replaced, behind their normalisation if they have one; in float64."""
     model = transformer.model
     own = (sites.queries, sites.keys)
     if query.shape[1] in [model.site(name).n_units for name in own]:
@@ -204,7 +204,8 @@ def _run(
         )
     }
     tokens = model.input.example(1)[:, :1].expand(len(query), query.shape[1])
-    return model.run(tokens, read=read, edits=edits, until=model.last(read))
+    cache = model.run(tokens, read=read, edits=edits, until=model.last(read))
+    return {name: cache[name].double().cpu() for name in read}
 
 
 def _laid_out(value: Float[Tensor, "example position d_head"], heads: int, like: Tensor) -> Tensor:

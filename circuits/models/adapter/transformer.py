@@ -24,7 +24,7 @@ Letter = Literal["Q", "K", "V"]
 
 _WORDS: dict[str, str] = {"Q": "queries", "K": "keys", "V": "values"}
 
-ROUNDING = 64.0
+ROUNDING = 4.0
 """How many units of rounding of a stream what is added to it may be off."""
 
 
@@ -449,10 +449,9 @@ def _fitted(made: Tensor | None, added: Tensor, norm: Norm | None, slack: float)
     if made is None:
         return None
     plain = made if norm is None else norm.held(made, made) + norm.bias
-    off = float((plain - added).norm())
-    if off <= max(slack, 1e-3 * float(added.norm())):
-        return Write(norm)
     scale = float((plain * added).sum() / plain.square().sum().clamp_min(1e-30))
+    if abs(scale - 1) * float(plain.norm()) <= max(slack, 1e-3 * float(added.norm())):
+        scale = 1.0  # as far as rounding lets one see
     off = float((scale * plain - added).norm())
     return Write(norm, scale) if off <= max(slack, 1e-3 * float(added.norm())) else None
 

@@ -83,8 +83,9 @@ def _attention_parts(
     out, bias = transformer.writes_of(layer.number)
     parts = torch.einsum("ehd,hdm->ehm", at(layer.heads).double(), out)
     whole = parts.sum(1) + bias
-    for head in range(parts.shape[1]):
-        yield f"{layer.heads}:{head}", writes.attention.held(parts[:, head], whole)
+    made = writes.attention.held(parts, whole[:, None])
+    for head in range(made.shape[1]):
+        yield f"{layer.heads}:{head}", made[:, head]
     constant = writes.attention.held(bias.expand_as(whole), whole) + writes.attention.bias(whole)
     if constant.any():
         yield f"{layer.name}.attn bias", constant
