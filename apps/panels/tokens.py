@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apps import cached
-from apps.address import part
+from apps.address import guarded, part
 from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
@@ -83,6 +83,7 @@ def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
 
 
+@guarded
 def logits_panel(look: Look) -> None:
     """What a neuron or head adds to logits directly, by its weights alone."""
     spec = look.model.input
