@@ -42,6 +42,8 @@ class LayerSites:
         keys: the same of keys.
         rotated: queries and keys after rotation, where they are shown.
         patterns: attention patterns, which may be readable only.
+        attention: what attention adds to the stream, normalised if it is.
+        mlp_added: what the MLP adds to it.
         mlp: the MLP's output before anything is done to it on its way to the stream.
         neurons: the neurons after their nonlinearity.
     """
@@ -55,6 +57,8 @@ class LayerSites:
     keys: str | None
     rotated: tuple[str, str] | None
     patterns: str | None
+    attention: str | None
+    mlp_added: str | None
     mlp: str | None
     neurons: str | None
 
@@ -120,6 +124,7 @@ class Transformer:
 
     Attributes:
         layers: in order.
+        parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
         embed: the site of the token embedding, if it is shown.
         position: the site of the position embedding, if one is added to the stream.
         last: the stream that is read out.
@@ -138,6 +143,7 @@ class Transformer:
             )
         self.model, self.bridge = model, model.module
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
+        self.parallel = bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
         self._norms: dict[nn.Module, Norm] = {}
         n = getattr(self.bridge.cfg, "n_layers", 0)
         if not n:
@@ -172,12 +178,12 @@ class Transformer:
                 )
         assert before is not None, "checked above"
         assert after is not None, "checked above"
-        parallel = bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
         turned = site("attn.hook_rot_q"), site("attn.hook_rot_k")
         return LayerSites(
-            i, before, None if parallel else site("hook_resid_mid"), after, site("attn.hook_z"), site("attn.hook_q"),
-            site("attn.hook_k"), (turned[0], turned[1]) if turned[0] and turned[1] else None,
-            site("attn.hook_pattern"), site("mlp.out.hook_out", "mlp.hook_out", "hook_mlp_out"),
+            i, before, None if self.parallel else site("hook_resid_mid"), after, site("attn.hook_z"),
+            site("attn.hook_q"), site("attn.hook_k"), (turned[0], turned[1]) if turned[0] and turned[1] else None,
+            site("attn.hook_pattern"), site("hook_attn_out"), site("hook_mlp_out"),
+            site("mlp.out.hook_out", "mlp.hook_out", "hook_mlp_out"),
             site("mlp.hook_post") if self._has_neurons(i) else None,
         )  # fmt: skip
 
