@@ -63,7 +63,7 @@ class Norm:
         return factor.reshape(*x.shape[:-1], 1)
 
     def held(
-        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*axes d_model"]
+        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
     ) -> Float[Tensor, "*axes d_model"]:
         """The normalisation of x without its bias, with the factor held at that of other vectors."""
         return self.linear(x) * self.factor(at)

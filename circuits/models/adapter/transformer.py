@@ -85,16 +85,16 @@ class Write:
         return self.scale * (x.double() if self.norm is None else self.norm.linear(x))
 
     def held(
-        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*axes d_model"]
+        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
     ) -> Float[Tensor, "*axes d_model"]:
         """What is added for a part x of the whole output `at`, the norm's factor held at that of the whole."""
         return self.linear(x) if self.norm is None else self.linear(x) * self.norm.factor(at)
 
     def bias(self, like: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """What the norm adds to any output."""
-        return (
-            torch.zeros_like(like) if self.norm is None else self.scale * self.norm.bias + 0 * like
-        )
+        if self.norm is None:
+            return torch.zeros_like(like)
+        return (self.scale * self.norm.bias).expand_as(like)
 
 
 @dataclass(frozen=True, eq=False)
