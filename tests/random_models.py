@@ -17,7 +17,7 @@ KINDS = ("gpt2", "llama", "neox", "bert")
 
 def booted(folder: Path, kind: str, width: int = 32) -> HookedModel:
     """A model of two layers and 4 heads (of which `llama` shares keys and values among 2) that takes 128 tokens."""
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     torch.manual_seed(0)
     module = _modules(width)[kind]()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def booted(folder: Path, kind: str, width: int = 32) -> HookedModel:
     return load_model(f"tl:{folder}")
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
@@ -128,14 +129,19 @@ def test_permuting_channels_permutes_connections() -> None:
         assert torch.equal(c.kernel, before[int(order[c.source.index])])
 
 
+def through(norm: Any, weight: Tensor) -> Tensor:
+    """Weights that read what a LayerNorm returns, as they read its input: the mean is subtracted first."""
+    scaled = norm.weight[:, None] * weight
+    return (scaled - scaled.mean(0)).detach()
+
+
 def test_composition_scores_by_definition(bridge: HookedModel) -> None:
-    b = bridge.module
-    ln = b.blocks[1].ln1.weight.detach()[:, None]
-    ln0 = b.blocks[0].ln1.weight.detach()[:, None]
+    b: Any = bridge.module
+    before, after = b.blocks[0].ln1, b.blocks[1].ln1
     for i, j in itertools.product(range(4), range(4)):
-        ov0 = (ln0 * b.W_V[0, i]) @ b.W_O[0, i]
-        qk = (ln * b.W_Q[1, j]) @ (ln * b.W_K[1, j]).T
-        ov1 = (ln * b.W_V[1, j]) @ b.W_O[1, j]
+        ov0 = through(before, b.W_V[0, i]) @ b.W_O[0, i]
+        qk = through(after, b.W_Q[1, j]) @ through(after, b.W_K[1, j]).T
+        ov1 = through(after, b.W_V[1, j]) @ b.W_O[1, j]
         expected = torch.stack(
             [
                 (ov0 @ qk).norm() / ov0.norm() / qk.norm(),
@@ -149,14 +155,13 @@ def test_composition_scores_by_definition(bridge: HookedModel) -> None:
 
 
 def test_neuron_virtual_weights_by_definition(bridge: HookedModel) -> None:
-    b = bridge.module
+    b: Any = bridge.module
     connections = outgoing(bridge, "blocks.0.mlp.hook_post:7", top=999)
     for c in connections:
         if c.target.site == "hook_unembed":
-            expected = b.W_out[0, 7] @ (b.ln_final.weight[:, None] * b.W_U)[:, c.target.index]
+            expected = b.W_out[0, 7] @ through(b.ln_final, b.W_U)[:, c.target.index]
         else:
-            into = b.blocks[1].ln2.weight[:, None] * b.W_in[1]
-            expected = b.W_out[0, 7] @ into[:, c.target.index]
+            expected = b.W_out[0, 7] @ through(b.blocks[1].ln2, b.W_in[1])[:, c.target.index]
         torch.testing.assert_close(c.kernel, expected.detach())
     assert {c.target.site for c in connections} == {"hook_unembed", "blocks.1.mlp.hook_post"}
 
@@ -171,35 +176,44 @@ def test_bad_input_is_named(branches: HookedModel) -> None:
 
 
 def test_head_circuits_by_definition(bridge: HookedModel) -> None:
-    b = bridge.module
-    ln = b.blocks[1].ln1.weight.detach()[:, None]
-    w_qk = (ln * b.W_Q[1, 2]) @ (ln * b.W_K[1, 2]).T
-    w_ov = (ln * b.W_V[1, 2]) @ b.W_O[1, 2]
-    w_u = b.ln_final.weight[:, None] * b.W_U
+    b: Any = bridge.module
+    w_qk = through(b.blocks[1].ln1, b.W_Q[1, 2]) @ through(b.blocks[1].ln1, b.W_K[1, 2]).T
+    w_ov = through(b.blocks[1].ln1, b.W_V[1, 2]) @ b.W_O[1, 2]
+    w_u = through(b.ln_final, b.W_U)
     head = "blocks.1.attn.hook_z:2"
-    torch.testing.assert_close(qk_circuit(bridge, head), w_qk.detach())
-    torch.testing.assert_close(ov_circuit(bridge, head), w_ov.detach())
+    attends = qk_circuit(bridge, head)
+    assert attends.offsets == (-1, 0)
+    for offset in attends.offsets:  # without rotary embeddings all are equal
+        torch.testing.assert_close(attends.at(offset), w_qk.detach())
+    torch.testing.assert_close(ov_circuit(bridge, head).matrix, w_ov.detach())
+    by_token = qk_circuit(bridge, head, tokens=True, offset=-2)
+    torch.testing.assert_close(by_token.at(-2), (b.W_E @ w_qk @ b.W_E.T).detach())
     torch.testing.assert_close(
-        qk_circuit(bridge, head, tokens=True), (b.W_E @ w_qk @ b.W_E.T).detach()
+        ov_circuit(bridge, head, tokens=True).matrix, (b.W_E @ w_ov @ w_u).detach()
     )
-    torch.testing.assert_close(ov_circuit(bridge, head, tokens=True), (b.W_E @ w_ov @ w_u).detach())
     read, written = neuron_directions(bridge, "blocks.0.mlp.hook_post:5")
-    torch.testing.assert_close(read, (b.blocks[0].ln2.weight[:, None] * b.W_in[0]).detach()[:, 5])
+    torch.testing.assert_close(read, through(b.blocks[0].ln2, b.W_in[0])[:, 5])
     torch.testing.assert_close(written, b.W_out[0, 5].detach())
     torch.testing.assert_close(
         direct_logits(bridge, "blocks.0.mlp.hook_post:5"), (b.W_out[0, 5] @ w_u).detach()
     )
     with pytest.raises(ValueError, match="is not a head"):
         qk_circuit(bridge, "blocks.0.mlp.hook_post:5")
+    with pytest.raises(ValueError, match="offset 1 must be from -11 to 0"):
+        qk_circuit(bridge, head, offset=1)
+    with pytest.raises(
+        ValueError,
+        match=r"offset -3 of blocks.1.attn.hook_z:2 was not computed: expected one of -1, 0",
+    ):
+        attends.at(-3)
 
 
 def test_head_circuits_of_the_hand_written_model() -> None:
     model = load_model("induction-by-hand")
     copies = ov_circuit(model, "blocks.1.attn.hook_z:0", tokens=True)
-    torch.testing.assert_close(copies, 20 * torch.eye(64))
-    assert not qk_circuit(model, "blocks.1.attn.hook_z:0", tokens=True).any(), (
-        "reads what head 0.0 wrote"
-    )
+    torch.testing.assert_close(copies.matrix, 20 * torch.eye(64))
+    attends = qk_circuit(model, "blocks.1.attn.hook_z:0", tokens=True)
+    assert not attends.matrix.any(), "reads what head 0.0 wrote"
 
 
 def test_image_models_have_no_heads(branches: HookedModel) -> None:

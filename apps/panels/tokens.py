@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apps import cached
-from apps.address import part
+from apps.address import guarded, part
 from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
@@ -83,6 +83,7 @@ def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
 
 
+@guarded
 def logits_panel(look: Look) -> None:
     """What a neuron or head adds to logits directly, by its weights alone."""
     spec = look.model.input
@@ -98,7 +99,7 @@ def logits_panel(look: Look) -> None:
         )
     elif _HEAD.fullmatch(look.unit.site):
         st.subheader("What it copies and changes")
-        ov = ov_circuit(look.model, look.unit, tokens=True)
+        ov = ov_circuit(look.model, look.unit, tokens=True).matrix
         own = (ov.argmax(1) == torch.arange(len(ov))).float().mean().item()
         flat = ov.flatten().topk(min(LISTED, ov.numel()))
         rows = [

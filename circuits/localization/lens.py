@@ -23,10 +23,9 @@ from circuits.experiments.statistics import interval
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.localization.pairing import OtherPairs
-from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
-from circuits.models.adapter.sites import is_bridge
+from circuits.models.adapter.transformer import Transformer
 from circuits.progress import Progress
 from circuits.tables import Table, between, visible
 from circuits.tasks.metrics import Metric, as_metric
@@ -240,21 +239,7 @@ def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
     Raises:
         ValueError: if the model is not a bridge, or lacks a site of the stream.
     """
-    if not is_bridge(model.module):
-        raise ValueError(
-            f"model {model.name} has no residual stream to stop at: expected a TransformerLens bridge"
-        )
-    n: int = model.module.cfg.n_layers  # type: ignore[union-attr, assignment]
-    names = [f"blocks.{i}.hook_resid_{part}" for i in range(n) for part in ("pre", "mid")]
-    known = {name for s in model.sites for name in (s.name, *s.aliases)}
-    wanted = [*names, f"blocks.{n - 1}.hook_resid_post"]
-    kept = [n for n in wanted if not n.endswith("_mid") or (middle and n in known)]
-    missing = next((name for name in kept if name not in known), None)
-    if missing is not None:
-        raise ValueError(
-            f"model {model.name} does not expose its residual stream: site {missing} is missing"
-        )
-    return [model.site(name) for name in kept]
+    return [model.site(name) for name in Transformer(model).streams(middle)]
 
 
 def _stopped_at(
@@ -268,7 +253,7 @@ def _stopped_at(
         return _lens_edits(model, source[site.name], source[last.name], last, norm)
 
     name = site.name + ("" if others is None else ", of another example")
-    sites = (last.name,) if norm == "own" else (_normalised_site(model, last).name,)
+    sites = (last.name,) if norm == "own" else (Transformer(model).normalised,)
     return Variant(name, live=live, sites=sites, reads=(site.name, last.name))
 
 
@@ -277,18 +262,10 @@ def _lens_edits(
 ) -> dict[str, Change]:
     if norm == "own":
         return {last.name: lambda value: stream}
-    # Held: y = (x - mean(x)) * factor + bias with the factor (gain over the standard deviation) of the final stream,
-    # put in after the normalisation. In float64, so that differences between depths add up.
-    bridge: Any = model.module
+    # Held: y = factor * gain * (x - centre(x)) + bias with the factor of the final stream, put in after the
+    # normalisation. In float64, so that differences between depths add up.
+    transformer = Transformer(model)
+    own = transformer.norm("final")
     with model.lock:
-        factor, bias, centred = frozen_normalisation(bridge.ln_final, end.double().flatten(0, 1))
-    inner = stream.double().flatten(0, 1)
-    inner = inner - inner.mean(1, keepdim=True) if centred else inner
-    made = (inner * factor + bias).reshape(stream.shape).to(stream)
-    return {_normalised_site(model, last).name: lambda value: made}
-
-
-def _normalised_site(model: HookedModel, last: Site) -> Site:
-    """The site of the final normalisation's output; the stream itself if the model has no final normalisation."""
-    known = {name: s for s in model.sites for name in (s.name, *s.aliases)}
-    return known.get("unembed.hook_in") or known.get("ln_final.hook_out") or last
+        made = (own.held(stream, end) + own.bias).to(stream)
+    return {transformer.normalised: lambda value: made}

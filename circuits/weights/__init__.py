@@ -4,20 +4,33 @@ from circuits.weights.connections import Connection, incoming, outgoing
 from circuits.weights.expanded import ExpandedWeights, expand_weights
 from circuits.weights.factors import Factors, factorize
 from circuits.weights.graphs import build_graph, expanded_block
-from circuits.weights.heads import direct_logits, neuron_directions, ov_circuit, qk_circuit
+from circuits.weights.heads import (
+    Composition,
+    OVCircuit,
+    QKCircuit,
+    direct_logits,
+    head_composition,
+    neuron_directions,
+    ov_circuit,
+    qk_circuit,
+)
 from circuits.weights.raw import LayerWeights, connected_pairs, raw_weights
 
 __all__ = [
+    "Composition",
     "Connection",
     "ExpandedWeights",
     "Factors",
     "LayerWeights",
+    "OVCircuit",
+    "QKCircuit",
     "build_graph",
     "connected_pairs",
     "direct_logits",
     "expand_weights",
     "expanded_block",
     "factorize",
+    "head_composition",
     "incoming",
     "neuron_directions",
     "outgoing",

@@ -26,8 +26,9 @@ class Connection:
         source: the unit that is read.
         target: the unit that is computed.
         kernel: y x x for a convolution (as cross-correlation: the middle is the same place), a single number for a
-            linear layer, (Q, K, V) composition scores between heads. Batch norm and constants on either side of the
-            layer are multiplied in; if the source reaches the layer along several paths, their kernels are added.
+            linear layer, (Q, K, V) composition scores between heads (Q and K where a query attends to its own position:
+            rotary embeddings turn them elsewhere). Batch norm and constants on either side of the layer are multiplied
+            in; if the source reaches the layer along several paths, their kernels are added.
         layer: the layer's name.
         through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
         typical: for comparison, the median norm of the kernels from all sources of the same target (for an incoming

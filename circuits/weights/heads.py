@@ -1,51 +1,145 @@
 """What the units of a transformer read from and write to the residual stream.
 
 After Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; row vectors are on the left, as in
-TransformerLens. The weights of normalisation layers are folded in, their division by the norm is left out.
+TransformerLens. Normalisations are folded in with their linear part, gain * (x - centre(x)), as it is measured; their
+division by the norm is left out, which is one positive factor for each position.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter import composition
+from circuits.models.adapter.composition import HeadRead, head_read, head_write
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.sites import is_bridge
+from circuits.models.adapter.rotation import rotations
+from circuits.models.adapter.transformer import Transformer
 from circuits.units import Unit
 
-_HEAD = re.compile(r"blocks\.(?P<layer>[0-9]+)\.attn\.hook_z")
-_NEURON = re.compile(r"blocks\.(?P<layer>[0-9]+)\.mlp\.hook_post")
+OFFSETS = (-1, 0)
+"""Offsets at which QK circuits are given by default: a head that looks one back, and one that looks at itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class QKCircuit:
+    """What a head's queries look for in keys, at some offsets.
+
+    The score of a query at x with a key at y is x matrix y^T + x . key_bias + query_bias . y + constant, where x and y
+    are residual streams, each divided by its norm, up to the constant factor that the model multiplies scores by (one
+    over the square root of d_head). A part that does not depend on the key changes no pattern.
+
+    Attributes:
+        head: the head.
+        offsets: the key's position minus the query's, for each matrix. Rotary embeddings turn queries and keys by their
+            positions, so that there is no W_QK without one; otherwise all are equal.
+        matrix: query x key: residual dimensions, or tokens.
+        query_bias: what the biases of queries look for in keys.
+        key_bias: what queries look for, met by the biases of keys alone.
+        constant: of the biases of both.
+        held_norms: whether the model normalises queries and keys, of which only the gains are in here: scores are
+            divided by the norms of query and key once more.
+    """
+
+    head: Unit
+    offsets: tuple[int, ...]
+    matrix: Float[Tensor, "offset query key"]
+    query_bias: Float[Tensor, "offset key"]
+    key_bias: Float[Tensor, "offset query"]
+    constant: Float[Tensor, " offset"]
+    held_norms: bool
+
+    def at(self, offset: int) -> Float[Tensor, "query key"]:
+        """The matrix at an offset.
+
+        Raises:
+            ValueError: if it was not asked for.
+        """
+        if offset not in self.offsets:
+            known = ", ".join(map(str, self.offsets))
+            raise ValueError(
+                f"offset {offset} of {self.head} was not computed: expected one of {known}"
+            )
+        return self.matrix[self.offsets.index(offset)]
+
+
+@dataclass(frozen=True, eq=False)
+class OVCircuit:
+    """What a head writes for what it attends to.
+
+    Attributes:
+        head: the head.
+        matrix: source x target: what it reads at a position that it attends to, and what it writes for that. Residual
+            dimensions; or tokens and logits.
+        bias: what it writes wherever it attends: by the biases of its values and of the normalisation before. The
+            output bias of attention belongs to no head.
+        held_norm: whether the output of all heads together is normalised before it is added to the stream, of which
+            only the gain is in here.
+    """
+
+    head: Unit
+    matrix: Float[Tensor, "source target"]
+    bias: Float[Tensor, " target"]
+    held_norm: bool
 
 
 def qk_circuit(
-    model: HookedModel, head: str | Unit, tokens: bool = False
-) -> Float[Tensor, "query key"]:
-    """W_QK of a head: what a query (rows) looks for in the keys (columns).
+    model: HookedModel,
+    head: str | Unit,
+    tokens: bool = False,
+    offset: int | Sequence[int] = OFFSETS,
+    hold_norms: bool = False,
+) -> QKCircuit:
+    """W_Q R(offset) W_K^T of a head: what a query looks for in a key at that offset, and what biases add.
 
     Args:
         model: a TransformerLens bridge.
         head: a unit of `blocks.N.attn.hook_z`.
         tokens: whether rows and columns are tokens, W_E W_QK W_E^T, instead of residual dimensions.
+        offset: the key's position minus the query's: 0 is its own, -1 the one before. One or several.
+        hold_norms: take normalised queries and keys (Qwen 3, Gemma 3) with their gains, as if their norms were held
+            fixed; by default such models are refused, since their scores are no bilinear form.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge or the unit no head.
+        ValueError: if the model is not a TransformerLens bridge, the unit no head, an offset above 0 or outside the
+            context, or scores are no bilinear form.
     """
-    bridge, layer, index = _place(model, head, _HEAD, "a head, blocks.N.attn.hook_z:INDEX")
-    matrix = composition.qk(bridge, layer, index)
-    if not tokens:
-        return matrix
-    embed = bridge.W_E.detach()
-    return embed @ matrix @ embed.mT
+    transformer = Transformer(model)
+    layer, index = transformer.head(head)
+    offsets = _offsets(transformer, layer, offset, hold_norms)
+    turns = rotations(transformer, layer, offsets)
+    query, key = (head_read(transformer, letter, layer, index) for letter in ("Q", "K"))
+    if tokens:
+        query, key = (_of_tokens(transformer, read) for read in (query, key))
+    turned = torch.einsum("ka,oba->obk", key.weight, turns)  # R W_K^T
+    bias = torch.einsum("a,oba->ob", key.bias, turns)
+    return QKCircuit(
+        model.unit(head), offsets, (query.weight @ turned).float(), (query.bias @ turned).float(),
+        (bias @ query.weight.T).float(), (bias @ query.bias).float(), transformer.normalises_qk(layer),
+    )  # fmt: skip
 
 
-def ov_circuit(
-    model: HookedModel, head: str | Unit, tokens: bool = False
-) -> Float[Tensor, "source target"]:
-    """W_OV of a head: what it reads at a position that it attends to (rows), and what it writes for that (columns).
+def _offsets(
+    transformer: Transformer, layer: int, offset: int | Sequence[int], hold_norms: bool
+) -> tuple[int, ...]:
+    """The offsets that are asked for, of a layer whose scores are a bilinear form."""
+    if transformer.normalises_qk(layer) and not hold_norms:
+        raise ValueError(
+            f"layer {layer} of {transformer.model.name} normalises queries and keys, so its scores are no bilinear "
+            "form: hold_norms=True takes them with their gains, as if their norms were fixed"
+        )
+    offsets = (offset,) if isinstance(offset, int) else tuple(offset)
+    if not offsets:
+        raise ValueError("offset is empty: expected at least one, 0 or below")
+    return offsets
+
+
+def ov_circuit(model: HookedModel, head: str | Unit, tokens: bool = False) -> OVCircuit:
+    """W_OV of a head: what it writes for what it reads at a position that it attends to, and what biases add.
 
     Args:
         model: a TransformerLens bridge.
@@ -53,13 +147,116 @@ def ov_circuit(
         tokens: whether rows are tokens and columns logits, W_E W_OV W_U, instead of residual dimensions.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge or the unit no head.
+        ValueError: if the model is not a TransformerLens bridge or the unit no head, or if what attention adds is not
+            the sum of its heads' outputs, normalised or scaled.
     """
-    bridge, layer, index = _place(model, head, _HEAD, "a head, blocks.N.attn.hook_z:INDEX")
-    matrix = composition.ov(bridge, layer, index)
-    if not tokens:
-        return matrix
-    return bridge.W_E.detach() @ matrix @ composition.read_weights(bridge, None)
+    transformer = Transformer(model)
+    layer, index = transformer.head(head)
+    read, write = head_read(transformer, "V", layer, index), head_write(transformer, layer, index)
+    if tokens:
+        read = _of_tokens(transformer, read)
+        write = write @ composition.read_weights(transformer, None).double()
+    after = transformer.writes[layer].attention
+    held = after is not None and after.norm is not None
+    return OVCircuit(
+        model.unit(head), (read.weight @ write).float(), (read.bias @ write).float(), held
+    )
+
+
+def _of_tokens(transformer: Transformer, read: HeadRead) -> HeadRead:
+    return HeadRead(transformer.embedding().double() @ read.weight, read.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """How much of what a head writes a later head reads, beside the same of random matrices.
+
+    Attributes:
+        source: the earlier head.
+        target: the later head.
+        offsets: the key's position minus the query's in the later head.
+        scores: ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV|| over the product of the factors' norms (Q-, K- and
+            V-composition), from 0 to 1. V does not depend on the offset.
+        random: the same of matrices with the same singular values, turned at random: draw x offset x (Q, K, V).
+        seed: the seed of the draws.
+        held_norms: as in `QKCircuit`.
+    """
+
+    source: Unit
+    target: Unit
+    offsets: tuple[int, ...]
+    scores: Float[Tensor, "offset part"]
+    random: Float[Tensor, "draw offset part"]
+    seed: int
+    held_norms: bool
+
+
+def head_composition(
+    model: HookedModel,
+    source: str | Unit,
+    target: str | Unit,
+    offset: int | Sequence[int] = OFFSETS,
+    draws: int = 20,
+    seed: int = 0,
+    hold_norms: bool = False,
+) -> Composition:
+    """Q-, K- and V-composition of two heads (Elhage et al. 2021, "Composition"), beside random matrices.
+
+    Products of matrices of low rank are small by chance, the smaller the fewer dimensions they share, so a score says
+    something only beside that of matrices of equal spectrum: singular values are kept, and the earlier head's output is
+    turned by a random rotation of the residual stream.
+
+    Args:
+        model: a TransformerLens bridge.
+        source: the earlier head, a unit of `blocks.N.attn.hook_z`.
+        target: the later head.
+        offset: as in `qk_circuit`.
+        draws: how many random rotations.
+        seed: their seed.
+        hold_norms: as in `qk_circuit`.
+
+    Raises:
+        ValueError: as `qk_circuit` and `ov_circuit` do; also if the source is not in an earlier layer, or `draws` is
+            below 1.
+    """
+    transformer = Transformer(model)
+    (i, earlier), (j, later) = transformer.head(source), transformer.head(target)
+    if i >= j:
+        raise ValueError(
+            f"source {source} must be in an earlier layer than target {target}: it reads nothing of what that writes"
+        )
+    if draws < 1:
+        raise ValueError(f"draws {draws} must be at least 1")
+    offsets = _offsets(transformer, j, offset, hold_norms)
+    turns = rotations(transformer, j, offsets)
+    attends = [composition.qk(transformer, j, later, turn) for turn in turns]
+    moved, moves = composition.ov(transformer, i, earlier), composition.ov(transformer, j, later)
+
+    def scores(written: composition.LowRank) -> Tensor:
+        return torch.tensor(
+            [composition.composition_scores(written, one, moves) for one in attends]
+        )
+
+    # W_O = S F^T with an orthonormal F: another F leaves the singular values of W_V W_O as they are.
+    generator = torch.Generator().manual_seed(seed)
+    triangle = torch.linalg.qr(moved.right.mT).R
+    size, n = moved.left.shape
+    turned = [
+        composition.LowRank(moved.left, triangle.mT @ _frame(size, n, generator).to(triangle).mT)
+        for _ in range(draws)
+    ]
+    return Composition(
+        model.unit(source), model.unit(target), offsets, scores(moved), torch.stack([scores(one) for one in turned]),
+        seed, transformer.normalises_qk(j),
+    )  # fmt: skip
+
+
+def _frame(size: int, n: int, generator: torch.Generator) -> Float[Tensor, "size n"]:
+    """Random orthonormal columns, uniformly distributed: by QR of Gaussian numbers, with R's diagonal made positive
+    (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
+    """
+    q, r = torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
 
 
 def neuron_directions(
@@ -70,9 +267,10 @@ def neuron_directions(
     Raises:
         ValueError: if the model is not a TransformerLens bridge or the unit no neuron, `blocks.N.mlp.hook_post:INDEX`.
     """
-    bridge, layer, index = _place(model, neuron, _NEURON, "a neuron, blocks.N.mlp.hook_post:INDEX")
-    read = composition.read_weights(bridge, layer)[:, index]
-    return read, bridge.W_out[layer].detach()[index]
+    transformer = Transformer(model)
+    layer, index = transformer.neuron(neuron)
+    read = composition.read_weights(transformer, layer, torch.tensor([index]))[:, 0]
+    return read, composition.written_weights(transformer, layer)[index]
 
 
 def direct_logits(model: HookedModel, neuron: str | Unit) -> Float[Tensor, " token"]:
@@ -81,20 +279,7 @@ def direct_logits(model: HookedModel, neuron: str | Unit) -> Float[Tensor, " tok
     Raises:
         ValueError: if the model is not a TransformerLens bridge or the unit no neuron.
     """
-    bridge, layer, index = _place(model, neuron, _NEURON, "a neuron, blocks.N.mlp.hook_post:INDEX")
-    return bridge.W_out[layer].detach()[index] @ composition.read_weights(bridge, None)
-
-
-def _place(
-    model: HookedModel, unit: str | Unit, pattern: re.Pattern[str], expected: str
-) -> tuple[Any, int, int]:
-    """The bridge, and a unit's layer and index."""
-    if not is_bridge(model.module):
-        raise ValueError(
-            f"model {model.name} is not a TransformerLens bridge: it has no heads or neurons"
-        )
-    found = model.unit(unit)
-    match = pattern.fullmatch(found.site)
-    if match is None:
-        raise ValueError(f"unit {found} is not {expected}")
-    return model.module, int(match["layer"]), found.index
+    transformer = Transformer(model)
+    layer, index = transformer.neuron(neuron)
+    written = composition.written_weights(transformer, layer)[index]
+    return written @ composition.read_weights(transformer, None)

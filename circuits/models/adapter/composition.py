@@ -2,13 +2,17 @@
 
 Row vectors stand on the left throughout, as in TransformerLens: x W_Q, so W_QK = W_Q W_K^T and W_OV = W_V W_O are
 both d_model x d_model, and a path multiplies matrices from left to right in the order of execution.
+
+Normalisations count with their linear part, gain * (x - centre(x)), as it is measured
+(`circuits.models.adapter.norms`), not with the division by the norm of what they are given: those before attention,
+before an MLP and before the unembedding, those of queries and keys, and those behind attention and MLP.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,31 +20,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter.topology import SiteLink, WeightLayer
+from circuits.models.adapter.transformer import Letter, Transformer
 from circuits.units import Site
 
+PARTS = ("Q", "K", "V")
+"""By which of its inputs a head reads what another wrote, in the order of composition scores."""
 
-def bridge_layers(bridge: Any, sites: Sequence[Site]) -> list[WeightLayer]:
+
+def bridge_layers(model: Any) -> list[WeightLayer]:
     """Virtual weights of a TransformerLens bridge, between units connected by the residual stream.
 
     Head to later head: the composition scores ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV||
-    over the product of the factors' norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights").
-    Neuron to later neuron: W_out W_in; neuron to logit: W_out W_U. Normalisations count with their weights
-    only, not with the division by the stream's norm. Each matrix is computed when it is asked for.
+    over the product of the factors' norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights"). W_QK is
+    that at offset 0, where a query attends to its own position: rotary embeddings turn it at every other offset.
+    Neuron to later neuron: W_out W_in; neuron to logit: W_out W_U. Each matrix is computed when it is asked for.
     """
-    by_name = {site.name: site for site in sites}
-    n = bridge.cfg.n_layers
-    heads = [by_name.get(f"blocks.{layer}.attn.hook_z") for layer in range(n)]
-    posts = [by_name.get(f"blocks.{layer}.mlp.hook_post") for layer in range(n)]
-    logits = by_name.get("hook_unembed")
+    transformer = Transformer(model)
+    heads = [model.site(at.heads) if at.heads else None for at in transformer.layers]
+    posts = [model.site(at.neurons) if at.neurons else None for at in transformer.layers]
+    logits = model.site(transformer.logits)
     layers = []
-    for i, j in itertools.combinations(range(n), 2):
+    for i, j in itertools.combinations(range(len(transformer.layers)), 2):
         if (source := heads[i]) and (target := heads[j]):
-            layers.append(_composition_layer(bridge, i, j, source, target))
+            layers.append(_composition_layer(transformer, i, j, source, target))
         if (source := posts[i]) and (target := posts[j]):
-            layers.append(_neuron_layer(bridge, i, j, source, target))
-    if logits is not None:
-        layers += [_neuron_layer(bridge, i, None, p, logits) for i, p in enumerate(posts) if p]
-    return layers
+            layers.append(_neuron_layer(transformer, i, j, source, target))
+    return layers + [
+        _neuron_layer(transformer, i, None, p, logits) for i, p in enumerate(posts) if p
+    ]
 
 
 def _virtual_layer(
@@ -58,131 +65,198 @@ def _virtual_layer(
 
 
 def direction_layers(
-    bridge: Any, sites: Sequence[Site], source: Site, directions: Tensor, written: Site
+    model: Any, source: Site, directions: Tensor, written: Site
 ) -> list[WeightLayer]:
     """Virtual weights from units that write directions, such as latents, to later neurons and to logits.
 
     Args:
-        bridge: the model.
-        sites: its sites, in order of execution.
+        model: a `HookedModel` around a bridge.
         source: the site of the units.
         directions: what each unit adds at the site `written`: unit x width of that site.
-        written: a site of the residual stream, or the neurons of an MLP.
+        written: a site of the residual stream, or the neurons or the output of an MLP.
     """
-    number = re.match(r"blocks\.(\d+)\.mlp\.hook_post$", written.name)
-    if number is not None:  # what is added to neurons reaches the stream through W_out
-        directions = directions @ bridge.W_out[int(number[1])].detach()
-    elif written.kind != "residual":
+    transformer = Transformer(model)
+    number = next(
+        (at.number for at in transformer.layers if written.name in (at.neurons, at.mlp)), None
+    )
+    if number is None and written.kind != "residual":
         return []
+
+    def added() -> Tensor:
+        """The directions as they reach the stream."""
+        if number is None:
+            return directions
+        out = (
+            transformer.neuron_weights(number)[1]
+            if written.name == transformer.layers[number].neurons
+            else None
+        )
+        made = directions if out is None else directions.to(out) @ out
+        return _written(transformer, number, made).to(directions)
+
     # Sites of kind "residual" include some of another width, such as the output of a key projection.
-    if directions.shape[1] != bridge.cfg.d_model:
+    if number is None and directions.shape[1] != transformer.width:
         return []
-    order = {site.name: i for i, site in enumerate(sites)}
-    found = []
-    for layer in range(bridge.cfg.n_layers):
-        target = next((s for s in sites if s.name == f"blocks.{layer}.mlp.hook_post"), None)
-        if target is not None and order[target.name] > order[written.name]:
-            found.append(_directed(bridge, layer, source, target, directions))
-    logits = next((s for s in sites if s.name == "hook_unembed"), None)
-    if logits is not None:
-        found.append(_directed(bridge, None, source, logits, directions))
-    return found
+    order = {site.name: i for i, site in enumerate(model.sites)}
+    targets = [(at.number, model.site(at.neurons)) for at in transformer.layers if at.neurons]
+    targets = [(layer, site) for layer, site in targets if order[site.name] > order[written.name]]
+    return [
+        _directed(transformer, source.name, layer, source, site, added)
+        for layer, site in (*targets, (None, model.site(transformer.logits)))
+    ]
 
 
 def _directed(
-    bridge: Any, layer: int | None, source: Site, target: Site, directions: Tensor
+    transformer: Transformer,
+    name: str,
+    layer: int | None,
+    source: Site,
+    target: Site,
+    added: Callable[[], Tensor],
 ) -> WeightLayer:
+    """From units that add directions to the stream, to the neurons of a layer or to the logits (None)."""
+
+    def onto(directions: Tensor, columns: Tensor | None = None) -> Tensor:
+        return directions @ read_weights(transformer, layer, columns).to(directions)
+
     return _virtual_layer(
-        f"{source.name} to {'logits' if layer is None else layer}",
-        lambda after: (directions @ read_weights(bridge, layer)[:, after]).T,
-        lambda before: directions[before] @ read_weights(bridge, layer),
+        f"{name} to {'logits' if layer is None else layer}",
+        lambda after: onto(added(), after).T,
+        lambda before: onto(added()[before]),
         source,
         target,
     )
 
 
-def read_weights(bridge: Any, layer: int | None) -> Tensor:
-    """The input weights of a layer's neurons (None: of the logits), with the weights of the normalisation before
-    them folded in: d_model x neuron.
+def read_weights(
+    transformer: Transformer, layer: int | None, columns: Tensor | None = None
+) -> Float[Tensor, "d_model column"]:
+    """What a layer's neurons (None: the logits) read from the stream, through the normalisation before them."""
+    weight = transformer.unembedding()[0] if layer is None else transformer.neuron_weights(layer)[0]
+    own = weight if columns is None else weight[:, columns]
+    norm = transformer.norm("final") if layer is None else transformer.norm("mlp", layer)
+    return norm.adjoint(own.T).T.to(weight)
+
+
+def written_weights(transformer: Transformer, layer: int) -> Float[Tensor, "neuron d_model"]:
+    """What a layer's neurons add to the stream, through what is done to the MLP's output on its way there."""
+    out = transformer.neuron_weights(layer)[1]
+    return _written(transformer, layer, out).to(out)
+
+
+def _written(transformer: Transformer, layer: int, made: Tensor) -> Tensor:
+    write = transformer.writes[layer].mlp
+    if write is None:
+        raise ValueError(
+            f"layer {layer} of {transformer.model.name}: what its MLP adds to the stream is not its output, normalised "
+            "or scaled"
+        )
+    return write.linear(made)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRead:
+    """What a head reads from the stream x as queries, keys or values: linear(x) @ weight + bias, in float64.
+
+    Attributes:
+        weight: acts on the stream itself: the normalisation before it is folded in.
+        bias: with what the normalisation's own bias adds. It is not divided by the norm of the stream.
     """
-    if layer is None:
-        return norm_weight(bridge.ln_final) * bridge.W_U.detach()
-    return norm_weight(bridge.blocks[layer].ln2) * bridge.W_in[layer].detach()
+
+    weight: Float[Tensor, "d_model d_head"]
+    bias: Float[Tensor, " d_head"]
 
 
-def norm_weight(norm: Any) -> Tensor | float:
-    """The weights of a normalisation layer as a column, one for each residual dimension; 1 if it has none."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor):
-        return 1.0
-    offset = 1.0 if getattr(norm, "uses_weight_offset", False) else 0.0  # Gemma stores weight - 1
-    return weight.detach()[:, None] + offset
+def head_read(transformer: Transformer, letter: Letter, layer: int, head: int) -> HeadRead:
+    """What a head reads, with the linear parts of the normalisations before and behind its weights.
 
-
-def frozen_normalisation(
-    norm: Any, stream: Float[Tensor, "row d_model"]
-) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"], bool]:
-    """A normalisation with its scale frozen at some residual streams, which makes it affine in its input.
-
-    Args:
-        norm: a normalisation layer of a bridge.
-        stream: the residual streams, in float64.
-
-    Returns:
-        Factor, bias and whether the input is centred: the frozen normalisation of x is (x - mean(x)) * factor +
-        bias if it is centred (LayerNorm), and x * factor + bias if it is not (RMSNorm).
+    Raises:
+        ValueError: if the model has no such matrices, or normalises queries and keys of all heads together after
+            subtracting their mean.
     """
-    kind = next((p.dtype for p in norm.parameters()), torch.float32)
-    probe = torch.linspace(-1, 1, stream.shape[1], dtype=torch.float64, device=stream.device)[None]
-
-    def normed(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return norm(x.to(kind)).double()
-
-    # The kind of normalisation is found by probing the module, not by its class: bridges wrap each family's own.
-    # A normalisation of zeros is its bias, and one that subtracts the mean does not see a shift of all entries.
-    bias = normed(torch.zeros_like(probe))
-    centred = bool(torch.allclose(normed(probe + 1), normed(probe), rtol=1e-3, atol=1e-4))
-    inner = stream - stream.mean(1, keepdim=True) if centred else stream
-    # A stream of zeros has no scale to measure, only that of the epsilon, which a tiny stream shows as well.
-    inner = torch.where(inner.any(1, keepdim=True), inner, 1e-6 * probe)
-    made = normed(inner) - bias
-    # norm(x) - bias = x * weight / scale with one scale for a row. So the scale is read off at a single entry:
-    # the largest whose weight is not zero, where the quotient loses the least precision.
-    weight = norm_weight(norm)
-    gains = weight[:, 0].double() if isinstance(weight, Tensor) else torch.ones_like(stream[0])
-    at = (inner.abs() * (gains != 0)).argmax(1, keepdim=True)
-    factor = (made / torch.where(gains == 0, 1.0, gains)).gather(1, at) / inner.gather(1, at)
-    return factor * gains, bias.expand_as(stream), centred
+    weight, bias = transformer.reads(letter, layer, head)
+    norm = transformer.norm("attention", layer)
+    made = HeadRead(norm.adjoint(weight.T).T, norm.bias @ weight + bias)
+    own = None if letter == "V" else transformer.qk_norm(letter, layer, head)
+    return made if own is None else HeadRead(own.linear(made.weight), own.linear(made.bias))
 
 
-def qk(bridge: Any, layer: int, head: int) -> Tensor:
-    """W_QK = W_Q W_K^T of a head with the normalisation's weights folded in: d_model (query) x d_model (key)."""
-    scale = norm_weight(bridge.blocks[layer].ln1)
-    shared = bridge.cfg.n_heads // len(bridge.W_K[layer])  # grouped-query attention: heads a key
-    w_q, w_k = bridge.W_Q[layer][head], bridge.W_K[layer][head // shared]
-    return ((scale * w_q) @ (scale * w_k).mT).detach()
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix left @ right of residual dimensions, kept as its factors: d_head is much smaller than d_model."""
+
+    left: Float[Tensor, "d_model d_head"]
+    right: Float[Tensor, "d_head d_model"]
+
+    @property
+    def transposed(self) -> LowRank:
+        """The transposed matrix."""
+        return LowRank(self.right.mT, self.left.mT)
+
+    def norm_with(self, other: LowRank | None = None) -> float:
+        """The Frobenius norm of the matrix, or of its product with another: ||L M R||^2 = tr(M^T L^T L M R R^T)."""
+        gram, right = self.left.mT @ self.left, self.right
+        if other is not None:
+            middle, right = self.right @ other.left, other.right
+            gram = middle.mT @ gram @ middle
+        square = (gram @ (right @ right.mT)).trace()
+        return float(square.clamp_min(0).sqrt())
 
 
-def ov(bridge: Any, layer: int, head: int) -> Tensor:
-    """W_OV = W_V W_O of a head with the normalisation's weights folded in: d_model (read) x d_model (written)."""
-    scale = norm_weight(bridge.blocks[layer].ln1)
-    shared = bridge.cfg.n_heads // len(bridge.W_V[layer])
-    return ((scale * bridge.W_V[layer][head // shared]) @ bridge.W_O[layer][head]).detach()
+def qk(transformer: Transformer, layer: int, head: int, turn: Tensor | None = None) -> LowRank:
+    """W_QK = W_Q R W_K^T of a head, d_model (query) x d_model (key), at offset 0 or turned by R."""
+    query, key = (head_read(transformer, letter, layer, head) for letter in ("Q", "K"))
+    return LowRank(query.weight if turn is None else query.weight @ turn, key.weight.mT)
 
 
-def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) -> WeightLayer:
+def ov(transformer: Transformer, layer: int, head: int) -> LowRank:
+    """W_OV = W_V W_O of a head: d_model (read) x d_model (written)."""
+    return LowRank(
+        head_read(transformer, "V", layer, head).weight, head_write(transformer, layer, head)
+    )
+
+
+def head_write(transformer: Transformer, layer: int, head: int) -> Float[Tensor, "d_head d_model"]:
+    """What a head adds to the stream, through what is done to the output of attention on its way there.
+
+    Raises:
+        ValueError: if the heads' outputs, normalised or scaled, are not what attention adds.
+    """
+    write = transformer.writes[layer].attention
+    if write is None:
+        raise ValueError(
+            f"layer {layer} of {transformer.model.name}: what attention adds to the stream is not the sum of its "
+            "heads' outputs, normalised or scaled"
+        )
+    return write.linear(transformer.writes_of(layer)[0][head])
+
+
+def composition_scores(
+    moved: LowRank, attends: LowRank, moves: LowRank
+) -> tuple[float, float, float]:
+    """Q-, K- and V-composition of a head that writes `moved` (its W_OV) with a later one of W_QK and W_OV, in float64.
+
+    The earlier head's output enters the later head's scores x W_QK y^T on the side of the query (W_OV W_QK) or of the
+    key (W_QK W_OV^T), and its values (W_OV W_OV).
+    """
+    own, query, value = moved.norm_with(), attends.norm_with(), moves.norm_with()
+    return (
+        _share(moved.norm_with(attends), own, query),
+        _share(attends.norm_with(moved.transposed), own, query),
+        _share(moved.norm_with(moves), own, value),
+    )
+
+
+def _composition_layer(
+    transformer: Transformer, i: int, j: int, source: Site, target: Site
+) -> WeightLayer:
     def scores(before: Sequence[int], after: Sequence[int]) -> Tensor:
         """Scores of every pair of heads: before x after x (Q, K, V)."""
-        written = [ov(bridge, i, head) for head in before]
+        written = [ov(transformer, i, head) for head in before]
         found = []
         for head in after:
-            attends, moves = qk(bridge, j, head), ov(bridge, j, head)
-            for w in written:
-                # The earlier head writes w = W_OV into the stream. It enters the later head's scores x W_QK y^T on the
-                # side of the query (w W_QK) or of the key (W_QK w^T), and its values (w W_OV).
-                products = ((w @ attends, attends), (attends @ w.mT, attends), (w @ moves, moves))
-                found.append([_share(p, w, m) for p, m in products])
+            attends, moves = qk(transformer, j, head), ov(transformer, j, head)
+            found.append([composition_scores(w, attends, moves) for w in written])
         return torch.tensor(found).reshape(len(after), len(before), 3).transpose(0, 1)
 
     def rows(after: Tensor) -> Tensor:
@@ -194,21 +268,15 @@ def _composition_layer(bridge: Any, i: int, j: int, source: Site, target: Site) 
     return _virtual_layer(f"composition {i} to {j}", rows, columns, source, target)
 
 
-def _share(product: Tensor, a: Tensor, b: Tensor) -> float:
-    """The Frobenius norm of a product over the product of the factors' norms; 0 where a factor is zero."""
-    return (product.norm() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny)).item()
+def _share(product: float, a: float, b: float) -> float:
+    """The norm of a product over the product of the factors' norms; 0 where a factor is zero."""
+    return product / (a * b) if a * b else 0.0
 
 
-def _neuron_layer(bridge: Any, i: int, j: int | None, source: Site, target: Site) -> WeightLayer:
+def _neuron_layer(
+    transformer: Transformer, i: int, j: int | None, source: Site, target: Site
+) -> WeightLayer:
     """Neurons of layer i to those of layer j, or to the logits."""
-
-    def out_weights() -> Tensor:
-        return bridge.W_out[i].detach()
-
-    return _virtual_layer(
-        f"neurons {i} to {'logits' if j is None else j}",
-        lambda after: (out_weights() @ read_weights(bridge, j)[:, after]).T,
-        lambda before: out_weights()[before] @ read_weights(bridge, j),
-        source,
-        target,
+    return _directed(
+        transformer, f"neurons {i}", j, source, target, lambda: written_weights(transformer, i)
     )

@@ -691,11 +691,11 @@ class HookedModel:
 
     def _find_layers(self) -> tuple[WeightLayer, ...]:
         layers = self._find_own_layers()
-        return (*layers, *latent_layers(self.module, layers, self._by_name))
+        return (*layers, *latent_layers(self, layers, self._by_name))
 
     def _find_own_layers(self) -> tuple[WeightLayer, ...]:
         if is_bridge(self.module):
-            return tuple(bridge_layers(self.module, self.sites))
+            return tuple(bridge_layers(self))
         example = self.fitted(self.input.example(1))
         if not example.is_floating_point():
             raise ValueError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits.models.adapter.attaching import Attached, autoencoders
 from circuits.models.adapter.composition import direction_layers
@@ -15,15 +16,20 @@ from circuits.units import Site
 
 
 def latent_layers(
-    module: nn.Module, layers: Sequence[WeightLayer], sites: Mapping[str, Site]
+    model: Any, layers: Sequence[WeightLayer], sites: Mapping[str, Site]
 ) -> list[WeightLayer]:
     """Weights into and out of the latents of attached autoencoders.
 
     Into a latent leads its row of the encoder. Out of a latent leads its row of the decoder times the weights of
     every layer that reads the site which the decoder writes.
+
+    Args:
+        model: a `HookedModel`.
+        layers: the model's own layers.
+        sites: its sites by name.
     """
     found: list[WeightLayer] = []
-    for name, attached in autoencoders(module).items():
+    for name, attached in autoencoders(model.module).items():
         encoder, decoder = (
             getattr(attached.code, "W_enc", None),
             getattr(attached.code, "W_dec", None),
@@ -36,10 +42,8 @@ def latent_layers(
             found.append(_encoder_layer(name, attached, encoder.detach()))
         if attached.target.site.inner_axis is None:
             target = attached.target.site.name
-            if is_bridge(module):
-                found += direction_layers(
-                    module, [*sites.values()], sites[name], decoder.detach(), sites[target]
-                )
+            if is_bridge(model.module):
+                found += direction_layers(model, sites[name], decoder.detach(), sites[target])
             found += [
                 _through_decoder(layer, name, decoder.detach(), target)
                 for layer in layers

@@ -143,7 +143,7 @@ def _traced(
                     {name: m for name, (m, _) in names.items()},
                     lambda: outputs.append(module(example)),
                 )
-        except (RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"model {type(module).__name__} cannot run on an input of shape "

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuits.models.adapter.composition import frozen_normalisation
 from circuits.models.adapter.hooked_model import ActivationCache
+from circuits.models.adapter.norms import measure_norm
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
 
@@ -171,9 +171,7 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
 
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """The change of a normalisation's output if its scale is frozen: the bias cancels."""
-    factor, _, centred = frozen_normalisation(norm, before.reshape(-1, before.shape[-1]).double())
-    inner = change - change.mean(-1, keepdim=True) if centred else change
-    return inner * factor.reshape(before.shape).to(change)
+    return measure_norm(norm, before.shape[-1]).held(change, before).to(change)
 
 
 def position_embedding(

@@ -2,7 +2,7 @@
 
 The stream is a sum (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Its senders are the token
 and position embeddings, every head and every MLP; its receivers are the queries, keys and values of every head, every
-MLP and the logits, each after its normalisation. Only this module knows the names of the sites in between;
+MLP and the logits, each after its normalisation. The names of layers' sites come from `adapter.transformer`;
 `contributions` computes what they carry, `routes` lists and checks them.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.transformer import LayerSites, Transformer
 from circuits.units import unknown
 
 SenderKind = Literal["token", "position", "head", "mlp", "bias"]
@@ -88,12 +89,14 @@ class Stream:
         senders: in the order in which they write.
         receivers: in the order in which they read.
         parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
+        layers: the sites of each layer.
     """
 
     model: HookedModel
     senders: tuple[Sender, ...]
     receivers: tuple[Receiver, ...]
     parallel: bool
+    layers: tuple[LayerSites, ...]
 
     @classmethod
     def from_bridge(cls, model: HookedModel) -> Stream:
@@ -102,13 +105,13 @@ class Stream:
         Raises:
             ValueError: if a layer lacks a site that is needed.
         """
-        config: Any = model.module.cfg
-        parallel = bool(getattr(config, "parallel_attn_mlp", False))
+        transformer = Transformer(model)
+        parallel = transformer.parallel
         known = {name for s in model.sites for name in (s.name, *s.aliases)}
         # `[x] * condition` is a list of one or none. Rotary and ALiBi models add no position embedding to the stream.
-        senders = [Sender("token"), *[Sender("position")] * ("hook_pos_embed" in known)]
+        senders = [Sender("token"), *[Sender("position")] * (transformer.position is not None)]
         receivers: list[Receiver] = []
-        for layer in range(config.n_layers):
+        for layer in range(len(transformer.layers)):
             mlp = f"blocks.{layer}.mlp.hook_in" in known
             _require(model, known, layer, mlp, mlp and not parallel)
             heads = {p: model.site(f"blocks.{layer}.attn.hook_{p}").n_units for p in _PARTS}
@@ -121,12 +124,14 @@ class Stream:
             ]
             receivers += [Receiver("resid_mid", layer)] * (mlp and not parallel)
             receivers += [Receiver("mlp", layer)] * mlp + [Receiver("resid_post", layer)]
-        return cls(model, tuple(senders), (*receivers, Receiver("logits")), parallel)
+        return cls(
+            model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers
+        )
 
     @property
     def n_layers(self) -> int:
         """The model's number of layers."""
-        return self.model.module.cfg.n_layers  # type: ignore[union-attr, return-value]
+        return len(self.layers)
 
     def block(self, layer: int) -> Any:
         """A block of the bridge."""
@@ -219,16 +224,16 @@ class Stream:
     def output_site(self, sender: Sender) -> str:
         """The site of what an embedding or MLP adds to the stream."""
         if sender.kind == "mlp":
-            return f"blocks.{sender.layer}.hook_mlp_out"
+            return _shown(self.layers[sender.layer].mlp_added)
         return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
-        return f"blocks.{layer}.attn.hook_z"
+        return _shown(self.layers[layer].heads)
 
     def attention_site(self, layer: int) -> str:
         """The site of what a layer's heads and bias add to the stream together."""
-        return f"blocks.{layer}.hook_attn_out"
+        return _shown(self.layers[layer].attention)
 
     def before_post_norm_site(self, layer: int) -> str:
         """The same before the normalisation that some models (Gemma 2) have after attention."""
@@ -238,10 +243,11 @@ class Stream:
         """The site of the stream that a receiver reads, before its normalisation."""
         if receiver.kind == "logits":
             return "ln_final.hook_in"
-        if receiver.kind in STREAMS:
-            return f"blocks.{receiver.layer}.hook_{receiver.kind}"
-        middle = receiver.kind == "mlp" and not self.parallel
-        return f"blocks.{receiver.layer}.hook_resid_{'mid' if middle else 'pre'}"
+        layer = self.layers[receiver.layer]
+        if receiver.kind == "resid_post":
+            return layer.after
+        middle = receiver.kind == "resid_mid" or (receiver.kind == "mlp" and not self.parallel)
+        return _shown(layer.between) if middle else layer.before
 
     def input_site(self, receiver: Receiver) -> str:
         """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
@@ -264,6 +270,11 @@ class Stream:
     def has(self, layer: int, part: str) -> bool:
         """Whether a layer has a part of that name. (Not `hasattr`, which bridges pass on to the module they wrap.)"""
         return part in dict(self.block(layer).named_children())
+
+
+def _shown(site: str | None) -> str:
+    assert site is not None, "required when the stream was found"
+    return site
 
 
 def _block(model: HookedModel, layer: int) -> Any:

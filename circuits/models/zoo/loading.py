@@ -384,8 +384,13 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
     _refuse_weights(f"tl:{name}", weights)
     try:
         bridge = huggingface_bridge(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
+        if Path(name).is_dir():
+            reason = first.split(". ")[0]  # what follows is a list of a hundred names
+            raise ValueError(
+                f"model 'tl:{name}' is a folder, but TransformerLens has no bridge for what is in it: {reason}"
+            ) from error
         raise FileNotFoundError(
             f"model 'tl:{name}' could not be loaded: it is neither a local folder nor available from "
             f"the Hugging Face hub ({first})"

@@ -1,0 +1,135 @@
+"""What a normalisation does, measured by feeding it vectors.
+
+A normalisation of a residual stream is x -> factor(x) * gain * (x - centre(x)) + bias, where the factor is one number
+for each vector and the centre is its mean (LayerNorm) or nothing (RMSNorm). How its weights are stored differs between
+families (Gemma stores the gain less one), so gain and bias are found by experiment and checked on random vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+_TOLERANCE = 1e-3
+"""How far a normalisation may be from the form that is assumed, relative to its largest output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A normalisation: x -> factor(x) * gain * (x - centre(x)) + bias. All numbers are float64.
+
+    Attributes:
+        module: what was measured.
+        gain: what each dimension is multiplied by, for a factor of one over the root mean square of x - centre(x).
+        bias: what is added to each dimension.
+        centred: whether the centre is the mean of x (LayerNorm) or zero (RMSNorm).
+        divides: whether there is a factor at all; without it the factor is 1.
+    """
+
+    module: nn.Module
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centred: bool
+    divides: bool
+
+    def linear(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """The linear part, gain * (x - centre(x)), without factor and bias."""
+        return self._centre(x.double()) * self.gain
+
+    def adjoint(self, read: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What reads from x as `read` does from the linear part: adjoint(r) . x = r . linear(x).
+
+        Subtracting the mean of x is the same as subtracting that of what reads it.
+        """
+        return self._centre(read.double() * self.gain)
+
+    def factor(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes 1"]:
+        """The factor at some vectors."""
+        rows = x.double().reshape(-1, len(self.gain))
+        if not self.divides:
+            return rows.new_ones(*x.shape[:-1], 1)
+        # A vector of zeros has no factor to measure, only that of the epsilon, which a tiny vector shows as well.
+        zero = ~self.linear(rows).any(1, keepdim=True)
+        rows = torch.where(zero, 1e-6 * _probe(rows), rows)
+        linear = self.linear(rows)
+        made = _called(self.module, rows) - self.bias
+        size = linear.square().sum(1, keepdim=True)
+        factor = (made * linear).sum(1, keepdim=True) / torch.where(size == 0, 1.0, size)
+        return factor.reshape(*x.shape[:-1], 1)
+
+    def held(
+        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
+    ) -> Float[Tensor, "*axes d_model"]:
+        """The normalisation of x without its bias, with the factor held at that of other vectors."""
+        return self.linear(x) * self.factor(at)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+def measure_norm(module: nn.Module, width: int, name: str = "") -> Norm:
+    """Find out what a normalisation does.
+
+    Args:
+        module: takes and returns vectors along the last axis, independently of each other.
+        width: the length of the vectors.
+        name: what it is called in errors.
+
+    Raises:
+        ValueError: if it is no map of the form x -> factor(x) * gain * (x - centre(x)) + bias.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    # Large, so that the epsilon does not show. The probe's mean is zero, so that it is its own centred vector.
+    probe = 1e3 * _probe(torch.zeros(1, width, dtype=torch.float64, device=device))
+    size = probe.square().mean().sqrt()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(6, width, generator=generator, dtype=torch.float64).to(device)
+    scales = torch.logspace(-1, 2, 6, dtype=torch.float64, device=device)[:, None]
+    rows = drawn * scales + scales * drawn[:, :1]
+    more, less, twice, *made = _called(module, torch.cat([probe, -probe, 2 * probe, rows]))
+    # Everything but the bias changes its sign with x.
+    bias = (more + less) / 2
+    response = more - bias
+    divides = bool((twice - bias - 2 * response).abs().max() > 1e-3 * response.abs().max())
+    gain = response * (size if divides else 1.0) / probe[0]
+    found = [Norm(module, gain, bias, centred, divides) for centred in (False, True)]
+    wanted = torch.stack(made)
+    errors = [_error(norm, rows, wanted) for norm in found]
+    best = found[errors[1] < errors[0]]  # a bool is the index: centred or not
+    if not min(errors) <= _TOLERANCE:  # written so that NaN is refused too
+        raise ValueError(
+            f"normalisation {name or type(module).__name__} ({type(module).__name__}) is not of the form "
+            "factor(x) * gain * (x - centre(x)) + bias: its scale cannot be held fixed"
+        )
+    return best
+
+
+def _error(norm: Norm, rows: Tensor, wanted: Tensor) -> float:
+    """How far a normalisation is from what was measured, relative to the largest output of each vector."""
+    off = (norm.linear(rows) * norm.factor(rows) + norm.bias - wanted).abs().amax(1)
+    return float((off / wanted.abs().amax(1).clamp_min(1e-30)).max())
+
+
+def _probe(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """A vector of mean zero without zeros, of entries about one, for each row."""
+    n = rows.shape[1]
+    signs = torch.ones(n, dtype=torch.float64, device=rows.device)
+    signs[1::2] = -1
+    if n % 2 and n > 1:  # the last three are 1, -1, 1: made 1, 1, -2 their sum is zero
+        signs[-2], signs[-1] = 1, -2
+    return signs.expand_as(rows)
+
+
+def _called(module: Any, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """A module's output, computed with its weights in float64 whatever the model's own precision."""
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    exact = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}
+    with torch.no_grad():
+        # With a batch axis and one of positions, as bridges expect.
+        return functional_call(module, exact, (rows[None],))[0].double()

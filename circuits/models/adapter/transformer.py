@@ -1,0 +1,467 @@
+"""A transformer's layers: the sites of its residual stream, attention and MLPs, its norms, and its weights by head.
+
+This is the one place that knows under which names a TransformerLens bridge keeps them; whoever splits a logit, reads a
+head's weights or stops at a depth asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.models.adapter.norms import Norm, measure_norm
+from circuits.models.adapter.sites import is_bridge
+from circuits.units import Site, Unit
+
+Letter = Literal["Q", "K", "V"]
+"""What a head reads: queries, keys or values."""
+
+_WORDS: dict[str, str] = {"Q": "queries", "K": "keys", "V": "values"}
+
+ROUNDING = 4.0
+"""How many units of rounding of a stream what is added to it may be off."""
+
+
+@dataclass(frozen=True)
+class LayerSites:
+    """The sites of a layer; None where the model shows no such tensor.
+
+    Attributes:
+        number: the layer's number, from 0.
+        before: the residual stream before the layer.
+        between: the stream between attention and MLP; None where both read the same stream, too.
+        after: the stream after the layer.
+        heads: what heads read by their patterns, before the output weights.
+        queries: before any rotation or normalisation of queries.
+        keys: the same of keys.
+        rotated: queries and keys after rotation, where they are shown.
+        patterns: attention patterns, which may be readable only.
+        attention: what attention adds to the stream, normalised if it is.
+        mlp_added: what the MLP adds to it.
+        mlp: the MLP's output before anything is done to it on its way to the stream.
+        neurons: the neurons after their nonlinearity.
+    """
+
+    number: int
+    before: str
+    between: str | None
+    after: str
+    heads: str | None
+    queries: str | None
+    keys: str | None
+    rotated: tuple[str, str] | None
+    patterns: str | None
+    attention: str | None
+    mlp_added: str | None
+    mlp: str | None
+    neurons: str | None
+
+    @property
+    def name(self) -> str:
+        """What the layer is called in names of parts."""
+        return f"blocks.{self.number}"
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What is done to an output before it is added to the stream: x -> scale * norm(x).
+
+    Attributes:
+        norm: the normalisation behind attention or MLP, as Gemma 2 and OLMo 2 have it; None if there is none.
+        scale: what it is multiplied by, as in Granite.
+    """
+
+    norm: Norm | None = None
+    scale: float = 1.0
+
+    def linear(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What is added for x, without the division by the norm of the output and without the norm's bias."""
+        return self.scale * (x.double() if self.norm is None else self.norm.linear(x))
+
+    def held(
+        self, x: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
+    ) -> Float[Tensor, "*axes d_model"]:
+        """What is added for a part x of the whole output `at`, the norm's factor held at that of the whole."""
+        return self.linear(x) if self.norm is None else self.linear(x) * self.norm.factor(at)
+
+    def bias(self, like: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What the norm adds to any output."""
+        if self.norm is None:
+            return torch.zeros_like(like)
+        return (self.scale * self.norm.bias).expand_as(like)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWrites:
+    """What a layer's attention and MLP add to the stream.
+
+    Attributes:
+        between: the stream between both, if the layer has one.
+        attention: what is done to the sum of the heads' outputs; None if what attention adds is no such thing.
+        mlp: the same for the MLP's output.
+        split: whether what the layer adds is what attention and MLP add.
+        has_mlp: whether there is an MLP at all.
+    """
+
+    between: str | None
+    attention: Write | None
+    mlp: Write | None
+    split: bool
+    has_mlp: bool = True
+
+
+class Transformer:
+    """A transformer's layers, with what can be asked about them; norms are measured once, with the weights in force.
+
+    Args:
+        model: a `HookedModel` around a TransformerLens bridge.
+
+    Attributes:
+        layers: in order.
+        parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
+        embed: the site of the token embedding, if it is shown.
+        position: the site of the position embedding, if one is added to the stream.
+        last: the stream that is read out.
+        normalised: the same after the final normalisation; `last` if there is none.
+        logits: the logits before the model caps or scales them.
+
+    Raises:
+        ValueError: if the model is no bridge, or does not show its residual stream.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not is_bridge(model.module):
+            raise ValueError(
+                f"model {model.name} is not a TransformerLens bridge: its residual stream, heads and neurons are not "
+                "known"
+            )
+        self.model, self.bridge = model, model.module
+        self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
+        self.parallel = bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
+        self._norms: dict[nn.Module, Norm] = {}
+        n = getattr(self.bridge.cfg, "n_layers", 0)
+        if not n:
+            raise ValueError(
+                f"model {model.name} has no layers that follow each other along one residual stream"
+            )
+        self.layers = tuple(self._layer(i, n) for i in range(n))
+        self.embed, self.position = self._site("hook_embed"), self._site("hook_pos_embed")
+        self.last = self.layers[-1].after
+        self.normalised = self._site("unembed.hook_in", "ln_final.hook_out") or self.last
+        self.logits = (
+            self._site("hook_unembed", "unembed.hook_out", "output") or model.sites[-1].name
+        )
+
+    def _site(self, *names: str) -> str | None:
+        """The first of some names that is a site, as the site's own name."""
+        return next((self._known[name].name for name in names if name in self._known), None)
+
+    def _layer(self, i: int, n: int) -> LayerSites:
+        def site(*parts: str) -> str | None:
+            return self._site(*(f"blocks.{i}.{part}" for part in parts))
+
+        before = site("hook_resid_pre")
+        after = site("hook_resid_post") or (
+            self._site(f"blocks.{i + 1}.hook_resid_pre") if i < n - 1 else None
+        )
+        for found, part in ((before, "pre"), (after, "post")):
+            if found is None:
+                raise ValueError(
+                    f"model {self.model.name} does not expose its residual stream: site blocks.{i}.hook_resid_{part} "
+                    "is missing"
+                )
+        assert before is not None, "checked above"
+        assert after is not None, "checked above"
+        turned = site("attn.hook_rot_q"), site("attn.hook_rot_k")
+        return LayerSites(
+            i, before, None if self.parallel else site("hook_resid_mid"), after, site("attn.hook_z"),
+            site("attn.hook_q"), site("attn.hook_k"), (turned[0], turned[1]) if turned[0] and turned[1] else None,
+            site("attn.hook_pattern"), site("hook_attn_out"), site("hook_mlp_out"),
+            site("mlp.out.hook_out", "mlp.hook_out", "hook_mlp_out"),
+            site("mlp.hook_post") if self._has_neurons(i) else None,
+        )  # fmt: skip
+
+    def streams(self, between: bool = False) -> tuple[str, ...]:
+        """The sites of the residual stream before each layer and after the last; with `between` also inside layers."""
+        inside = [(at.before, at.between if between else None) for at in self.layers]
+        return tuple(
+            name for pair in (*inside, (self.last, None)) for name in pair if name is not None
+        )
+
+    def _has_neurons(self, layer: int) -> bool:
+        """Whether a layer has one MLP (not experts), whose neurons have weights."""
+        mlp = _children(self._block(layer)).get("mlp")
+        return mlp is not None and isinstance(getattr(mlp, "W_out", None), Tensor)
+
+    # --- units -----------------------------------------------------------------------------------
+
+    def head(self, unit: str | Unit) -> tuple[int, int]:
+        """Layer and number of a head, given as a unit of `blocks.N.attn.hook_z`.
+
+        Raises:
+            ValueError: if the unit is no head.
+        """
+        return self._place(unit, "heads", "a head, blocks.N.attn.hook_z:INDEX")
+
+    def neuron(self, unit: str | Unit) -> tuple[int, int]:
+        """Layer and number of a neuron, given as a unit of `blocks.N.mlp.hook_post`.
+
+        Raises:
+            ValueError: if the unit is no neuron.
+        """
+        return self._place(unit, "neurons", "a neuron, blocks.N.mlp.hook_post:INDEX")
+
+    def _place(self, unit: str | Unit, kind: str, expected: str) -> tuple[int, int]:
+        found = self.model.unit(unit)
+        for layer in self.layers:
+            if found.site == getattr(layer, kind):
+                return layer.number, found.index
+        raise ValueError(f"unit {found} is not {expected}")
+
+    # --- norms -----------------------------------------------------------------------------------
+
+    def norm(self, what: Literal["attention", "mlp", "final"], layer: int = 0) -> Norm:
+        """The normalisation of what attention, an MLP or the unembedding reads, as it is measured.
+
+        Raises:
+            ValueError: if it is no map of the form that `Norm` has.
+        """
+        if what == "final":
+            return self._measured(self.bridge, "ln_final") or self._none()
+        found = self._measured(self._block(layer), "ln2" if what == "mlp" else "ln1")
+        if found is None and what == "mlp" and self.layers[layer].between is None:
+            # In parallel layers one normalisation can serve attention and MLP (GPT-J).
+            found = self._measured(self._block(layer), "ln1")
+        return found or self._none()
+
+    def qk_norm(self, letter: Letter, layer: int, head: int) -> Norm | None:
+        """The normalisation of a head's queries or keys, as Qwen 3 and Gemma 3 have it; None if there is none.
+
+        Raises:
+            ValueError: if it is of no known form, or what it does to one head depends on the others.
+        """
+        heads, (weight, _) = self._heads(layer, letter), self.reads(letter, layer, head)
+        attention, size = self._block(layer).attn, weight.shape[1]
+        name = f"{letter.lower()}_norm"
+        module = _children(attention).get(name)
+        if module is None:
+            return None
+        # One for each head, one that all heads share, or one over all heads' numbers (OLMo 2).
+        own = getattr(module, "weight", None)
+        together = isinstance(own, Tensor) and own.numel() == heads * size != size
+        found = self._measured(attention, name, heads * size if together else size)
+        assert found is not None, "there is such a module"
+        if (together and found.centred) or bool(found.bias.any()):
+            raise ValueError(
+                f"layer {layer} of {self.model.name} normalises {_WORDS[letter]} with a bias or a mean over all heads: "
+                "they have no linear part of their own"
+            )
+        at = self._shared(layer, letter, head)
+        gain = found.gain.reshape(-1, size)[at if together else 0]
+        return replace(found, gain=gain, bias=torch.zeros_like(gain))
+
+    def normalises_qk(self, layer: int) -> bool:
+        """Whether a layer normalises its queries and keys."""
+        return bool({"q_norm", "k_norm"} & set(_children(self._block(layer).attn)))
+
+    def normed_sites(self, layer: int) -> tuple[str, str] | None:
+        """The sites of queries and keys behind their normalisation, if they have one before any rotation."""
+        query, key = (self._site(f"blocks.{layer}.attn.hook_{x}_normed") for x in ("q", "k"))
+        if query is None or key is None:
+            return None
+        turned, order = self.layers[layer].rotated, [site.name for site in self.model.sites]
+        after = turned is not None and order.index(turned[0]) < order.index(query)
+        return None if after else (query, key)
+
+    def _block(self, layer: int) -> Any:
+        return self.bridge.blocks[layer]
+
+    def _measured(self, owner: nn.Module, name: str, width: int | None = None) -> Norm | None:
+        module = _children(owner).get(name)
+        if module is None:
+            return None
+        if module not in self._norms:
+            with self.model.lock:
+                self._norms[module] = measure_norm(
+                    module, width or self.width, f"{name} of {self.model.name}"
+                )
+        return self._norms[module]
+
+    def _none(self) -> Norm:
+        return measure_norm(nn.Identity().to(self.model.device), self.width)
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of the residual stream."""
+        return self._known[self.last].n_units
+
+    # --- weights ---------------------------------------------------------------------
+
+    def reads(
+        self, letter: Letter, layer: int, head: int
+    ) -> tuple[Float[Tensor, "d_model d_head"], Float[Tensor, " d_head"]]:
+        """Weights and bias of a head's queries, keys or values, in float64; groups of heads may share them.
+
+        Raises:
+            ValueError: if the model has no such matrices (multi-head latent attention).
+        """
+        weight, bias = (
+            self._of_attention(f"W_{letter}", layer),
+            self._of_attention(f"b_{letter}", layer),
+        )
+        if weight is None:
+            raise ValueError(
+                f"layer {layer} of {self.model.name} has no matrix W_{letter}: its heads have no weights of their own "
+                f"for {_WORDS[letter]}"
+            )
+        at = self._shared(layer, letter, head)
+        own = weight[at].detach().double()
+        return own, own.new_zeros(own.shape[1]) if bias is None else bias[
+            at
+        ].detach().double().reshape(-1)
+
+    def _heads(self, layer: int, letter: Letter) -> int:
+        weight = self._of_attention(f"W_{letter}", layer)
+        return 0 if weight is None else len(weight)
+
+    def _shared(self, layer: int, letter: Letter, head: int) -> int:
+        """The number of the matrix that a head has, among those that groups of heads share."""
+        heads = self.model.site(self.layers[layer].heads).n_units
+        return head // (heads // self._heads(layer, letter))
+
+    def writes_of(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"]]:
+        """The output weights W_O of a layer's heads, and the bias b_O of attention, in float64.
+
+        Raises:
+            ValueError: if the model has no such matrices.
+        """
+        weight, bias = self._of_attention("W_O", layer), self._of_attention("b_O", layer)
+        if weight is None:
+            raise ValueError(
+                f"layer {layer} of {self.model.name} has no matrix W_O: its heads write no parts of their own"
+            )
+        out = weight.detach().double()
+        return out, out.new_zeros(out.shape[-1]) if bias is None else bias.detach().double()
+
+    def _of_attention(self, name: str, layer: int) -> Tensor | None:
+        try:
+            return getattr(self._block(layer).attn, name)
+        except (
+            AttributeError,
+            NotImplementedError,
+            ValueError,
+        ):  # each kind of attention refuses in its own way
+            return None
+
+    def neuron_weights(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, "neuron d_model"]]:
+        """W_in and W_out of a layer's MLP, in the model's precision.
+
+        Raises:
+            ValueError: if it has several (experts) or none.
+        """
+        try:
+            mlp = self._block(layer).mlp
+            return mlp.W_in.detach(), mlp.W_out.detach()
+        except AttributeError:
+            raise ValueError(
+                f"layer {layer} of {self.model.name} has no single MLP (it has experts or none): its neurons have no "
+                "weights W_in and W_out"
+            ) from None
+
+    def unembedding(self) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, " token"]]:
+        """W_U and b_U, in the model's precision."""
+        return self.bridge.W_U.detach(), self.bridge.b_U.detach()
+
+    def embedding(self) -> Float[Tensor, "token d_model"]:
+        """W_E, in the model's precision."""
+        return self.bridge.W_E.detach()
+
+    # --- what is added to the stream ---------------------------------------------------------------
+
+    @cached_property
+    def writes(self) -> tuple[LayerWrites, ...]:
+        """What each layer adds, found on random tokens: outside all edits, by comparing the stream before and after."""
+        names = {
+            s
+            for layer in self.layers
+            for s in (layer.before, layer.between, layer.after, layer.heads, layer.mlp)
+            if s
+        }
+        with self.model.lock, self.model.outside():
+            cache = self.model.run(self.model.input.example(2), read=names)
+            return tuple(self._layer_writes(layer, cache) for layer in self.layers)
+
+    def _layer_writes(self, layer: LayerSites, cache: Mapping[str, Tensor]) -> LayerWrites:
+        before, after = cache[layer.before], cache[layer.after]
+        slack = (
+            ROUNDING
+            * torch.finfo(before.dtype).eps
+            * float(before.double().norm() + after.double().norm())
+        )
+        between = layer.between
+        if between is not None and torch.equal(cache[between], before):
+            between = None  # both read the same stream
+        before, after = before.double(), after.double()
+        made = self._attention_output(layer, cache)
+        of_attention = self._behind(layer, "ln1_post")
+        of_mlp = self._behind(layer, "ln2_post")
+        mlp = None if layer.mlp is None else cache[layer.mlp].double()
+        if between is not None:
+            middle = cache[between].double()
+            return LayerWrites(
+                between,
+                _fitted(made, middle - before, of_attention, slack),
+                _fitted(mlp, after - middle, of_mlp, slack),
+                True,
+            )
+        if made is None:
+            return LayerWrites(None, None, None, False)
+        if "mlp" not in _children(self._block(layer.number)):
+            only = _fitted(made, after - before, of_attention, slack)
+            return LayerWrites(None, only, None, only is not None, False)
+        # Nothing shows what attention adds by itself: it is taken to be its output, which has to leave the MLP's.
+        attention = Write(of_attention)
+        rest = after - before - attention.held(made, made) - attention.bias(made)
+        written = _fitted(mlp, rest, of_mlp, slack)
+        split = written is not None or mlp is None
+        return LayerWrites(None, attention if split else None, written, split)
+
+    def _attention_output(self, layer: LayerSites, cache: Mapping[str, Tensor]) -> Tensor | None:
+        """What the heads of a layer put out together, in float64; None if it cannot be computed from them."""
+        if layer.heads is None or cache[layer.heads].ndim != 4:
+            return None
+        try:
+            out, bias = self.writes_of(layer.number)
+        except ValueError:
+            return None
+        return torch.einsum("bphd,hdm->bpm", cache[layer.heads].double(), out) + bias
+
+    def _behind(self, layer: LayerSites, name: str) -> Norm | None:
+        return self._measured(self._block(layer.number), name)
+
+
+def _fitted(made: Tensor | None, added: Tensor, norm: Norm | None, slack: float) -> Write | None:
+    """What was done to an output before it was added to the stream; None if it was neither left nor scaled."""
+    if made is None:
+        return None
+    plain = made if norm is None else norm.held(made, made) + norm.bias
+    scale = float((plain * added).sum() / plain.square().sum().clamp_min(1e-30))
+    if abs(scale - 1) * float(plain.norm()) <= max(slack, 1e-3 * float(added.norm())):
+        scale = 1.0  # as far as rounding lets one see
+    off = float((scale * plain - added).norm())
+    return Write(norm, scale) if off <= max(slack, 1e-3 * float(added.norm())) else None
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's parts by name. (Not `getattr`, which bridges pass on to the module that they wrap.)"""
+    return dict(module.named_children())
