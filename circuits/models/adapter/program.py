@@ -118,8 +118,9 @@ class Recorder(TorchFunctionMode):
         # Tensors are known by their `id`, which Python gives to another once one is freed: the reference tells. Weak,
         # so that the pass needs no more memory than without a recorder.
         self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
-        self._names = {id(tensor): name for name, tensor in own_tensors(root).items()}
-        self._names |= {id(tensor): "input" for tensor in examples}
+        # These are kept alive: a module may replace one of its tensors during the pass, whose `id` is then free.
+        self._own = [*own_tensors(root).items(), *(("input", tensor) for tensor in examples)]
+        self._names = {id(tensor): name for name, tensor in self._own}
         self._running: list[str] = []
         self._handles: list[Any] = []
 
