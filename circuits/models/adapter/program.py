@@ -208,10 +208,9 @@ def unsteady(program: Program) -> Iterator[str]:
             yield f"dropout of attention{where} is on in evaluation mode"
         elif name in _DRAWS:
             yield f"{name}{where} draws random numbers"
-        elif name == "batch_norm" and (
-            op.argument(1, "running_mean") is None or op.argument(5, "training", False)
-        ):
-            if op.inputs[0] in following:  # else weights are standardised
+        elif name == "batch_norm":
+            own = op.argument(1, "running_mean") is None or op.argument(5, "training", False)
+            if own and op.inputs[0] in following:  # else weights are standardised
                 yield f"{name}{where} normalises by the batch's own statistics"
 
 
