@@ -8,11 +8,12 @@ them. Each removes exactly the hooks that it registered, whatever happens inside
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class Tap:
     Attributes:
         module: the module whose output holds it.
         call: which call of the module within one forward pass, counted from 0.
-        path: where in a nested output: indices of tuples and lists, keys of mappings.
+        path: where in a nested output: indices of tuples and lists, keys of mappings, fields of dataclasses.
         convert: turns the module's layout into the site's (TransformerLens splits heads this way).
         revert: the inverse of `convert`.
         overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
@@ -54,7 +55,7 @@ class Tap:
     def read(self, output: Any) -> Tensor:
         """The tensor at this tap in a module's output."""
         for key in self.path:
-            output = output[key]
+            output = entry(output, key)
         return output if self.convert is None else self.convert(output)
 
     def write(self, output: Any, value: Tensor) -> Any:
@@ -62,11 +63,25 @@ class Tap:
         return _replaced(output, self.path, value if self.revert is None else self.revert(value))
 
 
+def is_record(output: Any) -> bool:
+    """Whether an output is an instance of a dataclass, and no mapping too, as those of Hugging Face are."""
+    return is_dataclass(output) and not isinstance(output, type | Mapping)
+
+
+def entry(output: Any, key: Hashable) -> Any:
+    """An entry of a nested output."""
+    return getattr(output, str(key)) if is_record(output) else output[key]
+
+
 def _replaced(output: Any, path: tuple[Hashable, ...], value: Tensor) -> Any:
     if not path:
         return value
     key, rest = path[0], path[1:]
-    inner = _replaced(output[key], rest, value)
+    inner = _replaced(entry(output, key), rest, value)
+    if is_record(output):
+        made = copy.copy(output)
+        object.__setattr__(made, str(key), inner)  # also where it is frozen
+        return made
     if type(output) is dict:  # keys need not be strings, as keyword arguments would have to be
         return {**output, key: inner}
     if isinstance(output, Mapping):
@@ -317,3 +332,6 @@ def _leaves(
     elif isinstance(output, list | tuple):
         for index, item in enumerate(output):
             yield from _leaves(item, (*path, index))
+    elif is_record(output):
+        for field in fields(output):
+            yield from _leaves(getattr(output, field.name, None), (*path, field.name))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import resource
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -156,18 +157,64 @@ class Outputs(nn.Module):
         return {"logits": x * 2, "hidden": (x + 1, x + 2), "loss": None}
 
 
+@dataclass(frozen=True)
+class Put:
+    hidden: tuple[Tensor, Tensor]
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Records(nn.Module):
+    """Puts out a dataclass."""
+
+    def forward(self, x: Tensor) -> Put:
+        return Put((x + 1, x + 2), x * 2)
+
+
 class Wrapped(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = Outputs()
+        self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.inner(x)
+        if isinstance(out, Put):
+            return out.logits + out.hidden[1]
         return out["logits"] + out["hidden"][1]
 
 
+def test_outputs_that_are_dataclasses_are_read_and_written() -> None:
+    model = HookedModel(seeded(Wrapped(Records())), (1, 2, 2))
+    names = [s.name for s in model.sites]
+    assert names == ["inner[hidden][0]", "inner[hidden][1]", "inner[logits]", "output"]
+    x = torch.ones(1, 1, 2, 2)
+    changed = model.run(
+        x, edits={"inner[hidden][1]": lambda t: t * 10, "inner[logits]": lambda t: t + 1}
+    )
+    assert changed.output.eq(33).all()
+    assert model.logits(x).eq(5).all()
+    assert HookedModel(Records(), (1, 2, 2)).logits(x).eq(2).all()
+
+
+@pytest.mark.nightly  # compiling imports half of torch once more
+def test_compiled_models_are_used_as_they_were_written(monkeypatch) -> None:
+    net = seeded(OwnNet())
+    x = torch.rand(1, 5, 40, 56)
+    plain = HookedModel(net, (5, 40, 56))
+    wrapped = HookedModel(torch.compile(net, backend="eager"), (5, 40, 56))  # type: ignore[arg-type]
+    assert [s.name for s in wrapped.sites] == [s.name for s in plain.sites]
+    zeroed = wrapped.run(x, edits={"fc": torch.zeros_like}).output
+    assert torch.equal(zeroed, plain.run(x, edits={"fc": torch.zeros_like}).output)
+    inside = nn.Sequential(torch.compile(nn.ReLU(), backend="eager"))
+    with pytest.raises(ValueError, match="module '0' is compiled"):
+        HookedModel(inside, (1, 2, 2))
+    net.compile(backend="eager")
+    with pytest.raises(ValueError, match="module OwnNet is compiled"):
+        HookedModel(net, (5, 40, 56))
+
+
 def test_nested_outputs_are_read_and_written() -> None:
-    model = HookedModel(seeded(Wrapped()), (1, 2, 2))
+    model = HookedModel(seeded(Wrapped(Outputs())), (1, 2, 2))
     x = torch.ones(1, 1, 2, 2)
     names = [s.name for s in model.sites]
     assert names == ["inner[logits]", "inner[hidden][0]", "inner[hidden][1]", "output"]

@@ -55,6 +55,7 @@ from circuits.models.adapter.sites import (
     logits_last,
     main_output,
     trace_model,
+    uncompiled,
 )
 from circuits.models.adapter.topology import INPUT, WeightLayer, find_weight_layers
 from circuits.units import Site, Unit, unknown
@@ -128,7 +129,7 @@ class HookedModel:
         unit_names: Mapping[str, Sequence[str]] | None = None,
         axes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.module = module
+        self.module = module = uncompiled(module)
         if isinstance(input, tuple | list):
             if len(input) != 3:
                 raise ValueError(f"input {input} is not of the form (channels, height, width)")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from circuits.hooks import Tap, Trace, trace
+from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.program import Program, Recorder
@@ -39,6 +39,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was called with, if it was: compiled code does not call hooks.
+
+    Raises:
+        ValueError: if a part of it is compiled, or it was compiled in place.
+    """
+    module = getattr(module, "_orig_mod", module)
+    for name, part in module.named_modules():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"module {repr(name) if name else type(module).__name__} is compiled by torch.compile, and compiled "
+                "code does not let its tensors be read or changed: expected the model as it was before"
+            )
+    return module
 
 
 def is_bridge(module: nn.Module) -> bool:
@@ -164,8 +180,8 @@ def main_output(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping | list | tuple) and len(output):
-        return main_output(output[_main_key(output)])
+    if is_record(output) or (isinstance(output, Mapping | list | tuple) and len(output)):
+        return main_output(entry(output, _main_key(output)))
     raise TypeError(f"model output of type {type(output).__name__} holds no tensor")
 
 
@@ -173,8 +189,11 @@ def _main_key(output: Any) -> Any:
     """The key of the entry of a nested output with the logits: `logits` if there is one, else the first entry."""
     if isinstance(output, Mapping):
         return "logits" if "logits" in output else next(iter(output))
-    fields = getattr(output, "_fields", ())
-    return fields.index("logits") if "logits" in fields else 0
+    if is_record(output):
+        names = [field.name for field in fields(output)]
+        return "logits" if "logits" in names else names[0]
+    names = getattr(output, "_fields", ())
+    return names.index("logits") if "logits" in names else 0
 
 
 Named = dict[str, tuple[nn.Module, tuple[str, ...]]]
