@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.units import Unit
 
 Maps = Float[Tensor, "example unit y x"]
@@ -78,6 +79,7 @@ class Dissection:
         return made
 
 
+@recording_gradients()
 def dissect(
     site: str,
     maps: Maps,

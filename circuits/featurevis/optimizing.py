@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.gradients import RedirectedGradients
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
@@ -76,6 +77,7 @@ Part = tuple[Objective, int]
 """An objective, and how many images of the batch it is for."""
 
 
+@recording_gradients()
 def optimize(
     model: HookedModel,
     parts: Sequence[Part],

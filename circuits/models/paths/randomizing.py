@@ -8,10 +8,12 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from circuits.autograd import recording_gradients
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import evaluating
 
 
+@recording_gradients()
 def randomized(
     model: HookedModel, seed: int = 0, modules: Collection[str] | None = None
 ) -> HookedModel:
