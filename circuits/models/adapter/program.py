@@ -110,8 +110,9 @@ class Recorder(TorchFunctionMode):
         # Tensors are known by their `id`, which Python gives to another once one is freed: the reference tells. Weak,
         # so that the pass needs no more memory than without a recorder.
         self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
-        self._names = {id(tensor): name for name, tensor in own_tensors(root).items()}
-        self._names |= {id(tensor): "input" for tensor in examples}
+        # These are held: a module may replace one during the pass, and what is made then could get its `id`.
+        self._named = [*own_tensors(root).items(), *(("input", tensor) for tensor in examples)]
+        self._names = {id(tensor): name for name, tensor in self._named}
         self._running: list[str] = []
         self._handles: list[Any] = []
 
