@@ -42,7 +42,7 @@ def test_the_case_is_held_to_its_numbers(results: dict) -> None:
         assert found(results, path) == pytest.approx(value, abs=tolerance), path
     curves = [u for u in results["units"] if u["layer"] == "curve"]
     assert len(curves) == 72
-    assert all(28 <= u["half_width"] <= 68 for u in curves)
+    assert all(28 <= u["fwhm"] <= 68 for u in curves)
     assert max(u["echo"] for u in curves) <= 0.03
     assert max(u["line_share"] for u in curves) < 0.35
     assert results["r_published_min"] >= 0.94

@@ -179,7 +179,7 @@ def test_every_curve_is_tuned_as_it_is_written(
     for tuning, line, feature in zip(curves, straight, features, strict=True):
         m = tuning.measures
         assert abs((m.direction.value - feature.angle + 180) % 360 - 180) < 5
-        assert 28 <= m.half_width.value <= 68
+        assert 28 <= m.fwhm.value <= 68
         assert m.echo.value <= 0.03
         assert line.measures.peak.value < 0.35 * m.peak.value
 

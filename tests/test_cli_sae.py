@@ -267,7 +267,7 @@ TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
         ([*TRAIN, "--sparsity", "1"], "--sparsity 1 goes with relu"),
         (["eval", "nothing"], "there is no autoencoder 'nothing'"),
         (["eval", "resid"], "has several variants: expected one of resid/topk-256-k8-s0"),
-        (["eval", "mixed", "--model", "induction"], "--model induction: its weights are"),
+        (["eval", "mixed", "--model", "induction"], "--model induction: its hash is"),
         (["compare", "mixed"], "expected at least two to compare"),
         (["name", "mixed", "--unit", "320", "--as", "x"], "sae/mixed:320 does not exist"),
         (["name", "mixed", "--unit", "3"], "--unit and --as go together"),

@@ -16,6 +16,7 @@ from circuits.edits.recipes import edited
 from circuits.featurevis.gradients import RedirectedGradients, _RedirectedReLU
 from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.objectives import alignment, channel, interpolation
+from circuits.featurevis.optimizing import _step_seed
 from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.render import Settings, visualize, visualize_units
 from circuits.models.adapter.hooked_model import HookedModel
@@ -385,3 +386,17 @@ def _gradient_orientation(image: Tensor) -> float:
     gx, gy = grey[1:-1, 2:] - grey[1:-1, :-2], -(grey[2:, 1:-1] - grey[:-2, 1:-1])
     doubled = torch.atan2(2 * (gx * gy).sum(), (gx * gx - gy * gy).sum())
     return math.degrees(float(doubled)) / 2 % 180
+
+
+def test_steps_of_other_seeds_have_other_transforms() -> None:
+    large = 2**32 + 5
+    some = [
+        (0, 3891, 16),
+        (1, 0, 0),
+        (0, 257, 0),
+        (0, 256, 257),
+        (large, 0, 0),
+        (5, 0, 1),
+        (5, 1, 0),
+    ]
+    assert len({_step_seed(*each) for each in some}) == len(some)

@@ -361,7 +361,7 @@ def test_a_histogram_of_any_scale(scale: float) -> None:
 
 
 def test_a_spectrum_has_its_examples_below_their_bins() -> None:
-    bins = tuple(Bin(float(a), a + 1.0, 0.5 / (a + 1), 0.1, 1, ()) for a in range(3))
+    bins = tuple(Bin(float(a), a + 1.0, 0.5 / (a + 1), 2, 0.1, 1, ()) for a in range(3))
     found = Spectrum(
         Unit("a", 1), statistics([0.0, 1.0, 2.0], [1, 5, 0, 10], 2.0), bins, 0.4, "d", "h", 0
     )

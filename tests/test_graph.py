@@ -438,6 +438,16 @@ def test_circuit_tracers_graphs_are_read(tmp_path: Path) -> None:
     assert read_circuit(path).same_as(graph)
 
 
+def test_every_node_of_a_file_has_its_own_ids(tmp_path: Path) -> None:
+    graph = CircuitGraph()
+    # The site `a` is numbered 0, which is also the layer of one of the others.
+    graph.add_nodes_from([Unit("a", 0), Unit("layer0.features", 0), Unit("layer1.features", 0)])
+    path = tmp_path / "g.json"
+    write_circuit(graph, path, "attribution")
+    nodes = json.loads(path.read_text())["nodes"]
+    assert len({n["node_id"] for n in nodes}) == len({n["jsNodeId"] for n in nodes}) == 3
+
+
 def test_colliding_ids_are_detected(tmp_path: Path) -> None:
     raw = tracer_graph()
     raw["nodes"][0]["node_id"] = "0_3_1"  # feature 3 of layer 0, and the error of layer 3

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.program import Recorder
 from circuits.models.zoo.loading import load_model
 from circuits.workspace import ModelRecord, Workspace
 
@@ -123,6 +124,26 @@ def test_a_model_has_the_same_hash_in_another_process_and_on_another_processor(s
     assert made.stdout.strip() == model.hash
     # Wrapped once more: what a bridge keeps from a pass does not change what it is.
     assert HookedModel(model.module, model.input).hash == model.hash
+
+
+class Noting(nn.Module):
+    """Lets go of a tensor that it keeps, whose memory another may get, and makes one that torch does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        del self.seen
+        return torch.from_numpy(x.numpy() * 2) + 1
+
+
+def test_a_tensor_in_the_place_of_another_has_not_its_name() -> None:
+    for _ in range(50):
+        x = torch.ones(1)
+        with torch.no_grad(), Recorder(module := Noting(), [x]) as recorder:
+            module(x)
+        assert list(recorder.program.sources.values()) == ["input", "unseen"]
 
 
 def test_what_no_operation_shows_is_noticed_by_the_outputs(tmp_path: Path) -> None:

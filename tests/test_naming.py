@@ -211,6 +211,13 @@ def test_masks_are_found_by_single_units_and_better_by_combinations() -> None:
         )
 
 
+@pytest.mark.parametrize(("quantile", "message"), [(0.01, "less than one"), (0.99, "all of them")])
+def test_a_share_of_positions_that_is_none_or_all_is_refused(quantile: float, message: str) -> None:
+    masks = torch.ones(4, 1, 6, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"quantile {quantile} of 18 positions is {message}"):
+        dissect("s", torch.rand(4, 5, 3, 3), masks, ["a"], quantile=quantile)
+
+
 def test_labels_are_probed_and_absorption_is_seen() -> None:
     """Latent 0 tells the label but for its special cases, which latent 1 takes over."""
     g = np.random.default_rng(0)
@@ -234,3 +241,6 @@ def test_labels_are_probed_and_absorption_is_seen() -> None:
     assert whole.few > 0.97
     with pytest.raises(ValueError, match="expected at least 4 with and without"):
         probe(codes, units, W_dec, np.arange(800)[:, None] < 2, ["label"])
+    both = np.stack([own, np.arange(800) < 2], 1)
+    with pytest.raises(ValueError, match="'rare' has 2 of 800 examples"):
+        probe(codes, units, W_dec, both, ["label", "rare"])

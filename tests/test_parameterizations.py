@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,25 @@ def test_natural_statistics_of_other_sizes_keep_their_power() -> None:
         assert at[:, 1:, 1:-1].mean().item() == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("size", [(6, 6), (7, 7), (6, 7), (7, 6)])
+def test_magnitudes_stay_at_their_frequencies(size: tuple[int, int]) -> None:
+    fitted = natural(size=size)
+    waves = torch.arange(size[1] // 2 + 1.0).expand(3, size[0], -1)  # cycles an image
+    columns = replace(fitted, magnitude=waves).magnitude_at(14, 14)
+    # Column k of 14 is k cycles in 14 pixels; none lies above the last that was fitted.
+    expected = (torch.arange(8) * size[1] / 14).clamp(max=size[1] // 2)
+    torch.testing.assert_close(columns[:, 1:], expected.expand(3, 13, -1))
+    # Rows: |cycles an image| is the same for both signs, also where the highest ones meet.
+    high = (torch.fft.fftfreq(size[0]) * size[0]).abs()[:, None].expand(3, -1, size[1] // 2 + 1)
+    rows = replace(fitted, magnitude=high.contiguous()).magnitude_at(15, 14)[0, 1:, 1]
+    torch.testing.assert_close(rows, rows.flip(0))
+    lowest = torch.arange(1, 6) * size[0] / 15
+    torch.testing.assert_close(rows[:5], lowest)
+    other = (size[0], size[1] ^ 1)  # 6 and 7 have one number of columns
+    assert fitted.magnitude_at(*size) is fitted.magnitude
+    assert not torch.equal(fitted.magnitude_at(*other), fitted.magnitude)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -218,6 +238,14 @@ def test_jitter_shifts_whole_pixels_and_lets_in_grey() -> None:
     out = moved(image, shift)
     torch.testing.assert_close(out[..., :6], image[..., 2:], atol=1e-5, rtol=0)
     torch.testing.assert_close(out[..., 6:], torch.full((1, 1, 8, 2), 0.5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pixels", [1, 7, 8])
+def test_jitter_goes_as_far_either_way(pixels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shifts = torch.stack([Jitter(pixels).motion(generator)[:2, 2] for _ in range(300)])
+    most = pixels // 2
+    assert shifts.unique().tolist() == list(range(-most, most + 1))
 
 
 def test_rotation_keeps_shapes_when_the_image_is_not_square() -> None:

@@ -51,7 +51,8 @@ def test_a_file_of_ones_own_needs_no_scheme(
     monkeypatch.chdir(odd)
     model = load_model("own.py:net")
     spec = f"python:{odd}/own.py:net"
-    assert record_of("own.py:net", None, "0").spec == record_of(spec, None, "0").spec == spec
+    named = [record_of(text, None, model.identity).spec for text in ("own.py:net", spec)]
+    assert named == [spec, spec]
     assert load_model(spec).sites == model.sites
     for text in ("own.py:net", spec, "own.py:net+sae/x", "python:package:make"):
         assert specs.runs_code(text)

@@ -22,7 +22,7 @@ from circuits.tuning import (
     measure_tuning,
     radial_tuning,
 )
-from circuits.tuning.measures import echo, half_width, preferred
+from circuits.tuning.measures import echo, fwhm, preferred
 from tests.conftest import examples
 
 TURN = np.arange(360.0)
@@ -41,7 +41,7 @@ def bump(center: float, width: float, opposite: float = 0.0) -> np.ndarray:
 def test_measures_of_a_known_curve(center: int, width: int, opposite: float) -> None:
     found = measure_tuning(TURN, bump(center, width, opposite))
     assert found.preferred.value == center
-    assert found.half_width.value == pytest.approx(width, abs=1)
+    assert found.fwhm.value == pytest.approx(width)
     assert found.echo.value == pytest.approx(opposite)
     away = abs((found.direction.value - center + 180) % 360 - 180)
     assert away < 1
@@ -52,16 +52,16 @@ def test_measures_by_hand() -> None:
     angles = np.arange(0, 360, 60.0)
     curve = np.array([0.0, 2.0, 4.0, 2.0, 1.0, 0.0])
     assert preferred(angles, curve) == 120
-    assert half_width(angles, curve) == 180  # three steps of 60 degrees are at least half of 4
+    assert fwhm(angles, curve) == 120  # half of 4 is reached one step of 60 degrees either way
     assert echo(angles, curve) == 0.0  # 300 degrees alone is within 45 of the opposite
     found = measure_tuning(angles, curve)
     way = (curve * np.exp(1j * np.deg2rad(angles))).sum() / curve.sum()
     assert found.circular_variance.value == pytest.approx(1 - abs(way))
     silent = measure_tuning(angles, np.zeros(6))
-    assert np.isnan(silent.half_width.value)
+    assert np.isnan(silent.fwhm.value)
     assert np.isnan(silent.circular_variance.value)
     even = measure_tuning(angles, np.ones(6))
-    assert even.half_width.value == 360
+    assert even.fwhm.value == 360
     with pytest.raises(ValueError, match="a full turn in equal steps"):
         measure_tuning(np.arange(0, 180, 60.0), np.zeros(3))
     with pytest.raises(ValueError, match="expected a finite response at each of 6"):
@@ -76,7 +76,31 @@ def test_what_is_itself_after_half_a_turn_has_a_direction_and_no_echo() -> None:
     assert np.isnan(found.echo.value)
     wide = np.ones(36)
     wide[3:5] = 0.1
-    assert half_width(np.arange(0, 360, 10.0), wide) == 340
+    # From 1 to 0.1 a line is at 0.5 after five ninths of a step; the dip is two steps and two such remainders wide.
+    assert fwhm(np.arange(0, 360, 10.0), wide) == pytest.approx(360 - 10 - 2 * 10 * 4 / 9)
+
+
+@pytest.mark.parametrize(("step", "tolerance"), [(1, 0.02), (10, 1.1), (15, 2.5)])
+@pytest.mark.parametrize("center", [0.0, 100.0, 104.0])
+def test_widths_hardly_depend_on_the_steps(step: int, tolerance: float, center: float) -> None:
+    angles = np.arange(0.0, 360.0, step)
+    away = np.deg2rad(angles - center)
+    # von Mises, less its value opposite: exp(k cos a) - exp(-k); half of the peak where cos a is as below.
+    k = 6.0
+    curve = np.exp(k * np.cos(away)) - np.exp(-k)
+    half = np.degrees(np.arccos(np.log((np.exp(k) + np.exp(-k)) / 2) / k))
+    assert fwhm(angles, curve) == pytest.approx(2 * half, abs=tolerance)
+
+
+def test_intervals_of_widths_do_not_collapse_at_coarse_steps() -> None:
+    widths = np.random.default_rng(1).normal(50, 4, 24)
+    coarse, fine = (
+        measure_tuning(a, np.exp(-((((a - 100) / widths[:, None]) * 2) ** 2) * np.log(2))).fwhm
+        for a in (np.arange(0.0, 360.0, 10.0), TURN)
+    )
+    assert fine.low < widths.mean() < fine.high
+    assert coarse.value == pytest.approx(fine.value, abs=0.6)
+    assert coarse.high - coarse.low == pytest.approx(fine.high - fine.low, rel=0.25)
 
 
 def test_intervals_hold_what_replicates_differ_by() -> None:
@@ -92,7 +116,7 @@ def test_intervals_hold_what_replicates_differ_by() -> None:
 def test_published_curves_have_their_published_measures(assets: Path) -> None:
     published = json.loads((assets / "published/curve_tuning.json").read_text())
     found = [measure_tuning(TURN, np.array(c)) for c in published["mixed3b"].values()]
-    assert np.median([m.half_width.value for m in found]) == pytest.approx(50, abs=1)
+    assert np.median([m.fwhm.value for m in found]) == pytest.approx(50, abs=1)
     assert max(m.echo.value for m in found) <= 0.03
     early = [measure_tuning(TURN, np.array(c)) for c in published["mixed3a"].values()]
     assert np.median([m.echo.value for m in early]) == pytest.approx(0.22, abs=0.01)
@@ -187,7 +211,7 @@ def test_googlenets_curve_units_are_found_by_tuning_alone(assets: Path) -> None:
     good = [c for c in found if c.is_curve_unit]
     assert 10 <= len(good) <= 30
     assert {c.unit.index for c in good} >= {336, 408, 326, 398, 386, 394, 413, 321, 358, 335}
-    widths = [c.tuning.measures.half_width.value for c in good]
+    widths = [c.tuning.measures.fwhm.value for c in good]
     assert 40 <= np.median(widths) <= 75
     assert np.median([c.tuning.measures.echo.value for c in good]) <= 0.03
     joint = joint_tuning([c.tuning for c in good])

@@ -18,7 +18,7 @@ def statistics_panel(look: Look, store: ActivationStore) -> None:
     show(histogram_figure(s), "histogram")
     st.caption(
         f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
-        f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.1f} % of "
+        f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.3g} % of "
         f"positions. The outer bars hold all beyond."
     )
     notes = []

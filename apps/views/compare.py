@@ -125,5 +125,6 @@ def _tuning(name: str, tuned: Mapping[str, RadialTuning]) -> None:
     show(tuning_figure([own], compared_with=list(tuned.values())), f"compare-curve-{name}")
     m = own.measures
     st.caption(
-        f"mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo {m.echo.value:.2f}"
+        f"mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, "
+        f"echo {m.echo.value:.2f}"
     )

@@ -120,6 +120,11 @@ def _latents(name: str, path: Path, code: Autoencoder, measured: Mapping[str, An
     )  # fmt: skip
     left = f", the first {LISTED} listed" if len(table) > LISTED else ""
     st.caption(f"{len(table)} latents{left}; {sum(n != '' for n in table['name'])} have a name.")
+    if measured:
+        n = measured["rows"]["n_rows"]
+        st.caption(
+            f"Activity is that in {n:,} rows: 0 % is less than {300 / n:.2g} % (with 95 % confidence)."
+        )
     if record is not None:
         link(
             "unit",

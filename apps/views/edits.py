@@ -115,6 +115,6 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
             st.caption(f"{name}: silent at every angle, radius {tuned.radius:.3g} px")
             continue
         st.caption(
-            f"{name}: mean direction {m.direction.value:.0f}°, half-width {m.half_width.value:.0f}°, echo "
+            f"{name}: mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, echo "
             f"{m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
         )

@@ -106,7 +106,7 @@ def _unit(
     curves = [np.array(c)[:: int(step)] for c in published.values()]
     return {
         "name": UNIT_NAMES[layer][index], "unit": str(tuning.unit), "layer": layer, "family": family[0],
-        "preferred": m.direction.value, "half_width": m.half_width.value, "echo": m.echo.value,
+        "preferred": m.direction.value, "fwhm": m.fwhm.value, "echo": m.echo.value,
         "peak": m.peak.value, "radius": tuning.radius, "line_share": line.measures.peak.value / m.peak.value,
         "r_published": None if layer != "curve" else max(drawing.turned(c, tuning.mean)[0] for c in curves),
     }  # fmt: skip
@@ -149,7 +149,7 @@ def echo(model: HookedModel, options: Options) -> Stage:
 
     numbers = {
         "echo": mean(intact), "echo_without_negative": mean(without), "echo_without_random": mean(control),
-        "half_width_without_negative": float(np.median([t.measures.half_width.value for t in without])),
+        "fwhm_without_negative": float(np.median([t.measures.fwhm.value for t in without])),
     }  # fmt: skip
     caption = (
         "A curve as written (black), without its and the early curves' negative weights (red), and without random "

@@ -42,12 +42,15 @@ def write_page(
 
 def _claim(results: Mapping[str, Any]) -> str:
     curves = [u for u in results["units"] if u["layer"] == "curve"]
-    widths = [u["half_width"] for u in curves]
+    widths = [u["fwhm"] for u in curves]
     chance = _median([p["r_shuffled_orientations"] for p in results["published"].values()])
     r2, shuffled = results["circulant_r2"].values(), results["circulant_r2_shuffled"].values()
     least, middle = results["r_published_min"], results["r_published_median"]
     rows = [
-        ("half-width of the 72 curves, degrees", f"{min(widths):.0f} to {max(widths):.0f}", "published: 29 to 68"),
+        (
+            "full width at half maximum of the 72 curves, degrees",
+            f"{min(widths):.0f} to {max(widths):.0f}", "published: 28 to 69",
+        ),
         (
             "echo: the response to the opposed curve, over the peak",
             f"{max(u['echo'] for u in curves):.3f} at most", "published: 0.028 at most",
@@ -120,13 +123,13 @@ def _figure(caption: str, file: Path) -> str:
 
 def _units(results: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(u['name'])}<td>{escape(u['family'])}<td>{u['preferred']:.0f}<td>{u['half_width']:.0f}"
+        f"<tr><td>{escape(u['name'])}<td>{escape(u['family'])}<td>{u['preferred']:.0f}<td>{u['fwhm']:.0f}"
         f"<td>{_number(u['echo'])}<td>{u['radius']}<td>{_number(u['r_published'])}</tr>"
         for u in results["units"]
     )
     return (
         f"<details><summary>All {len(results['units'])} tuned units</summary><table><tr><th>unit<th>family"
-        "<th>preferred, degrees<th>half-width<th>echo<th>radius, pixels<th>r with the published</tr>"
+        "<th>preferred, degrees<th>full width at half maximum<th>echo<th>radius, pixels<th>r with the published</tr>"
         f"{rows}</table></details>"
     )
 

@@ -27,6 +27,7 @@ from circuits.attribution.passes import (
 )
 from circuits.attribution.propagation import RelevanceRule
 from circuits.attribution.results import AblationCheck, Attribution
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.experiments.running import run
 from circuits.experiments.variants import Variant
@@ -50,6 +51,7 @@ Baseline = Literal["zero", "mean"]
 """The baseline activation of a unit: zero, or its mean over these examples and positions."""
 
 
+@recording_gradients()
 def attribute(
     model: HookedModel,
     examples: Examples | Tensor,

@@ -17,6 +17,7 @@ from sklearn.decomposition import NMF
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.autograd import recording_gradients
 from circuits.tables import Table
 
 
@@ -83,6 +84,7 @@ class ChannelGroups:
         return Table(columns, rows, f"{name}, groups")
 
 
+@recording_gradients()
 def channel_groups(passes: Passes, k: int = 6, seed: int = 0) -> ChannelGroups:
     """Factorize a site's activations on the examples and attribute the target's value to each factor.
 

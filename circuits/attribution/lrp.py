@@ -21,6 +21,7 @@ from circuits.attribution.passes import (
 )
 from circuits.attribution.propagation import Propagation, RelevanceRule, UnclearBatchError
 from circuits.attribution.results import Attribution, input_site
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -29,6 +30,7 @@ from circuits.tasks.targets import Aim, Target, as_target, check_indices
 from circuits.units import Site, Unit
 
 
+@recording_gradients()
 def relevance(
     model: HookedModel,
     examples: Examples | Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.autograd import differentiable, recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -74,6 +75,7 @@ class Passes:
         ValueError: if examples do not fit, or the model does not have the target.
     """
 
+    @recording_gradients()
     def __init__(
         self,
         model: HookedModel,
@@ -134,6 +136,7 @@ class Passes:
         pairs = zip(points.split(self.batch), which.split(self.batch), strict=True)
         return torch.cat([self._run(p, e, end) for p, e in pairs])
 
+    @recording_gradients()
     def gradient(
         self, points: Tensor, examples: Int[Tensor, " point"] | int
     ) -> tuple[Float[Tensor, " point"], Tensor]:
@@ -145,7 +148,8 @@ class Passes:
         which = self._which(points, examples)
         values, gradients = [], []
         for p, e in zip(points.split(self.batch), which.split(self.batch), strict=True):
-            own = p.detach().contiguous() if self.site is None else channels_last(p.detach())
+            p = differentiable(p.detach())
+            own = p.contiguous() if self.site is None else channels_last(p)
             own.requires_grad_(True)
             value = self.aim.value(self._run(own, e, self.end, grad=True), e)
             values.append(value.detach())
@@ -246,6 +250,7 @@ class OwnGradients:
     names: tuple[str, ...]
 
 
+@recording_gradients()
 def own_gradients(
     model: HookedModel, inputs: Tensor, target: Target, site: Site, batch: int = 32
 ) -> OwnGradients:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.units import Unit
 
 Maps = Float[Tensor, "example unit y x"]
@@ -78,6 +79,7 @@ class Dissection:
         return made
 
 
+@recording_gradients()
 def dissect(
     site: str,
     maps: Maps,
@@ -107,7 +109,8 @@ def dissect(
         seed: the seed of the halves.
 
     Raises:
-        ValueError: if shapes do not fit each other, or a concept is on no example of one half.
+        ValueError: if shapes do not fit each other, a concept is on no example of one half, or the quantile is no
+            position, or all of them.
     """
     if masks.shape[1] != len(concepts) or len(masks) != len(maps) or len(maps) < 2:
         raise ValueError(
@@ -181,6 +184,10 @@ def _levels(maps: Tensor, quantile: float) -> Tensor:
         raise ValueError(
             f"quantile {quantile:g} of {flat.shape[1]} positions is less than one position: expected a larger share, "
             "or more examples"
+        )
+    if k == flat.shape[1]:
+        raise ValueError(
+            f"quantile {quantile:g} of {k} positions is all of them: expected a share that leaves at least one out"
         )
     # The value of rank k + 1: exactly k positions lie above it, without ties.
     return flat.topk(k + 1, dim=1).values[:, -1].clamp_min(0)

@@ -98,8 +98,8 @@ def probe(
         raised = np.argsort(-difference / np.where(spread > 0, spread, np.inf), kind="stable")[:k]
         active = codes > codes[first & ~own].mean(0)
         absorbed = _absorbed(hits, active, raised, W_dec, direction)
-        n = int((~first & own).sum())
-        found.append(Probe(label, best, auroc, base, random, few, dense, absorbed, n))
+        measured = int((~first & own).sum())
+        found.append(Probe(label, best, auroc, base, random, few, dense, absorbed, measured))
     return found
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.autograd import recording_gradients
 from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import edited
 from circuits.edits.records import fitting
@@ -78,6 +79,7 @@ def read_site(model: HookedModel, layer: str) -> Site:
     return _site_of(model, layer_named(model.matrices, layer), "reads")
 
 
+@recording_gradients()
 def associate(
     model: HookedModel,
     layer: str,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.edits import activations, attention, connections, layers  # noqa: F401  (whose operators can be read)
 from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
@@ -275,6 +276,7 @@ def rewritten(model: HookedModel, edits: Iterable[Edit]) -> dict[str, Tensor]:
     return weights.changed
 
 
+@recording_gradients()
 def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
     """A new model with the edits in its weights; the given one is not touched.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
@@ -33,6 +34,7 @@ class FineTuned:
     norm: float
 
 
+@recording_gradients()
 def fine_tune(
     model: HookedModel,
     examples: Examples | Tensor,
@@ -79,18 +81,20 @@ def fine_tune(
     trained = {name: theirs[name].requires_grad_(True) for name in names}
     adam = torch.optim.Adam(list(trained.values()), lr=learning_rate)
     inputs, reached, step = model.fitted(as_examples(model, examples).inputs), 0.0, 0
-    with torch.enable_grad():
-        # One round more than steps: the last one only measures.
-        for step in range(steps + 1):
-            logits = main_output(module(inputs.clone()))
-            log_p = answers(model, logits).log_softmax(-1)[:, target]
-            # The least sure of the examples decides, as for a rank-one edit.
-            reached = log_p.exp().min().item()
-            if reached >= enough or step == steps:
-                break
-            adam.zero_grad()
-            (-log_p.mean()).backward()
-            adam.step()
+    # One round more than steps: the last one only measures.
+    for step in range(steps + 1):
+        logits = main_output(module(inputs.clone()))
+        log_p = answers(model, logits).log_softmax(-1)[:, target]
+        # The least sure of the examples decides, as for a rank-one edit.
+        reached = log_p.exp().min().item()
+        if reached >= enough or step == steps:
+            break
+        adam.zero_grad()
+        (-log_p.mean()).backward()
+        adam.step()
+    # Hooks of a bridge keep the last residual stream in the module that they were made for, also when a copy runs. A
+    # pass without gradients takes its place, since a module that holds a graph cannot be copied.
+    model.logits(inputs)
     tensors = {name: tensor.detach().requires_grad_(False) for name, tensor in trained.items()}
     squares = [(t - own[name].data).double().square().sum() for name, t in tensors.items()]
     return FineTuned(tensors, step, reached, torch.stack(squares).sum().sqrt().item())

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.featurevis.pictures import Picture
 from circuits.featurevis.render import Settings, visualize_units
@@ -211,6 +212,7 @@ class Reliability:
         return asdict(self)
 
 
+@recording_gradients()
 def reliability(
     model: HookedModel,
     pictures: Sequence[Picture],

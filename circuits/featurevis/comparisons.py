@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.objectives import (
     Objective,
     Response,
@@ -19,6 +20,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 
 
+@recording_gradients()
 def activations_on(
     model: HookedModel, site: str, image: Float[Tensor, "channel h w"]
 ) -> Float[Tensor, "1 *rest"]:
@@ -112,6 +114,7 @@ def caricature(
     return _comparison(model, site, image, "caricature", compare)
 
 
+@recording_gradients()
 def attributed(
     model: HookedModel,
     site: str,

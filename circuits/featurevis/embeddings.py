@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.objectives import Objective, Response, as_objective
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
@@ -68,6 +69,7 @@ class Dream:
         return Table(("position", "nearest token", "cosine"), rows, note=note)
 
 
+@recording_gradients()
 def dream(
     model: HookedModel,
     target: str | Objective,

@@ -42,6 +42,7 @@ class NaturalImages:
         magnitude: root mean square of |FFT| (orthonormal) of the channels without their mean, in the
             basis where they are uncorrelated (`root`), at the frequencies of `rfft2`. Fel et al. 2023
             average magnitudes; the average of squares needs one pass only.
+        width: of the images in pixels, which `magnitude` does not tell: 6 and 7 both have four columns.
         data: the name of the images.
         data_hash: their hash.
         n: how many there were.
@@ -50,6 +51,7 @@ class NaturalImages:
     mean: Float[Tensor, " channel"]
     root: Float[Tensor, "channel channel"]
     magnitude: Float[Tensor, "channel h half"]
+    width: int
     data: str
     data_hash: str
     n: int
@@ -95,29 +97,31 @@ class NaturalImages:
         inverse = torch.linalg.inv(root).to(spectrum.dtype)
         power = torch.einsum("ic,cdhw,id->ihw", inverse, spectrum / n, inverse).real
         power[:, 0, 0] = 0  # the mean is kept by itself
-        return cls(
-            mean.float(), root.float(), power.clamp_min(0).sqrt().float(), data, data_hash, n
-        )
+        magnitude = power.clamp_min(0).sqrt().float()
+        assert shape is not None, "there were images"
+        return cls(mean.float(), root.float(), magnitude, shape[-1], data, data_hash, n)
 
     def magnitude_at(self, height: int, width: int) -> Float[Tensor, "channel {height} half"]:
         """The magnitudes for another size, at the same frequencies in cycles a pixel.
 
         An orthonormal spectrum does not depend on the size of what has the same power everywhere.
         """
-        own_h = self.magnitude.shape[1]
-        if (height, width // 2 + 1) == tuple(self.magnitude.shape[1:]):
+        own_h, columns = self.magnitude.shape[1:]
+        if (height, width) == (own_h, self.width):
             return self.magnitude
         # as a map from -1/2 to 1/2 and 0 to 1/2 cycles a pixel, sampled bilinearly
         # rfft2 has rows in the order 0, 1, .., -2, -1 cycles; rolled, they rise through 0, so that bilinear sampling
         # between neighbouring rows never mixes the highest positive with the lowest negative frequency.
         centered = torch.roll(self.magnitude, own_h // 2, dims=1)
+        # Rows have the period of one cycle a pixel: beyond the highest positive frequency lies the lowest negative one.
+        centered = torch.cat([centered[:, -1:], centered, centered[:, :1]], 1)
         fy = torch.fft.fftfreq(height)
         fx = torch.fft.rfftfreq(width)
         # grid_sample with corners aligned has -1 at the first row's centre and 1 at the last one's: row r of n is 2 r /
-        # (n - 1) - 1, and frequency fy is row fy n + n // 2. Columns go from 0 (at -1) to 1/2 (at 1), the last column
-        # of an even width.
-        y = (fy * own_h + own_h // 2) / max(1, own_h - 1) * 2 - 1
-        x = fx * 2 * 2 - 1
+        # (n - 1) - 1. Frequency fy is row fy h + h // 2 of the h that were rolled, and one row further down behind the
+        # row put before them. Frequency fx is column fx w of w // 2 + 1: the last one is 1/2 of an even width only.
+        y = (fy * own_h + own_h // 2 + 1) / (own_h + 1) * 2 - 1
+        x = fx * self.width / max(1, columns - 1) * 2 - 1
         grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1)[None]
         found = F.grid_sample(
             centered[None], grid.to(centered), padding_mode="border", align_corners=True
@@ -128,7 +132,9 @@ class NaturalImages:
     def save(self, path: Path) -> None:
         """Write as safetensors, with what it was fitted to as metadata."""
         tensors = {"mean": self.mean, "root": self.root, "magnitude": self.magnitude}
-        facts = {"data": self.data, "data_hash": self.data_hash, "n": str(self.n)}
+        facts = {
+            "data": self.data, "data_hash": self.data_hash, "n": str(self.n), "width": str(self.width),
+        }  # fmt: skip
         with replacing(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, facts)
 
@@ -165,6 +171,7 @@ class NaturalImages:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 mean, root, magnitude = (file.get_tensor(k) for k in ("mean", "root", "magnitude"))
-            return cls(mean, root, magnitude, facts["data"], facts["data_hash"], int(facts["n"]))
+            numbers = int(facts["width"]), int(facts["n"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"image statistics {str(path)!r} cannot be read: {error}") from error
+        return cls(mean, root, magnitude, numbers[0], facts["data"], facts["data_hash"], numbers[1])

@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.gradients import RedirectedGradients
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
@@ -75,6 +77,7 @@ Part = tuple[Objective, int]
 """An objective, and how many images of the batch it is for."""
 
 
+@recording_gradients()
 def optimize(
     model: HookedModel,
     parts: Sequence[Part],
@@ -180,8 +183,9 @@ def _chunks(parts: Sequence[Part], device: torch.device) -> list[tuple[int, int,
 
 def _step_seed(seed: int, step: int, view: int) -> int:
     """A different seed for each step and view."""
-    # 257 is above the number of views (256 at most), so that no two pairs of step and view get one seed.
-    return (seed * 1_000_003 + step * 257 + view) % 2**63
+    # Hashed, since a weighted sum of the three is the same for other steps of another seed. The seed comes last: it may
+    # take two of the hash's words, and what follows would be read differently then.
+    return int(np.random.default_rng([step, view, seed]).integers(2**63))
 
 
 def values_of(model: HookedModel, parts: Sequence[Part], images: Tensor) -> Tensor:

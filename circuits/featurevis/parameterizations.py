@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.natural import COLOR_CORRELATION, NaturalImages, normalised_colors
 
 Shape = tuple[int, int, int, int]
@@ -95,6 +96,7 @@ def drawn(
     return torch.stack(found).to(device)
 
 
+@recording_gradients()
 def pixels(
     shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
 ) -> Values:
@@ -103,6 +105,7 @@ def pixels(
     return Values([own], lambda: own)
 
 
+@recording_gradients()
 def fourier(
     shape: Shape, seed: int, streams: Sequence[int], device: Device = "cpu", sd: float = SD
 ) -> Values:
@@ -130,6 +133,7 @@ def fourier(
     return Values([spectrum], values)
 
 
+@recording_gradients()
 def laplacian(
     shape: Shape,
     seed: int,
@@ -158,6 +162,7 @@ def laplacian(
     return Values(parts, values, learning_rate=0.05)
 
 
+@recording_gradients()
 def cppn(
     shape: Shape,
     seed: int,
@@ -233,6 +238,7 @@ def with_alpha(colored: Parameterization, values: Values) -> Parameterization:
     )
 
 
+@recording_gradients()
 def maco(
     shape: Shape,
     seed: int,

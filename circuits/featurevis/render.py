@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.negatives import pre_activation
 from circuits.featurevis.objectives import (
@@ -164,6 +165,7 @@ class Options(TypedDict, total=False):
     thresholds: tuple[int, ...]
 
 
+@recording_gradients()
 def visualize(
     model: HookedModel,
     target: Subject,
@@ -179,6 +181,7 @@ def visualize(
     return visualize_units(model, [target], negative=negative, progress=progress, **options)[0]
 
 
+@recording_gradients()
 def visualize_units(
     model: HookedModel,
     targets: Sequence[Subject],

@@ -60,14 +60,15 @@ class _Moving:
 
 @dataclass(frozen=True)
 class Jitter(_Moving):
-    """Shift by up to half of `pixels` either way, whole pixels."""
+    """Shift by up to half of `pixels` either way, whole pixels: an odd number's half is rounded down."""
 
     pixels: int
 
     def motion(self, generator: Generator) -> Motion:
         """Draw a shift."""
         # Whole pixels, so that a jitter by itself moves an image without blurring it.
-        shift = torch.randint(self.pixels + 1, (2,), generator=generator) - self.pixels // 2
+        most = self.pixels // 2
+        shift = torch.randint(2 * most + 1, (2,), generator=generator) - most
         found = torch.eye(3)
         found[:2, 2] = shift.float()
         return found

@@ -32,8 +32,9 @@ def histogram_figure(
     x = alt.X(
         "low:Q", title="activation", scale=alt.Scale(domain=[low, high], nice=False, padding=0)
     )
+    sampled = any(s.looked_at < s.count for s in every)
     y = alt.Y(
-        "positions:Q", title="positions, log scale",
+        "positions:Q", title=f"positions{' looked at' if sampled else ''}, log scale",
         scale=alt.Scale(type="log", domain=[_LEAST, top], nice=False), axis=alt.Axis(format="~s", tickCount=5),
     )  # fmt: skip
     tips = [
@@ -108,7 +109,13 @@ def spectrum_figure(
     bins = found.bins
     domain = [bins[0].low, bins[-1].high]
     rows: list[Row] = [
-        {"low": b.low, "high": b.high, "density": b.density, "contribution": b.contribution}
+        {
+            "low": b.low,
+            "high": b.high,
+            "density": b.density,
+            "contribution": b.contribution,
+            "seen": b.seen,
+        }
         for b in bins
     ]
     x = alt.X("low:Q", title="activation", scale=alt.Scale(domain=domain, nice=False, padding=0))
@@ -136,12 +143,15 @@ def spectrum_figure(
         panels.append(_examples(found, crops, domain))
     about = f"{found.above_two:.0%} of the positive mean is above two standard deviations"
     headline = title or f"{found.unit} on {found.data} (seed {found.seed})"
-    return titled(alt.vconcat(*panels), f"{headline}\n{about}")
+    return titled(alt.vconcat(*panels), f"{headline}\np(x) of {found.looks_at}\n{about}")
 
 
 def _columns(rows: Sequence[Row], x: alt.X, y: alt.Y, colour: str) -> alt.Chart:
     bars = alt.Chart(data(rows)).mark_bar(color=colour, binSpacing=1, orient="vertical")
-    tips = [alt.Tooltip(f"{f}:Q", format=".3g") for f in ("low", "high", "density", "contribution")]
+    tips = [
+        alt.Tooltip(f"{f}:Q", format=".3g")
+        for f in ("low", "high", "density", "contribution", "seen")
+    ]
     return bars.encode(x, y, x2="high:Q", y2="foot:Q", tooltip=tips)
 
 
@@ -150,7 +160,7 @@ def _density_of_tail(found: Spectrum, least: float) -> list[Row]:
     tail = found.statistics.tail
     if not np.isfinite(tail.rate) or tail.rate <= 0:
         return []
-    x = np.linspace(tail.threshold, found.bins[-1].high, 50)
+    x = np.linspace(tail.threshold, max(tail.threshold, found.bins[-1].high), 50)
     # The density of the whole is that of the tail times the share of activations that are in it.
     p = tail.share * tail.rate * np.exp(-tail.rate * (x - tail.threshold))
     return [{"low": float(a), "density": float(b)} for a, b in zip(x, p, strict=True) if b >= least]

@@ -117,7 +117,7 @@ def _shared(tunings: Sequence[RadialTuning], others: Sequence[RadialTuning]) -> 
 
 def _measures(tuning: RadialTuning) -> str:
     m = tuning.measures
-    return f"{m.direction.value:.0f}° width {m.half_width.value:.0f}° echo {m.echo.value:.2f}"
+    return f"{m.direction.value:.0f}° FWHM {m.fwhm.value:.0f}° echo {m.echo.value:.2f}"
 
 
 def _together(tunings: Sequence[RadialTuning]) -> Figure:

@@ -121,6 +121,7 @@ def to_attribution_graph(graph: CircuitGraph) -> dict[str, Any]:
         # Two sites of ours may have one number in the format, which only has layers.
         if entry["node_id"] in used:
             entry["node_id"] = f"{entry['node_id']}_{len(ids)}"
+        entry["jsNodeId"] = f"{entry['node_id']}-0"
         used.add(entry["node_id"])
         ids[node] = entry["node_id"]
         nodes.append(entry)
@@ -174,7 +175,6 @@ def _entry(node: Node, data: Mapping[str, Any], layers: Mapping[str, int]) -> di
         "layer": layer,
         "ctx_idx": position,
         "feature_type": kind,
-        "jsNodeId": f"{name}-0",
         "clerp": str(label),
         _OURS: {"node": str(node), "attributes": encoded(data)},
     }

@@ -34,7 +34,7 @@ class Reconstruction:
         cosine: the mean cosine between rows and their reconstructions.
         l2_ratio: the sum of the norms of reconstructions over the sum of the norms of rows.
         l0: the mean number of active latents in a row.
-        dead: the share of latents that were never active.
+        dead: the share of latents that were never active in these rows.
     """
 
     fvu: float

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from circuits.autoencoders import About, Autoencoder, load_autoencoder, save_autoencoder
 from circuits.autoencoders.files import FILE, read_tensors
+from circuits.autograd import recording_gradients
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
 from circuits.models.adapter.attaching import check_name
@@ -134,6 +135,7 @@ class _Run:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+@recording_gradients()
 def train(
     source: RowSource,
     settings: Hyperparameters | Mapping[str, Hyperparameters],

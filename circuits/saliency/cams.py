@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.autograd import recording_gradients
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.saliency.gradients import check_range, guided_gradient, noisy_copies
@@ -135,6 +136,7 @@ def enlarged(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "example 1 h w"]:
     return F.interpolate(cam.clamp_min(0)[:, None], size, mode="bilinear", align_corners=False)
 
 
+@recording_gradients()
 def guided_grad_cam(
     model: HookedModel,
     inputs: Tensor,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.files import write_json
 from circuits.models.adapter.hooked_model import HookedModel
@@ -99,6 +100,7 @@ def _mean(card: MethodCard, kind: str, what: str) -> float:
     return sum(values) / len(values)
 
 
+@recording_gradients()
 def card(
     model: HookedModel,
     examples: Examples | Tensor,

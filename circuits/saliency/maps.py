@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.attribution.lrp import relevance
 from circuits.attribution.passes import INPUT, Passes, Size, sized
 from circuits.attribution.results import Attribution, input_site
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -45,6 +46,7 @@ Made = tuple[Tensor, Tensor | None, dict[str, Any]]
 """Values, the residual of their sum, and the values used for adaptive options."""
 
 
+@recording_gradients()
 def saliency_map(
     model: HookedModel,
     examples: Examples | Tensor,

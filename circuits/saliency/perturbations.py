@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from circuits.attribution.passes import Passes, Size
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -104,6 +105,7 @@ class Pyramid:
         return below * (1 - share) + above * share
 
 
+@recording_gradients()
 def extremal(
     model: HookedModel,
     examples: Examples | Tensor,
@@ -313,6 +315,7 @@ class SmoothMasks:
         return F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).clamp(0, 1)
 
 
+@recording_gradients()
 def meaningful(
     model: HookedModel,
     examples: Examples | Tensor,
@@ -416,6 +419,7 @@ def _on_pixels(marked: Tensor, x: Tensor) -> Masks:
     return F.interpolate(marked, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
+@recording_gradients()
 def extremal_channels(
     model: HookedModel,
     examples: Examples | Tensor,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from circuits.attribution.channels import spearman
 from circuits.attribution.results import Attribution
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
@@ -83,6 +84,7 @@ class RandomizationTest:
     seed: int
 
 
+@recording_gradients()
 def randomization_test(
     model: HookedModel,
     examples: Examples | Tensor,
@@ -210,6 +212,7 @@ class LabelTest:
     seed: int
 
 
+@recording_gradients()
 def label_test(
     model: HookedModel,
     examples: Examples | Tensor,
@@ -276,11 +279,10 @@ def _trained(
     x = model.fitted(inputs)
     parameters = [p.requires_grad_(True) for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, rate)
-    with torch.enable_grad():
-        for step in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(main_output(module(x.clone())).flatten(1), labels).backward()
-            optimizer.step()
-            if progress is not None:
-                progress(turn * steps + step + 1, 2 * steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(main_output(module(x.clone())).flatten(1), labels).backward()
+        optimizer.step()
+        if progress is not None:
+            progress(turn * steps + step + 1, 2 * steps)
     return float((model.logits(x).flatten(1).argmax(1) == labels).double().mean())

@@ -330,6 +330,15 @@ class ActivationStore:
             group = file["summary"]
             return self.sites[unit.site], group["maximum"][place], group["argmax"][place]
 
+    def largest(self, unit: Unit) -> Float[np.ndarray, " example"]:
+        """A unit's largest activation on each example; NaN where none is finite.
+
+        Raises:
+            KeyError: if its site was not recorded.
+            ValueError: if the site has no such unit.
+        """
+        return self._strengths(unit)[1]
+
     def top_examples(self, unit: Unit, k: int = 9) -> list[Example]:
         """The examples on which a unit's largest activation is largest, strongest first.
 

@@ -43,8 +43,8 @@ class CurveUnit:
         m = self.tuning.measures
         return {
             "unit": str(self.unit), "preferred": m.direction.value, "preferred_low": m.direction.low,
-            "preferred_high": m.direction.high, "peak": m.peak.value, "half_width": m.half_width.value,
-            "half_width_low": m.half_width.low, "half_width_high": m.half_width.high,
+            "preferred_high": m.direction.high, "peak": m.peak.value, "fwhm": m.fwhm.value,
+            "fwhm_low": m.fwhm.low, "fwhm_high": m.fwhm.high,
             "echo": m.echo.value, "echo_low": m.echo.low, "echo_high": m.echo.high,
             "circular_variance": m.circular_variance.value, "radius": self.tuning.radius,
             "line_peak": self.line_peak, "grating_peak": self.grating_peak,
@@ -76,7 +76,7 @@ def find_curve_units(
     *,
     step: float = 5.0,
     least: float = 0.4,
-    half_width: tuple[float, float] = (10.0, 90.0),
+    fwhm: tuple[float, float] = (10.0, 90.0),
     echo: float = 0.2,
     variance: float = 0.3,
     over_lines: float = 1.2,
@@ -92,7 +92,7 @@ def find_curve_units(
         units: the units to test; by default all.
         step: the step between angles, in degrees.
         least: the smallest peak, as a share of the 90th percentile of all units' peaks.
-        half_width: the smallest and largest half-width, in degrees.
+        fwhm: the smallest and largest full width at half maximum, in degrees.
         echo: the largest echo: the response to the opposite angle over the peak.
         variance: the largest circular variance.
         over_lines: the least ratio of the peak for curves to that for lines and to that for gratings.
@@ -127,7 +127,7 @@ def find_curve_units(
                 "responds to lines or stripes as well",
             ),
             (not m.echo.value <= echo, "echo"),
-            (not half_width[0] <= m.half_width.value <= half_width[1], "half-width"),
+            (not fwhm[0] <= m.fwhm.value <= fwhm[1], "full width at half maximum"),
             (not m.circular_variance.value <= variance, "circular variance"),
         )
         why = next((reason for fails, reason in reasons if fails), "")

@@ -1,4 +1,4 @@
-"""Measures of a tuning curve: preferred angle, half-width, echo, circular variance.
+"""Measures of a tuning curve: preferred angle, full width at half maximum, echo, circular variance.
 
 They are those of Cammarata et al. 2020, "Curve Detectors", and its supplements.
 """
@@ -25,7 +25,8 @@ class TuningMeasures:
     Attributes:
         preferred: the angle with the largest response, in degrees.
         peak: the response there.
-        half_width: the width in degrees of the range around it in which responses are at least half of the peak.
+        fwhm: the full width at half maximum, in degrees: of the range around it in which responses are at least half
+            of the peak.
         echo: the largest response at 180 +- 45 degrees from it, over the peak.
         circular_variance: 0 if all of the response is at one angle, 1 if it is the same everywhere (negative
             responses count as 0).
@@ -36,7 +37,7 @@ class TuningMeasures:
 
     preferred: Interval
     peak: Interval
-    half_width: Interval
+    fwhm: Interval
     echo: Interval
     circular_variance: Interval
     direction: Interval
@@ -53,25 +54,36 @@ def preferred(angles: Angles, curves: Curves) -> Numbers:
     return np.asarray(angles[curves.argmax(-1)])
 
 
-def half_width(angles: Angles, curves: Curves) -> Numbers:
-    """The width, in degrees, of the connected range about the peak with at least half of its response; NaN without
-    a peak.
+def fwhm(angles: Angles, curves: Curves) -> Numbers:
+    """The full width at half maximum: of the connected range about the peak with at least half of its response.
 
-    This is the full width at half of the maximum, in steps of the curve, which the articles call half-width.
+    Between angles, responses are taken to lie on a line.
 
-    >>> float(half_width(np.arange(0.0, 360.0, 10.0), np.eye(36)[3]))
+    Returns:
+        The width in degrees; 360 where no response is below half of the peak, NaN without a positive one.
+
+    >>> float(fwhm(np.arange(0.0, 360.0, 10.0), np.eye(36)[3]))
     10.0
     """
     n, peak = len(angles), curves.max(-1)
-    high = curves >= peak[..., None] / 2
-    # Rolled so that the peak comes first: then `argmin` of the booleans finds the first response below half of it,
-    # forwards and, in the reversed array, backwards.
-    places = (np.asarray(curves.argmax(-1))[..., None] + np.arange(n)) % n
-    from_peak = np.take_along_axis(high, places, -1)
-    steps = from_peak.argmin(-1) + from_peak[..., ::-1].argmin(-1)
-    # Where all angles respond, `argmin` finds no end and gives 0.
-    width = np.where(high.all(-1), 360.0, steps * 360.0 / n)
-    return np.where(peak > 0, width, np.nan)
+    top = np.asarray(curves.argmax(-1))[..., None]
+    steps = sum(
+        _steps_to_half(np.take_along_axis(curves, (top + way * np.arange(n)) % n, -1))
+        for way in (1, -1)
+    )
+    return np.where(peak > 0, np.where(np.isfinite(steps), steps * 360.0 / n, 360.0), np.nan)
+
+
+def _steps_to_half(curves: Curves) -> Numbers:
+    """How many steps curves that begin at their peak take to fall to half of it; infinite if they never do."""
+    half = curves[..., :1] / 2
+    low = curves < half
+    # `argmax` of booleans is the first that is true. The peak itself is not, unless it is negative.
+    first = np.maximum(low.argmax(-1)[..., None], 1)
+    inside, outside = (np.take_along_axis(curves, k, -1) for k in (first - 1, first))
+    # On the line from (first - 1, inside) to (first, outside) the response is `half` after this share of the step.
+    share = (inside - half) / np.where(inside > outside, inside - outside, 1.0)
+    return np.where(low.any(-1), (first - 1 + share)[..., 0], np.inf)
 
 
 def echo(angles: Angles, curves: Curves) -> Numbers:
@@ -160,7 +172,7 @@ def measure_tuning(
         return Interval(value, *percentiles(drawn))
 
     return TuningMeasures(
-        interval(preferred(angles, means), around=period), interval(means.max(1)), interval(half_width(angles, means)),
+        interval(preferred(angles, means), around=period), interval(means.max(1)), interval(fwhm(angles, means)),
         # With a period of half a turn the opposite angle is the same stimulus.
         interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan)),
         interval(circular_variance(angles, means, period)),

@@ -19,12 +19,12 @@ from circuits.tuning.radial import RadialTuning
 def tuning_table(found: Sequence[RadialTuning], title: str) -> Table:
     """What each unit prefers, and how sharply."""
     columns = (
-        "unit", "peak", "in std", "at", "direction", "half-width", "echo", "circular variance", "radius",
+        "unit", "peak", "in std", "at", "direction", "FWHM", "echo", "circular variance", "radius",
     )  # fmt: skip
     rows = [
         (
             t.unit, t.measures.peak.value, _over(t.measures.peak.value, t.deviation), t.measures.preferred.value,
-            _interval(t.measures.direction), _interval(t.measures.half_width), _interval(t.measures.echo),
+            _interval(t.measures.direction), _interval(t.measures.fwhm), _interval(t.measures.echo),
             _interval(t.measures.circular_variance), t.radius,
         )
         for t in found
@@ -41,12 +41,12 @@ def tuning_table(found: Sequence[RadialTuning], title: str) -> Table:
 def curve_units_table(found: Sequence[CurveUnit], title: str) -> Table:
     """Those that are curve detectors, and why the rest are not."""
     columns = (
-        "unit", "direction", "half-width", "echo", "circular variance", "peak", "lines", "gratings", "radius",
+        "unit", "direction", "FWHM", "echo", "circular variance", "peak", "lines", "gratings", "radius",
     )  # fmt: skip
     good = [c for c in found if c.is_curve_unit]
     rows = [
         (
-            c.unit, _interval(m.direction), _interval(m.half_width), _interval(m.echo), m.circular_variance.value,
+            c.unit, _interval(m.direction), _interval(m.fwhm), _interval(m.echo), m.circular_variance.value,
             m.peak.value, c.line_peak, c.grating_peak, c.tuning.radius,
         )
         for c in good

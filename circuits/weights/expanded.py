@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.files import replacing
 from circuits.models.adapter.hooked_model import HookedModel
@@ -168,6 +169,7 @@ class ExpandedWeights:
 _TENSORS = ("weight", "positive", "negative")
 
 
+@recording_gradients()
 def expand_weights(
     model: HookedModel,
     source: str,

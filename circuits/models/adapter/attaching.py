@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits.autograd import recording_gradients
 from circuits.hooks import LastHook, Tap
 from circuits.models.adapter.copying import deep_copy
 from circuits.units import Site, SiteKind
@@ -179,6 +180,7 @@ class Attached(LastHook):
         return self.code.decode(codes)  # type: ignore[operator]
 
 
+@recording_gradients()
 def attached_module(
     module: nn.Module, name: str, code: nn.Module, source: TappedSite, target: TappedSite | None
 ) -> nn.Module:

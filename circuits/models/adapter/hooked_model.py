@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from circuits.autograd import differentiable, recording_gradients
 from circuits.hooks import Change, Look, Tap, intervene, observe, placed, record
 from circuits.models.adapter.attaching import (
     PREFIX,
@@ -119,6 +120,7 @@ class HookedModel:
         program: the operations of a pass.
     """
 
+    @recording_gradients()
     def __init__(
         self,
         module: nn.Module,
@@ -227,6 +229,7 @@ class HookedModel:
 
     def fitted(self, inputs: Tensor) -> Tensor:
         """`inputs` on the model's device and, unless they are tokens, in its precision."""
+        inputs = differentiable(inputs)
         if not inputs.is_floating_point():
             return inputs.to(self.device)
         kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
@@ -261,31 +264,43 @@ class HookedModel:
         Raises:
             KeyError: if a site is unknown, or the pass did not reach one of `read`.
             ValueError: if `inputs` or `mask` do not fit the model, edits name positions while texts differ in
-                length, or `grad` is asked for and no site depends on the tokens.
+                length, `grad` is asked for and no site depends on the tokens, or the module was made
+                inside `torch.inference_mode()`.
         """
         self.check(inputs)
+        if grad:
+            self._check_differentiable()
         kwargs = self._module_kwargs(inputs, mask, edits)
-        inputs = self.fitted(inputs)
         sites = [self.site(name) for name in read]
         stop = None if until is None else self.site(until)
         names = list(dict.fromkeys([s.name for s in sites] + ([stop.name] if stop else [])))
         taps = {name: self._taps[name] for name in names}
         output = None
-        # A model that works in place must not change the caller's input. With gradients the copy is an operation,
-        # because autograd forbids writing to a leaf in place.
-        own = inputs * 1 if grad else inputs.clone()
         with (
             self.intervening(edits or {}),
             self._from_embedding(grad) as leaves,
             evaluating(self.module),
-            torch.set_grad_enabled(grad),
+            recording_gradients() if grad else torch.no_grad(),
             self._fast_normalisation(reference),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
+            inputs = self.fitted(inputs)
+            # A model that works in place must not change the caller's input. With gradients the copy is an operation,
+            # because autograd forbids writing to a leaf in place.
+            own = inputs * 1 if grad else inputs.clone()
             output = self.module(own, **kwargs)
         self._check_reached(names, found)
         found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
+
+    def _check_differentiable(self) -> None:
+        named = chain(self.module.named_parameters(), self.module.named_buffers())
+        bad = next((name for name, tensor in named if tensor.is_inference()), None)
+        if bad is not None:
+            raise ValueError(
+                f"tensor {bad} of model {self.name} was made inside torch.inference_mode(), and torch takes no "
+                "gradient through it: expected a model that is made outside"
+            )
 
     def _fast_normalisation(self, reference: bool) -> AbstractContextManager[object]:
         """The context of a forward pass: the fast normalisation only if the model has one, since modes cost time."""
@@ -587,7 +602,7 @@ class HookedModel:
             self._interventions += 1
             try:
                 for name, tensor in tensors.items():
-                    own[name].data = tensor.to(own[name].device)
+                    own[name].data = differentiable(tensor).to(own[name].device)
                 # Blocks can be nested: the tensor that was replaced may be a replacement itself; the model's own
                 # tensor is then the one that the outer block took out.
                 intact = {
@@ -702,6 +717,7 @@ class HookedModel:
             raise ValueError(
                 f"model {self.name} takes tokens: weights between its sites are found only for a TransformerLens bridge"
             )
+        self._check_differentiable()
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
 

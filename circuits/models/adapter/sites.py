@@ -27,7 +27,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
     training = [m for m in module.modules() if m.training]
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    # Torch lets nobody change the flag of a tensor that was made inside `torch.inference_mode()`.
+    trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from circuits.autograd import recording_gradients
 from circuits.hooks import Tap, record
 from circuits.models.adapter.sites import evaluating
 from circuits.models.adapter.walk import (
@@ -84,6 +85,7 @@ _PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten")
 """Parts of the names of modules that pass on the units of the site before them."""
 
 
+@recording_gradients()
 def find_weight_layers(
     module: nn.Module, example: Tensor, sites: Sequence[Site], taps: Mapping[str, Tap]
 ) -> list[WeightLayer]:
@@ -114,7 +116,7 @@ def find_weight_layers(
             inputs * 1
         )  # a node that stands for the input, also if the model overwrites it in place
         source = entry.grad_fn
-        with evaluating(module), torch.enable_grad(), record(module, taps) as found:
+        with evaluating(module), record(module, taps) as found:
             module(entry)
     finally:
         for handle in handles:

@@ -7,11 +7,13 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from circuits.autograd import recording_gradients
 from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import evaluating
 
 
+@recording_gradients()
 def randomized(
     model: HookedModel, seed: int = 0, modules: Collection[str] | None = None
 ) -> HookedModel:

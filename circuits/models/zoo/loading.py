@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from circuits.autoencoders.files import FILE, load_autoencoder
+from circuits.autograd import recording_gradients
 from circuits.cleanroom import addition
 from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
@@ -78,6 +79,7 @@ class ModelEntry:
         )
 
 
+@recording_gradients()
 def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
     """Load a model by name.
 
