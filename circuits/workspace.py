@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from urllib.parse import unquote
 
 from circuits.database import Database
@@ -107,7 +108,7 @@ class Workspace:
         return self
 
     def model_folder(self, model_hash: str) -> Path:
-        """Where everything about one set of weights is kept."""
+        """Where everything about one model is kept."""
         return self.root / model_hash[:DIGITS]
 
     @property
@@ -145,12 +146,26 @@ class Workspace:
         ):
             raise ValueError(
                 f"model {known.spec} computes something else than when {str(folder)!r} was filled, although weights "
-                f"and operations are the same: its outputs differ by {difference:.2g} of the largest; use another "
-                "--workspace, or delete that folder"
+                f"and operations are the same: half of its outputs differ by more than {difference:.2g} of the "
+                "largest; use another --workspace, or delete that folder"
             )
-        if os.access(self.root / "workspace.db", os.W_OK):
-            self.database.take_over(model.weights_hash, model.hash)
+        if os.access(self.root / "workspace.db", os.W_OK) and os.access(self.root, os.W_OK):
+            for before in (model.weights_hash, *self._same_by_outputs(model)):
+                self.database.take_over(before, model.hash)
         return self.outdated(model)
+
+    def _same_by_outputs(self, model: ModelIdentity) -> list[str]:
+        """The hashes of models with the same weights and outputs whose operations are others: a new version of torch or
+        of the model's library may call other functions for the same computation.
+        """
+        return [
+            record.hash
+            for record in self.models()
+            if record.hash != model.hash
+            and record.weights_hash == model.weights_hash
+            and len(record.outputs) == len(model.outputs) > 0
+            and _difference(record.outputs, model.outputs) <= _TOLERANCE
+        ]
 
     def outdated(self, model: ModelIdentity) -> str:
         """What to do about stores and pictures that earlier versions made; empty if there are none."""
@@ -160,7 +175,8 @@ class Workspace:
             return ""
         return (
             f"what {str(folder)!r} holds is not used: an earlier version made it, which knew models by their weights "
-            f"alone; make it again (`circuits harvest {record.spec} …`) and delete that folder"
+            f"alone; make it again (`circuits harvest {record.spec} …`) and delete that folder (circuits, names, "
+            "families and edits are kept elsewhere)"
         )
 
     def present_hash(self, model_hash: str) -> str:
@@ -230,22 +246,27 @@ def _read_record(path: Path) -> ModelRecord | None:
         record = ModelRecord(**raw)
     except (ValueError, TypeError, OSError):
         return None
-    texts = isinstance(record.spec, str) and isinstance(record.hash, str)
+    texts = all(isinstance(t, str) for t in (record.spec, record.hash, record.weights_hash))
     if (
         not texts
         or not isinstance(record.weights, str | None)
         or not isinstance(record.outputs, list | tuple)
     ):
         return None
+    if not all(isinstance(number, int | float) for number in record.outputs):
+        return None
     return replace(record, outputs=tuple(record.outputs))
 
 
 def _difference(known: Sequence[float], now: Sequence[float]) -> float:
-    """The largest difference of two models' outputs, relative to the largest output; 0 where nothing is known."""
+    """The median difference of two models' outputs, relative to the largest output; 0 where nothing is known.
+
+    The median, since single outputs jump where a model decides between ways (experts, codes).
+    """
     if len(known) != len(now) or not known:
         return 0.0
     largest = max(abs(x) for x in known)
-    return max(abs(x - y) for x, y in zip(known, now, strict=True)) / (largest or 1.0)
+    return median(abs(x - y) for x, y in zip(known, now, strict=True)) / (largest or 1.0)
 
 
 def _file_name(target: str) -> str:

@@ -65,6 +65,18 @@ def recurrent(m, x):
     return m.head(m.lstm(patches(m, x))[0][:, -1])
 
 
+def numpy_names(m, x):
+    """Torch takes numpy's `axis` too, and functions that write in place."""
+    two = torch.stack([m.conv(x), m.conv(x)], axis=-1)
+    x = m.one(two.unbind(axis=-1)[0].unsqueeze(axis=1).squeeze(1))
+    return m.two(x.clone().transpose_(1, dim1=2)).mean((2, 3)) @ m.out.T
+
+
+def mixed_from_the_left(m, x):
+    x = m.patch(x).flatten(2)
+    return m.head(m.left(torch.matmul(m.weight, x)).mean(-1))
+
+
 MODELS = {
     "temporal": (
         Forward(
@@ -134,6 +146,21 @@ MODELS = {
             "deep": "batch channel y x",
         },
     ),
+    "numpy_names": (
+        Forward(
+            numpy_names, conv=nn.Conv2d(3, 16, 3, padding=1), one=nn.Identity(), two=nn.Identity()
+        ),
+        {"one": "batch channel y x", "two": "batch y unit x"},
+    ),
+    "mixed_from_the_left": (
+        Forward(
+            mixed_from_the_left,
+            patch=nn.Conv2d(3, 8, 4, 4),
+            left=nn.Identity(),
+            head=nn.Linear(5, 2),
+        ),
+        {"left": "batch channel position"},
+    ),
     "recurrent": (
         Forward(
             recurrent,
@@ -146,11 +173,35 @@ MODELS = {
 }
 
 
+MODELS["numpy_names"][0].out = nn.Parameter(torch.rand(4, 16))
+MODELS["mixed_from_the_left"][0].weight = nn.Parameter(torch.rand(5, 8))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_axes_follow_from_the_operations(name: str) -> None:
     module, expected = MODELS[name]
     sites = {site.name: " ".join(site.axes) for site in HookedModel(module, SIZE).sites}
     assert expected.items() <= sites.items()
+
+
+class Experts(nn.Module):
+    """Rows of tokens go to experts: three tokens, then two, whatever the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.expert, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        rows = tokens.reshape(-1, 8)
+        chosen = torch.arange({3: 3, 2: 2}.get(len(x), 4))
+        rows = rows.index_put((chosen,), self.expert(rows[chosen]))
+        return self.head(rows.view(tokens.shape).mean(1))
+
+
+def test_rows_that_are_as_many_as_examples_by_chance_are_no_site() -> None:
+    names = [site.name for site in HookedModel(Experts(), SIZE).sites]
+    assert names == ["patch", "head"]
 
 
 def odd(m, x):

@@ -72,6 +72,16 @@ class InNumpy(Net):
         return torch.from_numpy(self.factor * y.detach().numpy().mean((2, 3), dtype=np.float32))
 
 
+class Listed(Net):
+    def last(self, y: Tensor) -> Tensor:
+        return y[[0, 0]].mean((2, 3))
+
+
+class Pointed(Net):
+    def last(self, y: Tensor) -> Tensor:
+        return y[0, 0][:, None] * 1
+
+
 Tanh.__qualname__ = Scaled.__qualname__ = Crossed.__qualname__ = Uncrossed.__qualname__ = "Net"
 
 
@@ -95,13 +105,14 @@ def test_every_change_of_the_computation_is_another_model() -> None:
     assert again.hash == before  # `seen` has changed
     again.module.get_submodule("conv").__dict__["stride"] = (2, 2)
     assert again.hash != before
+    assert len({hooked(m).hash for m in (Listed(), Pointed())}) == 2
 
 
 def test_an_edited_weight_is_another_model_and_comes_back() -> None:
     model = hooked(Net())
     before = model.hash
     with model.rewriting({"conv.bias": torch.zeros(2)}):
-        assert (model.hash != before, model.intact_hash, model.is_called(before)) == (
+        assert (model.hash != before, model.intact_hash, model.has_hash(before)) == (
             True,
             before,
             True,
@@ -155,7 +166,8 @@ def test_what_no_operation_shows_is_noticed_by_the_outputs(tmp_path: Path) -> No
     other.factor = 1.5
     assert hooked(other).hash == model.hash
     with pytest.raises(
-        ValueError, match=r"python:net.py:f computes something else .* differ by 0\.\d+ of"
+        ValueError,
+        match=r"python:net.py:f computes something else .* differ by more than 0\.\d+ of",
     ):
         place.recognise(hooked(other).identity)
     other.factor = 1.0001  # rounding, on another machine
@@ -220,3 +232,83 @@ def test_a_model_without_steady_numbers_is_named(how: str, expected: str, caplog
     assert bool(model.identity.outputs) == (not expected)
     lines = [r.getMessage() for r in caplog.records]
     assert [expected in line for line in lines] == ([True] if expected else [])
+
+
+def test_numbers_that_are_read_off_tensors_and_devices_are_no_part_of_a_model() -> None:
+    class Reading(Net):
+        scale = 1.0
+
+        def last(self, y: Tensor) -> Tensor:
+            return (y * float(y.abs().max() * self.scale)).mean((2, 3)).to(self.where)
+
+    one, other = Reading(), Reading()
+    one.where, other.where = "cpu", torch.device("cpu")  # type: ignore[assignment]
+    other.conv.register_forward_hook(lambda *a: a[-1] * (1 + 1e-7))
+    first, second = ([*hooked(m).program.describe()] for m in (one, other))
+    assert len(second) == len(first) + 1  # the hook
+    for lines in (first, second):
+        assert sum("a number read off a tensor" in line for line in lines) == 1
+        assert sum("device" in line for line in lines) == 1
+
+
+def test_a_tensor_that_grows_while_the_model_runs_is_no_other_model() -> None:
+    class Growing(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(6.0), persistent=False)
+
+        def last(self, y: Tensor) -> Tensor:
+            if y.shape[-1] > len(self.table):
+                self.table = torch.arange(float(y.shape[-1]))
+            return (y * self.table[: y.shape[-1]]).mean((2, 3))
+
+    model = hooked(Growing())
+    before = model.hash
+    model.run(torch.rand(1, 1, 6, 12))
+    assert (len(model.module.table), model.hash) == (12, before)  # type: ignore[arg-type]
+    other = Growing()
+    other.table = torch.arange(6.0) + 1
+    assert hooked(other).hash != before
+
+
+def test_the_same_computation_by_other_functions_takes_over_what_people_wrote(
+    tmp_path: Path,
+) -> None:
+    class Before(Net):
+        def last(self, y: Tensor) -> Tensor:
+            return torch.relu(y).sum((2, 3)) / y[0, 0].numel()
+
+    Before.__qualname__ = "Net"
+    place, old, new = Workspace(tmp_path), hooked(Before()), hooked(Net())
+    assert old.hash != new.hash
+    place.register(ModelRecord.of("python:net.py:f", old.identity))
+    place.database.save("circuit", old.hash, "mine", {"of": old.hash})
+    assert place.recognise(new.identity) == ""
+    assert place.database.load("circuit", new.hash, "mine").body == {"of": new.hash}
+    place.recognise(hooked(Tanh()).identity)
+    assert place.database.latest("circuit", hooked(Tanh()).hash) == []
+
+
+def test_outputs_that_are_not_finite_or_random_are_not_compared(tmp_path: Path) -> None:
+    class Masked(Net):
+        def last(self, y: Tensor) -> Tensor:
+            return y.mean((2, 3)) + torch.tensor([0.0, -torch.inf])
+
+    class Unseen(Net):
+        def last(self, y: Tensor) -> Tensor:
+            return y.mean((2, 3)) + torch.from_numpy(np.random.default_rng().normal(size=2)).float()
+
+    place = Workspace(tmp_path)
+    for module, n in ((Masked(), 2), (Unseen(), 0)):
+        model = hooked(module)
+        assert len(model.identity.outputs) == n
+        place.register(ModelRecord.of("python:net.py:f", model.identity))
+        assert place.recognise(model.identity) == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_script_is_refused_and_leaves_no_hook() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), torch.jit.script(nn.ReLU()))
+    with pytest.raises(ValueError, match="module '1' is a script"):
+        HookedModel(module, SIZE)
+    assert not module[0]._forward_hooks

@@ -208,7 +208,7 @@ class Sae:
                 "does not know: name it with --model"
             )
         loaded = load_model(spec, weights)
-        if code.about.model_hash and not loaded.is_called(code.about.model_hash):
+        if code.about.model_hash and not loaded.has_hash(code.about.model_hash):
             raise ValueError(
                 f"--model {spec}: its hash is {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
                 f"{code.about.model_hash[:16]}"

@@ -75,7 +75,7 @@ def _loaded(model: HookedModel, path: str, force: bool) -> Recipe:
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {path!r} does not exist or is not a file")
     recipe = Recipe.load(path)
-    if force and recipe.model_hash and not model.is_called(recipe.model_hash):
+    if force and recipe.model_hash and not model.has_hash(recipe.model_hash):
         warn(
             f"recipe {path!r} was written for model {recipe.model_hash[:16]}: units of one number need not do the "
             "same here, and what was measured of it does not hold"

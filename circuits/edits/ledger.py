@@ -177,10 +177,10 @@ class Ledger(Journal):
                 raise ValueError(
                     f"model {self.model.name} is edited: use its ledger outside the edit"
                 )
-            if not self.model.is_called(self.model_hash):
+            if not self.model.has_hash(self.model_hash):
                 raise ValueError(
                     f"model {self.model.name} is another one ({self.model.hash[:16]}) than the one that this "
-                    f"ledger is of ({self.model_hash[:16]}): its weights or its operations have changed"
+                    f"ledger is of ({self.model_hash[:16]}): its weights have changed"
                 )
             yield
 

@@ -78,7 +78,7 @@ class Recipe:
 
         Inside an edit both the edited and the original weights are accepted.
         """
-        if not self.model_hash or model.is_called(self.model_hash):
+        if not self.model_hash or model.has_hash(self.model_hash):
             return
         # Inside an edit, a recipe may be for the model as it is now or for the one without edits.
         if not model.edited or self.model_hash != model.hash:

@@ -135,14 +135,14 @@ def harvest(
         provenance = replace(provenance, batch=Provenance.read(folder).batch)
     # As many processes as have room for one batch each.
     count = min(_workers(model, workers), max(1, fitting // provenance.batch))
-    plain = ModelRecord.of(model.name, model.identity)
     if not folder.exists():  # otherwise the check comes when it is known what is missing
         _check_space(provenance, folder, 1.0)
     work = ShardWork(model, inputs, provenance, folder, skip_bad)
     with Ranks.joined() as ranks:
         with ranks.lead() as lead:
             if lead:
-                workspace.register(record or plain, replace=record is not None)
+                plain = record or ModelRecord.of(model.name, model.identity)
+                workspace.register(plain, replace=record is not None)
         _harvest(work, ranks, count, progress, overwrite)
     return ActivationStore.open(folder, provenance.model_hash, source.hash)
 

@@ -143,8 +143,8 @@ class _Keys:
         """Those that have most of a path in common with it, from the end."""
 
         def common(key: str) -> int:
-            pairs = zip(reversed(self._parts[key]), reversed(path), strict=False)
-            return next((i for i, (a, b) in enumerate(pairs) if a != b), len(path))
+            pairs = list(zip(reversed(self._parts[key]), reversed(path), strict=False))
+            return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
         most = max(map(common, keys), default=0)
         return [key for key in keys if common(key) == most]
@@ -303,7 +303,7 @@ class _Classes:
                     f"label {label!r} of {example!r} may be class {names[alike[0]]!r} or {names[alike[1]]!r}"
                 )
             return alike[0]
-        if isinstance(label, str) and label.isdigit():
+        if isinstance(label, str) and label.isdecimal():
             label = int(label)
         if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
             if names and label >= len(names):

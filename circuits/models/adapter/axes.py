@@ -37,7 +37,11 @@ def follow_axes(program: Program, given: Labels) -> dict[Value, Labels]:
         found[value] = given if source == "input" and rank == len(given) else (UNKNOWN,) * rank
     for op in program.operations:
         name = op.name.removesuffix(".__get__").rpartition(".")[2]
-        made = _RULES.get(name, _elementwise)(op, program, found)
+        rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"), _elementwise)
+        try:
+            made = rule(op, program, found)
+        except (TypeError, ValueError, LookupError):  # called in a way that the rule does not know
+            made = []
         for place, value in enumerate(op.outputs):
             shape = program.shapes[value]
             labels = made[place] if place < len(made) else None
@@ -139,12 +143,12 @@ def _embedded(op: Operation, program: Program, found: Found) -> list[Labels | No
 
 
 def _recurrent(op: Operation, program: Program, found: Found) -> list[Labels | None]:
-    return [(*found[op.inputs[0]][:-1], UNIT)]
+    return [(*_without_units(found[op.inputs[0]][:-1]), UNIT)]
 
 
 def _attention(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     """Multi-head attention as one function: the output is laid out as the queries."""
-    return [(*found[op.inputs[0]][:-1], UNIT)]
+    return _recurrent(op, program, found)
 
 
 def _product(op: Operation, program: Program, found: Found) -> list[Labels | None]:
@@ -156,6 +160,10 @@ def _product(op: Operation, program: Program, found: Found) -> list[Labels | Non
     left, right = found[first], found[second]
     if not left or not right or len(right) < 2:
         return [None]
+    if set(left) == {UNKNOWN} and _of_units(
+        right[-2]
+    ):  # weights from the left mix the units of a map
+        return [(*right[:-2], UNIT, right[-1])]
     columns = UNIT if set(right) == {UNKNOWN} else right[-1]
     rows = left[:-1] if len(left) >= len(right) else (*right[:-2], *left[-2:-1])
     if _of_units(columns):
@@ -211,13 +219,12 @@ def _permuted(op: Operation, program: Program, found: Found) -> list[Labels | No
 
 def _transposed(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     labels = list(found[op.inputs[0]])
-    if op.name.endswith((".t", "T.__get__", "H.__get__")):
+    if op.name.endswith((".t", ".t_", "T.__get__", "H.__get__", ".adjoint")):
         one, other = (-2, -1) if len(labels) > 1 else (0, 0)
         if op.name.endswith(".T.__get__"):
             return [tuple(reversed(labels))]
     else:
-        names = ("dim0", "dim1") if "dim0" in op.kwargs else ("axis0", "axis1")
-        one, other = op.argument(1, names[0]), op.argument(2, names[1])
+        one, other = op.argument(1, "dim0"), op.argument(2, "dim1")
     labels[one], labels[other] = labels[other], labels[one]
     return [tuple(labels)]
 
@@ -302,7 +309,7 @@ def _joined(run: Sequence[str]) -> str:
 def _squeezed(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     first = op.inputs[0]
     labels, shape = found[first], program.shapes[first]
-    asked = _integers(op.args[1:]) or _integers(op.kwargs.get("dim", ()))
+    asked = _integers(op.args[1:]) or _integers(op.argument(1, "dim", ()))
     dims = {d % len(shape) for d in asked} if asked else set(range(len(shape)))
     return [tuple(v for i, v in enumerate(labels) if i not in dims or shape[i] != 1)]
 
@@ -318,7 +325,7 @@ def _reduced(op: Operation, program: Program, found: Found) -> list[Labels | Non
     first = op.inputs[0]
     labels = found[first]
     rank = len(program.shapes[op.outputs[0]])
-    asked = op.argument(1, "dim", op.kwargs.get("axis"))
+    asked = op.argument(1, "dim")
     if rank == len(labels) and asked is None:
         return _elementwise(op, program, found)  # `torch.max(a, b)`
     dims = {d % len(labels) for d in _integers(asked)}
@@ -340,14 +347,14 @@ def _joined_tensors(op: Operation, program: Program, found: Found) -> list[Label
 
 
 def _stacked(op: Operation, program: Program, found: Found) -> list[Labels | None]:
-    inner = _joined_tensors_of(op, found)
+    inner = _best_known(op, found)
     place = op.argument(1, "dim", 0)
     labels = list(inner)
     labels.insert(place % (len(labels) + 1), UNKNOWN)
     return [tuple(labels)]
 
 
-def _joined_tensors_of(op: Operation, found: Found) -> Labels:
+def _best_known(op: Operation, found: Found) -> Labels:
     return max((found[v] for v in op.inputs), key=lambda labels: -labels.count(UNKNOWN))
 
 
@@ -396,6 +403,10 @@ def _unfolded(op: Operation, program: Program, found: Found) -> list[Labels | No
     return [("batch", UNIT, "position")]
 
 
+def _unknown(op: Operation, program: Program, found: Found) -> list[Labels | None]:
+    return []
+
+
 def _folded(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     return [("batch", UNIT, "y", "x")]
 
@@ -419,7 +430,7 @@ def _table() -> dict[str, Rule]:
         _scaled_attention: "scaled_dot_product_attention",
         _einsum: "einsum",
         _permuted: "permute",
-        _transposed: "transpose swapaxes swapdims t T mT",
+        _transposed: "transpose swapaxes swapdims t T mT H mH adjoint",
         _moved: "movedim moveaxis",
         _reshaped: "view reshape flatten unflatten view_as reshape_as unsafe_view",
         _squeezed: "squeeze",
@@ -431,6 +442,8 @@ def _table() -> dict[str, Rule]:
         _indexed: "__getitem__",
         _unfolded: "unfold",
         _folded: "fold",
+        # These mix axes, whatever shapes say.
+        _unknown: "cdist baddbmm addbmm addmv addr outer ger kron tensordot inner cross inverse solve pinverse",
     }  # fmt: skip
     return {name: rule for rule, names in rules.items() for name in names.split()}
 

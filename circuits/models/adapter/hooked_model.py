@@ -792,7 +792,8 @@ class HookedModel:
     @property
     def hash(self) -> str:
         """SHA-256 in hexadecimal over all weights and over what is computed with them: classes and settings of modules,
-        and the operations of a pass with their constants (`circuits.models.adapter.identity`).
+        and the operations of a pass with their constants (`circuits.models.adapter.identity`). Operations are those of
+        the pass when the model was wrapped; wrap it again after a change of code or of attributes.
         """
         return self._digest({})
 
@@ -803,9 +804,9 @@ class HookedModel:
             return self._digest(self._replaced)
 
     def _digest(self, instead: Mapping[int, Tensor]) -> str:
-        return model_digest(self.module, self.program, self._operations, instead)
+        return model_digest(self.module, self._operations, weights_digest(self.module, instead))
 
-    def is_called(self, digest: str) -> bool:
+    def has_hash(self, digest: str) -> bool:
         """Whether a hash is the unedited model's, or that of its weights alone, by which earlier versions knew it."""
         return digest == self.intact_hash or digest == self.weights_hash
 
@@ -818,13 +819,20 @@ class HookedModel:
     @property
     def identity(self) -> ModelIdentity:
         """What the unedited model is, with some of its outputs for a fixed input: hashes cannot see everything."""
-        if self._unsteady:  # nothing to compare with
-            return ModelIdentity(self.intact_hash, self.weights_hash)
-        with self.lock, self.outside(), torch.no_grad():
-            numbers = self.logits(self.input.example(2)).double().flatten()
-            every = max(1, len(numbers) // _OUTPUTS)
-            outputs = tuple(numbers[::every][:_OUTPUTS].tolist())
-            return ModelIdentity(self.intact_hash, self.weights_hash, outputs)
+        with self.lock:
+            weights = weights_digest(self.module, self._replaced)
+            own = model_digest(self.module, self._operations, weights)
+            return ModelIdentity(own, weights, self._known_outputs())
+
+    def _known_outputs(self) -> tuple[float, ...]:
+        """Finite outputs for a fixed input; none if they are not the same twice."""
+        example = self.input.example(2)
+        with self.outside(), torch.no_grad():
+            numbers, again = (self.logits(example).double().flatten() for _ in range(2))
+        if self._unsteady or not torch.equal(numbers.nan_to_num(), again.nan_to_num()):
+            return ()
+        numbers = numbers[numbers.isfinite()]
+        return tuple(numbers[:: max(1, len(numbers) // _OUTPUTS)][:_OUTPUTS].tolist())
 
     def __repr__(self) -> str:
         return f"HookedModel({self.name}, {len(self.sites)} sites)"

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from circuits.models.adapter.program import Program, own_tensors
+from circuits.models.adapter.program import Program, tensor_bytes, tensor_digest
 
 Replaced = Mapping[int, Tensor]
 """Tensors to hash in the place of others, by the address of the memory of what they replace."""
@@ -24,31 +23,27 @@ def weights_digest(module: nn.Module, instead: Replaced) -> str:
     for name, part in module.named_modules():
         digest.update(f"{name}|{type(part).__qualname__}|".encode())
     for name, tensor in _state(module):
-        _add(digest, name, tensor, instead)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor_bytes(instead.get(tensor.data_ptr(), tensor)))
     return digest.hexdigest()
 
 
 def program_digest(program: Program) -> str:
-    """SHA-256 over the operations of a pass with their constants."""
+    """SHA-256 over the operations of a pass with their constants and the tensors that they read."""
     return hashlib.sha256("\n".join(program.describe()).encode()).hexdigest()
 
 
-def model_digest(module: nn.Module, program: Program, operations: str, instead: Replaced) -> str:
-    """SHA-256 over what `weights_digest` covers, the settings of all modules, the operations of a pass (their
-    `program_digest`), and the tensors that they read beside the state dict.
-
-    Other tensors among a module's attributes are left out: what no operation reads may be what a module notes while
-    it runs, and would change the hash from run to run.
+def model_digest(module: nn.Module, operations: str, weights: str) -> str:
+    """SHA-256 over a model's `weights_digest`, its `program_digest`, the settings of its modules, and what its state
+    dict holds beside tensors (packed weights of quantised layers).
     """
-    digest = hashlib.sha256(weights_digest(module, instead).encode())
+    digest = hashlib.sha256(f"{weights}|{operations}|".encode())
     for name, part in module.named_modules():
         digest.update(f"{name}|{_settings(part)}|".encode())
-    digest.update(operations.encode())
-    hashed = {id(tensor) for _, tensor in _state(module)}
-    own, read = own_tensors(module), set(program.sources.values())
-    for name in sorted(read & own.keys()):
-        if id(own[name]) not in hashed:
-            _add(digest, name, own[name], instead)
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, tuple | list):
+            inner = [tensor_digest(v) if isinstance(v, Tensor) else repr(v) for v in value]
+            digest.update(f"{name}|{inner}|".encode())
     return digest.hexdigest()
 
 
@@ -68,11 +63,3 @@ def _settings(module: nn.Module) -> str:
         if isinstance(value, bool | int | float | str | tuple | list | None):
             found[name] = value
     return repr(found)
-
-
-def _add(digest: Any, name: str, tensor: Tensor, instead: Replaced) -> None:
-    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    tensor = instead.get(tensor.data_ptr(), tensor)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():  # an empty tensor cannot be viewed as bytes
-        digest.update(flat.view(torch.uint8).numpy().data)

@@ -72,19 +72,22 @@ class Norm:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
-def measure_norm(module: nn.Module, width: int, name: str = "") -> Norm:
+def measure_norm(
+    module: nn.Module, width: int, name: str = "", device: torch.device | str = "cpu"
+) -> Norm:
     """Find out what a normalisation does.
 
     Args:
         module: takes and returns vectors along the last axis, independently of each other.
         width: the length of the vectors.
         name: what it is called in errors.
+        device: where it is, if it has no tensors of its own to tell.
 
     Raises:
         ValueError: if it is no map of the form x -> factor(x) * gain * (x - centre(x)) + bias.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = tensors[0].device if tensors else torch.device(device)
     # Large, so that the epsilon does not show. The probe's mean is zero, so that it is its own centred vector.
     probe = 1e3 * _probe(torch.zeros(1, width, dtype=torch.float64, device=device))
     size = probe.square().mean().sqrt()

@@ -9,6 +9,7 @@ an axis's meaning, dropout that is always on.
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +56,10 @@ class Operation:
         return tuple(v for v in _flat((self.args, self.kwargs)) if isinstance(v, Value))
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument, whether it was passed by place or by name."""
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+        """An argument, whether it was passed by place or by name; `dim` may be called `axis`, as in numpy."""
+        if place < len(self.args):
+            return self.args[place]
+        return self.kwargs.get(name, self.kwargs.get(name.replace("dim", "axis"), default))
 
 
 @dataclass(frozen=True)
@@ -120,23 +123,39 @@ class Recorder(TorchFunctionMode):
         self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
         # These are kept alive: a module may replace one of its tensors during the pass, whose `id` is then free.
         self._own = [*own_tensors(root).items(), *(("input", tensor) for tensor in examples)]
-        self._names = {id(tensor): name for name, tensor in self._own}
+        kept = {id(tensor) for tensor in root.state_dict(keep_vars=True).values()}
+        # What is not kept with the weights is known by its bytes as the pass met them: a module may let such a tensor
+        # grow later (the angles of rotary positions for longer texts) and be the same model.
+        self._names = {
+            id(tensor): name
+            if name == "input" or id(tensor) in kept
+            else f"{name} {tensor_digest(tensor)}"
+            for name, tensor in self._own
+        }
+        # Numbers that the model's code reads off tensors differ by rounding from machine to machine.
+        self._read: set[float] = set()
         self._running: list[str] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
-        for path, module in self._root.named_modules():
-            self._handles += [
-                module.register_forward_pre_hook(self._entering(path), prepend=True),
-                module.register_forward_hook(self._leaving, always_call=True),
-            ]
-        super().__enter__()
+        try:
+            for path, module in self._root.named_modules():
+                enter, leave = self._entering(path), self._leaving
+                self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                self._handles.append(module.register_forward_hook(leave, always_call=True))
+            super().__enter__()
+        except BaseException:
+            self._remove_hooks()
+            raise
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        for handle in self._handles:
-            handle.remove()
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     @property
     def program(self) -> Program:
@@ -160,8 +179,10 @@ class Recorder(TorchFunctionMode):
         given, named = self._referred(args), self._referred(kwargs)
         output = func(*args, **kwargs)
         name = resolve_name(func) or getattr(func, "__qualname__", type(func).__name__)
+        if name.rpartition(".")[2] in ("item", "tolist", "__float__"):
+            self._read.update(leaf for leaf in _flat(output) if isinstance(leaf, float))
         made = [leaf for leaf in _flat(output) if isinstance(leaf, Tensor)]
-        if _writes(name, kwargs) and not made:  # `x[0] = y` returns nothing
+        if _writes(name) and not made:  # `x[0] = y` returns nothing
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
@@ -182,17 +203,22 @@ class Recorder(TorchFunctionMode):
             known = self.value(given)
             if known is None:
                 known = self._new(given)
-                self._sources[known] = self._names.get(id(given)) or self._unnamed(given)
+                name = self._names.get(id(given))
+                self._sources[known] = self._unnamed(given) if name is None else name
             return known
         if isinstance(given, Mapping):
             return {key: self._referred(item) for key, item in given.items()}
         if isinstance(given, list | tuple) and not isinstance(given, torch.Size):
-            return tuple(self._referred(item) for item in given)
+            # `x[[0, 0]]` and `x[0, 0]` are two things.
+            items = [self._referred(item) for item in given]
+            return items if isinstance(given, list) else tuple(items)
+        if isinstance(given, float) and given in self._read:
+            return "a number read off a tensor"
         return given
 
     def _unnamed(self, given: Tensor) -> str:
         constant = self._before is not None and self._before.value(given) is not None
-        return f"constant {_digest(given)}" if constant else "unseen"
+        return f"constant {tensor_digest(given)}" if constant else "unseen"
 
 
 def unsteady(program: Program) -> Iterator[str]:
@@ -202,14 +228,18 @@ def unsteady(program: Program) -> Iterator[str]:
         name = op.name.rpartition(".")[2]
         where = f" in {op.module}" if op.module else ""
         if name in _DROPS:
-            if op.argument(1, "p", 0.5) and op.argument(2, "training", True):
+            if op.argument(1, "p", 0.5) and op.argument(
+                2, "training", op.kwargs.get("train", True)
+            ):
                 yield f"{name}{where} is on in evaluation mode"
         elif name == "scaled_dot_product_attention" and op.argument(4, "dropout_p", 0.0):
             yield f"dropout of attention{where} is on in evaluation mode"
         elif name in _DRAWS:
             yield f"{name}{where} draws random numbers"
         elif name == "batch_norm":
-            own = op.argument(1, "running_mean") is None or op.argument(5, "training", False)
+            # `torch.batch_norm` has weight and bias before the statistics.
+            place = 3 if op.name == "torch.batch_norm" else 1
+            own = op.argument(place, "running_mean") is None or op.argument(5, "training", False)
             if own and op.inputs[0] in following:  # else weights are standardised
                 yield f"{name}{where} normalises by the batch's own statistics"
 
@@ -240,7 +270,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+def _writes(name: str) -> bool:
     """Whether a function changes its first argument in place."""
     last = name.rpartition(".")[2]
     return last == "__setitem__" or (last.endswith("_") and not last.endswith("__"))
@@ -257,12 +287,28 @@ def _flat(nested: Any) -> Iterator[Any]:
         yield nested
 
 
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as bytes.
+
+    Raises:
+        ValueError: if it has none, because it is on the meta device.
+    """
+    if tensor.is_meta:
+        raise ValueError("the model is on torch's meta device, without numbers: expected weights")
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    # An empty tensor cannot be viewed as bytes.
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over a tensor's type, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    if flat.numel():  # an empty tensor cannot be viewed as bytes
-        digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]+)?")
 
 
 def _text(argument: Any) -> str:
@@ -272,14 +318,19 @@ def _text(argument: Any) -> str:
             return f"%{argument.number}"
         case torch.device():
             return "device"
+        case str() if _DEVICE.fullmatch(argument):
+            return "device"
         case dict():
             return "{" + ",".join(f"{key}:{_text(item)}" for key, item in argument.items()) + "}"
-        case list() | tuple():
+        case list():
             return "[" + ",".join(map(_text, argument)) + "]"
+        case tuple():
+            return "(" + ",".join(map(_text, argument)) + ")"
         case slice():
             return f"{_text(argument.start)}:{_text(argument.stop)}:{_text(argument.step)}"
         case np.ndarray():
-            return f"array {hashlib.sha256(argument.tobytes()).hexdigest()}"
+            content = hashlib.sha256(argument.tobytes()).hexdigest()
+            return f"array {argument.dtype} {argument.shape} {content}"
         case None | bool() | int() | float() | complex() | str() | torch.dtype():
             return repr(argument)
         case _ if callable(argument):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
-from circuits.models.adapter.program import Program, Recorder
+from circuits.models.adapter.program import Program, Recorder, Value
 from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
@@ -50,6 +50,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """
     module = getattr(module, "_orig_mod", module)
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"module {repr(name) if name else type(module).__name__} is a script of torch.jit, which does not let "
+                "its tensors be read or changed: expected the model in Python"
+            )
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"module {repr(name) if name else type(module).__name__} is compiled by torch.compile, and compiled "
@@ -109,6 +114,7 @@ def trace_model(
     shapes = {t.name: t.value.shape for t in again}
     found: dict[str, tuple[Site, Tap]] = {}
     unplaced: dict[str, tuple[int, ...]] = {}
+    doubtful: set[str] = set()
     labels = {} if is_bridge(module) else follow_axes(first.program, given)
     asked = {name: _checked_axes(name, own) for name, own in (axes or {}).items()}
     for t in traces:
@@ -129,8 +135,12 @@ def trace_model(
                 unplaced[t.name] = tuple(t.value.shape[1:])
                 continue
             site, tap = _module_site(t, own, t.value is final), t.tap
+            if labels and labels.get(value or Value(-1), ("",))[0] == UNKNOWN:
+                doubtful.add(site.name)
         found.setdefault(site.name, (site, tap))
     for name in [n for n in found if _shown_too_late(n, list(found))]:
+        del found[name]
+    for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
@@ -144,6 +154,19 @@ def trace_model(
             )
         )
     return TracedModel(list(found.values()), unplaced, second.program)
+
+
+def _not_by_example(
+    module: nn.Module, names: Named, examples: Callable[[int], Tensor], doubtful: set[str]
+) -> set[str]:
+    """Of sites whose first axis may be another than the batch's, those whose length does not follow a third batch: the
+    rows that a router sends to an expert can be as many as the examples of two batches by chance.
+    """
+    if not doubtful:
+        return set()
+    n = sum(TRACE_BATCHES)
+    seen = {t.name: len(t.value) for t in _traced(module, names, examples(n))[0]}
+    return {name for name in doubtful if seen.get(name) != n}
 
 
 def _traced(

@@ -294,7 +294,7 @@ class Transformer:
         return self._norms[module]
 
     def _none(self) -> Norm:
-        return measure_norm(nn.Identity().to(self.model.device), self.width)
+        return measure_norm(nn.Identity(), self.width, device=self.model.device)
 
     @property
     def width(self) -> int:

@@ -171,7 +171,9 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
 
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """The change of a normalisation's output if its scale is frozen: the bias cancels."""
-    return measure_norm(norm, before.shape[-1]).held(change, before).to(change)
+    return (
+        measure_norm(norm, before.shape[-1], device=before.device).held(change, before).to(change)
+    )
 
 
 def position_embedding(

@@ -130,7 +130,7 @@ def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
     for path in paths:
         code = load_autoencoder(find_autoencoder(path))
         about = code.about
-        if about.model_hash and not intact.is_called(about.model_hash):
+        if about.model_hash and not intact.has_hash(about.model_hash):
             raise ValueError(
                 f"autoencoder {path!r} was trained on {about.model} with hash {about.model_hash[:16]}, not "
                 f"{intact.hash[:16]}: its latents would mean something else"
