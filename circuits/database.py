@@ -44,7 +44,7 @@ class Record:
 
     Attributes:
         kind: what it is, e.g. `circuit`.
-        model_hash: of the weights that it belongs to.
+        model_hash: of the model that it belongs to.
         name: what it is called.
         version: counted from 1.
         body: its contents; None if this version deletes it.
@@ -118,7 +118,7 @@ class Database:
 
         Args:
             kind: what it is.
-            model_hash: of the weights that it belongs to.
+            model_hash: of the model that it belongs to.
             name: what it is called.
             body: its contents, as JSON has it; None deletes it (older versions stay).
             note: why.

@@ -79,7 +79,7 @@ class Family:
         p_value: against the null; NaN if the family was put together by hand and not measured.
         null: what the null is.
         n_null: the number of draws from the null.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         stimuli: what was shown.
         seed: seed of everything random.
     """

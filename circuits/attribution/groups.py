@@ -33,7 +33,7 @@ class ChannelGroups:
         hidden: the share of the squared activations that the factorization does not explain.
         site: the channels' site.
         target: the target of the effects.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         seed: seed of the factorization.
     """
 

@@ -45,7 +45,7 @@ class LogitParts:
             and that is not known.
         target: what was explained.
         attributed: what the parts add up to, in words: `logit`, or that before the model caps or scales its logits.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         examples: which examples, and how they were chosen.
     """
 

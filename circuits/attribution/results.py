@@ -60,7 +60,7 @@ class Attribution:
         baseline: the baseline's name.
         settings: the method's options.
         model: the model's name.
-        model_hash: the hash of its weights.
+        model_hash: the hash of the model.
         examples: which examples, and how they were chosen (see `Examples.describe`).
         seed: seed of everything random.
         check: the agreement with ablation.

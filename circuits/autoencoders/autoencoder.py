@@ -30,7 +30,7 @@ class About:
         site: the site that it encodes.
         target: the site that it reconstructs: another one for a transcoder.
         model: the model's name.
-        model_hash: the hash of the model's weights; empty if not known (a file of another tool).
+        model_hash: the hash of the model; empty if not known (a file of another tool).
         data: the data that it was trained on.
         architecture: its architecture in training: `topk`, `batchtopk`, `gated`, …
         settings: how it was trained, as a dictionary for JSON.

@@ -30,7 +30,7 @@ class Record:
 
     Attributes:
         model: the model's name.
-        model_hash: the hash of its weights.
+        model_hash: the hash of the model.
         task: the task, as `Task.describe` gives it.
         seed: seed of everything random.
         threads: torch's number of threads, on which the last bits of sums depend.

@@ -44,7 +44,7 @@ class PathEffects:
         effects: the values minus those of the run that was patched, patch x example.
         patched: the metric in the run that was patched, before the patch; 0 without a metric.
         source: the metric in the run that the paths come from; without a metric the largest difference of any logit.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
     """
 
     paths: tuple[tuple[Path, ...], ...]

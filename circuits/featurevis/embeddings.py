@@ -33,7 +33,7 @@ class Dream:
         tokens: the nearest tokens, by cosine.
         cosines: the cosine of each with its nearest token.
         of_tokens: the objective's value on the nearest tokens, which shows how much of it real tokens can reach.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         steps: the number of steps done.
         seed: seed of the initial tokens.
     """

@@ -125,7 +125,7 @@ class GraphStore:
 
     Args:
         folder: of the model, as `Workspace.model_folder` gives it; or a file of blocks.
-        model_hash: of the weights that are expected; not checked if not given.
+        model_hash: of the model that is expected; not checked if not given.
 
     Raises:
         FileNotFoundError: if there is no graph.

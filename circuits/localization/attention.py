@@ -56,7 +56,7 @@ class AttentionPatterns:
         tokens: the text's tokens.
         patterns: the heads' patterns.
         model: the model's name.
-        model_hash: the hash of its weights.
+        model_hash: the hash of the model.
     """
 
     tokens: tuple[str, ...]

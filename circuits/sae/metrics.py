@@ -63,7 +63,7 @@ class Metrics:
         left_out: the number of rows that the rule left out.
         data: the name of the data.
         seed: the seed of rows and null models.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
     """
 
     own: Reconstruction

@@ -47,7 +47,7 @@ class MethodCard:
             contains 0; for insertion and deletion the verdict of most blanks.
         target: what was explained.
         model: the model's name.
-        model_hash: the hash of its weights.
+        model_hash: the hash of the model.
         examples: which images, and how they were chosen.
         seed: seed of everything random.
     """

@@ -48,7 +48,7 @@ class Perturbation:
             mean of several draws.
         target: what was explained.
         site: the channels' site; `input` for images.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         examples: which examples, and how they were chosen.
         seed: seed of everything random.
     """

@@ -52,7 +52,7 @@ class Provenance:
 
     Attributes:
         model: the name by which `load_model` loads the model.
-        model_hash: the hash of its weights.
+        model_hash: the hash of the model.
         data: the name by which `open_source` opens the data.
         data_hash: the hash of its examples.
         sites: the recorded sites.

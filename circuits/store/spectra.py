@@ -57,7 +57,7 @@ class Spectrum:
         above_two: the share of the sum of positive activations that comes from activations more than two standard
             deviations above the mean.
         data: the name of the dataset.
-        model_hash: the hash of the weights.
+        model_hash: the hash of the model.
         seed: the seed of the draw of examples.
     """
 

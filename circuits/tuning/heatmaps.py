@@ -32,7 +32,7 @@ class HeatMap:
         mean: the unit's mean on the dataset; NaN if it was not given.
         size: the size of the images, in pixels.
         model: the model's name.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         data: the name of the dataset.
     """
 

@@ -35,7 +35,7 @@ class Invariance:
         responses: the activations at the preferred angle.
         opposite: the activations at the opposite angle, at which the unit should be silent.
         kept: the smallest response over the largest: 1 if the aspect does not matter.
-        model_hash: the hash of the weights.
+        model_hash: the hash of the model.
     """
 
     unit: Unit

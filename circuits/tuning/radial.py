@@ -59,7 +59,7 @@ class RadialTuning:
         deviation: the unit's standard deviation on a dataset, as a unit for responses; NaN if it was not given.
         size: the size of the images, in pixels.
         model: the model's name.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         data: the name of the dataset.
         seed: the seed of the bootstrap.
     """

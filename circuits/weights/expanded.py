@@ -66,7 +66,7 @@ class ExpandedWeights:
         target_shape: the lengths of the target's position axes.
         mode: how nonlinearities were treated.
         model: the model's name.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         examples: the examples and how they were chosen, if there were any.
     """
 

@@ -117,8 +117,10 @@ def qk_circuit(
         query, key = (_of_tokens(transformer, read) for read in (query, key))
     turned = torch.einsum("ka,oba->obk", key.weight, turns)  # R W_K^T
     bias = torch.einsum("a,oba->ob", key.bias, turns)
+    # One offset at a time: with tokens for rows and columns each is the square of the vocabulary in float64.
+    matrix = torch.stack([(query.weight @ turn).float() for turn in turned])
     return QKCircuit(
-        model.unit(head), offsets, (query.weight @ turned).float(), (query.bias @ turned).float(),
+        model.unit(head), offsets, matrix, (query.bias @ turned).float(),
         (bias @ query.weight.T).float(), (bias @ query.bias).float(), transformer.normalises_qk(layer),
     )  # fmt: skip
 

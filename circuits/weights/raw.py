@@ -29,7 +29,7 @@ class LayerWeights:
             in, and paths to the same unit added up. Kernels are cross-correlations.
         bias: each unit's bias before its nonlinearity: that of the layer, and what batch norm adds.
         through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
-        model_hash: the hash of the model's weights.
+        model_hash: the hash of the model.
         lost: operations before the layer that could not be followed; the layer then reads more than these weights
             show, and `expand_weights` has all of it. Empty if nothing is missing.
     """
