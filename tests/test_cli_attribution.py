@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -143,16 +145,18 @@ def test_examples_and_deviations_from_a_harvest(capsys, workspace: Path, tmp_pat
     refused(capsys, "run `circuits harvest shapes", "examples", "shapes", "mixed3b:200")
     images = tmp_path / "images"
     images.mkdir()
-    for i in range(6):
-        Image.new("RGB", (64, 64), (40 * i, 90, 0)).save(images / f"{i}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(images / f"{i}.png")
     data = f"folder:{images}"
     output(capsys, "harvest", "shapes", "--data", data, "--sites", "mixed3b")
     figure = tmp_path / "s.png"
     common = ("examples", "shapes", "mixed3b:200")
     found = output(
-        capsys, *common, "--bins", "2", "--each", "1", "--overlay", "--figure", str(figure)
+        capsys, *common, "--bins", "32", "--each", "1", "--overlay", "--figure", str(figure)
     )
-    assert len(found["bins"]) == 2
+    assert 2 <= len(found["bins"]) <= 32
+    assert all(a["high"] == b["low"] for a, b in pairwise(found["bins"]))
     assert is_picture(figure)
     assert "tail falls by" in said(capsys, *common)
     asked = given("tuning.tuning.radial_tuning", "tune", "shapes", "mixed3b:200")

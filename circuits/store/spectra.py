@@ -168,7 +168,8 @@ def spectrum(
     Args:
         store: a store with the unit's site.
         unit: the unit.
-        bins: the number of ranges, which must divide the histogram's 64 bins.
+        bins: the number of ranges, which must divide the histogram's 64 bins. Ranges above the largest activation
+            or below the smallest are left out, so that there may be fewer.
         k: the number of examples to draw from each range.
         seed: the seed of the draw.
 
