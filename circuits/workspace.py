@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from urllib.parse import unquote
@@ -243,19 +243,13 @@ class Workspace:
 def _read_record(path: Path) -> ModelRecord | None:
     try:
         raw = json.loads(path.read_text())
-        record = ModelRecord(**raw)
-    except (ValueError, TypeError, OSError):
+        outputs = tuple(raw.get("outputs", ()))
+        record = ModelRecord(**{**raw, "outputs": outputs})
+    except (ValueError, TypeError, AttributeError, OSError):
         return None
     texts = all(isinstance(t, str) for t in (record.spec, record.hash, record.weights_hash))
-    if (
-        not texts
-        or not isinstance(record.weights, str | None)
-        or not isinstance(record.outputs, list | tuple)
-    ):
-        return None
-    if not all(isinstance(number, int | float) for number in record.outputs):
-        return None
-    return replace(record, outputs=tuple(record.outputs))
+    numbers = all(isinstance(number, int | float) for number in outputs)
+    return record if texts and numbers and isinstance(record.weights, str | None) else None
 
 
 def _difference(known: Sequence[float], now: Sequence[float]) -> float:

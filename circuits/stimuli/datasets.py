@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 from zipfile import BadZipFile
 
 import numpy as np
@@ -32,7 +32,7 @@ def from_dataset(
     name: str,
     column: str | int | None = None,
     identity: str | None = None,
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
 ) -> ImageSource | TextSource:
     """Take any map-style dataset (with `len` and indexing) as data: of torch, torchvision, Hugging Face, or a list.
 
@@ -51,6 +51,7 @@ def from_dataset(
     """
     if layout is not None and layout not in get_args(Layout):
         raise ValueError(f"layout {layout!r} is not one of {', '.join(get_args(Layout))}")
+    known = cast("Layout | None", layout)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"dataset {name} of type {type(dataset).__name__} is not map-style: it needs a length and "
@@ -76,10 +77,10 @@ def from_dataset(
         return TextSource(name, names, digest, texts)
 
     def image(i: int) -> Image.Image | torch.Tensor:
-        return as_image(example(i), f"{names[i]} of {name}", layout)
+        return as_image(example(i), f"{names[i]} of {name}", known)
 
     # Raises now, and not at the first use, if it is not an image.
-    as_image(first, f"{names[0]} of {name}", layout)
+    as_image(first, f"{names[0]} of {name}", known)
     digest = _digest(identity, column, lambda i: _bytes_or_error(image, i), n)
     return ImageSource(name, names, digest, image)
 

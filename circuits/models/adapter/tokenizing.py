@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Encoder = Callable[[str], list[int]]
 """Takes a text and returns its tokens, without the token that starts a sequence."""
@@ -45,6 +45,7 @@ def by_words(vocabulary: Sequence[str]) -> Encoder:
     return encode
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is needed of a tokenizer of Hugging Face."""
 
