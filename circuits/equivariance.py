@@ -120,7 +120,7 @@ def measure_equivariance(
     correlation = _correlation(sums, at, of, multiple)
     by_chance, aligned = [], []
     for _ in range(permutations):
-        # Only who has which angle is drawn anew; the angles that occur stay the same.
+        # Only who has which angle is drawn again; the angles that occur stay the same.
         i, j = generator.permutation(len(at)), generator.permutation(len(of))
         by_chance.append(_explained(turned, own, i, at, of, j, multiple))
         aligned.append(_correlation(sums, at[i], of[j], multiple))

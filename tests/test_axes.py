@@ -221,7 +221,7 @@ def test_what_cannot_be_known_is_asked_for() -> None:
     told = HookedModel(module, SIZE, axes={"odd": ("batch", "unit", "frequency")})
     assert (told.site("odd").n_units, told.site("odd").position_axes) == (4, ("frequency",))
     for wrong, message in (
-        ({"odd": ("batch", "x", "y")}, "one of `unit` and `channel`"),
+        ({"odd": "batch x y"}, "one of `unit` and `channel`"),
         ({"odd": ("unit", "batch", "x")}, "`batch` first"),
         ({"ood": ("batch", "unit", "x")}, "did you mean odd"),
         ({"odd": ("batch", "unit")}, "do not fit shape"),

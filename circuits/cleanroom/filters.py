@@ -50,5 +50,5 @@ def stroke(size: int, orientation: float, length: float, width: float, flanks: f
     envelope = torch.exp(-(along**2) / (2 * length**2))
     center = envelope * torch.exp(-(across**2) / (2 * width**2))
     surround = envelope * torch.exp(-(across**2) / (2 * (2 * width) ** 2))
-    # `flanks` is the share of the bar's weight that is taken away beside it: with 1 the kernel sums to zero.
+    # `flanks` is the share of the bar's weight that is taken away on both sides of it: with 1 the kernel sums to zero.
     return center - surround * (flanks * center.sum() / surround.sum())

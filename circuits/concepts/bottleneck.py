@@ -150,8 +150,8 @@ class Bottleneck:
         own = np.asarray(labels)
         right = (self.predict(units) == own).astype(float)
         low, high = interval(right, seed=seed)
-        # The null's classifier was fitted to shuffled labels of the training examples: what so many weights reach
-        # without a connection.
+        # The null's classifier was fitted to shuffled labels of the training examples: what this number of weights
+        # reaches without a connection.
         chance = ((units @ self.null[0].T + self.null[1]).argmax(1) == own).mean()
         majority = np.bincount(own).max() / len(own)
         return Accuracy(float(right.mean()), low, high, float(chance), float(majority), len(own))

@@ -85,7 +85,8 @@ def probe(
         first = _half(own, generator)
         best, auroc = _single(codes, own, first)
         _, base = _single(units, own, first)
-        # Shuffled labels, chosen and measured in the same way: what the best of so many latents reaches by chance.
+        # Shuffled labels, chosen and measured in the same way: what the best of equally many latents reaches by
+        # chance.
         _, random = _single(codes, generator.permutation(own), first)
         # Everything is chosen on `first` and measured on the other half.
         difference = codes[first & own].mean(0) - codes[first & ~own].mean(0)

@@ -279,7 +279,7 @@ class StoreWriter:
     def _unnoted(self, name: str, rows: tuple[int, int] | None) -> ManifestLine | None:
         """The line for a file that is complete but not in the manifest; None if it is not complete."""
         path = self.folder / name
-        # Merged anew from the shards rather than trusted.
+        # Merged again from the shards rather than trusted.
         if name == "statistics.h5" or not path.is_file():
             return None
         try:

@@ -169,7 +169,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return [value.__func__, value.__self__]
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
-    # Exact types and named tuples: how others are made anew is not known.
+    # Exact types and named tuples: how to make others again is not known.
     if type(value) is dict:
         return value.values()
     if type(value) in (tuple, list, set, frozenset) or (

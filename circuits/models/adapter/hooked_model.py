@@ -152,12 +152,7 @@ class HookedModel:
         self.program, self.unplaced = found.program, found.unplaced
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
-        if self._unsteady:
-            more = f" and {len(self._unsteady) - 3} more" if len(self._unsteady) > 3 else ""
-            why = ", ".join(self._unsteady[:3]) + more
-            log.warning(
-                "model %s: its numbers differ from run to run or batch to batch: %s", self.name, why
-            )
+        self._warn_if_unsteady()
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(
@@ -185,6 +180,14 @@ class HookedModel:
         self._found_padding: Padding | None = None
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
+
+    def _warn_if_unsteady(self) -> None:
+        if self._unsteady:
+            more = f" and {len(self._unsteady) - 3} more" if len(self._unsteady) > 3 else ""
+            why = ", ".join(self._unsteady[:3]) + more
+            log.warning(
+                "model %s: its numbers differ from run to run or batch to batch: %s", self.name, why
+            )
 
     # --- sites and units -----------------------------------------------------------------------
 

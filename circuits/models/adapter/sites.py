@@ -274,7 +274,7 @@ def _site_axes(t: Trace, labels: Labels) -> tuple[str, ...] | None:
 
 
 def _checked_axes(name: str, axes: Sequence[str]) -> tuple[str, ...]:
-    own = tuple(axes)
+    own = tuple(axes.split()) if isinstance(axes, str) else tuple(axes)
     if (
         own[:1] != ("batch",)
         or sum(axis in ("unit", "channel") for axis in own) != 1
