@@ -262,3 +262,24 @@ def test_a_stopped_pass_keeps_nothing_alive(own_net: HookedModel) -> None:
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_pass_at_another_size_does_not_change_those_that_follow() -> None:
+    """Hugging Face's Swin shrinks its windows for good when it sees a small image."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.window = nn.Conv2d(3, 4, 3, padding=1), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.window = min(self.window, x.shape[-1])
+            return nn.functional.avg_pool2d(self.conv(x), self.window)
+
+    net = Windows()
+    model = HookedModel(net, (3, 8, 8))
+    x = model.input.example(2)
+    before = model.logits(x)
+    assert model.logits(x[..., :2, :2]).shape[-1] == 1
+    assert model.logits(x).equal(before)
+    assert net.window == 4

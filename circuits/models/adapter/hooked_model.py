@@ -37,7 +37,7 @@ from circuits.models.adapter.matrices import (
     matrices_of_sites,
     parameter_names,
 )
-from circuits.models.adapter.normalisation import FastNormalisation, NormalisationDetector
+from circuits.models.adapter.normalisation import FastNormalisation, SoundBatchNorm
 from circuits.models.adapter.padding import (
     MASK,
     Padding,
@@ -144,12 +144,11 @@ class HookedModel:
         # Reentrant: a thread that edits the model also runs it, inside the edit.
         self.lock = threading.RLock()
         self._axes = dict(axes or {})
-        with NormalisationDetector() as noticed:
-            found = trace_model(
-                module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
-            )
-        self._normalises = noticed.seen
+        found = trace_model(
+            module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
+        )
         self.program, self.unplaced = found.program, found.unplaced
+        self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
         self._warn_if_unsteady()
@@ -230,6 +229,13 @@ class HookedModel:
         first = next(chain(self.module.parameters(), self.module.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
+    def _is_resized(self, inputs: Tensor) -> bool:
+        """Whether images have another size than the model was traced with."""
+        return isinstance(self.input, ImageInput) and tuple(inputs.shape[-2:]) != (
+            self.input.height,
+            self.input.width,
+        )
+
     def fitted(self, inputs: Tensor) -> Tensor:
         """`inputs` on the model's device and, unless they are tokens, in its precision."""
         inputs = differentiable(inputs)
@@ -282,9 +288,9 @@ class HookedModel:
         with (
             self.intervening(edits or {}),
             self._from_embedding(grad) as leaves,
-            evaluating(self.module),
+            evaluating(self.module, settings=self._is_resized(inputs)),
             recording_gradients() if grad else torch.no_grad(),
-            self._fast_normalisation(reference),
+            self._normalising(reference, grad and len(inputs) == 1),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
             inputs = self.fitted(inputs)
@@ -305,9 +311,16 @@ class HookedModel:
                 "gradient through it: expected a model that is made outside"
             )
 
-    def _fast_normalisation(self, reference: bool) -> AbstractContextManager[object]:
-        """The context of a forward pass: the fast normalisation only if the model has one, since modes cost time."""
-        return nullcontext() if reference or not self._normalises else FastNormalisation()
+    @contextmanager
+    def _normalising(self, reference: bool, grad: bool = False) -> Iterator[None]:
+        """The context of a forward pass: other ways to normalise, only if the model does so, since modes cost time."""
+        fast = not reference and "torch.nn.functional.local_response_norm" in self._functions
+        sound = grad and not self._functions.isdisjoint(
+            ("torch.nn.functional.batch_norm", "torch.batch_norm")
+        )
+        with FastNormalisation() if fast else nullcontext():
+            with SoundBatchNorm() if sound else nullcontext():
+                yield
 
     def observe(
         self,
@@ -345,9 +358,9 @@ class HookedModel:
         taps = {name: (self._taps[name], noting(name, look)) for name, look in named.items()}
         with (
             self.lock,
-            evaluating(self.module),
+            evaluating(self.module, settings=self._is_resized(inputs)),
             torch.no_grad(),
-            self._fast_normalisation(reference),
+            self._normalising(reference),
             observe(self.module, taps, self.site(until).name),
         ):
             self.module(self.fitted(inputs).clone(), **kwargs)

@@ -22,8 +22,16 @@ TRACE_BATCHES = (3, 2)
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it."""
+def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
+    """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it.
+
+    Args:
+        module: the module.
+        settings: also restore the numbers, flags and words that the code of a pass writes into its modules' attributes.
+    """
+    # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at another
+    # size would change all that follow.
+    kept = list(_settings(module)) if settings else []
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
     training = [m for m in module.modules() if m.training]
@@ -40,6 +48,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
+        for part, name, value in kept:
+            if name in vars(part):
+                vars(part)[name] = value
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, bool | int | float | str | tuple) and name != "training":
+                yield part, name, value
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
