@@ -325,6 +325,17 @@ def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     return 0.5 * first + 0.5 * second
 
 
+def _in_place(rule: Callable[[Propagation, Call, Args, Kwargs], Any], plain: Call) -> Any:
+    """The rule of an operation that writes its result into its first argument, given the one that does not."""
+
+    def apply(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+        first = args[0]
+        # What is pulled back through must keep its value while the tensor itself is overwritten.
+        return first.copy_(rule(p, plain, (first.clone(), *args[1:]), kwargs))
+
+    return apply
+
+
 def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     operands = args[1:]
     if len(operands) != 2 or not (
@@ -333,6 +344,12 @@ def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
     a, b = operands
     return 0.5 * func(args[0], a, b.detach()) + 0.5 * func(args[0], a.detach(), b)
+
+
+def _gated(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "dim"), args, kwargs)
+    value, gate = given["input"].chunk(2, given.get("dim", -1))
+    return _product(p, torch.mul, (value, _activation(p, torch.sigmoid, (gate,), {})), {})
 
 
 def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -383,6 +400,7 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     F.multi_head_attention_forward: _multi_head,
     F.rms_norm: _rms_norm,
     F.local_response_norm: _response_norm,
+    F.glu: _gated,
     F.scaled_dot_product_attention: _attention,
     torch.einsum: _einsum,
     **dict.fromkeys(_SUMS, _sum),
@@ -390,14 +408,16 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
         (
             F.gelu, F.silu, F.elu, F.leaky_relu, F.softplus, F.hardswish, F.mish, F.celu, F.selu,
             F.relu6, F.hardtanh, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh,
-            F.sigmoid, F.tanh,
+            F.sigmoid, F.tanh, F.hardsigmoid, F.logsigmoid, F.softsign, F.tanhshrink, F.normalize, torch.exp, Tensor.exp, torch.erf, Tensor.erf, torch.square,
+            Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__,
         ),
         _activation,
     ),
     **dict.fromkeys(
         (
             F.softmax, torch.softmax, Tensor.softmax, torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt,
-            Tensor.std, torch.std, Tensor.var, torch.var, Tensor.norm, torch.norm,
+            Tensor.std, torch.std, Tensor.var, torch.var, Tensor.norm, torch.norm, torch.linalg.norm,
+            torch.linalg.vector_norm,
         ),
         _fixed,
     ),
@@ -406,6 +426,9 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
          Tensor.__matmul__, torch.bmm, Tensor.bmm),
         _product,
     ),
+    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), _in_place(_product, torch.mul)),
+    **dict.fromkeys((Tensor.sigmoid_, torch.sigmoid_), _in_place(_activation, torch.sigmoid)),
+    **dict.fromkeys((Tensor.tanh_, torch.tanh_), _in_place(_activation, torch.tanh)),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
 }  # fmt: skip
 

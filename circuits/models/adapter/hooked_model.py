@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -318,9 +318,11 @@ class HookedModel:
         sound = grad and not self._functions.isdisjoint(
             ("torch.nn.functional.batch_norm", "torch.batch_norm")
         )
-        with FastNormalisation() if fast else nullcontext():
-            with SoundBatchNorm() if sound else nullcontext():
-                yield
+        with (
+            FastNormalisation() if fast else nullcontext(),
+            SoundBatchNorm() if sound else nullcontext(),
+        ):
+            yield
 
     def observe(
         self,

@@ -128,8 +128,8 @@ class SoundBatchNorm(TorchFunctionMode):
     """While it is entered, in one thread, gradients reach batch normalisation laid out as its input is.
 
     With a batch of one, the strides of a slice of a transposed map fit both the order of channels first and that of
-    channels last. Torch 2.13's derivative on CPUs (`batch_norm_backward_cpu`, its way for contiguous tensors) then reads
-    the gradient in one order and the input in the other: wrong numbers without a word, in LeViT and CvT for instance.
+    channels last. Torch 2.13's derivative on CPUs (`batch_norm_backward_cpu`, its way for contiguous tensors) then
+    reads the gradient in one order and the input in the other: wrong numbers without a word, in LeViT and CvT.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
