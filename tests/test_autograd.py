@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from circuits.attribution import Passes, attribute, channel_groups, relevance
 from circuits.concepts import dissect
@@ -219,3 +220,45 @@ def test_a_module_made_in_inference_mode_is_refused_by_name() -> None:
         ):
             verb()
     assert model.logits(images()).shape == (2, 3), "without gradients it runs"
+
+
+class Recomputed(nn.Module):
+    """A part whose activations torch is told to compute again during the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def part(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.c(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.reentrant is not None:
+            x = checkpoint(self.part, x, use_reentrant=self.reentrant)
+        else:
+            x = self.part(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_parts_that_would_be_computed_again_are_kept(reentrant: bool) -> None:
+    plain = HookedModel(seeded(Recomputed(None)), (3, 5, 6))
+    model = HookedModel(seeded(Recomputed(reentrant)), (3, 5, 6))
+    x = plain.input.example(2)
+    verbs: list[Callable[[HookedModel], object]] = [
+        lambda m: attribute(m, x, "class:1", "c", check=0).values,
+        lambda m: relevance(m, x, "class:1", "input", rule="epsilon").values,
+        lambda m: saliency_map(m, x, "class:1", "gradient").values,
+        lambda m: expand_weights(m, "a", "head", mode="example", examples=x).weight,
+        lambda m: [c.kernel for c in incoming(m, "c:1")],
+    ]
+    for verb in verbs:
+        torch.testing.assert_close(verb(model), verb(plain))
+    # Outside, torch's own function works as ever: the part runs again in the backward pass.
+    calls: list[Tensor] = []
+    model.module.c.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    model.module(x.requires_grad_(True)).sum().backward()
+    assert len(calls) == 2
