@@ -54,6 +54,7 @@ from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
 from circuits.units import Unit
 from circuits.weights import Connection, build_graph, expand_weights, incoming, outgoing
+from circuits.weights.connections import not_written
 from circuits.workspace import ModelRecord, Workspace
 
 TURN = 10.0
@@ -185,7 +186,8 @@ def field_of(model: HookedModel, site: str) -> ReceptiveField:
 def _connections(
     model_hash: str, unit: str, top: int, _model: HookedModel
 ) -> tuple[list[Connection], list[Connection]]:
-    return incoming(_model, unit, top), outgoing(_model, unit, top)
+    unwritten = not_written(_model, _model.unit(unit))
+    return [] if unwritten else incoming(_model, unit, top), outgoing(_model, unit, top)
 
 
 def connections_of(

@@ -166,7 +166,8 @@ def test_any_module_with_encode_and_decode_will_do(shapes: HookedModel) -> None:
     cache = own.run(x, read=["mixed3a", "sae/halves", "sae/halves.error"])
     assert cache["sae/halves"].shape[1] == 2 * cache["mixed3a"].shape[1]
     assert float(cache["sae/halves.error"].abs().max()) == 0
-    assert not incoming(own, "sae/halves:0")
+    with pytest.raises(ValueError, match="is found that writes sae/halves:0"):
+        incoming(own, "sae/halves:0")
 
 
 def test_weights_of_latents_are_those_of_the_encoder_and_of_what_reads_the_decoder(

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.attribution import (
@@ -305,6 +307,55 @@ def test_relevance_is_conserved(double: HookedModel, images: Tensor, rule: str, 
     close(total, made.target_values, rtol=1e-6, atol=1e-6)
     if site == "bn" and rule != "gradient":
         assert made.parts["elsewhere"].abs().min() > 1e-3, "what is added to it"
+
+
+BENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "clamp": (lambda z: z.clamp(-0.2, 0.5), lambda z: z.clamp(-0.2, 0.5)),
+    "relu twice in place": (lambda z: F.relu(F.relu(z), True).relu_(), F.relu),
+    "in place, not assigned": (
+        lambda z: (F.leaky_relu_(z, 0.1), z)[1],
+        lambda z: F.leaky_relu(z, 0.1),
+    ),
+    "product in place": (lambda z: (z + 0).mul_(torch.tanh(z)), lambda z: z * torch.tanh(z)),
+    "gated linear unit": (lambda z: F.glu(z, 1), lambda z: z[:, :3] * torch.sigmoid(z[:, 3:])),
+    "normalised": (lambda z: F.normalize(z, dim=1), lambda z: z / z.norm(dim=1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_relevance_through_functions_and_in_place(name: str) -> None:
+    """Each unit passes its relevance on as if it were a multiple of its input; a product halves it."""
+    step, plain = BENT[name]
+
+    class Bent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 6)
+            self.b = nn.Linear(3 if name == "gated linear unit" else 6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(step(self.a(x.flatten(1))))
+
+    net = seeded(Bent()).double()
+    x = torch.randn(2, 1, 1, 5, dtype=torch.float64)
+    made = relevance(HookedModel(net, (1, 1, 5)), x, "class:1", rule="epsilon")
+    for i in range(2):
+        z = net.a(x[i].flatten()[None])
+        out = (plain(z) * net.b.weight[1])[0]
+        # What leaves a unit comes in at it, or half of it at each factor.
+        share = torch.cat([out, out]) / 2 if name == "gated linear unit" else out
+        expected = (share / z[0]) @ (net.a.weight * x[i].flatten())
+        torch.testing.assert_close(made.values[i].flatten(), expected)
+    assert float(made.residual.abs().max()) < 1e-9
+
+
+def test_what_torch_cannot_differentiate_is_said() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh(), nn.ReLU(inplace=True), nn.Flatten())
+    model = HookedModel(seeded(net), (3, 2, 2))
+    with pytest.raises(ValueError, match="overwrites the result of Tanh in place"):
+        relevance(model, model.input.example(1), "class:1", rule="gradient")
+    with pytest.raises(ValueError, match="overwrites the result of Tanh in place"):
+        attribute(model, model.input.example(1), "class:1", "0")
 
 
 def test_relevance_of_concepts_adds_up(double: HookedModel, images: Tensor) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from circuits.attribution import Passes, attribute, channel_groups, relevance
 from circuits.concepts import dissect
@@ -226,7 +227,11 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.head(self.norm(self.conv(x)).flatten(2).mT[:, 1:])).mean(1)
@@ -244,3 +249,45 @@ def test_one_example_has_the_gradient_of_finite_differences() -> None:
     assert start.grad is not None
     up, down = (model.logits(x + sign * 1e-6 * step)[:, 0].sum() for sign in (1, -1))
     torch.testing.assert_close((start.grad * step).sum(), (up - down) / 2e-6, rtol=1e-6, atol=0)
+
+
+class Recomputed(nn.Module):
+    """A part whose activations torch is told to compute again during the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def part(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.c(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.reentrant is not None:
+            x = checkpoint(self.part, x, use_reentrant=self.reentrant)
+        else:
+            x = self.part(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_parts_that_would_be_computed_again_are_kept(reentrant: bool) -> None:
+    plain = HookedModel(seeded(Recomputed(None)), (3, 5, 6))
+    model = HookedModel(seeded(Recomputed(reentrant)), (3, 5, 6))
+    x = plain.input.example(2)
+    verbs: list[Callable[[HookedModel], object]] = [
+        lambda m: attribute(m, x, "class:1", "c", check=0).values,
+        lambda m: relevance(m, x, "class:1", "input", rule="epsilon").values,
+        lambda m: saliency_map(m, x, "class:1", "gradient").values,
+        lambda m: expand_weights(m, "a", "head", mode="example", examples=x).weight,
+        lambda m: [c.kernel for c in incoming(m, "c:1")],
+    ]
+    for verb in verbs:
+        torch.testing.assert_close(verb(model), verb(plain))
+    # Outside, torch's own function works as ever: the part runs again in the backward pass.
+    calls: list[Tensor] = []
+    model.module.c.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    model.module(x.requires_grad_(True)).sum().backward()
+    assert len(calls) == 2

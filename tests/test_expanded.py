@@ -21,28 +21,46 @@ from circuits.weights import ExpandedWeights, expand_weights, incoming, raw_weig
 from circuits.weights.factors import factorize
 from tests.conftest import Branches, OwnNet, seeded
 
+ACTIVATIONS = {
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "gelu", "silu", "hardswish", "tanh", "softplus",
+    "elu", "selu", "clamp", "sigmoid", "hardtanh",
+}  # fmt: skip
+
 
 class Linearised(torch.overrides.TorchFunctionMode):
-    """The definition of mode linear: ReLU is the identity, a maximum an average of what is there,
+    """The definition of mode linear: activation functions are the identity, a maximum an average of what is there,
     local response normalisation what it is near zero.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu_, F.gelu):
+        name = getattr(func, "__name__", "")
+        if name in ACTIVATIONS:
             return args[0] * 1
-        if func is F.max_pool2d or func is torch.max_pool2d:
+        if name in ("max_pool1d", "max_pool2d"):
             names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
             given = dict(zip(names, args, strict=False)) | kwargs
-            return F.avg_pool2d(
-                given["input"], given["kernel_size"], given.get("stride"), given.get("padding", 0),
-                given.get("ceil_mode", False), count_include_pad=False,
-            )  # fmt: skip
+            if name == "max_pool2d" and given.get("dilation", 1) == 1:
+                return F.avg_pool2d(
+                    given["input"], given["kernel_size"], given.get("stride"), given.get("padding", 0),
+                    given.get("ceil_mode", False), count_include_pad=False,
+                )  # fmt: skip
+            pooled = F.max_pool1d if name == "max_pool1d" else F.max_pool2d
+            return _averaged(given.pop("input"), lambda x: pooled(x, **given))
         if func is F.local_response_norm:
             k = kwargs.get("k", args[4] if len(args) > 4 else 1.0)
             beta = kwargs.get("beta", args[3] if len(args) > 3 else 0.75)
             return args[0] * k**-beta
         return func(*args, **kwargs)
+
+
+def _averaged(x: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over the places that a maximum looks at: an output that rises with a place looks at it."""
+    n = x[0, 0].numel()
+    peaks = torch.eye(n, dtype=x.dtype).reshape(n, 1, *x.shape[2:])
+    seen = pool(peaks).flatten(1)  # place x output
+    made = x.flatten(2) @ (seen / seen.sum(0))
+    return made.reshape(*x.shape[:2], *pool(x).shape[2:])
 
 
 def doubled(model: HookedModel) -> HookedModel:
@@ -209,6 +227,10 @@ LINEAR_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "transposed convolution": lambda n, x: n.turned(x),
     "enlarged": lambda n, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     "reflected": lambda n, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "around": lambda n, x: F.pad(x, (1, 2, 0, 1), mode="circular"),
+    "around, and cut": lambda n, x: F.pad(
+        F.pad(x, (2, -3, -1, 1), "circular"), (1, 1, 0, 1), "replicate"
+    ),
     "cut and padded": lambda n, x: F.pad(x, (1, -1, 2, 0), value=0.3),
     "reordered": lambda n, x: x[:, [0, 2, 4, 1, 3, 5]].flip(-1).roll(2, -1),
     "a constant for each channel": lambda n, x: 1 - x * torch.linspace(-1, 1, 6)[:, None, None] / 2,
@@ -453,6 +475,28 @@ def test_an_operation_without_a_linear_reading_is_named() -> None:
     ours = expand_weights(model, "a", "b", mode="example", examples=x)
     torch.testing.assert_close(
         ours.weight, by_autograd(model, "a", "b", ours, x), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_what_linear_mode_would_take_from_an_image_is_refused() -> None:
+    """From the gate on, the map that it is multiplied by is a number of the image, not a weight."""
+
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x * self.gate(x.mean((2, 3)))[:, :, None, None] + x)
+
+    model = HookedModel(seeded(Excited()), (3, 5, 5))
+    with pytest.raises(ValueError, match="mul with a tensor that depends on the input and not on"):
+        expand_weights(model, "gate", "b")
+    x = torch.randn(2, 3, 5, 5)
+    ours = expand_weights(model, "gate", "b", mode="example", examples=x)
+    torch.testing.assert_close(
+        ours.weight, by_autograd(model, "gate", "b", ours, x), rtol=1e-4, atol=1e-6
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from circuits.cleanroom import induction
 from circuits.models.adapter.hooked_model import HookedModel
@@ -200,6 +201,27 @@ def test_receptive_fields_follow_from_kernels_strides_and_paddings(seed: int) ->
 
     for y, x in itertools.product((0, last[0] // 2, last[0]), (0, last[1] // 2, last[1])):
         (top, bottom), (left, right) = seen(0, y), seen(1, x)
+        assert field.at((y, x)) == (top, left, bottom, right)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_receptive_fields_at_borders_that_are_not_zeros(mode: str) -> None:
+    """Two layers of 3 with strides 2 and 1 see 7 pixels, 2 further for each position; over the border all is seen
+    only where the map is a ring."""
+    layers = [
+        nn.Conv2d(2, 3, 3, 2, 1, padding_mode=mode),
+        nn.Conv2d(3, 2, 3, 1, 1, padding_mode=mode),
+    ]
+    model = HookedModel(nn.Sequential(*layers), (2, 16, 20))
+    field = receptive_field(model, model.site("1"))
+    for y, x in itertools.product(range(8), range(10)):
+        box = []
+        for place, length in ((y, 16), (x, 20)):
+            low, high = 2 * place - 3, 2 * place + 4
+            over = low < 0 or high > length
+            whole = over and mode == "circular"
+            box.append((0, length) if whole else (max(0, low), min(length, high)))
+        (top, bottom), (left, right) = box
         assert field.at((y, x)) == (top, left, bottom, right)
 
 

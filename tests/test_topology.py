@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from circuits.edits.activations import zero
 from circuits.edits.recipes import edited
+from circuits.edits.records import read_edit
+from circuits.edits.weights import layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.weights import incoming, outgoing, raw_weights
@@ -165,3 +168,169 @@ def test_what_cannot_be_followed_is_named() -> None:
 
     (weights,) = raw_weights(HookedModel(seeded(Half()), (3, 5, 5)), "a", "c")
     assert weights.lost == ("Flip",)
+
+
+# --- layers that use other weights than `module.weight` ---------------------------------------------
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class Tripled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 3 * weight
+
+
+class Own(nn.Module):
+    """A layer that is a function of its own parameter."""
+
+    def __init__(self, shape: tuple[int, ...], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(*shape))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.w)
+
+
+def conv(**options) -> nn.Conv2d:
+    return nn.Conv2d(4, 6, 3, **{"padding": 1, **options})
+
+
+def parametrised(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Tripled())
+    return layer
+
+
+def last(call: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: call(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+
+
+COMPUTED: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": lambda: parametrizations.weight_norm(conv()),
+    "spectral norm": lambda: parametrizations.spectral_norm(conv()),
+    "old spectral norm": lambda: nn.utils.spectral_norm(conv()),
+    "parametrised": lambda: parametrised(conv()),
+    "pruned": lambda: prune.l1_unstructured(conv(), "weight", 0.5),
+    "standardised": lambda: Standardised(4, 6, 3, padding=1),
+}
+GIVEN: dict[str, Callable[[], nn.Module]] = {
+    "around": lambda: conv(padding_mode="circular"),
+    "mirrored": lambda: conv(padding_mode="reflect"),
+    "repeated": lambda: conv(padding_mode="replicate", groups=2),
+    "function": lambda: Own((6, 2, 3, 3), lambda x, w: F.conv2d(x, w, padding=1, groups=2)),
+    "function, padded": lambda: Own((6, 4, 3, 3), lambda x, w: F.conv2d(F.pad(x, [1] * 4), w)),
+    "channels last": lambda: Own((6, 4), last(F.linear)),
+    "product": lambda: Own((4, 6), last(torch.matmul)),
+    "product with a transposed": lambda: Own((6, 4), last(lambda x, w: x @ w.T)),
+    "mixed from the left": lambda: Own(
+        (6, 4), lambda x, w: (w @ x.flatten(2)).unflatten(2, x.shape[2:])
+    ),
+}
+TURNED: dict[str, Callable[[], nn.Module]] = {
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1),
+    "transposed, groups": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2),
+    "function, transposed": lambda: Own(
+        (4, 6, 3, 3), lambda x, w: F.conv_transpose2d(x, w, padding=1)
+    ),
+}
+
+
+class Around(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.r, self.layer = nn.Conv2d(2, 4, 1), nn.ReLU(), layer
+        self.out, self.head = nn.ReLU(), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.out(self.layer(self.r(self.stem(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", [*COMPUTED, *GIVEN, *TURNED])
+def test_weights_are_those_that_the_pass_uses(name: str, train: bool) -> None:
+    """A push at the source shows them; asking for them changes nothing."""
+    net = seeded(Around((COMPUTED | GIVEN | TURNED)[name]())).double().train(train)
+    model = HookedModel(net, (2, 7, 8))
+    before, key = {k: v.clone() for k, v in net.state_dict().items()}, model.hash
+    (ours,) = raw_weights(model, "r", "out")
+    x = model.input.example(1).double()
+
+    def site(target: str, push: Tensor) -> Tensor:
+        return model.run(x, read=[target], edits={"r": lambda v: v + push})[target][0]
+
+    zero_ = torch.zeros(1, 4, 7, 8, dtype=torch.float64)
+    for channel in range(4):
+        push = zero_.clone()
+        push[0, channel, 3, 3] = 1
+        effect = site("layer", push) - site("layer", zero_)
+        # As a cross-correlation, the source is at offset (1, 1) of the target in the middle.
+        kernel = effect[:, 2:5, 2:5].flip(1, 2)
+        found = ours.weight[:, channel]
+        if found.ndim == 1:
+            found = F.pad(found[:, None, None], [1] * 4)
+        torch.testing.assert_close(found, kernel)
+    assert model.hash == key
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    strongest = incoming(model, "out:2", top=1)[0]
+    torch.testing.assert_close(strongest.kernel, ours.weight[2, strongest.source.index])
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_functions_of_a_parameter_are_edited(name: str) -> None:
+    model = HookedModel(seeded(Around(GIVEN[name]())), (2, 7, 8))
+    x = model.input.example(1)
+    with edited(model, [read_edit(model, "scale_weights into=out:1")]):
+        silent = model.run(x, read=["out"])["out"][0]
+    plain = model.run(x, read=["out"])["out"][0]
+    others = [0, 2, 3, 4, 5]
+    torch.testing.assert_close(silent[others], plain[others])
+    assert not torch.allclose(silent[1], plain[1])
+    assert float(silent[1].std()) < 1e-6, "only the bias is left"
+
+
+def test_computed_weights_are_not_edited() -> None:
+    model = HookedModel(seeded(Around(COMPUTED["pruned"]())), (2, 7, 8))
+    with (
+        pytest.raises(
+            ValueError, match="weights that are computed from other weights are not foll"
+        ),
+        edited(model, [read_edit(model, "scale_weights into=out:1")]),
+    ):
+        pass
+    with pytest.raises(KeyError, match="there are stem, head; a layer whose weights are computed"):
+        layer_named(model.matrices, "layer")
+
+
+def test_what_no_layer_writes_is_refused() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.mixed, self.c = nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.mixed(self.a(x).cumsum(1)))
+
+    model = HookedModel(seeded(Summed()), (3, 5, 5))
+    with pytest.raises(ValueError, match=r"no convolution or linear layer of Summed .* mixed:1"):
+        incoming(model, "mixed:1")
+    assert incoming(model, "c:1")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_kernel_of_a_strided_transposed_convolution(groups: int) -> None:
+    """A cross-correlation with the kernel over the input with zeros between its places."""
+    layer = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=groups)
+    model = HookedModel(seeded(Around(layer)).double(), (2, 5, 6))
+    (ours,) = raw_weights(model, "r", "out")
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    apart = x.new_zeros(1, 4, 9, 11)
+    apart[:, :, ::2, ::2] = x
+    # kernel - 1 - padding around it, and the output padding at the end
+    oracle = F.conv2d(F.pad(apart, (1, 2, 1, 2)), ours.weight.double(), layer.bias)
+    torch.testing.assert_close(layer(x), oracle, rtol=1e-5, atol=1e-6)

@@ -59,10 +59,20 @@ class Propagation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
-        if rule is None or (self.rule == "gradient" and func not in _WITH_BIAS):
+        plain = _IN_PLACE.get(func, func)
+        rule = _RULES.get(plain)
+        if rule is None or (self.rule == "gradient" and plain not in _WITH_BIAS):
             return func(*args, **kwargs)
-        return rule(self, func, args, kwargs)
+        # Activation functions have no other flag, and it may be passed by place.
+        asked = rule in (_activation, _rectified) and any(value is True for value in args)
+        if plain is func and not asked and not kwargs.get("inplace"):
+            return rule(self, func, args, kwargs)
+        # Replaced like the operation that makes a new tensor. The given one is overwritten all the same, since the
+        # model may go on with it; a copy of it leaves autograd what it has saved.
+        written = args[0] if args else kwargs["input"]
+        others = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
+        rest = [value for value in args[1:] if value is not True]
+        return written.copy_(rule(self, plain, (written.clone(), *rest), others))
 
     def bias(self, bias: Tensor | None, output: Tensor, axis: int) -> Tensor | float:
         """A bias along an axis of the output, counted."""
@@ -231,8 +241,14 @@ def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     if not _carries_gradient(x):
         return func(*args, **kwargs)
     rest = {k: v for k, v in kwargs.items() if k != "input"}
-    out = func(x.clone(), *args[1:], **rest)  # it may work in place
+    out = func(x, *args[1:], **rest)
     return torch.where(x.abs() < _EPSILON, out, _scaled_by(x, out))
+
+
+def _rectified(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    # Torch's own keeps its result for the gradient, which fails where the model overwrites that.
+    x = args[0] if args else kwargs["input"]
+    return torch.where(x <= 0, 0, x)
 
 
 def _group_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -325,15 +341,12 @@ def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     return 0.5 * first + 0.5 * second
 
 
-def _in_place(rule: Callable[[Propagation, Call, Args, Kwargs], Any], plain: Call) -> Any:
-    """The rule of an operation that writes its result into its first argument, given the one that does not."""
-
-    def apply(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-        first = args[0]
-        # What is pulled back through must keep its value while the tensor itself is overwritten.
-        return first.copy_(rule(p, plain, (first.clone(), *args[1:]), kwargs))
-
-    return apply
+def _gated_linear(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """The product of one half of the channels with the sigmoid of the other half."""
+    x = args[0] if args else kwargs["input"]
+    value, gate = x.chunk(2, args[1] if len(args) > 1 else kwargs.get("dim", -1))
+    opened = _activation(p, torch.sigmoid, (gate,), {})
+    return _product(p, torch.mul, (value, opened), {})
 
 
 def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -344,12 +357,6 @@ def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
     a, b = operands
     return 0.5 * func(args[0], a, b.detach()) + 0.5 * func(args[0], a.detach(), b)
-
-
-def _gated(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    given = _named(("input", "dim"), args, kwargs)
-    value, gate = given["input"].chunk(2, given.get("dim", -1))
-    return _product(p, torch.mul, (value, _activation(p, torch.sigmoid, (gate,), {})), {})
 
 
 def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -383,10 +390,13 @@ def _is_constant(x: Any) -> bool:
     return isinstance(x, float | int) and x != 0
 
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)
+_CONVOLUTIONS = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
+_RECTIFIERS = (F.relu, torch.relu, Tensor.relu)
 _SUMS = (
-    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, torch.sub,
-    Tensor.sub, Tensor.__sub__, Tensor.__rsub__, Tensor.sub_, Tensor.__isub__,
+    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__,
+    Tensor.__rsub__,
 )  # fmt: skip
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
@@ -400,16 +410,20 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     F.multi_head_attention_forward: _multi_head,
     F.rms_norm: _rms_norm,
     F.local_response_norm: _response_norm,
-    F.glu: _gated,
     F.scaled_dot_product_attention: _attention,
     torch.einsum: _einsum,
+    F.glu: _gated_linear,
+    **dict.fromkeys(_RECTIFIERS, _rectified),
     **dict.fromkeys(_SUMS, _sum),
     **dict.fromkeys(
         (
             F.gelu, F.silu, F.elu, F.leaky_relu, F.softplus, F.hardswish, F.mish, F.celu, F.selu,
             F.relu6, F.hardtanh, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh,
-            F.sigmoid, F.tanh, F.hardsigmoid, F.logsigmoid, F.softsign, F.tanhshrink, F.normalize, torch.exp, Tensor.exp, torch.erf, Tensor.erf, torch.square,
-            Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__,
+            F.sigmoid, F.tanh, F.threshold, F.logsigmoid, F.softsign, F.tanhshrink, F.hardshrink,
+            F.softshrink, torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, Tensor.clamp_min,
+            Tensor.clamp_max, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.log1p, Tensor.log1p,
+            torch.erf, Tensor.erf, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.square,
+            Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__, F.normalize,
         ),
         _activation,
     ),
@@ -426,9 +440,6 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
          Tensor.__matmul__, torch.bmm, Tensor.bmm),
         _product,
     ),
-    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), _in_place(_product, torch.mul)),
-    **dict.fromkeys((Tensor.sigmoid_, torch.sigmoid_), _in_place(_activation, torch.sigmoid)),
-    **dict.fromkeys((Tensor.tanh_, torch.tanh_), _in_place(_activation, torch.tanh)),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
 }  # fmt: skip
 
@@ -440,7 +451,23 @@ _WITH_BIAS = frozenset(
         F.batch_norm,
         F.embedding,
         F.local_response_norm,
+        *_RECTIFIERS,
         *_SUMS,
     }
 )
-"""The operations that the rule `gradient` replaces too, in order to count biases."""
+"""The operations that the rule `gradient` replaces too, in order to count biases, or since the model may overwrite what
+autograd has saved."""
+
+
+def _in_place_forms() -> dict[Any, Any]:
+    """The forms `name_` of the operations that have a rule, each with the one that makes a new tensor."""
+    found = {}
+    for plain in _RULES:
+        for holder in (torch, Tensor, F):
+            form = getattr(holder, f"{getattr(plain, '__name__', '')}_", None)
+            if form is not None and getattr(holder, plain.__name__, None) in _RULES:
+                found[form] = getattr(holder, plain.__name__)
+    return found
+
+
+_IN_PLACE = _in_place_forms()

@@ -18,7 +18,7 @@ from circuits.models.paths.randomizing import randomized
 from circuits.tables import Table
 from circuits.units import Unit
 from circuits.weights import Connection, ExpandedWeights, expand_weights, incoming, outgoing
-from circuits.weights.connections import connections_table
+from circuits.weights.connections import connections_table, not_written
 from circuits.weights.factors import Factors, factorize
 
 app = Typer()
@@ -33,7 +33,8 @@ def weights(
 ) -> None:
     """Show the strongest weights into and out of a unit."""
     loaded = model.load()
-    built_from, builds = incoming(loaded, unit, top), outgoing(loaded, unit, top)
+    why = not_written(loaded, loaded.unit(unit))
+    built_from, builds = [] if why else incoming(loaded, unit, top), outgoing(loaded, unit, top)
     shown = {c.layer for c in (*built_from, *builds)}
     for layer in loaded.weight_layers:
         if layer.name in shown and layer.lost:
@@ -48,18 +49,18 @@ def weights(
     output.show(
         {"unit": str(loaded.unit(unit)), "model_hash": loaded.hash, **facts},
         [
-            *_connections(f"{unit} is built from", built_from, "source"),
+            *_connections(f"{unit} is built from", built_from, "source", why),
             *_connections(f"{unit} builds", builds, "target"),
         ],
     )
 
 
 def _connections(
-    title: str, found: list[Connection], end: Literal["source", "target"]
+    title: str, found: list[Connection], end: Literal["source", "target"], why: str = ""
 ) -> Iterator[Table | str]:
     yield connections_table(found, end, title, {"through": [", ".join(c.through) for c in found]})
     if not found:
-        yield "  nothing: no weights connect it to another site on this side"
+        yield f"  nothing: {why or 'no weights connect it to another site on this side'}"
 
 
 @dataclass(frozen=True)

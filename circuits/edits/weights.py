@@ -91,5 +91,8 @@ def layer_named(matrices: Sequence[WeightMatrix], name: str) -> WeightMatrix:
     if found is None:
         names = [m.name for m in matrices]
         listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-        raise KeyError(f"{unknown('layer with weights', name, names).args[0]} (there are {listed})")
+        raise KeyError(
+            f"{unknown('layer with weights', name, names).args[0]} (there are {listed}; a layer whose weights are "
+            "computed from other parameters, as by weight norm or pruning, cannot be edited)"
+        )
     return found

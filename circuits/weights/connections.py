@@ -25,7 +25,8 @@ class Connection:
     Attributes:
         source: the unit that is read.
         target: the unit that is computed.
-        kernel: y x x for a convolution (as cross-correlation: the middle is the same place), a single number for a
+        kernel: y x x for a convolution (as cross-correlation: the middle is the same place; for a transposed one over
+            the map that it reads with zeros between its places, as many as its stride leaves), a single number for a
             linear layer, (Q, K, V) composition scores between heads (Q and K where a query attends to its own position:
             rotary embeddings turn them elsewhere). Batch norm and constants on either side of the layer are multiplied
             in; if the source reaches the layer along several paths, their kernels are added.
@@ -95,10 +96,12 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
 
     Raises:
         KeyError: if its site is unknown.
-        ValueError: if the unit does not exist, `top` is not positive, or the model is edited.
+        ValueError: if the unit does not exist, no layer writes it, `top` is not positive, or the model is edited.
     """
     _check_top(top)
     target = model.unit(unit)
+    if why := not_written(model, target):
+        raise ValueError(why)
     wanted = torch.tensor([target.index])
     found: list[Connection] = []
     for layer in model.weight_layers:
@@ -136,6 +139,16 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
             target = Unit(site, index)
             found.append(Connection(source, target, kernel, layer.name, through, typical))
     return sorted(found, key=lambda c: -c.norm)[:top]
+
+
+def not_written(model: HookedModel, unit: Unit) -> str:
+    """Why a unit has no incoming weights: no layer is found that writes it. Empty if there is one."""
+    if any(unit.index in written(layer, unit.site) for layer in model.weight_layers):
+        return ""
+    return (
+        f"no convolution or linear layer of {model.name} is found that writes {unit}, only operations without weights "
+        "or ones that mix units: expand_weights shows what it is computed from"
+    )
 
 
 def directly_read(model: HookedModel) -> set[str]:

@@ -404,7 +404,10 @@ def _taped(
     edits: dict[str, Callable[[Tensor], Tensor]] = {target.name: tape.end}
     if source.name != INPUT:
         edits[source.name] = start
-    with model.lock, tape, _changing_input(model, start if source.name == INPUT else None):
+    # In mode linear on images no number of the image may count; tokens, whose gates are those of the examples, may.
+    image = mode == "linear" and isinstance(model.input, ImageInput)
+    change = start if source.name == INPUT else tape.given if image else None
+    with model.lock, tape, _changing_input(model, change):
         # `reference`: the tape knows local response normalisation as torch's function, not as the fast one.
         model.run(batch, edits=edits, until=target, reference=True)
     if not tape.connected:

@@ -137,16 +137,15 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
     by_parameter = {id(p): name for name, p in names.items()}
     found: dict[str, WeightMatrix] = {}
     for layer in layers:
-        own = module.get_submodule(layer.name)
-        weight = own.weight
-        name = by_parameter.get(id(weight))
-        if name is None or not isinstance(weight, nn.Parameter):
+        stored = layer.stored
+        name = None if stored is None else by_parameter.get(id(stored.weight))
+        if stored is None or name is None:
             # Computed from other parameters (weight norm), or a parameter that shares the memory of one which has
             # its matrix already.
             continue
-        bias = own.bias if isinstance(own.bias, nn.Parameter) else None
-        groups = _groups(own)
-        shape = (weight.shape[0], weight.shape[1] * groups, *weight.shape[2:])
+        weight, bias, groups = stored.weight, stored.bias, stored.groups
+        first, second = weight.shape[:2][::-1] if stored.transposed else weight.shape[:2]
+        shape = (first, second * groups, *weight.shape[2:])
         reads = [
             MatrixEnd(k.site, k.index.cpu(), k.factor.cpu(), k.depth, k.direct) for k in layer.reads
         ]
@@ -154,7 +153,7 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
         # A module that is called several times has a `WeightLayer` for each call, but one matrix.
         before = found.get(layer.name)
         found[layer.name] = WeightMatrix(
-            layer.name, name, None if bias is None else by_parameter.get(id(bias)), shape, groups, False,
+            layer.name, name, None if bias is None else by_parameter.get(id(bias)), shape, groups, stored.transposed,
             _joined(before.reads if before else (), reads), _joined(before.writes if before else (), writes),
             calls=before.calls + 1 if before else 1,
         )  # fmt: skip
@@ -165,12 +164,6 @@ def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list
         replace(m, tied=tuple(name for name in shared[m.weight] if name != m.name))
         for m in found.values()
     ]
-
-
-def _groups(layer: nn.Module) -> int:
-    groups = getattr(layer, "groups", 1)
-    assert isinstance(groups, int), f"groups {groups!r}"
-    return groups
 
 
 def _joined(ends: Sequence[MatrixEnd], more: Sequence[MatrixEnd]) -> tuple[MatrixEnd, ...]:

@@ -1,6 +1,8 @@
 """Which weights connect which sites, found without knowing the architecture.
 
-A forward pass with autograd on gives a graph of operations. Walking back from a site's tensor through operations
+A forward pass with autograd on gives a graph of operations. Layers are the calls of torch's convolution and linear
+functions in it, with the weights that they are given: these may be parameters, or computed from them (weight norm,
+pruning, standardised weights). Walking back from a site's tensor through operations
 that do not mix channels (nonlinearities, pooling, batch norm, concatenation, addition) leads to the layer that
 wrote it; walking back from a layer's input leads to the sites that it reads. On the way the walk keeps track of
 which channel each one comes from and what it is multiplied by.
@@ -10,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from circuits.autograd import recording_gradients
 from circuits.hooks import Tap, record
@@ -69,6 +74,7 @@ class WeightLayer:
         bias: one number for each output channel, or None.
         lost: the operations between its input and the sites that could not be followed: some of what the layer
             reads is then missing in `reads`.
+        stored: the parameter that it uses, unless its weights are computed from others.
     """
 
     name: str
@@ -78,10 +84,30 @@ class WeightLayer:
     writes: tuple[SiteLink, ...]
     bias: Tensor | None = None
     lost: tuple[str, ...] = ()
+    stored: StoredWeight | None = None
 
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten")
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A parameter that a layer uses as it is.
+
+    Attributes:
+        weight: the parameter.
+        bias: that of the bias, or None.
+        groups: groups of a convolution.
+        transposed: whether it is stored columns (inputs) first.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    groups: int = 1
+    transposed: bool = False
+
+
+_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten", "Pad", "Permute")
 """Parts of the names of modules that pass on the units of the site before them."""
 
 
@@ -97,36 +123,19 @@ def find_weight_layers(
         sites: the model's sites.
         taps: how to reach them.
     """
-    names: dict[nn.Module, str] = {
-        m: n for n, m in module.named_modules() if isinstance(m, _LAYERS)
-    }
-    calls: list[_Call] = []
-    handles = [
-        m.register_forward_hook(
-            lambda m, args, kwargs, out: calls.append(
-                _Call(m, next(iter((*args, *kwargs.values()))).grad_fn, out.grad_fn, out.ndim)
-            ),
-            with_kwargs=True,
-        )
-        for m in names
-    ]
     inputs = example.detach().clone().requires_grad_(True)
-    try:
-        entry = (
-            inputs * 1
-        )  # a node that stands for the input, also if the model overwrites it in place
-        source = entry.grad_fn
-        with evaluating(module), record(module, taps) as found:
-            module(entry)
-    finally:
-        for handle in handles:
-            handle.remove()
+    # a node that stands for the input, also if the model overwrites it in place
+    entry = inputs * 1
+    source = entry.grad_fn
+    with evaluating(module), record(module, taps) as found, _Calls(module) as noted:
+        module(entry)
+    calls = noted.found
     nodes = _site_nodes(sites, found)
     axes = ("batch", "channel", "y", "x")
     nodes[source] = [Site(INPUT, "channel", axes, 1, tuple(example.shape[1:]))]
     # A walk ends at the output of a layer, where channels are mixed. A flattened map on the way is not followed to
     # the layer that wrote it: several of the site's units would share one of its channels.
-    stops = frozenset(call.output for call in calls)
+    stops = frozenset(call.output for call in calls if call.output is not None)
     written = [
         (site, step)
         for node, at in nodes.items()
@@ -135,22 +144,187 @@ def find_weight_layers(
         if step.node in stops and not step.flattened
     ]
     shifts = _shifts(written, _norm_biases(module))
-    return [_layer(names[call.module], call, nodes, stops, written, shifts) for call in calls]
+    return [_layer(call, nodes, stops, written, shifts) for call in calls]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a layer, with the autograd nodes of its input and its output."""
+    """One call of a layer, with the autograd nodes of its input and its output.
 
-    module: nn.Module
+    Attributes:
+        name: the layer's.
+        weight: output channel x input channel of its group x kernel axes, as a cross-correlation.
+        bias: one number for each output channel, or None.
+        groups: groups of a convolution.
+        given: the node of its input.
+        output: the node of its output.
+        axes: those of the channels in its input and its output.
+        stored: the parameter that the weights are.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
     given: Node
     output: Node
-    ndim: int
+    axes: tuple[int, int]
+    stored: StoredWeight | None
 
-    @property
-    def axis(self) -> int:
-        """The axis of its channels: the last one for a linear layer, else axis 1."""
-        return self.ndim - 1 if isinstance(self.module, nn.Linear) else 1
+
+class CircularPad(torch.autograd.Function):
+    """Circular padding as one operation: torch writes it into parts of a tensor, in which a walk would lose its way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pad: Sequence[int]) -> Tensor:
+        return F.pad(x, tuple(pad), mode="circular")
+
+
+class _Calls(TorchFunctionMode):
+    """Notes the calls of convolution and linear functions in the pass inside the block, in order of execution."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.found: list[_Call] = []
+        self._root = root
+        self._names = {id(p): name for name, p in root.named_parameters()}
+        self._parameters = {_memory(p): p for p in root.parameters() if p.numel()}
+        self._running: list[tuple[str, nn.Module]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Calls:
+        for path, module in self._root.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._entering(path, module), prepend=True),
+                module.register_forward_hook(lambda *_: self._left(), always_call=True),
+            ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _entering(self, path: str, module: nn.Module) -> Callable[..., None]:
+        return lambda *_: self._running.append((path, module))
+
+    def _left(self) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.pad:
+            pad = dict(zip(("input", "pad", "mode"), args, strict=False)) | kwargs
+            if pad.get("mode") == "circular":
+                return CircularPad.apply(pad["input"], pad["pad"])
+        output = func(*args, **kwargs)
+        form = _FORMS.get(func)
+        if form is not None and isinstance(output, Tensor):
+            names, read = form
+            self._note(func.__name__, read(dict(zip(names, args, strict=False)) | kwargs), output)
+        return output
+
+    def _note(self, function: str, layer: _Given | None, output: Tensor) -> None:
+        if layer is None or layer.weight.requires_grad:
+            return  # it multiplies two activations
+        path, module = self._running[-1] if self._running else ("", self._root)
+        weight, transposed = self._parameters.get(_memory(layer.weight)), False
+        if weight is None and layer.mirrored is not None:
+            weight, transposed = self._parameters.get(_memory(layer.mirrored)), True
+        inside = isinstance(module, _LAYERS)
+        if inside and (weight is None or weight is module.weight):
+            name = path
+        elif weight is not None:
+            name = self._names[id(weight)].removesuffix(".weight")
+        else:
+            name = f"{path}.{function}".lstrip(".")
+        bias = layer.bias
+        if bias is None and inside and isinstance(module.bias, Tensor):
+            bias = module.bias  # it may be added later
+        stored = None
+        if weight is not None and layer.editable:
+            known = None if bias is None else self._parameters.get(_memory(bias))
+            stored = StoredWeight(weight, known, layer.groups, transposed)
+        given, axes = layer.input, layer.axes
+        self.found.append(
+            _Call(
+                name, layer.weight.detach(), None if bias is None else bias.detach(), layer.groups,
+                given.grad_fn, output.grad_fn, (axes % given.ndim, axes % output.ndim), stored,
+            )
+        )  # fmt: skip
+
+
+def _memory(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What a function was given: its input, weights (as in `_Call`), and the axis of the channels.
+
+    Attributes:
+        mirrored: the weights as they were given, where that is input channels first.
+        editable: whether a matrix can stand for the weights.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    groups: int = 1
+    axes: int = -1
+    mirrored: Tensor | None = None
+    editable: bool = True
+
+
+def _given_convolution(values: Mapping[str, Any]) -> _Given | None:
+    x, weight, groups = values["input"], values["weight"], int(values.get("groups", 1))
+    if x.ndim != weight.ndim:
+        return None  # a single example: its first axis is no batch
+    return _Given(x, weight, values.get("bias"), groups, 1)
+
+
+def _given_transposed(values: Mapping[str, Any]) -> _Given | None:
+    """A transposed convolution is a cross-correlation with the mirrored kernel, over the input with zeros between its
+    places where it strides.
+    """
+    made = _given_convolution(values)
+    if made is None:
+        return None
+    apart = made.weight.unflatten(0, (made.groups, -1)).transpose(1, 2).flatten(0, 1)
+    kernel = apart.flip(*range(2, apart.ndim))
+    return replace(made, weight=kernel, editable=False)
+
+
+def _given_linear(values: Mapping[str, Any]) -> _Given | None:
+    return _Given(values["input"], values["weight"], values.get("bias"))
+
+
+def _given_product(values: Mapping[str, Any]) -> _Given | None:
+    """Rows times a matrix of weights, or such a matrix times columns."""
+    left, right = values["input"], values["other"]
+    if right.ndim == 2 and left.ndim > 1 and left.requires_grad:
+        return _Given(left, right.mT, values.get("bias"), mirrored=right)
+    if left.ndim == 2 and right.ndim > 1 and right.requires_grad:
+        return _Given(right, left, axes=-2)
+    return None
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
+_FORMS: dict[Any, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], _Given | None]]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (_CONVOLUTION, _given_convolution)),
+    **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        (_TRANSPOSED, _given_transposed),
+    ),
+    F.linear: (("input", "weight", "bias"), _given_linear),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
+        (("input", "other"), _given_product),
+    ),
+    torch.addmm: (("bias", "input", "other"), _given_product),
+}
 
 
 def _site_nodes(sites: Sequence[Site], found: Mapping[str, Tensor]) -> dict[Node, list[Site]]:
@@ -167,16 +341,12 @@ def _site_nodes(sites: Sequence[Site], found: Mapping[str, Tensor]) -> dict[Node
 
 
 def _layer(
-    name: str,
     call: _Call,
     nodes: Mapping[Node, list[Site]],
     stops: frozenset[Node],
     written: Sequence[tuple[Site, WalkStep]],
     shifts: Sequence[Tensor],
 ) -> WeightLayer:
-    weight = call.module.weight
-    assert isinstance(weight, Tensor), f"{name} has no weight"
-    groups = call.module.groups if isinstance(call.module, _LAYERS[:3]) else 1
     lost: list[str] = []
     reads = tuple(_reads(call, nodes, stops, lost)) if call.given is not None else ()
     writes = [
@@ -189,14 +359,14 @@ def _layer(
             shift=shift,
         )
         for (site, step), shift in zip(written, shifts, strict=True)
-        if step.node is call.output and step.axis == call.axis
+        if step.node is call.output and step.axis == call.axes[1]
     ]
     writes.sort(key=lambda link: link.depth)
-    rows, columns = _grouped(weight.detach(), groups)
-    bias = call.module.bias
-    given = bias.detach() if isinstance(bias, Tensor) else None
+    rows, columns = _grouped(call.weight, call.groups)
     unfollowed = tuple(dict.fromkeys(lost)) if reads else ()
-    return WeightLayer(name, rows, columns, reads, tuple(writes), given, unfollowed)
+    return WeightLayer(
+        call.name, rows, columns, reads, tuple(writes), call.bias, unfollowed, call.stored
+    )
 
 
 def _has_own_units(site: Site) -> bool:
@@ -289,7 +459,7 @@ def _reads(
         if not step.seen:
             lost.append(step.node.name().removesuffix("0").removesuffix("Backward"))
 
-    for _ in upstream(WalkStep.start(call.given, call.axis), stops, follows_reads, met, ended):
+    for _ in upstream(WalkStep.start(call.given, call.axes[0]), stops, follows_reads, met, ended):
         pass
     # A layer that reads only sites that pass units on (the first layer after a normalised input, say) reads the
     # nearest of them directly.

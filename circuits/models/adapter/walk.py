@@ -136,6 +136,7 @@ _ONE_TO_ONE = re.compile(
     "NativeGroupNorm|NativeLayerNorm|Clone|Alias)Backward[0-9]"
 )
 _RESHAPE = re.compile("(View|ReshapeAlias|UnsafeView)Backward[0-9]")
+_PADDING = re.compile("Re(flec|plica)tionPad[123]DBackward0|CircularPadBackward")
 _REDUCTION = re.compile("(Mean|Squeeze|Select)Backward[0-9]")
 
 
@@ -154,6 +155,13 @@ def _parents(step: WalkStep) -> Iterator[WalkStep]:
         yield step.shifted(parents[0], before, _shape(parents[0])[step.axis])
     elif name == "SliceBackward0":
         yield from _through_slice(step, parents[0])
+    elif _PADDING.fullmatch(name):
+        if _shape(parents[0])[step.axis] == step.shape[step.axis]:  # else the channels are padded
+            yield step.back_to(parents[0])
+    elif name in ("PermuteBackward0", "TransposeBackward0", "TBackward0", "UnsqueezeBackward0"):
+        axis = _axis_before(step)
+        if axis is not None:
+            yield step.back_to(parents[0], axis=axis)
     elif _RESHAPE.fullmatch(name):
         yield from _through_reshape(step, parents[0])
     elif _REDUCTION.fullmatch(name):
@@ -170,6 +178,19 @@ def _parents(step: WalkStep) -> Iterator[WalkStep]:
         yield from _through_sum(step, parents)
     elif _PRODUCT.fullmatch(name):
         yield from _through_product(step, parents)
+
+
+def _axis_before(step: WalkStep) -> int | None:
+    """The axis of the channels before axes were put in another order, or one was added; None if it is that one."""
+    node, n = step.node, len(step.shape)
+    if node.name() == "PermuteBackward0":
+        return _signed(node._saved_dims[step.axis]) % n
+    if node.name() == "UnsqueezeBackward0":
+        added = _signed(node._saved_dim) % n
+        return None if added == step.axis else step.axis - (step.axis > added)
+    one, other = (0, 1) if node.name() == "TBackward0" else (node._saved_dim0, node._saved_dim1)
+    pair = (_signed(one) % n, _signed(other) % n)
+    return pair[1 - pair.index(step.axis)] if step.axis in pair else step.axis
 
 
 def _signed(value: int) -> int:

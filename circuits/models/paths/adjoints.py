@@ -103,6 +103,7 @@ class Call:
         sources: the names of the arguments with those inputs.
         linear: whether nonlinearities are to be replaced by linear functions.
         mutates: whether the output is an input, changed in place.
+        varies: whether another argument depends on the model's input, though not on the start.
         result: everything that it returned.
         place: which of several returned tensors `output` is.
     """
@@ -114,6 +115,7 @@ class Call:
     sources: tuple[str, ...]
     linear: bool
     mutates: bool = False
+    varies: bool = False
     result: Any = None
     place: int = 0
 
@@ -146,6 +148,8 @@ AdjointRule = Callable[[Call], Pull]
 def adjoint(call: Call) -> Pull:
     """The pull of a call."""
     rule = _RULES.get(call.name)
+    if call.varies and not (_ADDING.fullmatch(call.name) or _JOINING.fullmatch(call.name)):
+        return _refuse(call, " with a tensor that depends on the input and not on the source")
     if call.place:
         return _by_torch(call)  # the rules are for the first tensor that an operation returns
     if rule is not None:
@@ -223,15 +227,16 @@ def _sum(call: Call) -> Pull:
 def _product(call: Call) -> Pull:
     """Products and quotients, elementwise."""
     places = call.sources
+    divides = call.name == "div"
+    # A product of two maps that both depend on the start has no linear reading: its derivative at zero is zero.
+    curved = len(places) == 2 or (divides and places == ("other",))
+    if curved and call.linear:
+        return _refuse(call, " of two maps that both depend on the source")
     if any(value.shape != call.output.shape for value in call.dependents):
         return _by_torch(call)
     if call.values.get("rounding_mode") is not None:
         return _refuse(call, " with rounding") if call.linear else _by_torch(call)
-    divides = call.name == "div"
-    # A product of two maps that both depend on the start has no linear reading: its derivative at zero is zero.
-    if len(places) == 2 or (divides and places == ("other",)):
-        if call.linear:
-            return _refuse(call, " of two maps that both depend on the source")
+    if curved:
         if divides:
             return _by_torch(call)
         a, b = (call.values[name].detach().clone() for name in ("self", "other"))
@@ -631,6 +636,9 @@ _MOVING = re.compile(
 
 _ADDING = re.compile("add|sub|rsub")
 """Sums and differences, also of tensors that are broadcast."""
+
+_JOINING = re.compile("cat|stack")
+"""Operations that put tensors side by side."""
 
 _BILINEAR = re.compile("convolution|addmm|mm|bmm|baddbmm|matmul|linear|mul|div")
 """Operations that are linear in one input while the other is constant."""

@@ -27,12 +27,15 @@ class AxisReceptiveField:
         first_pixel: the first pixel that the last position sees, and by how much more it is than for the position
             before.
         end_pixel: one past the last pixel that position 0 sees, and by how much more it is for position 1.
+        wraps: whether fields go around the border (circular padding): these two numbers are then those that the
+            positions would have on an endless map, and a field over the border is the whole axis.
     """
 
     length: int
     last: int
     first_pixel: tuple[int, int]
     end_pixel: tuple[int, int]
+    wraps: bool = False
 
     def at(self, position: int) -> tuple[int, int]:
         """The first pixel that a position sees, and one past the last."""
@@ -40,8 +43,10 @@ class AxisReceptiveField:
         end, forth = self.end_pixel
         # Fields step by a constant number of pixels from position to position. `start` is of the last position, whose
         # first pixel no border cuts off; `end` of the first position, for the same reason.
-        low = max(0, start - back * (self.last - position))
-        return low, min(self.length, end + forth * position)
+        low, high = start - back * (self.last - position), end + forth * position
+        if self.wraps and (low < 0 or high > self.length):
+            return 0, self.length
+        return max(0, low), min(self.length, high)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ _FIELDS: WeakKeyDictionary[HookedModel, dict[Site, ReceptiveField]] = WeakKeyDic
 def receptive_field(model: HookedModel, site: Site) -> ReceptiveField:
     """Measure a site's receptive field: which pixels, set to NaN, make a position NaN.
 
-    NaN passes through every operation that reads it. The first pixel is measured at the last two positions and the
+    NaN passes through every operation that reads it. Where fields go around the border (circular padding), they are
+    measured in the middle. Otherwise the first pixel is measured at the last two positions and the
     end at the first two, where the border of the input cuts a field off least; in between, both move by a constant
     step. This is exact for convolutions and pooling of any stride and padding, and to a pixel or two where a map is
     upsampled.
@@ -146,7 +152,28 @@ def _measured(model: HookedModel, spec: ImageInput, site: Site) -> ReceptiveFiel
             ]
             return length - least("end", spoils, position, position) + 1
 
+        def around() -> AxisReceptiveField | None:
+            """The fields of two neighbours in the middle, if neither goes around the border."""
+            middle = last // 2
+            one, other = ((first(p), end(p)) for p in (middle, middle + 1))
+            if (0, length) in (one, other):
+                return None
+            back, forth = other[0] - one[0], other[1] - one[1]
+            start = one[0] + back * (last - middle)
+            return AxisReceptiveField(
+                length, last, (start, back), (one[1] - forth * middle, forth), True
+            )
+
         low, high = first(last), end(0)
+        # The last position sees the first pixel, though one before it does not.
+        if (
+            last > 1
+            and low == 0
+            and not reaches(axis, lambda x: x[..., :1].fill_(torch.nan), last // 2)
+        ):
+            endless = around()
+            if endless is not None:
+                return endless
         # If the border cuts off this field already, it cuts off those of all other positions too: the step does not
         # matter, and `at` clips.
         back = low - first(last - 1) if last and low else length

@@ -43,6 +43,8 @@ class Tape:
         # For memory that was written to in place: the tensors in it that were made since. An older view of the same
         # memory has changed without an operation that the tape could see.
         self._written: dict[int, set[int]] = {}
+        # Tensors that the model computes from its input, but not from the start.
+        self._given: dict[int, Tensor] = {}
         self._first = self._last = 0
         self._modes = (_Composites(self), _Operations(self))
         self.shape: tuple[int, ...] = ()
@@ -67,6 +69,11 @@ class Tape:
         own = value.clone()
         self._first = self._track(own)
         return own
+
+    def given(self, value: Tensor) -> Tensor:
+        """Mark the model's input: with linear gates nothing may be multiplied by what is computed from it alone."""
+        self._given[id(value)] = value
+        return value
 
     def end(self, value: Tensor) -> Tensor:
         """Mark the tensor from which gradients will be pulled back."""
@@ -132,6 +139,10 @@ class Tape:
                 )
         return tuple(value for value in values if id(value) in self._tracked)
 
+    def varies(self, values: Sequence[Tensor]) -> bool:
+        """Whether one of these tensors depends on the model's input, but not on the start."""
+        return any(id(v) in self._given and id(v) not in self._tracked for v in values)
+
     def _track(self, value: Tensor) -> int:
         self._tracked[id(value)] = value
         return id(value)
@@ -146,6 +157,11 @@ class _Composites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.pad:
+            names = ("input", "pad", "mode")
+            values = {"mode": "constant"} | dict(zip(names, args, strict=False)) | kwargs
+            if values["mode"] == "circular" and self.tape.dependents([values["input"]], "pad"):
+                return _wrapped_around(values["input"], values["pad"])
         if func is not F.local_response_norm:
             return func(*args, **kwargs)
         operations = self.tape._modes[1]
@@ -162,6 +178,17 @@ class _Composites(TorchFunctionMode):
         finally:
             operations.silent = False
         return output
+
+
+def _wrapped_around(x: Tensor, pad: Sequence[int]) -> Tensor:
+    """Circular padding as a concatenation: torch writes it into parts of a new tensor, in place."""
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = x.ndim - 1 - i  # listed from the last axis backwards
+        x = x.narrow(dim, max(0, -before), x.shape[dim] + min(0, before) + min(0, after))
+        n = x.shape[dim]
+        ends = [(n - before, before), (0, n), (0, after)]
+        x = torch.cat([x.narrow(dim, start, length) for start, length in ends if length > 0], dim)
+    return x
 
 
 class _Operations(TorchDispatchMode):
@@ -181,13 +208,18 @@ class _Operations(TorchDispatchMode):
         values |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         found = self.tape.dependents(_tensors(values.values()), str(func))
         if not found:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if self.tape.varies(_tensors(values.values())):
+                for tensor in _tensors([output]):
+                    self.tape.given(tensor)
+            return output
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         linear = self.tape.gates == "linear"
         sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
         # Not every operation that writes to an argument is an in-place form (`out=`, batch norm's statistics).
         in_place = bool(written) and func.overloadpacket.__name__.endswith("_")
-        call = Call(func, values, found[0], found, sources, linear, in_place)
+        varies = linear and self.tape.varies(_tensors(values.values()))
+        call = Call(func, values, found[0], found, sources, linear, in_place, varies)
         call = call.with_copies()  # before the operation overwrites an argument
         output = func(*args, **kwargs)
         made = [values[written[0]]] if in_place else _tensors([output])
