@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from circuits.graph.blocks import FORMAT, BlockInfo, writing
 from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
+from circuits.hdf5 import opened
 from circuits.units import Unit, unknown
 
 FILE = "graph.h5"
@@ -88,7 +88,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: Any = h5py.File(path)
+            self._file: Any = opened(path)
             self.index = json.loads(bytes(self._file["index"][()]))
             if self.index["format"] != FORMAT:
                 raise KeyError(self.index["format"])
