@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and keeping the parts of long work in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,32 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Keep = Callable[[str, Callable[[], Any]], Any]
+"""How long work keeps its parts: called with the name of a part and with what makes it, as JSON has it (NaN too).
+Returns the part, which may have been made by an earlier run."""
+
+
+def make_now(name: str, make: Callable[[], Any]) -> Any:
+    """Keeps nothing: every part is made now."""
+    return make()
+
+
+def keeping(folder: Path) -> Keep:
+    """Keep parts in a folder, a file each; the folder must belong to this very work, with these settings."""
+
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name.replace(' ', '-')}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            made = json.dumps(make())  # floats are read as they were written, to the last bit
+        with replacing(path) as temporary:
+            temporary.write_text(made)
+        return json.loads(made)
+
+    return keep
 
 
 def check_writable(folder: Path, what: str) -> Path:
