@@ -186,6 +186,10 @@ class GraphStore:
         """How many edges there are."""
         return sum(info.shape[0] * info.shape[1] for info in self.blocks)
 
+    def leads(self, source: str, target: str) -> bool:
+        """Whether stored edges lead from a site to another, directly or through others."""
+        return source != target and bool(sites_between(list(self._blocks()), source, target))
+
     def _blocks(self, kinds: Sequence[str] | None = None) -> Iterator[_Block]:
         wrong = next((kind for kind in kinds or () if kind not in KINDS), None)
         if wrong is not None:
