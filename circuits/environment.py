@@ -12,5 +12,9 @@ TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
 PROGRESS = "CIRCUITS_PROGRESS"
 """The file in which a job notes how far it is."""
 
+TAKE_OVER = "CIRCUITS_TAKE_OVER"
+"""The name of a machine whose processes have all ended: locks that they left are taken over. It is needed where the
+file system has no locks of the kernel, and a process was killed on a machine that cannot be asked."""
+
 DEBUG = "CIRCUITS_DEBUG"
 """Set if errors at the command line keep their traceback."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any, get_args
 
 import numpy as np
@@ -45,6 +46,16 @@ _LEAST_ACTIVE = 0.3
 
 _ITSELF_AGAIN = 0.7
 """If units agree with themselves at least this much after half a turn, their period is half a turn."""
+
+_STEP: dict[str, float] = {"rotation": 15.0, "scale": 1.2, "mirror": 1.0, "hue": 30.0}
+"""By how much the phases of two members must differ for one to be a transformed copy of the other: degrees, a factor, 0
+against 1, degrees. Units whose phases are nearer are alike, which does not make them a family.
+"""
+
+_ALIKE = {
+    "rotation": "no member is rotated", "scale": "no member is scaled", "mirror": "no member is mirrored",
+    "hue": "no member has another hue",
+}  # fmt: skip
 
 Answers = Float[Tensor, "unit stimulus step"]
 
@@ -142,6 +153,9 @@ def families_table(families: Sequence[Family]) -> Table:
     if families:
         f = families[0]
         note = f"p: {f.null}, {f.n_null} times, seed {f.seed}; {f.stimuli}"
+    for f in families:  # only those that people put together: they are not found
+        if not _differ([m.phase for m in f.members], f.period, f.transformation):
+            note += f"\n{f.name}: {_ALIKE[f.transformation]}, its units are alike"
     columns = ("family", "site", "kind", "units", "agreement", "p", "unit (phase)")
     return Table(columns, rows, note=note)
 
@@ -268,9 +282,10 @@ def find_families(
     """Find the families of a site, the largest first.
 
     Units are clustered by agreement (average linkage); clusters whose mean agreement is at least `threshold` are
-    families. Each has a permutation p-value: the stimuli of every unit are shuffled (which keeps each unit's responses
+    families, if their members differ in the transformation at all (of mirrored units, one is the mirror image of
+    another). Each has a permutation p-value: the stimuli of every unit are shuffled (which keeps each unit's responses
     and how they change with the step, but not which stimulus they belong to), units are clustered again, and the size
-    of the largest cluster is compared with the family's.
+    of the largest cluster that would be a family is compared with the family's.
 
     Args:
         model: an image model.
@@ -312,7 +327,7 @@ def find_families(
     if len(kept) < 2:
         return []
     changes = _changes(given)[kept]
-    clusters = _clustered(agreement(changes, orbit.cyclic)[0], threshold, least)
+    clusters = _transformed(changes, orbit, threshold, least)
     generator = torch.Generator().manual_seed(seed)
     largest: list[float] = []
     for i in range(permutations if clusters else 0):
@@ -320,8 +335,8 @@ def find_families(
             [unit[torch.randperm(len(unit), generator=generator)] for unit in changes]
         )
         # The largest of all clusters, as the family was searched for among all units too.
-        found = _clustered(agreement(shuffled, orbit.cyclic)[0], threshold, 1)
-        largest.append(float(max(map(len, found))))
+        found = _transformed(shuffled, orbit, threshold, 2)
+        largest.append(float(max(map(len, found), default=1)))
         showing(shown + i + 1, total)
     null = "stimuli shuffled within each unit, clustered again"
     families = []
@@ -410,6 +425,29 @@ def _clustered(table: Tensor, threshold: float, least: int) -> list[list[int]]:
     labels = fcluster(tree, 1 - threshold, "distance")
     found = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
     return sorted((c for c in found if len(c) >= least), key=lambda c: -len(c))
+
+
+def _transformed(changes: Answers, orbit: Orbit, threshold: float, least: int) -> list[list[int]]:
+    """Clusters of units that agree, largest first, of which some are transformed copies of others."""
+    table, shifts = agreement(changes, orbit.cyclic)
+    found = []
+    for cluster in _clustered(table, threshold, least):
+        within = table[cluster][:, cluster], shifts[cluster][:, cluster]
+        if _differ(*_phases(changes[cluster], *within, orbit), orbit.transformation):
+            found.append(cluster)
+    return found
+
+
+def _differ(phases: Sequence[float], period: float, transformation: Transformation) -> bool:
+    """Whether two members are a step of the transformation apart.
+
+    >>> _differ([0.0, 0.0], 0.0, "mirror"), _differ([355.0, 5.0], 360.0, "hue"), _differ([1.0, 1.41], 0.0, "scale")
+    (False, False, True)
+    """
+    if transformation == "scale":
+        return max(phases) / min(phases) >= _STEP[transformation]
+    gaps = [abs(a - b) for a, b in combinations(phases, 2)]
+    return any((min(g, period - g) if period else g) >= _STEP[transformation] for g in gaps)
 
 
 def _mean_agreement(table: Tensor, units: list[int]) -> float:

@@ -1,18 +1,21 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and keeping the parts of long work in them."""
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from circuits.locks import Holder
+
+_ABANDONED = 7 * 24 * 3600  # seconds after which no writer of another machine is still writing
 
 
 @contextmanager
@@ -23,11 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
     not meet: the last to finish wins. What a writer left that was killed is removed by the next.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:40]}."
+    prefix = f".{path.name[:32]}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        _remove_if_left(left)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
-    fcntl.flock(handle, fcntl.LOCK_EX)  # as long as it is held, somebody is writing
+        if _is_left(left, Holder.parse(left.name.removeprefix(prefix))):
+            left.unlink(missing_ok=True)
+    # The name tells the next writer whether this one still lives: not every file system has locks.
+    mine = f"{prefix}{Holder.of(os.getpid())}."
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=mine, suffix=".tmp")
+    os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
@@ -40,19 +46,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(handle)
 
 
-def _remove_if_left(temporary: Path) -> None:
-    """Remove a temporary file that nobody holds and that is not being made just now."""
+def _is_left(temporary: Path, writer: Holder | None) -> bool:
+    """Whether a temporary file's writer has ended."""
+    lives = None if writer is None else writer.lives()
+    if lives is not None:
+        return not lives
     try:
-        with temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A file that was just made may not be locked yet.
-            if time.time() - temporary.stat().st_mtime > 1:
-                temporary.unlink()
+        return time.time() - temporary.stat().st_mtime > _ABANDONED
     except OSError:
-        return  # held, or gone
+        return False  # gone
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,6 +77,32 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Keep = Callable[[str, Callable[[], Any]], Any]
+"""How long work keeps its parts: called with the name of a part and with what makes it, as JSON has it (NaN too).
+Returns the part, which may have been made by an earlier run."""
+
+
+def make_now(name: str, make: Callable[[], Any]) -> Any:
+    """Keeps nothing: every part is made now."""
+    return make()
+
+
+def keeping(folder: Path) -> Keep:
+    """Keep parts in a folder, a file each; the folder must belong to this very work, with these settings."""
+
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name.replace(' ', '-')}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            made = json.dumps(make())  # floats are read as they were written, to the last bit
+        with replacing(path) as temporary:
+            temporary.write_text(made)
+        return json.loads(made)
+
+    return keep
 
 
 def check_writable(folder: Path, what: str) -> Path:

@@ -14,7 +14,8 @@ import h5py
 
 def opened(path: Path) -> Any:
     """A file for reading. (h5py's own types say of nothing what it is.)"""
-    return h5py.File(path)
+    # Files do not change once they have their name, and not every file system has locks.
+    return h5py.File(path, "r", locking=False)
 
 
 class _Sink:

@@ -14,7 +14,6 @@ frees a lock however its holder ends, and never of a process number, which may b
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import os
@@ -28,8 +27,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Literal, NoReturn
 
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import write_json
+from circuits.locks import hand_on, held, is_held
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
 
@@ -55,7 +55,7 @@ _ANSI = re.compile(  # colours and movements; titles and links; the rest
 _LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
 _YIELDING = 5  # of niceness: whoever looks at pages meanwhile does not wait for a job
 _MESSAGE = 500  # characters of its last line
-_A_MOMENT = 1.0  # seconds: for those who hold a lock only to look
+_STARTING = 10.0  # seconds: for those who are starting another job
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
     _check(argv, title)
     place = _place(workspace.writable())
     place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two who start the same, the second finds the first's
+    refusal = f"jobs of {str(workspace.root)!r}: another process is starting one"
+    # Of two who start the same, the second finds the first's.
+    with held(place / ".lock", refusal, _STARTING):
         for known in jobs(workspace):
             if known.state == "running" and known.argv == tuple(argv):
                 return known
@@ -220,9 +221,8 @@ def _new_folder(place: Path) -> Path:
 
 def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
     """Start a job's process, with a lock that is never free: this process hands it on while it holds it."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = folder / "lock"
+    with held(path, f"job {folder.name} is there") as lock:
         write_json(folder / "job.json", asked)  # from here on it is a job, and running
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -235,8 +235,7 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
                 pass_fds=(lock,),
             )
         os.write(lock, str(process.pid).encode())
-    finally:
-        os.close(lock)
+        hand_on(path, process.pid)
     threading.Thread(target=process.wait, daemon=True).start()  # nothing is left when it ends
 
 
@@ -310,14 +309,8 @@ def _plain(line: str) -> str:
 
 
 def _is_running(folder: Path) -> bool:
-    try:
-        with (folder / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two may ask at once
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    # A job on a machine that cannot be seen from here is running as long as it has not noted how it ended.
+    return is_held(folder / "lock", unknown=not (folder / "result.json").exists())
 
 
 def _has_ended(folder: Path, seconds: float) -> bool:
@@ -330,26 +323,9 @@ def _has_ended(folder: Path, seconds: float) -> bool:
     return True
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a job's lock; waits a moment for those who only ask whether it runs.
-
-    Raises:
-        BlockingIOError: if the job is running.
-    """
-    with (folder / "lock").open("ab") as lock:
-        until = time.monotonic() + _A_MOMENT
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    raise BlockingIOError(
-                        f"job {folder.name} is running: it has to end first"
-                    ) from error
-            time.sleep(0.02)
-        yield
+def _alone(folder: Path) -> AbstractContextManager[int]:
+    """Hold a job's lock, which is refused while the job is running."""
+    return held(folder / "lock", f"job {folder.name} is running: it has to end first")
 
 
 def _signal(folder: Path, number: signal.Signals) -> None:

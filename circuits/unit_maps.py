@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 
@@ -33,7 +34,11 @@ _COMPONENTS = 50  # before t-SNE: the rest is mostly noise, and it takes its tim
 _PERPLEXITY = 30.0
 _TIE = 1e-6  # cosines in float32 that differ by less are equal
 
+_BLUR = 1.0  # positions
+_FEWEST_CENTRED = 4  # of fewer units the mean is mostly each of them
+
 Vectors = Float[np.ndarray, "unit number"]
+Branches = Int[np.ndarray, " unit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +66,9 @@ class UnitMap:
         model_hash: of the weights.
         data: what the store's examples are; for weights, which weights they are.
         n: how many numbers describe a unit: examples, or weights.
+        same_branch: where layers write different units of the site (the branches of an inception module), the share of
+            a unit's 10 nearest on the map that its own layer writes; NaN elsewhere.
+        same_branch_by_chance: the same for neighbours drawn at random.
     """
 
     site: str
@@ -74,6 +82,8 @@ class UnitMap:
     model_hash: str
     data: str
     n: int
+    same_branch: float = float("nan")
+    same_branch_by_chance: float = float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it (NaN as null)."""
@@ -115,9 +125,13 @@ def weight_map(model: HookedModel, site: str, method: Method = "tsne", seed: int
     of zero means something, so nothing is taken away. Where layers write different units of the site (the
     branches of an inception module) their kernels are from different units, and cosines between branches
     would be zero whatever the units do. There a unit's vector is its linear expanded weights from the first
-    of the sites that are read, through everything between, if they reach all units. (`shapes` mixed3a: of
-    the ten nearest in other branches 26 % are among the ten there that answer most alike, 11 % with kernels
-    side by side; of the ten nearest anywhere 28 % and 24 %; mixed3b: 18 % and 7 %, 31 % and 32 %.)
+    of the sites that are read, through everything between, if they reach all units. These still show above all
+    which branch a unit is in: what a layer of 5 x 5 reads has another extent than what one of 1 x 1 does. So
+    they are blurred by a position, and of each branch the mean direction is taken off. What is left of that is
+    in `same_branch`. (GoogLeNet mixed3b, on 100 photographs: of the ten nearest 67 % are in the unit's branch, as
+    they come 96 %, by responses 50 %, by chance 29 %; of the ten nearest in other branches 15 % are among the ten
+    there that answer most alike, as they come 12 %; anywhere 16 % and 14 %. `shapes` mixed3b: 66 %, 98 %, 54 % and
+    28 %; 18 % and 15 %; 28 % and 28 %; mixed3a: 58 %, 73 %, 45 % and 30 %; 21 % and 22 %; 23 % and 25 %.)
 
     Args:
         model: without edits in force.
@@ -131,8 +145,10 @@ def weight_map(model: HookedModel, site: str, method: Method = "tsne", seed: int
             model is edited.
     """
     _check(method, seed)
-    vectors, data = _incoming(model, model.site(site).name)
-    return _mapped(model.site(site).name, vectors, method, "weights", seed, model.hash, data)
+    vectors, data, branches = _incoming(model, model.site(site).name)
+    return _mapped(
+        model.site(site).name, vectors, method, "weights", seed, model.hash, data, branches
+    )
 
 
 def neighbours_kept(vectors: Vectors, xy: Float[np.ndarray, "unit 2"]) -> float:
@@ -185,8 +201,8 @@ def _centred(maximum: Float[np.ndarray, "unit example"]) -> Vectors:
     return centred
 
 
-def _incoming(model: HookedModel, site: str) -> tuple[Vectors, str]:
-    """What each unit is built from, and what the numbers are."""
+def _incoming(model: HookedModel, site: str) -> tuple[Vectors, str, Branches | None]:
+    """What each unit is built from, what the numbers are, and each unit's branch if there are several."""
     order = [INPUT, *(s.name for s in model.sites)]
     layers = [layer for layer in model.weight_layers if any(w.site == site for w in layer.writes)]
     read = {r.site for layer in layers for r in layer.reads if r.direct}
@@ -195,11 +211,49 @@ def _incoming(model: HookedModel, site: str) -> tuple[Vectors, str]:
         raise ValueError(_not_built(model, site))
     parts = [part for source in sources for part in raw_weights(model, source, site)]
     beside = _side_by_side(parts, model.n_units(site))
-    if len({part.units for part in parts}) > 1:
-        expanded = expand_weights(model, sources[0], site).weight.flatten(1).numpy()
-        if not (beside.any(1) & ~expanded.any(1)).any():
-            return expanded, f"expanded weights from {sources[0]}"
-    return beside, f"weights from {', '.join(sources)}"
+    branches = _branches(parts, model.n_units(site))
+    if branches is not None:
+        expanded = expand_weights(model, sources[0], site).weight.numpy()
+        if not (beside.any(1) & ~expanded.reshape(len(expanded), -1).any(1)).any():
+            what = f"expanded weights from {sources[0]}, blurred by a position and centred in each branch"
+            return _comparable(expanded, branches), what, branches
+    return beside, f"weights from {', '.join(sources)}", branches
+
+
+def _branches(parts: Sequence[LayerWeights], n_units: int) -> Branches | None:
+    """A number for each unit, the same for units that the same layers write; None if they are all the same."""
+    writers = [
+        tuple(k for k, part in enumerate(parts) if u in set(part.units)) for u in range(n_units)
+    ]
+    numbers = {layers: number for number, layers in enumerate(dict.fromkeys(writers))}
+    return np.array([numbers[layers] for layers in writers]) if len(numbers) > 1 else None
+
+
+def _comparable(weight: Float[np.ndarray, "unit source *offset"], branches: Branches) -> Vectors:
+    """Weights of units of several branches as vectors that say what a unit does, and less where it sits."""
+    kernel = tuple(range(2, weight.ndim))
+    # A kernel of 1 x 1 has nothing where one of 5 x 5 has most of its weight.
+    blurred = gaussian_filter(weight, _BLUR, axes=kernel, mode="constant") if kernel else weight
+    vectors = _directions(blurred.reshape(len(weight), -1))
+    for number in np.unique(branches):
+        mine = np.flatnonzero((branches == number) & vectors.any(1))  # silent units stay zero
+        if len(mine) >= _FEWEST_CENTRED:
+            vectors[mine] -= vectors[mine].mean(0)
+    return vectors
+
+
+def _same_branch(points: Float[np.ndarray, "unit 2"], branches: Branches) -> tuple[float, float]:
+    """The share of each unit's nearest on a map that are in its branch, and that of units drawn at random."""
+    n = len(points)
+    k = min(NEIGHBOURS, (n - 1) // 2)
+    if k < 1:
+        return float("nan"), float("nan")
+    same = branches[:, None] == branches
+    distance = cdist(points, points)
+    np.fill_diagonal(distance, np.inf)
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :k]
+    share = np.take_along_axis(same, nearest, axis=1).mean()
+    return float(share), float((same.sum(1) - 1).mean() / (n - 1))
 
 
 def _not_built(model: HookedModel, site: str) -> str:
@@ -236,6 +290,7 @@ def _mapped(
     seed: int,
     model_hash: str,
     data: str,
+    branches: Branches | None = None,
 ) -> UnitMap:
     if len(vectors) < _FEWEST:
         raise ValueError(f"site {site!r} has {len(vectors)} units: a map takes at least {_FEWEST}")
@@ -252,6 +307,7 @@ def _mapped(
     # other.
     noise = np.random.default_rng(seed).permuted(directions, axis=0)
     noise = _directions(noise[noise.any(1)])
+    alike = (float("nan"),) * 2 if branches is None else _same_branch(points, branches[loud])
     return UnitMap(
         site=site,
         xy=_with_silent(points, loud, silent),
@@ -264,6 +320,8 @@ def _mapped(
         model_hash=model_hash,
         data=data,
         n=vectors.shape[1],
+        same_branch=alike[0],
+        same_branch_by_chance=alike[1],
     )
 
 

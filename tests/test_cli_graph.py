@@ -47,6 +47,40 @@ def test_expand(capsys, tmp_path: Path) -> None:
     assert "4 of 163, spread evenly (seed 0)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_where_the_graph_has_no_edge_it_says_what_to_build(capsys) -> None:
+    assert run(["graph", "build", "shapes"]) == 0
+    # mixed3b is put together of 64 + 96 + 64 + 32 units; 100 is of the second part, whose layer reads a bottleneck.
+    units = ["mixed3a:3", "mixed3b:100"]
+    asked = {
+        (*units,): "`circuits graph build shapes --expand mixed3a=mixed3b` stores their weights",
+        ("mixed3a:3", "mixed3a:4"): "no weights lead from one to another",
+        ("mixed3b_3x3_bottleneck:1", "mixed3b_5x5_bottleneck:1"): "no weights lead from one to another",
+        ("mixed3b:3", "--kinds", "effect"): "no edges of kind effect are stored; there are others: --kinds weight",
+        ("mixed3b:3", "--kinds", "expanded"): "--expand mixed3b_5x5_bottleneck=mixed3b` stores",
+    }  # fmt: skip
+    for words, message in asked.items():
+        capsys.readouterr()
+        assert run(["graph", "show", "shapes", *words, "--json"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["edges"] == []
+        assert message in shown.err, words
+    for left_out, message in {
+        "mixed3b_5x5:3": f"there it is mixed3b:{64 + 96 + 3}",
+        "mixed3b_pool_reduce_pre_relu:1": f"there it is mixed3b:{64 + 96 + 64 + 1}",
+        "maxpool0:5": "there it is conv2d2:5",
+        "mixed3b_pool:5": "there it is mixed3a:5",
+        "avgpool:255": "there it is mixed3b:255",
+    }.items():
+        assert run(["graph", "show", "shapes", left_out]) == 2
+        assert message in capsys.readouterr().err
+    # What it says to build gives edges.
+    assert run(["graph", "build", "shapes", "--expand", "mixed3a=mixed3b"]) == 0
+    capsys.readouterr()
+    (edge,) = output(capsys, "graph", "show", "shapes", *units, "--json")["edges"]
+    expanded = expand_weights(load_model("shapes"), "mixed3a", "mixed3b", units=[100], sources=[3])
+    assert edge["sum"] == pytest.approx(float(expanded.weight.sum()), rel=1e-4)
+
+
 def test_graph_from_build_to_export(capsys, tmp_path: Path, workspace: Path) -> None:
     built = output(capsys, "graph", "build", "shapes", "--expand", "mixed3a=mixed3b", "--json")
     assert Path(built["file"]).parent.parent == workspace

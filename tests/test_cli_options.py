@@ -180,3 +180,72 @@ def test_what_is_typed_wrongly_is_named_with_its_value(
     assert run(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+class _Clock:
+    """A clock that a test moves."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    made = _Clock()
+    monkeypatch.setattr(output, "monotonic", made)
+    monkeypatch.delenv("CIRCUITS_PROGRESS", raising=False)
+    output.begin()
+    return made
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_long_work_that_nobody_sees_says_a_line_a_minute(
+    quiet: bool, clock: _Clock, capsys
+) -> None:
+    with progress_bar("count", quiet) as move:
+        for done in range(300, 1001):  # 300 were there; 2 seconds each
+            move(done, 1000)
+            clock.now += 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1400 // 60
+    # 60 s after the first call 30 more are done: of 700, 670 are left, 2 s each.
+    assert lines[0] == "circuits: count: 330 of 1000 (33 %), 22 min left"
+    assert lines[1] == "circuits: count: 360 of 1000 (36 %), 21 min left"
+    assert lines[-1] == "circuits: count: 990 of 1000 (99 %), 20 s left"
+
+
+def test_work_of_less_than_a_minute_says_nothing(clock: _Clock, capsys) -> None:
+    with progress_bar("count") as move:
+        for done in range(60):
+            move(done, 60)
+            clock.now += 1
+    assert not capsys.readouterr().err
+
+
+def test_several_short_works_of_a_command_count_together(clock: _Clock, capsys) -> None:
+    for name in ("one", "two", "three"):
+        with progress_bar(name) as move:
+            move(0, 2)
+            clock.now += 25
+            move(1, 2)
+    assert capsys.readouterr().err == "circuits: three: 1 of 2 (50 %), 25 s left\n"
+
+
+def test_what_is_said_otherwise_is_not_said_again(clock: _Clock, capsys, monkeypatch) -> None:
+    with progress_bar("count") as move:
+        for done in range(4):  # 45 seconds each, and a line of its own each
+            clock.now += 45
+            output.tell(f"line {done}")
+            move(done, 4)
+    assert capsys.readouterr().err == "line 0\nline 1\nline 2\nline 3\n"
+    for name, value in (("CIRCUITS_PROGRESS", "/proc/nowhere"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        with progress_bar("count") as move:
+            for done in range(4):
+                clock.now += 100
+                move(done, 4)
+        monkeypatch.delenv(name)
+    assert not capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 
 from circuits.cli.main import run
 from circuits.store import shards
+from circuits.store.provenance import Provenance
 
 
 @pytest.fixture
@@ -88,9 +89,7 @@ def test_rm_asks_and_leaves_what_is_being_written(
     monkeypatch.setattr("typer.confirm", lambda *a, **k: False)
     assert run(["store", "rm", store]) == 0
     assert "kept" in capsys.readouterr().out
-    monkeypatch.setattr(shards, "PATIENCE", 0.0)
-    with (folder / ".lock").open() as lock:
-        shards.take(lock, folder)
+    with shards.locked(folder, Provenance.read(folder)):
         assert run(["store", "rm", store, "--yes"]) == 2
     assert "is being written by another process" in capsys.readouterr().err
     assert (folder / "statistics.h5").exists()

@@ -15,6 +15,7 @@ from circuits.families import (
     Family,
     agreement,
     answers,
+    families_table,
     find_families,
     load_family,
     measure_family,
@@ -24,8 +25,9 @@ from circuits.families import (
 )
 from circuits.graph.circuit import UnitGroup
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.loading import load_model
-from circuits.stimuli.orbits import hues, mirrors, rotations, scales
+from circuits.stimuli.orbits import Transformation, hues, mirrors, rotations, scales
 from circuits.units import Unit
 from circuits.weights import expand_weights
 
@@ -110,6 +112,39 @@ def test_mirrored_units_are_found() -> None:
         phases = {(m.unit.index < 4, m.phase) for m in family.members}
         assert len(indices) == 1, "a unit and its mirror image"
         assert len(phases) == len({phase for _, phase in phases}) == 2
+
+
+@pytest.mark.parametrize("kind", ["mirror", "scale", "hue"])
+def test_units_that_are_merely_alike_are_no_family(kind: Transformation) -> None:
+    """One filter eight times, but for a little noise: nothing is transformed."""
+    generator = torch.Generator().manual_seed(1)
+    conv = nn.Conv2d(3, 8, 5, bias=False)
+    with torch.no_grad():
+        weight = torch.randn(1, 3, 5, 5, generator=generator).repeat(8, 1, 1, 1)
+        conv.weight.copy_(weight + 0.05 * torch.randn(weight.shape, generator=generator))
+    model = HookedModel(nn.Sequential(conv, nn.ReLU()).eval(), (3, 48, 48))
+    assert find_families(model, "1", kind, least=2, permutations=1) == []
+    # Named by a person it is measured, and said to be none.
+    by_hand = measure_family(model, ["1:0", "1:4"], kind, permutations=9)
+    assert by_hand.score > 0.8
+    assert "its units are alike" in families_table([by_hand]).note
+
+
+def test_mirrored_families_of_a_learned_model_have_mirrored_members() -> None:
+    model = load_model("shapes")
+    found = find_families(model, "mixed3a", "mirror", least=2, permutations=1)
+    assert found
+    assert "alike" not in families_table(found).note
+    images = orbit_for(model, "mirror").images[:, 0]
+    assert isinstance(model.input, ImageInput)
+    shown = [model.input.normalize(x) for x in (images, images.flip(-1))]
+    strongest = [model.run(x, read=["mixed3a"])["mixed3a"].flatten(2).amax(2) for x in shown]
+    change = strongest[0] - strongest[1]  # how much more each unit likes an image than its mirror
+    for family in found:
+        sides = [[m.unit.index for m in family.members if m.phase == side] for side in (0.0, 1.0)]
+        assert all(sides), family.name
+        one, other = (change[:, side].mean(1) for side in sides)
+        assert float((one * other).sum()) < 0, "one likes more what the other likes less"
 
 
 def test_random_units_are_no_family() -> None:

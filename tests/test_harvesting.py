@@ -30,6 +30,7 @@ from circuits.store import ActivationStore, Provenance, StaleCacheError, shards
 from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
 from tests.forked import COMMAND_LINE, Forked, ranks
+from tests.test_locks import WITHOUT
 
 
 @pytest.fixture(scope="module")
@@ -338,15 +339,16 @@ h.harvest(load_model("cleanroom"), some, ["line"], Workspace(Path(sys.argv[1])),
 """
 
 
-def test_killed_harvest_resumes_to_identical_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["", WITHOUT], ids=["kernel", "without locks"])
+def test_killed_harvest_resumes_to_identical_files(before: str, tmp_path: Path) -> None:
     def finished(place: Path) -> dict[str, str]:
-        assert Forked(KILLED, place).wait() == 0
+        assert Forked(before + KILLED, place).wait() == 0
         (statistics,) = place.glob("*/*/*/statistics.h5")
         return digests(statistics.parent)
 
     place = tmp_path / "killed"
     for n in (1, 4):  # kill it each time a few more are there
-        process = Forked(KILLED, place)
+        process = Forked(before + KILLED, place)
         while process.running() and len(list(place.glob("*/*/*/shard-*.h5"))) < n:
             time.sleep(0.005)
         assert process.running(), "it must be killed while it works"

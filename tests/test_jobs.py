@@ -6,6 +6,7 @@ process is forked, see `Forked`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -177,6 +178,17 @@ def _folder(place: Workspace, id: str = "20260101-000000-000000", **files: str) 
     return folder
 
 
+@pytest.fixture(params=["kernel", "none"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system with the kernel's locks, and on one without."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if request.param == "none":
+        monkeypatch.setattr(fcntl, "flock", refused)
+
+
 @contextmanager
 def _held(folder: Path, content: str) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
@@ -192,7 +204,7 @@ def _start(argv: list[str], said: Path) -> None:
 
 
 def test_a_job_outlives_its_starter_is_cancelled_and_goes_on(
-    place: Workspace, harvest: list[str], forking: None, tmp_path: Path
+    locks: None, place: Workspace, harvest: list[str], forking: None, tmp_path: Path
 ) -> None:
     starter = get_context("fork").Process(target=_start, args=(harvest, tmp_path / "said"))
     with warnings.catch_warnings():
@@ -230,7 +242,11 @@ def test_a_job_outlives_its_starter_is_cancelled_and_goes_on(
 
 
 def test_two_at_once_of_which_one_fails_and_one_is_killed(
-    place: Workspace, harvest: list[str], forking: None, monkeypatch: pytest.MonkeyPatch
+    locks: None,
+    place: Workspace,
+    harvest: list[str],
+    forking: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     killed = start(place, harvest, title="Long")
     monkeypatch.setattr(circuits.jobs, "subprocess", subprocess)  # the other is a new Python
@@ -368,7 +384,6 @@ def test_the_log_is_plain(place: Workspace) -> None:
 def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monkeypatch) -> None:
     folder = _folder(place)
     monkeypatch.setattr(circuits.jobs, "PATIENCE", ((signal.SIGINT, 0.0),))
-    monkeypatch.setattr(circuits.jobs, "_A_MOMENT", 0.0)
     monkeypatch.setattr(os, "killpg", lambda *a: pytest.fail(f"killpg{a}"))
     with _held(folder, group):
         (found,) = jobs(place)

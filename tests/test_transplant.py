@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from circuits.examples import as_examples
+from circuits.files import Keep, keeping, make_now
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.transplant import Tuned, grafted, match_and_fit, match_angles, measure_transplant
 from circuits.transplant.grafts import _fit, _moved, apart, shuffled, with_random_weights
+from tests.forked import Forked
 
 
 class Small(nn.Module):
@@ -187,6 +193,61 @@ def test_a_report_against_its_definition() -> None:
     facts = report.to_dict()
     assert facts["conditions"][4]["p_kl"] is None
     assert facts["matches"][0]["host"] == "act:0"
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from circuits.files import keeping
+from tests.test_transplant import measured
+
+def slowly(name, make):
+    value = kept(name, make)
+    time.sleep(0.1)
+    return value
+
+kept = keeping(Path(sys.argv[1]))
+measured(slowly)
+"""
+
+
+def measured(keep: Keep) -> dict[str, Any]:
+    """A transplant from matching to its report, in three batches."""
+    model, donor = host(), twin()
+    calibration, evaluation = images(16, 1), images(24, 2)
+    graft = match_and_fit(
+        model, tuned("act", model), donor, [tuned("pre", donor)], calibration, keep=keep
+    )
+    return measure_transplant(
+        model, graft, calibration, evaluation, n_random=2, batch=8, keep=keep
+    ).to_dict()
+
+
+def test_killed_it_goes_on_from_its_parts_to_the_same_numbers(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    parts = [
+        "answers", "batch-0", "batch-1", "batch-2", "best-constant", "fit", "means", "random-weights-1",
+        "random-weights-2", "shuffled-1", "shuffled-2",
+    ]  # fmt: skip
+    whole = measured(make_now)
+    start = f"import torch; torch.set_num_threads({threads})\n"
+    for n in (1, 4, 8, 10):  # it is killed each time with a few more
+        process = Forked(start + _KILLED, tmp_path, out=tmp_path / f"{n}.log")
+        while process.running() and len(list(tmp_path.glob("*.json"))) < n:
+            time.sleep(0.005)
+        assert process.running(), (tmp_path / f"{n}.log").read_text()
+        process.kill()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert 10 <= len(before) < len(parts) + 1
+    assert measured(keeping(tmp_path)) == whole
+    now = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert sorted(now) == [f"{name}.json" for name in parts]
+    assert {name: now[name] for name in before} == before, "nothing was made again"
+
+    def refuse(name: str, make: object) -> Any:
+        return keeping(tmp_path)(name, lambda: pytest.fail(f"{name} is made again"))
+
+    assert measured(refuse) == whole
 
 
 @pytest.mark.parametrize(

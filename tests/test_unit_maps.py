@@ -20,7 +20,7 @@ from circuits.models.zoo.loading import load_model
 from circuits.stimuli.sources import open_source
 from circuits.store import ActivationStore, Provenance, Summary
 from circuits.store.provenance import Depth
-from circuits.unit_maps import UnitMap, neighbours_kept, response_map, weight_map
+from circuits.unit_maps import UnitMap, _comparable, neighbours_kept, response_map, weight_map
 from circuits.units import Site
 from circuits.workspace import Workspace
 from tests.conftest import Branches, seeded
@@ -197,7 +197,8 @@ def test_a_map_says_what_it_is_of() -> None:
     assert raw.pop("xy") == found.xy.tolist()
     assert raw == {
         "site": "s", "method": "tsne", "of": "responses", "kept": found.kept, "shuffled": found.shuffled,
-        "silent": [], "seed": 2, "model_hash": "m" * 64, "data": "d", "n": 100,
+        "silent": [], "seed": 2, "model_hash": "m" * 64, "data": "d", "n": 100, "same_branch": None,
+        "same_branch_by_chance": None,
     }  # fmt: skip
 
 
@@ -229,8 +230,10 @@ def test_twins_in_two_branches_are_neighbours() -> None:
         module.same.weight.copy_(torch.eye(6)[:, :, None, None])
         module.through.weight.zero_()[:, :, 1, 1] = module.direct.weight[:, :, 0, 0]
     model = HookedModel(module, (3, 12, 12))
-    found = weight_map(model, "cat")
-    assert found.data == "expanded weights from stem_relu"
+    found = weight_map(
+        model, "cat", "pca"
+    )  # t-SNE of 16 points does not always keep equal ones together
+    assert found.data.startswith("expanded weights from stem_relu, blurred")
     twin = (np.arange(16) + 8) % 16
     assert (nearest(found.xy, 1)[:, 0] == twin).all()
 
@@ -250,8 +253,39 @@ def test_kernels_of_one_source_stand_as_they_are() -> None:
 
 def test_a_trained_inception_module() -> None:
     found = weight_map(load_model("shapes"), "mixed3b")
-    assert found.data == "expanded weights from mixed3a"
+    assert found.data.startswith("expanded weights from mixed3a, blurred")
     assert found.kept > 2 * found.shuffled
+    # 64 + 96 + 64 + 32 units: of 255 others so many are in a unit's branch.
+    sizes = np.array([64, 96, 64, 32])
+    chance = (sizes * (sizes - 1)).sum() / 256 / 255
+    assert found.same_branch_by_chance == pytest.approx(chance)
+    branch = np.repeat(range(4), sizes)
+    counted = np.mean([branch[near] == branch[k] for k, near in enumerate(nearest(found.xy, 10))])
+    assert found.same_branch == pytest.approx(counted)
+    assert found.same_branch < 0.8, "it is 1.00 with the weights as they come"
+
+
+def test_units_of_branches_that_read_alike_lie_together_wherever_they_sit() -> None:
+    """Twelve patterns, each in a branch of 1 x 1 and in one of 5 x 5 that spreads it, with a mean of each branch's."""
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(size=(12, 20)).repeat(4, axis=0) + 0.3 * rng.normal(size=(48, 20))
+    branches = np.arange(48) % 2
+    weight = np.zeros((48, 20, 5, 5), np.float32)
+    weight[:, :, 2, 2] = patterns + 2 * rng.normal(size=(2, 20))[branches]
+    spread = weight[branches == 1, :, 2, 2]
+    weight[branches == 1] = spread[..., None, None] * rng.uniform(0.5, 1.5, (24, 20, 5, 5))
+    group = np.arange(48) // 4
+
+    def found_by(vectors: np.ndarray) -> float:
+        """The share of a unit's three nearest by cosine that have its pattern."""
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        cosine = unit @ unit.T - 9 * np.eye(48)
+        return float(np.mean(group[np.argsort(-cosine, axis=1)[:, :3]] == group[:, None]))
+
+    silent = np.zeros((1, 20, 5, 5), np.float32)
+    made = _comparable(np.concatenate([weight, silent]), np.append(branches, 0))
+    assert not made[-1].any(), "a unit without weights stays silent"
+    assert found_by(made[:-1]) > 0.9 > 0.5 > found_by(weight.reshape(48, -1))
 
 
 # --- what hand-written curves look like ----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pandas as pd
@@ -15,7 +16,7 @@ from circuits.graph.circuit import Node
 from circuits.graph.layout import PLACE
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store import ActivationStore
-from circuits.unit_maps import Method
+from circuits.unit_maps import Method, UnitMap
 from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord
 
@@ -59,7 +60,7 @@ def map_panel(
     st.caption(
         f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "
         f"unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
-        f"{100 * found.shuffled:.0f} %)."
+        f"{100 * found.shuffled:.0f} %)." + _branch_note(found)
     )
     how = f"weight_map(model, {site.name!r}, {method!r})"
     if not by_weights:
@@ -71,3 +72,13 @@ found = {how}
 print(found.xy, found.kept, found.shuffled)
 """)
     return Unit.parse(tapped) if tapped else None
+
+
+def _branch_note(found: UnitMap) -> str:
+    """How much of a map is where units sit and not what they do."""
+    if math.isnan(found.same_branch):
+        return ""
+    return (
+        f" Of the 10 nearest here {100 * found.same_branch:.0f} % are in a unit's own branch, by chance "
+        f"{100 * found.same_branch_by_chance:.0f} %."
+    )

@@ -1,13 +1,15 @@
 """The case: curve detectors written by hand, shown as the articles show theirs, and put into other networks.
 
 Cammarata et al. 2020, "Curve Detectors", and 2021, "Curve Circuits" (Distill). Each stage is kept in the workspace by
-what it was made from, so that a second run, or one after an interruption, makes only what is missing.
+what it was made from, and of the transplant each part, so that a second run, or one after an interruption, makes only
+what is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from cases.curve_detector.page import write_page
 from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import provenance
 from circuits.figures import save_figure
-from circuits.files import write_json
+from circuits.files import Keep, keeping, write_json
 from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
@@ -44,7 +46,7 @@ class Result:
     folder: Path
 
 
-Make = Callable[[Progress], Stage]
+Make = Callable[[Progress, Keep], Stage]
 
 
 def run(
@@ -69,12 +71,12 @@ def run(
     own = {"host": host.hash, "site": site, "images": images.facts}
     moving = f"transplant into {host.name}"
     stages: dict[str, tuple[dict[str, Any], Make]] = {
-        "tuning": (base, lambda _: evidence.tuning(model, options)),
-        "negative weights": (base, lambda _: evidence.echo(model, options)),
-        "weights": (base, lambda _: evidence.weights(model, options)),
-        "pictures": (base, lambda _: evidence.pictures(model, options)),
-        "photographs": (base, lambda _: evidence.photographs(model, options)),
-        moving: (base | own, lambda note: hosts.transplant(model, host, images, options, note)),
+        "tuning": (base, lambda *_: evidence.tuning(model, options)),
+        "negative weights": (base, lambda *_: evidence.echo(model, options)),
+        "weights": (base, lambda *_: evidence.weights(model, options)),
+        "pictures": (base, lambda *_: evidence.pictures(model, options)),
+        "photographs": (base, lambda *_: evidence.photographs(model, options)),
+        moving: (base | own, lambda *how: hosts.transplant(model, host, images, options, *how)),
     }
     folder = workspace.writable().root / "cases" / NAME
     made: dict[str, tuple[dict[str, Any], dict[str, Path]]] = {}
@@ -133,12 +135,13 @@ def _kept(
             return known["numbers"], paths
     except (OSError, ValueError, KeyError):
         pass  # there is none, or it was not finished: it is made now
-    stage = make(progress)
+    stage = make(progress, keeping(place / "parts"))
     place.mkdir(parents=True, exist_ok=True)
     files = {caption: f"figure-{k}.png" for k, caption in enumerate(stage.figures)}
     for caption, figure in stage.figures.items():
         save_figure(figure, place / files[caption])
     write_json(place / "stage.json", {"numbers": stage.numbers, "figures": files, "facts": facts})
+    shutil.rmtree(place / "parts", ignore_errors=True)  # all of them are in it
     # read back, so that a first run and one from the cache say the same
     numbers = json.loads((place / "stage.json").read_text())["numbers"]
     return numbers, {caption: place / file for caption, file in files.items()}

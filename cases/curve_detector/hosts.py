@@ -15,6 +15,7 @@ from cases.curve_detector import drawing
 from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import FAMILIES
 from circuits.examples import Examples
+from circuits.files import Keep
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
@@ -22,9 +23,12 @@ from circuits.stimuli.shapes import CLASSES, draw_shapes
 from circuits.stimuli.sources import Source, open_source
 from circuits.transplant import Graft, Tuned, match_and_fit, measure_transplant
 from circuits.tuning import find_curve_units
+from circuits.units import Unit
 
 SITES = {"shapes": "mixed3b_5x5", "googlenet": "mixed3b_5x5"}
 """Where curve units are looked for, unless told otherwise: the branch with the largest kernels."""
+
+_LOOKING = 5  # looking for curve units is one part in so many, for the progress bar
 
 
 def site_of(host: HookedModel, options: Options) -> str:
@@ -49,20 +53,27 @@ def transplant(
     host: HookedModel,
     images: Images,
     options: Options,
-    progress: Progress | None = None,
+    progress: Progress,
+    keep: Keep,
 ) -> Stage:
     site = site_of(host, options)
-    found = [c for c in find_curve_units(host, site, seed=options.seed) if c.is_curve_unit]
-    if len(found) < 3:
-        raise ValueError(
-            f"site {site} of {host.name} has {len(found)} curve units by their tuning: a family has at least 3"
+
+    def look() -> list[tuple[str, float]]:
+        found = find_curve_units(
+            host, site, seed=options.seed, progress=lambda done, n: progress(done, _LOOKING * n)
         )
-    hosts = [Tuned(c.unit, c.tuning.measures.direction.value) for c in found]
+        return [(str(c.unit), c.tuning.measures.direction.value) for c in found if c.is_curve_unit]
+
+    hosts = [Tuned(Unit.parse(unit), angle) for unit, angle in keep("curve units", look)]
+    if len(hosts) < 3:
+        raise ValueError(
+            f"site {site} of {host.name} has {len(hosts)} curve units by their tuning: a family has at least 3"
+        )
     calibration, evaluation = images.load()
-    graft = match_and_fit(host, hosts, model, curve_families(model), calibration)
+    graft = match_and_fit(host, hosts, model, curve_families(model), calibration, keep=keep)
     report = measure_transplant(
         host, graft, calibration, evaluation, n_random=1 if options.fast else 3, seed=options.seed,
-        progress=progress,
+        progress=lambda done, n: progress(n + (_LOOKING - 1) * done, _LOOKING * n), keep=keep,
     )  # fmt: skip
     alike, crops = _side_by_side(host, graft, evaluation, options.seed)
     numbers = {

@@ -17,7 +17,7 @@ from circuits.autoencoders.layouts import Layout, export_autoencoder, import_aut
 from circuits.cli import options
 from circuits.cli.choosing import labels_of, readable
 from circuits.cli.latents import bottleneck, name_latents
-from circuits.cli.output import errors, note, progress_bar, say, warn
+from circuits.cli.output import leads, note, progress_bar, say, tell, warn
 from circuits.cli.signatures import argument, command, option
 from circuits.examples import LIMIT, Examples
 from circuits.models.adapter.attaching import check_name
@@ -233,11 +233,11 @@ def _training_bar(what: str, quiet: bool) -> Iterator[Report]:
 
         def report(progress: TrainingProgress) -> None:
             nonlocal told
-            move(progress.step, progress.steps)
             tenth = progress.step * 10 // progress.steps
-            if not quiet and tenth > told:
+            if not quiet and tenth > told and leads():
                 told = tenth
-                errors.print(str(progress))
+                tell(str(progress))
+            move(progress.step, progress.steps)
 
         yield report
 

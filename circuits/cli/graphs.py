@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.output import warn
 from circuits.cli.signatures import argument, command, option
 from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
+from circuits.graph.blocks import BlockInfo
+from circuits.graph.circuit import KINDS
 from circuits.graph.formats import check_format, read_circuit, to_node_link, write_circuit
 from circuits.graph.saved import (
     KIND,
@@ -26,7 +31,7 @@ from circuits.models.adapter.topology import INPUT
 from circuits.tables import Table
 from circuits.units import Unit
 from circuits.weights import ExpandedWeights, expand_weights
-from circuits.weights.graphs import build_graph, expanded_block
+from circuits.weights.graphs import build_graph, expanded_block, graph_units
 from circuits.workspace import Workspace
 
 app = Typer(
@@ -58,8 +63,8 @@ class CircuitOptions:
         "With --circuit: which of its versions. By default the last."
     )] = None  # fmt: skip
 
-    def find(self, model: HookedModel, place: Workspace) -> CircuitGraph:
-        """The circuit, saved or out of the graph.
+    def find(self, model: HookedModel, place: Workspace, spec: str) -> CircuitGraph:
+        """The circuit, saved or out of the graph; if no edge is stored, a warning says what to build.
 
         Raises:
             ValueError: if units and a saved circuit are named, or neither.
@@ -72,13 +77,72 @@ class CircuitOptions:
             return saved.checked(model.hash, _known_units(model))
         with GraphStore(place.model_folder(model.hash), model.hash) as store:
             kinds = [part.strip() for part in self.kinds.split(",") if part.strip()] or None
+            units = [_unit_of(store, model, text) for text in self.units]
             if self.to:
-                if len(self.units) != 1:
-                    raise ValueError(f"--to needs one unit to start from, got {len(self.units)}")
-                return store.paths(self.units[0], self.to, self.top, kinds or ("weight",))
-            if len(self.units) > 1:
-                return store.subgraph(self.units, kinds)
-            return store.neighbourhood(self.units[0], self.hops, self.top, kinds)
+                if len(units) != 1:
+                    raise ValueError(f"--to needs one unit to start from, got {len(units)}")
+                end = _unit_of(store, model, self.to)
+                return store.paths(units[0], end, self.top, kinds or ("weight",))
+            if len(units) > 1:
+                found = store.subgraph(units, kinds)
+            else:
+                found = store.neighbourhood(units[0], self.hops, self.top, kinds)
+            if not found.number_of_edges():
+                warn(_why_empty(store, units, kinds or KINDS, spec))
+            return found
+
+
+def _unit_of(store: GraphStore, model: HookedModel, text: str) -> Unit:
+    """A unit of the graph by any name of its site.
+
+    Raises:
+        KeyError: if the site is unknown.
+        ValueError: if the graph leaves the site out; the message says which units it has instead.
+    """
+    unit = Unit.parse(text)
+    if unit.site in store.sites or unit.site not in {
+        n for s in model.sites for n in (s.name, *s.aliases)
+    }:
+        return store.check(unit)
+    unit = Unit(model.site(unit.site).name, model.unit(text).index)
+    if unit.site in store.sites:
+        return unit
+    same = graph_units(model, unit, store.sites)
+    instead = f"there it is {', '.join(map(str, same))}" if same else "it has no weights"
+    raise ValueError(f"unit {unit} is of a site that the graph leaves out: {instead}")
+
+
+def _why_empty(store: GraphStore, units: Sequence[Unit], kinds: Sequence[str], spec: str) -> str:
+    """What to do where no edge of some units was found."""
+    names = ", ".join(map(str, units))
+    sites = sorted({unit.site for unit in units}, key=list(store.sites).index)
+    indices = {site: [u.index for u in units if u.site == site] for site in sites}
+
+    def touches(info: BlockInfo) -> bool:
+        into = any(info.row(i) is not None for i in indices.get(info.target, ()))
+        out = any(info.column(i) is not None for i in indices.get(info.source, ()))
+        return (into and out) if len(units) > 1 else (into or out)
+
+    stored = list(dict.fromkeys(info.kind for info in store.blocks if touches(info)))
+    if asked := [kind for kind in stored if kind in kinds]:
+        return f"{names}: all stored edges of kind {', '.join(asked)} are zero"
+    why = "no layer connects them directly"
+    if stored:
+        why = f"no edges of kind {', '.join(kinds)} are stored; there are others: --kinds {','.join(stored)}"
+    if len(units) == 1:
+        earlier = [site for site in store.sites if store.leads(site, sites[0])]
+        pairs = [(site, sites[0]) for site in earlier[-1:]]
+    else:
+        pairs = [pair for pair in combinations(sites, 2) if store.leads(*pair)]
+    if not pairs:
+        return f"{names}: no weights lead from one to another, directly or through other sites"
+    if "expanded" not in kinds:
+        return f"{names}: {why}"
+    expand = " ".join(f"--expand {source}={target}" for source, target in pairs)
+    return (
+        f"{names}: {why}. `circuits graph build {spec} {expand}` stores their weights through the layers in between, "
+        "as edges of kind expanded"
+    )
 
 
 def _known_units(model: HookedModel) -> dict[str, int]:
@@ -144,7 +208,7 @@ def show(
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
     loaded, place = model.load(), model.place
-    found = circuit.find(loaded, place)
+    found = circuit.find(loaded, place, model.spec)
     if save:
         save_circuit(place.writable().database, save, found, note)
     if output.figure is not None:
@@ -169,7 +233,7 @@ def export(
     """Write a circuit to a file that other programs read."""
     options.check_out(out)
     check_format(out, format)
-    found = circuit.find(model.load(), model.place)
+    found = circuit.find(model.load(), model.place, model.spec)
     write_circuit(found, out, format)
     nodes, edges = found.number_of_nodes(), found.number_of_edges()
     line = f"{nodes} units and {edges} edges written to {out}"

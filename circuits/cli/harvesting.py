@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from typer import Typer
 
 from circuits.cli import options
-from circuits.cli.output import note, warn
+from circuits.cli.output import leads, note, warn
 from circuits.cli.signatures import command, option
 from circuits.cli.stores import show_store
 from circuits.harvesting import harvest as run
@@ -94,8 +93,7 @@ def harvest(
     loaded = model.load()
     source = open_source(data)
     record = model.record(loaded)
-    lead = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
-    if lead:
+    if leads():
         _note_stale(place, record, source)
     files = isinstance(source, ImageSource) and source.folder is not None
     settings: dict[str, Any] = vars(how) | {
@@ -105,13 +103,12 @@ def harvest(
     summary, full, covariance = (
         _names(loaded, s) for s in (depth.sites, depth.full, depth.covariance)
     )
-    quiet = replace(output, json=output.json or not lead)
-    with quiet.progress(f"harvest {model.spec} on {data}") as progress:
+    with output.progress(f"harvest {model.spec} on {data}") as progress:
         store = run(
             loaded, source, summary, place, record, progress=progress, full=full, covariance=covariance,
             overwrite=not resume, **settings,
         )  # fmt: skip
-    if lead:
+    if leads():
         n = len(source) - len(store.skipped)
         # What was skipped is said with what else is wrong with the store, or in its JSON.
         if told := account(source, n, "all that can be read", {}):

@@ -14,7 +14,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from circuits import __version__
 from circuits.cli.commands import Commands
-from circuits.cli.output import errors, say
+from circuits.cli.output import begin, errors, leads, say
 from circuits.environment import DEBUG, WORKSPACE
 
 _INTERRUPTED = 130  # the exit code of what was stopped by Ctrl-C
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    begin()
     try:
         with _workspace_of(given):
             code = app(args=given, prog_name="circuits", standalone_mode=False)
@@ -132,7 +133,7 @@ def _message(error: Exception) -> str:
 
 def _fail(message: str, code: int) -> int:
     """Say why in a line, once for all ranks of `torchrun`, which fail together."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+    if not leads():
         return code
     line = " ".join(message.split())
     errors.print(f"circuits: {line}", markup=False, highlight=False, style="red")

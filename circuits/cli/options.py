@@ -456,7 +456,7 @@ class Output:
     json: Annotated[bool, option("Print the result as JSON instead of tables.", "--json")] = False
 
     def progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A progress bar, unless JSON is printed."""
+        """A progress bar; if JSON is printed, only a line a minute."""
         return progress_bar(what, quiet=self.json)
 
     def show(self, facts: Any, parts: Iterable[Table | str] = ()) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import rich.table
@@ -26,6 +27,7 @@ from circuits.tables import Table
 
 _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width to fit
 _NOTE_EVERY = 0.25  # seconds
+_LINE_EVERY = 60.0  # seconds
 
 
 class _PlainConsole(Console):
@@ -72,30 +74,102 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print one line on stderr that is worth knowing."""
-    errors.print(f"circuits: {text}")
+    tell(f"circuits: {text}")
 
 
 def warn(text: str) -> None:
     """Print one line on stderr that is no error."""
-    errors.print(f"circuits: {text}", style="yellow")
+    tell(f"circuits: {text}", style="yellow")
+
+
+@dataclass
+class _Silence:
+    """Since when nothing has been said on stderr; None if no work has begun."""
+
+    since: float | None = None
+
+
+_silence = _Silence()
+
+
+def begin() -> None:
+    """Begin a command: the minute until the first line of its long work is counted from its first progress."""
+    _silence.since = None
+
+
+def tell(text: str, style: str | None = None) -> None:
+    """Print one line on stderr as it is."""
+    errors.print(text, style=style)
+    _silence.since = monotonic()
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: rank 0 of those that `torchrun` started, or the only one."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, and in the file of a job; yields the callback that moves it."""
+    """A progress bar on stderr, and in the file of a job; yields the callback that moves it.
+
+    Where no bar can be seen, a line a minute says how far it is; a job's file says it already.
+    """
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    hidden = quiet or not sys.stderr.isatty()
+    hidden = quiet or not sys.stderr.isatty() or not leads()
+    lines = _Lines(what) if hidden and leads() and PROGRESS not in os.environ else None
     bar = Progress(*columns, console=errors, transient=True, disable=hidden)
     with bar, _noting(what) as note:
         task = bar.add_task(what, total=None)
 
         def move(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
+            if lines is not None:
+                lines.move(done, total)
             note(done, total)
 
         yield move
+
+
+class _Lines:
+    """Says how far work is when nothing has been said for a minute.
+
+    Args:
+        what: the work.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.done = 0
+        self.first: tuple[int, float] | None = None
+        if _silence.since is None:
+            _silence.since = monotonic()
+
+    def move(self, done: int, total: int) -> None:
+        """Note how much is done, and say it if it is time to."""
+        now = monotonic()
+        if self.first is None or done < self.done:  # what was there before, or the next of several
+            self.first = done, now
+        self.done = done
+        if _silence.since is None or now - _silence.since < _LINE_EVERY or total <= 0:
+            return
+        text = f"{self.what}: {done} of {total} ({100 * done // total} %)"
+        before, since = self.first
+        if before < done:
+            text += f", {_duration((now - since) * (total - done) / (done - before))} left"
+        note(text)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(50), _duration(130), _duration(7500)
+    ('50 s', '2 min', '2 h 5 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -108,9 +182,9 @@ def _noting(what: str) -> Iterator[Callable[[int, int], None]]:
     def note(done: int, total: int) -> None:
         nonlocal due
         last.update(what=what, done=int(done), total=int(total))
-        if time.monotonic() >= due:
+        if monotonic() >= due:
             write()
-            due = time.monotonic() + _NOTE_EVERY
+            due = monotonic() + _NOTE_EVERY
 
     def write() -> None:
         if path and last:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
+from circuits.files import Keep, make_now
 from circuits.hooks import Change, placed
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
@@ -82,6 +85,7 @@ def run(
     memory: int = MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Keep = make_now,
 ) -> Outcomes:
     """Run a model and variants of it over a task.
 
@@ -98,6 +102,7 @@ def run(
         memory: a rough limit for one pass, in bytes.
         seed: the seed for the record, and of intervals.
         progress: called with the work done and the total, in examples times variants.
+        keep: keeps the numbers of each batch, so that a run which is killed goes on; not together with `look`.
 
     Raises:
         KeyError: if a site, layer or unit is unknown.
@@ -120,21 +125,17 @@ def run(
     values: dict[str, list[np.ndarray]] = {m.name: [] for m in own}
     counts: list[np.ndarray] = []
     order: list[int] = []
-    done, total = 0, len(task) * len(names)
-    for part in task.batches(batch, _needs_one_length(own, plans)):
+    total = len(task) * len(names)
+    for number, part in enumerate(task.batches(batch, _needs_one_length(own, plans))):
+        before = len(order) * len(names)
+        told = None if progress is None else partial(_tell, progress, before, total)
+        shown = _swapped(part) if corrupted else part
+        make = partial(_numbers, runner, task, own, part, shown, look, told)
+        made = keep(f"batch {number}", make)
         order += part.which
-        found: list[dict[str, np.ndarray]] = [{} for _ in names]
-        for k, reading, intact in runner.readings(_swapped(part) if corrupted else part):
-            found[k] = {m.name: _measure(m, reading, intact, k, part, task) for m in own}
-            if look is not None:
-                look(k, part, reading, intact)
-            done += len(part)
-            if progress is not None:
-                progress(done, total)
-            if k == 0:
-                counts.append(_counted_positions(reading))
+        counts.append(np.array(made["positions"], float))
         for metric in own:
-            values[metric.name].append(np.stack([f[metric.name] for f in found]))
+            values[metric.name].append(np.array(made["values"][metric.name], float))
     # Batches put texts of similar length together; results are returned in the task's own order.
     back = np.argsort(order)
     joined = {name: np.concatenate(rows, 1)[:, back] for name, rows in values.items()}
@@ -142,6 +143,34 @@ def run(
         own, names, joined, np.concatenate(counts)[back], task.clusters, task.examples.labels,
         Record.of(model, task, seed),
     )  # fmt: skip
+
+
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _numbers(
+    runner: _Runner,
+    task: Task,
+    measures: Sequence[Metric],
+    part: TaskBatch,
+    shown: TaskBatch,
+    look: Look | None,
+    told: Callable[[int], object] | None,
+) -> dict[str, Any]:
+    """The numbers of a batch, as JSON has them: each measure, variant by example, and the counted positions."""
+    values: dict[str, list[list[float]]] = {m.name: [[]] * runner.n_variants for m in measures}
+    positions: list[float] = []
+    for done, (k, reading, intact) in enumerate(runner.readings(shown), 1):
+        for m in measures:
+            values[m.name][k] = _measure(m, reading, intact, k, part, task).tolist()
+        if look is not None:
+            look(k, part, reading, intact)
+        if told is not None:
+            told(done * len(part))
+        if k == 0:
+            positions = _counted_positions(reading).tolist()
+    return {"values": values, "positions": positions}
 
 
 def _variant_names(plans: Sequence[Prepared]) -> tuple[str, ...]:
@@ -235,6 +264,7 @@ class _Runner:
         )  # whether every position of the output is needed
         self.passes: list[_SharedPass] | None = None
         self.places: tuple[TaskBatch, Places] | None = None  # those of the current batch
+        self.n_variants = 1 + len(plans)
 
     def readings(self, part: TaskBatch) -> Iterator[tuple[int, Reading, Reading]]:
         """The intact model's reading of a batch (index 0), then each variant's."""

@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from circuits.graph.blocks import FORMAT, BlockInfo, writing
 from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
+from circuits.hdf5 import opened
 from circuits.units import Unit, unknown
 
 FILE = "graph.h5"
@@ -88,7 +88,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: Any = h5py.File(path)
+            self._file: Any = opened(path)
             self.index = json.loads(bytes(self._file["index"][()]))
             if self.index["format"] != FORMAT:
                 raise KeyError(self.index["format"])
@@ -185,6 +185,10 @@ class GraphStore:
     def n_edges(self) -> int:
         """How many edges there are."""
         return sum(info.shape[0] * info.shape[1] for info in self.blocks)
+
+    def leads(self, source: str, target: str) -> bool:
+        """Whether stored edges lead from a site to another, directly or through others."""
+        return source != target and bool(sites_between(list(self._blocks()), source, target))
 
     def _blocks(self, kinds: Sequence[str] | None = None) -> Iterator[_Block]:
         wrong = next((kind for kind in kinds or () if kind not in KINDS), None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +23,7 @@ from circuits.autoencoders.files import FILE, read_tensors
 from circuits.autograd import recording_gradients
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
+from circuits.locks import held
 from circuits.models.adapter.attaching import check_name
 from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
 from circuits.sae.learners import Hyperparameters, Learner
@@ -407,26 +407,14 @@ def _averaged(
 @contextmanager
 def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
     """Lock the folder against other trainings inside the block; remove it at the end if nothing was written."""
-    with ranks.lead() as lead:
-        handle = None
-        if lead:
-            handle = os.open(place / ".lock", os.O_CREAT | os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                raise BlockingIOError(
-                    f"folder {str(place)!r}: somebody else is training into it; wait, or choose another name"
-                ) from None
-    try:
+    refusal = (
+        f"folder {str(place)!r}: somebody else is training into it; wait, or choose another name"
+    )
+    with ExitStack() as stack:
+        with ranks.lead() as lead:
+            if lead:
+                stack.enter_context(held(place / ".lock", refusal, tidy=True))
         yield
-    finally:
-        if handle is not None:
-            # While the lock is still held, so that no other training has begun in the folder.
-            if [p.name for p in place.iterdir()] == [".lock"]:
-                (place / ".lock").unlink()
-                place.rmdir()
-            os.close(handle)
 
 
 def _finished(

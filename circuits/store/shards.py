@@ -9,29 +9,25 @@ are merged at the end, and no file is changed once it has its name. So a harvest
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from circuits.files import replacing
 from circuits.hdf5 import created, file_hash, opened
+from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
-
-PATIENCE = 1.0
-"""How long to wait for a store's lock, in seconds: workers of a killed harvest may hold it for a moment."""
 
 _MERGED = 1 << 22
 """Numbers in memory together while the arrays with a row for each example are merged."""
@@ -165,8 +161,7 @@ def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Ite
         StaleCacheError: if the folder holds a store made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        take(lock, folder)
+    with _alone(folder):
         if overwrite:
             clear(folder)
         if (folder / "provenance.json").exists():
@@ -190,8 +185,7 @@ def remove(folder: Path) -> None:
         BlockingIOError: if it is being written.
         OSError: if it cannot be deleted.
     """
-    with (folder / ".lock").open("a") as lock:
-        take(lock, folder)
+    with _alone(folder):
         (folder / "provenance.json").unlink(
             missing_ok=True
         )  # without it, what is left is not taken for a store
@@ -206,24 +200,13 @@ def clear(folder: Path, *names: str) -> None:
             path.unlink()
 
 
-def take(lock: TextIO, folder: Path) -> None:
-    """Take a store's lock, which is held until the file is closed; wait a moment if it is taken.
-
-    Raises:
-        BlockingIOError: if another process holds it for longer than `PATIENCE`.
-    """
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            # The kernel lets go of the lock when a process dies, however it dies.
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                raise BlockingIOError(
-                    f"activation store {str(folder)!r} is being written by another process: wait for "
-                    "it, or stop it first"
-                ) from error
-        time.sleep(0.02)
+def _alone(folder: Path) -> AbstractContextManager[int]:
+    """Hold a store's lock."""
+    refusal = (
+        f"activation store {str(folder)!r} is being written by another process: wait for it, or "
+        "stop it first"
+    )
+    return held(folder / ".lock", refusal)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ same images. Every control has the same freedom.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Generator, Tensor, nn
 from circuits.examples import Examples, as_examples, choose
 from circuits.experiments.running import run
 from circuits.experiments.variants import Context, Variant
+from circuits.files import Keep, make_now
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -72,6 +74,17 @@ class UnitMatch:
     offset: float
     shift: tuple[int, int]
     correlation: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"host": str(self.host), "donor": str(self.donor)}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> UnitMatch:
+        """Of what `to_dict` gave."""
+        y, x = facts["shift"]
+        host, donor = (Unit.parse(facts[name]) for name in ("host", "donor"))
+        return cls(**{**facts, "host": host, "donor": donor, "shift": (y, x)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +182,8 @@ def match_and_fit(
     donor: HookedModel,
     families: Sequence[Sequence[Tuned]],
     calibration: Examples | Tensor | Iterable[Tensor] | str,
+    *,
+    keep: Keep = make_now,
 ) -> Graft:
     """Put the nearest unit of a donor's family in the place of each unit, with gain, offset and shift fitted.
 
@@ -181,6 +196,7 @@ def match_and_fit(
         donor: the other network.
         families: units of one of its sites and their angles.
         calibration: images that nothing will be measured on.
+        keep: keeps what was fitted.
 
     Raises:
         KeyError: if a site is unknown.
@@ -192,17 +208,32 @@ def match_and_fit(
     )
     shown = as_examples(host, calibration)
     bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
-    wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
-    fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
-    # Families are not mixed: the one whose units correlate best on average is taken as a whole.
-    best = max(
-        fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
-    )
-    return _strengthened(host, best, shown)
+
+    def fit() -> Graft:
+        wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
+        fitted = [_fitted(bare, match_angles(hosts, family), wanted, there) for family in families]
+        # Families are not mixed: the one whose units correlate best on average is taken as a whole.
+        best = max(
+            fitted, key=lambda graft: np.nan_to_num([m.correlation for m in graft.matches]).mean()
+        )
+        return _strengthened(host, best, shown)
+
+    return _kept(keep, "fit", bare, fit)
+
+
+def _kept(keep: Keep, name: str, bare: Graft, make: Callable[[], Graft]) -> Graft:
+    """A graft that `make` makes of `bare`, or that was made before: what it has of its own are its matches."""
+    rows = keep(name, lambda: [match.to_dict() for match in make().matches])
+    return replace(bare, matches=tuple(map(UnitMatch.from_dict, rows)))
 
 
 def shuffled(
-    host: HookedModel, graft: Graft, calibration: Examples, generator: Generator, n: int
+    host: HookedModel,
+    graft: Graft,
+    calibration: Examples,
+    generator: Generator,
+    n: int,
+    keep: Keep = make_now,
 ) -> Iterator[Graft]:
     """Controls: the same units of the donor in each other's places, fitted likewise.
 
@@ -210,15 +241,24 @@ def shuffled(
     that condition about a quarter of GoogLeNet's are, and what is shuffled is not quite shuffled.
     """
     own = _pairs(graft)
-    wanted, there = _recorded(graft, host, [h.unit.index for h, _ in own], calibration)
-    for _ in range(n):
+    recorded = cache(lambda: _recorded(graft, host, [h.unit.index for h, _ in own], calibration))
+
+    def fit(pairs: Pairs) -> Graft:
+        return _strengthened(host, _fitted(graft, pairs, *recorded()), calibration)
+
+    for number in range(1, n + 1):
+        # Drawn even if what follows is known, so that the next draw is the same.
         order = _disordered(own, generator)
         pairs = [(own[i][0], own[k][1]) for i, k in enumerate(order)]
-        yield _strengthened(host, _fitted(graft, pairs, wanted, there), calibration)
+        yield _kept(keep, f"shuffled {number}", graft, partial(fit, pairs))
 
 
 def with_random_weights(
-    host: HookedModel, graft: Graft, calibration: Examples, generator: Generator
+    host: HookedModel,
+    graft: Graft,
+    calibration: Examples,
+    generator: Generator,
+    keep: Keep = make_now,
 ) -> Graft:
     """A control: each layer's weights of the donor in a random order, the same units, fitted likewise."""
     weights = {
@@ -228,8 +268,12 @@ def with_random_weights(
         if tensor.ndim > 1
     }
     bare = replace(graft, weights=weights)
-    wanted, there = _recorded(bare, host, [m.host.index for m in graft.matches], calibration)
-    return _strengthened(host, _fitted(bare, _pairs(graft), wanted, there), calibration)
+
+    def fit() -> Graft:
+        wanted, there = _recorded(bare, host, [m.host.index for m in graft.matches], calibration)
+        return _strengthened(host, _fitted(bare, _pairs(graft), wanted, there), calibration)
+
+    return _kept(keep, "random weights", bare, fit)
 
 
 @contextmanager

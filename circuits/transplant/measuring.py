@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Generator, Tensor
 
 from circuits.edits.activations import Set, zero
@@ -16,7 +18,7 @@ from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.running import run
 from circuits.experiments.statistics import Interval, paired_p, percentiles
 from circuits.experiments.variants import INTACT, Variant
-from circuits.files import finite
+from circuits.files import Keep, finite, make_now
 from circuits.means import activities
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
@@ -93,8 +95,7 @@ class TransplantReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it (NaN as null)."""
-        matches = [asdict(m) | {"host": str(m.host), "donor": str(m.donor)} for m in self.matches]
-        return finite(asdict(self) | {"matches": matches})
+        return finite(asdict(self) | {"matches": [m.to_dict() for m in self.matches]})
 
 
 def measure_transplant(
@@ -108,6 +109,7 @@ def measure_transplant(
     batch: int = BATCH,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Keep = make_now,
 ) -> TransplantReport:
     """Measure a transplant, compared with the intact network, zeros, means, and two random controls.
 
@@ -121,6 +123,7 @@ def measure_transplant(
         batch: images per batch.
         seed: seed of shuffles, random weights, intervals and tests.
         progress: called with the work done and the total.
+        keep: keeps each control and each batch, so that the same call goes on after it was killed.
 
     Raises:
         ValueError: if there is no image, labels do not fit, or n_random is below 1.
@@ -131,9 +134,9 @@ def measure_transplant(
     whose = "the images' own" if task.answered else "the intact network's answers"
     # Without labels the intact model's own answers are what is to be kept.
     if not task.answered:
-        parts = task.examples.batches(batch)
-        answers = [i for part in parts for i in host.logits(part.inputs).argmax(-1).tolist()]
-        task = as_task(host, task.examples, answers)
+        task = as_task(
+            host, task.examples, keep("answers", partial(_answers, host, task.examples, batch))
+        )
     controls = 2 * n_random * _CONTROL
     total = controls + len(task) * (5 + 2 * n_random)
 
@@ -141,15 +144,22 @@ def measure_transplant(
         if progress is not None:
             progress(done, total)
 
-    groups = _variants(host, graft, fitted, n_random, Generator().manual_seed(seed), note)
+    groups = _variants(host, graft, fitted, n_random, Generator().manual_seed(seed), note, keep)
     outcomes = run(
         host, [v for some in groups.values() for v in some], task, measures=[accuracy, top5, kl], batch=batch,
-        seed=seed, progress=lambda done, _: note(controls + done),
+        seed=seed, progress=lambda done, _: note(controls + done), keep=keep,
     )  # fmt: skip
     return TransplantReport(
         _conditions(outcomes, groups), graft.matches, graft.donor.name, graft.donor.hash, fitted.describe(), whose,
         outcomes.record,
     )  # fmt: skip
+
+
+def _answers(host: HookedModel, examples: Examples, batch: int) -> list[int]:
+    """The intact network's first choices."""
+    return [
+        i for part in examples.batches(batch) for i in host.logits(part.inputs).argmax(-1).tolist()
+    ]
 
 
 def _variants(
@@ -159,21 +169,32 @@ def _variants(
     n_random: int,
     generator: Generator,
     note: Progress,
+    keep: Keep,
 ) -> dict[str, list[Variant]]:
     """The variants of every condition but the intact network; random conditions have several."""
     name, indices = graft.site.name, [m.host.index for m in graft.matches]
     units = Units(name, tuple(indices))
-    # On the calibration images: the constant must not know those that it is measured on.
-    mean = activities(host, [name], calibration)[name].mean[indices]
     donors = Donors(host)
+    # On the calibration images: the constant must not know those that it is measured on.
+    means = keep(
+        "means", lambda: activities(host, [name], calibration)[name].mean[indices].tolist()
+    )
+    mean = torch.tensor(means, dtype=torch.float64)
 
     def constant(title: str, level: float) -> Variant:
         return Variant(title, (Set(units, values=level * mean, origin="mean"),))
 
+    def best_level() -> int:
+        return nearest(host, [constant(f"level {x}", x) for x in LEVELS], calibration)
+
+    def numbered(k: int) -> Keep:
+        return lambda name, make: keep(f"{name} {k}", make)
+
     controls = {
-        "shuffled orientations": shuffled(host, graft, calibration, generator, n_random),
+        "shuffled orientations": shuffled(host, graft, calibration, generator, n_random, keep),
         "random weights": (
-            with_random_weights(host, graft, calibration, generator) for _ in range(n_random)
+            with_random_weights(host, graft, calibration, generator, numbered(k))
+            for k in range(1, n_random + 1)
         ),
     }
     random: dict[str, list[Variant]] = {title: [] for title in controls}
@@ -182,7 +203,7 @@ def _variants(
             random[title].append(donors.variant(f"{title} {k}", control))
             note(_CONTROL * sum(map(len, random.values())), 0)
     # The best constant is chosen as the transplant's strength is, on the same images.
-    best = nearest(host, [constant(f"level {x}", x) for x in LEVELS], calibration)
+    best = keep("best constant", best_level)
     return {
         "zero": [Variant("zero", (zero(units),))],
         "mean": [constant("mean", 1.0)],

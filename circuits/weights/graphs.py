@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from circuits.graph.blocks import BlockInfo, writing
 from circuits.graph.store import FILE, GraphStore
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.units import Unit
 from circuits.weights.expanded import ExpandedWeights
 from circuits.weights.raw import Pair, connected_pairs
 
@@ -74,6 +75,27 @@ def _info(pair: Pair, n_sources: int, kernel: tuple[int, ...], everything: bool)
         kernel,
         {"method": "the layer's weights, batch norm multiplied in", "lost": list(pair.layer.lost)},
     )
+
+
+def graph_units(model: HookedModel, unit: Unit, sites: Container[str]) -> list[Unit]:
+    """The units of a graph's sites that are the same as a unit of a site that the graph leaves out.
+
+    The graph has one site for each place that layers read: of the branches of a block their concatenation, of a layer
+    its activation and not what it was before that, of a pooled map the map.
+    """
+    found: dict[Unit, None] = {}
+    for layer in model.weight_layers:
+        # What is written says for each unit which channel of the layer it is; what is read for each channel which unit.
+        channels = [int(w.index[unit.index]) for w in layer.writes if w.site == unit.site]
+        for w in (w for w in layer.writes if w.site in sites):
+            same = [k for k, c in enumerate(w.index.tolist()) if c >= 0 and c in channels]
+            found |= dict.fromkeys(Unit(w.site, k) for k in same)
+        for mine in (r for r in layer.reads if r.site == unit.site):
+            places = (mine.index == unit.index).nonzero()[:, 0]
+            for r in (r for r in layer.reads if r.site in sites and r.direct):
+                same = [k for k in r.index[places].tolist() if k >= 0]
+                found |= dict.fromkeys(Unit(r.site, k) for k in same)
+    return list(found)
 
 
 def expanded_block(

@@ -1,0 +1,278 @@
+"""Locks on files that one process holds at a time, on every file system.
+
+The kernel's lock (`flock`) is taken where there is one: the kernel frees it however its holder ends. NFS and cluster
+file systems may be mounted without. There a process first makes a record, a file of its own whose name says who it is,
+and then looks for records of other processes; if there are any, it removes its record and tries again later. Of two
+that come at once each sees the record of the other unless it was there first, so they are never both let in. Nobody
+takes away the record of a process that lives: names are never used twice, and only those of processes that have ended
+are removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import os
+import random
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from circuits.environment import TAKE_OVER
+
+PATIENCE = 1.0
+"""How long to wait for a lock, in seconds: somebody may only look, and workers of a killed process end soon after."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_HOLDER = re.compile(
+    r"(?P<host>[^~]+)~(?P<machine>\w+)~(?P<boot>\w+)~(?P<space>\w+)~(?P<kind>[pg])(?P<pid>\d+)~(?P<started>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, or a group of processes, as the names of its files tell it.
+
+    Attributes:
+        host: the machine's name, or the beginning of a long one.
+        machine: a hash of its full name and of its installation.
+        boot: a hash of what the kernel calls this run of the machine.
+        space: a hash of the namespace in which process numbers count: containers have their own.
+        pid: the process' number, or the group's.
+        started: when the process started, in the kernel's ticks since the boot.
+        kind: `p` for a process; `g` for a group, which lives as long as one of its processes.
+    """
+
+    host: str
+    machine: str
+    boot: str
+    space: str
+    pid: int
+    started: int
+    kind: Literal["p", "g"] = "p"
+
+    def __str__(self) -> str:
+        return f"{self.host}~{self.machine}~{self.boot}~{self.space}~{self.kind}{self.pid}~{self.started}"
+
+    @classmethod
+    def of(cls, pid: int, kind: Literal["p", "g"] = "p") -> Holder:
+        """The holder that a process of this machine is."""
+        return cls(*_here(), pid, _started(pid) or 0, kind)
+
+    @classmethod
+    def parse(cls, text: str) -> Holder | None:
+        """The holder whose text `text` begins with; None if there is none.
+
+        >>> Holder.parse("a~1~2~3~p12~99.rest")
+        Holder(host='a', machine='1', boot='2', space='3', pid=12, started=99, kind='p')
+        """
+        found = _HOLDER.match(text)
+        if found is None:
+            return None
+        host, machine, boot, space, kind, pid, started = found.groups()
+        return cls(host, machine, boot, space, int(pid), int(started), "g" if kind == "g" else "p")
+
+    def lives(self) -> bool | None:
+        """Whether it still runs; None if that cannot be known here: another machine, or another container."""
+        _, machine, boot, space = _here()
+        if self.machine == machine and self.boot != boot:
+            return False  # this machine has been started since
+        if (self.machine, self.space) != (machine, space):
+            return False if os.environ.get(TAKE_OVER) == self.host else None
+        # A number alone does not tell: it may be another process' by now.
+        started = _started(self.pid)
+        if started is not None:
+            return started == self.started
+        return self.kind == "g" and _group_lives(self.pid)
+
+
+@contextmanager
+def held(
+    path: Path, refusal: str, patience: float = PATIENCE, *, tidy: bool = False
+) -> Iterator[int]:
+    """Hold the lock of the file `path` inside the block; yields the file's descriptor.
+
+    Args:
+        path: the file; made if it is not there.
+        refusal: what to say if another process holds the lock.
+        patience: how long to wait for it, in seconds.
+        tidy: remove the file at the end, and its folder if that is then empty.
+
+    Raises:
+        BlockingIOError: if another process, or another block of this one, holds it for longer than that.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            handle, record = _take(path)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise BlockingIOError(f"{refusal}{error}") from None
+        time.sleep(random.uniform(0.01, 0.05))  # so that two that meet do not meet again
+    try:
+        yield handle
+    finally:
+        # Before the lock is let go, so that nobody else has begun in the folder.
+        if tidy and all(p.name.startswith(path.name) for p in path.parent.iterdir()):
+            path.unlink(missing_ok=True)
+        if record is not None:
+            record.unlink(missing_ok=True)
+        if tidy and not path.exists():
+            with suppress(OSError):  # somebody else wants the lock, and has made a record
+                path.parent.rmdir()
+        os.close(handle)
+
+
+def hand_on(path: Path, group: int) -> None:
+    """Let a process group hold a lock too, that this process holds and whose descriptor the group has inherited."""
+    if _records(path):  # without records the kernel knows by the descriptor
+        _announce(path, Holder.of(group, "g"))
+
+
+def is_held(path: Path, unknown: bool = True) -> bool:
+    """Whether somebody holds the lock of a file. Makes nothing.
+
+    Args:
+        path: the file.
+        unknown: what to take for the answer if holders cannot be seen from here.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two may ask at once
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    lives = (holder.lives() for _, holder in _records(path))
+    return any(unknown if one is None else one for one in lives)
+
+
+def _take(path: Path) -> tuple[int, Path | None]:
+    """Take a lock: its file's descriptor, and the record that was needed.
+
+    Raises:
+        BlockingIOError: if somebody has it; the message says who, as far as that is known.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    record = None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError("") from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            record = _announce(path, Holder.of(os.getpid()))
+        # Also where the kernel has locks: another machine may have mounted this without.
+        for other, holder in _records(path):
+            if other == record:
+                continue
+            if holder.lives() is not False:
+                raise BlockingIOError(_said(holder))
+            other.unlink(missing_ok=True)
+        if not _is_there(path, handle) or not (record is None or record.exists()):
+            raise BlockingIOError("")  # its last holder has removed it meanwhile
+    except BaseException:
+        if record is not None:
+            record.unlink(missing_ok=True)
+        os.close(handle)
+        raise
+    return handle, record
+
+
+def _said(holder: Holder) -> str:
+    if holder.lives():
+        return f" (process {holder.pid})"
+    return (
+        f" (process {holder.pid} on {holder.host!r}, which cannot be seen from here: if it has ended, set "
+        f"{TAKE_OVER}={holder.host})"
+    )
+
+
+def _announce(path: Path, holder: Holder) -> Path:
+    """A record of a holder, made now."""
+    record = path.with_name(f"{path.name}~{holder}~{secrets.token_hex(4)}")
+    os.close(os.open(record, os.O_CREAT | os.O_EXCL, 0o644))
+    return record
+
+
+def _records(path: Path) -> list[tuple[Path, Holder]]:
+    """The records of a lock, with those who made them."""
+    found = path.parent.glob(f"{glob.escape(path.name)}~*")
+    parsed = ((p, Holder.parse(p.name.removeprefix(f"{path.name}~"))) for p in found)
+    return [(p, holder) for p, holder in parsed if holder is not None]
+
+
+def _is_there(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+@lru_cache(maxsize=1)
+def _here() -> tuple[str, str, str, str]:
+    """This machine's name, and hashes of the machine, its boot and the namespace of process numbers."""
+    name = os.uname().nodename or "localhost"
+    texts = [name + _text("/etc/machine-id"), _text("/proc/sys/kernel/random/boot_id"), ""]
+    with suppress(OSError):
+        texts[2] = os.readlink("/proc/self/ns/pid")
+    machine, boot, space = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in texts)
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:24], machine, boot, space
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""  # no Linux
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, 0 if this machine does not tell; None if it has ended."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return 0  # another user's
+        return 0
+    state = _state(pid)
+    return None if state is None else state[1]
+
+
+def _state(pid: int | str) -> tuple[int, int] | None:
+    """The group of a process and when it started; None if it has ended, also if nobody has asked yet how."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if words[0] in "ZX" else (int(words[2]), int(words[19]))
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of a group lives whose first process has ended."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    states = (_state(p.name) for p in Path("/proc").iterdir() if p.name.isdigit())
+    return any(state is not None and state[0] == group for state in states)
