@@ -230,13 +230,18 @@ class HookedModel:
         first = next(chain(self.module.parameters(), self.module.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the model's parameters, judged by the first that has floating-point numbers; None without any."""
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(kinds, None)
+
     def fitted(self, inputs: Tensor) -> Tensor:
         """`inputs` on the model's device and, unless they are tokens, in its precision."""
         inputs = differentiable(inputs)
         if not inputs.is_floating_point():
             return inputs.to(self.device)
-        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
-        return inputs.to(self.device, next(kinds, inputs.dtype))
+        return inputs.to(self.device, self.dtype or inputs.dtype)
 
     def run(
         self,
