@@ -29,11 +29,14 @@ from circuits import (
     weights,
 )
 from circuits.attribution import Passes, attribute
+from circuits.cli.commands import ENTRIES
+from circuits.cli.main import run
 from circuits.examples import Examples
 from circuits.graph.store import GraphStore
 from circuits.harvesting.running import harvest
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.loading import load_model
 from circuits.stimuli.datasets import from_dataset
 from circuits.tasks import of_examples
 from circuits.tuning.responding import responses
@@ -240,3 +243,64 @@ def test_the_check_of_an_attribution_does_not_take_losses_in_half_precision_for_
 def test_training_in_half_precision_is_refused(kind: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"parameter 0.weight of net has the type {kind}.*float32"):
         effects.fine_tune(cnn(kind, kind), IMAGES, 0)
+
+
+# --- where a model is, and of which type ---------------------------------------------------------
+
+
+def test_models_are_loaded_in_a_type_and_found_again_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fewer_drawings: object
+) -> None:
+    plain, short = load_model("shapes"), load_model("shapes", dtype="bfloat16", device="cpu")
+    assert (plain.dtype, short.dtype) == (torch.float32, torch.bfloat16)
+    assert plain.hash != short.hash
+    first = next(plain.module.parameters())
+    assert torch.equal(next(short.module.parameters()), first.to(torch.bfloat16))
+    command = ("harvest", "shapes", "--data", "shapes", "--sites", "mixed3a", "--dtype", "bfloat16")
+    assert run([*command, "--device", "cpu", "--workspace", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (record,) = Workspace(tmp_path).models()
+    assert (record.hash, record.dtype) == (short.hash, "bfloat16")
+    assert load_model(record.spec, dtype=record.dtype).hash == record.hash
+
+
+def test_a_folder_keeps_the_type_of_its_weights_unless_another_is_asked_for(tmp_path: Path) -> None:
+    random_models.booted(tmp_path, "gpt2")
+    import transformers
+
+    stored = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    stored.save_pretrained(tmp_path)
+    model, single = (load_model(f"tl:{tmp_path}", dtype=d) for d in (None, "float32"))
+    assert (model.dtype, single.dtype) == (torch.bfloat16, torch.float32)
+    right = stored(TOKENS).logits
+    torch.testing.assert_close(model.logits(TOKENS), right, rtol=0, atol=0.1)
+    # Rounded once, when it was stored: float32 holds the same weights.
+    for short, same in zip(model.parameters.values(), single.parameters.values(), strict=True):
+        assert torch.equal(short.float(), same)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:7"}, "device 'cuda:7' is not there on this machine: expected one of cpu"),
+        ({"device": "moon"}, "device 'moon' is not there"),
+        ({"device": "meta"}, "device 'meta' is not there"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of float32, float64, bfloat16, float16"),
+    ],
+)
+def test_devices_and_types_that_are_not_there_are_refused(
+    options: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_model("shapes", **options)
+    ((name, value),) = options.items()
+    assert run(["sites", "shapes", f"--{name}", value]) == 2
+    assert f"{name} {value!r}" in (said := capsys.readouterr().err) or repr(value) in said
+
+
+def test_every_command_with_a_model_takes_its_device_and_type() -> None:
+    for entry in ENTRIES.values():
+        for command in getattr(entry.load(), "commands", {entry.name: entry.load()}).values():
+            names = {p.name for p in command.params}
+            if "weights" in names and "workspace" in names and {"spec", "sae"} & names:
+                assert {"device", "dtype"} <= names, command.name
