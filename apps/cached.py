@@ -81,11 +81,11 @@ def _check_trust(what: str) -> None:
 
 
 @st.cache_resource(show_spinner="Loading the model…")
-def _model(spec: str, weights: str | None, model_hash: str) -> HookedModel:
+def _model(spec: str, weights: str | None, dtype: str, model_hash: str) -> HookedModel:
     if runs_code(spec):
         _check_trust(f"model {spec}")
     with ALONE:
-        model = load_model(spec, weights)
+        model = load_model(spec, weights, dtype=dtype or None)
     outdated = workspace().recognise(model.identity)
     if model.hash != model_hash:
         if model.weights_hash == model_hash:
@@ -103,7 +103,7 @@ def model_of(record: ModelRecord) -> HookedModel:
     Raises:
         ValueError, OSError, ImportError: if it cannot be loaded or is not what it was.
     """
-    return _model(record.spec, record.weights, record.hash)
+    return _model(record.spec, record.weights, record.dtype, record.hash)
 
 
 def stores_of(record: ModelRecord) -> list[ActivationStore]:

@@ -28,6 +28,7 @@ from circuits.stimuli.accounts import account, left_out
 from circuits.stimuli.images import ImageSource, on_white, to_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.texts import TextSource
+from circuits.tensors import tensor_bytes
 from circuits.units import Site
 
 LIMIT = 32
@@ -296,7 +297,7 @@ class Examples:
         if self._tokens:
             return " ".join(map(str, self.tokens(place)))
         if self._ready is not None or not self.source.hash:
-            return hashlib.sha256(self.load(place).cpu().contiguous().numpy().tobytes()).hexdigest()
+            return hashlib.sha256(tensor_bytes(self.load(place))).hexdigest()
         return f"{self.source.hash} {self.numbers[place]}"
 
     def describe(self) -> dict[str, Any]:

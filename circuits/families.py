@@ -242,7 +242,7 @@ def agreement(
     steps = changes.shape[2]
     most = steps if cyclic else steps // 2 + 1
     shifts = range(most) if cyclic else range(1 - most, most)
-    best = torch.full((len(changes), len(changes)), -2.0)
+    best = torch.full((len(changes), len(changes)), -2.0, dtype=changes.dtype)
     shift_of = torch.zeros(best.shape, dtype=torch.long)
     for shift in shifts:
         if cyclic:

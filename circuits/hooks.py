@@ -251,7 +251,9 @@ def intervene(root: nn.Module, changes: Iterable[tuple[Tap, Change]]) -> Iterato
 
 
 def _written(tap: Tap, change: Change, output: Any) -> Any:
-    return tap.write(output, change(tap.read(output)))
+    value = tap.read(output)
+    # A change may compute in more digits than the model has; what follows takes only the model's own type.
+    return tap.write(output, change(value).to(value.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,6 +66,7 @@ class ModelRecord:
         weights: the weights file it was loaded from, if one was named.
         outputs: as in `ModelIdentity`; none if they are not known.
         weights_hash: likewise.
+        dtype: the type that its numbers were given when it was loaded; nothing if they are as they are stored.
     """
 
     spec: str
@@ -73,6 +74,7 @@ class ModelRecord:
     weights: str | None = None
     outputs: tuple[float, ...] = ()
     weights_hash: str = ""
+    dtype: str = ""
 
     @classmethod
     def of(cls, spec: str, model: ModelIdentity, weights: str | None = None) -> ModelRecord:
@@ -247,7 +249,9 @@ def _read_record(path: Path) -> ModelRecord | None:
         record = ModelRecord(**{**raw, "outputs": outputs})
     except (ValueError, TypeError, AttributeError, OSError):
         return None
-    texts = all(isinstance(t, str) for t in (record.spec, record.hash, record.weights_hash))
+    texts = all(
+        isinstance(t, str) for t in (record.spec, record.hash, record.weights_hash, record.dtype)
+    )
     numbers = all(isinstance(number, int | float) for number in outputs)
     return record if texts and numbers and isinstance(record.weights, str | None) else None
 

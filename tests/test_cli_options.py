@@ -166,8 +166,8 @@ def test_a_task_is_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None
         ("nosuch", "No such command 'nosuch' (`circuits --help` lists the commands)"),
         ("store nosuch", "No such command 'nosuch' (`circuits store --help` lists the commands)"),
         (
-            "sites shapes --nope",
-            "No such option: --nope (`circuits sites --help` lists the options)",
+            "sites shapes --xyz",
+            "No such option: --xyz (`circuits sites --help` lists the options)",
         ),
         ("edit apply shapes missing.json", "recipe 'missing.json' does not exist or is not a file"),
         ("store rm nosuch --yes", "unknown store 'nosuch': there is none"),

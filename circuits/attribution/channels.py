@@ -43,9 +43,9 @@ ChannelMethod = Literal["activation_x_gradient", "integrated_gradients", "ablati
 _CHECKED = 4
 """On how many examples units are ablated for the check."""
 
-_RESOLUTION = 100
-"""Shares and losses below this many floating-point spacings at the target's value are rounding errors and count as
-0."""
+_RESOLUTION, _COARSE_RESOLUTION = 100, 4
+"""Shares and losses below this many floating-point spacings at the target's value are rounding errors and count as 0.
+There are fewer in half precision, in which torch rounds what an operation returns, but not the sums inside it."""
 
 Baseline = Literal["zero", "mean"]
 """The baseline activation of a unit: zero, or its mean over these examples and positions."""
@@ -278,7 +278,7 @@ def check_by_ablation(
         chosen += [rest[i] for i in sorted(drawn.tolist())]
         lost = losses(passes, example, base, chosen)
         size = float(passes.values[example].abs().max())
-        rounding = _RESOLUTION * torch.finfo(lost.dtype).eps * size
+        rounding = resolution(passes.model.dtype or lost.dtype) * size
         pairs.append(tuple(_rounding_to_zero(x, rounding) for x in (units[example, chosen], lost)))
     found = [spearman(a, b) for a, b in pairs]
     # The null: correlations after shuffling the shares among units, averaged over examples like the measured ones.
@@ -293,6 +293,16 @@ def check_by_ablation(
         min(n, site.n_units),
         seed,
     )
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """The share of a number below which differences that a model of some type computes are rounding errors.
+
+    >>> resolution(torch.bfloat16)  # 4 spacings of 2^-7
+    0.03125
+    """
+    kind = torch.finfo(dtype)
+    return (_RESOLUTION if kind.bits >= 32 else _COARSE_RESOLUTION) * kind.eps
 
 
 def _rounding_to_zero(values: Float[Tensor, " unit"], rounding: float) -> np.ndarray:

@@ -27,6 +27,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 from circuits.tasks.targets import Aim, Target, as_target, check_indices
+from circuits.tensors import at_least_single
 from circuits.units import Site, Unit
 
 
@@ -219,8 +220,8 @@ def _relevance(
         for name, g in zip(asked, gradients[1:3], strict=True)
     }
     if extra and gradients[3] is not None:
-        parts["elsewhere"] = (x * gradients[3]).flatten(1).sum(1)
-    values = (start * gradients[0]).detach()
+        parts["elsewhere"] = (at_least_single(x) * gradients[3]).flatten(1).sum(1)
+    values = (at_least_single(start) * at_least_single(gradients[0])).detach()
     # The reported value is the unchanged model's: if a replacement changed it, the residual would show that.
     kept = aim.value(plain, torch.arange(len(x), device=model.device))
     return _Relevance(values, kept, {k: v.detach() for k, v in parts.items()}, aim)

@@ -22,6 +22,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.restarting import Restart, restart_at
 from circuits.tasks.targets import Aim, Target, as_target
+from circuits.tensors import at_least_single
 from circuits.units import Site, Unit
 
 Size = Literal["refuse", "resize", "keep"]
@@ -65,8 +66,8 @@ class Passes:
         size: what to do with images of another size.
 
     Attributes:
-        inputs: the examples, as the model takes them.
-        points: the site's tensor on the examples (without a site, the inputs).
+        inputs: the examples, as the model takes them, in float32 at least.
+        points: the site's tensor on the examples (without a site, the inputs), in float32 at least.
         values: the target's value on the examples.
         aim: the target, resolved for each example.
 
@@ -96,7 +97,7 @@ class Passes:
         self.end = model.site(self.target.site)
         if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
             raise no_gradient_error(self.target, self.site)
-        self.inputs = channels_last(model.fitted(sized(model, examples, size)))
+        self.inputs = channels_last(at_least_single(model.fitted(sized(model, examples, size))))
         self.points, at_end = self._intact()
         self.aim = Aim.at(self.end, self.target, at_end)
         self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
@@ -111,7 +112,7 @@ class Passes:
             cache = self.model.run(x, read=read, until=self.model.last(read))
             there.append(cache[self.end])
             if self.site is not None:
-                here.append(cache[self.site])
+                here.append(at_least_single(cache[self.site]))
         return (torch.cat(here) if here else self.inputs), torch.cat(there)
 
     # --- values ----------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Passes:
         which = self._which(points, examples)
         end = self.model.site(site)
         pairs = zip(points.split(self.batch), which.split(self.batch), strict=True)
-        return torch.cat([self._run(p, e, end) for p, e in pairs])
+        return torch.cat([at_least_single(self._run(p, e, end)) for p, e in pairs])
 
     @recording_gradients()
     def gradient(
@@ -276,7 +277,8 @@ def own_gradients(
         value = aim.value(made, torch.arange(len(x), device=made.device))
         own = leaves[0] if leaves else made  # the pass ended before the site
         gradients = gradient_of(value if leaves else value.detach(), own, target, site)
-        found.append((own.detach(), gradients, value.detach(), aim.names()))
+        numbers = (at_least_single(x) for x in (own.detach(), gradients, value.detach()))
+        found.append((*numbers, aim.names()))
     parts = list(zip(*found, strict=True))
     points, gradients, values = (torch.cat(part) for part in parts[:3])
     return OwnGradients(points, gradients, values, tuple(n for names in parts[3] for n in names))

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from circuits.models.adapter.normalisation import local_response_norm
+from circuits.tensors import at_least_single
 
 RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 """`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""
@@ -43,7 +44,7 @@ class Propagation(TorchFunctionMode):
     Args:
         rule: the rule for linear operations.
         batch: the number of examples in the pass; biases are counted for each.
-        like: a tensor with the pass's dtype and device.
+        like: a tensor with the pass's dtype and device; sums over biases are in float32 at least.
         gamma: how much the rule `gamma` strengthens positive weights.
 
     Attributes:
@@ -54,7 +55,8 @@ class Propagation(TorchFunctionMode):
     def __init__(self, rule: RelevanceRule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
         super().__init__()
         self.rule, self.gamma = rule, gamma
-        self.biases = torch.ones(batch, device=like.device, dtype=like.dtype, requires_grad=True)
+        ones = at_least_single(torch.ones(batch, device=like.device, dtype=like.dtype))
+        self.biases = ones.requires_grad_(True)
         self.embedded = torch.ones_like(self.biases, requires_grad=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,10 +91,10 @@ class Propagation(TorchFunctionMode):
             UnclearBatchError: if the output's first axis is not the examples; they must then be run one by one.
         """
         if len(ones) == 1:
-            return ones.reshape([1] * output.ndim)
+            return ones.to(output.dtype).reshape([1] * output.ndim)
         if output.shape[0] != len(ones):
             raise UnclearBatchError
-        return ones.reshape(-1, *[1] * (output.ndim - 1))
+        return ones.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
 
     def constant(self, value: Tensor | float, output: Tensor) -> Tensor:
         """A number or tensor that does not depend on any activation, counted as a bias."""
@@ -122,7 +124,7 @@ class Propagation(TorchFunctionMode):
             positive = self._parts(apply, x, up, down)
             made = positive + self.bias(None if b is None else b.clamp_min(0), positive, axis)
             # An output without any positive contribution keeps its own value, since nothing could carry its relevance.
-            return torch.where(made.abs() < _EPSILON, z, _rescaled(made, z))
+            return torch.where(made.abs() < _smallest(made), z, _rescaled(made, z))
         # gamma (Montavon et al. 2019, table 10.1), generalised to inputs and outputs of either sign as in zennit:
         # contributions with the output's own sign are strengthened, so that the sum in the denominator cannot vanish.
         g = self.gamma
@@ -141,13 +143,19 @@ class Propagation(TorchFunctionMode):
         return made + apply(x.clamp_max(0), down) if (x < 0).any() else made
 
 
+def _smallest(x: Tensor) -> float:
+    """The size below which a divisor counts as zero, in the type of a tensor: float16 has nothing below 6e-8."""
+    return max(_EPSILON, torch.finfo(x.dtype).tiny)
+
+
 def _rescaled(made: Tensor, z: Tensor) -> Tensor:
     """`made` times the constant factor that gives it the value `z`."""
     return made * (z / _stable(made)).detach()
 
 
 def _stable(x: Tensor) -> Tensor:
-    return torch.where(x.abs() < _EPSILON, torch.where(x < 0, -_EPSILON, _EPSILON), x)
+    least = _smallest(x)
+    return torch.where(x.abs() < least, torch.where(x < 0, -least, least).to(x), x)
 
 
 # --- rules by function -------------------------------------------------------------------------
@@ -242,7 +250,7 @@ def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
     rest = {k: v for k, v in kwargs.items() if k != "input"}
     out = func(x, *args[1:], **rest)
-    return torch.where(x.abs() < _EPSILON, out, _scaled_by(x, out))
+    return torch.where(x.abs() < _smallest(x), out, _scaled_by(x, out))
 
 
 def _rectified(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:

@@ -111,8 +111,11 @@ def name_latents(
     )  # fmt: skip
     if keep:
         concepts.save_names(place.writable().database, model.hash, found.holding, note)
-        spec, weights = sae.known(loaded.hash)
-        place.register(record_of(f"{spec}+{sae.sae}", weights, model.identity), replace=False)
+        base = sae.known(loaded.hash)
+        assert base is not None, "it was loaded by this record"
+        weights = Path(base.weights) if base.weights else None
+        own = record_of(f"{base.spec}+{sae.sae}", weights, model.identity, base.dtype)
+        place.register(own, replace=False)
     output.show(found, found.tables(top))
 
 

@@ -24,6 +24,7 @@ from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
+from circuits.models.zoo.placement import Precision
 from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
@@ -69,6 +70,12 @@ WorkspaceFolder = Annotated[Path | None, option(
 )]  # fmt: skip
 Weights = Annotated[Path | None, option(
     "A weights file for the model, .safetensors or .pt. By default the model's own weights.", "--weights"
+)]  # fmt: skip
+Device = Annotated[str, option(
+    "The device that computes, e.g. cuda or cuda:1. By default the CPU.", "--device"
+)]  # fmt: skip
+Dtype = Annotated[Precision | None, option(
+    "The type to give the model's numbers. By default that of its weights.", "--dtype"
 )]  # fmt: skip
 Data = Annotated[str, option(
     "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
@@ -147,6 +154,8 @@ class Model:
     )]  # fmt: skip
     weights: Weights = None
     workspace: WorkspaceFolder = None
+    device: Device = ""
+    dtype: Dtype = None
 
     @property
     def place(self) -> Workspace:
@@ -155,14 +164,14 @@ class Model:
 
     def load(self) -> HookedModel:
         """The model itself."""
-        loaded = load_model(self.spec, self.weights)
+        loaded = load_model(self.spec, self.weights, device=self.device or None, dtype=self.dtype)
         if outdated := self.place.recognise(loaded.identity):
             warn(outdated)
         return loaded
 
     def record(self, model: HookedModel) -> ModelRecord:
         """How the workspace finds the model again."""
-        return record_of(self.spec, self.weights, model.identity)
+        return record_of(self.spec, self.weights, model.identity, self.dtype or "")
 
     def register(self, model: HookedModel) -> None:
         """Note in the workspace how the model is found again, if it does not know yet."""
@@ -183,6 +192,8 @@ class Sae:
     )] = ""  # fmt: skip
     weights: Weights = None
     workspace: WorkspaceFolder = None
+    device: Device = ""
+    dtype: Dtype = None
 
     @property
     def place(self) -> Workspace:
@@ -201,26 +212,32 @@ class Sae:
         Raises:
             ValueError: if the workspace does not know it, or it has other weights.
         """
-        spec, weights = self.known(code.about.model_hash)
-        if not spec:
+        record = self.known(code.about.model_hash)
+        if record is None:
             raise ValueError(
                 f"autoencoder {code.about.name!r} is of model {code.about.model or 'unknown'!r}, which this workspace "
                 "does not know: name it with --model"
             )
-        loaded = load_model(spec, weights)
+        loaded = load_model(
+            record.spec, record.weights, device=self.device or None, dtype=record.dtype or None
+        )
         if code.about.model_hash and not loaded.has_hash(code.about.model_hash):
             raise ValueError(
-                f"--model {spec}: its hash is {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
+                f"--model {record.spec}: its hash is {loaded.hash[:16]}, autoencoder {code.about.name!r} is of "
                 f"{code.about.model_hash[:16]}"
             )
         return loaded
 
-    def known(self, model_hash: str) -> tuple[str, Path | None]:
-        """The model and its weights file as they were named or, if they were not, as the workspace knows them."""
+    def known(self, model_hash: str) -> ModelRecord | None:
+        """How the model is loaded: as it was named or, if it was not, as the workspace knows it; None if neither."""
+        if self.spec:
+            return ModelRecord(self.spec, model_hash, _text(self.weights), dtype=self.dtype or "")
         found = next((r for r in self.place.models() if r.hash == model_hash), None)
-        if self.spec or found is None:
-            return self.spec, self.weights
-        return found.spec, Path(found.weights) if found.weights else None
+        return found if found is None or not self.dtype else replace(found, dtype=self.dtype)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def attached(model: HookedModel, code: Autoencoder) -> HookedModel:

@@ -28,6 +28,7 @@ from circuits.models.adapter.matrices import WeightMatrix
 from circuits.models.adapter.sites import main_output
 from circuits.models.paths.logits import answer_name, answers, check_answer
 from circuits.store import ActivationStore
+from circuits.tensors import at_least_single
 from circuits.units import Site
 
 
@@ -148,7 +149,7 @@ def associate(
         made = _optimised_kernels(model, matrix, read, written, x, target, dual, search)
         reached = _least_probability(model, made, x, target)
     else:
-        start = _at(written, cache[written], place).mean(0)
+        start = at_least_single(_at(written, cache[written], place)).mean(0)
         value, wanted = _optimised_value(model, written, place, x, target, start, search)
         made = fitting(model, Associate(layer, key, value.cpu().double(), dual, words))
         reached = _least_probability(model, made, x, target)

@@ -9,6 +9,8 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as written_tensors
 from torch import Tensor
 
+from circuits.tensors import tensor_bytes
+
 _GAP = 4
 """Up to this many unchanged elements between two runs are stored rather than ending a run."""
 
@@ -17,7 +19,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 over a tensor's type, shape and bytes."""
     # Type and shape too: the same bytes may be other numbers.
     digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(_as_bytes(tensor).numpy().data)
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

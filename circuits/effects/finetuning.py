@@ -58,7 +58,7 @@ def fine_tune(
 
     Raises:
         KeyError: if there is no such parameter.
-        ValueError: if the target is out of range.
+        ValueError: if the target is out of range, or a parameter is in half precision.
     """
     own = model.parameters
     names = list(own) if parameters is None else list(parameters)
@@ -66,6 +66,12 @@ def fine_tune(
     if missing:
         raise KeyError(f"no parameter {missing[0]!r} of {model.name}")
     check_answer(model, target)
+    short = next((name for name in names if torch.finfo(own[name].dtype).bits < 32), None)
+    if short is not None:
+        raise ValueError(
+            f"parameter {short} of {model.name} has the type {own[short].dtype}, which cannot hold the small steps of "
+            "training: expected float32 (model.module.float() before it is wrapped)"
+        )
     if steps < 0 or not 0 < enough <= 1 or learning_rate <= 0:
         raise ValueError(
             f"steps {steps}, enough {enough}, learning_rate {learning_rate}: expected steps of 0 or more, enough in "

@@ -16,6 +16,7 @@ from PIL import Image
 from circuits.specs import normal_data, split_key
 from circuits.stimuli.images import ImageSource, check_range, to_rgb
 from circuits.stimuli.texts import TextSource
+from circuits.tensors import tensor_bytes
 
 Layout = Literal["channels_first", "channels_last"]
 """Where arrays have their channels: channel x y x x, or y x x x channel."""
@@ -109,7 +110,7 @@ def _bytes_or_error(image: Callable[[int], Any], i: int) -> bytes:
 
 def _bytes(image: Image.Image | torch.Tensor) -> bytes:
     if isinstance(image, torch.Tensor):
-        return repr(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()
+        return repr(tuple(image.shape)).encode() + tensor_bytes(image).tobytes()
     return repr((image.size, image.mode)).encode() + image.tobytes()
 
 

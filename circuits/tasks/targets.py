@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.stimuli.labels import index_of
+from circuits.tensors import at_least_single
 from circuits.units import Site, Unit, unknown
 
 Quantity = Literal["activation", "probability", "log_probability"]
@@ -312,7 +313,7 @@ class Aim:
         """The target's number for tensors at its site, each of which is a version of one of the examples."""
         units = self.site.activations(tensor)  # point x unit x position
         rows = torch.arange(len(units), device=units.device)
-        here = units[rows, :, self.places[examples]]
+        here = at_least_single(units[rows, :, self.places[examples]])
         if self.target.quantity == "probability":
             here = here.softmax(1)
         elif self.target.quantity == "log_probability":

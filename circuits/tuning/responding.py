@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.receptive import receptive_field
+from circuits.tensors import at_least_single
 from circuits.units import Site, Unit
 
 BATCH = 32
@@ -81,7 +82,7 @@ def responses(
             # Channels last: convolutions on a CPU are faster in this layout.
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
             value = model.run(x, read=[place], until=place)[place]
-            found.append(_largest(place, value, central).cpu())
+            found.append(at_least_single(_largest(place, value, central)).cpu())
             done += len(part)
             if progress is not None:
                 progress(done)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits.models.adapter.topology import SiteLink, WeightLayer
+from circuits.tensors import at_least_single
 
 
 def by_site(links: Iterable[SiteLink]) -> dict[str, list[SiteLink]]:
@@ -102,6 +103,7 @@ def _path_factors(link: SiteLink) -> Tensor:
 def _times(weights: Tensor, factor: Tensor, axis: int) -> Tensor:
     """Multiply weights by factors along an axis."""
     shape = [-1 if a == axis else 1 for a in range(weights.ndim)]
+    weights = at_least_single(weights)
     return weights * factor.to(weights).reshape(shape)
 
 

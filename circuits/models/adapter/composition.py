@@ -21,6 +21,7 @@ from torch import Tensor
 
 from circuits.models.adapter.topology import SiteLink, WeightLayer
 from circuits.models.adapter.transformer import Letter, Transformer
+from circuits.tensors import at_least_single
 from circuits.units import Site
 
 PARTS = ("Q", "K", "V")
@@ -117,6 +118,7 @@ def _directed(
     """From units that add directions to the stream, to the neurons of a layer or to the logits (None)."""
 
     def onto(directions: Tensor, columns: Tensor | None = None) -> Tensor:
+        directions = at_least_single(directions)
         return directions @ read_weights(transformer, layer, columns).to(directions)
 
     return _virtual_layer(
@@ -135,13 +137,13 @@ def read_weights(
     weight = transformer.unembedding()[0] if layer is None else transformer.neuron_weights(layer)[0]
     own = weight if columns is None else weight[:, columns]
     norm = transformer.norm("final") if layer is None else transformer.norm("mlp", layer)
-    return norm.adjoint(own.T).T.to(weight)
+    return norm.adjoint(own.T).T.to(at_least_single(weight))
 
 
 def written_weights(transformer: Transformer, layer: int) -> Float[Tensor, "neuron d_model"]:
     """What a layer's neurons add to the stream, through what is done to the MLP's output on its way there."""
     out = transformer.neuron_weights(layer)[1]
-    return _written(transformer, layer, out).to(out)
+    return _written(transformer, layer, out).to(at_least_single(out))
 
 
 def _written(transformer: Transformer, layer: int, made: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.padding import Mask, Tokens, last_positions
+from circuits.tensors import at_least_single
 
 Texts = Sequence[Sequence[int]]
 
@@ -105,5 +106,5 @@ def _next_logits(forward: Forward, tokens: Tokens, mask: Mask) -> Float[Tensor, 
 def _sample(logits: Float[Tensor, " token"], temperature: float, generator: Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits / temperature).softmax(0)
+    probabilities = (at_least_single(logits) / temperature).softmax(0)
     return int(torch.multinomial(probabilities, 1, generator=generator))

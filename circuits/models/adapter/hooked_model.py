@@ -229,6 +229,12 @@ class HookedModel:
         first = next(chain(self.module.parameters(), self.module.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the model's parameters, judged by the first that has floating-point numbers; None without any."""
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(kinds, None)
+
     def _is_resized(self, inputs: Tensor) -> bool:
         """Whether images have another size than the model was traced with."""
         return isinstance(self.input, ImageInput) and tuple(inputs.shape[-2:]) != (
@@ -241,8 +247,7 @@ class HookedModel:
         inputs = differentiable(inputs)
         if not inputs.is_floating_point():
             return inputs.to(self.device)
-        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
-        return inputs.to(self.device, next(kinds, inputs.dtype))
+        return inputs.to(self.device, self.dtype or inputs.dtype)
 
     def run(
         self,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from circuits.tensors import tensor_bytes
+
 
 @dataclass(frozen=True)
 class Value:
@@ -285,20 +287,6 @@ def _flat(nested: Any) -> Iterator[Any]:
             yield from _flat(item)
     else:
         yield nested
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's numbers as bytes.
-
-    Raises:
-        ValueError: if it has none, because it is on the meta device.
-    """
-    if tensor.is_meta:
-        raise ValueError("the model is on torch's meta device, without numbers: expected weights")
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    # An empty tensor cannot be viewed as bytes.
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.tensors import at_least_single
+
 Node = Any
 """A `torch.autograd.graph.Node`: an operation of the forward pass."""
 
@@ -296,5 +298,5 @@ def _through_product(step: WalkStep, parents: Sequence[Node]) -> Iterator[WalkSt
 
 def norm_scale(norm: Node) -> Tensor:
     """What a batch norm in evaluation mode multiplies each channel by: weight / sqrt(variance + eps)."""
-    scale = (norm._saved_running_var + norm._saved_eps).rsqrt()
+    scale = (at_least_single(norm._saved_running_var) + norm._saved_eps).rsqrt()
     return scale if norm._saved_weight is None else scale * norm._saved_weight.detach()

@@ -8,11 +8,12 @@ from torch import Tensor
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.sites import logits_last
+from circuits.tensors import at_least_single
 
 
 def outputs_last(model: HookedModel, logits: Tensor) -> Tensor:
-    """Logits with the axis of classes or tokens last, whatever the model's layout."""
-    return logits_last(model.sites, logits)
+    """Logits with the axis of classes or tokens last, whatever the model's layout, in float32 at least."""
+    return at_least_single(logits_last(model.sites, logits))
 
 
 def answers(model: HookedModel, logits: Tensor) -> Float[Tensor, "example output"]:

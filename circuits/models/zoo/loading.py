@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from circuits.autoencoders.files import FILE, load_autoencoder
@@ -22,6 +23,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_merges, by_tokenizer
 from circuits.models.zoo.inception import googlenet, shapes
+from circuits.models.zoo.placement import device_named, in_precision, on_device, precision_named
 from circuits.models.zoo.resnet import ResNet20
 from circuits.models.zoo.transformers import (
     from_hooked_transformer,
@@ -80,7 +82,13 @@ class ModelEntry:
 
 
 @recording_gradients()
-def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
+def load_model(
+    spec: str,
+    weights: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> HookedModel:
     """Load a model by name.
 
     Args:
@@ -89,16 +97,31 @@ def load_model(spec: str, weights: str | Path | None = None) -> HookedModel:
             `hf:NAME` or `torchvision:NAME`. After it may come `+PATH` for each autoencoder to attach: a file, its
             folder, or its name in the workspace (`googlenet+sae/curves`).
         weights: a safetensors file, or a `.pt` file of plain tensors.
+        device: where it computes, such as `cuda`; by default where it is loaded, which is the CPU unless a factory says
+            otherwise.
+        dtype: float32, float64, bfloat16 or float16; by default as its weights are stored. Other numbers are another
+            model, with a hash of its own.
 
     Raises:
         KeyError: if there is no such model; the message offers the nearest names.
         FileNotFoundError: if its weights are not found.
         ImportError: if it needs a package that is not installed.
-        ValueError: if the weights do not fit.
+        ValueError: if the weights do not fit, or there is no such device or type.
     """
+    # Looked at first: loading can take minutes.
+    place = None if device is None else device_named(device)
+    kind = None if dtype is None else precision_named(dtype)
     spec, *attached = split_attached(spec)
+    model = _loaded(spec, weights)
+    if kind is not None:
+        model = in_precision(model, kind)
     if attached:
-        return attach_files(load_model(spec, weights), attached)
+        model = attach_files(model, attached)
+    return model if place is None else on_device(model, place)
+
+
+def _loaded(spec: str, weights: str | Path | None) -> HookedModel:
+    """A model by name, as it is stored, without autoencoders."""
     spec = _with_scheme(spec)
     path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
@@ -180,18 +203,21 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
 # --- built in ----------------------------------------------------------------------------------
 
 
-def record_of(spec: str, weights: Path | None, model: ModelIdentity) -> ModelRecord:
+def record_of(
+    spec: str, weights: Path | None, model: ModelIdentity, dtype: str = ""
+) -> ModelRecord:
     """How to load the model again, from any folder."""
     spec, *attached = split_attached(spec)
     if attached:
-        base = record_of(spec, weights, model)
+        base = record_of(spec, weights, model, dtype)
         names = [_in_workspace(find_autoencoder(a).resolve()) for a in attached]
         return replace(base, spec="+".join([base.spec, *names]))
     spec = _with_scheme(spec)
     scheme, _, rest = spec.partition(":")
     if scheme in ("tl", "hf") and rest and Path(rest).exists():  # a local folder
         spec = f"{scheme}:{Path(rest).resolve()}"
-    return ModelRecord.of(spec, model, str(weights.resolve()) if weights else None)
+    record = ModelRecord.of(spec, model, str(weights.resolve()) if weights else None)
+    return replace(record, dtype=dtype)
 
 
 def _with_scheme(spec: str) -> str:
@@ -385,7 +411,7 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
 def _tl(name: str, weights: Path | None) -> HookedModel:
     _refuse_weights(f"tl:{name}", weights)
     try:
-        bridge = huggingface_bridge(name)
+        bridge = huggingface_bridge(name, _stored_precision(name))
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         if Path(name).is_dir():
@@ -411,6 +437,15 @@ def _tl(name: str, weights: Path | None) -> HookedModel:
     return HookedModel(bridge, spec, f"tl:{name}")
 
 
+def _stored_precision(name: str) -> torch.dtype:
+    """The type of the weights in a local folder, as its configuration says; float32 for models of the hub."""
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return torch.float32
+    stated = json.loads(path.read_text())
+    return precision_named(stated.get("dtype") or stated.get("torch_dtype") or "float32")
+
+
 def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
     """How a Hugging Face tokenizer writes each token; empty without a tokenizer."""
     decode = getattr(tokenizer, "convert_ids_to_tokens", None)
@@ -429,7 +464,7 @@ def _huggingface(name: str, weights: Path | None) -> HookedModel:
     from transformers import AutoModelForImageClassification
 
     try:
-        module = AutoModelForImageClassification.from_pretrained(name)
+        module = AutoModelForImageClassification.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -28,11 +28,11 @@ def native_bridge(**config: Any) -> Any:
     return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
 
 
-def huggingface_bridge(name: str) -> Any:
+def huggingface_bridge(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
-    return TransformerBridge.boot_transformers(name, device="cpu").eval()
+    return TransformerBridge.boot_transformers(name, device="cpu", dtype=dtype).eval()
 
 
 def _quiet_import() -> warnings.catch_warnings:
