@@ -68,7 +68,8 @@ WorkspaceFolder = Annotated[Path | None, option(
     "or, if that is not set, ./cache.", "--workspace"
 )]  # fmt: skip
 Weights = Annotated[Path | None, option(
-    "A weights file for the model, .safetensors or .pt. By default the model's own weights.", "--weights"
+    "A weights file for the model, .safetensors or .pt; untrained (or untrained:SEED) for random weights. By default "
+    "the model's own weights.", "--weights"
 )]  # fmt: skip
 Data = Annotated[str, option(
     "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "

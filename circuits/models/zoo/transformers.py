@@ -28,11 +28,16 @@ def native_bridge(**config: Any) -> Any:
     return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
 
 
-def huggingface_bridge(name: str) -> Any:
-    """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
+def huggingface_bridge(name: str, trained: bool = True) -> Any:
+    """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder.
+
+    Args:
+        name: what it is called, or where it is.
+        trained: whether its weights are loaded; otherwise they are random.
+    """
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
-    return TransformerBridge.boot_transformers(name, device="cpu").eval()
+    return TransformerBridge.boot_transformers(name, device="cpu", load_weights=trained).eval()
 
 
 def _quiet_import() -> warnings.catch_warnings:
