@@ -358,15 +358,15 @@ def _as_published(build: Any, published: Any, tensors: Mapping[str, Tensor] | No
     heads only for published weights, segmentation models have an auxiliary head only with them, and a backbone's
     weights are downloaded without them. So the builder is told to use the published ones, and gets these instead.
     """
-    if tensors is None:
+    given: Any = tensors
+    if given is None:
         known = inspect.signature(build).parameters
-        options = {"weights_backbone": None, "aux_loss": True, "init_weights": True}
-        # `init_weights` hides among **kwargs, in the two models whose auxiliary heads are dropped later.
+        options = {"weights_backbone": None, "aux_loss": True}
         plain: dict[str, Any] = {k: v for k, v in options.items() if k in known}
+        # Hidden among **kwargs, and warned about if it is missing.
         if build.__name__ in ("googlenet", "inception_v3"):
             plain["init_weights"] = True
-        tensors = build(weights=None, **plain).state_dict()
-    given = dict(tensors)
+        given = build(weights=None, **plain).state_dict()
     published.get_state_dict = lambda *args, **kwargs: given
     try:
         return build(weights=published)
