@@ -509,8 +509,8 @@ def salient(model: HookedModel, one: Examples, target: str, method: PixelMethod)
 
 def label_of(record: ModelRecord) -> str:
     """A model's name, with its hash where two sets of weights share it."""
-    same = [r for r in workspace().models() if r.spec == record.spec]
-    return record.spec if len(same) == 1 else f"{record.spec} {record.hash[:8]}"
+    same = [r for r in workspace().models() if r.name == record.name]
+    return record.name if len(same) == 1 else f"{record.name} {record.hash[:8]}"
 
 
 def autoencoders() -> dict[str, Path]:

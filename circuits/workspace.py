@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class ModelRecord:
     Attributes:
         spec: what `load_model` takes.
         hash: its hash.
-        weights: the weights file it was loaded from, if one was named.
+        weights: the weights file it was loaded from, or `untrained:SEED`, if one of them was named.
         outputs: as in `ModelIdentity`; none if they are not known.
         weights_hash: likewise.
         dtype: the type that its numbers were given when it was loaded; nothing if they are as they are stored.
@@ -75,6 +76,34 @@ class ModelRecord:
     outputs: tuple[float, ...] = ()
     weights_hash: str = ""
     dtype: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it: its name, with what tells it from the trained model of that name if it is not trained.
+
+        >>> ModelRecord("shapes", "0", "untrained:3").name
+        'shapes (untrained:3)'
+        """
+        untrained = (self.weights or "").startswith("untrained")
+        return f"{self.spec} ({self.weights})" if untrained else self.spec
+
+    @property
+    def arguments(self) -> str:
+        """What names it on the command line.
+
+        >>> ModelRecord("shapes", "0", "untrained:3").arguments
+        'shapes --weights untrained:3'
+        """
+        return f"{self.spec} --weights {shlex.quote(self.weights)}" if self.weights else self.spec
+
+    @property
+    def code(self) -> str:
+        """The line of Python that loads it.
+
+        >>> ModelRecord("shapes", "0", "untrained:3").code
+        "circuits.load_model('shapes', 'untrained:3')"
+        """
+        return f"circuits.load_model({', '.join(repr(t) for t in (self.spec, self.weights) if t)})"
 
     @classmethod
     def of(cls, spec: str, model: ModelIdentity, weights: str | None = None) -> ModelRecord:

@@ -13,6 +13,7 @@ from circuits.featurevis.optimizing import respond
 from circuits.featurevis.render import visualize
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
+from circuits.tasks.metrics import UnitActivation
 from circuits.units import Direction, Unit
 from tests.conftest import OwnNet, seeded
 
@@ -210,3 +211,24 @@ def test_bad_dreams_are_named(bridge: HookedModel, model: HookedModel) -> None:
         dream(model, "relu:1")
     with pytest.raises(ValueError, match="takes tokens"):
         visualize(bridge, "blocks.1.mlp.hook_post:3")
+
+
+@pytest.mark.parametrize("names", [["a+b", "c: d*e", "f g@2"], ["1", "token:x", "0"]])
+def test_a_class_is_a_target_whatever_is_in_its_name(names: list[str]) -> None:
+    """As the channel of its output: the names have the characters that separate directions, units and positions."""
+    model = HookedModel(seeded(OwnNet()), OwnNet.input_shape, classes=names)
+    for i, name in enumerate(names):
+        for made in (
+            objectives.as_objective(model, f"class:{name}"),
+            objectives.logit(model, f"class:{name}"),
+            objectives.logit(model, name),
+        ):
+            assert made.text == f"fc:{i}", name
+        target = UnitActivation.named(model, f"class:{name}").target
+        assert (target.site, target.index, target.at) == ("fc", i, None)
+    cold = visualize(model, f"class:{names[1]}", steps=2, negative=True)
+    picture = visualize(model, f"class:{names[1]}", steps=2)
+    assert cold.unit == picture.unit == Unit("fc", 1)
+    torch.testing.assert_close(picture.image, visualize(model, "fc:1", steps=2).image)
+    with pytest.raises(KeyError, match=r"unknown class of .* 'no such'"):
+        visualize(model, "class:no such", steps=2)

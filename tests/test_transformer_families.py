@@ -348,3 +348,18 @@ def test_composition_is_beside_random_matrices_of_the_same_spectrum(tmp_path: Pa
     assert torch.equal(again.random, found.random)
     with pytest.raises(ValueError, match="must be in an earlier layer than target"):
         head_composition(model, target, source)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_every_site_that_is_listed_matters(family: str, tmp_path: Path) -> None:
+    """Rotary embeddings take the stream for its device only, and OPT's positions take what they do not read."""
+    model, _ = bridged(family, tmp_path)
+    assert not {"rotary_emb.hook_in", "pos_embed.hook_in"} & {s.name for s in model.sites}
+    tokens = model.input.example(2)
+    before = model.logits(tokens)
+    for site in model.sites:
+        if site.kind == "pattern":  # some are shown after attention is done, and are read only
+            continue
+        noise = torch.Generator().manual_seed(1)
+        edit = {site.name: lambda t, g=noise: t / 2 + torch.rand(t.shape, generator=g)}
+        assert not torch.equal(model.logits(tokens, edit), before), site.name

@@ -136,7 +136,7 @@ def _keep(record: ModelRecord, done: list[Intervention]) -> None:
 import circuits
 from circuits.concepts import Intervention, as_recipe
 
-model = circuits.load_model({record.spec!r})
+model = {record.code}
 done = {done!r}
 recipe = as_recipe(model, done)  # circuits sae bottleneck --off … measures the same with a classifier
 recipe.save("recipe.json")

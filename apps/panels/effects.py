@@ -63,7 +63,7 @@ def ablation_panel(look: Look, store: ActivationStore, examples: Examples) -> No
         python(f"""
 import circuits
 
-model = circuits.load_model({look.record.spec!r})
+model = {look.record.code}
 task = circuits.load_task(model, {name!r}, n={len(task)}{data if name in STATED else ""})
 report = circuits.ablate(model, [{str(unit)!r}], task, n_random={cached.RANDOM})
 print(report.effects["kl"])

@@ -56,7 +56,7 @@ def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
                 ]
                 if not fitting:
                     what = "with classes" if name == "classes" else "yet"
-                    st.caption(f"No data {what}: `circuits harvest {record.spec} …`.")
+                    st.caption(f"No data {what}: `circuits harvest {record.arguments} …`.")
                     return None
                 data = st.selectbox("On", fitting, key="effects-data")
             n = st.segmented_control(

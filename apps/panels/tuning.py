@@ -46,7 +46,7 @@ def tuning_panel(look: Look) -> None:
 import circuits
 from circuits.tuning import heat_map, radial_tuning
 
-model = circuits.load_model({look.record.spec!r})
+model = {look.record.code}
 tuned = radial_tuning(model, [{str(look.unit)!r}], step={cached.TURN:g})[0]
 print(tuned.radius, tuned.measures)
 print(heat_map(model, [{str(look.unit)!r}], step=15)[0].best)

@@ -41,7 +41,7 @@ def weights_panel(look: Look) -> None:
         python(f"""
 import circuits
 
-model = circuits.load_model({look.record.spec!r})
+model = {look.record.code}
 for c in circuits.weights.incoming(model, {str(look.unit)!r}, top={TOP}):
     print(c.source, c.norm, c.typical, c.kernel)
 for c in circuits.weights.outgoing(model, {str(look.unit)!r}, top={TOP}):

@@ -118,7 +118,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
 import circuits
 from circuits.graph import GraphStore
 
-model = circuits.load_model({record.spec!r})
+model = {record.code}
 folder = circuits.Workspace.default().model_folder(model.hash)
 circuits.weights.build_graph(model, folder)  # once
 graph = {made}

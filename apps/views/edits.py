@@ -61,7 +61,7 @@ import circuits
 import PIL.Image
 from circuits.effects import predictions
 
-model = circuits.load_model({record.spec!r}{f", {record.weights!r}" if record.weights else ""})
+model = {record.code}
 {code_of(one)}
 recipe = circuits.Recipe.load("recipe.json")  # as downloaded below
 with circuits.edited(model, recipe):

@@ -86,7 +86,7 @@ def _model(record: ModelRecord, database: Database) -> None:
             st.dataframe(rows, hide_index=True, width="content")
         else:
             st.caption(
-                f"No activations yet: `circuits harvest {record.spec} --data DATA --sites SITES`."
+                f"No activations yet: `circuits harvest {record.arguments} --data DATA --sites SITES`."
             )
         for trouble in unusable_stores(cached.workspace(), record.hash):
             st.caption(f"⚠ {plain(trouble)}")

@@ -50,7 +50,7 @@ def page() -> None:
     )
     if store is None:
         st.info(
-            f"No activations of {site.name} yet: `circuits harvest {record.spec} --data DATA --sites {site.name}`"
+            f"No activations of {site.name} yet: `circuits harvest {record.arguments} --data DATA --sites {site.name}`"
         )
 
 
@@ -113,7 +113,7 @@ def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
     missing = sum(not tile.picture for tile in tiles)
     if missing:
         st.caption(
-            f"{missing} have no picture: `circuits visualize {record.spec} {site.name} --sheet` makes all of them."
+            f"{missing} have no picture: `circuits visualize {record.arguments} {site.name} --sheet` makes all of them."
         )
         link(
             "jobs",

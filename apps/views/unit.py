@@ -42,7 +42,7 @@ def page() -> None:
         picture_panel(model, unit, record.hash, None)
         st.info(
             f"No activations of {unit.site} yet: "
-            f"`circuits harvest {record.spec} --data DATA --sites {unit.site}`"
+            f"`circuits harvest {record.arguments} --data DATA --sites {unit.site}`"
         )
     else:
         left, right = st.columns([1, 2])

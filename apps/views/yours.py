@@ -77,7 +77,7 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
 import circuits
 import PIL.Image
 
-model = circuits.load_model({record.spec!r})
+model = {record.code}
 {code_of(one)}
 print(model.run(examples.inputs, read=[{site!r}])[{site!r}].flatten(2).amax(2).topk({LISTED}))
 """)

@@ -89,7 +89,7 @@ def families(
     if save or name:
         for family in found:
             library.save_family(place.database, family, note)
-    title = f"{search.kind} families of {model.spec} {site}"
+    title = f"{search.kind} families of {loaded.name} {site}"
     output.draw(lambda figures: figures.families_figure(found, title))
     output.show(found, [library.families_table(found)])
 

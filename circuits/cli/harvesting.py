@@ -127,7 +127,7 @@ def _note_stale(place: Workspace, record: ModelRecord, source: Source) -> None:
             known = Provenance.read(folder)
         except (OSError, ValueError):
             continue
-        if (known.model, known.data) != (record.spec, source.spec):
+        if (known.model, known.data) != (record.name, source.spec):
             continue
         for what, name, before, now in (
             ("model", known.model, known.model_hash, record.hash),

@@ -69,7 +69,8 @@ WorkspaceFolder = Annotated[Path | None, option(
     "or, if that is not set, ./cache.", "--workspace"
 )]  # fmt: skip
 Weights = Annotated[Path | None, option(
-    "A weights file for the model, .safetensors or .pt. By default the model's own weights.", "--weights"
+    "A weights file for the model, .safetensors or .pt; untrained (or untrained:SEED) for random weights. By default "
+    "the model's own weights.", "--weights"
 )]  # fmt: skip
 Device = Annotated[str, option(
     "The device that computes, e.g. cuda or cuda:1. By default the CPU.", "--device"

@@ -24,6 +24,7 @@ from circuits.featurevis.sheets import render_sheet, sheet_name
 from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.tasks.targets import output_unit
 from circuits.workspace import Workspace
 
 app = Typer()
@@ -110,7 +111,7 @@ class Rendering:
 def visualize(
     model: options.Model,
     target: Annotated[str, argument(
-        "A unit SITE:INDEX, a direction like mixed3b:379+0.5*mixed3b:385, a site, or a class."
+        "A unit SITE:INDEX, class:NAME, token:WORD, a direction like mixed3b:379+0.5*mixed3b:385, or a site."
     )],
     wanted: Wanted,
     rendering: Rendering,
@@ -125,6 +126,8 @@ def visualize(
         check_suffix(out)
     check_writable(out.parent if out else place.root, "folder")
     loaded = model.load()
+    if wanted.objective != "logit":  # the picture is kept, and found, by the unit's name
+        target = str(output_unit(loaded, target) or target)
     spec = loaded.input
     if isinstance(spec, TokenInput):
         given = {

@@ -227,10 +227,10 @@ def sanity(
         cards.append(made)
     if out is not None:
         write_json(out, [c.to_dict() for c in cards])
-    title = f"{model.spec} {loaded.hash[:16]}, {chosen}"
+    title = f"{loaded.name} {loaded.hash[:16]}, {chosen}"
     output.draw(lambda figures: figures.sanity_figure(cards, title))
     output.show(
-        cards, [cards_table(cards, f"{model.spec} on {chosen}; target {target}, seed {seed}")]
+        cards, [cards_table(cards, f"{loaded.name} on {chosen}; target {target}, seed {seed}")]
     )
     if len(chosen) < 30 and not output.json:
         warn(f"{len(chosen)} images: verdicts are steadier on thirty or more")

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import Direction, Site, Unit, unknown
+from circuits.tasks.targets import output_index, output_unit
+from circuits.units import Direction, Site, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +202,7 @@ def neuron(
 
 
 def logit(model: HookedModel, target: int | str) -> Objective:
-    """The model's output for a class, by number or name.
+    """The model's output for a class, by number, by name or as `class:NAME`.
 
     Raises:
         KeyError: if there is no class of that name.
@@ -213,9 +214,8 @@ def logit(model: HookedModel, target: int | str) -> Objective:
             f"model {model.name} has no site of logits: name a unit SITE:INDEX instead"
         )
     if isinstance(target, str):
-        if target not in model.classes:
-            raise unknown(f"class of {model.name}", target, model.classes)
-        target = model.classes.index(target)
+        unit = None if target in model.classes else output_unit(model, target)
+        target = unit.index if unit else output_index(model, f"class:{target}")
     return channel(model, sites[-1].unit(target))
 
 
@@ -358,7 +358,9 @@ def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Ob
 
 
 def as_objective(model: HookedModel, target: str | Unit | Direction | Objective) -> Objective:
-    """The objective of a target: a unit's channel, a direction, a site's deepdream; an objective is returned unchanged.
+    """The objective of a target: a channel of a unit or class (`class:NAME`), a direction, a site's deepdream.
+
+    An objective is returned unchanged.
 
     Raises:
         KeyError: if a site is unknown.
@@ -370,6 +372,8 @@ def as_objective(model: HookedModel, target: str | Unit | Direction | Objective)
         return direction(model, target)
     if isinstance(target, Unit):
         return channel(model, target)
+    if unit := output_unit(model, target):
+        return channel(model, unit)
     if ":" not in target:
         return deepdream(model, target)
     return direction(model, target) if set(target) & set("+* ") else channel(model, target)
@@ -468,13 +472,14 @@ def of_kind(model: HookedModel, target: str, kind: Kind) -> str | Objective:
     Raises:
         KeyError, ValueError: if the target does not exist, or is of another kind.
     """
+    if kind == "logit":
+        return logit(model, int(target) if target.isdigit() else target)
+    target = str(output_unit(model, target) or target)
     if kind == "neuron":
         return neuron(model, target)
     if kind == "cosine":
         return direction(model, target, cosine_power=1.0)
     if kind == "deepdream":
         return deepdream(model, target)
-    if kind == "logit":
-        return logit(model, int(target) if target.isdigit() else target)
     as_objective(model, target)
     return target

@@ -35,6 +35,7 @@ from circuits.featurevis.transforms import Transform, maco_standard, standard
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
+from circuits.tasks.targets import output_unit
 from circuits.units import Direction, Unit, unknown
 
 Subject = str | Unit | Direction | Objective
@@ -252,6 +253,8 @@ def visualize_units(
 
 
 def _unit(model: HookedModel, target: Subject) -> Unit | None:
+    if isinstance(target, str) and (unit := output_unit(model, target)):
+        return unit
     if isinstance(target, str) and ":" in target and not set(target) & set("+* "):
         return model.unit(target)
     return model.unit(target) if isinstance(target, Unit) else None

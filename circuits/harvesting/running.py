@@ -126,7 +126,7 @@ def harvest(
     )
     kernels.prepare()
     fitting = _fitting(model, inputs, _first_readable(inputs, skip_bad), memory)
-    name = record.spec if record else model.name
+    name = record.name if record else model.name
     provenance = _provenance(inputs, name, chosen, depth, batch or min(LARGEST_BATCH, fitting))
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)

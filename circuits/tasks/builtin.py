@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,8 @@ def names_of(model: HookedModel) -> list[str]:
 
 
 def base_name(model: HookedModel) -> str:
-    """The name of a model without its attached autoencoders (`+NAME`) and edits (after a comma)."""
-    return model.name.partition("+")[0].partition(",")[0]
+    """The name of a model without its attached autoencoders (`+NAME`), edits (after a comma) and kind of weights."""
+    return re.split(r"[+,]| \(", model.name, maxsplit=1)[0]
 
 
 def load_task(

@@ -22,6 +22,7 @@ Quantity = Literal["activation", "probability", "log_probability"]
 """The unit's activation (for an output, its logit), its probability under a softmax over the site's units, or the
 logarithm of that probability."""
 
+_OUTPUTS = ("class", "token")
 _AT = re.compile(r"(?P<what>.+?)@(?P<at>-?\d+(,-?\d+)*)")
 
 
@@ -94,7 +95,9 @@ def parse_target(
     >>> str(parse_target(load_model("shapes"), "mixed3b:3@4,4"))
     'mixed3b:3@4,4'
     """
-    match = _AT.fullmatch(text)
+    # A name that ends in what looks like a position is a name first.
+    whole = text.partition(":")[2] in _output_names(model)
+    match = None if whole else _AT.fullmatch(text)
     what, at = text, None
     if match is not None:
         what = match["what"]
@@ -102,10 +105,8 @@ def parse_target(
     other = None
     if what == "top":
         made = Target(output_site(model).name, None, at)
-    elif what.partition(":")[0] in ("class", "token"):
-        made = Target(output_site(model).name, output_index(model, what), at)
     else:
-        unit = model.unit(_parsed_unit(what))
+        unit = output_unit(model, what) or model.unit(_parsed_unit(what))
         made = Target(unit.site, unit.index, at)
     if against:
         if made.site != output_site(model).name:
@@ -113,7 +114,7 @@ def parse_target(
                 f"against {against!r} does not go with target {text!r}: expected a class or a token as the target"
             )
         kind = "token" if isinstance(model.input, TokenInput) else "class"
-        named = against if against.partition(":")[0] in ("class", "token") else f"{kind}:{against}"
+        named = against if against.partition(":")[0] in _OUTPUTS else f"{kind}:{against}"
         other = output_index(model, named)
     return as_target(model, replace(made, against=other, quantity=quantity))
 
@@ -127,13 +128,27 @@ def _parsed_unit(text: str) -> Unit:
         ) from None
 
 
+def output_unit(model: HookedModel, text: str) -> Unit | None:
+    """The output that `class:NAME` or `token:WORD` names, whatever characters are in the name; None of other texts.
+
+    Raises:
+        KeyError: if there is no such class or token.
+        ValueError: if several have the name, or its number is out of range.
+    """
+    if text.partition(":")[0] not in _OUTPUTS:
+        return None
+    return output_site(model).unit(output_index(model, text))
+
+
+def _output_names(model: HookedModel) -> Sequence[str]:
+    return model.input.vocabulary if isinstance(model.input, TokenInput) else model.classes
+
+
 def output_index(model: HookedModel, text: str) -> int:
     """The index of the output that `class:NAME` or `token:WORD` names."""
     kind, _, name = text.partition(":")
     site = output_site(model)
-    names: Sequence[str] = model.classes
-    if isinstance(model.input, TokenInput):
-        names = model.input.vocabulary
+    names = _output_names(model)
     if name in names:
         return index_of(name, names, kind)
     close = [i for i, n in enumerate(names) if name and name.lower() in re.split(r", ?", n.lower())]

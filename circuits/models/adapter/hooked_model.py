@@ -177,8 +177,37 @@ class HookedModel:
         self._layers: tuple[str, tuple[WeightLayer, ...]] | None = None
         self._embedding: Site | None = None
         self._found_padding: Padding | None = None
+        unread = self._unread() if is_bridge(module) else set()
+        self.sites = tuple(site for site in self.sites if site.name not in unread)
         self._by_name = {site.name: site for site in self.sites}
         self._aliases = {alias: site.name for site in self.sites for alias in site.aliases}
+
+    def _unread(self) -> set[str]:
+        """Hook points of a bridge whose tensor nothing reads, such as one that is taken for its device only.
+
+        An edit there would do nothing. Attention patterns that are shown after attention is done stay: they are read.
+        """
+        if self._inference_tensor() is not None:  # torch takes no gradient
+            return set()
+        inputs = self.fitted(self.input.example(1))
+
+        def output(changes: Mapping[str, Change]) -> Tensor:
+            taps = [(self._taps[name], change) for name, change in changes.items()]
+            with intervene(self.module, taps), evaluating(self.module):
+                return main_output(self.module(inputs))
+
+        marks = {
+            s.name: torch.zeros((), requires_grad=True) for s in self.sites if s.kind != "pattern"
+        }
+        summed = output({name: lambda t, m=mark: t + m for name, mark in marks.items()}).sum()
+        found = torch.autograd.grad(summed, list(marks.values()), allow_unused=True)
+        suspects = [name for name, slope in zip(marks, found, strict=True) if slope is None]
+        if not suspects:
+            return set()
+        # What is rounded or compared has no gradient, but is read: only an output that stays the same tells.
+        with torch.no_grad():
+            intact = output({})
+            return {n for n in suspects if torch.equal(output({n: lambda t: t / 2 + 1}), intact)}
 
     def _warn_if_unsteady(self) -> None:
         if self._unsteady:
@@ -307,9 +336,12 @@ class HookedModel:
         found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
-    def _check_differentiable(self) -> None:
+    def _inference_tensor(self) -> str | None:
         named = chain(self.module.named_parameters(), self.module.named_buffers())
-        bad = next((name for name, tensor in named if tensor.is_inference()), None)
+        return next((name for name, tensor in named if tensor.is_inference()), None)
+
+    def _check_differentiable(self) -> None:
+        bad = self._inference_tensor()
         if bad is not None:
             raise ValueError(
                 f"tensor {bad} of model {self.name} was made inside torch.inference_mode(), and torch takes no "

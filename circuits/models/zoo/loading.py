@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from circuits.autoencoders.files import FILE, load_autoencoder
 from circuits.autograd import recording_gradients
 from circuits.cleanroom import addition
 from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
+from circuits.environment import ASSETS
 from circuits.factories import call_factory
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
-from circuits.models.adapter.tokenizing import by_merges, by_tokenizer
+from circuits.models.adapter.tokenizing import by_merges
 from circuits.models.zoo.inception import googlenet, shapes
+from circuits.models.zoo.packages import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    huggingface,
+    refuse_weights,
+    timm,
+    torchvision,
+    transformer_lens,
+)
 from circuits.models.zoo.placement import device_named, in_precision, on_device, precision_named
 from circuits.models.zoo.resnet import ResNet20
 from circuits.models.zoo.transformers import (
     from_hooked_transformer,
     from_llama2c,
-    huggingface_bridge,
     load_native,
     native_bridge,
 )
 from circuits.models.zoo.weights_files import (
+    Untrained,
+    Weights,
     asset,
     find_weights,
     is_baked,
     load_weights,
+    parse_weights,
     read_weights,
 )
-from circuits.specs import python_spec, split_attached
+from circuits.specs import python_spec, split_attached, split_key
 from circuits.stimuli.repeats import BOS, N_CTX, N_VOCAB
 from circuits.stimuli.shapes import CLASSES
 from circuits.units import unknown
 from circuits.workspace import ModelIdentity, ModelRecord, Workspace
 
-log = logging.getLogger(__name__)
-
 BUILTIN = Path(__file__).parent / "builtin"
 """Where the trained built-in models' weights and cards are."""
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-Loader = Callable[[str, Path | None], HookedModel]
+Loader = Callable[[str, Weights], HookedModel]
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,19 @@ class ModelEntry:
     Attributes:
         name: the name to type, or its form (`tl:NAME`).
         summary: what it is and what it needs.
-        load: function from the typed name and an optional weights file to the model.
+        load: function from the typed name and which weights it gets to the model.
     """
 
     name: str
     summary: str
     load: Loader
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether its weights are what the package or a factory makes, so that there are no untrained ones."""
+        return self.name in (
+            "cleanroom", "induction-by-hand", "addition-by-hand", "python:MODULE:FACTORY",
+        )  # fmt: skip
 
     @property
     def builtin(self) -> bool:
@@ -85,6 +98,7 @@ class ModelEntry:
 def load_model(
     spec: str,
     weights: str | Path | None = None,
+    seed: int | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -94,9 +108,11 @@ def load_model(
     Args:
         spec: a name that `circuits models` lists; `python:module:factory` (a function without required arguments
             that returns a `HookedModel`, or an `nn.Module` with an `input_shape`) or `FILE.py:FUNCTION`; `tl:NAME`,
-            `hf:NAME` or `torchvision:NAME`. After it may come `+PATH` for each autoencoder to attach: a file, its
-            folder, or its name in the workspace (`googlenet+sae/curves`).
-        weights: a safetensors file, or a `.pt` file of plain tensors.
+            `hf:NAME`, `torchvision:NAME` or `timm:NAME`. After it may come `+PATH` for each autoencoder to attach: a
+            file, its folder, or its name in the workspace (`googlenet+sae/curves`).
+        weights: a safetensors file, a `.pt` file of plain tensors, or `untrained` for random weights, which the
+            model's name then says.
+        seed: of untrained weights, 0 if not given; `weights="untrained:SEED"` is the same in one word.
         device: where it computes, such as `cuda`; by default where it is loaded, which is the CPU unless a factory says
             otherwise.
         dtype: float32, float64, bfloat16 or float16; by default as its weights are stored. Other numbers are another
@@ -112,7 +128,7 @@ def load_model(
     place = None if device is None else device_named(device)
     kind = None if dtype is None else precision_named(dtype)
     spec, *attached = split_attached(spec)
-    model = _loaded(spec, weights)
+    model = _named(spec, weights, seed)
     if kind is not None:
         model = in_precision(model, kind)
     if attached:
@@ -120,10 +136,16 @@ def load_model(
     return model if place is None else on_device(model, place)
 
 
-def _loaded(spec: str, weights: str | Path | None) -> HookedModel:
+def _named(spec: str, weights: str | Path | None, seed: int | None) -> HookedModel:
     """A model by name, as it is stored, without autoencoders."""
+    chosen = parse_weights(weights)
+    if seed is not None:
+        if chosen != Untrained():
+            raise ValueError(
+                f"seed {seed} is for untrained weights: expected weights 'untrained', got {str(weights)!r}"
+            )
+        chosen = parse_weights(f"untrained:{seed}")
     spec = _with_scheme(spec)
-    path = Path(weights) if weights is not None else None
     scheme, _, rest = spec.partition(":")
     if spec.endswith(":") and spec in MODELS:
         raise ValueError(
@@ -133,12 +155,24 @@ def _loaded(spec: str, weights: str | Path | None) -> HookedModel:
     if entry is None:
         raise unknown("model", spec, [e.name for e in MODELS.values()])
     # A file that `circuits.edits.bake` wrote has the names of `state_dict()`, not those of the published weights,
-    # which the loader would convert.
-    if path is not None and is_baked(path):
-        model = entry.load(rest or spec, None)
-        load_weights(model.module.state_dict(), read_weights(path), str(path))
+    # which the loader would convert: it replaces all weights of a model that needs no others before.
+    if isinstance(chosen, Path) and is_baked(chosen):
+        model = _loaded(entry, rest or spec, None if entry.by_hand else Untrained())
+        _fill(model.module, chosen)
         return model
-    return entry.load(rest or spec, path)
+    model = _loaded(entry, rest or spec, chosen)
+    if isinstance(chosen, Untrained):
+        model.name = chosen.named(model.name)
+    return model
+
+
+def _loaded(entry: ModelEntry, name: str, weights: Weights) -> HookedModel:
+    """The model of an entry; untrained weights are drawn by their seed, which leaves the caller's generator alone."""
+    if not isinstance(weights, Untrained):
+        return entry.load(name, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(weights.seed)
+        return entry.load(name, weights)
 
 
 def attach_files(model: HookedModel, paths: Sequence[str]) -> HookedModel:
@@ -204,7 +238,7 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
 
 
 def record_of(
-    spec: str, weights: Path | None, model: ModelIdentity, dtype: str = ""
+    spec: str, weights: str | Path | None, model: ModelIdentity, dtype: str = ""
 ) -> ModelRecord:
     """How to load the model again, from any folder."""
     spec, *attached = split_attached(spec)
@@ -214,10 +248,12 @@ def record_of(
         return replace(base, spec="+".join([base.spec, *names]))
     spec = _with_scheme(spec)
     scheme, _, rest = spec.partition(":")
-    if scheme in ("tl", "hf") and rest and Path(rest).exists():  # a local folder
-        spec = f"{scheme}:{Path(rest).resolve()}"
-    record = ModelRecord.of(spec, model, str(weights.resolve()) if weights else None)
-    return replace(record, dtype=dtype)
+    place, tower = split_key(rest) if scheme == "hf" else (rest, "")
+    if scheme in ("tl", "hf") and rest and Path(place).exists():  # a local folder
+        spec = ":".join([scheme, str(Path(place).resolve()), *([tower] if tower else [])])
+    chosen = parse_weights(weights)
+    kept = str(chosen.resolve() if isinstance(chosen, Path) else chosen) if chosen else None
+    return replace(ModelRecord.of(spec, model, kept), dtype=dtype)
 
 
 def _with_scheme(spec: str) -> str:
@@ -234,14 +270,32 @@ def _in_workspace(path: Path) -> str:
     return f"sae/{path.relative_to(place).with_suffix('')}"
 
 
-def _refuse_weights(name: str, weights: Path | None) -> None:
+def _refuse_weights(name: str, weights: Weights) -> None:
+    refuse_weights(name, weights)
     if weights is not None:
         raise ValueError(
-            f"weights {str(weights)!r}: model {name} comes with its weights and takes no file"
+            f"weights {str(weights)!r}: model {name} is written by hand and was never trained: leave weights out"
         )
 
 
-def _cleanroom(name: str, weights: Path | None) -> HookedModel:
+def _fill(module: nn.Module, weights: Path | Untrained, convert: Convert = dict) -> None:
+    """Copy a file's weights into a model, named by `convert`; nothing is to be done for untrained ones."""
+    if isinstance(weights, Untrained):
+        return
+    tensors = read_weights(weights)
+    try:
+        converted = convert(tensors)
+    except KeyError as error:
+        raise ValueError(f"weights {str(weights)!r} lack the tensor {error.args[0]!r}") from error
+    load_weights(module.state_dict(), converted, repr(str(weights)))
+
+
+def _seed(weights: Weights) -> int:
+    """The seed of a native bridge, which draws its weights by a generator of its own."""
+    return weights.seed if isinstance(weights, Untrained) else 0
+
+
+def _cleanroom(name: str, weights: Weights) -> HookedModel:
     _refuse_weights(name, weights)
     return HookedModel(
         CleanRoom(),
@@ -252,10 +306,9 @@ def _cleanroom(name: str, weights: Path | None) -> HookedModel:
     )
 
 
-def _shapes(name: str, weights: Path | None) -> HookedModel:
-    path = weights or BUILTIN / "shapes.safetensors"
+def _shapes(name: str, weights: Weights) -> HookedModel:
     module = shapes(len(CLASSES))
-    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    _fill(module, weights or BUILTIN / "shapes.safetensors")
     return HookedModel(
         module, ImageInput(3, 64, 64, mean=(0.5,), std=(0.25,)), name, classes=CLASSES
     )
@@ -271,21 +324,20 @@ INDUCTION = {
 """Configuration of the built-in induction model."""
 
 
-def _induction(name: str, weights: Path | None) -> HookedModel:
-    path = weights or BUILTIN / "induction.safetensors"
-    bridge = native_bridge(**INDUCTION)
-    load_native(bridge, read_weights(path), repr(str(path)))
+def _induction(name: str, weights: Weights) -> HookedModel:
+    bridge = native_bridge(seed=_seed(weights), **INDUCTION)
+    _fill(bridge, weights or BUILTIN / "induction.safetensors")
     return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
 
 
-def _induction_by_hand(name: str, weights: Path | None) -> HookedModel:
+def _induction_by_hand(name: str, weights: Weights) -> HookedModel:
     _refuse_weights(name, weights)
     bridge = native_bridge(**by_hand.config(N_VOCAB, N_CTX))
     load_native(bridge, by_hand.weights(N_VOCAB, N_CTX), name)
     return HookedModel(bridge, TokenInput(N_VOCAB, N_CTX, bos=BOS), name)
 
 
-def _addition_by_hand(name: str, weights: Path | None) -> HookedModel:
+def _addition_by_hand(name: str, weights: Weights) -> HookedModel:
     _refuse_weights(name, weights)
     bridge = native_bridge(**addition.config(_ADDITION))
     load_native(bridge, addition.weights(_ADDITION), name)
@@ -296,11 +348,10 @@ def _addition_by_hand(name: str, weights: Path | None) -> HookedModel:
 # --- by weights file ---------------------------------------------------------------------------
 
 
-def _googlenet(name: str, weights: Path | None) -> HookedModel:
+def _googlenet(name: str, weights: Weights) -> HookedModel:
     path = find_weights("googlenet/bvlc_googlenet.safetensors", weights, name)
     module = googlenet()
-    tensors = {_googlenet_key(k): v for k, v in read_weights(path).items()}
-    load_weights(module.state_dict(), tensors, repr(str(path)))
+    _fill(module, path, lambda tensors: {_googlenet_key(k): v for k, v in tensors.items()})
     # Caffe's preprocessing: BGR in 0..255 less the mean colour of ImageNet, not divided by anything.
     spec = ImageInput(3, 224, 224, (104.0, 117.0, 123.0), (1.0,), 255.0, True, "margin-crop")
     aliases = {
@@ -343,58 +394,47 @@ CIFAR_CLASSES = (
 )  # fmt: skip
 
 
-def _cifar10_resnet20(name: str, weights: Path | None) -> HookedModel:
+def _cifar10_resnet20(name: str, weights: Weights) -> HookedModel:
     path = find_weights("cifar_resnet/cifar10_resnet20.safetensors", weights, name)
     module = ResNet20()
-    load_weights(module.state_dict(), read_weights(path), repr(str(path)))
+    _fill(module, path)
     spec = ImageInput(3, 32, 32, IMAGENET_MEAN, IMAGENET_STD, resize="stretch")
     return HookedModel(module, spec, name, classes=CIFAR_CLASSES)
 
 
-def _induction_infinite(name: str, weights: Path | None) -> HookedModel:
+def _induction_infinite(name: str, weights: Weights) -> HookedModel:
     path = find_weights("tiny/induction_head_infinite.safetensors", weights, name)
     bridge = native_bridge(
-        d_model=48, d_head=12, n_heads=4, n_layers=2, n_ctx=85, d_vocab=128,
+        seed=_seed(weights), d_model=48, d_head=12, n_heads=4, n_layers=2, n_ctx=85, d_vocab=128,
         attn_only=True, normalization_type=None, act_fn="relu",
     )  # fmt: skip
-    _load_tutorial(bridge, path)
+    _fill(bridge, path, from_hooked_transformer)
     return HookedModel(bridge, TokenInput(128, 85), name)
 
 
-def _modular_addition(name: str, weights: Path | None) -> HookedModel:
+def _modular_addition(name: str, weights: Weights) -> HookedModel:
     path = find_weights("tiny/wd_10-1_mod_addition_loss_curve.safetensors", weights, name)
     bridge = native_bridge(
-        d_model=128, d_head=32, n_heads=4, n_layers=1, n_ctx=3, d_vocab=114, d_mlp=512,
+        seed=_seed(weights), d_model=128, d_head=32, n_heads=4, n_layers=1, n_ctx=3, d_vocab=114, d_mlp=512,
         normalization_type=None, act_fn="relu",
     )  # fmt: skip
-    _load_tutorial(bridge, path)
+    _fill(bridge, path, from_hooked_transformer)
     return HookedModel(bridge, TokenInput(114, 3, (*map(str, range(113)), "=")), name)
 
 
-def _load_tutorial(bridge: nn.Module, path: Path) -> None:
-    tensors = read_weights(path)
-    try:
-        converted = from_hooked_transformer(tensors)
-    except KeyError as error:
-        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
-    load_native(bridge, converted, repr(str(path)))
-
-
-def _stories260k(name: str, weights: Path | None) -> HookedModel:
+def _stories260k(name: str, weights: Weights) -> HookedModel:
     path = find_weights("tiny/stories260K.safetensors", weights, name)
-    vocabulary = path.parent / "tok512.json"
-    if not vocabulary.is_file():
-        raise FileNotFoundError(f"model {name!r} needs its vocabulary {str(vocabulary)!r}")
+    untrained = isinstance(path, Untrained)
+    vocabulary = asset("weights/tiny/tok512.json") if untrained else path.parent / "tok512.json"
+    if vocabulary is None or not vocabulary.is_file():
+        where = vocabulary or f"weights/tiny/tok512.json in the folder that {ASSETS} names"
+        raise FileNotFoundError(f"model {name!r} needs its vocabulary {str(where)!r}")
     bridge = native_bridge(
-        d_model=64, d_head=8, n_heads=8, n_key_value_heads=4, n_layers=5, n_ctx=512, d_vocab=512,
+        seed=_seed(weights), d_model=64, d_head=8, n_heads=8, n_key_value_heads=4, n_layers=5, n_ctx=512, d_vocab=512,
         d_mlp=172, gated_mlp=True, act_fn="silu", normalization_type="RMS", final_rms=True,
         positional_embedding_type="rotary",
     )  # fmt: skip
-    try:
-        converted = from_llama2c(read_weights(path))
-    except KeyError as error:
-        raise ValueError(f"weights {str(path)!r} lack the tensor {error.args[0]!r}") from error
-    load_native(bridge, converted, repr(str(path)))
+    _fill(bridge, path, from_llama2c)
     try:
         pieces = [(str(piece), float(score)) for piece, score in json.loads(vocabulary.read_text())]
     except (ValueError, TypeError) as error:
@@ -405,133 +445,10 @@ def _stories260k(name: str, weights: Path | None) -> HookedModel:
     return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
 
 
-# --- by package --------------------------------------------------------------------------------
+# --- by package: `circuits.models.zoo.packages` -------------------------------------------------
 
 
-def _tl(name: str, weights: Path | None) -> HookedModel:
-    _refuse_weights(f"tl:{name}", weights)
-    try:
-        bridge = huggingface_bridge(name, _stored_precision(name))
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        if Path(name).is_dir():
-            reason = first.split(". ")[0]  # what follows is a list of a hundred names
-            raise ValueError(
-                f"model 'tl:{name}' is a folder, but TransformerLens has no bridge for what is in it: {reason}"
-            ) from error
-        raise FileNotFoundError(
-            f"model 'tl:{name}' could not be loaded: it is neither a local folder nor available from "
-            f"the Hugging Face hub ({first})"
-        ) from error
-    tokenizer, encoder = bridge.tokenizer, None
-    if tokenizer is not None:
-        encoder = by_tokenizer(tokenizer)
-    vocabulary = _vocabulary(tokenizer, bridge.cfg.d_vocab)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    filler = getattr(tokenizer, "pad_token_id", None) or 0
-    if (
-        filler >= bridge.cfg.d_vocab
-    ):  # a padding token that was added to the tokenizer, but not to the model
-        filler = 0
-    spec = TokenInput(bridge.cfg.d_vocab, bridge.cfg.n_ctx, vocabulary, bos, encoder, filler)
-    return HookedModel(bridge, spec, f"tl:{name}")
-
-
-def _stored_precision(name: str) -> torch.dtype:
-    """The type of the weights in a local folder, as its configuration says; float32 for models of the hub."""
-    path = Path(name) / "config.json"
-    if not path.is_file():
-        return torch.float32
-    stated = json.loads(path.read_text())
-    return precision_named(stated.get("dtype") or stated.get("torch_dtype") or "float32")
-
-
-def _vocabulary(tokenizer: object, n_vocab: int) -> tuple[str, ...]:
-    """How a Hugging Face tokenizer writes each token; empty without a tokenizer."""
-    decode = getattr(tokenizer, "convert_ids_to_tokens", None)
-    if decode is None:
-        return ()
-    known = len(tokenizer)  # type: ignore[arg-type]
-    words = decode(list(range(min(known, n_vocab))))
-    # Byte-pair tokenizers write a leading space as Ġ (GPT-2) or ▁ (SentencePiece), a line break as Ċ. Models often
-    # have more embeddings than tokens, for alignment.
-    marked = [str(w).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n") for w in words]
-    return tuple(marked + [f"<{i}>" for i in range(len(marked), n_vocab)])
-
-
-def _huggingface(name: str, weights: Path | None) -> HookedModel:
-    _refuse_weights(f"hf:{name}", weights)
-    from transformers import AutoModelForImageClassification
-
-    try:
-        module = AutoModelForImageClassification.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"model 'hf:{name}' could not be loaded: it is neither a local folder nor available from "
-            f"the Hugging Face hub ({first}); language models load as tl:{name}"
-        ) from error
-    config = module.config
-    size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    labels = getattr(config, "id2label", None) or {}
-    mean, std = _huggingface_preprocessing(name)
-    spec = ImageInput(getattr(config, "num_channels", 3), height, width, mean, std)
-    classes = [str(labels[i]) for i in sorted(labels)]
-    return HookedModel(module.eval(), spec, f"hf:{name}", classes=classes)
-
-
-def _huggingface_preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation from the model's preprocessor file; those of ImageNet without such a file."""
-    from transformers.utils.hub import cached_file
-
-    path = cached_file(
-        name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-    )
-    if path is None:
-        log.warning(
-            "model hf:%s comes without preprocessor_config.json: using ImageNet's mean and std",
-            name,
-        )
-        return IMAGENET_MEAN, IMAGENET_STD
-    stated = json.loads(Path(path).read_text())
-    if not stated.get("do_normalize", True):
-        return (0.0,), (1.0,)
-    mean, std = stated.get("image_mean", IMAGENET_MEAN), stated.get("image_std", IMAGENET_STD)
-    return tuple(map(float, mean)), tuple(map(float, std))
-
-
-def _torchvision(name: str, weights: Path | None) -> HookedModel:
-    try:
-        zoo = importlib.import_module("torchvision.models")
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"model 'torchvision:{name}' needs torchvision, which cannot be imported here "
-            f"({str(error).splitlines()[0]}); install the build that matches your torch"
-        ) from error
-    if name not in zoo.list_models():
-        raise unknown("torchvision model", name, zoo.list_models())
-    published = zoo.get_model_weights(name).DEFAULT
-    if weights is None:
-        try:
-            module = zoo.get_model(name, weights=published)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"model 'torchvision:{name}' needs its weights: the download failed ({error}); "
-                "pass --weights PATH"
-            ) from error
-    else:
-        module = zoo.get_model(name, weights=None)
-        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
-    transforms = published.transforms()
-    crop = transforms.crop_size[0]
-    mean, std = tuple(transforms.mean), tuple(transforms.std)
-    spec = ImageInput(3, crop, crop, mean, std, resize="margin-crop")
-    classes = published.meta.get("categories", ())
-    return HookedModel(module.eval(), spec, f"torchvision:{name}", classes=classes)
-
-
-def _python(name: str, weights: Path | None) -> HookedModel:
+def _python(name: str, weights: Weights) -> HookedModel:
     """A factory that the user names; this runs the user's code."""
     made = call_factory("model", name)
     module = made.module if isinstance(made, HookedModel) else made
@@ -540,8 +457,13 @@ def _python(name: str, weights: Path | None) -> HookedModel:
             f"model 'python:{name}': its factory returned {type(made).__name__}, expected a "
             "torch module or a HookedModel"
         )
+    if isinstance(weights, Untrained):
+        raise ValueError(
+            f"weights {str(weights)!r}: the factory of model 'python:{name}' makes its weights: leave weights out, and "
+            "load none in the factory"
+        )
     if weights is not None:
-        load_weights(module.state_dict(), read_weights(weights), repr(str(weights)))
+        _fill(module, weights)
     if isinstance(made, HookedModel):
         return made
     shape = getattr(module, "input_shape", None)
@@ -567,9 +489,10 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("induction-infinite", "2-layer attention-only; needs its weights file", _induction_infinite),
         ModelEntry("modular-addition", "1 layer, addition mod 113; needs its weights file", _modular_addition),
         ModelEntry("python:MODULE:FACTORY", "your own: an importable function or FILE.py:FUNCTION", _python),
-        ModelEntry("tl:NAME", "TransformerLens, by hub name or local folder", _tl),
-        ModelEntry("hf:NAME", "Hugging Face image classifier, by hub name or local folder", _huggingface),
-        ModelEntry("torchvision:NAME", "torchvision, if it is installed", _torchvision),
+        ModelEntry("tl:NAME", "TransformerLens, by hub name or local folder", transformer_lens),
+        ModelEntry("hf:NAME", "Hugging Face image model, by hub name or local folder", huggingface),
+        ModelEntry("torchvision:NAME", "classifiers and segmentation of torchvision, if it is installed", torchvision),
+        ModelEntry("timm:NAME", "image models of timm, if it is installed", timm),
     )
 }  # fmt: skip
 """Every model that `load_model` knows, by its name or by its scheme with the colon (`tl:`)."""

@@ -28,11 +28,19 @@ def native_bridge(**config: Any) -> Any:
     return boot.boot_native(TransformerBridgeConfig(**{"seed": 0, **config})).eval()
 
 
-def huggingface_bridge(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder."""
+def huggingface_bridge(name: str, dtype: torch.dtype = torch.float32, trained: bool = True) -> Any:
+    """Make a TransformerLens bridge around a Hugging Face model, by hub name or local folder.
+
+    Args:
+        name: what it is called, or where it is.
+        dtype: the type of its weights.
+        trained: whether its weights are loaded; otherwise they are random.
+    """
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
-    return TransformerBridge.boot_transformers(name, device="cpu", dtype=dtype).eval()
+    return TransformerBridge.boot_transformers(
+        name, device="cpu", dtype=dtype, load_weights=trained
+    ).eval()
 
 
 def _quiet_import() -> warnings.catch_warnings:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,51 @@ from torch import Tensor
 from circuits.environment import ASSETS
 
 
+@dataclass(frozen=True)
+class Untrained:
+    """Random weights, as a model has them before training, instead of a file of trained ones.
+
+    Attributes:
+        seed: of the generator that they are drawn by.
+    """
+
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"untrained:{self.seed}"
+
+    def named(self, name: str) -> str:
+        """The name of a model with these weights, so that nobody takes it for the trained one.
+
+        >>> Untrained(3).named("shapes")
+        'shapes (untrained, seed 3)'
+        """
+        return f"{name} (untrained, seed {self.seed})"
+
+
+Weights = Path | Untrained | None
+"""Which weights a model gets: those of a file, random ones, or its usual ones."""
+
+
+def parse_weights(text: str | Path | None) -> Weights:
+    """Read what a person names as weights: a file, `untrained`, or `untrained:SEED`.
+
+    >>> parse_weights("untrained"), parse_weights("untrained:3")
+    (Untrained(seed=0), Untrained(seed=3))
+
+    Raises:
+        ValueError: if the seed is no whole number from 0.
+    """
+    if text is None:
+        return None
+    word, colon, seed = str(text).partition(":")
+    if word != "untrained" or (isinstance(text, Path) and text.exists()):
+        return Path(text)
+    if colon and not re.fullmatch(r"\d{1,18}", seed):
+        raise ValueError(f"weights {str(text)!r}: seed {seed!r} is not a whole number from 0")
+    return Untrained(int(seed or 0))
+
+
 def asset(relative: str) -> Path | None:
     """The path of a file in the folder that `CIRCUITS_ASSETS` names; None if it does not exist."""
     root = os.environ.get(ASSETS)
@@ -25,8 +72,8 @@ def asset(relative: str) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def find_weights(relative: str, given: Path | None, model: str) -> Path:
-    """The weights file of a model: the one given, or the one in the assets folder.
+def find_weights(relative: str, given: Weights, model: str) -> Path | Untrained:
+    """The weights of a model: the ones given, or the file in the assets folder.
 
     Raises:
         FileNotFoundError: if there is neither; the message says how to provide one.
@@ -35,7 +82,8 @@ def find_weights(relative: str, given: Path | None, model: str) -> Path:
     if path is None:
         raise FileNotFoundError(
             f"model {model!r} needs its weights file: pass --weights PATH/{Path(relative).name} "
-            f"(or weights=…), or set {ASSETS} to a folder that holds weights/{relative}"
+            f"(or weights=…), or set {ASSETS} to a folder that holds weights/{relative}; "
+            "--weights untrained takes random weights"
         )
     return path
 
@@ -112,12 +160,18 @@ def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
                 f"weights {source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(own[name].shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"weights {source}: tensor {name!r} holds NaN or infinite values")
+    check_finite(tensors, source)
     # All checks are done: the model is either left as it was, or has all of the weights.
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if a tensor holds NaN or infinite values."""
+    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(f"weights {source}: tensor {bad!r} holds NaN or infinite values")
 
 
 def file_hash(path: Path) -> str:
