@@ -521,6 +521,26 @@ def _matrix(call: Call) -> Pull:
     return pull
 
 
+def _grouped_matrices(call: Call) -> Pull:
+    """Rows times a matrix for each group of them, as mixtures of experts compute it; torch has it in no float64."""
+    v = call.values
+    if call.sources != ("self",) or v.get("offs") is None or v["mat2"].ndim != 3:
+        return _by_torch(call)
+    matrices, ends = v["mat2"].detach(), v["offs"].tolist()
+
+    def pull(g: Window, paths: Paths) -> list[Window]:
+        given = g.whole(call.output.shape)
+        # Rows after the last group are in none.
+        made = given.new_zeros(*given.shape[:2], matrices.shape[1])
+        for matrix, start, end in zip(matrices, [0, *ends], ends, strict=False):
+            factor = matrix.to(given)
+            factor = factor.abs() if paths == "absolute" else factor
+            made[:, start:end] = given[:, start:end] @ factor.mT
+        return [Window(made, (0, 0))]
+
+    return pull
+
+
 # --- operations without a rule -------------------------------------------------------------------
 
 
@@ -610,14 +630,26 @@ def _in_precision(value: Any, like: Tensor) -> Any:
 def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
     """Call the operation again, with some arguments changed."""
     values = call.values | changed
-    if call.mutates:
+    function = _out_of_place(call.function) if call.mutates else call.function
+    if call.mutates and function is call.function:
         # An operation in place would overwrite the copies that the next pull needs.
         values |= {name: values[name].clone() for name in call.sources}
     arguments = call.function._schema.arguments
     args = [values[a.name] for a in arguments if not a.kwarg_only]
     kwargs = {a.name: values[a.name] for a in arguments if a.kwarg_only}
-    output = call.function(*args, **kwargs)
+    output = function(*args, **kwargs)
     return output[call.place] if isinstance(output, tuple | list) else output
+
+
+def _out_of_place(function: Any) -> Any:
+    """The operation that makes a new tensor, of one that writes into its first argument; the same if there is none.
+
+    `scatter_` and the like may write what depends on the source into a tensor that does not, which torch's derivatives
+    of functions refuse.
+    """
+    packet, _, overload = function.name().partition("::")[2].partition(".")
+    plain = getattr(torch.ops.aten, packet.removesuffix("_"), None)
+    return getattr(plain, overload or "default", function)
 
 
 _ACTIVATIONS = re.compile(
@@ -669,4 +701,5 @@ _RULES: dict[str, AdjointRule] = {
     "slice": _slice,
     "addmm": _matrix,
     "mm": _matrix,
+    "_grouped_mm": _grouped_matrices,
 }

@@ -38,9 +38,15 @@ def huggingface_bridge(name: str, dtype: torch.dtype = torch.float32, trained: b
     """
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
-    return TransformerBridge.boot_transformers(
+    bridge = TransformerBridge.boot_transformers(
         name, device="cpu", dtype=dtype, load_weights=trained
     ).eval()
+    # A norm that is changed from within is computed by the bridge itself, which multiplies by the norm's weight, and
+    # OLMo's norms have none.
+    for norm in bridge.modules():
+        if type(norm).__name__ == "NormalizationBridge" and not hasattr(norm, "weight"):
+            norm.weight = 1.0  # type: ignore[assignment]
+    return bridge
 
 
 def _quiet_import() -> warnings.catch_warnings:
