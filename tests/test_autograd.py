@@ -236,10 +236,8 @@ class Recomputed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
-        if self.reentrant is not None:
-            x = checkpoint(self.part, x, use_reentrant=self.reentrant)
-        else:
-            x = self.part(x)
+        again = self.reentrant
+        x = self.part(x) if again is None else checkpoint(self.part, x, use_reentrant=again)
         return self.head(x.mean((2, 3)))
 
 
