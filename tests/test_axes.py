@@ -230,6 +230,26 @@ def test_what_cannot_be_known_is_asked_for() -> None:
             HookedModel(module, SIZE, axes=wrong)
 
 
+def sequence_first(m, x):
+    x = patches(m, x).transpose(0, 1) + m.place(torch.arange(16))[:, None]
+    return m.head(m.back(m.layer(x).transpose(0, 1)).mean(1))
+
+
+def test_what_is_left_out_says_why() -> None:
+    module = Forward(
+        sequence_first, patch=nn.Conv2d(3, 8, 4, 4), place=nn.Embedding(16, 8), layer=nn.Linear(8, 8),
+        back=nn.Identity(), head=nn.Linear(8, 2),
+    )  # fmt: skip
+    model = HookedModel(module, SIZE)
+    assert [site.name for site in model.sites] == ["patch", "back", "head"]
+    assert model.left_out.keys() == {"place", "layer"}
+    assert model.left_out["place"] == "it does not depend on the examples"
+    with pytest.raises(
+        KeyError, match=r"'layer' of Forward is no site: its axis 1 is the batch, and a site has it"
+    ):
+        model.site("layer")
+
+
 @pytest.mark.parametrize(
     ("before", "labels", "after", "expected"),
     [

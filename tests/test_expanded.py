@@ -212,6 +212,7 @@ class Between(nn.Module):
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
         self.turned = nn.ConvTranspose2d(6, 6, 3, stride=2, padding=1)
         self.gate = nn.Conv2d(6, 6, 1)
+        self.lstm, self.gru = nn.LSTM(6, 6, batch_first=True), nn.GRU(6, 6, 2, batch_first=True)
         self.step = step
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,6 +250,26 @@ LINEAR_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     ),
     "average by another number": lambda n, x: F.avg_pool2d(x, 2, divisor_override=3),
 }
+
+
+def filtered(n: Between, x: Tensor) -> Tensor:
+    """GFNet: each frequency of each channel is multiplied by a complex number."""
+    spectrum = torch.fft.rfft2(x, norm="ortho")
+    weight = n.gate.weight.flatten()[: 2 * 6].reshape(6, 1, 1, 2)
+    return torch.fft.irfft2(
+        spectrum * torch.view_as_complex(weight) + spectrum, x.shape[-2:], norm="ortho"
+    )
+
+
+TRANSFORMS: dict[str, Callable[[Between, Tensor], Tensor]] = {
+    "filtered": filtered,
+    "mixed by their spectrum": lambda n, x: torch.fft.fft(torch.fft.fft(x, dim=1), dim=-1).real,
+    "one of two paths": lambda n, x: x + torch.fft.fft2(x).imag,
+    "put together": lambda n, x: torch.view_as_real(
+        torch.complex(x, 2 * x) * torch.tensor(0.3 - 0.5j, dtype=torch.complex128)
+    ).sum(-1),
+    "turned back": lambda n, x: torch.fft.ifft(torch.fft.fft(x).conj()).real,
+}
 OTHER_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "squeeze and excitation": lambda n, x: x * torch.sigmoid(n.gate(x.mean((2, 3), keepdim=True))),
     "softmax": lambda n, x: x.softmax(1),
@@ -263,13 +284,18 @@ OTHER_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "half without gradient": lambda n, x: x + 2 * x.detach(),
     "a later part alone": lambda n, x: torch.cat([x.chunk(2, 1)[1]] * 2, 1),
     "square": lambda n, x: x * x,
+    "spectrum": lambda n, x: torch.fft.fft2(x).abs(),
+    "lstm": lambda n, x: x + n.lstm(x.mean(2).transpose(1, 2))[0].transpose(1, 2)[:, :, None],
+    "last state of a gru": lambda n, x: (
+        x + n.gru(x.mean(2).transpose(1, 2))[1][1, :, :, None, None]
+    ),
     "rounded": lambda n, x: x + torch.div(x, 0.5, rounding_mode="trunc"),
 }
 
 
-@pytest.mark.parametrize("name", [*LINEAR_STEPS, *OTHER_STEPS])
+@pytest.mark.parametrize("name", [*LINEAR_STEPS, *TRANSFORMS, *OTHER_STEPS])
 def test_steps_of_many_kinds(name: str) -> None:
-    net = seeded(Between((LINEAR_STEPS | OTHER_STEPS)[name])).double()
+    net = seeded(Between((LINEAR_STEPS | TRANSFORMS | OTHER_STEPS)[name])).double()
     model = HookedModel(net, (3, 13, 12))
     x = torch.randn(2, 3, 13, 12, dtype=torch.float64)
     each = expand_weights(model, "a", "b", mode="example", examples=x)
@@ -281,6 +307,23 @@ def test_steps_of_many_kinds(name: str) -> None:
         assert linear.negative is not None
         assert linear.positive.min() >= -1e-6
         assert linear.negative.max() <= 1e-6
+
+    if name in TRANSFORMS:
+        linear = expand_weights(model, "a", "b")
+        assert_close(linear.weight, each.weight[0].double())
+        with pytest.raises(
+            ValueError, match="a sum with weights of both signs: expected apart=False"
+        ):
+            expand_weights(model, "a", "b", apart=True)
+
+
+@pytest.mark.parametrize("name", ["lstm", "spectrum"])
+def test_steps_without_a_linear_reading_are_refused(name: str) -> None:
+    model = HookedModel(seeded(Between(OTHER_STEPS[name])).double(), (3, 13, 12))
+    with pytest.raises(
+        ValueError, match=f"operation {name.replace('spectrum', 'abs')} in mode linear"
+    ):
+        expand_weights(model, "a", "b")
 
 
 def test_in_place_steps_and_a_block_used_twice(own_net: HookedModel) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.output import note
 from circuits.cli.signatures import command
 from circuits.models.zoo.loading import MODELS
 from circuits.tables import Table
@@ -28,10 +29,15 @@ def models(output: options.Output) -> None:
 @command(app)
 def sites(model: options.Model, output: options.Output) -> None:
     """List a model's sites: the places where its tensors can be read and changed."""
-    found = model.load().sites
+    loaded = model.load()
+    found = loaded.sites
     rows = [
         (s.name, s.kind, s.n_units, " x ".join(map(str, s.shape)), s.axes[s.unit_axis], ", ".join(s.aliases))
         for s in found
     ]  # fmt: skip
     columns = ("site", "kind", "units", "shape of one example", "unit axis", "also called")
     output.show([{**asdict(s), "n_units": s.n_units} for s in found], [Table(columns, rows)])
+    for why in dict.fromkeys(loaded.left_out.values()):
+        names = [name for name, reason in loaded.left_out.items() if reason == why]
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        note(f"no site: {listed}: {why}")

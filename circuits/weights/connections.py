@@ -96,7 +96,8 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
 
     Raises:
         KeyError: if its site is unknown.
-        ValueError: if the unit does not exist, no layer writes it, `top` is not positive, or the model is edited.
+        ValueError: if the unit does not exist, no layer is found that writes it or nothing of what that reads, `top`
+            is not positive, or the model is edited.
     """
     _check_top(top)
     target = model.unit(unit)
@@ -142,12 +143,19 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
 
 
 def not_written(model: HookedModel, unit: Unit) -> str:
-    """Why a unit has no incoming weights: no layer is found that writes it. Empty if there is one."""
-    if any(unit.index in written(layer, unit.site) for layer in model.weight_layers):
+    """Why a unit has no incoming weights: no layer is found that writes it, or none of what that reads. Else empty."""
+    layers = [layer for layer in model.weight_layers if unit.index in written(layer, unit.site)]
+    if not layers:
+        return (
+            f"no convolution or linear layer of {model.name} is found that writes {unit}, only operations without "
+            "weights or ones that mix units: expand_weights shows what it is computed from"
+        )
+    if any(layer.reads or not layer.lost for layer in layers):
         return ""
+    lost = ", ".join(dict.fromkeys(name for layer in layers for name in layer.lost))
     return (
-        f"no convolution or linear layer of {model.name} is found that writes {unit}, only operations without weights "
-        "or ones that mix units: expand_weights shows what it is computed from"
+        f"layer {layers[0].name} of {model.name}, which writes {unit}, reads what comes through {lost}, which is not "
+        "followed here: expand_weights has it all"
     )
 
 

@@ -117,6 +117,7 @@ class HookedModel:
         sites: all sites, in order of execution.
         unplaced: tensors that are no sites since nothing tells which axis holds their units: their shapes for one
             example, by the name that the site would have.
+        left_out: why each tensor that a module returns and that is no site is none, by the name that it would have.
         program: the operations of a pass.
     """
 
@@ -147,7 +148,7 @@ class HookedModel:
         found = trace_model(
             module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
         )
-        self.program, self.unplaced = found.program, found.unplaced
+        self.program, self.unplaced, self.left_out = found.program, found.unplaced, found.left_out
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
@@ -226,11 +227,8 @@ class HookedModel:
             KeyError: if there is none; the message offers the nearest names.
         """
         key = name.name if isinstance(name, Site) else self._aliases.get(name, name)
-        if key in self.unplaced:
-            raise KeyError(
-                f"site {key!r} of {self.name} has the shape {self.unplaced[key]} and nothing tells which axis holds "
-                f"its units: say so by HookedModel(…, axes={{{key!r}: ('batch', …)}}), with 'unit' for that axis"
-            )
+        if key in self.left_out and key not in self._by_name:
+            raise KeyError(f"{key!r} of {self.name} is no site: {self.left_out[key]}")
         if key not in self._by_name:
             raise unknown(f"site of {self.name}", key, [*self._by_name, *self._aliases])
         return self._by_name[key]

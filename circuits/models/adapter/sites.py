@@ -94,11 +94,13 @@ class TracedModel:
         sites: every site with the tap that reaches it, in order of execution.
         unplaced: the shapes (for one example) of tensors that are no sites, because nothing tells which axis holds
             their units, by the name that the site would have.
+        left_out: why each tensor that is no site is none, by that name.
         program: the operations of one pass.
     """
 
     sites: list[tuple[Site, Tap]]
     unplaced: dict[str, tuple[int, ...]]
+    left_out: dict[str, str]
     program: Program
 
 
@@ -135,12 +137,11 @@ def trace_model(
     doubtful: set[str] = set()
     labels = {} if is_bridge(module) else follow_axes(first.program, given)
     asked = {name: _checked_axes(name, own) for name, own in (axes or {}).items()}
+    left_out: dict[str, str] = {}
     for t in traces:
-        if not t.value.is_floating_point() or t.value.ndim < 2 or t.name not in shapes:
-            continue
-        # Such as position embeddings, or sequences that come first: their first axis does not follow the batch's size,
-        # or another one does.
-        if (*t.value.shape[:1], *shapes[t.name]) != (size, other, *t.value.shape[1:]):
+        why = _no_site(t.value, shapes.get(t.name))
+        if why:
+            left_out[t.name] = why
             continue
         if isinstance(t.tap.module, HookPoint):
             site, tap = _hook_point_site(t, t.tap.module), t.tap
@@ -150,7 +151,11 @@ def trace_model(
             value = first.value(t.value)
             own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
             if own is None:
-                unplaced[t.name] = tuple(t.value.shape[1:])
+                unplaced[t.name] = shape = tuple(t.value.shape[1:])
+                left_out[t.name] = (
+                    f"it has the shape {shape} and nothing tells which axis holds its units: say so by "
+                    f"HookedModel(…, axes={{{t.name!r}: ('batch', …)}}), with 'unit' for that axis"
+                )
                 continue
             site, tap = _module_site(t, own, t.value is final), t.tap
             if labels and labels.get(value or Value(-1), ("",))[0] == UNKNOWN:
@@ -158,8 +163,10 @@ def trace_model(
         found.setdefault(site.name, (site, tap))
     for name in [n for n in found if _shown_too_late(n, list(found))]:
         del found[name]
+        left_out[name] = "it is shown only once attention is done, where changes have no effect"
     for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
+        left_out[name] = "its first axis is as long as two of three batches by chance"
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -171,7 +178,28 @@ def trace_model(
                 else ""
             )
         )
-    return TracedModel(list(found.values()), unplaced, second.program)
+    return TracedModel(list(found.values()), unplaced, left_out, second.program)
+
+
+def _no_site(value: Tensor, other: torch.Size | None) -> str:
+    """Why a tensor is no site, given its shape in the other traced batch; empty if it may be one."""
+    if not value.is_floating_point():
+        return f"its numbers are of type {value.dtype}"
+    if other is None:
+        return "it is not computed for every batch"
+    if value.ndim < 2:
+        return "it has no axis of units"
+    both = list(zip(value.shape, other, strict=False))
+    if both[0] == TRACE_BATCHES and value.shape[1:] == other[1:]:
+        return ""
+    if value.shape == other:  # position embeddings, for example
+        return "it does not depend on the examples"
+    if TRACE_BATCHES in both and both[0] != TRACE_BATCHES:
+        return (
+            f"its axis {both.index(TRACE_BATCHES)} is the batch, and a site has it first (sequences come first here: "
+            "expected batch_first=True, or axes that are put in that order)"
+        )
+    return "its first axis is not the examples"
 
 
 def _not_by_example(

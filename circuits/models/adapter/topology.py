@@ -363,7 +363,7 @@ def _layer(
     ]
     writes.sort(key=lambda link: link.depth)
     rows, columns = _grouped(call.weight, call.groups)
-    unfollowed = tuple(dict.fromkeys(lost)) if reads else ()
+    unfollowed = tuple(dict.fromkeys(lost))
     return WeightLayer(
         call.name, rows, columns, reads, tuple(writes), call.bias, unfollowed, call.stored
     )
@@ -459,8 +459,11 @@ def _reads(
         if not step.seen:
             lost.append(step.node.name().removesuffix("0").removesuffix("Backward"))
 
-    for _ in upstream(WalkStep.start(call.given, call.axes[0]), stops, follows_reads, met, ended):
-        pass
+    for step in upstream(
+        WalkStep.start(call.given, call.axes[0]), stops, follows_reads, met, ended
+    ):
+        if step.node in stops:  # another layer's output, which no site shows
+            ended(step)
     # A layer that reads only sites that pass units on (the first layer after a normalised input, say) reads the
     # nearest of them directly.
     if links and not any(link.direct for link in links):

@@ -106,14 +106,12 @@ class LayerWrites:
         attention: what is done to the sum of the heads' outputs; None if what attention adds is no such thing.
         mlp: the same for the MLP's output.
         split: whether what the layer adds is what attention and MLP add.
-        has_mlp: whether there is an MLP at all.
     """
 
     between: str | None
     attention: Write | None
     mlp: Write | None
     split: bool
-    has_mlp: bool = True
 
 
 class Transformer:
@@ -428,7 +426,7 @@ class Transformer:
             return LayerWrites(None, None, None, False)
         if "mlp" not in _children(self._block(layer.number)):
             only = _fitted(made, after - before, of_attention, slack)
-            return LayerWrites(None, only, None, only is not None, False)
+            return LayerWrites(None, only, None, only is not None)
         # Nothing shows what attention adds by itself: it is taken to be its output, which has to leave the MLP's.
         attention = Write(of_attention)
         rest = after - before - attention.held(made, made) - attention.bias(made)

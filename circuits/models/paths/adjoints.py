@@ -150,8 +150,9 @@ def adjoint(call: Call) -> Pull:
     rule = _RULES.get(call.name)
     if call.varies and not (_ADDING.fullmatch(call.name) or _JOINING.fullmatch(call.name)):
         return _refuse(call, " with a tensor that depends on the input and not on the source")
-    if call.place:
-        return _by_torch(call)  # the rules are for the first tensor that an operation returns
+    if call.place or any(value.is_complex() for value in (call.output, *call.dependents)):
+        # The rules are for the first tensor that an operation returns, and for real numbers.
+        return _by_torch(call)
     if rule is not None:
         return rule(call)
     if _ACTIVATIONS.fullmatch(call.name):
@@ -559,7 +560,7 @@ def _refuse(call: Call, why: str = "") -> Pull:
 
 def _is_linear(call: Call) -> bool:
     """Whether an operation is linear in its recorded inputs."""
-    if _MOVING.fullmatch(call.name) or _ADDING.fullmatch(call.name):
+    if any(kind.fullmatch(call.name) for kind in (_MOVING, _ADDING, _TRANSFORMS)):
         return True
     divisor = call.name == "div" and "other" in call.sources
     return _BILINEAR.fullmatch(call.name) is not None and len(call.sources) == 1 and not divisor
@@ -577,6 +578,9 @@ def _by_torch(call: Call) -> Pull:
             slots.append((name, None))
         else:
             slots += [(name, i) for i, item in enumerate(value) if id(item) in recorded]
+    signed = _TRANSFORMS.fullmatch(call.name) or any(
+        value.is_complex() for value in (call.output, *call.dependents)
+    )
     # The model may overwrite its tensors before the pull is called.
     given = {k: _copied(v) if k in call.sources else v for k, v in call.values.items()}
 
@@ -586,7 +590,12 @@ def _by_torch(call: Call) -> Pull:
                 f"paths cannot be kept apart through the operation {call.name} at the activations of "
                 "a run: expected mode 'linear'"
             )
-        wide = {k: _in_precision(v, g.value) for k, v in given.items()}
+        if paths == "absolute" and signed:
+            raise ValueError(
+                f"paths cannot be kept apart through the operation {call.name}, a sum with weights of both signs: "
+                "expected apart=False"
+            )
+        wide = {k: _in_precision(v) for k, v in given.items()}
         if paths == "absolute" and _BILINEAR.fullmatch(call.name):
             wide = {
                 k: v.abs() if isinstance(v, Tensor) and k not in call.sources else v
@@ -621,10 +630,12 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _in_precision(value: Any, like: Tensor) -> Any:
+def _in_precision(value: Any) -> Any:
     if isinstance(value, list):
-        return [_in_precision(item, like) for item in value]
-    return value.to(like) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return [_in_precision(item) for item in value]
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
@@ -634,6 +645,9 @@ def _rerun(call: Call, changed: dict[str, Any]) -> Tensor:
     if call.mutates and function is call.function:
         # An operation in place would overwrite the copies that the next pull needs.
         values |= {name: values[name].clone() for name in call.sources}
+    if not hasattr(call.function, "_schema"):  # a function of several operations, called by place
+        output = call.function(*values.values())
+        return output[call.place] if isinstance(output, tuple | list) else output
     arguments = call.function._schema.arguments
     args = [values[a.name] for a in arguments if not a.kwarg_only]
     kwargs = {a.name: values[a.name] for a in arguments if a.kwarg_only}
@@ -661,13 +675,19 @@ _ACTIVATIONS = re.compile(
 _MOVING = re.compile(
     "view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|"
     "slice|flatten|mean|sum|_adaptive_avg_pool[23]d|avg_pool[123]d|flip|roll|pixel_(un)?shuffle|"
-    "upsample_(nearest|bilinear)2d|constant_pad_nd|index_select|index|gather|narrow|diagonal|repeat|"
+    "upsample_(nearest|bilinear)2d|cumsum|constant_pad_nd|index_select|index|gather|narrow|diagonal|repeat|"
     "(replication|reflection)_pad[123]d|(unsafe_)?split(_with_sizes)?|(unsafe_)?chunk|unbind|stack|cat"
 )
 """Operations that move, average or copy numbers: they are linear, and no weight is negative."""
 
 _ADDING = re.compile("add|sub|rsub")
 """Sums and differences, also of tensors that are broadcast."""
+
+_TRANSFORMS = re.compile(
+    "_fft_(r2c|c2r|c2c)|view_as_(real|complex)|complex|_?conj|_conj_physical|resolve_(conj|neg)|real|imag|neg|"
+    "clone|alias|_to_copy"
+)
+"""Linear operations with weights of both signs, and those that take complex numbers apart and put them together."""
 
 _JOINING = re.compile("cat|stack")
 """Operations that put tensors side by side."""

@@ -162,22 +162,37 @@ class _Composites(TorchFunctionMode):
             values = {"mode": "constant"} | dict(zip(names, args, strict=False)) | kwargs
             if values["mode"] == "circular" and self.tape.dependents([values["input"]], "pad"):
                 return _wrapped_around(values["input"], values["pad"])
-        if func is not F.local_response_norm:
-            return func(*args, **kwargs)
-        operations = self.tape._modes[1]
-        operations.silent = True  # its parts are not recorded: the whole has a rule
-        try:
-            output = func(*args, **kwargs)
+        if func is F.local_response_norm:
             names = ("input", "size", "alpha", "beta", "k")
             values = {"alpha": 1e-4, "beta": 0.75, "k": 1.0}
-            values |= dict(zip(names, args, strict=False)) | kwargs
-            found = self.tape.dependents([values["input"]], "local_response_norm")
-            if found:
-                linear = self.tape.gates == "linear"
-                self.tape.note(Call(func, values, output, found, ("input",), linear))
+            return self._whole(
+                func, args, kwargs, values | dict(zip(names, args, strict=False)) | kwargs
+            )
+        if func in _RECURRENT and not kwargs:
+            return self._whole(func, args, kwargs, {f"argument {i}": v for i, v in enumerate(args)})
+        return func(*args, **kwargs)
+
+    def _whole(self, func: Any, args: Any, kwargs: Any, values: dict[str, Any]) -> Any:
+        """Call a function whose parts are not recorded: the whole has a rule."""
+        operations = self.tape._modes[1]
+        operations.silent = True
+        try:
+            output = func(*args, **kwargs)
+            found = self.tape.dependents(_tensors(values.values()), func.__name__)
+            sources = tuple(k for k, v in values.items() if self.tape.dependents(_tensors([v]), ""))
+            linear = self.tape.gates == "linear"
+            for place, tensor in enumerate(_tensors([output]) if found else []):
+                call = Call(
+                    func, values, tensor, found, sources, linear, result=output, place=place
+                )
+                self.tape.note(call)
         finally:
             operations.silent = False
         return output
+
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+"""Functions that write into parts of tensors."""
 
 
 def _wrapped_around(x: Tensor, pad: Sequence[int]) -> Tensor:
@@ -226,7 +241,7 @@ class _Operations(TorchDispatchMode):
         self.silent = True  # what a rule computes is not part of the pass
         try:
             for place, tensor in enumerate(made):
-                if tensor.is_floating_point():
+                if tensor.is_floating_point() or tensor.is_complex():
                     self.tape.note(call.with_output(tensor, output, place))
         finally:
             self.silent = False
