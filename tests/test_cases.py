@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cases.curve_detector.page import found_in_place, found_of_constants
 from circuits.cli.main import run
 
 WHOLE = pytest.mark.nightly  # a whole case takes minutes
@@ -84,6 +85,51 @@ def test_a_second_run_makes_nothing_anew(results: dict, workspace: Path) -> None
     assert {p: p.stat().st_mtime_ns for p in stages.rglob("*.json")} == before
     again = json.loads((workspace / "cases/curve-detector/results.json").read_text())
     assert again == results
+
+
+def _conditions(**recovered: tuple[float | None, float | None, float | None]) -> dict:
+    """Results of a case with these shares of the KL divergence recovered: value, low, high."""
+    names = ("transplant", "mean", "best constant", "shuffled orientations", "random weights")
+    numbers = {name: recovered.get(name.replace(" ", "_"), (0.1, 0.0, 0.2)) for name in names}
+    return {
+        "transplant": {
+            name: {"recovered_kl": dict(zip(("value", "low", "high"), three, strict=True))}
+            for name, three in numbers.items()
+        },
+        "transplant_facts": {"matches": [{}] * 3, "host": "shapes"},
+    }
+
+
+def test_sentences_of_the_page_say_what_its_table_says() -> None:
+    better = _conditions(transplant=(0.7, 0.6, 0.8), best_constant=(0.5, 0.4, 0.55))
+    assert found_in_place(better) == (
+        "In the place of 3 units of shapes it recovers 0.70 (0.60 to 0.80) of the KL divergence that zeroing them "
+        "costs; of the controls best constant recovers most, 0.50 (0.40 to 0.55)."
+    )
+    assert found_of_constants(better) == (
+        "The best constant recovers 0.50 (0.40 to 0.55): that part of what zeroing costs is a missing bias of later "
+        "layers."
+    )
+    near = _conditions(
+        transplant=(0.3, 0.1, 0.5), best_constant=(0.1, -0.1, 0.3), mean=(-1.5, -2, -1)
+    )
+    assert found_in_place(near).endswith(
+        "(-0.10 to 0.30): not clearly less than the hand-written units."
+    )
+    assert (
+        found_of_constants(near)
+        == "The best constant recovers 0.10 (-0.10 to 0.30), which may be nothing."
+    )
+    worse = _conditions(transplant=(-0.5, -0.6, -0.4), best_constant=(0.0, 0.0, 0.0))
+    assert "more than the hand-written units" in found_in_place(worse)
+    assert found_of_constants(worse).endswith(
+        "0.00 (0.00 to 0.00): what zeroing costs is no missing bias of later layers."
+    )
+    nothing = _conditions(**dict.fromkeys(
+        ("transplant", "mean", "best_constant", "shuffled_orientations", "random_weights"), (None, None, None)
+    ))  # fmt: skip
+    assert found_in_place(nothing).startswith("Zeroing 3 units of shapes costs nothing here")
+    assert found_of_constants(nothing) == ""
 
 
 @pytest.fixture

@@ -70,12 +70,51 @@ def _claim(results: Mapping[str, Any]) -> str:
         ),
     ]  # fmt: skip
     return (
-        "<h1>Curve detectors written by hand</h1><p>A network of five layers whose weights were computed from "
-        "what each unit is to look for detects curves as InceptionV1's units do, and can stand in their place. "
-        "Nothing in it is learned.</p><table><tr><th>measure<th>hand-written<th>beside it</tr>"
+        "<h1>Curve detectors written by hand</h1><p>Each weight of this network of five layers was computed from what "
+        f"its unit is to look for; nothing in it is learned. {escape(found_in_place(results))}</p>"
+        "<table><tr><th>measure<th>hand-written<th>compared with</tr>"
         + "".join(f"<tr><td>{escape(a)}<td>{escape(b)}<td>{escape(c)}</tr>" for a, b, c in rows)
         + "</table>"
     )
+
+
+_CONTROLS = ("mean", "best constant", "shuffled orientations", "random weights")
+
+
+def found_in_place(results: Mapping[str, Any]) -> str:
+    """How well the hand-written units stand in for the host's, compared with the best control."""
+    facts, conditions = results["transplant_facts"], results["transplant"]
+    own = conditions["transplant"]["recovered_kl"]
+    units = f"{len(facts['matches'])} units of {facts['host']}"
+    known = [n for n in _CONTROLS if conditions[n]["recovered_kl"]["value"] is not None]
+    if own["value"] is None or not known:
+        return (
+            f"Zeroing {units} costs nothing here, so that nothing can be recovered in their place."
+        )
+    best = max(known, key=lambda name: conditions[name]["recovered_kl"]["value"])
+    control = conditions[best]["recovered_kl"]
+    text = (
+        f"In the place of {units} it recovers {_interval(own, 2)} of the KL divergence that zeroing them costs; of the "
+        f"controls {best} recovers most, {_interval(control, 2)}"
+    )
+    apart = None not in (own["low"], control["high"]) and own["low"] > control["high"]
+    below = None not in (own["high"], control["low"]) and own["high"] < control["low"]
+    if apart:
+        return f"{text}."
+    return f"{text}: {'more than' if below else 'not clearly less than'} the hand-written units."
+
+
+def found_of_constants(results: Mapping[str, Any]) -> str:
+    """What a constant in the units' place says of what zeroing them costs."""
+    best = results["transplant"]["best constant"]["recovered_kl"]
+    if best["value"] is None:
+        return ""
+    said = f"The best constant recovers {_interval(best, 2)}"
+    if best["low"] is not None and best["low"] > 0:
+        return f"{said}: that part of what zeroing costs is a missing bias of later layers."
+    if best["value"] > 0:
+        return f"{said}, which may be nothing."
+    return f"{said}: what zeroing costs is no missing bias of later layers."
 
 
 def _median(values: list[float]) -> float:
@@ -100,7 +139,7 @@ def _table_of_conditions(results: Mapping[str, Any]) -> str:
         f"{_number(facts['maps']['median_r_per_image_shuffled_orientations'])}).</p>"
         "<table><tr><th>in their place<th>KL recovered<th>KL, nats<th>top-1<th>top-5<th>p of KL, of top-1</tr>"
         f"{rows}</table><p>In brackets 95 % bootstrap intervals over images; p: paired sign-flip test against the "
-        "transplant. A constant recovers a part because later layers miss the units' bias.</p>"
+        f"transplant. {escape(found_of_constants(results))}</p>"
     )  # fmt: skip
 
 
