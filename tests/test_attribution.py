@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from circuits.saliency import (
 from circuits.saliency.perturbations import hard, shown_by
 from circuits.units import Unit
 from tests.conftest import Branches, seeded
+from tests.vision_transformer import VisionTransformer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # captum's own deprecations
@@ -215,6 +217,93 @@ def test_grad_cams_by_their_formulas(double: HookedModel, images: Tensor) -> Non
         rtol=0.2,
         atol=0.1,
     )
+
+
+def plain_cam(
+    module: nn.Module, inner: nn.Module, images: Tensor, unit: int
+) -> tuple[Tensor, Tensor]:
+    """A module's output and its gradient, from torch's own hooks."""
+    seen: list[Tensor] = []
+    with inner.register_forward_hook(lambda _, __, output: seen.append(output)):
+        value = module(images)[:, unit].sum()
+    return seen[0].detach(), torch.autograd.grad(value, seen[0])[0]
+
+
+@pytest.mark.parametrize("read", ["class", "mean"])
+@pytest.mark.parametrize(("registers", "last"), [(0, False), (2, False), (1, True)])
+def test_grad_cam_of_a_vision_transformer(
+    read: Literal["class", "mean"], registers: int, last: bool
+) -> None:
+    """Its tokens put back into the map of patches, without the class token and registers."""
+    module = seeded(VisionTransformer(read, registers, last)).double()
+    model = HookedModel(module, VisionTransformer.input_shape)
+    images = torch.rand(
+        2, *VisionTransformer.input_shape, generator=torch.Generator().manual_seed(0)
+    )
+    images = images.double()
+    # A head that reads the class token leaves no gradient at the other tokens behind the last attention.
+    site = "blocks.1.norm1" if read == "class" else "norm"
+    a, g = plain_cam(module, module.get_submodule(site), images, 3)
+    start = 0 if last else 1 + registers
+    a, g = (t[:, start : start + 12].transpose(1, 2).unflatten(2, (3, 4)) for t in (a, g))
+    cam = (a * g.mean((2, 3), keepdim=True)).sum(1)
+    close(cams.grad_cam(Passes(model, images, "class:3", site)), cam)
+    found = saliency_map(model, images, "class:3", "grad_cam")
+    assert found.settings["site"] == site
+    size = VisionTransformer.input_shape[1:]
+    shown = torch.nn.functional.interpolate(cam.relu()[:, None], size, mode="bilinear")
+    close(found.values, shown)
+    if read == "class":
+        with pytest.raises(
+            ValueError, match="site norm: no gradient leads from the target to the t"
+        ):
+            saliency_map(model, images, "class:3", "grad_cam", site="norm")
+
+
+class ChannelsLast(nn.Module):
+    """Channels-last maps, as Swin has, with other lengths of all axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x).permute(0, 2, 3, 1)).square().mean((1, 2)))
+
+
+def test_grad_cam_of_channels_last_maps() -> None:
+    module = seeded(ChannelsLast()).double()
+    model = HookedModel(module, (3, 12, 16))
+    images = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+    a, g = plain_cam(module, module.norm, images, 1)
+    assert cams.last_map(model, parse_target(model, "class:1")).name == "norm"
+    close(
+        cams.grad_cam(Passes(model, images, "class:1", "norm")), (a * g.mean((1, 2), True)).sum(3)
+    )
+
+
+def test_tokens_that_are_no_map_are_refused() -> None:
+    class Mixed(VisionTransformer):
+        """Its tokens are mixed before a module shows them."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            x = self.blocks((x + x.roll(1, 1)) / 2)
+            return self.head(self.norm(x).mean(1))
+
+    model = HookedModel(seeded(Mixed()), VisionTransformer.input_shape)
+    images = model.input.example(1)
+    with pytest.raises(ValueError, match=r"cannot be put back into a map.*name the site"):
+        saliency_map(model, images, "class:3", "grad_cam")
+    with pytest.raises(ValueError, match="site norm: its 12 tokens are not one for each of the 12"):
+        saliency_map(model, images, "class:3", "grad_cam", site="norm")
+    found = saliency_map(model, images, "class:3", "grad_cam", site="patches")
+    assert found.settings["site"] == "patches"
+    zero = seeded(VisionTransformer())
+    torch.nn.init.zeros_(zero.head.weight)
+    model = HookedModel(zero, VisionTransformer.input_shape)
+    with pytest.raises(ValueError, match="output head has no gradient at any of its tokens"):
+        saliency_map(model, images, "class:3", "grad_cam")
 
 
 def test_occlusion_by_hand() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
@@ -19,7 +22,10 @@ Cam = Float[Tensor, "example y x"]
 
 
 def last_map(model: HookedModel, target: Target) -> Site:
-    """The last map of channels before the output: where class activation maps are usually taken.
+    """The last site with a map before the output: where class activation maps are usually taken.
+
+    In a vision transformer its tokens are the map. A head that reads the class token alone leaves no gradient at the
+    other tokens of the last layers, so it is the last site of the stream at which they have one.
 
     Raises:
         ValueError: if there is none, or the target is not an output.
@@ -27,19 +33,127 @@ def last_map(model: HookedModel, target: Target) -> Site:
     # A unit inside the network has maps before and behind it, of which no last one is meant.
     if target.site != output_site(model).name:
         raise ValueError(f"target {target} is not an output: name the site to take the map at")
-    for site in reversed(model.sites):
-        # A map of one position (behind global pooling) says nothing about where.
-        if site.position_axes == ("y", "x") and min(site.position_shape) > 1:
-            return site
-    raise ValueError(f"model {model.name} has no site with a map of more than one position")
-
-
-def _maps(site: Site, value: Tensor) -> Float[Tensor, "example channel y x"]:
-    if site.position_axes != ("y", "x"):
+    # A map of one position (behind global pooling) says nothing about where.
+    maps = [s for s in model.sites if _is_map(s) and min(s.position_shape) > 1]
+    if not maps:
+        raise ValueError(f"model {model.name} has no site with a map of more than one position")
+    behind = model.sites[model.sites.index(maps[-1]) + 1 :]
+    tokens = [s for s in behind if _may_hold(s, maps[-1])]
+    if not tokens:
+        return maps[-1]
+    inputs = model.fitted(model.input.example(1))
+    try:
+        places = token_places(model, tokens[-1], inputs)
+    except ValueError as error:
+        # A pooling by attention at the end of a CNN (CLIP) also has tokens, but its map is no patch embedding.
+        if 2 * len(behind) < len(model.sites):
+            return maps[-1]
         raise ValueError(
-            f"site {site.name} has the position axes {site.position_axes or 'none'}: expected a map (y, x)"
+            f"model {model.name} works on tokens that cannot be put back into a map, so that no last map is known: "
+            f"name the site to take the map at ({error})"
+        ) from error
+    stream = [s for s in tokens if s.shape == tokens[-1].shape]
+    return _last_with_gradient(model, stream, places, inputs)
+
+
+def _is_map(site: Site) -> bool:
+    return site.position_axes == ("y", "x")
+
+
+def _may_hold(site: Site, patches: Site) -> bool:
+    """Whether a site has a token for each patch and is no linear layer, which holds queries, values or neurons."""
+    return (
+        site.position_axes == ("position",)
+        and site.position_shape[0] >= math.prod(patches.position_shape)
+        and site.module != "Linear"
+    )
+
+
+def _last_with_gradient(
+    model: HookedModel, stream: Sequence[Site], places: Int[Tensor, "y x"], inputs: Tensor
+) -> Site:
+    """The last of some sites at whose patches the output has a gradient."""
+    end = output_site(model)
+    cache = model.run(inputs.detach().requires_grad_(True), read=[*stream, end], grad=True)
+    logits = cache[end].flatten()
+    drawn = torch.randn(len(logits), generator=torch.Generator().manual_seed(0)).to(logits)
+    slopes = torch.autograd.grad(logits @ drawn, [cache[s] for s in stream], allow_unused=True)
+    for site, slope in zip(reversed(stream), reversed(slopes), strict=True):
+        if slope is not None and site.activations(slope)[:, :, places].any():
+            return site
+    raise ValueError(
+        f"model {model.name}: its output {end.name} has no gradient at any of its tokens, as with a head whose weights "
+        "are zero: name the site to take the map at"
+    )
+
+
+@recording_gradients()
+def token_places(model: HookedModel, site: Site, inputs: Tensor) -> Int[Tensor, "y x"]:
+    """Which token of a site holds which patch of the map before it; class tokens and registers hold none.
+
+    Measured where the tokens are first put together: there each depends on its own patch alone. With a weight w for
+    every token, the gradient of their weighted sum at a patch is that of its token times the token's weight, so that
+    the gradients for w = 1 and w = 1, 2, 3, … have the token's number as their quotient.
+
+    Args:
+        model: the model.
+        site: a site of tokens.
+        inputs: as the model takes them; one is looked at.
+
+    Raises:
+        ValueError: if there is no map before it, or no token for each of its patches.
+    """
+    order = model.sites.index(site)
+    patches = next((s for s in reversed(model.sites[:order]) if _is_map(s)), None)
+    if patches is None or site.position_axes != ("position",):
+        raise ValueError(
+            f"site {site.name} has the position axes {site.position_axes or 'none'}: expected a map (y, x), or tokens "
+            "behind a map of patches"
         )
-    return site.activations(value).unflatten(2, (value.shape[2], value.shape[3]))
+    between = model.sites[model.sites.index(patches) + 1 : order + 1]
+    first = next(
+        s
+        for s in between
+        if s.position_axes + s.position_shape == ("position", *site.position_shape)
+    )
+    leaf = inputs[:1].detach().requires_grad_(True)
+    cache = model.run(leaf, read=[patches, first], until=first, grad=True)
+    tokens = first.activations(cache[first])[0]
+    drawn = torch.randn(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens)
+    each = drawn @ tokens
+    weights = torch.arange(1, len(each) + 1).to(each)
+    plain, counted = (
+        patches.activations(torch.autograd.grad(total, cache[patches], retain_graph=True)[0])[0]
+        for total in (each.sum(), each @ weights)
+    )
+    # Of a patch's channels the one with the largest gradient, where the quotient is most exact.
+    best = plain.abs().argmax(0, keepdim=True)
+    quotient = (counted.gather(0, best) / plain.gather(0, best))[0]
+    places = quotient.round()
+    exact = bool(((quotient - places).abs() < 0.05).all())  # False for NaN too
+    if not exact or len(set(places.tolist())) < len(places) or not places.min() >= 1:
+        raise ValueError(
+            f"site {site.name}: its {len(each)} tokens are not one for each of the {len(places)} patches of "
+            f"{patches.name}, and some more"
+        )
+    return (places.long() - 1).reshape(patches.positions_of(cache[patches]))
+
+
+Layout = Callable[[Tensor], Float[Tensor, "example channel y x"]]
+
+
+def _layout(passes: Passes) -> Layout:
+    """The function that lays a site's tensor out as maps of channels.
+
+    Raises:
+        ValueError: if the site has no map and no tokens of one.
+    """
+    site = passes.site
+    assert site is not None, "maps are taken at a site"
+    if _is_map(site):
+        return lambda value: site.activations(value).unflatten(2, site.positions_of(value))
+    places = token_places(passes.model, site, passes.inputs)
+    return lambda value: site.activations(value)[:, :, places]
 
 
 def grad_cam(passes: Passes) -> Cam:
@@ -88,23 +202,22 @@ def smooth_grad_cam_plus_plus(
     check_range("noise", noise, 0)
     # Derivatives are averaged over noisy images, activations are those of the image itself (Omeiza et al. 2019): only
     # the weights of the channels are smoothed.
-    site = passes.site
-    assert site is not None, "maps are taken at a site"
+    layout = _layout(passes)
     found = []
     for example in range(len(passes)):
         sums: list[Tensor] = []
         for noisy in noisy_copies(passes, example, samples, noise, seed):
             copies = Passes(
-                passes.model, noisy, passes.aim.of(example), site, passes.batch, size="keep"
+                passes.model, noisy, passes.aim.of(example), passes.site, passes.batch, size="keep"
             )
-            g = _activations_and_gradients(copies)[1]
+            g = _gradients(copies, layout)
             powers = [
                 g.sum(0, keepdim=True),
                 g.square().sum(0, keepdim=True),
                 g.pow(3).sum(0, keepdim=True),
             ]
             sums = [a + b for a, b in zip(sums, powers, strict=True)] if sums else powers
-        activations = _maps(site, passes.points[example : example + 1])
+        activations = layout(passes.points[example : example + 1])
         found.append(_weighted(activations, *[s / samples for s in sums]))
         if progress is not None:
             progress(example + 1, len(passes))
@@ -112,11 +225,20 @@ def smooth_grad_cam_plus_plus(
 
 
 def _activations_and_gradients(passes: Passes) -> tuple[Tensor, Tensor]:
+    layout = _layout(passes)
+    return layout(passes.points), _gradients(passes, layout)
+
+
+def _gradients(passes: Passes, layout: Layout) -> Tensor:
     site = passes.site
     assert site is not None, "maps are taken at a site"
-    activations = _maps(site, passes.points)
-    gradients = passes.gradient(passes.points, torch.arange(len(passes)))[1]
-    return activations, _maps(site, gradients)
+    found = layout(passes.gradient(passes.points, torch.arange(len(passes)))[1])
+    if not _is_map(site) and not found.any():
+        raise ValueError(
+            f"site {site.name}: no gradient leads from the target to the tokens of patches, since later layers read "
+            "only others, such as the class token: name an earlier site, or none for the last one with a gradient"
+        )
+    return found
 
 
 def _weighted(activations: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cam:

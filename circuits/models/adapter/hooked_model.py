@@ -186,7 +186,7 @@ class HookedModel:
     def _unread(self) -> set[str]:
         """Hook points of a bridge whose tensor nothing reads, such as one that is taken for its device only.
 
-        An edit there would do nothing. Attention patterns that are shown after attention is done stay: they are read.
+        An edit there would do nothing.
         """
         if self._inference_tensor() is not None:  # torch takes no gradient
             return set()
@@ -197,9 +197,11 @@ class HookedModel:
             with intervene(self.module, taps), evaluating(self.module):
                 return main_output(self.module(inputs))
 
-        marks = {
-            s.name: torch.zeros((), requires_grad=True) for s in self.sites if s.kind != "pattern"
-        }
+        # Only what a component takes may be ignored by it; others are parts of what it computes.
+        taken = [s.name for s in self.sites if s.name.endswith("hook_in")]
+        if not taken:
+            return set()
+        marks = {name: torch.zeros((), requires_grad=True) for name in taken}
         summed = output({name: lambda t, m=mark: t + m for name, mark in marks.items()}).sum()
         found = torch.autograd.grad(summed, list(marks.values()), allow_unused=True)
         suspects = [name for name, slope in zip(marks, found, strict=True) if slope is None]
