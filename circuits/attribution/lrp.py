@@ -23,6 +23,7 @@ from circuits.attribution.propagation import Propagation, RelevanceRule, Unclear
 from circuits.attribution.results import Attribution, input_site
 from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
+from circuits.models.adapter.finiteness import check_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
@@ -87,6 +88,7 @@ def relevance(
             progress(sum(len(f.aim.indices) for f in found), len(inputs))
     total, values = torch.cat([f.total for f in found]), torch.cat([f.values for f in found])
     parts = {k: torch.cat([f.parts[k] for f in found]) for k in found[0].parts}
+    check_finite(model, total, inputs)
     explained = values.flatten(1).sum(1) + sum(parts.values())
     if place is None:
         assert isinstance(model.input, ImageInput), "checked above"

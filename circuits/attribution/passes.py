@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuits.autograd import differentiable, recording_gradients
 from circuits.examples import Examples, as_examples
+from circuits.models.adapter.finiteness import check_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.restarting import Restart, restart_at
@@ -101,6 +102,7 @@ class Passes:
         self.points, at_end = self._intact()
         self.aim = Aim.at(self.end, self.target, at_end)
         self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
+        check_finite(model, self.values, self.inputs)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -209,13 +211,19 @@ def gradient_of(value: Tensor, own: Tensor, target: Target, site: Site | None) -
     """The gradient of a target's values with respect to a tensor that they were computed from.
 
     Raises:
-        ValueError: if they were not computed from it.
+        ValueError: if they were not computed from it, or the gradient is not finite where they are.
     """
     gradient = None
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value.sum(), own, allow_unused=True)
     if gradient is None:
         raise no_gradient_error(target, site)
+    if bool(torch.isfinite(value).all()) and not bool(torch.isfinite(gradient).all()):
+        place = "the input" if site is None else f"site {site.name}"
+        raise ValueError(
+            f"the gradient of {target} at {place} is NaN or infinite, although the target is finite: some operation "
+            "between them has no gradient there (such as the root of 0); method='ablation' takes none"
+        )
     return gradient
 
 
@@ -275,6 +283,7 @@ def own_gradients(
         made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
         aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
         value = aim.value(made, torch.arange(len(x), device=made.device))
+        check_finite(model, value, x, names=range(start, start + len(x)))
         own = leaves[0] if leaves else made  # the pass ended before the site
         gradients = gradient_of(value if leaves else value.detach(), own, target, site)
         numbers = (at_least_single(x) for x in (own.detach(), gradients, value.detach()))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.examples import BATCH, Examples, as_examples, counted
+from circuits.models.adapter.finiteness import check_finite
 from circuits.models.adapter.hooked_model import HookedModel
 
 Pool = Literal["max", "mean"]
@@ -59,5 +60,6 @@ def pooled(
             if pool == "max"
             else (units * keep).sum(2) / keep.sum(2)
         )
+        check_finite(model, made, part.inputs, part.mask, [given.names[i] for i in part.which])
         found[list(part.which)] = made.float().cpu().numpy()
     return found

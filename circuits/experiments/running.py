@@ -22,6 +22,7 @@ from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
 from circuits.files import Keep, make_now
 from circuits.hooks import Change, placed
+from circuits.models.adapter.finiteness import where_nonfinite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
 from circuits.models.paths.restarting import Restart, nearest_restart, restart_candidates
@@ -493,6 +494,8 @@ class _Runner:
             # Nothing reads what a model puts out at padding, so it may be anything.
             finite = finite.flatten(2).all(2) | ~part.mask
         if not bool(finite.all()):
+            names = [part.which[row] for row in part.rows.tolist()]
+            where = where_nonfinite(self.model, part.inputs, part.mask, names)
             raise ValueError(
-                f"model {self.model.name} puts out NaN or infinity on an example of the task, without any edit"
+                f"model {self.model.name} puts out NaN or infinity on an example of the task, without any edit: {where}"
             )

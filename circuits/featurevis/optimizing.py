@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +17,7 @@ from circuits.featurevis.gradients import RedirectedGradients
 from circuits.featurevis.objectives import Objective, Response, side_by_side
 from circuits.featurevis.parameterizations import Parameterization, fourier
 from circuits.featurevis.transforms import NOTHING, Transform
+from circuits.models.adapter.finiteness import where_nonfinite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
@@ -281,14 +282,7 @@ def _first_nonfinite(model: HookedModel, images: Tensor, objective: Objective) -
     """The first site before an objective whose values are not finite, in words."""
     assert isinstance(model.input, ImageInput), "checked by the caller"
     last = model.last(objective.sites or [model.sites[-1]])
-    names = [site.name for site in model.sites]
-    names = names[: names.index(last.name) + 1]
-    bad: list[str] = []
-
-    def looking(name: str) -> Callable[[Tensor], object]:
-        return lambda value: None if torch.isfinite(value).all() else bad.append(name)
-
-    model.observe(model.input.normalize(images), {n: looking(n) for n in names}, last)
-    if bad:
-        return f"the first site with NaN or infinity is {bad[0]}"
+    where = where_nonfinite(model, model.input.normalize(images), until=last)
+    if where:
+        return where
     return f"all sites up to {last.name} are finite on the untransformed image"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.models.adapter.finiteness import check_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.receptive import receptive_field
@@ -82,7 +83,9 @@ def responses(
             # Channels last: convolutions on a CPU are faster in this layout.
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
             value = model.run(x, read=[place], until=place)[place]
-            found.append(at_least_single(_largest(place, value, central)).cpu())
+            largest = at_least_single(_largest(place, value, central))
+            check_finite(model, largest, x, names=range(done, done + len(part)))
+            found.append(largest.cpu())
             done += len(part)
             if progress is not None:
                 progress(done)

@@ -22,6 +22,7 @@ from circuits.models.adapter.attaching import (
     attached_module,
     check_name,
 )
+from circuits.models.adapter.calling import check_has_numbers, naming_model
 from circuits.models.adapter.composition import bridge_layers
 from circuits.models.adapter.generating import Sampling, continue_texts
 from circuits.models.adapter.identity import (
@@ -140,6 +141,7 @@ class HookedModel:
             input = ImageInput(channels, height, width)
         self.input: ModelInput = input
         self.name = name or type(module).__name__
+        check_has_numbers(module, self.name)
         self.classes = tuple(classes)
         self.unit_names = dict(unit_names or {})
         # Reentrant: a thread that edits the model also runs it, inside the edit.
@@ -273,6 +275,8 @@ class HookedModel:
 
     def fitted(self, inputs: Tensor) -> Tensor:
         """`inputs` on the model's device and, unless they are tokens, in its precision."""
+        if self.device.type == "meta":  # moved there since it was wrapped
+            check_has_numbers(self.module, self.name)
         inputs = differentiable(inputs)
         if not inputs.is_floating_point():
             return inputs.to(self.device)
@@ -331,7 +335,8 @@ class HookedModel:
             # A model that works in place must not change the caller's input. With gradients the copy is an operation,
             # because autograd forbids writing to a leaf in place.
             own = inputs * 1 if grad else inputs.clone()
-            output = self.module(own, **kwargs)
+            with naming_model(self.name, inputs):
+                output = self.module(own, **kwargs)
         self._check_reached(names, found)
         found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
@@ -402,7 +407,9 @@ class HookedModel:
             self._normalising(reference),
             observe(self.module, taps, self.site(until).name),
         ):
-            self.module(self.fitted(inputs).clone(), **kwargs)
+            own = self.fitted(inputs).clone()
+            with naming_model(self.name, own):
+                self.module(own, **kwargs)
         self._check_reached(named, seen)
 
     def _check_reached(self, names: Iterable[str], reached: Container[str]) -> None:
@@ -479,7 +486,9 @@ class HookedModel:
             torch._C.DisableTorchFunction(),
             record(self.module, self._taps) as found,
         ):
-            self.module(self.fitted(tokens), **kwargs)
+            own = self.fitted(tokens)
+            with naming_model(self.name, own):
+                self.module(own, **kwargs)
         return found
 
     # --- texts of different lengths --------------------------------------------------------------

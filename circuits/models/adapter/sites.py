@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
+from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.program import Program, Recorder, Value
 from circuits.units import Site, SiteKind, unknown
 
@@ -221,20 +222,17 @@ def _traced(
     """The tensors of one pass, and the model's output; the output is traced too, even if no module returned it."""
     outputs: list[Any] = []
     recorder = Recorder(module, [example], before)
-    with evaluating(module), torch.no_grad():
-        try:
-            with recorder:
-                traces = trace(
-                    module,
-                    {name: m for name, (m, _) in names.items()},
-                    lambda: outputs.append(module(example)),
-                )
-        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"model {type(module).__name__} cannot run on an input of shape "
-                f"{tuple(example.shape)}: {first}"
-            ) from error
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        naming_model(type(module).__name__, example),
+        recorder,
+    ):
+        traces = trace(
+            module,
+            {name: m for name, (m, _) in names.items()},
+            lambda: outputs.append(module(example)),
+        )
     final = main_output(outputs[0])
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
