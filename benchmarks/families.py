@@ -354,8 +354,8 @@ def relevance(s: Subject) -> None:
             same(total + found.residual, found.target_values, f"{rule}, parts", 1e-3)
             if gap > 0.05 * float(found.target_values.abs().max()):
                 raise PartlyError(
-                    "relevance has no rule for some operation of this model: more than 5 % of the target is in no part, and "
-                    "stands in `residual`"
+                    "relevance has no rule for some operation of this model: more than 5 % of the target is in "
+                    "no part, and stands in `residual`"
                 )
 
 

@@ -176,6 +176,15 @@ def test_a_copy_runs_its_own_hooks_on_its_own_parts() -> None:
     assert len(copies[2].total) == 2 * len(RUN)
 
 
+def test_what_a_module_kept_of_a_pass_with_gradients_is_copied() -> None:
+    """Attention patterns of TransformerLens, caches of LeViT."""
+    module = nn.Linear(2, 2)
+    module.kept = module(torch.ones(1, 2))
+    made: Any = deep_copy(module)
+    assert torch.equal(made.kept, module.kept)  # type: ignore[arg-type]
+    assert made.kept.grad_fn is None
+
+
 # --- bridges ---------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def deep_copy(value: Any) -> Any:
@@ -21,9 +24,20 @@ def deep_copy(value: Any) -> Any:
     """
     # `deepcopy` notes in it, by the original's address, every copy that it makes, and keeps the originals alive.
     copies: dict[int, Any] = {}
+    for tensor in _computed(value):
+        copies[id(tensor)] = tensor.detach().clone()
     made = copy.deepcopy(value, copies)
     _Redirection(copies).everywhere()
     return made
+
+
+def _computed(value: Any) -> Iterator[Tensor]:
+    """The tensors that modules have kept of a pass with gradients (patterns, caches), which `deepcopy` refuses."""
+    parts = value if isinstance(value, tuple) else (value,)
+    for module in chain.from_iterable(p.modules() for p in parts if isinstance(p, nn.Module)):
+        for kept in vars(module).values():
+            if isinstance(kept, Tensor) and kept.grad_fn is not None:
+                yield kept
 
 
 class _Redirection:

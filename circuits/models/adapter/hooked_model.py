@@ -193,6 +193,10 @@ class HookedModel:
         if self._inference_tensor() is not None:  # torch takes no gradient
             return set()
         inputs = self.fitted(self.input.example(1))
+        if isinstance(self.input, TokenInput):
+            inputs = inputs[
+                :, :8
+            ]  # as good as the whole context, which takes all memory of a large model
 
         def output(changes: Mapping[str, Change]) -> Tensor:
             taps = [(self._taps[name], change) for name, change in changes.items()]
@@ -207,9 +211,8 @@ class HookedModel:
         summed = output({name: lambda t, m=mark: t + m for name, mark in marks.items()}).sum()
         found = torch.autograd.grad(summed, list(marks.values()), allow_unused=True)
         suspects = [name for name, slope in zip(marks, found, strict=True) if slope is None]
-        if not suspects:
-            return set()
-        # What is rounded or compared has no gradient, but is read: only an output that stays the same tells.
+        # What is rounded or compared has no gradient, but is read: only an output that stays the same tells. Also
+        # without suspects, bridges then keep a pattern that leads back to no other tensor.
         with torch.no_grad():
             intact = output({})
             return {n for n in suspects if torch.equal(output({n: lambda t: t / 2 + 1}), intact)}
