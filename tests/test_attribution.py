@@ -438,6 +438,26 @@ def test_relevance_through_functions_and_in_place(name: str) -> None:
     assert float(made.residual.abs().max()) < 1e-9
 
 
+def test_relevance_has_no_rule_for_recurrent_layers() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.GRU(3, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.flatten(1, 2)))[0][:, -1]
+
+    model = HookedModel(seeded(Read()).double(), (1, 3, 4))
+    x = model.input.example(2).double()
+    with pytest.raises(
+        ValueError, match=r"recurrent layer gru has no rule 'epsilon': expected rule 'g"
+    ):
+        relevance(model, x, "class:1", "a")
+    made = relevance(model, x, "class:1", "a", rule="gradient")
+    direct = attribute(model, x, "class:1", "a", method="activation_x_gradient", check=0)
+    close(made.values, direct.values)
+
+
 def test_what_torch_cannot_differentiate_is_said() -> None:
     net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh(), nn.ReLU(inplace=True), nn.Flatten())
     model = HookedModel(seeded(net), (3, 2, 2))

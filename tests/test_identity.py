@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.program import Recorder
+from circuits.models.adapter.program import Recorder, _text
 from circuits.models.zoo.loading import load_model
 from circuits.workspace import ModelRecord, Workspace
 
@@ -312,3 +314,69 @@ def test_a_script_is_refused_and_leaves_no_hook() -> None:
     with pytest.raises(ValueError, match="module '1' is a script"):
         HookedModel(module, SIZE)
     assert not module[0]._forward_hooks
+
+
+def test_functions_that_operations_are_given_are_part_of_a_model() -> None:
+    def times(factor: float) -> Any:
+        return lambda value: value * factor
+
+    def default(value: float, factor: float = 2.0) -> float:
+        return value * factor
+
+    def other(value: float, factor: float = 3.0) -> float:
+        return value * factor
+
+    other.__qualname__ = default.__qualname__
+    given = [
+        times(2.0), times(3.0), lambda value: value * 2, lambda value: value + 2, default, other,
+        partial(default, factor=4.0), partial(default, factor=5.0),
+    ]  # fmt: skip
+    texts = [_text(function) for function in given]
+    assert len(set(texts)) == len(given)
+    assert _text(times(2.0)) == texts[0], "the same function made again"
+
+
+class Mixed(Net):
+    """Casts by itself."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype):
+            return super().forward(x).float()
+
+
+def test_autocast_is_part_of_a_model_where_its_own_code_asks_for_it() -> None:
+    x = torch.rand(2, *SIZE)
+    plain = hooked(Net())
+    assert len({m.hash for m in (hooked(Mixed(torch.bfloat16)), hooked(Mixed(torch.float16)))}) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = hooked(Net())
+        assert inside.module(x).dtype != torch.float32, "torch itself casts"
+        found = plain.logits(x)
+        assert inside.hash == plain.hash
+    torch.testing.assert_close(found, plain.logits(x), rtol=0, atol=0)
+
+
+def test_another_thread_that_runs_the_module_does_not_disturb_a_trace() -> None:
+    net = Net()
+    expected = [op.module for op in hooked(Net()).program.operations]
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            go_on.wait(10)
+
+    net.conv.register_forward_pre_hook(wait)
+    other = threading.Thread(target=lambda: net(torch.rand(1, *SIZE)))
+    recorder, x = Recorder(net, []), torch.rand(1, *SIZE)
+    with recorder:
+        other.start()
+        assert started.wait(10)
+        net(x)
+        go_on.set()
+        other.join()
+    assert [op.module for op in recorder.program.operations] == expected

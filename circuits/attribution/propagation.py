@@ -328,6 +328,14 @@ def _multi_head(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     return out, (pattern.mean(1) if given.get("need_weights", True) else None)
 
 
+def _recurrent(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    if not _carries_gradient(args[0]):
+        return func(*args, **kwargs)
+    raise ValueError(
+        f"relevance through the recurrent layer {func.__name__} has no rule {p.rule!r}: expected rule 'gradient'"
+    )
+
+
 def _fixed(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     out = func(*args, **kwargs)
     return out.detach() if isinstance(out, Tensor) else out
@@ -421,6 +429,7 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     F.scaled_dot_product_attention: _attention,
     torch.einsum: _einsum,
     F.glu: _gated_linear,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys(_RECTIFIERS, _rectified),
     **dict.fromkeys(_SUMS, _sum),
     **dict.fromkeys(

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,7 @@ class Operation:
         kwargs: its keyword arguments, likewise.
         outputs: the values that it made; a tensor that it changed in place is one of them.
         module: the path of the innermost module that was running.
+        autocast: the precision to which torch casts what it is given, if the model's code asks for that.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Operation:
     kwargs: Mapping[str, Any]
     outputs: tuple[Value, ...]
     module: str
+    autocast: str = ""
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -97,7 +102,54 @@ class Program:
             yield f"{value.number} = {source}"
         for op in self.operations:
             made = ",".join(str(value.number) for value in op.outputs)
-            yield f"{made} = {op.name} {_text(op.args)} {_text(dict(sorted(op.kwargs.items())))}"
+            precision = f" in {op.autocast}" if op.autocast else ""
+            yield f"{made} = {op.name} {_text(op.args)} {_text(dict(sorted(op.kwargs.items())))}{precision}"
+
+
+class Running:
+    """Knows the innermost module that runs, inside the block, in the thread that entered it.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._handles: list[Any] = []
+        self._thread = 0
+
+    def __enter__(self) -> Running:
+        self._thread = threading.get_ident()
+        try:
+            for path, module in self._root.named_modules():
+                entering = self._entering(path, module)
+                self._handles.append(module.register_forward_pre_hook(entering, prepend=True))
+                self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def innermost(self) -> tuple[str, nn.Module]:
+        """Its path and the module; the model itself where none of its modules runs."""
+        return self._stack[-1] if self._stack else ("", self._root)
+
+    def _entering(self, path: str, module: nn.Module) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            if threading.get_ident() == self._thread:  # another thread may run the same module
+                self._stack.append((path, module))
+
+        return enter
+
+    def _leaving(self, *_: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._stack.pop()
 
 
 class Recorder(TorchFunctionMode):
@@ -136,28 +188,16 @@ class Recorder(TorchFunctionMode):
         }
         # Numbers that the model's code reads off tensors differ by rounding from machine to machine.
         self._read: set[float] = set()
-        self._running: list[str] = []
-        self._handles: list[Any] = []
+        self._running = Running(root)
 
     def __enter__(self) -> Recorder:
-        try:
-            for path, module in self._root.named_modules():
-                enter, leave = self._entering(path), self._leaving
-                self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
-                self._handles.append(module.register_forward_hook(leave, always_call=True))
-            super().__enter__()
-        except BaseException:
-            self._remove_hooks()
-            raise
+        self._running.__enter__()
+        super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._remove_hooks()
-
-    def _remove_hooks(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._running.__exit__()
 
     @property
     def program(self) -> Program:
@@ -168,12 +208,6 @@ class Recorder(TorchFunctionMode):
         """The value that a tensor holds now; None if no operation of the pass has met it."""
         value, known = self._values.get(id(tensor), (None, None))
         return value if known is not None and known() is tensor else None
-
-    def _entering(self, path: str) -> Callable[..., None]:
-        return lambda *_: self._running.append(path)
-
-    def _leaving(self, *_: Any) -> None:
-        self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -188,9 +222,8 @@ class Recorder(TorchFunctionMode):
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
-            self._operations.append(
-                Operation(name, given, named, outputs, self._running[-1] if self._running else "")
-            )
+            path, _ = self._running.innermost
+            self._operations.append(Operation(name, given, named, outputs, path, _autocast()))
         return output
 
     def _new(self, tensor: Tensor) -> Value:
@@ -221,6 +254,15 @@ class Recorder(TorchFunctionMode):
     def _unnamed(self, given: Tensor) -> str:
         constant = self._before is not None and self._before.value(given) is not None
         return f"constant {tensor_digest(given)}" if constant else "unseen"
+
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _autocast() -> str:
+    """The precision of `torch.autocast`, where it is on."""
+    found = [torch.get_autocast_dtype(kind) for kind in DEVICES if torch.is_autocast_enabled(kind)]
+    return ", ".join(map(str, found))
 
 
 def unsteady(program: Program) -> Iterator[str]:
@@ -321,6 +363,10 @@ def _text(argument: Any) -> str:
             return f"array {argument.dtype} {argument.shape} {content}"
         case None | bool() | int() | float() | complex() | str() | torch.dtype():
             return repr(argument)
+        case partial():
+            return f"{_text(argument.func)} {_text(argument.args)} {_text(argument.keywords)}"
+        case FunctionType():
+            return f"{argument.__qualname__} {_code(argument)}"
         case _ if callable(argument):
             return getattr(argument, "__qualname__", type(argument).__qualname__)
         case _:
@@ -329,6 +375,25 @@ def _text(argument: Any) -> str:
                 if _plain(argument)
                 else type(argument).__qualname__
             )
+
+
+def _code(function: FunctionType) -> str:
+    """SHA-256 over what a function of Python computes: its code, constants, defaults and the variables it closes over.
+
+    Such code differs between versions of Python, unlike all else that describes a program.
+    """
+    digest = hashlib.sha256()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+        constants = [_text(c) for c in code.co_consts if not isinstance(c, CodeType)]
+        digest.update(code.co_code)
+        digest.update(f"{constants} {code.co_names}".encode())
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    bound = [tensor_digest(c) if isinstance(c, Tensor) else _text(c) for c in cells]
+    digest.update(f"{bound} {_text(function.__defaults__)}".encode())
+    return digest.hexdigest()
 
 
 def _plain(argument: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
-from circuits.models.adapter.program import Program, Recorder, Value
+from circuits.models.adapter.program import DEVICES, Program, Recorder, Value
 from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
@@ -25,6 +25,8 @@ TRACE_BATCHES = (3, 2)
 @contextmanager
 def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it.
+
+    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself.
 
     Args:
         module: the module.
@@ -43,7 +45,11 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             m.training = False
         for p in trainable:
             p.requires_grad_(False)
-        yield
+        with ExitStack() as off:
+            for kind in DEVICES:
+                if torch.is_autocast_enabled(kind):
+                    off.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for m in training:
             m.training = True

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from circuits.autograd import recording_gradients
 from circuits.hooks import Tap, record
+from circuits.models.adapter.program import Running
 from circuits.models.adapter.sites import evaluating
 from circuits.models.adapter.walk import (
     Node,
@@ -186,31 +187,18 @@ class _Calls(TorchFunctionMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.found: list[_Call] = []
-        self._root = root
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = {_memory(p): p for p in root.parameters() if p.numel()}
-        self._running: list[tuple[str, nn.Module]] = []
-        self._handles: list[Any] = []
+        self._running = Running(root)
 
     def __enter__(self) -> _Calls:
-        for path, module in self._root.named_modules():
-            self._handles += [
-                module.register_forward_pre_hook(self._entering(path, module), prepend=True),
-                module.register_forward_hook(lambda *_: self._left(), always_call=True),
-            ]
+        self._running.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _entering(self, path: str, module: nn.Module) -> Callable[..., None]:
-        return lambda *_: self._running.append((path, module))
-
-    def _left(self) -> None:
-        self._running.pop()
+        self._running.__exit__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -228,7 +216,7 @@ class _Calls(TorchFunctionMode):
     def _note(self, function: str, layer: _Given | None, output: Tensor) -> None:
         if layer is None or layer.weight.requires_grad:
             return  # it multiplies two activations
-        path, module = self._running[-1] if self._running else ("", self._root)
+        path, module = self._running.innermost
         weight, transposed = self._parameters.get(_memory(layer.weight)), False
         if weight is None and layer.mirrored is not None:
             weight, transposed = self._parameters.get(_memory(layer.mirrored)), True
