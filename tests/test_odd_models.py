@@ -282,3 +282,77 @@ def test_what_is_no_number_is_refused_as_one(tmp_path: Path) -> None:
         TypeError, match=r"type ndarray and shape \(2, 3\) cannot be written: .*tolist"
     ):
         write_circuit(circuit, tmp_path / "circuit.json")
+
+
+class Routed(nn.Module):
+    """A mixture of two experts: bright images go to the first, dark ones to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, bright = self.stem(x.flatten(1)), x.flatten(1).mean(1) >= 0
+        made = torch.zeros_like(seen)
+        for expert, mine in zip(self.experts, (bright, ~bright), strict=True):
+            if mine.any():
+                made[mine] = expert(seen[mine])
+        return self.head(made)
+
+
+def test_an_expert_with_some_of_the_rows_is_refused_and_never_misaligned() -> None:
+    torch.manual_seed(0)
+    # Images of 0..1, as the model is traced with, are all bright.
+    model = HookedModel(Routed(), ImageInput(3, 2, 2), "routed")
+    x = torch.rand(4, 3, 2, 2)
+    assert model.run(x, read=["experts.0"])["experts.0"].shape == (4, 4)
+    x[1] -= 5
+    said = "site experts.0 of routed holds 3 rows for 4 examples: .*router"
+    verbs: dict[str, Callable[[], object]] = {
+        "run": lambda: model.run(x, read=["experts.0"]),
+        "pooled": lambda: concepts.pooled(model, "experts.0", x),
+        "attribute": lambda: attribute(model, x, "experts.0:1", "stem", check=0),
+        "ablate": lambda: ablate(model, ["experts.0:1"], x, n_random=1),
+    }
+    for verb in verbs.values():
+        with pytest.raises(ValueError, match=said):
+            verb()
+    with pytest.raises(KeyError, match=r"module 'experts\.1' of routed is no site: .*router"):
+        model.site("experts.1")
+    # The layers around the experts have a row for each example.
+    assert attribute(model, x, "top", "stem", check=0).values.shape == (4, 4)
+
+
+class Detector(nn.Module):
+    """Returns boxes, labels and scores for each image, as torchvision's detection models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.boxes = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        made = self.boxes(self.body(x)).flatten(2).movedim(1, 2)
+        return [{"boxes": one, "scores": one[:, 0]} for one in made]
+
+
+def test_detection_models_have_sites_and_no_logits() -> None:
+    torch.manual_seed(0)
+    model = wrapped(Detector())
+    said = "model net returns a list with a record for each example.*SITE:INDEX"
+    verbs: dict[str, Callable[[], object]] = {
+        "logits": lambda: model.logits(IMAGES),
+        "top": lambda: attribute(model, IMAGES, "top", "body"),
+        "ablate": lambda: ablate(model, ["body:0"], IMAGES, n_random=1),
+        "saliency": lambda: saliency.saliency_map(model, IMAGES, "class:1", "gradient"),
+    }
+    for verb in verbs.values():
+        with pytest.raises(ValueError, match=said):
+            verb()
+    assert model.identity.outputs == ()
+    # A unit of a site is a target like any other: its boxes are linear in the site before them.
+    found = attribute(model, IMAGES, "boxes:1@0,0", "body", check=4)
+    body = model.run(IMAGES, read=["body"])["body"]
+    weight = model.parameters["boxes.weight"][1, :, 0, 0]
+    torch.testing.assert_close(found.values[:, :, 0, 0], body[:, :, 0, 0] * weight)
+    assert found.check is not None

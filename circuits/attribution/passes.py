@@ -288,6 +288,7 @@ def own_gradients(
             return leaves[0] * 1  # a copy: what follows may work in place
 
         made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
+        model.check_rows({end.name: made} | ({site.name: leaves[0]} if leaves else {}), len(x))
         aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
         value = aim.value(made, torch.arange(len(x), device=made.device))
         check_finite(model, value, x, names=range(start, start + len(x)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.sites import listed_error
 from circuits.stimuli.labels import index_of
 from circuits.tensors import at_least_single
 from circuits.units import Site, Unit, unknown
@@ -73,7 +74,13 @@ class Target:
 
 
 def output_site(model: HookedModel) -> Site:
-    """The site of a model's logits: the last site of kind `logit`, or the last site if there is none."""
+    """The site of a model's logits: the last site of kind `logit`, or the last site if there is none.
+
+    Raises:
+        ValueError: if the model returns a list of examples, as detection models do.
+    """
+    if model.listed:
+        raise listed_error(model.name)
     return next((s for s in reversed(model.sites) if s.kind == "logit"), model.sites[-1])
 
 
