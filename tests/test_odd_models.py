@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from circuits import concepts, families, saliency, tuning
-from circuits.attribution import attribute, relevance
+from circuits.attribution import Target, attribute, direct_logit_attribution, relevance
 from circuits.cli.main import run
 from circuits.edits import read_edit
 from circuits.effects import measure
 from circuits.experiments.ablation import ablate
 from circuits.featurevis import visualize
+from circuits.graph import CircuitGraph, read_circuit, write_circuit
 from circuits.models.adapter.calling import ForwardError
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.units import Unit
+from tests import random_models
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -188,3 +194,165 @@ def test_the_command_line_says_it_in_a_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot run on an input of shape" in line
     assert "missing 1 required positional argument: 'y'" in line
+
+
+# --- single verbs on odd models --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> HookedModel:
+    return random_models.booted(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+TOKENS = torch.randint(5, 31, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_integrated_gradients_of_heads_of_gpt2_sum_to_the_difference(gpt2: HookedModel) -> None:
+    site = "blocks.1.attn.hook_z"
+    found = attribute(
+        gpt2, TOKENS, "top", site, "integrated_gradients", steps=64, tolerance=None, check=0
+    )
+    assert found.values.shape == (3, 7, 4, 8)
+    # By completeness: the values sum to the target less what it is with all heads at zero.
+    logits = gpt2.logits(TOKENS)[:, -1]
+    without = gpt2.logits(TOKENS, {site: torch.zeros_like})[:, -1]
+    top, rows = logits.argmax(1), torch.arange(3)
+    torch.testing.assert_close(
+        found.values.flatten(1).sum(1), logits[rows, top] - without[rows, top], rtol=0, atol=1e-3
+    )
+
+
+def test_a_target_may_have_another_counterpart_for_each_example(gpt2: HookedModel) -> None:
+    site = "blocks.0.hook_resid_post"
+    target = Target("hook_unembed", (6, 7, 8), against=(9, 10, 11))
+    found = attribute(gpt2, TOKENS, target, site, batch=2, check=4)
+    direct = direct_logit_attribution(gpt2, TOKENS, target)
+    logits = gpt2.logits(TOKENS)[:, -1]
+    right = torch.stack([logits[i, 6 + i] - logits[i, 9 + i] for i in range(3)])
+    torch.testing.assert_close(found.target_values, right)
+    torch.testing.assert_close(direct.logits, right)
+    torch.testing.assert_close(direct.values.sum(1), right, rtol=1e-4, atol=1e-4)
+    for i in range(3):
+        alone = Target("hook_unembed", 6 + i, against=9 + i)
+        same = attribute(gpt2, TOKENS[i : i + 1], alone, site, check=0).values
+        torch.testing.assert_close(found.values[i : i + 1], same)
+    listed = attribute(gpt2, TOKENS, replace(target, against=[9, 10, 11]), site, check=0)  # type: ignore[arg-type]
+    assert torch.equal(listed.values, attribute(gpt2, TOKENS, target, site, check=0).values)
+    with pytest.raises(ValueError, match="target has 2 units against for 3 examples: expected one"):
+        attribute(gpt2, TOKENS, replace(target, against=(9, 10)), site)
+
+
+def test_the_randomization_test_takes_models_of_three_layers() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()
+    model = wrapped(nn.Sequential(*layers, nn.Linear(576, 3)))
+    maps = lambda m, x: saliency.saliency_map(m, x, "top", "gradient")  # noqa: E731
+    found = saliency.randomization_test(model, IMAGES, maps)
+    # One of three layers is not more than half of them.
+    assert [stage.layers for stage in found.stages] == [1, 3]
+    with pytest.raises(ValueError, match="stages 4 must be even, from 2 to 2: net has 3 layers"):
+        saliency.randomization_test(model, IMAGES, maps, stages=4)
+    one = wrapped(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)))
+    with pytest.raises(ValueError, match="model net has 1 layers with weights"):
+        saliency.randomization_test(one, IMAGES, maps)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5), np.array(0.5)], ids=repr)
+@pytest.mark.parametrize("ending", ["json", "graphml", "gexf"])
+def test_numbers_of_numpy_and_torch_are_numbers_of_circuits(
+    number: Any, ending: str, tmp_path: Path
+) -> None:
+    circuit = CircuitGraph()
+    circuit.connect(Unit("a", 0), Unit("b", 1), "weight", sum=number, share=number)
+    circuit.add_node(Unit("a", 0), mean=number)
+    write_circuit(circuit, tmp_path / f"circuit.{ending}")
+    read = read_circuit(tmp_path / f"circuit.{ending}")
+    (edge,) = (data for *_, data in read.edges(data=True))
+    assert [edge[name] for name in ("sum", "norm", "share")] == [0.5] * 3
+    assert type(edge["sum"]) is float
+    assert read.nodes[Unit("a", 0)]["mean"] == 0.5
+
+
+def test_what_is_no_number_is_refused_as_one(tmp_path: Path) -> None:
+    circuit = CircuitGraph()
+    with pytest.raises(TypeError, match="sum of the edge a:0 -> b:1 is ndarray: expected a number"):
+        circuit.connect(Unit("a", 0), Unit("b", 1), "weight", sum=np.ones(2))  # type: ignore[arg-type]
+    circuit.add_node(Unit("a", 0), kernel=np.ones((2, 3)))
+    with pytest.raises(
+        TypeError, match=r"type ndarray and shape \(2, 3\) cannot be written: .*tolist"
+    ):
+        write_circuit(circuit, tmp_path / "circuit.json")
+
+
+class Routed(nn.Module):
+    """A mixture of two experts: bright images go to the first, dark ones to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, bright = self.stem(x.flatten(1)), x.flatten(1).mean(1) >= 0
+        made = torch.zeros_like(seen)
+        for expert, mine in zip(self.experts, (bright, ~bright), strict=True):
+            if mine.any():
+                made[mine] = expert(seen[mine])
+        return self.head(made)
+
+
+def test_an_expert_with_some_of_the_rows_is_refused_and_never_misaligned() -> None:
+    torch.manual_seed(0)
+    # Images of 0..1, as the model is traced with, are all bright.
+    model = HookedModel(Routed(), ImageInput(3, 2, 2), "routed")
+    x = torch.rand(4, 3, 2, 2)
+    assert model.run(x, read=["experts.0"])["experts.0"].shape == (4, 4)
+    x[1] -= 5
+    said = "site experts.0 of routed holds 3 rows for 4 examples: .*router"
+    verbs: dict[str, Callable[[], object]] = {
+        "run": lambda: model.run(x, read=["experts.0"]),
+        "pooled": lambda: concepts.pooled(model, "experts.0", x),
+        "attribute": lambda: attribute(model, x, "experts.0:1", "stem", check=0),
+        "ablate": lambda: ablate(model, ["experts.0:1"], x, n_random=1),
+    }
+    for verb in verbs.values():
+        with pytest.raises(ValueError, match=said):
+            verb()
+    with pytest.raises(KeyError, match=r"module 'experts\.1' of routed is no site: .*router"):
+        model.site("experts.1")
+    # The layers around the experts have a row for each example.
+    assert attribute(model, x, "top", "stem", check=0).values.shape == (4, 4)
+
+
+class Detector(nn.Module):
+    """Returns boxes, labels and scores for each image, as torchvision's detection models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.boxes = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        made = self.boxes(self.body(x)).flatten(2).movedim(1, 2)
+        return [{"boxes": one, "scores": one[:, 0]} for one in made]
+
+
+def test_detection_models_have_sites_and_no_logits() -> None:
+    torch.manual_seed(0)
+    model = wrapped(Detector())
+    said = "model net returns a list with a record for each example.*SITE:INDEX"
+    verbs: dict[str, Callable[[], object]] = {
+        "logits": lambda: model.logits(IMAGES),
+        "top": lambda: attribute(model, IMAGES, "top", "body"),
+        "ablate": lambda: ablate(model, ["body:0"], IMAGES, n_random=1),
+        "saliency": lambda: saliency.saliency_map(model, IMAGES, "class:1", "gradient"),
+    }
+    for verb in verbs.values():
+        with pytest.raises(ValueError, match=said):
+            verb()
+    assert model.identity.outputs == ()
+    # A unit of a site is a target like any other: its boxes are linear in the site before them.
+    found = attribute(model, IMAGES, "boxes:1@0,0", "body", check=4)
+    body = model.run(IMAGES, read=["body"])["body"]
+    weight = model.parameters["boxes.weight"][1, :, 0, 0]
+    torch.testing.assert_close(found.values[:, :, 0, 0], body[:, :, 0, 0] * weight)
+    assert found.check is not None

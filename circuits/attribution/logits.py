@@ -116,7 +116,8 @@ def direct_logit_attribution(
     unembed, shifts = transformer.unembedding()
     direction, shift = unembed[:, aim.indices].T.double(), shifts[aim.indices].double()
     if goal.against is not None:
-        direction, shift = direction - unembed[:, goal.against], shift - shifts[goal.against]
+        other = torch.as_tensor(goal.against, device=unembed.device).expand(len(tokens))
+        direction, shift = direction - unembed[:, other].T, shift - shifts[other]
     norm = transformer.norm("final")
     with model.lock:
         read = norm.adjoint(direction) * norm.factor(at(transformer.last))

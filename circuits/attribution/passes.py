@@ -152,7 +152,7 @@ class Passes:
         values, gradients = [], []
         for p, e in zip(points.split(self.batch), which.split(self.batch), strict=True):
             p = differentiable(p.detach())
-            own = p.contiguous() if self.site is None else channels_last(p)
+            own = p.contiguous() if self.site is None else self._laid_out(p)
             own.requires_grad_(True)
             value = self.aim.value(self._run(own, e, self.end, grad=True), e)
             values.append(value.detach())
@@ -178,9 +178,16 @@ class Passes:
     def _from_site(self, x: Tensor, points: Tensor, end: Site, grad: bool) -> Tensor:
         assert self.site is not None, "there is a site to begin at"
         # `* 1` copies, since later operations may work in place.
-        points = channels_last(points)
+        points = self._laid_out(points)
         edits = {self.site.name: lambda value: points * 1}
         return self.model.run(x, read=[end], until=end, edits=edits, grad=grad)[end]
+
+    def _laid_out(self, points: Tensor) -> Tensor:
+        """A site's tensors as models have them: maps with channels last, anything else in order, for models that view
+        it in another shape."""
+        assert self.site is not None, "there is a site to begin at"
+        maps = self.site.position_axes == ("y", "x") and self.site.inner_axis is None
+        return channels_last(points) if maps else points.contiguous()
 
     @property
     def alone(self) -> bool:
@@ -281,6 +288,7 @@ def own_gradients(
             return leaves[0] * 1  # a copy: what follows may work in place
 
         made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
+        model.check_rows({end.name: made} | ({site.name: leaves[0]} if leaves else {}), len(x))
         aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
         value = aim.value(made, torch.arange(len(x), device=made.device))
         check_finite(model, value, x, names=range(start, start + len(x)))

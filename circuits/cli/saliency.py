@@ -203,7 +203,10 @@ def sanity(
     )] = None,
     target: options.Target = "top",
     method_options: options.MethodOptions = None,
-    stages: Annotated[int, option("In how many steps the layers' weights are shuffled; an even number.")] = 6,
+    stages: Annotated[int | None, option(
+        "In how many steps the layers' weights are shuffled; an even number. By default 6, or fewer if the model has "
+        "fewer layers."
+    )] = None,
     faithful: Annotated[int, option("On how many images faithfulness is measured.")] = 8,
     out: Annotated[Path | None, option("Save the cards to this .json file.")] = None,
     batch: options.Batch = 32,

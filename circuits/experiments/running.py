@@ -30,6 +30,7 @@ from circuits.progress import Progress
 from circuits.tasks.metrics import (
     Custom,
     Metric,
+    UnitActivation,
     accuracy,
     cross_entropy,
     kl,
@@ -254,7 +255,9 @@ class _Runner:
         memory: int,
     ) -> None:
         self.model, self.plans, self.memory = model, plans, memory
-        self.end = output_site(model)
+        # What is measured of units alone needs no logits, which detection models do not have.
+        units = model.listed and all(isinstance(m, UnitActivation) for m in measures)
+        self.end = model.sites[-1] if units else output_site(model)
         wanted = [self.end, *(model.site(s) for m in measures for s in m.sites()), *watch]
         self.ends = list(dict.fromkeys(wanted))
         self.keep_output = any(isinstance(m, Custom) for m in measures)

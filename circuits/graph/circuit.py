@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import networkx as nx
 
+from circuits.graph.values import plain_number
 from circuits.tables import Table
 from circuits.units import Unit
 
@@ -147,10 +148,18 @@ class CircuitGraph(nx.MultiDiGraph):
         """Add an edge, over one of the same kind and layer.
 
         Raises:
+            TypeError: if `sum` or `norm` is no number.
             ValueError: if the kind is unknown.
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} of an edge is not one of {', '.join(KINDS)}")
+        sum, norm = (plain_number(number) for number in (sum, norm))
+        for name, number in (("sum", sum), ("norm", norm)):
+            if not isinstance(number, int | float) and (name, number) != ("norm", None):
+                raise TypeError(
+                    f"{name} of the edge {source} -> {target} is {type(number).__name__}: expected a number"
+                )
+        attributes = {name: plain_number(value) for name, value in attributes.items()}
         layer = attributes.get("layer") or ""
         # Two layers may connect the same units; their edges stay apart.
         key = f"{kind}:{layer}" if layer else kind

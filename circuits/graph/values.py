@@ -6,11 +6,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 _TUPLE, _FLOAT, _DICT = "tuple:", "float:", "dict:"
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy or torch (also an array or tensor without axes) as Python's; anything else as it is.
+
+    >>> plain_number(np.float32(0.5)), plain_number(np.array(3)), plain_number("text")
+    (0.5, 3, 'text')
+    """
+    single = isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray | Tensor) and value.ndim == 0
+    )
+    return value.item() if single else value
 
 
 def encoded(value: Any) -> Any:
     """A value as JSON has it; what JSON has not is an object with one key that says what it is.
+
+    Numbers of numpy and torch become Python's.
 
     Raises:
         TypeError: if it is none of None, truth value, number, text, list, tuple, or dictionary by text.
@@ -18,6 +35,7 @@ def encoded(value: Any) -> Any:
     >>> encoded({"a": (1, None), "b": float("inf")})
     {'a': {'tuple:': [1, None]}, 'b': {'float:': 'inf'}}
     """
+    value = plain_number(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -32,6 +50,11 @@ def encoded(value: Any) -> Any:
         # was.
         marked = len(made) == 1 and next(iter(made)) in (_TUPLE, _FLOAT, _DICT)
         return {_DICT: made} if marked else made
+    if isinstance(value, np.ndarray | Tensor):
+        raise TypeError(
+            f"attribute of type {type(value).__name__} and shape {tuple(value.shape)} cannot be written: expected a "
+            "number, or nested lists, as its tolist() gives"
+        )
     raise TypeError(
         f"attribute {value!r} cannot be written: expected None, numbers, text, lists, tuples or "
         "dictionaries of them"

@@ -25,7 +25,7 @@ from circuits.saliency.faithfulness import (
     sensitivity_n,
 )
 from circuits.saliency.maps import METHODS, SLOPES, Method, saliency_map
-from circuits.saliency.sanity import RandomizationTest, randomization_test
+from circuits.saliency.sanity import RandomizationTest, randomization_test, stages_for
 from circuits.tables import Table
 from circuits.tasks.targets import Target, as_target, output_site
 
@@ -107,7 +107,7 @@ def card(
     method: Method,
     target: str | Target = "top",
     *,
-    stages: int = 6,
+    stages: int | None = None,
     steps: int = 10,
     faithful: int = 8,
     seed: int = 0,
@@ -122,7 +122,7 @@ def card(
         examples: at least two images; published verdicts need thirty or more.
         method: one of `METHODS`.
         target: what is explained; the intact model's prediction stays the target when weights are shuffled.
-        stages: stages of the randomisation test.
+        stages: stages of the randomisation test (see `randomization_test`).
         steps: steps of insertion and deletion.
         faithful: number of images on which faithfulness is measured.
         seed: seed of everything random.
@@ -140,6 +140,7 @@ def card(
     given = as_examples(model, examples)
     inputs = given.inputs
     fixed = _fixed_target(model, inputs, target, batch)
+    stages = stages_for(model, stages)
     total = stages + 4
 
     def note(done: int) -> None:

@@ -31,6 +31,8 @@ Attributing = Callable[[HookedModel, Tensor], Attribution]
 """Makes the maps of images with a model: a method with its options and its target bound."""
 Mode = Literal["cascading", "independent"]
 
+_STAGES = 6
+
 KEPT = 0.5
 """Maps pass if, with at most the upper half of the layers shuffled, they keep less than this share of their similarity
 to the original maps beyond the similarity of maps of different images."""
@@ -91,7 +93,7 @@ def randomization_test(
     attributing: Attributing,
     mode: Mode = "cascading",
     *,
-    stages: int = 6,
+    stages: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RandomizationTest:
@@ -102,7 +104,8 @@ def randomization_test(
         examples: images, at least two.
         attributing: makes maps of images with a model.
         mode: whether layers are shuffled from the output down, or one group at a time.
-        stages: the number of stages; even, so that one stage has exactly the upper half shuffled.
+        stages: the number of stages; even, so that one stage has exactly the upper half shuffled (of an odd number of
+            layers the one in the middle is not). By default 6, or as many as there are layers for.
         seed: seed of the shuffling.
         progress: called with the number of stages done and the total.
 
@@ -118,12 +121,10 @@ def randomization_test(
             f"examples: {len(inputs)} images, expected at least two to compare with each other"
         )
     layers = layers_in_order(model)[::-1]
-    if stages < 2 or stages % 2 or stages > len(layers):
-        raise ValueError(
-            f"stages {stages} must be even, from 2 to {len(layers)}, the number of layers"
-        )
+    stages = stages_for(model, stages)
     # 10 layers in 4 stages end behind 2, 5, 8 and 10 layers, counted from the output.
     ends = [round(len(layers) * (k + 1) / stages) for k in range(stages)]
+    ends[stages // 2 - 1] = len(layers) // 2
     intact = attributing(model, inputs)
     own = _heat_maps(intact)
     # Each image's map beside the next image's: what two maps have in common because a method or the middle of
@@ -142,6 +143,27 @@ def randomization_test(
         intact.method, mode, tuple(found), chance, kept, kept < KEPT if mode == "cascading" else None,
         model.hash, given.describe(), seed,
     )  # fmt: skip
+
+
+def stages_for(model: HookedModel, stages: int | None = None) -> int:
+    """The number of stages of a test: as given or, by default, 6 or the largest even number that there are layers for.
+
+    Raises:
+        ValueError: if the model has fewer than two layers, or the number is not even or larger than that of the layers.
+    """
+    n = len(layers_in_order(model))
+    if n < 2:
+        raise ValueError(
+            f"model {model.name} has {n} layers with weights: expected at least two, to shuffle some and not others"
+        )
+    most = n // 2 * 2
+    if stages is None:
+        return min(_STAGES, most)
+    if stages < 2 or stages % 2 or stages > most:
+        raise ValueError(
+            f"stages {stages} must be even, from 2 to {most}: {model.name} has {n} layers with weights"
+        )
+    return stages
 
 
 def _kept_beyond_chance(stages: Sequence[Stage], chance: Stage) -> float:

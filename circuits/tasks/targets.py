@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.sites import listed_error
 from circuits.stimuli.labels import index_of
 from circuits.tensors import at_least_single
 from circuits.units import Site, Unit, unknown
@@ -37,22 +38,24 @@ class Target:
         at: the position along `position_axes`, negative from the end; one for all examples or one for each. None is
             the last token of an output over tokens; elsewhere it is the most active position of each example, which
             stays fixed while the example is changed.
-        against: a unit whose number is subtracted, as in a logit difference.
+        against: a unit whose number is subtracted, as in a logit difference: one for all examples, or one for each.
         quantity: activation, probability or log-probability.
     """
 
     site: str
     index: int | tuple[int, ...] | None
     at: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
-    against: int | None = None
+    against: int | tuple[int, ...] | None = None
     quantity: Quantity = "activation"
 
     def of_examples(self, examples: range) -> Target:
         """The same target for some of the examples."""
         some = slice(examples.start, examples.stop)
         index = self.index[some] if isinstance(self.index, tuple) else self.index
+        against = self.against[some] if isinstance(self.against, tuple) else self.against
         each = self.at is not None and len(self.at) > 0 and isinstance(self.at[0], tuple)
-        return replace(self, index=index, at=self.at[some] if each and self.at else self.at)  # type: ignore[arg-type]
+        at = self.at[some] if each and self.at else self.at
+        return replace(self, index=index, at=at, against=against)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         which = "top" if self.index is None else self.index
@@ -65,13 +68,20 @@ class Target:
                 ",".join(map(str, at)) for at in each
             )
         if self.against is not None:
-            text += f" - {self.site}:{self.against}"
+            other = self.against if isinstance(self.against, tuple) else (self.against,)
+            text += f" - {self.site}:{','.join(map(str, other))}"
         prefix = {"activation": "", "probability": "p", "log_probability": "log p"}[self.quantity]
         return f"{prefix}({text})" if prefix else text
 
 
 def output_site(model: HookedModel) -> Site:
-    """The site of a model's logits: the last site of kind `logit`, or the last site if there is none."""
+    """The site of a model's logits: the last site of kind `logit`, or the last site if there is none.
+
+    Raises:
+        ValueError: if the model returns a list of examples, as detection models do.
+    """
+    if model.listed:
+        raise listed_error(model.name)
     return next((s for s in reversed(model.sites) if s.kind == "logit"), model.sites[-1])
 
 
@@ -180,8 +190,8 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
             f"quantity {target.quantity!r} is not one of {', '.join(get_args(Quantity))}"
         )
     site = model.site(target.site)
-    indices = target.index if isinstance(target.index, tuple) else (target.index,)
-    for index in (*indices, target.against):
+    target = replace(target, index=_tuple(target.index), against=_tuple(target.against))
+    for index in (*_each(target.index), *_each(target.against)):
         if index is not None:
             site.unit(index)
     if any(len(at) != len(site.position_axes) for at in _each_position(target)):
@@ -190,6 +200,15 @@ def as_target(model: HookedModel, target: str | Unit | Target) -> Target:
             f"target {target}: position {target.at} does not fit the axes of {site.name} ({axes})"
         )
     return replace(target, site=site.name)
+
+
+def _tuple(units: Any) -> Any:
+    """Units for each example as a tuple, whichever sequence they came in."""
+    return tuple(map(int, units)) if isinstance(units, Sequence | np.ndarray | Tensor) else units
+
+
+def _each(units: int | tuple[int, ...] | None) -> tuple[int | None, ...]:
+    return units if isinstance(units, tuple) else (units,)
 
 
 def _among_tokens(site: Site, target: Target, mask: Tensor) -> Tensor | None:
@@ -220,16 +239,15 @@ def _each_position(target: Target) -> list[tuple[int, ...]]:
 
 
 def check_indices(target: Target, n: int) -> None:
-    """Raise ValueError if a target has several indices or positions, but not one for each of n examples."""
+    """Raise ValueError if a target has several indices, units against or positions, but not one each of n examples."""
     positions = _each_position(target)
     if len(positions) > 1 and len(positions) != n:
         raise ValueError(
             f"target has {len(positions)} positions for {n} examples: expected one each"
         )
-    if isinstance(target.index, tuple) and len(target.index) != n:
-        raise ValueError(
-            f"target has {len(target.index)} indices for {n} examples: expected one each"
-        )
+    for what, units in (("indices", target.index), ("units against", target.against)):
+        if isinstance(units, tuple) and len(units) != n:
+            raise ValueError(f"target has {len(units)} {what} for {n} examples: expected one each")
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +291,7 @@ class Aim:
         # Detached: which unit and position is the target is a choice, and no gradient flows through it.
         units = site.activations(value.detach())
         n = len(units)
+        check_indices(target, n)
         if mask is not None and site.position_axes == ("position",):
             units = units.masked_fill(~mask[:, None].to(units.device), -torch.inf)
         places = cls._fixed(site, target, value, n, mask)
@@ -284,7 +303,6 @@ class Aim:
             else:
                 indices = units[torch.arange(n), :, places].argmax(1)
         else:
-            check_indices(target, n)
             given = target.index if isinstance(target.index, tuple) else (target.index,) * n
             indices = torch.tensor(given, device=units.device)
         if places is None:
@@ -295,7 +313,10 @@ class Aim:
         """The target of one example, with its resolved unit and position."""
         at = np.unravel_index(int(self.places[example]), self.shape) if self.shape else None
         where = None if at is None else tuple(int(i) for i in at)
-        return replace(self.target, index=int(self.indices[example]), at=where)
+        against = self.target.against
+        if isinstance(against, tuple):
+            against = against[example]
+        return replace(self.target, index=int(self.indices[example]), at=where, against=against)
 
     @staticmethod
     def _fixed(
@@ -333,8 +354,12 @@ class Aim:
             here = here.softmax(1)
         elif self.target.quantity == "log_probability":
             here = here.log_softmax(1)
-        found = here[rows, self.indices[examples]]
-        return found if self.target.against is None else found - here[:, self.target.against]
+        found, against = here[rows, self.indices[examples]], self.target.against
+        if against is None:
+            return found
+        if isinstance(against, int):
+            return found - here[:, against]
+        return found - here[rows, torch.tensor(against, device=here.device)[examples]]
 
     def names(self) -> list[str]:
         """Each example's unit as text, with its position where the site has several."""

@@ -54,6 +54,7 @@ from circuits.models.adapter.sites import (
     evaluating,
     find_embedding,
     is_bridge,
+    listed_error,
     logits_last,
     main_output,
     trace_model,
@@ -120,6 +121,8 @@ class HookedModel:
             example, by the name that the site would have.
         left_out: why each tensor that a module returns and that is no site is none, by the name that it would have.
         program: the operations of a pass.
+        listed: whether the model returns a list with a record for each example, as detection models do: it has no
+            logits then.
     """
 
     @recording_gradients()
@@ -150,7 +153,8 @@ class HookedModel:
         found = trace_model(
             module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
         )
-        self.program, self.unplaced, self.left_out = found.program, found.unplaced, found.left_out
+        self.program, self.listed = found.program, found.listed
+        self.unplaced, self.left_out = found.unplaced, found.left_out
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
@@ -237,6 +241,11 @@ class HookedModel:
         if key in self.left_out and key not in self._by_name:
             raise KeyError(f"{key!r} of {self.name} is no site: {self.left_out[key]}")
         if key not in self._by_name:
+            if not is_bridge(self.module) and key in dict(self.module.named_modules()):
+                raise KeyError(
+                    f"module {key!r} of {self.name} is no site: it is not called in every pass, or what it returns "
+                    "does not hold one row for each example (a router may send an expert some of them only)"
+                )
             raise unknown(f"site of {self.name}", key, [*self._by_name, *self._aliases])
         return self._by_name[key]
 
@@ -341,6 +350,8 @@ class HookedModel:
             with naming_model(self.name, inputs):
                 output = self.module(own, **kwargs)
         self._check_reached(names, found)
+        if not edits:
+            self.check_rows({s.name: found[s.name] for s in sites}, len(inputs))
         found = found | leaves
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
@@ -397,6 +408,7 @@ class HookedModel:
         def noting(name: str, look: Look) -> Look:
             def note(value: Tensor) -> None:
                 seen.add(name)
+                self.check_rows({name: value}, len(inputs))
                 look(value)
 
             return note
@@ -421,6 +433,16 @@ class HookedModel:
             raise KeyError(
                 f"site {missing[0]!r} was not reached in this forward pass of {self.name}"
             )
+
+    def check_rows(self, found: Mapping[str, Tensor], n: int) -> None:
+        """Raise ValueError unless a site has one row for each of n examples: some would pass for others'."""
+        for name, value in found.items():
+            if len(value) != n and not self._interventions:
+                raise ValueError(
+                    f"site {name} of {self.name} holds {len(value)} rows for {n} examples: what it is called with "
+                    "depends on a router (mixture of experts), and its rows belong to some of the examples only; "
+                    "expected a site with a row for each, such as the layer that adds the experts' outputs"
+                )
 
     @contextmanager
     def _from_embedding(self, grad: bool) -> Iterator[dict[str, Tensor]]:
@@ -612,7 +634,12 @@ class HookedModel:
         """The model's main output: logits of classes (batch x class) or tokens (… x token).
 
         `edits`, `mask` and `reference` are those of `run`.
+
+        Raises:
+            ValueError: if the model returns a list of examples.
         """
+        if self.listed:
+            raise listed_error(self.name)
         made = self.run(inputs, mask=mask, edits=edits, reference=reference)
         return main_output(made.output)
 
@@ -892,7 +919,9 @@ class HookedModel:
             return ModelIdentity(own, weights, self._known_outputs())
 
     def _known_outputs(self) -> tuple[float, ...]:
-        """Finite outputs for a fixed input; none if they are not the same twice."""
+        """Finite outputs for a fixed input; none if they are not the same twice, or there are no logits."""
+        if self.listed:
+            return ()
         example = self.input.example(2)
         with self.outside(), torch.no_grad():
             numbers, again = (self.logits(example).double().flatten() for _ in range(2))

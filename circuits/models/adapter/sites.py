@@ -103,12 +103,14 @@ class TracedModel:
             their units, by the name that the site would have.
         left_out: why each tensor that is no site is none, by that name.
         program: the operations of one pass.
+        listed: whether the model returns a list with an entry for each example.
     """
 
     sites: list[tuple[Site, Tap]]
     unplaced: dict[str, tuple[int, ...]]
     left_out: dict[str, str]
     program: Program
+    listed: bool = False
 
 
 def trace_model(
@@ -185,7 +187,7 @@ def trace_model(
                 else ""
             )
         )
-    return TracedModel(list(found.values()), unplaced, left_out, second.program)
+    return TracedModel(list(found.values()), unplaced, left_out, second.program, final is None)
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
@@ -224,8 +226,10 @@ def _not_by_example(
 
 def _traced(
     module: nn.Module, names: Named, example: Tensor, before: Recorder | None = None
-) -> tuple[list[Trace], Tensor, Recorder]:
-    """The tensors of one pass, and the model's output; the output is traced too, even if no module returned it."""
+) -> tuple[list[Trace], Tensor | None, Recorder]:
+    """The tensors of one pass, and the model's output; the output is traced too, even if no module returned it. It is
+    None where the model returns a list of examples.
+    """
     outputs: list[Any] = []
     recorder = Recorder(module, [example], before)
     with (
@@ -239,6 +243,8 @@ def _traced(
             {name: m for name, (m, _) in names.items()},
             lambda: outputs.append(module(example)),
         )
+    if lists_examples(outputs[0]):
+        return traces, None, recorder
     final = main_output(outputs[0])
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
@@ -246,12 +252,30 @@ def _traced(
     return traces, final, recorder
 
 
+def lists_examples(output: Any) -> bool:
+    """Whether a model's output is a list with a record for each example, as that of detection models."""
+    return isinstance(output, list | tuple) and any(isinstance(item, Mapping) for item in output)
+
+
+def listed_error(name: str = "") -> ValueError:
+    """The error for a model that returns a list of examples where its logits are asked for."""
+    which = f"model {name}" if name else "the model"
+    return ValueError(
+        f"{which} returns a list with a record for each example, as detection models do, and so has no logits: name a "
+        "unit of one of its sites instead (SITE:INDEX; `circuits sites` lists them), or wrap a module that returns one "
+        "tensor, the output that is meant"
+    )
+
+
 def main_output(output: Any) -> Tensor:
     """The tensor with the logits in a model's output.
 
     Raises:
         TypeError: if there is none.
+        ValueError: if the model returns a list of examples.
     """
+    if lists_examples(output):
+        raise listed_error()
     if isinstance(output, Tensor):
         return output
     if is_record(output) or (isinstance(output, Mapping | list | tuple) and len(output)):
