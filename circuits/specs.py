@@ -7,7 +7,24 @@ exists as a whole is not taken apart.
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "x", "x_test", "x_train", "data")
+TEXT_COLUMNS = ("input_ids", "tokens", "text", "texts", "content", "sentence")
+"""What arrays and columns of images and texts are usually called, the likeliest first."""
+
+
+def usual_column(names: Sequence[str]) -> str:
+    """Which of some arrays or columns is meant if none is named; empty if that is not clear.
+
+    >>> usual_column(["labels", "images"]), usual_column(["only"]), usual_column(["a", "b"])
+    ('images', 'only', '')
+    """
+    if len(names) == 1:
+        return names[0]
+    return next((c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in names), "")
 
 
 def split_key(text: str) -> tuple[str, str]:
@@ -66,8 +83,19 @@ def normal_data(text: str) -> str:
         return f"{scheme}:{Path(rest).expanduser().resolve()}"
     if rest and scheme in ("npz", "hf"):
         path, key = split_key(rest)
+        if scheme == "npz" and key and key == _usual_array(path):
+            key = ""
         return ":".join([scheme, str(Path(path).expanduser().resolve()), *([key] if key else [])])
     return python_spec(text)
+
+
+def _usual_array(path: str) -> str:
+    """The array of an `.npz` file that is taken if none is named; empty if there is none, or no such file."""
+    try:
+        with zipfile.ZipFile(os.path.expanduser(path)) as file:
+            return usual_column([name.removesuffix(".npy") for name in file.namelist()])
+    except (OSError, zipfile.BadZipFile):
+        return ""
 
 
 def split_attached(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from circuits.attribution import (
     relevance,
 )
 from circuits.attribution.channels import check_by_ablation
+from circuits.attribution.propagation import RelevanceRule
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
@@ -38,6 +39,7 @@ from circuits.saliency import (
     surrogates,
 )
 from circuits.saliency.perturbations import hard, shown_by
+from circuits.tasks.targets import output_site
 from circuits.units import Unit
 from tests.conftest import Branches, seeded
 from tests.vision_transformer import VisionTransformer
@@ -503,6 +505,108 @@ def test_relevance_of_a_transformer_is_conserved(bridge: HookedModel) -> None:
         assert float(made.residual.abs().max()) < 1e-4 * max(
             1, float(made.target_values.abs().max())
         )
+
+
+def cat(cls: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([cls.expand(len(x), -1, -1), x], 1)
+
+
+def cat_by_name(cls: Tensor, x: Tensor) -> Tensor:
+    return torch.concat(tensors=(cls.expand(len(x), -1, -1), x), dim=1)
+
+
+def stack(cls: Tensor, x: Tensor) -> Tensor:
+    return torch.stack([cls[:, 0].expand(len(x), -1), *x.unbind(1)], 1)
+
+
+def written_last(cls: Tensor, x: Tensor) -> Tensor:
+    out = torch.full((len(x), 5, 8), torch.nan, dtype=x.dtype)
+    out[:, 1:] = x
+    out[:, 0] = cls[:, 0]
+    return out
+
+
+def written_first(cls: Tensor, x: Tensor) -> Tensor:
+    out = torch.empty(len(x), 5, 8, dtype=x.dtype)
+    out[:, 0] = cls[:, 0]
+    out[:, 1:] = x
+    return out
+
+
+def padded_where(cls: Tensor, x: Tensor) -> Tensor:
+    first = torch.arange(5)[:, None] == 0
+    return torch.where(first, cls, torch.nn.functional.pad(x, (0, 0, 1, 0)))
+
+
+def filled(cls: Tensor, x: Tensor) -> Tensor:
+    first = torch.arange(5)[:, None] == 0
+    made = torch.nn.functional.pad(x, (0, 0, 1, 0)).masked_fill(first, 2.0)
+    return made + (cls - 2) * first  # 2 in the place of the class token, and what it lacks
+
+
+class Joined(nn.Module):
+    """A linear model of a class token and four patches, joined by a function, so that every part is known."""
+
+    input_shape = (3, 4, 4)
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.join = join
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2, bias=False), nn.Linear(8, 4)
+        self.cls = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.join(self.cls, self.patches(x).flatten(2).transpose(1, 2))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("rule", ["gradient", "epsilon"])
+@pytest.mark.parametrize(
+    "join", [cat, cat_by_name, stack, written_last, written_first, padded_where, filled]
+)
+def test_a_class_token_is_counted_however_it_enters(
+    join: Callable[[Tensor, Tensor], Tensor], rule: RelevanceRule
+) -> None:
+    module = seeded(Joined(join)).double()
+    model = HookedModel(module, Joined.input_shape)
+    x = torch.rand(3, *Joined.input_shape, generator=torch.Generator().manual_seed(0)).double()
+    made = relevance(model, x, "class:2", rule=rule)
+    row = module.head.weight[2].detach()
+    from_token = row @ module.cls[0, 0].detach() / 5 + module.head.bias[2].detach()
+    close(made.parts["biases"], from_token.expand(3))
+    patches = module.patches(x).detach().sum((2, 3)) / 5
+    close(made.units().sum(1), patches @ row)
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma", "z_plus"])
+@pytest.mark.parametrize("read", ["class", "mean"])
+@pytest.mark.parametrize("site", ["input", "blocks.0", "blocks.1.norm1"])
+def test_relevance_of_a_vision_transformer_is_conserved(
+    rule: RelevanceRule, read: Literal["class", "mean"], site: str
+) -> None:
+    model = HookedModel(seeded(VisionTransformer(read, 2)), VisionTransformer.input_shape)
+    made = relevance(model, model.input.example(3), "class:3", site, rule=rule)
+    close(made.units().sum(1) + sum(made.parts.values()), made.target_values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_position_embeddings_of_an_image_model_are_parameters() -> None:
+    """CLIP looks them up by number, which is no token of the input."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config: Any = CLIPVisionConfig
+    module = CLIPVisionModelWithProjection(
+        config(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8,
+               patch_size=4, projection_dim=4)
+    )  # fmt: skip
+    model = HookedModel(seeded(module), (3, 8, 8))
+    site = next(s.name for s in model.sites if s.name.endswith("layers.1.layer_norm1"))
+    for place in ("input", site):
+        made = relevance(model, model.input.example(2), f"{output_site(model).name}:1", place)
+        total = made.units().sum(1) + sum(made.parts.values())
+        close(total, made.target_values, rtol=0, atol=1e-5)
+        if place == "input":
+            assert not made.parts["elsewhere"].any()
 
 
 # --- channels ----------------------------------------------------------------------------------

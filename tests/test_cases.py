@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cases.curve_detector.hosts import images_of
 from cases.curve_detector.page import found_in_place, found_of_constants
+from cases.curve_detector.stage import Options
 from circuits.cli.main import run
+from circuits.models.zoo.loading import load_model
 
 WHOLE = pytest.mark.nightly  # a whole case takes minutes
 
@@ -169,3 +172,21 @@ def test_bad_input_is_one_line(folders: tuple[Path, Path], tmp_path: Path, capsy
         assert message in said, arguments
         assert "Traceback" not in said
     assert not (tmp_path / "w" / "cases").exists()
+
+
+def test_a_host_is_shown_what_can_be_read_and_the_rest_is_accounted_for(
+    folders: tuple[Path, Path],
+) -> None:
+    one, other = folders
+    (other / "1.png").write_bytes((other / "1.png").read_bytes()[:100])
+    (other / "labels.csv").write_text("file,label\n0.png,3\n1.png,4\n2.png,5\n")
+    options = Options(calibrate=one, evaluate=other, labels=other / "labels.csv")
+    host = load_model(
+        "shapes", "untrained"
+    )  # its name tells it from the one that is shown drawings
+    images = images_of(options, host)
+    assert images.facts["calibration"] == f"{one} (3)"
+    assert images.facts["evaluation"].startswith(f"{other} (2; skipped 1 × ")
+    assert "1.png" in images.facts["evaluation"]
+    known, measured = images.load()
+    assert (len(known), len(measured), measured.labels) == (3, 2, (3, 5))

@@ -6,10 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from circuits.autoencoders import About, save_autoencoder
 from circuits.cli.main import run
+from circuits.models.zoo.loading import load_model
+from circuits.sae.batches import ModelRows
+from circuits.stimuli.sources import open_source
 from tests.commands import given, output, put
 from tests.random_models import booted
 from tests.test_attaching import code_of
@@ -374,3 +379,26 @@ def test_every_command_that_loads_a_model_finds_autoencoders_where_it_is_told(
         assert "there is no autoencoder 'mixed'" in capsys.readouterr().err
         assert run([*command.split(), "--workspace", str(place)]) == 0
         assert "mixed" in capsys.readouterr().out
+
+
+def test_a_short_training_accounts_for_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A group of rows holds 70 images of these: the first batch of 16 rows meets only one group of them."""
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(6):
+        pixels = generator.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{k}.png")
+    broken = [f"bad{k}.png" for k in range(3)]
+    for name in broken:
+        (tmp_path / "images" / name).write_bytes(b"no picture")
+    source, model = open_source(f"folder:{tmp_path / 'images'}"), load_model("shapes")
+    rows = ModelRows(model, source, "mixed3b")
+    assert sorted(rows.skipped) == broken, "before any row is read"
+    argv = f"sae train shapes mixed3b --name short --data folder:{tmp_path / 'images'} --steps 1 --batch 16 --json"
+    assert run([*argv.split(), "--workspace", str(tmp_path / "w")]) == 0
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert sorted(facts["short"]["skipped"]) == broken
+    assert "6 of 9 images taken (all that can be read); skipped 3 × " in " ".join(said.err.split())

@@ -67,3 +67,18 @@ def test_a_plus_in_a_path_is_no_separator(tmp_path: Path) -> None:
     assert specs.split_attached(f"shapes+{path}+sae/b") == ["shapes", str(path), "sae/b"]
     assert specs.split_attached(f"tl:{path.parent}+sae/b") == [f"tl:{path.parent}", "sae/b"]
     assert specs.split_key(f"{path}:train/images") == (str(path), "train/images")
+
+
+def test_an_array_that_is_meant_anyway_need_not_be_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.npz"
+    np.savez(
+        file,
+        labels=np.zeros(2),
+        images=np.zeros((2, 8, 8, 3), np.uint8),
+        other=np.ones((2, 8, 8, 3), np.uint8),
+    )
+    plain, named, other = (open_source(f"npz:{file}{key}") for key in ("", ":images", ":other"))
+    assert plain.spec == named.spec == f"npz:{file}" != other.spec
+    assert plain.hash == named.hash != other.hash
+    assert specs.normal_data(f"npz:{file}:no") == f"npz:{file}:no"
+    assert specs.normal_data("npz:/no/such.npz:images") == "npz:/no/such.npz:images"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.shapes import CLASSES, draw_shapes
-from circuits.stimuli.sources import Source, open_source
+from circuits.stimuli.sources import open_source
+from circuits.tables import by_reason
 from circuits.transplant import Graft, Tuned, match_and_fit, measure_transplant
 from circuits.tuning import find_curve_units
 from circuits.units import Unit
@@ -216,16 +217,25 @@ def _photographs_of(options: Options, host: HookedModel) -> Images:
         )
     labels = None
     if options.labels is not None:
-        every = read_labels(sources[1], host.classes, options.labels)
-        labels = [every[i] for i in test]
-
-    def shown(source: Source, which: Sequence[int], labels: list[int] | None = None) -> Examples:
-        # decoded once, for many passes
-        inputs = Examples(host, source, None, among=which).inputs
-        return Examples.given(host, inputs, labels=labels, data=source.spec)
-
+        labels = read_labels(sources[1], host.classes, options.labels)
+    chosen = (
+        Examples(host, sources[0], None, among=fit).readable(),
+        Examples(host, sources[1], None, among=test, labels=labels).readable(),
+    )
+    said = [_account(name, taken) for name, taken in zip(what, chosen, strict=True)]
     facts = {
-        "calibration": f"{what[0]} ({len(fit)})", "evaluation": f"{what[1]} ({len(test)})",
-        "data": " ".join(s.hash for s in sources), "labels": str(options.labels or ""),
+        "calibration": said[0], "evaluation": said[1], "data": " ".join(s.hash for s in sources),
+        "labels": str(options.labels or ""),
     }  # fmt: skip
-    return Images(facts, lambda: (shown(sources[0], fit), shown(sources[1], test, labels)))
+
+    def shown(images: Examples) -> Examples:
+        # decoded once, for many passes
+        return Examples.given(host, images.inputs, labels=images.labels, data=images.data)
+
+    return Images(facts, lambda: (shown(chosen[0]), shown(chosen[1])))
+
+
+def _account(name: str, taken: Examples) -> str:
+    """A folder with how many of its images were taken, and which could not be read and why."""
+    skipped = f"; skipped {by_reason(taken.skipped)}" if taken.skipped else ""
+    return f"{name} ({len(taken)}{skipped})"

@@ -63,8 +63,9 @@ def relevance(
         progress: called with the number of examples done and the total.
 
     Returns:
-        The relevance. Its `parts` are the rest of the target's value: `biases` after the site, and `elsewhere`, what
-        reaches the target from the input without passing the site. Its `residual` is what then is missing: rounding,
+        The relevance. Its `parts` are the rest of the target's value: `biases` after the site, with all other
+        parameters that enter as they are (class tokens, position embeddings), and `elsewhere`, what reaches the target
+        from the input without passing the site. Its `residual` is what then is missing: rounding,
         and with the rule `gradient` what operations that are not piecewise linear leave. With `through` there is none.
 
     Raises:
@@ -199,7 +200,7 @@ def _relevance(
         after = edits.get(place.name)
         edits[place.name] = begin if after is None else lambda value: after(begin(value))
     plain = model.run(x, read=[end], until=end, reference=True)[end]
-    propagation = Propagation(rule, len(x), plain, gamma)
+    propagation = Propagation(rule, len(x), plain, gamma, tokens=pixels is None)
     with propagation:
         own = x if pixels is None else pixels
         # `reference` runs torch's own local response normalisation, which the propagation can replace by its rule; a

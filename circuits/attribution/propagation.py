@@ -11,11 +11,13 @@ sum over the site, over what reaches the target without passing the site, and ov
 - An activation function f(x) is x times f(x) / x, held fixed; normalisations divide by a fixed size.
 - A softmax is fixed (Ali et al. 2022 for transformers); a product of two activations gives half to each
   (Achtibat et al. 2024).
-- Maximum, average, sum and concatenation are themselves.
+- Maximum, average, sum and concatenation are themselves; parameters and numbers that are added to activations, joined
+  with them or put in their place (class tokens, position embeddings, masks) count as biases.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -46,15 +48,23 @@ class Propagation(TorchFunctionMode):
         batch: the number of examples in the pass; biases are counted for each.
         like: a tensor with the pass's dtype and device; sums over biases are in float32 at least.
         gamma: how much the rule `gamma` strengthens positive weights.
+        tokens: whether the input is tokens, which enter by embeddings; embeddings of anything else are parameters.
 
     Attributes:
         biases: a one for each example that every bias is multiplied by; its gradient is the biases' relevance.
         embedded: the same for embeddings, whose relevance is that of the input tokens.
     """
 
-    def __init__(self, rule: RelevanceRule, batch: int, like: Tensor, gamma: float = 0.25) -> None:
+    def __init__(
+        self,
+        rule: RelevanceRule,
+        batch: int,
+        like: Tensor,
+        gamma: float = 0.25,
+        tokens: bool = True,
+    ) -> None:
         super().__init__()
-        self.rule, self.gamma = rule, gamma
+        self.rule, self.gamma, self.tokens = rule, gamma, tokens
         ones = at_least_single(torch.ones(batch, device=like.device, dtype=like.dtype))
         self.biases = ones.requires_grad_(True)
         self.embedded = torch.ones_like(self.biases, requires_grad=True)
@@ -98,7 +108,12 @@ class Propagation(TorchFunctionMode):
 
     def constant(self, value: Tensor | float, output: Tensor) -> Tensor:
         """A number or tensor that does not depend on any activation, counted as a bias."""
-        return value * self._each(self.biases, output)
+        ones = self._each(self.biases, output)
+        if not isinstance(value, Tensor):
+            return value * ones if math.isfinite(value) else ones.new_full((), value)
+        # Masks hold infinities, whose relevance is none, but times a gradient of zero they would be NaN.
+        counted = value.nan_to_num(0, 0, 0) * ones
+        return torch.where(value.isfinite(), counted, value)
 
     def embedding(self, value: Tensor) -> Tensor:
         """A token's embedding, counted as input."""
@@ -392,8 +407,53 @@ def _sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     return func(a, b, *args[2:], **kwargs)
 
 
+def _join(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """A list of tensors that become one: constants among them, such as class tokens, count as biases."""
+    named = next((k for k in ("tensors", "arrays") if k in kwargs), "")
+    parts = kwargs[named] if named else args[0]
+    carrier = next((t for t in parts if _carries_gradient(t)), None)
+    if carrier is None:
+        return func(*args, **kwargs)
+    counted = [p.constant(t, t) if _is_constant(t) else t for t in parts]
+    if named:
+        return func(*args, **(kwargs | {named: counted}))
+    return func(counted, *args[1:], **kwargs)
+
+
+def _where(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """Entries of a constant in place of an activation's, or the other way around: the constant counts as a bias."""
+    out = func(*args, **kwargs)
+    if not _carries_gradient(out):
+        return out
+    given = _named(("condition", "input", "other"), args, kwargs)
+    if func in (Tensor.where, torch.masked_fill, Tensor.masked_fill):
+        names = ("input", "condition", "other")
+        if func is not Tensor.where:  # the other way around: it replaces where the mask is true
+            names = ("other", "condition", "input")
+        given = _named(
+            names,
+            args,
+            {{"mask": "condition", "value": "input"}.get(k, k): v for k, v in kwargs.items()},
+        )
+    a, b = (p.constant(v, out) if _is_constant(v) else v for v in (given["input"], given["other"]))
+    return torch.where(given["condition"], a, b)
+
+
+def _written(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """`x[where] = value`: a constant that is written among activations counts as a bias, and so does what they are
+    written into."""
+    x, where, value = args
+    if _carries_gradient(value) and _is_constant(x):
+        x.copy_(p.constant(x.clone(), x))
+    elif _carries_gradient(x) and _is_constant(value):
+        value = p.constant(value, x[where])
+    return func(x, where, value, **kwargs)
+
+
 def _embedding(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    return p.embedding(func(*args, **kwargs))
+    out = func(*args, **kwargs)
+    # Position embeddings of an image model stay constants, which are counted where they meet an activation.
+    return p.embedding(out) if p.tokens else out
 
 
 def _carries_gradient(x: Any) -> bool:
@@ -414,6 +474,11 @@ _SUMS = (
     torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__,
     Tensor.__rsub__,
 )  # fmt: skip
+_JOINS = (
+    torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack,
+    torch.column_stack,
+)  # fmt: skip
+_CHOICES = (torch.where, Tensor.where, torch.masked_fill, Tensor.masked_fill)
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     F.linear: _fully_connected,
@@ -432,6 +497,9 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys(_RECTIFIERS, _rectified),
     **dict.fromkeys(_SUMS, _sum),
+    **dict.fromkeys(_JOINS, _join),
+    **dict.fromkeys(_CHOICES, _where),
+    Tensor.__setitem__: _written,
     **dict.fromkeys(
         (
             F.gelu, F.silu, F.elu, F.leaky_relu, F.softplus, F.hardswish, F.mish, F.celu, F.selu,
@@ -470,6 +538,9 @@ _WITH_BIAS = frozenset(
         F.local_response_norm,
         *_RECTIFIERS,
         *_SUMS,
+        *_JOINS,
+        *_CHOICES,
+        Tensor.__setitem__,
     }
 )
 """The operations that the rule `gradient` replaces too, in order to count biases, or since the model may overwrite what

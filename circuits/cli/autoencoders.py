@@ -207,7 +207,7 @@ def train(
     path, code = next(iter(paths.items()))
     hint = f"latents are units: circuits harvest {model.spec}+sae/{path} --data {data} --sites sae/{code.about.name}"
     n, skipped = len(source) - len(rows.skipped), dict(rows.skipped)
-    if told := account(source, n, "as far as they were read", skipped):
+    if told := account(source, n, "all that can be read", skipped):
         note(told)
     facts = {
         c.about.name: c.describe() | {"skipped": skipped, "left_out": left_out(source)}

@@ -106,7 +106,7 @@ class RowSource(ABC):
         about: what the rows are, for the record: `rows` (`store`, `array` or `model`, on which their order depends),
             `model`, `model_hash`, `site`, `target`, `data`, `data_hash`, `width`, `target_width`.
         tokens: whether rows are positions of texts.
-        skipped: the examples that could not be read, as far as they were met, by name, with the reasons.
+        skipped: the examples that cannot be read, by name, with the reasons.
     """
 
     about: Mapping[str, Any]
@@ -252,7 +252,7 @@ class ArrayRows(_BlockRows):
 class ModelRows(RowSource):
     """Rows that a model computes when they are needed: nothing is kept on disk.
 
-    Files of a folder that cannot be read have no rows, and become `skipped`.
+    Files of a folder that cannot be read have no rows, and become `skipped`: each file is decoded once to know them.
 
     Args:
         model: the model.
@@ -302,11 +302,19 @@ class ModelRows(RowSource):
     def order(self, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).permutation(len(self.inputs))
 
+    @cached_property
+    def unreadable(self) -> dict[int, str]:
+        """The examples that cannot be read, by number, and why: of all, also where a training meets only some."""
+        return self.inputs.unreadable(range(len(self.inputs)))
+
+    @property
+    def skipped(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {self.inputs.names[i]: why for i, why in self.unreadable.items()}
+
     def load(self, order: np.ndarray, group: int) -> Group:
         # Sorted, so that texts of one length, which often stand together, share a pass; the group is shuffled later.
         examples = np.sort(order[group * self._per_group : (group + 1) * self._per_group])
-        bad = self.inputs.unreadable(examples.tolist())
-        self.skipped = {**self.skipped, **{self.inputs.names[i]: why for i, why in bad.items()}}
+        bad = self.unreadable
         parts = [
             self._rows(i) for i in self._passes([i for i in examples.tolist() if i not in bad])
         ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from circuits.specs import normal_data, split_key
+from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
 from circuits.stimuli.images import ImageSource, check_range, to_rgb
 from circuits.stimuli.texts import TextSource
 from circuits.tensors import tensor_bytes
@@ -23,9 +23,6 @@ Layout = Literal["channels_first", "channels_last"]
 
 MOST_CHANNELS = 4
 """The longest last axis that may be one of channels."""
-
-IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "x", "x_test", "x_train", "data")
-TEXT_COLUMNS = ("input_ids", "tokens", "text", "texts", "content", "sentence")
 
 
 def from_dataset(
@@ -233,8 +230,7 @@ def _array(place: Path, key: str) -> np.ndarray:
             if isinstance(loaded, np.ndarray):
                 return loaded
             names = list(loaded.files)
-            usual = [c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in names]
-            wanted = key or (names[0] if len(names) == 1 else usual[0] if usual else "")
+            wanted = key or usual_column(names)
             if wanted not in names:
                 raise ValueError(f"it has arrays {', '.join(names)}: name one, npz:PATH:KEY")
             return loaded[wanted]

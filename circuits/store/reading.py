@@ -139,7 +139,7 @@ def newest_store(
             store = ActivationStore.open(folder, model_hash)
         except (OSError, ValueError):
             continue
-        if site in store.sites and data in ("", store.provenance.data):
+        if site in store.sites and data in ("", normal_data(store.provenance.data)):
             found.append(store)
     # By the last file that a harvest writes.
     return max(found, key=lambda s: (s.folder / "statistics.h5").stat().st_mtime, default=None)
