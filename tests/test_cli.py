@@ -139,7 +139,7 @@ def test_json_has_null_for_what_is_not_finite(capsys) -> None:
 
 
 def test_a_bug_is_a_line_too(capsys, monkeypatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("deep inside")
 
     monkeypatch.setattr("circuits.cli.options.load_model", broken)
