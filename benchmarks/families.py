@@ -172,7 +172,7 @@ def hooked(inner: Any, place: Place | None, note: Callable[[Tensor], Tensor]) ->
         return args, kwargs | {"hidden_states": note(kwargs["hidden_states"])}
 
     def behind(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
+        if isinstance(output, tuple) and isinstance(output[0], Tensor):
             return (note(output[0]), *output[1:])
         return note(output) if isinstance(output, Tensor) else None
 
@@ -835,8 +835,9 @@ def mark(cell: Cell, name: str, reasons: dict[str, int]) -> str:
     """A cell's mark; of a refusal the number of its reason, which is the same for all models that it is given for."""
     if cell.verdict != "refused":
         return MARKS[cell.verdict]
-    reason = re.sub(r"\S*/tmp\S*", "MODEL", cell.message).replace(f"model {name} ", "model MODEL ")
-    return str(reasons.setdefault(reason.replace(f" {name} ", " MODEL "), len(reasons) + 1))
+    reason = re.sub(r"\S*/tmp\S*", "MODEL", cell.message)
+    reason = re.sub(rf"\b(model|of|that|in) {re.escape(name)}\b", r"\1 MODEL", reason)
+    return str(reasons.setdefault(reason, len(reasons) + 1))
 
 
 INTRODUCTION = """# Models

@@ -223,32 +223,30 @@ def test_a_module_made_in_inference_mode_is_refused_by_name() -> None:
 
 
 class Tokens(nn.Module):
-    """Batch normalisation whose output is read as tokens without the first: its gradient lies in another order."""
+    """A norm whose output is read as tokens without the first: its gradient lies in another order than its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = (
-            nn.Conv2d(3, 8, 3, 2, 1),
-            nn.BatchNorm2d(8),
-            nn.Linear(8, 4),
-        )
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, 2, 1), norm, nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.head(self.norm(self.conv(x)).flatten(2).mT[:, 1:])).mean(1)
 
 
-def test_one_example_has_the_gradient_of_finite_differences() -> None:
-    """Torch's derivative of batch normalisation is wrong for it (`SoundBatchNorm`)."""
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)])
+def test_norms_have_the_gradient_of_finite_differences(norm: nn.Module) -> None:
+    """Torch's derivative is wrong for one example (`SoundNormalisation`)."""
     generator = torch.Generator().manual_seed(0)
-    net = Tokens().eval().double()
-    net.norm.running_var.copy_(torch.rand(8, generator=generator) + 0.5)  # type: ignore[union-attr]
-    model = HookedModel(net, (3, 8, 8))
+    with torch.no_grad():
+        for tensor in norm.state_dict().values():
+            tensor.add_(torch.rand(tensor.shape, generator=generator) if tensor.ndim else 0)
+    model = HookedModel(Tokens(norm).eval().double(), (3, 8, 8))
     x, step = torch.randn(2, 1, 3, 8, 8, generator=generator).double()
     start = x.clone().requires_grad_()
     model.run(start, grad=True).output[:, 0].sum().backward()
     assert start.grad is not None
     up, down = (model.logits(x + sign * 1e-6 * step)[:, 0].sum() for sign in (1, -1))
-    torch.testing.assert_close((start.grad * step).sum(), (up - down) / 2e-6, rtol=1e-6, atol=0)
+    torch.testing.assert_close((start.grad * step).sum(), (up - down) / 2e-6, rtol=1e-6, atol=1e-9)
 
 
 class Recomputed(nn.Module):

@@ -38,7 +38,11 @@ from circuits.models.adapter.matrices import (
     matrices_of_sites,
     parameter_names,
 )
-from circuits.models.adapter.normalisation import FastNormalisation, SoundBatchNorm
+from circuits.models.adapter.normalisation import (
+    NORMALISATIONS,
+    FastNormalisation,
+    SoundNormalisation,
+)
 from circuits.models.adapter.padding import (
     MASK,
     Padding,
@@ -340,7 +344,7 @@ class HookedModel:
             self._from_embedding(grad) as leaves,
             evaluating(self.module, settings=self._is_resized(inputs)),
             recording_gradients() if grad else torch.no_grad(),
-            self._normalising(reference, grad and len(inputs) == 1),
+            self._normalising(reference, grad),
             record(self.module, taps, stop.name if stop else None) as found,
         ):
             inputs = self.fitted(inputs)
@@ -370,13 +374,12 @@ class HookedModel:
     @contextmanager
     def _normalising(self, reference: bool, grad: bool = False) -> Iterator[None]:
         """The context of a forward pass: other ways to normalise, only if the model does so, since modes cost time."""
-        fast = not reference and "torch.nn.functional.local_response_norm" in self._functions
-        sound = grad and not self._functions.isdisjoint(
-            ("torch.nn.functional.batch_norm", "torch.batch_norm")
-        )
+        computed = {name.rpartition(".")[2] for name in self._functions}
+        fast = not reference and "local_response_norm" in computed
+        sound = grad and not computed.isdisjoint(NORMALISATIONS)
         with (
             FastNormalisation() if fast else nullcontext(),
-            SoundBatchNorm() if sound else nullcontext(),
+            SoundNormalisation() if sound else nullcontext(),
         ):
             yield
 

@@ -1,4 +1,4 @@
-"""Local response normalisation, several times as fast as torch's own, and a sound derivative of batch normalisation.
+"""Local response normalisation, several times as fast as torch's own, and sound derivatives of other normalisations.
 
 `HookedModel.run` uses it by default; a few functions that call a model's module themselves enter it directly.
 """
@@ -124,22 +124,26 @@ class FastNormalisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class SoundBatchNorm(TorchFunctionMode):
-    """While it is entered, in one thread, gradients reach batch normalisation laid out as its input is.
+class SoundNormalisation(TorchFunctionMode):
+    """While it is entered, in one thread, gradients reach batch and instance normalisation laid out as their input is.
 
     With a batch of one, the strides of a slice of a transposed map fit both the order of channels first and that of
     channels last. Torch 2.13's derivative on CPUs (`batch_norm_backward_cpu`, its way for contiguous tensors) then
-    reads the gradient in one order and the input in the other: wrong numbers without a word, in LeViT and CvT.
+    reads the gradient in one order and the input in the other: wrong numbers without a word, in LeViT and CvT. Instance
+    normalisation is batch normalisation of a batch of one, whatever the number of examples.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func in BATCH_NORMS and made.requires_grad:
+        name = getattr(func, "__name__", "")
+        one = name == "instance_norm" or (name == "batch_norm" and len(made) == 1)
+        if one and made.requires_grad:
             made.register_hook(_copied)
         return made
 
 
-BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+NORMALISATIONS = ("batch_norm", "instance_norm")
+"""The functions of torch, by their names in `torch` and in `torch.nn.functional`."""
 
 
 def _copied(gradient: Tensor) -> Tensor:
