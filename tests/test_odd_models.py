@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from circuits import concepts, families, saliency, tuning
+from circuits import concepts, families, saliency, tuning, weights
 from circuits.attribution import Target, attribute, direct_logit_attribution, relevance
 from circuits.cli.main import run
 from circuits.edits import read_edit
@@ -93,6 +93,42 @@ def test_nan_in_the_weights_is_located(name: str) -> None:
     said = r"the first site with NaN or infinity is 2, on example \d \(1 of 216 numbers of 2.weight are so\)"
     with pytest.raises(ValueError, match=said):
         (COMPUTING | DRAWING)[name](wrapped(module), IMAGES)
+
+
+OF_WEIGHTS: dict[str, Callable[[HookedModel, Path], object]] = {
+    "incoming": lambda m, _: weights.incoming(m, "2:1"),
+    "outgoing": lambda m, _: weights.outgoing(m, "1:1"),
+    "expand": lambda m, _: weights.expand_weights(m, "1", "2"),
+    "graph": lambda m, path: weights.build_graph(m, path),
+}
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_nan_in_the_weights_is_named_where_only_weights_are_looked_at(
+    name: str, tmp_path: Path
+) -> None:
+    module = network()
+    with torch.no_grad():
+        module.get_parameter("2.weight")[1, 2, 0, 0] = torch.nan
+    said = "weight 2.weight of model net: 1 of its 216 numbers are NaN or infinite"
+    with pytest.raises(ValueError, match=said):
+        OF_WEIGHTS[name](wrapped(module), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_the_weights_of_a_transformer_is_named(tmp_path: Path) -> None:
+    model = random_models.booted(tmp_path, "gpt2")
+    with torch.no_grad():
+        name, weight = list(model.module.named_parameters())[-1]
+        weight.view(-1)[3] = torch.inf
+    said = f"weight {name} of model .*: 1 of its {weight.numel()} numbers are NaN or infinite"
+    for verb in (
+        lambda: weights.ov_circuit(model, "blocks.0.attn.hook_z:1"),
+        lambda: weights.direct_logits(model, "blocks.0.mlp.hook_post:1"),
+        lambda: weights.incoming(model, "blocks.1.mlp.hook_post:1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            verb()
 
 
 @pytest.mark.parametrize("name", COMPUTING)

@@ -22,6 +22,7 @@ from torch import Tensor
 from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.files import replacing
+from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.adapter.topology import INPUT
@@ -211,6 +212,7 @@ def expand_weights(
     """
     given = None if examples is None else as_examples(model, examples)
     _check_modes(model, mode, given, size)
+    check_weights_finite(model.module, model.name)
     here = _input_site(model) if source == INPUT else model.site(source)
     there = model.site(target)
     _check_order(model, here, there)

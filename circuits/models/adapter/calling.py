@@ -75,3 +75,14 @@ def check_has_numbers(module: nn.Module, name: str) -> None:
             f"tensor {bad} of model {name} is on torch's meta device, without numbers: expected a model with weights "
             "(module.to_empty(device='cpu'), then module.load_state_dict(…))"
         )
+
+
+def check_weights_finite(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a parameter of a model holds NaN or infinity, which what is made of its weights would too."""
+    # Of parameters alone: buffers may hold minus infinity, as masks do.
+    for which, parameter in module.named_parameters():
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        if bad:
+            raise ValueError(
+                f"weight {which} of model {name}: {bad} of its {parameter.numel()} numbers are NaN or infinite"
+            )

@@ -22,7 +22,11 @@ from circuits.models.adapter.attaching import (
     attached_module,
     check_name,
 )
-from circuits.models.adapter.calling import check_has_numbers, naming_model
+from circuits.models.adapter.calling import (
+    check_has_numbers,
+    check_weights_finite,
+    naming_model,
+)
 from circuits.models.adapter.composition import bridge_layers
 from circuits.models.adapter.generating import Sampling, continue_texts
 from circuits.models.adapter.identity import (
@@ -793,12 +797,14 @@ class HookedModel:
         """The layers that connect sites, with what each reads and writes; found again once the weights have changed.
 
         Raises:
-            ValueError: if edits are in force, or the model takes tokens and is not a TransformerLens bridge.
+            ValueError: if edits are in force, a weight is NaN or infinite, or the model takes tokens and is not a
+                TransformerLens bridge.
         """
         if self.edited:
             raise ValueError(f"model {self.name} is edited: ask for its weights outside the edit")
         key = self.hash
         if self._layers is None or self._layers[0] != key:
+            check_weights_finite(self.module, self.name)
             self._layers = key, self._find_layers()
         return self._layers[1]
 

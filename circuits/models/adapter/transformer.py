@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.norms import Norm, measure_norm
 from circuits.models.adapter.sites import is_bridge
 from circuits.units import Site, Unit
@@ -130,7 +131,7 @@ class Transformer:
         logits: the logits before the model caps or scales them.
 
     Raises:
-        ValueError: if the model is no bridge, or does not show its residual stream.
+        ValueError: if the model is no bridge, does not show its residual stream, or has weights that are not finite.
     """
 
     def __init__(self, model: Any) -> None:
@@ -139,6 +140,7 @@ class Transformer:
                 f"model {model.name} is not a TransformerLens bridge: its residual stream, heads and neurons are not "
                 "known"
             )
+        check_weights_finite(model.module, model.name)
         self.model, self.bridge = model, model.module
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
         self.parallel = bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
