@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+_asked: ContextVar[bool] = ContextVar("_asked", default=False)
+
+
+@contextmanager
+def in_fewer_digits(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Let torch cast to a shorter type inside the block (`torch.autocast`), since a person asked this library to.
+
+    A caller's own `torch.autocast` has no effect on models (`circuits.models.adapter.sites.evaluating`).
+    """
+    before = _asked.set(True)
+    try:
+        with torch.autocast(device, dtype):
+            yield
+    finally:
+        _asked.reset(before)
+
+
+def is_in_fewer_digits() -> bool:
+    """Whether a block of `in_fewer_digits` is open, in this thread."""
+    return _asked.get()
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

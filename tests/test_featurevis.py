@@ -336,6 +336,7 @@ def test_objectives_can_be_visualized(own_net: HookedModel) -> None:
 def test_bfloat16_pictures_report_in_float32() -> None:
     model = load_model("shapes")
     half = visualize(model, "mixed3b:200", steps=4, precision="bfloat16")
+    assert not torch.equal(half.image, visualize(model, "mixed3b:200", steps=4).image)
     x = model.input.normalize(half.image[None])
     value = model.run(x, read=["mixed3b"])["mixed3b"][0, 200].mean().item()
     assert value == pytest.approx(half.activation, rel=1e-3, abs=1e-3)

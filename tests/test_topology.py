@@ -340,3 +340,39 @@ def test_a_kernel_of_a_strided_transposed_convolution(groups: int) -> None:
     # kernel - 1 - padding around it, and the output padding at the end
     oracle = F.conv2d(F.pad(apart, (1, 2, 1, 2)), ours.weight.double(), layer.bias)
     torch.testing.assert_close(layer(x), oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(5), nn.GroupNorm(1, 5)])
+def test_gains_of_norms_are_multiplied_in(norm: nn.Module) -> None:
+    """What they divide by depends on the example, and is the same for all channels."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm, nn.Linear(5, 2)
+    )
+    gain = torch.tensor([1.0, -2.0, 10.0, 0.0, 0.5])
+    with torch.no_grad():
+        net.get_parameter("3.weight").copy_(gain)
+    model = HookedModel(net, (3, 8, 8))
+    found = {c.source.index: c.total for c in incoming(model, "4:1") if c.source.site == "0"}
+    wanted = net.get_parameter("4.weight").detach()[1] * gain
+    for index, total in found.items():
+        assert total == pytest.approx(float(wanted[index]), rel=1e-5)
+    assert set(found) >= {0, 1, 2, 4}
+
+
+def test_what_else_a_layer_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = self.b(x)
+            return self.head(self.a(x).mean((2, 3)) + (gate * gate.sigmoid()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    assert {c.source.site for c in incoming(HookedModel(Gated(), (3, 4, 4)), "head:1")} == {"a"}
+    assert (
+        "layer head of Gated also reads what comes through Mul, which is not followed"
+        in caplog.text
+    )

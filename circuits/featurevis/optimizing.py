@@ -21,6 +21,7 @@ from circuits.models.adapter.finiteness import where_nonfinite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
+from circuits.tensors import in_fewer_digits
 
 REDIRECTED_STEPS = 16
 """In this many first steps gradients pass through inactive ReLUs, as in lucid; longer while an image has no
@@ -221,8 +222,10 @@ class _OptimizationStep:
         """The objective on a random view of images, multiplied by their transparency if that is optimised."""
         images = cut[0]
         shown = images if len(cut) == 1 else self._on_background(images, cut[1])
-        half = torch.autocast(
-            images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        half = (
+            in_fewer_digits(images.device.type, torch.bfloat16)
+            if self.precision == "bfloat16"
+            else nullcontext()
         )
         with RedirectedGradients() if self.redirected else nullcontext(), half:
             view = self.transform(shown, self.generator, self.progress)

@@ -19,6 +19,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store.provenance import Provenance
 from circuits.store.shards import Shard, StoreWriter
 from circuits.store.summaries import Summary
+from circuits.tensors import in_fewer_digits
 
 AHEAD = 2
 """How many batches are decoded in advance; a limit, so that fast decoding does not fill the memory."""
@@ -77,7 +78,7 @@ class ShardWork:
 
             return see
 
-        with torch.autocast(device, getattr(torch, kind)):
+        with in_fewer_digits(device, getattr(torch, kind)):
             seen = {name: wide(look) for name, look in looks.items()}
             self.model.observe(inputs, seen, self.model.last(looks), reference=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
@@ -17,6 +18,8 @@ from circuits.tables import Table
 from circuits.units import Unit
 from circuits.weights.kernels import by_site, kernels_from, kernels_into, written
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Connection:
@@ -29,7 +32,7 @@ class Connection:
             the map that it reads with zeros between its places, as many as its stride leaves), a single number for a
             linear layer, (Q, K, V) composition scores between heads (Q and K where a query attends to its own position:
             rotary embeddings turn them elsewhere). Batch norm and constants on either side of the layer are multiplied
-            in; if the source reaches the layer along several paths, their kernels are added.
+            in, of other norms their gain (what they divide by depends on the example, and is left out); if the source reaches the layer along several paths, their kernels are added.
         layer: the layer's name.
         through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
         typical: for comparison, the median norm of the kernels from all sources of the same target (for an incoming
@@ -103,6 +106,7 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     target = model.unit(unit)
     if why := not_written(model, target):
         raise ValueError(why)
+    _warn_of_lost(model, target)
     wanted = torch.tensor([target.index])
     found: list[Connection] = []
     for layer in model.weight_layers:
@@ -157,6 +161,16 @@ def not_written(model: HookedModel, unit: Unit) -> str:
         f"layer {layers[0].name} of {model.name}, which writes {unit}, reads what comes through {lost}, which is not "
         "followed here: expand_weights has it all"
     )
+
+
+def _warn_of_lost(model: HookedModel, unit: Unit) -> None:
+    """Log of each layer that writes a unit which part of its input could not be followed to any site."""
+    for layer in model.weight_layers:
+        if layer.lost and unit.index in written(layer, unit.site):
+            log.warning(
+                "layer %s of %s also reads what comes through %s, which is not followed: weights from there are "
+                "missing, expand_weights has it all", layer.name, model.name, ", ".join(layer.lost),
+            )  # fmt: skip
 
 
 def directly_read(model: HookedModel) -> set[str]:

@@ -16,6 +16,7 @@ from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_poin
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value
+from circuits.tensors import is_in_fewer_digits
 from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
@@ -47,7 +48,7 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             p.requires_grad_(False)
         with ExitStack() as off:
             for kind in DEVICES:
-                if torch.is_autocast_enabled(kind):
+                if torch.is_autocast_enabled(kind) and not is_in_fewer_digits():
                     off.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:

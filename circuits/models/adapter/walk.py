@@ -175,11 +175,23 @@ def _parents(step: WalkStep) -> Iterator[WalkStep]:
             factor = step.scaled(norm_scale(step.node))
             yield step.back_to(parents[0], factor=factor, norms=(*step.norms, step))
         else:
-            yield step.back_to(parents[0])
+            yield from _through_one_to_one(step, parents[0])
     elif _SUM.fullmatch(name):
         yield from _through_sum(step, parents)
     elif _PRODUCT.fullmatch(name):
         yield from _through_product(step, parents)
+
+
+def _through_one_to_one(step: WalkStep, parent: Node) -> Iterator[WalkStep]:
+    """Follow pooling and the like; a norm whose size depends on the example only where its gain is one a channel."""
+    gain = getattr(step.node, "_saved_weight", None)
+    if gain is None:
+        yield step.back_to(parent)
+        return
+    # What it divides by is left out, as it is the same for all channels; how they compare is a matter of the gain.
+    last = "LayerNorm" in step.node.name()
+    if gain.ndim == 1 and step.axis == (len(step.shape) - 1 if last else 1):
+        yield step.back_to(parent, factor=step.scaled(gain))
 
 
 def _axis_before(step: WalkStep) -> int | None:
