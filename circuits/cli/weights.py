@@ -60,7 +60,7 @@ def _connections(
 ) -> Iterator[Table | str]:
     yield connections_table(found, end, title, {"through": [", ".join(c.through) for c in found]})
     if not found:
-        yield f"  nothing: {why or 'no layer that can be followed connects it to another site on this side; `circuits expand` shows what does'}"
+        yield f"  nothing: {why or 'no layer that is followed connects it to a site there (see `circuits expand`)'}"
 
 
 @dataclass(frozen=True)
