@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -29,3 +30,9 @@ def quiet() -> Iterator[None]:
 def test_every_verb_gives_what_plain_torch_gives_or_refuses(name: str) -> None:
     cells = families.tried([name], list(families.VERBS), show=False)[name][1]
     assert {v: c for v, c in cells.items() if c.verdict in ("WRONG", "CRASH")} == {}
+    (line,) = (x for x in families.DOCS.read_text().splitlines() if x.startswith(f"| {name} | "))
+    shown = [re.sub("[0-9]+", "number", mark.strip()) for mark in line.split("|")[3:-1]]
+    found = [cells.get(verb, families.Cell("")) for verb in ("load", *families.VERBS)]
+    assert shown == [families.MARKS.get(c.verdict, "number") for c in found], (
+        "docs/models.md is not what benchmarks/families.py writes"
+    )

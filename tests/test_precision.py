@@ -46,6 +46,11 @@ from tests import random_models
 SPACING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-6}
 """Half a spacing of numbers around 1 (bfloat16), one spacing (float16), and the rounding of float32 (float64)."""
 
+KINDS = [
+    pytest.param(k, id=str(k), marks=[pytest.mark.nightly] * (k == torch.float16)) for k in SPACING
+]
+"""Half precision has the paths of bfloat16, in more digits."""
+
 ROUNDED = 4
 """Numbers are rounded once in each layer, so that errors may be a few times a spacing of the largest number."""
 
@@ -191,7 +196,7 @@ def _attached(model: HookedModel, _: Path) -> Any:
 TEXTS["autoencoder"] = _attached
 
 
-@pytest.mark.parametrize("kind", SPACING, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_verb_on_images_gives_what_it_gives_in_float32(
     name: str, kind: torch.dtype, tmp_path: Path, fewer_drawings: object
@@ -199,7 +204,7 @@ def test_a_verb_on_images_gives_what_it_gives_in_float32(
     check(PICTURES[name], cnn, kind, tmp_path)
 
 
-@pytest.mark.parametrize("kind", SPACING, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_verb_on_texts_gives_what_it_gives_in_float32(
     name: str, kind: torch.dtype, tmp_path: Path, gpt2: Callable[..., HookedModel]
