@@ -262,6 +262,52 @@ def test_grad_cam_of_a_vision_transformer(
             saliency_map(model, images, "class:3", "grad_cam", site="norm")
 
 
+class Ended(nn.Module):
+    """A stem, layers on maps or on tokens, and an end of mixed tokens: a CNN's pooling by attention or a resampler."""
+
+    def __init__(self, on: str, layers: int) -> None:
+        super().__init__()
+        self.on, self.stem = on, nn.Conv2d(3, 6, 4, 4)
+        make = (lambda: nn.Conv2d(6, 6, 1)) if on == "maps" else (lambda: nn.LayerNorm(6))
+        self.layers = nn.ModuleList(make() for _ in range(layers))
+        self.mix, self.head = nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.on == "maps":
+            for layer in self.layers:
+                x = layer(x)
+        x = x.flatten(2).transpose(1, 2)
+        x = self.mix(x + x.mean(1, keepdim=True))  # no token of one patch alone
+        if self.on == "tokens":
+            for layer in self.layers:
+                x = layer(x)
+        return self.head(x.square().mean(1))
+
+
+def test_the_last_map_of_a_network_that_ends_in_mixed_tokens() -> None:
+    pooled = HookedModel(seeded(Ended("maps", 6)), (3, 12, 16))
+    assert cams.last_map(pooled, parse_target(pooled, "class:1")).name == "layers.5"
+    mixed = HookedModel(seeded(Ended("tokens", 6)), (3, 12, 16))
+    with pytest.raises(ValueError, match=r"tokens that cannot be put back into a map, .* name the"):
+        cams.last_map(mixed, parse_target(mixed, "class:1"))
+
+
+def test_the_last_map_is_not_a_linear_layer_over_tokens() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6)
+            self.score, self.head = nn.Linear(6, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+            return self.head(self.score(tokens).square().mean(1))
+
+    model = HookedModel(seeded(Scored()), (3, 12, 16))
+    assert cams.last_map(model, parse_target(model, "class:1")).name == "norm"
+
+
 class ChannelsLast(nn.Module):
     """Channels-last maps, as Swin has, with other lengths of all axes."""
 
