@@ -67,7 +67,8 @@ def _keeping_activations() -> Iterator[None]:
     """Let `torch.utils.checkpoint` keep activations inside the block.
 
     It would compute them again during the backward pass, when the changes of the forward pass are over and a gradient
-    can lead to none of its tensors.
+    can lead to none of its tensors. Two functions of that module are replaced while any thread is inside, and so for
+    every thread of the process: the results of other threads are the same, but their checkpoints save no memory.
     """
     global _inside
     with _lock:

@@ -256,7 +256,7 @@ def _started(pid: int) -> int | None:
 
 
 def _state(pid: int | str) -> tuple[int, int] | None:
-    """The group of a process and when it started; None if it has ended, also if nobody has asked yet how."""
+    """The group of a process and when it started; None if it has ended, even if its exit status is still unread."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

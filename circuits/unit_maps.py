@@ -164,8 +164,9 @@ def neighbours_kept(vectors: Vectors, xy: Float[np.ndarray, "unit 2"]) -> float:
     Returns:
         0 to 1; NaN for fewer than 3 units.
     """
-    k = min(NEIGHBOURS, (len(vectors) - 1) // 2)
-    if k < 1:
+    nearest = _nearest(xy)
+    k = nearest.shape[1]
+    if not k:
         return float("nan")
     directions = _directions(vectors)
     with threadpool_limits(1):  # the bits depend on how many there are
@@ -173,10 +174,15 @@ def neighbours_kept(vectors: Vectors, xy: Float[np.ndarray, "unit 2"]) -> float:
     np.fill_diagonal(cosine, -np.inf)
     # The k-th largest cosine of each unit; ties with it count as neighbours too.
     least = np.partition(cosine, -k, axis=1)[:, -k, None]
+    return float((np.take_along_axis(cosine, nearest, axis=1) >= least - _TIE).mean())
+
+
+def _nearest(xy: Float[np.ndarray, "unit 2"]) -> Int[np.ndarray, "unit k"]:
+    """The `NEIGHBOURS` units next to each on a map, or half of the others; none for fewer than 3 units."""
     distance = cdist(xy, xy)
     np.fill_diagonal(distance, np.inf)
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, :k]
-    return float((np.take_along_axis(cosine, nearest, axis=1) >= least - _TIE).mean())
+    k = min(NEIGHBOURS, max(0, len(xy) - 1) // 2)
+    return np.argsort(distance, axis=1, kind="stable")[:, :k]
 
 
 # --- vectors -----------------------------------------------------------------------------------
@@ -244,14 +250,10 @@ def _comparable(weight: Float[np.ndarray, "unit source *offset"], branches: Bran
 
 def _same_branch(points: Float[np.ndarray, "unit 2"], branches: Branches) -> tuple[float, float]:
     """The share of each unit's nearest on a map that are in its branch, and that of units drawn at random."""
-    n = len(points)
-    k = min(NEIGHBOURS, (n - 1) // 2)
-    if k < 1:
+    n, nearest = len(points), _nearest(points)
+    if not nearest.size:
         return float("nan"), float("nan")
     same = branches[:, None] == branches
-    distance = cdist(points, points)
-    np.fill_diagonal(distance, np.inf)
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, :k]
     share = np.take_along_axis(same, nearest, axis=1).mean()
     return float(share), float((same.sum(1) - 1).mean() / (n - 1))
 

@@ -469,6 +469,19 @@ class Composed(nn.Module):
         return self.head(x)
 
 
+CURVED = {
+    "gelu", "tanh", "silu", "hardswish", "softplus", "elu", "selu", "relu6", "tanh()", "F.gelu", "clamp", "layer",
+    "F.layer_norm", "group", "instance", "F.group_norm", "excitation", "glu", "channels last",
+}  # fmt: skip
+"""Steps that are more than linear layers, rectifiers (leaky ones, too) and maxima."""
+
+
+def is_rectified(module: Composed) -> bool:
+    """Whether a module is made of linear layers, rectifiers and maxima only."""
+    curved = any(isinstance(part, nn.Tanh | nn.LayerNorm) for part in module.modules())
+    return not curved and not any(getattr(step, "title", "") in CURVED for step in module.steps)
+
+
 @st.composite
 def composed_modules(draw: Any, most: int = 4) -> Composed:
     """Random modules of up to `most` steps between a convolution and a classifier, in double precision."""

@@ -25,7 +25,7 @@ from circuits.attribution import (
     relevance,
 )
 from circuits.attribution.channels import check_by_ablation
-from circuits.attribution.propagation import RelevanceRule
+from circuits.attribution.propagation import SINGLE_NUMBERS, RelevanceRule
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
@@ -262,6 +262,52 @@ def test_grad_cam_of_a_vision_transformer(
             saliency_map(model, images, "class:3", "grad_cam", site="norm")
 
 
+class Ended(nn.Module):
+    """A stem, layers on maps or on tokens, and an end of mixed tokens: a CNN's pooling by attention or a resampler."""
+
+    def __init__(self, on: str, layers: int) -> None:
+        super().__init__()
+        self.on, self.stem = on, nn.Conv2d(3, 6, 4, 4)
+        make = (lambda: nn.Conv2d(6, 6, 1)) if on == "maps" else (lambda: nn.LayerNorm(6))
+        self.layers = nn.ModuleList(make() for _ in range(layers))
+        self.mix, self.head = nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.on == "maps":
+            for layer in self.layers:
+                x = layer(x)
+        x = x.flatten(2).transpose(1, 2)
+        x = self.mix(x + x.mean(1, keepdim=True))  # no token of one patch alone
+        if self.on == "tokens":
+            for layer in self.layers:
+                x = layer(x)
+        return self.head(x.square().mean(1))
+
+
+def test_the_last_map_of_a_network_that_ends_in_mixed_tokens() -> None:
+    pooled = HookedModel(seeded(Ended("maps", 6)), (3, 12, 16))
+    assert cams.last_map(pooled, parse_target(pooled, "class:1")).name == "layers.5"
+    mixed = HookedModel(seeded(Ended("tokens", 6)), (3, 12, 16))
+    with pytest.raises(ValueError, match=r"tokens that cannot be put back into a map, .* name the"):
+        cams.last_map(mixed, parse_target(mixed, "class:1"))
+
+
+def test_the_last_map_is_not_a_linear_layer_over_tokens() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6)
+            self.score, self.head = nn.Linear(6, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+            return self.head(self.score(tokens).square().mean(1))
+
+    model = HookedModel(seeded(Scored()), (3, 12, 16))
+    assert cams.last_map(model, parse_target(model, "class:1")).name == "norm"
+
+
 class ChannelsLast(nn.Module):
     """Channels-last maps, as Swin has, with other lengths of all axes."""
 
@@ -410,7 +456,134 @@ BENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "product in place": (lambda z: (z + 0).mul_(torch.tanh(z)), lambda z: z * torch.tanh(z)),
     "gated linear unit": (lambda z: F.glu(z, 1), lambda z: z[:, :3] * torch.sigmoid(z[:, 3:])),
     "normalised": (lambda z: F.normalize(z, dim=1), lambda z: z / z.norm(dim=1, keepdim=True)),
+    "square root": (lambda z: z.square().sqrt(), torch.abs),
+    "times a reciprocal root": (
+        lambda z: z * (z.var(1, keepdim=True) + 1e-5).rsqrt(),
+        lambda z: z / (z.var(1, keepdim=True) + 1e-5).sqrt(),
+    ),
+    "times a negative power": (
+        lambda z: z * (2 * (z.square().mean(1) + 1e-5)[:, None] ** -0.5),
+        lambda z: 2 * z / (z.square().mean(1, keepdim=True) + 1e-5).sqrt(),
+    ),
+    "times one by a norm": (
+        lambda z: z * (1 / z.norm(dim=1, keepdim=True)),
+        lambda z: z / z.norm(dim=1, keepdim=True),
+    ),
+    "one by": (lambda z: 1 / z, lambda z: 1 / z),
 }
+
+
+class Summed(nn.Module):
+    """A convolution, a function, a mean, a linear layer."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.step, self.fc = nn.Conv2d(1, 4, (1, 2)), step, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.step(self.conv(x)[:, :, 0]).mean(-1))
+
+
+def assert_adds_up(step: Callable[[Tensor], Tensor], rule: Any = "epsilon") -> None:
+    net = seeded(Summed(step)).double()
+    x = torch.randn(2, 1, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = HookedModel(net, (1, 1, 6))
+    made = relevance(model, x, "class:1", rule=rule)
+    close(made.target_values, model.logits(x)[:, 1], rtol=1e-9, atol=1e-9)
+    assert bool((made.residual.abs() < 1e-5 * made.target_values.abs()).all())
+
+
+EXTRA = {
+    "threshold": (0.4, 0.2), "pow": (1.5,), "float_power": (1.5,), "atan2": (0.3,), "arctan2": (0.3,),
+    "remainder": (0.3,), "fmod": (0.3,), "__mod__": (0.3,), "clamp": (0.3, 0.6), "clip": (0.3, 0.6),
+    "clamp_min": (0.4,), "clamp_max": (0.4,), "mvlgamma": (2,), "multigammaln": (2,),
+}  # fmt: skip
+"""What functions of single numbers take besides the number."""
+
+
+@pytest.mark.parametrize(
+    "name", [*SINGLE_NUMBERS.split(), "pow", "float_power", "reciprocal", "rsqrt"]
+)
+def test_relevance_adds_up_through_functions_of_single_numbers(name: str) -> None:
+    low = {"acosh": 1.1, "arccosh": 1.1, "mvlgamma": 1.0, "multigammaln": 1.0}.get(name, 0.1)
+    for holder in (torch, Tensor, torch.special, F):
+        function = getattr(holder, name, None)
+        if function is None:
+            continue
+        extra: Any = EXTRA.get(name, ())
+        if name in ("atan2", "arctan2"):
+            extra = (torch.tensor(0.3, dtype=torch.float64),)
+        if name == "polygamma":
+            ordered = (
+                (lambda z, f=function: f(z, 1))
+                if holder is Tensor
+                else (lambda z, f=function: f(1, z))
+            )
+            assert_adds_up(lambda z, f=ordered: f(low + 0.8 * z.sigmoid()))
+        else:
+            assert_adds_up(lambda z, f=function, e=extra: f(low + 0.8 * z.sigmoid(), *e))
+
+
+V = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+WITH_CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rsub": lambda z: torch.rsub(z, 1),
+    "subtract": lambda z: torch.subtract(z, other=V, alpha=2),
+    "a sum in place": lambda z: (z + 0).__iadd__(V),
+    "addcmul, first": lambda z: torch.addcmul(V, z, V),
+    "addcmul, last": lambda z: z.addcmul(V, V, value=2),
+    "addcdiv": lambda z: torch.addcdiv(z, V, V + 1),
+    "index_add": lambda z: z.index_add(2, torch.tensor([0, 1]), V[:2].expand(*z.shape[:2], 2)),
+    "index_copy": lambda z: z.index_copy(2, torch.tensor([0, 1]), V[:2].expand(*z.shape[:2], 2)),
+    "index_fill": lambda z: z.index_fill(2, torch.tensor([0]), 1.5),
+    "index_put": lambda z: z.index_put((torch.arange(len(z)),), V),
+    "scatter": lambda z: z.scatter(2, torch.zeros(*z.shape[:2], 1, dtype=torch.long), 1.5),
+    "masked_scatter": lambda z: z.masked_scatter(z > 0, V.expand_as(z)),
+    "maximum": lambda z: torch.maximum(z, V),
+    "minimum": lambda z: z.minimum(other=V),
+    "max of two": lambda z: torch.max(z, V),
+    "max over an axis": lambda z: z + z.max(1, keepdim=True)[0],
+    "pad": lambda z: F.pad(z, (1, 1), value=1.0),
+    "a layer that pads": lambda z: nn.ConstantPad1d(1, 0.7)(z),
+    "lerp, start": lambda z: torch.lerp(V, z, 0.3),
+    "lerp, end": lambda z: z.lerp(V, 0.3),
+    "diff": lambda z: torch.diff(z, prepend=torch.ones_like(z[:, :, :1])),
+    "baddbmm": lambda z: torch.baddbmm(V[:4], z, torch.ones_like(z).mT),
+}
+COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one by": lambda z: 1 / (z + 9),
+    "constants by": lambda z: torch.true_divide(V, z + 9),
+    "a constant to the power": lambda z: 2.0**z,
+    "power in place": lambda z: (z.abs() + 1).__ipow__(0.5),
+    "value at zero": lambda z: F.relu(z).cosh(),
+    "root of zero": lambda z: F.relu(z).sqrt(),
+    "logsumexp": lambda z: z + z.logsumexp(1, keepdim=True),
+    "log_softmax": lambda z: F.log_softmax(z, 1),
+    "logaddexp": lambda z: torch.logaddexp(z, V),
+    "softmin": lambda z: F.softmin(z, 1) * z,
+    "addcmul of two": lambda z: torch.addcmul(V, z, z.sin()),
+    "lerp by an activation": lambda z: torch.lerp(z, V, z.sigmoid()),
+    "multiply": lambda z: torch.multiply(input=z, other=z.sin()),
+    "prod": lambda z: z.prod(-1, keepdim=True),
+    "variance": lambda z: z + z.var(1, keepdim=True),
+    "deviation": lambda z: z * V + z.std(1, keepdim=True),
+    "mean and variance": lambda z: torch.var_mean(z, 1, keepdim=True)[0] + z,
+    "norm alone": lambda z: z.norm(dim=1, keepdim=True).expand_as(z),
+    "distance": lambda z: F.pairwise_distance(z, V.expand_as(z), eps=0.0)[..., None],
+    "cosine": lambda z: F.cosine_similarity(z, V.expand_as(z), dim=-1)[..., None],
+    "bilinear": lambda z: F.bilinear(z, z, V.expand(2, 5, 5), V[:2]),
+    "root by place": lambda z: z * z.var(1).add(1e-5).rsqrt()[:, None] * V,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_CONSTANTS)
+def test_relevance_adds_up_with_constants(name: str) -> None:
+    for rule in ("epsilon", "gradient"):
+        assert_adds_up(WITH_CONSTANTS[name], rule)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_relevance_adds_up_through_functions_of_several_numbers(name: str) -> None:
+    assert_adds_up(COMPOSED[name])
 
 
 @pytest.mark.parametrize("name", BENT)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import circuits
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.loading import load_model, record_of
+from circuits.tasks.targets import output_site
 from circuits.workspace import Workspace
 
 VISION: dict[str, Any] = {
@@ -120,6 +121,38 @@ def test_a_model_of_two_towers_is_loaded_by_one_of_them(tmp_path: Path) -> None:
             read.logits(tokens), whole.get_text_features(tokens).pooler_output
         )
     assert record_of(f"hf:{tmp_path}:text", None, read.identity).spec == f"hf:{tmp_path}:text"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_output_of_a_model_without_a_head_is_what_it_pools(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    towers = SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT | ends)).eval()
+    towers.save_pretrained(tmp_path / "siglip")
+    plain = Dinov2Model(Dinov2Config(**VISION)).eval()
+    plain.save_pretrained(tmp_path / "dino")
+    capfd.readouterr()
+    for spec, whole in (
+        ("siglip:vision", lambda x: towers.get_image_features(x)),
+        ("siglip:text", lambda x: towers.get_text_features(x)),
+        ("dino", lambda x: plain(x)),
+    ):
+        model = load_model(f"hf:{tmp_path}/{spec}")
+        printed = capfd.readouterr().err
+        assert "UNEXPECTED" not in printed
+        assert "Loading weights" not in printed
+        x = model.input.example(2)
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(x), whole(x).pooler_output)
+        end = output_site(model)
+        assert end.shape == (32,)
+        assert torch.equal(model.run(x, read=[end])[end], model.logits(x))
+        made = circuits.attribute(model, x, "class:3", model.sites[0].name, check=0)
+        assert made.target == f"{end.name}:3"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from circuits import locks
 from circuits.files import replacing
 from circuits.locks import Holder, held, is_held
 from tests.forked import Forked
@@ -99,6 +100,50 @@ def test_tidy_leaves_nothing_if_nothing_was_written(before: str, tmp_path: Path)
             if kept:
                 (tmp_path / name / "result").touch()
         assert (tmp_path / name).exists() == kept
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_file_that_its_last_holder_removes_meanwhile_is_no_lock(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, the last holder removes it, and perhaps another process makes it."""
+    path, lock, taken = tmp_path / "lock", fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not taken:
+            path.unlink()
+            if again:
+                path.touch()
+        taken.append(handle)
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(path, "taken") as handle:
+        assert len(taken) == 2, "the lock of the removed file was let go"
+        assert os.path.samestat(path.stat(), os.fstat(handle))
+        with path.open("rb") as other, pytest.raises(BlockingIOError):
+            lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_record_that_is_gone_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without locks of the kernel, the last holder's tidying may take the record that a process has just made."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    made: list[Path] = []
+    announce = locks._announce
+
+    def lost(path: Path, holder: Holder) -> Path:
+        made.append(announce(path, holder))
+        if len(made) == 1:
+            made[0].unlink()
+        return made[-1]
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(locks, "_announce", lost)
+    with held(tmp_path / "lock", "taken"):
+        assert [p.exists() for p in made] == [False, True]
 
 
 def test_another_machine_is_believed_until_it_is_taken_over(

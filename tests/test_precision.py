@@ -288,6 +288,8 @@ def test_a_folder_keeps_the_type_of_its_weights_unless_another_is_asked_for(tmp_
     ("options", "message"),
     [
         ({"device": "cuda:7"}, "device 'cuda:7' is not there on this machine: expected one of cpu"),
+        ({"device": "cpu:7"}, "device 'cpu:7' is not there on this machine: expected one of cpu"),
+        ({"device": ""}, "device '' is not there on this machine: expected one of cpu"),
         ({"device": "moon"}, "device 'moon' is not there"),
         ({"device": "meta"}, "device 'meta' is not there"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float32, float64, bfloat16, float16"),

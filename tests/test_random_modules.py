@@ -17,7 +17,7 @@ from circuits.attribution import relevance
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.weights import ExpandedWeights, expand_weights
 from tests.conftest import examples
-from tests.random_modules import Composed, composed_modules
+from tests.random_modules import Composed, composed_modules, is_rectified
 from tests.test_expanded import Linearised
 
 T = TypeVar("T")
@@ -166,7 +166,8 @@ def test_weights_of_many(module: Composed, data: st.DataObject) -> None:
 
 
 def check_relevance(module: Composed, data: st.DataObject) -> None:
-    """Relevance adds up to the target; by the rule `gradient` it is activation x slope."""
+    """Relevance adds up to the target; by the rule `gradient` it is activation x slope, and so it is by the rule
+    `epsilon` in a network of linear layers, rectifiers and maxima (Ancona et al. 2018, proposition 1)."""
     model = wrapped(module)
     site = data.draw(st.sampled_from(["input", *(s.name for s in model.sites if s.name != "head")]))
     rule = data.draw(st.sampled_from(["gradient", "epsilon", "gamma", "z_plus"]))
@@ -181,6 +182,11 @@ def check_relevance(module: Composed, data: st.DataObject) -> None:
     if rule != "gradient":
         assert made.residual is not None
         assert made.residual.abs().max() < 1e-6 * made.target_values.abs().max() + 1e-6
+        if rule == "epsilon" and is_rectified(module):
+            plain = relevance(model, x, "class:1", site, rule="gradient")
+            assert_near(made.values, plain.values)
+            for name, part in plain.parts.items():
+                assert_near(made.parts[name], part)
         return
     weight = torch.randn(
         made.values.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3)

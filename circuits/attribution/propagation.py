@@ -8,7 +8,10 @@ sum over the site, over what reaches the target without passing the site, and ov
 
 - A linear operation (convolution, fully connected, batch norm) is itself (epsilon rule, up to epsilon), or has
   its positive weights strengthened (gamma, z-plus), scaled back to its own value.
-- An activation function f(x) is x times f(x) / x, held fixed; normalisations divide by a fixed size.
+- An activation function f(x) is x times f(x) / x, held fixed (f(0) counts as a bias). A divisor is fixed, and so is a
+  reciprocal that an activation is multiplied by: normalisations divide by a fixed size.
+- A function that is homogeneous of degree k, such as a variance, has its gradient divided by k (Euler's theorem); a log
+  of summed exponentials is its tangent, whose value at zero counts as a bias.
 - A softmax is fixed (Ali et al. 2022 for transformers); a product of two activations gives half to each
   (Achtibat et al. 2024).
 - Maximum, average, sum and concatenation are themselves; parameters and numbers that are added to activations, joined
@@ -260,12 +263,101 @@ def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """A function of single numbers; of two arguments, as in powers, the first activation carries the relevance."""
+    out = func(*args, **kwargs)
+    x = next((v for v in (*args, *kwargs.values()) if _carries_gradient(v)), None)
+    if x is None:
+        return out
+    at_zero, held = x.abs() < _smallest(x), out.detach()
+    if ((held != 0) & at_zero).any():
+        held = p.constant(held, held)
+    return torch.where(at_zero, held, _scaled_by(x, out))
+
+
+def _power(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    out = _activation(p, func, args, kwargs)
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+    return _as_divisor(out) if isinstance(exponent, float | int) and exponent < 0 else out
+
+
+def _reciprocal(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    return _as_divisor(_activation(p, func, args, kwargs))
+
+
+def _as_divisor(x: Tensor) -> Tensor:
+    """Mark a reciprocal, so that an activation times it is treated like one divided by its inverse."""
+    node: Any = x.grad_fn
+    if node is not None:
+        node.metadata["divisor"] = True
+    return x
+
+
+def _is_divisor(x: Tensor) -> bool:
+    """Whether a tensor is a reciprocal, perhaps in another shape or type, or times constants."""
+    node: Any = x.grad_fn
+    while node is not None and "divisor" not in node.metadata:
+        origins = [origin for origin, _ in node.next_functions if origin is not None]
+        if len(origins) != 1 or node.name().rstrip("0123456789") not in _KEEPING:
+            return False
+        node = origins[0]
+    return node is not None
+
+
+_KEEPING = frozenset(
+    f"{name}Backward"
+    for name in (
+        "Mul", "Div", "Neg", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand", "Transpose",
+        "Permute", "Slice", "Select", "Repeat", "ToCopy", "Clone", "Alias",
+    )
+)  # fmt: skip
+"""Operations of autograd, of one activation, that leave a reciprocal one."""
+
+
+def _homogeneous(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """A variance, whose degree is 2, alone or with the mean."""
+    out = func(*args, **kwargs)
+    if isinstance(out, tuple):
+        return _of_degree(2, out[0]), out[1]
+    return _of_degree(2, out)
+
+
+def _of_degree(k: int, out: Tensor) -> Tensor:
+    """A homogeneous function of a degree, whose gradient times its input is then its value (Euler's theorem)."""
+    return out / k + (out - out / k).detach()
+
+
+def _product_of_all(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    out = func(*args, **kwargs)
     x = args[0] if args else kwargs["input"]
+    return _of_degree(x.numel() // max(1, out.numel()), out) if _carries_gradient(out) else out
+
+
+def _log_sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """log sum exp(x) = sum of softmax(x) x + the softmax's entropy, which counts as a bias."""
+    given = _named(("input", "dim", "keepdim"), args, kwargs)
+    x, axes, keep = given["input"], given["dim"], given.get("keepdim", False)
+    out = func(*args, **kwargs)
     if not _carries_gradient(x):
+        return out
+    apart = x - torch.logsumexp(x, axes, keepdim=True)
+    carried = (apart.exp().detach() * x).nan_to_num(0, 0, 0).sum(axes, keepdim=keep)
+    return carried + p.constant((out - carried).detach(), out)
+
+
+def _log_softmax(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "dim"), args, kwargs)
+    x, axis = given["input"], given.get("dim")
+    if not isinstance(axis, int) or not _carries_gradient(x):
         return func(*args, **kwargs)
-    rest = {k: v for k, v in kwargs.items() if k != "input"}
-    out = func(x, *args[1:], **rest)
-    return torch.where(x.abs() < _smallest(x), out, _scaled_by(x, out))
+    kinds = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype))
+    x = x.to(next(kinds, x.dtype))
+    return x - _log_sum(p, torch.logsumexp, (x, axis, True), {})
+
+
+def _log_add(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input", "other"), args, kwargs)
+    pair = torch.broadcast_tensors(given["input"], given["other"])
+    return _log_sum(p, torch.logsumexp, (_join(p, torch.stack, (pair, -1), {}), -1), {})
 
 
 def _rectified(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -364,12 +456,25 @@ def _attention(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 def _product(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     """A product of two activations: each gets half of the relevance (Achtibat et al. 2024)."""
     # a b = 1/2 a [b] + 1/2 [a] b with [.] held constant: the same value, and linear in each of the two.
-    a, b = args[:2]
+    a, b, rest, kwargs = _two(args, kwargs)
     if not (_carries_gradient(a) and _carries_gradient(b)):
-        return func(*args, **kwargs)
-    rest = args[2:]
+        return func(a, b, *rest, **kwargs)
     first, second = func(a, b.detach(), *rest, **kwargs), func(a.detach(), b, *rest, **kwargs)
+    if _is_divisor(a) != _is_divisor(b):
+        return second if _is_divisor(a) else first
     return 0.5 * first + 0.5 * second
+
+
+_SECOND = ("other", "x2", "mat2", "tensor", "vec", "vec2")
+
+
+def _two(args: Args, kwargs: Kwargs) -> tuple[Any, Any, Args, Kwargs]:
+    """The two operands of a function, given by place or by name, and its other arguments."""
+    rest = dict(kwargs)
+    operands = list(args[:2])
+    for names in (("input", "x1"), _SECOND)[len(operands) :]:
+        operands.append(next(rest.pop(name) for name in names if name in rest))
+    return operands[0], operands[1], args[2:], rest
 
 
 def _gated_linear(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -391,20 +496,78 @@ def _einsum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _quotient(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    a, b = args[:2]
-    return func(
-        a, b.detach() if _carries_gradient(a) and _carries_gradient(b) else b, *args[2:], **kwargs
+    a, b, rest, kwargs = _two(args, kwargs)
+    if not _carries_gradient(b):
+        return func(a, b, *rest, **kwargs)
+    if _carries_gradient(a):
+        return func(a, b.detach(), *rest, **kwargs)
+    return _reciprocal(p, func, (a, b, *rest), kwargs)
+
+
+def _bilinear(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("input1", "input2", "weight", "bias"), args, kwargs)
+    made = _product(p, func, (given["input1"], given["input2"], given["weight"]), {})
+    return made + p.bias(given.get("bias"), made, -1)
+
+
+def _cosine(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    given = _named(("x1", "x2", "dim", "eps"), args, kwargs)
+    axis, eps = given.get("dim", 1), given.get("eps", 1e-8)
+    a, b = (
+        x / x.norm(dim=axis, keepdim=True).clamp_min(eps).detach()
+        for x in (given["x1"], given["x2"])
     )
+    return _product(p, torch.mul, (a, b), {}).sum(axis)
 
 
 def _sum(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    """A sum or difference of an activation and a constant: the constant counts as a bias."""
-    a, b = args[:2]
+    """A sum, difference, maximum or distance of an activation and a constant: the constant counts as a bias."""
+    a, b, rest, kwargs = _two(args, kwargs)
     if _carries_gradient(a) and _is_constant(b):
         b = p.constant(b, a)
     elif _carries_gradient(b) and _is_constant(a):
         a = p.constant(a, b)
-    return func(a, b, *args[2:], **kwargs)
+    return func(a, b, *rest, **kwargs)
+
+
+def _extreme(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """The larger or smaller of two tensors; over an axis it is itself."""
+    of_two = isinstance(args[1] if len(args) > 1 else kwargs.get("other"), Tensor)
+    return _sum(p, func, args, kwargs) if of_two else func(*args, **kwargs)
+
+
+def _affine(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """What is linear in its activations but for constants: its value where they are zero counts as a bias."""
+    out = func(*args, **kwargs)
+    if not _carries_gradient(out):
+        return out
+
+    def without(value: Any) -> Any:
+        return torch.zeros_like(value) if _carries_gradient(value) else value
+
+    rest = func(*map(without, args), **{k: without(v) for k, v in kwargs.items()})
+    rest = rest.nan_to_num(0, 0, 0)
+    return out + (p.constant(rest, out) - rest) if rest.any() else out
+
+
+def _added(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """A tensor plus a multiple of the product or quotient of two."""
+    given = _named(("input", "tensor1", "tensor2"), args, kwargs)
+    join, rule = (torch.div, _quotient) if "addcdiv" in func.__name__ else (torch.mul, _product)
+    made = _inside(p, rule, join, given["tensor1"], given["tensor2"])
+    return _sum(p, torch.add, (given["input"], made * given.get("value", 1)), {})
+
+
+def _blended(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
+    """start + weight (end - start)."""
+    given = _named(("input", "end", "weight"), args, kwargs)
+    start, way = given["input"], _sum(p, torch.sub, (given["end"], given["input"]), {})
+    return _sum(p, torch.add, (start, _inside(p, _product, torch.mul, way, given["weight"])), {})
+
+
+def _inside(p: Propagation, rule: Call, func: Call, a: Any, b: Any) -> Any:
+    """A part of an operation by its own rule; the rule `gradient` has none but for biases."""
+    return func(a, b) if p.rule == "gradient" else rule(p, func, (a, b), {})
 
 
 def _join(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -469,16 +632,40 @@ def _is_constant(x: Any) -> bool:
 _CONVOLUTIONS = (
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 )  # fmt: skip
+_HOLDERS = (torch, Tensor, torch.special, torch.linalg, F)
+
+
+def _called(names: str) -> tuple[Any, ...]:
+    """The functions and methods of torch that have one of some names, separated by spaces."""
+    found = (getattr(holder, name, None) for name in names.split() for holder in _HOLDERS)
+    return tuple(f for f in found if f is not None)
+
+
 _RECTIFIERS = (F.relu, torch.relu, Tensor.relu)
-_SUMS = (
-    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__,
-    Tensor.__rsub__,
-)  # fmt: skip
+_SUMS = _called(
+    "add __add__ __radd__ sub subtract __sub__ __rsub__ rsub maximum minimum fmax fmin hypot pairwise_distance cdist"
+)
+_EXTREMES = _called("max min")
+_AFFINE = _called(
+    "pad constant_pad_nd index_add index_copy index_fill index_put scatter scatter_add masked_scatter select_scatter "
+    "slice_scatter diagonal_scatter diff baddbmm addbmm addmv addr"
+)
+_ADDED = _called("addcmul addcdiv")
+_BLENDED = _called("lerp")
 _JOINS = (
     torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack,
     torch.column_stack,
 )  # fmt: skip
 _CHOICES = (torch.where, Tensor.where, torch.masked_fill, Tensor.masked_fill)
+SINGLE_NUMBERS = (
+    "gelu silu elu leaky_relu softplus hardswish mish celu selu relu6 hardtanh hardsigmoid sigmoid tanh threshold "
+    "logsigmoid softsign tanhshrink hardshrink softshrink clamp clip clamp_min clamp_max exp exp2 expm1 log log2 log10 "
+    "log1p erf erfc erfcx erfinv ndtr ndtri log_ndtr expit logit sin cos tan asin acos atan arcsin arccos arctan sinh "
+    "cosh asinh acosh atanh arcsinh arccosh arctanh sinc sqrt square atan2 arctan2 i0 i0e i1 i1e entr lgamma gammaln "
+    "digamma psi polygamma mvlgamma multigammaln round floor ceil trunc fix frac sign sgn remainder fmod __mod__"
+)
+"""Functions of single numbers, by their names in torch: x times f(x) / x, held fixed."""
+
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     F.linear: _fully_connected,
@@ -500,32 +687,26 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_JOINS, _join),
     **dict.fromkeys(_CHOICES, _where),
     Tensor.__setitem__: _written,
+    **dict.fromkeys(_EXTREMES, _extreme),
+    **dict.fromkeys(_AFFINE, _affine),
+    **dict.fromkeys(_ADDED, _added),
+    **dict.fromkeys(_BLENDED, _blended),
+    # Normalised vectors are multiples of their input, too.
+    **dict.fromkeys(_called(SINGLE_NUMBERS + " normalize renorm"), _activation),
+    **dict.fromkeys(_called("pow float_power __pow__ __rpow__"), _power),
+    **dict.fromkeys(_called("reciprocal rsqrt __rtruediv__ __rdiv__"), _reciprocal),
+    **dict.fromkeys(_called("softmax softmin"), _fixed),
+    **dict.fromkeys(_called("var var_mean"), _homogeneous),
+    **dict.fromkeys(_called("prod"), _product_of_all),
+    **dict.fromkeys(_called("logsumexp"), _log_sum),
+    **dict.fromkeys(_called("log_softmax"), _log_softmax),
+    **dict.fromkeys(_called("logaddexp"), _log_add),
     **dict.fromkeys(
-        (
-            F.gelu, F.silu, F.elu, F.leaky_relu, F.softplus, F.hardswish, F.mish, F.celu, F.selu,
-            F.relu6, F.hardtanh, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh,
-            F.sigmoid, F.tanh, F.threshold, F.logsigmoid, F.softsign, F.tanhshrink, F.hardshrink,
-            F.softshrink, torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, Tensor.clamp_min,
-            Tensor.clamp_max, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.log1p, Tensor.log1p,
-            torch.erf, Tensor.erf, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.square,
-            Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__, F.normalize,
-        ),
-        _activation,
+        _called("mul multiply __mul__ __rmul__ matmul __matmul__ bmm mm mv dot inner outer"), _product
     ),
-    **dict.fromkeys(
-        (
-            F.softmax, torch.softmax, Tensor.softmax, torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt,
-            Tensor.std, torch.std, Tensor.var, torch.var, Tensor.norm, torch.norm, torch.linalg.norm,
-            torch.linalg.vector_norm,
-        ),
-        _fixed,
-    ),
-    **dict.fromkeys(
-        (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.matmul, Tensor.matmul,
-         Tensor.__matmul__, torch.bmm, Tensor.bmm),
-        _product,
-    ),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
+    **dict.fromkeys(_called("div divide true_divide __truediv__"), _quotient),
+    F.bilinear: _bilinear,
+    F.cosine_similarity: _cosine,
 }  # fmt: skip
 
 _WITH_BIAS = frozenset(
@@ -538,6 +719,10 @@ _WITH_BIAS = frozenset(
         F.local_response_norm,
         *_RECTIFIERS,
         *_SUMS,
+        *_EXTREMES,
+        *_AFFINE,
+        *_ADDED,
+        *_BLENDED,
         *_JOINS,
         *_CHOICES,
         Tensor.__setitem__,
@@ -548,13 +733,15 @@ autograd has saved."""
 
 
 def _in_place_forms() -> dict[Any, Any]:
-    """The forms `name_` of the operations that have a rule, each with the one that makes a new tensor."""
+    """The forms `name_` and `__iname__` of operations that have a rule, each with the one that makes a new tensor."""
     found = {}
     for plain in _RULES:
+        name = getattr(plain, "__name__", "")
         for holder in (torch, Tensor, F):
-            form = getattr(holder, f"{getattr(plain, '__name__', '')}_", None)
-            if form is not None and getattr(holder, plain.__name__, None) in _RULES:
-                found[form] = getattr(holder, plain.__name__)
+            made = getattr(holder, name, None)
+            for form in (f"{name}_", f"__i{name.strip('_')}__"):
+                if made in _RULES and hasattr(holder, form):
+                    found[getattr(holder, form)] = made
     return found
 
 

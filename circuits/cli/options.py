@@ -72,7 +72,7 @@ Weights = Annotated[Path | None, option(
     "A weights file for the model, .safetensors or .pt; untrained (or untrained:SEED) for random weights. By default "
     "the model's own weights.", "--weights"
 )]  # fmt: skip
-Device = Annotated[str, option(
+Device = Annotated[str | None, option(
     "The device that computes, e.g. cuda or cuda:1. By default the CPU.", "--device"
 )]  # fmt: skip
 Dtype = Annotated[Precision | None, option(
@@ -155,7 +155,7 @@ class Model:
     )]  # fmt: skip
     weights: Weights = None
     workspace: WorkspaceFolder = None
-    device: Device = ""
+    device: Device = None
     dtype: Dtype = None
 
     @property
@@ -165,7 +165,7 @@ class Model:
 
     def load(self) -> HookedModel:
         """The model itself."""
-        loaded = load_model(self.spec, self.weights, device=self.device or None, dtype=self.dtype)
+        loaded = load_model(self.spec, self.weights, device=self.device, dtype=self.dtype)
         if outdated := self.place.recognise(loaded.identity):
             warn(outdated)
         return loaded
@@ -193,7 +193,7 @@ class Sae:
     )] = ""  # fmt: skip
     weights: Weights = None
     workspace: WorkspaceFolder = None
-    device: Device = ""
+    device: Device = None
     dtype: Dtype = None
 
     @property
@@ -220,7 +220,7 @@ class Sae:
                 "does not know: name it with --model"
             )
         loaded = load_model(
-            record.spec, record.weights, device=self.device or None, dtype=record.dtype or None
+            record.spec, record.weights, device=self.device, dtype=record.dtype or None
         )
         if code.about.model_hash and not loaded.has_hash(code.about.model_hash):
             raise ValueError(

@@ -45,7 +45,9 @@ def last_map(model: HookedModel, target: Target) -> Site:
     try:
         places = token_places(model, tokens[-1], inputs)
     except ValueError as error:
-        # A pooling by attention at the end of a CNN (CLIP) also has tokens, but its map is no patch embedding.
+        # A pooling by attention at the end of a CNN (CLIP's ResNets) also has tokens. What tells such a CNN from a
+        # transformer whose tokens are no patches is where most of the layers are: before the last map in a CNN, after
+        # it (the patch embedding) in a transformer.
         if 2 * len(behind) < len(model.sites):
             return maps[-1]
         raise ValueError(

@@ -269,7 +269,7 @@ def listed_error(name: str = "") -> ValueError:
 
 
 def main_output(output: Any) -> Tensor:
-    """The tensor with the logits in a model's output.
+    """The tensor with the logits in a model's output; without logits the embedding of an example, if it names one.
 
     Raises:
         TypeError: if there is none.
@@ -285,14 +285,19 @@ def main_output(output: Any) -> Tensor:
 
 
 def _main_key(output: Any) -> Any:
-    """The key of the entry of a nested output with the logits: `logits` if there is one, else the first entry."""
+    """The key of the first of `_OUTPUTS` that a nested output has, else of its first entry."""
     if isinstance(output, Mapping):
-        return "logits" if "logits" in output else next(iter(output))
-    if is_record(output):
-        names = [field.name for field in fields(output)]
-        return "logits" if "logits" in names else names[0]
-    names = getattr(output, "_fields", ())
-    return names.index("logits") if "logits" in names else 0
+        keys = list(output)
+    elif is_record(output):
+        keys = [field.name for field in fields(output)]
+    else:
+        names = getattr(output, "_fields", ())
+        return next((names.index(name) for name in _OUTPUTS if name in names), 0)
+    return next((k for k in _OUTPUTS if k in keys and entry(output, k) is not None), keys[0])
+
+
+_OUTPUTS = ("logits", "logits_per_image", "image_embeds", "text_embeds", "pooler_output")
+"""What the outputs of models name their result, before the states of their layers."""
 
 
 Named = dict[str, tuple[nn.Module, tuple[str, ...]]]

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,8 +77,26 @@ def _hub_answers(endpoint: str) -> bool:
         return True
     except OSError as error:
         log.debug("%s does not answer: %s", endpoint, error)
-        # Of certificates, which the hub's client may check by others than Python's, it shall judge itself.
+        # The hub's client may trust other certificates than Python does, so an error of certificates decides nothing.
         return isinstance(getattr(error, "reason", None), SSLError)
+
+
+@contextmanager
+def _quiet(expected: bool) -> Iterator[None]:
+    """No progress bars of transformers but at terminals, and no report on a file's weights if it is `expected`."""
+    from transformers.utils import logging as reports
+
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    if expected:
+        reports.set_verbosity_error()
+    if not sys.stderr.isatty():
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
@@ -92,7 +111,7 @@ def transformer_lens(name: str, weights: Weights) -> HookedModel:
     """A language model as a TransformerLens bridge."""
     refuse_weights(f"tl:{name}", weights)
     try:
-        with one_try(Path(name).is_dir()):
+        with one_try(Path(name).is_dir()), _quiet(expected=False):
             bridge = huggingface_bridge(
                 name, _stored_precision(name), not isinstance(weights, Untrained)
             )
@@ -160,7 +179,8 @@ def huggingface(name: str, weights: Weights) -> HookedModel:
     with one_try(Path(place).is_dir()):
         config = _configuration(name, place)
         kind = _class_of(name, place, config, tower)
-        module = _pretrained(name, place, kind, _of_tower(config, tower), weights)
+        with _quiet(expected=bool(tower)):
+            module = _pretrained(name, place, kind, _of_tower(config, tower), weights, tower)
         if kind.main_input_name == "input_ids":
             spec = _text_input(place, module.config)
         else:
@@ -234,7 +254,9 @@ def _of_tower(config: Any, tower: str) -> Any:
     return part
 
 
-def _pretrained(name: str, place: str, kind: Any, config: Any, weights: Weights) -> nn.Module:
+def _pretrained(
+    name: str, place: str, kind: Any, config: Any, weights: Weights, tower: str
+) -> nn.Module:
     """The model with the weights of its file, or with random ones if that is what was asked for."""
     if isinstance(weights, Untrained):
         return kind._from_config(config)
@@ -253,6 +275,10 @@ def _pretrained(name: str, place: str, kind: Any, config: Any, weights: Weights)
         raise ValueError(
             f"model 'hf:{name}': its file lacks weights of {kind.__name__}: {', '.join(lacking[:3])}{more}"
         )
+    # The other tower is no surprise; weights of this one that have no place are.
+    odd = sorted(k for k in found["unexpected_keys"] if tower and k.startswith(f"{tower}_"))
+    if odd:
+        log.warning("model hf:%s: %s has no place for %s", name, kind.__name__, ", ".join(odd))
     return module
 
 

@@ -21,7 +21,8 @@ def device_named(device: str | torch.device) -> torch.device:
     """
     try:
         found = torch.device(device)
-        if found.type != "meta":  # tensors there have no numbers
+        # Tensors of `meta` have no numbers; the CPU takes any number, and is one.
+        if found.type != "meta" and not (found.type == "cpu" and found.index):
             torch.empty(1, device=found)
             return found
     except (RuntimeError, AssertionError, NotImplementedError):
