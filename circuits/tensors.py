@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
@@ -31,3 +32,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     # An empty tensor cannot be viewed as bytes.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is inside a transform of `torch.func` (vmap, grad, vjp, jvp), and nothing outside of it."""
+    return is_functorch_wrapped_tensor(tensor)

@@ -17,6 +17,7 @@ from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, uni
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
+from circuits.tensors import is_transformed
 from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
@@ -188,6 +189,8 @@ def trace_model(
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
     """Why a tensor is no site, given its shape in the other traced batch; empty if it may be one."""
+    if is_transformed(value):
+        return "it is inside torch.func.vmap (or grad), where it has no numbers of its own"
     if not value.is_floating_point():
         return f"its numbers are of type {value.dtype}"
     if other is None:
