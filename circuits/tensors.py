@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 _asked: ContextVar[bool] = ContextVar("_asked", default=False)
 
@@ -56,3 +57,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     # An empty tensor cannot be viewed as bytes.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is inside a transform of `torch.func` (vmap, grad, vjp, jvp), and nothing outside of it."""
+    return is_functorch_wrapped_tensor(tensor)

@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuits.experiments.ablation import ablate
+from circuits.harvesting import find_stores, harvest
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.program import Recorder, _text
 from circuits.models.zoo.loading import load_model
+from circuits.stimuli.images import ImageSource
+from circuits.stimuli.sources import open_source
+from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
 
 SIZE = (1, 6, 6)
@@ -236,6 +241,83 @@ def test_a_model_without_steady_numbers_is_named(how: str, expected: str, caplog
     assert [expected in line for line in lines] == ([True] if expected else [])
 
 
+class Counting(Net):
+    """Changes its state in every pass, or only keeps what need not be computed twice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.past = how, 0, []
+        self.size, self.table = None, torch.zeros(0)  # a cache
+        self.average = torch.ones(())
+        self.register_buffer("ema", torch.full((2, 1, 1), 0.5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def last(self, y: Tensor) -> Tensor:
+        mean = y.mean((0, 2, 3)).reshape(-1, 1, 1)
+        match self.how:
+            case "ema":
+                self.ema.mul_(0.9).add_(0.1 * mean)
+                y = y * self.ema
+            case "count":
+                self.count += 1
+            case "calls":
+                self.calls += 1
+                y = y + self.calls
+            case "average":
+                self.average = 0.9 * self.average + 0.1 * mean.sum()
+                y = y * self.average
+            case "past":
+                self.past.append(mean)
+                y = y + len(self.past)
+            case "cache":
+                if self.size != y.shape[-1]:
+                    self.size, self.table = y.shape[-1], torch.arange(float(y.shape[-1]))
+                y = y * self.table
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("how", ["ema", "count", "calls", "average", "past"])
+def test_every_pass_starts_from_the_same_state(how: str, tmp_path: Path, caplog) -> None:
+    net = Counting(how)
+    digest = hooked(Counting(how)).hash
+    caplog.clear()
+    model = hooked(net)
+    assert [f"changes `{how}` in every pass" in r.getMessage() for r in caplog.records] == [True]
+    x = torch.rand(3, 1, 6, 6)
+    fresh = Counting(how)(x)
+    # The gradient needs the average as it was in the pass.
+    wanted, expected = (x.clone().requires_grad_() for _ in range(2))
+    model.run(wanted, grad=True).output.sum().backward()
+    Counting(how)(expected).sum().backward()
+    torch.testing.assert_close(wanted.grad, expected.grad, rtol=0, atol=0)
+    for size in (6, 4, 6):
+        model.logits(x[..., :size])
+    seen: list[Tensor] = []
+    model.observe(x, {"act": seen.append}, "act")
+    assert model.logits(x).equal(fresh)
+    assert model.hash == digest == hooked(net).hash
+    assert (net.calls, net.past, net.count.item(), net.average.item()) == (0, [], 0, 1)
+    assert net.ema.flatten().tolist() == [0.5, 0.5]
+
+    few, many = (ablate(model, ["act:0"], x, labels=[0, 1, 0], n_random=n) for n in (2, 4))
+    assert [e.changed for e in few.effects.values()] == [e.changed for e in many.effects.values()]
+    source = open_source("shapes")
+    part = ImageSource("shapes", source.names[:8], "8", source.image)
+    harvest(model, part, ["act"], Workspace(tmp_path))
+    found = find_stores(Workspace(tmp_path), model.hash)
+    assert [len(store.top_examples(Unit("act", 0), 3)) for store in found] == [3]
+
+
+def test_caches_are_kept_and_are_no_state(caplog) -> None:
+    net = Counting("cache")
+    model = hooked(net)
+    x = torch.rand(2, 1, 6, 6)
+    assert net.size == 6
+    assert not caplog.records
+    for size in (6, 4, 6):
+        assert model.logits(x[..., :size]).equal(Counting("cache")(x[..., :size]))
+
+
 def test_numbers_that_are_read_off_tensors_and_devices_are_no_part_of_a_model() -> None:
     class Reading(Net):
         scale = 1.0
@@ -267,6 +349,8 @@ def test_a_tensor_that_grows_while_the_model_runs_is_no_other_model() -> None:
     model = hooked(Growing())
     before = model.hash
     model.run(torch.rand(1, 1, 6, 12))
+    assert (len(model.module.table), model.hash) == (6, before)  # type: ignore[arg-type]
+    model.module(torch.rand(1, 1, 6, 12))
     assert (len(model.module.table), model.hash) == (12, before)  # type: ignore[arg-type]
     other = Growing()
     other.table = torch.arange(6.0) + 1

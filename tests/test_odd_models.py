@@ -392,3 +392,65 @@ def test_detection_models_have_sites_and_no_logits() -> None:
     weight = model.parameters["boxes.weight"][1, :, 0, 0]
     torch.testing.assert_close(found.values[:, :, 0, 0], body[:, :, 0, 0] * weight)
     assert found.check is not None
+
+
+class Member(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.norm = nn.Linear(4, 5), nn.Linear(4, 5), nn.LayerNorm(5)
+        self.down, self.shift = nn.Linear(5, 3), nn.Parameter(torch.randn(5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        mixed = self.norm(self.up(h)).tanh() * self.gate(h).sigmoid() + self.shift + 0.3
+        return self.down(nn.functional.gelu(mixed)) / 1.5
+
+
+class Transformed(nn.Module):
+    """A part that is called for each example, for each of three sets of weights, or as its own derivative's value."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.conv, self.member = how, nn.Conv2d(3, 4, 3, padding=1), Member()
+        self.scales = nn.Parameter(torch.tensor([1.0, 0.5, -0.7]))
+
+    def _scaled(self, scale: Tensor, h: Tensor) -> Tensor:
+        own = {name: p * scale for name, p in self.member.named_parameters()}
+        return torch.func.functional_call(self.member, own, (h,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).relu().mean((2, 3))
+        match self.how:
+            case "examples":
+                return torch.func.vmap(self.member)(h)
+            case "weights":
+                return torch.func.vmap(self._scaled, (0, None))(self.scales, h).mean(0)
+            case "weights, plain":
+                return torch.stack([self._scaled(s, h) for s in self.scales]).mean(0)
+            case "vjp":
+                return torch.func.vjp(self.member, h)[0]
+        return self.member(h) + 0
+
+
+@pytest.mark.parametrize(
+    ("how", "plain"), [("examples", "plain"), ("weights", "weights, plain"), ("vjp", "plain")]
+)
+def test_parts_inside_a_transform_are_no_sites_and_are_followed(how: str, plain: str) -> None:
+    model, other = wrapped(Transformed(how)), wrapped(Transformed(plain))
+    assert [site.name for site in model.sites] == ["conv", "output"]
+    with pytest.raises(
+        KeyError, match=r"'member.up' of net is no site: it is inside torch.func.vmap"
+    ):
+        model.run(IMAGES, read=["member.up"])
+    for rule in ("gradient", "epsilon", "gamma", "z_plus"):
+        one, two = (relevance(m, IMAGES, "output:1", "conv", rule=rule) for m in (model, other))
+        torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-8)
+        for name, part in two.parts.items():
+            torch.testing.assert_close(one.parts[name], part, rtol=1e-4, atol=1e-6)
+        assert one.residual is not None
+        assert rule == "gradient" or one.residual.abs().max() < 1e-6
+    one, two = (
+        weights.expand_weights(m, "conv", "output", mode="example", examples=IMAGES).weight
+        for m in (model, other)
+    )
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-8)

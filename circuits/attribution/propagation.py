@@ -27,10 +27,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import get_unwrapped
 from torch.overrides import TorchFunctionMode
 
 from circuits.models.adapter.normalisation import local_response_norm
-from circuits.tensors import at_least_single
+from circuits.tensors import at_least_single, is_transformed
 
 RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
 """`gradient` replaces nothing: activation x gradient, exact for networks of ReLUs and maxima."""
@@ -158,7 +159,10 @@ class Propagation(TorchFunctionMode):
     ) -> Tensor:
         """Positive inputs times one set of weights plus negative inputs times the other."""
         made = apply(x.clamp_min(0), up)
-        return made + apply(x.clamp_max(0), down) if (x < 0).any() else made
+        negative = is_transformed(x) or bool(
+            (x < 0).any()
+        )  # inside vmap, only all examples could tell
+        return made + apply(x.clamp_max(0), down) if negative else made
 
 
 def _smallest(x: Tensor) -> float:
@@ -620,12 +624,15 @@ def _embedding(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _carries_gradient(x: Any) -> bool:
+    # Inside `torch.func.vmap` a tensor does not tell; the one that it wraps does.
+    while isinstance(x, Tensor) and is_transformed(x) and not x.requires_grad:
+        x = get_unwrapped(x)
     return isinstance(x, Tensor) and x.requires_grad
 
 
 def _is_constant(x: Any) -> bool:
     if isinstance(x, Tensor):
-        return x.is_floating_point() and not x.requires_grad
+        return x.is_floating_point() and not _carries_gradient(x)
     return isinstance(x, float | int) and x != 0
 
 

@@ -167,6 +167,12 @@ class HookedModel:
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
         self._warn_if_unsteady()
+        for changed in found.state:
+            log.warning(
+                "model %s changes `%s` in every pass: it is put back after each, so that all passes start alike",
+                self.name,
+                changed,
+            )
         declared = aliases or {}
         self.sites: tuple[Site, ...] = tuple(
             replace(

@@ -15,8 +15,9 @@ from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
-from circuits.models.adapter.program import DEVICES, Program, Recorder, Value
-from circuits.tensors import is_in_fewer_digits
+from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
+from circuits.models.adapter.state import Held, Slot, holding, remember_state
+from circuits.tensors import is_in_fewer_digits, is_transformed
 from circuits.units import Site, SiteKind, unknown
 
 TRACE_BATCHES = (3, 2)
@@ -31,11 +32,9 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
 
     Args:
         module: the module.
-        settings: also restore the numbers, flags and words that the code of a pass writes into its modules' attributes.
+        settings: restore all that the code of a pass writes into its modules' buffers and attributes. What
+            `trace_model` has found to be state is always restored.
     """
-    # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at another
-    # size would change all that follow.
-    kept = list(_settings(module)) if settings else []
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
     training = [m for m in module.modules() if m.training]
@@ -46,26 +45,19 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             m.training = False
         for p in trainable:
             p.requires_grad_(False)
-        with ExitStack() as off:
+        with ExitStack() as stack:
+            # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at
+            # another size would change all that follow.
+            stack.enter_context(holding(module, everything=settings))
             for kind in DEVICES:
                 if torch.is_autocast_enabled(kind) and not is_in_fewer_digits():
-                    off.enter_context(torch.autocast(kind, enabled=False))
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for m in training:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
-        for part, name, value in kept:
-            if name in vars(part):
-                vars(part)[name] = value
-
-
-def _settings(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, bool | int | float | str | tuple) and name != "training":
-                yield part, name, value
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -105,6 +97,7 @@ class TracedModel:
         left_out: why each tensor that is no site is none, by that name.
         program: the operations of one pass.
         listed: whether the model returns a list with an entry for each example.
+        state: the buffers and attributes that every pass changes.
     """
 
     sites: list[tuple[Site, Tap]]
@@ -112,6 +105,7 @@ class TracedModel:
     left_out: dict[str, str]
     program: Program
     listed: bool = False
+    state: tuple[str, ...] = ()
 
 
 def trace_model(
@@ -139,7 +133,7 @@ def trace_model(
     names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
     names |= {name: (spot, ()) for name, spot in latents.items()}
     size, other = TRACE_BATCHES
-    traces, final, first = _traced(module, names, examples(size))
+    (traces, final, first), state = _traced_with_state(module, names, examples(size))
     again, _, second = _traced(module, names, examples(other), first)
     shapes = {t.name: t.value.shape for t in again}
     found: dict[str, tuple[Site, Tap]] = {}
@@ -188,11 +182,15 @@ def trace_model(
                 else ""
             )
         )
-    return TracedModel(list(found.values()), unplaced, left_out, second.program, final is None)
+    return TracedModel(
+        list(found.values()), unplaced, left_out, second.program, final is None, state
+    )
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
     """Why a tensor is no site, given its shape in the other traced batch; empty if it may be one."""
+    if is_transformed(value):
+        return "it is inside torch.func.vmap (or grad), where it has no numbers of its own"
     if not value.is_floating_point():
         return f"its numbers are of type {value.dtype}"
     if other is None:
@@ -223,6 +221,54 @@ def _not_by_example(
     n = sum(TRACE_BATCHES)
     seen = {t.name: len(t.value) for t in _traced(module, names, examples(n))[0]}
     return {name for name in doubtful if seen.get(name) != n}
+
+
+def _traced_with_state(
+    module: nn.Module, names: Named, example: Tensor
+) -> tuple[tuple[list[Trace], Tensor | None, Recorder], tuple[str, ...]]:
+    """The first pass (see `_traced`), and the buffers and attributes that every pass changes.
+
+    Their values of before are put back then, after this pass and all that follow (`holding`).
+    """
+    remember_state(module, ())
+    held, state = Held(module), []
+    try:
+        made = _traced(module, names, example)
+        changed = held.changed()
+        if changed:
+            state = _state(module, example, changed, made[2].program)
+    except BaseException:
+        held.put_back()
+        raise
+    held.put_back(everything=bool(state))
+    if state:
+        remember_state(module, changed)
+        made = _traced(module, names, example)
+    return made, tuple(map(str, state))
+
+
+def _state(
+    module: nn.Module, example: Tensor, changed: Sequence[Slot], program: Program
+) -> list[Slot]:
+    """What is state among the slots that a pass has changed.
+
+    That is what the state dict has, and what changes again when the pass is repeated: caches do not, nor does what a
+    module only notes of its pass. A tensor that is noted may (with dropout); it is not read.
+    """
+    held = Held(module)
+    try:
+        with evaluating(module), torch.no_grad():
+            module(example.clone())
+        again = held.changed()
+    finally:
+        held.put_back()
+    read = {source.partition(" ")[0] for source in program.sources.values()}
+    tensors = {name for name in map(str, again) if name in own_tensors(module)}
+    return [
+        slot
+        for slot in changed
+        if slot.in_state_dict or (slot in again and (str(slot) not in tensors or str(slot) in read))
+    ]
 
 
 def _traced(
