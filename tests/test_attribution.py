@@ -613,19 +613,22 @@ def test_relevance_through_functions_and_in_place(name: str) -> None:
     assert float(made.residual.abs().max()) < 1e-9
 
 
-def test_relevance_has_no_rule_for_recurrent_layers() -> None:
+@pytest.mark.parametrize("name", ["gru", "lstm_cell"])
+def test_relevance_has_no_rule_for_recurrent_layers(name: str) -> None:
     class Read(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.GRU(3, 2, batch_first=True)
+            self.a = nn.Linear(4, 3)
+            self.b = nn.GRU(3, 2, batch_first=True) if name == "gru" else nn.LSTMCell(3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x.flatten(1, 2)))[0][:, -1]
+            given = self.a(x.flatten(1, 2))
+            return self.b(given)[0][:, -1] if name == "gru" else self.b(given[:, -1])[0] + 0
 
     model = HookedModel(seeded(Read()).double(), (1, 3, 4))
     x = model.input.example(2).double()
     with pytest.raises(
-        ValueError, match=r"recurrent layer gru has no rule 'epsilon': expected rule 'g"
+        ValueError, match=rf"recurrent layer {name} has no rule 'epsilon': expected rule 'g"
     ):
         relevance(model, x, "class:1", "a")
     made = relevance(model, x, "class:1", "a", rule="gradient")

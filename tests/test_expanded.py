@@ -213,6 +213,7 @@ class Between(nn.Module):
         self.turned = nn.ConvTranspose2d(6, 6, 3, stride=2, padding=1)
         self.gate = nn.Conv2d(6, 6, 1)
         self.lstm, self.gru = nn.LSTM(6, 6, batch_first=True), nn.GRU(6, 6, 2, batch_first=True)
+        self.cell = nn.LSTMCell(6, 6)
         self.step = step
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,6 +325,46 @@ def test_steps_without_a_linear_reading_are_refused(name: str) -> None:
         ValueError, match=f"operation {name.replace('spectrum', 'abs')} in mode linear"
     ):
         expand_weights(model, "a", "b")
+
+
+PRECISION_STEPS: dict[str, Callable[[Between, Tensor], Tensor]] = {
+    "lstm": OTHER_STEPS["lstm"],
+    "gru": OTHER_STEPS["last state of a gru"],
+    "lstm cell": lambda n, x: x + n.cell(x.mean((2, 3)))[0][:, :, None, None],
+    "convolution": lambda n, x: n.gate(x),
+    "transposed convolution": lambda n, x: n.turned(x),
+    "activations": lambda n, x: F.prelu(F.gelu(x), n.gate.bias),
+    "normalised": lambda n, x: F.group_norm(x, 2, n.gate.bias, n.gate.bias),
+    "autocast": lambda n, x: _autocast(n.gate, x),
+}
+
+
+def _autocast(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
+        return layer(x).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", PRECISION_STEPS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_pulled_back_through_parts_of_any_precision(name: str, kind) -> None:
+    """A part in bfloat16 inside a model of float32, against autograd in float64."""
+    step = PRECISION_STEPS[name]
+
+    def mixed(n: Between, x: Tensor) -> Tensor:
+        own = kind if x.dtype == torch.float32 and name != "autocast" else x.dtype
+        return step(n, x.to(own)).to(x.dtype)
+
+    model, exact = (seeded(Between(mixed)) for _ in range(2))
+    exact = HookedModel(exact.double(), (3, 13, 12))
+    if name != "autocast":
+        for part in (model.gate, model.turned, model.lstm, model.gru, model.cell):
+            part.to(kind)
+    x = torch.randn(2, 3, 13, 12)
+    ours = expand_weights(HookedModel(model, (3, 13, 12)), "a", "b", mode="example", examples=x)
+    wanted = by_autograd(exact, "a", "b", ours, x.double())
+    coarse = kind == torch.bfloat16 or name == "autocast"
+    tolerance = (0.05 if coarse else 1e-5) * wanted.abs().max().item()
+    torch.testing.assert_close(ours.weight.double(), wanted, rtol=0, atol=tolerance)
 
 
 def test_in_place_steps_and_a_block_used_twice(own_net: HookedModel) -> None:

@@ -31,6 +31,7 @@ from torch._C._functorch import get_unwrapped
 from torch.overrides import TorchFunctionMode
 
 from circuits.models.adapter.normalisation import local_response_norm
+from circuits.models.paths.tape import RECURRENT
 from circuits.tensors import at_least_single, is_transformed
 
 RelevanceRule = Literal["gradient", "epsilon", "gamma", "z_plus"]
@@ -440,7 +441,8 @@ def _multi_head(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _recurrent(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    if not _carries_gradient(args[0]):
+    states = args[1] if isinstance(args[1], list | tuple) else [args[1]]
+    if not any(map(_carries_gradient, [args[0], *states])):
         return func(*args, **kwargs)
     raise ValueError(
         f"relevance through the recurrent layer {func.__name__} has no rule {p.rule!r}: expected rule 'gradient'"
@@ -688,7 +690,7 @@ _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     F.scaled_dot_product_attention: _attention,
     torch.einsum: _einsum,
     F.glu: _gated_linear,
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **dict.fromkeys(RECURRENT, _recurrent),
     **dict.fromkeys(_RECTIFIERS, _rectified),
     **dict.fromkeys(_SUMS, _sum),
     **dict.fromkeys(_JOINS, _join),

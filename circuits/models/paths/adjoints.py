@@ -200,8 +200,9 @@ def _activation(call: Call) -> Pull:
     # functions have a diagonal Jacobian, so that pulling back ones gives all derivatives at once.
     @cache
     def slope() -> Tensor:
-        _, pull, *_ = torch.func.vjp(lambda x: _rerun(call, {"self": x}), given)
-        return pull(torch.ones_like(given))[0]
+        wide = {k: _in_precision(given if k == "self" else v) for k, v in call.values.items()}
+        output, pull, *_ = torch.func.vjp(lambda x: _rerun(call, wide | {"self": x}), wide["self"])
+        return pull(torch.ones_like(output))[0]
 
     return lambda g, paths: _scaled(slope())(g, paths)
 
@@ -631,7 +632,7 @@ def _copied(value: Any) -> Any:
 
 
 def _in_precision(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # an LSTM is given its two states as a tuple
         return [_in_precision(item) for item in value]
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value

@@ -168,7 +168,7 @@ class _Composites(TorchFunctionMode):
             return self._whole(
                 func, args, kwargs, values | dict(zip(names, args, strict=False)) | kwargs
             )
-        if func in _RECURRENT and not kwargs:
+        if func in RECURRENT and not kwargs:
             return self._whole(func, args, kwargs, {f"argument {i}": v for i, v in enumerate(args)})
         return func(*args, **kwargs)
 
@@ -191,7 +191,10 @@ class _Composites(TorchFunctionMode):
         return output
 
 
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+RECURRENT = (
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+)  # fmt: skip
 """Functions that write into parts of tensors."""
 
 
