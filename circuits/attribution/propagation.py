@@ -160,10 +160,7 @@ class Propagation(TorchFunctionMode):
     ) -> Tensor:
         """Positive inputs times one set of weights plus negative inputs times the other."""
         made = apply(x.clamp_min(0), up)
-        negative = is_transformed(x) or bool(
-            (x < 0).any()
-        )  # inside vmap, only all examples could tell
-        return made + apply(x.clamp_max(0), down) if negative else made
+        return made + apply(x.clamp_max(0), down) if _holds_any(x < 0) else made
 
 
 def _smallest(x: Tensor) -> float:
@@ -274,9 +271,14 @@ def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     if x is None:
         return out
     at_zero, held = x.abs() < _smallest(x), out.detach()
-    if ((held != 0) & at_zero).any():
+    if _holds_any((held != 0) & at_zero):
         held = p.constant(held, held)
     return torch.where(at_zero, held, _scaled_by(x, out))
+
+
+def _holds_any(found: Tensor) -> bool:
+    """Whether something is found; inside `torch.func.vmap`, where values cannot be asked for, it may be."""
+    return is_transformed(found) or bool(found.any())
 
 
 def _power(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
@@ -553,7 +555,7 @@ def _affine(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
     rest = func(*map(without, args), **{k: without(v) for k, v in kwargs.items()})
     rest = rest.nan_to_num(0, 0, 0)
-    return out + (p.constant(rest, out) - rest) if rest.any() else out
+    return out + (p.constant(rest, out) - rest) if _holds_any(rest) else out
 
 
 def _added(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
