@@ -116,7 +116,9 @@ def split_attached(text: str) -> list[str]:
 def _is_path(text: str) -> bool:
     """Whether a text, or what is left of it without its scheme and key, is a path that exists."""
     paths = [text, text.partition(":")[2]]
-    paths += [path.rpartition(":")[0] for path in paths]
+    # A `+` in what follows the path (`own.py:net+sae/one`) is none of the path's.
+    cuts = [path.rpartition(":") for path in paths]
+    paths += [path for path, _, key in cuts if "+" not in key]
     return any(path and _exists(path) for path in paths)
 
 

@@ -58,6 +58,9 @@ def test_a_file_of_ones_own_needs_no_scheme(
         assert specs.runs_code(text)
     for text in ("shapes", "tokens:stories.txt", "shapes+sae/x"):
         assert not specs.runs_code(text)
+    assert specs.split_attached("own.py:net+sae/x") == ["own.py:net", "sae/x"]
+    assert specs.split_attached(f"{spec}+sae/x") == [spec, "sae/x"]
+    assert specs.split_attached(f"hf:{odd}:vision+sae/x") == [f"hf:{odd}:vision", "sae/x"]
 
 
 def test_a_plus_in_a_path_is_no_separator(tmp_path: Path) -> None:

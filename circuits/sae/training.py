@@ -241,7 +241,8 @@ def _check_settings(
     n = len(source)
     if schedule.batch > n:
         raise ValueError(
-            f"batch {schedule.batch}: there are only {n} rows of site {source.about['site']!r}"
+            f"batch {schedule.batch}: there are only {n} rows of site {source.about['site']!r}: expected at most as many "
+            "rows in a batch"
         )
     wide = max(s.n_latents for s in several.values())
     if n < wide:

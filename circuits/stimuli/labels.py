@@ -313,7 +313,15 @@ class _Classes:
             return label
         if label is None:
             raise ValueError(f"{example!r} has no label: expected a file with labels")
-        raise ValueError(f"label {label!r} of {example!r} is not a class of the model")
+        if not names:
+            raise ValueError(
+                f"label {label!r} of {example!r}: the model has no names of classes: expected numbers, or a model with "
+                "names (`HookedModel(…, classes=[…])`)"
+            )
+        known = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ValueError(
+            f"label {label!r} of {example!r} is not a class of the model: expected one of {known}"
+        )
 
 
 def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], int]:

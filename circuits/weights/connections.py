@@ -32,8 +32,9 @@ class Connection:
             the map that it reads with zeros between its places, as many as its stride leaves), a single number for a
             linear layer, (Q, K, V) composition scores between heads (Q and K where a query attends to its own position:
             rotary embeddings turn them elsewhere). Batch norm and constants on either side of the layer are multiplied
-            in, of other norms their gain (what they divide by depends on the example, and is left out); if the source
-            reaches the layer along several paths, their kernels are added.
+            in, of other norms their gain; what depends on the example is left out: what a norm divides by, and a gate
+            that is one number a channel (squeeze-excite). So is the mean that a layer norm subtracts, but for
+            TransformerLens bridges. If the source reaches the layer along several paths, their kernels are added.
         layer: the layer's name.
         through: sites between the source and the layer (pooling, normalisation), nearest to the layer last.
         typical: for comparison, the median norm of the kernels from all sources of the same target (for an incoming
