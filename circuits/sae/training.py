@@ -241,8 +241,8 @@ def _check_settings(
     n = len(source)
     if schedule.batch > n:
         raise ValueError(
-            f"batch {schedule.batch}: there are only {n} rows of site {source.about['site']!r}: expected at most as many "
-            "rows in a batch"
+            f"batch {schedule.batch}: there are only {n} rows of site {source.about['site']!r}: expected a "
+            "batch of at most as many"
         )
     wide = max(s.n_latents for s in several.values())
     if n < wide:
