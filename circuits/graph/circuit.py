@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import networkx as nx
 
@@ -141,8 +141,8 @@ class CircuitGraph(nx.MultiDiGraph):
         target: Node,
         kind: str,
         *,
-        sum: float,
-        norm: float | None = None,
+        sum: SupportsFloat,
+        norm: SupportsFloat | None = None,
         **attributes: Any,
     ) -> None:
         """Add an edge, over one of the same kind and layer.
@@ -153,8 +153,8 @@ class CircuitGraph(nx.MultiDiGraph):
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} of an edge is not one of {', '.join(KINDS)}")
-        sum, norm = (plain_number(number) for number in (sum, norm))
-        for name, number in (("sum", sum), ("norm", norm)):
+        total, strength = (plain_number(number) for number in (sum, norm))
+        for name, number in (("sum", total), ("norm", strength)):
             if not isinstance(number, int | float) and (name, number) != ("norm", None):
                 raise TypeError(
                     f"{name} of the edge {source} -> {target} is {type(number).__name__}: expected a number"
@@ -164,8 +164,8 @@ class CircuitGraph(nx.MultiDiGraph):
         # Two layers may connect the same units; their edges stay apart.
         key = f"{kind}:{layer}" if layer else kind
         # An edge with one number is as strong as that number is large.
-        strength = abs(sum) if norm is None else norm
-        self.add_edge(source, target, key, kind=kind, sum=sum, norm=strength, **attributes)
+        strength = abs(total) if strength is None else strength
+        self.add_edge(source, target, key, kind=kind, sum=total, norm=strength, **attributes)
 
     @property
     def model_hash(self) -> str:
