@@ -106,7 +106,7 @@ class Subject:
 
     @property
     def known(self) -> tuple[Place, ...]:
-        """The places, of which there must be one."""
+        """The places; the verb does not apply if there are none."""
         needs(bool(self.places))
         return self.places
 
@@ -805,7 +805,7 @@ class Cell:
 
 
 def attempt(verb: Callable[[], Any], loading: bool = False) -> Cell:
-    """Run a verb and judge what comes of it."""
+    """Run a verb, and classify its outcome."""
     COMPARED[0] = 0
     try:
         verb()

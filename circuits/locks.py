@@ -19,7 +19,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -241,16 +241,21 @@ def _text(path: str) -> str:
         return ""  # no Linux
 
 
+def _answers(signal: Callable[[int, int], None], number: int) -> bool:
+    """Whether a process or group is there to be signalled; another user's is, though it refuses."""
+    try:
+        signal(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _started(pid: int) -> int | None:
     """When a process started, 0 if this machine does not tell; None if it has ended."""
     if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            return 0  # another user's
-        return 0
+        return 0 if _answers(os.kill, pid) else None
     state = _state(pid)
     return None if state is None else state[1]
 
@@ -267,12 +272,6 @@ def _state(pid: int | str) -> tuple[int, int] | None:
 def _group_lives(group: int) -> bool:
     """Whether a process of a group lives whose first process has ended."""
     if not Path("/proc/self/stat").exists():
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+        return _answers(os.killpg, group)
     states = (_state(p.name) for p in Path("/proc").iterdir() if p.name.isdigit())
     return any(state is not None and state[0] == group for state in states)

@@ -216,14 +216,14 @@ def _incoming(model: HookedModel, site: str) -> tuple[Vectors, str, Branches | N
     if not sources:
         raise ValueError(_not_built(model, site))
     parts = [part for source in sources for part in raw_weights(model, source, site)]
-    beside = _side_by_side(parts, model.n_units(site))
+    raw = _side_by_side(parts, model.n_units(site))
     branches = _branches(parts, model.n_units(site))
     if branches is not None:
         expanded = expand_weights(model, sources[0], site).weight.numpy()
-        if not (beside.any(1) & ~expanded.reshape(len(expanded), -1).any(1)).any():
+        if not (raw.any(1) & ~expanded.reshape(len(expanded), -1).any(1)).any():
             what = f"expanded weights from {sources[0]}, blurred by a position and centred in each branch"
             return _comparable(expanded, branches), what, branches
-    return beside, f"weights from {', '.join(sources)}", branches
+    return raw, f"weights from {', '.join(sources)}", branches
 
 
 def _branches(parts: Sequence[LayerWeights], n_units: int) -> Branches | None:

@@ -29,7 +29,7 @@ from circuits.units import Unit
 SITES = {"shapes": "mixed3b_5x5", "googlenet": "mixed3b_5x5"}
 """Where curve units are looked for, unless told otherwise: the branch with the largest kernels."""
 
-_LOOKING = 5  # looking for curve units is one part in so many, for the progress bar
+_LOOKING = 5  # finding the curve units takes about a fifth of the time: for the progress bar
 
 
 def site_of(host: HookedModel, options: Options) -> str:

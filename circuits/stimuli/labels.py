@@ -33,10 +33,10 @@ def read_labels(
         source: the examples.
         classes: the names of the model's classes, by index; empty if they have no names.
         path: a file with a class for each example: in the order of the examples, or by their names (see `by_example`).
-            A class is an index or a name. In `.json` a list or a mapping, either of them also under `labels`, with
-            `names` beside a list; in `.csv` and `.tsv` a column `label`, and `name` beside it; in `.npz` an array
-            `labels` (`FILE.npz:KEY` for another), and `names` beside it; in `.npy` an array. By default the class is
-            part of the example's name: the folder of an image, or what comes before ` #`.
+            A class is an index or a name. In `.json` a list or a mapping, either of them also under `labels`; a
+            list may come with `names`; in `.csv` and `.tsv` a column `label` and optionally `name`; in `.npz` an
+            array `labels` (`FILE.npz:KEY` for another) and optionally `names`; in `.npy` an array. By default the
+            class is part of the example's name: the folder of an image, or what comes before ` #`.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -171,7 +171,7 @@ def _of_tokens(transformer: Transformer, read: HeadRead) -> HeadRead:
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """How much of what a head writes a later head reads, beside the same of random matrices.
+    """How much of what a head writes a later head reads, compared with random matrices.
 
     Attributes:
         source: the earlier head.
@@ -202,11 +202,11 @@ def head_composition(
     seed: int = 0,
     hold_norms: bool = False,
 ) -> Composition:
-    """Q-, K- and V-composition of two heads (Elhage et al. 2021, "Composition"), beside random matrices.
+    """Q-, K- and V-composition of two heads (Elhage et al. 2021, "Composition"), compared with random matrices.
 
     Products of matrices of low rank are small by chance, the smaller the fewer dimensions they share, so a score says
-    something only beside that of matrices of equal spectrum: singular values are kept, and the earlier head's output is
-    turned by a random rotation of the residual stream.
+    something only in comparison with matrices of equal spectrum: singular values are kept, and the earlier head's
+    output is turned by a random rotation of the residual stream.
 
     Args:
         model: a TransformerLens bridge.

@@ -34,8 +34,8 @@ def program_digest(program: Program) -> str:
 
 
 def model_digest(module: nn.Module, operations: str, weights: str) -> str:
-    """SHA-256 over a model's `weights_digest`, its `program_digest`, the settings of its modules, and what its state
-    dict holds beside tensors (packed weights of quantised layers).
+    """SHA-256 over a model's `weights_digest`, its `program_digest`, the settings of its modules, and what else its
+    state dict holds (packed weights of quantised layers).
     """
     digest = hashlib.sha256(f"{weights}|{operations}|".encode())
     for name, part in module.named_modules():

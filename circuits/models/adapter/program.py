@@ -2,8 +2,8 @@
 
 Autograd's graph and torch's dispatcher show what a pass executes after torch has chosen kernels, which differ between
 machines, threads and versions. A `Program` holds what the model's code asks for: the functions that it calls, with
-their constants, and which tensor goes where. What a model *is* beside its weights follows from it: a changed `forward`,
-an axis's meaning, dropout that is always on.
+their constants, and which tensor goes where. What a model *is*, apart from its weights, follows from it: a changed
+`forward`, an axis's meaning, dropout that is always on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -106,20 +106,21 @@ class Program:
             yield f"{made} = {op.name} {_text(op.args)} {_text(dict(sorted(op.kwargs.items())))}{precision}"
 
 
-class Running:
-    """Knows the innermost module that runs, inside the block, in the thread that entered it.
+class Watch(TorchFunctionMode):
+    """A torch function mode that knows which module runs, in the thread that entered it.
 
     Args:
         root: the model.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        super().__init__()
         self._root = root
         self._stack: list[tuple[str, nn.Module]] = []
         self._handles: list[Any] = []
         self._thread = 0
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         try:
             for path, module in self._root.named_modules():
@@ -127,11 +128,16 @@ class Running:
                 self._handles.append(module.register_forward_pre_hook(entering, prepend=True))
                 self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
         except BaseException:
-            self.__exit__()
+            self._let_go()
             raise
+        super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._let_go()
+
+    def _let_go(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -152,7 +158,7 @@ class Running:
             self._stack.pop()
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(Watch):
     """Records the `Program` of the forward pass that runs inside the block.
 
     Args:
@@ -166,9 +172,8 @@ class Recorder(TorchFunctionMode):
     def __init__(
         self, root: nn.Module, examples: Sequence[Tensor], before: Recorder | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(root)
         self._before = before
-        self._root = root
         self._operations: list[Operation] = []
         self._sources: dict[Value, str] = {}
         self._shapes: dict[Value, tuple[int, ...]] = {}
@@ -188,16 +193,6 @@ class Recorder(TorchFunctionMode):
         }
         # Numbers that the model's code reads off tensors differ by rounding from machine to machine.
         self._read: set[float] = set()
-        self._running = Running(root)
-
-    def __enter__(self) -> Recorder:
-        self._running.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._running.__exit__()
 
     @property
     def program(self) -> Program:
@@ -222,7 +217,7 @@ class Recorder(TorchFunctionMode):
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
-            path, _ = self._running.innermost
+            path, _ = self.innermost
             self._operations.append(Operation(name, given, named, outputs, path, _autocast()))
         return output
 

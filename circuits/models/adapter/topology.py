@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from circuits.autograd import recording_gradients
 from circuits.hooks import Tap, record
-from circuits.models.adapter.program import Running
+from circuits.models.adapter.program import Watch
 from circuits.models.adapter.sites import evaluating
 from circuits.models.adapter.walk import (
     Node,
@@ -181,24 +180,14 @@ class CircularPad(torch.autograd.Function):
         return F.pad(x, tuple(pad), mode="circular")
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(Watch):
     """Notes the calls of convolution and linear functions in the pass inside the block, in order of execution."""
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__(root)
         self.found: list[_Call] = []
         self._names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = {_memory(p): p for p in root.parameters() if p.numel()}
-        self._running = Running(root)
-
-    def __enter__(self) -> _Calls:
-        self._running.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._running.__exit__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -216,7 +205,7 @@ class _Calls(TorchFunctionMode):
     def _note(self, function: str, layer: _Given | None, output: Tensor) -> None:
         if layer is None or layer.weight.requires_grad:
             return  # it multiplies two activations
-        path, module = self._running.innermost
+        path, module = self.innermost
         weight, transposed = self._parameters.get(_memory(layer.weight)), False
         if weight is None and layer.mirrored is not None:
             weight, transposed = self._parameters.get(_memory(layer.mirrored)), True
