@@ -285,26 +285,24 @@ def edit(s: Subject) -> None:
 
 def ablate(s: Subject) -> None:
     """The KL divergence when a unit is ablated, mean over examples and counted positions."""
-    place = s.late
-    found = circuits.ablate(s.model, [f"{place.site}:1"], s.inputs, n_random=3)
-    before, after = (t.log_softmax(-1) for t in (s.run()[1], without(s, place, 1)))
-    kl = (before.exp() * (before - after)).sum(-1)
-    wanted = kl[:, :-1].mean() if s.tokens else kl.mean()
-    if float(wanted) > 1e-4:  # else it is rounding
-        same(torch.tensor(found.effects["kl"].change), wanted, f"KL without {place.site}:1", 1e-3)
+    found = circuits.ablate(s.model, [f"{s.late.site}:1"], s.inputs, n_random=3)
+    same_divergence(s, s.late, found.effects["kl"].change)
 
 
 def measure(s: Subject) -> None:
     """The effect of an edit that removes a unit: as above."""
-    place = s.early
-    found = circuits.measure(
-        s.model, [circuits.edits.zero(f"{place.site}:1")], s.inputs, n_random=3
-    )
+    edits = [circuits.edits.zero(f"{s.early.site}:1")]
+    found = circuits.measure(s.model, edits, s.inputs, n_random=3)
+    same_divergence(s, s.early, found.effects["kl"].change)
+
+
+def same_divergence(s: Subject, place: Place, ours: float) -> None:
+    """Check the KL divergence from the module's predictions to those that it makes without a unit."""
     before, after = (t.log_softmax(-1) for t in (s.run()[1], without(s, place, 1)))
     kl = (before.exp() * (before - after)).sum(-1)
     wanted = kl[:, :-1].mean() if s.tokens else kl.mean()
-    if float(wanted) > 1e-4:
-        same(torch.tensor(found.effects["kl"].change), wanted, f"KL without {place.site}:1", 1e-3)
+    if float(wanted) > 1e-4:  # else it is rounding
+        same(torch.tensor(ours), wanted, f"KL without {place.site}:1", 1e-3)
 
 
 def gradient(s: Subject, place: Place | None) -> tuple[Tensor, Tensor]:

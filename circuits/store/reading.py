@@ -191,7 +191,9 @@ class ActivationStore:
             s = self.summary(site.name)
             best, density = float(np.fmax.reduce(s.maximum, axis=None)), float(s.density().mean())
             rows.append((site.name, site.n_units, depth, best, density))
-        yield f"{len(p.examples)} examples of {p.data} in {self.folder}"
+        bad = len(self.skipped)
+        less = f", without {bad} that could not be read" if bad else ""
+        yield f"{len(p.examples) - bad} examples of {p.data}{less}, in {self.folder}"
         yield Table(("site", "units", "kept", "largest activation", "mean share above 0"), rows)
 
     @classmethod
