@@ -10,10 +10,9 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import ParamSpec
+from typing import Literal, ParamSpec
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from apps import cached
 from circuits.models.adapter.hooked_model import HookedModel
@@ -170,12 +169,48 @@ def python(code: str, key: str = "") -> None:
         st.code(code.strip("\n"), language="python")
 
 
-def rerun_part() -> None:
-    """Run the fragment again, or the whole page if there is no fragment."""
-    try:
-        st.rerun(scope="fragment")
-    except StreamlitAPIException:  # not in a run of the fragment alone
-        st.rerun()
+def action(
+    label: str,
+    do: Callable[[], object],
+    key: str,
+    *,
+    form: bool = False,
+    disabled: bool = False,
+    primary: bool = False,
+    help: str | None = None,
+) -> None:
+    """A button whose work is done before the page is drawn again.
+
+    A run of the page is stopped when a newer one is asked for (by what the tab has kept, or by the next click), and
+    what `if st.button(...)` guards is then never reached: the click is lost. Callbacks are always called.
+
+    Args:
+        label: on the button.
+        do: what a click does; it reads what is true at the click, and not what was when the button was drawn. A text
+            that it returns is said below the button, and so is what is wrong.
+        key: of the button on the page.
+        form: whether it submits the form that it stands in.
+        disabled: whether it cannot be clicked.
+        primary: whether it is set off.
+        help: shown when a pointer rests on it.
+    """
+    told = f"said by {key}"
+
+    def clicked() -> None:
+        try:
+            said = do()
+            st.session_state[told] = (st.success, said if isinstance(said, str) else "")
+        except TROUBLE as error:
+            st.session_state[told] = (st.error, line(error))
+
+    button = st.form_submit_button if form else st.button
+    kind: Literal["primary", "secondary"] = "primary" if primary else "secondary"
+    button(label, key=key, on_click=clicked, disabled=disabled, type=kind, help=help)
+    say, what = st.session_state.get(told, (st.success, ""))
+    if what:
+        say(what)
+    if AGAIN not in st.session_state:
+        st.session_state.pop(told, None)
 
 
 _P = ParamSpec("_P")

@@ -633,3 +633,36 @@ def test_a_database_is_read_where_nothing_can_be_written(tmp_path: Path, monkeyp
     name_unit(place.database, "h", Unit("a", 1), "kept")
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     assert names_of(place.database, "h")["a:1"].body["text"] == "kept"
+
+
+def test_a_click_is_done_though_its_run_of_the_page_is_stopped() -> None:
+    def page() -> None:
+        import streamlit as st
+
+        from apps.address import action
+
+        def do() -> str:
+            done = st.session_state.setdefault("done", [])
+            done.append(1)
+            if len(done) == 3:
+                raise ValueError("the third [is](http://a.example) refused")
+            return f"Done {len(done)}."
+
+        if st.session_state.get("stop"):
+            st.stop()  # as when a newer run takes this one's place before its button is reached
+        action("Do it", do, "it")
+
+    test = AppTest.from_function(page, default_timeout=60).run()
+    test.button("it").click().run()
+    assert [box.value for box in test.success] == ["Done 1."]
+    test.session_state["stop"] = True
+    test.button("it").click().run()
+    assert test.session_state["done"] == [1, 1]
+    test.session_state["stop"] = False
+    test.run()
+    assert [box.value for box in test.success] == ["Done 2."], "said when it can be"
+    test.button("it").click().run()
+    assert [box.value for box in test.error] == [
+        "the third \\[is\\]\\(http\\://a.example\\) refused"
+    ]
+    assert not test.run().error, "said once"

@@ -376,6 +376,7 @@ def test_a_job_edits_and_a_circuit_outlive_a_reload_and_the_server(
     expect(page.get_by_text("scale units=line:3 factor=0")).to_be_visible()
     quiet(page)
     page.goto(f"{url}/circuit?model=shapes&unit=mixed3b:200")
+    expect(page.get_by_role("button", name="Add", exact=True)).to_be_visible()  # Enter clicks it
     page.get_by_label("Add units").fill("mixed3a:0")
     page.get_by_label("Add units").press("Enter")
     page.wait_for_function(ON_CANVAS, arg="mixed3a:0")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import numpy as np
 import streamlit as st
 
 from apps import cached, drawing
-from apps.address import TROUBLE, line, link, named, plain, rerun_part
+from apps.address import TROUBLE, action, line, link, named, plain
 from apps.drawing import Drawing
 from apps.showing import show
 from circuits.figures import circuit_figure, figure_bytes, matrix_figure
@@ -29,24 +31,36 @@ def tools_panel(record: ModelRecord, model: HookedModel, store: GraphStore, now:
         st.form("add-units", border=False),
         st.container(horizontal=True, vertical_alignment="bottom"),
     ):
-        words = st.text_input(
-            "Add units", placeholder="SITE:INDEX; separate several with spaces", max_chars=400
-        )
-        if st.form_submit_button("Add"):
-            try:
-                units = [store.check(model.unit(word)) for word in words.split()]
-                drawing.change(record.hash, drawing.with_units(now.graph, store, units))
-            except TROUBLE as error:
-                st.error(line(error))
-            else:
-                rerun_part()
+        st.text_input(
+            "Add units", placeholder="SITE:INDEX; separate several with spaces", max_chars=400,
+            key="canvas-units",
+        )  # fmt: skip
+
+        def added(graph: CircuitGraph) -> CircuitGraph:
+            words = st.session_state["canvas-units"].split()
+            return drawing.with_units(graph, store, [store.check(model.unit(w)) for w in words])
+
+        _changes("Add", record, added, "canvas-add", form=True)
     with st.container(horizontal=True):
-        if st.button("Undo", disabled=not now.past, key="canvas-undo"):
-            drawing.undo(record.hash)
-            rerun_part()
-        if st.button("Lay out by layer", key="canvas-tidy"):
-            drawing.change(record.hash, drawing.tidied(now.graph))
-            rerun_part()
+        action("Undo", lambda: drawing.undo(record.hash), "canvas-undo", disabled=not now.past)
+        _changes("Lay out by layer", record, drawing.tidied, "canvas-tidy")
+
+
+def _changes(
+    label: str,
+    record: ModelRecord,
+    change: Callable[[CircuitGraph], CircuitGraph],
+    key: str,
+    form: bool = False,
+) -> None:
+    """A button that makes another circuit of the one that is drawn when it is clicked."""
+
+    def changed() -> None:
+        now = drawing.drawing(record.hash)
+        assert now is not None, "begun by the page"
+        drawing.change(record.hash, change(now.graph))
+
+    action(label, changed, key, form=form)
 
 
 def selection_panel(
@@ -72,26 +86,16 @@ def _unit(record: ModelRecord, model: HookedModel, store: GraphStore, unit: Unit
     label = cached.label_of(record)
     st.subheader(named(model, unit) if unit.site != INPUT else str(unit))
     top = int(st.number_input("How many", 1, 50, 5, key="canvas-top"))
-    now = drawing.drawing(record.hash)
-    assert now is not None, "begun by the page"
     with st.container(horizontal=True):
         for text, incoming in (("Add what builds it", True), ("Add what it builds", False)):
-            if st.button(text, key=f"canvas-add-{incoming}"):
-                _change(record, drawing.with_neighbours(now.graph, store, unit, incoming, top))
-        if st.button("Remove it", key="canvas-remove"):
-            _change(record, drawing.without(now.graph, unit))
+            grown = partial(
+                drawing.with_neighbours, store=store, unit=unit, incoming=incoming, top=top
+            )
+            _changes(text, record, grown, f"canvas-add-{incoming}")
+        _changes("Remove it", record, partial(drawing.without, node=unit), "canvas-remove")
         if unit.site != INPUT:
             link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
             link("edits", "Edit it", model=label, on=unit)
-
-
-def _change(record: ModelRecord, graph: CircuitGraph) -> None:
-    try:
-        drawing.change(record.hash, graph)
-    except ValueError as error:
-        st.error(line(error))
-    else:
-        rerun_part()
 
 
 def _edge(
@@ -128,7 +132,7 @@ def _edge(
 def keep_panel(record: ModelRecord, now: Drawing, shown: CircuitGraph) -> None:
     """Save under a name, open another, compare versions, export."""
     with st.expander("Save, open, compare, export"):
-        _save(record, now)
+        _save(record)
         _saved(record, now)
         with st.container(horizontal=True):
             st.download_button(
@@ -149,18 +153,20 @@ def keep_panel(record: ModelRecord, now: Drawing, shown: CircuitGraph) -> None:
                 )
 
 
-def _save(record: ModelRecord, now: Drawing) -> None:
-    name = st.text_input("Name", key="circuit-name", max_chars=200)
-    note = st.text_input("Why", key="circuit-note", max_chars=1000)
-    if st.button("Save", key="circuit-save"):
+def _save(record: ModelRecord) -> None:
+    st.text_input("Name", key="circuit-name", max_chars=200)
+    st.text_input("Why", key="circuit-note", max_chars=1000)
+
+    def saved() -> str:
+        now = drawing.drawing(record.hash)
+        assert now is not None, "begun by the page"
         graph = now.graph.copy()
         graph.graph["model_hash"] = record.hash
-        try:
-            made = save_circuit(cached.workspace().writable().database, name, graph, note)
-        except (ValueError, OSError) as error:
-            st.error(line(error))
-        else:
-            st.success(f"Saved as version {made.version} of {plain(made.name)}.")
+        name, note = st.session_state["circuit-name"], st.session_state["circuit-note"]
+        made = save_circuit(cached.workspace().writable().database, name, graph, note)
+        return f"Saved as version {made.version} of {plain(made.name)}."
+
+    action("Save", saved, "circuit-save")
 
 
 def _saved(record: ModelRecord, now: Drawing) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import streamlit as st
 
 from apps import cached, editing, tab_storage
-from apps.address import TROUBLE, line, link, part, python
+from apps.address import TROUBLE, action, line, link, part, python
 from apps.cached import Decisions
 from circuits.concepts import Intervention, as_recipe
 from circuits.concepts.bottleneck import Explanation
@@ -125,9 +125,12 @@ def _keep(record: ModelRecord, done: list[Intervention]) -> None:
     model = cached.model_of(record)
     with st.container(horizontal=True):
         edits = as_recipe(model, done).edits
-        if st.button("Put in force as edits of the model", key="decide-edit"):
+        tab_storage.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
+
+        def put() -> None:
             editing.keep(record.hash, editing.stack(record.hash).changed(edits))
-            tab_storage.keep(editing.kept(), "keeper-decisions")  # this part runs without the page
+
+        action("Put in force as edits of the model", put, "decide-edit")
         if editing.stack(record.hash).text == editing.Stack(edits).text:
             st.success("In force in your session.")
         link("edits", "See the edits", model=cached.label_of(record))

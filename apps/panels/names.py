@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import line, plain
+from apps.address import action, plain
 from circuits.concepts import history, name_unit, names_of
 from circuits.database import Record
 from circuits.units import Unit
@@ -21,15 +21,15 @@ def names_panel(unit: Unit, model_hash: str) -> None:
             for old in history(cached.workspace().database, model_hash, unit):
                 st.caption(_in_words(old))
     with right.popover("Name it"), st.form(f"name-{model_hash}-{unit}", clear_on_submit=True):
-        name = st.text_input("What it is", max_chars=200)
-        why = st.text_input("Why", max_chars=1000)
-        if st.form_submit_button("Keep"):
-            try:
-                name_unit(cached.workspace().writable().database, model_hash, unit, name, why)
-            except (ValueError, OSError) as error:
-                st.error(line(error))
-            else:
-                st.rerun()
+        key = f"name-{model_hash}-{unit}"
+        st.text_input("What it is", max_chars=200, key=f"{key}-is")
+        st.text_input("Why", max_chars=1000, key=f"{key}-why")
+
+        def named() -> None:
+            name, why = st.session_state[f"{key}-is"], st.session_state[f"{key}-why"]
+            name_unit(cached.workspace().writable().database, model_hash, unit, name, why)
+
+        action("Keep", named, f"{key}-keep", form=True)
 
 
 def _in_words(record: Record) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import streamlit as st
 
 from apps import cached, editing
-from apps.address import TROUBLE, line
+from apps.address import TROUBLE, action, line
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import OPERATORS, read_edit
@@ -91,14 +90,14 @@ def add_panel(record: ModelRecord, model: HookedModel) -> None:
         else:
             _add_way(record, model, ways)
     with st.expander("Any operator, in words"):
-        words = st.text_input(
+        st.text_input(
             "OPERATOR NAME=VALUE …",
             key="edit-words",
             max_chars=2000,
             placeholder="steer direction=mixed3b:3 amount=2",
         )
-        if st.button("Add", key="edit-add-words") and words.strip():
-            _add(record, model, words)
+        written = lambda: _add(record, model, st.session_state["edit-words"])  # noqa: E731
+        action("Add", written, "edit-add-words")
         st.caption("  \n".join(f"`{name}`: {kind.about}" for name, kind in OPERATORS.items()))
         st.caption("`zero UNITS` is `scale UNITS factor=0`.")
 
@@ -138,17 +137,12 @@ def _add_way(record: ModelRecord, model: HookedModel, ways: dict[str, str]) -> N
             n=st.slider("How much", low, high, value, step, key=f"edit-much-{way}")
         )
     st.code(words, language=None, wrap_lines=True)
-    if st.button("Add this edit", key="edit-add", type="primary"):
-        _add(record, model, words)
+    action("Add this edit", lambda: _add(record, model, words), "edit-add", primary=True)
 
 
 def _add(record: ModelRecord, model: HookedModel, words: str) -> None:
-    try:
+    if words.strip():
         editing.add(record.hash, read_edit(model, words, files=False))
-    except TROUBLE as error:
-        st.error(line(error))
-    else:
-        st.rerun()
 
 
 # --- keeping -------------------------------------------------------------------------------------
@@ -164,30 +158,26 @@ def keep_panel(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
             "Download the recipe", json.dumps(noted.to_dict(), indent=1), "recipe.json", "application/json",
             disabled=not recipe.edits, on_click="ignore",
         )  # fmt: skip
-        if st.button("Save to the ledger", disabled=not recipe.edits, key="edit-ledger"):
-            try:
-                made = Ledger(cached.workspace().writable().database, model).apply(noted)
-            except TROUBLE as error:
-                st.error(line(error))
-            else:
-                st.success(f"{len(made)} on branch main, the last is {made[-1].hash[:12]}.")
+        kept = lambda: _keep(model, noted)  # noqa: E731
+        action("Save to the ledger", kept, "edit-ledger", disabled=not recipe.edits)
     file = st.file_uploader("Open a recipe", type=["json"], key="edit-open", max_upload_size=5)
-    if file is not None and st.button("Put its edits in force", key="edit-load"):
-        _load(record, model, file.getvalue())
+    if file is not None:
+        data = file.getvalue()
+        action("Put its edits in force", lambda: _load(record, model, data), "edit-load")
+
+
+def _keep(model: HookedModel, recipe: Recipe) -> str:
+    made = Ledger(cached.workspace().writable().database, model).apply(recipe)
+    return f"{len(made)} on branch main, the last is {made[-1].hash[:12]}."
 
 
 def _load(record: ModelRecord, model: HookedModel, data: bytes) -> None:
-    try:
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"the file has {len(data)} bytes: expected at most {MOST_BYTES}")
-        found = editing.read_recipe(data)
-        found.check(model)
-        edits: Sequence = Recipe.of(model, found.edits).edits
-    except TROUBLE as error:
-        st.error(line(error))
-    else:
-        editing.keep(record.hash, editing.stack(record.hash).changed(tuple(edits)))
-        st.rerun()
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"the file has {len(data)} bytes: expected at most {MOST_BYTES}")
+    found = editing.read_recipe(data)
+    found.check(model)
+    edits = Recipe.of(model, found.edits).edits
+    editing.keep(record.hash, editing.stack(record.hash).changed(tuple(edits)))
 
 
 def unit_of(recipe: Recipe, model: HookedModel) -> Unit | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from functools import partial
 
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, line, rerun_part
+from apps.address import TROUBLE, action, line
 from circuits import jobs
 from circuits.environment import TRUST_PYTHON
 from circuits.jobs import Job
@@ -37,8 +37,8 @@ def _start() -> None:
     records = {cached.label_of(r): r for r in cached.workspace().models()}
     if not records:
         st.info("The workspace has no model yet: `circuits demo` builds one with three.")
-        if st.button("Build the demo's workspace", key="job-demo"):
-            _begin(["demo", "--no-serve"], "Build the demo's workspace")
+        title = "Build the demo's workspace"
+        action(title, lambda: _begin(["demo", "--no-serve"], title), "job-demo")
         return
     wanted = st.query_params.get("model", "")
     with st.expander("Start one", expanded="do" in st.query_params):
@@ -87,22 +87,17 @@ def _start() -> None:
         }[kind]
         argv += ["--weights", record.weights] if record.weights and kind != "case" else []
         st.code("circuits " + " ".join(argv), language=None, wrap_lines=True)
-        if st.button("Start", key="job-start", type="primary"):
-            _begin(argv, f"{kind} {label} {site}")
+        begin = lambda: _begin(argv, f"{kind} {label} {site}")  # noqa: E731
+        action("Start", begin, "job-start", primary=True)
 
 
 def _begin(argv: list[str], title: str) -> None:
     if any(runs_code(word) for word in argv) and not os.environ.get(TRUST_PYTHON):
-        st.error(
+        raise ValueError(
             "python: models and data run their own code: start the app with `circuits app --trust-python`"
         )
-        return
-    try:
-        made = jobs.start(cached.workspace().writable(), argv, title)
-    except (ValueError, OSError) as error:
-        st.error(line(error))
-    else:
-        st.toast(f"Started {made.title}.")
+    made = jobs.start(cached.workspace().writable(), argv, title)
+    st.toast(f"Started {made.title}.")
 
 
 @st.fragment(run_every=1.5)
@@ -119,24 +114,16 @@ def _show(job: Job) -> None:
         left, right = st.columns([3, 1], vertical_alignment="center")
         left.markdown(f"**{STATES[job.state]}**")
         left.text(f"{job.title} · {job.started[:19]}")
-        if job.state == "running":
-            if right.button("Cancel", key=f"cancel-{job.id}"):
-                _do(jobs.cancel, job)
+        going = job.state == "running"
+        label, do = ("Cancel", jobs.cancel) if going else ("Forget", jobs.remove)
+        with right:
+            about = None if going else "Its results stay."
+            action(label, partial(do, job), f"{label}-{job.id}", help=about)
+        if going:
             share = min(1.0, job.done / job.total) if job.total else 0.0
             st.progress(share, f"{job.done} of {job.total}" if job.total else "starting …")
-        elif right.button("Forget", key=f"forget-{job.id}", help="Its results stay."):
-            _do(jobs.remove, job)
         if job.message:
             st.text(job.message[:300])
         with st.popover("Log and command"):
             st.code("circuits " + " ".join(job.argv), language=None, wrap_lines=True)
             st.code(jobs.log_of(job), language=None)
-
-
-def _do(what: Callable[[Job], object], job: Job) -> None:
-    try:
-        what(job)
-    except (OSError, KeyError) as error:
-        st.error(line(error))
-    else:
-        rerun_part()
