@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,44 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def owned(names: str) -> re.Pattern[str]:
+    """A pattern of the files that a folder's owner writes: those of `names`, and what is left of such if it was killed.
+
+    >>> bool(owned("log").fullmatch("log")), bool(owned("log").fullmatch(".log.x.tmp")), owned("log").fullmatch("a.log")
+    (True, True, None)
+    """
+    return re.compile(rf"({names})|\.({names})\..*\.tmp")
+
+
+def remove_owned(folder: Path, files: re.Pattern[str], first: str) -> list[str]:
+    """Delete the files of a folder whose whole names match, and the folder if there was nothing else in it.
+
+    Everything else is left: files of other names, folders, and symbolic links whatever their name.
+
+    Args:
+        folder: the folder.
+        files: what to delete.
+        first: the file without which an interruption leaves nothing that is taken for a whole.
+
+    Returns:
+        The names of what is left.
+
+    Raises:
+        ValueError: if the folder is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"folder {str(folder)!r} is a symbolic link: expected the folder itself")
+    left = []
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name != first, path.name)):
+        if files.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+        else:
+            left.append(path.name)
+    if not left:
+        folder.rmdir()
+    return left
 
 
 def _is_left(temporary: Path, writer: Holder | None) -> bool:

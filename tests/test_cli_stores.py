@@ -99,6 +99,47 @@ def test_rm_asks_and_leaves_what_is_being_written(
     assert "unknown store" in capsys.readouterr().err
 
 
+def test_rm_leaves_what_is_not_the_stores(store: str, workspace, tmp_path, capsys) -> None:
+    folder, precious = workspace / store, tmp_path / "precious.h5"
+    precious.write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "results.h5").write_text("mine")
+    (folder / "shard-00099.h5").symlink_to(precious)
+    with (folder / "manifest.jsonl").open("a") as manifest:
+        manifest.write('{"file": "notes.txt", "sha256": "0"}\n')
+    (folder / ".statistics.h5.killed.tmp").write_text("half")
+    assert run(["store", "rm", store, "--yes"]) == 0
+    assert "not the store's: notes.txt, results.h5, shard-00099.h5" in capsys.readouterr().err
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["notes.txt", "results.h5", "shard-00099.h5"]
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["outside", "link", "parent"])
+def test_rm_refuses_what_is_not_in_the_workspace(
+    store: str, workspace, tmp_path, capsys, how: str
+) -> None:
+    outside = tmp_path / "elsewhere" / "store"
+    shutil.move(workspace / store, outside)
+    link = {"outside": outside, "link": workspace / store, "parent": workspace / "a" / "store"}[how]
+    if how == "link":
+        link.symlink_to(outside)
+    elif how == "parent":
+        link.parent.symlink_to(outside.parent)
+    before = sorted(outside.iterdir())
+    assert run(["store", "rm", str(link), "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert "is not in the workspace" in said
+    assert "--workspace" in said
+    assert sorted(outside.iterdir()) == before
+
+
+def test_rm_deletes_in_a_workspace_that_is_itself_a_link(store: str, workspace, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(workspace)
+    assert run(["store", "rm", store, "--yes", "--workspace", str(tmp_path / "link")]) == 0
+    assert not (workspace / store).exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

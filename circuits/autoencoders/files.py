@@ -87,6 +87,15 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         raise ValueError(f"autoencoder {str(target)!r}: {error}") from error
 
 
+def is_autoencoder(path: Path) -> bool:
+    """Whether a file's header says that `save_autoencoder` wrote it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a safetensors file, in float32, and the metadata of its header.
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autoencoders import About, Autoencoder, load_autoencoder, save_autoencoder
-from circuits.autoencoders.files import FILE, read_tensors
+from circuits.autoencoders.files import FILE, is_autoencoder, read_tensors
 from circuits.autograd import recording_gradients
 from circuits.files import check_writable, replacing
 from circuits.harvesting.ranks import Ranks
@@ -205,7 +205,8 @@ def train(
                 _resume(run, place / CHECKPOINT, plan)
             elif ranks.rank == 0:
                 for file in place.glob("*.safetensors"):
-                    file.unlink()
+                    if file.name == CHECKPOINT or is_autoencoder(file):
+                        file.unlink()
             _finish_steps(run, place / CHECKPOINT, plan, every, report)
             made = _results(run, name, plan)
             if ranks.rank == 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,12 +21,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.files import replacing
+from circuits.files import owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
 from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
+
+_FILES = owned(
+    r"provenance\.json|manifest(-\d+)*\.jsonl|(reference|statistics|shard-\d{5,})\.h5|\.lock(~.*)?"
+)
+"""The files of a store."""
 
 _MERGED = 1 << 22
 """Numbers in memory together while the arrays with a row for each example are merged."""
@@ -163,7 +167,8 @@ def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Ite
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if overwrite:
-            clear(folder)
+            # The provenance first: if this is interrupted, what is left is not taken for a store.
+            _clear(folder, "provenance", "manifest", "shard", "reference", "statistics")
         if (folder / "provenance.json").exists():
             changed = provenance.difference(Provenance.read(folder))
             if changed:
@@ -173,31 +178,44 @@ def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Ite
                 )
         # The lock is held, so nobody is writing them any more.
         for left in folder.glob(".*.tmp"):
-            left.unlink()  # left by a harvest that was killed
+            if _FILES.fullmatch(left.name):
+                left.unlink()  # left by a harvest that was killed
         provenance.write(folder)
         yield
 
 
-def remove(folder: Path) -> None:
-    """Delete a store, unless it is being written.
+def remove(folder: Path, root: Path) -> list[str]:
+    """Delete a store of a workspace, unless it is being written: its files, and its folder if nothing else is in it.
+
+    Args:
+        folder: the store's folder.
+        root: the workspace's folder.
+
+    Returns:
+        The names of what is left in the folder, which is not the store's.
 
     Raises:
         BlockingIOError: if it is being written.
+        ValueError: if it is not in the workspace, or only by a symbolic link.
         OSError: if it cannot be deleted.
     """
+    place = folder.absolute()
+    real = root.resolve() / os.path.relpath(place, root.absolute())
+    if not place.is_relative_to(root.absolute()) or place.resolve() != real:
+        raise ValueError(
+            f"activation store {str(folder)!r} is not in the workspace {str(root)!r}, or is a symbolic link: expected "
+            "a store's own folder there; name its workspace with --workspace, or delete it by hand"
+        )
     with _alone(folder):
-        (folder / "provenance.json").unlink(
-            missing_ok=True
-        )  # without it, what is left is not taken for a store
-        shutil.rmtree(folder)
+        return remove_owned(folder, _FILES, first="provenance.json")
 
 
-def clear(folder: Path, *names: str) -> None:
-    """Delete the files of a store: all, or those that match a pattern."""
-    # The provenance first: if this is interrupted, what is left is not taken for a store.
-    for name in names or ("provenance.json", "*.jsonl", "*.h5"):
-        for path in folder.glob(name):
-            path.unlink()
+def _clear(folder: Path, *kinds: str) -> None:
+    """Delete the files of a store of some kinds (`shard`, `reference`, …)."""
+    for kind in kinds:
+        for path in folder.glob(f"{kind}*"):
+            if _FILES.fullmatch(path.name):
+                path.unlink()
 
 
 def _alone(folder: Path) -> AbstractContextManager[int]:
@@ -247,7 +265,7 @@ class StoreWriter:
                 (self.folder / name).unlink(missing_ok=True)
             if name == "reference.h5" and name not in found:
                 # Their sums are about the centers that the lost file held.
-                clear(self.folder, "shard-*.h5", "statistics.h5")
+                _clear(self.folder, "shard", "statistics")
         if len(found) < len(self._expected()):
             # The merged numbers are of all shards, one of which may now be made again.
             found.pop("statistics.h5", None)
