@@ -82,6 +82,17 @@ def test_export_writes_what_is_named(store: str, tmp_path: Path, capsys) -> None
     assert out.stat().st_size > 1e6, "what was there is left alone"
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "parquet"])
+def test_exports_are_the_same_bytes(store: str, tmp_path: Path, kind: str) -> None:
+    made = set()
+    for i in range(6):
+        out = tmp_path / f"{i}.{kind}"
+        line = ["store", "export", store, "--site", "line_pool", "--out", str(out)]
+        assert run(line) == 0
+        made.add(out.read_bytes())
+    assert len(made) == 1
+
+
 def test_rm_asks_and_leaves_what_is_being_written(
     store: str, workspace, capsys, monkeypatch
 ) -> None:
