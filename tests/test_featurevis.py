@@ -231,10 +231,16 @@ def test_negative_is_the_unit_before_its_relu(own_net: HookedModel) -> None:
     assert value == pytest.approx(picture.activation, rel=1e-3)
 
 
-def test_a_picture_does_not_depend_on_its_company(own_net: HookedModel) -> None:
+def test_a_picture_depends_on_its_company_by_rounding_alone(own_net: HookedModel) -> None:
     alone = visualize(own_net, "relu:3", steps=6)
-    among = visualize_units(own_net, ["relu:1", "block.conv@1:6", "relu:3"], steps=6)[2]
+    three = ["relu:1", "block.conv@1:6", "relu:3"]
+    among = visualize_units(own_net, three, steps=6)[2]
     torch.testing.assert_close(among.image, alone.image, atol=1e-4, rtol=0)
+    assert (alone.metadata()["made_together"], among.metadata()["made_together"]) == (1, 3)
+    again = visualize_units(own_net, three, steps=6)[2]
+    assert torch.equal(again.image, among.image)
+    assert again.metadata() == among.metadata()
+    assert again.metadata()["threads"] == torch.get_num_threads()
 
 
 def test_thresholds_stops_and_progress(own_net: HookedModel) -> None:
