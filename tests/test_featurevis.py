@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,14 @@ def test_a_picture_depends_on_its_company_by_rounding_alone(own_net: HookedModel
     assert torch.equal(again.image, among.image)
     assert again.metadata() == among.metadata()
     assert again.metadata()["threads"] == torch.get_num_threads()
+
+
+def test_long_objectives_have_file_names_of_their_own(own_net: HookedModel) -> None:
+    made = visualize(own_net, "relu:3", steps=1)
+    ends = ("plain", "cosine", "plain ")
+    names = {replace(made, unit=None, objective="direction " * 9 + end).file_name() for end in ends}
+    assert len(names) == 3
+    assert max(map(len, names)) < 80
 
 
 def test_thresholds_stops_and_progress(own_net: HookedModel) -> None:

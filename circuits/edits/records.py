@@ -241,6 +241,14 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
             # The part before the first `:` and after a `*`: `0.5*mixed3b:379+…` is in mixed3b.
             site = value.partition(":")[0].rpartition("*")[2].lstrip("+-")
             direction = Direction.parse(value, model.site(site).n_units)
+            if "vector" in raw:
+                raise ValueError(
+                    f"edit {_short(text)} gives vector or direction twice: expected one of them"
+                )
+            if model.site(raw.get("site", site)) != model.site(site):
+                raise ValueError(
+                    f"edit {_short(text)}: direction is in {site}, site is {raw['site']}: expected one site for both"
+                )
             raw |= {"site": direction.site, "vector": _as_json(direction.vector.float())}
             continue
         if name not in by_name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,10 @@ class Picture:
         parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
         parts += {"negative": ["negative"], "diverse": [f"diverse{number}"]}.get(facts["kind"], [])
         if self.unit is None or self.objective != str(self.unit):
-            parts += ["".join(c if c.isalnum() else "_" for c in self.objective)[:40]]
+            named = "".join(c if c.isalnum() else "_" for c in self.objective)
+            # A long one ends in its hash: what sets two objectives apart may come late in their texts.
+            mark = hashlib.sha256(self.objective.encode()).hexdigest()[:8]
+            parts += [named if len(named) <= 40 else f"{named[:31]}_{mark}"]
         plain = f"{self.steps}steps-{self.image.shape[-1]}px-seed{self.seed}"
         return plain + "".join(f"-{part}" for part in dict.fromkeys(parts))
 
