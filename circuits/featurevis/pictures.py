@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from circuits.files import replacing
-from circuits.stimuli.images import to_image
+from circuits.stimuli.images import open_picture, to_image
 from circuits.units import Unit
 
 DESCRIPTION = 0x010E
@@ -148,7 +148,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     Raises:
         OSError: if it is not a picture.
     """
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         # PNG has text chunks, WebP EXIF; either is absent from a picture that somebody else made.
         text = getattr(image, "text", {}).get("circuits") or image.getexif().get(DESCRIPTION)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from zipfile import BadZipFile
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
-from circuits.stimuli.images import ImageSource, check_range, to_rgb
+from circuits.stimuli.images import MAX_PIXELS, ImageSource, check_range, decode, read_image, to_rgb
 from circuits.stimuli.texts import TextSource
 from circuits.tensors import tensor_bytes
 
@@ -265,9 +266,35 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
             f"{', '.join(map(str, dataset))}"
         )
+    dataset = _Undecoded(dataset)
     # The files identify the content: reading all examples to hash them would be slow.
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
     return from_dataset(dataset, normal_data(f"hf:{path}"), column or None, identity=fingerprint)
+
+
+class _Undecoded:
+    """A Hugging Face dataset whose images this package decodes: `datasets` would take any format that Pillow knows."""
+
+    def __init__(self, dataset: Any) -> None:
+        from datasets import Image as Stored
+
+        self.images = [name for name, kind in dataset.features.items() if isinstance(kind, Stored)]
+        for name in self.images:
+            dataset = dataset.cast_column(name, Stored(decode=False))
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = self.dataset[i]
+        return item | {name: self._decoded(item[name]) for name in self.images if item[name]}
+
+    def _decoded(self, stored: Mapping[str, Any]) -> Image.Image:
+        content = stored["bytes"]
+        if content is None:
+            return read_image(Path(stored["path"]))
+        return decode(BytesIO(content), stored["path"] or "without a name", MAX_PIXELS)
 
 
 def _file_digest(path: Path) -> str:
