@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,24 @@ def keeping(folder: Path) -> Keep:
         return json.loads(made)
 
     return keep
+
+
+def check_packed(path: Path) -> None:
+    """Raise ValueError if a zip file, as `torch.save` writes one, would unpack to far more than its size.
+
+    `torch.save` compresses nothing, hence one that is packed tight was made to fill the memory of whoever opens it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile:
+        return  # no zip file, or a damaged one, which torch refuses
+    size = path.stat().st_size
+    if inside > 2 * size + 2**20:
+        raise ValueError(
+            f"{str(path)!r} has {inside / 1e6:.0f} MB packed into {size / 1e6:.1f} MB: expected a file that torch.save "
+            "wrote, which packs nothing"
+        )
 
 
 def check_writable(folder: Path, what: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from circuits.autoencoders.autoencoder import About, Autoencoder
 from circuits.autoencoders.files import check_tensors, read_tensors
-from circuits.files import replacing, write_json
+from circuits.files import check_packed, replacing, write_json
 from circuits.tensors import write_tensors
 
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
@@ -253,6 +253,7 @@ def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[st
 
 
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    check_packed(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (

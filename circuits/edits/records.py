@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.stimuli.arrays import read_array
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
 OPERATORS: dict[str, type[Edit]] = {}
@@ -441,7 +441,7 @@ def _from_file(path: str) -> Any:
         raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
     try:
         if path.endswith(".npy"):
-            return _as_json(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+            return _as_json(torch.from_numpy(read_array(Path(path))).float())
         return json.loads(Path(path).read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
