@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import altair as alt
 import pytest
@@ -16,9 +17,12 @@ from circuits.featurevis.natural import NaturalImages
 from circuits.featurevis.pictures import write_image
 from circuits.figures.saving import save_figure
 from circuits.files import write_json
+from circuits.graph.circuit import CircuitGraph
+from circuits.graph.formats import write_circuit
 from circuits.hdf5 import created
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tensors import write_tensors
+from circuits.units import Unit
 from tests.test_autoencoders import made as autoencoder
 
 _MANY = {f"circuits.{name}": "é\t" * 3 for name in "cabdfe"}
@@ -50,6 +54,13 @@ def _hdf5(path: Path) -> None:
         file.create_dataset("packed", data=[[1.0] * 64] * 64, compression="lzf")
 
 
+def _circuit(path: Path) -> None:
+    graph = CircuitGraph(model="m", model_hash="h")
+    graph.connect(Unit("a", 1), Unit("b", 2), "weight", sum=1.0)
+    with patch("time.strftime", lambda *_: str(path)):  # of another day
+        write_circuit(graph, path)
+
+
 def _dictionary(path: Path) -> None:
     export_autoencoder(autoencoder("relu"), path, "dictionary_learning")
 
@@ -58,7 +69,8 @@ def _dictionary(path: Path) -> None:
     ("make", "name"),
     [
         (_tensors, "a.safetensors"), (_natural, "a.safetensors"), (_figure, "a.svg"), (_figure, "a.png"),
-        (_picture, "a.png"), (_picture, "a.webp"), (_hdf5, "a.h5"), (_dictionary, "code"),
+        (_picture, "a.png"), (_picture, "a.webp"), (_circuit, "a.gexf"), (_circuit, "a.graphml"),
+        (_circuit, "a.json"), (_hdf5, "a.h5"), (_dictionary, "code"),
         (lambda path: write_json(path, {"b": 1, "a": [2.5]}), "a.json"),
     ],
 )  # fmt: skip

@@ -76,13 +76,21 @@ def read_image(path: Path) -> Image.Image:
     return decode(path, str(path), MAX_PIXELS)
 
 
+class TooManyPixelsError(OSError):
+    """A picture whose header says that it is larger than Pillow opens."""
+
+
 def open_picture(file: str | Path | BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image file of one of some formats: the one way in which this package does.
 
     Raises:
         OSError: if it is of no such format.
+        TooManyPixelsError: if it is larger than Pillow opens.
     """
-    return Image.open(file, formats=formats)
+    try:
+        return Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(f"picture {str(file)!r} has too many pixels") from error
 
 
 def decode(
@@ -113,7 +121,7 @@ def decode(
         raise ValueError(
             f"image {name!r} cannot be read: expected a whole image in {', '.join(formats)}"
         ) from error
-    except Image.DecompressionBombError as error:
+    except TooManyPixelsError as error:
         raise ValueError(f"image {name!r} has too many pixels: expected at most {most}") from error
     except _UNREADABLE as error:
         raise ValueError(f"image {name!r} cannot be read: {error}") from error
