@@ -43,6 +43,7 @@ from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, loa
 from circuits.saliency import saliency_map
 from circuits.saliency.maps import Method as PixelMethod
 from circuits.specs import split_attached
+from circuits.stimuli.images import open_picture
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -336,7 +337,7 @@ def expanded_of(model: HookedModel, source: Unit, target: Unit) -> tuple[np.ndar
 
 @st.cache_data(show_spinner=False, max_entries=2048)
 def _thumbnail(path: str, written: int, size: int) -> str:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         small = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)
