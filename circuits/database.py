@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.history import Log, signed
+from circuits.json_files import parse_json
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -233,4 +234,8 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
 
 def _record(row: tuple[Any, ...]) -> Record:
     made = Record(*row)
-    return made if made.body is None else replace(made, body=json.loads(made.body))
+    return (
+        made
+        if made.body is None
+        else replace(made, body=parse_json(made.body, f"{made.kind} {made.name!r}"))
+    )

@@ -15,7 +15,6 @@ frees a lock however its holder ends, and never of a process number, which may b
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import runpy
@@ -36,6 +35,7 @@ from typing import Literal, NoReturn
 
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.locks import hand_on, held, is_held
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
@@ -241,7 +241,7 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
 
 def _read(folder: Path) -> Job | None:
     try:
-        asked = json.loads((folder / "job.json").read_text())
+        asked = read_json(folder / "job.json")
         argv, title, started = tuple(asked["argv"]), asked["title"], asked["started"]
         state = _state(folder)
         at, done, total = _progress(folder)
@@ -265,7 +265,7 @@ def _state(folder: Path) -> State:
     if _is_running(folder):
         return "running"
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = read_json(folder / "result.json")
         code, cancelled = result["code"], result["cancelled"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "lost"
@@ -277,7 +277,7 @@ def _state(folder: Path) -> State:
 def _progress(folder: Path) -> tuple[str, int, int]:
     """What it is at, how much of it is done and how much there is."""
     try:
-        told = json.loads((folder / "progress").read_text())
+        told = read_json(folder / "progress")
         return str(told["what"]), int(told["done"]), int(told["total"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "", 0, 0
@@ -342,7 +342,7 @@ def _run(folder: Path) -> None:
     The child holds the lock too, being forked. If this process alone is killed, the job is still running,
     as is true, and can be cancelled.
     """
-    argv = json.loads((folder / "job.json").read_text())["argv"]
+    argv = read_json(folder / "job.json")["argv"]
     heard: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: heard.append(got))

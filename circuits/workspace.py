@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from urllib.parse import unquote
 from circuits.database import Database
 from circuits.environment import WORKSPACE
 from circuits.files import check_writable, write_json
+from circuits.json_files import read_json
 from circuits.units import Unit
 
 _LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file systems take
@@ -273,7 +273,7 @@ class Workspace:
 
 def _read_record(path: Path) -> ModelRecord | None:
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
         outputs = tuple(raw.get("outputs", ()))
         record = ModelRecord(**{**raw, "outputs": outputs})
     except (ValueError, TypeError, AttributeError, OSError):

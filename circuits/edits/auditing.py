@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Generator, Iterator, Mapping
 
 from circuits.database import Database
 from circuits.edits.entries import TABLES, Entry, Event
 from circuits.history import content_hash
+from circuits.json_files import parse_json
 
 
 def verify(database: Database) -> list[str]:
@@ -80,7 +80,7 @@ def _event_faults(
     for i, model_hash, branch, name, text in connection.execute(query):
         try:
             event = Event.read(name, text)
-            raw = json.loads(text)
+            raw = parse_json(text, f"event {i}")
         except (ValueError, KeyError, TypeError) as error:
             yield f"event {i}: {error.args[0]}"
             continue

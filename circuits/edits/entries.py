@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from circuits.edits.records import Edit, canonical, parse_edit
 from circuits.history import Log, content_hash
+from circuits.json_files import parse_json
 
 SCHEMA = 1
 """Version of the layout of entries and events."""
@@ -149,7 +149,7 @@ def _read(what: str, name: str, text: str) -> dict[str, Any]:
     # Checked on each read, not only by `verify`: nothing is ever computed from a row that was changed.
     if not isinstance(text, str) or content_hash(text) != name:
         raise LedgerError(f"ledger {what} {str(name)[:12]} was changed: its text has another hash")
-    raw = json.loads(text)
+    raw = parse_json(text, f"ledger {what} {name[:12]}")
     if raw.pop("schema") != SCHEMA:
         raise LedgerError(f"ledger {what} {name[:12]} has a layout that is not known")
     return raw

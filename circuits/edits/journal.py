@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from circuits.edits.positions import Made
 from circuits.edits.records import canonical
 from circuits.files import finite
 from circuits.history import LAST, content_hash, signed
+from circuits.json_files import parse_json
 
 _TRIES = 20
 """How often an edit is made on a branch to which somebody else adds meanwhile."""
@@ -158,7 +158,7 @@ class Journal:
         """What was measured of an entry, oldest first."""
         whole = self.resolved(digest)
         wanted = [e.report for e in self.events() if e.kind == "measure" and e.entry == whole]
-        return [json.loads(self._report(report)) for report in wanted]
+        return [parse_json(self._report(report), f"report {report[:12]}") for report in wanted]
 
     def _report(self, digest: str) -> str:
         fault = f"report {digest[:12]} was changed or is missing"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
@@ -434,7 +435,7 @@ def _from_file(path: str) -> Any:
     try:
         if path.endswith(".npy"):
             return _as_json(torch.from_numpy(np.load(path, allow_pickle=False)).float())
-        return json.loads(Path(path).read_text())
+        return read_json(path)
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
 

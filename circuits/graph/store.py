@@ -13,7 +13,6 @@ blocks. No file changes after it is renamed into place.
 from __future__ import annotations
 
 import heapq
-import json
 import mmap
 import os
 import re
@@ -27,6 +26,7 @@ from circuits.graph.blocks import FORMAT, BlockInfo, writing
 from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
 from circuits.hdf5 import opened
+from circuits.json_files import parse_json
 from circuits.units import Unit, unknown
 
 FILE = "graph.h5"
@@ -89,7 +89,7 @@ class _File:
         self.path = path
         try:
             self._file: Any = opened(path)
-            self.index = json.loads(bytes(self._file["index"][()]))
+            self.index = parse_json(bytes(self._file["index"][()]), "its index", nan=True)
             if self.index["format"] != FORMAT:
                 raise KeyError(self.index["format"])
         except FileNotFoundError:

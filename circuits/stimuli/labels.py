@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import posixpath
 import unicodedata
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from circuits.json_files import parse_json, read_bytes
 from circuits.specs import split_key
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source
@@ -179,15 +180,12 @@ def _read(path: str) -> Any:
             return _arrays(place, key)
         if place.suffix in (".csv", ".tsv"):
             return _table(place)
-        found = json.loads(
-            place.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
-        )
+        found = _json(place)
     except (
         OSError,
         ValueError,
         KeyError,
         EOFError,
-        RecursionError,
         csv.Error,
         BadZipFile,
     ) as error:
@@ -254,6 +252,12 @@ def _named(names: Any, labels: Any) -> Any:
     return _without_contradiction(
         [(str(name), label) for name, label in zip(names, labels, strict=True)]
     )
+
+
+def _json(place: Path) -> Any:
+    # Editors of Windows write a byte-order mark, and a label may be given twice as long as it is the same.
+    text = read_bytes(place, "it").removeprefix(BOM_UTF8)
+    return parse_json(text, "it", pairs=_without_contradiction)
 
 
 def _without_contradiction(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -338,9 +342,7 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
     if not file.is_file():
         raise FileNotFoundError(f"attributes file {str(path)!r} does not exist or is not a file")
     try:
-        given = json.loads(
-            file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
-        )
+        given = _json(file)
     except ValueError as error:
         raise ValueError(f"attributes file {str(path)!r} cannot be read: {error}") from error
     missing = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.units import Site
 
 Layout = Literal["blocks", "rows"]
@@ -110,7 +111,7 @@ class Provenance:
         """
         path = folder / "provenance.json"
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             sites = tuple(_of(Site, s) for s in raw.pop("sites"))
             depth = _of(Depth, raw.pop("depth"))
             return cls(sites=sites, depth=depth, examples=tuple(raw.pop("examples")), **raw)
