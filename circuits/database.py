@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ CREATE TABLE IF NOT EXISTS records (
 )
 """
 
-_RECORDS = Log(
+RECORDS = Log(
     "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
 )
 
@@ -52,6 +53,7 @@ class Record:
         note: why.
         author: who.
         created: when, in UTC.
+        fault: what is wrong with its contents, if they cannot be read; `body` is then None.
     """
 
     kind: str
@@ -62,6 +64,11 @@ class Record:
     note: str
     author: str
     created: str
+    fault: str = ""
+
+
+Check = Callable[[Any], object]
+"""Raises ValueError, KeyError, TypeError or AttributeError if a body is not of the form that a kind has."""
 
 
 class Database:
@@ -85,6 +92,7 @@ class Database:
         # Without Python's own transactions: each begins and ends where it is written here.
         with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
             _prepare(connection, (_SCHEMA, *tables))
+            _check_foreign(connection, self.path)
             yield connection
 
     @contextmanager
@@ -135,7 +143,7 @@ class Database:
         text = None if body is None else json.dumps(body, allow_nan=False)
         who, when = signed(author)
         with self.writing() as connection:
-            last = _RECORDS.last(connection, kind, model_hash, name)
+            last = RECORDS.last(connection, kind, model_hash, name)
             latest, deleted = (last[3], last[4] is None) if last else (0, True)
             # 0 says that there was nothing yet: also right where the last version is a deletion.
             if replaces not in (None, latest) and not (replaces == 0 and deleted):
@@ -144,7 +152,7 @@ class Database:
                     f"yours started from {replaces}"
                 )
             row = (kind, model_hash, name, latest + 1, text, note, who, when)
-            _RECORDS.append(connection, *row)
+            RECORDS.append(connection, *row)
         return _record(row)
 
     def take_over(self, before: str, now: str) -> None:
@@ -165,26 +173,34 @@ class Database:
                 (before, now),
             )
 
-    def history(self, kind: str, model_hash: str, name: str) -> list[Record]:
-        """All versions of something, oldest first; empty if there is none."""
-        rows = self.rows(_RECORDS.select(3), kind, model_hash, name)
-        return [_record(row) for row in rows]
+    def history(
+        self, kind: str, model_hash: str, name: str, check: Check | None = None
+    ) -> list[Record]:
+        """All versions of something, oldest first; empty if there is none. `check` as for `latest`."""
+        rows = self.rows(RECORDS.select(3), kind, model_hash, name)
+        return [_record(row, check) for row in rows]
 
-    def latest(self, kind: str, model_hash: str) -> list[Record]:
-        """The last version of everything of a kind that was not deleted, by name."""
+    def latest(self, kind: str, model_hash: str, check: Check | None = None) -> list[Record]:
+        """The last version of everything of a kind that was not deleted, by name.
+
+        What is damaged is there too, with its `fault`: also what `check` refuses.
+        """
         # Ids grow with every row, and names are unique within kind and weights: the largest id is the last version.
         newest = "SELECT max(id) FROM records WHERE kind=?1 AND model_hash=?2 GROUP BY name"
         last = f"AND body IS NOT NULL AND id IN ({newest}) ORDER BY name"
-        return [_record(row) for row in self.rows(_RECORDS.select(2, last), kind, model_hash)]
+        return [_record(row, check) for row in self.rows(RECORDS.select(2, last), kind, model_hash)]
 
     def load(self, kind: str, model_hash: str, name: str, version: int | None = None) -> Record:
         """One version of something, the last if none is given.
 
         Raises:
             KeyError: if there is no such thing or version, or it was deleted.
+            ValueError: if it is damaged.
         """
         found = self.history(kind, model_hash, name)
         wanted = [r for r in found if version in (None, r.version)]
+        if wanted and wanted[-1].fault:
+            raise ValueError(wanted[-1].fault)
         if not wanted or wanted[-1].body is None:
             known = ", ".join(r.name for r in self.latest(kind, model_hash)) or "none"
             which = name if version is None else f"{name} version {version}"
@@ -200,18 +216,93 @@ class Database:
         if not self.path.is_file():
             return []
         try:
-            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
-            with self.open() if writable else self._open_immutable() as connection:
+            with self.reading() as connection:
+                _check_foreign(connection, self.path)
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
                 return []
             raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
 
-    def _open_immutable(self) -> closing[sqlite3.Connection]:
-        # nobody else can write either: SQLite need not look for the files of a writer
-        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
-        return closing(sqlite3.connect(address, uri=True))
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that only reads, closed at the end; the file must be there, and nothing is made in it."""
+        writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+        # Where this process cannot write, nobody else can either: SQLite need not look for the files of a writer.
+        address = f"{self.path.absolute().as_uri()}?mode={'rw' if writable else 'ro&immutable=1'}"
+        with closing(
+            sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
+        ) as connection:
+            connection.execute("PRAGMA query_only=ON")
+            yield connection
+
+    @staticmethod
+    def faults(connection: sqlite3.Connection) -> Iterator[str]:
+        """What is wrong with the records: their types, their bodies, and versions that are missing, one line each."""
+        last: dict[tuple[Any, ...], int] = {}
+        for row in RECORDS.rows(connection):
+            kind, model_hash, name, version, body, *texts = row
+            what = f"{str(kind)[:60]} {str(name)[:60]!r} version {str(version)[:20]}"
+            if not all(isinstance(text, str) for text in (kind, model_hash, name, *texts)):
+                yield f"{what} is damaged: its columns are not texts"
+            elif not isinstance(version, int) or not isinstance(body, str | None):
+                yield f"{what} is damaged: its columns are of other types"
+            elif fault := _record(row).fault:
+                yield fault
+            stream = (kind, model_hash, name)
+            if version != (before := last.get(stream, 0)) + 1:
+                yield f"{what} does not follow version {before}: one is missing or out of order"
+            last[stream] = version if isinstance(version, int) else before + 1
+
+
+def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> list[str]:
+    """How a database's tables, indices, triggers and views differ from those that are made, one line each.
+
+    Args:
+        connection: to the database.
+        groups: more statements that make tables and their indices; those of a group are there together or not at all.
+    """
+    found = _made(connection)
+    known: dict[tuple[str, str], str] = {}
+    faults = []
+    for group in ((_SCHEMA,), *groups):
+        with closing(sqlite3.connect(":memory:")) as made:
+            for statement in group:
+                made.execute(statement)
+            wanted = _made(made)
+        known |= wanted
+        if wanted.keys() & found.keys():
+            gone = wanted.keys() - found.keys()
+            faults += [f"{kind} {name!r} of the database is missing" for kind, name in gone]
+    for (kind, name), text in found.items():
+        if (kind, name) not in known:
+            faults.append(
+                f"the database holds the {kind} {name[:60]!r}, which circuits does not make"
+            )
+        elif text != known[kind, name]:
+            faults.append(f"{kind} {name!r} of the database was altered: it is {text[:200]}")
+    return sorted(faults)
+
+
+def _made(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
+    """The statements that a database was made with, by kind and name, each with spaces only where they matter."""
+    # Names that begin so are SQLite's, which nobody else can give: of indices that a table implies, and of ANALYZE.
+    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    rows = connection.execute(query).fetchall()
+    return {
+        (kind, name): re.sub(r" ?([(),]) ?", r"\1", " ".join(str(text).split()))
+        for kind, name, text in rows
+    }
+
+
+def _check_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise ValueError if the file would do something by itself when it is read or written."""
+    query = "SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view') LIMIT 1"
+    for kind, name in connection.execute(query):
+        raise ValueError(
+            f"database {str(path)!r} holds the {kind} {name[:60]!r}, which circuits does not make: nothing is read or "
+            "written; `circuits edit verify` lists what is wrong"
+        )
 
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
@@ -232,10 +323,15 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
             time.sleep(0.1)
 
 
-def _record(row: tuple[Any, ...]) -> Record:
+def _record(row: tuple[Any, ...], check: Check | None = None) -> Record:
     made = Record(*row)
-    return (
-        made
-        if made.body is None
-        else replace(made, body=parse_json(made.body, f"{made.kind} {made.name!r}"))
-    )
+    if made.body is None:
+        return made
+    what = f"{made.kind} {str(made.name)[:60]!r} version {made.version}"
+    try:
+        body = parse_json(made.body, "its text")
+        if check is not None:
+            check(body)
+        return replace(made, body=body)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return replace(made, body=None, fault=f"{what} is damaged: {str(error)[:200]}")

@@ -148,6 +148,10 @@ class Journal:
                 # An undo's start is the entry that was taken back.
                 stack.append(event.start)
             elif event.kind == "redo":
+                if not stack:
+                    raise LedgerError(
+                        f"ledger event {event.hash[:12]} makes an edit again that was not undone"
+                    )
                 stack.pop()
             elif event.kind == "apply":
                 # As in an editor: a new edit after an undo leaves nothing to redo. The entries stay in the ledger.
@@ -162,7 +166,7 @@ class Journal:
 
     def _report(self, digest: str) -> str:
         fault = f"report {digest[:12]} was changed or is missing"
-        return self._stored("SELECT body FROM edit_reports WHERE hash=?", digest, fault)
+        return self._stored("SELECT body FROM edit_reports WHERE hash=?", digest, str, fault)
 
     def original(self, name: str, digest: str) -> bytes:
         """The stored bytes of a parameter that an edit replaced, by its name and their hash.
@@ -171,12 +175,12 @@ class Journal:
             LedgerError: if they were changed or are missing.
         """
         fault = f"original bytes {digest[:12]} of {name} were changed or are missing"
-        return self._stored("SELECT bytes FROM edit_originals WHERE hash=?", digest, fault)
+        return self._stored("SELECT bytes FROM edit_originals WHERE hash=?", digest, bytes, fault)
 
-    def _stored(self, query: str, digest: str, fault: str) -> Any:
+    def _stored(self, query: str, digest: str, kind: type, fault: str) -> Any:
         """What is stored under its hash."""
         rows = self.database.rows(query, digest)
-        if not rows or content_hash(rows[0][0]) != digest:
+        if not rows or not isinstance(rows[0][0], kind) or content_hash(rows[0][0]) != digest:
             raise LedgerError(fault)
         return rows[0][0]
 
