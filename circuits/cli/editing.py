@@ -384,7 +384,7 @@ def verify(
     word = "faulty" if found else "consistent" if kept is None else "unchanged"
     now = None if found else head_of(database)
     if now is None:
-        last = f"{len(found)} faults"
+        last = f"{len(found)} {'fault' if len(found) == 1 else 'faults'}"
     elif kept is None:
         last = f"consistent: {_counted(now.counts)}"
     else:

@@ -92,10 +92,14 @@ class _File:
             self.index = parse_json(bytes(self._file["index"][()]), "its index", nan=True)
             if self.index["format"] != FORMAT:
                 raise KeyError(self.index["format"])
+            forms = {"model": str, "model_hash": str, "sites": dict, "blocks": list}
+            if any(not isinstance(self.index[key], form) for key, form in forms.items()):
+                raise TypeError("its index has other types")
+            infos = [BlockInfo.read(raw) for raw in self.index["blocks"]]
         except FileNotFoundError:
             raise
         # All that a file of something else can do, in one sentence to the person.
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"file {str(path)!r} is no graph of this version: build it again"
             ) from error
@@ -103,8 +107,7 @@ class _File:
             self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # rows and kernels lie far apart: nothing to read ahead
             self._map.madvise(mmap.MADV_RANDOM)
-        raws = enumerate(self.index["blocks"])
-        self.blocks = [_Block(self, i, BlockInfo.read(raw)) for i, raw in raws]
+        self.blocks = [_Block(self, i, info) for i, info in enumerate(infos)]
 
     def array(self, name: str) -> np.ndarray:
         dataset = self._file[name]
