@@ -46,7 +46,7 @@ VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tu
 PATIENCE = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 """How a job is cancelled: as by Ctrl-C, so that it leaves things tidy; then less and less kindly. In seconds."""
 
-State = Literal["running", "done", "failed", "cancelled", "lost"]
+State = Literal["running", "done", "failed", "cancelled", "lost", "damaged"]
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}")
 _ANSI = re.compile(  # colours and movements; titles and links; the rest
@@ -68,7 +68,8 @@ class Job:
         argv: the verb and its arguments.
         title: what it is called.
         started: when, in UTC (ISO 8601).
-        state: `lost` if its processes ended without noting how: killed, or the power went.
+        state: `lost` if its processes ended without noting how: killed, or the power went; `damaged` if what was asked
+            for cannot be read (then without command and title).
         done: how much is done.
         total: how much there is; 0 as long as nobody knows.
         message: the last line of its log, or what it is at while it has said nothing.
@@ -121,7 +122,7 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
 
 
 def jobs(workspace: Workspace) -> list[Job]:
-    """The jobs of a workspace, newest first; folders that cannot be read are left out."""
+    """The jobs of a workspace, newest first; those whose record cannot be read are `damaged`."""
     folders = sorted(_place(workspace).glob("*"), reverse=True)
     found = (_read(folder) for folder in folders if _ID.fullmatch(folder.name))
     return [job for job in found if job]
@@ -241,15 +242,18 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
 
 def _read(folder: Path) -> Job | None:
     try:
-        asked = read_json(folder / "job.json")
+        asked = read_json(folder / "job.json", "its record")
         argv, title, started = tuple(asked["argv"]), asked["title"], asked["started"]
+        if not all(isinstance(text, str) for text in (*argv, title, started)):
+            raise TypeError("its record has other types")
         state = _state(folder)
         at, done, total = _progress(folder)
         log = _log(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not all(isinstance(text, str) for text in (*argv, title, started)):
-        return None
+    except OSError:
+        return None  # removed, or of somebody else
+    except (ValueError, KeyError, TypeError) as error:
+        state, said = "running" if _is_running(folder) else "damaged", str(error)[:_MESSAGE]
+        return Job(folder.name, folder, (), "a damaged record", "", state, 0, 0, said)
     said = log[-1].strip()[:_MESSAGE] if log else at
     return Job(folder.name, folder, argv, title, started, state, done, total, said)
 

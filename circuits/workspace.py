@@ -216,9 +216,17 @@ class Workspace:
         return model_hash if found is None else found.hash
 
     def models(self) -> list[ModelRecord]:
-        """The models it knows, by name; folders with an unreadable record are left out."""
+        """The models it knows, by name; without those whose record cannot be read (`damaged_models`)."""
         found = [_read_record(path) for path in sorted(self.root.glob("*/model.json"))]
         return sorted((r for r in found if r), key=lambda record: record.spec)
+
+    def damaged_models(self) -> list[str]:
+        """What to do about each model whose record cannot be read."""
+        return [
+            f"record {str(path)!r} of a model is damaged: `circuits harvest` of that model writes it again"
+            for path in sorted(self.root.glob("*/model.json"))
+            if _read_record(path) is None
+        ]
 
     def store_folder(self, model_hash: str, dataset_hash: str, run: str) -> Path:
         """Where one harvest's activation store is."""

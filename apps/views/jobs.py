@@ -17,7 +17,7 @@ from circuits.specs import runs_code
 
 STATES = {
     "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",
-    "lost": "? ended without a word",
+    "lost": "? ended without a word", "damaged": "⚠ damaged",
 }  # fmt: skip
 DATA = {"images": ("photos", "curves", "shapes"), "tokens": ("repeats",)}
 SHOWN = 20
