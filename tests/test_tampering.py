@@ -353,6 +353,8 @@ STORES = [
         STORE: "line 1 +damaged"}),
     ("the provenance is no JSON", _on_bytes("store/provenance.json", lambda _: b"["), {
         STORE: "damaged provenance.json"}),
+    ("the provenance has other types", _on_json("store/provenance.json", lambda raw: raw.update(same=[])), {
+        STORE: "damaged provenance.json"}),
     ("the provenance names other data", _on_json("store/provenance.json", lambda raw: raw.update(data="x")), {
         STORE: CONSISTENT}),
 ]  # fmt: skip
