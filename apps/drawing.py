@@ -16,6 +16,7 @@ from circuits.graph.circuit import ORDER, Node, parse_node, units_of
 from circuits.graph.formats import from_node_link, to_node_link
 from circuits.graph.layout import PLACE
 from circuits.history import UndoStack
+from circuits.json_files import parse_json
 from circuits.units import Unit
 
 MOST_NODES = 600
@@ -69,7 +70,7 @@ def _read(text: str) -> Drawing:
         ValueError, KeyError: if it is none, or too large.
     """
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, "it")
         graph, origin, version = raw["graph"], str(raw["origin"]), int(raw["version"])
     except (TypeError, RecursionError) as error:
         raise ValueError("it is no circuit") from error

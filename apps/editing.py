@@ -13,6 +13,7 @@ from apps import tab_storage
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import Edit
 from circuits.history import UndoStack
+from circuits.json_files import parse_json
 
 MOST_EDITS = 1000
 """In a recipe that comes from a file or from the tab."""
@@ -64,7 +65,7 @@ def read_recipe(text: str | bytes) -> Recipe:
         ValueError, KeyError: if it is none, or has too many edits.
     """
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, "the file")
     except (ValueError, RecursionError) as error:
         raise ValueError("the file is not a recipe file: expected JSON") from error
     found = Recipe.from_dict(raw, "the file")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from circuits.history import Log, signed
+from circuits.json_files import parse_json
 
 PATIENCE = 30.0
 """How long to wait for another process that writes, in seconds."""
@@ -36,7 +38,7 @@ CREATE TABLE IF NOT EXISTS records (
 )
 """
 
-_RECORDS = Log(
+RECORDS = Log(
     "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
 )
 
@@ -54,6 +56,7 @@ class Record:
         note: why.
         author: who.
         created: when, in UTC.
+        fault: what is wrong with its contents, if they cannot be read; `body` is then None.
     """
 
     kind: str
@@ -64,6 +67,11 @@ class Record:
     note: str
     author: str
     created: str
+    fault: str = ""
+
+
+Check = Callable[[Any], object]
+"""Raises ValueError, KeyError, TypeError or AttributeError if a body is not of the form that a kind has."""
 
 
 class Database:
@@ -96,23 +104,21 @@ class Database:
             ) as connection,
         ):
             _prepare(connection, (_SCHEMA, *tables))
+            _check_foreign(connection, self.path)
             yield connection
 
     @contextmanager
-    def reading(self, *tables: str) -> Iterator[sqlite3.Connection]:
-        """A connection to what is there, also where nothing can be written; then no tables are made.
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that only reads; the file must be there, and nothing is made in it.
 
         Raises:
             BlockingIOError, OSError: as `open`.
         """
-        if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
-            with self.open(*tables) as connection:
-                yield connection
-            return
-        address = f"{self.path.absolute().as_uri()}?mode=ro"
-        # Nobody else can write here either, so that SQLite need not look for the files of a writer, unless there are
-        # such: a writer's last words are in them.
-        if not self.path.with_name(f"{self.path.name}-wal").exists():
+        writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+        address = f"{self.path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
+        # Where this process cannot write, nobody else can either, so that SQLite need not look for the files of a
+        # writer, unless there are such: a writer's last words are in them.
+        if not writable and not self.path.with_name(f"{self.path.name}-wal").exists():
             address += "&immutable=1"
         with (
             self._in_words(),
@@ -120,6 +126,7 @@ class Database:
                 sqlite3.connect(address, PATIENCE, isolation_level=None, uri=True)
             ) as connection,
         ):
+            connection.execute("PRAGMA query_only=ON")
             yield connection
 
     @contextmanager
@@ -188,7 +195,7 @@ class Database:
         text = None if body is None else json.dumps(body, allow_nan=False)
         who, when = signed(author)
         with self.writing() as connection:
-            last = _RECORDS.last(connection, kind, model_hash, name)
+            last = RECORDS.last(connection, kind, model_hash, name)
             latest, deleted = (last[3], last[4] is None) if last else (0, True)
             # 0 says that there was nothing yet: also right where the last version is a deletion.
             if replaces not in (None, latest) and not (replaces == 0 and deleted):
@@ -197,7 +204,7 @@ class Database:
                     f"yours started from {replaces}"
                 )
             row = (kind, model_hash, name, latest + 1, text, note, who, when)
-            _RECORDS.append(connection, *row)
+            RECORDS.append(connection, *row)
         return _record(row)
 
     def take_over(self, before: str, now: str) -> None:
@@ -218,26 +225,34 @@ class Database:
                 (before, now),
             )
 
-    def history(self, kind: str, model_hash: str, name: str) -> list[Record]:
-        """All versions of something, oldest first; empty if there is none."""
-        rows = self.rows(_RECORDS.select(3), kind, model_hash, name)
-        return [_record(row) for row in rows]
+    def history(
+        self, kind: str, model_hash: str, name: str, check: Check | None = None
+    ) -> list[Record]:
+        """All versions of something, oldest first; empty if there is none. `check` as for `latest`."""
+        rows = self.rows(RECORDS.select(3), kind, model_hash, name)
+        return [_record(row, check) for row in rows]
 
-    def latest(self, kind: str, model_hash: str) -> list[Record]:
-        """The last version of everything of a kind that was not deleted, by name."""
+    def latest(self, kind: str, model_hash: str, check: Check | None = None) -> list[Record]:
+        """The last version of everything of a kind that was not deleted, by name.
+
+        What is damaged is there too, with its `fault`: also what `check` refuses.
+        """
         # Ids grow with every row, and names are unique within kind and weights: the largest id is the last version.
         newest = "SELECT max(id) FROM records WHERE kind=?1 AND model_hash=?2 GROUP BY name"
         last = f"AND body IS NOT NULL AND id IN ({newest}) ORDER BY name"
-        return [_record(row) for row in self.rows(_RECORDS.select(2, last), kind, model_hash)]
+        return [_record(row, check) for row in self.rows(RECORDS.select(2, last), kind, model_hash)]
 
     def load(self, kind: str, model_hash: str, name: str, version: int | None = None) -> Record:
         """One version of something, the last if none is given.
 
         Raises:
             KeyError: if there is no such thing or version, or it was deleted.
+            ValueError: if it is damaged.
         """
         found = self.history(kind, model_hash, name)
         wanted = [r for r in found if version in (None, r.version)]
+        if wanted and wanted[-1].fault:
+            raise ValueError(wanted[-1].fault)
         if not wanted or wanted[-1].body is None:
             known = ", ".join(r.name for r in self.latest(kind, model_hash)) or "none"
             which = name if version is None else f"{name} version {version}"
@@ -254,11 +269,80 @@ class Database:
             return []
         try:
             with self.reading() as connection:
+                _check_foreign(connection, self.path)
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
                 return []
             raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
+
+    @staticmethod
+    def faults(connection: sqlite3.Connection) -> Iterator[str]:
+        """What is wrong with the records: their types, their bodies, and versions that are missing, one line each."""
+        last: dict[tuple[Any, ...], int] = {}
+        for row in RECORDS.rows(connection):
+            kind, model_hash, name, version, body, *texts = row
+            what = f"{str(kind)[:60]} {str(name)[:60]!r} version {str(version)[:20]}"
+            if not all(isinstance(text, str) for text in (kind, model_hash, name, *texts)):
+                yield f"{what} is damaged: its columns are not texts"
+            elif not isinstance(version, int) or not isinstance(body, str | None):
+                yield f"{what} is damaged: its columns are of other types"
+            elif fault := _record(row).fault:
+                yield fault
+            stream = (kind, model_hash, name)
+            if version != (before := last.get(stream, 0)) + 1:
+                yield f"{what} does not follow version {before}: one is missing or out of order"
+            last[stream] = version if isinstance(version, int) else before + 1
+
+
+def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> list[str]:
+    """How a database's tables, indices, triggers and views differ from those that are made, one line each.
+
+    Args:
+        connection: to the database.
+        groups: more statements that make tables and their indices; those of a group are there together or not at all.
+    """
+    found = _made(connection)
+    known: dict[tuple[str, str], str] = {}
+    faults = []
+    for group in ((_SCHEMA,), *groups):
+        with closing(sqlite3.connect(":memory:")) as made:
+            for statement in group:
+                made.execute(statement)
+            wanted = _made(made)
+        known |= wanted
+        if wanted.keys() & found.keys():
+            gone = wanted.keys() - found.keys()
+            faults += [f"{kind} {name!r} of the database is missing" for kind, name in gone]
+    for (kind, name), text in found.items():
+        if (kind, name) not in known:
+            faults.append(
+                f"the database holds the {kind} {name[:60]!r}, which circuits does not make"
+            )
+        elif text != known[kind, name]:
+            faults.append(f"{kind} {name!r} of the database was altered: it is {text[:200]}")
+    return sorted(faults)
+
+
+def _made(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
+    """The statements that a database was made with, by kind and name, each with spaces only where they matter."""
+    # Names that begin so are SQLite's, which nobody else can give: of indices that a table implies, and of ANALYZE.
+    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    rows = connection.execute(query).fetchall()
+    return {
+        (kind, name): re.sub(r" ?([(),]) ?", r"\1", " ".join(str(text).split()))
+        for kind, name, text in rows
+    }
+
+
+def _check_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise ValueError if the file would do something by itself when it is read or written."""
+    query = "SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view') LIMIT 1"
+    for kind, name in connection.execute(query):
+        raise ValueError(
+            f"database {str(path)!r} holds the {kind} {name[:60]!r}, which circuits does not make: nothing is read or "
+            "written; `circuits edit verify` lists what is wrong"
+        )
 
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
@@ -280,6 +364,15 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
             time.sleep(0.1)
 
 
-def _record(row: tuple[Any, ...]) -> Record:
+def _record(row: tuple[Any, ...], check: Check | None = None) -> Record:
     made = Record(*row)
-    return made if made.body is None else replace(made, body=json.loads(made.body))
+    if made.body is None:
+        return made
+    what = f"{made.kind} {str(made.name)[:60]!r} version {made.version}"
+    try:
+        body = parse_json(made.body, "its text")
+        if check is not None:
+            check(body)
+        return replace(made, body=body)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return replace(made, body=None, fault=f"{what} is damaged: {str(error)[:200]}")

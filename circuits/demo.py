@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.files import write_json
 from circuits.harvesting import harvest
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import BUILTIN, load_model, record_of
 from circuits.models.zoo.weights_files import file_hash
@@ -149,7 +149,7 @@ def _fingerprint() -> str:
 def _noted(note: Path, made_from: str) -> list[Row] | None:
     """What an earlier build made, if it was the same and is still there."""
     try:
-        noted = json.loads(note.read_text())
+        noted = read_json(note)
         rows = [Row(**row) for row in noted["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -132,12 +132,31 @@ class Family:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Family:
-        """From what `to_dict` gave."""
-        members = tuple(Member(m["phase"], Unit.parse(m["unit"]), m["fit"]) for m in raw["members"])
-        # JSON has no NaN: null stands for it.
-        values: dict[str, Any] = {k: float("nan") if v is None else v for k, v in raw.items()}
-        values["members"] = members
-        return cls(**values)
+        """From what `to_dict` gave.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            members = tuple(
+                Member(m["phase"], Unit.parse(m["unit"]), m["fit"]) for m in raw["members"]
+            )
+            # JSON has no NaN: null stands for it.
+            values: dict[str, Any] = {k: float("nan") if v is None else v for k, v in raw.items()}
+            values["members"] = members
+            made = cls(**values)
+            numbers = (made.period, made.score, made.p_value, made.n_null, made.seed)
+            phases = [phase for m in members for phase in (m.phase, m.fit) if phase is not None]
+            texts = (made.name, made.site, made.null, made.model_hash, made.stimuli)
+            if not all(isinstance(n, int | float) for n in (*numbers, *phases)):
+                raise ValueError("a text is where a number should be")
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("a number is where a text should be")
+            if made.transformation not in get_args(Transformation):
+                raise ValueError(f"transformation {made.transformation!r}")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"it is no family: {str(error)[:200]}") from error
+        return made
 
 
 def families_table(families: Sequence[Family]) -> Table:
@@ -564,5 +583,14 @@ def load_family(
 
 
 def saved_families(database: Database, model_hash: str) -> list[Family]:
-    """The last versions of all families of some weights, by name."""
-    return [Family.from_dict(record.body) for record in database.latest(KIND, model_hash)]
+    """The last versions of all families of some weights, by name; without damaged ones (`damaged_families`)."""
+    return [Family.from_dict(r.body) for r in _latest(database, model_hash) if not r.fault]
+
+
+def damaged_families(database: Database, model_hash: str) -> list[str]:
+    """What is wrong with each of the saved families of some weights that cannot be read."""
+    return [r.fault for r in _latest(database, model_hash) if r.fault]
+
+
+def _latest(database: Database, model_hash: str) -> list[Record]:
+    return database.latest(KIND, model_hash, Family.from_dict)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from circuits.json_files import parse_json, read_json
 from circuits.locks import Holder
 
 _ABANDONED = 7 * 24 * 3600  # seconds after which no writer of another machine is still writing
@@ -135,12 +136,12 @@ def keeping(folder: Path) -> Keep:
     def keep(name: str, make: Callable[[], Any]) -> Any:
         path = folder / f"{name.replace(' ', '-')}.json"
         try:
-            return json.loads(path.read_text())
+            return read_json(path, nan=True)
         except (OSError, ValueError):
             made = json.dumps(make())  # floats are read as they were written, to the last bit
         with replacing(path) as temporary:
             temporary.write_text(made)
-        return json.loads(made)
+        return parse_json(made, str(path), nan=True)
 
     return keep
 

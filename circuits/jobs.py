@@ -15,7 +15,6 @@ frees a lock however its holder ends, and never of a process number, which may b
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import runpy
@@ -35,6 +34,7 @@ from typing import Literal, NoReturn
 
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import owned, remove_owned, write_json
+from circuits.json_files import read_json
 from circuits.locks import hand_on, held, is_held
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
@@ -45,7 +45,7 @@ VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tu
 PATIENCE = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 """How a job is cancelled: as by Ctrl-C, so that it leaves things tidy; then less and less kindly. In seconds."""
 
-State = Literal["running", "done", "failed", "cancelled", "lost"]
+State = Literal["running", "done", "failed", "cancelled", "lost", "damaged"]
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}")
 _FILES = owned(r"(job|result)\.json|progress|log|lock(~.*)?")
@@ -68,7 +68,8 @@ class Job:
         argv: the verb and its arguments.
         title: what it is called.
         started: when, in UTC (ISO 8601).
-        state: `lost` if its processes ended without noting how: killed, or the power went.
+        state: `lost` if its processes ended without noting how: killed, or the power went; `damaged` if what was asked
+            for cannot be read (then without command and title).
         done: how much is done.
         total: how much there is; 0 as long as nobody knows.
         message: the last line of its log, or what it is at while it has said nothing.
@@ -121,7 +122,7 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
 
 
 def jobs(workspace: Workspace) -> list[Job]:
-    """The jobs of a workspace, newest first; folders that cannot be read are left out."""
+    """The jobs of a workspace, newest first; those whose record cannot be read are `damaged`."""
     folders = sorted(_place(workspace).glob("*"), reverse=True)
     found = (_read(folder) for folder in folders if _ID.fullmatch(folder.name))
     return [job for job in found if job]
@@ -242,15 +243,18 @@ def _read(folder: Path) -> Job | None:
     if folder.is_symlink():
         return None  # its files are somebody else's
     try:
-        asked = json.loads((folder / "job.json").read_text())
+        asked = read_json(folder / "job.json", "its record")
         argv, title, started = tuple(asked["argv"]), asked["title"], asked["started"]
+        if not all(isinstance(text, str) for text in (*argv, title, started)):
+            raise TypeError("its record has other types")
         state = _state(folder)
         at, done, total = _progress(folder)
         log = _log(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not all(isinstance(text, str) for text in (*argv, title, started)):
-        return None
+    except OSError:
+        return None  # removed, or of somebody else
+    except (ValueError, KeyError, TypeError) as error:
+        state, said = "running" if _is_running(folder) else "damaged", str(error)[:_MESSAGE]
+        return Job(folder.name, folder, (), "a damaged record", "", state, 0, 0, said)
     said = log[-1].strip()[:_MESSAGE] if log else at
     return Job(folder.name, folder, argv, title, started, state, done, total, said)
 
@@ -266,7 +270,7 @@ def _state(folder: Path) -> State:
     if _is_running(folder):
         return "running"
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = read_json(folder / "result.json")
         code, cancelled = result["code"], result["cancelled"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "lost"
@@ -278,7 +282,7 @@ def _state(folder: Path) -> State:
 def _progress(folder: Path) -> tuple[str, int, int]:
     """What it is at, how much of it is done and how much there is."""
     try:
-        told = json.loads((folder / "progress").read_text())
+        told = read_json(folder / "progress")
         return str(told["what"]), int(told["done"]), int(told["total"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "", 0, 0
@@ -343,7 +347,7 @@ def _run(folder: Path) -> None:
     The child holds the lock too, being forked. If this process alone is killed, the job is still running,
     as is true, and can be cancelled.
     """
-    argv = json.loads((folder / "job.json").read_text())["argv"]
+    argv = read_json(folder / "job.json")["argv"]
     heard: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: heard.append(got))

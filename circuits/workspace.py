@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from urllib.parse import unquote
 from circuits.database import Database
 from circuits.environment import WORKSPACE
 from circuits.files import check_writable, write_json
+from circuits.json_files import read_json
 from circuits.units import Unit
 
 _LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file systems take
@@ -216,9 +216,17 @@ class Workspace:
         return model_hash if found is None else found.hash
 
     def models(self) -> list[ModelRecord]:
-        """The models it knows, by name; folders with an unreadable record are left out."""
+        """The models it knows, by name; without those whose record cannot be read (`damaged_models`)."""
         found = [_read_record(path) for path in sorted(self.root.glob("*/model.json"))]
         return sorted((r for r in found if r), key=lambda record: record.spec)
+
+    def damaged_models(self) -> list[str]:
+        """What to do about each model whose record cannot be read."""
+        return [
+            f"record {str(path)!r} of a model is damaged: `circuits harvest` of that model writes it again"
+            for path in sorted(self.root.glob("*/model.json"))
+            if _read_record(path) is None
+        ]
 
     def store_folder(self, model_hash: str, dataset_hash: str, run: str) -> Path:
         """Where one harvest's activation store is."""
@@ -273,7 +281,7 @@ class Workspace:
 
 def _read_record(path: Path) -> ModelRecord | None:
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
         outputs = tuple(raw.get("outputs", ()))
         record = ModelRecord(**{**raw, "outputs": outputs})
     except (ValueError, TypeError, AttributeError, OSError):

@@ -85,7 +85,14 @@ def test_a_recipe_from_new_to_bake(capsys, tmp_path: Path, workspace: Path) -> N
         output(capsys, "replay", "shapes", "--weights", weights)["model_hash"]
         == baked["model_hash"]
     )
-    assert said(capsys, "verify").strip() == "the ledger is as it was written"
+    assert said(capsys, "verify").strip().startswith("consistent: 7 events of the ledger, 0 saved")
+    head = output(capsys, "head")["head"]
+    assert output(capsys, "verify", "--head", head)["state"] == "unchanged"
+    said(capsys, "undo", "cleanroom")
+    line = "unchanged up to that head: 7 events of the ledger"
+    assert said(capsys, "verify", "--head", head).startswith(line)
+    assert run(["edit", "verify", "--head", "x" * 4000]) == 2
+    assert "is not of the form COUNT-COUNT-HASH" in capsys.readouterr().err
     with sqlite3.connect(workspace / "workspace.db") as connection:
         connection.execute("UPDATE edit_entries SET body = replace(body, 'why', 'who')")
     assert "was changed" in said(capsys, "verify", code=1)

@@ -812,7 +812,7 @@ def test_bad_recipe_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     for text in ("{", "[]", "{}", '"x"', '{"schema": 1, "edits": "abc"}', "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ValueError, match="not a recipe"):
+        with pytest.raises(ValueError, match=r"not a recipe|is not JSON"):
             Recipe.load(path)
     path.write_text(json.dumps({"schema": 99, "edits": []}))
     with pytest.raises(

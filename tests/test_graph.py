@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import h5py
 import networkx as nx
@@ -491,6 +494,68 @@ def test_files_that_are_no_circuits(tmp_path: Path) -> None:
         read_circuit(tmp_path / "other.graphml")
 
 
+@pytest.mark.parametrize(
+    ("where", "changed", "message"),
+    [
+        ("edge", {"norm": "strong"}, "norm of the edge x:0 -> y:7 is 'strong': expected a finite"),
+        (
+            "edge",
+            {"norm": -1.0},
+            "norm of the edge x:0 -> y:7 is -1.0: expected a finite number of at",
+        ),
+        (
+            "edge",
+            {"sum": {"float:": "nan"}},
+            "sum of the edge x:0 -> y:7 is nan: expected a finite",
+        ),
+        ("edge", {"typical": True}, "typical of the edge x:0 -> y:7 is True"),
+        ("edge", {"kernel": [[1.0], [1.0, 2.0]]}, "kernel of the edge x:0 -> y:7 is "),
+        ("edge", {"layer": 3}, "layer of the edge x:0 -> y:7 is 3: expected a text"),
+        ("graph", {"order": 5}, "order of the circuit is 5: expected a list of sites"),
+        ("graph", {"paths": [{"sign": 1}]}, "paths of the circuit is "),
+        ("graph", {"made": 4}, "made of the circuit is 4: expected an object"),
+        ("graph", {"model_hash": ["x"]}, "model_hash of the circuit is "),
+        ("edges", [0, 0], "edge 'effect' from x:0 to y:7 is listed twice"),
+        ("nodes", [0, 0, 1], "node x:0 is listed twice"),
+    ],
+)
+def test_circuits_of_wrong_values_are_refused(where: str, changed: Any, message: str) -> None:
+    """They came in, and a page that drew them failed."""
+    graph = CircuitGraph()
+    graph.add_nodes_from([Unit("x", 0), Unit("y", 7)])
+    graph.connect(Unit("x", 0), Unit("y", 7), "effect", sum=1.0)
+    raw = to_node_link(graph)
+    assert from_node_link(raw).same_as(graph)
+    if where in ("edges", "nodes"):
+        raw[where] = [raw[where][i] for i in changed]
+    else:
+        (raw["edges"][0] if where == "edge" else raw["graph"]).update(changed)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_node_link(raw)
+
+
+def test_graphs_of_other_programs_have_directions_and_each_edge_once(tmp_path: Path) -> None:
+    pair = ("x:0", "y:1")
+    for theirs, message in (
+        (nx.Graph([pair]), "its edges have no direction: expected a directed graph"),
+        (nx.MultiDiGraph([pair, pair]), "edge 'weight' from x:0 to y:1 is listed twice"),
+        (nx.DiGraph([(*pair, {"weight": math.nan})]), "expected a finite number"),
+        (nx.DiGraph([(*pair, {"weight": "much"})]), "expected a number|could not convert"),
+    ):
+        nx.write_graphml(theirs, tmp_path / "a.graphml")
+        nx.write_gexf(theirs, tmp_path / "a.gexf")
+        for path in tmp_path.iterdir():
+            with pytest.raises(ValueError, match=message):
+                read_circuit(path)
+    text = '<graph edgedefault="directed"><node id="x:0"/><node id="x:0"/></graph>'
+    top = f'<graphml xmlns="http://graphml.graphdrawing.org/xmlns">{text}</graphml>'
+    (tmp_path / "a.graphml").write_text(top)
+    with pytest.raises(ValueError, match="node x:0 is listed twice"):
+        read_circuit(tmp_path / "a.graphml")
+    with pytest.raises(ValueError, match="norm of the edge x:0 -> y:1 is inf"):
+        CircuitGraph().connect(Unit("x", 0), Unit("y", 1), "weight", sum=1.0, norm=math.inf)
+
+
 def test_nodes_parse_and_print() -> None:
     for node in (
         Unit("a@1", 3),
@@ -604,7 +669,9 @@ def test_edges_that_do_not_fit_are_refused(branches: HookedModel, tmp_path: Path
 
 def test_odd_attributes_survive(tmp_path: Path) -> None:
     graph = small()
-    graph.edges[Unit("x", 0), Unit("y", 7), "effect"].update({"key": "mine", "sum": float("nan")})
+    graph.edges[Unit("x", 0), Unit("y", 7), "effect"].update(
+        {"key": "mine", "spread": float("nan")}
+    )
     graph.nodes[Unit("x", 0)]["node_for_adding"] = "x"
     for format in ("json", "graphml", "gexf", "attribution"):
         write_circuit(graph, tmp_path / "c", format)

@@ -11,13 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from circuits.concepts.naming import names_of
+from circuits.concepts.naming import damaged_names, name_unit, names_of
 from circuits.database import Database
+from circuits.edits.auditing import verify
 from circuits.edits.ledger import Ledger
 from circuits.edits.records import read_edit
-from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
+from circuits.families import (
+    Family,
+    Member,
+    damaged_families,
+    load_family,
+    save_family,
+    saved_families,
+)
+from circuits.graph.circuit import CircuitGraph
+from circuits.graph.saved import (
+    circuit_history,
+    circuits_with,
+    load_circuit,
+    save_circuit,
+    saved_circuits,
+)
 from circuits.history import Log, UndoStack, content_hash, signed
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.units import Unit
 
 
 @given(st.lists(st.sampled_from(["change", "undo", "redo"]), max_size=30))
@@ -65,6 +82,58 @@ def test_who_is_the_user_unless_somebody_is_named(monkeypatch: pytest.MonkeyPatc
 def test_texts_and_bytes_have_one_hash() -> None:
     assert content_hash("ä") == content_hash(b"\xc3\xa4")
     assert content_hash("\ud800") == content_hash(b"\xed\xa0\x80")  # a lone surrogate is kept
+
+
+@pytest.mark.parametrize(
+    "body", ["no JSON", '{"nodes": 3}', "[]", '"x"', "[" * 5000, '{"a":1,"a":2}', b"\x00\xff"]
+)
+def test_one_damaged_record_leaves_the_others_in_their_list(
+    tmp_path: Path, body: str | bytes
+) -> None:
+    database, key = Database(tmp_path / "workspace.db"), "a" * 64
+    graph, unit = CircuitGraph(model_hash=key), Unit("x", 1)
+    graph.add_node(unit)
+    members = (Member(0.0, unit, 1.0), Member(90.0, Unit("x", 2), 1.0))
+    family = Family("good", "x", "rotation", 360.0, members, 1.0, 0.5, "", 9, key, "", 0)
+    for name in ("bad", "good"):
+        save_circuit(database, name, graph)
+        save_family(database, family.renamed(name))
+    name_unit(database, key, unit, "good")
+    bad = name_unit(database, key, Unit("x", 2), "bad").name
+    with database.writing() as connection:
+        connection.execute("UPDATE records SET body=? WHERE name IN ('bad', ?)", (body, bad))
+    listed = {r.name: r.fault for r in saved_circuits(database, key)}
+    assert listed["bad"].startswith("circuit 'bad' version 1 is damaged: ")
+    assert listed["good"] == ""
+    assert [r.name for r in circuits_with(database, key, unit)] == ["good"]
+    assert saved_families(database, key) == [family]
+    assert [r.body["text"] for r in names_of(database, key).values()] == ["good"]
+    for faults in (damaged_families(database, key), damaged_names(database, key)):
+        assert ["is damaged" in fault and len(fault) < 300 for fault in faults] == [True]
+    for load in (load_circuit, load_family):
+        with pytest.raises(ValueError, match=r"damaged|no node-link|no family"):
+            load(database, "bad", key)
+    assert circuit_history(database, "bad", key)[0].fault
+    readable = body in (
+        '{"nodes": 3}',
+        "[]",
+        '"x"',
+    )  # as JSON; that they are no circuits, lists say
+    assert len(verify(database)) == (0 if readable else 3)
+
+
+def test_versions_that_are_missing_are_noticed(tmp_path: Path) -> None:
+    database = Database(tmp_path / "workspace.db")
+    for _ in range(3):
+        database.save("circuit", "h", "name", {})
+    assert verify(database) == []
+    with database.writing() as connection:
+        connection.execute("DELETE FROM records WHERE version=2")
+    (fault,) = verify(database)
+    assert (
+        fault
+        == "circuit 'name' version 3 does not follow version 1: one is missing or out of order"
+    )
 
 
 # --- a workspace of an earlier version ---------------------------------------------------------------

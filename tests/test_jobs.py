@@ -363,13 +363,18 @@ def test_states(result: str, state: str, place: Workspace) -> None:
     assert (found.state, found.done, found.total, found.message) == (state, 3, 8, "tune")
 
 
-def test_folders_that_cannot_be_read_are_left_out(place: Workspace) -> None:
+def test_a_damaged_record_is_listed_as_such(place: Workspace) -> None:
     assert jobs(place) == []
     good = _folder(place, progress="{", log="a\nb\n")
     place.root.joinpath("jobs", "notes").mkdir()
-    for n, text in enumerate(("", "{}", "[]", '{"argv": [1], "title": "", "started": ""}'), 1):
+    texts = ("", "{}", "[]", '{"argv": [1], "title": "", "started": ""}', "[" * 100_000, "[1e999]")
+    for n, text in enumerate(texts, 1):
         (_folder(place, f"20260101-000000-00000{n}") / "job.json").write_text(text)
-    (found,) = jobs(place)
+    *bad, found = sorted(jobs(place), key=lambda job: job.folder == good)
+    assert [job.state for job in bad] == ["damaged"] * len(texts)
+    assert all(job.message and "\n" not in job.message for job in bad)
+    remove(bad[0])
+    assert bad[0].id not in {job.id for job in jobs(place)}
     assert (found.folder, found.state, found.done, found.total) == (good, "lost", 0, 0)
     assert (found.argv, found.title, found.message) == (("tune", "shapes"), "Tuning", "b")
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -21,9 +23,11 @@ from benchmarks.edit_fuzz import sequence
 from circuits.database import Database
 from circuits.edits.activations import zero
 from circuits.edits.auditing import verify
+from circuits.edits.entries import EVENTS, LedgerError
 from circuits.edits.ledger import Ledger
 from circuits.edits.originals import original_bytes, tensor_hash, with_original
 from circuits.edits.recipes import Recipe, edited
+from circuits.history import Head, content_hash
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from tests.random_edits import RandomEdits
@@ -392,6 +396,102 @@ def test_missing_rows_are_noticed(
     database.path.write_bytes(b"not a database" * 100)
     assert "damaged" in verify(database)[0]
     assert verify(Database(tmp_path / "nowhere.db")) == []
+
+
+def test_a_head_that_was_kept_shows_what_no_hash_inside_can(
+    database: Database, branches: HookedModel, tmp_path: Path
+) -> None:
+    """A ledger that was written anew, or lost its end, is consistent; it is not what the head was of."""
+    ledger = Ledger(database, branches)
+    assert ledger.chain_head().counts == (0, 0)
+    ledger.apply([zero(f"cat:{i}") for i in range(3)])
+    head = ledger.chain_head()
+    assert ledger.verify(head) == ledger.verify(str(head)) == []
+    ledger.undo()
+    database.save("unit name", branches.hash, "cat:1", {"text": "x"})
+    assert ledger.chain_head().counts == (4, 1)
+    assert ledger.verify(head) == []  # what came later is no fault
+    later = ledger.chain_head()
+    with database.writing() as connection:
+        connection.execute("DELETE FROM edit_events WHERE id > 3")
+    assert ledger.verify() == []
+    assert ledger.verify(head) == []
+    assert ledger.verify(later) == ["there are 3 events of the ledger, and 4 at that head"]
+    other = Ledger(Database(tmp_path / "other.db"), branches)
+    other.apply([zero(f"cat:{i}") for i in range(3)], author="somebody else")
+    assert other.verify() == []
+    assert "is not what it was then" in other.verify(head)[0]
+    assert "no database" in Ledger(Database(tmp_path / "none.db"), branches).verify(head)[0]
+    for text in ("", "3-" + head.hash, "3-0-" + "x" * 64, "x" * 5000):
+        with pytest.raises(ValueError, match="is not of the form COUNT-COUNT-HASH") as error:
+            Head.parse(text, 2)
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("not JSON", "is not JSON"),
+        ('{"schema": 1}', "its .* is not of type"),
+        ('{"schema": 1, "schema": 1}', "is repeated"),
+        ("[" * 5000, "nested too deeply"),
+        ("[]", "has a layout that is not known"),
+        (b"\x00bytes", "was changed"),
+        ('{"note": "\x00"}', "is not JSON"),
+    ],
+)
+def test_a_damaged_body_is_one_line(
+    database: Database, branches: HookedModel, body: str | bytes, message: str
+) -> None:
+    """Also under the right hash: whoever writes the row may hash it."""
+    Ledger(database, branches).apply(zero("cat:1"))
+    name = content_hash(body)
+    with database.writing() as connection:
+        row = (branches.hash, "main", name, body)
+        EVENTS.append(connection, *row)
+        connection.execute("INSERT INTO edit_entries VALUES (?, ?, ?)", (name, branches.hash, body))
+    found = verify(database)
+    assert found
+    assert any(re.search(message, line) for line in found)
+    assert all("\n" not in line and len(line) < 400 for line in found)
+    ledger = Ledger(database, branches)
+    for read in (ledger.head, ledger.events, lambda: ledger.entry(name)):
+        with pytest.raises(LedgerError, match=message):
+            read()
+
+
+def test_tables_and_triggers_are_those_that_are_made(
+    database: Database, branches: HookedModel, tmp_path: Path
+) -> None:
+    Ledger(database, branches).apply(zero("cat:1"))
+    trigger = "CREATE TRIGGER t AFTER INSERT ON edit_events BEGIN DELETE FROM edit_events; END"
+    for statement, message in (
+        (trigger, "holds the trigger 't', which circuits does not make"),
+        ("CREATE VIEW v AS SELECT * FROM records", "holds the view 'v'"),
+        ("CREATE TABLE more (x)", "holds the table 'more'"),
+        ("CREATE INDEX more ON records (name)", "holds the index 'more'"),
+        ("DROP INDEX edit_events_of", "index 'edit_events_of' of the database is missing"),
+        ("DROP TABLE edit_reports", "table 'edit_reports' of the database is missing"),
+        (
+            "ALTER TABLE edit_entries ADD COLUMN more TEXT",
+            "table 'edit_entries' of the database was",
+        ),
+    ):
+        copy = Database(tmp_path / "copy.db")
+        shutil.copy(database.path, copy.path)
+        with contextlib.closing(sqlite3.connect(copy.path, isolation_level=None)) as connection:
+            connection.execute(statement)
+        assert any(message in line for line in verify(copy)), statement
+        if "TRIGGER" in statement or "VIEW" in statement:
+            with pytest.raises(ValueError, match="which circuits does not make"):
+                Ledger(copy, branches).head()
+            with pytest.raises(ValueError, match="which circuits does not make"):
+                copy.save("kind", "hash", "name", 1)
+        for left in tmp_path.glob("copy.db*"):
+            left.unlink()
+    with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
+        connection.execute("ANALYZE")  # SQLite's own tables are nobody's
+    assert verify(database) == []
 
 
 # --- two at once, and killed -----------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from circuits.units import Unit
-from circuits.workspace import Workspace
+from circuits.workspace import ModelRecord, Workspace
 
 HASH = "0" * 64
 
@@ -35,3 +37,16 @@ def test_a_picture_is_found_by_its_unit(tmp_path: Path) -> None:
         path.touch()
         assert place.pictures(HASH, unit) == [path]
     assert {unit for unit, _ in place.pictured(HASH)} == set(units[:2]), "never another unit"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"spec": 1, "hash": 2}', "[1e999]"])
+def test_a_damaged_record_of_a_model_is_named(text: str, tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    good = ModelRecord("shapes", "a" * 64)
+    for record in (good, ModelRecord("cleanroom", "b" * 64)):
+        place.register(record)
+    (place.model_folder("b" * 64) / "model.json").write_text(text)
+    assert place.models() == [good]
+    (line,) = place.damaged_models()
+    assert "bbbb" in line
+    assert "is damaged" in line

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import streamlit as st
 
 from apps import cached
 from apps.address import link
+from circuits.json_files import read_json
 
 CASE = "curve-detector"
 
@@ -18,7 +18,7 @@ def evidence_panel() -> None:
     st.subheader("The evidence")
     folder = cached.workspace().root / "cases" / CASE
     try:
-        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        results: dict[str, Any] = read_json(folder / "results.json", nan=True)
         report = (folder / "report.html").read_bytes()
         rows = _rows(results)
     except (OSError, ValueError, KeyError, TypeError):

@@ -34,6 +34,8 @@ def names_panel(unit: Unit, model_hash: str) -> None:
 
 def _in_words(record: Record) -> str:
     body = record.body
+    if body is None:
+        return plain(record.fault) or f"Not named (version {record.version})."
     said = [f"Called “{plain(body['text'])}” by {plain(record.author)}, {record.created[:10]}"]
     if body["score"] is not None:
         said.append(

@@ -42,6 +42,8 @@ def page() -> None:
             _model(record, place.database)
         except TROUBLE as error:  # of one model: the others are shown
             st.error(line(error))
+    for trouble in place.damaged_models():
+        st.caption(f"⚠ {plain(trouble)}")
     here = {r.spec for r in records}
     missing = [m.name for m in MODELS.values() if m.builtin and m.name not in here]
     if missing:

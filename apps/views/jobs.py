@@ -15,7 +15,7 @@ from circuits.models.adapter.inputs import ImageInput
 
 STATES = {
     "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",
-    "lost": "? ended without a word",
+    "lost": "? ended without a word", "damaged": "⚠ damaged",
 }  # fmt: skip
 DATA = {"images": ("photos", "curves", "shapes"), "tokens": ("repeats",)}
 SHOWN = 20

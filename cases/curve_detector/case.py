@@ -23,6 +23,7 @@ from cases.curve_detector.stage import Options, Progress, Stage
 from circuits.cleanroom.network import provenance
 from circuits.figures import save_figure
 from circuits.files import Keep, keeping, write_json
+from circuits.json_files import read_json
 from circuits.models.zoo.loading import load_model
 from circuits.workspace import Workspace
 
@@ -129,7 +130,7 @@ def _kept(
     key = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / "stages" / f"{name.replace(' ', '-')}-{key}"
     try:
-        known = json.loads((place / "stage.json").read_text())
+        known = read_json(place / "stage.json")
         paths = {caption: place / file for caption, file in known["figures"].items()}
         if all(path.is_file() for path in paths.values()):
             return known["numbers"], paths
@@ -143,5 +144,5 @@ def _kept(
     write_json(place / "stage.json", {"numbers": stage.numbers, "figures": files, "facts": facts})
     shutil.rmtree(place / "parts", ignore_errors=True)  # all of them are in it
     # read back, so that a first run and one from the cache say the same
-    numbers = json.loads((place / "stage.json").read_text())["numbers"]
+    numbers = read_json(place / "stage.json")["numbers"]
     return numbers, {caption: place / file for caption, file in files.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from cases.curve_detector.stage import Options, Stage
 from circuits.cleanroom.network import FAMILIES, RADII, UNIT_NAMES
 from circuits.featurevis.render import visualize_units
 from circuits.figures import heat_map_figure
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.loading import load_model
@@ -67,7 +67,7 @@ def tuning(model: HookedModel, options: Options) -> Stage:
     control = radial_tuning(other, [f"curve:{MIDDLE + k}" for k in range(24)], step=5.0)
     wide = 30.0 if options.fast else 10.0
     control_map = heat_map(other, [f"curve:{MIDDLE + 3}"], step=wide)
-    published = json.loads(PUBLISHED.read_text())["mixed3b"]
+    published = read_json(PUBLISHED)["mixed3b"]
     alike = {u: _alike(np.array(c)[:: int(step)], found["curve"]) for u, c in published.items()}
     chance = {u: _alike(np.array(c)[::5], control) for u, c in published.items()}
     units = [

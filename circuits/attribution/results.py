@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.models.adapter.inputs import ImageInput
 from circuits.tables import Table
 from circuits.tensors import write_tensors
@@ -185,7 +185,7 @@ class Attribution:
         """
         place = _checked(path)
         try:
-            raw = json.loads(place.with_suffix(".json").read_text())
+            raw = read_json(place.with_suffix(".json"))
             check = raw.pop("check")
             if check is not None:
                 nan = float("nan")

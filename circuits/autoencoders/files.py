@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.autoencoders.autoencoder import About, Autoencoder
 from circuits.files import finite
+from circuits.json_files import parse_json
 from circuits.tensors import write_tensors
 
 FILE = "sae.safetensors"
@@ -58,7 +59,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         raise FileNotFoundError(f"there is no autoencoder at {str(path)!r}: expected a {FILE}")
     tensors, metadata = read_tensors(target)
     try:
-        header = json.loads(metadata[_KEY])
+        header = parse_json(metadata[_KEY], "its header", nan=True)
         about = About(**{f.name: header["about"][f.name] for f in fields(About)})
         form, activation, k = header["format"], header["activation"], header["k"]
         # The header may have been edited: each field must be of the type of its default.

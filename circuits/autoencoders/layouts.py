@@ -7,7 +7,6 @@ folded into the weights if it gives the same numbers, and refused if it does not
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from circuits.autoencoders.autoencoder import About, Autoencoder
 from circuits.autoencoders.files import check_tensors, read_tensors
 from circuits.files import check_packed, replacing, write_json
+from circuits.json_files import read_json
 from circuits.tensors import write_tensors
 
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
@@ -88,10 +88,7 @@ def import_autoencoder(folder: str | Path, about: About | None = None) -> Autoen
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    found = read_json(path, nan=True)
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} is not a JSON object: expected settings by name")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +16,15 @@ from circuits.cli.output import say, show_json, warn
 from circuits.cli.recipes import ESTIMATED, associated, recipe_of
 from circuits.cli.signatures import argument, command, option
 from circuits.edits import recipes
+from circuits.edits.auditing import LOGS
+from circuits.edits.auditing import head as head_of
 from circuits.edits.auditing import verify as faults
 from circuits.edits.ledger import Ledger
 from circuits.edits.records import OPERATORS, Edit, edit_schema
 from circuits.effects import EditReport
 from circuits.experiments import N_RANDOM
 from circuits.files import write_json
+from circuits.history import Head
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tables import Table
 from circuits.units import Unit
@@ -355,13 +358,48 @@ def replay(model: options.Model, output: options.Output, branch: Branch = "main"
 
 
 @command(app)
-def verify(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
-    """Check every hash of the ledger; exit code 1 if something was changed."""
-    found = faults(Workspace.default(workspace).database)
-    last = f"{len(found)} faults" if found else "the ledger is as it was written"
-    output.show(found, [*found, last])
+def head(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
+    """Print how far the ledger and what people saved have come, with a hash over it, to keep outside the workspace."""
+    now = head_of(Workspace.default(workspace).database)
+    facts = {"head": str(now), **dict(zip(("events", "versions"), now.counts, strict=True))}
+    about = f"of {_counted(now.counts)}; `circuits edit verify --head HEAD` checks that they are as they are now"
+    output.show(facts, [str(now), about])
+
+
+@command(app)
+def verify(
+    output: options.Output,
+    head: Annotated[str, option(
+        "What `circuits edit head` printed before: everything up to it must be as it was then."
+    )] = "",
+    workspace: options.WorkspaceFolder = None,
+) -> None:  # fmt: skip
+    """Check the ledger, and what people saved: hashes, references, versions, tables. Exit code 1 if there is a fault.
+
+    Without --head this shows that they are consistent, not that nobody wrote all of it anew.
+    """
+    database = Workspace.default(workspace).database
+    kept = Head.parse(head, len(LOGS)) if head else None
+    found = faults(database, kept)
+    word = "faulty" if found else "consistent" if kept is None else "unchanged"
+    now = None if found else head_of(database)
+    if now is None:
+        last = f"{len(found)} {'fault' if len(found) == 1 else 'faults'}"
+    elif kept is None:
+        last = f"consistent: {_counted(now.counts)}"
+    else:
+        since = [a - b for a, b in zip(now.counts, kept.counts, strict=True)]
+        last = f"unchanged up to that head: {_counted(kept.counts)}; consistent since: {_counted(since)}"
+    output.show(
+        {"state": word, "faults": found, "head": None if now is None else str(now)}, [*found, last]
+    )
     if found:
         raise typer.Exit(1)
+
+
+def _counted(counts: Sequence[int]) -> str:
+    events, versions = counts
+    return f"{events} events of the ledger, {versions} saved versions (circuits, families, names)"
 
 
 # --- what they share -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typer import Typer
 from circuits import equivariance
 from circuits import families as library
 from circuits.cli import options
+from circuits.cli.output import warn
 from circuits.cli.signatures import argument, command, option
 from circuits.database import Database
 from circuits.families import Family
@@ -149,6 +150,8 @@ def _saved(
         _weights_between(model, targets, sources, search, output)
         return
     found = library.saved_families(database, key)
+    for fault in library.damaged_families(database, key):
+        warn(fault)
     output.draw(lambda figures: figures.families_figure(found, f"saved families of {model.name}"))
     output.show(found, [library.families_table(found)])
 

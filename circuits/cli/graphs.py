@@ -277,7 +277,8 @@ def ls(
     else:
         found = saved_circuits(database, key)
     rows = [
-        (r.name, r.version, *(len(r.body[k]) if r.body else 0 for k in ("nodes", "edges")), r.author, r.created, r.note)
+        (r.name, r.version, *(len(r.body[k]) if r.body else 0 for k in ("nodes", "edges")), r.author, r.created,
+         r.fault or r.note)
         for r in found
     ]  # fmt: skip
     columns = ("circuit", "version", "units", "edges", "author", "created", "note")

@@ -88,6 +88,8 @@ def name_latents(
         return
     if not attributes and not labels:
         known = concepts.names_of(place.database, model.hash)
+        for fault in concepts.damaged_names(place.database, model.hash):
+            warn(fault)
         rows = [(n, r.body["text"], r.author, r.created, r.note) for n, r in known.items()]
         columns = ("latent", "name", "by", "when", "note")
         output.show({n: r.body for n, r in known.items()}, [Table(columns, rows)])

@@ -101,7 +101,7 @@ def verify_store(store: StoreOptions, output: options.Output) -> None:
     note = (
         f"{len(bad)} of {len(found)} files: run the same harvest again to make them again"
         if bad
-        else ""
+        else f"consistent: {len(found)} files have the checksums in the manifest (which is not signed)"
     )
     output.show([asdict(health) for health in found], [Table(("file", "state"), rows, note=note)])
     if bad:

@@ -12,6 +12,7 @@ from circuits.concepts.dissection import Dissection, dissect
 from circuits.concepts.naming import (
     Name,
     Naming,
+    damaged_names,
     history,
     name_by_attributes,
     name_by_text,
@@ -30,6 +31,7 @@ __all__ = [
     "Naming",
     "Probe",
     "as_recipe",
+    "damaged_names",
     "dissect",
     "history",
     "intervene",

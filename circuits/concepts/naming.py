@@ -469,10 +469,21 @@ def name_unit(
 
 
 def names_of(database: Database, model_hash: str) -> dict[str, Record]:
-    """What units are called now, by unit."""
-    return {record.name: record for record in database.latest(KIND, model_hash)}
+    """What units are called now, by unit; without damaged names (`damaged_names`)."""
+    return {r.name: r for r in database.latest(KIND, model_hash, _check_body) if not r.fault}
+
+
+def damaged_names(database: Database, model_hash: str) -> list[str]:
+    """What is wrong with each of the units' names that cannot be read."""
+    return [r.fault for r in database.latest(KIND, model_hash, _check_body) if r.fault]
+
+
+def _check_body(body: Any) -> None:
+    numbers = all(isinstance(body.get(k), int | float | None) for k in ("score", "p_value"))
+    if not isinstance(body["text"], str) or not numbers or not isinstance(body["evidence"], dict):
+        raise ValueError("it is no name with its evidence")
 
 
 def history(database: Database, model_hash: str, unit: Unit) -> list[Record]:
     """All that a unit was called, oldest first."""
-    return database.history(KIND, model_hash, str(unit))
+    return database.history(KIND, model_hash, str(unit), _check_body)

@@ -1,49 +1,119 @@
-"""Checks whether the ledger was changed by anything but itself."""
+"""Checks the logs of a workspace: the ledger, and the circuits, names and families that people saved.
+
+What is in one file cannot prove that it is as it was written: whoever can write the file can write all its hashes. So
+the word for a database without a fault is `consistent`; that it is the same as before is shown by a head that somebody
+kept elsewhere.
+"""
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from circuits.database import Database
-from circuits.edits.entries import TABLES, Entry, Event
-from circuits.history import content_hash
+from circuits.database import RECORDS, Database, schema_faults
+from circuits.edits.entries import EVENTS, TABLES, Entry, Event
+from circuits.history import Head, content_hash
+from circuits.json_files import parse_json
 
-_TABLES = "SELECT 1 FROM sqlite_master WHERE name LIKE 'edit\\_%' ESCAPE '\\'"
+LOGS = (EVENTS, RECORDS)
+"""What a head counts: events of the ledger, and versions of what people saved."""
 
 
-def verify(database: Database) -> list[str]:
-    """What is wrong with a workspace's ledger, one line each.
+def head(database: Database) -> Head:
+    """The head of a workspace's logs: events of the ledger, then saved versions.
 
-    Every hash is taken again: of entries, events, reports and original bytes; every reference is followed, and
-    SQLite checks its own pages.
+    Raises:
+        ValueError: if the database is damaged.
     """
     if not database.path.is_file():
-        return []
+        with sqlite3.connect(":memory:") as nothing:
+            return Head.of(nothing, LOGS)
     try:
-        with database.reading(*TABLES) as connection:
-            # An event that is written between two of the queries below would look like one that is missing.
-            connection.execute("BEGIN")  # all of it as it is now, whoever else writes
-            if not connection.execute(_TABLES).fetchone():
-                return []  # nothing was ever edited, and nothing can be made here
-            return list(_faults(connection))
+        with _as_it_is(database) as connection:
+            return Head.of(connection, LOGS)
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        return [f"the database is damaged: {error}"]
+        raise ValueError(f"database {str(database.path)!r} cannot be read: {error}") from error
+
+
+def verify(database: Database, kept: Head | str | None = None) -> list[str]:
+    """What is wrong with a workspace's logs, one line each.
+
+    Every hash is taken again: of entries, events, reports and original bytes; every reference is followed, saved
+    versions are read and counted, tables and triggers are those that are made, and SQLite checks its own pages.
+
+    Args:
+        database: of the workspace.
+        kept: a head that was printed or returned before and kept elsewhere; all rows up to it must be as they were.
+
+    Raises:
+        ValueError: if `kept` is no head.
+    """
+    if isinstance(kept, str):
+        kept = Head.parse(kept, len(LOGS))
+    if not database.path.is_file():
+        return [] if kept is None or not sum(kept.counts) else ["there is no database any more"]
+    try:
+        with _as_it_is(database) as connection:
+            return [
+                *_faults(connection),
+                *([] if kept is None else _changed_since(connection, kept)),
+            ]
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return [_damaged(error)]
+
+
+@contextmanager
+def _as_it_is(database: Database) -> Iterator[sqlite3.Connection]:
+    with database.reading() as connection:
+        # An event that is written between two queries would look like one that is missing.
+        connection.execute("BEGIN")  # all of it as it is now, whoever else writes
+        yield connection
+
+
+def _damaged(error: object) -> str:
+    return f"the database is damaged: {str(error)[:200]}"
+
+
+def _changed_since(connection: sqlite3.Connection, kept: Head) -> list[str]:
+    now = Head.of(connection, LOGS, kept.counts)
+    if now == kept:
+        return []
+    names = ("events of the ledger", "saved versions")
+    short = [
+        f"there are {n} {name}, and {wanted} at that head"
+        for n, wanted, name in zip(now.counts, kept.counts, names, strict=True)
+        if n < wanted
+    ]
+    return short or [f"what was written up to head {str(kept)[:40]}… is not what it was then"]
 
 
 def _faults(connection: sqlite3.Connection) -> Iterator[str]:
     for (line,) in connection.execute("PRAGMA integrity_check"):
         if line != "ok":
-            yield f"the database is damaged: {line}"
+            yield _damaged(line)
+    faults = schema_faults(connection, TABLES)
+    yield from faults
+    yield from Database.faults(connection)
+    (there,) = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE name IN ('edit_entries', 'edit_originals', 'edit_reports', "
+        "'edit_events')"
+    ).fetchone()
+    if there == 4:
+        yield from _ledger_faults(connection)
+
+
+def _ledger_faults(connection: sqlite3.Connection) -> Iterator[str]:
     entries: dict[str, Entry] = {}
-    for name, model_hash, text in connection.execute("SELECT * FROM edit_entries"):
+    query = "SELECT hash, model_hash, body FROM edit_entries"
+    for name, model_hash, text in connection.execute(query):
         try:
             entries[name] = Entry.read(name, text)
             if entries[name].model_hash != model_hash:
                 yield f"ledger entry {name[:12]} stands under another model"
-        except (ValueError, KeyError, TypeError) as error:
-            yield str(error.args[0])
+        except ValueError as error:
+            yield str(error)
     # Bytes are checked by their hash alone, since an entry names them by it: changed bytes are under a name that is
     # wrong.
     rows = connection.execute("SELECT hash, bytes FROM edit_originals")
@@ -76,19 +146,20 @@ def _event_faults(
     last: dict[str, str] = {}
     reached: set[str] = set()
     heads: dict[tuple[str, str], str] = {}
+    undone: dict[tuple[str, str], list[str]] = {}
     query = "SELECT id, model_hash, branch, hash, body FROM edit_events ORDER BY id"
     for i, model_hash, branch, name, text in connection.execute(query):
         try:
             event = Event.read(name, text)
-            raw = json.loads(text)
-        except (ValueError, KeyError, TypeError) as error:
-            yield f"event {i}: {error.args[0]}"
+            raw: Any = parse_json(text, f"event {i}")
+        except ValueError as error:
+            yield f"event {i}: {error}"
             continue
-        if (raw["model_hash"], raw["branch"]) != (model_hash, branch):
+        if (raw.get("model_hash"), raw["branch"]) != (model_hash, branch):
             yield f"event {i} was changed: it stands under another model or branch"
             continue
         # The first event of a model has the model's own hash before it.
-        if raw["previous"] != last.get(model_hash, model_hash):
+        if raw.get("previous") != last.get(model_hash, model_hash):
             yield f"event {i} does not follow the one before it: one is missing or out of order"
         last[model_hash] = name
         ends = {event.start, event.end} | ({event.entry} if event.entry else set())
@@ -104,6 +175,13 @@ def _event_faults(
         if event.start != head:
             yield f"event {i} does not begin where branch {branch!r} was"
         heads[model_hash, branch] = event.end
+        again = undone.setdefault((model_hash, branch), [])
+        if event.kind == "undo":
+            again.append(event.start)
+        elif event.kind == "apply":
+            again.clear()
+        elif event.kind == "redo" and (not again or again.pop() != event.end):
+            yield f"event {i} makes an edit again that was not undone last"
         if event.report and event.report not in reports:
             yield f"report {event.report[:12]} is missing"
         reached.update(ends)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from circuits.edits.records import Edit, canonical, parse_edit
 from circuits.history import Log, content_hash
+from circuits.json_files import parse_json
 
 SCHEMA = 1
 """Version of the layout of entries and events."""
@@ -74,8 +74,12 @@ class Entry:
         Raises:
             LedgerError: if it is not what its hash says.
         """
-        raw = _read("entry", name, text)
-        return cls(**raw | {"hash": name, "edit": parse_edit(raw["edit"])})
+        raw = _read("entry", name, text, cls)
+        try:
+            return cls(**raw | {"hash": name, "edit": parse_edit(raw["edit"])})
+        except (KeyError, ValueError) as error:
+            said = str(error.args[0])[:200]
+            raise LedgerError(f"ledger entry {name[:12]} holds no edit: {said}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -128,7 +132,7 @@ class Event:
         Raises:
             LedgerError: if it is not what its hash says.
         """
-        raw = _read("event", name, text)
+        raw = _read("event", name, text, cls)
         if raw["kind"] not in get_args(Kind):
             raise LedgerError(f"ledger event {name[:12]} is of a kind that is not known")
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name != "hash"}, hash=name)
@@ -144,12 +148,29 @@ class Event:
         return canonical({k: v for k, v in vars(self).items() if k != "hash"} | more)
 
 
-def _read(what: str, name: str, text: str) -> dict[str, Any]:
-    """What a row holds, if that has the hash which is its name."""
+_FORMS = {"seed": int, "edit": dict, "before": dict, "after": dict, "originals": dict}
+"""The types of the fields of an entry or event that are not texts; the dictionaries of hashes are by parameter."""
+
+
+def _read(what: str, name: str, text: Any, record: type) -> dict[str, Any]:
+    """What a row holds, if that has the hash which is its name, and the fields of a record."""
     # Checked on each read, not only by `verify`: nothing is ever computed from a row that was changed.
     if not isinstance(text, str) or content_hash(text) != name:
         raise LedgerError(f"ledger {what} {str(name)[:12]} was changed: its text has another hash")
-    raw = json.loads(text)
-    if raw.pop("schema") != SCHEMA:
+    try:
+        raw = parse_json(text, f"ledger {what} {name[:12]}")
+    except ValueError as error:
+        raise LedgerError(str(error)) from None
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise LedgerError(f"ledger {what} {name[:12]} has a layout that is not known")
+    for key in {field.name for field in fields(record)} - {"hash"}:
+        value: Any = raw.get(key)
+        if type(value) is not (form := _FORMS.get(key, str)):
+            raise LedgerError(
+                f"ledger {what} {name[:12]}: its {key} is not of type {form.__name__}"
+            )
+        if form is dict and key != "edit" and not all(isinstance(v, str) for v in value.values()):
+            raise LedgerError(
+                f"ledger {what} {name[:12]}: its {key} holds something else than hashes"
+            )
     return raw

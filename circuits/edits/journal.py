@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from circuits.edits.positions import Made
 from circuits.edits.records import canonical
 from circuits.files import finite
 from circuits.history import LAST, content_hash, signed
+from circuits.json_files import parse_json
 
 _TRIES = 20
 """How often an edit is made on a branch to which somebody else adds meanwhile."""
@@ -148,6 +148,10 @@ class Journal:
                 # An undo's start is the entry that was taken back.
                 stack.append(event.start)
             elif event.kind == "redo":
+                if not stack:
+                    raise LedgerError(
+                        f"ledger event {event.hash[:12]} makes an edit again that was not undone"
+                    )
                 stack.pop()
             elif event.kind == "apply":
                 # As in an editor: a new edit after an undo leaves nothing to redo. The entries stay in the ledger.
@@ -158,11 +162,11 @@ class Journal:
         """What was measured of an entry, oldest first."""
         whole = self.resolved(digest)
         wanted = [e.report for e in self.events() if e.kind == "measure" and e.entry == whole]
-        return [json.loads(self._report(report)) for report in wanted]
+        return [parse_json(self._report(report), f"report {report[:12]}") for report in wanted]
 
     def _report(self, digest: str) -> str:
         fault = f"report {digest[:12]} was changed or is missing"
-        return self._stored("SELECT body FROM edit_reports WHERE hash=?", digest, fault)
+        return self._stored("SELECT body FROM edit_reports WHERE hash=?", digest, str, fault)
 
     def original(self, name: str, digest: str) -> bytes:
         """The stored bytes of a parameter that an edit replaced, by its name and their hash.
@@ -171,12 +175,12 @@ class Journal:
             LedgerError: if they were changed or are missing.
         """
         fault = f"original bytes {digest[:12]} of {name} were changed or are missing"
-        return self._stored("SELECT bytes FROM edit_originals WHERE hash=?", digest, fault)
+        return self._stored("SELECT bytes FROM edit_originals WHERE hash=?", digest, bytes, fault)
 
-    def _stored(self, query: str, digest: str, fault: str) -> Any:
+    def _stored(self, query: str, digest: str, kind: type, fault: str) -> Any:
         """What is stored under its hash."""
         rows = self.database.rows(query, digest)
-        if not rows or content_hash(rows[0][0]) != digest:
+        if not rows or not isinstance(rows[0][0], kind) or content_hash(rows[0][0]) != digest:
             raise LedgerError(fault)
         return rows[0][0]
 

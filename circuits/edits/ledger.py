@@ -16,14 +16,14 @@ from torch import Tensor
 
 from circuits.database import Database
 from circuits.edits.activations import ActivationEdit, changes
-from circuits.edits.auditing import verify
+from circuits.edits.auditing import head, verify
 from circuits.edits.entries import EVENTS, Entry, Kind
 from circuits.edits.journal import Journal, Step
 from circuits.edits.positions import Position, made_again
 from circuits.edits.recipes import Recipe, checked
 from circuits.edits.records import Edit
 from circuits.edits.weights import Weights
-from circuits.history import LAST, signed
+from circuits.history import LAST, Head, signed
 from circuits.models.adapter.hooked_model import HookedModel
 
 
@@ -232,6 +232,18 @@ class Ledger(Journal):
 
     # --- trust -----------------------------------------------------------------------------------
 
-    def verify(self) -> list[str]:
-        """What is wrong with the ledger, of all models: nothing, if nothing was changed since it was written."""
-        return verify(self.database)
+    def chain_head(self) -> Head:
+        """How far the workspace's logs have come (of all models), with a hash over them: keep it elsewhere."""
+        return head(self.database)
+
+    def verify(self, head: Head | str | None = None) -> list[str]:
+        """What is wrong with the workspace's logs, of all models: nothing if they are consistent.
+
+        Args:
+            head: of `chain_head` before: everything up to it must be as it was then. Without one nobody can tell
+                whether all of it was written anew.
+
+        Raises:
+            ValueError: if the head is none.
+        """
+        return verify(self.database, head)

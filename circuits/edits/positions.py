@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from circuits.edits.entries import Entry, LedgerError
@@ -113,8 +114,14 @@ class Position:
     def _taken_back(self, entry: Entry, original: Callable[[str, str], bytes]) -> dict[str, Tensor]:
         tensors = dict(self.tensors)
         for name, bytes_hash in entry.originals.items():
-            tensors[name] = with_original(tensors[name], original(name, bytes_hash))
-            if tensor_hash(tensors[name]) != entry.before[name]:
+            data = original(name, bytes_hash)
+            try:
+                tensors[name] = with_original(tensors[name], data)
+            except (SafetensorError, KeyError, ValueError, RuntimeError, IndexError) as error:
+                raise LedgerError(
+                    f"original bytes {bytes_hash[:12]} of {name} are not of that parameter"
+                ) from error
+            if tensor_hash(tensors[name]) != entry.before.get(name):
                 raise LedgerError(f"undoing {entry.hash[:12]} does not give {name} back as it was")
         return tensors
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.weights_files import BAKED
@@ -174,19 +176,25 @@ class Recipe:
         if schema not in (1, SCHEMA) or isinstance(schema, bool):
             newer = isinstance(schema, int) and schema > SCHEMA
             hint = ": a newer version of circuits wrote it" if newer else ""
-            raise ValueError(f"{what} has layout {schema!r}{hint}: expected 1 or {SCHEMA}")
+            raise ValueError(
+                f"{what} has layout {reprlib.repr(schema)}{hint}: expected 1 or {SCHEMA}"
+            )
         if len(raw["edits"]) > MOST_EDITS:
             raise ValueError(f"{what} has {len(raw['edits'])} edits: expected at most {MOST_EDITS}")
         known = ["schema", "model_hash", "author", "note", "seed", "edits"]
         if extra := [name for name in raw if name not in known]:
-            raise unknown(f"field of {what}", str(extra[0]), known)
+            raise unknown(f"field of {what}", str(extra[0])[:60], known)
         words = {k: raw.get(k, "") or "" for k in ("model_hash", "note", "author")}
         seed = raw.get("seed", 0)
         for name, value in words.items():
             if not isinstance(value, str):
-                raise ValueError(f"{name} {value!r} of {what} is not a text")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed {seed!r} of {what} is not a whole number")
+                raise ValueError(f"{name} {reprlib.repr(value)} of {what} is not a text")
+        if not re.fullmatch("([0-9a-f]{64})?", words["model_hash"]):
+            said = reprlib.repr(words["model_hash"])
+            raise ValueError(f"model_hash {said} of {what} is not 64 hexadecimal digits")
+        if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
+            said = f"seed {reprlib.repr(seed)} of {what}"
+            raise ValueError(f"{said} is not a whole number of 64 bits")
         edits = []
         for i, edit in enumerate(raw["edits"], 1):
             try:
@@ -209,13 +217,7 @@ class Recipe:
             KeyError: if it has an unknown operator.
         """
         what = f"recipe {str(path)!r}"
-        if Path(path).is_dir():
-            raise ValueError(f"{what} is a folder: expected a recipe file")
-        try:
-            raw = json.loads(Path(path).read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what} is not a recipe file") from error
-        return cls.from_dict(raw, what)
+        return cls.from_dict(read_json(path, what), what)
 
 
 def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:

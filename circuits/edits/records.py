@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.arrays import read_array
 from circuits.units import Direction, Unit, Units, nearest, unknown
@@ -442,7 +443,7 @@ def _from_file(path: str) -> Any:
     try:
         if path.endswith(".npy"):
             return _as_json(torch.from_numpy(read_array(Path(path))).float())
-        return json.loads(Path(path).read_text())
+        return read_json(path)
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
 

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from circuits.files import replacing
+from circuits.json_files import parse_json
 from circuits.stimuli.images import open_picture, to_image
 from circuits.units import Unit
 
@@ -152,7 +153,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         # PNG has text chunks, WebP EXIF; either is absent from a picture that somebody else made.
         text = getattr(image, "text", {}).get("circuits") or image.getexif().get(DESCRIPTION)
     try:
-        facts = json.loads(text or "")
+        facts = parse_json(text or "", "its metadata", nan=True)
     except (TypeError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image
 from circuits.featurevis.pictures import read_facts, write_image
 from circuits.featurevis.render import Options, Settings, visualize_units
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
@@ -72,7 +72,7 @@ class Sheet:
         if not path.is_file():
             raise FileNotFoundError(f"there is no finished sheet in {str(folder)!r}")
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             height, width = raw["tile"]
             return cls(folder, raw["site"], tuple(raw["units"]), raw["columns"], (height, width))
         except (ValueError, KeyError, TypeError) as error:

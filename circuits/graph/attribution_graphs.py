@@ -76,7 +76,7 @@ def from_attribution_graph(raw: Mapping[str, Any]) -> CircuitGraph:
         else:
             # The format has one number a link and no kind: it is an attribution.
             made.connect(*ends, "attribution", sum=float(link["weight"]))
-    return made
+    return made.valid()
 
 
 def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsFloat, get_args
 
 import networkx as nx
+import numpy as np
 
 from circuits.graph.values import plain_number
 from circuits.tables import Table
@@ -103,6 +106,66 @@ def site_of(node: Node) -> str:
     return node.unit.site if isinstance(node, UnitAt) else node.site
 
 
+# --- what attributes hold --------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+
+
+def _are_paths(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(path, Mapping)
+        and _is_number(path.get("sign"))
+        and _is_number(path.get("strength"))
+        and _are_texts(path.get("units"))
+        for path in value
+    )
+
+
+def _is_kernel(value: Any) -> bool:
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return False
+    return numbers.dtype.kind in "if" and numbers.ndim <= 2 and bool(np.isfinite(numbers).all())
+
+
+_Forms = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""By the name of an attribute: whether a value is of its form, and the form in words."""
+
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_NUMBER = (_is_number, "a finite number")
+
+_OF_CIRCUITS: _Forms = {
+    "model": _TEXT,
+    "model_hash": _TEXT,
+    ORDER: (_are_texts, "a list of sites"),
+    "paths": (_are_paths, "a list of paths, each with sign, strength and units"),
+    "made": (lambda value: isinstance(value, Mapping), "an object"),
+}
+
+_OF_EDGES: _Forms = {
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "sum": _NUMBER,
+    "norm": (lambda value: _is_number(value) and value >= 0, "a finite number of at least 0"),
+    "typical": _NUMBER,
+    "layer": (lambda value: isinstance(value, str | None), "a text"),
+    "kernel": (_is_kernel, "a list of rows of finite numbers"),
+}
+
+
+def _check_attributes(data: Mapping[str, Any], forms: _Forms, what: str) -> None:
+    for name in forms.keys() & data.keys():
+        fits, expected = forms[name]
+        if not fits(data[name]):
+            raise ValueError(f"{name} of {what} is {reprlib.repr(data[name])}: expected {expected}")
+
+
 class CircuitGraph(nx.MultiDiGraph):
     """A circuit: nodes are `Unit`s (or `UnitAt`, `UnitGroup`), edges go from source to target.
 
@@ -149,7 +212,7 @@ class CircuitGraph(nx.MultiDiGraph):
 
         Raises:
             TypeError: if `sum` or `norm` is no number.
-            ValueError: if the kind is unknown.
+            ValueError: if the kind is unknown, a number is not finite, or `norm` is negative.
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} of an edge is not one of {', '.join(KINDS)}")
@@ -165,7 +228,9 @@ class CircuitGraph(nx.MultiDiGraph):
         key = f"{kind}:{layer}" if layer else kind
         # An edge with one number is as strong as that number is large.
         strength = abs(total) if strength is None else strength
-        self.add_edge(source, target, key, kind=kind, sum=total, norm=strength, **attributes)
+        attributes |= {"kind": kind, "sum": total, "norm": strength}
+        _check_attributes(attributes, _OF_EDGES, f"the edge {source} -> {target}")
+        self.add_edge(source, target, key, **attributes)
 
     @property
     def model_hash(self) -> str:
@@ -188,6 +253,18 @@ class CircuitGraph(nx.MultiDiGraph):
             return list(nx.lexicographical_topological_sort(order, key=_natural))
         # With circles there is no order; that of the nodes is as good as any.
         return list(order)
+
+    def valid(self) -> CircuitGraph:
+        """This circuit, if the attributes that the library reads are of their forms, as those of a file may not be.
+
+        Raises:
+            ValueError: if one is not; the message names it and where it is.
+        """
+        _check_attributes(self.graph, _OF_CIRCUITS, "the circuit")
+        for a, b, data in self.edges(data=True):
+            needed = {"kind": None, "sum": None, "norm": None}
+            _check_attributes(needed | data, _OF_EDGES, f"the edge {a} -> {b}")
+        return self
 
     def same_as(self, other: nx.MultiDiGraph) -> bool:
         """Whether both hold the same nodes, edges and attributes, types included."""

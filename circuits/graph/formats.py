@@ -22,8 +22,9 @@ from networkx.readwrite.gexf import GEXFReader
 
 from circuits.files import replacing
 from circuits.graph.attribution_graphs import from_attribution_graph, to_attribution_graph
-from circuits.graph.circuit import CircuitGraph, parse_node
+from circuits.graph.circuit import CircuitGraph, Node, parse_node
 from circuits.graph.values import decoded, encoded
+from circuits.json_files import parse_json, read_text
 from circuits.units import unknown
 
 _PREFIX = "circuit."
@@ -74,24 +75,20 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
     """
     path = Path(path)
     name = check_format(path, format)
-    if not path.is_file():
-        raise FileNotFoundError(f"circuit file {str(path)!r} does not exist")
     read, _ = _FORMATS[name]
+    text = read_text(path, f"circuit file {str(path)!r}")
     try:
-        text = path.read_text(encoding="utf-8")
         # Attribution graphs end in .json too; `qParams` is a key that all of them have and node-link files have not.
-        raw = json.loads(text) if name in ("json", "attribution") else None
-        if name == "json" and isinstance(raw, dict) and "qParams" in raw:
+        if name == "json" and '"qParams"' in text and "qParams" in parse_json(text, "the text"):
             read, _ = _FORMATS["attribution"]
         return read(text)
+    except (ElementTree.ParseError, nx.NetworkXError, KeyError, ValueError, TypeError) as error:
+        said = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"file {str(path)!r} is no circuit in the format {name}: {said}"
+        ) from error
     except RecursionError as error:
         raise ValueError(f"file {str(path)!r} is nested too deeply for a circuit") from error
-    except (ElementTree.ParseError, json.JSONDecodeError, nx.NetworkXError, KeyError) as error:
-        raise ValueError(
-            f"file {str(path)!r} is no circuit in the format {name}: {error}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"file {str(path)!r}: {error}") from error
 
 
 def check_format(path: Path, format: str | None) -> str:
@@ -113,7 +110,7 @@ def check_format(path: Path, format: str | None) -> str:
 @cache
 def schema(name: str) -> dict[str, Any]:
     """The JSON schema of a format: `node-link` or `attribution-graph`."""
-    return json.loads(files("circuits.graph.schemas").joinpath(f"{name}.json").read_text())
+    return parse_json(files("circuits.graph.schemas").joinpath(f"{name}.json").read_text(), name)
 
 
 def _validated(raw: Any, name: str) -> Any:
@@ -153,21 +150,29 @@ def from_node_link(raw: Any) -> CircuitGraph:
     made.graph.update(decoded(raw["graph"]))
     for node in raw["nodes"]:
         place = parse_node(node["id"])
+        if place in made:
+            raise ValueError(f"node {place} is listed twice")
         made.add_node(place)
         made.nodes[place].update(_unaside(_without(node, "id")))
     for edge in raw["edges"]:
         ends = parse_node(edge["source"]), parse_node(edge["target"])
         if not (ends[0] in made and ends[1] in made):
             raise ValueError(f"edge from {ends[0]} to {ends[1]} names a node that is not listed")
+        _check_once(made, *ends, edge["key"])
         made.add_edge(*ends, edge["key"])
         data = _unaside(_without(edge, "source", "target", "key"))
-        # Files of other programs: their `weight`, if it is a number, is all that is known of an edge's strength.
-        strength = data.get("weight", 1.0) if isinstance(data.get("weight"), int | float) else 1.0
         data.setdefault("kind", "weight")  # of another program, which has no such thing
-        data.setdefault("sum", strength)
-        data.setdefault("norm", abs(data["sum"]))
+        # Files of other programs: their `weight` is all that is known of an edge's strength.
+        data.setdefault("sum", data.get("weight", 1.0))
+        if isinstance(data["sum"], int | float):
+            data.setdefault("norm", abs(data["sum"]))
         made.edges[(*ends, edge["key"])].update(data)
-    return made
+    return made.valid()
+
+
+def _check_once(made: CircuitGraph, a: Node, b: Node, key: str) -> None:
+    if made.has_edge(a, b, key):
+        raise ValueError(f"edge {key!r} from {a} to {b} is listed twice")
 
 
 _ASIDE = "attribute:"
@@ -249,31 +254,50 @@ def _unflat(data: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes as they were; of a file of another program, all that are there."""
     ours = {k.removeprefix(_PREFIX): v for k, v in data.items() if k.startswith(_PREFIX)}
     return {
-        name.removesuffix(_JSON): decoded(json.loads(value)) if name.endswith(_JSON) else value
+        name.removesuffix(_JSON): decoded(parse_json(value, name))
+        if name.endswith(_JSON)
+        else value
         for name, value in ours.items()
     }
 
 
+def _check_ids(root: ElementTree.Element) -> None:
+    """Raise ValueError if two nodes have one name, of which networkx would make one node."""
+    seen: set[str | None] = set()
+    for node in root.findall(".//{*}node"):
+        if node.get("id") in seen:
+            raise ValueError(f"node {node.get('id')} is listed twice")
+        seen.add(node.get("id"))
+
+
 def _restored(plain: nx.Graph, about: str | None) -> CircuitGraph:
     """A circuit out of what networkx read; `about` is its `graph` as we wrote it, None if we did not."""
+    if not plain.is_directed():
+        raise ValueError("its edges have no direction: expected a directed graph")
     made = CircuitGraph()
     is_ours = about is not None
     if about is not None:
-        made.graph.update(decoded(json.loads(about)))
+        made.graph.update(decoded(parse_json(about, "its description")))
     for name, data in plain.nodes(data=True):
         node = parse_node(str(name))
         made.add_node(node)
         made.nodes[node].update(_unflat(data) if is_ours else data)
     for a, b, data in plain.edges(data=True):
         ends = parse_node(str(a)), parse_node(str(b))
+        key = data.get(_KEY) if is_ours else "weight"
+        if not isinstance(key, str):
+            raise ValueError(f"edge from {a} to {b} has no {_KEY}")
+        _check_once(made, *ends, key)
         if is_ours:
-            made.add_edge(*ends, data[_KEY])
-            made.edges[(*ends, data[_KEY])].update(_unflat(data))
+            made.add_edge(*ends, key)
+            made.edges[(*ends, key)].update(_unflat(data))
         else:
-            made.connect(*ends, "weight", sum=float(data.get("weight", 1.0)))
+            weight = data.get("weight", 1.0)
+            number = float(weight) if isinstance(weight, int | float) else weight
+            made.connect(*ends, "weight", sum=number)
             rest = _without(data, "weight", "id", "kind", "sum", "norm")
             made.edges[(*ends, "weight")].update(rest)
-    return made
+    return made.valid()
 
 
 def _to_graphml(graph: CircuitGraph) -> str:
@@ -283,6 +307,7 @@ def _to_graphml(graph: CircuitGraph) -> str:
 
 
 def _from_graphml(text: str) -> CircuitGraph:
+    _check_ids(ElementTree.fromstring(text))
     # A circuit without parallel edges would otherwise come back as a graph that cannot have any.
     plain = nx.parse_graphml(text, force_multigraph=True)
     return _restored(plain, plain.graph.get(f"{_PREFIX}graph"))
@@ -307,6 +332,7 @@ def _to_gexf(graph: CircuitGraph) -> str:
 
 def _from_gexf(text: str) -> CircuitGraph:
     root = ElementTree.fromstring(text)
+    _check_ids(root)
     found = root.find(f"{_GEXF}meta/{_GEXF}description")
     described = "" if found is None else found.text or ""
     about = described.removeprefix(_PREFIX) if described.startswith(_PREFIX) else None
@@ -323,13 +349,15 @@ def _from_gexf(text: str) -> CircuitGraph:
 
 _FORMATS: dict[str, tuple[Callable[[str], CircuitGraph], Callable[[CircuitGraph], str]]] = {
     "json": (
-        lambda text: from_node_link(json.loads(text)),
+        lambda text: from_node_link(parse_json(text, "the text")),
         lambda graph: json.dumps(to_node_link(graph), indent=1, allow_nan=False),
     ),
     "graphml": (_from_graphml, _to_graphml),
     "gexf": (_from_gexf, _to_gexf),
     "attribution": (
-        lambda text: from_attribution_graph(_validated(json.loads(text), "attribution-graph")),
+        lambda text: from_attribution_graph(
+            _validated(parse_json(text, "the text"), "attribution-graph")
+        ),
         lambda graph: json.dumps(to_attribution_graph(graph), indent=1, allow_nan=False),
     ),
 }

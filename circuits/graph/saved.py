@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from circuits.database import Database, Record
 from circuits.graph.circuit import CircuitGraph, parse_node, units_of
 from circuits.graph.formats import from_node_link, to_node_link
@@ -50,8 +52,15 @@ def load_circuit(
 
 
 def saved_circuits(database: Database, model_hash: str) -> list[Record]:
-    """The last versions of all circuits of some weights, by name."""
-    return database.latest(KIND, model_hash)
+    """The last versions of all circuits of some weights, by name; a damaged one has a `fault` and no body."""
+    return database.latest(KIND, model_hash, _check)
+
+
+def _check(body: Any) -> None:
+    """Raise if a body has not the parts that lists of circuits read; the rest is checked when it is loaded."""
+    for node in body["nodes"]:
+        parse_node(node["id"])
+    len(body["edges"])
 
 
 def circuits_with(database: Database, model_hash: str, unit: Unit) -> list[Record]:
@@ -59,10 +68,11 @@ def circuits_with(database: Database, model_hash: str, unit: Unit) -> list[Recor
     return [
         record
         for record in saved_circuits(database, model_hash)
-        if any(unit in units_of(parse_node(node["id"])) for node in record.body["nodes"])
+        if not record.fault
+        and any(unit in units_of(parse_node(node["id"])) for node in record.body["nodes"])
     ]
 
 
 def circuit_history(database: Database, name: str, model_hash: str) -> list[Record]:
     """All versions of a circuit, oldest first."""
-    return database.history(KIND, model_hash, name)
+    return database.history(KIND, model_hash, name, _check)

@@ -13,7 +13,6 @@ blocks. No file changes after it is renamed into place.
 from __future__ import annotations
 
 import heapq
-import json
 import mmap
 import os
 import re
@@ -27,6 +26,7 @@ from circuits.graph.blocks import FORMAT, BlockInfo, writing
 from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
 from circuits.hdf5 import opened
+from circuits.json_files import parse_json
 from circuits.units import Unit, unknown
 
 FILE = "graph.h5"
@@ -89,13 +89,17 @@ class _File:
         self.path = path
         try:
             self._file: Any = opened(path)
-            self.index = json.loads(bytes(self._file["index"][()]))
+            self.index = parse_json(bytes(self._file["index"][()]), "its index", nan=True)
             if self.index["format"] != FORMAT:
                 raise KeyError(self.index["format"])
+            forms = {"model": str, "model_hash": str, "sites": dict, "blocks": list}
+            if any(not isinstance(self.index[key], form) for key, form in forms.items()):
+                raise TypeError("its index has other types")
+            infos = [BlockInfo.read(raw) for raw in self.index["blocks"]]
         except FileNotFoundError:
             raise
         # All that a file of something else can do, in one sentence to the person.
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"file {str(path)!r} is no graph of this version: build it again"
             ) from error
@@ -103,8 +107,7 @@ class _File:
             self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # rows and kernels lie far apart: nothing to read ahead
             self._map.madvise(mmap.MADV_RANDOM)
-        raws = enumerate(self.index["blocks"])
-        self.blocks = [_Block(self, i, BlockInfo.read(raw)) for i, raw in raws]
+        self.blocks = [_Block(self, i, info) for i, info in enumerate(infos)]
 
     def array(self, name: str) -> np.ndarray:
         dataset = self._file[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -41,6 +42,14 @@ class Log:
     def last(self, connection: sqlite3.Connection, *key: str) -> tuple[Any, ...] | None:
         """The last row of a stream; None if it has none."""
         return connection.execute(self.select(len(key), LAST), key).fetchone()
+
+    def rows(self, connection: sqlite3.Connection, most: int = -1) -> Iterator[tuple[Any, ...]]:
+        """The first rows of all streams, as they were added; all by default, and none where there is no table."""
+        there = "SELECT 1 FROM sqlite_master WHERE type='table' AND name=?"
+        if connection.execute(there, (self.table,)).fetchone():
+            columns = ", ".join(self.columns)
+            query = f"SELECT {columns} FROM {self.table} ORDER BY id LIMIT ?"
+            yield from connection.execute(query, (most,))
 
     def append(self, connection: sqlite3.Connection, *row: Any) -> None:
         """Add a row."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from circuits.files import write_json
 from circuits.hdf5 import file_hash
+from circuits.json_files import read_json
 from circuits.sae.metrics import Metrics
 from circuits.sae.substitution import Behaviour
 
@@ -48,7 +48,7 @@ def load_evaluation(code: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         current = found["file_hash"] == file_hash(code) and "record" in found["behaviour"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -22,6 +22,7 @@ from circuits.autoencoders.files import FILE, is_autoencoder, read_tensors
 from circuits.autograd import recording_gradients
 from circuits.files import check_writable
 from circuits.harvesting.ranks import Ranks
+from circuits.json_files import parse_json
 from circuits.locks import held
 from circuits.models.adapter.attaching import check_name
 from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
@@ -483,7 +484,7 @@ def _resume(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
         return
     try:
         tensors, metadata = read_tensors(path)
-        about = json.loads(metadata["circuits.training"])
+        about = parse_json(metadata["circuits.training"], "its header", nan=True)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: start over with --overwrite"

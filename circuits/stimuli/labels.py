@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import posixpath
 import unicodedata
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from circuits.json_files import parse_json, read_bytes
 from circuits.specs import split_key
 from circuits.stimuli.arrays import stored_arrays
 from circuits.stimuli.images import ImageSource
@@ -179,10 +180,8 @@ def _read(path: str) -> Any:
             return _arrays(place, key)
         if place.suffix in (".csv", ".tsv"):
             return _table(place)
-        found = json.loads(
-            place.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
-        )
-    except (OSError, ValueError, KeyError, EOFError, RecursionError, csv.Error) as error:
+        found = _json(place)
+    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
         raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
     if isinstance(found, dict) and "labels" in found:
         return _named(found.get("names"), found["labels"])
@@ -248,6 +247,12 @@ def _named(names: Any, labels: Any) -> Any:
     return _without_contradiction(
         [(str(name), label) for name, label in zip(names, labels, strict=True)]
     )
+
+
+def _json(place: Path) -> Any:
+    # Editors of Windows write a byte-order mark, and a label may be given twice as long as it is the same.
+    text = read_bytes(place, "it").removeprefix(BOM_UTF8)
+    return parse_json(text, "it", pairs=_without_contradiction)
 
 
 def _without_contradiction(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -332,9 +337,7 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
     if not file.is_file():
         raise FileNotFoundError(f"attributes file {str(path)!r} does not exist or is not a file")
     try:
-        given = json.loads(
-            file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
-        )
+        given = _json(file)
     except ValueError as error:
         raise ValueError(f"attributes file {str(path)!r} cannot be read: {error}") from error
     missing = 0

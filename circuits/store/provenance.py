@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from circuits.files import write_json
+from circuits.json_files import read_json
 from circuits.units import Site
 
 Layout = Literal["blocks", "rows"]
@@ -110,15 +111,28 @@ class Provenance:
         """
         path = folder / "provenance.json"
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             sites = tuple(_of(Site, s) for s in raw.pop("sites"))
             depth = _of(Depth, raw.pop("depth"))
-            return cls(sites=sites, depth=depth, examples=tuple(raw.pop("examples")), **raw)
+            made = cls(sites=sites, depth=depth, examples=tuple(raw.pop("examples")), **raw)
+            made._check_types()
+            return made
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"activation store {str(folder)!r} has a damaged {path.name}: delete the folder and "
                 "harvest again"
             ) from error
+
+    def _check_types(self) -> None:
+        numbers = (self.batch, self.shard, *(n for site in self.sites for n in site.shape))
+        tables = (self.input, self.same, self.left_out)
+        texts = (
+            self.model, self.model_hash, self.data, self.data_hash, self.version, *self.examples,
+            *(name for site in self.sites for name in (site.name, site.kind, *site.axes)), *self.depth.full,
+        )  # fmt: skip
+        for values, form in ((numbers, int), (tables, dict), (texts, str)):
+            if not all(isinstance(value, form) for value in values):
+                raise TypeError(f"a value is not of type {form.__name__}")
 
     def write(self, folder: Path) -> None:
         """Write `provenance.json`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from circuits.hdf5 import opened
+from circuits.json_files import parse_json
 from circuits.specs import normal_data
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.rows import Rows
@@ -277,7 +277,7 @@ class ActivationStore:
     def skipped(self) -> dict[str, str]:
         """The examples that could not be read, by name, with the reasons."""
         with self._statistics() as file:
-            reasons = json.loads(bytes(file["reasons"][()]))
+            reasons = parse_json(bytes(file["reasons"][()]), str(self.folder))
             names = self.provenance.examples
             return {names[i]: r for i, r in zip(file["skipped"][()].tolist(), reasons, strict=True)}
 

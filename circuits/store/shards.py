@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from circuits.files import owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
+from circuits.json_files import parse_json
 from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
@@ -114,7 +115,7 @@ class ManifestLine:
     def parse(cls, text: str) -> ManifestLine | None:
         """Read a line; None if it is damaged."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text, "line")
             rows = raw.get("rows")
             name, sha256 = raw["file"], raw["sha256"]
             if not isinstance(sha256, str) or Path(name).name != name:  # no path out of the folder
@@ -411,7 +412,9 @@ class StoreWriter:
                     group[key] = sum(_from_each(paths, f"covariance/{site}/{key}"))
             out["skipped"] = np.concatenate(list(_from_each(paths, "skipped")))
             reasons = [
-                r for text in _from_each(paths, "reasons") for r in json.loads(text.tobytes())
+                r
+                for text in _from_each(paths, "reasons")
+                for r in parse_json(text.tobytes(), "reasons")
             ]
             out["reasons"] = np.frombuffer(json.dumps(reasons).encode(), np.uint8)
         noted, _ = read_manifest(self.folder)

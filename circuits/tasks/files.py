@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from circuits.files import replacing
+from circuits.json_files import parse_json
 from circuits.tasks.items import Item, clipped
 from circuits.tasks.schema import HEADER, ITEM, LAYOUT, Feeding, Field
 from circuits.units import unknown
@@ -94,7 +95,7 @@ def _plain(record: Header | Item) -> dict[str, Any]:
 def _line(raw: Mapping[str, Any], known: Mapping[str, Field], what: str) -> bytes:
     # What is written passes the same check as what is read: every file that this writes can be read again.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
-    _check(json.loads(text), known, what)
+    _check(parse_json(text, what), known, what)
     line = text.encode() + b"\n"
     if len(line) > MAX_LINE:
         raise ValueError(f"{what} has {len(line)} bytes: expected at most {MAX_LINE}")
@@ -116,53 +117,6 @@ def _lines(file: BinaryIO, what: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{place} has more than {MAX_LINE} bytes: expected one item a line")
         if line.strip():
             yield place, parse_json(line, place)
-
-
-def parse_json(line: bytes, place: str) -> Any:
-    """Parse strict JSON: UTF-8 without a byte-order mark, no repeated field, no NaN, no numbers of more than 20 digits.
-
-    Args:
-        line: the text to parse.
-        place: its name in error messages.
-
-    Raises:
-        ValueError: if the text is not such JSON.
-    """
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(f"{place} starts with a byte-order mark: expected UTF-8 without one")
-    try:
-        text = line.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_refused, parse_int=_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError(f"{place} is not JSON that can be read: nested too deeply") from None
-    except ValueError as error:  # raised by the three hooks above; they do not know the place
-        raise ValueError(f"{place}: {error}") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise ValueError(f"field {clipped(key)!r} is repeated")
-        made[key] = value
-    return made
-
-
-def _number(digits: str) -> int:
-    # Python refuses to parse numbers of more than 4300 digits, with a message about its own settings.
-    if len(digits) > 20:
-        raise ValueError(f"{clipped(digits, 20)} has {len(digits)} digits")
-    return int(digits)
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number that JSON has")
 
 
 def _header(raw: Any, place: str) -> Header:

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from circuits.tasks.files import parse_json
+from circuits.json_files import parse_json
 from circuits.tasks.formats import FORMATS, Format, NoCounterpartError, Row, TableContext, listed
 from circuits.tasks.generated import Generated
 from circuits.tasks.items import Item, clipped

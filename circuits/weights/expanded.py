@@ -20,6 +20,7 @@ from torch import Tensor
 
 from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
+from circuits.json_files import parse_json
 from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -153,7 +154,9 @@ class ExpandedWeights:
         """
         try:
             with safe_open(path, "pt") as file:
-                rest = json.loads((file.metadata() or {})["expanded_weights"])
+                rest = parse_json(
+                    (file.metadata() or {})["expanded_weights"], "its header", nan=True
+                )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise

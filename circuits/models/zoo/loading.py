@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
 from circuits.environment import ASSETS
 from circuits.factories import call_factory
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_merges
@@ -386,7 +386,7 @@ def _imagenet_classes() -> tuple[str, ...]:
     path = asset("images/imagenet500_labels.json")
     if path is None:
         return tuple(f"class {i}" for i in range(1000))
-    return tuple(c["name"] for c in json.loads(path.read_text())["classes"])
+    return tuple(c["name"] for c in read_json(path)["classes"])
 
 
 CIFAR_CLASSES = (
@@ -436,7 +436,7 @@ def _stories260k(name: str, weights: Weights) -> HookedModel:
     )  # fmt: skip
     _fill(bridge, path, from_llama2c)
     try:
-        pieces = [(str(piece), float(score)) for piece, score in json.loads(vocabulary.read_text())]
+        pieces = [(str(piece), float(score)) for piece, score in read_json(vocabulary, "it")]
     except (ValueError, TypeError) as error:
         raise ValueError(f"vocabulary {str(vocabulary)!r} is damaged: {error}") from error
     words = tuple(piece for piece, _ in pieces)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor, nn
 
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_tokenizer
@@ -135,7 +135,7 @@ def _stored_precision(name: str) -> torch.dtype:
     path = Path(name) / "config.json"
     if not path.is_file():
         return torch.float32
-    stated = json.loads(path.read_text())
+    stated = read_json(path, nan=True)
     return precision_named(stated.get("dtype") or stated.get("torch_dtype") or "float32")
 
 
@@ -317,7 +317,7 @@ def _preprocessing(name: str, place: str) -> tuple[tuple[float, ...], tuple[floa
             name,
         )
         return IMAGENET_MEAN, IMAGENET_STD
-    stated = json.loads(Path(path).read_text())
+    stated = read_json(path, nan=True)
     if not stated.get("do_normalize", True):
         return (0.0,), (1.0,)
     mean, std = stated.get("image_mean", IMAGENET_MEAN), stated.get("image_std", IMAGENET_STD)
