@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached, editing
-from apps.address import TROUBLE, choose_model, line, part, python
+from apps.address import TROUBLE, choose_model, line, part, plain, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
@@ -81,7 +81,8 @@ def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     for name, losses in runs.items():
         half = len(losses) // 2
         st.caption(
-            f"{name}: loss {losses[:half].mean():.3f} nats in the first half, {losses[half:].mean():.3f} in the second"
+            f"{plain(name)}: loss {losses[:half].mean():.3f} nats in the first half, {losses[half:].mean():.3f} in "
+            "the second"
         )
 
 
@@ -112,9 +113,9 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
     for name, tuned in runs.items():
         m = tuned.measures
         if not tuned.mean.any():
-            st.caption(f"{name}: silent at every angle, radius {tuned.radius:.3g} px")
+            st.caption(f"{plain(name)}: silent at every angle, radius {tuned.radius:.3g} px")
             continue
         st.caption(
-            f"{name}: mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, echo "
-            f"{m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
+            f"{plain(name)}: mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, "
+            f"echo {m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
         )

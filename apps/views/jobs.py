@@ -8,7 +8,7 @@ from functools import partial
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, action, line
+from apps.address import TROUBLE, action, line, plain
 from circuits import jobs
 from circuits.environment import TRUST_PYTHON
 from circuits.jobs import Job
@@ -97,7 +97,7 @@ def _begin(argv: list[str], title: str) -> None:
             "python: models and data run their own code: start the app with `circuits app --trust-python`"
         )
     made = jobs.start(cached.workspace().writable(), argv, title)
-    st.toast(f"Started {made.title}.")
+    st.toast(f"Started {plain(made.title)}.")
 
 
 @st.fragment(run_every=1.5)
@@ -121,7 +121,7 @@ def _show(job: Job) -> None:
             action(label, partial(do, job), f"{label}-{job.id}", help=about)
         if going:
             share = min(1.0, job.done / job.total) if job.total else 0.0
-            st.progress(share, f"{job.done} of {job.total}" if job.total else "starting …")
+            st.progress(share, f"{job.done:d} of {job.total:d}" if job.total else "starting …")
         if job.message:
             st.text(job.message[:300])
         with st.popover("Log and command"):
