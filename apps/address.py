@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
+from shlex import quote
 from typing import Literal, ParamSpec
 
 import streamlit as st
@@ -161,7 +162,7 @@ def choose_site(record: ModelRecord, model: HookedModel) -> str:
 
 def not_harvested(record: ModelRecord, site: str) -> str:
     """What to do about a site without activations, for Markdown."""
-    harvest = f"circuits harvest {record.arguments} --data DATA --sites {site}"
+    harvest = f"circuits harvest {record.arguments} --data DATA --sites {quote(site)}"
     return f"No activations of {plain(site)} yet: {code(harvest)}"
 
 

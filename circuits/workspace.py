@@ -89,12 +89,12 @@ class ModelRecord:
 
     @property
     def arguments(self) -> str:
-        """What names it on the command line.
+        """What names it on the command line, quoted for a shell.
 
         >>> ModelRecord("shapes", "0", "untrained:3").arguments
         'shapes --weights untrained:3'
         """
-        return f"{self.spec} --weights {shlex.quote(self.weights)}" if self.weights else self.spec
+        return shlex.join([self.spec, *(("--weights", self.weights) if self.weights else ())])
 
     @property
     def code(self) -> str:

@@ -32,6 +32,7 @@ NAMES = (
     ":smile: :material/home: :streamlit:", "# h", "1. one", "- one", "> q", "| a | b |", "a -> b -- c", "\u202eb\u200b",
     "\"'><img src=x onerror=window.hacked=1>", "{{window.hacked=1}}", "</script><script>window.hacked=1</script>",
     "&lt;img src=x&gt;", "data:text/html,<script>window.hacked=1</script>", "''+(window.hacked=1)+''",
+    "a\nraise SystemExit  # b", "$(touch hacked); touch hacked",
 )  # fmt: skip
 
 _MODELS = """

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -583,6 +584,14 @@ def markdown(test: AppTest) -> set[str]:
     return {str(text) for text in found if isinstance(text, str) and text}
 
 
+def runs(code: str) -> bool:
+    """Whether a script or a command line to copy does more than it should."""
+    if code.startswith(("import ", "from ")):
+        return any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(code)))
+    words = shlex.shlex(code, posix=True, punctuation_chars=True)
+    return code.startswith("circuits ") and not {*";&|<>$`", "("}.isdisjoint(words)
+
+
 def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch) -> None:
     """Names, notes, URLs: a picture in them would be fetched by everybody who looks."""
     monkeypatch.setenv("CIRCUITS_TRUST_PYTHON", "1")
@@ -599,8 +608,9 @@ def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch)
             assert not live(written.replace("**", "")), (view, written)
             assert "\u202e" not in written, (view, written)
             seen.add(read(written))
+        assert not [c.value for c in test.code if runs(c.value)], (view, query)
     for name in hostile.NAMES:
-        assert "\u202e" in name or "`" in name or any(name in text for text in seen), name
+        assert re.search("[\u202e`\n]", name) or any(name in text for text in seen), name
 
 
 def test_damaged_files_leave_the_rest_to_be_seen(tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import cast, get_args
 
 import numpy as np
@@ -80,7 +81,7 @@ def _pixels(model: HookedModel, one: Examples, target: str) -> None:
     assert picture is not None, "an image"
     heat = found.heat()[0].numpy()
     st.image(overlaid(np.asarray(picture) / 255, heat), width=320)
+    which = code(f"circuits sanity {quote(model.name)}")
     st.caption(
-        f"{plain(method)}: red for, blue against {code(found.aims[0])}. {code(f'circuits sanity {model.name}')} says "
-        "which to believe."
+        f"{plain(method)}: red for, blue against {code(found.aims[0])}. {which} says which to believe."
     )

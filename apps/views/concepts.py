@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def page() -> None:
         )
     )
     if measured is None:
-        st.info(f"Not measured yet: {code(f'circuits sae eval {name}')}.")
+        st.info(f"Not measured yet: {code(f'circuits sae eval {shlex.quote(name)}')}.")
     else:
         _numbers(measured)
     _latents(name, path, sae, measured)
@@ -100,8 +101,8 @@ def _latents(name: str, path: Path, sae: Autoencoder, measured: Mapping[str, Any
     record = cached.record_with(path)
     if record is None:
         a = sae.about
-        harvest = f"circuits harvest {a.model}+sae/{name} --data {a.data} --sites sae/{a.name}"
-        st.info(f"They have no pages yet: {code(harvest)}.")
+        words = [f"{a.model}+sae/{name}", "--data", a.data, "--sites", f"sae/{a.name}"]
+        st.info(f"They have no pages yet: {code('circuits harvest ' + shlex.join(words))}.")
     known = {} if record is None else names_of(cached.workspace().database, record.hash)
     site = f"sae/{sae.about.name}"
     used = measured["rows"]["density"] if measured else [float("nan")] * sae.n_latents

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached, editing
-from apps.address import TROUBLE, choose_model, line, part, plain, python
+from apps.address import TROUBLE, choose_model, line, part, plain, python, visible
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
@@ -55,7 +55,10 @@ def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
     show(predictions_figure(runs), "edit-predictions")
     if isinstance(model.input, TokenInput) and len(one.tokens(0)) > 1:
         _losses(model, recipe, one)
-    lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
+    # a name may have lines of its own, which would be code
+    lines = "\n".join(
+        f"#  {' '.join(visible(p.name))}: {p.probability:.6f}" for p in list(runs.values())[-1]
+    )
     python(f"""
 import circuits
 import PIL.Image

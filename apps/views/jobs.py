@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from functools import partial
 
 import streamlit as st
@@ -86,7 +87,7 @@ def _start() -> None:
             ],
         }[kind]
         argv += ["--weights", record.weights] if record.weights and kind != "case" else []
-        st.code("circuits " + " ".join(argv), language=None, wrap_lines=True)
+        st.code("circuits " + shlex.join(argv), language=None, wrap_lines=True)
         begin = lambda: _begin(argv, f"{kind} {label} {site}")  # noqa: E731
         action("Start", begin, "job-start", primary=True)
 
@@ -125,5 +126,5 @@ def _show(job: Job) -> None:
         if job.message:
             st.text(job.message[:300])
         with st.popover("Log and command"):
-            st.code("circuits " + " ".join(job.argv), language=None, wrap_lines=True)
+            st.code("circuits " + shlex.join(job.argv), language=None, wrap_lines=True)
             st.code(jobs.log_of(job), language=None)

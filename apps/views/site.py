@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 import pandas as pd
 import streamlit as st
 
@@ -121,7 +123,7 @@ def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
         _open(record, Unit.parse(picked))
     missing = sum(not tile.picture for tile in tiles)
     if missing:
-        visualize = code(f"circuits visualize {record.arguments} {site.name} --sheet")
+        visualize = code(f"circuits visualize {record.arguments} {quote(site.name)} --sheet")
         st.caption(f"{missing:d} have no picture: {visualize} makes all of them.")
         link(
             "jobs",
