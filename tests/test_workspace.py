@@ -1,11 +1,14 @@
-"""The workspace: names of files."""
+"""The workspace: names of files, and records of models."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
 from circuits.units import Unit
-from circuits.workspace import Workspace
+from circuits.workspace import ModelRecord, Workspace
 
 HASH = "0" * 64
 
@@ -35,3 +38,23 @@ def test_a_picture_is_found_by_its_unit(tmp_path: Path) -> None:
         path.touch()
         assert place.pictures(HASH, unit) == [path]
     assert {unit for unit, _ in place.pictured(HASH)} == set(units[:2]), "never another unit"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"spec": "a", "hash": "../../outside"}, {"spec": "a", "hash": "e" * 64}, {"spec": "\ud800", "hash": "f" * 64},
+        {"spec": "a", "hash": "f" * 64, "weights": "\udfff"}, {"spec": 1, "hash": "f" * 64}, {"spec": "a"}, [1], "a",
+        {"spec": "a", "hash": "f" * 64, "weights": 0},
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_left_out_and_the_others_are_read(
+    damaged: object, tmp_path: Path
+) -> None:
+    place = Workspace(tmp_path)
+    record = ModelRecord("cleanroom", HASH)
+    place.register(record)
+    folder = place.model_folder("f" * 64)
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps(damaged))
+    assert place.models() == [record]
