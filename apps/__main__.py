@@ -1,13 +1,31 @@
-"""The app's server, as `circuits app` starts it."""
+"""The app's server, as `circuits app` starts it: `python -m apps HOST PORT`."""
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 
-from streamlit.web.cli import main
+import streamlit as st
+from starlette.middleware import Middleware
 
+from apps.guard import Guard
 from apps.preparing import prepare
+
+SETTINGS = {
+    "server.headless": True, "server.fileWatcherType": "none", "server.maxUploadSize": 20,
+    "browser.gatherUsageStats": False, "client.toolbarMode": "minimal", "runner.magicEnabled": False,
+}  # fmt: skip
+
+
+def serve(host: str, port: int) -> None:
+    """Serve the app until it is stopped."""
+    app = st.App(
+        Path(__file__).with_name("workbench.py"), middleware=[Middleware(Guard, host=host)]
+    )
+    app.run(config={**SETTINGS, "server.address": host, "server.port": port})
+
 
 if __name__ == "__main__":
     threading.Thread(target=prepare, daemon=True).start()
-    main(prog_name="circuits app")
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
+from shlex import quote
 from typing import Literal, ParamSpec
 
 import streamlit as st
@@ -39,27 +40,53 @@ def line(error: BaseException) -> str:
 
 
 def plain(text: str) -> str:
-    r"""Words of a URL, a file or a person, for Markdown: no link, picture or emoji comes of them.
+    r"""Words of a URL, a file or a person, for Markdown: they are shown as they are, and nothing is made of them.
 
-    Control and formatting characters, which can turn what is around them, become a mark.
+    Markdown's marks are escaped. Some things are made of a text after Markdown is read, whatever was escaped in it
+    (links of addresses, emoji, arrows): such a word is shown as code, which is left alone.
 
-    >>> plain("![x](http://a.example) :red[b]")
-    '\\!\\[x\\]\\(http\\://a.example\\) \\:red\\[b\\]'
+    >>> plain("![x](b) :red[b] see https://a.example")
+    '\\!\\[x\\]\\(b\\) \\:red\\[b\\] see `https://a.example`'
     """
-    return _MARKS.sub(r"\\\1", _seen(text))
+    words = [code(w) if _MADE_LATER.fullmatch(w) else _MARKS.sub(r"\\\1", w) for w in visible(text)]
+    return _BEGINS.sub(r"\1\\\2", " ".join(words), count=1)
 
 
-def _seen(text: str) -> str:
-    return "".join("�" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+def code(text: str) -> str:
+    """Words of a URL, a file or a person as one piece of code, for Markdown.
+
+    >>> code("a `b` c"), code("`b`")
+    ('``a `b` c``', '`` `b` ``')
+    """
+    shown = " ".join(visible(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    gap = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return shown and f"{fence}{gap}{shown}{gap}{fence}"
+
+
+def visible(text: str) -> list[str]:
+    """The words of a text; a mark stands for what is not a character or turns those around it."""
+    hidden = ("Cc", "Cf", "Cs")
+    return [
+        "".join("�" if unicodedata.category(c) in hidden else c for c in word)
+        for word in text.split()
+    ]
 
 
 _MARKS = re.compile(r"([\\`*_\[\](){}<>$~:!#|@&])")
+_MADE_LATER = re.compile(
+    r".*(://|www\.|@|:[\w+-]+:|:material/).*|<->|->|<-|--|[<>~]=", re.IGNORECASE | re.DOTALL
+)
+"""Words that Streamlit turns into links, emoji, icons or arrows wherever they stand in a text."""
+
+_BEGINS = re.compile(r"^(\d*)([-+=.)])")
+"""At the beginning of a text: of a list, a heading, a ruler."""
 
 
 def link(page: str, label: str, help: str | None = None, **choices: object) -> None:
     """A link to a page with choices in its URL; it stays in the session, or opens in a new tab."""
     st.page_link(
-        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=plain(label), help=help,
+        st.Page(_elsewhere, title=TITLES[page], url_path=page), label=plain(label), help=plain(help) if help else None,
         query_params={name: str(value) for name, value in choices.items()},
     )  # fmt: skip
 
@@ -88,11 +115,8 @@ def choose(
     key, odd = f"choose-{parameter}", f"odd-{parameter}"
     wanted = st.query_params.get(parameter)
     if wanted is not None and wanted not in options:
-        shown = _seen(wanted[:80]).replace(
-            "`", "'"
-        )  # as code: a link in a URL must not become one here
         st.session_state[odd] = (
-            f"There is no {label.lower()} `{shown}` here: showing `{options[0]}`."
+            f"There is no {label.lower()} {code(wanted[:80])} here: showing {code(options[0])}."
         )
         wanted = None
     elif AGAIN not in st.session_state:
@@ -115,7 +139,7 @@ def choose_model() -> tuple[ModelRecord, HookedModel] | None:
     records = sorted(cached.workspace().models(), key=lambda r: (r.spec != "cleanroom", r.spec))
     if not records:
         st.info(
-            f"The workspace {str(cached.workspace().root)!r} is empty. Build it with "
+            f"The workspace {code(str(cached.workspace().root))} is empty. Build it with "
             "`circuits demo`, or harvest a model: `circuits harvest MODEL --data DATA --sites SITES`."
         )
         return None
@@ -134,6 +158,12 @@ def choose_site(record: ModelRecord, model: HookedModel) -> str:
     harvested = dict.fromkeys(s.name for store in stores for s in store.provenance.sites)
     names = list(harvested | dict.fromkeys(s.name for s in model.sites))
     return choose("Site", names, "site")
+
+
+def not_harvested(record: ModelRecord, site: str) -> str:
+    """What to do about a site without activations, for Markdown."""
+    harvest = f"circuits harvest {record.arguments} --data DATA --sites {quote(site)}"
+    return f"No activations of {plain(site)} yet: {code(harvest)}"
 
 
 def choose_unit(record: ModelRecord, model: HookedModel) -> Unit:

@@ -9,7 +9,7 @@ import streamlit as st
 from PIL import Image
 
 from apps import cached
-from apps.address import choose, line
+from apps.address import choose, line, plain
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
@@ -97,8 +97,8 @@ def show_input(one: Examples, width: int = 224) -> None:
     """An example as people see it."""
     spec, picture = one.model.input, picture_of(one)
     if picture is not None:
-        st.image(picture, width=width, caption=one.names[0])
+        st.image(picture, width=width, caption=plain(one.names[0]))
     elif isinstance(spec, TokenInput):
-        st.caption(one.names[0])
+        st.caption(plain(one.names[0]))
         gap = "" if spec.vocabulary else " "
         st.code(gap.join(map(spec.word, one.tokens(0))), language=None, wrap_lines=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apps import cached
-from apps.address import TROUBLE, choose, line
+from apps.address import TROUBLE, choose
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store import ActivationStore
@@ -23,7 +23,7 @@ class Look:
         unit: which.
         store: a dataset's activations of the unit's site; None if it was not harvested.
         examples: the dataset's examples; None if they cannot be read.
-        trouble: why not.
+        trouble: why not; None if they can.
     """
 
     record: ModelRecord
@@ -31,7 +31,7 @@ class Look:
     unit: Unit
     store: ActivationStore | None
     examples: Examples | None
-    trouble: str = ""
+    trouble: BaseException | None = None
 
 
 def look_at(record: ModelRecord, model: HookedModel, unit: Unit) -> Look:
@@ -43,4 +43,4 @@ def look_at(record: ModelRecord, model: HookedModel, unit: Unit) -> Look:
     try:
         return Look(record, model, unit, store, cached.examples_of(model, store))
     except TROUBLE as error:
-        return Look(record, model, unit, store, None, line(error))
+        return Look(record, model, unit, store, None, error)

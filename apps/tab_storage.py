@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import streamlit as st
 from streamlit.components import v2
 
-from apps.address import AGAIN, TROUBLE, line
+from apps.address import AGAIN, TROUBLE, line, plain
 from circuits.history import UndoStack
 
 MOST_CHARACTERS = 2_000_000
@@ -47,7 +47,7 @@ def keep(slots: Mapping[str, str], key: str = "keeper", *, recalls: bool = False
     large = [slot for slot, text in slots.items() if len(text) > MOST_CHARACTERS]
     if large:
         what = " and ".join(sorted({slot.split()[0] for slot in large}))
-        st.caption(f"Your {what}: too large to outlive a reload. Save or download it.")
+        st.caption(f"Your {plain(what)}: too large to outlive a reload. Save or download it.")
 
     def recalled() -> None:
         found = st.session_state[key].recalled

@@ -89,12 +89,12 @@ class ModelRecord:
 
     @property
     def arguments(self) -> str:
-        """What names it on the command line.
+        """What names it on the command line, quoted for a shell.
 
         >>> ModelRecord("shapes", "0", "untrained:3").arguments
         'shapes --weights untrained:3'
         """
-        return f"{self.spec} --weights {shlex.quote(self.weights)}" if self.weights else self.spec
+        return shlex.join([self.spec, *(("--weights", self.weights) if self.weights else ())])
 
     @property
     def code(self) -> str:
@@ -286,11 +286,19 @@ def _read_record(path: Path) -> ModelRecord | None:
         record = ModelRecord(**{**raw, "outputs": outputs})
     except (ValueError, TypeError, AttributeError, OSError):
         return None
-    texts = all(
-        isinstance(t, str) for t in (record.spec, record.hash, record.weights_hash, record.dtype)
-    )
+    named = (record.spec, record.hash, record.weights_hash, record.dtype)
+    more = () if record.weights is None else (record.weights,)
+    if not all(isinstance(t, str) and _is_text(t) for t in (*named, *more)):
+        return None
+    if record.hash[:DIGITS] != path.parent.name:  # its files would be looked for elsewhere
+        return None
     numbers = all(isinstance(number, int | float) for number in outputs)
-    return record if texts and numbers and isinstance(record.weights, str | None) else None
+    return record if numbers else None
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written and shown: JSON may have halves of characters."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _difference(known: Sequence[float], now: Sequence[float]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+import apps
+from apps.address import TITLES
 from apps.tab_storage import RECALLED
 from circuits.cli.main import run
 from circuits.concepts import name_unit, names_of
@@ -23,7 +27,6 @@ from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
 from circuits.graph import CircuitGraph
 from circuits.graph.formats import to_node_link
-from circuits.graph.saved import save_circuit
 from circuits.harvesting import harvest
 from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import to_image
@@ -32,6 +35,8 @@ from circuits.stimuli.texts import TextSource
 from circuits.units import Unit
 from circuits.weights import build_graph
 from circuits.workspace import ModelRecord, Workspace
+from tests import hostile
+from tests.markdown import live
 
 pytestmark = pytest.mark.usefixtures("fewer_drawings")
 
@@ -73,7 +78,7 @@ def page(
 
 def read(part: Any) -> str:
     """What a person reads: without the marks that keep Markdown from making something of it."""
-    return re.sub(r"\\(.)", r"\1", str(part.value))
+    return re.sub(r"\\(.)|`+", r"\1", str(getattr(part, "value", part)))
 
 
 def text(test: AppTest) -> str:
@@ -85,28 +90,28 @@ def test_newcomer_sees_the_clean_room_first(built: Workspace, monkeypatch) -> No
     test = page(built, monkeypatch)
     assert not test.exception
     assert test.sidebar.selectbox[0].value == "cleanroom"
-    assert test.title[0].value == "line:0 — line 0°"
+    assert read(test.title[0]) == "line:0 — line 0°"
     for heading in ("What excites it most", "How active it is", "Built from", "What it does"):
         assert heading in text(test)
 
 
 def test_the_choice_is_in_the_url_both_ways(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="2")
-    assert test.title[0].value == "line:2 — line 30°"
+    assert read(test.title[0]) == "line:2 — line 30°"
     assert "Mean activation" in text(test), "the picture made before is shown"
     test.sidebar.selectbox(key="choose-unit").select("7").run()
     assert test.query_params["unit"] == "7"
-    assert test.title[0].value.startswith("line:7")
+    assert read(test.title[0]).startswith("line:7")
     next(b for b in test.button if b.label == "next →").click().run()
-    assert test.title[0].value.startswith("line:8")
+    assert read(test.title[0]).startswith("line:8")
 
 
 def test_weights_lead_to_the_unit_at_the_other_end(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="cleanroom", site="line", unit="3")
-    first = next(b for b in test.button if b.label.startswith("complex:"))
+    first = next(b for b in test.button if read(b.label).startswith("complex:"))
     first.click().run()
     assert not test.exception
-    assert test.title[0].value.startswith(first.label.split()[0])
+    assert read(test.title[0]).startswith(read(first.label).split()[0])
     assert "circuits harvest cleanroom --data DATA --sites complex" in text(test)
 
 
@@ -159,8 +164,8 @@ def test_other_pictures_and_the_badge_can_be_made_here(built: Workspace, monkeyp
 def test_transformer_heads_have_a_page(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="induction", site="blocks.1.attn.hook_z", unit="1")
     assert not test.exception
-    assert test.title[0].value == "blocks.1.attn.hook_z:1"
-    assert any(b.label.startswith("blocks.0.attn.hook_z:") for b in test.button)
+    assert read(test.title[0]) == "blocks.1.attn.hook_z:1"
+    assert any(read(b.label).startswith("blocks.0.attn.hook_z:") for b in test.button)
     test.toggle(key="ablate").set_value(True).run()
     assert "repeats: 16" in text(test)
     effects = next(d.value for d in test.dataframe if "measure" in d.value).set_index("measure")
@@ -172,12 +177,14 @@ def test_odd_urls_get_a_message(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model=odd, site="nope", unit="-5", data="../../etc")
     assert not test.exception
     assert "There is no model" in text(test)
-    assert test.title[0].value.startswith("line:0")
+    assert read(test.title[0]).startswith("line:0")
 
 
 def test_a_link_in_the_url_does_not_become_one(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="![x](https://example.org/a.png)`")
-    assert test.warning[0].value.startswith("There is no model `![x](https://example.org/a.png)'`")
+    assert test.warning[0].value.startswith(
+        "There is no model `` ![x](https://example.org/a.png)` ``"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["python:", ""])
@@ -269,7 +276,7 @@ def test_autoencoders_have_a_page_with_their_nulls_and_named_latents(
     assert "No autoencoder yet" in text(shown)
     more = "--latents 320 --k 8 --steps 20 --batch 512"
     assert run(f"sae train shapes mixed3a --name a --data shapes {more}".split()) == 0
-    assert "Not measured yet: `circuits sae eval a`." in text(shown.run())
+    assert "Not measured yet: circuits sae eval a." in text(shown.run())
     assert run(["sae", "eval", "a", "--limit", "20", "--rows", "2000"]) == 0
     assert run(["harvest", "shapes+sae/a", "--data", "shapes", "--sites", "sae/a"]) == 0
     assert run(["sae", "name", "a", "--unit", "7", "--as", "a [round] one"]) == 0
@@ -559,46 +566,51 @@ def test_no_page_is_long() -> None:
 
 # --- what others write ---------------------------------------------------------------------------
 
-PICTURE = "![x](http://a.example/x.png) :red[b] `c` $d$ \u202e"
+AS_TEXT = {"text", "code", "json", "arrow_data_frame", "empty", "text_input", "vega_lite_chart"}
+"""Elements whose contents are no Markdown; their labels and help texts are."""
 
 
-def test_nothing_that_people_write_becomes_markdown(tmp_path: Path, monkeypatch) -> None:
+def markdown(test: AppTest) -> set[str]:
+    """All texts of a page that Streamlit reads as Markdown."""
+    found = set()
+    for part in test.main, test.sidebar:
+        for element in part:
+            proto = getattr(element, "proto", None)
+            for name in "label", "help", "body", "caption", "text", "delta":
+                if name not in ("body", "text") or element.type not in AS_TEXT:
+                    found.add(getattr(proto, name, ""))
+            if element.type in ("imgs", "image"):
+                found |= {image.caption for image in getattr(proto, "imgs", ())}
+    return {str(text) for text in found if isinstance(text, str) and text}
+
+
+def runs(code: str) -> bool:
+    """Whether a script or a command line to copy does more than it should."""
+    if code.startswith(("import ", "from ")):
+        return any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(code)))
+    words = shlex.shlex(code, posix=True, punctuation_chars=True)
+    return code.startswith("circuits ") and not {*";&|<>$`", "("}.isdisjoint(words)
+
+
+def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch) -> None:
     """Names, notes, URLs: a picture in them would be fetched by everybody who looks."""
-    place, model = Workspace(tmp_path), load_model("cleanroom")
-    place.register(ModelRecord("cleanroom", model.hash))
-    name_unit(place.database, model.hash, Unit("line", 1), PICTURE, PICTURE, author=PICTURE)
-    graph = build_graph(model, place.model_folder(model.hash)).neighbourhood("line:1", 1, 2)
-    save_circuit(place.database, PICTURE, graph, PICTURE, author=PICTURE)
-    members, nan = (Member(0.0, Unit("line", 1), 1.0),), float("nan")
-    save_family(
-        place.database,
-        Family(
-            PICTURE, "line", "rotation", 180.0, members, nan, nan, PICTURE, 0, model.hash, "", 0
-        ),
-    )
-    seen = [
-        page(place, monkeypatch, model="cleanroom", site="line", unit="1"),
-        page(place, monkeypatch, "edits", model="cleanroom", on=PICTURE),
-        page(place, monkeypatch, "circuit", model="cleanroom", unit="line:1"),
-        page(place, monkeypatch, "circuit", model="cleanroom", circuit="none " + PICTURE),
-        page(place, monkeypatch, "compare", model="cleanroom", unit=PICTURE, other=PICTURE),
-    ]
-    for test in seen:
-        assert not test.exception
-        parts = [
-            *test.markdown,
-            *test.caption,
-            *test.subheader,
-            *test.info,
-            *test.warning,
-            *test.error,
-        ]
-        links = [link.proto.label for link in test.get("page_link")]
-        for written in [*(str(part.value) for part in parts), *links]:
-            assert "![x]" not in written, written
-            assert "http:" not in written, written
-            assert "\u202e" not in written, written
-    assert "Called “![x](http://a.example/x.png)" in text(seen[0])
+    monkeypatch.setenv("CIRCUITS_TRUST_PYTHON", "1")
+    place = hostile.hostile(tmp_path)
+    sources = [ast.parse(path.read_text()) for path in Path(apps.__file__).parent.rglob("*.py")]
+    own = {n.value for tree in sources for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    seen = set()
+    shown = [*hostile.pages(place)][:11] + [*hostile.asked()][:5]  # `test_browser` sees all
+    assert {view for view, _ in shown} == set(TITLES)
+    for view, query in shown:
+        test = page(place, monkeypatch, view, guard=True, **query)
+        assert not test.exception, (view, query, test.exception)
+        for written in markdown(test) - own:
+            assert not live(written.replace("**", "")), (view, written)
+            assert "\u202e" not in written, (view, written)
+            seen.add(read(written))
+        assert not [c.value for c in test.code if runs(c.value)], (view, query)
+    for name in hostile.NAMES:
+        assert re.search("[\u202e`\n]", name) or any(name in text for text in seen), name
 
 
 def test_damaged_files_leave_the_rest_to_be_seen(tmp_path: Path, monkeypatch) -> None:
@@ -662,7 +674,5 @@ def test_a_click_is_done_though_its_run_of_the_page_is_stopped() -> None:
     test.run()
     assert [box.value for box in test.success] == ["Done 2."], "said when it can be"
     test.button("it").click().run()
-    assert [box.value for box in test.error] == [
-        "the third \\[is\\]\\(http\\://a.example\\) refused"
-    ]
+    assert [box.value for box in test.error] == ["the third `[is](http://a.example)` refused"]
     assert not test.run().error, "said once"

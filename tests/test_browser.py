@@ -15,10 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 import torch
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, Request, expect, sync_playwright
 
 from circuits.cli.main import run
 from circuits.edits.recipes import Recipe, edited
@@ -31,6 +32,7 @@ from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from circuits.workspace import ModelRecord, Workspace
+from tests import hostile
 
 pytestmark = pytest.mark.browser
 
@@ -62,8 +64,8 @@ def place(tmp_path_factory) -> Workspace:
 class Server:
     """The app, as `circuits app` starts it: on a free port, and on the same one if it is started again."""
 
-    def __init__(self, place: Workspace) -> None:
-        self.root = place.root
+    def __init__(self, place: Workspace, *more: str) -> None:
+        self.root, self.more = place.root, more
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -73,6 +75,7 @@ class Server:
     def start(self) -> None:
         command = [
             sys.executable, "-m", "circuits.cli.main", "app", "--workspace", str(self.root), "--port", str(self.port),
+            *self.more,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, start_new_session=True)
         deadline = time.monotonic() + 120
@@ -534,3 +537,72 @@ def test_odd_urls_and_uploads_get_a_message(server: str, page: Page, tmp_path: P
     page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(good)
     expect(page.get_by_role("heading", name=re.compile("^Most active at"))).to_be_visible()
     quiet(page)
+
+
+MARKUP = """() => {
+  const found = [], own = location.origin;
+  for (const e of document.querySelectorAll('[data-testid=stApp] *, #vg-tooltip-element *')) {
+    const at = ['href', 'src', 'srcset', 'action', 'data'].map(name => e.getAttribute(name)).filter(Boolean);
+    const away = at.filter(url => !/^(data:image|blob:|#)/.test(url) && new URL(url, own).origin != own);
+    const runs = e.getAttributeNames().some(name => name.startsWith('on'));
+    if (away.length || runs || e.matches('iframe, script, object, embed, s, del, em, .katex, .stMarkdownBadge, ' +
+      '.stMarkdownColoredText, [data-testid=stMarkdownContainer] :is(b, ol li p, table, blockquote, img)'))
+      found.push(e.outerHTML.slice(0, 200));
+  }
+  return found; }"""
+"""What of a page leads elsewhere, runs, or is more than text."""
+
+
+@pytest.mark.nightly  # three minutes: 67 pages, each with what unfolds on it
+def test_hostile_names_stay_text(page: Page, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CIRCUITS_TRUST_PYTHON", "1")
+    place = hostile.hostile(tmp_path)
+    running = Server(place, "--trust-python")
+    outside: list[str] = []
+    own = (running.url, "data:", "blob:", f"ws{running.url[4:]}/")
+
+    def listen(request: Request) -> None:
+        if not request.url.startswith(own):
+            outside.append(request.url)
+
+    page.context.on("request", listen)  # popups too
+    views = [*hostile.pages(place), *hostile.asked()]
+    views += [("unit", {"model": name, "site": name, "data": name}) for name in hostile.NAMES]
+    try:
+        for view, query in views:
+            page.goto(f"{running.url}/{view}?{urlencode(query)}")
+            quiet(page)
+            _unfold(page)
+            assert not page.evaluate(MARKUP), (view, query)
+            assert page.evaluate("window.hacked") is None, (view, query)
+            assert not outside, (view, query)
+        eyes = next(query["model"] for view, query in views if view == "unit")
+        page.goto(f"{running.url}/yours?{urlencode({'model': eyes, 'from': 'your own'})}")
+        quiet(page)
+        for name in hostile.NAMES[0], hostile.NAMES[13]:
+            fake = {"name": f"{name}.png", "mimeType": "image/png", "buffer": b"no picture"}
+            page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files([fake])
+            expect(page.get_by_test_id("stAlert")).to_be_visible()
+            quiet(page)
+            assert not page.evaluate(MARKUP), name
+        assert not outside
+    finally:
+        page.context.remove_listener("request", listen)
+        running.stop()
+
+
+def _unfold(page: Page) -> None:
+    """Open what is folded, and let the pointer rest on charts."""
+    for folded in page.locator("[data-testid=stExpander] details:not([open]) summary").all():
+        folded.click()
+    quiet(page)
+    for chart in page.get_by_test_id("stVegaLiteChart").all():
+        box = chart.bounding_box()
+        if box is not None:
+            for share in 0.2, 0.5, 0.8:
+                page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+    for popover in page.get_by_test_id("stPopover").locator("button:visible").all():
+        popover.click()
+        page.wait_for_timeout(100)
+        assert not page.evaluate(MARKUP)
+        page.keyboard.press("Escape")

@@ -1,7 +1,8 @@
-"""The workspace: names of files."""
+"""The workspace: names of files, and records of models."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,23 @@ def test_a_damaged_record_of_a_model_is_named(text: str, tmp_path: Path) -> None
     (line,) = place.damaged_models()
     assert "bbbb" in line
     assert "is damaged" in line
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"spec": "a", "hash": "../../outside"}, {"spec": "a", "hash": "e" * 64}, {"spec": "\ud800", "hash": "f" * 64},
+        {"spec": "a", "hash": "f" * 64, "weights": "\udfff"}, {"spec": 1, "hash": "f" * 64}, {"spec": "a"}, [1], "a",
+        {"spec": "a", "hash": "f" * 64, "weights": 0},
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_left_out_and_the_others_are_read(
+    damaged: object, tmp_path: Path
+) -> None:
+    place = Workspace(tmp_path)
+    record = ModelRecord("cleanroom", HASH)
+    place.register(record)
+    folder = place.model_folder("f" * 64)
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps(damaged))
+    assert place.models() == [record]

@@ -10,7 +10,7 @@ import numpy as np
 import streamlit as st
 
 from apps import cached, drawing
-from apps.address import TROUBLE, action, line, link, named, plain
+from apps.address import TROUBLE, action, code, line, link, named, plain
 from apps.drawing import Drawing
 from apps.showing import show
 from circuits.figures import circuit_figure, figure_bytes, matrix_figure
@@ -77,14 +77,14 @@ def selection_panel(
     elif isinstance(node, Unit):
         _unit(record, model, store, node)
     else:
-        st.subheader(str(node))
+        st.subheader(plain(str(node)))
         if isinstance(node, UnitGroup):
-            st.caption(", ".join(map(str, node.units)))
+            st.caption(plain(", ".join(map(str, node.units))))
 
 
 def _unit(record: ModelRecord, model: HookedModel, store: GraphStore, unit: Unit) -> None:
     label = cached.label_of(record)
-    st.subheader(named(model, unit) if unit.site != INPUT else str(unit))
+    st.subheader(plain(named(model, unit) if unit.site != INPUT else str(unit)))
     top = int(st.number_input("How many", 1, 50, 5, key="canvas-top"))
     with st.container(horizontal=True):
         for text, incoming in (("Add what builds it", True), ("Add what it builds", False)):
@@ -101,10 +101,10 @@ def _unit(record: ModelRecord, model: HookedModel, store: GraphStore, unit: Unit
 def _edge(
     record: ModelRecord, model: HookedModel, a: Node, b: Node, key: str, data: dict[str, object]
 ) -> None:
-    st.subheader(f"{a} → {b}")
+    st.subheader(plain(f"{a} → {b}"))
     kernel = np.atleast_2d(np.array(data.get("kernel", [])))
     typical = f", typical {data['typical']:.3g}" if "typical" in data else ""
-    st.caption(f"`{key}`: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
+    st.caption(f"{code(key)}: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
     left, right = st.columns(2)
     if kernel.size > 1:
         with left:

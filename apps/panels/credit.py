@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import cast, get_args
 
 import numpy as np
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, line, link, named, part
+from apps.address import TROUBLE, code, line, link, named, part, plain
 from apps.inputs import picture_of
 from circuits.attribution.channels import ChannelMethod
 from circuits.examples import Examples
@@ -57,7 +58,7 @@ def credit_panel(record: ModelRecord, model: HookedModel, one: Examples, site: s
             else f" Rank correlation with true ablation {check.correlation:.2f} (by chance up to {check.chance:.2f})."
         )
         st.caption(
-            f"`{found.aims[0]}`: {found.target_values[0]:.3g}. {found.method}.{agreed} Seed {found.seed}."
+            f"{code(found.aims[0])}: {found.target_values[0]:.3g}. {plain(found.method)}.{agreed} Seed {found.seed:d}."
         )
         with st.container(horizontal=True):
             for i, _ in found.top(0, 5):
@@ -80,6 +81,7 @@ def _pixels(model: HookedModel, one: Examples, target: str) -> None:
     assert picture is not None, "an image"
     heat = found.heat()[0].numpy()
     st.image(overlaid(np.asarray(picture) / 255, heat), width=320)
+    which = code(f"circuits sanity {quote(model.name)}")
     st.caption(
-        f"{method}: red for, blue against `{found.aims[0]}`. `circuits sanity {model.name}` says which to believe."
+        f"{plain(method)}: red for, blue against {code(found.aims[0])}. {which} says which to believe."
     )

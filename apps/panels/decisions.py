@@ -8,7 +8,7 @@ from typing import Literal
 import streamlit as st
 
 from apps import cached, editing, tab_storage
-from apps.address import TROUBLE, action, line, link, part, python
+from apps.address import TROUBLE, action, line, link, part, plain, python
 from apps.cached import Decisions
 from circuits.concepts import Intervention, as_recipe
 from circuits.concepts.bottleneck import Explanation
@@ -36,8 +36,8 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
         return
     a = made.accuracy
     st.caption(
-        f"A linear classifier on the mean of each latent, trained on half of {store.provenance.data}: right on "
-        f"{100 * a.own:.1f} % of {a.n} other examples ({100 * a.low:.1f} to {100 * a.high:.1f}); trained on shuffled "
+        f"A linear classifier on the mean of each latent, trained on half of {plain(store.provenance.data)}: right on "
+        f"{100 * a.own:.1f} % of {a.n:d} other examples ({100 * a.low:.1f} to {100 * a.high:.1f}); trained on shuffled "
         f"labels {100 * a.shuffled_labels:.1f} %, always the commonest class {100 * a.majority:.1f} % (seed 0)."
     )
     example = st.selectbox(
@@ -59,11 +59,14 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
     after = made.bottleneck.explain(changed, top=SHARES)
     found = cached.intervened(store, made, done)
     effect = found.effect
-    random = "; {:+.3f} to {:+.3f} for {}".format(*effect.null_range, effect.null_is)
-    st.markdown(f"This example: **{explained.label}** → **{after.label}**")
+    random = ""
+    if effect.null:
+        low, high = effect.null_range
+        random = f"; {low:+.3f} to {high:+.3f} for {plain(effect.null_is)}"
+    st.markdown(f"This example: **{plain(explained.label)}** → **{plain(after.label)}**")
     st.caption(
-        f"Accuracy on {effect.n} held-out examples {effect.intact:.3f} → {effect.changed:.3f}, change "
-        f"{effect.change:+.3f} ({effect.low:+.3f} to {effect.high:+.3f}){random if effect.null else ''} (seed 0)."
+        f"Accuracy on {effect.n:d} held-out examples {effect.intact:.3f} → {effect.changed:.3f}, change "
+        f"{effect.change:+.3f} ({effect.low:+.3f} to {effect.high:+.3f}){random} (seed 0)."
     )
     if found.classes:
         rows = [
@@ -75,7 +78,7 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
 
 
 def _explanation(explained: Explanation, names: Mapping[str, Record], true: str) -> None:
-    st.markdown(f"Decides **{explained.label}** (it is {true})")
+    st.markdown(f"Decides **{plain(explained.label)}** (it is {plain(true)})")
     rows = [
         {
             "latent": _named(s.unit, names),

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from apps import cached
-from apps.address import link
+from apps.address import link, plain
 from circuits.json_files import read_json
 
 CASE = "curve-detector"
@@ -31,8 +31,8 @@ def evidence_panel() -> None:
         name: results[name] for name in ("echo", "echo_without_negative", "echo_without_random")
     }
     st.caption(
-        f"{len(facts['matches'])} curve units of {facts['host']} replaced, on {facts['evaluation']}, seed "
-        f"{results['seed']}; echo {numbers['echo']:.3f}, without negative weights "
+        f"{len(facts['matches'])} curve units of {plain(facts['host'])} replaced, on {plain(facts['evaluation'])}, "
+        f"seed {results['seed']:d}; echo {numbers['echo']:.3f}, without negative weights "
         f"{numbers['echo_without_negative']:.2f} (without random weights {numbers['echo_without_random']:.2f}); "
         f"published curves r {results['r_published_min']:.3f} at least, median {results['r_published_median']:.3f}."
     )

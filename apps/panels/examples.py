@@ -10,7 +10,7 @@ import streamlit as st
 from PIL import Image, ImageDraw
 
 from apps import cached
-from apps.address import part
+from apps.address import part, plain
 from apps.inputs import picture_of
 from apps.panels.pictures import pictures_of
 from apps.panels.tokens import texts_panel
@@ -60,7 +60,7 @@ def _credited(column: Any, look: Look, examples: Examples, example: Example) -> 
     picture = picture_of(one)
     assert picture is not None, "an image"
     column.image(overlaid(np.asarray(picture) / 255, found.heat()[0].numpy()), width="stretch")
-    column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
+    column.caption(f"{example.value:.3g} · {plain(Path(example.name).stem)}")
 
 
 @part
@@ -91,7 +91,9 @@ def range_panel(look: Look, store: ActivationStore, examples: Examples) -> None:
 
 
 def _share(i: int) -> str:
-    return f"{100 * i // TENTHS}–{100 * (i + 1) // TENTHS} %" if i else f"top {100 // TENTHS} %"
+    return (
+        f"{100 * i // TENTHS:d}–{100 * (i + 1) // TENTHS:d} %" if i else f"top {100 // TENTHS:d} %"
+    )
 
 
 def _image(
@@ -104,7 +106,7 @@ def _image(
 ) -> None:
     box = field.at(example.position)
     column.image(_excerpt(spec, examples, example, box, whole), width="stretch")
-    column.caption(f"{example.value:.3g} · {Path(example.name).stem}")
+    column.caption(f"{example.value:.3g} · {plain(Path(example.name).stem)}")
 
 
 def _excerpt(

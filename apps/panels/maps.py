@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.address import line, python
+from apps.address import line, plain, python
 from apps.canvas import canvas
 from circuits.graph import CircuitGraph
 from circuits.graph.circuit import Node
@@ -58,8 +58,8 @@ def map_panel(
         graph, pictures, names, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
     )
     st.caption(
-        f"{found.method} of {found.of} ({found.data or model.name}, {found.n} numbers a unit, seed {found.seed}). Of a "
-        f"unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
+        f"{plain(found.method)} of {plain(found.of)} ({plain(found.data or model.name)}, {found.n:d} numbers a unit, "
+        f"seed {found.seed:d}). Of a unit's 10 nearest neighbours {100 * found.kept:.0f} % are near it here (shuffled "
         f"{100 * found.shuffled:.0f} %)." + _branch_note(found)
     )
     how = f"weight_map(model, {site.name!r}, {method!r})"

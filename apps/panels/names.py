@@ -36,7 +36,9 @@ def _in_words(record: Record) -> str:
     body = record.body
     if body is None:
         return plain(record.fault) or f"Not named (version {record.version})."
-    said = [f"Called “{plain(body['text'])}” by {plain(record.author)}, {record.created[:10]}"]
+    said = [
+        f"Called “{plain(body['text'])}” by {plain(record.author)}, {plain(record.created[:10])}"
+    ]
     if body["score"] is not None:
         said.append(
             f"AUROC {body['score']:.2f} on examples that it was not chosen on (by chance 0.50), p {body['p_value']:.2g}"
@@ -49,4 +51,4 @@ def _in_words(record: Record) -> str:
             )
     if record.note:
         said.append(plain(record.note))
-    return "; ".join(said) + f" (version {record.version})."
+    return "; ".join(said) + f" (version {record.version:d})."

@@ -10,7 +10,7 @@ import streamlit as st
 from PIL import Image
 
 from apps import cached
-from apps.address import line
+from apps.address import line, plain
 from circuits.examples import Examples
 from circuits.featurevis.badges import natural_responses, reliability
 from circuits.featurevis.pictures import Picture, read_facts
@@ -113,7 +113,8 @@ def _show(made: Made) -> None:
     if {"activation", "start_activation", "steps", "seed"} <= set(facts):
         st.caption(
             f"Mean activation {facts['activation']:.3g}; the random start gave "
-            f"{facts['start_activation']:.3g}. {facts['steps']} steps, seed {facts['seed']}."
+            f"{facts['start_activation']:.3g}. {plain(str(facts['steps']))} steps, seed "
+            f"{plain(str(facts['seed']))}."
         )
 
 
@@ -140,10 +141,11 @@ def _badge(
         f"The same made on shuffled weights: {badge['randomized_score']:.2f}. Reaches "
         f"{badge['reached']:.2g} × the top example; keeps {badge['held_out']:.0%} when changed; seeds "
         f"agree to {badge['seeds']:.0%}; way through the network {badge['natural']:.2f} (1: as among top "
-        f"examples, 0: as other images). {compared['data']}: {compared['chosen']}; seed {badge['seed']}."
+        f"examples, 0: as other images). {plain(compared['data'])}: {plain(compared['chosen'])}; seed "
+        f"{plain(str(badge['seed']))}."
     )
     for flag in badge["flags"]:
-        st.warning(f"This picture {flag}")
+        st.warning(f"This picture {plain(flag)}")
 
 
 def _measured(

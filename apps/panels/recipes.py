@@ -7,7 +7,7 @@ import json
 import streamlit as st
 
 from apps import cached, editing
-from apps.address import TROUBLE, action, line
+from apps.address import TROUBLE, action, code, line, plain
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import OPERATORS, read_edit
@@ -98,7 +98,9 @@ def add_panel(record: ModelRecord, model: HookedModel) -> None:
         )
         written = lambda: _add(record, model, st.session_state["edit-words"])  # noqa: E731
         action("Add", written, "edit-add-words")
-        st.caption("  \n".join(f"`{name}`: {kind.about}" for name, kind in OPERATORS.items()))
+        st.caption(
+            "  \n".join(f"{code(name)}: {plain(kind.about)}" for name, kind in OPERATORS.items())
+        )
         st.caption("`zero UNITS` is `scale UNITS factor=0`.")
 
 

@@ -23,10 +23,10 @@ def relations_panel(look: Look) -> None:
         if look.unit not in family.units:
             continue
         st.subheader(f"Family “{plain(family.name)}”")
-        found = f"agreement {family.score:.2f}, p {family.p_value:.2g} ({plain(family.null)}, seed {family.seed})"
+        found = f"agreement {family.score:.2f}, p {family.p_value:.2g} ({plain(family.null)}, seed {family.seed:d})"
         by_hand = family.p_value != family.p_value  # nobody measured it
         st.caption(
-            f"{family.transformation}, {len(family.units)} units, "
+            f"{plain(family.transformation)}, {len(family.units)} units, "
             + ("put together by a person: no agreement was measured." if by_hand else f"{found}.")
             + (f" The first {_SIBLINGS} are shown." if len(family.members) > _SIBLINGS else "")
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, line, part
+from apps.address import TROUBLE, code, line, part, plain
 from apps.showing import show
 from circuits.edits.recipes import Recipe
 from circuits.effects import EditReport
@@ -56,7 +56,7 @@ def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
                 ]
                 if not fitting:
                     what = "with classes" if name == "classes" else "yet"
-                    st.caption(f"No data {what}: `circuits harvest {record.arguments} …`.")
+                    st.caption(f"No data {what}: {code(f'circuits harvest {record.arguments} …')}.")
                     return None
                 data = st.selectbox("On", fitting, key="effects-data")
             n = st.segmented_control(
@@ -67,7 +67,7 @@ def choose_task(record: ModelRecord, model: HookedModel) -> Task | None:
             st.error(line(error))
             return None
     about = task.about or task.name
-    st.caption(f"{about} Taken: {task.examples}. Measured first: {task.metric.name}.")
+    st.caption(plain(f"{about} Taken: {task.examples}. Measured first: {task.metric.name}."))
     return task
 
 
@@ -86,8 +86,8 @@ def show_report(report: EditReport) -> None:
     st.dataframe(rows, hide_index=True)
     record, least = report.record, max((e.least_p for e in effects.values()), default=1.0)
     st.caption(
-        f"{record.measured_on}; seed {record.seed}, weights {record.model_hash[:16]}. Null: {report.null_is}, so "
-        f"that p is at least {least:.2g} (`circuits edit measure` takes more). {100 * report.locality:.0f} % of "
-        f"predictions are what they were. Undone afterwards: "
+        f"{plain(record.measured_on)}; seed {record.seed:d}, weights {plain(record.model_hash[:16])}. Null: "
+        f"{plain(report.null_is)}, so that p is at least {least:.2g} (`circuits edit measure` takes more). "
+        f"{100 * report.locality:.0f} % of predictions are what they were. Undone afterwards: "
         f"{'identical to the bit' if report.restored else 'NOT restored'}."
     )

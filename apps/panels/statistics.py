@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from apps.address import python
+from apps.address import plain, python
 from apps.showing import show
 from apps.subject import Look
 from circuits.figures import histogram_figure
@@ -17,13 +17,13 @@ def statistics_panel(look: Look, store: ActivationStore) -> None:
     st.subheader("How active it is")
     show(histogram_figure(s), "histogram")
     st.caption(
-        f"{len(p.examples)} examples of {p.data}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
+        f"{len(p.examples)} examples of {plain(p.data)}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
         f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.3g} % of "
         f"positions. The outer bars hold all beyond."
     )
     notes = []
     if s.looked_at < s.count:
-        drawn = f"a random {s.looked_at:,} of {s.count:,} positions (seed {p.depth.seed})"
+        drawn = f"a random {s.looked_at:,} of {s.count:,} positions (seed {p.depth.seed:d})"
         notes.append(
             f"The histogram, the skewness and the tail look at {drawn}; all else at every one."
         )

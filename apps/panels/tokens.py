@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apps import cached
-from apps.address import guarded, part
+from apps.address import guarded, part, plain
 from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
@@ -80,7 +80,7 @@ def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     at = int(st.number_input("Example", 0, last, example, key=f"pattern-{look.unit}"))
     one = examples.subset([at])
     show(attention_figure(cached.attention_of(look.model, one, look.unit)), "pattern")
-    st.caption(f"{examples.names[at]} of {examples.data}; each row adds up to 1.")
+    st.caption(f"{plain(examples.names[at])} of {plain(examples.data)}; each row adds up to 1.")
 
 
 @guarded

@@ -37,10 +37,11 @@ def tuning_panel(look: Look) -> None:
         show(heat_map_figure([heat]), "heat")
     m = tuned.measures
     st.caption(
-        f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size} px, every {cached.TURN:g}°: mean direction "
-        f"{m.direction.value:.0f}° ({m.direction.low:.0f} to {m.direction.high:.0f}), full width at half maximum "
-        f"{m.fwhm.value:.0f}° ({m.fwhm.low:.0f} to {m.fwhm.high:.0f}), echo {m.echo.value:.2f} "
-        f"({m.echo.low:.2f} to {m.echo.high:.2f}); intervals over polarity, contrast and thickness, seed {tuned.seed}."
+        f"Curves of radius {tuned.radius:.3g} px in images of {tuned.size:d} px, every {cached.TURN:g}°: mean "
+        f"direction {m.direction.value:.0f}° ({m.direction.low:.0f} to {m.direction.high:.0f}), full width at "
+        f"half maximum {m.fwhm.value:.0f}° ({m.fwhm.low:.0f} to {m.fwhm.high:.0f}), echo {m.echo.value:.2f} "
+        f"({m.echo.low:.2f} to {m.echo.high:.2f}); intervals over polarity, contrast and thickness, "
+        f"seed {tuned.seed:d}."
     )
     python(f"""
 import circuits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import go_to, link, named, python
+from apps.address import go_to, link, named, plain, python
 from apps.showing import show
 from apps.subject import Look
 from circuits.figures import kernels_figure
@@ -54,7 +54,7 @@ def _connection(look: Look, connection: Connection, end: str) -> None:
     picture = cached.pictured(look.record).get(other)
     if picture is not None and (small := cached.thumbnail(picture)):
         st.image(small, width=64)
-    label = named(look.model, other)
+    label = plain(named(look.model, other))
     st.button(
         label, help=label, key=f"go-{end}-{connection.layer}-{other}", on_click=go_to, args=(other,),
         disabled=other.site == INPUT,  # the model's input has no page
@@ -70,5 +70,5 @@ def _in_words(connection: Connection, heads: bool) -> str:
         return f"composition Q {q:.2g}, K {k:.2g}, V {v:.2g}; {strength}"
     balanced = abs(connection.total) < 0.05 * connection.kernel.abs().sum().item()
     sign = "excites and inhibits" if balanced else "excites" if connection.total > 0 else "inhibits"
-    via = f" through {', '.join(connection.through)}" if connection.through else ""
+    via = f" through {plain(', '.join(connection.through))}" if connection.through else ""
     return f"{sign}, {strength}{via}"

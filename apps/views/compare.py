@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, choose, choose_model, line, link, named
+from apps.address import TROUBLE, choose, choose_model, line, link, named, plain
 from apps.inputs import picture_of
 from apps.showing import show
 from circuits.edits.recipes import Recipe
@@ -82,8 +82,8 @@ def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
     except TROUBLE as error:
         st.error(line(error))
         return None
-    st.subheader(named(model, unit))
-    st.caption(f"{model.name} · weights {record.hash[:16]}")
+    st.subheader(plain(named(model, unit)))
+    st.caption(plain(f"{model.name} · weights {record.hash[:16]}"))
     link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
     picture = cached.pictured(record).get(unit)
     if picture is not None and (small := cached.thumbnail(picture, 224)):
@@ -95,11 +95,11 @@ def _harvested(side: Side, statistics: Mapping[str, UnitStatistics]) -> None:
     """How active the unit is, on the same axes as the other one, and its strongest examples."""
     store = side.store
     if store is None:
-        st.info(f"No activations of {side.unit.site} yet.")
+        st.info(f"No activations of {plain(side.unit.site)} yet.")
         return
     own = statistics[side.name]
     show(histogram_figure(own, list(statistics.values())), f"compare-histogram-{side.name}")
-    st.caption(f"on {len(store.provenance.examples)} examples of {store.provenance.data}")
+    st.caption(f"on {len(store.provenance.examples)} examples of {plain(store.provenance.data)}")
     try:
         examples = cached.examples_of(side.model, store)
     except TROUBLE as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.address import choose, line, link
+from apps.address import choose, code, line, link, plain
 from apps.panels.decisions import decisions_panel
 from circuits.autoencoders import Autoencoder
 from circuits.concepts import names_of
@@ -31,23 +32,25 @@ def page() -> None:
     name = choose("Autoencoder", list(found), "sae")
     path = found[name]
     try:
-        code = cached.autoencoder_of(path)
+        sae = cached.autoencoder_of(path)
         measured = load_evaluation(path)
     except (ValueError, OSError) as error:
         st.error(line(error))
         return
-    a = code.about
-    st.subheader(name)
+    a = sae.about
+    st.subheader(plain(name))
     way = a.site if a.target in ("", a.site) else f"{a.site} → {a.target}"
     st.caption(
-        f"{a.architecture} · {code.n_latents} latents of {way} · {a.model}, weights {a.model_hash[:16]} · trained on "
-        f"{a.data}"
+        plain(
+            f"{a.architecture} · {sae.n_latents} latents of {way} · {a.model}, weights {a.model_hash[:16]} · trained "
+            f"on {a.data}"
+        )
     )
     if measured is None:
-        st.info(f"Not measured yet: `circuits sae eval {name}`.")
+        st.info(f"Not measured yet: {code(f'circuits sae eval {shlex.quote(name)}')}.")
     else:
         _numbers(measured)
-    _latents(name, path, code, measured)
+    _latents(name, path, sae, measured)
 
 
 def _numbers(measured: Mapping[str, Any]) -> None:
@@ -69,7 +72,8 @@ def _numbers(measured: Mapping[str, Any]) -> None:
         )
     )
     st.caption(
-        f"{rows['n_rows']:,} rows of {rows['data']}, seed {rows['seed']}; the last of these are nulls of the same size."
+        f"{rows['n_rows']:,} rows of {plain(rows['data'])}, seed {rows['seed']:d}; the last of these are nulls "
+        "of the same size."
     )
     st.subheader("What the model does with it")
     wanted = ("intact", "reconstruction", "zero", "mean", "random", "of_zero", "of_mean")
@@ -86,23 +90,22 @@ def _numbers(measured: Mapping[str, Any]) -> None:
     which = f", {behaviour['examples']}" if behaviour.get("examples") else ""
     record = behaviour["record"]
     examples = record["task"]["examples"]
-    st.caption(f"{examples['data']}: {examples['chosen']}{which}; seed {record['seed']}.")
+    st.caption(plain(f"{examples['data']}: {examples['chosen']}{which}; seed {record['seed']}."))
     for what, m in measures.items():
         if m["warning"]:
-            st.warning(f"{what}: {m['warning']}")
+            st.warning(plain(f"{what}: {m['warning']}"))
 
 
-def _latents(name: str, path: Path, code: Autoencoder, measured: Mapping[str, Any] | None) -> None:
+def _latents(name: str, path: Path, sae: Autoencoder, measured: Mapping[str, Any] | None) -> None:
     st.subheader("Its latents")
     record = cached.record_with(path)
     if record is None:
-        st.info(
-            f"They have no pages yet: `circuits harvest {code.about.model}+sae/{name} --data {code.about.data} "
-            f"--sites sae/{code.about.name}`."
-        )
+        a = sae.about
+        words = [f"{a.model}+sae/{name}", "--data", a.data, "--sites", f"sae/{a.name}"]
+        st.info(f"They have no pages yet: {code('circuits harvest ' + shlex.join(words))}.")
     known = {} if record is None else names_of(cached.workspace().database, record.hash)
-    site = f"sae/{code.about.name}"
-    used = measured["rows"]["density"] if measured else [float("nan")] * code.n_latents
+    site = f"sae/{sae.about.name}"
+    used = measured["rows"]["density"] if measured else [float("nan")] * sae.n_latents
     model = cached.label_of(record) if record else ""
     rows = [_row(model, site, i, share, known.get(f"{site}:{i}")) for i, share in enumerate(used)]
     table = pd.DataFrame(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached, editing
-from apps.address import TROUBLE, choose_model, line, part, python
+from apps.address import TROUBLE, choose_model, line, part, plain, python, visible
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.recipes import add_panel, keep_panel, stack_panel, unit_of
 from apps.panels.reports import side_effects_panel
@@ -55,7 +55,10 @@ def _on_input(record: ModelRecord, model: HookedModel, recipe: Recipe) -> None:
     show(predictions_figure(runs), "edit-predictions")
     if isinstance(model.input, TokenInput) and len(one.tokens(0)) > 1:
         _losses(model, recipe, one)
-    lines = "\n".join(f"#  {p.name}: {p.probability:.6f}" for p in list(runs.values())[-1])
+    # a name may have lines of its own, which would be code
+    lines = "\n".join(
+        f"#  {' '.join(visible(p.name))}: {p.probability:.6f}" for p in list(runs.values())[-1]
+    )
     python(f"""
 import circuits
 import PIL.Image
@@ -81,7 +84,8 @@ def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     for name, losses in runs.items():
         half = len(losses) // 2
         st.caption(
-            f"{name}: loss {losses[:half].mean():.3f} nats in the first half, {losses[half:].mean():.3f} in the second"
+            f"{plain(name)}: loss {losses[:half].mean():.3f} nats in the first half, {losses[half:].mean():.3f} in "
+            "the second"
         )
 
 
@@ -112,9 +116,9 @@ def _tuning(model: HookedModel, recipe: Recipe) -> None:
     for name, tuned in runs.items():
         m = tuned.measures
         if not tuned.mean.any():
-            st.caption(f"{name}: silent at every angle, radius {tuned.radius:.3g} px")
+            st.caption(f"{plain(name)}: silent at every angle, radius {tuned.radius:.3g} px")
             continue
         st.caption(
-            f"{name}: mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, echo "
-            f"{m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
+            f"{plain(name)}: mean direction {m.direction.value:.0f}°, full width at half maximum {m.fwhm.value:.0f}°, "
+            f"echo {m.echo.value:.2f} ({m.echo.low:.2f} to {m.echo.high:.2f}), radius {tuned.radius:.3g} px"
         )

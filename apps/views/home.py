@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, line, link, plain
+from apps.address import TROUBLE, code, line, link, plain
 from circuits.concepts import names_of
 from circuits.database import Database
 from circuits.families import saved_families
@@ -28,7 +28,7 @@ def page() -> None:
     records = sorted(place.models(), key=lambda r: (r.spec != "cleanroom", r.spec))
     if not records:
         st.info(
-            f"The workspace {str(place.root)!r} is empty. Build it with `circuits demo`, or harvest a model: "
+            f"The workspace {code(str(place.root))} is empty. Build it with `circuits demo`, or harvest a model: "
             "`circuits harvest MODEL --data DATA --sites SITES`."
         )
         link("jobs", "Build the demo's workspace here", do="demo")
@@ -36,7 +36,7 @@ def page() -> None:
     if records[0].spec == "cleanroom":
         _path(cached.label_of(records[0]))
     st.subheader("Models in this workspace")
-    st.caption(f"{place.root}")
+    st.caption(plain(str(place.root)))
     for record in records:
         try:
             _model(record, place.database)
@@ -48,8 +48,8 @@ def page() -> None:
     missing = [m.name for m in MODELS.values() if m.builtin and m.name not in here]
     if missing:
         st.caption(
-            f"Also built in: {', '.join(missing)}; `circuits models` lists all. Harvest one to see it here: "
-            f"`circuits harvest {missing[0]} --data DATA --sites SITES`."
+            f"Also built in: {plain(', '.join(missing))}; `circuits models` lists all. Harvest one to see it here: "
+            f"{code(f'circuits harvest {missing[0]} --data DATA --sites SITES')}."
         )
 
 
@@ -75,7 +75,7 @@ def _path(label: str) -> None:
 def _model(record: ModelRecord, database: Database) -> None:
     label = cached.label_of(record)
     with st.container(border=True):
-        st.markdown(f"**{label}** · weights `{record.hash[:16]}`")
+        st.markdown(f"**{plain(label)}** · weights {code(record.hash[:16])}")
         stores = cached.stores_of(record)
         rows = [
             {
@@ -87,16 +87,15 @@ def _model(record: ModelRecord, database: Database) -> None:
         if rows:
             st.dataframe(rows, hide_index=True, width="content")
         else:
-            st.caption(
-                f"No activations yet: `circuits harvest {record.arguments} --data DATA --sites SITES`."
-            )
+            harvest = f"circuits harvest {record.arguments} --data DATA --sites SITES"
+            st.caption(f"No activations yet: {code(harvest)}.")
         for trouble in unusable_stores(cached.workspace(), record.hash):
             st.caption(f"⚠ {plain(trouble)}")
         kept = {
             "pictures": len(cached.pictured(record)), "families": len(saved_families(database, record.hash)),
             "circuits": len(saved_circuits(database, record.hash)), "named units": len(names_of(database, record.hash)),
         }  # fmt: skip
-        st.caption(", ".join(f"{what}: {n}" for what, n in kept.items()))
+        st.caption(", ".join(f"{plain(what)}: {n:d}" for what, n in kept.items()))
         _links(record, label, [site.name for s in stores for site in s.provenance.sites])
 
 

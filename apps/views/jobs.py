@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, action, line
+from apps.address import TROUBLE, action, line, plain
 from circuits import jobs
 from circuits.factories import from_file
 from circuits.jobs import Job
@@ -84,7 +85,7 @@ def _start() -> None:
             ],
         }[kind]
         argv += ["--weights", record.weights] if record.weights and kind != "case" else []
-        st.code("circuits " + " ".join(argv), language=None, wrap_lines=True)
+        st.code("circuits " + shlex.join(argv), language=None, wrap_lines=True)
         begin = lambda: _begin(argv, f"{kind} {label} {site}")  # noqa: E731
         action("Start", begin, "job-start", primary=True)
 
@@ -93,7 +94,7 @@ def _begin(argv: list[str], title: str) -> None:
     for word in argv:
         from_file("code", word, "the workspace", cached.TRUSTING)
     made = jobs.start(cached.workspace().writable(), argv, title)
-    st.toast(f"Started {made.title}.")
+    st.toast(f"Started {plain(made.title)}.")
 
 
 @st.fragment(run_every=1.5)
@@ -117,9 +118,9 @@ def _show(job: Job) -> None:
             action(label, partial(do, job), f"{label}-{job.id}", help=about)
         if going:
             share = min(1.0, job.done / job.total) if job.total else 0.0
-            st.progress(share, f"{job.done} of {job.total}" if job.total else "starting …")
+            st.progress(share, f"{job.done:d} of {job.total:d}" if job.total else "starting …")
         if job.message:
             st.text(job.message[:300])
         with st.popover("Log and command"):
-            st.code("circuits " + " ".join(job.argv), language=None, wrap_lines=True)
+            st.code("circuits " + shlex.join(job.argv), language=None, wrap_lines=True)
             st.code(jobs.log_of(job), language=None)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.address import choose, choose_model, choose_site, link, open_page
+from apps.address import (
+    choose,
+    choose_model,
+    choose_site,
+    code,
+    link,
+    not_harvested,
+    open_page,
+    plain,
+)
 from apps.canvas import Tile, sheet
 from apps.panels.maps import map_panel
 from circuits.concepts import names_of
@@ -28,8 +39,10 @@ def page() -> None:
     site = model.site(choose_site(record, model))
     stores = {s.provenance.data: s for s in cached.stores_of(record) if site.name in s.sites}
     store = stores[choose("Data", list(stores), "data")] if stores else None
-    st.title(site.name)
-    st.caption(f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}")
+    st.title(plain(site.name))
+    st.caption(
+        plain(f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}")
+    )
     table = _table(record, model, site, store)
     table = _filtered(record, table, site)
     way = choose("Show as", WAYS, "as")
@@ -49,9 +62,7 @@ def page() -> None:
         other=site.unit(1),
     )
     if store is None:
-        st.info(
-            f"No activations of {site.name} yet: `circuits harvest {record.arguments} --data DATA --sites {site.name}`"
-        )
+        st.info(not_harvested(record, site.name))
 
 
 def _table(
@@ -112,9 +123,8 @@ def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
         _open(record, Unit.parse(picked))
     missing = sum(not tile.picture for tile in tiles)
     if missing:
-        st.caption(
-            f"{missing} have no picture: `circuits visualize {record.arguments} {site.name} --sheet` makes all of them."
-        )
+        visualize = code(f"circuits visualize {record.arguments} {quote(site.name)} --sheet")
+        st.caption(f"{missing:d} have no picture: {visualize} makes all of them.")
         link(
             "jobs",
             "Make the sheet in the background",

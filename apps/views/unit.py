@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import choose_model, choose_unit, go_to, link, named
+from apps.address import choose_model, choose_unit, go_to, line, link, named, not_harvested, plain
 from apps.keys import keys
 from apps.panels.effects import ablation_panel
 from apps.panels.examples import examples_panel, range_panel
@@ -40,10 +40,7 @@ def page() -> None:
     examples = None
     if look.store is None:
         picture_panel(model, unit, record.hash, None)
-        st.info(
-            f"No activations of {unit.site} yet: "
-            f"`circuits harvest {record.arguments} --data DATA --sites {unit.site}`"
-        )
+        st.info(not_harvested(record, unit.site))
     else:
         left, right = st.columns([1, 2])
         with left:
@@ -63,10 +60,11 @@ def page() -> None:
 
 
 def _examples(look: Look) -> None:
-    assert look.store is not None, "checked by the caller"
-    if look.examples is None:
-        st.warning(f"The examples cannot be shown: {look.trouble}")
+    if look.trouble is not None:
+        st.warning(f"The examples cannot be shown: {line(look.trouble)}")
         return
+    assert look.store is not None, "checked by the caller"
+    assert look.examples is not None, "there is no trouble"
     examples_panel(look, look.store, look.examples)
     best = look.store.top_examples(look.unit, 1)
     pattern_panel(look, look.examples, best[0].index if best else 0)
@@ -76,9 +74,11 @@ def _examples(look: Look) -> None:
 def _heading(look: Look) -> None:
     model, unit, label = look.model, look.unit, cached.label_of(look.record)
     site, known = model.site(unit.site), model.unit_names.get(unit.site)
-    st.title(f"{unit}" + (f" — {known[unit.index]}" if known else ""))
+    st.title(plain(f"{unit}" + (f" — {known[unit.index]}" if known else "")))
     st.caption(
-        f"{model.name} · {site.kind} {unit.index} of {site.n_units} · weights {look.record.hash[:16]}"
+        plain(
+            f"{model.name} · {site.kind} {unit.index} of {site.n_units} · weights {look.record.hash[:16]}"
+        )
     )
     with st.container(horizontal=True):
         link("site", f"All of {site.name}", model=label, site=site.name)

@@ -6,7 +6,7 @@ import numpy as np
 import streamlit as st
 
 from apps import cached
-from apps.address import choose_model, choose_site, link, named, python
+from apps.address import choose_model, choose_site, link, named, plain, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.credit import credit_panel
 from apps.showing import show
@@ -43,7 +43,7 @@ def page() -> None:
 
 def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) -> None:
     """The units of the site that are most active."""
-    st.subheader(f"Most active at {site}")
+    st.subheader(f"Most active at {plain(site)}")
     place = model.site(site)
     value = cached.recorded(model, Recipe((), record.hash), one, site)
     strengths = place.activations(value)[0].amax(1)

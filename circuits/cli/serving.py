@@ -1,6 +1,7 @@
 """Starting the app."""
 
 import importlib.util
+import ipaddress
 import os
 import socket
 import sys
@@ -24,17 +25,12 @@ PORT = 8501
 Port = Annotated[int, option("The port at which the app is served.")]
 
 
-def app_file() -> Path:
-    """The app's entry page.
-
-    Raises:
-        FileNotFoundError: if the package was installed without it.
-    """
+def check_installed() -> None:
+    """Raise FileNotFoundError if the package was installed without the app."""
     spec = importlib.util.find_spec("apps")
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     if folder is None or not (folder / "workbench.py").is_file():
         raise FileNotFoundError("the app's pages (package `apps`) are not installed")
-    return folder / "workbench.py"
 
 
 def check_port(port: int) -> None:
@@ -43,37 +39,55 @@ def check_port(port: int) -> None:
         raise ValueError(f"port {port} is not valid: expected 1 to 65535")
 
 
+def check_address(host: str, port: int) -> bool:
+    """Whether only this machine reaches an address.
+
+    Raises:
+        ValueError: if it is none. An empty one, which sockets take for all addresses, is none.
+        OSError: if it is none of this machine's, or the port is taken.
+    """
+    try:
+        if not host.strip():
+            raise ValueError("it is empty")
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # a UnicodeError is a ValueError
+        raise ValueError(
+            f"host {host[:80]!r} is not valid: expected an address or a name of this machine, "
+            "such as 127.0.0.1"
+        ) from error
+    family, _, _, _, address = found[0]
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError(
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
+            ) from error
+    return all(ipaddress.ip_address(where[4][0]).is_loopback for where in found)
+
+
 def serve_app(
     workspace: Path, port: int, host: str = "127.0.0.1", trust_python: bool = False
 ) -> NoReturn:
     """Run the app, in the place of this process, until it is stopped.
 
     Raises:
-        ValueError: if there is no such port.
+        ValueError: if there is no such port or address.
         OSError: if the port is taken.
     """
     check_port(port)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(
-                f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
-            ) from error
-    say(f"app: http://{host}:{port}  (Ctrl-C stops it)")
-    arguments = [
-        sys.executable, "-P", "-m", "apps", "run", str(app_file()),
-        "--server.address", host, "--server.port", str(port), "--server.headless", "true",
-        "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
-        "--server.maxUploadSize", "20", "--client.toolbarMode", "minimal", "--runner.magicEnabled", "false",
-    ]  # fmt: skip
+    alone = check_address(host, port)
+    check_installed()
+    say(f"app: http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops it)")
+    if not alone:
+        say("Whoever reaches this address can start jobs on this machine, and sees its workspace.")
     environment = {**os.environ, WORKSPACE: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
     sys.stdout.flush()
     # the server takes this process' place, memory and all
-    os.execve(sys.executable, arguments, environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "apps", host, str(port)], environment)
 
 
 @command(app)
