@@ -10,7 +10,7 @@ from typer import Typer
 from circuits import equivariance
 from circuits import families as library
 from circuits.cli import options
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.database import Database
 from circuits.families import Family
 from circuits.models.adapter.hooked_model import HookedModel
@@ -28,14 +28,15 @@ class Search:
         "How the members of a family differ: by rotation, mirroring, scale or hue."
     )] = "rotation"  # fmt: skip
     threshold: Annotated[float, option(
-        "The minimum mean agreement (at most 1) of a unit with the members of its family."
+        "The minimum mean agreement (at most 1) of a unit with the members of its family.", check=Within(-1, 1)
     )] = 0.7  # fmt: skip
-    least: Annotated[int, option("The minimum number of members.")] = 4
+    least: Annotated[int, option("The minimum number of members.", check=Within(2))] = 4
     permutations: Annotated[
-        int, option("How many random permutations to compute p-values from.")
+        int,
+        option("How many random permutations to compute p-values from.", check=Within(1, 10**6)),
     ] = 199
     size: Annotated[int | None, option(
-        "The side length of the stimuli in pixels. By default that of the model's input."
+        "The side length of the stimuli in pixels. By default that of the model's input.", check=Within(16, 1024)
     )] = None  # fmt: skip
     seed: options.Seed = 0
 

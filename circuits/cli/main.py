@@ -102,7 +102,12 @@ def _workspace_of(arguments: Sequence[str]) -> Iterator[None]:
             os.environ[WORKSPACE] = before
 
 
-_EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of at most 18 digits",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+}
 """What an option takes, by pydantic's name for the error of a word that is not of that kind."""
 
 

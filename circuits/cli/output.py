@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -64,7 +65,10 @@ def show_table(table: Table) -> None:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value as text; NaN stands for what does not exist, such as a p without random edits, and is no number."""
+    if isinstance(value, float):
+        return "–" if isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ from circuits.edits.associative import associate, read_site, second_moment
 from circuits.edits.estimation import leace, means, patch, project_out, resample
 from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import Recipe
-from circuits.edits.records import Edit, read_edit
+from circuits.edits.records import Edit, fitting, read_edit
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.sources import open_source
@@ -98,7 +98,7 @@ def _estimated(
     what = rest[0].partition("=")[2] or rest[0]
     if kind == "project":
         site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
-        return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
+        return fitting(model, project_out(Direction.parse(what, model.site(site).n_units)))
     if kind == "patch":
         return _patch(model, what, rest[1], examples.data)
     if kind == "leace" and not examples.labels:

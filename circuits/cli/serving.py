@@ -12,7 +12,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import say
-from circuits.cli.signatures import command, option
+from circuits.cli.signatures import Within, command, option
 from circuits.demo import build
 from circuits.environment import TRUST_PYTHON, WORKSPACE
 from circuits.tables import Table
@@ -21,7 +21,7 @@ from circuits.workspace import Workspace
 app = Typer()
 
 PORT = 8501
-Port = Annotated[int, option("The port at which the app is served.")]
+Port = Annotated[int, option("The port at which the app is served.", check=Within(0, 65535))]
 
 
 def app_file() -> Path:

@@ -103,8 +103,24 @@ _E = TypeVar("_E", bound=Edit)
 
 
 def fitting(model: HookedModel, edit: _E) -> _E:
-    """`Edit.checked`, with the type of the edit kept."""
-    return cast(_E, edit.checked(model))
+    """`Edit.checked`, with the type of the edit kept; its numbers must be finite in the model's own type, too.
+
+    Raises:
+        KeyError: if a site or layer is unknown.
+        ValueError: if the edit does not fit the model.
+    """
+    made, kind = edit.checked(model), model.dtype or torch.float32
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if not isinstance(value, float | Tensor):
+            continue
+        largest = abs(value) if isinstance(value, float) else float(value.abs().max())
+        if largest > torch.finfo(kind).max:
+            raise ValueError(
+                f"{field.name} of edit {edit.operator!r} has {largest:g}: expected at most "
+                f"{torch.finfo(kind).max:.3g}, the largest number of {model.name} ({str(kind).removeprefix('torch.')})"
+            )
+    return cast(_E, made)
 
 
 def canonical(value: Any) -> str:
@@ -252,7 +268,7 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
         raw[name] = _from_words(text, by_name[name], value)
     if len(raw) == 1 + (operator == "zero"):
         raise ValueError(f"edit {text!r} lacks {', '.join(_required_fields(kind)) or 'its fields'}")
-    return parse_edit(raw).checked(model)
+    return fitting(model, parse_edit(raw))
 
 
 # --- fields --------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from circuits.tasks.items import Item, Words, clipped
+from circuits.checks import clipped
+from circuits.tasks.items import Item, Words
 from circuits.tasks.templates.tokenizers import Reader
 from circuits.tasks.templates.words import BEING
 from circuits.units import unknown
