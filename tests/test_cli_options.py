@@ -66,7 +66,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def test_every_number_that_is_typed_has_a_range() -> None:
-    """Whatever libraries below make of it: not a number, infinity and what overflows are refused by the option's name."""
+    """Whatever libraries below make of it: not a number, infinity and what overflows are refused by name."""
     checked = 0
     for name, found in commands():
         for one in found.params:

@@ -149,10 +149,13 @@ def test_numbers_that_overflow_in_the_model_are_refused_with_edit_and_site(
 ) -> None:
     large = scale("relu:0-5", 3e38)
     with pytest.raises(
-        ValueError, match=r"\(scale units=relu:0-5 factor=3e\+38\) .* gives NaN or infinity, first at relu"
+        ValueError,
+        match=r"\(scale units=relu:0-5 factor=3e\+38\) .* gives NaN or infinity, first at relu",
     ):
         measure(own_net, [large], own_net.input.example(4), n_random=2)
-    with pytest.raises(ValueError, match=r"factor of edit 'scale' has 1e\+39: expected at most 3.4e\+38"):
+    with pytest.raises(
+        ValueError, match=r"factor of edit 'scale' has 1e\+39: expected at most 3.4e\+38"
+    ):
         measure(own_net, [scale("relu:0-5", 1e39)], own_net.input.example(4), n_random=2)
 
 
