@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from math import isnan
 from pathlib import Path
 from time import monotonic
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from circuits.environment import PROGRESS
+from circuits.errors import shortened
 from circuits.files import finite, write_json
 from circuits.tables import Table
 
@@ -78,12 +80,12 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print one line on stderr that is worth knowing."""
-    tell(f"circuits: {text}")
+    tell(f"circuits: {shortened(text)}")
 
 
 def warn(text: str) -> None:
     """Print one line on stderr that is no error."""
-    tell(f"circuits: {text}", style="yellow")
+    tell(f"circuits: {shortened(text)}", style="yellow")
 
 
 @dataclass
@@ -97,7 +99,12 @@ _silence = _Silence()
 
 
 def begin() -> None:
-    """Begin a command: the minute until the first line of its long work is counted from its first progress."""
+    """Begin a command: the minute until the first line of its long work is counted from its first progress.
+
+    Names of files may hold bytes that are no text; they are printed as escapes.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     _silence.since = None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from circuits.errors import UNREADABLE
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
@@ -449,9 +450,10 @@ def _from_file(path: str) -> Any:
         raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
     try:
         if path.endswith(".npy"):
-            return _as_json(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+            with Path(path).open("rb") as file:
+                return _as_json(torch.from_numpy(np.load(file, allow_pickle=False)).float())
         return json.loads(Path(path).read_text())
-    except (ValueError, OSError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
 
 

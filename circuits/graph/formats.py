@@ -20,6 +20,7 @@ import jsonschema
 import networkx as nx
 from networkx.readwrite.gexf import GEXFReader
 
+from circuits.errors import line
 from circuits.files import replacing
 from circuits.graph.attribution_graphs import from_attribution_graph, to_attribution_graph
 from circuits.graph.circuit import CircuitGraph, parse_node
@@ -91,7 +92,7 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
             f"file {str(path)!r} is no circuit in the format {name}: {error}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"file {str(path)!r}: {error}") from error
+        raise ValueError(f"file {str(path)!r}: {line(error)}") from error
 
 
 def check_format(path: Path, format: str | None) -> str:

@@ -7,12 +7,12 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 
+from circuits.errors import UNREADABLE, line
 from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
 from circuits.stimuli.images import ImageSource, check_range, to_rgb
 from circuits.stimuli.texts import TextSource
@@ -234,10 +234,8 @@ def _array(place: Path, key: str) -> np.ndarray:
             if wanted not in names:
                 raise ValueError(f"it has arrays {', '.join(names)}: name one, npz:PATH:KEY")
             return loaded[wanted]
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        pickled = "pickle" in str(error)
-        why = "it is not an .npy or .npz file, or holds Python objects" if pickled else error
-        raise ValueError(f"array file {str(place)!r} cannot be read: {why}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"array file {str(place)!r} cannot be read: {line(error)}") from error
 
 
 def open_hugging_face(path: str) -> ImageSource | TextSource:
@@ -258,8 +256,8 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
 
     try:
         dataset = load_from_disk(str(place))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset folder {folder!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"dataset folder {folder!r} cannot be read: {line(error)}") from error
     if isinstance(dataset, Mapping):
         raise ValueError(
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "

@@ -9,10 +9,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from circuits.errors import UNREADABLE, line
 from circuits.specs import split_key
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source
@@ -182,28 +182,20 @@ def _read(path: str) -> Any:
         found = json.loads(
             place.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        RecursionError,
-        csv.Error,
-        BadZipFile,
-    ) as error:
-        raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
+    except (*UNREADABLE, csv.Error) as error:
+        raise ValueError(f"labels file {file!r} cannot be read: {line(error)}") from error
     if isinstance(found, dict) and "labels" in found:
         return _named(found.get("names"), found["labels"])
     return found
 
 
 def _arrays(place: Path, key: str) -> Any:
-    loaded = np.load(place, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return _plain(loaded)
-    with loaded as arrays:
-        names = _plain(arrays["names"]) if "names" in arrays.files else None
-        return _named(names, _plain(arrays[key or "labels"]))
+    with place.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return _plain(loaded)
+        names = _plain(loaded["names"]) if "names" in loaded.files else None
+        return _named(names, _plain(loaded[key or "labels"]))
 
 
 def _plain(array: np.ndarray) -> list[Any]:
@@ -341,8 +333,8 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
         given = json.loads(
             file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
         )
-    except ValueError as error:
-        raise ValueError(f"attributes file {str(path)!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"attributes file {str(path)!r} cannot be read: {line(error)}") from error
     missing = 0
     if isinstance(given, dict):
         found = by_example(source, given, what)
