@@ -7,11 +7,18 @@ archives; what they mean to a person is said here, once for all.
 from __future__ import annotations
 
 import errno
+import linecache
+import os
 import pickle
 import re
 import sqlite3
 import struct
+import sysconfig
+import traceback
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from tokenize import TokenError
 from zipfile import BadZipFile
 
@@ -46,7 +53,10 @@ def line(error: BaseException) -> str:
     >>> line(KeyError("unknown site 'a'"))
     "unknown site 'a'"
     """
-    return shortened(_meaning(error))
+    said = _meaning(error)
+    if said is None:
+        said = f"{type(error).__name__}: {error} (CIRCUITS_DEBUG=1 shows where)"
+    return shortened(said)
 
 
 def shortened(text: str) -> str:
@@ -63,7 +73,8 @@ def _cut(text: str, first: int, last: int) -> str:
     return f"{text[:first]}…{text[-last:]}"
 
 
-def _meaning(error: BaseException) -> str:
+def _meaning(error: BaseException) -> str | None:
+    """What a known error says; None for one that is not known to say it in words."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
@@ -85,7 +96,7 @@ def _meaning(error: BaseException) -> str:
         return f"a database cannot be read or written: {text}"
     if isinstance(error, ValueError | LookupError | TypeError | OSError | ImportError):
         return text or type(error).__name__
-    return f"{type(error).__name__}: {text} (CIRCUITS_DEBUG=1 shows where)"
+    return None
 
 
 def _reason(error: OSError) -> str:
@@ -97,3 +108,70 @@ def _reason(error: OSError) -> str:
         errno.ELOOP: "a symbolic link leads to itself",
     }
     return known.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
+
+
+# --- whose code failed ----------------------------------------------------------------------------
+
+_NOT_THEIRS = (
+    str(Path(__file__).parent) + os.sep,
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    "<",
+)
+"""Where code is that no person who names a model or dataset of their own has written."""
+
+
+@contextmanager
+def their_code(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Let whatever a person's own code raises inside the block be said to be theirs, with its file and line.
+
+    That is also true of `sys.exit()`, and of a KeyboardInterrupt that they raise; Ctrl-C stays what it is.
+
+    Args:
+        what: the subject of the sentence: `data 'python:a.py:f': f()`.
+        kind: of the error that is raised instead.
+    """
+    try:
+        yield
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and not raises_interrupt(error):
+            raise
+        raise kind(f"{what} {raised(error)}") from error
+
+
+def raised(error: BaseException) -> str:
+    """What a person's own code did, with the file and line of that code where they are known."""
+    where = raised_at(error)
+    return f"{_deed(error)} ({where})" if where else _deed(error)
+
+
+def _deed(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r})"
+    if isinstance(error, KeyboardInterrupt):
+        return "raised KeyboardInterrupt"
+    if isinstance(error, SyntaxError):
+        text = "it is not text in UTF-8" if "codec" in error.msg else error.msg.partition(" (")[0]
+        return f"is not Python: {text}"
+    # A key is quoted as Python quotes it: in words of its own it could be taken for a sentence.
+    said = (
+        str(error)
+        if isinstance(error, LookupError)
+        else str(error) and (_meaning(error) or str(error))
+    )
+    return f"raised {type(error).__name__}{f': {shortened(said)}' if said else ''}"
+
+
+def raised_at(error: BaseException) -> str:
+    """The file and line of a person's own code at which an error was raised; empty if no such code took part."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}" if error.lineno else error.filename
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_NOT_THEIRS):
+            return f"{frame.filename}, line {frame.lineno}"
+    return ""
+
+
+def raises_interrupt(error: KeyboardInterrupt) -> bool:
+    """Whether the code itself raised what otherwise is Ctrl-C."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "KeyboardInterrupt" in linecache.getline(last.filename, last.lineno or 0)

@@ -8,6 +8,7 @@ import inspect
 import sys
 from pathlib import Path
 
+from circuits.errors import their_code
 from circuits.specs import split_key
 from circuits.units import unknown
 
@@ -29,24 +30,16 @@ def call_factory(what: str, name: str) -> object:
         raise ValueError(
             f"{what} 'python:{name}' is not of the form python:MODULE:FACTORY or FILE.py:FUNCTION"
         )
-    try:
+    with their_code(f"{what} 'python:{name}': cannot import {module_name!r}: it", ImportError):
         namespace = _import(module_name)
-    except Exception as error:
-        raise ImportError(
-            f"{what} 'python:{name}': cannot import {module_name!r} ({error})"
-        ) from error
     factory = getattr(namespace, factory_name, None)
     if not callable(factory):
         functions = [
             n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
         ]
         raise unknown(f"factory of {module_name}", factory_name, functions)
-    try:
+    with their_code(f"{what} 'python:{name}': {factory_name}()"):
         return factory()
-    except Exception as error:
-        raise ValueError(
-            f"{what} 'python:{name}': {factory_name}() raised {type(error).__name__}: {error}"
-        ) from error
 
 
 def _import(name: str) -> object:

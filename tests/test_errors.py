@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import sqlite3
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,3 +164,90 @@ def test_names_that_are_no_text_are_printed_as_escapes(capsys, tmp_path: Path) -
     Image.new("RGB", (64, 64)).save(tmp_path / "a\udcff.png")
     assert run(["attribute", "shapes", "mixed3b", "--image", str(tmp_path / "a\udcff.png")]) == 0
     assert r"a\udcff.png" in capsys.readouterr().out
+
+
+# --- whose code failed ----------------------------------------------------------------------------
+
+THEIRS = """\
+import logging
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+class MineError(Exception):
+    pass
+
+class Net(nn.Module):
+    input_shape = (3, 16, 16)
+
+    def __init__(self, what=None):
+        super().__init__()
+        self.conv, self.what = nn.Conv2d(3, 4, 3), what
+
+    def forward(self, x):
+        if isinstance(self.what, BaseException):
+            raise self.what
+        if self.what:
+            print("printed")
+            warnings.warn("warned")
+            logging.getLogger("other").warning("logged")
+        return self.conv(x)
+
+class Rows:
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        if i:
+            raise MineError("row")
+        return torch.zeros(3, 64, 64)
+
+def talks(): return Net(True)
+def runs_into(): return Net(MineError("on purpose"))
+def leaves(): return Net(SystemExit(3))
+def stops(): raise KeyboardInterrupt("KeyboardInterrupt")
+def exits(): sys.exit("bye")
+def divides(): return 1 / 0
+"""
+
+
+def test_errors_of_their_code_are_theirs_with_file_and_line(capsys, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(THEIRS)
+    at = {name: n for n, text in enumerate(THEIRS.splitlines(), 1) for name in [text.strip()]}
+    in_forward = f"{file}, line {at['raise self.what']}"
+    for factory, said in {
+        "runs_into": f"its code raised MineError: on purpose ({in_forward})",
+        "leaves": f"its code called sys.exit(3) ({in_forward})",
+        "stops": "stops() raised KeyboardInterrupt",
+        "exits": "exits() called sys.exit('bye')",
+        "divides": f"divides() raised ZeroDivisionError: division by zero ({file}, line ",
+    }.items():
+        assert said in one_line(capsys, "sites", f"{file}:{factory}")
+    said = one_line(
+        capsys, "attribute", "shapes", "mixed3b", "--limit", "5", "--data", f"{file}:Rows"
+    )
+    assert f"raised MineError: row ({file}, line " in said
+    for text, said in {
+        "def f(:": "it is not Python: invalid syntax ({}, line 1)",
+        "\nraise SystemExit(4)": "it called sys.exit(4) ({}, line 2)",
+        "import no_such_module": "raised ModuleNotFoundError: No module named 'no_such_module' ({}, line 1)",
+    }.items():
+        file.write_text(text)
+        assert said.format(file) in one_line(capsys, "sites", f"{file}:f")
+
+
+def test_what_other_code_says_stays_off_stdout_and_warnings_off_the_terminal(
+    capsys, tmp_path: Path
+) -> None:
+    """pytest makes errors of warnings, and takes logs: so in a process of its own."""
+    file = tmp_path / "own.py"
+    file.write_text(THEIRS)
+    done = subprocess.run(
+        [sys.executable, "-m", "circuits", "sites", f"{file}:talks", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [site["name"] for site in json.loads(done.stdout)] == ["conv"]
+    assert set(done.stderr.splitlines()) == {"printed"}

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 from typer import Typer
 
 from circuits.cli import options
-from circuits.cli.output import say
+from circuits.cli.output import console, say
 from circuits.cli.signatures import Within, command, option
 from circuits.demo import build
 from circuits.environment import TRUST_PYTHON, WORKSPACE
@@ -71,7 +71,7 @@ def serve_app(
     environment = {**os.environ, WORKSPACE: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
-    sys.stdout.flush()
+    console.file.flush()
     # the server takes this process' place, memory and all
     os.execve(sys.executable, arguments, environment)
 

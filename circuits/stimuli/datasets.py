@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from circuits.errors import UNREADABLE, line
+from circuits.errors import UNREADABLE, line, their_code
 from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
 from circuits.stimuli.images import ImageSource, check_range, to_rgb
 from circuits.stimuli.texts import TextSource
@@ -55,19 +55,18 @@ def from_dataset(
             f"dataset {name} of type {type(dataset).__name__} is not map-style: it needs a length and "
             "indexing (take a part of a stream first)"
         )
-    n = len(dataset)
+    with their_code(f"the length of dataset {name}"):
+        n = len(dataset)
     if n == 0:
         raise ValueError(f"dataset {name} is empty")
-    first = _part(dataset[0], column, name)
+    with their_code(f"example 0 of {name}"):
+        item = dataset[0]
+    first = _part(item, column, name)
     names = tuple(f"example {i}" for i in range(n))
 
     def example(i: int) -> Any:
-        try:
+        with their_code(f"{names[i]} of {name} cannot be read: it"):
             return _part(dataset[i], column, name)
-        except Exception as error:  # the dataset is the user's code, which may raise anything
-            raise ValueError(
-                f"{names[i]} of {name} cannot be read: {type(error).__name__}: {error}"
-            ) from error
 
     if _is_text(first):
         texts = tuple(_tokens(example(i)) for i in range(n))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from circuits.autoencoders.files import FILE, load_autoencoder
 from circuits.autograd import recording_gradients
-from circuits.checks import clipped
 from circuits.cleanroom import addition
 from circuits.cleanroom import induction as by_hand
 from circuits.cleanroom.network import UNIT_NAMES, CleanRoom
@@ -174,7 +173,7 @@ def _check_baked(model: HookedModel, path: Path, about: Mapping[str, str]) -> No
     name, made = about.get("circuits.model", ""), about.get("circuits.hash", "")
     if name != model.name and not model.has_hash(made):
         raise ValueError(
-            f"weights {str(path)!r} were baked from {clipped(name)!r}, with a model of hash {made[:16]!r} as result: "
+            f"weights {str(path)!r} were baked from {name!r}, with a model of hash {made[:16]!r} as result: "
             f"in {model.name} they give {model.hash[:16]}; expected the model that they were baked from"
         )
 
