@@ -34,6 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import write_json
 from circuits.locks import hand_on, held, is_held
@@ -331,9 +332,9 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
 def _signal(folder: Path, number: signal.Signals) -> None:
     """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
     group = (folder / "lock").read_bytes()
-    if _is_running(folder) and group.isdigit() and int(group) > 1:
+    if _is_running(folder) and (leader := whole(group.decode("ascii", "replace"))) is not None and leader > 1:
         with suppress(ProcessLookupError):  # ended just now
-            os.killpg(int(group), number)
+            os.killpg(leader, number)
 
 
 def _run(folder: Path) -> None:

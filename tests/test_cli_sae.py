@@ -263,8 +263,8 @@ TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
         (["compare", "mixed", "resid"], "expected autoencoders of one site"),
         (["name", "mixed", "--labels", "names", "--level", "nan"], "'--level': nan must be 1e-09 to 1"),
         (["bottleneck", "mixed", "--labels", "names", "--off", "mixed3a:3"], "'mixed3a:3' are no indices of latents"),
-        (["bottleneck", "mixed", "--labels", "names", "--set", "3="], "'' is no number"),
-        (["bottleneck", "mixed", "--labels", "names", "--set", "3=nan"], "amount nan to set must be"),
+        (["bottleneck", "mixed", "--labels", "names", "--set", "3="], "'' is no finite number"),
+        (["bottleneck", "mixed", "--labels", "names", "--set", "3=nan"], "'nan' is no finite number"),
         (
             ["bottleneck", "mixed", "--labels", "names", "--off", "3", "--recipe", "/nowhere/x.json"],
             "expected a new file in a folder that exists",

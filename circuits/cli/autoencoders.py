@@ -14,6 +14,7 @@ from circuits import sae as library
 from circuits.autoencoders import FILE, About, Autoencoder, load_autoencoder, save_autoencoder
 from circuits.autoencoders.autoencoder import autoencoders_table
 from circuits.autoencoders.layouts import Layout, export_autoencoder, import_autoencoder
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.choosing import labels_of, readable
 from circuits.cli.latents import bottleneck, name_latents
@@ -121,11 +122,9 @@ class Variants:
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        found = []
-    if not found or len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < 2**32:
+    parts = [whole(part.strip()) for part in text.split(",") if part.strip()]
+    found = [part for part in parts if part is not None and 0 <= part < 2**32]
+    if not found or len(set(found)) < len(parts):
         raise ValueError(f"--seeds {text!r} is not a list of different whole numbers, e.g. 0,1,2")
     return found
 

@@ -9,6 +9,7 @@ from typer import Typer
 
 from circuits import equivariance
 from circuits import families as library
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.database import Database
@@ -118,10 +119,10 @@ def _found(
 
 
 def _whole_numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    found = [whole(part.strip()) for part in text.split(",")]
+    if any(part is None or part < 0 for part in found):
         raise ValueError(f"--units {text!r} is not a list of indices, e.g. 3,14,15")
-    return [int(part) for part in parts]
+    return [part for part in found if part is not None]
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

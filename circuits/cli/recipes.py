@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.choosing import usual_data
 from circuits.cli.output import warn
@@ -110,17 +111,18 @@ def _estimated(
 
 
 def _patch(model: HookedModel, units: str, example: str, data: str) -> Edit:
-    name, _, number = example.partition("=")
-    if name != "example" or not number.isdecimal():
+    name, _, text = example.partition("=")
+    number = whole(text)
+    if name != "example" or number is None or number < 0:
         raise ValueError(
             f"edit 'patch {units} {example}': {example!r} is not of the form example=N"
         )
     source = open_source(data or usual_data(model))
-    if int(number) >= len(source):
+    if number >= len(source):
         raise ValueError(
             f"example {number} does not exist: {source.spec} has 0 to {len(source) - 1}"
         )
-    one = Examples(model, source, among=[int(number)])
+    one = Examples(model, source, among=[number])
     return patch(model, units, one, origin=f"example {number} of {source.spec}")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from circuits.checks import number, whole
 from circuits.errors import UNREADABLE
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Direction, Unit, Units, nearest, unknown
@@ -425,16 +426,16 @@ def _from_words(text: str, field: Field[Any], value: str) -> Any:
     kind = str(field.type)
     try:
         if kind.startswith("float"):
-            return float(value)
+            return _given(number(value))
         if kind.startswith("bool"):
             return {"true": True, "false": False, "yes": True, "no": False}[value.lower()]
         if kind.startswith("tuple"):
-            return [int(part) for part in value.split(",")]
+            return [_given(whole(part)) for part in value.split(",")]
         if kind.startswith("Tensor"):
             return (
                 _from_file(value[1:])
                 if value.startswith("@")
-                else [float(v) for v in value.split(",")]
+                else [_given(number(v)) for v in value.split(",")]
             )
     except (ValueError, KeyError):
         if value.startswith("@"):
@@ -443,6 +444,12 @@ def _from_words(text: str, field: Field[Any], value: str) -> Any:
             f"edit {text!r}: {field.name} {value!r} is not {_expected(kind)}"
         ) from None
     return value
+
+
+def _given(found: float | None) -> float:
+    if found is None:
+        raise ValueError
+    return found
 
 
 def _from_file(path: str) -> Any:
@@ -491,7 +498,10 @@ _ARRAY = {
     ]
 }
 _SCHEMAS: dict[str, dict[str, Any]] = {
-    "Units": {"type": "string", "pattern": r"^[^\s:,+*]+:(\*|\d+(-\d+)?(,\d+(-\d+)?)*)$"},
+    "Units": {
+        "type": "string",
+        "pattern": r"^[^\s:,+*]+:(\*|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)$",
+    },
     "Tensor": _ARRAY,
     "float": {"type": "number"},
     "tuple": {"type": "array", "items": {"type": "integer"}},

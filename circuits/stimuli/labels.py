@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from circuits.checks import whole
 from circuits.errors import UNREADABLE, line
 from circuits.specs import split_key
 from circuits.stimuli.images import ImageSource
@@ -295,8 +296,8 @@ class _Classes:
                     f"label {label!r} of {example!r} may be class {names[alike[0]]!r} or {names[alike[1]]!r}"
                 )
             return alike[0]
-        if isinstance(label, str) and label.isdecimal():
-            label = int(label)
+        if isinstance(label, str) and (index := whole(label)) is not None:
+            label = index
         if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
             if names and label >= len(names):
                 raise ValueError(

@@ -60,7 +60,7 @@ def parse_weights(text: str | Path | None) -> Weights:
     word, colon, seed = str(text).partition(":")
     if word != "untrained" or (isinstance(text, Path) and text.exists()):
         return Path(text)
-    if colon and not re.fullmatch(r"\d{1,18}", seed):
+    if colon and not re.fullmatch("[0-9]{1,18}", seed):
         raise ValueError(f"weights {str(text)!r}: seed {seed!r} is not a whole number from 0")
     return Untrained(int(seed or 0))
 
