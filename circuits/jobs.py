@@ -331,8 +331,8 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
 
 def _signal(folder: Path, number: signal.Signals) -> None:
     """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
-    group = (folder / "lock").read_bytes()
-    if _is_running(folder) and (leader := whole(group.decode("ascii", "replace"))) is not None and leader > 1:
+    leader = whole((folder / "lock").read_text("ascii", "replace"))
+    if _is_running(folder) and leader is not None and leader > 1:
         with suppress(ProcessLookupError):  # ended just now
             os.killpg(leader, number)
 

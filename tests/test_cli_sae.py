@@ -277,7 +277,7 @@ TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]
         (["name", "mixed", "--unit", "320", "--as", "x"], "sae/mixed:320 does not exist"),
         (["name", "mixed", "--unit", "3"], "--unit and --as go together"),
         (["bottleneck", "mixed", "--labels", "x.json", "--scale", "3"], "scale '3' is not of the form"),
-        (["bottleneck", "mixed", "--labels", "x.json", "--set", "3=a"], "'a' is no number"),
+        (["bottleneck", "mixed", "--labels", "x.json", "--set", "3=a"], "'a' is no finite number"),
         (["import", "/tmp", "--name", "n", "--model", "shapes"], "holds no autoencoder of another tool"),
     ],
 )  # fmt: skip
