@@ -16,6 +16,7 @@ from typing import Literal, ParamSpec
 import streamlit as st
 
 from apps import cached
+from circuits import errors
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
@@ -35,8 +36,7 @@ TITLES: Mapping[str, str] = {
 
 def line(error: BaseException) -> str:
     """An error as one line, which shows as it is."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return plain(text) or type(error).__name__
+    return plain(errors.line(error))
 
 
 def plain(text: str) -> str:

@@ -36,7 +36,7 @@ def recording_gradients() -> Iterator[None]:
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            operation = re.search(r"output \d+ of (\w+)", str(error))
+            operation = re.search(r"output [0-9]+ of (\w+)", str(error))
             raise ValueError(
                 f"the model overwrites the result of {operation[1] if operation else 'an operation'} in place, and "
                 "torch needs it for the gradient: expected a model that torch can train, such as one with inplace=False"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from circuits.environment import TRUST_PYTHON
+from circuits.errors import their_code
 from circuits.specs import runs_code, split_key
 from circuits.units import unknown
 
@@ -57,24 +58,16 @@ def call_factory(what: str, name: str) -> object:
         raise ValueError(
             f"{what} 'python:{name}' is not of the form python:MODULE:FACTORY or FILE.py:FUNCTION"
         )
-    try:
+    with their_code(f"{what} 'python:{name}': cannot import {module_name!r}: it", ImportError):
         namespace = _import(module_name)
-    except Exception as error:
-        raise ImportError(
-            f"{what} 'python:{name}': cannot import {module_name!r} ({error})"
-        ) from error
     factory = getattr(namespace, factory_name, None)
     if not callable(factory):
         functions = [
             n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
         ]
         raise unknown(f"factory of {module_name}", factory_name, functions)
-    try:
+    with their_code(f"{what} 'python:{name}': {factory_name}()"):
         return factory()
-    except Exception as error:
-        raise ValueError(
-            f"{what} 'python:{name}': {factory_name}() raised {type(error).__name__}: {error}"
-        ) from error
 
 
 def _import(name: str) -> object:

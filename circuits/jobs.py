@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import owned, remove_owned, write_json
 from circuits.json_files import read_json
@@ -335,10 +336,10 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
 
 def _signal(folder: Path, number: signal.Signals) -> None:
     """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
-    group = (folder / "lock").read_bytes()
-    if _is_running(folder) and group.isdigit() and int(group) > 1:
+    leader = whole((folder / "lock").read_text("ascii", "replace"))
+    if _is_running(folder) and leader is not None and leader > 1:
         with suppress(ProcessLookupError):  # ended just now
-            os.killpg(int(group), number)
+            os.killpg(leader, number)
 
 
 def _run(folder: Path) -> None:

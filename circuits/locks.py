@@ -33,7 +33,7 @@ PATIENCE = 1.0
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _HOLDER = re.compile(
-    r"(?P<host>[^~]+)~(?P<machine>\w+)~(?P<boot>\w+)~(?P<space>\w+)~(?P<kind>[pg])(?P<pid>\d+)~(?P<started>\d+)"
+    r"(?P<host>[^~]+)~(?P<machine>\w+)~(?P<boot>\w+)~(?P<space>\w+)~(?P<kind>[pg])(?P<pid>[0-9]+)~(?P<started>[0-9]+)"
 )
 
 
@@ -273,5 +273,5 @@ def _group_lives(group: int) -> bool:
     """Whether a process of a group lives whose first process has ended."""
     if not Path("/proc/self/stat").exists():
         return _answers(os.killpg, group)
-    states = (_state(p.name) for p in Path("/proc").iterdir() if p.name.isdigit())
+    states = (_state(p.name) for p in Path("/proc").iterdir() if re.fullmatch("[0-9]+", p.name))
     return any(state is not None and state[0] == group for state in states)

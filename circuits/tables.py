@@ -74,7 +74,7 @@ def kinds(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        kind = re.sub(r"\b\d+\b", "…", re.sub(r" *('[^']*'|\"[^\"]*\")", "", reason))
+        kind = re.sub(r"\b[0-9]+\b", "…", re.sub(r" *('[^']*'|\"[^\"]*\")", "", reason))
         found.setdefault(kind, []).append(name)
     return found
 

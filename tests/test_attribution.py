@@ -926,7 +926,7 @@ def test_bad_input_is_named(branches: HookedModel, bridge: HookedModel) -> None:
         TypeError, match="has no option 'samples': expected blank, steps, tolerance"
     ):
         saliency_map(branches, x, "top", "integrated_gradients", samples=3)
-    with pytest.raises(ValueError, match="window 9 must be at least 1 and at most 8"):
+    with pytest.raises(ValueError, match="window 9 must be 1 to 8"):
         saliency_map(branches, x, "top", "occlusion", window=9)
     with pytest.raises(ValueError, match=r"target 'what' is not one of top, class:NAME"):
         parse_target(branches, "what")

@@ -116,8 +116,8 @@ def test_examples_of_texts_show_what_stands_around_a_token(
         (["nonsense"], "nonsense"),
         (["sites"], "argument"),
         (["visualize", "shapes", "mixed3a:1", "--steps", "x"], "--steps"),
-        (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--batch", "0"], "batch 0"),
-        (["app", "--port", "99999"], "port 99999"),
+        (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--batch", "0"], "'--batch': 0 must be"),
+        (["app", "--port", "99999"], "'--port': 99999 must be 0 to 65535"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -178,7 +178,7 @@ def test_families(capsys, tmp_path: Path) -> None:
             ["expand", "shapes", "mixed3a", "mixed3b:1", "--out", "a.txt"],
             "must end in .safetensors",
         ),
-        (["families", "shapes", "mixed3a", "--size", "0"], "size 0 must be at least 16"),
+        (["families", "shapes", "mixed3a", "--size", "0"], "'--size': 0 must be 16 to 1024"),
         (["graph", "show", "shapes", "mixed3b:1"], "no graph at"),
         (["graph", "show", "shapes"], "expected units"),
         (["graph", "show", "shapes", "--circuit", "x"], "no circuit 'x'"),

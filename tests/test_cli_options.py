@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 import typer
@@ -16,7 +16,7 @@ from circuits.cli import options, output
 from circuits.cli.commands import ENTRIES
 from circuits.cli.main import run
 from circuits.cli.output import progress_bar, say, show_table, warn
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.models.zoo.loading import load_model
 from circuits.tables import Table
 
@@ -63,6 +63,24 @@ def commands() -> Iterator[tuple[str, Any]]:
             yield from ((f"{name} {n}", c) for n, c in loaded.commands.items())
         else:
             yield name, loaded
+
+
+def test_every_number_that_is_typed_has_a_range() -> None:
+    """Whatever libraries below make of it: not a number, infinity and what overflows are refused by name."""
+    checked = 0
+    for name, found in commands():
+        for one in found.params:
+            kind = one.type_descriptor.annotation
+            if not {int, float} & {kind, *get_args(kind)}:
+                continue
+            check = one.type_descriptor.parameter_info.callback
+            assert isinstance(check, Within), f"{name} {one.opts[0]} has no range"
+            for far in (check.low - 1, float("nan"), float("inf"), float("-inf"), 1e308, 10**30):
+                with pytest.raises(typer.BadParameter, match="must be"):
+                    check([far])
+            assert check(one.default) == one.default
+            checked += 1
+    assert checked > 100
 
 
 def test_every_command_and_option_says_what_it_is_in_whole_phrases() -> None:
@@ -163,6 +181,13 @@ def test_a_task_is_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None
         ("ablate shapes line:1 --random -3", "'--random': -3 must be 0 or more"),
         ("probe induction --steer nan", "'--steer': nan must be -1000000 to 1000000"),
         ("generate induction --tokens -1", "'--tokens': -1 must be 1 or more"),
+        ("saliency shapes --area 1e308", "'--area': 1e+308 must be 0.001 to 0.999"),
+        ("tune shapes line:1 --radius inf", "'--radius': inf must be 0.1 to 1e+06"),
+        ("examples shapes line:1 --each -1", "'--each': -1 must be 0 or more"),
+        (
+            f"weights shapes line:1 --top {10**40}",
+            "'--top': 10000000000000000000000000000000000000000 must be 1 to",
+        ),
         ("nosuch", "No such command 'nosuch' (`circuits --help` lists the commands)"),
         ("store nosuch", "No such command 'nosuch' (`circuits store --help` lists the commands)"),
         (

@@ -144,11 +144,19 @@ def test_edits_of_what_reads_the_input_have_no_twin(branches: HookedModel) -> No
     assert len(report.effects["kl"].null) == 5
 
 
-def test_what_is_not_finite_is_told_apart(own_net: HookedModel) -> None:
-    report = measure(own_net, [scale("relu:0-5", 3e38)], own_net.input.example(4), n_random=2)
-    assert np.isnan(report.effects["kl"].p_value)
-    assert report.to_dict()["effects"]["kl"]["change"] is None
-    json.dumps(report.to_dict(), allow_nan=False)
+def test_numbers_that_overflow_in_the_model_are_refused_with_edit_and_site(
+    own_net: HookedModel,
+) -> None:
+    large = scale("relu:0-5", 3e38)
+    with pytest.raises(
+        ValueError,
+        match=r"\(scale units=relu:0-5 factor=3e\+38\) .* gives NaN or infinity, first at relu",
+    ):
+        measure(own_net, [large], own_net.input.example(4), n_random=2)
+    with pytest.raises(
+        ValueError, match=r"factor of edit 'scale' has 1e\+39: expected at most 3.4e\+38"
+    ):
+        measure(own_net, [scale("relu:0-5", 1e39)], own_net.input.example(4), n_random=2)
 
 
 def test_twins_of_weights_are_units_of_the_same_layer(branches: HookedModel) -> None:

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from circuits.cleanroom import induction
+from circuits.edits import Recipe, bake, read_edit
+from circuits.edits.recipes import save_baked
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.receptive import receptive_field
 from circuits.models.zoo.loading import BUILTIN, MODELS, load_model
@@ -339,6 +342,18 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         },
         "have 1 unknown tensors, the first of them 'extra'": {**tensors, "extra": torch.zeros(1)},
         "'logits.bias' has shape": {**tensors, "logits.bias": torch.zeros(3)},
+        "'logits.bias' is of type int64, expected float32": {
+            **tensors,
+            "logits.bias": torch.ones(40, dtype=torch.int64),
+        },
+        "'logits.bias' is of type complex64": {
+            **tensors,
+            "logits.bias": torch.ones(40, dtype=torch.complex64),
+        },
+        "that are infinite in the model's type, float32": {
+            **tensors,
+            "logits.bias": torch.full((40,), 1e300, dtype=torch.float64),
+        },
         "'logits.bias' holds NaN": {**tensors, "logits.bias": torch.full((40,), torch.nan)},
     }
     for message, changed in cases.items():
@@ -346,6 +361,29 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         save_file(changed, path)
         with pytest.raises(ValueError, match=message):
             load_model("shapes", path)
+
+
+def test_weights_baked_from_another_model_are_refused(tmp_path: Path) -> None:
+    base = load_model("induction-by-hand")
+    edit = read_edit(base, "scale_weights into=blocks.1.attn.hook_v:0 factor=0.5")
+    made, path = bake(base, [edit]), tmp_path / "w.safetensors"
+    save_baked(made, path, base, Recipe((edit,)))
+    assert load_model("induction-by-hand", path).hash == made.hash
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata() | {"circuits.model": "other", "circuits.hash": "0" * 64}
+    save_file(tensors, path, metadata=about)
+    with pytest.raises(
+        ValueError, match=r"were baked from 'other', .* expected the model that they"
+    ):
+        load_model("induction-by-hand", path)
+
+
+def test_published_weights_in_other_shapes_are_one_line(assets: Path, tmp_path: Path) -> None:
+    tensors = load_file(assets / "weights/tiny/induction_head_infinite.safetensors")
+    save_file({name: t.flatten() for name, t in tensors.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="have tensors of other shapes than the model's"):
+        load_model("induction-infinite", tmp_path / "w.safetensors")
 
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from apps.address import TROUBLE, choose_model, line, name_of, part, plain, pyth
 from apps.canvas import canvas
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, selection_panel, tools_panel
+from circuits.checks import whole
 from circuits.families import saved_families
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.circuit import Node, site_of
@@ -59,9 +60,9 @@ def _asked_for(
 ) -> Drawing:
     """The circuit that the URL asks for; without any, a unit of a late site and its neighbours."""
     if asked["circuit"]:
-        if asked["version"] and not asked["version"].isdecimal():
+        version = whole(asked["version"])
+        if asked["version"] and version is None:
             raise ValueError(f"version {asked['version']!r} of a circuit is not a whole number")
-        version = int(asked["version"]) if asked["version"] else None
         database = cached.workspace().database
         graph = load_circuit(database, asked["circuit"], record.hash, version)
         latest = circuit_history(database, asked["circuit"], record.hash)[-1].version

@@ -16,7 +16,7 @@ from circuits.attribution.edges import attribution_block
 from circuits.attribution.propagation import RelevanceRule
 from circuits.attribution.results import Attribution
 from circuits.cli import options
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import Examples
 from circuits.graph.store import GraphStore, add_edges
 from circuits.models.adapter.hooked_model import HookedModel
@@ -47,11 +47,12 @@ class Settings:
         "over the examples."
     )] = "zero"  # fmt: skip
     steps: Annotated[int, option(
-        "With --method integrated_gradients: the number of steps from the baseline to the activations."
+        "With --method integrated_gradients: the number of steps from the baseline to the activations.",
+        check=Within(1, 10_000),
     )] = 50  # fmt: skip
     check: Annotated[int, option(
         "How many units to ablate on each of the first four examples, to check how well attributions correlate with "
-        "the effects of ablation; 0 skips this check."
+        "the effects of ablation; 0 skips this check.", check=Within(0)
     )] = 16  # fmt: skip
     batch: options.Batch = 32
 
@@ -67,7 +68,8 @@ def attribute(
     against: options.Subtracted = "",
     quantity: options.Quantity = "activation",
     groups: Annotated[int, option(
-        "Also factorise the activations into this many groups of units, and attribute to these; 0 turns this off."
+        "Also factorise the activations into this many groups of units, and attribute to these; 0 turns this off.",
+        check=Within(0),
     )] = 0,
     direct: Annotated[bool, option(
         "Instead, split a transformer's logit into what each head and MLP adds to it (direct logit attribution).",

@@ -15,11 +15,12 @@ from circuits import sae as library
 from circuits.autoencoders import FILE, About, Autoencoder, load_autoencoder, save_autoencoder
 from circuits.autoencoders.autoencoder import autoencoders_table
 from circuits.autoencoders.layouts import Layout, export_autoencoder, import_autoencoder
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.choosing import labels_of, readable
 from circuits.cli.latents import bottleneck, name_latents
 from circuits.cli.output import leads, note, progress_bar, say, tell, warn
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import LIMIT, Examples
 from circuits.models.adapter.attaching import check_name
 from circuits.models.adapter.hooked_model import HookedModel
@@ -63,17 +64,18 @@ class Variants:
         "jumprelu have a sparsity penalty in the loss (--sparsity)."
     )] = "topk"  # fmt: skip
     latents: Annotated[list[int] | None, option(
-        "The number of latents; may be repeated to train several sizes.", check=options.within(1)
+        "The number of latents; may be repeated to train several sizes.", check=Within(1)
     )] = None  # fmt: skip
     expansion: Annotated[int, option(
-        "Without --latents: the number of latents per dimension of the activations.", check=options.within(1)
+        "Without --latents: the number of latents per dimension of the activations.", check=Within(1)
     )] = LATENTS  # fmt: skip
     k: Annotated[list[int] | None, option(
-        f"How many latents are active in a row; may be repeated to train several. By default {ACTIVE}.", "--k"
+        f"How many latents are active in a row; may be repeated to train several. By default {ACTIVE}.", "--k",
+        check=Within(1),
     )] = None  # fmt: skip
     sparsity: Annotated[list[float] | None, option(
         "The coefficient of the sparsity penalty in the loss, for rows scaled to a variance of 1 a unit; may be "
-        "repeated to train several. By default 1."
+        "repeated to train several. By default 1.", check=Within(0, 1e6)
     )] = None  # fmt: skip
     seeds: Annotated[str, option(
         "The initialisation seeds, separated by commas: one autoencoder is trained from each."
@@ -82,7 +84,10 @@ class Variants:
         "With --target: add a linear skip connection from SITE to --target.", "--skip"
     )] = False  # fmt: skip
     lr: Annotated[
-        float | None, option("The learning rate. By default 2e-4 / sqrt(latents / 2^14).")
+        float | None,
+        option(
+            "The learning rate. By default 2e-4 / sqrt(latents / 2^14).", check=Within(1e-12, 1)
+        ),
     ] = None
     bias: Annotated[Literal["mean", "median"], option(
         "What the decoder's bias is initialised to: the mean or the geometric median of the rows."
@@ -118,11 +123,9 @@ class Variants:
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        found = []
-    if not found or len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < 2**32:
+    parts = [whole(part.strip()) for part in text.split(",") if part.strip()]
+    found = [part for part in parts if part is not None and 0 <= part < 2**32]
+    if not found or len(set(found)) < len(parts):
         raise ValueError(f"--seeds {text!r} is not a list of different whole numbers, e.g. 0,1,2")
     return found
 
@@ -133,16 +136,20 @@ class Training:
 
     heading: ClassVar = "Training"
 
-    steps: Annotated[int, option("The number of training steps, of one batch each.")] = 2000
-    batch: Annotated[int, option("The number of rows (activation vectors) in a batch.")] = 4096
+    steps: Annotated[
+        int, option("The number of training steps, of one batch each.", check=Within(1))
+    ] = 2000
+    batch: Annotated[
+        int, option("The number of rows (activation vectors) in a batch.", check=Within(1))
+    ] = 4096
     hold_out: Annotated[float, option(
-        "The fraction of the examples that is held out for evaluation."
+        "The fraction of the examples that is held out for evaluation.", check=Within(0, 0.9999)
     )] = 0.1  # fmt: skip
     leave_first: Annotated[int | None, option(
-        "How many tokens to leave out at the start of each text. By default 1."
+        "How many tokens to leave out at the start of each text. By default 1.", check=Within(0)
     )] = None  # fmt: skip
     norms: Annotated[float, option(
-        "Leave out rows whose norm is more than this many times the median; 0 leaves none out."
+        "Leave out rows whose norm is more than this many times the median; 0 leaves none out.", check=Within(0, 1e6)
     )] = 10.0  # fmt: skip
     precision: Annotated[Precision, option("The precision of the encoder's matrix product.")] = (
         "float32"
@@ -150,7 +157,7 @@ class Training:
     live: Annotated[bool, option(
         "Run the model to get activations. By default those of a harvest are used, if there is one.", "--live"
     )] = False  # fmt: skip
-    every: Annotated[float, option("Seconds between checkpoints.")] = 60.0
+    every: Annotated[float, option("Seconds between checkpoints.", check=Within(0, 1e6))] = 60.0
     overwrite: Annotated[bool, option(
         "Start over, and overwrite what is there.", "--overwrite"
     )] = False  # fmt: skip
@@ -272,7 +279,7 @@ def evaluate(
         "The examples on which the model's behaviour is measured: those that were held out of training, or all."
     )] = "unseen",
     rows: Annotated[int, option(
-        "The number of rows on which reconstruction is measured.", check=options.within(2)
+        "The number of rows on which reconstruction is measured.", check=Within(2)
     )] = 65536,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip

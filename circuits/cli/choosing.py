@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from circuits.checks import number, whole
 from circuits.cli.output import note
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
@@ -74,9 +75,7 @@ def name_values(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    for found in (whole(text), number(text)):
+        if found is not None:
+            return found
     return None if text == "none" else text

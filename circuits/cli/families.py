@@ -9,9 +9,10 @@ from typer import Typer
 
 from circuits import equivariance
 from circuits import families as library
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.output import warn
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.database import Database
 from circuits.families import Family
 from circuits.models.adapter.hooked_model import HookedModel
@@ -29,14 +30,15 @@ class Search:
         "How the members of a family differ: by rotation, mirroring, scale or hue."
     )] = "rotation"  # fmt: skip
     threshold: Annotated[float, option(
-        "The minimum mean agreement (at most 1) of a unit with the members of its family."
+        "The minimum mean agreement (at most 1) of a unit with the members of its family.", check=Within(-1, 1)
     )] = 0.7  # fmt: skip
-    least: Annotated[int, option("The minimum number of members.")] = 4
+    least: Annotated[int, option("The minimum number of members.", check=Within(2))] = 4
     permutations: Annotated[
-        int, option("How many random permutations to compute p-values from.")
+        int,
+        option("How many random permutations to compute p-values from.", check=Within(1, 10**6)),
     ] = 199
     size: Annotated[int | None, option(
-        "The side length of the stimuli in pixels. By default that of the model's input."
+        "The side length of the stimuli in pixels. By default that of the model's input.", check=Within(16, 1024)
     )] = None  # fmt: skip
     seed: options.Seed = 0
 
@@ -118,10 +120,10 @@ def _found(
 
 
 def _whole_numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    found = [whole(part.strip()) for part in text.split(",")]
+    if any(part is None or part < 0 for part in found):
         raise ValueError(f"--units {text!r} is not a list of indices, e.g. 3,14,15")
-    return [int(part) for part in parts]
+    return [part for part in found if part is not None]
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import warn
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
 from circuits.graph.blocks import BlockInfo
 from circuits.graph.circuit import KINDS
@@ -51,7 +51,7 @@ class CircuitOptions:
     units: Annotated[list[str] | None, argument(
         "One unit, SITE:INDEX, for its neighbourhood; several for the edges between them."
     )] = None  # fmt: skip
-    hops: Annotated[int, option("How many edges away from the unit to go.")] = 1
+    hops: Annotated[int, option("How many edges away from the unit to go.", check=Within(1))] = 1
     top: options.Top = options.TOP
     kinds: Annotated[str, option(
         "The kinds of edges, with commas: weight, expanded, attribution, effect. By default all of them, and "
@@ -60,7 +60,7 @@ class CircuitOptions:
     to: Annotated[str, option("Take the strongest paths from the unit to this one instead.")] = ""
     circuit: Annotated[str, option("Take the saved circuit of this name instead.")] = ""
     version: Annotated[int | None, option(
-        "With --circuit: which of its versions. By default the last."
+        "With --circuit: which of its versions. By default the last.", check=Within(1)
     )] = None  # fmt: skip
 
     def find(self, model: HookedModel, place: Workspace, spec: str) -> CircuitGraph:
@@ -289,9 +289,9 @@ def ls(
 def diff(
     model: options.Model,
     name: Annotated[str, argument("The name of a saved circuit.")],
-    before: Annotated[int, argument("The number of one of its versions.")],
+    before: Annotated[int, argument("The number of one of its versions.", check=Within(1))],
     output: options.Output,
-    after: Annotated[int | None, argument("The number of a later one. By default the last.")] = None,
+    after: Annotated[int | None, argument("The number of a later one. By default the last.", check=Within(1))] = None,
 ) -> None:  # fmt: skip
     """Show what changed between two versions of a circuit."""
     database, key = model.place.database, model.load().hash

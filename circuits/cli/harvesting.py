@@ -9,7 +9,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import leads, note, warn
-from circuits.cli.signatures import command, option
+from circuits.cli.signatures import Within, command, option
 from circuits.cli.stores import show_store
 from circuits.harvesting import harvest as run
 from circuits.models.adapter.hooked_model import HookedModel
@@ -46,7 +46,7 @@ class Pass:
     heading: ClassVar = "How it is run"
 
     batch: Annotated[int | None, option(
-        "How many examples to run in one forward pass. By default as many as --memory allows."
+        "How many examples to run in one forward pass. By default as many as --memory allows.", check=Within(1)
     )] = None  # fmt: skip
     layout: Annotated[Layout, option(
         "How full activations are laid out on disk: in blocks, or in rows, which are faster to read in random order."
@@ -55,9 +55,11 @@ class Pass:
         "Compress full activations where that saves enough space.", "--compress"
     )] = False  # fmt: skip
     precision: Annotated[Precision, option("The precision of the forward pass.")] = "float32"
-    memory: Annotated[float, option("How much memory activations may take, in GiB.")] = 4.0
+    memory: Annotated[
+        float, option("How much memory activations may take, in GiB.", check=Within(1e-6, 1e6))
+    ] = 4.0
     workers: Annotated[int | None, option(
-        "The number of worker processes. By default one for each CPU thread."
+        "The number of worker processes. By default one for each CPU thread.", check=Within(1, 1024)
     )] = None  # fmt: skip
     skip_bad: Annotated[bool | None, option(
         "Skip and list examples that cannot be read, or stop at the first one. By default files of a folder are "
@@ -65,7 +67,7 @@ class Pass:
     )] = None  # fmt: skip
     positions: Annotated[int | None, option(
         "How many positions per example, drawn at random, go into the histograms; 0 means all. By default just "
-        "enough for 2048 values per unit, and at least 8."
+        "enough for 2048 values per unit, and at least 8.", check=Within(0)
     )] = None  # fmt: skip
     seed: options.Seed = 0
 

@@ -10,7 +10,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import say
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.jobs import VERBS, Job, cancel, job, jobs, log_of, remove, start
 from circuits.tables import Table
 from circuits.workspace import Workspace
@@ -33,7 +33,7 @@ def list_jobs(output: options.Output, workspace: options.WorkspaceFolder = None)
 def show_job(
     id: Id,
     output: options.Output,
-    lines: Annotated[int, option("How many lines of the end of its log to show.", check=options.within(1))] = 50,
+    lines: Annotated[int, option("How many lines of the end of its log to show.", check=Within(1))] = 50,
     workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Show how far a job is, and the end of what it printed."""

@@ -15,7 +15,7 @@ from circuits.autoencoders import Autoencoder
 from circuits.cli import options
 from circuits.cli.choosing import labels_of, readable
 from circuits.cli.output import say, warn
-from circuits.cli.signatures import option
+from circuits.cli.signatures import Within, option
 from circuits.concepts import Intervention
 from circuits.concepts.bottleneck import Accuracy, Switch
 from circuits.concepts.pooling import Pool
@@ -46,7 +46,8 @@ class ByHand:
     heading: ClassVar = "Naming one latent by hand"
 
     unit: Annotated[
-        int | None, option("The index of the latent that is named; goes with --as.")
+        int | None,
+        option("The index of the latent that is named; goes with --as.", check=Within(0)),
     ] = None
     text: Annotated[str, option("The name that the latent gets; goes with --unit.", "--as")] = ""
 
@@ -67,7 +68,10 @@ def name_latents(
     keep: Annotated[bool, option(
         "Keep the names that hold in the workspace. By default they are only shown.", "--keep"
     )] = False,
-    level: Annotated[float, option("The level of the tests: a name holds if its p is below.")] = 0.05,
+    level: Annotated[float, option(
+        "The level of the tests: a name holds if its p is below.",
+        check=Within(1e-9, 1 - 1e-9),
+    )] = 0.05,
     top: options.Top = options.TOP,
     note: options.Note = "",
     seed: options.Seed = 0,
@@ -176,11 +180,17 @@ def bottleneck(
     examples: options.TrainingDataset,
     switches: Switches,
     output: options.Output,
-    explain: Annotated[int | None, option("The number of an example whose decision is explained, too.")] = None,
+    explain: Annotated[int | None, option(
+        "The number of an example whose decision is explained, too.",
+        check=Within(0),
+    )] = None,
     pool: Annotated[Literal["mean", "max"], option(
         "How the activations at an example's positions become one number: their mean, or the largest."
     )] = "mean",
-    strength: Annotated[float, option("The inverse of the strength of the regularisation.")] = 1.0,
+    strength: Annotated[float, option(
+        "The inverse of the strength of the regularisation.",
+        check=Within(1e-9, 1e9),
+    )] = 1.0,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip

@@ -16,6 +16,7 @@ from circuits import __version__
 from circuits.cli.commands import Commands
 from circuits.cli.output import begin, errors, leads, say
 from circuits.environment import DEBUG, WORKSPACE
+from circuits.errors import line, shortened
 
 _INTERRUPTED = 130  # the exit code of what was stopped by Ctrl-C
 
@@ -66,7 +67,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
     except Exit as exit_:
         return exit_.exit_code
-    except (Abort, KeyboardInterrupt):
+    except (Abort, KeyboardInterrupt) as error:
+        if isinstance(
+            error.__cause__, EOFError
+        ):  # of a file that is cut off, which typer takes for Ctrl-D
+            return _fail(line(error.__cause__), 2)
         return _fail("stopped; run the same command again to go on", _INTERRUPTED)
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,7 +82,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        return _fail(_message(error), 2)
+        return _fail(line(error), 2)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -102,7 +107,12 @@ def _workspace_of(arguments: Sequence[str]) -> Iterator[None]:
             os.environ[WORKSPACE] = before
 
 
-_EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of at most 18 digits",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+}
 """What an option takes, by pydantic's name for the error of a word that is not of that kind."""
 
 
@@ -123,20 +133,11 @@ def _usage(error: TyperException) -> str:
     return message
 
 
-def _message(error: Exception) -> str:
-    """An error in a line; what we did not raise ourselves says its kind and how to see more."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, ValueError | KeyError | TypeError | OSError | ImportError):
-        return text
-    return f"{type(error).__name__}: {text} (CIRCUITS_DEBUG=1 shows where)"
-
-
 def _fail(message: str, code: int) -> int:
     """Say why in a line, once for all ranks of `torchrun`, which fail together."""
     if not leads():
         return code
-    line = " ".join(message.split())
-    errors.print(f"circuits: {line}", markup=False, highlight=False, style="red")
+    errors.print(f"circuits: {shortened(message)}", markup=False, highlight=False, style="red")
     return code
 
 

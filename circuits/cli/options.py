@@ -13,12 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from typer import BadParameter
-
 from circuits.autoencoders import Autoencoder, load_autoencoder
 from circuits.cli.choosing import labels_of, readable, usual_data
 from circuits.cli.output import note, progress_bar, say, show_json, show_table, warn
-from circuits.cli.signatures import argument, option
+from circuits.cli.signatures import Within, argument, option
 from circuits.examples import LIMIT, Examples
 from circuits.factories import from_file
 from circuits.files import check_writable
@@ -32,19 +30,6 @@ from circuits.tables import Table
 from circuits.tasks import Task
 from circuits.tasks.builtin import STATED, load_task
 from circuits.workspace import ModelRecord, Workspace
-
-
-def within(least: int, most: int | None = None) -> Callable[[Any], Any]:
-    """A check of an option's value, or of each of several."""
-
-    def check(value: Any) -> Any:
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not least <= one <= (one if most is None else most):
-                wanted = f"{least} or more" if most is None else f"{least} to {most}"
-                raise BadParameter(f"{one} must be {wanted}")
-        return value
-
-    return check
 
 
 def check_out(path: Path | None, *endings: str, option: str = "--out") -> None:
@@ -93,10 +78,10 @@ Take = Annotated[Literal["spread", "first", "random"], option(
     "Which examples of the dataset: spread evenly over it, the first ones, or drawn at random by --seed.", "--take"
 )]  # fmt: skip
 Limit = Annotated[int, option(
-    "How many examples of the dataset to take.", "--limit", check=within(1, 10**6)
+    "How many examples of the dataset to take.", "--limit", check=Within(1, 10**6)
 )]  # fmt: skip
 LimitOrAll = Annotated[int | None, option(
-    "How many examples of the dataset to take. By default all of them.", "--limit", check=within(1, 10**6)
+    "How many examples of the dataset to take. By default all of them.", "--limit", check=Within(1, 10**6)
 )]  # fmt: skip
 Labels = Annotated[str, option(
     "The class of each image of --data: FILE.json, FILE.csv, FILE.npz[:KEY] (in order, or by the images' names or "
@@ -105,15 +90,15 @@ Labels = Annotated[str, option(
 )]  # fmt: skip
 Text = Annotated[str, option("One text instead of a dataset, for language models.", "--text")]
 Seed = Annotated[int, option(
-    "The random seed.", "--seed", check=within(0, 2**32 - 1)
+    "The random seed.", "--seed", check=Within(0, 2**32 - 1)
 )]  # fmt: skip
 Random = Annotated[int, option(
     "How many random variants (other units, random edits) to measure for the null distribution.", "--random",
-    check=within(0),
+    check=Within(0),
 )]  # fmt: skip
 TOP = 10
 Top = Annotated[int, option(
-    "How many units, edges or rows of each kind to list, strongest first.", "--top", check=within(1)
+    "How many units, edges or rows of each kind to list, strongest first.", "--top", check=Within(1)
 )]  # fmt: skip
 Note = Annotated[str, option("A note on why you do this, stored with the result.", "--note")]
 Author = Annotated[
@@ -121,7 +106,7 @@ Author = Annotated[
 ]
 Batch = Annotated[int, option(
     "How many inputs (examples and variants of them) to run in one pass: fewer take less memory.", "--batch",
-    check=within(1),
+    check=Within(1),
 )]  # fmt: skip
 MethodOptions = Annotated[list[str] | None, option(
     "An option of the method, written NAME=VALUE, e.g. samples=20; may be repeated.", "--option"

@@ -7,11 +7,15 @@ take for styles and emoji: nothing that is printed here is interpreted.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
+from math import isnan
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from circuits.environment import PROGRESS
+from circuits.environment import DEBUG, PROGRESS
+from circuits.errors import shortened
 from circuits.files import finite, write_json
 from circuits.tables import Table
 
@@ -39,6 +44,16 @@ class _PlainConsole(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Go on printing to where it prints now, whatever `sys.stdout` becomes."""
+        before = self._file
+        self.file = self.file
+        try:
+            yield
+        finally:
+            self._file = before
+
 
 console = _PlainConsole(width=_WIDTH)
 errors = _PlainConsole(stderr=True, soft_wrap=True)
@@ -47,7 +62,7 @@ errors = _PlainConsole(stderr=True, soft_wrap=True)
 def show_json(value: Any) -> None:
     """Print `value` as JSON, for machines; null for NaN and infinity."""
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    console.file.write(text + "\n")
 
 
 def show_table(table: Table) -> None:
@@ -64,9 +79,10 @@ def show_table(table: Table) -> None:
 
 
 def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return "undefined" if value != value else f"{value:.4g}"
+    """A value as text; NaN stands for what does not exist, such as a p without random edits, and is no number."""
+    if isinstance(value, float):
+        return "–" if isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 def say(text: str) -> None:
@@ -76,12 +92,42 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print one line on stderr that is worth knowing."""
-    tell(f"circuits: {text}")
+    tell(f"circuits: {shortened(text)}")
 
 
 def warn(text: str) -> None:
     """Print one line on stderr that is no error."""
-    tell(f"circuits: {text}", style="yellow")
+    tell(f"circuits: {shortened(text)}", style="yellow")
+
+
+@contextmanager
+def only_ours() -> Iterator[None]:
+    """While a command runs: results alone on stdout, our own lines alone on stderr.
+
+    What other code prints, a person's model for one, goes to stderr; warnings and logs of other libraries, which say
+    nothing of what was typed, are dropped; ours are lines as all others. `CIRCUITS_DEBUG=1` shows everything.
+    """
+    if os.environ.get(DEBUG):
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it prints its log itself
+    log, shown, handler = logging.getLogger(), warnings.showwarning, _OurLog(logging.WARNING)
+    warnings.showwarning = lambda *args, **kwargs: None
+    log.addHandler(handler)
+    try:
+        with console.staying(), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.removeHandler(handler)
+        warnings.showwarning = shown
+
+
+class _OurLog(logging.Handler):
+    """Shows what this package logs as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.partition(".")[0] == "circuits":
+            warn(record.getMessage())
 
 
 @dataclass
@@ -95,7 +141,12 @@ _silence = _Silence()
 
 
 def begin() -> None:
-    """Begin a command: the minute until the first line of its long work is counted from its first progress."""
+    """Begin a command: the minute until the first line of its long work is counted from its first progress.
+
+    Names of files may hold bytes that are no text; they are printed as escapes.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     _silence.since = None
 
 

@@ -8,7 +8,7 @@ from typer import Typer
 
 from circuits import localization
 from circuits.cli import options
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.experiments import N_RANDOM
 from circuits.localization.cells import By
 from circuits.localization.classifiers import Method
@@ -30,7 +30,7 @@ At = Annotated[str, option(
     "spans. By default every position."
 )]  # fmt: skip
 Pairs = Annotated[int, option(
-    "As a control, also patch each place from this many other pairs, drawn at random.", check=options.within(0)
+    "As a control, also patch each place from this many other pairs, drawn at random.", check=Within(0)
 )]  # fmt: skip
 Direction = Annotated[Directions, option(
     "Which run to patch: the clean one, from the corrupted one (noising), the corrupted one, from the clean one "
@@ -207,7 +207,7 @@ def probe(
     )] = "pair",
     steer: Annotated[float, option(
         "Also add this multiple of the direction to the corrupted run, between -1e6 and 1e6; 0 turns this off.",
-        check=options.within(-1_000_000, 1_000_000),
+        check=Within(-1_000_000, 1_000_000),
     )] = 0.0,
     random: options.Random = N_RANDOM,
     top: options.Top = options.TOP,

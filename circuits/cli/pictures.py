@@ -11,7 +11,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.choosing import readable
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import Examples
 from circuits.featurevis import objectives
 from circuits.featurevis.badges import natural_responses, reliability
@@ -44,12 +44,14 @@ class Wanted:
         "direction, all of a site (deepdream), or a class's logit. By default channel, and deepdream for a site."
     )] = None  # fmt: skip
     seeds: Annotated[
-        int, option("Make a picture from each of this many seeds.", check=options.within(1, 64))
+        int, option("Make a picture from each of this many seeds.", check=Within(1, 64))
     ] = 1
     negative: Annotated[bool, option(
         "Minimise the unit's activation instead.", "--negative"
     )] = False  # fmt: skip
-    diverse: Annotated[int, option("Make this many pictures that differ from each other.")] = 1
+    diverse: Annotated[
+        int, option("Make this many pictures that differ from each other.", check=Within(1, 64))
+    ] = 1
     badge: Annotated[bool, option("Also measure how reliable the picture is.", "--badge")] = False  # fmt: skip
     sheet: Annotated[bool, option(
         "Make a picture of every unit of a site, as separate tiles and as one image of all (atlas). Run it again to "
@@ -83,9 +85,11 @@ class Rendering:
         "The dataset whose colour statistics (with maco, spectrum) are used, and with which --badge compares. By "
         "default ImageNet's colour statistics, and photos for maco and --badge."
     )] = None  # fmt: skip
-    steps: Annotated[int, option("The number of optimisation steps.")] = 256
+    steps: Annotated[int, option("The number of optimisation steps.", check=Within(1, 100_000))] = (
+        256
+    )
     size: Annotated[int | None, option(
-        "The side length of the pictures in pixels. By default that of the model's input."
+        "The side length of the pictures in pixels. By default that of the model's input.", check=Within(8, 4096)
     )] = None  # fmt: skip
     alpha: Annotated[bool, option("Also optimise the transparency of each pixel.", "--alpha")] = False  # fmt: skip
     seed: options.Seed = 0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.choosing import usual_data
 from circuits.cli.output import warn
@@ -13,7 +14,7 @@ from circuits.edits.associative import associate, read_site, second_moment
 from circuits.edits.estimation import leace, means, patch, project_out, resample
 from circuits.edits.layers import Associate, LowRank
 from circuits.edits.recipes import Recipe
-from circuits.edits.records import Edit, read_edit
+from circuits.edits.records import Edit, fitting, read_edit
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.sources import open_source
@@ -98,7 +99,7 @@ def _estimated(
     what = rest[0].partition("=")[2] or rest[0]
     if kind == "project":
         site = what.partition(":")[0].rpartition("*")[2].lstrip("+-")
-        return project_out(Direction.parse(what, model.site(site).n_units)).checked(model)
+        return fitting(model, project_out(Direction.parse(what, model.site(site).n_units)))
     if kind == "patch":
         return _patch(model, what, rest[1], examples.data)
     if kind == "leace" and not examples.labels:
@@ -110,17 +111,18 @@ def _estimated(
 
 
 def _patch(model: HookedModel, units: str, example: str, data: str) -> Edit:
-    name, _, number = example.partition("=")
-    if name != "example" or not number.isdecimal():
+    name, _, text = example.partition("=")
+    number = whole(text)
+    if name != "example" or number is None or number < 0:
         raise ValueError(
             f"edit 'patch {units} {example}': {example!r} is not of the form example=N"
         )
     source = open_source(data or usual_data(model))
-    if int(number) >= len(source):
+    if number >= len(source):
         raise ValueError(
             f"example {number} does not exist: {source.spec} has 0 to {len(source) - 1}"
         )
-    one = Examples(model, source, among=[int(number)])
+    one = Examples(model, source, among=[number])
     return patch(model, units, one, origin=f"example {number} of {source.spec}")
 
 

@@ -14,7 +14,7 @@ from circuits.attribution.results import Attribution
 from circuits.cli import options
 from circuits.cli.choosing import name_values, units_of
 from circuits.cli.output import warn
-from circuits.cli.signatures import command, option
+from circuits.cli.signatures import Within, command, option
 from circuits.examples import Examples
 from circuits.files import write_json
 from circuits.models.adapter.hooked_model import HookedModel
@@ -39,7 +39,11 @@ class Settings:
         "The site at which class activation maps (…cam…) are taken. By default the last one with a map."
     )] = ""  # fmt: skip
     area: Annotated[
-        float, option("With --method extremal: the area of the mask, as a share of the image.")
+        float,
+        option(
+            "With --method extremal: the area of the mask, as a share of the image.",
+            check=Within(0.001, 0.999),
+        ),
     ] = 0.1
     variant: Annotated[Game, option(
         "With --method extremal or meaningful: whether the mask marks what preserves the target's value, or what "
@@ -205,9 +209,9 @@ def sanity(
     method_options: options.MethodOptions = None,
     stages: Annotated[int | None, option(
         "In how many steps the layers' weights are shuffled; an even number. By default 6, or fewer if the model has "
-        "fewer layers."
+        "fewer layers.", check=Within(2, 1000)
     )] = None,
-    faithful: Annotated[int, option("On how many images faithfulness is measured.")] = 8,
+    faithful: Annotated[int, option("On how many images faithfulness is measured.", check=Within(1))] = 8,
     out: Annotated[Path | None, option("Save the cards to this .json file.")] = None,
     batch: options.Batch = 32,
     seed: options.Seed = 0,

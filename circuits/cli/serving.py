@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 from typer import Typer
 
 from circuits.cli import options
-from circuits.cli.output import say
-from circuits.cli.signatures import command, option
+from circuits.cli.output import console, say
+from circuits.cli.signatures import Within, command, option
 from circuits.demo import build
 from circuits.environment import TRUST_PYTHON, WORKSPACE
 from circuits.tables import Table
@@ -22,7 +22,7 @@ from circuits.workspace import Workspace
 app = Typer()
 
 PORT = 8501
-Port = Annotated[int, option("The port at which the app is served.")]
+Port = Annotated[int, option("The port at which the app is served.", check=Within(0, 65535))]
 
 
 def check_installed() -> None:
@@ -85,7 +85,7 @@ def serve_app(
     environment = {**os.environ, WORKSPACE: str(workspace.resolve())}
     if trust_python:
         environment[TRUST_PYTHON] = "1"
-    sys.stdout.flush()
+    console.file.flush()
     # the server takes this process' place, memory and all
     os.execve(sys.executable, [sys.executable, "-P", "-m", "apps", host, str(port)], environment)
 

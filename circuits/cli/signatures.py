@@ -13,17 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from inspect import Parameter, Signature, signature
+from math import inf
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
+from circuits.checks import outside
+from circuits.cli.output import only_ours
 
-def argument(help: str, metavar: str | None = None) -> Any:
+LARGEST = 2**31 - 1
+"""The largest number of anything that the command line takes: more overflows in the libraries below."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """A check of a number, or of each of several: from `low` to `high` or, without that, to `LARGEST`."""
+
+    low: float
+    high: float | None = None
+
+    def __call__(self, value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            high = self.high
+            if high is None:
+                high = LARGEST if one is not None and one > LARGEST else inf
+            if one is not None and (said := outside(one, self.low, high)):
+                raise typer.BadParameter(said)
+        return value
+
+
+def argument(help: str, metavar: str | None = None, check: Within | None = None) -> Any:
     """An argument, for `Annotated`."""
-    return typer.Argument(help=help, metavar=metavar)
+    return typer.Argument(help=help, metavar=metavar, callback=check)
 
 
 def option(help: str, *names: str, check: Callable[[Any], Any] | None = None) -> Any:
@@ -61,7 +85,8 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        function(**built, **values)
+        with only_ours():
+            function(**built, **values)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

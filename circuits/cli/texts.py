@@ -10,7 +10,7 @@ from typer import Typer
 from circuits import localization
 from circuits.cli import options
 from circuits.cli.recipes import recipe_of
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.edits.recipes import edited
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
@@ -27,10 +27,11 @@ def heads(
     model: options.Model,
     output: options.FigureOutput,
     texts: Annotated[int, option(
-        "How many texts of random tokens that repeat to score heads on.", check=options.within(2, 10**5)
+        "How many texts of random tokens that repeat to score heads on.", check=Within(2, 10**5)
     )] = 32,
     length: Annotated[int, option(
-        "How many tokens each text has; 0 stands for 64, or for what the model takes if that is less."
+        "How many tokens each text has; 0 stands for 64, or for what the model takes if that is less.",
+        check=Within(0, 10**6),
     )] = 0,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -71,10 +72,10 @@ def generate(
         "An edit in words, or a recipe file; may be repeated. By default the model is not edited."
     )] = None,
     tokens: Annotated[int, option(
-        "How many tokens to add to each text.", check=options.within(1)
+        "How many tokens to add to each text.", check=Within(1)
     )] = N_TOKENS,
     temperature: Annotated[float, option(
-        "The temperature at which tokens are drawn; 0 takes the most probable token each time."
+        "The temperature at which tokens are drawn; 0 takes the most probable token each time.", check=Within(0, 1e6)
     )] = 0.0,
     force: options.Force = False,
     seed: options.Seed = 0,

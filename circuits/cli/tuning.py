@@ -14,7 +14,7 @@ from circuits import tuning
 from circuits.cli import options
 from circuits.cli.choosing import units_of
 from circuits.cli.output import warn
-from circuits.cli.signatures import command, option
+from circuits.cli.signatures import Within, command, option
 from circuits.examples import Examples
 from circuits.factories import from_file
 from circuits.models.adapter.hooked_model import HookedModel
@@ -46,13 +46,16 @@ class Drawing:
 
     shape: Annotated[Shape, option("The shape to rotate, for a plain tuning curve.")] = "curve"
     step: Annotated[float | None, option(
-        "Degrees from one angle to the next. By default 1; 5 with --find, and 10 with --heat-map."
+        "Degrees from one angle to the next. By default 1; 5 with --find, and 10 with --heat-map.",
+        check=Within(0.1, 90),
     )] = None  # fmt: skip
     radius: Annotated[list[float] | None, option(
-        "A radius to draw, in pixels; may be repeated. By default several, of which each unit's best is taken."
+        "A radius to draw, in pixels; may be repeated. By default several, of which each unit's best is taken.",
+        check=Within(0.1, 1e6),
     )] = None  # fmt: skip
     size: Annotated[int | None, option(
-        "The side length of the images in pixels. By default a little more than a unit's receptive field."
+        "The side length of the images in pixels. By default a little more than a unit's receptive field.",
+        check=Within(8, 1024),
     )] = None  # fmt: skip
 
     def degrees(self, usual: float) -> float:
@@ -184,8 +187,11 @@ def examples(
     unit: options.UnitArgument,
     output: options.FigureOutput,
     data: options.HarvestedData = "",
-    bins: Annotated[int, option("Into how many ranges activations are divided: 2, 4, 8, 16, 32 or 64.")] = 16,
-    each: Annotated[int, option("How many examples to draw at random from each range.")] = 3,
+    bins: Annotated[int, option(
+        "Into how many ranges activations are divided: 2, 4, 8, 16, 32 or 64.",
+        check=Within(2, 64),
+    )] = 16,
+    each: Annotated[int, option("How many examples to draw at random from each range.", check=Within(0))] = 3,
     overlay: Annotated[bool, option(
         "With --figure: mark which pixels excite the unit where it is most active.", "--overlay"
     )] = False,

@@ -11,7 +11,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import warn
-from circuits.cli.signatures import argument, command, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
@@ -96,7 +96,7 @@ def expand(
     examples: options.Dataset,
     output: options.FigureOutput,
     factors: Annotated[int, option(
-        "Also factorise the weights into this many groups of source units; 0: do not.", check=options.within(0)
+        "Also factorise the weights into this many groups of source units; 0: do not.", check=Within(0)
     )] = 0,
     top: options.Top = options.TOP,
     out: Annotated[Path | None, option("Save the weights of all units of SOURCE to this .safetensors file.")] = None,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from circuits.checks import number
 from circuits.concepts.pooling import Pool
 from circuits.edits.activations import Scale, Set
 from circuits.edits.recipes import Recipe
@@ -338,11 +339,10 @@ class Intervention:
             raise ValueError(
                 f"{how} {text!r}: {indices!r} are no indices of latents, e.g. 3,17"
             ) from None
-        try:
-            number = float(amount) if equals else 0.0
-        except ValueError:
-            raise ValueError(f"{how} {text!r}: {amount!r} is no number") from None
-        return cls(tuple(site.unit(i) for i in units.among(site)), how, number)
+        found = number(amount) if equals else 0.0
+        if found is None:
+            raise ValueError(f"{how} {text!r}: {amount!r} is no finite number")
+        return cls(tuple(site.unit(i) for i in units.among(site)), how, found)
 
     def on(self, units: Float[np.ndarray, "example unit"]) -> Float[np.ndarray, "example unit"]:
         """Pooled activations as the edit of the model would make them.

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits.autograd import recording_gradients
 from circuits.edits import activations, attention, connections, layers  # noqa: F401  (whose operators can be read)
 from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
-from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
+from circuits.edits.records import Edit, canonical, edit_schema, fitting, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
 from circuits.files import write_json
 from circuits.json_files import read_json
@@ -226,7 +226,7 @@ def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:
     with model.steady():
         for i, edit in enumerate(edits, 1):
             try:
-                found.append(edit.checked(model))
+                found.append(fitting(model, edit))
             except (KeyError, ValueError) as error:
                 raise type(error)(f"edit {i}: {error.args[0]}") from None
     return tuple(found)

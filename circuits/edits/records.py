@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
+from circuits.checks import number, whole
+from circuits.errors import UNREADABLE
 from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.stimuli.arrays import read_array
@@ -104,8 +106,24 @@ _E = TypeVar("_E", bound=Edit)
 
 
 def fitting(model: HookedModel, edit: _E) -> _E:
-    """`Edit.checked`, with the type of the edit kept."""
-    return cast(_E, edit.checked(model))
+    """`Edit.checked`, with the type of the edit kept; its numbers must be finite in the model's own type, too.
+
+    Raises:
+        KeyError: if a site or layer is unknown.
+        ValueError: if the edit does not fit the model.
+    """
+    made, kind = edit.checked(model), model.dtype or torch.float32
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if not isinstance(value, float | Tensor):
+            continue
+        largest = abs(value) if isinstance(value, float) else float(value.abs().max())
+        if largest > torch.finfo(kind).max:
+            raise ValueError(
+                f"{field.name} of edit {edit.operator!r} has {largest:g}: expected at most "
+                f"{torch.finfo(kind).max:.3g}, the largest number of {model.name} ({str(kind).removeprefix('torch.')})"
+            )
+    return cast(_E, made)
 
 
 def canonical(value: Any) -> str:
@@ -261,7 +279,7 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
         raw[name] = _from_words(text, by_name[name], value)
     if len(raw) == 1 + (operator == "zero"):
         raise ValueError(f"edit {text!r} lacks {', '.join(_required_fields(kind)) or 'its fields'}")
-    return parse_edit(raw).checked(model)
+    return fitting(model, parse_edit(raw))
 
 
 # --- fields --------------------------------------------------------------------------------------
@@ -417,16 +435,16 @@ def _from_words(text: str, field: Field[Any], value: str) -> Any:
     kind = str(field.type)
     try:
         if kind.startswith("float"):
-            return float(value)
+            return _given(number(value))
         if kind.startswith("bool"):
             return {"true": True, "false": False, "yes": True, "no": False}[value.lower()]
         if kind.startswith("tuple"):
-            return [int(part) for part in value.split(",")]
+            return [_given(whole(part)) for part in value.split(",")]
         if kind.startswith("Tensor"):
             return (
                 _from_file(value[1:])
                 if value.startswith("@")
-                else [float(v) for v in value.split(",")]
+                else [_given(number(v)) for v in value.split(",")]
             )
     except (ValueError, KeyError):
         if value.startswith("@"):
@@ -437,6 +455,12 @@ def _from_words(text: str, field: Field[Any], value: str) -> Any:
     return value
 
 
+def _given(found: float | None) -> float:
+    if found is None:
+        raise ValueError
+    return found
+
+
 def _from_file(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
@@ -444,7 +468,7 @@ def _from_file(path: str) -> Any:
         if path.endswith(".npy"):
             return _as_json(torch.from_numpy(read_array(Path(path))).float())
         return read_json(path)
-    except (ValueError, OSError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error
 
 
@@ -482,7 +506,10 @@ _ARRAY = {
     ]
 }
 _SCHEMAS: dict[str, dict[str, Any]] = {
-    "Units": {"type": "string", "pattern": r"^[^\s:,+*]+:(\*|\d+(-\d+)?(,\d+(-\d+)?)*)$"},
+    "Units": {
+        "type": "string",
+        "pattern": r"^[^\s:,+*]+:(\*|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)$",
+    },
     "Tensor": _ARRAY,
     "float": {"type": "number"},
     "tuple": {"type": "array", "items": {"type": "integer"}},

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.checks import clipped
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.variants import INTACT, Context, Prepared, Variant, prepared
 from circuits.files import Keep, make_now
 from circuits.hooks import Change, placed
-from circuits.models.adapter.finiteness import where_nonfinite
+from circuits.models.adapter.finiteness import first_nonfinite, where_nonfinite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
 from circuits.models.paths.restarting import Restart, nearest_restart, restart_candidates
@@ -212,13 +213,14 @@ def _swapped(part: TaskBatch) -> TaskBatch:
 def _measure(
     metric: Metric, reading: Reading, intact: Reading, variant: int, part: TaskBatch, task: Task
 ) -> np.ndarray:
-    # A variant may well become NaN, which its effects then show; the intact model must not.
     made = metric.of(reading, intact)
-    if variant == 0 and bool(torch.isnan(made).any()):
-        at = part.which[int(torch.isnan(made).int().argmax())]
+    bad = ~torch.isfinite(made) if variant else torch.isnan(made)
+    if bool(bad.any()):
+        at = part.which[int(bad.int().argmax())]
+        whose = f"variant {variant}" if variant else "the intact model"
         raise ValueError(
-            f"measure {metric.name} of the intact model is NaN on example {task.examples.names[at]!r}: expected a "
-            "number"
+            f"measure {metric.name} of {whose} is {float(made[bad][0])} on example {task.examples.names[at]!r}: "
+            "expected a number"
         )
     return made.detach().double().cpu().numpy()
 
@@ -289,7 +291,19 @@ class _Runner:
             for start in range(0, len(shared_pass.members), size):
                 some = shared_pass.members[start : start + size]
                 for k, reading in self._run(shared_pass, some, part, context):
+                    if not bool(torch.isfinite(reading.logits).all()):
+                        raise self._overflow(self.plans[k], part, context)
                     yield k + 1, reading, intact
+
+    def _overflow(self, plan: Prepared, part: TaskBatch, context: Context) -> ValueError:
+        """The error for a variant that puts out NaN or infinity, with the first site that holds them."""
+        with plan.model.rewriting(plan.tensors), plan.model.intervening(dict(plan.on(context))):
+            first = first_nonfinite(plan.model, part.inputs, part.mask)
+        edits = clipped("; ".join(map(str, plan.variant.edits)), 120)
+        return ValueError(
+            f"variant {clipped(plan.variant.name)!r}{f' ({edits})' if edits else ''} of {self.model.name} gives NaN or "
+            f"infinity, first at {first or 'its output'}: expected edits by smaller numbers"
+        )
 
     # --- what begins where -----------------------------------------------------------------------
 

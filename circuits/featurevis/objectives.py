@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.checks import whole
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.targets import output_index, output_unit
 from circuits.units import Direction, Site, Unit
@@ -473,7 +474,8 @@ def of_kind(model: HookedModel, target: str, kind: Kind) -> str | Objective:
         KeyError, ValueError: if the target does not exist, or is of another kind.
     """
     if kind == "logit":
-        return logit(model, int(target) if target.isdigit() else target)
+        index = whole(target)
+        return logit(model, target if index is None else index)
     target = str(output_unit(model, target) or target)
     if kind == "neuron":
         return neuron(model, target)

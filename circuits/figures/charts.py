@@ -137,7 +137,7 @@ def short(site: str) -> str:
     >>> short("blocks.3.attn.hook_z:1"), short("blocks.0.hook_resid_pre"), short("mixed3b")
     ('3 z:1', '0 resid_pre', 'mixed3b')
     """
-    return re.sub(r"^blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_", r"\1 ", site)
+    return re.sub(r"^blocks\.([0-9]+)\.(?:attn\.|mlp\.)?hook_", r"\1 ", site)
 
 
 def printed(token: str) -> str:

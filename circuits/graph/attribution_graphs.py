@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from circuits.checks import whole
 from circuits.graph.circuit import CircuitGraph, Node, UnitAt, parse_node, site_of, units_of
 from circuits.graph.values import decoded, encoded
 from circuits.units import Unit
@@ -96,8 +97,8 @@ def _node(entry: Mapping[str, Any]) -> Node:
     layer, position = str(entry["layer"]), int(entry["ctx_idx"])
     number = entry.get("feature")
     # Of a feature the number is in the id, `layer_feature_position`.
-    if len(parts) == 3 and parts[1].isdigit():
-        number = int(parts[1])  # `feature` is the layer and the feature paired as one number
+    if len(parts) == 3 and (index := whole(parts[1])) is not None:
+        number = index  # `feature` is the layer and the feature paired as one number
     if kind == _ERROR:
         return UnitAt(Unit(f"layer{layer}.error", 0), position)
     if not isinstance(number, int) or number < 0:

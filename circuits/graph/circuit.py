@@ -96,7 +96,7 @@ def _natural(site: str) -> list[tuple[str, int]]:
     ['blocks.2', 'blocks.10']
     """
     # mixed4a before mixed10: ("mixed", 4), ("a", -1) against ("mixed", 10).
-    return [(name, int(part or -1)) for name, part in re.findall(r"(\D*)(\d*)", site)]
+    return [(name, int(part or -1)) for name, part in re.findall("([^0-9]*)([0-9]*)", site)]
 
 
 def site_of(node: Node) -> str:

@@ -20,6 +20,7 @@ import jsonschema
 import networkx as nx
 from networkx.readwrite.gexf import GEXFReader
 
+from circuits.errors import line
 from circuits.files import replacing
 from circuits.graph.attribution_graphs import from_attribution_graph, to_attribution_graph
 from circuits.graph.circuit import CircuitGraph, Node, parse_node
@@ -83,9 +84,8 @@ def read_circuit(path: str | Path, format: str | None = None) -> CircuitGraph:
             read, _ = _FORMATS["attribution"]
         return read(text)
     except (ElementTree.ParseError, nx.NetworkXError, KeyError, ValueError, TypeError) as error:
-        said = error.args[0] if isinstance(error, KeyError) else error
         raise ValueError(
-            f"file {str(path)!r} is no circuit in the format {name}: {said}"
+            f"file {str(path)!r} is no circuit in the format {name}: {line(error)}"
         ) from error
     except RecursionError as error:
         raise ValueError(f"file {str(path)!r} is nested too deeply for a circuit") from error

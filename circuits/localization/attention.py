@@ -26,7 +26,7 @@ SINK = 0.5
 """A key in the first half of a text is a sink if it gets on average at least this share of the attention of the queries
 after it, not counting the very next one."""
 
-_HEAD = re.compile(r"(\d+)\.(\d+)")
+_HEAD = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
 
 
 def _layer(site: Site) -> int:
-    match = re.search(r"blocks\.(\d+)\.", site.name)
+    match = re.search(r"blocks\.([0-9]+)\.", site.name)
     return -1 if match is None else int(match[1])
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from circuits.checks import whole
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
@@ -244,7 +245,7 @@ def keys_of(task: Task, positions: str | Sequence[Key] | None = None) -> tuple[K
 
 def _parsed(text: str) -> list[Key]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return [int(p) if p.lstrip("-").isdigit() else p for p in parts]
+    return [p if (index := whole(p)) is None else index for p in parts]
 
 
 def column_of(task: Task, key: Key) -> GridPosition:

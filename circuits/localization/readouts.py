@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.edits.activations import Steer
+from circuits.edits.records import fitting
 from circuits.experiments import Record
 from circuits.experiments.statistics import corrected
 from circuits.files import finite
@@ -89,7 +90,7 @@ class Readout:
                 f"readout of {self.site} has more than two classes, and so no single direction"
             )
         shape = model.site(self.site).unit_shape
-        return Steer(self.site, self.vector.reshape(shape), amount, at).checked(model)
+        return fitting(model, Steer(self.site, self.vector.reshape(shape), amount, at))
 
 
 @dataclass(frozen=True, eq=False)

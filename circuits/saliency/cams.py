@@ -12,9 +12,10 @@ from torch import Tensor
 
 from circuits.attribution.passes import Passes
 from circuits.autograd import recording_gradients
+from circuits.checks import check_range
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
-from circuits.saliency.gradients import check_range, guided_gradient, noisy_copies
+from circuits.saliency.gradients import guided_gradient, noisy_copies
 from circuits.tasks.targets import Target, output_site
 from circuits.units import Site, Unit
 

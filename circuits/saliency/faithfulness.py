@@ -16,9 +16,10 @@ from torch import Generator, Tensor
 
 from circuits.attribution.channels import spearman
 from circuits.attribution.passes import Passes
+from circuits.checks import check_range
 from circuits.experiments.statistics import interval
 from circuits.progress import Progress
-from circuits.saliency.gradients import Blank, blanks, check_range
+from circuits.saliency.gradients import Blank, blanks
 
 Heats = Float[Tensor, "example h w"]
 Orders = Int[Tensor, "example place"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from circuits.attribution.integrating import integrate
 from circuits.attribution.passes import Passes
+from circuits.checks import check_range
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
 
@@ -221,10 +221,3 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
         weight = kernel.reshape(shape).expand(channels, *[-1] * 3)
         x = F.conv2d(F.pad(x, pad, mode="replicate"), weight, groups=channels)
     return x
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise ValueError if an option is not from `low` to `high`."""
-    if not (low <= value <= high and math.isfinite(value)):
-        top = "" if high == float("inf") else f" and at most {high:g}"
-        raise ValueError(f"{name} {value} must be at least {low:g}{top}")

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.checks import check_range
 from circuits.progress import Progress
-from circuits.saliency.gradients import Blank, blanks, check_range
+from circuits.saliency.gradients import Blank, blanks
 
 
 def occlusion(

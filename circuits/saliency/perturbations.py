@@ -17,11 +17,12 @@ from torch import Generator, Tensor
 
 from circuits.attribution.passes import Passes, Size
 from circuits.autograd import recording_gradients
+from circuits.checks import check_range
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
-from circuits.saliency.gradients import blurred, check_range
+from circuits.saliency.gradients import blurred
 from circuits.tasks.targets import Target
 from circuits.units import Site, Unit
 

@@ -12,8 +12,9 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from circuits.attribution.passes import Passes
+from circuits.checks import check_range
 from circuits.progress import Progress
-from circuits.saliency.gradients import Blank, blanks, check_range
+from circuits.saliency.gradients import Blank, blanks
 
 Segments = Int[Tensor, "example h w"]
 Coalitions = Float[np.ndarray, "sample segment"]

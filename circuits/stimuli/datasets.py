@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from circuits.errors import UNREADABLE, line, their_code
 from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
 from circuits.stimuli.arrays import StoredArray, stored_arrays
 from circuits.stimuli.images import MAX_PIXELS, ImageSource, check_range, decode, read_image, to_rgb
@@ -56,19 +57,18 @@ def from_dataset(
             f"dataset {name} of type {type(dataset).__name__} is not map-style: it needs a length and "
             "indexing (take a part of a stream first)"
         )
-    n = len(dataset)
+    with their_code(f"the length of dataset {name}"):
+        n = len(dataset)
     if n == 0:
         raise ValueError(f"dataset {name} is empty")
-    first = _part(dataset[0], column, name)
+    with their_code(f"example 0 of {name}"):
+        item = dataset[0]
+    first = _part(item, column, name)
     names = tuple(f"example {i}" for i in range(n))
 
     def example(i: int) -> Any:
-        try:
+        with their_code(f"{names[i]} of {name} cannot be read: it"):
             return _part(dataset[i], column, name)
-        except Exception as error:  # the dataset is the user's code, which may raise anything
-            raise ValueError(
-                f"{names[i]} of {name} cannot be read: {type(error).__name__}: {error}"
-            ) from error
 
     if _is_text(first):
         texts = tuple(_tokens(example(i)) for i in range(n))
@@ -236,8 +236,8 @@ def _array(place: Path, key: str) -> StoredArray:
         if wanted not in arrays:
             raise ValueError(f"it has arrays {', '.join(arrays)}: name one, npz:PATH:KEY")
         return arrays[wanted]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"array file {str(place)!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"array file {str(place)!r} cannot be read: {line(error)}") from error
 
 
 def open_hugging_face(path: str) -> ImageSource | TextSource:
@@ -258,8 +258,8 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
 
     try:
         dataset = load_from_disk(str(place))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset folder {folder!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"dataset folder {folder!r} cannot be read: {line(error)}") from error
     if isinstance(dataset, Mapping):
         raise ValueError(
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "

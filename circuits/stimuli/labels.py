@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from circuits.checks import whole
+from circuits.errors import UNREADABLE, line
 from circuits.json_files import parse_json, read_bytes
 from circuits.specs import split_key
 from circuits.stimuli.arrays import stored_arrays
@@ -181,8 +183,8 @@ def _read(path: str) -> Any:
         if place.suffix in (".csv", ".tsv"):
             return _table(place)
         found = _json(place)
-    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
-        raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
+    except (*UNREADABLE, csv.Error) as error:
+        raise ValueError(f"labels file {file!r} cannot be read: {line(error)}") from error
     if isinstance(found, dict) and "labels" in found:
         return _named(found.get("names"), found["labels"])
     return found
@@ -302,8 +304,8 @@ class _Classes:
                     f"label {label!r} of {example!r} may be class {names[alike[0]]!r} or {names[alike[1]]!r}"
                 )
             return alike[0]
-        if isinstance(label, str) and label.isdecimal():
-            label = int(label)
+        if isinstance(label, str) and (index := whole(label)) is not None:
+            label = index
         if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
             if names and label >= len(names):
                 raise ValueError(
@@ -338,8 +340,8 @@ def read_attributes(source: Source, path: str | Path) -> tuple[list[list[str]], 
         raise FileNotFoundError(f"attributes file {str(path)!r} does not exist or is not a file")
     try:
         given = _json(file)
-    except ValueError as error:
-        raise ValueError(f"attributes file {str(path)!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"attributes file {str(path)!r} cannot be read: {line(error)}") from error
     missing = 0
     if isinstance(given, dict):
         found = by_example(source, given, what)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from circuits.errors import UNREADABLE, line
 from circuits.factories import call_factory
 from circuits.specs import normal_data, python_spec, runs_code
 from circuits.stimuli.datasets import from_dataset, open_array, open_hugging_face
@@ -213,8 +214,8 @@ def _tokens(path: str) -> TextSource:
         raise FileNotFoundError(f"token file {path!r} does not exist or is not a file")
     try:
         text = file.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"token file {path!r} is not text in UTF-8: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"token file {path!r} cannot be read: {line(error)}") from error
     # Opening it made \r\n and \r to \n. `splitlines` also cuts at characters of a text, such as U+2028.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

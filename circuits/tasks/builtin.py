@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from circuits.checks import whole
 from circuits.examples import LIMIT, Examples, How, choose
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
@@ -222,7 +223,8 @@ def _options(make: Callable[..., Any], text: str) -> dict[str, Any]:
             raise ValueError(f"task option {part!r}: expected NAME=VALUE, for example {known[0]}=…")
         if key not in known and "settings" not in known:
             raise unknown("option of the task", key, known)
-        found[key] = int(value) if value.lstrip("-").isdigit() else value
+        index = whole(value)
+        found[key] = value if index is None else index
     return found
 
 
@@ -339,12 +341,12 @@ def _task_from_answers(
 def _parse_positions(positions: str) -> str | tuple[int, ...]:
     if positions in ("", "last", "all"):
         return positions or "last"
-    try:
-        return tuple(int(p) for p in positions.split(","))
-    except ValueError:
+    found = tuple(whole(p.strip()) for p in positions.split(","))
+    if None in found:
         raise ValueError(
             f"positions {positions!r}: expected last, all, or whole numbers separated by commas"
-        ) from None
+        )
+    return tuple(p for p in found if p is not None)
 
 
 def _next_token_at(

@@ -12,9 +12,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from circuits.checks import clipped
 from circuits.files import replacing
 from circuits.json_files import parse_json
-from circuits.tasks.items import Item, clipped
+from circuits.tasks.items import Item
 from circuits.tasks.schema import HEADER, ITEM, LAYOUT, Feeding, Field
 from circuits.units import unknown
 

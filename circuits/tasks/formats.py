@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from circuits.tasks.items import Item, Words, clipped
+from circuits.checks import clipped, whole
+from circuits.tasks.items import Item, Words
 from circuits.tasks.templates.tokenizers import Reader
 from circuits.tasks.templates.words import BEING
 from circuits.units import unknown
@@ -123,8 +124,8 @@ def _read_greater_than(row: Row, reading: TableContext) -> Item:
     name = reading.first(_YEARS)
     assert name is not None, "the format has one"
     year = str(row.get(name, "")).strip()
-    year = year[-2:] if name == "year" and re.fullmatch(r"\d{4}", year) else year
-    if not re.fullmatch(r"\d{1,2}", year) or year == "99" or not re.search(r"\d\d$", clean):
+    year = year[-2:] if name == "year" and re.fullmatch("[0-9]{4}", year) else year
+    if not re.fullmatch("[0-9]{1,2}", year) or year == "99" or not re.search("[0-9]{2}$", clean):
         raise ValueError(
             f"{name} {clipped(year)!r}: expected the two digits of a year below 99, and a text that ends in a century"
         )
@@ -207,11 +208,12 @@ def _chosen(row: Row) -> str:
         return _text(row, "label")
     labels = choices.get("label") if isinstance(choices, Mapping) else choices
     key = str(row.get("answerKey", ""))
-    if not isinstance(labels, list) or not (key.isdecimal() and int(key) < len(labels)):
+    index = whole(key)
+    if not isinstance(labels, list) or index is None or not 0 <= index < len(labels):
         raise ValueError(
             f"answerKey {clipped(key)!r}: expected the index of one of the choices, from 0"
         )
-    return str(labels[int(key)])
+    return str(labels[index])
 
 
 def _read_texts(row: Row, reading: TableContext) -> Item:
@@ -306,7 +308,7 @@ def _tokens(row: Row, name: str) -> tuple[int, ...]:
     for part in listed:
         # pandas writes a column of integers with gaps as floats: 318.0
         written = str(part).strip().removesuffix(".0")
-        if isinstance(part, bool) or not re.fullmatch(r"\d{1,9}", written):
+        if isinstance(part, bool) or not re.fullmatch("[0-9]{1,9}", written):
             raise ValueError(f"{name} is {clipped(repr(part))}: expected a token id")
         tokens.append(int(written))
     return tuple(tokens)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from circuits.tasks.items import Item, clipped
+from circuits.checks import clipped
+from circuits.tasks.items import Item
 
 _SHOWN = 3
 

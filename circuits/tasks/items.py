@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from circuits.checks import clipped
+
 Words = str | tuple[int, ...]
 """A text, or its tokens where a model has no tokenizer."""
 
@@ -81,12 +83,3 @@ class Item:
                 f"labels of {clipped(repr(self.clean))}: there are {n} for {counted} counted positions, expected one "
                 "each"
             )
-
-
-def clipped(text: str, most: int = 60) -> str:
-    """A text cut to a number of characters, with an ellipsis where it was cut.
-
-    >>> clipped("a long text", 7)
-    'a long…'
-    """
-    return text if len(text) <= most else f"{text[: most - 1]}…"

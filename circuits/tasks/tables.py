@@ -10,10 +10,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from circuits.checks import clipped
 from circuits.json_files import parse_json
 from circuits.tasks.formats import FORMATS, Format, NoCounterpartError, Row, TableContext, listed
 from circuits.tasks.generated import Generated
-from circuits.tasks.items import Item, clipped
+from circuits.tasks.items import Item
 from circuits.tasks.templates.tokenizers import Reader, Tokenizer
 from circuits.units import unknown
 

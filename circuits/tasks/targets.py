@@ -24,7 +24,7 @@ Quantity = Literal["activation", "probability", "log_probability"]
 logarithm of that probability."""
 
 _OUTPUTS = ("class", "token")
-_AT = re.compile(r"(?P<what>.+?)@(?P<at>-?\d+(,-?\d+)*)")
+_AT = re.compile(r"(?P<what>.+?)@(?P<at>-?[0-9]{1,18}(,-?[0-9]{1,18})*)")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def output_index(model: HookedModel, text: str) -> int:
     close = [i for i, n in enumerate(names) if name and name.lower() in re.split(r", ?", n.lower())]
     if len(close) == 1:  # ImageNet's class names are lists of synonyms: "tench, Tinca tinca"
         return close[0]
-    if re.fullmatch(r"\d+", name):
+    if re.fullmatch("[0-9]{1,18}", name):
         if int(name) >= site.n_units:
             raise ValueError(
                 f"target {text!r} is out of range: expected {kind}:0 to {site.n_units - 1}"

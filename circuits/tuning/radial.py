@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.checks import check_range
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.stimuli.patterns import STRAIGHT, arcs, gratings
@@ -219,8 +220,10 @@ def _radii(shape: Shape, radii: Sequence[float] | None, size: int) -> tuple[floa
     if radii is None:
         share = 1.0 if shape == "curve" else 0.25
         return tuple(share * r * size for r in RADII)
-    if not radii or not all(0 < r < float("inf") for r in radii):
-        raise ValueError(f"radii {list(radii)} must be positive")
+    if not radii:
+        raise ValueError("radii are empty: expected one or more, in pixels")
+    for radius in radii:
+        check_range("radius", radius, 0.1, 1e6)
     return tuple(float(r) for r in radii)
 
 

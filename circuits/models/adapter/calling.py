@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits import hooks
+from circuits.errors import raised, raised_at, raises_interrupt
 
 
 class ForwardError(ValueError, RuntimeError):
@@ -18,6 +19,9 @@ class ForwardError(ValueError, RuntimeError):
     something catches what torch raises.
     """
 
+
+_PLAIN = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError)
+"""Errors of torch and of Python itself, whose words say by themselves what is wrong."""
 
 _OURS = Path(hooks.__file__).parent
 _MODELS = tuple(str(_OURS / part) for part in ("models/zoo", "cleanroom", "autoencoders"))
@@ -32,23 +36,18 @@ def naming_model(name: str, inputs: Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        ArithmeticError,
-    ) as error:
-        if isinstance(error, ForwardError | torch.OutOfMemoryError) or _is_ours(
-            error.__traceback__
-        ):
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and not raises_interrupt(error):
+            raise
+        passed_on = (ForwardError, torch.OutOfMemoryError, MemoryError, Warning)
+        if isinstance(error, passed_on) or _is_ours(error.__traceback__):
             raise
         first = (str(error) or type(error).__name__).splitlines()[0]
-        what = f"{type(error).__name__}: {first}" if isinstance(error, LookupError) else first
+        what = first if isinstance(error, _PLAIN) else f"its code {raised(error)}"
+        where = raised_at(error) if isinstance(error, _PLAIN) else ""
         raise ForwardError(
             f"model {name} cannot run on an input of shape {tuple(inputs.shape)}: {what}"
+            f"{f' ({where})' if where else ''}"
         ) from error
 
 

@@ -57,13 +57,17 @@ def where_nonfinite(
         if _count(inputs[i]):
             return f"{_counted(inputs[i])} in the input of {which} are so"
         own = None if mask is None else mask[i : i + 1]
-        found = _first_site(model, inputs[i : i + 1], own, until or model.sites[-1])
+        found = first_nonfinite(model, inputs[i : i + 1], own, until)
         if found is not None:
             return f"the first site with NaN or infinity is {found}, on {which}{because}"
     return ""
 
 
-def _first_site(model: HookedModel, inputs: Tensor, mask: Tensor | None, until: Site) -> str | None:
+def first_nonfinite(
+    model: HookedModel, inputs: Tensor, mask: Tensor | None = None, until: Site | None = None
+) -> str | None:
+    """The first site, of those up to `until`, whose tensor holds NaN or infinity in a pass; None if there is none."""
+    last = until or model.sites[-1]
     bad: list[str] = []
 
     def looking(site: Site) -> Look:
@@ -76,9 +80,9 @@ def _first_site(model: HookedModel, inputs: Tensor, mask: Tensor | None, until: 
         return look
 
     names = [site.name for site in model.sites]
-    before = model.sites[: names.index(until.name) + 1]
+    before = model.sites[: names.index(last.name) + 1]
     with suppress(KeyError):  # a site that this pass does not reach
-        model.observe(inputs, {s.name: looking(s) for s in before}, until, mask=mask)
+        model.observe(inputs, {s.name: looking(s) for s in before}, last, mask=mask)
     return bad[0] if bad else None
 
 

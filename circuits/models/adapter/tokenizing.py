@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
+from circuits.checks import whole
+
 Encoder = Callable[[str], list[int]]
 """Takes a text and returns its tokens, without the token that starts a sequence."""
 
@@ -20,12 +22,12 @@ def by_numbers(text: str) -> list[int]:
     >>> by_numbers("3 1 4")
     [3, 1, 4]
     """
-    try:
-        return [int(word) for word in text.split()]
-    except ValueError:
+    found = [whole(word) for word in text.split()]
+    if None in found:
         raise ValueError(
             f"text {text[:20]!r} cannot be tokenized: this model has no vocabulary, expected whole numbers"
-        ) from None
+        )
+    return [token for token in found if token is not None]
 
 
 def by_words(vocabulary: Sequence[str]) -> Encoder:

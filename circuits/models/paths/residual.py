@@ -294,7 +294,7 @@ def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle:
             )
 
 
-_HEAD = re.compile(r"head:(\d+\.\d+)")
+_HEAD = re.compile(r"head:([0-9]{1,18}\.[0-9]{1,18})")
 
 
 def _place(

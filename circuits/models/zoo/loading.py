@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,9 +43,9 @@ from circuits.models.zoo.weights_files import (
     Weights,
     asset,
     find_weights,
-    is_baked,
     load_weights,
     parse_weights,
+    read_baked,
     read_weights,
 )
 from circuits.specs import python_spec, split_attached, split_key
@@ -156,14 +156,26 @@ def _named(spec: str, weights: str | Path | None, seed: int | None) -> HookedMod
         raise unknown("model", spec, [e.name for e in MODELS.values()])
     # A file that `circuits.edits.bake` wrote has the names of `state_dict()`, not those of the published weights,
     # which the loader would convert: it replaces all weights of a model that needs no others before.
-    if isinstance(chosen, Path) and is_baked(chosen):
+    if isinstance(chosen, Path) and (about := read_baked(chosen)):
         model = _loaded(entry, rest or spec, None if entry.by_hand else Untrained())
         _fill(model.module, chosen)
+        _check_baked(model, chosen, about)
         return model
     model = _loaded(entry, rest or spec, chosen)
     if isinstance(chosen, Untrained):
         model.name = chosen.named(model.name)
     return model
+
+
+def _check_baked(model: HookedModel, path: Path, about: Mapping[str, str]) -> None:
+    """Raise ValueError if baked weights are those of another model, which happens to have the same shapes."""
+    # By the name, too: other versions of the libraries below may give the same model another hash.
+    name, made = about.get("circuits.model", ""), about.get("circuits.hash", "")
+    if name != model.name and not model.has_hash(made):
+        raise ValueError(
+            f"weights {str(path)!r} were baked from {name!r}, with a model of hash {made[:16]!r} as result: "
+            f"in {model.name} they give {model.hash[:16]}; expected the model that they were baked from"
+        )
 
 
 def _loaded(entry: ModelEntry, name: str, weights: Weights) -> HookedModel:
@@ -287,6 +299,11 @@ def _fill(module: nn.Module, weights: Path | Untrained, convert: Convert = dict)
         converted = convert(tensors)
     except KeyError as error:
         raise ValueError(f"weights {str(weights)!r} lack the tensor {error.args[0]!r}") from error
+    except (IndexError, RuntimeError) as error:  # converting takes tensors apart by their axes
+        raise ValueError(
+            f"weights {str(weights)!r} have tensors of other shapes than the model's: expected those that it was "
+            "published with"
+        ) from error
     load_weights(module.state_dict(), converted, repr(str(weights)))
 
 

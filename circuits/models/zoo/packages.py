@@ -29,7 +29,7 @@ from circuits.models.zoo.transformers import huggingface_bridge
 from circuits.models.zoo.weights_files import (
     Untrained,
     Weights,
-    check_finite,
+    check_numbers,
     load_weights,
     read_weights,
 )
@@ -378,7 +378,7 @@ def torchvision(name: str, weights: Weights) -> HookedModel:
         first = str(error).strip().splitlines()[-1].strip().split(", ")[0]
         raise ValueError(f"weights {str(weights)!r} do not fit {spec}: {first}") from error
     if tensors is not None:
-        check_finite(tensors, repr(str(weights)))
+        check_numbers(module.state_dict(), tensors, repr(str(weights)))
     cropped = getattr(transforms, "crop_size", None)
     side = (cropped or transforms.resize_size)[0]
     # Segmentation takes whole pictures of any size, of which this is the usual one.

@@ -70,9 +70,9 @@ def from_hooked_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Biases, which those models lack, become zero.
     """
     out = {
-        "embed.weight": tensors["embed.W_E"].T,
+        "embed.weight": tensors["embed.W_E"].mT,
         "pos_embed.weight": tensors["pos_embed.W_pos"],
-        "unembed.weight": tensors["unembed.W_U"].T,
+        "unembed.weight": tensors["unembed.W_U"].mT,
         "unembed.bias": torch.zeros(tensors["unembed.W_U"].shape[1]),
     }
     blocks = "attn_blocks" if any(k.startswith("attn_blocks") for k in tensors) else "blocks"

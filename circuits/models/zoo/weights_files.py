@@ -61,7 +61,7 @@ def parse_weights(text: str | Path | None) -> Weights:
     word, colon, seed = str(text).partition(":")
     if word != "untrained" or (isinstance(text, Path) and text.exists()):
         return Path(text)
-    if colon and not re.fullmatch(r"\d{1,18}", seed):
+    if colon and not re.fullmatch("[0-9]{1,18}", seed):
         raise ValueError(f"weights {str(text)!r}: seed {seed!r} is not a whole number from 0")
     return Untrained(int(seed or 0))
 
@@ -142,7 +142,7 @@ def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
     """Copy `tensors` into the tensors of a model's `state_dict()` in place, after everything has been checked.
 
     Raises:
-        ValueError: if a tensor is missing, unknown, of another shape or not finite.
+        ValueError: if a tensor is missing, unknown, of another shape or kind of number, or not finite.
     """
     # The counters of batch norms play no role in evaluation mode, and many published files lack them.
     required = {k for k in own if not k.endswith("num_batches_tracked")}
@@ -162,18 +162,32 @@ def load_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sourc
                 f"weights {source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(own[name].shape)}"
             )
-    check_finite(tensors, source)
+    check_numbers(own, tensors, source)
     # All checks are done: the model is either left as it was, or has all of the weights.
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
 
-def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError if a tensor holds NaN or infinite values."""
-    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-    if bad is not None:
-        raise ValueError(f"weights {source}: tensor {bad!r} holds NaN or infinite values")
+def check_numbers(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError unless a file's tensors are of the same kinds of numbers as a model's, and finite in its types.
+
+    Copying would take whole and complex numbers silently, without the imaginary parts.
+    """
+    for name, tensor in tensors.items():
+        kind = own[name].dtype if name in own else tensor.dtype
+        if kind.is_floating_point and not tensor.is_floating_point():
+            given, wanted = (str(k).removeprefix("torch.") for k in (tensor.dtype, kind))
+            raise ValueError(
+                f"weights {source}: tensor {name!r} is of type {given}, expected {wanted}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"weights {source}: tensor {name!r} holds NaN or infinite values")
+        if kind.is_floating_point and not tensor.to(kind).isfinite().all():
+            raise ValueError(
+                f"weights {source}: tensor {name!r} holds numbers that are infinite in the model's type, "
+                f"{str(kind).removeprefix('torch.')}"
+            )
 
 
 def file_hash(path: Path) -> str:
@@ -186,12 +200,16 @@ BAKED = "circuits.base"
 """The metadata key under which the weights file of an edited model keeps the hash of the unedited one."""
 
 
-def is_baked(path: Path) -> bool:
-    """Whether a weights file was written by `circuits.edits.bake`, with the names of `state_dict()`."""
+def read_baked(path: Path) -> dict[str, str]:
+    """What a weights file that `circuits.edits.bake` wrote, with the names of `state_dict()`, says of itself.
+
+    It is empty for every other file.
+    """
     if path.suffix != ".safetensors" or not path.is_file():
-        return False
+        return {}
     try:
         with safe_open(path, "pt") as file:
-            return BAKED in (file.metadata() or {})
+            about = file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return {}
+    return about if BAKED in about else {}
