@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,8 +29,8 @@ from circuits.concepts.bottleneck import Accuracy, InterventionReport
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
-from circuits.environment import TRUST_PYTHON
 from circuits.examples import Examples
+from circuits.factories import from_file
 from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
@@ -43,7 +42,8 @@ from circuits.models.paths.receptive import ReceptiveField, receptive_field
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.saliency import saliency_map
 from circuits.saliency.maps import Method as PixelMethod
-from circuits.specs import runs_code, split_attached
+from circuits.specs import split_attached
+from circuits.stimuli.images import open_picture
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
@@ -72,18 +72,13 @@ def workspace() -> Workspace:
     return Workspace.default()
 
 
-def _check_trust(what: str) -> None:
-    if not os.environ.get(TRUST_PYTHON):
-        raise ValueError(
-            f"{what} would run its own code: if you trust it, start the app with "
-            "`circuits app --trust-python`"
-        )
+TRUSTING = "start the app with `circuits app --trust-python`"
+"""What to do to run code that a workspace names."""
 
 
 @st.cache_resource(show_spinner="Loading the model…")
 def _model(spec: str, weights: str | None, dtype: str, model_hash: str) -> HookedModel:
-    if runs_code(spec):
-        _check_trust(f"model {spec}")
+    from_file("model", spec, "the workspace", TRUSTING)
     with ALONE:
         model = load_model(spec, weights, dtype=dtype or None)
     outdated = workspace().recognise(model.identity)
@@ -113,9 +108,7 @@ def stores_of(record: ModelRecord) -> list[ActivationStore]:
 
 @st.cache_resource(show_spinner="Opening the data…", max_entries=8)
 def _examples(model_hash: str, data: str, data_hash: str, _model: HookedModel) -> Examples:
-    if runs_code(data):
-        _check_trust(f"data {data}")
-    source: Source = open_source(data)
+    source: Source = open_source(from_file("data", data, "the workspace", TRUSTING))
     if source.hash != data_hash:
         raise ValueError(f"data {data} is not what it was when the model was harvested on it")
     return Examples(_model, source, None, skip_bad=True)
@@ -344,7 +337,7 @@ def expanded_of(model: HookedModel, source: Unit, target: Unit) -> tuple[np.ndar
 
 @st.cache_data(show_spinner=False, max_entries=2048)
 def _thumbnail(path: str, written: int, size: int) -> str:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         small = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)

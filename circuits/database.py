@@ -18,6 +18,9 @@ from typing import Any
 
 from circuits.history import Log, signed
 
+PATIENCE = 30.0
+"""How long to wait for another process that writes, in seconds."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
     id INTEGER PRIMARY KEY,
@@ -79,12 +82,63 @@ class Database:
 
         Args:
             tables: SQL statements that make more tables than the records' if they are not there.
+
+        Raises:
+            BlockingIOError: if another process keeps it locked for longer than `PATIENCE`.
+            OSError: if it cannot be opened or written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Without Python's own transactions: each begins and ends where it is written here.
-        with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
+        with (
+            self._in_words(),
+            closing(
+                sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+            ) as connection,
+        ):
             _prepare(connection, (_SCHEMA, *tables))
             yield connection
+
+    @contextmanager
+    def reading(self, *tables: str) -> Iterator[sqlite3.Connection]:
+        """A connection to what is there, also where nothing can be written; then no tables are made.
+
+        Raises:
+            BlockingIOError, OSError: as `open`.
+        """
+        if os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
+            with self.open(*tables) as connection:
+                yield connection
+            return
+        address = f"{self.path.absolute().as_uri()}?mode=ro"
+        # Nobody else can write here either, so that SQLite need not look for the files of a writer, unless there are
+        # such: a writer's last words are in them.
+        if not self.path.with_name(f"{self.path.name}-wal").exists():
+            address += "&immutable=1"
+        with (
+            self._in_words(),
+            closing(
+                sqlite3.connect(address, PATIENCE, isolation_level=None, uri=True)
+            ) as connection,
+        ):
+            yield connection
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """What SQLite says of locks, disks and permissions, which is nothing about the content, in plain words."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            said = str(error)
+            if "locked" in said or "busy" in said:
+                raise BlockingIOError(
+                    f"database {str(self.path)!r} was locked by another process for {PATIENCE:g} seconds: wait for it "
+                    "or stop it, and try again"
+                ) from error
+            if any(word in said for word in ("readonly", "unable to open", "full")):
+                raise OSError(
+                    f"database {str(self.path)!r} cannot be opened or written: {said}"
+                ) from error
+            raise
 
     @contextmanager
     def writing(self, *tables: str) -> Iterator[sqlite3.Connection]:
@@ -199,23 +253,18 @@ class Database:
         if not self.path.is_file():
             return []
         try:
-            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
-            with self.open() if writable else self._open_immutable() as connection:
+            with self.reading() as connection:
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
                 return []
             raise ValueError(f"database {str(self.path)!r} cannot be read: {error}") from error
 
-    def _open_immutable(self) -> closing[sqlite3.Connection]:
-        # nobody else can write either: SQLite need not look for the files of a writer
-        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
-        return closing(sqlite3.connect(address, uri=True))
-
 
 def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
     """Make the tables of a new database; whoever comes second waits (SQLite does not, here)."""
-    for tries_left in reversed(range(300)):
+    until = time.monotonic() + PATIENCE
+    while True:
         try:
             # WAL: readers go on while somebody writes. Setting it takes a lock that asking does not.
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -226,7 +275,7 @@ def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
                 connection.execute(statement)
             return
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or not tries_left:
+            if "locked" not in str(error) or time.monotonic() > until:
                 raise
             time.sleep(0.1)
 

@@ -1,15 +1,43 @@
-"""Calling what a person names in their own code."""
+"""Calling what a person names in their own code, and nothing that a file names."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 
-from circuits.specs import split_key
+from circuits.environment import TRUST_PYTHON
+from circuits.specs import runs_code, split_key
 from circuits.units import unknown
+
+
+def from_file(what: str, name: str, where: str, instead: str) -> str:
+    """A name of a model or data that a file holds, which nobody has typed: it may not name code.
+
+    Files come from others: whoever opens an autoencoder or a workspace has not asked for the code that it names. Every
+    name that is read from a file goes through here before anything is opened by it.
+
+    Args:
+        what: what it names, for messages: `model`, `data`.
+        name: the name.
+        where: what holds it, for messages.
+        instead: what to do to use it all the same, for messages.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: if opening it would run Python code, and the environment does not say that files are trusted.
+    """
+    if runs_code(name) and not os.environ.get(TRUST_PYTHON):
+        raise ValueError(
+            f"{where} names {what} {name!r}, which would run its own code: {instead}, or set {TRUST_PYTHON}=1 if you "
+            "trust all code that your files name"
+        )
+    return name
 
 
 def call_factory(what: str, name: str) -> object:

@@ -6,8 +6,10 @@ import glob
 import json
 import math
 import os
+import re
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,44 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def owned(names: str) -> re.Pattern[str]:
+    """A pattern of the files that a folder's owner writes: those of `names`, and what is left of such if it was killed.
+
+    >>> bool(owned("log").fullmatch("log")), bool(owned("log").fullmatch(".log.x.tmp")), owned("log").fullmatch("a.log")
+    (True, True, None)
+    """
+    return re.compile(rf"({names})|\.({names})\..*\.tmp")
+
+
+def remove_owned(folder: Path, files: re.Pattern[str], first: str) -> list[str]:
+    """Delete the files of a folder whose whole names match, and the folder if there was nothing else in it.
+
+    Everything else is left: files of other names, folders, and symbolic links whatever their name.
+
+    Args:
+        folder: the folder.
+        files: what to delete.
+        first: the file without which an interruption leaves nothing that is taken for a whole.
+
+    Returns:
+        The names of what is left.
+
+    Raises:
+        ValueError: if the folder is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"folder {str(folder)!r} is a symbolic link: expected the folder itself")
+    left = []
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name != first, path.name)):
+        if files.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+        else:
+            left.append(path.name)
+    if not left:
+        folder.rmdir()
+    return left
 
 
 def _is_left(temporary: Path, writer: Holder | None) -> bool:
@@ -103,6 +143,24 @@ def keeping(folder: Path) -> Keep:
         return json.loads(made)
 
     return keep
+
+
+def check_packed(path: Path) -> None:
+    """Raise ValueError if a zip file, as `torch.save` writes one, would unpack to far more than its size.
+
+    `torch.save` compresses nothing, hence one that is packed tight was made to fill the memory of whoever opens it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile:
+        return  # no zip file, or a damaged one, which torch refuses
+    size = path.stat().st_size
+    if inside > 2 * size + 2**20:
+        raise ValueError(
+            f"{str(path)!r} has {inside / 1e6:.0f} MB packed into {size / 1e6:.1f} MB: expected a file that torch.save "
+            "wrote, which packs nothing"
+        )
 
 
 def check_writable(folder: Path, what: str) -> Path:

@@ -20,7 +20,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from circuits.environment import PROGRESS, WORKSPACE
-from circuits.files import write_json
+from circuits.files import owned, remove_owned, write_json
 from circuits.locks import hand_on, held, is_held
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
@@ -49,6 +48,7 @@ PATIENCE = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 State = Literal["running", "done", "failed", "cancelled", "lost"]
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}")
+_FILES = owned(r"(job|result)\.json|progress|log|lock(~.*)?")
 _ANSI = re.compile(  # colours and movements; titles and links; the rest
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?"
 )
@@ -115,7 +115,7 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
         try:
             _launch(folder, asked, workspace.root.absolute())
         except OSError:
-            shutil.rmtree(folder)
+            remove_owned(folder, _FILES, first="job.json")
             raise
     return _known(folder)
 
@@ -170,8 +170,7 @@ def remove(job: Job) -> None:
         FileNotFoundError: if it has been removed.
     """
     with _alone(job.folder):
-        (job.folder / "job.json").unlink(missing_ok=True)  # from here on it is no job
-        shutil.rmtree(job.folder)
+        remove_owned(job.folder, _FILES, first="job.json")
 
 
 def log_of(job: Job, lines: int = 50) -> str:
@@ -240,6 +239,8 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
 
 
 def _read(folder: Path) -> Job | None:
+    if folder.is_symlink():
+        return None  # its files are somebody else's
     try:
         asked = json.loads((folder / "job.json").read_text())
         argv, title, started = tuple(asked["argv"]), asked["title"], asked["started"]

@@ -36,6 +36,18 @@ def between(low: float, high: float) -> str:
     return "unknown" if low != low or high != high else f"{low:.4g} to {high:.4g}"
 
 
+def with_interval(value: float, low: float, high: float) -> str:
+    """A share with its interval, `undefined` where it divides by nothing.
+
+    >>> with_interval(0.5, 0.25, 0.75), with_interval(float("nan"), float("nan"), float("nan"))
+    ('0.500 (0.250 to 0.750)', 'undefined')
+    """
+    if value != value:
+        return "undefined"
+    known = "unknown" if low != low or high != high else f"{low:.3f} to {high:.3f}"
+    return f"{value:.3f} ({known})"
+
+
 def spread(values: Sequence[float]) -> str:
     """The smallest and the largest value of a null, `none` if there is none.
 

@@ -1,14 +1,19 @@
-"""The numbers of tensors of any type. In the lowest layer: whoever computes with what a model puts out imports it."""
+"""The numbers of tensors of any type, and files of them. In a low layer: whoever computes with model output uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+
+from circuits.files import replacing
 
 _asked: ContextVar[bool] = ContextVar("_asked", default=False)
 
@@ -57,6 +62,44 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     # An empty tensor cannot be viewed as bytes.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, all or nothing; the same tensors and metadata make the same bytes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as temporary:
+        save_file(_apart(tensors), temporary, dict(metadata or {}) or None)
+        if metadata:
+            _sort_metadata(temporary)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, contiguous, each in memory of its own, unlike tied weights."""
+    made: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        made[name] = own.clone() if place in taken else own
+        taken.add(place)
+    return made
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into the order of its keys: its library has them in a random one."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "another order of the same entries is not longer"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_trained_is_listed_measured_and_compared(
-    capsys: pytest.CaptureFixture[str],
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["sae", "ls", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -58,8 +59,18 @@ def test_what_was_trained_is_listed_measured_and_compared(
         found["behaviour"]["measures"]["kl"]["reconstruction"]
         < found["behaviour"]["measures"]["kl"]["random"]
     )
-    assert run(["sae", "eval", "resid/topk-256-k8-s0", "--limit", "20", "--rows", "500"]) == 0
-    assert "random dictionary" in capsys.readouterr().out
+    kept = sorted(path.stat().st_mtime_ns for path in place.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+        assert run(["sae", "eval", "resid/topk-256-k8-s0", "--limit", "20", "--rows", "500"]) == 0
+        told = capsys.readouterr()
+        assert "random dictionary" in told.out
+        assert "is shown and not kept" in told.err
+        assert "read-only" in told.err
+        keep = ["--labels", "names", "--keep"]
+        assert run(["sae", "name", "mixed", *keep]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert sorted(path.stat().st_mtime_ns for path in place.rglob("*")) == kept
     assert run(["sae", "compare", "resid", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mcc"] > 0.2
 

@@ -82,6 +82,17 @@ def test_export_writes_what_is_named(store: str, tmp_path: Path, capsys) -> None
     assert out.stat().st_size > 1e6, "what was there is left alone"
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "parquet"])
+def test_exports_are_the_same_bytes(store: str, tmp_path: Path, kind: str) -> None:
+    made = set()
+    for i in range(6):
+        out = tmp_path / f"{i}.{kind}"
+        line = ["store", "export", store, "--site", "line_pool", "--out", str(out)]
+        assert run(line) == 0
+        made.add(out.read_bytes())
+    assert len(made) == 1
+
+
 def test_rm_asks_and_leaves_what_is_being_written(
     store: str, workspace, capsys, monkeypatch
 ) -> None:
@@ -97,6 +108,47 @@ def test_rm_asks_and_leaves_what_is_being_written(
     assert not folder.exists()
     assert run(["store", "rm", store, "--yes"]) == 2
     assert "unknown store" in capsys.readouterr().err
+
+
+def test_rm_leaves_what_is_not_the_stores(store: str, workspace, tmp_path, capsys) -> None:
+    folder, precious = workspace / store, tmp_path / "precious.h5"
+    precious.write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "results.h5").write_text("mine")
+    (folder / "shard-00099.h5").symlink_to(precious)
+    with (folder / "manifest.jsonl").open("a") as manifest:
+        manifest.write('{"file": "notes.txt", "sha256": "0"}\n')
+    (folder / ".statistics.h5.killed.tmp").write_text("half")
+    assert run(["store", "rm", store, "--yes"]) == 0
+    assert "not the store's: notes.txt, results.h5, shard-00099.h5" in capsys.readouterr().err
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["notes.txt", "results.h5", "shard-00099.h5"]
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["outside", "link", "parent"])
+def test_rm_refuses_what_is_not_in_the_workspace(
+    store: str, workspace, tmp_path, capsys, how: str
+) -> None:
+    outside = tmp_path / "elsewhere" / "store"
+    shutil.move(workspace / store, outside)
+    link = {"outside": outside, "link": workspace / store, "parent": workspace / "a" / "store"}[how]
+    if how == "link":
+        link.symlink_to(outside)
+    elif how == "parent":
+        link.parent.symlink_to(outside.parent)
+    before = sorted(outside.iterdir())
+    assert run(["store", "rm", str(link), "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert "is not in the workspace" in said
+    assert "--workspace" in said
+    assert sorted(outside.iterdir()) == before
+
+
+def test_rm_deletes_in_a_workspace_that_is_itself_a_link(store: str, workspace, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(workspace)
+    assert run(["store", "rm", store, "--yes", "--workspace", str(tmp_path / "link")]) == 0
+    assert not (workspace / store).exists()
 
 
 @pytest.mark.parametrize(

@@ -898,6 +898,14 @@ def test_edits_are_read_from_words(own_net: HookedModel, tmp_path: Path) -> None
         ("scale relu:1 factr=1", KeyError, "did you mean factor"),
         ("scale relu:1 factor=x", ValueError, "not a finite number"),
         ("scale relu:1 2", ValueError, "NAME=VALUE"),
+        (
+            "steer stem direction=relu:1",
+            ValueError,
+            "direction is in relu, site is stem: expected one site",
+        ),
+        ("steer direction=relu:1 site=stem", ValueError, "gives site twice"),
+        ("steer relu direction=relu:1 vector=1", ValueError, "gives vector twice"),
+        ("steer relu vector=1 direction=relu:1", ValueError, "gives vector or direction twice"),
         ("set relu:1 values=@/nowhere.json", FileNotFoundError, "nowhere"),
         ("scale relu:9 factor=1", ValueError, "does not exist"),
     ):

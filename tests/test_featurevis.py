@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,10 +232,24 @@ def test_negative_is_the_unit_before_its_relu(own_net: HookedModel) -> None:
     assert value == pytest.approx(picture.activation, rel=1e-3)
 
 
-def test_a_picture_does_not_depend_on_its_company(own_net: HookedModel) -> None:
+def test_a_picture_depends_on_its_company_by_rounding_alone(own_net: HookedModel) -> None:
     alone = visualize(own_net, "relu:3", steps=6)
-    among = visualize_units(own_net, ["relu:1", "block.conv@1:6", "relu:3"], steps=6)[2]
+    three = ["relu:1", "block.conv@1:6", "relu:3"]
+    among = visualize_units(own_net, three, steps=6)[2]
     torch.testing.assert_close(among.image, alone.image, atol=1e-4, rtol=0)
+    assert (alone.metadata()["made_together"], among.metadata()["made_together"]) == (1, 3)
+    again = visualize_units(own_net, three, steps=6)[2]
+    assert torch.equal(again.image, among.image)
+    assert again.metadata() == among.metadata()
+    assert again.metadata()["threads"] == torch.get_num_threads()
+
+
+def test_long_objectives_have_file_names_of_their_own(own_net: HookedModel) -> None:
+    made = visualize(own_net, "relu:3", steps=1)
+    ends = ("plain", "cosine", "plain ")
+    names = {replace(made, unit=None, objective="direction " * 9 + end).file_name() for end in ends}
+    assert len(names) == 3
+    assert max(map(len, names)) < 80
 
 
 def test_thresholds_stops_and_progress(own_net: HookedModel) -> None:

@@ -183,6 +183,10 @@ def test_added_edges_stand_beside_the_weights(branches: HookedModel, tmp_path: P
         assert {info.kind for info in store.blocks} == {"weight"}
     with pytest.raises(FileNotFoundError, match="no added edges 'mine': there are none"):
         remove_edges(tmp_path, "mine")
+    (tmp_path / "graph.h5").rename(tmp_path / "other.h5")
+    with pytest.raises(ValueError, match=r"name '../other' of edges must be letters"):
+        remove_edges(tmp_path, "../other")
+    assert (tmp_path / "other.h5").exists()
 
 
 def test_edges_of_other_weights_are_left_out(branches: HookedModel, tmp_path: Path) -> None:

@@ -682,6 +682,34 @@ def test_activations_in_the_smallest_numbers_have_a_histogram(tmp_path: Path) ->
     assert s.histogram.sum() == 12 * 16
 
 
+def _altered(path: Path, name: str) -> None:
+    with h5py.File(path, "r+") as file:
+        values = file[name]
+        values[0] = values[0] + 1
+    later = path.with_name("manifest.jsonl").stat().st_mtime_ns + 1
+    os.utime(path, ns=(later, later))
+
+
+def test_altered_numbers_are_noticed_when_a_store_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("circuits.harvesting.running._shard", lambda *a: 5)
+    model = load_model("cleanroom")
+    store = harvest(model, part(20), ["line"], Workspace(tmp_path), full=["line"], workers=1)
+    shard, statistics = store.folder / "shard-00001.h5", store.folder / "statistics.h5"
+    assert len(store.rows("line")) == 20 * 32 * 32
+    os.utime(shard)  # a copy has other times, and the same bytes
+    assert len(store.rows("line")) == 20 * 32 * 32
+    _altered(shard, "full/line/activations")
+    with pytest.raises(ValueError, match=r"shard-00001.h5 is not what the manifest says"):
+        store.rows("line")
+    assert len(store.rows("line", damaged="skip")) == 15 * 32 * 32
+    unit = Unit("line", 0)
+    assert len(store.top_examples(unit)) == 9
+    _altered(statistics, "summary/maximum")
+    for read in (lambda: store.top_examples(unit), lambda: store.summary("line")):
+        with pytest.raises(ValueError, match=r"statistics.h5 is not what .* same harvest again"):
+            read()
+
+
 def test_rows_of_undamaged_shards_can_still_be_read(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("circuits.harvesting.running._shard", lambda *a: 5)
     model = load_model("cleanroom")

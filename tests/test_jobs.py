@@ -270,6 +270,17 @@ def test_two_at_once_of_which_one_fails_and_one_is_killed(
     assert failed.message.startswith("circuits: unknown site of shapes 'mixd3b': did you mean")
 
 
+def test_removing_a_job_leaves_what_is_not_its_own(place: Workspace, tmp_path: Path) -> None:
+    folder = _folder(place, log="said", notes_txt="mine")
+    (found,) = jobs(place)
+    remove(found)
+    assert jobs(place) == []
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    elsewhere = _folder(Workspace(tmp_path / "elsewhere"))
+    folder.with_name("20260101-000000-000001").symlink_to(elsewhere)
+    assert jobs(place) == [], "a link's target is not the workspace's"
+
+
 def test_the_same_started_at_once_is_one_job(place: Workspace, idle: Path) -> None:
     asked = [["tune", "shapes"]] * 6 + [["tune", str(i)] for i in range(6)]
     with ThreadPoolExecutor(len(asked)) as pool:

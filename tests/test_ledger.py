@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import time
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -262,6 +262,48 @@ def test_a_ledger_is_read_where_nothing_can_be_written(
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr(Database, "open", lambda *_: pytest.fail("it was opened for writing"))
     assert Ledger(database, branches).entries() == entries
+    assert verify(database) == []
+    assert all(step.same for step in Ledger(database, branches).replay())
+
+
+def test_what_a_writer_has_not_yet_put_in_its_place_is_read_where_nothing_can_be_written(
+    database: Database, branches: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger(database, branches).apply(zero("cat:1"))
+    with database.open() as writer:  # as long as it is open, the last event is in the file beside
+        Ledger(database, branches).apply(zero("cat:2"))
+        assert writer.execute("SELECT count(*) FROM edit_entries").fetchone() == (2,)
+        monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+        assert len(Ledger(database, branches).entries()) == 2
+
+
+def test_a_workspace_without_a_ledger_is_verified_where_nothing_can_be_written(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.save("circuit", "h", "a", {})
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert verify(database) == []
+
+
+def test_a_lock_that_is_not_let_go_is_said_in_a_line(
+    database: Database, branches: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(database, branches)
+    ledger.apply(zero("cat:1"))
+    monkeypatch.setattr("circuits.database.PATIENCE", 0.05)
+    said = r"database '.*' was locked by another process for 0.05 seconds: wait for it or stop it"
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(BlockingIOError, match=said):
+            ledger.apply(zero("cat:2"))
+        other.execute("COMMIT")
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("PRAGMA journal_mode=DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        for read in (ledger.entries, lambda: verify(database)):
+            with pytest.raises(BlockingIOError, match=said):
+                read()
+    assert len(ledger.entries()) == 1
 
 
 # --- damage ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from circuits.models.paths.receptive import receptive_field
 from circuits.models.zoo.loading import BUILTIN, MODELS, load_model
 from circuits.models.zoo.training import induction as induction_training
 from circuits.models.zoo.training import shapes as shapes_training
+from circuits.models.zoo.weights_files import read_weights
 from circuits.stimuli.repeats import draw_repeats
 from circuits.stimuli.shapes import CLASSES, draw_shapes
 from tests.conftest import OwnNet, seeded
@@ -356,6 +358,20 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights_only"):
         load_model("shapes", path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_packed_weights_file_is_measured_before_it_is_unpacked(tmp_path: Path) -> None:
+    whole, packed = tmp_path / "whole.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(2_000_000)}, whole)
+    with (
+        zipfile.ZipFile(whole) as read,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as made,
+    ):
+        for member in read.namelist():
+            made.writestr(member, read.read(member))
+    assert read_weights(whole)["a"].shape == (2_000_000,)
+    with pytest.raises(ValueError, match=r"packed.pt' has 8 MB packed into 0.0 MB: expected"):
+        read_weights(packed)
 
 
 def test_hand_written_induction_heads_copy() -> None:

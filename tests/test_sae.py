@@ -372,7 +372,11 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     with pytest.raises(ValueError, match="holds a training that differs in schedule"):
         train(**small(known, steps=61), folder=tmp_path / "r")
     assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
+    foreign = tmp_path / "r" / "mine.safetensors"
+    save_file({"a": torch.zeros(1)}, foreign)
     new = train(**small(known, steps=61), folder=tmp_path / "r", overwrite=True)
+    assert foreign.exists(), "only autoencoders are overwritten"
+    foreign.unlink()
     assert not same(made["a"], new["a"])
 
     def stop(progress: TrainingProgress) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+import circuits
 from circuits.stimuli import drawing
 from circuits.stimuli.images import ImageSource, read_image, to_image
 from circuits.stimuli.repeats import BOS, draw_repeats
@@ -224,6 +227,37 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
         read_image(cut)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_image(tmp_path / "none.png")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) show\n%%EOF\n"
+
+
+def test_no_picture_is_handed_to_a_program(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("it was run"))
+    for name in ("a.eps", "a.png"):
+        (tmp_path / name).write_bytes(EPS)
+        with pytest.raises(ValueError, match=r"expected a whole image in JPEG, PNG, "):
+            read_image(tmp_path / name)
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features({"image": datasets.Image()})
+    whole = io.BytesIO()
+    Image.new("RGB", (6, 5), "red").save(whole, "PNG")
+    for content in (EPS, whole.getvalue()):
+        images = [{"bytes": content, "path": None}] * 2
+        made = datasets.Dataset.from_dict({"image": images}, features=kinds)
+        made.save_to_disk(str(tmp_path / "set"))
+        if content == EPS:
+            with pytest.raises(ValueError, match=r"expected a whole image in JPEG, PNG, "):
+                open_source(f"hf:{tmp_path / 'set'}")
+    source = open_source(f"hf:{tmp_path / 'set'}")
+    assert source.image(1).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    root = Path(circuits.__file__).parents[1]
+    files = [p for part in ("circuits", "apps", "cases") for p in (root / part).rglob("*.py")]
+    found = {p.name for p in files if re.search(r"(?<!PIL\.)Image\.open\(", p.read_text())}
+    assert found == {"images.py"}
 
 
 def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch) -> None:

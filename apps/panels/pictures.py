@@ -17,6 +17,7 @@ from circuits.featurevis.pictures import Picture, read_facts
 from circuits.featurevis.render import Settings, visualize_units
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.stimuli.images import open_picture
 from circuits.units import Unit
 
 STEPS, WIDTH, DIVERSE, COMPARED = 128, 260, 4, 100
@@ -106,7 +107,7 @@ def _save(picture: Picture, unit: Unit, model_hash: str, variant: str, **more: A
 
 
 def _show(made: Made) -> None:
-    with Image.open(made.path) as image:
+    with open_picture(made.path) as image:
         st.image(image.resize((WIDTH, WIDTH), Image.Resampling.LANCZOS))
     facts = made.facts
     if {"activation", "start_activation", "steps", "seed"} <= set(facts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from functools import partial
 
@@ -11,10 +10,9 @@ import streamlit as st
 from apps import cached
 from apps.address import TROUBLE, action, line, plain
 from circuits import jobs
-from circuits.environment import TRUST_PYTHON
+from circuits.factories import from_file
 from circuits.jobs import Job
 from circuits.models.adapter.inputs import ImageInput
-from circuits.specs import runs_code
 
 STATES = {
     "running": "▶ running", "done": "✔ done", "failed": "✘ failed", "cancelled": "◼ cancelled",
@@ -93,10 +91,8 @@ def _start() -> None:
 
 
 def _begin(argv: list[str], title: str) -> None:
-    if any(runs_code(word) for word in argv) and not os.environ.get(TRUST_PYTHON):
-        raise ValueError(
-            "python: models and data run their own code: start the app with `circuits app --trust-python`"
-        )
+    for word in argv:
+        from_file("code", word, "the workspace", cached.TRUSTING)
     made = jobs.start(cached.workspace().writable(), argv, title)
     st.toast(f"Started {plain(made.title)}.")
 

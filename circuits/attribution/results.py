@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from circuits.files import replacing, write_json
+from circuits.files import write_json
 from circuits.models.adapter.inputs import ImageInput
 from circuits.tables import Table
+from circuits.tensors import write_tensors
 from circuits.units import Site
 
 Heat = Literal["absolute", "signed", "positive"]
@@ -167,12 +168,11 @@ class Attribution:
             ValueError: if it does not.
         """
         place = _checked(path)
-        with replacing(place) as temporary:
-            tensors = {"values": self.values, "target_values": self.target_values}
-            tensors |= {f"part {name}": value for name, value in self.parts.items()}
-            if self.residual is not None:
-                tensors["residual"] = self.residual
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+        tensors = {"values": self.values, "target_values": self.target_values}
+        tensors |= {f"part {name}": value for name, value in self.parts.items()}
+        if self.residual is not None:
+            tensors["residual"] = self.residual
+        write_tensors(place, tensors)
         write_json(place.with_suffix(".json"), self.to_dict())
 
     @classmethod

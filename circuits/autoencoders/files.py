@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autoencoders.autoencoder import About, Autoencoder
-from circuits.files import finite, replacing
+from circuits.files import finite
+from circuits.tensors import write_tensors
 
 FILE = "sae.safetensors"
 """The file of an autoencoder in its folder."""
@@ -38,12 +38,9 @@ def save_autoencoder(code: Autoencoder, path: str | Path) -> Path:
     header = {
         "format": FORMAT, "activation": code.activation, "k": code.k, "about": finite(asdict(code.about))
     }  # fmt: skip
-    tensors = {name: getattr(code, name).detach().cpu().contiguous() for name in _NEEDED}
-    for name in ("threshold", "W_skip"):
-        if (tensor := getattr(code, name)) is not None:
-            tensors[name] = tensor.detach().cpu().contiguous()
-    with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header, allow_nan=False)})
+    tensors = {name: getattr(code, name) for name in (*_NEEDED, "threshold", "W_skip")}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    write_tensors(target, tensors, {_KEY: json.dumps(header, allow_nan=False)})
     return target
 
 
@@ -85,6 +82,15 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         return Autoencoder(**arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"autoencoder {str(target)!r}: {error}") from error
+
+
+def is_autoencoder(path: Path) -> bool:
+    """Whether a file's header says that `save_autoencoder` wrote it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

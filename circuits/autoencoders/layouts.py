@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autoencoders.autoencoder import About, Autoencoder
 from circuits.autoencoders.files import check_tensors, read_tensors
-from circuits.files import replacing, write_json
+from circuits.files import check_packed, replacing, write_json
+from circuits.tensors import write_tensors
 
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 """The tools whose folders are read and written."""
@@ -253,6 +253,7 @@ def _dictionary_learning(path: Path, config: Mapping[str, Any]) -> tuple[dict[st
 
 
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    check_packed(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -324,14 +325,15 @@ def export_autoencoder(code: Autoencoder, folder: str | Path, layout: Layout) ->
         "sparsify": _to_sparsify,
     }
     config, tensors = write[layout](code)
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     place.mkdir(parents=True, exist_ok=True)
     names = _FILES[layout]
-    with replacing(place / names[1]) as temporary:
-        if layout == "dictionary_learning":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary)
+    if layout == "dictionary_learning":
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        # Into an open file: `torch.save` would put the temporary file's name into it.
+        with replacing(place / names[1]) as temporary, temporary.open("wb") as file:
+            torch.save(tensors, file)
+    else:
+        write_tensors(place / names[1], tensors)
     write_json(place / names[0], config)
     return place
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -280,6 +281,12 @@ def evaluate(
     What is found of an autoencoder of the workspace is kept with it: the app shows it.
     """
     place, code = sae.place, sae.load()
+    file = find_autoencoder(sae.sae, place)
+    file = file / FILE if file.is_dir() else file
+    kept = file.resolve() in [path.resolve() for path in list_autoencoders(place).values()]
+    if kept and not os.access(file.parent, os.W_OK):
+        warn(f"what is found is shown and not kept: {str(file.parent)!r} is read-only")
+        kept = False
     data = options.training_data(code, data)
     loaded = sae.load_model(code)
     source = open_source(data)
@@ -296,9 +303,7 @@ def evaluate(
     measured = library.reconstruction(code, read, rows=rows, seed=seed)
     behaved = library.behaviour(loaded, code, taken, seed=seed)
     found = library.as_evaluation(measured, behaved, which)
-    file = find_autoencoder(sae.sae, place)
-    file = file / FILE if file.is_dir() else file
-    if file.resolve() in [path.resolve() for path in list_autoencoders(place).values()]:
+    if kept:
         library.save_evaluation(file, found)
     if not output.json:
         for name, m in behaved.measures.items():

@@ -207,10 +207,11 @@ def show(
     note: options.Note = "",
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
-    loaded, place = model.load(), model.place
+    place = model.place.writable() if save else model.place
+    loaded = model.load()
     found = circuit.find(loaded, place, model.spec)
     if save:
-        save_circuit(place.writable().database, save, found, note)
+        save_circuit(place.database, save, found, note)
     if output.figure is not None:
         pictures: dict[Any, Path] = {
             node: paths[0]

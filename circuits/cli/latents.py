@@ -76,13 +76,14 @@ def name_latents(
 
     Without --attributes, --labels and --unit the names that are kept are listed.
     """
+    place = sae.place.writable() if keep or by_hand.unit is not None else sae.place
     code = sae.load()
     loaded = sae.load_model(code)
-    model, place = options.attached(loaded, code), sae.place
+    model = options.attached(loaded, code)
     site = model.site(f"sae/{code.about.name}")
     if by_hand.unit is not None:
         unit, text = site.unit(by_hand.unit), by_hand.text
-        record = concepts.name_unit(place.writable().database, model.hash, unit, text, note)
+        record = concepts.name_unit(place.database, model.hash, unit, text, note)
         say(f"{record.name} is called {text!r} (version {record.version}, by {record.author})")
         return
     if not attributes and not labels:
@@ -110,7 +111,7 @@ def name_latents(
         data=str(chosen), by="class labels" if labels else "attributes", seed=seed,
     )  # fmt: skip
     if keep:
-        concepts.save_names(place.writable().database, model.hash, found.holding, note)
+        concepts.save_names(place.database, model.hash, found.holding, note)
         base = sae.known(loaded.hash)
         assert base is not None, "it was loaded by this record"
         weights = Path(base.weights) if base.weights else None

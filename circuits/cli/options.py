@@ -20,6 +20,7 @@ from circuits.cli.choosing import labels_of, readable, usual_data
 from circuits.cli.output import note, progress_bar, say, show_json, show_table, warn
 from circuits.cli.signatures import argument, option
 from circuits.examples import LIMIT, Examples
+from circuits.factories import from_file
 from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -219,6 +220,10 @@ class Sae:
                 f"autoencoder {code.about.name!r} is of model {code.about.model or 'unknown'!r}, which this workspace "
                 "does not know: name it with --model"
             )
+        if not self.spec:
+            from_file(
+                "model", record.spec, f"workspace {str(self.place.root)!r}", "name it with --model"
+            )
         loaded = load_model(
             record.spec, record.weights, device=self.device, dtype=record.dtype or None
         )
@@ -362,7 +367,9 @@ def training_data(code: Autoencoder, data: str) -> str:
         raise ValueError(
             f"autoencoder {code.about.name!r} does not say on what it was trained: name examples with --data"
         )
-    return data or code.about.data
+    return data or from_file(
+        "data", code.about.data, f"autoencoder {code.about.name!r}", "name it with --data"
+    )
 
 
 # --- tasks -----------------------------------------------------------------------------------------

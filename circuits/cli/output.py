@@ -64,7 +64,9 @@ def show_table(table: Table) -> None:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return "undefined" if value != value else f"{value:.4g}"
 
 
 def say(text: str) -> None:

@@ -126,11 +126,14 @@ def remove_store(
     store: StoreOptions,
     yes: Annotated[bool, option("Delete it without asking.", "--yes")] = False,
 ) -> None:
-    """Delete a store."""
+    """Delete a store of the workspace. Files in its folder that are not the store's are left."""
     folder = store.folder
     question = f"Delete {folder} ({describe(folder)['bytes'] / 1e6:.1f} MB)?"
     if not yes and not typer.confirm(question, err=True):
         say(f"kept {folder}")
         return
-    remove(folder)
+    left = remove(folder, Workspace.default(store.workspace).root)
     say(f"deleted {folder}")
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        warn(f"{folder} is left, with files that are not the store's: {', '.join(left[:5])}{more}")

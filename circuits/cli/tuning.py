@@ -16,6 +16,7 @@ from circuits.cli.choosing import units_of
 from circuits.cli.output import warn
 from circuits.cli.signatures import command, option
 from circuits.examples import Examples
+from circuits.factories import from_file
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.paths.randomizing import randomized
@@ -226,7 +227,10 @@ def _excerpts(model: HookedModel, store: ActivationStore, found: Spectrum) -> di
     if not isinstance(spec, TokenInput) or not drawn:
         return {}
     try:
-        source = open_source(known.data)
+        where = f"store {str(store.folder)!r}"
+        source = open_source(
+            from_file("data", known.data, where, "look at it with `circuits examples`")
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         warn(f"texts cannot be shown: {error}")
         return {}

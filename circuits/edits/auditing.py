@@ -10,6 +10,8 @@ from circuits.database import Database
 from circuits.edits.entries import TABLES, Entry, Event
 from circuits.history import content_hash
 
+_TABLES = "SELECT 1 FROM sqlite_master WHERE name LIKE 'edit\\_%' ESCAPE '\\'"
+
 
 def verify(database: Database) -> list[str]:
     """What is wrong with a workspace's ledger, one line each.
@@ -20,14 +22,12 @@ def verify(database: Database) -> list[str]:
     if not database.path.is_file():
         return []
     try:
-        with database.open(*TABLES) as connection:
+        with database.reading(*TABLES) as connection:
             # An event that is written between two of the queries below would look like one that is missing.
             connection.execute("BEGIN")  # all of it as it is now, whoever else writes
+            if not connection.execute(_TABLES).fetchone():
+                return []  # nothing was ever edited, and nothing can be made here
             return list(_faults(connection))
-    except sqlite3.OperationalError as error:
-        if any(word in str(error) for word in ("locked", "readonly", "unable to open", "full")):
-            raise  # that says nothing about the ledger
-        return [f"the database is damaged: {error}"]
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         return [f"the database is damaged: {error}"]
 

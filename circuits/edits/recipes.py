@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
@@ -18,10 +17,11 @@ from circuits.edits import activations, attention, connections, layers  # noqa: 
 from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, parse_edit
 from circuits.edits.weights import WeightEdit, Weights
-from circuits.files import replacing, write_json
+from circuits.files import write_json
 from circuits.models.adapter.copying import deep_copy
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.weights_files import BAKED
+from circuits.tensors import write_tensors
 from circuits.units import unknown
 
 SCHEMA = 2
@@ -321,20 +321,15 @@ def save_baked(model: HookedModel, path: str | Path, base: HookedModel, recipe: 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"weights file {str(target)!r} must end in .safetensors")
-    # Contiguous and cloned: safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.module.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
+    state = model.module.state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     about = {
         BAKED: base.hash,
         "circuits.model": base.name,
         "circuits.hash": model.hash,
         "circuits.recipe": canonical(recipe.to_dict()),
     }
-    with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata=about)
+    write_tensors(target, tensors, about)
 
 
 # --- comparing -------------------------------------------------------------------------------------

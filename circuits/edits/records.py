@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.stimuli.arrays import read_array
 from circuits.units import Direction, Unit, Units, nearest, unknown
 
 OPERATORS: dict[str, type[Edit]] = {}
@@ -241,6 +241,14 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
             # The part before the first `:` and after a `*`: `0.5*mixed3b:379+…` is in mixed3b.
             site = value.partition(":")[0].rpartition("*")[2].lstrip("+-")
             direction = Direction.parse(value, model.site(site).n_units)
+            if "vector" in raw:
+                raise ValueError(
+                    f"edit {_short(text)} gives vector or direction twice: expected one of them"
+                )
+            if model.site(raw.get("site", site)) != model.site(site):
+                raise ValueError(
+                    f"edit {_short(text)}: direction is in {site}, site is {raw['site']}: expected one site for both"
+                )
             raw |= {"site": direction.site, "vector": _as_json(direction.vector.float())}
             continue
         if name not in by_name:
@@ -433,7 +441,7 @@ def _from_file(path: str) -> Any:
         raise FileNotFoundError(f"array file {path!r} does not exist or is not a file")
     try:
         if path.endswith(".npy"):
-            return _as_json(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+            return _as_json(torch.from_numpy(read_array(Path(path))).float())
         return json.loads(Path(path).read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"array file {path!r} is not a JSON or .npy file of numbers") from error

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from circuits.files import replacing
+from circuits.tensors import write_tensors
 
 COLOR_CORRELATION = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
 """Square root of the covariance of colours in ImageNet, as lucid has it (Olah et al. 2017)."""
@@ -135,8 +134,7 @@ class NaturalImages:
         facts = {
             "data": self.data, "data_hash": self.data_hash, "n": str(self.n), "width": str(self.width),
         }  # fmt: skip
-        with replacing(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, facts)
+        write_tensors(path, tensors, facts)
 
     @classmethod
     def kept(

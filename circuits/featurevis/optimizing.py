@@ -97,7 +97,7 @@ def optimize(
     """Maximise objectives over images with NAdam.
 
     For speed the forward pass stops after the last site needed, and images are in channels-last layout and go through
-    the network a few at a time; none of this changes the result.
+    the network a few at a time; none of this changes the result but by rounding.
 
     Args:
         model: an image model.

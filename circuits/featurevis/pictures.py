@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from circuits.files import replacing
-from circuits.stimuli.images import to_image
+from circuits.stimuli.images import open_picture, to_image
 from circuits.units import Unit
 
 DESCRIPTION = 0x010E
@@ -62,7 +63,10 @@ class Picture:
         parts += ["natural"] if "images" in facts and facts["param"] != "maco" else []
         parts += {"negative": ["negative"], "diverse": [f"diverse{number}"]}.get(facts["kind"], [])
         if self.unit is None or self.objective != str(self.unit):
-            parts += ["".join(c if c.isalnum() else "_" for c in self.objective)[:40]]
+            named = "".join(c if c.isalnum() else "_" for c in self.objective)
+            # A long one ends in its hash: what sets two objectives apart may come late in their texts.
+            mark = hashlib.sha256(self.objective.encode()).hexdigest()[:8]
+            parts += [named if len(named) <= 40 else f"{named[:31]}_{mark}"]
         plain = f"{self.steps}steps-{self.image.shape[-1]}px-seed{self.seed}"
         return plain + "".join(f"-{part}" for part in dict.fromkeys(parts))
 
@@ -144,7 +148,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     Raises:
         OSError: if it is not a picture.
     """
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         # PNG has text chunks, WebP EXIF; either is absent from a picture that somebody else made.
         text = getattr(image, "text", {}).get("circuits") or image.getexif().get(DESCRIPTION)
     try:

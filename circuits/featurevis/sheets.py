@@ -23,6 +23,7 @@ from circuits.files import write_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
+from circuits.stimuli.images import open_picture
 from circuits.units import Site
 
 TILES_AT_ONCE = 16
@@ -173,7 +174,7 @@ def _made(path: Path, model_hash: str) -> bool:
 
 def _atlas(folder: Path, n: int, facts: dict[str, Any]) -> tuple[int, tuple[int, int]]:
     """Put the tiles in rows, smaller where they would not fit into one picture."""
-    with Image.open(_tile(folder, 0)) as first:
+    with open_picture(_tile(folder, 0)) as first:
         width, height = first.size
     # columns x width is about rows x height, for an atlas that is nearly square: c w = (n / c) h gives c = sqrt(n h /
     # w).
@@ -186,7 +187,7 @@ def _atlas(folder: Path, n: int, facts: dict[str, Any]) -> tuple[int, tuple[int,
     width, height = max(1, int(width * scale)), max(1, int(height * scale))
     atlas = Image.new("RGB", (columns * width, rows * height), (128, 128, 128))
     for i in range(n):
-        with Image.open(_tile(folder, i)) as tile:
+        with open_picture(_tile(folder, i)) as tile:
             small = tile.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         atlas.paste(small, (i % columns * width, i // columns * height))
     write_image(atlas, folder / "atlas.webp", facts | {"columns": columns, "tile": [height, width]})

@@ -12,7 +12,6 @@ from typing import Any
 import altair as alt
 import numpy as np
 from jaxtyping import Bool, Float
-from PIL import Image
 
 from circuits.figures.charts import (
     BLUE,
@@ -28,6 +27,7 @@ from circuits.figures.charts import (
 )
 from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
 from circuits.graph.layout import layered
+from circuits.stimuli.images import open_picture
 
 Point = tuple[float, float]
 Places = Mapping[Node, Point]
@@ -226,7 +226,7 @@ def _node_layers(
         if path is None:
             plain.append(row)
             continue
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             small = image.convert("RGB").resize((_PICTURE, _PICTURE))
         shown.append(row | {"url": encoded(small)})
     layers = _image_layers(shown, frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ _PRINT = {
 """How figures look on paper; the app has its own theme."""
 
 _DOTS = 150  # an inch
+
+_TAG = re.compile(r"<[^>]*>")
+_REFERENCE = re.compile(r"""( id="| [a-z-]+="url\(#)(clip|gradient_)(\d+)""")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -45,7 +49,24 @@ def figure_bytes(figure: Figure, kind: Format) -> bytes:
         return held.getvalue()
     text = io.StringIO()
     printed.save(text, format="svg")
-    return text.getvalue().encode()
+    return _renumbered(text.getvalue()).encode()
+
+
+def _renumbered(svg: str) -> str:
+    """An SVG whose clips and gradients are counted from 0: Vega goes on counting where its last figure ended.
+
+    >>> _renumbered('<g fill="url(#gradient_7)"><a id="gradient_7"/><a id="clip3"/></g>url(#clip3)')
+    '<g fill="url(#gradient_0)"><a id="gradient_0"/><a id="clip0"/></g>url(#clip3)'
+    """
+    numbers: dict[str, dict[str, int]] = {"clip": {}, "gradient_": {}}
+
+    def renumbered(found: re.Match[str]) -> str:
+        before, kind, number = found.groups()
+        known = numbers[kind]
+        return f"{before}{kind}{known.setdefault(number, len(known))}"
+
+    # In tags only, since between them is text, where somebody's names stand.
+    return _TAG.sub(lambda tag: _REFERENCE.sub(renumbered, tag[0]), svg)
 
 
 def check_figure_path(path: Path) -> None:

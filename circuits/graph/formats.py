@@ -298,6 +298,7 @@ def _to_gexf(graph: CircuitGraph) -> str:
     if meta is None:
         meta = ElementTree.Element(f"{_GEXF}meta")
         root.insert(0, meta)
+    meta.attrib.pop("lastmodifieddate", None)  # the same circuit makes the same file every day
     about = ElementTree.SubElement(meta, f"{_GEXF}description")
     about.text = _PREFIX + json.dumps(encoded(graph.graph))
     ElementTree.register_namespace("", _GEXF.strip("{}"))

@@ -388,8 +388,7 @@ def add_edges(
         ValueError: if the name is not one of a file, a unit is not in the graph, the provenance does
             not name a method, or numbers do not fit.
     """
-    if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
-        raise ValueError(f"name {name!r} of edges must be letters, digits and any of . _ + -")
+    path = _added(folder, name)
     with GraphStore(folder) as store:
         for info, values in blocks:
             if not info.provenance.get("method"):
@@ -416,7 +415,6 @@ def add_edges(
                     f"must be finite or NaN, of shape {(*info.shape, *info.kernel)}"
                 )
         model, model_hash, sites = store.model, store.model_hash, store.sites
-    path = Path(folder) / ADDED / f"{name}.h5"
     with writing(path, model, model_hash, sites) as writer:
         for info, values in blocks:
             with writer.block(info) as block:
@@ -424,13 +422,21 @@ def add_edges(
     return path
 
 
+def _added(folder: str | Path, name: str) -> Path:
+    """The file of added edges of a name, which never leads out of the folder."""
+    if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
+        raise ValueError(f"name {name!r} of edges must be letters, digits and any of . _ + -")
+    return Path(folder) / ADDED / f"{name}.h5"
+
+
 def remove_edges(folder: str | Path, name: str) -> None:
     """Delete what `add_edges` stored under a name.
 
     Raises:
         FileNotFoundError: if there is nothing of that name.
+        ValueError: if it is not the name of a file.
     """
-    path = Path(folder) / ADDED / f"{name}.h5"
+    path = _added(folder, name)
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.h5"))
         raise FileNotFoundError(f"no added edges {name!r}: there are {', '.join(known) or 'none'}")

@@ -25,7 +25,7 @@ from circuits.models.adapter.attaching import PREFIX
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.sae.metrics import random_dictionary, rule_of
-from circuits.tables import Table
+from circuits.tables import Table, with_interval
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.units import Site
@@ -94,9 +94,9 @@ class Behaviour:
         rows = []
         for name, m in self.measures.items():
             shares = [
-                f"{share:.3f} ({low:.3f} to {high:.3f})"
-                for share, (low, high) in ((m.of_zero, m.of_zero_interval), (m.of_mean, m.of_mean_interval))
-            ]  # fmt: skip
+                with_interval(m.of_zero, *m.of_zero_interval),
+                with_interval(m.of_mean, *m.of_mean_interval),
+            ]
             rows.append((name, m.intact, m.reconstruction, m.zero, m.mean, m.random, *shares))
         columns = (
             "the model's", "intact", "with codes", "zero", "mean", "random dictionary", "recovered of zero",

@@ -15,18 +15,18 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autoencoders import About, Autoencoder, load_autoencoder, save_autoencoder
-from circuits.autoencoders.files import FILE, read_tensors
+from circuits.autoencoders.files import FILE, is_autoencoder, read_tensors
 from circuits.autograd import recording_gradients
-from circuits.files import check_writable, replacing
+from circuits.files import check_writable
 from circuits.harvesting.ranks import Ranks
 from circuits.locks import held
 from circuits.models.adapter.attaching import check_name
 from circuits.sae.batches import Batches, RowFilter, RowSource, default_rule
 from circuits.sae.learners import Hyperparameters, Learner
+from circuits.tensors import write_tensors
 
 Precision = Literal["float32", "bfloat16"]
 """The precision of the encoder's matrix product: bfloat16 is faster on processors with units for it."""
@@ -205,7 +205,8 @@ def train(
                 _resume(run, place / CHECKPOINT, plan)
             elif ranks.rank == 0:
                 for file in place.glob("*.safetensors"):
-                    file.unlink()
+                    if file.name == CHECKPOINT or is_autoencoder(file):
+                        file.unlink()
             _finish_steps(run, place / CHECKPOINT, plan, every, report)
             made = _results(run, name, plan)
             if ranks.rank == 0:
@@ -473,10 +474,7 @@ def _save(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:
     about = {
         "format": _FORMAT, "plan": plan, "step": run.step, "batches": numbers, "curve": run.curve
     }  # fmt: skip
-    # Cloned, because safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"circuits.training": json.dumps(about)})
+    write_tensors(path, tensors, {"circuits.training": json.dumps(about)})
 
 
 def _resume(run: _Run, path: Path, plan: Mapping[str, Any]) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 
 from circuits.specs import IMAGE_COLUMNS, TEXT_COLUMNS, normal_data, split_key, usual_column
-from circuits.stimuli.images import ImageSource, check_range, to_rgb
+from circuits.stimuli.arrays import StoredArray, stored_arrays
+from circuits.stimuli.images import MAX_PIXELS, ImageSource, check_range, decode, read_image, to_rgb
 from circuits.stimuli.texts import TextSource
 from circuits.tensors import tensor_bytes
 
@@ -212,32 +213,31 @@ def open_array(path: str) -> ImageSource | TextSource:
     if not place.is_file():
         raise FileNotFoundError(f"array file {file!r} does not exist or is not a file")
     array = _array(place, key)
-    if array.dtype == object or array.ndim not in (2, 3, 4) or len(array) == 0:
+    if array.ndim not in (2, 3, 4) or len(array) == 0:
         raise ValueError(
             f"array file {file!r}: an array of type {array.dtype} and shape {array.shape} is neither "
             "images (example x y x x [x channel], bytes or floats) nor tokens (example x position)"
         )
     if array.ndim == 2 and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"array file {file!r}: tokens are whole numbers, not {array.dtype}")
-    identity = hashlib.sha256(array.tobytes()).hexdigest() + f"{array.shape}{array.dtype}"
+    try:
+        identity = f"{array.digest()}{array.shape}{array.dtype}"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"array file {file!r} cannot be read: {error}") from error
     return from_dataset(array, normal_data(f"npz:{path}"), identity=identity)
 
 
-def _array(place: Path, key: str) -> np.ndarray:
+def _array(place: Path, key: str) -> StoredArray:
     try:
-        with place.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = list(loaded.files)
-            wanted = key or usual_column(names)
-            if wanted not in names:
-                raise ValueError(f"it has arrays {', '.join(names)}: name one, npz:PATH:KEY")
-            return loaded[wanted]
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        pickled = "pickle" in str(error)
-        why = "it is not an .npy or .npz file, or holds Python objects" if pickled else error
-        raise ValueError(f"array file {str(place)!r} cannot be read: {why}") from error
+        arrays = stored_arrays(place)
+        if "" in arrays:
+            return arrays[""]
+        wanted = key or usual_column(list(arrays))
+        if wanted not in arrays:
+            raise ValueError(f"it has arrays {', '.join(arrays)}: name one, npz:PATH:KEY")
+        return arrays[wanted]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"array file {str(place)!r} cannot be read: {error}") from error
 
 
 def open_hugging_face(path: str) -> ImageSource | TextSource:
@@ -265,9 +265,35 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
             f"{', '.join(map(str, dataset))}"
         )
+    dataset = _Undecoded(dataset)
     # The files identify the content: reading all examples to hash them would be slow.
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
     return from_dataset(dataset, normal_data(f"hf:{path}"), column or None, identity=fingerprint)
+
+
+class _Undecoded:
+    """A Hugging Face dataset whose images this package decodes: `datasets` would take any format that Pillow knows."""
+
+    def __init__(self, dataset: Any) -> None:
+        from datasets import Image as Stored
+
+        self.images = [name for name, kind in dataset.features.items() if isinstance(kind, Stored)]
+        for name in self.images:
+            dataset = dataset.cast_column(name, Stored(decode=False))
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = self.dataset[i]
+        return item | {name: self._decoded(item[name]) for name in self.images if item[name]}
+
+    def _decoded(self, stored: Mapping[str, Any]) -> Image.Image:
+        content = stored["bytes"]
+        if content is None:
+            return read_image(Path(stored["path"]))
+        return decode(BytesIO(content), stored["path"] or "without a name", MAX_PIXELS)
 
 
 def _file_digest(path: Path) -> str:

@@ -21,6 +21,12 @@ IMAGE_SUFFIXES = frozenset({
 })  # fmt: skip
 """How the names of image files end, in lower case."""
 
+FORMATS = (
+    "JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "QOI",
+)  # fmt: skip
+"""The formats that are read, by Pillow's names: those that it decodes itself. It hands others to programs of a machine
+(EPS to Ghostscript), by what is in a file and not by its name."""
+
 DEEP = ("PNG", "PPM")
 """Formats whose pixels of 32 bits in Pillow (mode I) were 16 bits in the file."""
 
@@ -70,8 +76,25 @@ def read_image(path: Path) -> Image.Image:
     return decode(path, str(path), MAX_PIXELS)
 
 
+class TooManyPixelsError(OSError):
+    """A picture whose header says that it is larger than Pillow opens."""
+
+
+def open_picture(file: str | Path | BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image file of one of some formats: the one way in which this package does.
+
+    Raises:
+        OSError: if it is of no such format.
+        TooManyPixelsError: if it is larger than Pillow opens.
+    """
+    try:
+        return Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(f"picture {str(file)!r} has too many pixels") from error
+
+
 def decode(
-    file: Path | BytesIO, name: str, most: int, formats: tuple[str, ...] | None = None
+    file: Path | BytesIO, name: str, most: int, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
     """Decode an image safely: turned upright, 8-bit RGB, transparency on white; of several frames, the first (see
     `to_rgb`).
@@ -82,7 +105,7 @@ def decode(
         file: the file.
         name: its name in error messages.
         most: the most pixels that it may have.
-        formats: the formats that are allowed, by Pillow's names; by default all.
+        formats: the formats that are allowed, by Pillow's names.
 
     Raises:
         ValueError: if it is not such an image, is damaged or truncated, or has too many pixels.
@@ -90,16 +113,15 @@ def decode(
     try:
         if isinstance(file, Path) and not file.stat().st_size:
             raise ValueError("the file is empty")
-        with Image.open(file, formats=formats) as opened:
+        with open_picture(file, formats) as opened:
             width, height = max(opened.size, _tile(opened), key=math.prod)
             if width * height <= most:
                 return to_rgb(opened)
     except UnidentifiedImageError as error:
-        known = ", ".join(formats) if formats else "a format that Pillow knows"
         raise ValueError(
-            f"image {name!r} cannot be read: expected a whole image in {known}"
+            f"image {name!r} cannot be read: expected a whole image in {', '.join(formats)}"
         ) from error
-    except Image.DecompressionBombError as error:
+    except TooManyPixelsError as error:
         raise ValueError(f"image {name!r} has too many pixels: expected at most {most}") from error
     except _UNREADABLE as error:
         raise ValueError(f"image {name!r} cannot be read: {error}") from error

@@ -9,11 +9,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from circuits.specs import split_key
+from circuits.stimuli.arrays import stored_arrays
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source
 
@@ -182,15 +182,7 @@ def _read(path: str) -> Any:
         found = json.loads(
             place.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_contradiction
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        RecursionError,
-        csv.Error,
-        BadZipFile,
-    ) as error:
+    except (OSError, ValueError, KeyError, EOFError, RecursionError, csv.Error) as error:
         raise ValueError(f"labels file {file!r} cannot be read: {error}") from error
     if isinstance(found, dict) and "labels" in found:
         return _named(found.get("names"), found["labels"])
@@ -198,12 +190,14 @@ def _read(path: str) -> Any:
 
 
 def _arrays(place: Path, key: str) -> Any:
-    loaded = np.load(place, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return _plain(loaded)
-    with loaded as arrays:
-        names = _plain(arrays["names"]) if "names" in arrays.files else None
-        return _named(names, _plain(arrays[key or "labels"]))
+    arrays = stored_arrays(place)
+    if "" in arrays:
+        return _plain(arrays[""].whole)
+    wanted = key or "labels"
+    if wanted not in arrays:
+        raise ValueError(f"it has no array {wanted!r}: expected one of {', '.join(arrays)}")
+    names = _plain(arrays["names"].whole) if "names" in arrays else None
+    return _named(names, _plain(arrays[wanted].whole))
 
 
 def _plain(array: np.ndarray) -> list[Any]:

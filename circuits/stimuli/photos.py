@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from circuits.stimuli.images import open_picture
 
 _FILES = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png",
@@ -37,6 +38,6 @@ def photographs() -> tuple[Photograph, ...]:
 
     folder = Path(skimage.__file__).parent / "data"
     return tuple(
-        Photograph(Path(name).stem, np.asarray(Image.open(folder / name).convert("RGB")))
+        Photograph(Path(name).stem, np.asarray(open_picture(folder / name).convert("RGB")))
         for name in _FILES
     )

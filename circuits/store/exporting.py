@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import save_file
+import torch
 
 from circuits.files import replacing
 from circuits.store.reading import ActivationStore
 from circuits.store.rows import Rows
 from circuits.store.summaries import Summary
+from circuits.tensors import write_tensors
 
 Format = Literal["npz", "safetensors", "parquet"]
 
@@ -55,12 +56,12 @@ def export(store: ActivationStore, site: str, path: Path, kind: Format, full: bo
         return
     if rows is not None:
         arrays = _row_arrays(rows, kind)
-    with replacing(path) as temporary:
-        if kind == "npz":
-            with temporary.open("wb") as file:
-                np.savez(file, provenance=np.array(note), **arrays)
-        else:
-            save_file(arrays, temporary, {"provenance": note})
+    if kind == "safetensors":
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        write_tensors(path, tensors, {"provenance": note})
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, provenance=np.array(note), **arrays)
 
 
 def _summary_arrays(summary: Summary) -> dict[str, Any]:

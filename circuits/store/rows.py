@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -111,18 +111,24 @@ class Rows:
         paths: the shards.
         site: the name of the site's group in them.
         damaged: whether to refuse shards that cannot be read, or to skip them.
+        check: raises OSError if a shard is not what it should be.
 
     Raises:
         OSError, KeyError: if a shard cannot be read, or, with `skip`, none can.
     """
 
     def __init__(
-        self, paths: Sequence[Path], site: str, damaged: Literal["refuse", "skip"] = "refuse"
+        self,
+        paths: Sequence[Path],
+        site: str,
+        damaged: Literal["refuse", "skip"] = "refuse",
+        check: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.site = site
         self._parts: list[_ShardRows] = []
         for path in paths:
             try:
+                check(path)
                 self._parts.append(_ShardRows(path, site))
             except (OSError, KeyError):
                 if damaged == "refuse" or (path == paths[-1] and not self._parts):

@@ -11,23 +11,27 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.files import replacing
+from circuits.files import owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
 from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
+
+_FILES = owned(
+    r"provenance\.json|manifest(-\d+)*\.jsonl|(reference|statistics|shard-\d{5,})\.h5|\.lock(~.*)?"
+)
+"""The files of a store."""
 
 _MERGED = 1 << 22
 """Numbers in memory together while the arrays with a row for each example are merged."""
@@ -135,6 +139,30 @@ def read_manifest(folder: Path) -> tuple[dict[str, ManifestLine], list[int]]:
     return lines, bad
 
 
+def check_unchanged(path: Path, most: int = 0) -> None:
+    """Raise OSError if a file of a finished store is not what the manifest says, as far as that is cheap to know.
+
+    A file that was changed after the manifest was written is read whole and compared with its SHA-256, once a process.
+    One that was not is trusted, unless it is small: reading costs a second for about 500 MB, and `verify` reads all.
+
+    Args:
+        path: the file.
+        most: the bytes up to which it is compared in any case.
+    """
+    file, manifest = path.stat(), path.with_name("manifest.jsonl").stat()
+    changed = file.st_mtime_ns > manifest.st_mtime_ns
+    states = (file.st_size, file.st_mtime_ns, manifest.st_mtime_ns)
+    if (changed or file.st_size <= most) and not _is_as_noted(path, states):
+        raise OSError(f"{path.name} is not what the manifest says it was when it was written")
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_as_noted(path: Path, states: tuple[int, ...]) -> bool:
+    del states  # they are what an answer is remembered by
+    line = read_manifest(path.parent)[0].get(path.name)
+    return line is not None and line.intact(path.parent)
+
+
 def shard_name(index: int) -> str:
     """The file of a shard.
 
@@ -163,7 +191,8 @@ def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Ite
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if overwrite:
-            clear(folder)
+            # The provenance first: if this is interrupted, what is left is not taken for a store.
+            _clear(folder, "provenance", "manifest", "shard", "reference", "statistics")
         if (folder / "provenance.json").exists():
             changed = provenance.difference(Provenance.read(folder))
             if changed:
@@ -173,31 +202,44 @@ def locked(folder: Path, provenance: Provenance, overwrite: bool = False) -> Ite
                 )
         # The lock is held, so nobody is writing them any more.
         for left in folder.glob(".*.tmp"):
-            left.unlink()  # left by a harvest that was killed
+            if _FILES.fullmatch(left.name):
+                left.unlink()  # left by a harvest that was killed
         provenance.write(folder)
         yield
 
 
-def remove(folder: Path) -> None:
-    """Delete a store, unless it is being written.
+def remove(folder: Path, root: Path) -> list[str]:
+    """Delete a store of a workspace, unless it is being written: its files, and its folder if nothing else is in it.
+
+    Args:
+        folder: the store's folder.
+        root: the workspace's folder.
+
+    Returns:
+        The names of what is left in the folder, which is not the store's.
 
     Raises:
         BlockingIOError: if it is being written.
+        ValueError: if it is not in the workspace, or only by a symbolic link.
         OSError: if it cannot be deleted.
     """
+    place = folder.absolute()
+    real = root.resolve() / os.path.relpath(place, root.absolute())
+    if not place.is_relative_to(root.absolute()) or place.resolve() != real:
+        raise ValueError(
+            f"activation store {str(folder)!r} is not in the workspace {str(root)!r}, or is a symbolic link: expected "
+            "a store's own folder there; name its workspace with --workspace, or delete it by hand"
+        )
     with _alone(folder):
-        (folder / "provenance.json").unlink(
-            missing_ok=True
-        )  # without it, what is left is not taken for a store
-        shutil.rmtree(folder)
+        return remove_owned(folder, _FILES, first="provenance.json")
 
 
-def clear(folder: Path, *names: str) -> None:
-    """Delete the files of a store: all, or those that match a pattern."""
-    # The provenance first: if this is interrupted, what is left is not taken for a store.
-    for name in names or ("provenance.json", "*.jsonl", "*.h5"):
-        for path in folder.glob(name):
-            path.unlink()
+def _clear(folder: Path, *kinds: str) -> None:
+    """Delete the files of a store of some kinds (`shard`, `reference`, …)."""
+    for kind in kinds:
+        for path in folder.glob(f"{kind}*"):
+            if _FILES.fullmatch(path.name):
+                path.unlink()
 
 
 def _alone(folder: Path) -> AbstractContextManager[int]:
@@ -247,7 +289,7 @@ class StoreWriter:
                 (self.folder / name).unlink(missing_ok=True)
             if name == "reference.h5" and name not in found:
                 # Their sums are about the centers that the lost file held.
-                clear(self.folder, "shard-*.h5", "statistics.h5")
+                _clear(self.folder, "shard", "statistics")
         if len(found) < len(self._expected()):
             # The merged numbers are of all shards, one of which may now be made again.
             found.pop("statistics.h5", None)

@@ -16,17 +16,16 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
-from circuits.files import replacing
 from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.adapter.topology import INPUT
 from circuits.models.paths.tape import Tape, Window, one_hot
+from circuits.tensors import write_tensors
 from circuits.units import Site, Unit
 from circuits.weights.connections import Connection
 
@@ -141,10 +140,9 @@ class ExpandedWeights:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with everything but the weights as metadata."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        kept = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+        kept = {name: value for name, value in tensors.items() if value is not None}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
-        with replacing(Path(path)) as temporary:
-            save_file(kept, temporary, {"expanded_weights": json.dumps(rest)})
+        write_tensors(Path(path), kept, {"expanded_weights": json.dumps(rest)})
 
     @classmethod
     def load(cls, path: str | Path) -> ExpandedWeights:

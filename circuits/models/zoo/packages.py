@@ -197,7 +197,7 @@ def _configuration(name: str, place: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(place).is_dir():
             raise ValueError(
@@ -262,7 +262,7 @@ def _pretrained(
         return kind._from_config(config)
     try:
         module, found = kind.from_pretrained(
-            place, config=config, dtype="auto", output_loading_info=True
+            place, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
@@ -286,7 +286,7 @@ def _text_input(place: str, config: Any) -> TokenInput:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
             "model hf:%s comes without a tokenizer, so that tokens are numbers: %s",

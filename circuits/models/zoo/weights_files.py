@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from circuits.environment import ASSETS
+from circuits.files import check_packed
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    check_packed(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # they are about old pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)

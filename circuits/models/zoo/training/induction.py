@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from circuits.models.zoo.loading import INDUCTION
 from circuits.models.zoo.transformers import native_bridge
 from circuits.stimuli.repeats import draw_repeats
+from circuits.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ def train(steps: int, seed: int, out: Path, lr: float = 3e-3) -> Any:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 log.info("%s", row)
-    save_file(
-        {k: v.detach().clone().contiguous() for k, v in bridge.state_dict().items()},
+    write_tensors(
         out / "induction.safetensors",
+        bridge.state_dict(),
         {"seed": str(seed), "steps": str(steps), "batch": str(BATCH)},
     )
     return bridge

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from circuits.models.zoo.inception import InceptionNet, shapes
 from circuits.stimuli.shapes import CLASSES, draw_shapes
+from circuits.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ def train(steps: int, seed: int, out: Path, lr: float = 2e-3) -> InceptionNet:
                 file.flush()
                 log.info("%s", row)
                 losses.clear()
-                save_file(
-                    {k: v.contiguous() for k, v in model.state_dict().items()},
+                write_tensors(
                     out / "shapes.safetensors",
+                    model.state_dict(),
                     {"seed": str(seed), "steps": str(step), "batch": str(BATCH)},
                 )
     return model
