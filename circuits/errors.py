@@ -82,10 +82,9 @@ def _meaning(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return f"text {error.object!r} holds characters that {error.encoding} cannot write"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        first = text.splitlines()[0] if text else "more was asked for than there is"
-        return (
-            f"not enough memory: {first} (fewer or smaller inputs, or a smaller --batch, take less)"
-        )
+        asked = re.search("allocate ([0-9.]+ [A-Za-z]+)", text)
+        size = f" for {asked[1]}" if asked else ""
+        return f"not enough memory{size}: fewer or smaller inputs, or a smaller --batch, take less"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{str(error.filename)!r}: {_reason(error)}"
     if hint := next((said for known, said in _HINTS if known.search(text)), None):

@@ -50,7 +50,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "it is not text in UTF-8 (byte 0xe9 at position 0)"),
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "no"), r"text '\udcff' holds characters that utf-8 cannot write"),
         (MemoryError(), "not enough memory"),
-        (MemoryError("Unable to allocate 7.28 TiB for an array"), "not enough memory: Unable to allocate 7.28 TiB"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "not enough memory for 7.28 TiB: fewer or smaller"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4e12 bytes"), "not enough memory"),
         (RecursionError("maximum recursion depth exceeded"), "it is nested too deeply"),
         (BadZipFile("Bad CRC-32"), "a file is damaged or of another kind (Bad CRC-32)"),

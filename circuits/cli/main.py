@@ -14,7 +14,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from circuits import __version__
 from circuits.cli.commands import Commands
-from circuits.cli.output import begin, errors, leads, say
+from circuits.cli.output import begin, errors, leads, only_ours, say
 from circuits.environment import DEBUG, WORKSPACE
 from circuits.errors import line, shortened
 
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     begin()
     try:
-        with _workspace_of(given):
+        with _workspace_of(given), only_ours():
             code = app(args=given, prog_name="circuits", standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt

@@ -102,10 +102,8 @@ def warn(text: str) -> None:
 
 @contextmanager
 def only_ours() -> Iterator[None]:
-    """While a command runs: results alone on stdout, our own lines alone on stderr.
-
-    What other code prints, a person's model for one, goes to stderr; warnings and logs of other libraries, which say
-    nothing of what was typed, are dropped; ours are lines as all others. `CIRCUITS_DEBUG=1` shows everything.
+    """Our own lines alone on stderr: warnings and logs of other libraries, which say nothing of what was typed, are
+    dropped, and ours are lines as all others. `CIRCUITS_DEBUG=1` shows everything.
     """
     if os.environ.get(DEBUG):
         yield
@@ -115,11 +113,17 @@ def only_ours() -> Iterator[None]:
     warnings.showwarning = lambda *args, **kwargs: None
     log.addHandler(handler)
     try:
-        with console.staying(), redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         log.removeHandler(handler)
         warnings.showwarning = shown
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Results alone on stdout: what other code prints, such as a person's model, goes to stderr."""
+    with console.staying(), redirect_stdout(sys.stderr):
+        yield
 
 
 class _OurLog(logging.Handler):

@@ -22,7 +22,7 @@ import typer
 from typer.models import OptionInfo
 
 from circuits.checks import outside
-from circuits.cli.output import only_ours
+from circuits.cli.output import results_alone
 
 LARGEST = 2**31 - 1
 """The largest number of anything that the command line takes: more overflows in the libraries below."""
@@ -85,7 +85,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        with only_ours():
+        with results_alone():
             function(**built, **values)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
