@@ -362,7 +362,7 @@ def head(output: options.Output, workspace: options.WorkspaceFolder = None) -> N
     """Print how far the ledger and what people saved have come, with a hash over it, to keep outside the workspace."""
     now = head_of(Workspace.default(workspace).database)
     facts = {"head": str(now), **dict(zip(("events", "versions"), now.counts, strict=True))}
-    about = f"of {_counted(now.counts)}; `circuits edit verify --head HEAD` checks that they are as they are now"
+    about = f"covers {_counted(now.counts)}; `circuits edit verify --head HEAD` checks that they are as now"
     output.show(facts, [str(now), about])
 
 
