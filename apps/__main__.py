@@ -15,6 +15,7 @@ from apps.preparing import prepare
 SETTINGS = {
     "server.headless": True, "server.fileWatcherType": "none", "server.maxUploadSize": 20,
     "browser.gatherUsageStats": False, "client.toolbarMode": "minimal", "runner.magicEnabled": False,
+    "logger.hideWelcomeMessage": True,  # for which Streamlit asks a server of others what this machine's address is
 }  # fmt: skip
 
 

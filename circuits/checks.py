@@ -9,7 +9,7 @@ import math
 import re
 
 _WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
-_NUMBER = re.compile(r"-?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})([eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def clipped(text: str, most: int = 60) -> str:
@@ -58,8 +58,8 @@ def whole(text: str) -> int | None:
 def number(text: str) -> float | None:
     """The finite number that a text is in decimal digits; None if it is anything else.
 
-    >>> number("-1.5e3"), number("1_0"), number("nan"), number("1e999"), number("٣")
-    (-1500.0, None, None, None, None)
+    >>> number("-1.5e3"), number("+2"), number("1_0"), number("nan"), number("1e999"), number("٣")
+    (-1500.0, 2.0, None, None, None, None)
     """
     found = float(text) if _NUMBER.fullmatch(text) else math.nan
     return found if math.isfinite(found) else None

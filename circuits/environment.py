@@ -7,7 +7,7 @@ ASSETS = "CIRCUITS_ASSETS"
 """A folder with `weights/` and `images/` of real models."""
 
 TRUST_PYTHON = "CIRCUITS_TRUST_PYTHON"
-"""Set if code may run that a file names (models and data called `python:…` by a workspace or an autoencoder)."""
+"""Set to 1 if code may run that a file names (models and data called `python:…` by a workspace or an autoencoder)."""
 
 PROGRESS = "CIRCUITS_PROGRESS"
 """The file in which a job notes how far it is."""

@@ -36,11 +36,14 @@ _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.I
 )
 _HINTS = (
-    (re.compile("pickle"), "it holds Python objects, or is not an array file"),
+    (
+        re.compile(r"allow_pickle|pickled \(object\)|interpret file .* as a pickle"),
+        "it holds Python objects, or is not an array file",
+    ),
     (re.compile("(?i)not a zip file|No data left in file"), "it is damaged, or not an array file"),
     (re.compile("embedded null (byte|character)"), "a path holds a NUL character"),
     (re.compile("maximum recursion depth"), "it is nested too deeply"),
-    (re.compile("Exceeds the limit"), "a number has more than 4300 digits"),
+    (re.compile(r"Exceeds the limit \([0-9]+ digits\)"), "a number has more than 4300 digits"),
     (re.compile("Symlink loop"), "a symbolic link leads to itself"),
 )
 
@@ -165,9 +168,14 @@ def raised_at(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}" if error.lineno else error.filename
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THEIRS):
+        if is_theirs(frame.filename):
             return f"{frame.filename}, line {frame.lineno}"
     return ""
+
+
+def is_theirs(file: str) -> bool:
+    """Whether a file of code is none of this package, of Python and of installed packages."""
+    return not file.startswith(_NOT_THEIRS)
 
 
 def raises_interrupt(error: KeyboardInterrupt) -> bool:

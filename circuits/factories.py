@@ -33,7 +33,7 @@ def from_file(what: str, name: str, where: str, instead: str) -> str:
     Raises:
         ValueError: if opening it would run Python code, and the environment does not say that files are trusted.
     """
-    if runs_code(name) and not os.environ.get(TRUST_PYTHON):
+    if runs_code(name) and os.environ.get(TRUST_PYTHON) != "1":
         raise ValueError(
             f"{where} names {what} {name!r}, which would run its own code: {instead}, or set {TRUST_PYTHON}=1 if you "
             "trust all code that your files name"
@@ -58,6 +58,8 @@ def call_factory(what: str, name: str) -> object:
         raise ValueError(
             f"{what} 'python:{name}' is not of the form python:MODULE:FACTORY or FILE.py:FUNCTION"
         )
+    if module_name.endswith(".py") and not Path(module_name).is_file():
+        raise ImportError(f"{what} 'python:{name}': there is no file {module_name!r}")
     with their_code(f"{what} 'python:{name}': cannot import {module_name!r}: it", ImportError):
         namespace = _import(module_name)
     factory = getattr(namespace, factory_name, None)
@@ -76,8 +78,8 @@ def _import(name: str) -> object:
         return importlib.import_module(name)
     path = Path(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError(f"no file {name!r}")
+    assert spec is not None, "it ends in .py"
+    assert spec.loader is not None, "it ends in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -390,7 +390,7 @@ def test_folders_of_nobody_and_what_cannot_be_folded_are_refused(tmp_path: Path)
         with pytest.raises(ValueError, match=message):
             import_autoencoder(tmp_path / str(i))
     (tmp_path / "0" / "cfg.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is not JSON"):
         import_autoencoder(tmp_path / "0")
     dictionary(tmp_path / "d", "AutoEncoder", LINEAR)
     (tmp_path / "d" / "ae.pt").write_bytes(b"not a file of tensors")

@@ -58,7 +58,7 @@ def test_what_a_person_types(bridge: HookedModel) -> None:
         ({"spec": "repeats", "answer": "3"}, "has its own answers and positions"),
         ({"texts": ["1 2"], "positions": "5"}, r"position 5 of '1 2': expected -2 to 0"),
         ({"texts": ["1 2"], "positions": "end"}, "positions 'end': expected last, all, or whole numbers"),
-        ({"texts": ["1 2"], "answer": "cat"}, "text 'cat' cannot be tokenized"),
+        ({"texts": ["1 2"], "answer": "cat"}, "'cat' is no token"),
         ({}, "model tiny-bridge has no default task"),
         ({"answer": "3"}, "an answer needs a text"),
         ({"spec": "classes"}, "task 'classes' does not fit model tiny-bridge, which takes tokens"),

@@ -154,10 +154,10 @@ def test_recipes_for_other_weights_need_force(capsys, tmp_path: Path) -> None:
         (["apply", "shapes", "scale mixed3a:1 factor=nan"], "is not a finite number"),
         (["apply", "shapes", "zero mixed3a:160"], "units 0 to 159"),
         (["apply", "shapes", "zero mixed3c:1"], "did you mean mixed3"),
-        (["apply", "shapes", "{tmp}/file"], "not a recipe"),
+        (["apply", "shapes", "{tmp}/file"], "is not JSON"),
         (["apply", "shapes", "{tmp}/none.json"], "none.json"),
         (["apply", "shapes", "{tmp}/newer.json"], "a newer version of circuits wrote it"),
-        (["apply", "shapes", "{tmp}/nan.json"], "must be finite"),
+        (["apply", "shapes", "{tmp}/nan.json"], "NaN is not a number that JSON has"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "0"], "'--limit': 0 must be 1"),
         (["apply", "shapes", "zero mixed3a:1", "--limit", "2", "--random", "-1"], "'--random': -1"),
         (

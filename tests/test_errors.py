@@ -239,9 +239,7 @@ def test_errors_of_their_code_are_theirs_with_file_and_line(capsys, tmp_path: Pa
         assert said.format(file) in one_line(capsys, "sites", f"{file}:f")
 
 
-def test_what_other_code_says_stays_off_stdout_and_warnings_off_the_terminal(
-    capsys, tmp_path: Path
-) -> None:
+def test_what_a_persons_own_code_says_is_on_stderr_line_by_line(capsys, tmp_path: Path) -> None:
     """pytest makes errors of warnings, and takes logs: so in a process of its own."""
     file = tmp_path / "own.py"
     file.write_text(THEIRS)
@@ -250,4 +248,10 @@ def test_what_other_code_says_stays_off_stdout_and_warnings_off_the_terminal(
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert [site["name"] for site in json.loads(done.stdout)] == ["conv"]
-    assert set(done.stderr.splitlines()) == {"printed"}
+    warned = f"circuits: {file}, line 23: UserWarning: warned"
+    assert set(done.stderr.splitlines()) == {"printed", warned, "circuits: logged"}
+
+
+def test_a_name_with_pickle_in_it_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["visualize", "shapes", "class:pickle"]) == 2
+    assert "unknown class" in capsys.readouterr().err

@@ -405,7 +405,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         match=r"by 'position': site blocks\.0\.attn\.hook_pattern has no position axis",
     ):
         patch_grid(bridge, task, "pattern")
-    with pytest.raises(ValueError, match="measure nan of the intact model is NaN on example"):
+    with pytest.raises(ValueError, match="measure nan of the intact model is nan on example"):
         patch_grid(bridge, task, metric=nan)
     first = bridge.logits(CLEAN)[:, -1, 0]
 

@@ -34,8 +34,10 @@ def names_panel(unit: Unit, model_hash: str) -> None:
 
 def _in_words(record: Record) -> str:
     body = record.body
+    if record.fault:
+        return plain(record.fault)
     if body is None:
-        return plain(record.fault) or f"Not named (version {record.version})."
+        return f"Not named (version {record.version:d})."
     said = [
         f"Called “{plain(body['text'])}” by {plain(record.author)}, {plain(record.created[:10])}"
     ]

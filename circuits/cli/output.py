@@ -26,13 +26,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from circuits.environment import DEBUG, PROGRESS
-from circuits.errors import shortened
+from circuits.errors import is_theirs, shortened
 from circuits.files import finite, write_json
 from circuits.tables import Table
 
 _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width to fit
 _NOTE_EVERY = 0.25  # seconds
 _LINE_EVERY = 60.0  # seconds
+
+_EARLY = 20
+"""Before this part of the work is done, it is not said how long the rest takes: what comes first is not typical."""
 
 
 class _PlainConsole(Console):
@@ -102,15 +105,16 @@ def warn(text: str) -> None:
 
 @contextmanager
 def only_ours() -> Iterator[None]:
-    """Our own lines alone on stderr: warnings and logs of other libraries, which say nothing of what was typed, are
-    dropped, and ours are lines as all others. `CIRCUITS_DEBUG=1` shows everything.
+    """On stderr our own lines, and the warnings and logs of a person's own code as such lines.
+
+    Those of other libraries, which say nothing of what was typed, are dropped; `CIRCUITS_DEBUG=1` shows everything.
     """
     if os.environ.get(DEBUG):
         yield
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it prints its log itself
     log, shown, handler = logging.getLogger(), warnings.showwarning, _OurLog(logging.WARNING)
-    warnings.showwarning = lambda *args, **kwargs: None
+    warnings.showwarning = _show_warning
     log.addHandler(handler)
     try:
         yield
@@ -126,11 +130,18 @@ def results_alone() -> Iterator[None]:
         yield
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], file: str, number: int, *_: Any, **__: Any
+) -> None:
+    if is_theirs(file):
+        warn(f"{file}, line {number}: {category.__name__}: {message}")
+
+
 class _OurLog(logging.Handler):
-    """Shows what this package logs as lines on stderr."""
+    """Shows what this package and a person's own code log as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] == "circuits":
+        if record.name.partition(".")[0] == "circuits" or is_theirs(record.pathname):
             warn(record.getMessage())
 
 
@@ -213,7 +224,7 @@ class _Lines:
             return
         text = f"{self.what}: {done} of {total} ({100 * done // total} %)"
         before, since = self.first
-        if before < done:
+        if before < done and (done - before) * _EARLY >= total:
             text += f", {_duration((now - since) * (total - done) / (done - before))} left"
         note(text)
 

@@ -22,7 +22,7 @@ from circuits.workspace import Workspace
 app = Typer()
 
 PORT = 8501
-Port = Annotated[int, option("The port at which the app is served.", check=Within(0, 65535))]
+Port = Annotated[int, option("The port at which the app is served.", check=Within(1, 65535))]
 
 
 def check_installed() -> None:
@@ -31,12 +31,6 @@ def check_installed() -> None:
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     if folder is None or not (folder / "workbench.py").is_file():
         raise FileNotFoundError("the app's pages (package `apps`) are not installed")
-
-
-def check_port(port: int) -> None:
-    """Raise ValueError if there is no such port."""
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port {port} is not valid: expected 1 to 65535")
 
 
 def check_address(host: str, port: int) -> bool:
@@ -76,7 +70,6 @@ def serve_app(
         ValueError: if there is no such port or address.
         OSError: if the port is taken.
     """
-    check_port(port)
     alone = check_address(host, port)
     check_installed()
     say(f"app: http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops it)")
@@ -100,7 +93,6 @@ def demo(
     )] = True,
 ) -> None:  # fmt: skip
     """Build a demo workspace from the built-in models (works offline) and open the app on it."""
-    check_port(port)
     place = Workspace.default(workspace).writable()
     with output.progress("demo") as progress:
         rows = build(place, progress)

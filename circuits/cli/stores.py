@@ -121,6 +121,15 @@ def export_store(
     say(f"{site} -> {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
+def _confirmed(question: str) -> bool:
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # Ctrl-C, or nobody is there
+        raise ValueError(
+            "nothing was deleted: nobody answered (--yes deletes without asking)"
+        ) from None
+
+
 @command(app, "rm")
 def remove_store(
     store: StoreOptions,
@@ -129,7 +138,7 @@ def remove_store(
     """Delete a store of the workspace. Files in its folder that are not the store's are left."""
     folder = store.folder
     question = f"Delete {folder} ({describe(folder)['bytes'] / 1e6:.1f} MB)?"
-    if not yes and not typer.confirm(question, err=True):
+    if not yes and not _confirmed(question):
         say(f"kept {folder}")
         return
     left = remove(folder, Workspace.default(store.workspace).root)

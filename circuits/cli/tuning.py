@@ -47,7 +47,7 @@ class Drawing:
     shape: Annotated[Shape, option("The shape to rotate, for a plain tuning curve.")] = "curve"
     step: Annotated[float | None, option(
         "Degrees from one angle to the next. By default 1; 5 with --find, and 10 with --heat-map.",
-        check=Within(0.1, 90),
+        check=Within(0.01, 90),
     )] = None  # fmt: skip
     radius: Annotated[list[float] | None, option(
         "A radius to draw, in pixels; may be repeated. By default several, of which each unit's best is taken.",

@@ -24,7 +24,7 @@ _PRINT = {
 _DOTS = 150  # an inch
 
 _TAG = re.compile(r"<[^>]*>")
-_REFERENCE = re.compile(r"""( id="| [a-z-]+="url\(#)(clip|gradient_)(\d+)""")
+_REFERENCE = re.compile(r"""( id="| [a-z-]+="url\(#)(clip|gradient_)([0-9]+)""")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

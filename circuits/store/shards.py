@@ -30,7 +30,7 @@ from circuits.store.provenance import Provenance, StaleCacheError
 from circuits.store.summaries import FIXED, PER_EXAMPLE, Summary
 
 _FILES = owned(
-    r"provenance\.json|manifest(-\d+)*\.jsonl|(reference|statistics|shard-\d{5,})\.h5|\.lock(~.*)?"
+    r"provenance\.json|manifest(-[0-9]+)*\.jsonl|(reference|statistics|shard-[0-9]{5,})\.h5|\.lock(~.*)?"
 )
 """The files of a store."""
 
@@ -150,18 +150,36 @@ def check_unchanged(path: Path, most: int = 0) -> None:
         path: the file.
         most: the bytes up to which it is compared in any case.
     """
-    file, manifest = path.stat(), path.with_name("manifest.jsonl").stat()
+    file, manifest = path.stat(), _stat_of(path.with_name("manifest.jsonl"))
     changed = file.st_mtime_ns > manifest.st_mtime_ns
-    states = (file.st_size, file.st_mtime_ns, manifest.st_mtime_ns)
-    if (changed or file.st_size <= most) and not _is_as_noted(path, states):
-        raise OSError(f"{path.name} is not what the manifest says it was when it was written")
+    if not changed and file.st_size > most:
+        return
+    noted = (manifest.st_size, manifest.st_mtime_ns)
+    line = _noted(path.parent, noted).get(path.name)
+    if line is None:
+        raise OSError(f"manifest.jsonl does not name {path.name}")
+    if not _is_as_noted(path, line, (file.st_size, file.st_mtime_ns)):
+        raise OSError("it is not what manifest.jsonl says it was when it was written")
+
+
+def _stat_of(manifest: Path) -> os.stat_result:
+    try:
+        return manifest.stat()
+    except FileNotFoundError:
+        raise OSError(
+            f"there is no {manifest.name}, which says what the files of a store are"
+        ) from None
+
+
+# What an answer is remembered by is its second argument: the size and time of what was read.
+@lru_cache(maxsize=8)
+def _noted(folder: Path, state: tuple[int, int]) -> dict[str, ManifestLine]:
+    return read_manifest(folder)[0]
 
 
 @lru_cache(maxsize=1 << 16)
-def _is_as_noted(path: Path, states: tuple[int, ...]) -> bool:
-    del states  # they are what an answer is remembered by
-    line = read_manifest(path.parent)[0].get(path.name)
-    return line is not None and line.intact(path.parent)
+def _is_as_noted(path: Path, line: ManifestLine, state: tuple[int, int]) -> bool:
+    return line.intact(path.parent)
 
 
 def shard_name(index: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from circuits.checks import whole
+from circuits.checks import clipped, whole
 
 Encoder = Callable[[str], list[int]]
 """Takes a text and returns its tokens, without the token that starts a sequence."""
@@ -22,12 +22,15 @@ def by_numbers(text: str) -> list[int]:
     >>> by_numbers("3 1 4")
     [3, 1, 4]
     """
-    found = [whole(word) for word in text.split()]
-    if None in found:
-        raise ValueError(
-            f"text {text[:20]!r} cannot be tokenized: this model has no vocabulary, expected whole numbers"
-        )
-    return [token for token in found if token is not None]
+    found: list[int] = []
+    for word in text.split():
+        token = whole(word)
+        if token is None:
+            raise ValueError(
+                f"{clipped(word)!r} is no token: this model has no vocabulary, expected whole numbers"
+            )
+        found.append(token)
+    return found
 
 
 def by_words(vocabulary: Sequence[str]) -> Encoder:
