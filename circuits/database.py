@@ -11,9 +11,11 @@ import os
 import re
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,20 @@ class Database:
             last[stream] = version if isinstance(version, int) else before + 1
 
 
+_Row = tuple[str, str, str, str]
+"""Of a database's schema: kind, name, table, and the statement, empty where SQLite made it without one."""
+
+_SQLITE: tuple[_Row, ...] = tuple(
+    ("table", name, name, f"CREATE TABLE {name}({columns})")
+    for name, columns in (
+        ("sqlite_sequence", "name,seq"),
+        ("sqlite_stat1", "tbl,idx,stat"),
+        ("sqlite_stat4", "tbl,idx,neq,nlt,ndlt,sample"),
+    )
+)
+"""Tables that SQLite may add by itself: of ANALYZE, and of columns that count."""
+
+
 def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> list[str]:
     """How a database's tables, indices, triggers and views differ from those that are made, one line each.
 
@@ -302,45 +318,71 @@ def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> lis
         connection: to the database.
         groups: more statements that make tables and their indices; those of a group are there together or not at all.
     """
+    made = [_made_by(tuple(group)) for group in ((_SCHEMA,), *groups)]
     found = _made(connection)
-    known: dict[tuple[str, str], str] = {}
-    faults = []
-    for group in ((_SCHEMA,), *groups):
-        with closing(sqlite3.connect(":memory:")) as made:
-            for statement in group:
-                made.execute(statement)
-            wanted = _made(made)
-        known |= wanted
-        if wanted.keys() & found.keys():
-            gone = wanted.keys() - found.keys()
+    names = {row[:2] for row in found}
+    faults = _altered(found, [row for rows in made for row in rows])
+    for rows in made:
+        gone = [row[:2] for row in rows if row[:2] not in names]
+        if len(gone) < len(rows):
             faults += [f"{kind} {name!r} of the database is missing" for kind, name in gone]
-    for (kind, name), text in found.items():
-        if (kind, name) not in known:
-            faults.append(
-                f"the database holds the {kind} {name[:60]!r}, which circuits does not make"
-            )
-        elif text != known[kind, name]:
-            faults.append(f"{kind} {name!r} of the database was altered: it is {text[:200]}")
     return sorted(faults)
 
 
-def _made(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """The statements that a database was made with, by kind and name, each with spaces only where they matter."""
-    # Names that begin so are SQLite's, which nobody else can give: of indices that a table implies, and of ANALYZE.
-    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-    rows = connection.execute(query).fetchall()
-    return {
-        (kind, name): re.sub(r" ?([(),]) ?", r"\1", " ".join(str(text).split()))
-        for kind, name, text in rows
-    }
+def _altered(found: Sequence[_Row], made: Sequence[_Row]) -> list[str]:
+    """How the rows of a schema differ from those that are made, one line each; missing ones are left out."""
+    known = {row[:2]: row for row in (*made, *_SQLITE)}
+    faults = []
+    # Nothing is passed over by its name or kind: whoever may write the schema itself (`PRAGMA writable_schema`) gives a
+    # trigger the name of an index that SQLite makes, and its kind in other letters; SQLite goes by the statement.
+    for row, n in Counter(found).items():
+        kind, name, table, text = row
+        # Names may have line ends in them; a fault is one line.
+        what = kind if kind in ("table", "index", "trigger", "view") else repr(kind[:20])
+        if (kind, name) not in known:
+            faults.append(
+                f"the database holds the {what} {name[:60]!r}, which circuits does not make"
+            )
+        elif row != known[kind, name]:
+            said = " ".join(text.split())[:200] or "without a statement"
+            faults.append(f"{kind} {name!r} of the database was altered: it is {said}")
+        elif n > 1:
+            faults.append(f"{kind} {name!r} of the database, on {table!r}, is there {n} times")
+    return faults
+
+
+@cache
+def _made_by(statements: tuple[str, ...]) -> tuple[_Row, ...]:
+    """The schema that statements make."""
+    with closing(sqlite3.connect(":memory:")) as made:
+        for statement in statements:
+            made.execute(statement)
+        return tuple(_made(made))
+
+
+def _made(connection: sqlite3.Connection) -> list[_Row]:
+    """The schema of a database, each statement with spaces only where they matter."""
+    rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
+    # Only what SQLite takes for a space is one: a no-break space is part of a name.
+    return [
+        (
+            str(kind),
+            str(name),
+            str(table),
+            re.sub(r" ?([(),]) ?", r"\1", re.sub(r"[ \t\n\f\r]+", " ", str(text or ""))),
+        )
+        for kind, name, table, text in rows
+    ]
 
 
 def _check_foreign(connection: sqlite3.Connection, path: Path) -> None:
     """Raise ValueError if the file would do something by itself when it is read or written."""
-    query = "SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view') LIMIT 1"
-    for kind, name in connection.execute(query):
+    for kind, name, _, text in _made(connection):
+        if kind in ("table", "index") and re.match(r"CREATE (TABLE|(UNIQUE )?INDEX) |$", text):
+            continue
+        what = kind if kind in ("trigger", "view") else f"statement {text[:60]!r} under"
         raise ValueError(
-            f"database {str(path)!r} holds the {kind} {name[:60]!r}, which circuits does not make: nothing is read or "
+            f"database {str(path)!r} holds the {what} {name[:60]!r}, which circuits does not make: nothing is read or "
             "written; `circuits edit verify` lists what is wrong"
         )
 

@@ -74,6 +74,19 @@ def _sql(*statements: str, rehash: bool = False) -> Callable[[Place], None]:
     return change
 
 
+def _planted(kind: str, name: str) -> Callable[[Place], None]:
+    """A trigger that empties the ledger, written into the schema itself under another kind and name."""
+    trigger = (
+        f"CREATE TRIGGER {name} AFTER INSERT ON edit_events BEGIN DELETE FROM edit_events; END"
+    )
+    row = f"'{kind}', '{name}', 'edit_events', 0, '{trigger}'"
+    return _sql(
+        "PRAGMA writable_schema=ON",
+        f"INSERT INTO sqlite_master VALUES ({row})",
+        "PRAGMA schema_version=99",
+    )
+
+
 def _hash_again(connection: sqlite3.Connection) -> None:
     """What an attacker who knows the code does: every event gets the hash of its text, and of the one before it."""
     previous: dict[str, str] = {}
@@ -314,6 +327,9 @@ LEDGER = [
         VERIFY: "holds the trigger 't'", HEAD: "holds the trigger 't'", OPENED: "holds the trigger 't'"}),
     ("a view is planted", _sql("CREATE VIEW v AS SELECT * FROM records"), {
         VERIFY: "holds the view 'v'", HEAD: "holds the view 'v'", OPENED: "holds the view 'v'"}),
+    ("a trigger is hidden as an index of SQLite's own", _planted("TRIGGER", "sqlite_autoindex_edit_events_9"), {
+        VERIFY: "holds the 'TRIGGER' 'sqlite_autoindex_edit_events_9'", HEAD: "which circuits does not make",
+        OPENED: "which circuits does not make"}),
     ("a table is added", _sql("CREATE TABLE more (x)"), {
         VERIFY: "holds the table 'more'", HEAD: "holds the table 'more'"}),
     ("a table gets a column", _sql("ALTER TABLE edit_entries ADD COLUMN more TEXT"), {
