@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ CREATE TABLE IF NOT EXISTS records (
     UNIQUE (kind, model_hash, name, version)
 )
 """
+
+LEDGER_TABLES = (
+    "CREATE TABLE IF NOT EXISTS edit_entries (hash TEXT PRIMARY KEY, model_hash TEXT NOT NULL, "
+    "body TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS edit_entries_of ON edit_entries (model_hash)",
+    "CREATE TABLE IF NOT EXISTS edit_originals (hash TEXT PRIMARY KEY, bytes BLOB NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
+    "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS edit_events_of ON edit_events (model_hash, branch, id)",
+    "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
+)
+"""The tables of `circuits.edits`. Here, since a writer has to know all that may be in the file."""
 
 RECORDS = Log(
     "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
@@ -96,6 +110,7 @@ class Database:
         Raises:
             BlockingIOError: if another process keeps it locked for longer than `PATIENCE`.
             OSError: if it cannot be opened or written.
+            ValueError: if its tables are not those that are made; nothing is written then.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Without Python's own transactions: each begins and ends where it is written here.
@@ -105,8 +120,7 @@ class Database:
                 sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             ) as connection,
         ):
-            _prepare(connection, (_SCHEMA, *tables))
-            _check_foreign(connection, self.path)
+            _prepare(connection, self.path, (_SCHEMA, *tables))
             yield connection
 
     @contextmanager
@@ -297,6 +311,8 @@ class Database:
             last[stream] = version if isinstance(version, int) else before + 1
 
 
+_GROUPS = ((_SCHEMA,), LEDGER_TABLES)
+
 _Row = tuple[str, str, str, str]
 """Of a database's schema: kind, name, table, and the statement, empty where SQLite made it without one."""
 
@@ -311,27 +327,24 @@ _SQLITE: tuple[_Row, ...] = tuple(
 """Tables that SQLite may add by itself: of ANALYZE, and of columns that count."""
 
 
-def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> list[str]:
+def schema_faults(connection: sqlite3.Connection) -> list[str]:
     """How a database's tables, indices, triggers and views differ from those that are made, one line each.
 
-    Args:
-        connection: to the database.
-        groups: more statements that make tables and their indices; those of a group are there together or not at all.
+    The records' table, and the ledger's, are there together with their indices or not at all.
     """
-    made = [_made_by(tuple(group)) for group in ((_SCHEMA,), *groups)]
     found = _made(connection)
     names = {row[:2] for row in found}
-    faults = _altered(found, [row for rows in made for row in rows])
-    for rows in made:
+    faults = _altered(found)
+    for rows in map(_made_by, _GROUPS):
         gone = [row[:2] for row in rows if row[:2] not in names]
         if len(gone) < len(rows):
             faults += [f"{kind} {name!r} of the database is missing" for kind, name in gone]
     return sorted(faults)
 
 
-def _altered(found: Sequence[_Row], made: Sequence[_Row]) -> list[str]:
+def _altered(found: Sequence[_Row]) -> list[str]:
     """How the rows of a schema differ from those that are made, one line each; missing ones are left out."""
-    known = {row[:2]: row for row in (*made, *_SQLITE)}
+    known = {row[:2]: row for row in chain(_SQLITE, *map(_made_by, _GROUPS))}
     faults = []
     # Nothing is passed over by its name or kind: whoever may write the schema itself (`PRAGMA writable_schema`) gives a
     # trigger the name of an index that SQLite makes, and its kind in other letters; SQLite goes by the statement.
@@ -387,11 +400,28 @@ def _check_foreign(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
-    """Make the tables of a new database; whoever comes second waits (SQLite does not, here)."""
+def _check_unaltered(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise ValueError if something in the file is not as it is made.
+
+    A constraint can undo a save as a trigger can: `UNIQUE … ON CONFLICT REPLACE` deletes what was there. Tables and
+    indices that are missing are no fault: earlier versions had fewer, and they are made.
+    """
+    if faults := _altered(_made(connection)):
+        raise ValueError(
+            f"database {str(path)!r}: {min(faults)}; nothing is written; `circuits edit verify` lists what is wrong"
+        )
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, tables: Sequence[str]) -> None:
+    """Make the tables of a new database; whoever comes second waits (SQLite does not, here).
+
+    Raises:
+        ValueError: if there are others.
+    """
     until = time.monotonic() + PATIENCE
     while True:
         try:
+            _check_unaltered(connection, path)
             # WAL: readers go on while somebody writes. Setting it takes a lock that asking does not.
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode=WAL")

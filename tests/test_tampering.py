@@ -334,6 +334,10 @@ LEDGER = [
         VERIFY: "holds the table 'more'", HEAD: "holds the table 'more'"}),
     ("a table gets a column", _sql("ALTER TABLE edit_entries ADD COLUMN more TEXT"), {
         VERIFY: "table 'edit_entries' of the database was altered", HEAD: "was altered"}),
+    ("a constraint is added that deletes what was there", _sql(
+        "ALTER TABLE edit_reports RENAME TO x", "CREATE TABLE edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL, "
+        "UNIQUE (body) ON CONFLICT REPLACE)", "INSERT INTO edit_reports SELECT * FROM x", "DROP TABLE x"), {
+        VERIFY: "table 'edit_reports' of the database was altered", HEAD: "was altered"}),
     ("an index is dropped", _sql("DROP INDEX edit_events_of"), {
         VERIFY: "index 'edit_events_of' of the database is missing", HEAD: "is missing"}),
     ("a bit of a note is flipped in the file", _on_bytes("workspace.db", _flipped), {
@@ -490,7 +494,8 @@ _ABOUT = """# What notices a change
 Somebody changes a file of a workspace. Nothing inside a file can prove that it is as it was written: who can write the
 file can write its hashes, too. So `consistent` is all that is said of files without a fault, and `circuits edit head`
 prints what to keep elsewhere. Where nothing is claimed, the file is used as it is: recipes and circuits are texts that
-people may change, and a graph is built again in seconds.
+people may change, and a graph is built again in seconds. Nothing is written into a database that holds
+tables, constraints, indices, triggers or views that circuits does not make.
 
 `tests/test_tampering.py` does each of these changes, and writes this table.
 """

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from circuits.database import RECORDS, Database, schema_faults
-from circuits.edits.entries import EVENTS, TABLES, Entry, Event
+from circuits.edits.entries import EVENTS, Entry, Event
 from circuits.history import Head, content_hash
 from circuits.json_files import parse_json
 
@@ -93,7 +93,7 @@ def _faults(connection: sqlite3.Connection) -> Iterator[str]:
     for (line,) in connection.execute("PRAGMA integrity_check"):
         if line != "ok":
             yield _damaged(line)
-    faults = schema_faults(connection, TABLES)
+    faults = schema_faults(connection)
     yield from faults
     yield from Database.faults(connection)
     (there,) = connection.execute(
