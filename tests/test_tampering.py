@@ -489,6 +489,12 @@ def test_a_change_is_noticed_or_the_word_claims_no_more(
             assert wanted, f"{name} says something: {said}"
 
 
+def test_a_head_that_is_empty_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """As from `--head "$HEAD"` with a variable that is not set: nothing would be compared."""
+    assert run(["edit", "verify", "--head", "", "--workspace", str(tmp_path)]) == 2
+    assert "head '' is not of the form COUNT-COUNT-HASH" in capsys.readouterr().err
+
+
 _ABOUT = """# What notices a change
 
 Somebody changes a file of a workspace. Nothing inside a file can prove that it is as it was written: who can write the
