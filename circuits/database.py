@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,25 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def there(self) -> bool:
+        """Whether the file has been made.
+
+        Raises:
+            ValueError: if something else has its name: a folder, a pipe, or a link to what is not there.
+            OSError: if that cannot be found out.
+        """
+        try:
+            mode = self.path.stat().st_mode
+        except FileNotFoundError:
+            if not self.path.is_symlink():
+                return False
+            what = "a link to a file that is not there"
+        else:
+            if stat.S_ISREG(mode):
+                return True
+            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise ValueError(f"database {str(self.path)!r} is {what}")
+
     @contextmanager
     def open(self, *tables: str) -> Iterator[sqlite3.Connection]:
         """A connection, closed at the end, with its tables made.
@@ -110,8 +130,9 @@ class Database:
         Raises:
             BlockingIOError: if another process keeps it locked for longer than `PATIENCE`.
             OSError: if it cannot be opened or written.
-            ValueError: if its tables are not those that are made; nothing is written then.
+            ValueError: if its tables are not those that are made, or it is no regular file; nothing is written then.
         """
+        self.there()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Without Python's own transactions: each begins and ends where it is written here.
         with (
@@ -279,9 +300,9 @@ class Database:
         """What a query finds, also where nothing can be written; nothing if there is no file or no such table.
 
         Raises:
-            ValueError: if the file is no database, or a damaged one.
+            ValueError: if the file is no database, a damaged one, or no regular file.
         """
-        if not self.path.is_file():
+        if not self.there():
             return []
         try:
             with self.reading() as connection:

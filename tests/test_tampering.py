@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from PIL import Image
 
 from circuits.cli.main import run
 from circuits.edits.activations import zero
+from circuits.edits.auditing import head
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import read_edit
@@ -149,6 +151,17 @@ def _removed(name: str) -> Callable[[Place], None]:
         ).unlink()
 
     return remove
+
+
+def _replaced(make: Callable[[Path], object]) -> Callable[[Place], None]:
+    """Something that is no file under the name of the database."""
+
+    def change(place: Place) -> None:
+        path = place.root / "workspace.db"
+        path.unlink()
+        make(path)
+
+    return change
 
 
 def _numbers(name: str, manifest: bool = False) -> Callable[[Place], None]:
@@ -346,6 +359,12 @@ LEDGER = [
         VERIFY: "the database is damaged", HEAD: "the database is damaged", OPENED: "cannot be read"}),
     ("the file is another", _on_bytes("workspace.db", lambda _: b"no database" * 999), {
         VERIFY: "the database is damaged", HEAD: "the database is damaged", OPENED: "cannot be read"}),
+    ("a folder takes its place", _replaced(Path.mkdir), {
+        VERIFY: "workspace.db' is a folder", HEAD: "is a folder", OPENED: "is a folder"}),
+    ("a pipe takes its place", _replaced(os.mkfifo), {
+        VERIFY: "workspace.db' is no regular file", HEAD: "is no regular file", OPENED: "is no regular file"}),
+    ("a link to nothing takes its place", _replaced(lambda path: path.symlink_to("gone")), {
+        VERIFY: "workspace.db' is a link to a file that is not there", HEAD: "is a link", OPENED: "is a link"}),
     ("the file is deleted", _removed("workspace.db"), {
         VERIFY: CONSISTENT, HEAD: "there is no database any more"}),
 ]  # fmt: skip
@@ -487,6 +506,17 @@ def test_a_change_is_noticed_or_the_word_claims_no_more(
         assert all(len(line) < 500 for line in said.splitlines())
         if name in (VERIFY, HEAD, STORE) and code == 0:
             assert wanted, f"{name} says something: {said}"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_what_is_no_file_is_not_written_to(make: Callable[[Path], object], tmp_path: Path) -> None:
+    database = Workspace(tmp_path).database
+    make(database.path)
+    with pytest.raises(ValueError, match=r"workspace.db' is (a folder|no regular file|a link)"):
+        database.save("circuit", "hash", "name", {})
+    with pytest.raises(ValueError, match=r"workspace.db' is (a folder|no regular file|a link)"):
+        head(database)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_head_that_is_empty_is_refused(tmp_path: Path, capsys: Any) -> None:
