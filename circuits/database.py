@@ -10,10 +10,14 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,19 @@ CREATE TABLE IF NOT EXISTS records (
     UNIQUE (kind, model_hash, name, version)
 )
 """
+
+LEDGER_TABLES = (
+    "CREATE TABLE IF NOT EXISTS edit_entries (hash TEXT PRIMARY KEY, model_hash TEXT NOT NULL, "
+    "body TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS edit_entries_of ON edit_entries (model_hash)",
+    "CREATE TABLE IF NOT EXISTS edit_originals (hash TEXT PRIMARY KEY, bytes BLOB NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
+    "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS edit_events_of ON edit_events (model_hash, branch, id)",
+    "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
+)
+"""The tables of `circuits.edits`. Here, since a writer has to know all that may be in the file."""
 
 RECORDS = Log(
     "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
@@ -84,6 +101,25 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def there(self) -> bool:
+        """Whether the file has been made.
+
+        Raises:
+            ValueError: if something else has its name: a folder, a pipe, or a link to what is not there.
+            OSError: if that cannot be found out.
+        """
+        try:
+            mode = self.path.stat().st_mode
+        except FileNotFoundError:
+            if not self.path.is_symlink():
+                return False
+            what = "a link to a file that is not there"
+        else:
+            if stat.S_ISREG(mode):
+                return True
+            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise ValueError(f"database {str(self.path)!r} is {what}")
+
     @contextmanager
     def open(self, *tables: str) -> Iterator[sqlite3.Connection]:
         """A connection, closed at the end, with its tables made.
@@ -94,7 +130,9 @@ class Database:
         Raises:
             BlockingIOError: if another process keeps it locked for longer than `PATIENCE`.
             OSError: if it cannot be opened or written.
+            ValueError: if its tables are not those that are made, or it is no regular file; nothing is written then.
         """
+        self.there()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Without Python's own transactions: each begins and ends where it is written here.
         with (
@@ -103,8 +141,7 @@ class Database:
                 sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             ) as connection,
         ):
-            _prepare(connection, (_SCHEMA, *tables))
-            _check_foreign(connection, self.path)
+            _prepare(connection, self.path, (_SCHEMA, *tables))
             yield connection
 
     @contextmanager
@@ -263,9 +300,9 @@ class Database:
         """What a query finds, also where nothing can be written; nothing if there is no file or no such table.
 
         Raises:
-            ValueError: if the file is no database, or a damaged one.
+            ValueError: if the file is no database, a damaged one, or no regular file.
         """
-        if not self.path.is_file():
+        if not self.there():
             return []
         try:
             with self.reading() as connection:
@@ -295,61 +332,117 @@ class Database:
             last[stream] = version if isinstance(version, int) else before + 1
 
 
-def schema_faults(connection: sqlite3.Connection, *groups: Sequence[str]) -> list[str]:
+_GROUPS = ((_SCHEMA,), LEDGER_TABLES)
+
+_Row = tuple[str, str, str, str]
+"""Of a database's schema: kind, name, table, and the statement, empty where SQLite made it without one."""
+
+_SQLITE: tuple[_Row, ...] = tuple(
+    ("table", name, name, f"CREATE TABLE {name}({columns})")
+    for name, columns in (
+        ("sqlite_sequence", "name,seq"),
+        ("sqlite_stat1", "tbl,idx,stat"),
+        ("sqlite_stat4", "tbl,idx,neq,nlt,ndlt,sample"),
+    )
+)
+"""Tables that SQLite may add by itself: of ANALYZE, and of columns that count."""
+
+
+def schema_faults(connection: sqlite3.Connection) -> list[str]:
     """How a database's tables, indices, triggers and views differ from those that are made, one line each.
 
-    Args:
-        connection: to the database.
-        groups: more statements that make tables and their indices; those of a group are there together or not at all.
+    The records' table, and the ledger's, are there together with their indices or not at all.
     """
     found = _made(connection)
-    known: dict[tuple[str, str], str] = {}
-    faults = []
-    for group in ((_SCHEMA,), *groups):
-        with closing(sqlite3.connect(":memory:")) as made:
-            for statement in group:
-                made.execute(statement)
-            wanted = _made(made)
-        known |= wanted
-        if wanted.keys() & found.keys():
-            gone = wanted.keys() - found.keys()
+    names = {row[:2] for row in found}
+    faults = _altered(found)
+    for rows in map(_made_by, _GROUPS):
+        gone = [row[:2] for row in rows if row[:2] not in names]
+        if len(gone) < len(rows):
             faults += [f"{kind} {name!r} of the database is missing" for kind, name in gone]
-    for (kind, name), text in found.items():
-        if (kind, name) not in known:
-            faults.append(
-                f"the database holds the {kind} {name[:60]!r}, which circuits does not make"
-            )
-        elif text != known[kind, name]:
-            faults.append(f"{kind} {name!r} of the database was altered: it is {text[:200]}")
     return sorted(faults)
 
 
-def _made(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """The statements that a database was made with, by kind and name, each with spaces only where they matter."""
-    # Names that begin so are SQLite's, which nobody else can give: of indices that a table implies, and of ANALYZE.
-    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-    rows = connection.execute(query).fetchall()
-    return {
-        (kind, name): re.sub(r" ?([(),]) ?", r"\1", " ".join(str(text).split()))
-        for kind, name, text in rows
-    }
+def _altered(found: Sequence[_Row]) -> list[str]:
+    """How the rows of a schema differ from those that are made, one line each; missing ones are left out."""
+    known = {row[:2]: row for row in chain(_SQLITE, *map(_made_by, _GROUPS))}
+    faults = []
+    # Nothing is passed over by its name or kind: whoever may write the schema itself (`PRAGMA writable_schema`) gives a
+    # trigger the name of an index that SQLite makes, and its kind in other letters; SQLite goes by the statement.
+    for row, n in Counter(found).items():
+        kind, name, table, text = row
+        # Names may have line ends in them; a fault is one line.
+        what = kind if kind in ("table", "index", "trigger", "view") else repr(kind[:20])
+        if (kind, name) not in known:
+            faults.append(
+                f"the database holds the {what} {name[:60]!r}, which circuits does not make"
+            )
+        elif row != known[kind, name]:
+            said = " ".join(text.split())[:200] or "without a statement"
+            faults.append(f"{kind} {name!r} of the database was altered: it is {said}")
+        elif n > 1:
+            faults.append(f"{kind} {name!r} of the database, on {table!r}, is there {n} times")
+    return faults
+
+
+@cache
+def _made_by(statements: tuple[str, ...]) -> tuple[_Row, ...]:
+    """The schema that statements make."""
+    with closing(sqlite3.connect(":memory:")) as made:
+        for statement in statements:
+            made.execute(statement)
+        return tuple(_made(made))
+
+
+def _made(connection: sqlite3.Connection) -> list[_Row]:
+    """The schema of a database, each statement with spaces only where they matter."""
+    rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
+    # Only what SQLite takes for a space is one: a no-break space is part of a name.
+    return [
+        (
+            str(kind),
+            str(name),
+            str(table),
+            re.sub(r" ?([(),]) ?", r"\1", re.sub(r"[ \t\n\f\r]+", " ", str(text or ""))),
+        )
+        for kind, name, table, text in rows
+    ]
 
 
 def _check_foreign(connection: sqlite3.Connection, path: Path) -> None:
     """Raise ValueError if the file would do something by itself when it is read or written."""
-    query = "SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view') LIMIT 1"
-    for kind, name in connection.execute(query):
+    for kind, name, _, text in _made(connection):
+        if kind in ("table", "index") and re.match(r"CREATE (TABLE|(UNIQUE )?INDEX) |$", text):
+            continue
+        what = kind if kind in ("trigger", "view") else f"statement {text[:60]!r} under"
         raise ValueError(
-            f"database {str(path)!r} holds the {kind} {name[:60]!r}, which circuits does not make: nothing is read or "
+            f"database {str(path)!r} holds the {what} {name[:60]!r}, which circuits does not make: nothing is read or "
             "written; `circuits edit verify` lists what is wrong"
         )
 
 
-def _prepare(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
-    """Make the tables of a new database; whoever comes second waits (SQLite does not, here)."""
+def _check_unaltered(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise ValueError if something in the file is not as it is made.
+
+    A constraint can undo a save as a trigger can: `UNIQUE … ON CONFLICT REPLACE` deletes what was there. Tables and
+    indices that are missing are no fault: earlier versions had fewer, and they are made.
+    """
+    if faults := _altered(_made(connection)):
+        raise ValueError(
+            f"database {str(path)!r}: {min(faults)}; nothing is written; `circuits edit verify` lists what is wrong"
+        )
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, tables: Sequence[str]) -> None:
+    """Make the tables of a new database; whoever comes second waits (SQLite does not, here).
+
+    Raises:
+        ValueError: if there are others.
+    """
     until = time.monotonic() + PATIENCE
     while True:
         try:
+            _check_unaltered(connection, path)
             # WAL: readers go on while somebody writes. Setting it takes a lock that asking does not.
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode=WAL")

@@ -460,6 +460,11 @@ def test_a_damaged_body_is_one_line(
             read()
 
 
+def _dump(database: Database) -> list[str]:
+    with closing(sqlite3.connect(database.path)) as connection:
+        return list(connection.iterdump())
+
+
 def test_tables_and_triggers_are_those_that_are_made(
     database: Database, branches: HookedModel, tmp_path: Path
 ) -> None:
@@ -470,6 +475,13 @@ def test_tables_and_triggers_are_those_that_are_made(
         ("CREATE VIEW v AS SELECT * FROM records", "holds the view 'v'"),
         ("CREATE TABLE more (x)", "holds the table 'more'"),
         ("CREATE INDEX more ON records (name)", "holds the index 'more'"),
+        ("CREATE UNIQUE INDEX more ON edit_entries (model_hash)", "holds the index 'more'"),
+        (
+            "DROP TABLE edit_events; CREATE TABLE edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
+            "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL, "
+            "UNIQUE (model_hash, branch) ON CONFLICT REPLACE)",
+            "table 'edit_events' of the database was altered",
+        ),
         ("DROP INDEX edit_events_of", "index 'edit_events_of' of the database is missing"),
         ("DROP TABLE edit_reports", "table 'edit_reports' of the database is missing"),
         (
@@ -480,13 +492,22 @@ def test_tables_and_triggers_are_those_that_are_made(
         copy = Database(tmp_path / "copy.db")
         shutil.copy(database.path, copy.path)
         with contextlib.closing(sqlite3.connect(copy.path, isolation_level=None)) as connection:
-            connection.execute(statement)
+            connection.executescript(statement)
         assert any(message in line for line in verify(copy)), statement
         if "TRIGGER" in statement or "VIEW" in statement:
             with pytest.raises(ValueError, match="which circuits does not make"):
                 Ledger(copy, branches).head()
-            with pytest.raises(ValueError, match="which circuits does not make"):
-                copy.save("kind", "hash", "name", 1)
+        if not statement.startswith(
+            ("DROP INDEX", "DROP TABLE edit_reports")
+        ):  # they are made again
+            before = _dump(copy)
+            for write in (
+                lambda copy=copy: copy.save("kind", "hash", "name", 1),
+                lambda copy=copy: Ledger(copy, branches).apply(zero("cat:2")),
+            ):
+                with pytest.raises(ValueError, match="`circuits edit verify` lists what is wrong"):
+                    write()
+            assert _dump(copy) == before
         for left in tmp_path.glob("copy.db*"):
             left.unlink()
     with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as connection:

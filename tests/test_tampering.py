@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from PIL import Image
 
 from circuits.cli.main import run
 from circuits.edits.activations import zero
+from circuits.edits.auditing import head
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import read_edit
@@ -72,6 +74,19 @@ def _sql(*statements: str, rehash: bool = False) -> Callable[[Place], None]:
                 _hash_again(connection)
 
     return change
+
+
+def _planted(kind: str, name: str) -> Callable[[Place], None]:
+    """A trigger that empties the ledger, written into the schema itself under another kind and name."""
+    trigger = (
+        f"CREATE TRIGGER {name} AFTER INSERT ON edit_events BEGIN DELETE FROM edit_events; END"
+    )
+    row = f"'{kind}', '{name}', 'edit_events', 0, '{trigger}'"
+    return _sql(
+        "PRAGMA writable_schema=ON",
+        f"INSERT INTO sqlite_master VALUES ({row})",
+        "PRAGMA schema_version=99",
+    )
 
 
 def _hash_again(connection: sqlite3.Connection) -> None:
@@ -136,6 +151,17 @@ def _removed(name: str) -> Callable[[Place], None]:
         ).unlink()
 
     return remove
+
+
+def _replaced(make: Callable[[Path], object]) -> Callable[[Place], None]:
+    """Something that is no file under the name of the database."""
+
+    def change(place: Place) -> None:
+        path = place.root / "workspace.db"
+        path.unlink()
+        make(path)
+
+    return change
 
 
 def _numbers(name: str, manifest: bool = False) -> Callable[[Place], None]:
@@ -314,10 +340,17 @@ LEDGER = [
         VERIFY: "holds the trigger 't'", HEAD: "holds the trigger 't'", OPENED: "holds the trigger 't'"}),
     ("a view is planted", _sql("CREATE VIEW v AS SELECT * FROM records"), {
         VERIFY: "holds the view 'v'", HEAD: "holds the view 'v'", OPENED: "holds the view 'v'"}),
+    ("a trigger is hidden as an index of SQLite's own", _planted("TRIGGER", "sqlite_autoindex_edit_events_9"), {
+        VERIFY: "holds the 'TRIGGER' 'sqlite_autoindex_edit_events_9'", HEAD: "which circuits does not make",
+        OPENED: "which circuits does not make"}),
     ("a table is added", _sql("CREATE TABLE more (x)"), {
         VERIFY: "holds the table 'more'", HEAD: "holds the table 'more'"}),
     ("a table gets a column", _sql("ALTER TABLE edit_entries ADD COLUMN more TEXT"), {
         VERIFY: "table 'edit_entries' of the database was altered", HEAD: "was altered"}),
+    ("a constraint is added that deletes what was there", _sql(
+        "ALTER TABLE edit_reports RENAME TO x", "CREATE TABLE edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL, "
+        "UNIQUE (body) ON CONFLICT REPLACE)", "INSERT INTO edit_reports SELECT * FROM x", "DROP TABLE x"), {
+        VERIFY: "table 'edit_reports' of the database was altered", HEAD: "was altered"}),
     ("an index is dropped", _sql("DROP INDEX edit_events_of"), {
         VERIFY: "index 'edit_events_of' of the database is missing", HEAD: "is missing"}),
     ("a bit of a note is flipped in the file", _on_bytes("workspace.db", _flipped), {
@@ -326,6 +359,12 @@ LEDGER = [
         VERIFY: "the database is damaged", HEAD: "the database is damaged", OPENED: "cannot be read"}),
     ("the file is another", _on_bytes("workspace.db", lambda _: b"no database" * 999), {
         VERIFY: "the database is damaged", HEAD: "the database is damaged", OPENED: "cannot be read"}),
+    ("a folder takes its place", _replaced(Path.mkdir), {
+        VERIFY: "workspace.db' is a folder", HEAD: "is a folder", OPENED: "is a folder"}),
+    ("a pipe takes its place", _replaced(os.mkfifo), {
+        VERIFY: "workspace.db' is no regular file", HEAD: "is no regular file", OPENED: "is no regular file"}),
+    ("a link to nothing takes its place", _replaced(lambda path: path.symlink_to("gone")), {
+        VERIFY: "workspace.db' is a link to a file that is not there", HEAD: "is a link", OPENED: "is a link"}),
     ("the file is deleted", _removed("workspace.db"), {
         VERIFY: CONSISTENT, HEAD: "there is no database any more"}),
 ]  # fmt: skip
@@ -469,12 +508,30 @@ def test_a_change_is_noticed_or_the_word_claims_no_more(
             assert wanted, f"{name} says something: {said}"
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_what_is_no_file_is_not_written_to(make: Callable[[Path], object], tmp_path: Path) -> None:
+    database = Workspace(tmp_path).database
+    make(database.path)
+    with pytest.raises(ValueError, match=r"workspace.db' is (a folder|no regular file|a link)"):
+        database.save("circuit", "hash", "name", {})
+    with pytest.raises(ValueError, match=r"workspace.db' is (a folder|no regular file|a link)"):
+        head(database)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_head_that_is_empty_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """As from `--head "$HEAD"` with a variable that is not set: nothing would be compared."""
+    assert run(["edit", "verify", "--head", "", "--workspace", str(tmp_path)]) == 2
+    assert "head '' is not of the form COUNT-COUNT-HASH" in capsys.readouterr().err
+
+
 _ABOUT = """# What notices a change
 
 Somebody changes a file of a workspace. Nothing inside a file can prove that it is as it was written: who can write the
 file can write its hashes, too. So `consistent` is all that is said of files without a fault, and `circuits edit head`
 prints what to keep elsewhere. Where nothing is claimed, the file is used as it is: recipes and circuits are texts that
-people may change, and a graph is built again in seconds.
+people may change, and a graph is built again in seconds. Nothing is written into a database that holds
+tables, constraints, indices, triggers or views that circuits does not make.
 
 `tests/test_tampering.py` does each of these changes, and writes this table.
 """

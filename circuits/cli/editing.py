@@ -369,9 +369,9 @@ def head(output: options.Output, workspace: options.WorkspaceFolder = None) -> N
 @command(app)
 def verify(
     output: options.Output,
-    head: Annotated[str, option(
+    head: Annotated[str | None, option(
         "What `circuits edit head` printed before: everything up to it must be as it was then."
-    )] = "",
+    )] = None,
     workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Check the ledger, and what people saved: hashes, references, versions, tables. Exit code 1 if there is a fault.
@@ -379,7 +379,7 @@ def verify(
     Without --head this shows that they are consistent, not that nobody wrote all of it anew.
     """
     database = Workspace.default(workspace).database
-    kept = Head.parse(head, len(LOGS)) if head else None
+    kept = None if head is None else Head.parse(head, len(LOGS))
     found = faults(database, kept)
     word = "faulty" if found else "consistent" if kept is None else "unchanged"
     now = None if found else head_of(database)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from circuits.database import RECORDS, Database, schema_faults
-from circuits.edits.entries import EVENTS, TABLES, Entry, Event
+from circuits.edits.entries import EVENTS, Entry, Event
 from circuits.history import Head, content_hash
 from circuits.json_files import parse_json
 
@@ -25,9 +25,9 @@ def head(database: Database) -> Head:
     """The head of a workspace's logs: events of the ledger, then saved versions.
 
     Raises:
-        ValueError: if the database is damaged.
+        ValueError: if the database is damaged, or no regular file.
     """
-    if not database.path.is_file():
+    if not database.there():
         with sqlite3.connect(":memory:") as nothing:
             return Head.of(nothing, LOGS)
     try:
@@ -48,11 +48,11 @@ def verify(database: Database, kept: Head | str | None = None) -> list[str]:
         kept: a head that was printed or returned before and kept elsewhere; all rows up to it must be as they were.
 
     Raises:
-        ValueError: if `kept` is no head.
+        ValueError: if `kept` is no head, or the database no regular file.
     """
     if isinstance(kept, str):
         kept = Head.parse(kept, len(LOGS))
-    if not database.path.is_file():
+    if not database.there():
         return [] if kept is None or not sum(kept.counts) else ["there is no database any more"]
     try:
         with _as_it_is(database) as connection:
@@ -93,7 +93,7 @@ def _faults(connection: sqlite3.Connection) -> Iterator[str]:
     for (line,) in connection.execute("PRAGMA integrity_check"):
         if line != "ok":
             yield _damaged(line)
-    faults = schema_faults(connection, TABLES)
+    faults = schema_faults(connection)
     yield from faults
     yield from Database.faults(connection)
     (there,) = connection.execute(

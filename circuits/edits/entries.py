@@ -13,19 +13,6 @@ from circuits.json_files import parse_json
 SCHEMA = 1
 """Version of the layout of entries and events."""
 
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS edit_entries (hash TEXT PRIMARY KEY, model_hash TEXT NOT NULL, "
-    "body TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS edit_entries_of ON edit_entries (model_hash)",
-    "CREATE TABLE IF NOT EXISTS edit_originals (hash TEXT PRIMARY KEY, bytes BLOB NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS edit_reports (hash TEXT PRIMARY KEY, body TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS edit_events (id INTEGER PRIMARY KEY, model_hash TEXT NOT NULL, "
-    "branch TEXT NOT NULL, hash TEXT NOT NULL, body TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS edit_events_of ON edit_events (model_hash, branch, id)",
-    "CREATE INDEX IF NOT EXISTS edit_events_all ON edit_events (model_hash, id)",
-)
-"""The ledger's tables in `workspace.db`."""
-
 EVENTS = Log("edit_events", ("model_hash", "branch", "hash", "body"))
 """What happened: a stream for each branch, one chain of hashes through all branches of a model."""
 

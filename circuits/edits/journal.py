@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from circuits.database import Database
-from circuits.edits.entries import EVENTS, TABLES, Entry, Event, Kind, LedgerError
+from circuits.database import LEDGER_TABLES, Database
+from circuits.edits.entries import EVENTS, Entry, Event, Kind, LedgerError
 from circuits.edits.positions import Made
 from circuits.edits.records import canonical
 from circuits.files import finite
@@ -263,7 +263,7 @@ class Journal:
         """Write a step in one transaction; whether `last` still was the branch's last event, else nothing is."""
         who, when = signed(author)
         report = content_hash(step.report) if step.report else ""
-        with self.database.writing(*TABLES) as connection:
+        with self.database.writing(*LEDGER_TABLES) as connection:
             found = EVENTS.last(connection, self.model_hash, branch)
             if (found[2] if found else "") != last:
                 return False
