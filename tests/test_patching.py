@@ -412,7 +412,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     def undefined(output: Tensor) -> Tensor:
         return torch.where(torch.isclose(output[:, -1, 0], first), 1.0, float("nan"))
 
-    with pytest.raises(ValueError, match="measure undefined of variant .* is nan on example"):
+    with pytest.raises(ValueError, match=r"measure undefined of variant .* is nan on example"):
         patch_grid(bridge, task, "blocks.0.hook_resid_pre", by="site", metric=undefined)
     images = of_examples(Examples.given(branches, branches.input.example(2), labels=[0, 1]))
     images = replace(

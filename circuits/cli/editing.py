@@ -15,10 +15,10 @@ from circuits.cli.choosing import units_of
 from circuits.cli.output import say, show_json, warn
 from circuits.cli.recipes import ESTIMATED, associated, recipe_of
 from circuits.cli.signatures import argument, command, option
+from circuits.database import Database
 from circuits.edits import recipes
-from circuits.edits.auditing import LOGS
+from circuits.edits.auditing import LOGS, audit
 from circuits.edits.auditing import head as head_of
-from circuits.edits.auditing import verify as faults
 from circuits.edits.ledger import Ledger
 from circuits.edits.records import OPERATORS, Edit, edit_schema
 from circuits.effects import EditReport
@@ -360,9 +360,9 @@ def replay(model: options.Model, output: options.Output, branch: Branch = "main"
 @command(app)
 def head(output: options.Output, workspace: options.WorkspaceFolder = None) -> None:
     """Print how far the ledger and what people saved have come, with a hash over it, to keep outside the workspace."""
-    now = head_of(Workspace.default(workspace).database)
+    now = head_of(_kept(workspace))
     facts = {"head": str(now), **dict(zip(("events", "versions"), now.counts, strict=True))}
-    about = f"covers {_counted(now.counts)}; `circuits edit verify --head HEAD` checks that they are as now"
+    about = f"covers {_counted(now.counts)}; `circuits edit verify --head HEAD` checks that they stay as they are"
     output.show(facts, [str(now), about])
 
 
@@ -378,12 +378,11 @@ def verify(
 
     Without --head this shows that they are consistent, not that nobody wrote all of it anew.
     """
-    database = Workspace.default(workspace).database
     kept = None if head is None else Head.parse(head, len(LOGS))
-    found = faults(database, kept)
+    database = _kept(workspace) if kept is None else Workspace.default(workspace).database
+    found, now = audit(database, kept)
     word = "faulty" if found else "consistent" if kept is None else "unchanged"
-    now = None if found else head_of(database)
-    if now is None:
+    if found or now is None:
         last = f"{len(found)} {'fault' if len(found) == 1 else 'faults'}"
     elif kept is None:
         last = f"consistent: {_counted(now.counts)}"
@@ -395,6 +394,20 @@ def verify(
     )
     if found:
         raise typer.Exit(1)
+
+
+def _kept(workspace: Path | None) -> Database:
+    """The database of a workspace in which something was kept.
+
+    Raises:
+        FileNotFoundError: if nothing was: to call that consistent would hide a mistyped name.
+    """
+    place = Workspace.default(workspace)
+    if not place.database.there():
+        raise FileNotFoundError(
+            f"workspace {str(place.root)!r} has no workspace.db: nothing has been edited or saved in it"
+        )
+    return place.database
 
 
 def _counted(counts: Sequence[int]) -> str:

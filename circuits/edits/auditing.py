@@ -38,7 +38,12 @@ def head(database: Database) -> Head:
 
 
 def verify(database: Database, kept: Head | str | None = None) -> list[str]:
-    """What is wrong with a workspace's logs, one line each.
+    """What is wrong with a workspace's logs, one line each; see `audit`."""
+    return audit(database, kept)[0]
+
+
+def audit(database: Database, kept: Head | str | None = None) -> tuple[list[str], Head | None]:
+    """What is wrong with a workspace's logs, one line each, and the head that this is said of; None if it is damaged.
 
     Every hash is taken again: of entries, events, reports and original bytes; every reference is followed, saved
     versions are read and counted, tables and triggers are those that are made, and SQLite checks its own pages.
@@ -53,15 +58,15 @@ def verify(database: Database, kept: Head | str | None = None) -> list[str]:
     if isinstance(kept, str):
         kept = Head.parse(kept, len(LOGS))
     if not database.there():
-        return [] if kept is None or not sum(kept.counts) else ["there is no database any more"]
+        gone = kept is not None and sum(kept.counts) > 0
+        return ["there is no database any more"] if gone else [], head(database)
     try:
         with _as_it_is(database) as connection:
-            return [
-                *_faults(connection),
-                *([] if kept is None else _changed_since(connection, kept)),
-            ]
+            since = [] if kept is None else _changed_since(connection, kept)
+            found = [*_faults(connection), *since]
+            return found, None if found else Head.of(connection, LOGS)
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        return [_damaged(error)]
+        return [_damaged(error)], None
 
 
 @contextmanager
