@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,35 @@ def test_hugging_face_datasets_on_disk(tmp_path: Path, recwarn) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):
         open_source(f"hf:{tmp_path / 'empty'}")
+
+
+def test_hugging_face_columns_are_not_decoded_by_datasets(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    png = io.BytesIO()
+    Image.new("RGB", (6, 5), "red").save(png, "PNG")
+    good = {"bytes": png.getvalue(), "path": None}
+    kinds = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "more": datasets.List(datasets.Image()),
+            "parts": {"a": datasets.Image()},
+        }
+    )
+    rows = {"image": [good] * 2, "more": [[good]] * 2, "parts": [{"a": good}] * 2}
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(str(tmp_path / "set"))
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *a, **k: pytest.fail("`datasets` decoded it")
+    )
+    source = open_source(f"hf:{tmp_path / 'set'}")
+    assert isinstance(source, ImageSource)
+    picture = source.image(1)
+    assert isinstance(picture, Image.Image)
+    assert picture.getpixel((0, 0)) == (255, 0, 0)
+    for column in ("more", "parts"):
+        with pytest.raises(
+            ValueError, match=rf"column '{column}' holds .*Image\(.*: expected images"
+        ):
+            open_source(f"hf:{tmp_path / 'set'}:{column}")
 
 
 def test_a_persons_own_dataset(tmp_path: Path) -> None:

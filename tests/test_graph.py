@@ -248,6 +248,27 @@ def test_bad_input_is_named(branches: HookedModel, built: GraphStore, tmp_path: 
     assert not (tmp_path / "graph").exists(), "nothing was written"
 
 
+def test_a_graph_that_leads_elsewhere_is_refused(branches: HookedModel, tmp_path: Path) -> None:
+    path = tmp_path / "graph.h5"
+
+    def replaced(by: Any) -> None:
+        build_graph(branches, tmp_path).close()
+        with h5py.File(path, "r+") as file:
+            del file["blocks/0/sum"]
+            file["blocks/0/sum"] = by
+
+    replaced(h5py.ExternalLink(str(tmp_path / "other.h5"), "x"))
+    with pytest.raises(ValueError, match=r"is damaged: graph.h5: 'blocks/0/sum' is a link.*again"):
+        GraphStore(tmp_path)
+    replaced(np.ones((1, 1), np.float32))
+    with GraphStore(tmp_path) as store:
+        info = store.blocks[0]
+        with pytest.raises(
+            ValueError, match=r"is damaged: .* of shape \(1, 1\), expected floats of"
+        ):
+            store.subgraph([f"{info.source}:0", f"{info.target}:0"])
+
+
 def test_a_build_that_fails_leaves_the_old_graph(branches: HookedModel, tmp_path: Path) -> None:
     build_graph(branches, tmp_path)
     before = (tmp_path / "graph.h5").read_bytes()

@@ -363,6 +363,25 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
             load_model("shapes", path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.to_sparse(), "has layout sparse_coo, expected strided"),
+        (lambda w: w.reshape(4, -1).to_sparse_csr(), "has layout sparse_csr, expected strided"),
+        (lambda w: torch.nested.nested_tensor([w, w]), "has layout nested, expected strided"),
+        (lambda w: w.to("meta"), "is on device meta, expected cpu"),
+        (lambda w: w.to(torch.float8_e4m3fn), "is of type float8_e4m3fn, expected one of float16"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # these layouts are prototypes
+def test_odd_tensors_are_one_line(change, said: str, tmp_path: Path) -> None:
+    tensors = load_file(BUILTIN / "shapes.safetensors")
+    path = tmp_path / "w.pt"
+    torch.save(tensors | {"logits.bias": change(tensors["logits.bias"])}, path)
+    with pytest.raises(ValueError, match=rf"weights '.*w\.pt': tensor 'logits\.bias' {said}"):
+        load_model("shapes", path)
+
+
 def test_weights_baked_from_another_model_are_refused(tmp_path: Path) -> None:
     base = load_model("induction-by-hand")
     edit = read_edit(base, "scale_weights into=blocks.1.attn.hook_v:0 factor=0.5")

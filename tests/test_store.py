@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,6 +20,7 @@ from safetensors.numpy import load_file
 
 from circuits.harvesting import harvest, kernels
 from circuits.harvesting.observing import Observer, laid_out
+from circuits.hdf5 import file_hash, opened
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import ImageSource
@@ -420,3 +426,109 @@ def test_verify_names_what_is_wrong(model: HookedModel, tmp_path: Path) -> None:
 
 def test_provenance_comes_back(store: ActivationStore) -> None:
     assert Provenance.read(store.folder) == store.provenance
+
+
+def _linked(place: Path) -> Callable[[Any], None]:
+    def change(group: Any) -> None:
+        with h5py.File(place, "w") as other:
+            other["x"] = np.ones(group["maximum"].shape, np.float32)
+        del group["maximum"]
+        group["maximum"] = h5py.ExternalLink(str(place), "x")
+
+    return change
+
+
+def _elsewhere(place: Path) -> Callable[[Any], None]:
+    def change(group: Any) -> None:
+        shape = group["maximum"].shape
+        place.write_bytes(bytes(4 * math.prod(shape)))
+        del group["maximum"]
+        outside = [(str(place), 0, 4 * math.prod(shape))]
+        group.create_dataset("maximum", shape, np.float32, external=outside)
+
+    return change
+
+
+def _virtual(place: Path) -> Callable[[Any], None]:
+    def change(group: Any) -> None:
+        shape = group["maximum"].shape
+        del group["maximum"]
+        layout = h5py.VirtualLayout(shape, np.float32)
+        layout[...] = h5py.VirtualSource(str(place), "x", shape)
+        group.create_virtual_dataset("maximum", layout)
+
+    return change
+
+
+def _replaced(value: Any) -> Callable[[Path], Callable[[Any], None]]:
+    def change(group: Any) -> None:
+        del group["maximum"]
+        made = value(group) if callable(value) else value
+        if made is not None:
+            group["maximum"] = made
+
+    return lambda place: change
+
+
+FOREIGN = [
+    ("an external link", _linked, "'summary/maximum' is a link"),
+    ("external storage", _elsewhere, "'summary/maximum' has its numbers in another file"),
+    ("a virtual dataset", _virtual, "'summary/maximum' has its numbers in another file"),
+    ("a link to itself", _replaced(h5py.SoftLink("/summary/maximum")), "'summary/maximum' is a link"),
+    ("a group inside itself", _replaced(lambda group: group), "'summary/maximum' is there under two names"),
+    ("texts", _replaced(["a", "b"]), "'summary/maximum' holds something other than numbers"),
+    ("another shape", _replaced(np.ones((3, 2), "f4")), r"of shape \(3, 2\), expected floats of shape \(\d+, 100\)"),
+    ("whole numbers", _replaced(np.ones((5, 2), int)), r"holds int64 of shape \(5, 2\), expected floats"),
+    ("nothing", _replaced(None), "'summary/maximum' is missing or no array"),
+]  # fmt: skip
+
+
+def _noted(path: Path, change: Callable[[Any], None], group: str) -> None:
+    """Change a file of a store, and its checksum as well."""
+    with h5py.File(path, "r+") as file:
+        change(file[group])
+    manifest = path.with_name("manifest.jsonl")
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        line["sha256"] = file_hash(path.with_name(line["file"]))
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("change", "said"), [f[1:] for f in FOREIGN], ids=[f[0] for f in FOREIGN])
+def test_statistics_that_lead_elsewhere_are_refused(
+    change, said: str, store: ActivationStore, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(store.folder, tmp_path / "store"))
+    _noted(folder / "statistics.h5", change(tmp_path / "outside.h5"), "summary")
+    with pytest.raises(ValueError, match=rf"statistics\.h5' is damaged: .*{said}.*; run the same"):
+        ActivationStore.open(folder).summary("mixed3b")
+
+
+def test_shards_that_promise_or_hold_something_else_are_refused(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    def made(name: str, shape: tuple[int, ...], **more: Any) -> Callable[[Any], None]:
+        def change(group: Any) -> None:
+            del group[name]
+            group.create_dataset(name, shape, np.float32, **more)
+
+        return change
+
+    for number, (change, said) in enumerate(
+        (
+            (made("activations", (10**9, 32), chunks=(4096, 32)), "lacks numbers"),
+            (made("activations", (6144, 3), data=np.ones((6144, 3))), "expected floats of shape"),
+            (made("example", (5,), data=np.ones(5)), "expected whole numbers of shape"),
+        )
+    ):
+        folder = Path(shutil.copytree(store.folder, tmp_path / str(number)))
+        _noted(folder / "shard-00000.h5", change, "full/mixed3b")
+        with pytest.raises(ValueError, match=rf"damaged shard \(shard-00000\.h5: .*{said}"):
+            ActivationStore.open(folder).rows("mixed3b")
+    folder = Path(shutil.copytree(store.folder, tmp_path / "pipe"))
+    (folder / "statistics.h5").unlink()
+    os.mkfifo(folder / "statistics.h5")
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        ActivationStore.open(folder)
+    with pytest.raises(OSError, match=r"statistics\.h5 is not a regular file"):
+        opened(folder / "statistics.h5")

@@ -25,7 +25,7 @@ import numpy as np
 from circuits.graph.blocks import FORMAT, BlockInfo, writing
 from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
-from circuits.hdf5 import opened
+from circuits.hdf5 import DamagedError, array, opened
 from circuits.json_files import parse_json
 from circuits.units import Unit, unknown
 
@@ -42,7 +42,9 @@ class _Block:
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._known:
-            self._known[name] = self._file.array(f"blocks/{self._number}/{name}")
+            shape = self.info.shape[::-1] if name.endswith("_by_source") else self.info.shape
+            kernel = self.info.kernel if name == "kernels" else ()
+            self._known[name] = self._file.array(f"blocks/{self._number}/{name}", (*shape, *kernel))
         return self._known[name]
 
     def sums(self, by_source: bool = False) -> np.ndarray:
@@ -98,6 +100,8 @@ class _File:
             infos = [BlockInfo.read(raw) for raw in self.index["blocks"]]
         except FileNotFoundError:
             raise
+        except DamagedError as error:
+            raise self._damaged(error) from error
         # All that a file of something else can do, in one sentence to the person.
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -109,11 +113,19 @@ class _File:
             self._map.madvise(mmap.MADV_RANDOM)
         self.blocks = [_Block(self, i, info) for i, info in enumerate(infos)]
 
-    def array(self, name: str) -> np.ndarray:
-        dataset = self._file[name]
+    def _damaged(self, error: DamagedError) -> ValueError:
+        return ValueError(f"file {str(self.path)!r} is damaged: {error}; build it again")
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            dataset = array(self._file, name, shape)
+        except DamagedError as error:
+            raise self._damaged(error) from error
         offset = dataset.id.get_offset()
         if offset is None:
             return dataset[()]  # nothing was written: it is empty
+        if offset + dataset.nbytes > len(self._map):
+            raise self._damaged(DamagedError(f"{self.path.name}: {name!r} is cut off"))
         # A view of the mapped file: only the pages that are touched are read. HDF5 would read and copy through its own
         # cache.
         flat = np.frombuffer(self._map, dataset.dtype, dataset.size, offset)

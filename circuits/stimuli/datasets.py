@@ -115,21 +115,22 @@ def _bytes(image: Image.Image | torch.Tensor) -> bytes:
 def _part(item: Any, column: str | int | None, name: str) -> Any:
     """The image or text in an example."""
     if isinstance(item, Mapping):
-        if column is None:
-            usual = [c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in item]
-            if not usual:
-                raise ValueError(
-                    f"dataset {name} has columns {', '.join(map(str, item))}: name the one to use"
-                )
-            column = usual[0]
-        if column not in item:
-            raise ValueError(
-                f"dataset {name} has no column {column!r}: expected one of {', '.join(map(str, item))}"
-            )
-        return item[column]
+        return item[_column(list(item), column, name)]
     if isinstance(item, tuple):
         return item[int(column or 0)]
     return item
+
+
+def _column(names: Sequence[Any], column: Any, name: str) -> Any:
+    """The column to use: the one that is named, or the first with a usual name."""
+    said = ", ".join(map(str, names))
+    if column is None:
+        column = next((c for c in (*IMAGE_COLUMNS, *TEXT_COLUMNS) if c in names), None)
+        if column is None:
+            raise ValueError(f"dataset {name} has columns {said}: name the one to use")
+    if column not in names:
+        raise ValueError(f"dataset {name} has no column {column!r}: expected one of {said}")
+    return column
 
 
 def _is_text(item: Any) -> bool:
@@ -265,35 +266,68 @@ def open_hugging_face(path: str) -> ImageSource | TextSource:
             f"dataset folder {folder!r} has splits: name one, hf:{folder}/SPLIT with SPLIT one of "
             f"{', '.join(map(str, dataset))}"
         )
-    dataset = _Undecoded(dataset)
+    name = normal_data(f"hf:{path}")
+    dataset = _Undecoded(dataset, column or None, name)
     # The files identify the content: reading all examples to hash them would be slow.
     fingerprint = "".join(_file_digest(p) for p in sorted(place.glob("*.arrow")))
-    return from_dataset(dataset, normal_data(f"hf:{path}"), column or None, identity=fingerprint)
+    return from_dataset(dataset, name, column or None, identity=fingerprint)
 
 
 class _Undecoded:
-    """A Hugging Face dataset whose images this package decodes: `datasets` would take any format that Pillow knows."""
+    """One column of a Hugging Face dataset, of which `datasets` itself decodes nothing.
 
-    def __init__(self, dataset: Any) -> None:
+    It would take any format that Pillow knows, and fetch what a path names as an address, also for columns that nobody
+    asked for and for pictures inside lists. So only the wanted column is read, and its images are decoded here.
+
+    Args:
+        dataset: the dataset.
+        column: the column to use; by default one with a usual name.
+        name: the dataset's name, for messages.
+
+    Raises:
+        ValueError: if there is no such column, or it holds neither images nor plain texts or numbers.
+    """
+
+    def __init__(self, dataset: Any, column: str | None, name: str) -> None:
         from datasets import Image as Stored
 
-        self.images = [name for name, kind in dataset.features.items() if isinstance(kind, Stored)]
-        for name in self.images:
-            dataset = dataset.cast_column(name, Stored(decode=False))
-        self.dataset = dataset
+        self.column = _column(dataset.format["columns"], column, name)
+        kind = dataset.features[self.column]
+        self.images = isinstance(kind, Stored)
+        if not self.images and not _plain(kind):
+            raise ValueError(
+                f"dataset {name}: column {self.column!r} holds {kind}: expected images, texts, tokens "
+                "or arrays"
+            )
+        dataset = dataset.select_columns([self.column])
+        self.dataset = (
+            dataset.cast_column(self.column, Stored(decode=False)) if self.images else dataset
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        item = self.dataset[i]
-        return item | {name: self._decoded(item[name]) for name in self.images if item[name]}
+        item = self.dataset[i][self.column]
+        return {self.column: self._decoded(item) if self.images and item else item}
 
     def _decoded(self, stored: Mapping[str, Any]) -> Image.Image:
         content = stored["bytes"]
         if content is None:
             return read_image(Path(stored["path"]))
         return decode(BytesIO(content), stored["path"] or "without a name", MAX_PIXELS)
+
+
+def _plain(kind: Any) -> bool:
+    """Whether a column's type is texts, numbers, or lists or arrays of them, which nothing has to decode."""
+    from datasets import Array2D, Array3D, Array4D, Array5D, ClassLabel, Value
+
+    if isinstance(kind, list):  # how older files write a list
+        return all(map(_plain, kind))
+    inner = getattr(kind, "feature", None)
+    if inner is not None:
+        return _plain(inner)
+    return isinstance(kind, Value | ClassLabel | Array2D | Array3D | Array4D | Array5D)
 
 
 def _file_digest(path: Path) -> str:

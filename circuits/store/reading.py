@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.hdf5 import opened
+from circuits.hdf5 import DamagedError, array, opened
 from circuits.json_files import parse_json
 from circuits.specs import normal_data
 from circuits.store.provenance import Provenance, StaleCacheError
@@ -26,7 +26,9 @@ from circuits.store.shards import (
     shard_name,
 )
 from circuits.store.summaries import (
+    BINS,
     PER_EXAMPLE,
+    WHOLE,
     Summary,
     TailFit,
     edges,
@@ -224,7 +226,7 @@ class ActivationStore:
         if not (folder / "provenance.json").is_file():
             raise FileNotFoundError(f"there is no activation store in {str(folder)!r}")
         provenance = Provenance.read(folder)
-        if not (folder / "statistics.h5").exists():
+        if not (folder / "statistics.h5").is_file():
             raise FileNotFoundError(
                 f"activation store {str(folder)!r} is not finished: run the same harvest again"
             )
@@ -277,9 +279,14 @@ class ActivationStore:
     def skipped(self) -> dict[str, str]:
         """The examples that could not be read, by name, with the reasons."""
         with self._statistics() as file:
-            reasons = parse_json(bytes(file["reasons"][()]), str(self.folder))
+            reasons = parse_json(bytes(array(file, "reasons", (None,), "u")[()]), str(self.folder))
+            skipped = array(file, "skipped", (len(reasons),), "i")[()].tolist()
             names = self.provenance.examples
-            return {names[i]: r for i, r in zip(file["skipped"][()].tolist(), reasons, strict=True)}
+            if not all(0 <= i < len(names) for i in skipped):
+                raise DamagedError(
+                    f"statistics.h5: 'skipped' names examples that are not among the {len(names)}"
+                )
+            return {names[i]: r for i, r in zip(skipped, reasons, strict=True)}
 
     # --- summaries -----------------------------------------------------------------------------
 
@@ -293,14 +300,23 @@ class ActivationStore:
 
     def _summary(self, units: slice) -> Summary:
         with self._statistics() as file:
-            group = file["summary"]
             arrays = {
-                f.name: group[f.name][:, units] if f.name == "powers" else group[f.name][units]
+                f.name: self._kept(file, f.name)[np.s_[:, units] if f.name == "powers" else units]
                 # Units are read as one run of the file's first axis; `powers` has the power first.
                 for f in fields(Summary)
             }
         arrays["histogram"] = arrays["histogram"].astype(np.int64)  # kept in the fewest bytes
         return Summary(**{k: v.T if k in PER_EXAMPLE else v for k, v in arrays.items()})
+
+    def _kept(self, file: Any, name: str) -> Any:
+        """A field of the summaries as the file has it, which is checked to be of all units and examples."""
+        units = sum(site.n_units for site in self.provenance.stored)
+        shape: tuple[int, ...] = (units,)
+        if name in PER_EXAMPLE:
+            shape = (units, len(self.provenance.examples))
+        elif name in ("histogram", "powers"):
+            shape = (units, BINS + 2) if name == "histogram" else (4, units)
+        return array(file, f"summary/{name}", shape, "iu" if name in WHOLE else "f")
 
     def _place(self, unit: Unit) -> int:
         """The index of a unit among those of all stored sites."""
@@ -341,8 +357,8 @@ class ActivationStore:
         # Two rows of the file, read by themselves: a page on a unit needs none of its other statistics.
         place = self._place(unit)
         with self._statistics() as file:
-            group = file["summary"]
-            return self.sites[unit.site], group["maximum"][place], group["argmax"][place]
+            values, places = (self._kept(file, name)[place] for name in ("maximum", "argmax"))
+        return self.sites[unit.site], values, places
 
     def largest(self, unit: Unit) -> Float[np.ndarray, " example"]:
         """A unit's largest activation on each example; NaN where none is finite.
@@ -431,7 +447,8 @@ class ActivationStore:
             raise unknown("site at full depth", name, depth.full)
         files = [self.folder / shard_name(i) for i in range(len(self._shards))]
         try:
-            return Rows(files, self.stored_as(name), damaged, check_unchanged)
+            width = self._site(name).width
+            return Rows(files, self.stored_as(name), damaged, check_unchanged, width)
         except (OSError, KeyError) as error:
             raise ValueError(
                 f"activation store {str(self.folder)!r} has a missing or damaged shard ({error}): run "
@@ -453,15 +470,16 @@ class ActivationStore:
         if site not in kept:
             raise unknown("site with covariance", site, kept)
         with self._statistics() as file:
-            group = file[f"covariance/{self.stored_as(site)}"]
-            n = int(group["count"][()])
+            path, width = f"covariance/{self.stored_as(site)}", self._site(site).width
+            n = int(array(file, f"{path}/count", (), "iu")[()])
             if n == 0:
                 raise ValueError(f"site {site} has no row of finite activations: no covariance")
             # With sums about c: E[x] = c + E[x - c], and cov(x) = E[(x - c)(x - c)^T] - E[x - c] E[x - c]^T.
             # Sums about a value near the mean, as E[x x^T] - E[x] E[x]^T would lose its digits for units whose mean is
             # far from 0.
-            offset, product = group["total"][()] / n, group["product"][()] / n
-            mean = group["center"][()] + offset
+            offset = array(file, f"{path}/total", (width,))[()] / n
+            product = array(file, f"{path}/product", (width, width))[()] / n
+            mean = array(file, f"{path}/center", (width,))[()] + offset
         return Covariance(mean, product - np.outer(offset, offset), n)
 
     # --- health ----------------------------------------------------------------------------------

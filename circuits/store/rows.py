@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.hdf5 import opened
+from circuits.hdf5 import DamagedError, array, opened
 
 MIXED = 16
 """Blocks of rows that a shuffled stream mixes."""
@@ -26,12 +27,15 @@ BLOCK = 4096
 class _ShardRows:
     """The activations of a site in one shard, read through a memory map if they are not compressed."""
 
-    def __init__(self, path: Path, site: str) -> None:
+    def __init__(self, path: Path, site: str, width: int | None) -> None:
         self.path, self.site = path, site
         with opened(path) as file:
-            data = file[f"full/{site}"]["activations"]
+            data = array(file, f"full/{site}/activations", (None, width))
+            array(file, f"full/{site}/example", data.shape[:1], "i")
+            array(file, f"full/{site}/position", (data.shape[0], None), "i")
             self.shape, self.dtype, self.chunks = data.shape, data.dtype, data.chunks
-            self.compressed = data.compression is not None
+            # Any filter, also one that does not compress, changes the bytes that a memory map would show.
+            self.compressed = data.id.get_create_plist().get_nfilters() > 0
             self._offsets = self._find_offsets(data)
 
     def column(self, name: str) -> np.ndarray:
@@ -45,11 +49,15 @@ class _ShardRows:
         # A memory map reads scattered rows without loading whole blocks for them, as HDF5 does.
         if self.compressed or 0 in self.shape:
             return {}
-        if self.chunks is None:
-            return {(0, 0): data.id.get_offset()}
         found: dict[tuple[int, int], int] = {}
-        # One walk over HDF5's index of chunks instead of one look-up for each block.
-        data.id.chunk_iter(lambda c: found.__setitem__(c.chunk_offset, c.byte_offset))
+        if self.chunks is None:
+            found[0, 0] = data.id.get_offset()
+        else:
+            # One walk over HDF5's index of chunks instead of one look-up for each block.
+            data.id.chunk_iter(lambda c: found.__setitem__(c.chunk_offset, c.byte_offset))
+        end = max(found.values()) + math.prod(self.chunks or self.shape) * self.dtype.itemsize
+        if end > self.path.stat().st_size:
+            raise DamagedError(f"{self.path.name}: the activations of {self.site} are cut off")
         return found
 
     @cached_property
@@ -112,6 +120,7 @@ class Rows:
         site: the name of the site's group in them.
         damaged: whether to refuse shards that cannot be read, or to skip them.
         check: raises OSError if a shard is not what it should be.
+        width: how many columns the site has; a shard with another number is damaged.
 
     Raises:
         OSError, KeyError: if a shard cannot be read, or, with `skip`, none can.
@@ -123,13 +132,14 @@ class Rows:
         site: str,
         damaged: Literal["refuse", "skip"] = "refuse",
         check: Callable[[Path], None] = lambda path: None,
+        width: int | None = None,
     ) -> None:
         self.site = site
         self._parts: list[_ShardRows] = []
         for path in paths:
             try:
                 check(path)
-                self._parts.append(_ShardRows(path, site))
+                self._parts.append(_ShardRows(path, site, width))
             except (OSError, KeyError):
                 if damaged == "refuse" or (path == paths[-1] and not self._parts):
                     raise

@@ -94,6 +94,9 @@ LAST = ("maximum", "argmax", "mean", "powers")
 PER_EXAMPLE = ("maximum", "argmax", "mean")
 """The fields of a summary with a row for each example."""
 
+WHOLE = ("argmax", "positive", "count", "nonfinite", "histogram")
+"""The fields of a summary that hold whole numbers."""
+
 FIXED = ("center", "low", "high")
 """The fields of a summary that all shards of a store have in common."""
 

@@ -98,8 +98,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is truncated, of another format, or holds anything but tensors.
+        ValueError: if it is truncated, of another format, or holds anything but dense tensors of usual types.
     """
+    tensors = _read(path)
+    # Before anybody asks a tensor for more: sparse, nested and other odd ones lack many operations.
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor, repr(str(path)))
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights file {str(path)!r} does not exist or is not a file")
     if path.suffix == ".safetensors":
@@ -188,6 +196,23 @@ def check_numbers(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
                 f"weights {source}: tensor {name!r} holds numbers that are infinite in the model's type, "
                 f"{str(kind).removeprefix('torch.')}"
             )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of floats that every operation of PyTorch takes: those of 8 bits and fewer have hardly any."""
+
+
+def _check_plain(name: str, tensor: Tensor, source: str) -> None:
+    """Raise ValueError unless a tensor is one whose shape and numbers can be asked for."""
+    said = f"weights {source}: tensor {name!r}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{said} has layout {layout}, expected strided (a dense tensor)")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{said} is on device {tensor.device}, expected cpu: it holds no numbers")
+    if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+        given, *known = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, *_FLOATS))
+        raise ValueError(f"{said} is of type {given}, expected one of {', '.join(known)}")
 
 
 def file_hash(path: Path) -> str:
