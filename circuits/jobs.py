@@ -36,7 +36,7 @@ from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import owned, remove_owned, write_json
 from circuits.json_files import read_json
-from circuits.locks import hand_on, held, is_held
+from circuits.locks import hand_on, held, held_by_group, is_held
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
 
@@ -56,6 +56,7 @@ _ANSI = re.compile(  # colours and movements; titles and links; the rest
 _LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
 _YIELDING = 5  # of niceness: whoever looks at pages meanwhile does not wait for a job
 _MESSAGE = 500  # characters of its last line
+_NOTING = 1.0  # seconds: for who has started a job to note its number
 _STARTING = 10.0  # seconds: for those who are starting another job
 
 
@@ -148,15 +149,16 @@ def cancel(job: Job) -> Job:
     """Interrupt all processes of a job and wait until they have gone; one that has ended stays as it is.
 
     Raises:
-        BlockingIOError: if they do not end, not even killed.
+        BlockingIOError: if they are not processes of this machine, or do not end, not even killed.
         KeyError: if the job has been removed.
     """
     if not _is_running(job.folder):
         return _known(job.folder)
-    for number, seconds in PATIENCE:
-        _signal(job.folder, number)
-        if _has_ended(job.folder, seconds):
-            break
+    if _is_known_here(job.folder):
+        for number, seconds in PATIENCE:
+            _signal(job.folder, number)
+            if _has_ended(job.folder, seconds):
+                break
     with _alone(job.folder):
         result = job.folder / "result.json"
         if (job.folder / "job.json").exists() and not result.exists():
@@ -334,10 +336,26 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
     return held(folder / "lock", f"job {folder.name} is running: it has to end first")
 
 
+def _group(folder: Path) -> int | None:
+    """The process group of a job that runs on this machine; None if no group here holds the job's lock."""
+    leader = whole((folder / "lock").read_text("ascii", "replace"))
+    return leader if leader is not None and held_by_group(folder / "lock", leader) else None
+
+
+def _is_known_here(folder: Path) -> bool:
+    """Whether a job's processes can be signalled; who has just started it may still have to note their number."""
+    until = time.monotonic() + _NOTING
+    while _group(folder) is None:
+        if time.monotonic() > until or not _is_running(folder):
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def _signal(folder: Path, number: signal.Signals) -> None:
     """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
-    leader = whole((folder / "lock").read_text("ascii", "replace"))
-    if _is_running(folder) and leader is not None and leader > 1:
+    leader = _group(folder)
+    if leader is not None and _is_running(folder):
         with suppress(ProcessLookupError):  # ended just now
             os.killpg(leader, number)
 

@@ -159,6 +159,21 @@ def is_held(path: Path, unknown: bool = True) -> bool:
     return any(unknown if one is None else one for one in lives)
 
 
+def held_by_group(path: Path, group: int) -> bool:
+    """Whether a process group of this machine is among those that hold a lock.
+
+    A number in a file does not tell: the file may be of another machine, where the group of that number is another.
+
+    Args:
+        path: the lock's file.
+        group: the group's number.
+    """
+    if group <= 1:
+        return False  # no group that anybody can mean
+    noted = (holder for _, holder in _records(path) if holder.kind == "g" and holder.pid == group)
+    return any(holder.lives() for holder in noted) or _group_opened(path, group)
+
+
 def _take(path: Path) -> tuple[int, Path | None]:
     """Take a lock: its file's descriptor, and the record that was needed.
 
@@ -273,5 +288,34 @@ def _group_lives(group: int) -> bool:
     """Whether a process of a group lives whose first process has ended."""
     if not Path("/proc/self/stat").exists():
         return _answers(os.killpg, group)
-    states = (_state(p.name) for p in Path("/proc").iterdir() if re.fullmatch("[0-9]+", p.name))
-    return any(state is not None and state[0] == group for state in states)
+    return any(True for _ in _processes(group))
+
+
+def _group_opened(path: Path, group: int) -> bool:
+    """Whether a process of a group has a file open, as whoever has inherited its lock does."""
+    if not Path("/proc/self/stat").exists():
+        return _answers(
+            os.killpg, group
+        )  # no Linux: it cannot be known which files a process has open
+    try:
+        there = path.stat()
+    except OSError:
+        return False
+    for process in _processes(group):
+        with suppress(
+            OSError
+        ):  # ended just now, or another user's, which cannot be signalled either
+            for opened in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if os.path.samestat(there, opened.stat()):
+                        return True
+    return False
+
+
+def _processes(group: int) -> Iterator[Path]:
+    """The folders in /proc of the processes of a group that live."""
+    for process in Path("/proc").iterdir():
+        if re.fullmatch("[0-9]+", process.name):
+            state = _state(process.name)
+            if state is not None and state[0] == group:
+                yield process

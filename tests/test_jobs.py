@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -413,6 +414,26 @@ def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monk
         cancel(found)
     with pytest.raises(FileNotFoundError):
         remove(found)
+
+
+@pytest.mark.parametrize("record", ["evil~aaaaaaaa~bbbbbbbb~cccccccc~g7~1~00000000", ""])
+def test_a_group_that_does_not_hold_the_lock_is_not_signalled(
+    record: str, place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job of another machine the number is somebody else's here."""
+    monkeypatch.setattr(circuits.jobs, "_NOTING", 0.1)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        folder = _folder(place, lock=str(other.pid))
+        if record:
+            (folder / f"lock~{record}").touch()
+        with nullcontext() if record else _held(folder, str(other.pid)):
+            (found,) = jobs(place)
+            assert found.state == "running"
+            with pytest.raises(BlockingIOError, match="is running"):
+                cancel(found)
+            assert other.poll() is None
+        other.kill()
+    shutil.rmtree(folder)
 
 
 def test_progress_is_noted_now_and_then_and_at_the_end(tmp_path: Path, monkeypatch) -> None:
