@@ -34,7 +34,7 @@ from typing import Literal, NoReturn
 
 from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
-from circuits.files import owned, remove_owned, write_json
+from circuits.files import check_inside, is_inside, owned, remove_owned, write_json
 from circuits.json_files import read_json
 from circuits.locks import hand_on, held, held_by_group, is_held
 from circuits.units import nearest, unknown
@@ -97,11 +97,12 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
         title: what to call it; the command if it is not given.
 
     Raises:
-        ValueError: if the verb cannot run as a job, or an argument is not printable.
+        ValueError: if the verb cannot run as a job, an argument is not printable, or `jobs` is a symbolic link.
         OSError: if the workspace cannot be written, or no process can be started.
     """
     _check(argv, title)
     place = _place(workspace.writable())
+    check_inside(place, workspace.root)
     place.mkdir(parents=True, exist_ok=True)
     refusal = f"jobs of {str(workspace.root)!r}: another process is starting one"
     # Of two who start the same, the second finds the first's.
@@ -118,7 +119,7 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
         try:
             _launch(folder, asked, workspace.root.absolute())
         except OSError:
-            remove_owned(folder, _FILES, first="job.json")
+            remove_owned(folder, _FILES, first="job.json", root=workspace.root)
             raise
     return _known(folder)
 
@@ -172,9 +173,11 @@ def remove(job: Job) -> None:
     Raises:
         BlockingIOError: if it is running.
         FileNotFoundError: if it has been removed.
+        ValueError: if its folder is not in the workspace, but a symbolic link leads there.
     """
+    check_inside(job.folder, _root(job.folder))  # before a lock is made there
     with _alone(job.folder):
-        remove_owned(job.folder, _FILES, first="job.json")
+        remove_owned(job.folder, _FILES, first="job.json", root=_root(job.folder))
 
 
 def log_of(job: Job, lines: int = 50) -> str:
@@ -212,6 +215,11 @@ def _place(workspace: Workspace) -> Path:
     return workspace.root.absolute() / "jobs"
 
 
+def _root(folder: Path) -> Path:
+    """The workspace's folder of a job's."""
+    return folder.parent.parent
+
+
 def _new_folder(place: Path) -> Path:
     """A folder named by the time: nobody else's, as only one of two can make it."""
     while True:
@@ -243,7 +251,7 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
 
 
 def _read(folder: Path) -> Job | None:
-    if folder.is_symlink():
+    if not is_inside(folder, _root(folder)):
         return None  # its files are somebody else's
     try:
         asked = read_json(folder / "job.json", "its record")

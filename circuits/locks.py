@@ -18,6 +18,7 @@ import os
 import random
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,6 +95,26 @@ class Holder:
         return self.kind == "g" and _group_lives(self.pid)
 
 
+def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
+    """Open a regular file, never what a symbolic link leads to; never waits for the other end of a pipe.
+
+    Raises:
+        ValueError: if it is a symbolic link, a folder, a pipe or a device.
+        OSError: as `os.open` does.
+    """
+    said = f"{str(path)!r} is no regular file"
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ValueError(said) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(said)
+    return handle
+
+
 @contextmanager
 def held(
     path: Path, refusal: str, patience: float = PATIENCE, *, tidy: bool = False
@@ -108,6 +129,7 @@ def held(
 
     Raises:
         BlockingIOError: if another process, or another block of this one, holds it for longer than that.
+        ValueError: if it is no regular file.
     """
     until = time.monotonic() + patience
     while True:
@@ -144,9 +166,12 @@ def is_held(path: Path, unknown: bool = True) -> bool:
     Args:
         path: the file.
         unknown: what to take for the answer if holders cannot be seen from here.
+
+    Raises:
+        ValueError: if it is no regular file.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two may ask at once
     except BlockingIOError:
         return True
@@ -180,7 +205,7 @@ def _take(path: Path) -> tuple[int, Path | None]:
     Raises:
         BlockingIOError: if somebody has it; the message says who, as far as that is known.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_own(path, os.O_RDWR | os.O_CREAT)
     record = None
     try:
         try:

@@ -282,6 +282,21 @@ def test_removing_a_job_leaves_what_is_not_its_own(place: Workspace, tmp_path: P
     assert jobs(place) == [], "a link's target is not the workspace's"
 
 
+def test_a_folder_of_jobs_that_a_link_leads_to_is_left_alone(
+    place: Workspace, tmp_path: Path
+) -> None:
+    folder = _folder(place, log="said")
+    (found,) = jobs(place)
+    (place.root / "jobs").rename(tmp_path / "outside")
+    (place.root / "jobs").symlink_to(tmp_path / "outside")
+    assert jobs(place) == []
+    for act in (lambda: remove(found), lambda: start(place, ["tune", "shapes"])):
+        with pytest.raises(ValueError, match="or a symbolic link leads to it"):
+            act()
+    left = sorted(path.name for path in (tmp_path / "outside").rglob("*"))
+    assert left == [folder.name, "job.json", "log"]
+
+
 def test_the_same_started_at_once_is_one_job(place: Workspace, idle: Path) -> None:
     asked = [["tune", "shapes"]] * 6 + [["tune", str(i)] for i in range(6)]
     with ThreadPoolExecutor(len(asked)) as pool:

@@ -22,6 +22,7 @@ from circuits.cli.latents import bottleneck, name_latents
 from circuits.cli.output import leads, note, progress_bar, say, tell, warn
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import LIMIT, Examples
+from circuits.files import check_inside
 from circuits.models.adapter.attaching import check_name
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders
@@ -196,6 +197,8 @@ def train(
     """
     place = model.place.writable()
     check_name(name)
+    if training.overwrite:
+        check_inside(place.autoencoder_path(name), place.root)
     loaded = model.load()
     goal = loaded.site(target).name if target else None
     source = open_source(data)

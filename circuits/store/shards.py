@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.files import owned, remove_owned, replacing
+from circuits.files import is_inside, owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
 from circuits.json_files import parse_json
 from circuits.locks import held
@@ -224,15 +224,13 @@ def remove(folder: Path, root: Path) -> list[str]:
         ValueError: if it is not in the workspace, or only by a symbolic link.
         OSError: if it cannot be deleted.
     """
-    place = folder.absolute()
-    real = root.resolve() / os.path.relpath(place, root.absolute())
-    if not place.is_relative_to(root.absolute()) or place.resolve() != real:
+    if not is_inside(folder, root):
         raise ValueError(
             f"activation store {str(folder)!r} is not in the workspace {str(root)!r}, or is a symbolic link: expected "
             "a store's own folder there; name its workspace with --workspace, or delete it by hand"
         )
     with _alone(folder):
-        return remove_owned(folder, _FILES, first="provenance.json")
+        return remove_owned(folder, _FILES, first="provenance.json", root=root)
 
 
 def _clear(folder: Path, *kinds: str) -> None:
