@@ -15,6 +15,7 @@ from apps.preparing import prepare
 SETTINGS = {
     "server.headless": True, "server.fileWatcherType": "none", "server.maxUploadSize": 20,
     "browser.gatherUsageStats": False, "client.toolbarMode": "minimal", "runner.magicEnabled": False,
+    "client.allowedOrigins": [],  # by default a page of Streamlit's cloud that has the app in a frame may steer it
 }  # fmt: skip
 
 
