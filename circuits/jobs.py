@@ -36,7 +36,7 @@ from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import check_inside, is_inside, owned, remove_owned, write_json
 from circuits.json_files import read_json
-from circuits.locks import hand_on, held, held_by_group, is_held
+from circuits.locks import hand_on, held, held_by_group, is_held, open_own
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
 
@@ -55,6 +55,7 @@ _ANSI = re.compile(  # colours and movements; titles and links; the rest
 )
 _LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
 _YIELDING = 5  # of niceness: whoever looks at pages meanwhile does not wait for a job
+_LONGEST_NUMBER = 32  # bytes of a process group's number
 _MESSAGE = 500  # characters of its last line
 _NOTING = 1.0  # seconds: for who has started a job to note its number
 _STARTING = 10.0  # seconds: for those who are starting another job
@@ -71,7 +72,7 @@ class Job:
         title: what it is called.
         started: when, in UTC (ISO 8601).
         state: `lost` if its processes ended without noting how: killed, or the power went; `damaged` if what was asked
-            for cannot be read (then without command and title).
+            for, or the lock, cannot be read (then without command and title).
         done: how much is done.
         total: how much there is; 0 as long as nobody knows.
         message: the last line of its log, or what it is at while it has said nothing.
@@ -264,8 +265,9 @@ def _read(folder: Path) -> Job | None:
     except OSError:
         return None  # removed, or of somebody else
     except (ValueError, KeyError, TypeError) as error:
-        state, said = "running" if _is_running(folder) else "damaged", str(error)[:_MESSAGE]
-        return Job(folder.name, folder, (), "a damaged record", "", state, 0, 0, said)
+        return Job(
+            folder.name, folder, (), "a damaged record", "", _damaged(folder), 0, 0, str(error)[:_MESSAGE]
+        )  # fmt: skip
     said = log[-1].strip()[:_MESSAGE] if log else at
     return Job(folder.name, folder, argv, title, started, state, done, total, said)
 
@@ -290,6 +292,14 @@ def _state(folder: Path) -> State:
     return "cancelled" if cancelled else "failed"
 
 
+def _damaged(folder: Path) -> State:
+    """The state of a job of which a file is damaged: it may be running nevertheless."""
+    try:
+        return "running" if _is_running(folder) else "damaged"
+    except ValueError:
+        return "damaged"  # the lock itself is
+
+
 def _progress(folder: Path) -> tuple[str, int, int]:
     """What it is at, how much of it is done and how much there is."""
     try:
@@ -300,14 +310,17 @@ def _progress(folder: Path) -> tuple[str, int, int]:
 
 
 def _log(folder: Path) -> list[str]:
-    """The last lines of the log, plain."""
-    path = folder / "log"
-    if not path.exists():
+    """The last lines of the log, plain; what is wrong with it if it is no regular file."""
+    try:
+        opened = open_own(folder / "log", os.O_RDONLY)
+    except FileNotFoundError:
         return []
-    with path.open("rb") as file:
+    except ValueError as error:
+        return [f"the log {error}"]
+    with os.fdopen(opened, "rb") as file:
         # The first line may be cut in two; it is not among the last that are shown.
-        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-        text = file.read().decode(errors="replace")
+        file.seek(max(0, os.fstat(opened).st_size - _LOG_BYTES))
+        text = file.read(_LOG_BYTES).decode(errors="replace")
     # A carriage return goes back to the line's start: what a terminal would show is what follows the last one.
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     plain = [_plain(line) for line in lines]
@@ -346,7 +359,8 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
 
 def _group(folder: Path) -> int | None:
     """The process group of a job that runs on this machine; None if no group here holds the job's lock."""
-    leader = whole((folder / "lock").read_text("ascii", "replace"))
+    with os.fdopen(open_own(folder / "lock", os.O_RDONLY), "rb") as file:
+        leader = whole(file.read(_LONGEST_NUMBER).decode("ascii", "replace"))
     return leader if leader is not None and held_by_group(folder / "lock", leader) else None
 
 

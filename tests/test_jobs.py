@@ -395,6 +395,26 @@ def test_a_damaged_record_is_listed_as_such(place: Workspace) -> None:
     assert (found.argv, found.title, found.message) == (("tune", "shapes"), "Tuning", "b")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+def test_what_is_no_file_is_not_read(kind: str, place: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    make: Mapping[str, Callable[[Path], None]] = {
+        "pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir,
+        "link": lambda path: path.symlink_to(tmp_path / "secret"),
+    }  # fmt: skip
+    make[kind](_folder(place) / "log")
+    locked = _folder(place, "20260101-000000-000001")
+    make[kind](locked / "lock")
+    damaged, lost = jobs(place)
+    assert (lost.state, damaged.state) == ("lost", "damaged")
+    assert all(one.message.endswith("is no regular file") for one in (damaged, lost))
+    assert log_of(lost) == lost.message
+    for act in (cancel, remove):
+        with pytest.raises(ValueError, match="is no regular file"):
+            act(damaged)
+    shutil.rmtree(locked)  # or the fixture would look for its processes
+
+
 def test_the_log_is_plain(place: Workspace) -> None:
     lines = [
         "first", "\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\",
@@ -416,6 +436,7 @@ def test_the_log_is_plain(place: Workspace) -> None:
 def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monkeypatch) -> None:
     folder = _folder(place)
     monkeypatch.setattr(circuits.jobs, "PATIENCE", ((signal.SIGINT, 0.0),))
+    monkeypatch.setattr(circuits.jobs, "_NOTING", 0.0)
     monkeypatch.setattr(os, "killpg", lambda *a: pytest.fail(f"killpg{a}"))
     with _held(folder, group):
         (found,) = jobs(place)

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from circuits.files import is_inside, owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
-from circuits.json_files import parse_json
+from circuits.json_files import parse_json, read_bytes
 from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
@@ -126,11 +126,16 @@ class ManifestLine:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, ManifestLine], list[int]]:
-    """The lines of a store's manifests by file, and the numbers of damaged lines, counted from 1."""
+    """The lines of a store's manifests by file, and the numbers of damaged lines, counted from 1.
+
+    Raises:
+        ValueError: if a manifest is no regular file, or too large to be one.
+    """
     lines: dict[str, ManifestLine] = {}
     bad: list[int] = []
     for path in sorted(folder.glob("manifest*.jsonl")):
-        for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        read = read_bytes(path, f"manifest {str(path)!r}").decode(errors="replace")
+        for number, text in enumerate(read.splitlines(), 1):
             line = ManifestLine.parse(text)
             if line is None:
                 bad.append(number)
