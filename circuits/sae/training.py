@@ -35,6 +35,9 @@ Precision = Literal["float32", "bfloat16"]
 CHECKPOINT = "checkpoint.safetensors"
 """The file in a run's folder from which an interrupted training resumes."""
 
+LOCK = ".lock"
+"""The file in a run's folder that whoever writes into the folder holds."""
+
 _RESERVED = (Path(CHECKPOINT).stem, Path(FILE).stem)
 
 _FORMAT = 2
@@ -418,7 +421,7 @@ def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as stack:
         with ranks.lead() as lead:
             if lead:
-                stack.enter_context(held(place / ".lock", refusal, tidy=True))
+                stack.enter_context(held(place / LOCK, refusal, tidy=True))
         yield
 
 
