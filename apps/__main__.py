@@ -16,6 +16,7 @@ SETTINGS = {
     "server.headless": True, "server.fileWatcherType": "none", "server.maxUploadSize": 20,
     "browser.gatherUsageStats": False, "client.toolbarMode": "minimal", "runner.magicEnabled": False,
     "logger.hideWelcomeMessage": True,  # for which Streamlit asks a server of others what this machine's address is
+    "client.allowedOrigins": [],  # by default a page of Streamlit's cloud that has the app in a frame may steer it
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ The URL is the single truth: widgets are set from it and write to it, so that ev
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
@@ -17,6 +16,7 @@ import streamlit as st
 
 from apps import cached
 from circuits import errors
+from circuits.checks import seen
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.units import Unit
 from circuits.workspace import ModelRecord
@@ -66,11 +66,7 @@ def code(text: str) -> str:
 
 def visible(text: str) -> list[str]:
     """The words of a text; a mark stands for what is not a character or turns those around it."""
-    hidden = ("Cc", "Cf", "Cs")
-    return [
-        "".join("�" if unicodedata.category(c) in hidden else c for c in word)
-        for word in text.split()
-    ]
+    return [seen(word) for word in text.split()]
 
 
 _MARKS = re.compile(r"([\\`*_\[\](){}<>$~:!#|@&])")

@@ -2,7 +2,8 @@
 
 A page of another site can have its name resolved to this machine ("DNS rebinding") and would then be of the app's own
 origin, for a browser; and any page can open a web socket to any address. The app can start jobs, so both are refused,
-before anything of Streamlit's sees the request.
+before anything of Streamlit's sees the request. Nor may another page show the app in a frame of its own, where a person
+would click on what they do not see.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
+_UNFRAMED = (
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"content-security-policy", b"frame-ancestors 'self'"),
+)
+"""What tells a browser not to show an answer in another page's frame. The app's own pages have frames: components."""
+
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(:[0-9]{1,5})?", re.ASCII)
 _ORIGIN = re.compile(r"https?://([^/@\s]+)", re.ASCII)
 
 
 class Guard:
     """An ASGI application that answers requests for its hosts, and refuses all others with 403.
+
+    All answers say that they are not to be framed by pages of another origin.
 
     Args:
         app: answers what is let through.
@@ -42,14 +51,20 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
+
+        async def unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_UNFRAMED]}
+            await send(message)
+
         if scope["type"] == "lifespan" or self.answers(scope["headers"]):
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, unframed)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # not accepted: the answer is 403
         else:
             told = [(b"content-type", b"text/plain; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 403, "headers": told})
-            await send({"type": "http.response.body", "body": b"not a name of this app\n"})
+            await unframed({"type": "http.response.start", "status": 403, "headers": told})
+            await unframed({"type": "http.response.body", "body": b"not a name of this app\n"})
 
     def answers(self, headers: list[tuple[bytes, bytes]]) -> bool:
         """Whether a request with these headers is for this app and comes from none of another's pages."""

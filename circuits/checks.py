@@ -1,4 +1,4 @@
-"""Checks of what people give: numbers in their range, numbers in a text, and texts of any length in messages.
+"""Checks of what people give: numbers in their range, numbers in a text, and texts of any kind in messages.
 
 It is in the lowest layer, so that the library, the command line and the app refuse the same things in the same words.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})([eE][+-]?\d{1,3})?", re.ASCII)
 
@@ -19,6 +21,21 @@ def clipped(text: str, most: int = 60) -> str:
     'a long…'
     """
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def seen(text: str, keep: str = "") -> str:
+    """A text in which a mark stands for what is not seen: what steers a terminal, and what turns the text around it.
+
+    Args:
+        text: what a file or a person says.
+        keep: the characters of that kind that are left, such as line ends.
+
+    >>> seen("a\\x1b[2Jb\\n"), seen("a\\n", keep="\\n")
+    ('a�[2Jb�', 'a\\n')
+    """
+    if text.isprintable():
+        return text
+    return "".join("�" if unicodedata.category(c) in _HIDDEN and c not in keep else c for c in text)
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:

@@ -60,7 +60,21 @@ def owned(names: str) -> re.Pattern[str]:
     return re.compile(rf"({names})|\.({names})\..*\.tmp")
 
 
-def remove_owned(folder: Path, files: re.Pattern[str], first: str) -> list[str]:
+def is_inside(folder: Path, root: Path) -> bool:
+    """Whether a folder is below another, and no symbolic link leads from there to it; `root` itself may be one."""
+    place, top = folder.absolute(), root.absolute()
+    return place.is_relative_to(top) and place.resolve() == root.resolve() / place.relative_to(top)
+
+
+def check_inside(folder: Path, root: Path) -> None:
+    """Raise ValueError unless `is_inside(folder, root)`: what is elsewhere is somebody else's."""
+    if not is_inside(folder, root):
+        raise ValueError(
+            f"folder {str(folder)!r} is not in {str(root)!r}, or a symbolic link leads to it: expected a folder there"
+        )
+
+
+def remove_owned(folder: Path, files: re.Pattern[str], first: str, root: Path) -> list[str]:
     """Delete the files of a folder whose whole names match, and the folder if there was nothing else in it.
 
     Everything else is left: files of other names, folders, and symbolic links whatever their name.
@@ -69,15 +83,15 @@ def remove_owned(folder: Path, files: re.Pattern[str], first: str) -> list[str]:
         folder: the folder.
         files: what to delete.
         first: the file without which an interruption leaves nothing that is taken for a whole.
+        root: the workspace's folder.
 
     Returns:
         The names of what is left.
 
     Raises:
-        ValueError: if the folder is a symbolic link.
+        ValueError: if the folder is not in the workspace, or only by a symbolic link.
     """
-    if folder.is_symlink():
-        raise ValueError(f"folder {str(folder)!r} is a symbolic link: expected the folder itself")
+    check_inside(folder, root)
     left = []
     for path in sorted(folder.iterdir(), key=lambda path: (path.name != first, path.name)):
         if files.fullmatch(path.name) and path.is_file() and not path.is_symlink():

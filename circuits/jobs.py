@@ -34,9 +34,9 @@ from typing import Literal, NoReturn
 
 from circuits.checks import whole
 from circuits.environment import PROGRESS, WORKSPACE
-from circuits.files import owned, remove_owned, write_json
+from circuits.files import check_inside, is_inside, owned, remove_owned, write_json
 from circuits.json_files import read_json
-from circuits.locks import hand_on, held, is_held
+from circuits.locks import hand_on, held, held_by_group, is_held, open_own
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
 
@@ -55,7 +55,9 @@ _ANSI = re.compile(  # colours and movements; titles and links; the rest
 )
 _LOG_BYTES = 1 << 16  # of the end of a log: more than is ever shown
 _YIELDING = 5  # of niceness: whoever looks at pages meanwhile does not wait for a job
+_LONGEST_NUMBER = 32  # bytes of a process group's number
 _MESSAGE = 500  # characters of its last line
+_NOTING = 1.0  # seconds: for who has started a job to note its number
 _STARTING = 10.0  # seconds: for those who are starting another job
 
 
@@ -70,7 +72,7 @@ class Job:
         title: what it is called.
         started: when, in UTC (ISO 8601).
         state: `lost` if its processes ended without noting how: killed, or the power went; `damaged` if what was asked
-            for cannot be read (then without command and title).
+            for, or the lock, cannot be read (then without command and title).
         done: how much is done.
         total: how much there is; 0 as long as nobody knows.
         message: the last line of its log, or what it is at while it has said nothing.
@@ -96,11 +98,12 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
         title: what to call it; the command if it is not given.
 
     Raises:
-        ValueError: if the verb cannot run as a job, or an argument is not printable.
+        ValueError: if the verb cannot run as a job, an argument is not printable, or `jobs` is a symbolic link.
         OSError: if the workspace cannot be written, or no process can be started.
     """
     _check(argv, title)
     place = _place(workspace.writable())
+    check_inside(place, workspace.root)
     place.mkdir(parents=True, exist_ok=True)
     refusal = f"jobs of {str(workspace.root)!r}: another process is starting one"
     # Of two who start the same, the second finds the first's.
@@ -117,7 +120,7 @@ def start(workspace: Workspace, argv: Sequence[str], title: str = "") -> Job:
         try:
             _launch(folder, asked, workspace.root.absolute())
         except OSError:
-            remove_owned(folder, _FILES, first="job.json")
+            remove_owned(folder, _FILES, first="job.json", root=workspace.root)
             raise
     return _known(folder)
 
@@ -148,15 +151,16 @@ def cancel(job: Job) -> Job:
     """Interrupt all processes of a job and wait until they have gone; one that has ended stays as it is.
 
     Raises:
-        BlockingIOError: if they do not end, not even killed.
+        BlockingIOError: if they are not processes of this machine, or do not end, not even killed.
         KeyError: if the job has been removed.
     """
     if not _is_running(job.folder):
         return _known(job.folder)
-    for number, seconds in PATIENCE:
-        _signal(job.folder, number)
-        if _has_ended(job.folder, seconds):
-            break
+    if _is_known_here(job.folder):
+        for number, seconds in PATIENCE:
+            _signal(job.folder, number)
+            if _has_ended(job.folder, seconds):
+                break
     with _alone(job.folder):
         result = job.folder / "result.json"
         if (job.folder / "job.json").exists() and not result.exists():
@@ -170,9 +174,11 @@ def remove(job: Job) -> None:
     Raises:
         BlockingIOError: if it is running.
         FileNotFoundError: if it has been removed.
+        ValueError: if its folder is not in the workspace, but a symbolic link leads there.
     """
+    check_inside(job.folder, _root(job.folder))  # before a lock is made there
     with _alone(job.folder):
-        remove_owned(job.folder, _FILES, first="job.json")
+        remove_owned(job.folder, _FILES, first="job.json", root=_root(job.folder))
 
 
 def log_of(job: Job, lines: int = 50) -> str:
@@ -210,6 +216,11 @@ def _place(workspace: Workspace) -> Path:
     return workspace.root.absolute() / "jobs"
 
 
+def _root(folder: Path) -> Path:
+    """The workspace's folder of a job's."""
+    return folder.parent.parent
+
+
 def _new_folder(place: Path) -> Path:
     """A folder named by the time: nobody else's, as only one of two can make it."""
     while True:
@@ -241,7 +252,7 @@ def _launch(folder: Path, asked: dict[str, object], root: Path) -> None:
 
 
 def _read(folder: Path) -> Job | None:
-    if folder.is_symlink():
+    if not is_inside(folder, _root(folder)):
         return None  # its files are somebody else's
     try:
         asked = read_json(folder / "job.json", "its record")
@@ -254,8 +265,9 @@ def _read(folder: Path) -> Job | None:
     except OSError:
         return None  # removed, or of somebody else
     except (ValueError, KeyError, TypeError) as error:
-        state, said = "running" if _is_running(folder) else "damaged", str(error)[:_MESSAGE]
-        return Job(folder.name, folder, (), "a damaged record", "", state, 0, 0, said)
+        return Job(
+            folder.name, folder, (), "a damaged record", "", _damaged(folder), 0, 0, str(error)[:_MESSAGE]
+        )  # fmt: skip
     said = log[-1].strip()[:_MESSAGE] if log else at
     return Job(folder.name, folder, argv, title, started, state, done, total, said)
 
@@ -280,6 +292,14 @@ def _state(folder: Path) -> State:
     return "cancelled" if cancelled else "failed"
 
 
+def _damaged(folder: Path) -> State:
+    """The state of a job of which a file is damaged: it may be running nevertheless."""
+    try:
+        return "running" if _is_running(folder) else "damaged"
+    except ValueError:
+        return "damaged"  # the lock itself is
+
+
 def _progress(folder: Path) -> tuple[str, int, int]:
     """What it is at, how much of it is done and how much there is."""
     try:
@@ -290,14 +310,17 @@ def _progress(folder: Path) -> tuple[str, int, int]:
 
 
 def _log(folder: Path) -> list[str]:
-    """The last lines of the log, plain."""
-    path = folder / "log"
-    if not path.exists():
+    """The last lines of the log, plain; what is wrong with it if it is no regular file."""
+    try:
+        opened = open_own(folder / "log", os.O_RDONLY)
+    except FileNotFoundError:
         return []
-    with path.open("rb") as file:
+    except ValueError as error:
+        return [f"the log {error}"]
+    with os.fdopen(opened, "rb") as file:
         # The first line may be cut in two; it is not among the last that are shown.
-        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-        text = file.read().decode(errors="replace")
+        file.seek(max(0, os.fstat(opened).st_size - _LOG_BYTES))
+        text = file.read(_LOG_BYTES).decode(errors="replace")
     # A carriage return goes back to the line's start: what a terminal would show is what follows the last one.
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     plain = [_plain(line) for line in lines]
@@ -334,10 +357,27 @@ def _alone(folder: Path) -> AbstractContextManager[int]:
     return held(folder / "lock", f"job {folder.name} is running: it has to end first")
 
 
+def _group(folder: Path) -> int | None:
+    """The process group of a job that runs on this machine; None if no group here holds the job's lock."""
+    with os.fdopen(open_own(folder / "lock", os.O_RDONLY), "rb") as file:
+        leader = whole(file.read(_LONGEST_NUMBER).decode("ascii", "replace"))
+    return leader if leader is not None and held_by_group(folder / "lock", leader) else None
+
+
+def _is_known_here(folder: Path) -> bool:
+    """Whether a job's processes can be signalled; who has just started it may still have to note their number."""
+    until = time.monotonic() + _NOTING
+    while _group(folder) is None:
+        if time.monotonic() > until or not _is_running(folder):
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def _signal(folder: Path, number: signal.Signals) -> None:
     """Signal all processes of a job that is running: as long as one lives, their group's number is theirs."""
-    leader = whole((folder / "lock").read_text("ascii", "replace"))
-    if _is_running(folder) and leader is not None and leader > 1:
+    leader = _group(folder)
+    if leader is not None and _is_running(folder):
         with suppress(ProcessLookupError):  # ended just now
             os.killpg(leader, number)
 

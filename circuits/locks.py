@@ -18,6 +18,7 @@ import os
 import random
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,6 +95,26 @@ class Holder:
         return self.kind == "g" and _group_lives(self.pid)
 
 
+def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
+    """Open a regular file, never what a symbolic link leads to; never waits for the other end of a pipe.
+
+    Raises:
+        ValueError: if it is a symbolic link, a folder, a pipe or a device.
+        OSError: as `os.open` does.
+    """
+    said = f"{str(path)!r} is no regular file"
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ValueError(said) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(said)
+    return handle
+
+
 @contextmanager
 def held(
     path: Path, refusal: str, patience: float = PATIENCE, *, tidy: bool = False
@@ -108,6 +129,7 @@ def held(
 
     Raises:
         BlockingIOError: if another process, or another block of this one, holds it for longer than that.
+        ValueError: if it is no regular file.
     """
     until = time.monotonic() + patience
     while True:
@@ -144,9 +166,12 @@ def is_held(path: Path, unknown: bool = True) -> bool:
     Args:
         path: the file.
         unknown: what to take for the answer if holders cannot be seen from here.
+
+    Raises:
+        ValueError: if it is no regular file.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two may ask at once
     except BlockingIOError:
         return True
@@ -159,13 +184,28 @@ def is_held(path: Path, unknown: bool = True) -> bool:
     return any(unknown if one is None else one for one in lives)
 
 
+def held_by_group(path: Path, group: int) -> bool:
+    """Whether a process group of this machine is among those that hold a lock.
+
+    A number in a file does not tell: the file may be of another machine, where the group of that number is another.
+
+    Args:
+        path: the lock's file.
+        group: the group's number.
+    """
+    if group <= 1:
+        return False  # no group that anybody can mean
+    noted = (holder for _, holder in _records(path) if holder.kind == "g" and holder.pid == group)
+    return any(holder.lives() for holder in noted) or _group_opened(path, group)
+
+
 def _take(path: Path) -> tuple[int, Path | None]:
     """Take a lock: its file's descriptor, and the record that was needed.
 
     Raises:
         BlockingIOError: if somebody has it; the message says who, as far as that is known.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_own(path, os.O_RDWR | os.O_CREAT)
     record = None
     try:
         try:
@@ -273,5 +313,34 @@ def _group_lives(group: int) -> bool:
     """Whether a process of a group lives whose first process has ended."""
     if not Path("/proc/self/stat").exists():
         return _answers(os.killpg, group)
-    states = (_state(p.name) for p in Path("/proc").iterdir() if re.fullmatch("[0-9]+", p.name))
-    return any(state is not None and state[0] == group for state in states)
+    return any(True for _ in _processes(group))
+
+
+def _group_opened(path: Path, group: int) -> bool:
+    """Whether a process of a group has a file open, as whoever has inherited its lock does."""
+    if not Path("/proc/self/stat").exists():
+        return _answers(
+            os.killpg, group
+        )  # no Linux: it cannot be known which files a process has open
+    try:
+        there = path.stat()
+    except OSError:
+        return False
+    for process in _processes(group):
+        with suppress(
+            OSError
+        ):  # ended just now, or another user's, which cannot be signalled either
+            for opened in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if os.path.samestat(there, opened.stat()):
+                        return True
+    return False
+
+
+def _processes(group: int) -> Iterator[Path]:
+    """The folders in /proc of the processes of a group that live."""
+    for process in Path("/proc").iterdir():
+        if re.fullmatch("[0-9]+", process.name):
+            state = _state(process.name)
+            if state is not None and state[0] == group:
+                yield process

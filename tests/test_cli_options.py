@@ -133,6 +133,18 @@ def test_nothing_that_is_printed_is_interpreted(capsys, monkeypatch) -> None:
         assert bars[0].columns[0].render(task).plain == ODD
 
 
+def test_what_is_printed_cannot_steer_the_terminal(capsys) -> None:
+    evil = "a\x1b]0;pwn\x07\u202e\r\u200db"
+    shown = "a�]0;pwn���" + "�b"
+    output.show_table(Table((evil,), [(f"{evil}\nc",)], title=evil, note=f"{evil}\nc\td\udcff"))
+    output.tell(evil)
+    said = capsys.readouterr()
+    assert said.out.count(shown) == 4
+    assert f"{shown}�c" in said.out, "a cell is one line"
+    assert said.out.endswith(f"{shown}\nc       d\\udcff\n")
+    assert said.err == f"{shown}\n"
+
+
 def test_tables_show_numbers_in_four_digits(capsys) -> None:
     show_table(Table(("a", "b"), [("x", 1 / 3), ("y", 2)]))
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [

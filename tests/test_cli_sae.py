@@ -13,8 +13,10 @@ from PIL import Image
 
 from circuits.autoencoders import About, save_autoencoder
 from circuits.cli.main import run
+from circuits.locks import held
 from circuits.models.zoo.loading import load_model
 from circuits.sae.batches import ModelRows
+from circuits.sae.training import LOCK
 from circuits.stimuli.sources import open_source
 from tests.commands import given, output, put
 from tests.random_models import booted
@@ -243,6 +245,29 @@ def test_autoencoders_go_out_and_come_in(
     )
     assert "has d_in 160" in capsys.readouterr().err
     assert not (tmp_path / "ws" / "saes" / "b").exists()
+
+
+def test_of_two_imports_of_one_name_the_second_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "ws" / "saes" / "n"
+    folder.mkdir(parents=True)
+    command = [
+        "import",
+        "/tmp",
+        "--name",
+        "n",
+        "--model",
+        "shapes",
+        "--workspace",
+        str(tmp_path / "ws"),
+    ]
+    with held(folder / LOCK, "held"):
+        assert run(["sae", *command]) == 2
+        assert "--name n: another process is writing it" in capsys.readouterr().err
+    (folder / "sae.safetensors").touch()
+    assert run(["sae", *command]) == 2
+    assert "has an autoencoder of that name" in capsys.readouterr().err
 
 
 TRAIN = ["train", "shapes", "mixed3a", "--name", "n", "--data", "shapes"]

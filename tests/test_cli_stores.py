@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_rm_asks_and_leaves_what_is_being_written(
     assert not folder.exists()
     assert run(["store", "rm", store, "--yes"]) == 2
     assert "unknown store" in capsys.readouterr().err
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(store: str, workspace, capsys) -> None:
+    manifest = workspace / store / "manifest.jsonl"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    for verb in ("verify", "info"):
+        assert run(["store", verb, store]) == 2
+        assert "manifest.jsonl' is no regular file" in capsys.readouterr().err
 
 
 def test_rm_leaves_what_is_not_the_stores(store: str, workspace, tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -64,6 +66,15 @@ def answer(port: int, path: str, *hosts: str, method: str = "GET", more: str = "
     return 0
 
 
+def head(port: int, path: str, host: str) -> str:
+    """The head of the answer to a request."""
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as to:
+        to.sendall(request.encode())
+        said = b"".join(iter(lambda: to.recv(1 << 16), b""))
+    return said.partition(b"\r\n\r\n")[0].decode("latin-1") + "\r\n"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_rebound_name_reaches_nothing(port: int, path: str) -> None:
     for host in (
@@ -91,6 +102,16 @@ def test_the_apps_own_names_reach_page_and_web_socket(port: int, name: str) -> N
             answer(port, "/_stcore/stream", host, more=UPGRADE + f"Origin: http://{host}\r\n")
             == 101
         )
+
+
+def test_no_page_of_another_can_frame_or_steer_the_app(port: int) -> None:
+    for path in PATHS:
+        for host in (f"localhost:{port}", "evil.example"):
+            told = head(port, path, host).lower()
+            assert "\r\nx-frame-options: sameorigin\r\n" in told, (path, host)
+            assert "\r\ncontent-security-policy: frame-ancestors 'self'\r\n" in told
+    with urlopen(f"http://localhost:{port}/_stcore/host-config") as told:
+        assert json.load(told)["allowedOrigins"] == []
 
 
 @pytest.mark.parametrize(

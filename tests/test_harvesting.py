@@ -604,6 +604,12 @@ def test_anew_throws_away_what_was_there(model, tmp_path: Path) -> None:
     (store.folder / "provenance.json").write_text("{")
     again = harvest(model, part(6), ["line"], Workspace(tmp_path), overwrite=True)
     assert {health.state for health in again.verify()} == {"intact"}
+    again.folder.rename(tmp_path / "outside")
+    again.folder.symlink_to(tmp_path / "outside")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "outside").iterdir()}
+    with pytest.raises(ValueError, match="or a symbolic link leads to it"):
+        harvest(model, part(6), ["line"], Workspace(tmp_path), overwrite=True)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "outside").iterdir()} == before
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,6 +282,21 @@ def test_removing_a_job_leaves_what_is_not_its_own(place: Workspace, tmp_path: P
     assert jobs(place) == [], "a link's target is not the workspace's"
 
 
+def test_a_folder_of_jobs_that_a_link_leads_to_is_left_alone(
+    place: Workspace, tmp_path: Path
+) -> None:
+    folder = _folder(place, log="said")
+    (found,) = jobs(place)
+    (place.root / "jobs").rename(tmp_path / "outside")
+    (place.root / "jobs").symlink_to(tmp_path / "outside")
+    assert jobs(place) == []
+    for act in (lambda: remove(found), lambda: start(place, ["tune", "shapes"])):
+        with pytest.raises(ValueError, match="or a symbolic link leads to it"):
+            act()
+    left = sorted(path.name for path in (tmp_path / "outside").rglob("*"))
+    assert left == [folder.name, "job.json", "log"]
+
+
 def test_the_same_started_at_once_is_one_job(place: Workspace, idle: Path) -> None:
     asked = [["tune", "shapes"]] * 6 + [["tune", str(i)] for i in range(6)]
     with ThreadPoolExecutor(len(asked)) as pool:
@@ -379,6 +395,26 @@ def test_a_damaged_record_is_listed_as_such(place: Workspace) -> None:
     assert (found.argv, found.title, found.message) == (("tune", "shapes"), "Tuning", "b")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+def test_what_is_no_file_is_not_read(kind: str, place: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    make: Mapping[str, Callable[[Path], None]] = {
+        "pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir,
+        "link": lambda path: path.symlink_to(tmp_path / "secret"),
+    }  # fmt: skip
+    make[kind](_folder(place) / "log")
+    locked = _folder(place, "20260101-000000-000001")
+    make[kind](locked / "lock")
+    damaged, lost = jobs(place)
+    assert (lost.state, damaged.state) == ("lost", "damaged")
+    assert all(one.message.endswith("is no regular file") for one in (damaged, lost))
+    assert log_of(lost) == lost.message
+    for act in (cancel, remove):
+        with pytest.raises(ValueError, match="is no regular file"):
+            act(damaged)
+    shutil.rmtree(locked)  # or the fixture would look for its processes
+
+
 def test_the_log_is_plain(place: Workspace) -> None:
     lines = [
         "first", "\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\",
@@ -400,6 +436,7 @@ def test_the_log_is_plain(place: Workspace) -> None:
 def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monkeypatch) -> None:
     folder = _folder(place)
     monkeypatch.setattr(circuits.jobs, "PATIENCE", ((signal.SIGINT, 0.0),))
+    monkeypatch.setattr(circuits.jobs, "_NOTING", 0.0)
     monkeypatch.setattr(os, "killpg", lambda *a: pytest.fail(f"killpg{a}"))
     with _held(folder, group):
         (found,) = jobs(place)
@@ -413,6 +450,26 @@ def test_only_its_own_processes_are_signalled(group: str, place: Workspace, monk
         cancel(found)
     with pytest.raises(FileNotFoundError):
         remove(found)
+
+
+@pytest.mark.parametrize("record", ["evil~aaaaaaaa~bbbbbbbb~cccccccc~g7~1~00000000", ""])
+def test_a_group_that_does_not_hold_the_lock_is_not_signalled(
+    record: str, place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job of another machine the number is somebody else's here."""
+    monkeypatch.setattr(circuits.jobs, "_NOTING", 0.1)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        folder = _folder(place, lock=str(other.pid))
+        if record:
+            (folder / f"lock~{record}").touch()
+        with nullcontext() if record else _held(folder, str(other.pid)):
+            (found,) = jobs(place)
+            assert found.state == "running"
+            with pytest.raises(BlockingIOError, match="is running"):
+                cancel(found)
+            assert other.poll() is None
+        other.kill()
+    shutil.rmtree(folder)
 
 
 def test_progress_is_noted_now_and_then_and_at_the_end(tmp_path: Path, monkeypatch) -> None:

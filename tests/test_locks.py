@@ -85,6 +85,22 @@ def test_one_holds_it_and_who_is_killed_does_not(before: str, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "there"], "no record is left"
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_is_no_lock(kind: str, tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    make = {
+        "link": lambda: lock.symlink_to(tmp_path / "outside"),
+        "pipe": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+    }
+    make[kind]()
+    with pytest.raises(ValueError, match="is no regular file"), held(lock, "taken"):
+        raise AssertionError
+    with pytest.raises(ValueError, match="is no regular file"):
+        is_held(lock)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_what_is_counted_by_several_is_all_there(before: str, tmp_path: Path) -> None:
     count = tmp_path / "count"
     count.write_text("0")

@@ -390,6 +390,13 @@ def test_what_is_done_is_not_done_again_and_what_differs_is_not_overwritten(
     assert seen[0] == 6, "an interrupted fresh start is resumed"
 
 
+def test_a_link_is_not_overwritten(known: tuple, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "r").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="or a symbolic link leads to it"):
+        train(**small(known), folder=tmp_path / "r", overwrite=True)
+
+
 def test_a_checkpoint_of_rows_that_were_not_centred_is_refused(
     known: tuple, tmp_path: Path
 ) -> None:

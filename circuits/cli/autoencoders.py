@@ -22,6 +22,8 @@ from circuits.cli.latents import bottleneck, name_latents
 from circuits.cli.output import leads, note, progress_bar, say, tell, warn
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import LIMIT, Examples
+from circuits.files import check_inside
+from circuits.locks import held
 from circuits.models.adapter.attaching import check_name
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders
@@ -33,7 +35,7 @@ from circuits.sae import (
 )
 from circuits.sae.batches import RowSource, rows_of
 from circuits.sae.learners import Architecture
-from circuits.sae.training import Precision, Report
+from circuits.sae.training import LOCK, Precision, Report
 from circuits.stimuli.accounts import account, left_out
 from circuits.stimuli.sources import Source, open_source
 from circuits.store.reading import newest_store
@@ -196,6 +198,8 @@ def train(
     """
     place = model.place.writable()
     check_name(name)
+    if training.overwrite:
+        check_inside(place.autoencoder_path(name), place.root)
     loaded = model.load()
     goal = loaded.site(target).name if target else None
     source = open_source(data)
@@ -377,21 +381,40 @@ def import_code(
     owner = options.Model(model, weights, workspace)
     place = owner.place.writable()
     path = place.autoencoder_path(check_name(name)) / FILE
-    if path.parent.exists() and any(path.parent.iterdir()):
-        raise FileExistsError(f"--name {name}: the workspace has an autoencoder of that name")
-    loaded = owner.load()
-    code = import_autoencoder(folder, About(name))
-    source = site or code.about.site
-    if not source:
-        raise ValueError(
-            f"folder {str(folder)!r} does not say whose activations it encodes: name the site with --site"
+    with _new(path.parent, name):
+        loaded = owner.load()
+        code = import_autoencoder(folder, About(name))
+        source = site or code.about.site
+        if not source:
+            raise ValueError(
+                f"folder {str(folder)!r} does not say whose activations it encodes: name the site with --site"
+            )
+        said = code.about.target if code.about.target != code.about.site else ""
+        read, written = loaded.site(source).name, loaded.site(target or said or source).name
+        code.about = replace(
+            code.about,
+            name=name,
+            site=read,
+            target=written,
+            model=loaded.name,
+            model_hash=loaded.hash,
         )
-    said = code.about.target if code.about.target != code.about.site else ""
-    read, written = loaded.site(source).name, loaded.site(target or said or source).name
-    code.about = replace(
-        code.about, name=name, site=read, target=written, model=loaded.name, model_hash=loaded.hash
-    )
-    options.attached(loaded, code)  # whether it fits
-    save_autoencoder(code, path)
+        options.attached(loaded, code)  # whether it fits
+        save_autoencoder(code, path)
     owner.register(loaded)
     say(f"{code.n_latents} latents of {read} as sae/{name}: written to {path}")
+
+
+@contextmanager
+def _new(place: Path, name: str) -> Iterator[None]:
+    """Hold the folder of a name that no autoencoder has yet; removed at the end if nothing was written.
+
+    Raises:
+        BlockingIOError: if another process writes one of that name.
+        FileExistsError: if there is one.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with held(place / LOCK, f"--name {name}: another process is writing it", tidy=True):
+        if any(not file.name.startswith(LOCK) for file in place.iterdir()):
+            raise FileExistsError(f"--name {name}: the workspace has an autoencoder of that name")
+        yield

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from typer import Typer
 
+from circuits.checks import seen
 from circuits.cli import options
 from circuits.cli.output import say
 from circuits.cli.signatures import Within, argument, command, option
@@ -41,8 +42,8 @@ def show_job(
     log = log_of(found, lines)
 
     def told() -> Iterator[str]:
-        yield f"{found.title}: {found.state} {_share(found)}".rstrip()
-        yield f"started {found.started}, {found.folder}"
+        yield seen(f"{found.title}: {found.state} {_share(found)}".rstrip())
+        yield seen(f"started {found.started}, {found.folder}")
         if log:
             yield log
 

@@ -14,7 +14,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from circuits import __version__
 from circuits.cli.commands import Commands
-from circuits.cli.output import begin, errors, leads, only_ours, say
+from circuits.cli.output import begin, leads, only_ours, say, tell
 from circuits.environment import DEBUG, WORKSPACE
 from circuits.errors import line, shortened
 
@@ -137,7 +137,7 @@ def _fail(message: str, code: int) -> int:
     """Say why in a line, once for all ranks of `torchrun`, which fail together."""
     if not leads():
         return code
-    errors.print(f"circuits: {shortened(message)}", markup=False, highlight=False, style="red")
+    tell(f"circuits: {shortened(message)}", style="red")
     return code
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from circuits.checks import seen
 from circuits.environment import DEBUG, PROGRESS
 from circuits.errors import is_theirs, shortened
 from circuits.files import finite, write_json
@@ -70,10 +71,10 @@ def show_json(value: Any) -> None:
 
 def show_table(table: Table) -> None:
     """Print a table and its note, for people."""
-    title = Text(table.title) if table.title else None
+    title = Text(_words(table.title)) if table.title else None
     made = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
-        made.add_column(Text(column), no_wrap=i == 0, overflow="fold")
+        made.add_column(Text(_cell(column)), no_wrap=i == 0, overflow="fold")
     for row in table.rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     console.print(made)
@@ -85,12 +86,20 @@ def _cell(value: object) -> str:
     """A value as text; NaN stands for what does not exist, such as a p without random edits, and is no number."""
     if isinstance(value, float):
         return "–" if isnan(value) else f"{value:.4g}"
-    return str(value)
+    return _words(str(value), keep="")
+
+
+def _words(text: str, keep: str = "\n\t") -> str:
+    """A text as it is printed: nothing in it moves the cursor, or makes the terminal do anything else.
+
+    Names of files may hold bytes that are no text; they are printed as escapes.
+    """
+    return seen(text.encode(errors="backslashreplace").decode(), keep)
 
 
 def say(text: str) -> None:
     """Print text for people."""
-    console.print(text)
+    console.print(_words(text))
 
 
 def note(text: str) -> None:
@@ -166,8 +175,8 @@ def begin() -> None:
 
 
 def tell(text: str, style: str | None = None) -> None:
-    """Print one line on stderr as it is."""
-    errors.print(text, style=style)
+    """Print one line on stderr."""
+    errors.print(_words(text), style=style)
     _silence.since = monotonic()
 
 
@@ -189,7 +198,7 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[int, int]
     lines = _Lines(what) if hidden and leads() and PROGRESS not in os.environ else None
     bar = Progress(*columns, console=errors, transient=True, disable=hidden)
     with bar, _noting(what) as note:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(_words(what), total=None)
 
         def move(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)

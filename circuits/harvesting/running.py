@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from circuits.examples import Examples
+from circuits.files import check_inside
 from circuits.harvesting import kernels
 from circuits.harvesting.ranks import Ranks
 from circuits.harvesting.references import references
@@ -102,7 +103,8 @@ def harvest(
 
     Raises:
         KeyError: if a site is unknown.
-        ValueError: if the model cannot take the data, or an example cannot be read.
+        ValueError: if the model cannot take the data, an example cannot be read, or a symbolic link leads to what
+            is to be overwritten.
         StaleCacheError: if the store that is there was made from something else.
         BlockingIOError: if another process is writing the same store.
         OSError: if the workspace cannot be written or has too little space left.
@@ -130,6 +132,8 @@ def harvest(
     provenance = _provenance(inputs, name, chosen, depth, batch or min(LARGEST_BATCH, fitting))
     run = run_name(provenance.version, chosen, depth)
     folder = workspace.writable().store_folder(provenance.model_hash, source.hash, run)
+    if overwrite:
+        check_inside(folder, workspace.root)
     if not overwrite and (folder / "provenance.json").exists():
         # Another batch size would round differently: the files would not be those of an uninterrupted harvest.
         provenance = replace(provenance, batch=Provenance.read(folder).batch)

@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.autoencoders import About, Autoencoder, load_autoencoder, save_autoencoder
 from circuits.autoencoders.files import FILE, is_autoencoder, read_tensors
 from circuits.autograd import recording_gradients
-from circuits.files import check_writable
+from circuits.files import check_inside, check_writable
 from circuits.harvesting.ranks import Ranks
 from circuits.json_files import parse_json
 from circuits.locks import held
@@ -34,6 +34,9 @@ Precision = Literal["float32", "bfloat16"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file in a run's folder from which an interrupted training resumes."""
+
+LOCK = ".lock"
+"""The file in a run's folder that whoever writes into the folder holds."""
 
 _RESERVED = (Path(CHECKPOINT).stem, Path(FILE).stem)
 
@@ -172,12 +175,14 @@ def train(
         The autoencoders by name.
 
     Raises:
-        ValueError: if there are fewer rows than latents or than a batch has, rows are not finite, or the folder
-            holds the results of another training.
+        ValueError: if there are fewer rows than latents or than a batch has, rows are not finite, the folder
+            holds the results of another training, or a symbolic link leads to what is to be overwritten.
         BlockingIOError: if another process is training into the folder.
     """
     if not every >= 0:
         raise ValueError(f"every {every} must be 0 seconds or more")
+    if folder is not None and overwrite:
+        check_inside(Path(folder), Path(folder).parent)
     several = settings if isinstance(settings, Mapping) else {"": settings}
     if not several:
         raise ValueError("settings: expected at least one autoencoder")
@@ -416,7 +421,7 @@ def _exclusive(place: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as stack:
         with ranks.lead() as lead:
             if lead:
-                stack.enter_context(held(place / ".lock", refusal, tidy=True))
+                stack.enter_context(held(place / LOCK, refusal, tidy=True))
         yield
 
 

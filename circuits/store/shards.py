@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.files import owned, remove_owned, replacing
+from circuits.files import is_inside, owned, remove_owned, replacing
 from circuits.hdf5 import created, file_hash, opened
-from circuits.json_files import parse_json
+from circuits.json_files import parse_json, read_bytes
 from circuits.locks import held
 from circuits.store.hdf5 import write_full
 from circuits.store.provenance import Provenance, StaleCacheError
@@ -126,11 +126,16 @@ class ManifestLine:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, ManifestLine], list[int]]:
-    """The lines of a store's manifests by file, and the numbers of damaged lines, counted from 1."""
+    """The lines of a store's manifests by file, and the numbers of damaged lines, counted from 1.
+
+    Raises:
+        ValueError: if a manifest is no regular file, or too large to be one.
+    """
     lines: dict[str, ManifestLine] = {}
     bad: list[int] = []
     for path in sorted(folder.glob("manifest*.jsonl")):
-        for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        read = read_bytes(path, f"manifest {str(path)!r}").decode(errors="replace")
+        for number, text in enumerate(read.splitlines(), 1):
             line = ManifestLine.parse(text)
             if line is None:
                 bad.append(number)
@@ -242,15 +247,13 @@ def remove(folder: Path, root: Path) -> list[str]:
         ValueError: if it is not in the workspace, or only by a symbolic link.
         OSError: if it cannot be deleted.
     """
-    place = folder.absolute()
-    real = root.resolve() / os.path.relpath(place, root.absolute())
-    if not place.is_relative_to(root.absolute()) or place.resolve() != real:
+    if not is_inside(folder, root):
         raise ValueError(
             f"activation store {str(folder)!r} is not in the workspace {str(root)!r}, or is a symbolic link: expected "
             "a store's own folder there; name its workspace with --workspace, or delete it by hand"
         )
     with _alone(folder):
-        return remove_owned(folder, _FILES, first="provenance.json")
+        return remove_owned(folder, _FILES, first="provenance.json", root=root)
 
 
 def _clear(folder: Path, *kinds: str) -> None:
