@@ -529,7 +529,9 @@ def faults(one: Input, folder: Path, watcher: Watcher) -> tuple[int, list[str]]:
             after = state(folder / "ws")
             changed = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
             found.append(f"refused, but changed: {changed[:4]}")
-    if code == 0 and re.search(r"\bnan\b", re.sub(r"\S*[:=/]\S*", "", printed), re.IGNORECASE):
+    if code == 0 and re.search(
+        r"\bnan\b", re.sub(r"'[^']*'|\S*[:=/]\S*", "", printed), re.IGNORECASE
+    ):
         found.append(
             "prints nan: "
             + next(x for x in printed.splitlines() if re.search(r"\bnan\b", x, re.IGNORECASE))[:200]
