@@ -112,12 +112,12 @@ def test_examples_of_texts_show_what_stands_around_a_token(
         (["visualize", "induction", "hook_unembed:1", "--out", "{tmp}/a.png"], "takes tokens"),
         (["visualize", "shapes", "mixed3a:1", "--steps", "0"], "steps"),
         (["visualize", "shapes", "mixed3a:1", "--size", "1000000"], "8 to 4096"),
-        (["demo", "--port", "0"], "port 0"),
+        (["demo", "--port", "0"], "'--port': 0 must be 1 to 65535"),
         (["nonsense"], "nonsense"),
         (["sites"], "argument"),
         (["visualize", "shapes", "mixed3a:1", "--steps", "x"], "--steps"),
         (["harvest", "shapes", "--data", "photos", "--sites", "logits", "--batch", "0"], "'--batch': 0 must be"),
-        (["app", "--port", "99999"], "'--port': 99999 must be 0 to 65535"),
+        (["app", "--port", "99999"], "'--port': 99999 must be 1 to 65535"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -35,7 +35,7 @@ _WIDTH = None if sys.stdout.isatty() else 200  # a pipe or a file has no width t
 _NOTE_EVERY = 0.25  # seconds
 _LINE_EVERY = 60.0  # seconds
 
-_EARLY = 20
+_EARLY = 25
 """Before this part of the work is done, it is not said how long the rest takes: what comes first is not typical."""
 
 
@@ -233,7 +233,7 @@ class _Lines:
             return
         text = f"{self.what}: {done} of {total} ({100 * done // total} %)"
         before, since = self.first
-        if before < done and (done - before) * _EARLY >= total:
+        if before < done and (done - before) * _EARLY >= total - before:
             text += f", {_duration((now - since) * (total - done) / (done - before))} left"
         note(text)
 

@@ -164,7 +164,7 @@ def check_unchanged(path: Path, most: int = 0) -> None:
     if line is None:
         raise OSError(f"manifest.jsonl does not name {path.name}")
     if not _is_as_noted(path, line, (file.st_size, file.st_mtime_ns)):
-        raise OSError("it is not what manifest.jsonl says it was when it was written")
+        raise OSError(f"{path.name} is not what the manifest says it was when it was written")
 
 
 def _stat_of(manifest: Path) -> os.stat_result:
