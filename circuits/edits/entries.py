@@ -55,7 +55,7 @@ class Entry:
     originals: Mapping[str, str]
 
     @classmethod
-    def read(cls, name: str, text: str) -> Entry:
+    def read(cls, name: str, text: Any) -> Entry:
         """From its row.
 
         Raises:
@@ -113,7 +113,7 @@ class Event:
     hash: str
 
     @classmethod
-    def read(cls, name: str, text: str) -> Event:
+    def read(cls, name: str, text: Any) -> Event:
         """From its row.
 
         Raises:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -106,6 +106,9 @@ class Program:
             yield f"{made} = {op.name} {_text(op.args)} {_text(dict(sorted(op.kwargs.items())))}{precision}"
 
 
+_Watch = TypeVar("_Watch", bound="Watch")
+
+
 class Watch(TorchFunctionMode):
     """A torch function mode that knows which module runs, in the thread that entered it.
 
@@ -120,7 +123,7 @@ class Watch(TorchFunctionMode):
         self._handles: list[Any] = []
         self._thread = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Watch) -> _Watch:
         self._thread = threading.get_ident()
         try:
             for path, module in self._root.named_modules():
