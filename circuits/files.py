@@ -35,7 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
     # The name tells the next writer whether this one still lives: not every file system has locks.
     mine = f"{prefix}{Holder.of(os.getpid())}."
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=mine, suffix=".tmp")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=mine, suffix=".tmp")
+    except OSError as error:  # about the file that was asked for, not about the temporary one
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from circuits.checks import whole
+from circuits.checks import clipped, whole
 from circuits.environment import PROGRESS, WORKSPACE
 from circuits.files import check_inside, is_inside, owned, remove_owned, write_json
 from circuits.json_files import read_json
@@ -142,8 +142,8 @@ def job(workspace: Workspace, id: str) -> Job:
     if found is None:
         known = [job.id for job in jobs(workspace)]
         if not known:
-            raise KeyError(f"unknown job {_short(id)!r}: the workspace has none")
-        raise unknown("job", _short(id), known)
+            raise KeyError(f"unknown job {clipped(str(id))!r}: the workspace has none")
+        raise unknown("job", clipped(str(id)), known)
     return found
 
 
@@ -198,18 +198,13 @@ def _check(argv: Sequence[str], title: str) -> None:
         close = nearest(str(verb), VERBS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(
-            f"verb {_short(verb)!r} cannot run as a job: {hint}expected one of {', '.join(VERBS)}"
+            f"verb {clipped(str(verb))!r} cannot run as a job: {hint}expected one of {', '.join(VERBS)}"
         )
     for name, text in (*(("argument", a) for a in argv), ("title", title)):
         if not isinstance(text, str) or not text.isprintable():
             raise ValueError(
-                f"{name} {_short(text)!r} of job {verb} is not printable: expected text in one line"
+                f"{name} {clipped(str(text))!r} of job {verb} is not printable: expected text in one line"
             )
-
-
-def _short(text: object) -> str:
-    """At most 60 characters of what somebody gave, for messages."""
-    return str(text) if len(str(text)) <= 60 else f"{str(text)[:59]}…"
 
 
 def _place(workspace: Workspace) -> Path:

@@ -50,3 +50,8 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_no_file_can_be_made_the_one_asked_for_is_named() -> None:
+    with pytest.raises(OSError, match="'/proc/x.png'"), replacing(Path("/proc/x.png")):
+        pass

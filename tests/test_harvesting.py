@@ -455,7 +455,7 @@ def test_a_killed_rank_stops_the_others_and_a_restart_finishes(
     assert run([*command, "--workspace", str(tmp_path)]) == 0
     (folder,) = (p.parent for p in tmp_path.glob("*/*/*/statistics.h5"))
     store = ActivationStore.open(folder)
-    assert {health.state for health in store.verify()} == {"intact"}
+    assert {health.state for health in store.verify()} == {"consistent"}
     assert not list(folder.glob("manifest-*"))
 
 
@@ -581,7 +581,7 @@ def test_disk_that_fills_up_is_said_in_a_line(model, tmp_path: Path, monkeypatch
     assert len(list(folder.glob("shard-*.h5"))) == 2
     assert not list(folder.glob(".shard*"))
     again = harvest(model, part(20), ["line"], Workspace(tmp_path), workers=1)
-    assert {health.state for health in again.verify()} == {"intact"}
+    assert {health.state for health in again.verify()} == {"consistent"}
 
 
 def test_a_shard_renamed_but_not_noted_is_not_made_again(
@@ -603,7 +603,7 @@ def test_anew_throws_away_what_was_there(model, tmp_path: Path) -> None:
     store = harvest(model, part(6), ["line"], Workspace(tmp_path))
     (store.folder / "provenance.json").write_text("{")
     again = harvest(model, part(6), ["line"], Workspace(tmp_path), overwrite=True)
-    assert {health.state for health in again.verify()} == {"intact"}
+    assert {health.state for health in again.verify()} == {"consistent"}
     again.folder.rename(tmp_path / "outside")
     again.folder.symlink_to(tmp_path / "outside")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "outside").iterdir()}

@@ -274,7 +274,7 @@ def test_what_a_writer_has_not_yet_put_in_its_place_is_read_where_nothing_can_be
     database: Database, branches: HookedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Ledger(database, branches).apply(zero("cat:1"))
-    with database.open() as writer:  # as long as it is open, the last event is in the file beside
+    with database.open() as writer:  # while it is open, the last event is in the write-ahead log
         Ledger(database, branches).apply(zero("cat:2"))
         assert writer.execute("SELECT count(*) FROM edit_entries").fetchone() == (2,)
         monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
@@ -401,7 +401,7 @@ def test_missing_rows_are_noticed(
 def test_a_head_that_was_kept_shows_what_no_hash_inside_can(
     database: Database, branches: HookedModel, tmp_path: Path
 ) -> None:
-    """A ledger that was written anew, or lost its end, is consistent; it is not what the head was of."""
+    """A ledger that was rewritten, or cut short, is consistent, but does not match a head that was kept."""
     ledger = Ledger(database, branches)
     assert ledger.chain_head().counts == (0, 0)
     ledger.apply([zero(f"cat:{i}") for i in range(3)])

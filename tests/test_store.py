@@ -408,7 +408,7 @@ def test_exports_hold_what_the_store_holds(kind, store: ActivationStore, tmp_pat
 
 def test_verify_names_what_is_wrong(model: HookedModel, tmp_path: Path) -> None:
     made = harvest(model, hundred(), ["mixed3a"], Workspace(tmp_path))
-    assert {health.state for health in made.verify()} == {"intact"}
+    assert {health.state for health in made.verify()} == {"consistent"}
     (made.folder / "shard-00001.h5").unlink()
     with (made.folder / "shard-00002.h5").open("ab") as file:
         file.write(b"x")
@@ -420,7 +420,7 @@ def test_verify_names_what_is_wrong(model: HookedModel, tmp_path: Path) -> None:
     assert found["shard-00002.h5"] == "damaged"
     assert found["shard-00003.h5"] == "unnoted"
     assert found["manifest.jsonl line 5"] == "damaged"
-    assert found["statistics.h5"] == "intact"
+    assert found["statistics.h5"] == "consistent"
     assert made.top_examples(Unit("mixed3a", 0)), "the rest can still be read"
 
 

@@ -376,7 +376,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Check the ledger, and what people saved: hashes, references, versions, tables. Exit code 1 if there is a fault.
 
-    Without --head this shows that they are consistent, not that nobody wrote all of it anew.
+    Without --head this shows that they are consistent, but not that they are the original ones: somebody who rewrites
+    all of a ledger can make it consistent.
     """
     kept = None if head is None else Head.parse(head, len(LOGS))
     database = _kept(workspace) if kept is None else Workspace.default(workspace).database

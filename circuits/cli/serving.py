@@ -37,8 +37,8 @@ def check_address(host: str, port: int) -> bool:
     """Whether only this machine reaches an address.
 
     Raises:
-        ValueError: if it is none. An empty one, which sockets take for all addresses, is none.
-        OSError: if it is none of this machine's, or the port is taken.
+        ValueError: if `host` is not an address; an empty one, which sockets take for all addresses, is refused too.
+        OSError: if the address is not this machine's, or the port is taken.
     """
     try:
         if not host.strip():

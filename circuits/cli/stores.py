@@ -96,7 +96,7 @@ def verify_store(store: StoreOptions, output: options.Output) -> None:
     """Read every file of a store and compare it with its checksum. Exit code 1 if one differs."""
     folder = store.folder
     found = verify(folder, Provenance.read(folder))
-    bad = [health for health in found if health.state != "intact"]
+    bad = [health for health in found if health.state != "consistent"]
     rows = [(health.file, health.state) for health in bad or found]
     note = (
         f"{len(bad)} of {len(found)} files: run the same harvest again to make them again"

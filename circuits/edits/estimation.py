@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.checks import clipped
 from circuits.edits.activations import Erase, Patch, Resample, Set, Steer
 from circuits.edits.connections import Part, Transplant, parts_of
 from circuits.edits.recipes import edited
@@ -115,7 +116,7 @@ def steer(direction: Direction, amount: float, at: tuple[int, ...] | None = None
 def project_out(direction: Direction, at: tuple[int, ...] | None = None) -> Erase:
     """The edit that projects a direction out of its site's activations."""
     unit = direction.vector / direction.vector.norm()
-    return Erase(direction.site, compact(unit[:, None]), origin=_clipped(str(direction)), at=at)
+    return Erase(direction.site, compact(unit[:, None]), origin=clipped(str(direction), 200), at=at)
 
 
 def leace(
@@ -381,7 +382,3 @@ def _recorded(
     value = model.run(x, read=[site], until=site)[site]
     view = site.by_unit(value) if at is None else site.at(value, at)
     return view[:, list(units.among(site))].detach().cpu()
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:197]}…"

@@ -240,10 +240,10 @@ class Ledger(Journal):
         """What is wrong with the workspace's logs, of all models: nothing if they are consistent.
 
         Args:
-            head: of `chain_head` before: everything up to it must be as it was then. Without one nobody can tell
-                whether all of it was written anew.
+            head: of `chain_head` before: everything up to it must be as it was then. Without one, a log
+                that somebody rewrote completely looks the same as the original.
 
         Raises:
-            ValueError: if the head is none.
+            ValueError: if `head` is not a head, or the database is not a regular file.
         """
         return verify(self.database, head)

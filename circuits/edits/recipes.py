@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
+from circuits.checks import clipped
 from circuits.edits import activations, attention, connections, layers  # noqa: F401  (whose operators can be read)
 from circuits.edits.activations import ActivationEdit, UnitsEdit, changes
 from circuits.edits.records import Edit, canonical, edit_schema, fitting, parse_edit
@@ -142,8 +143,8 @@ class Recipe:
             for i, j in pairs:
                 if not commute(model, self.edits[i], self.edits[j]):
                     raise ValueError(
-                        f"edits {j + 1} ({_clipped(self.edits[j])}) and {i + 1} "
-                        f"({_clipped(self.edits[i])}) do not commute: keep their order"
+                        f"edits {j + 1} ({clipped(str(self.edits[j]))}) and {i + 1} "
+                        f"({clipped(str(self.edits[i]))}) do not commute: keep their order"
                     )
         return replace(self, edits=tuple(self.edits[i] for i in order))
 
@@ -232,11 +233,6 @@ def checked(model: HookedModel, edits: Iterable[Edit]) -> tuple[Edit, ...]:
     return tuple(found)
 
 
-def _clipped(edit: Edit) -> str:
-    text = str(edit)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 @contextmanager
 def edited(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> Iterator[HookedModel]:
     """The model with edits applied inside the block; afterwards it is restored, bit for bit.
@@ -296,7 +292,7 @@ def bake(model: HookedModel, recipe: Recipe | Iterable[Edit]) -> HookedModel:
     for i, edit in enumerate(edits, 1):
         if isinstance(edit, ActivationEdit):
             raise ValueError(
-                f"edit {i} ({_clipped(edit)}) changes activations, which weights cannot hold: expected edits of "
+                f"edit {i} ({clipped(str(edit))}) changes activations, which weights cannot hold: expected edits of "
                 "weights (scale_weights, erase_weights, …); use `edited` for this recipe"
             )
     with model.lock:

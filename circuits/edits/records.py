@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from circuits.checks import number, whole
+from circuits.checks import clipped, number, whole
 from circuits.errors import UNREADABLE
 from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
@@ -188,7 +188,9 @@ def parse_edit(raw: object, layout: int = 2) -> Edit:
         ValueError: if a field is missing or has the wrong type.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"edit {_short(raw)}: expected an object with an operator and its fields")
+        raise ValueError(
+            f"edit {clipped(repr(raw))}: expected an object with an operator and its fields"
+        )
     operator = raw.get("operator")
     kind = OPERATORS.get(str(operator))
     if kind is None:
@@ -262,11 +264,12 @@ def read_edit(model: HookedModel, text: str, files: bool = True) -> Edit:
             direction = Direction.parse(value, model.site(site).n_units)
             if "vector" in raw:
                 raise ValueError(
-                    f"edit {_short(text)} gives vector or direction twice: expected one of them"
+                    f"edit {clipped(repr(text))} gives vector or direction twice: expected one of them"
                 )
             if model.site(raw.get("site", site)) != model.site(site):
                 raise ValueError(
-                    f"edit {_short(text)}: direction is in {site}, site is {raw['site']}: expected one site for both"
+                    f"edit {clipped(repr(text))}: direction is in {site}, site is {raw['site']}: expected "
+                    "one site for both"
                 )
             raw |= {"site": direction.site, "vector": _as_json(direction.vector.float())}
             continue
@@ -332,7 +335,7 @@ def _as_type(operator: object, field: Field[Any], value: Any) -> Any:
             raise TypeError
         return value
     except (TypeError, AttributeError, OverflowError):
-        what = f"{field.name} {_short(value)} of edit {operator!r}"
+        what = f"{field.name} {clipped(repr(value))} of edit {operator!r}"
         raise ValueError(f"{what} is not {_expected(kind)}") from None
 
 
@@ -374,13 +377,13 @@ def _from_json(operator: object, field: Field[Any], value: Any) -> Any:
     kind = str(field.type)
     if value is not None and kind.startswith("Units") and not isinstance(value, str):
         raise ValueError(
-            f"{field.name} {_short(value)} of edit {operator!r} is not {_expected(kind)}"
+            f"{field.name} {clipped(repr(value))} of edit {operator!r} is not {_expected(kind)}"
         )
     if value is not None and kind.startswith("Tensor"):
         try:
             value = _array(value)
         except TypeError:
-            what = f"{field.name} {_short(value)} of edit {operator!r}"
+            what = f"{field.name} {clipped(repr(value))} of edit {operator!r}"
             raise ValueError(f"{what} is not {_expected(kind)}") from None
         except ValueError as error:
             raise ValueError(f"{field.name} of edit {operator!r}: {error}") from None
@@ -411,7 +414,7 @@ def _array(value: Any) -> Tensor:
         return torch.tensor(value, dtype=torch.float64).float()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
-            f"{_short(value)} is not an array of finite numbers, all rows alike"
+            f"{clipped(repr(value))} is not an array of finite numbers, all rows alike"
         ) from None
 
 
@@ -420,12 +423,12 @@ def _from_bytes(value: Mapping[str, Any]) -> Tensor:
         raise ValueError("expected dtype (float32 or float64), shape and base64")
     kind, shape = _TYPES[value["dtype"]], value["shape"]
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"shape {_short(shape)} is not a list of whole numbers")
+        raise ValueError(f"shape {clipped(repr(shape))} is not a list of whole numbers")
     try:
         # frombuffer needs memory that can be written to, which bytes are not.
         data = bytearray(base64.b64decode(value["base64"], validate=True))
     except (TypeError, ValueError):
-        raise ValueError(f"base64 {_short(value['base64'])} cannot be read") from None
+        raise ValueError(f"base64 {clipped(repr(value['base64']))} cannot be read") from None
     if not data or math.prod(shape) * kind.itemsize != len(data):
         raise ValueError(f"{len(data)} bytes do not fill shape {shape}")
     return torch.frombuffer(data, dtype=kind).reshape(shape)
@@ -480,11 +483,6 @@ def _in_words(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 # --- the published schema ------------------------------------------------------------------------

@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from circuits.checks import clipped
+
 Figure = (
     alt.Chart
     | alt.LayerChart
@@ -146,8 +148,7 @@ def printed(token: str) -> str:
     >>> printed(" a\\n")
     '·a↵'
     """
-    made = token.replace(" ", "·").replace("\n", "↵")
-    return made if len(made) <= 12 else f"{made[:11]}…"
+    return clipped(token.replace(" ", "·").replace("\n", "↵"), 12)
 
 
 def folded(name: str, width: int) -> list[str]:

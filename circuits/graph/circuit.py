@@ -73,7 +73,7 @@ def parse_node(text: str) -> Node:
     """Read a node as it is written.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not a node.
 
     >>> parse_node("mixed3b:379"), parse_node("block@0:3@5").position
     (Unit(site='mixed3b', index=379), 5)

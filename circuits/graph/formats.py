@@ -143,7 +143,7 @@ def from_node_link(raw: Any) -> CircuitGraph:
     """A circuit from node-link data.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the data is not a circuit.
     """
     _validated(raw, "node-link")
     made = CircuitGraph()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from circuits.checks import clipped
+
 _HEAD = re.compile(r"(?P<counts>[0-9]{1,15}(-[0-9]{1,15})*)-(?P<hash>[0-9a-f]{64})")
 
 LAST = "ORDER BY id DESC LIMIT 1"
@@ -84,14 +86,15 @@ class Head:
         """Read it as it is written.
 
         Raises:
-            ValueError: if it is none of so many logs.
+            ValueError: if the text is not a head over `n_logs` logs.
         """
         found = _HEAD.fullmatch(text.strip())
         counts = tuple(map(int, found["counts"].split("-"))) if found else ()
         if found is None or len(counts) != n_logs:
-            said = repr(text) if len(text) <= 90 else f"{text[:89]!r}…"
             form = "-".join(["COUNT"] * n_logs)
-            raise ValueError(f"head {said} is not of the form {form}-HASH, as it was printed")
+            raise ValueError(
+                f"head {clipped(text, 90)!r} is not of the form {form}-HASH, as it was printed"
+            )
         return cls(counts, found["hash"])
 
     @classmethod

@@ -119,7 +119,7 @@ class Health:
 
     Attributes:
         file: its name.
-        state: `intact`, `missing`, `damaged` (not what the manifest says), or `unnoted` (not in the manifest).
+        state: `consistent`, `missing`, `damaged` (not what the manifest says), or `unnoted` (not in the manifest).
     """
 
     file: str
@@ -505,4 +505,4 @@ def _state(folder: Path, name: str, line: ManifestLine | None) -> str:
         return "missing"
     if line is None:
         return "unnoted"
-    return "intact" if line.intact(folder) else "damaged"
+    return "consistent" if line.intact(folder) else "damaged"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from circuits.checks import clipped
 from circuits.examples import Examples, encoded, whole
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
@@ -295,4 +296,4 @@ def shared_beginning(every: Sequence[Sequence[int]]) -> list[int]:
 
 def _shown(words: Words) -> str:
     text = words if isinstance(words, str) else " ".join(map(str, words))
-    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
+    return repr(clipped(text, SHOWN))

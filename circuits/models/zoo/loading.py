@@ -228,7 +228,8 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    inside = (workspace or Workspace.default()).autoencoder_path(path.removeprefix("sae/"))
+    place = workspace or Workspace.default()
+    inside = place.autoencoder_path(path.removeprefix("sae/"))
     for candidate in (Path(path).expanduser(), inside):
         if candidate.is_file() or (candidate / FILE).is_file():
             return candidate
@@ -241,8 +242,11 @@ def find_autoencoder(path: str, workspace: Workspace | None = None) -> Path:
         raise FileNotFoundError(
             f"autoencoder {path!r} has several variants: expected one of {names}"
         )
+    names = list(list_autoencoders(place))
+    known = f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}" or "none"
     raise FileNotFoundError(
-        f"there is no autoencoder {path!r}: neither a file or folder of that name, nor {str(inside)!r}"
+        f"there is no autoencoder {path!r}: it is neither a file or folder, nor in the workspace {str(place.root)!r}, "
+        f"which has {known}"
     )
 
 
