@@ -131,7 +131,7 @@ class Family:
         return finite(raw)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Family:
+    def from_dict(cls, raw: Any) -> Family:
         """From what `to_dict` gave.
 
         Raises:

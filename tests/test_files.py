@@ -53,5 +53,5 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_where_no_file_can_be_made_the_one_asked_for_is_named() -> None:
-    with pytest.raises(OSError, match="'/proc/x.png'"), replacing(Path("/proc/x.png")):
+    with pytest.raises(OSError, match=r"'/proc/x\.png'"), replacing(Path("/proc/x.png")):
         pass

@@ -20,6 +20,7 @@ import jsonschema
 import networkx as nx
 from networkx.readwrite.gexf import GEXFReader
 
+from circuits.checks import clipped
 from circuits.errors import line
 from circuits.files import replacing
 from circuits.graph.attribution_graphs import from_attribution_graph, to_attribution_graph
@@ -293,8 +294,11 @@ def _restored(plain: nx.Graph, about: str | None) -> CircuitGraph:
             made.edges[(*ends, key)].update(_unflat(data))
         else:
             weight = data.get("weight", 1.0)
-            number = float(weight) if isinstance(weight, int | float) else weight
-            made.connect(*ends, "weight", sum=number)
+            if not isinstance(weight, int | float):
+                raise ValueError(
+                    f"weight {clipped(repr(weight))} of the edge {a} -> {b}: expected a number"
+                )
+            made.connect(*ends, "weight", sum=float(weight))
             rest = _without(data, "weight", "id", "kind", "sum", "norm")
             made.edges[(*ends, "weight")].update(rest)
     return made.valid()

@@ -61,7 +61,7 @@ class StoredArray:
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         if self.offset is None or self.in_columns:
-            return self.whole[i]
+            return np.asarray(self.whole[i])
         rest = self.shape[1:]
         size = math.prod(rest) * self.dtype.itemsize
         # Read and not mapped: the pages of a map count as memory once they were looked at.
