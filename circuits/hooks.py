@@ -15,10 +15,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from circuits.call_points import uncounted, watching
 
 Change = Callable[[Tensor], Tensor]
 """Takes the tensor at a tap and returns the one to put in its place; never works in place."""
@@ -32,6 +34,18 @@ def placed(change: Change) -> bool:
     return bool(getattr(change, "placed", False))
 
 
+class Layout(Protocol):
+    """How a site's tensor lies in the tensor that a module returns."""
+
+    def read(self, held: Tensor) -> Tensor:
+        """The site's tensor in the module's."""
+        ...
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        """The module's tensor with the site's tensor in it; `held` itself stays as it is."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Tap:
     """Where a tensor is in a model.
@@ -40,27 +54,27 @@ class Tap:
         module: the module whose output holds it.
         call: which call of the module within one forward pass, counted from 0.
         path: where in a nested output: indices of tuples and lists, keys of mappings, fields of dataclasses.
-        convert: turns the module's layout into the site's (TransformerLens splits heads this way).
-        revert: the inverse of `convert`.
+        layout: how the site's tensor lies in the module's, where it is another one (heads that are not split).
         overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
     """
 
     module: nn.Module
     call: int = 0
     path: tuple[Hashable, ...] = ()
-    convert: Change | None = None
-    revert: Change | None = None
+    layout: Layout | None = None
     overwritten: bool = False
 
     def read(self, output: Any) -> Tensor:
         """The tensor at this tap in a module's output."""
         for key in self.path:
             output = entry(output, key)
-        return output if self.convert is None else self.convert(output)
+        return output if self.layout is None else self.layout.read(output)
 
     def write(self, output: Any, value: Tensor) -> Any:
         """The module's output with `value` at this tap; everything else in it is shared, not copied."""
-        return _replaced(output, self.path, value if self.revert is None else self.revert(value))
+        if self.layout is not None:
+            value = self.layout.write(replace(self, layout=None).read(output), value)
+        return _replaced(output, self.path, value)
 
 
 def is_record(output: Any) -> bool:
@@ -141,7 +155,8 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
         for module, own in by_module.items():
             handles.append(module.register_forward_hook(partial(_visited, calls, own)))
             _move_last_hooks_to_the_end(module)
-        yield
+        with watching(by_module):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -158,10 +173,11 @@ def _visited(
     # Counted before any visit, as one of them may end the pass.
     call = calls[module]
     calls[module] += 1
-    for tap, visit in visits:
-        if tap.call == call:
-            changed = visit(output)
-            output = output if changed is None else changed
+    with uncounted():
+        for tap, visit in visits:
+            if tap.call == call:
+                changed = visit(output)
+                output = output if changed is None else changed
     return output
 
 

@@ -12,6 +12,7 @@ import hashlib
 import re
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
+from circuits.call_points import is_uncounted, known_function
 from circuits.tensors import tensor_bytes
 
 
@@ -46,16 +48,25 @@ class Operation:
         args: its positional arguments, nested as they were, with a `Value` in the place of each tensor.
         kwargs: its keyword arguments, likewise.
         outputs: the values that it made; a tensor that it changed in place is one of them.
-        module: the path of the innermost module that was running.
+        running: the modules that were running, outermost first: the path of each, and which of its calls it was.
         autocast: the precision to which torch casts what it is given, if the model's code asks for that.
+        function: the function itself.
+        counted: whether the model's code called it, and not a hook.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Value, ...]
-    module: str
+    running: tuple[tuple[str, int], ...]
     autocast: str = ""
+    function: Any = field(default=None, compare=False, repr=False)
+    counted: bool = True
+
+    @property
+    def module(self) -> str:
+        """The path of the innermost module that was running; empty where none of the model's parts was."""
+        return self.running[-1][0] if self.running else ""
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -119,7 +130,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._root = root
-        self._stack: list[tuple[str, nn.Module]] = []
+        self._stack: list[tuple[str, int, nn.Module]] = []
+        self._calls: Counter[str] = Counter()
         self._handles: list[Any] = []
         self._thread = 0
 
@@ -147,12 +159,21 @@ class Watch(TorchFunctionMode):
     @property
     def innermost(self) -> tuple[str, nn.Module]:
         """Its path and the module; the model itself where none of its modules runs."""
-        return self._stack[-1] if self._stack else ("", self._root)
+        if not self._stack:
+            return "", self._root
+        path, _, module = self._stack[-1]
+        return path, module
+
+    @property
+    def running(self) -> tuple[tuple[str, int], ...]:
+        """The path of each module that runs, outermost first, and which of its calls in the pass it is."""
+        return tuple((path, call) for path, call, _ in self._stack)
 
     def _entering(self, path: str, module: nn.Module) -> Callable[..., None]:
         def enter(*_: Any) -> None:
             if threading.get_ident() == self._thread:  # another thread may run the same module
-                self._stack.append((path, module))
+                self._stack.append((path, self._calls[path], module))
+                self._calls[path] += 1
 
         return enter
 
@@ -209,10 +230,17 @@ class Recorder(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name, inside = known_function(func)
+        if inside is not None:
+            # Not `with self`, which would watch the modules a second time.
+            TorchFunctionMode.__enter__(self)
+            try:
+                return inside(*args, **kwargs)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
         # Arguments are looked up before the call: afterwards a tensor that was written in place is another value.
         given, named = self._referred(args), self._referred(kwargs)
         output = func(*args, **kwargs)
-        name = resolve_name(func) or getattr(func, "__qualname__", type(func).__name__)
         if name.rpartition(".")[2] in ("item", "tolist", "__float__"):
             self._read.update(leaf for leaf in _flat(output) if isinstance(leaf, float))
         made = [leaf for leaf in _flat(output) if isinstance(leaf, Tensor)]
@@ -220,8 +248,11 @@ class Recorder(Watch):
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
-            path, _ = self.innermost
-            self._operations.append(Operation(name, given, named, outputs, path, _autocast()))
+            self._operations.append(
+                Operation(
+                    name, given, named, outputs, self.running, _autocast(), func, not is_uncounted()
+                )
+            )
         return output
 
     def _new(self, tensor: Tensor) -> Value:

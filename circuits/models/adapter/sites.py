@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
+from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
+from circuits.models.adapter.flow import Flow
+from circuits.models.adapter.head_sites import Points, find_projections, head_sites, named
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
 from circuits.tensors import is_in_fewer_digits, is_transformed
@@ -135,6 +138,9 @@ def trace_model(
     size, other = TRACE_BATCHES
     (traces, final, first), state = _traced_with_state(module, names, examples(size))
     again, _, second = _traced(module, names, examples(other), first)
+    if not is_bridge(module) and not _alike(first.program, second.program):
+        # Some models keep what the first pass has computed.
+        traces, final, first = _traced(module, names, examples(size), second)
     shapes = {t.name: t.value.shape for t in again}
     found: dict[str, tuple[Site, Tap]] = {}
     unplaced: dict[str, tuple[int, ...]] = {}
@@ -171,6 +177,10 @@ def trace_model(
     for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
+    attention = Found((), {})
+    if not is_bridge(module):
+        attention = find_attention(first.program, second.program)
+        found = _with_heads(module, examples, first, second.program, attention, traces, found)
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -185,6 +195,47 @@ def trace_model(
     return TracedModel(
         list(found.values()), unplaced, left_out, second.program, final is None, state
     )
+
+
+def _alike(one: Program, other: Program) -> bool:
+    return [op.name for op in one.operations] == [op.name for op in other.operations]
+
+
+def _with_heads(
+    module: nn.Module,
+    examples: Callable[[int], Tensor],
+    recorder: Recorder,
+    other: Program,
+    attention: Found,
+    traces: Sequence[Trace],
+    found: Mapping[str, tuple[Site, Tap]],
+) -> dict[str, tuple[Site, Tap]]:
+    """The sites of modules and those of attention, in order of execution."""
+    if not attention.attentions:
+        return dict(found)
+    flow, points = Flow(recorder.program), Points(module)
+    search = Batches(flow, other)
+    example = examples(2)
+    if not example.is_floating_point():
+        example = example[:, :8]  # as good as the whole context
+    projections = find_projections(
+        module, example, flow, attention.attentions, search.of, points, evaluating
+    )
+    heads = named(attention.attentions, projections, flow)
+    order: dict[str, float] = {}
+    last = -1.0
+    for t in traces:
+        value = recorder.value(t.value)
+        last = last if value is None else max(last, float(value.number))
+        order[t.name] = last
+    made = [(order.get(name, last), site, tap) for name, (site, tap) in found.items()]
+    taken = {*found, *(alias for site, _ in found.values() for alias in site.aliases)}
+    for moment, site, tap in head_sites(heads, flow, points):
+        if site.name not in taken:
+            own = replace(site, aliases=tuple(a for a in site.aliases if a not in taken))
+            made.append((moment, own, tap))
+    made.sort(key=lambda each: each[0])
+    return {site.name: (site, tap) for _, site, tap in made}
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
@@ -438,7 +489,7 @@ def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
     tap = t.tap
     conversion = getattr(tap.module, "hook_conversion", None)
     if conversion is not None:
-        tap = replace(tap, convert=conversion.convert, revert=conversion.revert)
+        tap = replace(tap, layout=BridgeLayout(conversion))
     # A bridge converts tensors only for its own hooks: torch's hooks see the wrapped module's layout, heads not split.
     value = tap.read(t.value) if conversion is not None else t.value
     axes, unit_axis, kind = _bridge_axes(t.name, value.ndim)
@@ -447,6 +498,23 @@ def _bridge_site(t: Trace, names: Named) -> tuple[Site, Tap]:
     _, aliases = names.get(t.name, (tap.module, ()))
     site = Site(t.name, kind, axes, unit_axis, tuple(value.shape[1:]), aliases, "HookPoint")
     return site, tap
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeLayout:
+    """The layout that a bridge shows its own hooks.
+
+    Attributes:
+        conversion: the bridge's own, of a hook point.
+    """
+
+    conversion: Any
+
+    def read(self, held: Tensor) -> Tensor:
+        return self.conversion.convert(held)
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        return self.conversion.revert(value)
 
 
 def attention_patterns(sites: Sequence[Site]) -> list[Site]:

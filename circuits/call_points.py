@@ -1,0 +1,293 @@
+"""Hook points inside a model's functions: tensors that no module returns can be read and changed as well.
+
+A `CallPoint` stands for one tensor of one call of a torch function: its output, one of its arguments, or the scores
+and the pattern that a fused attention kernel never shows. It is an identity module, so that the hooks of
+`circuits.hooks` work on it as on every other module. Calls are counted while a module of the model runs, its scope:
+"the second `matmul` during the first call of `blocks.3.attn`".
+
+Nothing is watched, and nothing costs time, unless a point of the scope has a hook (`watching`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+Part = Literal["output", "argument", "scores", "pattern"]
+"""What of a call a point stands for; scores and pattern are those of `scaled_dot_product_attention`."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Which tensor of which call.
+
+    Attributes:
+        scope: the path of the module while which calls are counted; empty for the whole model.
+        call: which call of that module within one pass, from 0.
+        function: the function's full name, as `function_name` gives it.
+        number: which of the calls of this function during that call of the scope, from 0.
+        part: what of the call.
+        place: the number of the argument, or of the output if there are several.
+        key: the name of the argument, if it was passed by name; or, in digits, its number in the list that was passed.
+    """
+
+    scope: str
+    call: int
+    function: str
+    number: int
+    part: Part = "output"
+    place: int = 0
+    key: str = ""
+
+
+class CallPoint(nn.Module):
+    """Returns its input: the place of a tensor that a torch function takes or gives.
+
+    Args:
+        address: where it is.
+        scope: the calls that are watched.
+    """
+
+    def __init__(self, address: Address, scope: Scope) -> None:
+        super().__init__()
+        self.address, self.scope = address, scope
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+    @property
+    def watched(self) -> bool:
+        """Whether a hook reads or changes the tensor."""
+        return bool(self._forward_hooks)
+
+
+class _Silence(threading.local):
+    """Whether functions are called by hooks, in a thread, and not by the model."""
+
+    depth = 0
+
+
+_SILENCE = _Silence()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Do not count the functions that are called inside the block: the model has not called them."""
+    _SILENCE.depth += 1
+    try:
+        yield
+    finally:
+        _SILENCE.depth -= 1
+
+
+def is_uncounted() -> bool:
+    """Whether the functions that this thread calls now are a hook's."""
+    return _SILENCE.depth > 0
+
+
+class Scope:
+    """The calls of torch functions while a module runs, and the points among them.
+
+    Args:
+        module: the module; the model itself for what no other module encloses.
+        root: the model.
+    """
+
+    def __init__(self, module: nn.Module, root: nn.Module) -> None:
+        self.module, self.root = module, root
+        self.points: list[CallPoint] = []
+        self._users = 0
+        self._handles: list[Any] = []
+        self._calls = 0
+        self._running: list[_Calls | None] = []
+
+    def point(self, address: Address) -> CallPoint:
+        """The point at an address, one for each."""
+        for known in self.points:
+            if known.address == address:
+                return known
+        self.points.append(made := CallPoint(address, self))
+        return made
+
+    def watch(self) -> None:
+        """Let hooks on the points of this scope see their tensors, until `unwatch` was called as often."""
+        self._users += 1
+        if self._users > 1:
+            return
+        self._handles = [
+            self.root.register_forward_pre_hook(self._begin, prepend=True),
+            self.module.register_forward_pre_hook(self._enter),
+            self.module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def unwatch(self) -> None:
+        """Undo one `watch`."""
+        self._users -= 1
+        if not self._users:
+            while self._handles:
+                self._handles.pop().remove()
+
+    def _begin(self, *_: Any) -> None:
+        self._calls = 0
+
+    def _enter(self, *_: Any) -> None:
+        own = [p for p in self.points if p.watched and p.address.call == self._calls]
+        self._calls += 1
+        running = _Calls(own) if own else None
+        self._running.append(running)
+        if running is not None:
+            running.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        running = self._running.pop() if self._running else None
+        if running is not None:
+            running.__exit__(None, None, None)
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the hooks of the points among some modules see their tensors inside the block."""
+    scopes = {id(m.scope): m.scope for m in modules if isinstance(m, CallPoint)}
+    with ExitStack() as stack:
+        for scope in scopes.values():
+            scope.watch()
+            stack.callback(scope.unwatch)
+        yield
+
+
+class _Calls(TorchFunctionMode):
+    """Shows the tensors of a call of a scope to the hooks on its points."""
+
+    def __init__(self, points: list[CallPoint]) -> None:
+        super().__init__()
+        self._seen: Counter[str] = Counter()
+        self._names = {point.address.function for point in points}
+        self._points: dict[tuple[str, int], list[CallPoint]] = {}
+        for point in points:
+            key = (point.address.function, point.address.number)
+            self._points.setdefault(key, []).append(point)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _SILENCE.depth:
+            return func(*args, **kwargs)
+        name, inside = known_function(func)
+        if inside is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if name not in self._names:
+            return func(*args, **kwargs)
+        number = self._seen[name]
+        self._seen[name] = number + 1
+        points = self._points.get((name, number))
+        return func(*args, **kwargs) if points is None else _shown(points, func, args, kwargs)
+
+
+def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function, with what its points' hooks make of its arguments and its output."""
+    args, kwargs = list(args), dict(kwargs)
+    with uncounted():
+        for point in points:
+            if point.address.part == "argument":
+                place, key = point.address.place, point.address.key
+                if key.isdecimal():
+                    args[place] = holder = list(args[place])
+                    holder[int(key)] = point(holder[int(key)])
+                elif key:
+                    kwargs[key] = point(kwargs[key])
+                else:
+                    args[place] = point(args[place])
+        inside = {p.address.part: p for p in points if p.address.part in ("scores", "pattern")}
+        made = (
+            attention_in_parts(*args, inside=inside, **kwargs) if inside else func(*args, **kwargs)
+        )
+        for point in points:
+            if point.address.part == "output":
+                made = _replaced(made, point)
+    return made
+
+
+def _replaced(made: Any, point: CallPoint) -> Any:
+    if isinstance(made, Tensor):
+        return point(made)
+    place = point.address.place
+    items = [point(item) if i == place else item for i, item in enumerate(made)]
+    return type(made)(items)
+
+
+def attention_in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    inside: dict[str, Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """Compute `scaled_dot_product_attention` step by step, as torch documents it, so that its parts can be seen.
+
+    It differs from the fused kernels by rounding.
+
+    Args:
+        query, key, value: ... x position x d_head.
+        attn_mask: added to the scores, or False where a query must not look.
+        dropout_p: must be 0.
+        is_causal: whether a query sees no later key.
+        scale: what products are multiplied by; 1 / sqrt(d_head) by default.
+        enable_gqa: whether groups of queries' heads share the heads of keys and values.
+        inside: what is called with the `scores` and with the `pattern`, and returns what to go on with.
+    """
+    if dropout_p:
+        raise ValueError(f"dropout_p {dropout_p} of an attention whose pattern is read: expected 0")
+    if enable_gqa:
+        n = query.shape[-3]
+        key, value = (x.repeat_interleave(n // x.shape[-3], -3) for x in (key, value))
+    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        kept = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if kept else scores + attn_mask
+    scores = inside.get("scores", _same)(scores)
+    # A query that may look nowhere gets zeros, as torch's kernels give it.
+    nowhere = (scores == -math.inf).all(-1, keepdim=True)
+    pattern = torch.softmax(scores, -1).masked_fill(nowhere, 0).to(value.dtype)
+    return inside.get("pattern", _same)(pattern) @ value
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+@cache
+def known_function(func: Any) -> tuple[str, Callable[..., Any] | None]:
+    """The full name of a torch function (`torch.nn.functional.conv2d`), and a function that does the same and shows its
+    inner calls one by one, where those are to be seen.
+
+    That is `multi_head_attention_forward`, which torch shows to a function mode as one call. The code that runs is
+    torch's own.
+    """
+    name = resolve_name(func) or getattr(func, "__qualname__", type(func).__name__)
+    if func is not F.multi_head_attention_forward:
+        return name, None
+    names = {**F.__dict__, "has_torch_function": lambda *_: False}
+    code = F.multi_head_attention_forward.__code__
+    made = types.FunctionType(code, names, func.__name__, func.__defaults__)
+    made.__kwdefaults__ = func.__kwdefaults__
+    return name, made

@@ -1,0 +1,584 @@
+"""Attention in any model, found among the operations of a pass.
+
+Attention is a softmax over one axis between two products: scores are a product of queries and keys, and what a head
+reads (z) is the product of its pattern, the softmax of the scores along the keys, and values (Vaswani et al. 2017,
+section 3.2.1). It may also be one call of `scaled_dot_product_attention`, which is both products and the softmax at
+once. What lies between (scales, masks, biases of positions, dropout, mixing of heads) may be anything that mixes
+neither queries nor keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from circuits.call_points import Address
+from circuits.models.adapter.flow import Flow, Product, short_name
+from circuits.models.adapter.program import Operation, Program, Value
+
+Axes = tuple[tuple[str, ...], ...]
+"""For each axis of a tensor, what it runs over, outermost first; empty for an axis of length 1 that means nothing."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of an attention: where it is in the pass, and what its axes run over.
+
+    Attributes:
+        value: the value.
+        address: where it can be read and changed.
+        shape: its shape as traced, with a batch of three.
+        axes: each axis as the product of `batch`, `window`, `head` (or `head0`, `head1`), `position`, `query`, `key`
+            and `d_head`.
+        sizes: the lengths of those that are the same in every pass.
+    """
+
+    value: Value | None
+    address: Address
+    axes: Axes
+    shape: tuple[int, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> int:
+        """The number of heads."""
+        return math.prod(size for name, size in self.sizes.items() if name.startswith("head"))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a pass.
+
+    Attributes:
+        module: the path of the innermost module in which the pattern is computed, and which of its calls it is.
+        query, key, value: the factors of the products, after any rotation by positions.
+        scores: what the softmax is taken of, scaled and masked.
+        pattern: the probabilities.
+        z: what each head reads, before the output weights.
+        first: the number of the operation that multiplies queries and keys.
+        last: that of the operation that multiplies the pattern and the values.
+        fused: whether one call computes all of it.
+    """
+
+    module: tuple[str, int]
+    query: Place
+    key: Place
+    value: Place
+    scores: Place
+    pattern: Place
+    z: Place
+    first: int
+    last: int
+    fused: bool
+
+    @property
+    def n_heads(self) -> int:
+        """The number of heads."""
+        return self.z.heads
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a pass.
+
+    Attributes:
+        attentions: in order of execution.
+        refused: why what looks like attention is none, by where it is.
+    """
+
+    attentions: tuple[Attention, ...]
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which axes of the values of a pass follow the number of examples.
+
+    Attributes:
+        flow: the operations of a pass with three examples.
+        other: those of a pass with two.
+    """
+
+    flow: Flow
+    other: Program
+
+    def of(self, value: Value, axis: int) -> int:
+        """How many entries of an axis belong to one example; 0 if the axis is as long for every batch."""
+        one, two = self.flow.shape(value)[axis], self.other.shapes[value][axis]
+        return one // 3 if one % 3 == 0 and two * 3 == one * 2 else 0
+
+
+class _UnclearError(Exception):
+    """What looks like attention is not of the form that is known."""
+
+
+def find_attention(program: Program, other: Program) -> Found:
+    """The attentions of a pass.
+
+    Args:
+        program: the operations of a pass.
+        other: those of a pass with another number of examples, 2 for every 3 of the first.
+    """
+    if len(program.operations) != len(other.operations):
+        return Found((), {})
+    search = _Search(Flow(program), other)
+    found, refused, used = [], {}, set()
+    for i in search.candidates():
+        try:
+            made = search.attention(i)
+        except _UnclearError as error:
+            refused[search.where(i)] = str(error)
+            continue
+        if made is not None:
+            found.append(made)
+            used |= {made.first, made.last}
+    refused |= search.without_softmax(used)
+    found.sort(key=lambda each: each.last)
+    return Found(tuple(found), refused)
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """A softmax: of which value, which value it gives, and along which axis."""
+
+    scores: Value
+    pattern: Value
+    axis: int
+    operations: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Search:
+    flow: Flow
+    other: Program
+
+    # --- softmax -------------------------------------------------------------------------------
+
+    def candidates(self) -> Iterator[int]:
+        """The operations that are a softmax, or attention as one call."""
+        for i, op in enumerate(self.flow.program.operations):
+            if not op.counted or self.flow.dependent.isdisjoint(op.inputs):
+                continue
+            if short_name(op) == "scaled_dot_product_attention" or self._softmax(i):
+                yield i
+
+    def _softmax(self, i: int) -> _Softmax | None:
+        """The softmax that an operation ends."""
+        op = self.flow.program.operations[i]
+        name = short_name(op)
+        if not op.inputs:
+            return None
+        made, given = op.outputs[0], op.inputs[0]
+        rank = len(self.flow.shape(made))
+        if name in ("softmax", "_softmax", "softmax_"):
+            axis = op.argument(1, "dim")
+            return None if axis is None else _Softmax(given, made, axis % rank, (i,))
+        if name in ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"):
+            return self._quotient(i, op)
+        if name in ("exp", "exp_"):
+            return self._exponential(i, op)
+        return None
+
+    def _quotient(self, i: int, op: Operation) -> _Softmax | None:
+        """exp(x) / sum(exp(x)), with anything that is the same along the axis taken from x."""
+        if len(op.inputs) != 2:
+            return None
+        top, bottom = op.inputs
+        summed = self.flow.operation(bottom)
+        power = self.flow.operation(top)
+        if summed is None or power is None or short_name(summed) != "sum":
+            return None
+        if summed.inputs[:1] != (top,) or not short_name(power).startswith("exp"):
+            return None
+        axis = _one_axis(summed.argument(1, "dim"))
+        if axis is None or not summed.argument(2, "keepdim", False):
+            return None
+        rank = len(self.flow.shape(top))
+        scores = self._before_shift(power.inputs[0], axis % rank)
+        return _Softmax(scores, op.outputs[0], axis % rank, (i,))
+
+    def _exponential(self, i: int, op: Operation) -> _Softmax | None:
+        """exp(x - logsumexp(x)), or the exponential of a `log_softmax`."""
+        before = self.flow.operation(op.inputs[0])
+        if before is None:
+            return None
+        rank = len(self.flow.shape(op.outputs[0]))
+        if short_name(before) == "log_softmax":
+            axis = before.argument(1, "dim")
+            return (
+                None
+                if axis is None
+                else _Softmax(before.inputs[0], op.outputs[0], axis % rank, (i,))
+            )
+        if short_name(before) in ("sub", "__sub__") and len(before.inputs) == 2:
+            total = self.flow.operation(before.inputs[1])
+            if total is not None and short_name(total) == "logsumexp":
+                axis = _one_axis(total.argument(1, "dim"))
+                if axis is not None and total.inputs[0] == before.inputs[0]:
+                    return _Softmax(before.inputs[0], op.outputs[0], axis % rank, (i,))
+        return None
+
+    def _before_shift(self, value: Value, axis: int) -> Value:
+        """The value from which a maximum along an axis was taken off, for safety's sake; else itself."""
+        op = self.flow.operation(value)
+        if op is None or short_name(op) not in ("sub", "__sub__", "sub_") or len(op.inputs) != 2:
+            return value
+        shifted, by = op.inputs
+        own = self.flow.shape(by)
+        flat = len(own) == len(self.flow.shape(value)) and own[axis] == 1
+        return shifted if flat else value
+
+    # --- from the softmax to both products -----------------------------------------------------
+
+    def attention(self, i: int) -> Attention | None:
+        """The attention of a softmax or of a fused call; None if it is another softmax."""
+        op = self.flow.program.operations[i]
+        if short_name(op) == "scaled_dot_product_attention":
+            return self._fused(i, op)
+        softmax = self._softmax(i)
+        assert softmax is not None, "it is a candidate"
+        first = self._score_product(softmax)
+        if first is None:
+            return None
+        last, side = self._value_product(softmax)
+        return self._assembled(softmax, first, last, side)
+
+    def _mixes_axis(self, i: int, start: Value, end: Value, axis: int) -> bool:
+        """Whether a product with weights makes (or takes) the axis of the softmax anew."""
+        steps = self.flow.step(start, end)
+        return steps is None or axis not in range(len(steps)) or steps[axis] < 0
+
+    def _score_product(self, softmax: _Softmax) -> int | None:
+        """The product of queries and keys that leads to a softmax; None if there is none."""
+
+        def stop(i: int) -> bool:
+            product = self.flow.product(i)
+            if product is None:
+                return False
+            if {product.left, product.right} <= self.flow.dependent:
+                return True
+            # Weights may mix heads on the way (talking heads), never make the axis of the softmax.
+            made = self.flow.program.operations[i].outputs[0]
+            steps = self.flow.step(made, softmax.scores)
+            if steps is None or steps[softmax.axis] < 0:
+                return True
+            letter = product.made_axes[steps[softmax.axis]]
+            weights = product.left if product.right in self.flow.dependent else product.right
+            return letter in product.axes_of(weights)
+
+        ways = self.flow.before(softmax.scores, stop)
+        found = [
+            i
+            for i in ways
+            if (product := self.flow.product(i)) is not None
+            and {product.left, product.right} <= self.flow.dependent
+        ]
+        if len(found) > 1:
+            raise _UnclearError(
+                f"its softmax is taken of {len(found)} products of tensors that depend on the input"
+            )
+        return found[0] if found else None
+
+    def _value_product(self, softmax: _Softmax) -> tuple[int, Value]:
+        """The product of a pattern with values, and the pattern as it enters it."""
+        waiting, seen = [softmax.pattern], set()
+        while waiting:
+            value = waiting.pop(0)
+            for i in self.flow.taken_by.get(value, ()):
+                if i in seen:
+                    continue
+                seen.add(i)
+                op, product = self.flow.program.operations[i], self.flow.product(i)
+                if product is None:
+                    same = math.prod(self.flow.shape(op.outputs[0])) == math.prod(
+                        self.flow.shape(value)
+                    )
+                    waiting += [v for v in op.outputs if same]
+                    continue
+                steps = self.flow.step(softmax.pattern, value)
+                if steps is None or softmax.axis not in steps:
+                    continue
+                letter = product.axes_of(value)[steps.index(softmax.axis)]
+                other = product.right if product.left == value else product.left
+                if letter in product.summed and other in self.flow.dependent:
+                    return i, value
+                if letter in product.made_axes:
+                    waiting += op.outputs  # heads that are mixed
+        raise _UnclearError(
+            "its pattern is multiplied with no values along the axis of the softmax"
+        )
+
+    # --- what the axes run over ----------------------------------------------------------------
+
+    def _batches(self, value: Value, axis: int) -> int:
+        return Batches(self.flow, self.other).of(value, axis)
+
+    def _fused(self, i: int, op: Operation) -> Attention:
+        query, key, value = (
+            op.argument(n, name) for n, name in enumerate(("query", "key", "value"))
+        )
+        n = len(self.flow.shape(query))
+        if value not in self.flow.dependent or key not in self.flow.dependent:
+            raise _UnclearError("its keys and values do not depend on the input")
+        lead = "abcdefg"[: n - 2]
+        # Keys and values may have fewer heads (`enable_gqa`), which a letter cannot say: each has its own sizes.
+        scores = Product(query, key, f"{lead}qd", f"{lead}kd", f"{lead}qk")
+        values = Product(query, value, f"{lead}qk", f"{lead}ke", f"{lead}qe")
+        roles = self._roles(query, lead, "q", "k")
+        where = op.running[-1] if op.running else ("", 0)
+        inside = [self._at(i, part=part) for part in ("scores", "pattern")]
+        shape = (*self.flow.shape(query)[:-1], self.flow.shape(key)[-2])
+        axes = tuple(roles[a] for a in scores.made_axes)
+        shown = [Place(None, at, axes, shape, _sizes(axes, shape)) for at in inside]
+        return Attention(
+            where,
+            self._operand(i, scores, query, roles | {"d": ("d_head",), "q": ("position",)}),
+            self._operand(i, scores, key, roles | {"d": ("d_head",), "k": ("position",)}),
+            self._operand(i, values, value, roles | {"e": ("d_head",), "k": ("position",)}),
+            shown[0], shown[1],
+            self._laid(
+                op.outputs[0], self._at(i), values.made_axes, roles | {"e": ("d_head",), "q": ("position",)}
+            ),
+            i, i, True,
+        )  # fmt: skip
+
+    def _assembled(self, softmax: _Softmax, first: int, last: int, taken: Value) -> Attention:
+        operations = self.flow.program.operations
+        scores, values = self.flow.product(first), self.flow.product(last)
+        assert scores is not None, "it was found as a product"
+        assert values is not None, "it was found as a product"
+        # The letters of the scores' product that become the softmax's axis, and the other free one.
+        steps = self.flow.step(operations[first].outputs[0], softmax.scores)
+        if steps is None or steps[softmax.axis] < 0:
+            raise _UnclearError("the axis of its softmax is not that of the keys")
+        key_letter = scores.made_axes[steps[softmax.axis]]
+        key = scores.left if key_letter in scores.left_axes else scores.right
+        query = scores.right if key == scores.left else scores.left
+        if key_letter in scores.axes_of(query):
+            raise _UnclearError(
+                "its softmax runs over an axis that queries and keys share (such as heads), not over keys"
+            )
+        free = [
+            a
+            for a in scores.axes_of(query)
+            if a in scores.made_axes and a not in scores.axes_of(key)
+        ]
+        query_letter = self._query_letter(free, scores, query)
+        of_scores = self._roles(
+            operations[first].outputs[0], scores.made_axes, query_letter, key_letter
+        )
+        inner = dict.fromkeys(scores.summed, ("d_head",))
+        if len(inner) != 1:
+            raise _UnclearError("queries and keys are multiplied along several axes")
+        shown = self._roles_like(softmax, first, scores, of_scores, (query_letter, key_letter))
+        z, z_roles, value = self._z(softmax, last, values, taken, shown)
+        of_values = {
+            a: ("position",) if role == ("key",) else role
+            for a, role in z_roles.items()
+            if role != ("query",)
+        }
+        where = operations[softmax.operations[-1]].running
+        return Attention(
+            where[-1] if where else ("", 0),
+            self._operand(first, scores, query, of_scores | inner | {query_letter: ("position",)}),
+            self._operand(first, scores, key, of_scores | inner | {key_letter: ("position",)}),
+            self._operand(last, values, value, of_values),
+            self._taken(softmax, shown), self._given(softmax, shown), z, first, last, False,
+        )  # fmt: skip
+
+    def _query_letter(self, free: Sequence[str], product: Product, query: Value) -> str:
+        if len(free) == 1:
+            return free[0]
+        if not free:
+            raise _UnclearError("its queries have no axis of their own")
+        # Groups of heads that share keys are as free as queries are; queries are as many as the input has positions.
+        n_keys = max(self.flow.shape(product.right if query == product.left else product.left))
+        sizes = dict(zip(product.axes_of(query), self.flow.shape(query), strict=True))
+        fits = [a for a in free if sizes[a] == n_keys] or list(free)
+        if len(fits) > 1:
+            fits = [a for a in fits if sizes[a] == max(sizes[b] for b in fits)]
+        if len(fits) != 1:
+            raise _UnclearError(
+                f"it is not clear which of the axes {', '.join(free)} runs over queries"
+            )
+        return fits[0]
+
+    def _roles(
+        self, value: Value, letters: str, query: str, key: str
+    ) -> dict[str, tuple[str, ...]]:
+        """What each axis of a product runs over, by its letter; the leading ones are the batch, windows and heads."""
+        found: dict[str, tuple[str, ...]] = {query: ("query",), key: ("key",)}
+        lead = [(n, a) for n, a in enumerate(letters) if a not in (query, key)]
+        batch = [(a, m) for n, a in lead if (m := self._batches(value, n))]
+        if len(batch) != 1:
+            raise _UnclearError("it is not clear which of its axes is the batch")
+        letter, m = batch[0]
+        heads = [(n, a) for n, a in lead if a != letter]
+        if len(heads) > 1:  # axes of length 1 mean nothing
+            heads = [(n, a) for n, a in heads if self.flow.shape(value)[n] > 1] or heads[:1]
+        if len(heads) > 2:
+            raise _UnclearError(f"{len(heads)} axes may be heads")
+        found |= {a: () for _, a in lead if a != letter}
+        names = ["head"] if len(heads) == 1 else ["head0", "head1"]
+        found |= {a: (name,) for (_, a), name in zip(heads, names, strict=False)}
+        inner = ("window",) if heads else ("head",)
+        found[letter] = ("batch", *inner) if m > 1 else ("batch",)
+        return found
+
+    def _laid(
+        self, value: Value, address: Address, letters: str, roles: Mapping[str, tuple[str, ...]]
+    ) -> Place:
+        return self._placed(value, address, tuple(roles[a] for a in letters))
+
+    def _placed(self, value: Value, address: Address, axes: Axes) -> Place:
+        shape = self.flow.shape(value)
+        return Place(value, address, axes, shape, _sizes(axes, shape))
+
+    def _at(self, i: int, **part: object) -> Address:
+        return self.flow.address(i, len(self.flow.program.operations[i].running), **part)
+
+    def _operand(
+        self, i: int, product: Product, value: Value, roles: Mapping[str, tuple[str, ...]]
+    ) -> Place:
+        """A factor of a product, where it enters it."""
+        op = self.flow.program.operations[i]
+        letters = product.axes_of(value)
+        if product.left == product.right:
+            raise _UnclearError("queries and keys are the same tensor")
+        axes = tuple(roles[a] for a in letters)
+        shape = self.flow.shape(value)
+        # One head of keys or values for all.
+        shared = {
+            n
+            for n, names in enumerate(axes)
+            if names[:1] and names[0].startswith("head") and shape[n] == 1
+        }
+        if shared and sum(names[:1] != () and names[0].startswith("head") for names in axes) > 1:
+            axes = tuple(() if n in shared else names for n, names in enumerate(axes))
+        for place, given in enumerate(op.args):
+            if given == value:
+                return self._placed(value, self._at(i, part="argument", place=place), axes)
+            if isinstance(given, list | tuple) and value in given:
+                address = self._at(i, part="argument", place=place, key=str(given.index(value)))
+                return self._placed(value, address, axes)
+        for key, given in op.kwargs.items():
+            if given == value:
+                return self._placed(value, self._at(i, part="argument", key=key), axes)
+        raise _UnclearError("its factors are no arguments of their own")
+
+    def _roles_like(
+        self,
+        softmax: _Softmax,
+        first: int,
+        product: Product,
+        roles: Mapping[str, tuple[str, ...]],
+        own: tuple[str, str],
+    ) -> Axes:
+        """What the axes of the softmax run over."""
+        made = self.flow.program.operations[first].outputs[0]
+        shape = self.flow.shape(softmax.pattern)
+        steps = self.flow.step(made, softmax.scores) or []
+        query = product.made_axes.index(own[0])
+        if len(steps) == len(self.flow.shape(made)) and steps == list(range(len(steps))):
+            return tuple(roles[a] for a in product.made_axes)
+        at = next((n for n, step in enumerate(steps) if step == query), None)
+        if at is None:
+            raise _UnclearError("the queries of its softmax are not those of its scores")
+        letters = "abcdefgh"[: len(shape)]
+        found = self._roles(softmax.pattern, letters, letters[at], letters[softmax.axis])
+        return tuple(found[a] for a in letters)
+
+    def _taken(self, softmax: _Softmax, axes: Axes) -> Place:
+        """The scores, where the softmax takes them."""
+        start = self.flow.made_by.get(softmax.scores, -1)
+        taker = next(i for i in self.flow.taken_by[softmax.scores] if i > start)
+        op = self.flow.program.operations[taker]
+        if taker == softmax.operations[-1]:
+            place = next((n for n, given in enumerate(op.args) if given == softmax.scores), None)
+            if place is None:
+                key = next(k for k, given in op.kwargs.items() if given == softmax.scores)
+                address = self._at(taker, part="argument", key=key)
+            else:
+                address = self._at(taker, part="argument", place=place)
+        else:  # a softmax that is written out takes its scores several times
+            found = self.flow.address_of(softmax.scores)
+            if found is None:
+                raise _UnclearError("its scores are written into part of another tensor")
+            address = found
+        return self._placed(softmax.scores, address, axes)
+
+    def _given(self, softmax: _Softmax, axes: Axes) -> Place:
+        address = self.flow.address_of(softmax.pattern)
+        assert address is not None, "a softmax makes a tensor of its own"
+        return self._placed(softmax.pattern, address, axes)
+
+    def _z(
+        self, softmax: _Softmax, last: int, product: Product, taken: Value, axes: Axes
+    ) -> tuple[Place, dict[str, tuple[str, ...]], Value]:
+        """What heads read, the roles of the letters of its product, and the values."""
+        value = product.right if product.left == taken else product.left
+        steps = self.flow.step(softmax.pattern, taken)
+        assert steps is not None, "the product was found by them"
+        letters = product.axes_of(taken)
+        roles: dict[str, tuple[str, ...]]
+        if steps == list(range(len(axes))):
+            roles = dict(zip(letters, axes, strict=True))
+        else:
+            query = next(n for n, role in enumerate(axes) if role == ("query",))
+            if query not in steps:
+                raise _UnclearError(
+                    "the queries of its pattern are not those of its values' product"
+                )
+            at = letters[steps.index(query)], letters[steps.index(softmax.axis)]
+            roles = self._roles(taken, letters, *at)
+        inner = [a for a in product.axes_of(value) if a in product.made_axes and a not in letters]
+        if len(inner) != 1:
+            raise _UnclearError("its values have no axis of their own")
+        roles = roles | {inner[0]: ("d_head",)}
+        out = {a: ("position",) if role == ("query",) else role for a, role in roles.items()}
+        made = self.flow.program.operations[last].outputs[0]
+        return self._laid(made, self._at(last), product.made_axes, out), roles, value
+
+    # --- what is no attention ------------------------------------------------------------------
+
+    def where(self, i: int) -> str:
+        """Where an operation is, in words."""
+        op = self.flow.program.operations[i]
+        return f"{short_name(op)} in {op.module or 'the model'}"
+
+    def without_softmax(self, used: set[int]) -> dict[str, str]:
+        """Products of tensors that depend on the input which follow each other with no softmax along the keys."""
+        found: dict[str, str] = {}
+        both = [
+            i
+            for i in range(len(self.flow.program.operations))
+            if i not in used
+            and (product := self.flow.product(i)) is not None
+            and {product.left, product.right} <= self.flow.dependent
+        ]
+        for i in both:
+            found[self.where(i)] = (
+                "a product of two tensors that depend on the input, with no softmax along one axis between it and "
+                "another such product"
+            )
+        return found
+
+
+def _sizes(axes: Axes, shape: Sequence[int]) -> dict[str, int]:
+    """The lengths of what is as long in every pass, from a shape with a batch of three."""
+    sizes = {}
+    for names, size in zip(axes, shape, strict=True):
+        if len(names) == 2:  # a batch of windows or heads
+            sizes[names[1]] = size // 3
+        elif names and names[0].startswith(("head", "d_head")):
+            sizes[names[0]] = size
+    return sizes
+
+
+def _one_axis(dim: object) -> int | None:
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, tuple | list) and len(dim) == 1 and isinstance(dim[0], int):
+        return dim[0]
+    return None

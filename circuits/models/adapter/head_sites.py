@@ -1,0 +1,470 @@
+"""The sites of attention in models without hook points: queries, keys, values, scores, patterns and what heads read.
+
+They have the names that users of TransformerLens know (`blocks.0.attn.hook_z`), and its axes. Queries, keys and values
+are what the projections put out, before any rotation by positions. Which of a projection's outputs belong to a head is
+found by gradients: those by which the head's queries change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from circuits.autograd import recording_gradients
+from circuits.call_points import Address, Scope
+from circuits.hooks import Tap, intervene, record
+from circuits.models.adapter.attention import Attention, Axes, Place
+from circuits.models.adapter.flow import Flow, short_name
+from circuits.models.adapter.program import Value
+from circuits.units import Site, SiteKind
+
+Letter = Literal["q", "k", "v"]
+_LETTERS: tuple[Letter, ...] = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class Rearranged:
+    """A layout with the same numbers in another order of axes.
+
+    Attributes:
+        held: the axes of the model's tensor, as einops writes them.
+        shown: those of the site.
+        sizes: the lengths that cannot be told from a tensor.
+    """
+
+    held: str
+    shown: str
+    sizes: Mapping[str, int]
+
+    def read(self, held: Tensor) -> Tensor:
+        return rearrange(held, f"{self.held} -> {self.shown}", **self.sizes)
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        return rearrange(value, f"{self.shown} -> {self.held}", **self.sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """A layout with some of the model's numbers: those of the heads among the outputs of a projection.
+
+    Attributes:
+        features: the layout with the projection's outputs last.
+        index: which of them each head has: head x d_head.
+    """
+
+    features: Rearranged
+    index: Tensor
+
+    def read(self, held: Tensor) -> Tensor:
+        value = self.features.read(held)
+        first, size = int(self.index[0, 0]), self.index.numel()
+        if torch.equal(self.index.flatten(), torch.arange(first, first + size)):  # a view
+            return value.narrow(-1, first, size).unflatten(-1, self.index.shape)
+        return value[..., self.index]
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        made = self.features.read(held).clone()
+        made[..., self.index] = value
+        return self.features.write(held, made)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What makes queries, keys or values of what attention reads.
+
+    Attributes:
+        given: the value that the weights are multiplied with.
+        made: what they put out, biases included.
+        first: the number of the operation that multiplies.
+        index: which outputs each head has: head x d_head.
+        features: the layout with the outputs last.
+    """
+
+    given: Value
+    made: Value
+    first: int
+    index: Tensor
+    features: Rearranged
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An attention with its name and projections.
+
+    Attributes:
+        name: `blocks.0.attn`.
+        attention: where its tensors are.
+        projections: those of queries, keys and values that were found, by letter.
+    """
+
+    name: str
+    attention: Attention
+    projections: Mapping[str, Projection]
+
+
+class Points:
+    """The points in a model's functions: one for each address, and one scope for each module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._modules = dict(root.named_modules())
+        self._scopes: dict[str, Scope] = {}
+
+    def tap(self, address: Address, layout: Any = None) -> Tap:
+        """A tap at an address."""
+        scope = self._scopes.get(address.scope)
+        if scope is None:
+            scope = self._scopes[address.scope] = Scope(self._modules[address.scope], self.root)
+        return Tap(scope.point(address), layout=layout)
+
+
+def rearranged(place: Place) -> Rearranged:
+    """How the heads of a tensor lie, with the axes of a site."""
+    names = [name for axis in place.axes for name in axis]
+    heads = [name for name in names if name.startswith("head")]
+    head = f"({' '.join(heads)})" if len(heads) > 1 else (heads[0] if heads else "1")
+    window = ["window"] if "window" in names else []
+    order = ["head", "query", "key"] if "query" in names else ["position", "head", "d_head"]
+    shown = ["batch", *window, *(head if name == "head" else name for name in order)]
+    held = [
+        f"({' '.join(axis)})" if len(axis) > 1 else (axis[0] if axis else "1")
+        for axis in place.axes
+    ]
+    return Rearranged(" ".join(held), " ".join(shown), dict(place.sizes))
+
+
+def _site(
+    name: str, layout: Any, shape: Sequence[int], windows: bool, aliases: Sequence[str]
+) -> Site:
+    shown = tuple(layout.read(torch.zeros(tuple(shape))).shape[1:])
+    ends = name.rpartition(".")[2]
+    pattern = ends in ("hook_pattern", "hook_attn_scores")
+    window = ("window",) if windows else ()
+    inner = ("head", "query", "key") if pattern else ("position", "head", "d_head")
+    axes = ("batch", *window, *inner)
+    kind: SiteKind = "pattern" if pattern else "head"
+    return Site(name, kind, axes, axes.index("head"), shown, tuple(aliases), "HookPoint")
+
+
+def head_sites(
+    heads: Sequence[Head], flow: Flow, points: Points
+) -> Iterator[tuple[float, Site, Tap]]:
+    """The sites of attentions, with the number of the value after which each is computed."""
+    modules = [head.attention.module for head in heads]
+    for head in heads:
+        own, path = head.attention, head.attention.module[0]
+        only = modules.count(own.module) == 1 and path and sum(m[0] == path for m in modules) == 1
+
+        def made(
+            what: str,
+            place: Place,
+            layout: Any,
+            head: Head = head,
+            path: str = path,
+            only: bool = bool(only),
+        ) -> tuple[float, Site, Tap]:
+            name = f"{head.name}.{what}"
+            other = f"{path}.{what}"
+            aliases = [other] if only and other != name else []
+            windows = any("window" in axis for axis in place.axes)
+            site = _site(name, layout, place.shape, windows, aliases)
+            return _moment(flow, head.attention, place), site, points.tap(place.address, layout)
+
+        for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
+            projection = head.projections.get(letter)
+            turned = (
+                letter != "v" and projection is not None and _turns(flow, projection.made, place)
+            )
+            if projection is None:
+                yield made(f"hook_{letter}", place, rearranged(place))
+                continue
+            address = flow.address_of(projection.made)
+            assert address is not None, "it was read to find the heads"
+            shape = flow.shape(projection.made)
+            windows: Axes = (("window",),) if "window" in projection.features.shown else ()
+            held = Place(projection.made, address, windows, shape)
+            yield made(f"hook_{letter}", held, Picked(projection.features, projection.index))
+            if turned:
+                yield made(f"hook_rot_{letter}", place, rearranged(place))
+        yield made("hook_attn_scores", own.scores, rearranged(own.scores))
+        yield made("hook_pattern", own.pattern, rearranged(own.pattern))
+        yield made("hook_z", own.z, rearranged(own.z))
+
+
+def _moment(flow: Flow, own: Attention, place: Place) -> float:
+    """The number of the value that a place comes after; arguments come just before what is made of them."""
+    if place.address.part == "output":
+        assert place.value is not None, "an output is a value"
+        return place.value.number
+    if place.address.part in ("scores", "pattern"):
+        return _made_at(flow, own.last) - (0.4 if place.address.part == "scores" else 0.3)
+    takers = (
+        [
+            i
+            for i in flow.taken_by[place.value]
+            if flow.program.operations[i].name == place.address.function
+        ]
+        if place.value
+        else []
+    )
+    return _made_at(flow, next(i for i in takers if i >= own.first or i == takers[-1])) - 0.5
+
+
+def _made_at(flow: Flow, i: int) -> int:
+    return flow.program.operations[i].outputs[0].number
+
+
+def _turns(flow: Flow, start: Value, place: Place) -> bool:
+    """Whether queries or keys are turned by their positions between a projection and the product."""
+    assert place.value is not None, "an operand is a value"
+    for i in flow.between(start, place.value):
+        op = flow.program.operations[i]
+        several = sum(v in flow.dependent for v in dict.fromkeys(op.inputs)) > 1
+        if several and short_name(op) in ("add", "__add__", "__iadd__", "cat", "stack", "concat"):
+            return True
+        if short_name(op) == "view_as_complex":
+            return True
+    return False
+
+
+# --- projections -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A product with weights that may be a projection: what goes in, what comes out, and which operation it is."""
+
+    given: Value
+    made: Value
+    first: int
+
+
+def _candidate(flow: Flow, place: Place) -> _Candidate | None:
+    """The product with weights that a factor comes from; None if there is none, or several."""
+    assert place.value is not None, "an operand is a value"
+
+    def stop(i: int) -> bool:
+        return flow.product(i) is not None
+
+    found = [i for i in flow.before(place.value, stop) if stop(i)]
+    # Recorded operations that lie in a hook have no address.
+    if len(found) != 1 or not flow.program.operations[found[0]].counted:
+        return None
+    i = found[0]
+    product = flow.product(i)
+    assert product is not None, "it was found as one"
+    given = [v for v in (product.left, product.right) if v in flow.dependent]
+    if len(given) != 1:
+        return None
+    return _Candidate(given[0], _with_bias(flow, flow.program.operations[i].outputs[0]), i)
+
+
+def _with_bias(flow: Flow, value: Value) -> Value:
+    """A product with the weights that are added to it next, if some are."""
+    takers = flow.taken_by.get(value, [])
+    if len(takers) == 1:
+        op = flow.program.operations[takers[0]]
+        others = [v for v in op.inputs if v != value]
+        if (
+            short_name(op) in ("add", "__add__", "__iadd__", "__radd__", "add_")
+            and len(others) == 1
+            and others[0] not in flow.dependent
+            and flow.shape(op.outputs[0]) == flow.shape(value)
+        ):
+            return op.outputs[0]
+    return value
+
+
+def find_projections(
+    module: nn.Module,
+    example: Tensor,
+    flow: Flow,
+    attentions: Sequence[Attention],
+    batches: Callable[[Value, int], int],
+    points: Points,
+    running: Callable[[nn.Module], Any],
+) -> list[dict[str, Projection]]:
+    """The projections of queries, keys and values of attentions, where they can be found.
+
+    Args:
+        module: the model.
+        example: two examples, short ones if they may be.
+        flow: the operations of a pass.
+        attentions: where heads are.
+        batches: how many entries of an axis of a value belong to one example; 0 if none follow the batch.
+        points: where functions are watched.
+        running: the context in which the model is called.
+    """
+    wanted: list[tuple[int, Letter, Place, _Candidate]] = []
+    for n, own in enumerate(attentions):
+        for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
+            found = _candidate(flow, place)
+            if found is not None and flow.address_of(found.made) is not None:
+                wanted.append((n, letter, place, found))
+    made: list[dict[str, Projection]] = [{} for _ in attentions]
+    if not wanted:
+        return made
+    leaves: dict[Value, Tensor] = {}
+
+    def leaf(value: Value, tensor: Tensor) -> Tensor:
+        leaves[value] = tensor.detach().clone().requires_grad_(True)
+        return leaves[value] * 1  # what follows may write in place, which a leaf forbids
+
+    taps = []
+    for value in dict.fromkeys(c.made for *_, c in wanted):
+        address = flow.address_of(value)
+        assert address is not None, "checked above"
+        taps.append((points.tap(address), partial(leaf, value)))
+    read = {
+        f"{n}{letter}": points.tap(place.address, rearranged(place))
+        for n, letter, place, _ in wanted
+    }
+    with running(module), recording_gradients():
+        with intervene(module, taps), record(module, read) as operands:
+            module(example.clone())
+        generator = torch.Generator().manual_seed(0)
+        for n, letter, place, candidate in wanted:
+            tensor = operands.get(f"{n}{letter}")
+            found = leaves.get(candidate.made)
+            if tensor is None or found is None:
+                continue
+            projection = _projection(flow, place, candidate, found, tensor, batches, generator)
+            if projection is not None:
+                made[n][letter] = projection
+    return made
+
+
+def _projection(
+    flow: Flow,
+    place: Place,
+    candidate: _Candidate,
+    leaf: Tensor,
+    operand: Tensor,
+    batches: Callable[[Value, int], int],
+    generator: torch.Generator,
+) -> Projection | None:
+    """Which of the outputs of a product with weights each head of an operand has.
+
+    Args:
+        leaf: the outputs.
+        operand: made of them: batch x (window) x position x head x d_head.
+    """
+    weights = torch.randn(operand.shape, generator=generator).to(operand)
+    n_heads = operand.shape[-2]
+    where = [slice(None)] * (operand.ndim - 3)
+
+    def slope(*index: Any) -> Tensor:
+        chosen = (*where, *index)
+        total = (operand[chosen] * weights[chosen]).sum()
+        (found,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(leaf) if found is None else found.abs()
+
+    batch = [(axis, m) for axis in range(leaf.ndim) if (m := batches(candidate.made, axis))]
+    if len(batch) != 1:
+        return None
+    (batch_axis, m), others = batch[0], [a for a in range(leaf.ndim) if a != batch[0][0]]
+    # An axis along which another position is made of another entry runs over positions.
+    first, second = slope(0), slope(operand.shape[-3] - 1)
+    places = [a for a in others if _extent(first, a) != _extent(second, a)]
+    features = [a for a in others if a not in places]
+    if operand.shape[-3] > 1 and not places and m == 1:
+        return None
+    windows = m > 1
+    if windows and operand.ndim != 5:
+        return None
+    names = {batch_axis: "(batch window)" if windows else "batch"}
+    names |= {a: f"p{i}" for i, a in enumerate(places)} | {
+        a: f"f{i}" for i, a in enumerate(features)
+    }
+    position = f"({' '.join(names[a] for a in places)})" if len(places) != 1 else names[places[0]]
+    shown = (
+        f"batch {'window ' if windows else ''}{position} ({' '.join(names[a] for a in features)})"
+    )
+    sizes = {f"f{i}": leaf.shape[a] for i, a in enumerate(features)}
+    sizes |= {f"p{i}": leaf.shape[a] for i, a in enumerate(places)} if len(places) > 1 else {}
+    sizes |= {"window": m} if windows else {}
+    held = " ".join(names[a] for a in range(leaf.ndim))
+    layout = Rearranged(held, shown, sizes)
+    strength = torch.stack(
+        [layout.read(slope(slice(None), h)).flatten(0, -2).amax(0) for h in range(n_heads)]
+    )
+    index = _owners(strength)
+    if index is None:  # each head depends on all outputs: they are normalised together
+        index = _by_place(flow, candidate, place, layout)
+    if index is None:
+        return None
+    return Projection(candidate.given, candidate.made, candidate.first, index, layout)
+
+
+def _extent(value: Tensor, axis: int) -> tuple[int, ...]:
+    """The entries of an axis at which a tensor is not zero."""
+    other = [a for a in range(value.ndim) if a != axis]
+    return tuple(value.amax(other).nonzero().flatten().tolist())
+
+
+def _owners(strength: Tensor) -> Tensor | None:
+    """The outputs that each head has, given how strongly each head depends on each; groups of heads may share them.
+
+    None if heads share some of them only.
+    """
+    groups: list[Tensor] = []
+    for own in strength > 0:
+        if not any(torch.equal(own, other) for other in groups):
+            groups.append(own)
+    together = torch.stack(groups).sum(0)
+    sizes = {int(own.sum()) for own in groups}
+    everything = len(groups) == 1 < len(strength) and bool(groups[0].all())
+    if bool((together > 1).any()) or len(sizes) != 1 or 0 in sizes or everything:
+        # One group that has all outputs may also be one head of keys for all, which `_by_place` finds as well.
+        return None
+    return torch.stack([own.nonzero().flatten() for own in groups]).cpu()
+
+
+def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearranged) -> Tensor | None:
+    """The outputs that each head has, by where their numbers go if those between do no more than scale them."""
+    assert place.value is not None, "an operand is a value"
+    moved = flow.moved(candidate.made, place.value)
+    if moved is None:
+        return None
+    shape = flow.shape(candidate.made)
+    features = layout.read(torch.zeros(shape)).shape
+    number = layout.write(torch.zeros(shape), torch.arange(features[-1]).expand(features))
+    heads = rearranged(place).read(number.flatten()[moved])
+    heads = heads[(0,) * (heads.ndim - 2)].sort(-1).values.unique(dim=0)
+    return heads if len(heads.unique()) == heads.numel() else None
+
+
+def named(
+    attentions: Sequence[Attention], projections: Sequence[Mapping[str, Projection]], flow: Flow
+) -> list[Head]:
+    """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
+    crossed = [
+        (p.get("q") is not None and p.get("k") is not None and p["q"].given != p["k"].given)
+        for p in projections
+    ]
+    if not any(crossed):
+        return [
+            Head(f"blocks.{n}.attn", own, p)
+            for n, (own, p) in enumerate(zip(attentions, projections, strict=True))
+        ]
+    first = crossed.index(True)
+    read = projections[first]["k"].given
+    below = {
+        v for i in flow.before(read, lambda _: False) for v in flow.program.operations[i].outputs
+    }
+    heads, encoders, decoders = [], 0, 0
+    for own, p, cross in zip(attentions, projections, crossed, strict=True):
+        if cross:
+            name = f"decoder_blocks.{max(decoders - 1, 0)}.cross_attn"
+        elif own.z.value in below:
+            name, encoders = f"encoder_blocks.{encoders}.attn", encoders + 1
+        else:
+            name, decoders = f"decoder_blocks.{decoders}.self_attn", decoders + 1
+        heads.append(Head(name, own, p))
+    return heads
