@@ -1,0 +1,530 @@
+"""Tiny transformers of many kinds, each with what its attention computes, found without any tracing.
+
+What a library's module says of itself (the weights that its attention returns, inputs and outputs of its projections
+by hooks of torch), or a computation by hand, is what tests of heads compare with. Each `Case` names its attentions as
+the models' sites are named: `blocks.0.attn`, and `encoder_blocks.0.attn`, `decoder_blocks.0.attn`,
+`decoder_blocks.0.cross_attn` where there are an encoder and a decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from circuits.models.adapter.inputs import ImageInput, TokenInput
+from tests import transformer_families, vision_families
+from tests.person_models import (
+    CONTEXT,
+    HEADS,
+    LAYERS,
+    N_VOCAB,
+    WIDTH,
+    Multihead,
+    NanoGPT,
+    Person,
+    TorchEncoder,
+)
+from tests.vision_families import redraw
+
+Implementation = Literal["eager", "sdpa"]
+BOTH: tuple[Implementation, ...] = ("eager", "sdpa")
+Sites = dict[str, Tensor]
+TOKENS = TokenInput(N_VOCAB, CONTEXT)
+IMAGES = ImageInput(3, vision_families.SIZE, vision_families.SIZE)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one attention, as views of the module's parameters: writing to one changes the module.
+
+    Attributes:
+        q: d_model x head x d_head.
+        k, v: d_model x head of keys and values x d_head.
+        o: head x d_head x d_model.
+        q_bias, k_bias, v_bias: head x d_head; None without biases.
+        o_bias: d_model.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a model.
+
+    Attributes:
+        name: of its sites.
+        n_heads: heads of queries.
+        n_kv_heads: heads of keys and values.
+        module: the module that computes it; its output's last part is the pattern in libraries that give it.
+        q, k, v, o: modules of its projections within `module`; the same one where they are fused.
+        layout: how a fused projection's outputs lie: `blocks` of queries, keys and values, or `heads`, each with its
+            queries, keys and values; `apart` if they are not fused.
+    """
+
+    name: str
+    n_heads: int
+    n_kv_heads: int
+    module: str = ""
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    o: str = ""
+    layout: Literal["apart", "blocks", "heads"] = "apart"
+
+    def part(self, made: Tensor, letter: str) -> Tensor:
+        """The queries, keys or values of a projection's outputs, which are the last axis: … x head x d_head."""
+        n, kv = self.n_heads, self.n_kv_heads
+        if self.layout == "apart":
+            return made.unflatten(-1, (n if letter == "q" else kv, -1))
+        if self.layout == "heads":
+            return made.unflatten(-1, (n, 3, -1))[..., "qkv".index(letter), :]
+        heads = made.unflatten(-1, (n + 2 * kv, -1))
+        start = {"q": 0, "k": n, "v": n + kv}[letter]
+        return heads[..., start : start + (n if letter == "q" else kv), :]
+
+    def projection(self, module: nn.Module, letter: str) -> nn.Module:
+        """The module of a projection: `q`, `k`, `v` or `o`."""
+        return module.get_submodule(f"{self.module}.{getattr(self, letter)}")
+
+    def weights(self, module: nn.Module) -> Weights:
+        """Its weights, from the modules of its projections."""
+        found: dict[str, Tensor] = {}
+        for letter in "qkv":
+            linear = self.projection(module, letter)
+            found[letter] = self.part(rows_in(linear), letter)
+            if linear.bias is not None:
+                found[f"{letter}_bias"] = self.part(linear.bias.detach(), letter)
+        output = self.projection(module, "o")
+        found["o"] = rows_in(output).unflatten(0, (self.n_heads, -1))
+        if output.bias is not None:
+            found["o_bias"] = output.bias.detach()
+        return Weights(**found)
+
+
+def rows_in(linear: Any) -> Tensor:
+    """A view of the weights of a linear module, a row an input."""
+    weight = linear.weight.detach()
+    return weight if type(linear).__name__ == "Conv1D" else weight.T
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and what its attention computes.
+
+    Attributes:
+        name: of the model.
+        build: makes it, random and in evaluation mode; the same weights for every implementation.
+        input: what it takes.
+        attentions: in order of execution.
+        compute: from a module that `build` made and its inputs, the sites of every attention (`oracle`).
+        weights: from the module, the weights of an attention.
+        implementations: of its attention: `eager` writes the softmax out, `sdpa` calls the fused function.
+        rotary: queries and keys are rotated by position after their projections.
+        qk_norm: queries and keys are normed after their projections.
+        mixed: heads are mixed after the softmax: what weighs the values is `hook_mixed_pattern`.
+        refused: nothing in it is an attention pattern, a softmax over keys.
+    """
+
+    name: str
+    build: Callable[[Implementation], nn.Module]
+    input: TokenInput | ImageInput
+    attentions: tuple[Attention, ...]
+    compute: Callable[[nn.Module, Tensor], Sites]
+    weights: Callable[[nn.Module, Attention], Weights]
+    implementations: tuple[Implementation, ...] = BOTH
+    rotary: bool = False
+    qk_norm: bool = False
+    mixed: bool = False
+    refused: bool = False
+
+    @property
+    def heads(self) -> list[tuple[str, int, int]]:
+        """Each attention's name, number of heads, and number of heads of keys and values."""
+        return [(a.name, a.n_heads, a.n_kv_heads) for a in self.attentions]
+
+    def make(self, implementation: Implementation | None = None) -> nn.Module:
+        """The model, in evaluation mode; the first of its implementations if none is named."""
+        return self.build(implementation or self.implementations[0])
+
+    def oracle(self, module: nn.Module, inputs: Tensor) -> Sites:
+        """What every attention computes, by the names of its sites.
+
+        `NAME.hook_pattern` (batch, head, query, key), `NAME.hook_z` (batch, position, head, d_head) and
+        `NAME.hook_q`, `hook_k` and `hook_v` (batch, position, head, d_head): outputs of the projections with biases,
+        before rotation and norms. Windows of Swin are an axis after batch.
+        """
+        with torch.no_grad():
+            return self.compute(module, inputs)
+
+    def attention(self, name: str) -> Attention:
+        """The attention of a name."""
+        return next(a for a in self.attentions if a.name == name)
+
+    def output_weights(self, module: nn.Module, name: str, head: int) -> nn.Module:
+        """A copy of the module in which the output weights of one head are zero."""
+        changed = copy.deepcopy(module)
+        with torch.no_grad():
+            self.weights(changed, self.attention(name)).o[head] = 0
+        return changed
+
+    def qk(self, module: nn.Module, name: str, head: int) -> Tensor:
+        """W_Q W_K^T of a head: d_model x d_model, a row an entry of what queries read; without norms and rotation."""
+        found = self.weights(module, self.attention(name))
+        return found.q[:, head] @ found.k[:, head * found.k.shape[1] // found.q.shape[1]].T
+
+    def ov(self, module: nn.Module, name: str, head: int) -> Tensor:
+        """W_V W_O of a head: d_model x d_model, a row an entry of what values read; without norms."""
+        found = self.weights(module, self.attention(name))
+        return found.v[:, head * found.v.shape[1] // len(found.o)] @ found.o[head]
+
+
+# --- by hooks ------------------------------------------------------------------------------------
+
+
+def watched(module: nn.Module, inputs: Tensor, names: set[str]) -> dict[str, tuple[Any, Any, Any]]:
+    """Run a module and note what submodules of the given names were given (by position, by name) and returned."""
+    seen: dict[str, tuple[Any, Any, Any]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            seen[name] = (args, kwargs, output)
+
+        return hook
+
+    found = [(name, module.get_submodule(name)) for name in names]
+    handles = [m.register_forward_hook(note(name), with_kwargs=True) for name, m in found]
+    try:
+        module(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def projected(attention: Attention, seen: dict[str, tuple[Any, Any, Any]]) -> Sites:
+    """Queries, keys, values and z of an attention whose projections are modules."""
+    name, found = attention.name, {}
+    for letter in "qkv":
+        output = seen[f"{attention.module}.{getattr(attention, letter)}"][2]
+        found[f"{name}.hook_{letter}"] = attention.part(output, letter)
+    read = seen[f"{attention.module}.{attention.o}"][0][0]
+    found[f"{name}.hook_z"] = read.unflatten(-1, (attention.n_heads, -1))
+    return found
+
+
+def projections(attentions: tuple[Attention, ...]) -> set[str]:
+    """The names of the modules of all projections."""
+    return {f"{a.module}.{getattr(a, letter)}" for a in attentions for letter in "qkvo"}
+
+
+def by_library(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor) -> Sites:
+    """The sites of a Hugging Face model, whose attention returns its pattern if it is not fused."""
+    eager: Any = copy.deepcopy(module)
+    eager.inner.set_attn_implementation("eager")
+    names = projections(attentions) | {a.module for a in attentions}
+    seen, found = watched(eager, inputs, names), {}
+    for attention in attentions:
+        found |= projected(attention, seen)
+        found[f"{attention.name}.hook_pattern"] = seen[attention.module][2][-1]
+    return found
+
+
+def by_projections(
+    attentions: tuple[Attention, ...],
+    pattern: Callable[[Tensor, Tensor], Tensor],
+    module: nn.Module,
+    inputs: Tensor,
+) -> Sites:
+    """The sites of a model whose projections are modules, its patterns computed from queries and keys."""
+    seen, found = watched(module, inputs, projections(attentions)), {}
+    for attention in attentions:
+        sites = projected(attention, seen)
+        q, k = (sites[f"{attention.name}.hook_{letter}"] for letter in "qk")
+        found |= {**sites, f"{attention.name}.hook_pattern": pattern(q, k)}
+    return found
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    """The pattern of causal attention from queries and keys: batch x position x head x d_head."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -math.inf).softmax(-1)
+
+
+# --- the attention of torch ----------------------------------------------------------------------
+
+
+def multihead_weights(module: nn.Module, attention: Attention) -> Weights:
+    """The weights of an `nn.MultiheadAttention`."""
+    inner: Any = module.get_submodule(attention.module)
+    blocks = Attention("", attention.n_heads, attention.n_heads, layout="blocks")
+    weight, bias = inner.in_proj_weight.detach().T, inner.in_proj_bias.detach()
+    found = {letter: blocks.part(weight, letter) for letter in "qkv"}
+    found |= {f"{letter}_bias": blocks.part(bias, letter) for letter in "qkv"}
+    output = rows_in(inner.out_proj).unflatten(0, (attention.n_heads, -1))
+    return Weights(**found, o=output, o_bias=inner.out_proj.bias.detach())
+
+
+def by_multihead(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor) -> Sites:
+    """The sites of a model of `nn.MultiheadAttention`, computed by hand from what each one was given."""
+    seen, found = watched(module, inputs, {a.module for a in attentions}), {}
+    for attention in attentions:
+        args, kwargs, output = seen[attention.module]
+        inner: Any = module.get_submodule(attention.module)
+        first = inner.batch_first
+        read, returned = (x if first else x.transpose(0, 1) for x in (args[0], output[0]))
+        w = multihead_weights(module, attention)
+        q, k, v = (
+            torch.einsum("bpm,mhd->bphd", read, getattr(w, letter)) + getattr(w, f"{letter}_bias")
+            for letter in "qkv"
+        )
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+        mask = kwargs.get("attn_mask")
+        if mask is not None:
+            blocked = mask if mask.dtype == torch.bool else mask < 0
+            scores = scores.masked_fill(blocked, -math.inf)
+        pattern = scores.softmax(-1)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        written = torch.einsum("bphd,hdm->bpm", z, w.o) + w.o_bias
+        torch.testing.assert_close(written, returned, rtol=1e-5, atol=1e-5)
+        sites = {"pattern": pattern, "z": z, "q": q, "k": k, "v": v}
+        found |= {f"{attention.name}.hook_{site}": value for site, value in sites.items()}
+    return found
+
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+def person_weights(module: nn.Module, attention: Attention) -> Weights:
+    """The weights of a person's decoder, whose parameters have heads first."""
+    state, n = module.state_dict(), attention.name.split(".")[1]
+    parts = {
+        letter: next(state[key] for key in state if key.rpartition(".")[2] == f"{word}{n}")
+        for letter, word in (
+            ("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"),
+            ("q_bias", "shift_query"), ("k_bias", "shift_key"), ("v_bias", "shift_value"),
+        )
+    }  # fmt: skip
+    return Weights(**{k: x.transpose(0, 1) if k in "qkv" else x for k, x in parts.items()})
+
+
+def by_hand(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor) -> Sites:
+    """The sites of a person's decoder, recomputed head by head; checks that the logits are the module's."""
+    w = {key.rpartition(".")[2]: value for key, value in module.state_dict().items()}
+
+    def normed(x: Tensor, gain: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    found: Sites = {}
+    x = w["embed"][inputs] + w["place"][: inputs.shape[1]]
+    for n, attention in enumerate(attentions):
+        read = normed(x, w[f"gain{n}"])
+        sites = attended(person_weights(module, attention), read)
+        found |= {f"{attention.name}.hook_{site}": value for site, value in sites.items()}
+        for h in range(attention.n_heads):
+            x = x + sites["z"][:, :, h] @ w[f"out{n}"][h]
+        x = x + (x @ w[f"wide{n}"]).relu() @ w[f"narrow{n}"]
+    logits = normed(x, w["gain"]) @ w["unembed"]
+    torch.testing.assert_close(logits, module(inputs), rtol=1e-5, atol=1e-5)
+    return found
+
+
+def attended(w: Weights, read: Tensor) -> Sites:
+    """Queries, keys, values, pattern and z of causal attention."""
+    q, k, v = (
+        torch.einsum("bpm,mhd->bphd", read, getattr(w, letter)) + getattr(w, f"{letter}_bias")
+        for letter in "qkv"
+    )
+    pattern = causal(q, k)
+    group = q.shape[2] // v.shape[2]
+    z = torch.stack([pattern[:, h] @ v[:, :, h // group] for h in range(q.shape[2])], 2)
+    return {"q": q, "k": k, "v": v, "pattern": pattern, "z": z}
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class Returning(nn.Module):
+    """A Hugging Face model that takes and returns one tensor.
+
+    Args:
+        inner: the model.
+        field: the field of its output that is returned.
+    """
+
+    def __init__(self, inner: nn.Module, field: str = "logits") -> None:
+        super().__init__()
+        self.inner, self.field = inner, field
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.inner(x), self.field)
+
+
+def drawn(module: nn.Module, name: str) -> nn.Module:
+    """The module in evaluation mode, its weights drawn at random by its name."""
+    redraw(module, sum(map(ord, name)))
+    return module.eval()
+
+
+def layers(
+    path: str, n_heads: int, n_kv: int, names: str, layout: Any = "apart"
+) -> tuple[Attention, ...]:
+    """The attention of each layer of a model with one kind of it.
+
+    Args:
+        path: of the attention's module, with `{}` in the place of the layer.
+        names: of its projections for queries, keys, values and the output, or of the fused one and the output.
+    """
+    parts = names.split()
+    q, k, v, o = parts if len(parts) == 4 else (parts[0],) * 3 + (parts[1],)
+    return tuple(
+        Attention(f"blocks.{n}.attn", n_heads, n_kv, path.format(n), q, k, v, o, layout)
+        for n in range(LAYERS)
+    )
+
+
+def from_projections(module: nn.Module, attention: Attention) -> Weights:
+    """The weights of an attention whose projections are modules."""
+    return attention.weights(module)
+
+
+def library_case(
+    name: str,
+    build: Callable[[Implementation], nn.Module],
+    attentions: tuple[Attention, ...],
+    given: TokenInput | ImageInput = TOKENS,
+    **more: Any,
+) -> Case:
+    """A case of a Hugging Face model."""
+    compute = functools.partial(by_library, attentions)
+    return Case(name, build, given, attentions, compute, from_projections, **more)
+
+
+def huggingface(
+    name: str, kind: str, config: dict[str, Any], head: str, field: str = "logits"
+) -> Callable[[Implementation], nn.Module]:
+    """What makes a Hugging Face model of a kind and configuration, e.g. `Bert` with the head `ForMaskedLM`."""
+
+    def build(implementation: Implementation) -> nn.Module:
+        import transformers
+
+        with warnings.catch_warnings(action="ignore"):
+            made = getattr(transformers, f"{kind}Config")(
+                **config, attn_implementation=implementation
+            )
+            inner = getattr(transformers, f"{kind}{head}")(made)
+        return drawn(Returning(inner, field), name)
+
+    return build
+
+
+def decoder(
+    family: str, path: str, names: str, n_kv: int = HEADS, layout: str = "apart", **more: Any
+) -> Case:
+    """A case of a decoder of `tests.transformer_families`."""
+    known = transformer_families.FAMILIES[family]
+    head = "LMHeadModel" if known.kind == "GPT2" else "ForCausalLM"
+    kind = "Gemma3" if known.kind == "Gemma3" else known.kind
+    build = huggingface(family, kind, known.config, head)
+    return library_case(family, build, layers(path, HEADS, n_kv, names, layout), **more)
+
+
+def vision(family: str, path: str, **more: Any) -> Case:
+    """A case of an image classifier of `tests.vision_families`."""
+    kind, config, _ = vision_families.FAMILIES[family]
+    build = huggingface(family, kind, config, "ForImageClassification")
+    attentions = layers(path, 2, 2, "q_proj k_proj v_proj o_proj")
+    return library_case(family, build, attentions, IMAGES, **more)
+
+
+_BERT = {
+    "vocab_size": N_VOCAB, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS,
+    "intermediate_size": 24, "max_position_embeddings": CONTEXT, "pad_token_id": None,
+}  # fmt: skip
+
+
+def torch_case(name: str, make: Callable[..., nn.Module], path: str, **more: Any) -> Case:
+    """A case of `nn.MultiheadAttention`."""
+    attentions = layers(path, HEADS, HEADS, "- - - -")
+    compute = functools.partial(by_multihead, attentions)
+    return Case(
+        name,
+        lambda how: drawn(make(how), name),
+        TOKENS,
+        attentions,
+        compute,
+        multihead_weights,
+        **more,
+    )
+
+
+def encoder_case(batch_first: bool, norm_first: bool, causal: bool = False) -> Case:
+    """A case of `nn.TransformerEncoder`, which always calls the fused function."""
+    order = "batch" if batch_first else "sequence"
+    name = f"torch-encoder-{order}-first-{'pre' if norm_first else 'post'}-norm{'-causal' * causal}"
+    make = functools.partial(TorchEncoder, batch_first, norm_first, causal)
+    return torch_case(
+        name, lambda _: make(), "encoder.layers.{}.self_attn", implementations=("sdpa",)
+    )
+
+
+def person_case(name: str, make: Callable[[], nn.Module], n_kv: int = HEADS, **more: Any) -> Case:
+    """A case of a person's decoder in einsum."""
+    attentions = tuple(Attention(f"blocks.{n}.attn", HEADS, n_kv) for n in range(LAYERS))
+    compute = functools.partial(by_hand, attentions)
+    return Case(
+        name, lambda _: drawn(make(), name), TOKENS, attentions, compute, person_weights,
+        implementations=("eager",), **more,
+    )  # fmt: skip
+
+
+def nano_case() -> Case:
+    """The case of nanoGPT."""
+    attentions = layers("transformer.h.{}.attn", HEADS, HEADS, "c_attn c_proj", "blocks")
+    compute = functools.partial(by_projections, attentions, causal)
+    return Case(
+        "nanogpt", lambda how: drawn(NanoGPT(how == "eager"), "nanogpt"), TOKENS, attentions, compute,
+        from_projections,
+    )  # fmt: skip
+
+
+_APART = "q_proj k_proj v_proj o_proj"
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        nano_case(),
+        *(encoder_case(batch, norm) for batch in (True, False) for norm in (True, False)),
+        encoder_case(True, True, causal=True),
+        torch_case("multihead", lambda how: Multihead(how == "eager"), "layers.{}.mix"),
+        person_case("person", Person),
+        decoder("gpt2", "inner.transformer.h.{}.attn", "c_attn c_proj", layout="blocks"),
+        decoder("llama", "inner.model.layers.{}.self_attn", _APART, 2, rotary=True),
+        library_case(
+            "bert", huggingface("bert", "Bert", _BERT, "ForMaskedLM"),
+            layers(
+                "inner.bert.encoder.layer.{}.attention", HEADS, HEADS,
+                "self.query self.key self.value output.dense",
+            ),
+        ),
+        vision("vit", "inner.vit.layers.{}.attention"),
+    )
+}  # fmt: skip
+"""Every case by its name."""
