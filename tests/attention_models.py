@@ -233,15 +233,25 @@ def projections(attentions: tuple[Attention, ...]) -> set[str]:
     return {f"{a.module}.{getattr(a, letter)}" for a in attentions for letter in "qkvo"}
 
 
-def by_library(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor) -> Sites:
-    """The sites of a Hugging Face model, whose attention returns its pattern if it is not fused."""
-    eager: Any = copy.deepcopy(module)
-    eager.inner.set_attn_implementation("eager")
+def by_library(
+    attentions: tuple[Attention, ...],
+    build: Callable[[Implementation], nn.Module],
+    module: nn.Module,
+    inputs: Tensor,
+) -> Sites:
+    """The sites of a Hugging Face model, whose attention returns its pattern if it is not fused.
+
+    Where attention is in windows, which the library puts into the batch, windows become an axis after the batch.
+    """
+    eager = build("eager").to(next(module.parameters()))
+    eager.load_state_dict(module.state_dict())
     names = projections(attentions) | {a.module for a in attentions}
     seen, found = watched(eager, inputs, names), {}
     for attention in attentions:
         found |= projected(attention, seen)
         found[f"{attention.name}.hook_pattern"] = seen[attention.module][2][-1]
+    if any("Swin" in type(part).__name__ for part in module.modules()):
+        return {name: site.unflatten(0, (len(inputs), -1)) for name, site in found.items()}
     return found
 
 
@@ -367,14 +377,22 @@ class Returning(nn.Module):
     Args:
         inner: the model.
         field: the field of its output that is returned.
+        takes: `twice` gives the same tokens to encoder and decoder; `sound` takes spectra as images of one channel.
     """
 
-    def __init__(self, inner: nn.Module, field: str = "logits") -> None:
+    def __init__(
+        self,
+        inner: nn.Module,
+        field: str = "logits",
+        takes: Literal["once", "twice", "sound"] = "once",
+    ) -> None:
         super().__init__()
-        self.inner, self.field = inner, field
+        self.inner, self.field, self.takes = inner, field, takes
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.inner(x), self.field)
+        if self.takes == "twice":
+            return getattr(self.inner(input_ids=x, decoder_input_ids=x), self.field)
+        return getattr(self.inner(x.squeeze(1) if self.takes == "sound" else x), self.field)
 
 
 def drawn(module: nn.Module, name: str) -> nn.Module:
@@ -413,51 +431,106 @@ def library_case(
     **more: Any,
 ) -> Case:
     """A case of a Hugging Face model."""
-    compute = functools.partial(by_library, attentions)
+    compute = functools.partial(by_library, attentions, build)
     return Case(name, build, given, attentions, compute, from_projections, **more)
 
 
 def huggingface(
-    name: str, kind: str, config: dict[str, Any], head: str, field: str = "logits"
+    name: str, config_class: str, model_class: str, config: dict[str, Any], *returning: Any
 ) -> Callable[[Implementation], nn.Module]:
-    """What makes a Hugging Face model of a kind and configuration, e.g. `Bert` with the head `ForMaskedLM`."""
+    """What makes a Hugging Face model of a configuration, by the names of both classes.
+
+    Args:
+        returning: more arguments of `Returning`.
+    """
 
     def build(implementation: Implementation) -> nn.Module:
         import transformers
+        from transformers.models.whisper import modeling_whisper
 
+        found = getattr(transformers, model_class, None) or getattr(modeling_whisper, model_class)
         with warnings.catch_warnings(action="ignore"):
-            made = getattr(transformers, f"{kind}Config")(
-                **config, attn_implementation=implementation
-            )
-            inner = getattr(transformers, f"{kind}{head}")(made)
-        return drawn(Returning(inner, field), name)
+            made = getattr(transformers, config_class)(**config, attn_implementation=implementation)
+            inner = found(made)
+        return drawn(Returning(inner, *returning), name)
 
     return build
 
 
 def decoder(
-    family: str, path: str, names: str, n_kv: int = HEADS, layout: str = "apart", **more: Any
+    family: str,
+    path: str,
+    names: str,
+    n_kv: int = HEADS,
+    layout: str = "apart",
+    config: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Case:
-    """A case of a decoder of `tests.transformer_families`."""
+    """A case of a decoder of `tests.transformer_families`, its configuration changed where `config` says so."""
     known = transformer_families.FAMILIES[family]
     head = "LMHeadModel" if known.kind == "GPT2" else "ForCausalLM"
-    kind = "Gemma3" if known.kind == "Gemma3" else known.kind
-    build = huggingface(family, kind, known.config, head)
+    text = "Text" if known.kind == "Gemma3" else ""
+    build = huggingface(
+        family, f"{known.kind}{text}Config", f"{known.kind}{head}", known.config | (config or {})
+    )
     return library_case(family, build, layers(path, HEADS, n_kv, names, layout), **more)
 
 
-def vision(family: str, path: str, **more: Any) -> Case:
+def vision(family: str, attentions: tuple[Attention, ...]) -> Case:
     """A case of an image classifier of `tests.vision_families`."""
     kind, config, _ = vision_families.FAMILIES[family]
-    build = huggingface(family, kind, config, "ForImageClassification")
-    attentions = layers(path, 2, 2, "q_proj k_proj v_proj o_proj")
-    return library_case(family, build, attentions, IMAGES, **more)
+    build = huggingface(family, f"{kind}Config", f"{kind}ForImageClassification", config)
+    return library_case(family, build, attentions, IMAGES)
+
+
+def both_halves(encoder: str, decoder: str, crossing: str, names: str) -> tuple[Attention, ...]:
+    """The attentions of an encoder and a decoder, from the paths of their modules."""
+    parts = names.split()
+    first = [
+        Attention(f"encoder_blocks.{n}.attn", HEADS, HEADS, encoder.format(n), *parts)
+        for n in range(LAYERS)
+    ]
+    second = [
+        Attention(f"decoder_blocks.{n}.{kind}", HEADS, HEADS, path.format(n), *parts)
+        for n in range(LAYERS)
+        for kind, path in (("attn", decoder), ("cross_attn", crossing))
+    ]
+    return (*first, *second)
 
 
 _BERT = {
     "vocab_size": N_VOCAB, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS,
     "intermediate_size": 24, "max_position_embeddings": CONTEXT, "pad_token_id": None,
 }  # fmt: skip
+_DISTILBERT = {
+    "vocab_size": N_VOCAB, "dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "hidden_dim": 24,
+    "max_position_embeddings": CONTEXT, "pad_token_id": None,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": N_VOCAB, "d_model": WIDTH, "d_kv": 4, "num_heads": HEADS, "num_layers": LAYERS, "d_ff": 24,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "decoder_start_token_id": 0,
+}  # fmt: skip
+_BART = {
+    "vocab_size": N_VOCAB, "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "max_position_embeddings": CONTEXT, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+    "decoder_start_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
+_WHISPER = {
+    "d_model": WIDTH, "encoder_layers": LAYERS, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 24,
+    "num_mel_bins": 8, "max_source_positions": CONTEXT,
+}  # fmt: skip
+_CLIP = {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 24,
+    "projection_dim": 8,
+}  # fmt: skip
+_CLIP_VISION = {**_CLIP, "image_size": vision_families.SIZE, "patch_size": 8}
+_CLIP_TEXT = {
+    **_CLIP, "vocab_size": N_VOCAB, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 1,
+}  # fmt: skip
+_REGISTERS = {**vision_families.FAMILIES["dinov2"][1], "num_register_tokens": 3}
+del _REGISTERS["mlp_ratio"]
 
 
 def torch_case(name: str, make: Callable[..., nn.Module], path: str, **more: Any) -> Case:
@@ -506,6 +579,14 @@ def nano_case() -> Case:
 
 
 _APART = "q_proj k_proj v_proj o_proj"
+_OUT = "q_proj k_proj v_proj out_proj"
+_SELF = "inner.model.layers.{}.self_attn"
+_SWIN = tuple(
+    Attention(
+        f"blocks.{n}.attn", 2, 2, f"inner.swin.encoder.layers.{stage}.blocks.{block}.attention", *_APART.split()
+    )
+    for n, (stage, block) in enumerate(((0, 0), (0, 1), (1, 0)))
+)  # fmt: skip
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -516,15 +597,80 @@ CASES: dict[str, Case] = {
         torch_case("multihead", lambda how: Multihead(how == "eager"), "layers.{}.mix"),
         person_case("person", Person),
         decoder("gpt2", "inner.transformer.h.{}.attn", "c_attn c_proj", layout="blocks"),
-        decoder("llama", "inner.model.layers.{}.self_attn", _APART, 2, rotary=True),
+        decoder(
+            "gpt-neox", "inner.gpt_neox.layers.{}.attention", "query_key_value dense", layout="heads", rotary=True
+        ),
+        decoder("gpt-j", "inner.transformer.h.{}.attn", _OUT, rotary=True),
+        decoder("llama", _SELF, _APART, 2, rotary=True),
+        decoder("mistral", _SELF, _APART, 2, rotary=True),
+        # The library has no fused function with capped scores.
+        decoder("gemma2", _SELF, _APART, 2, rotary=True, implementations=("eager",)),
+        decoder(
+            "gemma3", _SELF, _APART, 2, config={"layer_types": ["sliding_attention", "full_attention"]},
+            rotary=True, qk_norm=True,
+        ),
+        decoder("qwen2", _SELF, _APART, 2, rotary=True),
+        decoder("qwen3", _SELF, _APART, 2, rotary=True, qk_norm=True),
+        decoder(
+            "falcon", "inner.transformer.h.{}.self_attention", "query_key_value dense", 1, "blocks", rotary=True
+        ),
+        decoder(
+            "bloom", "inner.transformer.h.{}.self_attention", "query_key_value dense", layout="heads",
+            implementations=("eager",),  # the library has no fused one
+        ),
+        decoder("opt", "inner.model.decoder.layers.{}.self_attn", _OUT),
+        decoder("phi3", _SELF, "qkv_proj o_proj", 2, "blocks", rotary=True),
         library_case(
-            "bert", huggingface("bert", "Bert", _BERT, "ForMaskedLM"),
+            "bert", huggingface("bert", "BertConfig", "BertForMaskedLM", _BERT),
             layers(
                 "inner.bert.encoder.layer.{}.attention", HEADS, HEADS,
                 "self.query self.key self.value output.dense",
             ),
         ),
-        vision("vit", "inner.vit.layers.{}.attention"),
+        library_case(
+            "distilbert", huggingface("distilbert", "DistilBertConfig", "DistilBertForMaskedLM", _DISTILBERT),
+            layers("inner.distilbert.transformer.layer.{}.attention", HEADS, HEADS, "q_lin k_lin v_lin out_lin"),
+        ),
+        library_case(
+            "t5", huggingface("t5", "T5Config", "T5ForConditionalGeneration", _T5, "logits", "twice"),
+            both_halves(
+                "inner.encoder.block.{}.layer.0.SelfAttention", "inner.decoder.block.{}.layer.0.SelfAttention",
+                "inner.decoder.block.{}.layer.1.EncDecAttention", "q k v o",
+            ),
+        ),
+        library_case(
+            "bart", huggingface("bart", "BartConfig", "BartForConditionalGeneration", _BART, "logits", "twice"),
+            both_halves(
+                "inner.model.encoder.layers.{}.self_attn", "inner.model.decoder.layers.{}.self_attn",
+                "inner.model.decoder.layers.{}.encoder_attn", _OUT,
+            ),
+        ),
+        library_case(
+            "whisper-encoder",
+            huggingface("whisper", "WhisperConfig", "WhisperEncoder", _WHISPER, "last_hidden_state", "sound"),
+            layers("inner.layers.{}.self_attn", HEADS, HEADS, _OUT),
+            ImageInput(1, 8, 2 * CONTEXT),
+        ),
+        vision("vit", layers("inner.vit.layers.{}.attention", 2, 2, _APART)),
+        vision("deit", layers("inner.deit.layers.{}.attention", 2, 2, _APART)),
+        vision("swin", _SWIN),
+        library_case(
+            "dinov2-registers",
+            huggingface(
+                "dinov2", "Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", _REGISTERS
+            ),
+            layers("inner.dinov2_with_registers.encoder.layer.{}.attention", 2, 2, _APART), IMAGES,
+        ),
+        library_case(
+            "clip-vision",
+            huggingface("clip", "CLIPVisionConfig", "CLIPVisionModelWithProjection", _CLIP_VISION, "image_embeds"),
+            layers("inner.vision_model.encoder.layers.{}.self_attn", HEADS, HEADS, _OUT), IMAGES,
+        ),
+        library_case(
+            "clip-text",
+            huggingface("clip", "CLIPTextConfig", "CLIPTextModel", _CLIP_TEXT, "last_hidden_state"),
+            layers("inner.encoder.layers.{}.self_attn", HEADS, HEADS, _OUT),
+        ),
     )
 }  # fmt: skip
 """Every case by its name."""
