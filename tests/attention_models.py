@@ -27,9 +27,18 @@ from tests.person_models import (
     LAYERS,
     N_VOCAB,
     WIDTH,
+    Grouped,
+    LinearAttention,
     Multihead,
     NanoGPT,
+    OfFunctions,
+    OverHeads,
     Person,
+    Reloaded,
+    Retention,
+    Shape,
+    SigmoidAttention,
+    TalkingHeads,
     TorchEncoder,
 )
 from tests.vision_families import redraw
@@ -37,6 +46,7 @@ from tests.vision_families import redraw
 Implementation = Literal["eager", "sdpa"]
 BOTH: tuple[Implementation, ...] = ("eager", "sdpa")
 Sites = dict[str, Tensor]
+Weigh = Callable[..., Sites]
 TOKENS = TokenInput(N_VOCAB, CONTEXT)
 IMAGES = ImageInput(3, vision_families.SIZE, vision_families.SIZE)
 
@@ -138,7 +148,9 @@ class Case:
         rotary: queries and keys are rotated by position after their projections.
         qk_norm: queries and keys are normed after their projections.
         mixed: heads are mixed after the softmax: what weighs the values is `hook_mixed_pattern`.
-        refused: nothing in it is an attention pattern, a softmax over keys.
+        refused: nothing in it is an attention pattern, a softmax over keys. `hook_pattern` is then what weighs the
+            values, and `hook_implied_pattern` what would, if the module computed it.
+        assets: its weights are in the assets folder.
     """
 
     name: str
@@ -152,6 +164,7 @@ class Case:
     qk_norm: bool = False
     mixed: bool = False
     refused: bool = False
+    assets: bool = False
 
     @property
     def heads(self) -> list[tuple[str, int, int]]:
@@ -270,12 +283,30 @@ def by_projections(
     return found
 
 
-def causal(q: Tensor, k: Tensor) -> Tensor:
-    """The pattern of causal attention from queries and keys: batch x position x head x d_head."""
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """Products of queries and keys (batch x position x head x d_head) over the square root of d_head, by head."""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    """The pattern of causal attention from queries and keys."""
+    scores = scores_of(q, k)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(later, -math.inf).softmax(-1)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Adjacent pairs of queries or keys as complex numbers, turned by their position."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    speeds = 10000.0 ** -(torch.arange(pairs.shape[-1]) / pairs.shape[-1])
+    angles = torch.arange(x.shape[1])[:, None, None] * speeds
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+def causal_rotary(q: Tensor, k: Tensor) -> Tensor:
+    """The pattern of causal attention with rotary positions."""
+    return causal(rotated(q), rotated(k))
 
 
 # --- the attention of torch ----------------------------------------------------------------------
@@ -335,7 +366,9 @@ def person_weights(module: nn.Module, attention: Attention) -> Weights:
     return Weights(**{k: x.transpose(0, 1) if k in "qkv" else x for k, x in parts.items()})
 
 
-def by_hand(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor) -> Sites:
+def by_hand(
+    attentions: tuple[Attention, ...], weigh: Weigh, module: nn.Module, inputs: Tensor
+) -> Sites:
     """The sites of a person's decoder, recomputed head by head; checks that the logits are the module's."""
     w = {key.rpartition(".")[2]: value for key, value in module.state_dict().items()}
 
@@ -345,8 +378,9 @@ def by_hand(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor
     found: Sites = {}
     x = w["embed"][inputs] + w["place"][: inputs.shape[1]]
     for n, attention in enumerate(attentions):
+        more = [w[f"{name}{n}"] for name in ("before", "after") if f"{name}{n}" in w]
         read = normed(x, w[f"gain{n}"])
-        sites = attended(person_weights(module, attention), read)
+        sites = attended(person_weights(module, attention), read, functools.partial(weigh, *more))
         found |= {f"{attention.name}.hook_{site}": value for site, value in sites.items()}
         for h in range(attention.n_heads):
             x = x + sites["z"][:, :, h] @ w[f"out{n}"][h]
@@ -356,16 +390,61 @@ def by_hand(attentions: tuple[Attention, ...], module: nn.Module, inputs: Tensor
     return found
 
 
-def attended(w: Weights, read: Tensor) -> Sites:
-    """Queries, keys, values, pattern and z of causal attention."""
+def attended(w: Weights, read: Tensor, weigh: Callable[[Tensor, Tensor], Sites]) -> Sites:
+    """Queries, keys, values, what `weigh` makes of queries and keys, and z, weighed by the last of it."""
     q, k, v = (
         torch.einsum("bpm,mhd->bphd", read, getattr(w, letter)) + getattr(w, f"{letter}_bias")
         for letter in "qkv"
     )
-    pattern = causal(q, k)
-    group = q.shape[2] // v.shape[2]
-    z = torch.stack([pattern[:, h] @ v[:, :, h // group] for h in range(q.shape[2])], 2)
-    return {"q": q, "k": k, "v": v, "pattern": pattern, "z": z}
+    weights = weigh(q, k)
+    last, group = list(weights.values())[-1], q.shape[2] // v.shape[2]
+    z = torch.stack([last[:, h] @ v[:, :, h // group] for h in range(q.shape[2])], 2)
+    return {"q": q, "k": k, "v": v, **weights, "z": z}
+
+
+def by_softmax(q: Tensor, k: Tensor) -> Sites:
+    return {"pattern": causal(q, k)}
+
+
+def by_talking_heads(before: Tensor, after: Tensor, q: Tensor, k: Tensor) -> Sites:
+    """Each head's pattern, from all heads' scores; and what weighs its values, of all heads' patterns."""
+    scores, heads = scores_of(q, k), range(q.shape[2])
+    mixed = [sum(before[h, i] * scores[:, h] for h in heads) for i in heads]
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    pattern = torch.stack(mixed, 1).masked_fill(later, -math.inf).softmax(-1)
+    weights = [sum(after[h, i] * pattern[:, h] for h in heads) for i in heads]
+    return {"pattern": pattern, "mixed_pattern": torch.stack(weights, 1)}
+
+
+def by_features(q: Tensor, k: Tensor) -> Sites:
+    """What weighs the values of linear attention, though it is never computed there."""
+    q, k = (torch.where(x > 0, x + 1, x.exp()) for x in (q, k))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).tril()
+    return {"implied_pattern": weights / weights.sum(-1, keepdim=True)}
+
+
+def by_sigmoids(q: Tensor, k: Tensor) -> Sites:
+    return {
+        "pattern": 1
+        / (1 + q.shape[1] * (-scores_of(q, k)).exp())
+        * torch.ones(q.shape[1], q.shape[1]).tril()
+    }
+
+
+def by_decay(q: Tensor, k: Tensor) -> Sites:
+    """Scores that decay at a rate of 1 - 2 ** -(1 + head)."""
+    weights = torch.zeros_like(scores_of(q, k))
+    for h in range(q.shape[2]):
+        for at in range(q.shape[1]):
+            for back in range(at + 1):
+                score = (q[:, at, h] * k[:, at - back, h]).sum(-1) / math.sqrt(q.shape[-1])
+                weights[:, h, at, at - back] = score * (1 - 2.0 ** -(1 + h)) ** back
+    return {"pattern": weights}
+
+
+def by_heads(q: Tensor, k: Tensor) -> Sites:
+    exp = scores_of(q, k).exp()
+    return {"pattern": (exp / exp.sum(1, keepdim=True)).tril()}
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -530,7 +609,6 @@ _CLIP_TEXT = {
     "pad_token_id": 1,
 }  # fmt: skip
 _REGISTERS = {**vision_families.FAMILIES["dinov2"][1], "num_register_tokens": 3}
-del _REGISTERS["mlp_ratio"]
 
 
 def torch_case(name: str, make: Callable[..., nn.Module], path: str, **more: Any) -> Case:
@@ -558,14 +636,54 @@ def encoder_case(batch_first: bool, norm_first: bool, causal: bool = False) -> C
     )
 
 
-def person_case(name: str, make: Callable[[], nn.Module], n_kv: int = HEADS, **more: Any) -> Case:
+def person_case(
+    name: str,
+    make: Callable[[], nn.Module],
+    weigh: Weigh = by_softmax,
+    n_kv: int = HEADS,
+    **more: Any,
+) -> Case:
     """A case of a person's decoder in einsum."""
     attentions = tuple(Attention(f"blocks.{n}.attn", HEADS, n_kv) for n in range(LAYERS))
-    compute = functools.partial(by_hand, attentions)
+    compute = functools.partial(by_hand, attentions, weigh)
+
+    def build(_: Implementation) -> nn.Module:
+        module = drawn(make(), name)
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                if (
+                    parameter.ndim == 3
+                ):  # `redraw` takes the number of inputs for d_head times as large
+                    parameter *= 2
+                elif key.startswith("gain"):  # and these for biases, by their names
+                    parameter += 1
+        return module
+
     return Case(
-        name, lambda _: drawn(make(), name), TOKENS, attentions, compute, person_weights,
-        implementations=("eager",), **more,
+        name, build, TOKENS, attentions, compute, person_weights, implementations=("eager",), **more
+    )
+
+
+def reloaded_case(name: str, shape: Shape) -> Case:
+    """A case of a built-in model, with its weights."""
+    attentions = tuple(
+        Attention(
+            f"blocks.{n}.attn", shape.n_heads, shape.n_kv_heads, f"h.{n}", *("c_attn",) * 3, "c_proj", "blocks"
+        )
+        for n in range(shape.n_layers)
     )  # fmt: skip
+
+    def build(implementation: Implementation) -> nn.Module:
+        from circuits.models.zoo.loading import load_model
+
+        module = Reloaded(shape, implementation == "eager")
+        module.load(load_model(name).module.state_dict())
+        return module.eval()
+
+    pattern = causal_rotary if shape.rotary else causal
+    compute = functools.partial(by_projections, attentions, pattern)
+    given = TokenInput(shape.n_vocab, shape.n_ctx)
+    return Case(name, build, given, attentions, compute, from_projections, rotary=shape.rotary)
 
 
 def nano_case() -> Case:
@@ -596,6 +714,13 @@ CASES: dict[str, Case] = {
         encoder_case(True, True, causal=True),
         torch_case("multihead", lambda how: Multihead(how == "eager"), "layers.{}.mix"),
         person_case("person", Person),
+        person_case("functions", OfFunctions),
+        person_case("grouped", Grouped, n_kv=2),
+        person_case("talking-heads", TalkingHeads, by_talking_heads, mixed=True),
+        person_case("linear", LinearAttention, by_features, refused=True),
+        person_case("sigmoid", SigmoidAttention, by_sigmoids, refused=True),
+        person_case("retention", Retention, by_decay, refused=True),
+        person_case("over-heads", OverHeads, by_heads, refused=True),
         decoder("gpt2", "inner.transformer.h.{}.attn", "c_attn c_proj", layout="blocks"),
         decoder(
             "gpt-neox", "inner.gpt_neox.layers.{}.attention", "query_key_value dense", layout="heads", rotary=True
@@ -673,4 +798,14 @@ CASES: dict[str, Case] = {
         ),
     )
 }  # fmt: skip
-"""Every case by its name."""
+"""Every case with random weights by its name."""
+
+KNOWN: dict[str, Case] = {
+    case.name: case
+    for case in (
+        reloaded_case("induction", Shape(64, 64, 64, 2, 4, 4)),
+        reloaded_case("modular-addition", Shape(114, 3, 128, 1, 4, 4, 512)),
+        reloaded_case("stories260k", Shape(512, 512, 64, 5, 8, 4, 172, gated=True, rotary=True)),
+    )
+}
+"""Built-in models as plain modules, by the names of `load_model`; all but `induction` need the assets folder."""
