@@ -206,6 +206,9 @@ class Person(nn.Module):
         for name, shape in person_shapes(self.kind).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
 
+    def embedded(self, tokens: Tensor) -> Tensor:
+        return self.embed[tokens]
+
     def normed(self, x: Tensor, gain: Tensor) -> Tensor:
         return x / (torch.einsum("bpm,bpm->bp", x, x) / WIDTH + 1e-5).sqrt()[..., None] * gain
 
@@ -228,15 +231,21 @@ class Person(nn.Module):
         return torch.einsum("bqhd,hdm->bqm", z, getattr(self, f"out{n}"))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # The tokens' rows of the embedding, picked by a product with one-hot vectors.
-        picked = (tokens[..., None] == torch.arange(N_VOCAB)).to(self.embed.dtype)
-        x = torch.einsum("bpv,vm->bpm", picked, self.embed) + self.place[: tokens.shape[1]]
+        x = self.embedded(tokens) + self.place[: tokens.shape[1]]
         for n in range(LAYERS):
             x = x + self.attention(self.normed(x, getattr(self, f"gain{n}")), n)
             hidden = torch.einsum("bpm,mw->bpw", x, getattr(self, f"wide{n}"))
             hidden = hidden * (hidden > 0)
             x = x + torch.einsum("bpw,wm->bpm", hidden, getattr(self, f"narrow{n}"))
         return torch.einsum("bpm,mv->bpv", self.normed(x, self.gain), self.unembed)
+
+
+class OneHot(Person):
+    """Tokens' rows of the embedding, picked by a product with one-hot vectors."""
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        picked = (tokens[..., None] == torch.arange(N_VOCAB)).to(self.embed.dtype)
+        return torch.einsum("bpv,vm->bpm", picked, self.embed)
 
 
 class Grouped(Person):
