@@ -684,7 +684,8 @@ def reloaded_case(name: str, shape: Shape) -> Case:
     pattern = causal_rotary if shape.rotary else causal
     compute = functools.partial(by_projections, attentions, pattern)
     given = TokenInput(shape.n_vocab, shape.n_ctx)
-    return Case(name, build, given, attentions, compute, from_projections, rotary=shape.rotary)
+    more = {"rotary": shape.rotary, "assets": name != "induction"}
+    return Case(name, build, given, attentions, compute, from_projections, **more)
 
 
 def nano_case() -> Case:
