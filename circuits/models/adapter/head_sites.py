@@ -7,6 +7,7 @@ found by gradients: those by which the head's queries change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
 from circuits.hooks import Tap, intervene, record
-from circuits.models.adapter.attention import Attention, Axes, Place
+from circuits.models.adapter.attention import Attention, Axes, Batches, Place, placed
 from circuits.models.adapter.flow import Flow, short_name
 from circuits.models.adapter.program import Value
 from circuits.units import Site, SiteKind
@@ -153,7 +154,7 @@ def _site(
 
 
 def head_sites(
-    heads: Sequence[Head], flow: Flow, points: Points
+    heads: Sequence[Head], flow: Flow, batches: Batches, points: Points
 ) -> Iterator[tuple[float, Site, Tap]]:
     """The sites of attentions, with the number of the value after which each is computed."""
     modules = [head.attention.module for head in heads]
@@ -191,7 +192,8 @@ def head_sites(
             held = Place(projection.made, address, windows, shape)
             yield made(f"hook_{letter}", held, Picked(projection.features, projection.index))
             if turned:
-                yield made(f"hook_rot_{letter}", place, rearranged(place))
+                shown = _before_repeats(flow, batches, place, len(projection.index))
+                yield made(f"hook_rot_{letter}", shown, rearranged(shown))
         yield made("hook_attn_scores", own.scores, rearranged(own.scores))
         yield made("hook_pattern", own.pattern, rearranged(own.pattern))
         yield made("hook_z", own.z, rearranged(own.z))
@@ -220,6 +222,45 @@ def _made_at(flow: Flow, i: int) -> int:
     return flow.program.operations[i].outputs[0].number
 
 
+def _before_repeats(flow: Flow, batches: Batches, place: Place, heads: int) -> Place:
+    """Keys before they are repeated for the heads of a group; where they are multiplied, if that is not found."""
+    value = place.value
+    assert value is not None, "an operand is a value"
+    size = math.prod(place.shape) * heads // max(place.heads, 1)
+    while math.prod(flow.shape(value)) > size:
+        op = flow.operation(value)
+        if op is None or len(op.inputs) != 1:
+            return place
+        value = op.inputs[0]
+    moved, address = flow.moved(value, place.value), flow.address_of(value)
+    shape = flow.shape(value)
+    if moved is None or address is None or value == place.value:
+        return place
+    index = rearranged(place).read(moved)
+    if index.ndim != 4 or min(index.shape[1], index.shape[3]) < 2:
+        return place
+    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    steps = {
+        "position": index[0, 1, 0, 0] - index[0, 0, 0, 0],
+        "d_head": index[0, 0, 0, 1] - index[0, 0, 0, 0],
+    }
+    axes: list[tuple[str, ...]] = [()] * len(shape)
+    for name, step in steps.items():
+        if int(step) not in strides:
+            return place
+        axes[strides.index(int(step))] = (name,)
+    for n in range(len(shape)):
+        if not axes[n] and shape[n] > 1:
+            axes[n] = (
+                ("batch",) if batches.of(value, n) == 1 and ("batch",) not in axes else ("head",)
+            )
+    if sorted(a[0] for a in axes if a) != sorted(
+        ["batch", "position", *["head"] * (heads > 1), "d_head"]
+    ):
+        return place
+    return placed(value, address, tuple(axes), shape)
+
+
 def _turns(flow: Flow, start: Value, place: Place) -> bool:
     """Whether queries or keys are turned by their positions between a projection and the product."""
     assert place.value is not None, "an operand is a value"
@@ -245,7 +286,7 @@ class _Candidate:
     first: int
 
 
-def _candidate(flow: Flow, place: Place) -> _Candidate | None:
+def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
     """The product with weights that a factor comes from; None if there is none, or several."""
     assert place.value is not None, "an operand is a value"
 
@@ -262,7 +303,8 @@ def _candidate(flow: Flow, place: Place) -> _Candidate | None:
     given = [v for v in (product.left, product.right) if v in flow.dependent]
     if len(given) != 1:
         return None
-    return _Candidate(given[0], _with_bias(flow, flow.program.operations[i].outputs[0]), i)
+    made = batches.apart(_with_bias(flow, flow.program.operations[i].outputs[0]), forward=True)
+    return _Candidate(batches.apart(given[0], forward=False), made, i)
 
 
 def _with_bias(flow: Flow, value: Value) -> Value:
@@ -286,7 +328,7 @@ def find_projections(
     example: Tensor,
     flow: Flow,
     attentions: Sequence[Attention],
-    batches: Callable[[Value, int], int],
+    batches: Batches,
     points: Points,
     running: Callable[[nn.Module], Any],
 ) -> list[dict[str, Projection]]:
@@ -297,14 +339,14 @@ def find_projections(
         example: two examples, short ones if they may be.
         flow: the operations of a pass.
         attentions: where heads are.
-        batches: how many entries of an axis of a value belong to one example; 0 if none follow the batch.
+        batches: which axes follow the batch.
         points: where functions are watched.
         running: the context in which the model is called.
     """
     wanted: list[tuple[int, Letter, Place, _Candidate]] = []
     for n, own in enumerate(attentions):
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
-            found = _candidate(flow, place)
+            found = _candidate(flow, batches, place)
             if found is not None and flow.address_of(found.made) is not None:
                 wanted.append((n, letter, place, found))
     made: list[dict[str, Projection]] = [{} for _ in attentions]
@@ -346,7 +388,7 @@ def _projection(
     candidate: _Candidate,
     leaf: Tensor,
     operand: Tensor,
-    batches: Callable[[Value, int], int],
+    batches: Batches,
     generator: torch.Generator,
 ) -> Projection | None:
     """Which of the outputs of a product with weights each head of an operand has.
@@ -365,7 +407,7 @@ def _projection(
         (found,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
         return torch.zeros_like(leaf) if found is None else found.abs()
 
-    batch = [(axis, m) for axis in range(leaf.ndim) if (m := batches(candidate.made, axis))]
+    batch = [(axis, m) for axis in range(leaf.ndim) if (m := batches.of(candidate.made, axis))]
     if len(batch) != 1:
         return None
     (batch_axis, m), others = batch[0], [a for a in range(leaf.ndim) if a != batch[0][0]]
@@ -440,12 +482,29 @@ def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearrange
     return heads if len(heads.unique()) == heads.numel() else None
 
 
+def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
+    """Whether two values are made of one stream by norms and the like, with no product and no table between."""
+
+    def stop(i: int) -> bool:
+        op = flow.program.operations[i]
+        attends = short_name(op) in ("scaled_dot_product_attention", "embedding")
+        return attends or flow.product(i) is not None
+
+    def made_of(value: Value) -> set[Value]:
+        found = {value}
+        for i in flow.before(value, stop):
+            found.update(flow.program.operations[i].outputs)
+        return found
+
+    return not made_of(one).isdisjoint(made_of(other))
+
+
 def named(
     attentions: Sequence[Attention], projections: Sequence[Mapping[str, Projection]], flow: Flow
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        (p.get("q") is not None and p.get("k") is not None and p["q"].given != p["k"].given)
+        "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
     if not any(crossed):

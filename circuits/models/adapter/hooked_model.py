@@ -129,6 +129,7 @@ class HookedModel:
             example, by the name that the site would have.
         left_out: why each tensor that a module returns and that is no site is none, by the name that it would have.
         program: the operations of a pass.
+        transformer: the norms and weights along its residual stream, if it has one and is no bridge; else why not.
         listed: whether the model returns a list with a record for each example, as detection models do: it has no
             logits then.
     """
@@ -163,6 +164,7 @@ class HookedModel:
         )
         self.program, self.listed = found.program, found.listed
         self.unplaced, self.left_out = found.unplaced, found.left_out
+        self.transformer = found.transformer
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))

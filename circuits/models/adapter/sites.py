@@ -18,8 +18,10 @@ from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, uni
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.head_sites import Points, find_projections, head_sites, named
+from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
+from circuits.models.adapter.streams import NoStreamError, TracedStream, find_stream, stream_sites
 from circuits.tensors import is_in_fewer_digits, is_transformed
 from circuits.units import Site, SiteKind, unknown
 
@@ -101,6 +103,7 @@ class TracedModel:
         program: the operations of one pass.
         listed: whether the model returns a list with an entry for each example.
         state: the buffers and attributes that every pass changes.
+        transformer: the norms and weights along its residual stream; why they are not known, if it has none.
     """
 
     sites: list[tuple[Site, Tap]]
@@ -109,6 +112,7 @@ class TracedModel:
     program: Program
     listed: bool = False
     state: tuple[str, ...] = ()
+    transformer: Parts | str = "no attention was found in it"
 
 
 def trace_model(
@@ -158,7 +162,7 @@ def trace_model(
         elif is_bridge(module):
             site, tap = _bridge_site(t, names)
         else:
-            value = first.value(t.value)
+            value = t.notes[1]
             own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
             if own is None:
                 unplaced[t.name] = shape = tuple(t.value.shape[1:])
@@ -177,10 +181,12 @@ def trace_model(
     for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
-    attention = Found((), {})
+    transformer: Parts | str = "no attention was found in it"
     if not is_bridge(module):
         attention = find_attention(first.program, second.program)
-        found = _with_heads(module, examples, first, second.program, attention, traces, found)
+        found, transformer = _with_heads(
+            module, examples, first, second.program, attention, traces, found, final
+        )
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -193,7 +199,7 @@ def trace_model(
             )
         )
     return TracedModel(
-        list(found.values()), unplaced, left_out, second.program, final is None, state
+        list(found.values()), unplaced, left_out, second.program, final is None, state, transformer
     )
 
 
@@ -209,33 +215,63 @@ def _with_heads(
     attention: Found,
     traces: Sequence[Trace],
     found: Mapping[str, tuple[Site, Tap]],
-) -> dict[str, tuple[Site, Tap]]:
-    """The sites of modules and those of attention, in order of execution."""
+    final: Tensor | None,
+) -> tuple[dict[str, tuple[Site, Tap]], Parts | str]:
+    """The sites of modules and those of attention and the residual stream, in order of execution."""
     if not attention.attentions:
-        return dict(found)
+        return dict(found), "no attention was found in it"
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
     if not example.is_floating_point():
         example = example[:, :8]  # as good as the whole context
     projections = find_projections(
-        module, example, flow, attention.attentions, search.of, points, evaluating
+        module, example, flow, attention.attentions, search, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
+    made = [(moment, site, tap) for moment, site, tap in head_sites(heads, flow, search, points)]
+    transformer: Parts | str
+    values = {t.name: t.notes[1] for t in traces}
+    known = dict(found)
+    try:
+        end = None if final is None else recorder.value(final)
+        stream = find_stream(flow, search, heads, end)
+    except NoStreamError as error:
+        transformer = str(error)
+    else:
+        transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
+        known, more = stream_sites(stream, search, known, values, points)
+        made += more
     order: dict[str, float] = {}
     last = -1.0
     for t in traces:
-        value = recorder.value(t.value)
+        value = values[t.name]
         last = last if value is None else max(last, float(value.number))
         order[t.name] = last
-    made = [(order.get(name, last), site, tap) for name, (site, tap) in found.items()]
-    taken = {*found, *(alias for site, _ in found.values() for alias in site.aliases)}
-    for moment, site, tap in head_sites(heads, flow, points):
-        if site.name not in taken:
-            own = replace(site, aliases=tuple(a for a in site.aliases if a not in taken))
-            made.append((moment, own, tap))
+    made += [(order.get(name, last), site, tap) for name, (site, tap) in known.items()]
     made.sort(key=lambda each: each[0])
-    return {site.name: (site, tap) for _, site, tap in made}
+    return _once(made), transformer
+
+
+def _once(made: Sequence[tuple[float, Site, Tap]]) -> dict[str, tuple[Site, Tap]]:
+    """Sites by name; an alias that is a site's name, or another's alias before, is left out."""
+    names = {site.name for _, site, _ in made}
+    kept: dict[str, tuple[Site, Tap]] = {}
+    for _, site, tap in made:
+        aliases = tuple(a for a in site.aliases if a not in names)
+        names |= set(aliases)
+        kept.setdefault(site.name, (replace(site, aliases=aliases), tap))
+    return kept
+
+
+def _norms(stream: TracedStream, traces: Sequence[Trace]) -> dict[tuple[Value, Value], nn.Module]:
+    """Modules by the value that each was given and the one that it returned."""
+    found: dict[tuple[Value, Value], nn.Module] = {}
+    for t in traces:
+        given, made = t.notes
+        if given is not None and made is not None and t.tap.call == 0:
+            found.setdefault((stream.same(given), stream.same(made)), t.tap.module)
+    return found
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
@@ -340,13 +376,16 @@ def _traced(
             module,
             {name: m for name, (m, _) in names.items()},
             lambda: outputs.append(module(example)),
+            recorder.value,
         )
     if lists_examples(outputs[0]):
         return traces, None, recorder
     final = main_output(outputs[0])
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
-        traces.append(Trace(Tap(module, 0, path), "output", final))
+        traces.append(
+            Trace(Tap(module, 0, path), "output", final, notes=(None, recorder.value(final)))
+        )
     return traces, final, recorder
 
 
