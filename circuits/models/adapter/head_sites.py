@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
-from circuits.hooks import Tap, intervene, record
+from circuits.hooks import Tap, intervene, observe, record
 from circuits.models.adapter.attention import Attention, Axes, Place
 from circuits.models.adapter.flow import Flow, short_name
 from circuits.models.adapter.program import Value
@@ -152,10 +152,8 @@ def _site(
     return Site(name, kind, axes, axes.index("head"), shown, tuple(aliases), "HookPoint")
 
 
-def head_sites(
-    heads: Sequence[Head], flow: Flow, points: Points
-) -> Iterator[tuple[float, Site, Tap]]:
-    """The sites of attentions, with the number of the value after which each is computed."""
+def head_sites(heads: Sequence[Head], flow: Flow, points: Points) -> Iterator[tuple[Site, Tap]]:
+    """The sites of attentions."""
     modules = [head.attention.module for head in heads]
     for head in heads:
         own, path = head.attention, head.attention.module[0]
@@ -168,13 +166,13 @@ def head_sites(
             head: Head = head,
             path: str = path,
             only: bool = bool(only),
-        ) -> tuple[float, Site, Tap]:
+        ) -> tuple[Site, Tap]:
             name = f"{head.name}.{what}"
             other = f"{path}.{what}"
             aliases = [other] if only and other != name else []
             windows = any("window" in axis for axis in place.axes)
             site = _site(name, layout, place.shape, windows, aliases)
-            return _moment(flow, head.attention, place), site, points.tap(place.address, layout)
+            return site, points.tap(place.address, layout)
 
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
             projection = head.projections.get(letter)
@@ -197,29 +195,6 @@ def head_sites(
         yield made("hook_z", own.z, rearranged(own.z))
 
 
-def _moment(flow: Flow, own: Attention, place: Place) -> float:
-    """The number of the value that a place comes after; arguments come just before what is made of them."""
-    if place.address.part == "output":
-        assert place.value is not None, "an output is a value"
-        return place.value.number
-    if place.address.part in ("scores", "pattern"):
-        return _made_at(flow, own.last) - (0.4 if place.address.part == "scores" else 0.3)
-    takers = (
-        [
-            i
-            for i in flow.taken_by[place.value]
-            if flow.program.operations[i].name == place.address.function
-        ]
-        if place.value
-        else []
-    )
-    return _made_at(flow, next(i for i in takers if i >= own.first or i == takers[-1])) - 0.5
-
-
-def _made_at(flow: Flow, i: int) -> int:
-    return flow.program.operations[i].outputs[0].number
-
-
 def _turns(flow: Flow, start: Value, place: Place) -> bool:
     """Whether queries or keys are turned by their positions between a projection and the product."""
     assert place.value is not None, "an operand is a value"
@@ -231,6 +206,38 @@ def _turns(flow: Flow, start: Value, place: Place) -> bool:
         if short_name(op) == "view_as_complex":
             return True
     return False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass shows of taps.
+
+    Attributes:
+        order: those that were reached, in the order in which they were.
+        overwritten: those whose tensor a later operation changed in place.
+    """
+
+    order: list[str]
+    overwritten: set[str]
+
+
+def look_at(module: nn.Module, example: Tensor, taps: Mapping[str, Tap]) -> Seen:
+    """Run a model and see when each tap is reached.
+
+    Args:
+        module: the model.
+        example: what it is called with.
+        taps: where to look, by name.
+    """
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def look(name: str, value: Tensor) -> None:
+        seen[name] = value, value._version
+
+    with observe(module, {name: (tap, partial(look, name)) for name, tap in taps.items()}):
+        module(example.clone())
+    written = {name for name, (value, version) in seen.items() if value._version != version}
+    return Seen(list(seen), written)
 
 
 # --- projections -------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ def find_projections(
 
     Args:
         module: the model.
-        example: two examples, short ones if they may be.
+        example: two examples.
         flow: the operations of a pass.
         attentions: where heads are.
         batches: how many entries of an axis of a value belong to one example; 0 if none follow the batch.
@@ -445,7 +452,7 @@ def named(
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        (p.get("q") is not None and p.get("k") is not None and p["q"].given != p["k"].given)
+        "q" in p and "k" in p and _source(flow, p["q"].given) != _source(flow, p["k"].given)
         for p in projections
     ]
     if not any(crossed):
@@ -468,3 +475,14 @@ def named(
             name, decoders = f"decoder_blocks.{decoders}.self_attn", decoders + 1
         heads.append(Head(name, own, p))
     return heads
+
+
+def _source(flow: Flow, value: Value) -> Value:
+    """The value that another is made of by functions of one tensor: the residual stream, for what a norm puts out."""
+    while (i := flow.made_by.get(value)) is not None and flow.product(i) is None:
+        inputs = flow.program.operations[i].inputs
+        given = [v for v in dict.fromkeys(inputs) if v in flow.dependent]
+        if len(given) != 1:
+            break
+        value = given[0]
+    return value

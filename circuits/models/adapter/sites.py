@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,7 +18,13 @@ from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.flow import Flow
-from circuits.models.adapter.head_sites import Points, find_projections, head_sites, named
+from circuits.models.adapter.head_sites import (
+    Points,
+    find_projections,
+    head_sites,
+    look_at,
+    named,
+)
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
 from circuits.tensors import is_in_fewer_digits, is_transformed
@@ -31,7 +38,9 @@ TRACE_BATCHES = (3, 2)
 def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it.
 
-    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself.
+    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself. The
+    fast path of torch's own transformer layers, which calls none of their modules, is off: it rounds differently, and
+    torch takes it only while nothing is hooked.
 
     Args:
         module: the module.
@@ -40,7 +49,8 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
-    training = [m for m in module.modules() if m.training]
+    parts = list(module.modules())
+    training = [m for m in parts if m.training]
     # Torch lets nobody change the flag of a tensor that was made inside `torch.inference_mode()`.
     trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     try:
@@ -52,6 +62,10 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at
             # another size would change all that follow.
             stack.enter_context(holding(module, everything=settings))
+            if any(
+                isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in parts
+            ):
+                stack.enter_context(_SLOW_PATH)
             for kind in DEVICES:
                 if torch.is_autocast_enabled(kind) and not is_in_fewer_digits():
                     stack.enter_context(torch.autocast(kind, enabled=False))
@@ -61,6 +75,32 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
+
+
+class _SlowPath:
+    """Turns torch's fast path for attention off while any thread is inside, and restores it after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_SLOW_PATH = _SlowPath()
+"""One for all models: torch has one switch for the whole process."""
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -180,7 +220,7 @@ def trace_model(
     attention = Found((), {})
     if not is_bridge(module):
         attention = find_attention(first.program, second.program)
-        found = _with_heads(module, examples, first, second.program, attention, traces, found)
+        found = _with_heads(module, examples, first, second.program, attention, found)
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -207,7 +247,6 @@ def _with_heads(
     recorder: Recorder,
     other: Program,
     attention: Found,
-    traces: Sequence[Trace],
     found: Mapping[str, tuple[Site, Tap]],
 ) -> dict[str, tuple[Site, Tap]]:
     """The sites of modules and those of attention, in order of execution."""
@@ -216,26 +255,33 @@ def _with_heads(
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
-    if not example.is_floating_point():
-        example = example[:, :8]  # as good as the whole context
     projections = find_projections(
         module, example, flow, attention.attentions, search.of, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
-    order: dict[str, float] = {}
-    last = -1.0
-    for t in traces:
-        value = recorder.value(t.value)
-        last = last if value is None else max(last, float(value.number))
-        order[t.name] = last
-    made = [(order.get(name, last), site, tap) for name, (site, tap) in found.items()]
     taken = {*found, *(alias for site, _ in found.values() for alias in site.aliases)}
-    for moment, site, tap in head_sites(heads, flow, points):
-        if site.name not in taken:
-            own = replace(site, aliases=tuple(a for a in site.aliases if a not in taken))
-            made.append((moment, own, tap))
-    made.sort(key=lambda each: each[0])
-    return {site.name: (site, tap) for _, site, tap in made}
+    own = {site.name: (site, tap) for site, tap in head_sites(heads, flow, points)}
+    made = {
+        name: (replace(site, aliases=tuple(a for a in site.aliases if a not in taken)), tap)
+        for name, (site, tap) in own.items()
+        if name not in taken
+    }
+    both = {**found, **made}
+    with evaluating(module), torch.no_grad():
+        seen = look_at(module, example, {name: tap for name, (_, tap) in both.items()})
+    for name in seen.overwritten.intersection(made):
+        site, tap = made[name]
+        both[name] = site, replace(tap, overwritten=True)
+    return {name: both[name] for name in _in_order(seen.order, both)}
+
+
+def _in_order(seen: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Names in the order in which they were seen, those that were not after the ones that they followed."""
+    order = {name: float(n) for n, name in enumerate(seen)}
+    last = -1.0
+    for name in names:
+        last = order.setdefault(name, last + 0.5)
+    return sorted(order, key=order.__getitem__)
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
