@@ -212,10 +212,48 @@ def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
         made = (
             attention_in_parts(*args, inside=inside, **kwargs) if inside else func(*args, **kwargs)
         )
-        for point in points:
-            if point.address.part == "output":
-                made = _replaced(made, point)
+        outputs = [p for p in points if p.address.part == "output"]
+        if outputs and isinstance(made, Tensor) and _is_in_place(made, func, kwargs):
+            return _shown_in_place(outputs, made)
+        for point in outputs:
+            made = _replaced(made, point)
     return made
+
+
+def _is_in_place(made: Tensor, func: Any, kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("out") is made or writes_in_place(known_function(func)[0])
+
+
+def _shown_in_place(points: list[CallPoint], made: Tensor) -> Tensor:
+    """The output of a function that works in place, which is often called as a statement, its output ignored.
+
+    So a change is written in place, too. Hooks get a copy, which stays as it is.
+    """
+    given = shown = made.clone()
+    for point in points:
+        shown = point(shown)
+    return made if shown is given else made.copy_(shown)
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a function changes its first argument, by its full name.
+
+    >>> writes_in_place("torch.Tensor.add_"), writes_in_place("torch.Tensor.__add__")
+    (True, False)
+    """
+    last = name.rpartition(".")[2]
+    return (
+        last == "__setitem__"
+        or (last.endswith("_") and not last.endswith("__"))
+        or (last.startswith("__i") and last.removeprefix("__i") in _IN_PLACE)
+    )
+
+
+_IN_PLACE = {
+    f"{name}__" for name in (
+        "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+    )
+}  # fmt: skip
 
 
 def _replaced(made: Any, point: CallPoint) -> Any:

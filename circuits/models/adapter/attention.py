@@ -127,6 +127,27 @@ class Batches:
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "unsafe_view", "view_as", "reshape_as"}
 
 
+_DIVISIONS = {"div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"}
+_MULTIPLICATIONS = {"mul", "multiply", "__mul__", "mul_", "__imul__", "__rmul__"}
+_INVERSES = {"reciprocal", "__rtruediv__", "__rdiv__"}
+_MASKS = {
+    *_MULTIPLICATIONS,
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "tril",
+    "triu",
+    "tril_",
+    "triu_",
+    "dropout",
+}
+_KEPT = {
+    "unsqueeze", "__getitem__", "view", "reshape", "add", "__add__", "__radd__", "add_", "clamp", "clamp_min", "clamp_",
+    "expand",
+}  # fmt: skip
+"""What a sum may go through before something is divided by it."""
+
+
 class _UnclearError(Exception):
     """What looks like attention is not of the form that is known."""
 
@@ -192,29 +213,57 @@ class _Search:
         if name in ("softmax", "_softmax", "softmax_"):
             axis = op.argument(1, "dim")
             return None if axis is None else _Softmax(given, made, axis % rank, (i,))
-        if name in ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"):
-            return self._quotient(i, op)
+        if name in _DIVISIONS and len(op.inputs) == 2:
+            return self._quotient(i, *op.inputs)
+        if name in _MULTIPLICATIONS and len(op.inputs) == 2:
+            for top, factor in (op.inputs, op.inputs[::-1]):
+                inverse = self.flow.operation(factor)
+                if inverse is not None and short_name(inverse) in _INVERSES:
+                    return self._quotient(i, top, inverse.inputs[0])
+            return None
         if name in ("exp", "exp_"):
             return self._exponential(i, op)
         return None
 
-    def _quotient(self, i: int, op: Operation) -> _Softmax | None:
-        """exp(x) / sum(exp(x)), with anything that is the same along the axis taken from x."""
-        if len(op.inputs) != 2:
+    def _quotient(self, i: int, top: Value, bottom: Value) -> _Softmax | None:
+        """exp(x) / sum(exp(x)), with anything that is the same along the axis taken from x, and zeros for masks."""
+        shape = self.flow.shape(top)
+        axis = self._summed_axis(bottom, top)
+        if axis is None or self.flow.shape(bottom) != (*shape[:axis], 1, *shape[axis + 1 :]):
             return None
-        top, bottom = op.inputs
-        summed = self.flow.operation(bottom)
-        power = self.flow.operation(top)
-        if summed is None or power is None or short_name(summed) != "sum":
+        power = self._power(top)
+        if power is None:
             return None
-        if summed.inputs[:1] != (top,) or not short_name(power).startswith("exp"):
+        scores = self._before_shift(power.inputs[0], axis)
+        made = self.flow.program.operations[i].outputs[0]
+        return _Softmax(scores, made, axis, (i,))
+
+    def _power(self, value: Value) -> Operation | None:
+        """The exponential that a value is, but for a mask by which it is multiplied, or that is filled in."""
+        op = self.flow.operation(value)
+        if op is None or short_name(op) in ("exp", "exp_", "exp2"):
+            return op
+        if short_name(op) not in _MASKS:
             return None
-        axis = _one_axis(summed.argument(1, "dim"))
-        if axis is None or not summed.argument(2, "keepdim", False):
-            return None
+        same = [v for v in dict.fromkeys(op.inputs) if self.flow.shape(v) == self.flow.shape(value)]
+        found = [p for v in same if v in self.flow.dependent and (p := self._power(v)) is not None]
+        return found[0] if len(found) == 1 else None
+
+    def _summed_axis(self, value: Value, top: Value) -> int | None:
+        """The axis along which a value is the sum of another, whatever it is kept from being zero by."""
         rank = len(self.flow.shape(top))
-        scores = self._before_shift(power.inputs[0], axis % rank)
-        return _Softmax(scores, op.outputs[0], axis % rank, (i,))
+        while (op := self.flow.operation(value)) is not None:
+            if op.inputs[:1] == (top,):
+                if short_name(op) == "einsum" and len(op.inputs) == 1:
+                    given, _, made = str(op.args[0]).replace(" ", "").partition("->")
+                    gone = [n for n, letter in enumerate(given) if letter not in made]
+                    return gone[0] if len(gone) == 1 and "." not in given else None
+                axis = _one_axis(op.argument(1, "dim")) if short_name(op) == "sum" else None
+                return None if axis is None else axis % rank
+            if short_name(op) not in _KEPT or len(op.inputs) != 1:
+                return None
+            value = op.inputs[0]
+        return None
 
     def _exponential(self, i: int, op: Operation) -> _Softmax | None:
         """exp(x - logsumexp(x)), or the exponential of a `log_softmax`."""
@@ -240,7 +289,11 @@ class _Search:
     def _before_shift(self, value: Value, axis: int) -> Value:
         """The value from which a maximum along an axis was taken off, for safety's sake; else itself."""
         op = self.flow.operation(value)
-        if op is None or short_name(op) not in ("sub", "__sub__", "sub_") or len(op.inputs) != 2:
+        if (
+            op is None
+            or short_name(op) not in ("sub", "__sub__", "sub_", "__isub__")
+            or len(op.inputs) != 2
+        ):
             return value
         shifted, by = op.inputs
         own = self.flow.shape(by)

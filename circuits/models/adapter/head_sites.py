@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
-from circuits.hooks import Tap, intervene, record
+from circuits.hooks import Tap, intervene, observe, record
 from circuits.models.adapter.attention import Attention, Axes, Batches, Place, placed
 from circuits.models.adapter.flow import Flow, short_name
 from circuits.models.adapter.program import Value
@@ -155,8 +155,8 @@ def _site(
 
 def head_sites(
     heads: Sequence[Head], flow: Flow, batches: Batches, points: Points
-) -> Iterator[tuple[float, Site, Tap]]:
-    """The sites of attentions, with the number of the value after which each is computed."""
+) -> Iterator[tuple[Site, Tap]]:
+    """The sites of attentions."""
     modules = [head.attention.module for head in heads]
     for head in heads:
         own, path = head.attention, head.attention.module[0]
@@ -169,13 +169,13 @@ def head_sites(
             head: Head = head,
             path: str = path,
             only: bool = bool(only),
-        ) -> tuple[float, Site, Tap]:
+        ) -> tuple[Site, Tap]:
             name = f"{head.name}.{what}"
             other = f"{path}.{what}"
             aliases = [other] if only and other != name else []
             windows = any("window" in axis for axis in place.axes)
             site = _site(name, layout, place.shape, windows, aliases)
-            return _moment(flow, head.attention, place), site, points.tap(place.address, layout)
+            return site, points.tap(place.address, layout)
 
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
             projection = head.projections.get(letter)
@@ -199,29 +199,6 @@ def head_sites(
         yield made("hook_z", own.z, rearranged(own.z))
 
 
-def _moment(flow: Flow, own: Attention, place: Place) -> float:
-    """The number of the value that a place comes after; arguments come just before what is made of them."""
-    if place.address.part == "output":
-        assert place.value is not None, "an output is a value"
-        return place.value.number
-    if place.address.part in ("scores", "pattern"):
-        return _made_at(flow, own.last) - (0.4 if place.address.part == "scores" else 0.3)
-    takers = (
-        [
-            i
-            for i in flow.taken_by[place.value]
-            if flow.program.operations[i].name == place.address.function
-        ]
-        if place.value
-        else []
-    )
-    return _made_at(flow, next(i for i in takers if i >= own.first or i == takers[-1])) - 0.5
-
-
-def _made_at(flow: Flow, i: int) -> int:
-    return flow.program.operations[i].outputs[0].number
-
-
 def _before_repeats(flow: Flow, batches: Batches, place: Place, heads: int) -> Place:
     """Keys before they are repeated for the heads of a group; where they are multiplied, if that is not found."""
     value = place.value
@@ -232,6 +209,7 @@ def _before_repeats(flow: Flow, batches: Batches, place: Place, heads: int) -> P
         if op is None or len(op.inputs) != 1:
             return place
         value = op.inputs[0]
+    assert place.value is not None, "as above"
     moved, address = flow.moved(value, place.value), flow.address_of(value)
     shape = flow.shape(value)
     if moved is None or address is None or value == place.value:
@@ -272,6 +250,38 @@ def _turns(flow: Flow, start: Value, place: Place) -> bool:
         if short_name(op) == "view_as_complex":
             return True
     return False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass shows of taps.
+
+    Attributes:
+        order: those that were reached, in the order in which they were.
+        overwritten: those whose tensor a later operation changed in place.
+    """
+
+    order: list[str]
+    overwritten: set[str]
+
+
+def look_at(module: nn.Module, example: Tensor, taps: Mapping[str, Tap]) -> Seen:
+    """Run a model and see when each tap is reached.
+
+    Args:
+        module: the model.
+        example: what it is called with.
+        taps: where to look, by name.
+    """
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def look(name: str, value: Tensor) -> None:
+        seen[name] = value, value._version
+
+    with observe(module, {name: (tap, partial(look, name)) for name, tap in taps.items()}):
+        module(example.clone())
+    written = {name for name, (value, version) in seen.items() if value._version != version}
+    return Seen(list(seen), written)
 
 
 # --- projections -------------------------------------------------------------------------------
@@ -336,7 +346,7 @@ def find_projections(
 
     Args:
         module: the model.
-        example: two examples, short ones if they may be.
+        example: two examples.
         flow: the operations of a pass.
         attentions: where heads are.
         batches: which axes follow the batch.

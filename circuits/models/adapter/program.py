@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from circuits.call_points import is_uncounted, known_function
+from circuits.call_points import is_uncounted, known_function, writes_in_place
 from circuits.tensors import tensor_bytes
 
 
@@ -246,7 +246,7 @@ class Recorder(Watch):
         if name.rpartition(".")[2] in ("item", "tolist", "__float__"):
             self._read.update(leaf for leaf in _flat(output) if isinstance(leaf, float))
         made = [leaf for leaf in _flat(output) if isinstance(leaf, Tensor)]
-        if _writes(name) and not made:  # `x[0] = y` returns nothing
+        if writes_in_place(name) and not made:  # `x[0] = y` returns nothing
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
@@ -345,12 +345,6 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
                 if isinstance(tensor, Tensor):
                     found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
     return dict(found.values())
-
-
-def _writes(name: str) -> bool:
-    """Whether a function changes its first argument in place."""
-    last = name.rpartition(".")[2]
-    return last == "__setitem__" or (last.endswith("_") and not last.endswith("__"))
 
 
 def _flat(nested: Any) -> Iterator[Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,7 +18,13 @@ from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.flow import Flow
-from circuits.models.adapter.head_sites import Points, find_projections, head_sites, named
+from circuits.models.adapter.head_sites import (
+    Points,
+    find_projections,
+    head_sites,
+    look_at,
+    named,
+)
 from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
@@ -33,7 +40,9 @@ TRACE_BATCHES = (3, 2)
 def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it.
 
-    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself.
+    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself. The
+    fast path of torch's own transformer layers, which calls none of their modules, is off: it rounds differently, and
+    torch takes it only while nothing is hooked.
 
     Args:
         module: the module.
@@ -42,7 +51,8 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
-    training = [m for m in module.modules() if m.training]
+    parts = list(module.modules())
+    training = [m for m in parts if m.training]
     # Torch lets nobody change the flag of a tensor that was made inside `torch.inference_mode()`.
     trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     try:
@@ -54,6 +64,10 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at
             # another size would change all that follow.
             stack.enter_context(holding(module, everything=settings))
+            if any(
+                isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in parts
+            ):
+                stack.enter_context(_SLOW_PATH)
             for kind in DEVICES:
                 if torch.is_autocast_enabled(kind) and not is_in_fewer_digits():
                     stack.enter_context(torch.autocast(kind, enabled=False))
@@ -63,6 +77,32 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
+
+
+class _SlowPath:
+    """Turns torch's fast path for attention off while any thread is inside, and restores it after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_SLOW_PATH = _SlowPath()
+"""One for all models: torch has one switch for the whole process."""
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -223,15 +263,12 @@ def _with_heads(
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
-    if not example.is_floating_point():
-        example = example[:, :8]  # as good as the whole context
     projections = find_projections(
         module, example, flow, attention.attentions, search, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
-    made = [(moment, site, tap) for moment, site, tap in head_sites(heads, flow, search, points)]
+    made = list(head_sites(heads, flow, search, points))
     transformer: Parts | str
-    values = {t.name: t.notes[1] for t in traces}
     known = dict(found)
     try:
         end = None if final is None else recorder.value(final)
@@ -240,28 +277,40 @@ def _with_heads(
         transformer = str(error)
     else:
         transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
+        values = {t.name: t.notes[1] for t in traces}
         known, more = stream_sites(stream, search, known, values, points)
         made += more
-    order: dict[str, float] = {}
-    last = -1.0
-    for t in traces:
-        value = values[t.name]
-        last = last if value is None else max(last, float(value.number))
-        order[t.name] = last
-    made += [(order.get(name, last), site, tap) for name, (site, tap) in known.items()]
-    made.sort(key=lambda each: each[0])
-    return _once(made), transformer
+    own = {site.name: (site, tap) for site, tap in made if site.name not in known}
+    both = known | own
+    with evaluating(module), torch.no_grad():
+        seen = look_at(module, example, {name: tap for name, (_, tap) in both.items()})
+    for name in seen.overwritten.intersection(own):
+        site, tap = own[name]
+        both[name] = site, replace(tap, overwritten=True)
+    return _without_double_names(both, _in_order(seen.order, both)), transformer
 
 
-def _once(made: Sequence[tuple[float, Site, Tap]]) -> dict[str, tuple[Site, Tap]]:
-    """Sites by name; an alias that is a site's name, or another's alias before, is left out."""
-    names = {site.name for _, site, _ in made}
+def _without_double_names(
+    found: Mapping[str, tuple[Site, Tap]], order: Sequence[str]
+) -> dict[str, tuple[Site, Tap]]:
+    """Sites in an order, without aliases that are a site's name or an earlier site's alias."""
+    names = set(order)
     kept: dict[str, tuple[Site, Tap]] = {}
-    for _, site, tap in made:
+    for name in order:
+        site, tap = found[name]
         aliases = tuple(a for a in site.aliases if a not in names)
         names |= set(aliases)
-        kept.setdefault(site.name, (replace(site, aliases=aliases), tap))
+        kept[name] = replace(site, aliases=aliases), tap
     return kept
+
+
+def _in_order(seen: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Names in the order in which they were seen, those that were not after the ones that they followed."""
+    order = {name: float(n) for n, name in enumerate(seen)}
+    last = -1.0
+    for name in names:
+        last = order.setdefault(name, last + 0.5)
+    return sorted(order, key=order.__getitem__)
 
 
 def _norms(stream: TracedStream, traces: Sequence[Trace]) -> dict[tuple[Value, Value], nn.Module]:

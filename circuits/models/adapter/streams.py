@@ -494,7 +494,7 @@ def stream_sites(
     found: Mapping[str, tuple[Site, Tap]],
     values: Mapping[str, Value | None],
     points: Points,
-) -> tuple[dict[str, tuple[Site, Tap]], list[tuple[float, Site, Tap]]]:
+) -> tuple[dict[str, tuple[Site, Tap]], list[tuple[Site, Tap]]]:
     """The sites of modules with what bridges call them, and sites for what no module returns.
 
     Args:
@@ -504,7 +504,8 @@ def stream_sites(
         values: the value of each.
         points: where functions are watched.
     """
-    made, more = dict(found), []
+    made = dict(found)
+    more: list[tuple[Site, Tap]] = []
     # The last module that returns a tensor is the one that encloses the others.
     owners = {stream.same(v): name for name, v in values.items() if v is not None and name in found}
     names: dict[Value, list[str]] = {}
@@ -527,7 +528,7 @@ def stream_sites(
         site = Site(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
-        more.append((float(last.number), site, tap))
+        more.append((site, tap))
     return made, more
 
 
