@@ -30,6 +30,8 @@ class Parts(Protocol):
 
     n_layers: int
     parallel: bool
+    adds_positions: bool
+    """Whether an embedding of positions that is no site is added to that of the tokens."""
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         """A norm; None if there is none."""
@@ -46,8 +48,15 @@ class Parts(Protocol):
     ) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, "neuron d_model"]] | None:
         """W_in and W_out of a layer's MLP; None if it has none, or several."""
 
+    def mlp(self, layer: int) -> nn.Module | None:
+        """A layer's MLP, without the norms before and after it; None if it has none."""
+
     def unembedding(self) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, " token"]]:
         """W_U and b_U."""
+        ...
+
+    def positions(self) -> Float[Tensor, "position d_model"]:
+        """The table of the embedding of positions, for models in which it is a site."""
         ...
 
     def embedding(self) -> Float[Tensor, "token d_model"]:
@@ -66,6 +75,7 @@ class BridgeParts:
         self.bridge = bridge
         self.parallel = bool(getattr(bridge.cfg, "parallel_attn_mlp", False))
         self.n_layers: int = getattr(bridge.cfg, "n_layers", 0)
+        self.adds_positions = False
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         if name == "ln_final":
@@ -75,7 +85,13 @@ class BridgeParts:
         return _children(owner).get(name)
 
     def has_mlp(self, layer: int) -> bool:
-        return "mlp" in _children(self.bridge.blocks[layer])
+        return self.mlp(layer) is not None
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        return _children(self.bridge.blocks[layer]).get("mlp")
+
+    def positions(self) -> Tensor:
+        return self.bridge.W_pos.detach()
 
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
         try:
@@ -88,7 +104,7 @@ class BridgeParts:
             return None
 
     def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        mlp = _children(self.bridge.blocks[layer]).get("mlp")
+        mlp = self.mlp(layer)
         if mlp is None or not isinstance(getattr(mlp, "W_out", None), Tensor):
             return None
         return mlp.W_in.detach(), mlp.W_out.detach()  # type: ignore[union-attr, operator]
@@ -184,6 +200,7 @@ class TracedParts:
     ) -> None:
         self.stream, self.parallel = stream, stream.parallel
         self.n_layers = len(stream.layers)
+        self.adds_positions = stream.position is not None
         self._constants = Constants(stream.flow, tensors)
         self._modules = norms
 
@@ -239,6 +256,17 @@ class TracedParts:
     def has_mlp(self, layer: int) -> bool:
         return self.stream.layers[layer].mlp_added is not None
 
+    def mlp(self, layer: int) -> nn.Module | None:
+        at = self.stream.layers[layer]
+        if at.mlp is None or at.mlp_given is None:
+            return None
+        start, end = self.stream.same(at.mlp_given), self.stream.same(at.mlp.made)
+        module = self._modules.get((start, end))
+        return Replayed(self._constants, start, end) if module is None else module
+
+    def positions(self) -> Tensor:
+        raise ValueError("positions: what the model adds for positions is no site")
+
     def _matrix(self, affine: Affine) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
         """The weights and the bias of a product."""
         product = self.stream.flow.product(affine.first)
@@ -263,7 +291,9 @@ class TracedParts:
         at = self.stream.layers[layer]
         if name in ("W_O", "b_O"):
             matrix, bias = self._matrix(at.output)
-            return matrix[at.columns] if name == "W_O" else bias
+            if name == "b_O":
+                return bias if at.output.biases else None
+            return matrix[at.columns]
         projection = at.head.projections.get(name[-1].lower())
         if projection is None:
             return None
@@ -272,7 +302,9 @@ class TracedParts:
             return None
         matrix, bias = self._matrix(affine)
         index = projection.index.to(matrix.device)
-        return matrix[:, index].movedim(0, 1) if name.startswith("W") else bias[index]
+        if name.startswith("b"):
+            return bias[index] if affine.biases else None
+        return matrix[:, index].movedim(0, 1)
 
     def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
         at = self.stream.layers[layer]

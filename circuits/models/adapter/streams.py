@@ -123,6 +123,20 @@ class TracedStream:
         steps = [len(self.flow.between(affine.made, at.neurons)) for affine in at.inputs]
         return steps.index(min(steps))
 
+    def reads_alone(self, at: TracedLayer) -> bool:
+        """Whether nothing but the MLP reads what it is given, so that a change there changes the MLP alone."""
+        if at.mlp_given is None:
+            return False
+        waiting, firsts = [at.mlp_given], {affine.first for affine in at.inputs}
+        while waiting:
+            for i in self.flow.taken_by.get(waiting.pop(), ()):
+                op = self.flow.program.operations[i]
+                if self.search.keeps(op) or short_name(op) in ("view", "reshape"):
+                    waiting += op.outputs
+                elif i not in firsts:
+                    return False
+        return True
+
     @property
     def table(self) -> Value | None:
         """The table of the embedding."""
@@ -151,11 +165,11 @@ class Search:
 
     def same(self, value: Value) -> Value:
         """The value that this one is, before functions that change nothing."""
-        while (op := self.flow.operation(value)) is not None and self._keeps(op):
+        while (op := self.flow.operation(value)) is not None and self.keeps(op):
             value = op.inputs[0]
         return value
 
-    def _keeps(self, op: Operation) -> bool:
+    def keeps(self, op: Operation) -> bool:
         """Whether an operation returns what it is given."""
         if not op.inputs or self.flow.shape(op.inputs[0]) != self.flow.shape(op.outputs[0]):
             return False
@@ -170,7 +184,7 @@ class Search:
         """The value at the end of the functions that change nothing, if nothing else takes it on the way."""
         while len(takers := self.flow.taken_by.get(value, [])) == 1:
             op = self.flow.program.operations[takers[0]]
-            if not self._keeps(op):
+            if not self.keeps(op):
                 break
             value = op.outputs[0]
         return value
@@ -468,13 +482,15 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
             f"{layer}.hook_resid_mid": at.between,
             f"{layer}.hook_resid_post": at.after,
             f"{layer}.hook_attn_out": at.attention,
+            f"{layer}.attn.hook_out": at.output.made,
             f"{layer}.hook_mlp_out": at.mlp_added,
             f"{layer}.mlp.hook_out": at.mlp.made if at.mlp else None,
             f"{layer}.mlp.hook_post": at.neurons,
-            f"{layer}.mlp.hook_in": at.mlp_given,
+            f"{layer}.mlp.hook_in": at.mlp_given if stream.reads_alone(at) else None,
         }
     if stream.unembed is not None:
-        found["ln_final.hook_out"] = stream.unembed.given
+        unembed = stream.unembed
+        found |= {"unembed.hook_in": unembed.given, "hook_unembed": unembed.made}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -512,7 +528,7 @@ def stream_sites(
     for name, value in stream_values(stream).items():
         names.setdefault(stream.same(value), []).append(name)
     for value, own in names.items():
-        kind: SiteKind = "residual" if any(name.endswith(_STREAM) for name in own) else "neuron"
+        kind = _kind(own)
         if value in owners:
             site, tap = made[owners[value]]
             kind = site.kind if kind == "neuron" or site.kind == "logit" else kind
@@ -529,7 +545,34 @@ def stream_sites(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
         more.append((site, tap))
+    for n, at in enumerate(stream.layers):
+        if (own := _mlp_input(stream, n, at, points)) is not None:
+            more.append(own)
     return made, more
+
+
+def _mlp_input(
+    stream: TracedStream, n: int, at: TracedLayer, points: Points
+) -> tuple[Site, Tap] | None:
+    """What an MLP reads, where its first weights take it, if attention reads the same tensor."""
+    if at.mlp_given is None or stream.reads_alone(at) or len(at.inputs) != 1:
+        return None
+    i, shape = at.inputs[0].first, stream.flow.shape(at.mlp_given)
+    op = stream.flow.program.operations[i]
+    if at.mlp_given not in op.args or len(shape) != 3:
+        return None
+    place = op.args.index(at.mlp_given)
+    address = stream.flow.address(i, len(op.running), part="argument", place=place)
+    axes = ("batch", "position", "unit")
+    return Site(
+        f"blocks.{n}.mlp.hook_in", "neuron", axes, 2, shape[1:], (), "HookPoint"
+    ), points.tap(address)
+
+
+def _kind(names: Sequence[str]) -> SiteKind:
+    if "hook_unembed" in names:
+        return "logit"
+    return "residual" if any(name.endswith(_STREAM) for name in names) else "neuron"
 
 
 def _stream_layout(batches: Batches, value: Value) -> Rearranged | None:

@@ -126,6 +126,7 @@ class Transformer:
 
     Attributes:
         layers: in order.
+        adds_positions: whether an embedding of positions that is no site is added to that of the tokens.
         parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
         embed: the site of the token embedding, if it is shown.
         position: the site of the position embedding, if one is added to the stream.
@@ -141,7 +142,7 @@ class Transformer:
         check_weights_finite(model.module, model.name)
         self.model, self.parts = model, _parts(model)
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
-        self.parallel = self.parts.parallel
+        self.parallel, self.adds_positions = self.parts.parallel, self.parts.adds_positions
         self._norms: dict[tuple[str, int], Norm | None] = {}
         n = self.parts.n_layers
         if not n:
