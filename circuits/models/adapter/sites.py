@@ -17,9 +17,11 @@ from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_poin
 from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
+from circuits.models.adapter.declaring import Declared
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.head_sites import (
     Points,
+    check_declared,
     find_projections,
     head_sites,
     look_at,
@@ -160,6 +162,7 @@ def trace_model(
     examples: Callable[[int], Tensor],
     given: Labels,
     axes: Mapping[str, Sequence[str]] | None = None,
+    declarations: Sequence[Declared] = (),
 ) -> TracedModel:
     """Run a model on two batches and describe every tensor that it shows.
 
@@ -168,10 +171,12 @@ def trace_model(
         examples: makes a batch of the number of examples that it is given.
         given: the labels of the input's axes (see `circuits.models.adapter.axes`).
         axes: the axes of sites where they cannot be found, by name: `batch` first, `unit` or `channel` once.
+        declarations: attention that is not found.
 
     Raises:
+        KeyError: if a declaration names a call that there is not.
         ValueError: if the model cannot run on its example, no module returns a batch of floating-point numbers, or
-            `axes` do not fit.
+            `axes` or `declarations` do not fit.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
     latents = hook_points(module)
@@ -222,8 +227,15 @@ def trace_model(
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
     transformer: Parts | str = "no attention was found in it"
-    if not is_bridge(module):
-        attention = find_attention(first.program, second.program)
+    if is_bridge(module):
+        if declarations:
+            raise ValueError(
+                f"attention: {declarations[0].name} is declared for a TransformerLens bridge, which says itself where "
+                "its attention is"
+            )
+    else:
+        attention = find_attention(first.program, second.program, declarations)
+        left_out |= attention.refused
         found, transformer = _with_heads(
             module, examples, first, second.program, attention, traces, found, final
         )
@@ -263,6 +275,10 @@ def _with_heads(
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
+    with evaluating(module), torch.no_grad():
+        for own in attention.attentions:
+            if own.declared:
+                check_declared(module, example, own, points)
     projections = find_projections(
         module, example, flow, attention.attentions, search, points, evaluating
     )
