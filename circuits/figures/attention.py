@@ -79,9 +79,8 @@ def _matrix(values: np.ndarray, sink: int | None, words: list[str], what: str) -
 
 
 def _named(head: Unit) -> str:
-    """A head as briefly as it can be said: `0.3`, `encoder_blocks.0.attn:3`."""
-    layer, _, rest = short(head.site).partition(" ")
-    return f"{layer}.{head.index}" if rest else f"{layer.rpartition('.hook_')[0]}:{head.index}"
+    """A head as briefly as it can be said: `0.3`, `decoder 0 cross.3`."""
+    return f"{short(head.site).removesuffix(' pattern')}.{head.index}"
 
 
 # --- over an image -------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def _over(look: Look, image: np.ndarray) -> alt.HConcatChart:
     drawn = [panel(_photograph(image), "the image", 40), panel(_overlay(look, image), name, 40)]
     if look.others:
         drawn.append(panel(_elsewhere(look), "to each kind of token", 40))
-    return alt.hconcat(*drawn)
+    return alt.hconcat(*drawn).resolve_scale(opacity="independent")
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:
@@ -182,9 +181,9 @@ def _opacity(look: Look, top: float) -> alt.Opacity:
         "share:Q",
         scale=alt.Scale(domain=[0, top], range=[0, _STRONGEST], clamp=True),
         legend=alt.Legend(
-            title=["share of attention,", "each patch"], values=sorted({look.uniform, top}, reverse=True),
+            title="share of attention, each patch", values=sorted({look.uniform, top}, reverse=True),
             labelExpr=f"format(datum.value, '.3g') + (datum.value < {look.uniform * 1.000001} ? ' (uniform)' : '')",
-            symbolType="square", symbolFillColor=ORANGE, symbolStrokeWidth=0, orient="right",
+            symbolType="square", symbolFillColor=ORANGE, symbolStrokeWidth=0, orient="bottom", direction="vertical",
         ),
     )  # fmt: skip
 
@@ -197,7 +196,7 @@ def _elsewhere(look: Look) -> Figure:
         {"to": f"{patches} patches", "share": look.on_patches, "uniform": patches * look.uniform},
     ]
     base = alt.Chart(data(rows)).encode(
-        y=alt.Y("to:N", sort=None, title="token", axis=alt.Axis(labelLimit=140))
+        y=alt.Y("to:N", sort=None, title="token", axis=alt.Axis(labelLimit=140, labelOverlap=False))
     )
     scale = alt.Scale(domain=[0, 1])
     tips = [

@@ -1,6 +1,11 @@
 """Localizing a behaviour: which activations carry it, which suffice for it, and where it can be read off."""
 
-from circuits.localization.attention import AttentionPatterns, HeadPattern, attention_patterns
+from circuits.localization.attention import (
+    AttentionPatterns,
+    HeadPattern,
+    attention_patterns,
+    shown_pattern,
+)
 from circuits.localization.cells import Cell, GridPosition
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
@@ -53,6 +58,7 @@ __all__ = [
     "path_grid",
     "query_names",
     "score_heads",
+    "shown_pattern",
     "steering_grid",
     "sufficiency",
 ]

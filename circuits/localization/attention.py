@@ -167,6 +167,18 @@ def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
     return known[own].unit(index)
 
 
+def shown_pattern(model: HookedModel, unit: Unit) -> Unit | None:
+    """The attention pattern of the head that a unit stands for; None if it is no head, or keys that heads share."""
+    site = model.site(unit.site)
+    if site.kind not in ("head", "pattern"):
+        return None
+    try:
+        found = pattern_head(model, unit)
+    except (KeyError, ValueError):
+        return None
+    return found if model.site(found.site).n_units == site.n_units else None
+
+
 def attention_of(site: Site) -> str:
     """The name of the attention that a site of heads belongs to: `blocks.0.attn`."""
     return site.name.rpartition(".hook_")[0]
