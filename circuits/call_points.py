@@ -1,5 +1,4 @@
 """Hook points inside a model's functions: tensors that no module returns can be read and changed as well.
-
 A `CallPoint` stands for one tensor of one call of a torch function: its output, one of its arguments, or the scores
 and the pattern that a fused attention kernel never shows. It is an identity module, so that the hooks of
 `circuits.hooks` work on it as on every other module. Calls are counted while a module of the model runs, its scope:
@@ -17,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -69,8 +68,21 @@ class CallPoint(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether a hook reads or changes the tensor."""
-        return bool(self._forward_hooks)
+        """Whether a hook reads or changes the tensor; one of a part of the model may say that it does not."""
+        return any(_does(hook) for hook in self._forward_hooks.values())
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its hooks are a part of the model, which others are to see as it was before them."""
+        return any(hasattr(_owner(hook), "watched") for hook in self._forward_hooks.values())
+
+
+def _owner(hook: Callable[..., Any]) -> Any:
+    return getattr(hook, "__self__", None)
+
+
+def _does(hook: Callable[..., Any]) -> bool:
+    return getattr(_owner(hook), "watched", True)
 
 
 class _Silence(threading.local):
@@ -148,12 +160,12 @@ class Scope:
         running = _Calls(own) if own else None
         self._running.append(running)
         if running is not None:
-            running.__enter__()
+            _SHOWING.begin(running)
 
     def _leave(self, *_: Any) -> None:
         running = self._running.pop() if self._running else None
         if running is not None:
-            running.__exit__(None, None, None)
+            _SHOWING.end(running)
 
 
 @contextmanager
@@ -167,17 +179,36 @@ def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-class _Calls(TorchFunctionMode):
-    """Shows the tensors of a call of a scope to the hooks on its points."""
+class _Calls:
+    """Counts the calls of functions during a call of a scope, and knows the points among them.
 
-    def __init__(self, points: list[CallPoint]) -> None:
-        super().__init__()
+    Args:
+        points: those of this call of the scope.
+    """
+
+    def __init__(self, points: Iterable[CallPoint]) -> None:
         self._seen: Counter[str] = Counter()
-        self._names = {point.address.function for point in points}
-        self._points: dict[tuple[str, int], list[CallPoint]] = {}
+        self._points: dict[str, dict[int, list[CallPoint]]] = {}
         for point in points:
-            key = (point.address.function, point.address.number)
-            self._points.setdefault(key, []).append(point)
+            numbers = self._points.setdefault(point.address.function, {})
+            numbers.setdefault(point.address.number, []).append(point)
+
+    def next(self, name: str) -> list[CallPoint]:
+        """Count a call of a function; the points at it."""
+        numbers = self._points.get(name)
+        if numbers is None:
+            return []
+        number = self._seen[name]
+        self._seen[name] = number + 1
+        return numbers.get(number, [])
+
+
+class _Mode(TorchFunctionMode):
+    """Shows the tensors of calls to the hooks on the points of all scopes that run in a thread."""
+
+    def __init__(self, running: list[_Calls]) -> None:
+        super().__init__()
+        self._running = running
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -187,36 +218,112 @@ class _Calls(TorchFunctionMode):
         if inside is not None:
             with self:
                 return inside(*args, **kwargs)
-        if name not in self._names:
-            return func(*args, **kwargs)
-        number = self._seen[name]
-        self._seen[name] = number + 1
-        points = self._points.get((name, number))
-        return func(*args, **kwargs) if points is None else _shown(points, func, args, kwargs)
+        points = [point for calls in self._running for point in calls.next(name)]
+        return _shown(points, func, args, kwargs) if points else func(*args, **kwargs)
+
+
+class _Showing(threading.local):
+    """The scopes that run in a thread. They share one mode: with one for each, those outside would not see what those
+    inside call in the place of a function.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[_Calls] = []
+        self._modes: list[_Mode] = []
+
+    def begin(self, calls: _Calls) -> None:
+        """Show the calls of a scope."""
+        self._running.append(calls)
+        if len(self._running) == 1:
+            self._modes.append(_Mode(self._running))
+            self._modes[-1].__enter__()
+
+    def end(self, calls: _Calls) -> None:
+        """Show them no more."""
+        self._running.remove(calls)
+        if not self._running:
+            self._modes.pop().__exit__(None, None, None)
+
+
+_SHOWING = _Showing()
 
 
 def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function, with what its points' hooks make of its arguments and its output."""
     args, kwargs = list(args), dict(kwargs)
+    # The hooks of a part of the model come after those that read or change what it was given.
+    points = sorted(points, key=lambda point: point.is_last)
     with uncounted():
         for point in points:
             if point.address.part == "argument":
-                place, key = point.address.place, point.address.key
-                if key.isdecimal():
-                    args[place] = holder = list(args[place])
-                    holder[int(key)] = point(holder[int(key)])
-                elif key:
-                    kwargs[key] = point(kwargs[key])
-                else:
-                    args[place] = point(args[place])
-        inside = {p.address.part: p for p in points if p.address.part in ("scores", "pattern")}
-        made = (
-            attention_in_parts(*args, inside=inside, **kwargs) if inside else func(*args, **kwargs)
-        )
-        for point in points:
-            if point.address.part == "output":
-                made = _replaced(made, point)
+                _replace_argument(args, kwargs, point)
+    inside = {part: [p for p in points if p.address.part == part] for part in ("scores", "pattern")}
+    if any(inside.values()):
+        steps = {part: partial(_through, own) for part, own in inside.items()}
+        with uncounted():
+            made = attention_in_parts(*args, inside=steps, **kwargs)
+    else:  # the model's own call, which a recorder counts
+        made = func(*args, **kwargs)
+    outputs = [p for p in points if p.address.part == "output"]
+    with uncounted():
+        if outputs and isinstance(made, Tensor) and _is_in_place(made, func, kwargs):
+            return _shown_in_place(outputs, made)
+        for point in outputs:
+            made = _replaced(made, point)
     return made
+
+
+def _replace_argument(args: list[Any], kwargs: dict[str, Any], point: CallPoint) -> None:
+    place, key = point.address.place, point.address.key
+    if key.isdecimal():
+        args[place] = holder = list(args[place])
+        holder[int(key)] = point(holder[int(key)])
+    elif key:
+        kwargs[key] = point(kwargs[key])
+    else:
+        args[place] = point(args[place])
+
+
+def _through(points: Iterable[CallPoint], value: Tensor) -> Tensor:
+    for point in points:
+        value = point(value)
+    return value
+
+
+def _is_in_place(made: Tensor, func: Any, kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("out") is made or writes_in_place(known_function(func)[0])
+
+
+def _shown_in_place(points: list[CallPoint], made: Tensor) -> Tensor:
+    """The output of a function that works in place, which is often called as a statement, its output ignored.
+
+    So a change is written in place, too. Hooks get a copy, which stays as it is.
+    """
+    given = shown = made.clone()
+    for point in points:
+        shown = point(shown)
+    return made if shown is given else made.copy_(shown)
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a function changes its first argument, by its full name.
+
+    >>> writes_in_place("torch.Tensor.add_"), writes_in_place("torch.Tensor.__add__")
+    (True, False)
+    """
+    last = name.rpartition(".")[2]
+    return (
+        last == "__setitem__"
+        or (last.endswith("_") and not last.endswith("__"))
+        or (last.startswith("__i") and last.removeprefix("__i") in _IN_PLACE)
+    )
+
+
+_IN_PLACE = {
+    f"{name}__" for name in (
+        "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+    )
+}  # fmt: skip
 
 
 def _replaced(made: Any, point: CallPoint) -> Any:

@@ -2,7 +2,7 @@
 
 What a library's module says of itself (the weights that its attention returns, inputs and outputs of its projections
 by hooks of torch), or a computation by hand, is what tests of heads compare with. Each `Case` names its attentions as
-the models' sites are named: `blocks.0.attn`, and `encoder_blocks.0.attn`, `decoder_blocks.0.attn`,
+the models' sites are named: `blocks.0.attn`, and `encoder_blocks.0.attn`, `decoder_blocks.0.self_attn`,
 `decoder_blocks.0.cross_attn` where there are an encoder and a decoder.
 """
 
@@ -573,7 +573,7 @@ def both_halves(encoder: str, decoder: str, crossing: str, names: str) -> tuple[
     second = [
         Attention(f"decoder_blocks.{n}.{kind}", HEADS, HEADS, path.format(n), *parts)
         for n in range(LAYERS)
-        for kind, path in (("attn", decoder), ("cross_attn", crossing))
+        for kind, path in (("self_attn", decoder), ("cross_attn", crossing))
     ]
     return (*first, *second)
 

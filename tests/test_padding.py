@@ -190,8 +190,7 @@ def test_own_modules_hold_the_numbers_of_each_text_alone(module: Attending) -> N
     for i, row in enumerate(rows):
         alone = model.run(row[None], read=names)
         for name in names:
-            whole = cache[name][i]
-            real = whole[mask[i]] if whole.ndim == 2 else whole
+            real = of_text(model.site(name), cache[name], i, mask)
             torch.testing.assert_close(real, alone[name][0], rtol=0, atol=EQUAL)
 
 

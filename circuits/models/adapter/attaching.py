@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
+from circuits.call_points import CallPoint, uncounted
 from circuits.hooks import LastHook, Tap
 from circuits.models.adapter.copying import deep_copy
 from circuits.units import Site, SiteKind
@@ -129,6 +130,10 @@ class Attached(LastHook):
 
     def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The hook at the site that is encoded."""
+        with uncounted():
+            return self._visit(output)
+
+    def _visit(self, output: Any) -> Any:
         if not self._is_at(self.source, "source") or not self.watched:
             return None
         x = self.source.site.rows(self.source.tap.read(output)).to(_precision(self.code))
@@ -147,7 +152,8 @@ class Attached(LastHook):
         """The hook at the site that is written, if that is another one than is encoded (a transcoder)."""
         if not self._is_at(self.target, "target") or self.held is None:
             return None
-        return self._written(output)
+        with uncounted():
+            return self._written(output)
 
     def _written(self, output: Any) -> Any:
         """The target module's output with decode(changed codes) + error in it; None if nothing changed."""
@@ -193,6 +199,9 @@ def attached_module(
     source.tap.module.register_forward_hook(attached.visit)
     if target is not None:
         target.tap.module.register_forward_hook(attached.visit_target)
+    for place in (source, target):
+        if place is not None and isinstance(place.tap.module, CallPoint):
+            place.tap.module.scope.watch()
     # `always_call`: a pass that is stopped early ends with an exception.
     module.register_forward_hook(attached.finish, always_call=True)
     return module

@@ -10,12 +10,15 @@ neither queries nor keys.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from circuits.call_points import Address
+from circuits.models.adapter.declaring import CALL, Declared
 from circuits.models.adapter.flow import Flow, Product, short_name
 from circuits.models.adapter.program import Operation, Program, Value
+from circuits.units import unknown
 
 Axes = tuple[tuple[str, ...], ...]
 """For each axis of a tensor, what it runs over, outermost first; empty for an axis of length 1 that means nothing."""
@@ -53,24 +56,26 @@ class Attention:
     Attributes:
         module: the path of the innermost module in which the pattern is computed, and which of its calls it is.
         query, key, value: the factors of the products, after any rotation by positions.
-        scores: what the softmax is taken of, scaled and masked.
+        scores: what the softmax is taken of, scaled and masked; None if a person declares a pattern of no scores.
         pattern: the probabilities.
         z: what each head reads, before the output weights.
         first: the number of the operation that multiplies queries and keys.
         last: that of the operation that multiplies the pattern and the values.
         fused: whether one call computes all of it.
+        declared: the name that a person has given it; empty if it was found.
     """
 
     module: tuple[str, int]
     query: Place
     key: Place
     value: Place
-    scores: Place
+    scores: Place | None
     pattern: Place
     z: Place
     first: int
     last: int
     fused: bool
+    declared: str = ""
 
     @property
     def n_heads(self) -> int:
@@ -84,7 +89,7 @@ class Found:
 
     Attributes:
         attentions: in order of execution.
-        refused: why what looks like attention is none, by where it is.
+        refused: why what looks like attention is none, by the call that puts out what may be its pattern.
     """
 
     attentions: tuple[Attention, ...]
@@ -108,34 +113,95 @@ class Batches:
         one, two = self.flow.shape(value)[axis], self.other.shapes[value][axis]
         return one // 3 if one % 3 == 0 and two * 3 == one * 2 else 0
 
+    def apart(self, value: Value, forward: bool) -> Value:
+        """The value with examples as an axis of their own, if a view joins them with positions before or after it."""
+        while self.flow.shape(value) and self.of(value, 0) > 1:
+            if forward:
+                takers = self.flow.taken_by.get(value, [])
+                op = self.flow.program.operations[takers[0]] if len(takers) == 1 else None
+                found = op.outputs[0] if op is not None else value
+            else:
+                op = self.flow.operation(value)
+                found = op.inputs[0] if op is not None and op.inputs else value
+            if op is None or short_name(op) not in _VIEWS:
+                break
+            value = found
+        return value
+
+
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "unsafe_view", "view_as", "reshape_as"}
+
+
+_DIVISIONS = {"div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"}
+_MULTIPLICATIONS = {"mul", "multiply", "__mul__", "mul_", "__imul__", "__rmul__"}
+_INVERSES = {"reciprocal", "__rtruediv__", "__rdiv__"}
+_MASKS = {
+    *_MULTIPLICATIONS,
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "tril",
+    "triu",
+    "tril_",
+    "triu_",
+    "dropout",
+}
+_KEPT = {
+    "unsqueeze", "__getitem__", "view", "reshape", "add", "__add__", "__radd__", "add_", "clamp", "clamp_min", "clamp_",
+    "expand",
+}  # fmt: skip
+"""What a sum may go through before something is divided by it."""
+
 
 class _UnclearError(Exception):
     """What looks like attention is not of the form that is known."""
 
 
-def find_attention(program: Program, other: Program) -> Found:
+_LOOKED_FOR = (
+    "no heads here: looked for was a softmax over keys between a product of queries and keys and one with values. If "
+    "it weighs values all the same, say HookedModel(…, attention={'blocks.0.attn': {'pattern': CALL}})"
+)
+
+
+def find_attention(
+    program: Program, other: Program, declarations: Sequence[Declared] = ()
+) -> Found:
     """The attentions of a pass.
 
     Args:
         program: the operations of a pass.
         other: those of a pass with another number of examples, 2 for every 3 of the first.
+        declarations: what a person says of them.
+
+    Raises:
+        KeyError: if a declaration names a call that there is not.
+        ValueError: if what it names is no attention.
     """
     if len(program.operations) != len(other.operations):
+        if declarations:
+            raise ValueError(
+                f"attention: {declarations[0].name} cannot be followed: the model calls other functions for another "
+                "number of examples"
+            )
         return Found((), {})
     search = _Search(Flow(program), other)
-    found, refused, used = [], {}, set()
+    found = {own.last: own for own in map(search.declared, declarations)}
+    used = {i for own in found.values() for i in (own.first, own.last)}
+    refused: dict[str, str] = {}
+    within = {i for own in found.values() for i in search.within(own)}
     for i in search.candidates():
+        if i in within:
+            continue
         try:
             made = search.attention(i)
         except _UnclearError as error:
-            refused[search.where(i)] = str(error)
+            refused[search.flow.called(i)] = f"{error}; {_LOOKED_FOR}"
             continue
         if made is not None:
-            found.append(made)
+            found[made.last] = made
             used |= {made.first, made.last}
-    refused |= search.without_softmax(used)
-    found.sort(key=lambda each: each.last)
-    return Found(tuple(found), refused)
+    refused = search.without_softmax(used, refused)
+    return Found(tuple(found[i] for i in sorted(found)), refused)
 
 
 @dataclass(frozen=True)
@@ -174,29 +240,57 @@ class _Search:
         if name in ("softmax", "_softmax", "softmax_"):
             axis = op.argument(1, "dim")
             return None if axis is None else _Softmax(given, made, axis % rank, (i,))
-        if name in ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"):
-            return self._quotient(i, op)
+        if name in _DIVISIONS and len(op.inputs) == 2:
+            return self._quotient(i, *op.inputs)
+        if name in _MULTIPLICATIONS and len(op.inputs) == 2:
+            for top, factor in (op.inputs, op.inputs[::-1]):
+                inverse = self.flow.operation(factor)
+                if inverse is not None and short_name(inverse) in _INVERSES:
+                    return self._quotient(i, top, inverse.inputs[0])
+            return None
         if name in ("exp", "exp_"):
             return self._exponential(i, op)
         return None
 
-    def _quotient(self, i: int, op: Operation) -> _Softmax | None:
-        """exp(x) / sum(exp(x)), with anything that is the same along the axis taken from x."""
-        if len(op.inputs) != 2:
+    def _quotient(self, i: int, top: Value, bottom: Value) -> _Softmax | None:
+        """exp(x) / sum(exp(x)), with anything that is the same along the axis taken from x, and zeros for masks."""
+        shape = self.flow.shape(top)
+        axis = self._summed_axis(bottom, top)
+        if axis is None or self.flow.shape(bottom) != (*shape[:axis], 1, *shape[axis + 1 :]):
             return None
-        top, bottom = op.inputs
-        summed = self.flow.operation(bottom)
-        power = self.flow.operation(top)
-        if summed is None or power is None or short_name(summed) != "sum":
+        power = self._power(top)
+        if power is None:
             return None
-        if summed.inputs[:1] != (top,) or not short_name(power).startswith("exp"):
+        scores = self._before_shift(power.inputs[0], axis)
+        made = self.flow.program.operations[i].outputs[0]
+        return _Softmax(scores, made, axis, (i,))
+
+    def _power(self, value: Value) -> Operation | None:
+        """The exponential that a value is, but for a mask by which it is multiplied, or that is filled in."""
+        op = self.flow.operation(value)
+        if op is None or short_name(op) in ("exp", "exp_", "exp2"):
+            return op
+        if short_name(op) not in _MASKS:
             return None
-        axis = _one_axis(summed.argument(1, "dim"))
-        if axis is None or not summed.argument(2, "keepdim", False):
-            return None
+        same = [v for v in dict.fromkeys(op.inputs) if self.flow.shape(v) == self.flow.shape(value)]
+        found = [p for v in same if v in self.flow.dependent and (p := self._power(v)) is not None]
+        return found[0] if len(found) == 1 else None
+
+    def _summed_axis(self, value: Value, top: Value) -> int | None:
+        """The axis along which a value is the sum of another, whatever it is kept from being zero by."""
         rank = len(self.flow.shape(top))
-        scores = self._before_shift(power.inputs[0], axis % rank)
-        return _Softmax(scores, op.outputs[0], axis % rank, (i,))
+        while (op := self.flow.operation(value)) is not None:
+            if op.inputs[:1] == (top,):
+                if short_name(op) == "einsum" and len(op.inputs) == 1:
+                    given, _, made = str(op.args[0]).replace(" ", "").partition("->")
+                    gone = [n for n, letter in enumerate(given) if letter not in made]
+                    return gone[0] if len(gone) == 1 and "." not in given else None
+                axis = _one_axis(op.argument(1, "dim")) if short_name(op) == "sum" else None
+                return None if axis is None else axis % rank
+            if short_name(op) not in _KEPT or len(op.inputs) != 1:
+                return None
+            value = op.inputs[0]
+        return None
 
     def _exponential(self, i: int, op: Operation) -> _Softmax | None:
         """exp(x - logsumexp(x)), or the exponential of a `log_softmax`."""
@@ -222,7 +316,11 @@ class _Search:
     def _before_shift(self, value: Value, axis: int) -> Value:
         """The value from which a maximum along an axis was taken off, for safety's sake; else itself."""
         op = self.flow.operation(value)
-        if op is None or short_name(op) not in ("sub", "__sub__", "sub_") or len(op.inputs) != 2:
+        if (
+            op is None
+            or short_name(op) not in ("sub", "__sub__", "sub_", "__isub__")
+            or len(op.inputs) != 2
+        ):
             return value
         shifted, by = op.inputs
         own = self.flow.shape(by)
@@ -241,13 +339,26 @@ class _Search:
         first = self._score_product(softmax)
         if first is None:
             return None
-        last, side = self._value_product(softmax)
-        return self._assembled(softmax, first, last, side)
+        self._sides(softmax, first)
+        return self._assembled(softmax, first, *self._value_product(softmax))
 
-    def _mixes_axis(self, i: int, start: Value, end: Value, axis: int) -> bool:
-        """Whether a product with weights makes (or takes) the axis of the softmax anew."""
-        steps = self.flow.step(start, end)
-        return steps is None or axis not in range(len(steps)) or steps[axis] < 0
+    def _sides(self, softmax: _Softmax, first: int) -> tuple[str, Value, Value]:
+        """The letter of the keys in the product of queries and keys, the queries and the keys."""
+        scores = self.flow.product(first)
+        assert scores is not None, "it was found as a product"
+        # The letter of the scores' product that becomes the softmax's axis.
+        made = self.flow.program.operations[first].outputs[0]
+        steps = self.flow.step(made, softmax.scores)
+        if steps is None or steps[softmax.axis] < 0:
+            raise _UnclearError("the axis of its softmax is not that of the keys")
+        letter = scores.made_axes[steps[softmax.axis]]
+        key = scores.left if letter in scores.left_axes else scores.right
+        query = scores.right if key == scores.left else scores.left
+        if letter in scores.axes_of(query):
+            raise _UnclearError(
+                "its softmax runs over an axis that queries and keys share (such as heads), not over keys"
+            )
+        return letter, query, key
 
     def _score_product(self, softmax: _Softmax) -> int | None:
         """The product of queries and keys that leads to a softmax; None if there is none."""
@@ -348,17 +459,7 @@ class _Search:
         scores, values = self.flow.product(first), self.flow.product(last)
         assert scores is not None, "it was found as a product"
         assert values is not None, "it was found as a product"
-        # The letters of the scores' product that become the softmax's axis, and the other free one.
-        steps = self.flow.step(operations[first].outputs[0], softmax.scores)
-        if steps is None or steps[softmax.axis] < 0:
-            raise _UnclearError("the axis of its softmax is not that of the keys")
-        key_letter = scores.made_axes[steps[softmax.axis]]
-        key = scores.left if key_letter in scores.left_axes else scores.right
-        query = scores.right if key == scores.left else scores.left
-        if key_letter in scores.axes_of(query):
-            raise _UnclearError(
-                "its softmax runs over an axis that queries and keys share (such as heads), not over keys"
-            )
+        key_letter, query, key = self._sides(softmax, first)
         free = [
             a
             for a in scores.axes_of(query)
@@ -373,17 +474,12 @@ class _Search:
             raise _UnclearError("queries and keys are multiplied along several axes")
         shown = self._roles_like(softmax, first, scores, of_scores, (query_letter, key_letter))
         z, z_roles, value = self._z(softmax, last, values, taken, shown)
-        of_values = {
-            a: ("position",) if role == ("key",) else role
-            for a, role in z_roles.items()
-            if role != ("query",)
-        }
         where = operations[softmax.operations[-1]].running
         return Attention(
             where[-1] if where else ("", 0),
             self._operand(first, scores, query, of_scores | inner | {query_letter: ("position",)}),
             self._operand(first, scores, key, of_scores | inner | {key_letter: ("position",)}),
-            self._operand(last, values, value, of_values),
+            self._operand(last, values, value, _of_values(z_roles)),
             self._taken(softmax, shown), self._given(softmax, shown), z, first, last, False,
         )  # fmt: skip
 
@@ -432,8 +528,7 @@ class _Search:
         return self._placed(value, address, tuple(roles[a] for a in letters))
 
     def _placed(self, value: Value, address: Address, axes: Axes) -> Place:
-        shape = self.flow.shape(value)
-        return Place(value, address, axes, shape, _sizes(axes, shape))
+        return placed(value, address, axes, self.flow.shape(value))
 
     def _at(self, i: int, **part: object) -> Address:
         return self.flow.address(i, len(self.flow.program.operations[i].running), **part)
@@ -540,29 +635,192 @@ class _Search:
         made = self.flow.program.operations[last].outputs[0]
         return self._laid(made, self._at(last), product.made_axes, out), roles, value
 
+    # --- what a person declares ----------------------------------------------------------------
+
+    def declared(self, own: Declared) -> Attention:
+        """The attention that a person declares."""
+        try:
+            found = self._of_pattern(own)
+        except _UnclearError as error:
+            raise ValueError(f"attention: {own.name} with {own.pattern}: {error}") from None
+        return replace(found, declared=own.name)
+
+    def within(self, own: Attention) -> list[int]:
+        """The operations of an attention from the product of queries and keys to that of values."""
+        operations = self.flow.program.operations
+        start, end = (operations[i].outputs[0] for i in (own.first, own.last))
+        return [own.first, *self.flow.between(start, end)]
+
+    def _value_at(self, call: str) -> Value:
+        match = CALL.fullmatch(call)
+        assert match is not None, "checked when it was read"
+        name, place = match["call"], int(match["place"] or 0)
+        if name not in self.flow.calls:
+            raise unknown("call", name, self.flow.calls)
+        outputs = self.flow.program.operations[self.flow.calls[name]].outputs
+        if place >= len(outputs):
+            raise _UnclearError(f"{name} puts out {len(outputs)} tensors, no [{place}]")
+        if outputs[place] not in self.flow.dependent:
+            raise _UnclearError(f"{call} does not depend on the input")
+        return outputs[place]
+
+    def _of_pattern(self, own: Declared) -> Attention:
+        pattern = self._value_at(own.pattern)
+        shape, i = self.flow.shape(pattern), self.flow.made_by[pattern]
+        if not -len(shape) <= own.keys < len(shape):
+            raise _UnclearError(f"it has {len(shape)} axes, no axis {own.keys}")
+        axis = own.keys % len(shape)
+        first = self._score_product(_Softmax(pattern, pattern, axis, (i,)))
+        if first is None:
+            return self._of_no_product(own, pattern, axis)
+        made = self.flow.program.operations[first].outputs[0]
+        self._sides(_Softmax(pattern, pattern, axis, (i,)), first)
+        scores = self._value_at(own.scores) if own.scores else made
+        if self.flow.step(scores, pattern) != list(range(len(shape))):
+            raise _UnclearError(
+                f"its axes are not those of {self.flow.called(self.flow.made_by[scores])}, which it is made of: say "
+                "what its scores are"
+            )
+        softmax = _Softmax(scores, pattern, axis, (i,))
+        found = self._assembled(softmax, first, *self._value_product(softmax))
+        query, key = self._operand_at(own.q, found.query), self._operand_at(own.k, found.key)
+        return replace(found, query=query, key=key)
+
+    def _operand_at(self, call: str, operand: Place) -> Place:
+        """Queries or keys where a person says that they are, in place of the factor of the product."""
+        if not call:
+            return operand
+        value = self._value_at(call)
+        assert operand.value is not None, "an operand is a value"
+        steps = self.flow.step(value, operand.value)
+        shape = self.flow.shape(value)
+        if steps is None or {n for n in steps if n >= 0} != set(range(len(shape))):
+            raise _UnclearError(f"the axes of {call} cannot be followed to the product")
+        axes = tuple(operand.axes[steps.index(n)] for n in range(len(shape)))
+        return self._named(value, axes)
+
+    def _named(self, value: Value, axes: Axes) -> Place:
+        address = self.flow.address_of(value)
+        if address is None:
+            raise _UnclearError("a tensor is written into part of another")
+        return self._placed(value, address, axes)
+
+    def _of_no_product(self, own: Declared, pattern: Value, axis: int) -> Attention:
+        """A pattern that is made otherwise than of a product: everything but z must be said."""
+        if not (own.q and own.k and own.q_axes and own.k_axes):
+            raise _UnclearError(
+                "it comes from no product of two tensors that depend on the input: say which are q and k, with q_axes "
+                "and k_axes"
+            )
+        shape = self.flow.shape(pattern)
+        letters = "abcdefgh"[: len(shape)]
+        query = len(shape) - 2 if axis == len(shape) - 1 else len(shape) - 1
+        roles = self._roles(pattern, letters, letters[query], letters[axis])
+        axes = tuple(roles[a] for a in letters)
+        i = self.flow.made_by[pattern]
+        softmax = _Softmax(pattern, pattern, axis, (i,))
+        last, taken = self._value_product(softmax)
+        values = self.flow.product(last)
+        assert values is not None, "it was found as a product"
+        z, z_roles, value = self._z(softmax, last, values, taken, axes)
+        made = self._operand(last, values, value, _of_values(z_roles))
+        n_heads = max(z.heads, 1)
+        scores = self._named(self._value_at(own.scores), axes) if own.scores else None
+        where = self.flow.program.operations[i].running
+        return Attention(
+            where[-1] if where else ("", 0), self._said(own.q, own.q_axes, n_heads),
+            self._said(own.k, own.k_axes, n_heads), made, scores, self._given(softmax, axes), z, i, last, False,
+        )  # fmt: skip
+
+    def _said(self, call: str, axes: str, n_heads: int) -> Place:
+        """Queries or keys with the axes that a person gives them."""
+        value = self._value_at(call)
+        words = tuple(
+            tuple(word.strip("()").split()) for word in re.findall(r"\([^)]*\)|\S+", axes)
+        )
+        shape = self.flow.shape(value)
+        names = [name for axis in words for name in axis]
+        if len(words) != len(shape) or {*names} != {"batch", "head", "position", "d_head"}:
+            raise _UnclearError(
+                f"{call} has the shape {shape}, for which {axes!r} are no axes: expected batch, head, position and "
+                "d_head, in parentheses those that are one axis"
+            )
+        place = self._named(value, words)
+        together = next((n for n, axis in enumerate(words) if axis == ("head", "d_head")), None)
+        if together is None:
+            return place
+        return replace(place, sizes={"head": n_heads, "d_head": shape[together] // n_heads})
+
     # --- what is no attention ------------------------------------------------------------------
 
-    def where(self, i: int) -> str:
-        """Where an operation is, in words."""
-        op = self.flow.program.operations[i]
-        return f"{short_name(op)} in {op.module or 'the model'}"
+    def without_softmax(self, used: set[int], refused: Mapping[str, str]) -> dict[str, str]:
+        """Why what weighs values is no pattern, by the call that puts it out.
 
-    def without_softmax(self, used: set[int]) -> dict[str, str]:
-        """Products of tensors that depend on the input which follow each other with no softmax along the keys."""
-        found: dict[str, str] = {}
-        both = [
+        Args:
+            used: the products of the attentions that were found.
+            refused: why a softmax is none of attention, by its call.
+        """
+        found, told = {}, set()
+        products = self._products(used)
+        for last in products:
+            product = self.flow.product(last)
+            assert product is not None, "it is one of the products"
+            for taken in (product.left, product.right):
+                way = list(self.flow.before(taken, lambda i: self.flow.product(i) is not None))
+                if not set(way).intersection(products):
+                    continue
+                known = {self.flow.called(i) for i in way} & refused.keys()
+                told |= known
+                call = self.flow.called(way[0])
+                found[call] = refused[known.pop()] if known else self._why(product, taken)
+        return {call: why for call, why in refused.items() if call not in told} | found
+
+    def _products(self, used: set[int]) -> list[int]:
+        """The products of two tensors that depend on the input, apart from some and from squares."""
+        return [
             i
-            for i in range(len(self.flow.program.operations))
+            for i, op in enumerate(self.flow.program.operations)
             if i not in used
+            and op.counted
             and (product := self.flow.product(i)) is not None
             and {product.left, product.right} <= self.flow.dependent
+            and product.left != product.right
         ]
-        for i in both:
-            found[self.where(i)] = (
-                "a product of two tensors that depend on the input, with no softmax along one axis between it and "
-                "another such product"
+
+    def _why(self, product: Product, taken: Value) -> str:
+        """Why a tensor that is made of one product and taken by another is no pattern."""
+        texts = [
+            self.flow.shape(v)[1]
+            for v, name in self.flow.program.sources.items()
+            if name == "input" and len(self.flow.shape(v)) == 2
+        ]
+        summed = [
+            size
+            for letter, size in zip(product.axes_of(taken), self.flow.shape(taken), strict=True)
+            if letter in product.summed
+        ]
+        if texts and texts[0] not in summed:
+            return (
+                "keys and values are multiplied before queries (linear attention), so that no tensor says how much "
+                "each query takes of each key; " + _LOOKED_FOR
             )
-        return found
+        return (
+            f"it is made of a product and weighs values, without a softmax between; {_LOOKED_FOR}"
+        )
+
+
+def _of_values(roles: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The roles of the axes of values, from those of the product with them."""
+    return {
+        a: ("position",) if role == ("key",) else role
+        for a, role in roles.items()
+        if role != ("query",)
+    }
+
+
+def placed(value: Value, address: Address, axes: Axes, shape: tuple[int, ...]) -> Place:
+    """A value at an address, with its axes and its shape as traced."""
+    return Place(value, address, axes, shape, _sizes(axes, shape))
 
 
 def _sizes(axes: Axes, shape: Sequence[int]) -> dict[str, int]:

@@ -142,6 +142,10 @@ def _embedded(op: Operation, program: Program, found: Found) -> list[Labels | No
     return [(*found[tokens], UNIT)]
 
 
+def _one_hot(op: Operation, program: Program, found: Found) -> list[Labels | None]:
+    return [(*found[op.inputs[0]], UNIT)]
+
+
 def _recurrent(op: Operation, program: Program, found: Found) -> list[Labels | None]:
     return [(*_without_units(found[op.inputs[0]][:-1]), UNIT)]
 
@@ -183,19 +187,23 @@ def _einsum(op: Operation, program: Program, found: Found) -> list[Labels | None
     given, _, made = equation.replace(" ", "").partition("->")
     named: dict[str, str] = {}
     contracted: set[str] = set()
-    weights = False
+    weights = ""
     for letters, value in zip(given.split(","), op.inputs, strict=False):
         known = found[value]
-        weights |= set(known) == {UNKNOWN}
+        if set(known) == {UNKNOWN}:
+            weights += letters
         for letter, label in zip(letters, known, strict=False):
             if label != UNKNOWN:
                 named.setdefault(letter, label)
                 if letter not in made:
                     contracted.add(label)
     labels = [named.get(letter, UNKNOWN) for letter in made]
-    # Units that are summed over with a matrix of weights become the units of its other axis.
-    if weights and any(map(_of_units, contracted)) and labels.count(UNKNOWN) == 1:
-        labels[labels.index(UNKNOWN)] = UNIT
+    # What is summed over with a matrix of weights becomes the units of its other axis, unless it was positions.
+    summed = any(a in weights and a not in made for a in weights) and "batch" in named.values()
+    if summed and all(map(_of_units, contracted)) and labels.count(UNKNOWN) == 1:
+        place = labels.index(UNKNOWN)
+        if contracted or made[place] in weights:
+            labels[place] = UNIT
     return [tuple(labels)]
 
 
@@ -367,9 +375,14 @@ def _selected(op: Operation, program: Program, found: Found) -> list[Labels | No
 
 
 def _indexed(op: Operation, program: Program, found: Found) -> list[Labels | None]:
-    """`x[...]`: whole numbers drop an axis, slices keep it, `None` adds one; index tensors stand for one axis."""
+    """`x[...]`: whole numbers drop an axis, slices keep it, `None` adds one; index tensors stand for one axis.
+
+    Weights that are indexed by tokens are an embedding.
+    """
     labels = found[op.inputs[0]]
     index = op.args[1] if len(op.args) > 1 else ()
+    if isinstance(index, Value) and len(labels) == 2 and set(labels) == {UNKNOWN}:
+        return [(*found[index], UNIT if "batch" in found[index] else UNKNOWN)]
     items: list[Any] = list(index) if isinstance(index, tuple) else [index]
     taken = sum(item is not None and item is not ... for item in items)
     if not any(item is ... for item in items):
@@ -424,6 +437,7 @@ def _table() -> dict[str, Rule]:
         _convolved: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         _linear: "linear",
         _embedded: "embedding",
+        _one_hot: "one_hot",
         _recurrent: "lstm gru rnn_tanh rnn_relu",
         _attention: "multi_head_attention_forward",
         _product: "matmul bmm mm __matmul__ __rmatmul__ addmm",

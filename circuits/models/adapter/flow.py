@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,6 +166,35 @@ class Flow:
                     seen[key] = found[i, depth] + 1
         return found
 
+    @cached_property
+    def calls(self) -> dict[str, int]:
+        """Every call of a function by what a person calls it: `MODULE/FUNCTION@NUMBER`.
+
+        Numbers count the calls of functions of that name while the module runs; `MODULE@1` is its second call. Without
+        `MODULE/` no part of the model runs.
+        """
+        seen: Counter[tuple[Any, ...]] = Counter()
+        found = {}
+        for i, op in enumerate(self.program.operations):
+            if not op.counted:
+                continue
+            name = short_name(op)
+            for depth in range(len(op.running)):
+                seen[op.running[: depth + 1], name] += 1
+            path, call = op.running[-1] if op.running else ("", 0)
+            where = f"{path}@{call}" if call else path
+            number = seen[op.running, name] - 1 if op.running else seen[(), name]
+            found[f"{where}/{name}@{number}".lstrip("/")] = i
+        return found
+
+    def called(self, i: int) -> str:
+        """What a person calls a call of a function (see `calls`)."""
+        return self._called[i]
+
+    @cached_property
+    def _called(self) -> dict[int, str]:
+        return {i: name for name, i in self.calls.items()}
+
     def shape(self, value: Value) -> tuple[int, ...]:
         """A value's shape."""
         return self.program.shapes[value]
@@ -244,6 +274,13 @@ class Flow:
         shape = self.shape(op.outputs[0])
         known = [held[v] for v in op.inputs if v in held]
         if short_name(op) in _LAYOUT:
+            # A cache that is still empty.
+            none = {
+                v: torch.zeros(self.shape(v), dtype=torch.long)
+                for v in op.inputs
+                if 0 in self.shape(v)
+            }
+            held = {**none, **held}
             try:
                 args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
                 made = op.function(*args, **kwargs)

@@ -7,9 +7,11 @@ found by gradients: those by which the head's queries change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
-from circuits.hooks import Tap, intervene, record
-from circuits.models.adapter.attention import Attention, Axes, Place
+from circuits.hooks import Tap, intervene, observe, record
+from circuits.models.adapter.attention import Attention, Axes, Batches, Place, placed
 from circuits.models.adapter.flow import Flow, short_name
 from circuits.models.adapter.program import Value
 from circuits.units import Site, SiteKind
@@ -153,9 +155,9 @@ def _site(
 
 
 def head_sites(
-    heads: Sequence[Head], flow: Flow, points: Points
-) -> Iterator[tuple[float, Site, Tap]]:
-    """The sites of attentions, with the number of the value after which each is computed."""
+    heads: Sequence[Head], flow: Flow, batches: Batches, points: Points
+) -> Iterator[tuple[Site, Tap]]:
+    """The sites of attentions."""
     modules = [head.attention.module for head in heads]
     for head in heads:
         own, path = head.attention, head.attention.module[0]
@@ -168,13 +170,13 @@ def head_sites(
             head: Head = head,
             path: str = path,
             only: bool = bool(only),
-        ) -> tuple[float, Site, Tap]:
+        ) -> tuple[Site, Tap]:
             name = f"{head.name}.{what}"
             other = f"{path}.{what}"
             aliases = [other] if only and other != name else []
             windows = any("window" in axis for axis in place.axes)
             site = _site(name, layout, place.shape, windows, aliases)
-            return _moment(flow, head.attention, place), site, points.tap(place.address, layout)
+            return site, points.tap(place.address, layout)
 
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
             projection = head.projections.get(letter)
@@ -191,33 +193,52 @@ def head_sites(
             held = Place(projection.made, address, windows, shape)
             yield made(f"hook_{letter}", held, Picked(projection.features, projection.index))
             if turned:
-                yield made(f"hook_rot_{letter}", place, rearranged(place))
-        yield made("hook_attn_scores", own.scores, rearranged(own.scores))
+                shown = _before_repeats(flow, batches, place, len(projection.index))
+                yield made(f"hook_rot_{letter}", shown, rearranged(shown))
+        if own.scores is not None:
+            yield made("hook_attn_scores", own.scores, rearranged(own.scores))
         yield made("hook_pattern", own.pattern, rearranged(own.pattern))
         yield made("hook_z", own.z, rearranged(own.z))
 
 
-def _moment(flow: Flow, own: Attention, place: Place) -> float:
-    """The number of the value that a place comes after; arguments come just before what is made of them."""
-    if place.address.part == "output":
-        assert place.value is not None, "an output is a value"
-        return place.value.number
-    if place.address.part in ("scores", "pattern"):
-        return _made_at(flow, own.last) - (0.4 if place.address.part == "scores" else 0.3)
-    takers = (
-        [
-            i
-            for i in flow.taken_by[place.value]
-            if flow.program.operations[i].name == place.address.function
-        ]
-        if place.value
-        else []
-    )
-    return _made_at(flow, next(i for i in takers if i >= own.first or i == takers[-1])) - 0.5
-
-
-def _made_at(flow: Flow, i: int) -> int:
-    return flow.program.operations[i].outputs[0].number
+def _before_repeats(flow: Flow, batches: Batches, place: Place, heads: int) -> Place:
+    """Keys before they are repeated for the heads of a group; where they are multiplied, if that is not found."""
+    value = place.value
+    assert value is not None, "an operand is a value"
+    size = math.prod(place.shape) * heads // max(place.heads, 1)
+    while math.prod(flow.shape(value)) > size:
+        op = flow.operation(value)
+        if op is None or len(op.inputs) != 1:
+            return place
+        value = op.inputs[0]
+    assert place.value is not None, "as above"
+    moved, address = flow.moved(value, place.value), flow.address_of(value)
+    shape = flow.shape(value)
+    if moved is None or address is None or value == place.value:
+        return place
+    index = rearranged(place).read(moved)
+    if index.ndim != 4 or min(index.shape[1], index.shape[3]) < 2:
+        return place
+    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    steps = {
+        "position": index[0, 1, 0, 0] - index[0, 0, 0, 0],
+        "d_head": index[0, 0, 0, 1] - index[0, 0, 0, 0],
+    }
+    axes: list[tuple[str, ...]] = [()] * len(shape)
+    for name, step in steps.items():
+        if int(step) not in strides:
+            return place
+        axes[strides.index(int(step))] = (name,)
+    for n in range(len(shape)):
+        if not axes[n] and shape[n] > 1:
+            axes[n] = (
+                ("batch",) if batches.of(value, n) == 1 and ("batch",) not in axes else ("head",)
+            )
+    if sorted(a[0] for a in axes if a) != sorted(
+        ["batch", "position", *["head"] * (heads > 1), "d_head"]
+    ):
+        return place
+    return placed(value, address, tuple(axes), shape)
 
 
 def _turns(flow: Flow, start: Value, place: Place) -> bool:
@@ -233,6 +254,67 @@ def _turns(flow: Flow, start: Value, place: Place) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a pass shows of taps.
+
+    Attributes:
+        order: those that were reached, in the order in which they were.
+        overwritten: those whose tensor a later operation changed in place.
+    """
+
+    order: list[str]
+    overwritten: set[str]
+
+
+def look_at(module: nn.Module, example: Tensor, taps: Mapping[str, Tap]) -> Seen:
+    """Run a model and see when each tap is reached.
+
+    Args:
+        module: the model.
+        example: what it is called with.
+        taps: where to look, by name.
+    """
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def look(name: str, value: Tensor) -> None:
+        seen[name] = value, value._version
+
+    with observe(module, {name: (tap, partial(look, name)) for name, tap in taps.items()}):
+        module(example.clone())
+    written = {name for name, (value, version) in seen.items() if value._version != version}
+    return Seen(list(seen), written)
+
+
+def check_declared(module: nn.Module, example: Tensor, own: Attention, points: Points) -> None:
+    """Compute what heads read again from the pattern and the values of a declared attention.
+
+    Raises:
+        ValueError: if it is not what they read, to 1e-5 of its largest number.
+    """
+    places = {"pattern": own.pattern, "v": own.value, "z": own.z}
+    taps = {
+        name: points.tap(place.address, rearranged(place))
+        for name, place in places.items()
+        if place is not None
+    }
+    with record(module, taps) as found:
+        module(example.clone())
+    pattern, v, z = (found[name].double() for name in ("pattern", "v", "z"))
+    v = v.repeat_interleave(pattern.shape[-3] // v.shape[-2], -2)
+    made = torch.einsum("...hqk,...khd->...qhd", pattern, v)
+    gap, size = float((made - z).abs().max()), float(z.abs().max())
+    if not gap <= CLOSE * size:
+        raise ValueError(
+            f"attention: {own.declared} does not read its values by its pattern: pattern @ v differs from what its "
+            f"heads read by {gap:.2g}, where the largest number is {size:.2g}: expected {CLOSE:g} of that at most"
+        )
+
+
+CLOSE = 1e-5
+"""How far numbers that are computed in another order may be apart, of the largest of them."""
+
+
 # --- projections -------------------------------------------------------------------------------
 
 
@@ -245,7 +327,7 @@ class _Candidate:
     first: int
 
 
-def _candidate(flow: Flow, place: Place) -> _Candidate | None:
+def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
     """The product with weights that a factor comes from; None if there is none, or several."""
     assert place.value is not None, "an operand is a value"
 
@@ -262,7 +344,8 @@ def _candidate(flow: Flow, place: Place) -> _Candidate | None:
     given = [v for v in (product.left, product.right) if v in flow.dependent]
     if len(given) != 1:
         return None
-    return _Candidate(given[0], _with_bias(flow, flow.program.operations[i].outputs[0]), i)
+    made = batches.apart(_with_bias(flow, flow.program.operations[i].outputs[0]), forward=True)
+    return _Candidate(batches.apart(given[0], forward=False), made, i)
 
 
 def _with_bias(flow: Flow, value: Value) -> Value:
@@ -286,7 +369,7 @@ def find_projections(
     example: Tensor,
     flow: Flow,
     attentions: Sequence[Attention],
-    batches: Callable[[Value, int], int],
+    batches: Batches,
     points: Points,
     running: Callable[[nn.Module], Any],
 ) -> list[dict[str, Projection]]:
@@ -294,22 +377,56 @@ def find_projections(
 
     Args:
         module: the model.
-        example: two examples, short ones if they may be.
+        example: two examples.
         flow: the operations of a pass.
         attentions: where heads are.
-        batches: how many entries of an axis of a value belong to one example; 0 if none follow the batch.
+        batches: which axes follow the batch.
         points: where functions are watched.
         running: the context in which the model is called.
     """
-    wanted: list[tuple[int, Letter, Place, _Candidate]] = []
+    wanted: list[Wanted] = []
     for n, own in enumerate(attentions):
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
-            found = _candidate(flow, place)
+            found = _candidate(flow, batches, place)
             if found is not None and flow.address_of(found.made) is not None:
                 wanted.append((n, letter, place, found))
     made: list[dict[str, Projection]] = [{} for _ in attentions]
     if not wanted:
         return made
+    try:
+        found = _by_gradients(module, example, flow, wanted, points, running)
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # what is written by `out=`, or made in inference mode, has no gradient
+        found = {}
+    for n, letter, place, candidate in wanted:
+        for slope in (found.get((n, letter)), _by_places(flow, place, candidate)):
+            try:
+                projection = slope and _projection(flow, place, candidate, slope, batches)
+            except (RuntimeError, ValueError):  # what is needed for the gradient is overwritten
+                continue
+            if projection is not None:
+                made[n][letter] = projection
+                break
+    return made
+
+
+Slope = Callable[..., Tensor]
+"""How strongly what an index picks of an operand (position, then head) depends on each of a projection's outputs."""
+
+Wanted = tuple[int, Letter, Place, _Candidate]
+
+
+def _by_gradients(
+    module: nn.Module,
+    example: Tensor,
+    flow: Flow,
+    wanted: Sequence[Wanted],
+    points: Points,
+    running: Callable[[nn.Module], Any],
+) -> dict[tuple[int, Letter], Slope]:
+    """What operands depend on, by gradients of sums with random weights."""
     leaves: dict[Value, Tensor] = {}
 
     def leaf(value: Value, tensor: Tensor) -> Tensor:
@@ -319,65 +436,97 @@ def find_projections(
     taps = []
     for value in dict.fromkeys(c.made for *_, c in wanted):
         address = flow.address_of(value)
-        assert address is not None, "checked above"
+        assert address is not None, "checked before"
         taps.append((points.tap(address), partial(leaf, value)))
     read = {
         f"{n}{letter}": points.tap(place.address, rearranged(place))
         for n, letter, place, _ in wanted
     }
-    with running(module), recording_gradients():
-        with intervene(module, taps), record(module, read) as operands:
-            module(example.clone())
-        generator = torch.Generator().manual_seed(0)
-        for n, letter, place, candidate in wanted:
-            tensor = operands.get(f"{n}{letter}")
-            found = leaves.get(candidate.made)
-            if tensor is None or found is None:
-                continue
-            projection = _projection(flow, place, candidate, found, tensor, batches, generator)
-            if projection is not None:
-                made[n][letter] = projection
-    return made
+    with (
+        running(module),
+        recording_gradients(),
+        intervene(module, taps),
+        record(module, read) as operands,
+    ):
+        module(example.clone())
+    generator = torch.Generator().manual_seed(0)
+    found: dict[tuple[int, Letter], Slope] = {}
+    for n, letter, _, candidate in wanted:
+        operand, made = operands.get(f"{n}{letter}"), leaves.get(candidate.made)
+        if operand is not None and made is not None and operand.requires_grad:
+            weights = torch.randn(operand.shape, generator=generator).to(operand)
+            found[n, letter] = partial(_gradient, operand, weights, made)
+    return found
+
+
+@recording_gradients()
+def _gradient(operand: Tensor, weights: Tensor, leaf: Tensor, *index: Any) -> Tensor:
+    chosen = (..., *index, *[slice(None)] * (3 - len(index)))
+    total = (operand[chosen] * weights[chosen]).sum()
+    (found,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if found is None else found.abs()
+
+
+def _by_places(flow: Flow, place: Place, candidate: _Candidate) -> Slope | None:
+    """What operands depend on, by where their numbers come from if those between do no more than scale them."""
+    assert place.value is not None, "an operand is a value"
+    moved = flow.moved(candidate.made, place.value)
+    if moved is None:
+        return None
+    shape, numbers = flow.shape(candidate.made), rearranged(place).read(moved)
+
+    def slope(*index: Any) -> Tensor:
+        made = torch.zeros(math.prod(shape))
+        made[numbers[(..., *index, *[slice(None)] * (3 - len(index)))].flatten()] = 1
+        return made.reshape(shape)
+
+    return slope
 
 
 def _projection(
     flow: Flow,
     place: Place,
     candidate: _Candidate,
-    leaf: Tensor,
-    operand: Tensor,
-    batches: Callable[[Value, int], int],
-    generator: torch.Generator,
+    slope: Slope,
+    batches: Batches,
 ) -> Projection | None:
     """Which of the outputs of a product with weights each head of an operand has.
 
     Args:
-        leaf: the outputs.
-        operand: made of them: batch x (window) x position x head x d_head.
+        slope: how the operand depends on them: batch x (window) x position x head x d_head.
     """
-    weights = torch.randn(operand.shape, generator=generator).to(operand)
-    n_heads = operand.shape[-2]
-    where = [slice(None)] * (operand.ndim - 3)
-
-    def slope(*index: Any) -> Tensor:
-        chosen = (*where, *index)
-        total = (operand[chosen] * weights[chosen]).sum()
-        (found,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(leaf) if found is None else found.abs()
-
-    batch = [(axis, m) for axis in range(leaf.ndim) if (m := batches(candidate.made, axis))]
+    operand = rearranged(place).read(torch.zeros(place.shape)).shape
+    rank = len(flow.shape(candidate.made))
+    batch = [(axis, m) for axis in range(rank) if (m := batches.of(candidate.made, axis))]
     if len(batch) != 1:
         return None
-    (batch_axis, m), others = batch[0], [a for a in range(leaf.ndim) if a != batch[0][0]]
+    (batch_axis, m), others = batch[0], [a for a in range(rank) if a != batch[0][0]]
     # An axis along which another position is made of another entry runs over positions.
-    first, second = slope(0), slope(operand.shape[-3] - 1)
+    first, second = slope(0), slope(operand[-3] - 1)
     places = [a for a in others if _extent(first, a) != _extent(second, a)]
     features = [a for a in others if a not in places]
-    if operand.shape[-3] > 1 and not places and m == 1:
+    if operand[-3] > 1 and not places and m == 1:
         return None
     windows = m > 1
-    if windows and operand.ndim != 5:
+    if windows and len(operand) != 5:
         return None
+    layout = _features_last(flow.shape(candidate.made), batch_axis, m, places, features)
+    strength = torch.stack(
+        [layout.read(slope(slice(None), h)).flatten(0, -2).amax(0) for h in range(operand[-2])]
+    )
+    index = _owners(strength)
+    if index is None:  # each head depends on all outputs: they are normalised together
+        index = _by_place(flow, candidate, place, layout)
+    if index is None:
+        return None
+    return Projection(candidate.given, candidate.made, candidate.first, index, layout)
+
+
+def _features_last(
+    shape: Sequence[int], batch_axis: int, m: int, places: Sequence[int], features: Sequence[int]
+) -> Rearranged:
+    """The layout of a tensor with its batch first, windows, positions and its features last, each as one axis."""
+    windows = m > 1
     names = {batch_axis: "(batch window)" if windows else "batch"}
     names |= {a: f"p{i}" for i, a in enumerate(places)} | {
         a: f"f{i}" for i, a in enumerate(features)
@@ -386,20 +535,10 @@ def _projection(
     shown = (
         f"batch {'window ' if windows else ''}{position} ({' '.join(names[a] for a in features)})"
     )
-    sizes = {f"f{i}": leaf.shape[a] for i, a in enumerate(features)}
-    sizes |= {f"p{i}": leaf.shape[a] for i, a in enumerate(places)} if len(places) > 1 else {}
+    sizes = {f"f{i}": shape[a] for i, a in enumerate(features)}
+    sizes |= {f"p{i}": shape[a] for i, a in enumerate(places)} if len(places) > 1 else {}
     sizes |= {"window": m} if windows else {}
-    held = " ".join(names[a] for a in range(leaf.ndim))
-    layout = Rearranged(held, shown, sizes)
-    strength = torch.stack(
-        [layout.read(slope(slice(None), h)).flatten(0, -2).amax(0) for h in range(n_heads)]
-    )
-    index = _owners(strength)
-    if index is None:  # each head depends on all outputs: they are normalised together
-        index = _by_place(flow, candidate, place, layout)
-    if index is None:
-        return None
-    return Projection(candidate.given, candidate.made, candidate.first, index, layout)
+    return Rearranged(" ".join(names[a] for a in range(len(shape))), shown, sizes)
 
 
 def _extent(value: Tensor, axis: int) -> tuple[int, ...]:
@@ -440,18 +579,37 @@ def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearrange
     return heads if len(heads.unique()) == heads.numel() else None
 
 
+def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
+    """Whether two values are made of one stream by norms and the like, with no product and no table between."""
+
+    def stop(i: int) -> bool:
+        op = flow.program.operations[i]
+        attends = short_name(op) in ("scaled_dot_product_attention", "embedding")
+        return attends or flow.product(i) is not None
+
+    def made_of(value: Value) -> set[Value]:
+        found = {value}
+        for i in flow.before(value, stop):
+            found.update(flow.program.operations[i].outputs)
+        return found
+
+    return not made_of(one).isdisjoint(made_of(other))
+
+
 def named(
     attentions: Sequence[Attention], projections: Sequence[Mapping[str, Projection]], flow: Flow
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        (p.get("q") is not None and p.get("k") is not None and p["q"].given != p["k"].given)
+        "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
+    taken = {own.declared for own in attentions}
     if not any(crossed):
+        numbers = (n for n in count() if f"blocks.{n}.attn" not in taken)
         return [
-            Head(f"blocks.{n}.attn", own, p)
-            for n, (own, p) in enumerate(zip(attentions, projections, strict=True))
+            Head(own.declared or f"blocks.{next(numbers)}.attn", own, p)
+            for own, p in zip(attentions, projections, strict=True)
         ]
     first = crossed.index(True)
     read = projections[first]["k"].given
@@ -466,5 +624,5 @@ def named(
             name, encoders = f"encoder_blocks.{encoders}.attn", encoders + 1
         else:
             name, decoders = f"decoder_blocks.{decoders}.self_attn", decoders + 1
-        heads.append(Head(name, own, p))
+        heads.append(Head(own.declared or name, own, p))
     return heads

@@ -27,7 +27,8 @@ from circuits.models.adapter.calling import (
     check_weights_finite,
     naming_model,
 )
-from circuits.models.adapter.composition import bridge_layers
+from circuits.models.adapter.composition import transformer_layers
+from circuits.models.adapter.declaring import read_declarations
 from circuits.models.adapter.generating import Sampling, continue_texts
 from circuits.models.adapter.identity import (
     model_digest,
@@ -122,13 +123,17 @@ class HookedModel:
         unit_names: names of units, by site, for models that are built by hand, where a unit's meaning is known.
         axes: what the axes of sites mean where the operations of the pass do not tell, by name, e.g.
             `{"mixer": ("batch", "unit", "position")}`: `batch` first, and one of `unit` and `channel`.
+        attention: where attention is that was not found, by its name (see `circuits.models.adapter.declaring`), e.g.
+            `{"blocks.0.attn": {"pattern": "layers.0/sigmoid@0"}}`. `left_out` says what was looked for.
 
     Attributes:
         sites: all sites, in order of execution.
         unplaced: tensors that are no sites since nothing tells which axis holds their units: their shapes for one
             example, by the name that the site would have.
-        left_out: why each tensor that a module returns and that is no site is none, by the name that it would have.
+        left_out: why each tensor that a module returns and that is no site is none, by the name that it would have; and
+            why what looks like a pattern of attention is none, by the call that puts it out.
         program: the operations of a pass.
+        transformer: the norms and weights along its residual stream, if it has one and is no bridge; else why not.
         listed: whether the model returns a list with a record for each example, as detection models do: it has no
             logits then.
     """
@@ -143,6 +148,7 @@ class HookedModel:
         classes: Sequence[str] = (),
         unit_names: Mapping[str, Sequence[str]] | None = None,
         axes: Mapping[str, Sequence[str]] | None = None,
+        attention: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.module = module = uncompiled(module)
         if isinstance(input, tuple | list):
@@ -158,11 +164,18 @@ class HookedModel:
         # Reentrant: a thread that edits the model also runs it, inside the edit.
         self.lock = threading.RLock()
         self._axes = dict(axes or {})
+        self._attention = dict(attention or {})
+        declarations = read_declarations(self._attention)
         found = trace_model(
-            module, lambda n: self.fitted(self.input.example(n)), self.input.axes, self._axes
+            module,
+            lambda n: self.fitted(self.input.example(n)),
+            self.input.axes,
+            self._axes,
+            declarations,
         )
         self.program, self.listed = found.program, found.listed
         self.unplaced, self.left_out = found.unplaced, found.left_out
+        self.transformer = found.transformer
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
@@ -242,6 +255,11 @@ class HookedModel:
             log.warning(
                 "model %s: its numbers differ from run to run or batch to batch: %s", self.name, why
             )
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether the model is a transformer whose residual stream is known (`circuits.models.adapter.transformer`)."""
+        return is_bridge(self.module) or not isinstance(self.transformer, str)
 
     # --- sites and units -----------------------------------------------------------------------
 
@@ -790,10 +808,19 @@ class HookedModel:
 
     def around(self, module: nn.Module, name: str) -> HookedModel:
         """Wrap a changed copy of the module: what is known of this model's input, sites and units holds for it too."""
+        return self._again(module, name, self._attention)
+
+    def declaring(self, attention: Mapping[str, Mapping[str, Any]]) -> HookedModel:
+        """Wrap the module again, with attention that a person declares as well."""
+        return self._again(self.module, self.name, self._attention | dict(attention))
+
+    def _again(
+        self, module: nn.Module, name: str, attention: Mapping[str, Mapping[str, Any]]
+    ) -> HookedModel:
         # A new trace finds sites under their own names only.
         aliases = {alias: s.name for s in self.sites for alias in s.aliases}
         return HookedModel(
-            module, self.input, name, aliases, self.classes, self.unit_names, self._axes
+            module, self.input, name, aliases, self.classes, self.unit_names, self._axes, attention
         )
 
     # --- weights -------------------------------------------------------------------------------
@@ -819,13 +846,9 @@ class HookedModel:
         return (*layers, *latent_layers(self, layers, self._by_name))
 
     def _find_own_layers(self) -> tuple[WeightLayer, ...]:
-        if is_bridge(self.module):
-            return tuple(bridge_layers(self))
         example = self.fitted(self.input.example(1))
-        if not example.is_floating_point():
-            raise ValueError(
-                f"model {self.name} takes tokens: weights between its sites are found only for a TransformerLens bridge"
-            )
+        if is_bridge(self.module) or not example.is_floating_point():
+            return tuple(transformer_layers(self))
         self._check_differentiable()
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
@@ -841,7 +864,7 @@ class HookedModel:
         model.
 
         Raises:
-            ValueError: if the model takes tokens and is not a TransformerLens bridge.
+            ValueError: if the model's tensors were made inside `torch.inference_mode()`.
         """
         with self.lock:
             if self._steady_matrices is not None:
@@ -884,9 +907,9 @@ class HookedModel:
             self._suspended = suspended
 
     def _find_matrices(self) -> tuple[WeightMatrix, ...]:
-        if not is_bridge(self.module):
-            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
         tokens = self.fitted(self.input.example(1))
+        if tokens.is_floating_point():
+            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
         found = matrices_of_sites(self.module, lambda: self.module(tokens), self.sites, self._taps)
         return tuple(found)
 

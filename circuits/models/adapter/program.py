@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from circuits.call_points import is_uncounted, known_function
+from circuits.call_points import is_uncounted, known_function, writes_in_place
 from circuits.tensors import tensor_bytes
 
 
@@ -201,6 +201,8 @@ class Recorder(Watch):
         self._operations: list[Operation] = []
         self._sources: dict[Value, str] = {}
         self._shapes: dict[Value, tuple[int, ...]] = {}
+        self.constants: dict[Value, Tensor] = {}
+        """The tensors that no operation of the pass made, other than the input."""
         # Tensors are known by their `id`, which Python gives to another once one is freed: the reference tells. Weak,
         # so that the pass needs no more memory than without a recorder.
         self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
@@ -244,7 +246,7 @@ class Recorder(Watch):
         if name.rpartition(".")[2] in ("item", "tolist", "__float__"):
             self._read.update(leaf for leaf in _flat(output) if isinstance(leaf, float))
         made = [leaf for leaf in _flat(output) if isinstance(leaf, Tensor)]
-        if _writes(name) and not made:  # `x[0] = y` returns nothing
+        if writes_in_place(name) and not made:  # `x[0] = y` returns nothing
             made = [leaf for leaf in _flat(args[:1]) if isinstance(leaf, Tensor)]
         if made:  # else it was asked for a shape, say
             outputs = tuple(self._new(tensor) for tensor in made)
@@ -269,6 +271,8 @@ class Recorder(Watch):
                 known = self._new(given)
                 name = self._names.get(id(given))
                 self._sources[known] = self._unnamed(given) if name is None else name
+                if name != "input":
+                    self.constants[known] = given
             return known
         if isinstance(given, Mapping):
             return {key: self._referred(item) for key, item in given.items()}
@@ -341,12 +345,6 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
                 if isinstance(tensor, Tensor):
                     found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
     return dict(found.values())
-
-
-def _writes(name: str) -> bool:
-    """Whether a function changes its first argument in place."""
-    last = name.rpartition(".")[2]
-    return last == "__setitem__" or (last.endswith("_") and not last.endswith("__"))
 
 
 def _flat(nested: Any) -> Iterator[Any]:

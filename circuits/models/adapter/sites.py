@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,10 +17,20 @@ from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_poin
 from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
+from circuits.models.adapter.declaring import Declared
 from circuits.models.adapter.flow import Flow
-from circuits.models.adapter.head_sites import Points, find_projections, head_sites, named
+from circuits.models.adapter.head_sites import (
+    Points,
+    check_declared,
+    find_projections,
+    head_sites,
+    look_at,
+    named,
+)
+from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
+from circuits.models.adapter.streams import NoStreamError, TracedStream, find_stream, stream_sites
 from circuits.tensors import is_in_fewer_digits, is_transformed
 from circuits.units import Site, SiteKind, unknown
 
@@ -31,7 +42,9 @@ TRACE_BATCHES = (3, 2)
 def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """Put a module in evaluation mode with parameters held fixed inside the block; restore both after it.
 
-    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself.
+    Inside a caller's `torch.autocast` it runs in its own precision: a model is known by what it computes itself. The
+    fast path of torch's own transformer layers, which calls none of their modules, is off: it rounds differently, and
+    torch takes it only while nothing is hooked.
 
     Args:
         module: the module.
@@ -40,7 +53,8 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     """
     # Flags are set one by one: `module.train()` acts on all submodules, also on those that were in evaluation mode
     # before.
-    training = [m for m in module.modules() if m.training]
+    parts = list(module.modules())
+    training = [m for m in parts if m.training]
     # Torch lets nobody change the flag of a tensor that was made inside `torch.inference_mode()`.
     trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     try:
@@ -52,6 +66,10 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             # Swin of Hugging Face shrinks its windows when it sees a small image, and keeps them small: one pass at
             # another size would change all that follow.
             stack.enter_context(holding(module, everything=settings))
+            if any(
+                isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in parts
+            ):
+                stack.enter_context(_SLOW_PATH)
             for kind in DEVICES:
                 if torch.is_autocast_enabled(kind) and not is_in_fewer_digits():
                     stack.enter_context(torch.autocast(kind, enabled=False))
@@ -61,6 +79,32 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
             m.training = True
         for p in trainable:
             p.requires_grad_(True)
+
+
+class _SlowPath:
+    """Turns torch's fast path for attention off while any thread is inside, and restores it after the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_SLOW_PATH = _SlowPath()
+"""One for all models: torch has one switch for the whole process."""
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -101,6 +145,7 @@ class TracedModel:
         program: the operations of one pass.
         listed: whether the model returns a list with an entry for each example.
         state: the buffers and attributes that every pass changes.
+        transformer: the norms and weights along its residual stream; why they are not known, if it has none.
     """
 
     sites: list[tuple[Site, Tap]]
@@ -109,6 +154,7 @@ class TracedModel:
     program: Program
     listed: bool = False
     state: tuple[str, ...] = ()
+    transformer: Parts | str = "no attention was found in it"
 
 
 def trace_model(
@@ -116,6 +162,7 @@ def trace_model(
     examples: Callable[[int], Tensor],
     given: Labels,
     axes: Mapping[str, Sequence[str]] | None = None,
+    declarations: Sequence[Declared] = (),
 ) -> TracedModel:
     """Run a model on two batches and describe every tensor that it shows.
 
@@ -124,10 +171,12 @@ def trace_model(
         examples: makes a batch of the number of examples that it is given.
         given: the labels of the input's axes (see `circuits.models.adapter.axes`).
         axes: the axes of sites where they cannot be found, by name: `batch` first, `unit` or `channel` once.
+        declarations: attention that is not found.
 
     Raises:
+        KeyError: if a declaration names a call that there is not.
         ValueError: if the model cannot run on its example, no module returns a batch of floating-point numbers, or
-            `axes` do not fit.
+            `axes` or `declarations` do not fit.
     """
     names = _hook_points(module) if is_bridge(module) else _modules(module)
     latents = hook_points(module)
@@ -158,7 +207,7 @@ def trace_model(
         elif is_bridge(module):
             site, tap = _bridge_site(t, names)
         else:
-            value = first.value(t.value)
+            value = t.notes[1]
             own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
             if own is None:
                 unplaced[t.name] = shape = tuple(t.value.shape[1:])
@@ -177,10 +226,19 @@ def trace_model(
     for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
-    attention = Found((), {})
-    if not is_bridge(module):
-        attention = find_attention(first.program, second.program)
-        found = _with_heads(module, examples, first, second.program, attention, traces, found)
+    transformer: Parts | str = "no attention was found in it"
+    if is_bridge(module):
+        if declarations:
+            raise ValueError(
+                f"attention: {declarations[0].name} is declared for a TransformerLens bridge, which says itself where "
+                "its attention is"
+            )
+    else:
+        attention = find_attention(first.program, second.program, declarations)
+        left_out |= attention.refused
+        found, transformer = _with_heads(
+            module, examples, first, second.program, attention, traces, found, final
+        )
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -193,7 +251,7 @@ def trace_model(
             )
         )
     return TracedModel(
-        list(found.values()), unplaced, left_out, second.program, final is None, state
+        list(found.values()), unplaced, left_out, second.program, final is None, state, transformer
     )
 
 
@@ -209,33 +267,76 @@ def _with_heads(
     attention: Found,
     traces: Sequence[Trace],
     found: Mapping[str, tuple[Site, Tap]],
-) -> dict[str, tuple[Site, Tap]]:
-    """The sites of modules and those of attention, in order of execution."""
+    final: Tensor | None,
+) -> tuple[dict[str, tuple[Site, Tap]], Parts | str]:
+    """The sites of modules and those of attention and the residual stream, in order of execution."""
     if not attention.attentions:
-        return dict(found)
+        return dict(found), "no attention was found in it"
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
-    if not example.is_floating_point():
-        example = example[:, :8]  # as good as the whole context
+    with evaluating(module), torch.no_grad():
+        for own in attention.attentions:
+            if own.declared:
+                check_declared(module, example, own, points)
     projections = find_projections(
-        module, example, flow, attention.attentions, search.of, points, evaluating
+        module, example, flow, attention.attentions, search, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
-    order: dict[str, float] = {}
+    made = list(head_sites(heads, flow, search, points))
+    transformer: Parts | str
+    known = dict(found)
+    try:
+        end = None if final is None else recorder.value(final)
+        stream = find_stream(flow, search, heads, end)
+    except NoStreamError as error:
+        transformer = str(error)
+    else:
+        transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
+        values = {t.name: t.notes[1] for t in traces}
+        known, more = stream_sites(stream, search, known, values, points)
+        made += more
+    own = {site.name: (site, tap) for site, tap in made if site.name not in known}
+    both = known | own
+    with evaluating(module), torch.no_grad():
+        seen = look_at(module, example, {name: tap for name, (_, tap) in both.items()})
+    for name in seen.overwritten.intersection(own):
+        site, tap = own[name]
+        both[name] = site, replace(tap, overwritten=True)
+    return _without_double_names(both, _in_order(seen.order, both)), transformer
+
+
+def _without_double_names(
+    found: Mapping[str, tuple[Site, Tap]], order: Sequence[str]
+) -> dict[str, tuple[Site, Tap]]:
+    """Sites in an order, without aliases that are a site's name or an earlier site's alias."""
+    names = set(order)
+    kept: dict[str, tuple[Site, Tap]] = {}
+    for name in order:
+        site, tap = found[name]
+        aliases = tuple(a for a in site.aliases if a not in names)
+        names |= set(aliases)
+        kept[name] = replace(site, aliases=aliases), tap
+    return kept
+
+
+def _in_order(seen: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Names in the order in which they were seen, those that were not after the ones that they followed."""
+    order = {name: float(n) for n, name in enumerate(seen)}
     last = -1.0
+    for name in names:
+        last = order.setdefault(name, last + 0.5)
+    return sorted(order, key=order.__getitem__)
+
+
+def _norms(stream: TracedStream, traces: Sequence[Trace]) -> dict[tuple[Value, Value], nn.Module]:
+    """Modules by the value that each was given and the one that it returned."""
+    found: dict[tuple[Value, Value], nn.Module] = {}
     for t in traces:
-        value = recorder.value(t.value)
-        last = last if value is None else max(last, float(value.number))
-        order[t.name] = last
-    made = [(order.get(name, last), site, tap) for name, (site, tap) in found.items()]
-    taken = {*found, *(alias for site, _ in found.values() for alias in site.aliases)}
-    for moment, site, tap in head_sites(heads, flow, points):
-        if site.name not in taken:
-            own = replace(site, aliases=tuple(a for a in site.aliases if a not in taken))
-            made.append((moment, own, tap))
-    made.sort(key=lambda each: each[0])
-    return {site.name: (site, tap) for _, site, tap in made}
+        given, made = t.notes
+        if given is not None and made is not None and t.tap.call == 0:
+            found.setdefault((stream.same(given), stream.same(made)), t.tap.module)
+    return found
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
@@ -340,13 +441,16 @@ def _traced(
             module,
             {name: m for name, (m, _) in names.items()},
             lambda: outputs.append(module(example)),
+            recorder.value,
         )
     if lists_examples(outputs[0]):
         return traces, None, recorder
     final = main_output(outputs[0])
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
-        traces.append(Trace(Tap(module, 0, path), "output", final))
+        traces.append(
+            Trace(Tap(module, 0, path), "output", final, notes=(None, recorder.value(final)))
+        )
     return traces, final, recorder
 
 

@@ -20,6 +20,7 @@ from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_merges
+from circuits.models.zoo.declarations import declared_attention
 from circuits.models.zoo.inception import googlenet, shapes
 from circuits.models.zoo.packages import (
     IMAGENET_MEAN,
@@ -485,15 +486,16 @@ def _python(name: str, weights: Weights) -> HookedModel:
         )
     if weights is not None:
         _fill(module, weights)
+    declared = declared_attention(name)
     if isinstance(made, HookedModel):
-        return made
+        return made.declaring(declared) if declared else made
     shape = getattr(module, "input_shape", None)
     if shape is None:
         raise ValueError(
             f"model 'python:{name}' has no input_shape: set input_shape = (channels, height, width) on the module, "
             "or return a HookedModel"
         )
-    return HookedModel(module, tuple(shape), f"python:{name}")
+    return HookedModel(module, tuple(shape), f"python:{name}", attention=declared)
 
 
 MODELS: dict[str, ModelEntry] = {
