@@ -110,8 +110,8 @@ def attention_patterns(
 
     Raises:
         KeyError: if there is no such head.
-        ValueError: if the model takes images or exposes no attention patterns, no head is given, or the model cannot
-            take the text.
+        ValueError: if the model takes images or exposes no attention patterns, no head is given, its queries are other
+            tokens than its keys, or the model cannot take the text.
     """
     if not isinstance(model.input, TokenInput):
         raise ValueError(
@@ -120,6 +120,12 @@ def attention_patterns(
     if not heads:
         raise ValueError("heads are empty: expected at least one, for example 0.3")
     chosen = [pattern_head(model, head) for head in heads]
+    for site in (model.site(unit.site) for unit in chosen):
+        if site.position_axes != ("query", "key") or len(set(site.position_shape)) != 1:
+            raise ValueError(
+                f"site {site.name} of {model.name} has the shape {site.shape}: expected the same tokens as queries and "
+                "keys"
+            )
     values = {u.site: values_of(model, model.site(u.site)) for u in chosen}
     tokens = encoded(model.input, text)[None]
     read = [*(model.site(u.site) for u in chosen), *values.values()]

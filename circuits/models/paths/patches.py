@@ -6,8 +6,9 @@ is made of it, whose name then says what it is (`cls_token`, `register_tokens`).
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,9 @@ _NAMES = (
 
 _AXES = (("position",), ("window", "position"))
 """The axes of positions that tokens may have; those of windows are counted window by window."""
+
+_TRIED = 3
+"""How many maps before a site are tried as its patches, the last first; and the first of all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +178,9 @@ def _measured(model: HookedModel, site: Site) -> TokenMap:
     maps = [s for s in model.sites[: model.sites.index(site)] if is_map(s)]
     maps = [s for s in maps if min(s.position_shape) > 1]
     inputs = model.fitted(model.input.example(1))
-    for patches in reversed(maps):
-        steps = list(_steps(model, patches, site))
+    # Each that fails costs a pass. Where stages show a map at their end, that is not what the next one is made of.
+    for patches in dict.fromkeys([*maps[: -_TRIED - 1 : -1], *maps[:1]]):
+        steps = _steps(model, patches, site)
         cache = _leaf_run(model, list({s.name: s for pair in steps for s in pair}.values()), inputs)
         places = torch.arange(patches.activations(cache[patches]).shape[2])
         for one, other in steps:
@@ -195,19 +200,24 @@ def _measured(model: HookedModel, site: Site) -> TokenMap:
     )
 
 
-def _steps(model: HookedModel, patches: Site, site: Site) -> Iterator[tuple[Site, Site]]:
+def _steps(model: HookedModel, patches: Site, site: Site) -> list[tuple[Site, Site]]:
     """The pairs of sites between which the number of tokens changes, from the map of patches to a site."""
     between = model.sites[model.sites.index(patches) + 1 : model.sites.index(site) + 1]
-    last = patches
-    for one in between:
-        tokens = one.position_axes == ("position",)
-        if tokens and (last is patches or one.position_shape != last.position_shape):
-            yield last, one
-        last = one if tokens else last
+    tokens = [s for s in between if s.position_axes == ("position",)]
+    steps = []
+    goal = site
     if site.position_axes != ("position",):
-        start = between.index(last) + 1 if last is not patches else 0
-        where = site.position_axes, site.position_shape
-        yield last, next(s for s in between[start:] if (s.position_axes, s.position_shape) == where)
+        # Some models show the tokens of an earlier stage once more; windows that need no filling have all of a stage's.
+        same = [s for s in tokens if s.position_shape == (math.prod(site.position_shape),)]
+        goal = (same or tokens or [patches])[-1]
+        places = site.position_axes, site.position_shape
+        rest = between[between.index(goal) + 1 :] if goal is not patches else between
+        steps.append((goal, next(s for s in rest if (s.position_axes, s.position_shape) == places)))
+    while goal is not patches:
+        first = next(i for i, s in enumerate(tokens) if s.position_shape == goal.position_shape)
+        goal = tokens[first - 1] if first else patches
+        steps.append((goal, tokens[first]))
+    return steps[::-1]
 
 
 def _named(
