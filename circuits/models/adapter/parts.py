@@ -6,7 +6,8 @@ queries, keys, values and outputs are multiplied with, and norms are what lies b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -268,7 +269,23 @@ class TracedParts:
         raise ValueError("positions: what the model adds for positions is no site")
 
     def _matrix(self, affine: Affine) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
-        """The weights and the bias of a product."""
+        """The weights and the bias of a product.
+
+        Raises:
+            ValueError: if they were computed in a way that was not seen.
+        """
+        try:
+            return self._followed(affine)
+        except LookupError as error:
+            op = self._op(affine.first)
+            raise ValueError(
+                f"the weights of a product in {op.module or 'the model'} cannot be followed to the model's tensors: "
+                f"{error.args[0]}"
+            ) from error
+
+    def _followed(
+        self, affine: Affine
+    ) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
         product = self.stream.flow.product(affine.first)
         assert product is not None, "it was found as one"
         other = product.right if product.left == affine.given else product.left
@@ -283,8 +300,7 @@ class TracedParts:
         matrix = weight.permute(order).reshape(width)
         bias = matrix.new_zeros(width[1])
         for value in affine.biases:
-            own = self._constants.of(value)
-            bias = bias + (own.expand([sizes[a] for a in free]).flatten() if own.ndim else own)
+            bias = bias + _bias(self._constants.of(value), product.made_axes, free, sizes)
         return matrix, bias
 
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
@@ -331,3 +347,23 @@ class TracedParts:
     def width(self) -> int:
         """The number of dimensions of the stream."""
         return self._matrix(self.stream.layers[0].output)[0].shape[1]
+
+
+def _bias(
+    own: Tensor, made: str, free: Sequence[str], sizes: Mapping[str, int]
+) -> Float[Tensor, " made"]:
+    """What is added to a product, as one number for each of its outputs.
+
+    Args:
+        own: the tensor that is added.
+        made: the letters of the product's axes.
+        free: those of its outputs.
+        sizes: their lengths.
+    """
+    width = [sizes[a] for a in free]
+    if own.numel() == math.prod(width):
+        return own.flatten()
+    full = own.reshape((1,) * (len(made) - own.ndim) + own.shape)
+    for axis in reversed([n for n, letter in enumerate(made) if letter not in free]):
+        full = full.select(axis, 0)
+    return full.expand(width).flatten()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits.hooks import Tap
 from circuits.models.adapter.attention import Batches
-from circuits.models.adapter.flow import Flow, Product, short_name
+from circuits.models.adapter.flow import Flow, Product, moves, short_name
 from circuits.models.adapter.head_sites import Head, Points, Rearranged, rearranged
 from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
@@ -71,6 +71,7 @@ class TracedLayer:
         between: the stream between attention and MLP, where the MLP reads it.
         after: the stream after the layer.
         attention: what attention adds to the stream.
+        attention_given: what queries, keys and values are made of, laid out as the stream.
         mlp_added: what the MLP adds to it.
         mlp: the product with the MLP's output weights.
         neurons: what that product is given.
@@ -85,16 +86,12 @@ class TracedLayer:
     between: Value | None
     after: Value
     attention: Value
+    attention_given: Value
     mlp_added: Value | None = None
     mlp: Affine | None = None
     neurons: Value | None = None
     inputs: tuple[Affine, ...] = ()
     mlp_given: Value | None = None
-
-    @property
-    def attention_given(self) -> Value:
-        """What queries, keys and values are made of."""
-        return self.head.projections["q"].given
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,12 +377,13 @@ class Search:
     ) -> TracedLayer:
         """A layer with its MLP, which reads the stream before it (in parallel) or after attention."""
         end = self.batches.apart(total, forward=True)
-        own = TracedLayer(head, output, columns, self.same(before), None, end, attention)
+        given = self._laid_out_as(before, head.projections["q"].given)
+        own = TracedLayer(head, output, columns, self.same(before), None, end, attention, given)
         from_heads = self._following(output.made)
-        for added in (
+        if (
             parallel
         ):  # the MLP's output was added to attention's before both were added to the stream
-            return self._mlp(own, added, total, None)
+            return self._mlp(own, parallel[0], total, None)
         for what, to, after in self.added(total, stop):
             if to in self._following(total):
                 middle = self.same(self.batches.apart(what, forward=False))
@@ -393,6 +391,16 @@ class Search:
             if to not in from_heads and self.same(what) == self.same(total):
                 return self._mlp(own, to, after, None)
         return own
+
+    def _laid_out_as(self, stream: Value, value: Value) -> Value:
+        """What a value was before its axes were moved, where they were those of the stream."""
+        here, shape = value, self.flow.shape(stream)
+        while self.flow.shape(here) != shape:
+            op = self.flow.operation(here)
+            if op is None or not moves(op) or len(op.inputs) != 1:
+                return value
+            here = op.inputs[0]
+        return here
 
     def _following(self, value: Value) -> set[Value]:
         found = {value}
@@ -406,18 +414,16 @@ class Search:
     ) -> TracedLayer:
         last = self.affines_before(added)
         if len(last) != 1:  # experts, for example
-            return TracedLayer(
-                own.head, own.output, own.columns, own.before, between, after, own.attention, added
-            )
+            return replace(own, between=between, after=after, mlp_added=added)
         mlp, after = last[0], self.batches.apart(after, forward=True)
         neurons = self.batches.apart(mlp.given, forward=False)
         inputs = self.affines_before(neurons)
         given = {self.batches.apart(a.given, forward=False) for a in inputs}
         known = len(inputs) in (1, 2) and len(given) == 1
-        return TracedLayer(
-            own.head, own.output, own.columns, own.before, between, after, own.attention, added, mlp,
-            neurons if known else None, tuple(inputs) if known else (), given.pop() if known else None,
-        )  # fmt: skip
+        own = replace(own, between=between, after=after, mlp_added=added, mlp=mlp)
+        if not known:
+            return own
+        return replace(own, neurons=neurons, inputs=tuple(inputs), mlp_given=given.pop())
 
 
 def find_stream(

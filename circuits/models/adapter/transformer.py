@@ -6,7 +6,7 @@ is known to `circuits.models.adapter.parts`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.norms import Norm, measure_norm
 from circuits.models.adapter.parts import BridgeParts, Matrices, NormName, Parts
-from circuits.models.adapter.sites import is_bridge
+from circuits.models.adapter.sites import evaluating, is_bridge
 from circuits.units import Site, Unit
 
 Letter = Literal["Q", "K", "V"]
@@ -144,6 +144,7 @@ class Transformer:
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
         self.parallel, self.adds_positions = self.parts.parallel, self.parts.adds_positions
         self._norms: dict[tuple[str, int], Norm | None] = {}
+        self._verified: set[int] = set()
         n = self.parts.n_layers
         if not n:
             raise ValueError(
@@ -309,6 +310,7 @@ class Transformer:
                 f"layer {layer} of {self.model.name} has no matrix W_{letter}: its heads have no weights of their own "
                 f"for {_WORDS[letter]}"
             )
+        self._verify(layer)
         at = self._shared(layer, letter, head)
         own = weight[at].detach().double()
         return own, own.new_zeros(own.shape[1]) if bias is None else bias[
@@ -337,8 +339,50 @@ class Transformer:
             raise ValueError(
                 f"layer {layer} of {self.model.name} has no matrix W_O: its heads write no parts of their own"
             )
+        self._verify(layer)
         out = weight.detach().double()
         return out, out.new_zeros(out.shape[-1]) if bias is None else bias.detach().double()
+
+    def _verify(self, layer: int) -> None:
+        """Raise ValueError unless weights that were found by tracing give what the layer's heads read and write."""
+        if layer in self._verified or isinstance(self.parts, BridgeParts):
+            return
+        self._verified.add(layer)
+        with self.model.lock, self.model.outside():
+            for site, made, found in self._recomputed(layer):
+                off = float((made - found).abs().max() / found.abs().max().clamp_min(1e-30))
+                most = max(1e-5, 16 * torch.finfo(found.dtype).eps)
+                if not off <= most:  # written so that NaN is refused, too
+                    raise ValueError(
+                        f"{site} of {self.model.name} is off by {off:.2g} of its size when it is recomputed from the "
+                        f"weights that were found (at most {most:.2g}): they are not the weights of its heads"
+                    )
+
+    def _recomputed(self, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """For queries, keys, values and attention's output: the site, what weights make of it, and its tensor."""
+        at, model = self.layers[layer], self.model
+        parts = {
+            name: self._site(f"blocks.{layer}.attn.hook_{name}") for name in ("q", "k", "v", "out")
+        }
+        named = [name for name in (*parts.values(), at.before, at.heads) if name is not None]
+        cache = model.run(model.input.example(2), read=named)
+        norm = self.parts.norm("ln1", layer)
+        with evaluating(model.module), torch.no_grad():
+            read = cache[at.before] if norm is None else norm(cache[at.before])
+        letters: tuple[Letter, ...] = ("Q", "K", "V")
+        for letter in letters:
+            name = letter.lower()
+            weight = self.parts.attention(_WEIGHTS[letter], layer)
+            site = parts[name]
+            if weight is None or site is None:
+                continue
+            made = torch.einsum("bpm,hmd->bphd", read.double(), weight.double())
+            bias = self.parts.attention(_BIASES[letter], layer)
+            yield site, made if bias is None else made + bias.double(), cache[site]
+        out, bias = self.parts.attention("W_O", layer), self.parts.attention("b_O", layer)
+        if out is not None and at.heads is not None and (site := parts["out"]) is not None:
+            made = torch.einsum("bphd,hdm->bpm", cache[at.heads].double(), out.double())
+            yield site, made if bias is None else made + bias.double(), cache[site]
 
     def neuron_weights(
         self, layer: int

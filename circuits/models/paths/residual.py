@@ -251,7 +251,7 @@ class Stream:
         """The site of what an embedding or MLP adds to the stream."""
         if sender.kind == "mlp":
             return _shown(self.layers[sender.layer].mlp_added)
-        return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
+        return self._named("hook_embed" if sender.kind == "token" else "hook_pos_embed")
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
@@ -263,7 +263,7 @@ class Stream:
 
     def before_post_norm_site(self, layer: int) -> str:
         """The same before the normalisation that some models (Gemma 2) have after attention."""
-        return f"blocks.{layer}.attn.hook_out"
+        return self._named(f"blocks.{layer}.attn.hook_out")
 
     def stream_site(self, receiver: Receiver) -> str:
         """The site of the stream that a receiver reads, before its normalisation."""
@@ -278,7 +278,7 @@ class Stream:
     def input_site(self, receiver: Receiver) -> str:
         """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
         if receiver.kind == "logits":
-            return "unembed.hook_in"
+            return self._named("unembed.hook_in")
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
         # it. What attention adds goes both ways.
         if receiver.kind == "resid_mid":
@@ -286,7 +286,11 @@ class Stream:
         if receiver.kind in STREAMS:
             return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
-        return f"blocks.{receiver.layer}.{inner}"
+        return self._named(f"blocks.{receiver.layer}.{inner}")
+
+    def _named(self, site: str) -> str:
+        """A site's own name, by any of its names."""
+        return self.model.site(site).name
 
     def mlps_before(self, receiver: Receiver) -> tuple[Receiver, ...]:
         """The MLPs that write before a receiver reads."""
