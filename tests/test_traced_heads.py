@@ -167,6 +167,8 @@ def test_verbs(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("ablate", HEAD, "--task", "repeats", "--random", "2", *few),
         ("patch", "--task", "repeats", "--by", "head_position", "--at", "5", "--random", "0", *few),
         ("keep", HEAD, "--task", "repeats", "--sites", "z", "--random", "1", *few),
+        ("keep", f"{HEAD} hook_embed", "--task", "repeats", "--random", "1", *few),
+        ("paths", "0.3,1.0.k", "token,1.0.v", "--task", "repeats", "--random", "0", *few),
         ("probe", "--task", "repeats", "--sites", "z", "--at", "5", "--random", "1", *few),
         ("heads", "--texts", "4"),
         ("attention", "0.3", "--text", "1 2 3"),

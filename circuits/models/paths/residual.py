@@ -251,7 +251,8 @@ class Stream:
         """The site of what an embedding or MLP adds to the stream."""
         if sender.kind == "mlp":
             return _shown(self.layers[sender.layer].mlp_added)
-        return "hook_embed" if sender.kind == "token" else "hook_pos_embed"
+        name = "hook_embed" if sender.kind == "token" else "hook_pos_embed"
+        return self.model.site(name).name
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
