@@ -120,6 +120,11 @@ _LAYOUT = {
 """Functions that move numbers and do not change them."""
 
 
+def moves(op: Operation) -> bool:
+    """Whether an operation moves or repeats numbers and does not change them."""
+    return short_name(op) in _LAYOUT
+
+
 @dataclass(frozen=True)
 class Flow:
     """A program as a graph.

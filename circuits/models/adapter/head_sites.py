@@ -7,22 +7,23 @@ found by gradients: those by which the head's queries change.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
 from circuits.hooks import Tap, intervene, observe, record
-from circuits.models.adapter.attention import Attention, Axes, Batches, Place, placed
-from circuits.models.adapter.flow import Flow, short_name
+from circuits.models.adapter.attention import Attention, Axes, Batches, Place
+from circuits.models.adapter.flow import Flow, moves, short_name
 from circuits.models.adapter.program import Value
 from circuits.units import Site, SiteKind
 
@@ -154,9 +155,7 @@ def _site(
     return Site(name, kind, axes, axes.index("head"), shown, tuple(aliases), "HookPoint")
 
 
-def head_sites(
-    heads: Sequence[Head], flow: Flow, batches: Batches, points: Points
-) -> Iterator[tuple[Site, Tap]]:
+def head_sites(heads: Sequence[Head], flow: Flow, points: Points) -> Iterator[tuple[Site, Tap]]:
     """The sites of attentions."""
     modules = [head.attention.module for head in heads]
     for head in heads:
@@ -181,7 +180,9 @@ def head_sites(
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
             projection = head.projections.get(letter)
             turned = (
-                letter != "v" and projection is not None and _turns(flow, projection.made, place)
+                letter != "v"
+                and projection is not None
+                and _turns(flow, projection.made, place.value)
             )
             if projection is None:
                 yield made(f"hook_{letter}", place, rearranged(place))
@@ -193,7 +194,7 @@ def head_sites(
             held = Place(projection.made, address, windows, shape)
             yield made(f"hook_{letter}", held, Picked(projection.features, projection.index))
             if turned:
-                shown = _before_repeats(flow, batches, place, len(projection.index))
+                shown = _before_repeats(flow, projection, place)
                 yield made(f"hook_rot_{letter}", shown, rearranged(shown))
         if own.scores is not None:
             yield made("hook_attn_scores", own.scores, rearranged(own.scores))
@@ -201,50 +202,80 @@ def head_sites(
         yield made("hook_z", own.z, rearranged(own.z))
 
 
-def _before_repeats(flow: Flow, batches: Batches, place: Place, heads: int) -> Place:
+def _before_repeats(flow: Flow, projection: Projection, place: Place) -> Place:
     """Keys before they are repeated for the heads of a group; where they are multiplied, if that is not found."""
-    value = place.value
-    assert value is not None, "an operand is a value"
-    size = math.prod(place.shape) * heads // max(place.heads, 1)
-    while math.prod(flow.shape(value)) > size:
-        op = flow.operation(value)
-        if op is None or len(op.inputs) != 1:
-            return place
-        value = op.inputs[0]
-    assert place.value is not None, "as above"
-    moved, address = flow.moved(value, place.value), flow.address_of(value)
-    shape = flow.shape(value)
-    if moved is None or address is None or value == place.value:
+    if place.heads == len(projection.index):
         return place
-    index = rearranged(place).read(moved)
-    if index.ndim != 4 or min(index.shape[1], index.shape[3]) < 2:
-        return place
-    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
-    steps = {
-        "position": index[0, 1, 0, 0] - index[0, 0, 0, 0],
-        "d_head": index[0, 0, 0, 1] - index[0, 0, 0, 0],
-    }
-    axes: list[tuple[str, ...]] = [()] * len(shape)
-    for name, step in steps.items():
-        if int(step) not in strides:
-            return place
-        axes[strides.index(int(step))] = (name,)
-    for n in range(len(shape)):
-        if not axes[n] and shape[n] > 1:
-            axes[n] = (
-                ("batch",) if batches.of(value, n) == 1 and ("batch",) not in axes else ("head",)
+    op = None if place.value is None else flow.operation(place.value)
+    while op is not None and moves(op) and len(op.inputs) == 1:
+        found = _of_projection(flow, projection, op.inputs[0])
+        if found is not None:
+            return found
+        op = flow.operation(op.inputs[0])
+    return place
+
+
+def _of_projection(flow: Flow, projection: Projection, value: Value) -> Place | None:
+    """A value that is made of a projection number by number, with its axes; None if they are not told by that."""
+    address, moved = flow.address_of(value), flow.moved(projection.made, value)
+    if address is None or moved is None:
+        return None
+    made = torch.arange(math.prod(flow.shape(projection.made))).reshape(flow.shape(projection.made))
+    wanted = Picked(projection.features, projection.index).read(made)
+    names = ("batch", "position", "head", "d_head")
+    joined: Axes = (("batch",), ("position",), ("head", "d_head"))
+    sizes: dict[str, int] = {"head": len(projection.index), "d_head": projection.index.shape[1]}
+    orders: list[Axes] = [tuple((n,) for n in order) for order in itertools.permutations(names)]
+    for axes in [joined, *orders]:
+        if len(axes) == moved.ndim and wanted.ndim == 4:
+            place = Place(value, address, axes, tuple(moved.shape), sizes)
+            try:
+                if torch.equal(rearranged(place).read(moved), wanted):
+                    return place
+            except EinopsError:  # the sizes are others
+                continue
+    return None
+
+
+def normed_sites(
+    heads: Sequence[Head], flow: Flow, ends: Iterable[tuple[Value, Value]], points: Points
+) -> Iterator[tuple[Site, Tap]]:
+    """The sites of queries and keys after their normalisation, where a module normalises them (as in Qwen 3).
+
+    Args:
+        heads: the attentions.
+        flow: the operations of a pass.
+        ends: what each module was given and what it returned.
+        points: where functions are watched.
+    """
+    pairs = [(given, made) for given, made in ends if given != made]
+    for head in heads:
+        for letter, place in (("q", head.attention.query), ("k", head.attention.key)):
+            projection = head.projections.get(letter)
+            if projection is None or place.value is None:
+                continue
+            between = {
+                v
+                for i in flow.between(projection.made, place.value)
+                for v in (*flow.program.operations[i].inputs, *flow.program.operations[i].outputs)
+            }
+            given, made = next(
+                ((g, m) for g, m in pairs if g in between and m in between), (None, None)
             )
-    if sorted(a[0] for a in axes if a) != sorted(
-        ["batch", "position", *["head"] * (heads > 1), "d_head"]
-    ):
-        return place
-    return placed(value, address, tuple(axes), shape)
+            # Where queries are turned first (Hunyuan), what is normalised is no site: it is not what is turned.
+            if given is None or made is None or _turns(flow, projection.made, given):
+                continue
+            shown = _of_projection(flow, projection, made)
+            if shown is not None:
+                layout = rearranged(shown)
+                site = _site(f"{head.name}.hook_{letter}_normed", layout, shown.shape, False, ())
+                yield site, points.tap(shown.address, layout)
 
 
-def _turns(flow: Flow, start: Value, place: Place) -> bool:
+def _turns(flow: Flow, start: Value, end: Value | None) -> bool:
     """Whether queries or keys are turned by their positions between a projection and the product."""
-    assert place.value is not None, "an operand is a value"
-    for i in flow.between(start, place.value):
+    assert end is not None, "an operand is a value"
+    for i in flow.between(start, end):
         op = flow.program.operations[i]
         several = sum(v in flow.dependent for v in dict.fromkeys(op.inputs)) > 1
         if several and short_name(op) in ("add", "__add__", "__iadd__", "cat", "stack", "concat"):

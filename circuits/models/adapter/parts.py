@@ -209,7 +209,7 @@ class TracedParts:
         if ends is None:
             return None
         start, end = (self.stream.same(v) for v in ends)
-        if start == end:
+        if start == end or self.stream.scales(start, end):
             return None
         module = self._modules.get((start, end))
         return Replayed(self._constants, start, end) if module is None else module

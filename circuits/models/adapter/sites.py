@@ -26,6 +26,7 @@ from circuits.models.adapter.head_sites import (
     head_sites,
     look_at,
     named,
+    normed_sites,
 )
 from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
@@ -283,7 +284,8 @@ def _with_heads(
         module, example, flow, attention.attentions, search, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
-    made = list(head_sites(heads, flow, search, points))
+    ends = [t.notes for t in traces if None not in t.notes]
+    made = [*head_sites(heads, flow, points), *normed_sites(heads, flow, ends, points)]
     transformer: Parts | str
     known = dict(found)
     try:

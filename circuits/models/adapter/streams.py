@@ -22,6 +22,17 @@ from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
 
 _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+_SCALES = {
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "mul_",
+    "__imul__",
+    "div",
+    "__truediv__",
+    "div_",
+    "__itruediv__",
+}
 _SAME = {
     "dropout", "dropout1d", "dropout_", "feature_dropout", "alpha_dropout", "to", "contiguous", "view", "reshape",
     "view_as", "reshape_as", "expand", "clone",
@@ -122,6 +133,14 @@ class TracedStream:
         assert at.neurons is not None, "it has inputs"
         steps = [len(self.flow.between(affine.made, at.neurons)) for affine in at.inputs]
         return steps.index(min(steps))
+
+    def scales(self, start: Value, end: Value) -> bool:
+        """Whether all that happens between two values is that they are multiplied by numbers."""
+        ops = [self.flow.program.operations[i] for i in self.flow.between(start, end)]
+        return all(
+            self.search.keeps(op) or (short_name(op) in _SCALES and len(op.inputs) == 1)
+            for op in ops
+        )
 
     def reads_alone(self, at: TracedLayer) -> bool:
         """Whether nothing but the MLP reads what it is given, so that a change there changes the MLP alone."""
@@ -546,20 +565,20 @@ def stream_sites(
         )
         more.append((site, tap))
     for n, at in enumerate(stream.layers):
-        if (own := _mlp_input(stream, n, at, points)) is not None:
+        if (own := _mlp_input(stream, batches, n, at, points)) is not None:
             more.append(own)
     return made, more
 
 
 def _mlp_input(
-    stream: TracedStream, n: int, at: TracedLayer, points: Points
+    stream: TracedStream, batches: Batches, n: int, at: TracedLayer, points: Points
 ) -> tuple[Site, Tap] | None:
     """What an MLP reads, where its first weights take it, if attention reads the same tensor."""
     if at.mlp_given is None or stream.reads_alone(at) or len(at.inputs) != 1:
         return None
     i, shape = at.inputs[0].first, stream.flow.shape(at.mlp_given)
     op = stream.flow.program.operations[i]
-    if at.mlp_given not in op.args or len(shape) != 3:
+    if at.mlp_given not in op.args or len(shape) != 3 or batches.of(at.mlp_given, 0) != 1:
         return None
     place = op.args.index(at.mlp_given)
     address = stream.flow.address(i, len(op.running), part="argument", place=place)
