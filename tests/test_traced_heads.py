@@ -231,7 +231,7 @@ def test_the_page_of_a_vision_transformers_head(made: Path, monkeypatch) -> None
     assert not test.exception
     assert any("attention of the patch 1,2" in chart for chart in charts(test))
     test = shown(made, monkeypatch, model="windows", site="blocks.0.attn.hook_pattern", unit="1")
-    assert any("attention of the patch 0,0" in chart for chart in charts(test))
+    assert any("attention of the patch 2,2" in chart for chart in charts(test))
 
 
 def test_the_page_of_all_heads(made: Path, monkeypatch) -> None:
