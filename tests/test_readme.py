@@ -25,7 +25,7 @@ SMALLER = {
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) == 10
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
@@ -45,6 +45,7 @@ def test_readme_has_the_settings_that_are_made_smaller() -> None:
         "weights",
         "pictures",
         "behaviours",
+        "own-heads",
         "units",
         "edits",
         "concepts",

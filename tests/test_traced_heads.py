@@ -167,6 +167,8 @@ def test_verbs(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("ablate", HEAD, "--task", "repeats", "--random", "2", *few),
         ("patch", "--task", "repeats", "--by", "head_position", "--at", "5", "--random", "0", *few),
         ("keep", HEAD, "--task", "repeats", "--sites", "z", "--random", "1", *few),
+        ("keep", f"{HEAD} hook_embed", "--task", "repeats", "--random", "1", *few),
+        ("paths", "0.3,1.0.k", "token,1.0.v", "--task", "repeats", "--random", "0", *few),
         ("probe", "--task", "repeats", "--sites", "z", "--at", "5", "--random", "1", *few),
         ("heads", "--texts", "4"),
         ("attention", "0.3", "--text", "1 2 3"),
@@ -176,7 +178,8 @@ def test_verbs(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         first, rest = ([verb, more[0]], more[1:]) if verb == "edit" else ([verb], more)
         where = [] if verb in ("sites", "heads", "attention") else at
         assert run([*first, spec, *rest, *where]) == 0, verb
-        assert "blocks." in capsys.readouterr().out or verb == "ablate"
+        out = capsys.readouterr().out
+        assert "blocks." in out or verb in ("ablate", "paths"), out
 
 
 def test_the_harvest_of_patterns(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +231,7 @@ def test_the_page_of_a_vision_transformers_head(made: Path, monkeypatch) -> None
     assert not test.exception
     assert any("attention of the patch 1,2" in chart for chart in charts(test))
     test = shown(made, monkeypatch, model="windows", site="blocks.0.attn.hook_pattern", unit="1")
-    assert any("attention of the patch 0,0" in chart for chart in charts(test))
+    assert any("attention of the patch 2,2" in chart for chart in charts(test))
 
 
 def test_the_page_of_all_heads(made: Path, monkeypatch) -> None:

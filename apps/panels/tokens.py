@@ -98,7 +98,8 @@ def logits_panel(look: Look) -> None:
     spec = look.model.input
     if not isinstance(spec, TokenInput):
         return
-    if _NEURON.fullmatch(look.unit.site):
+    site = look.model.site(look.unit.site)
+    if any(_NEURON.fullmatch(name) for name in (site.name, *site.aliases)):
         st.subheader("What it adds to logits")
         values = direct_logits(look.model, look.unit)
         table = {side: _words(values, spec, side == "most") for side in ("most", "least")}
@@ -106,7 +107,7 @@ def logits_panel(look: Look) -> None:
         st.caption(
             f"Per unit of activation, directly (W_out W_U); over all tokens ± {values.std().item():.3g}."
         )
-    elif look.unit.site.endswith(".hook_z"):
+    elif site.name.endswith(".hook_z"):
         st.subheader("What it copies and changes")
         try:
             ov = ov_circuit(look.model, look.unit, tokens=True).matrix

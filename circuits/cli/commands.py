@@ -58,7 +58,10 @@ _TABLE = {
         ("expand", "weights", "Show expanded weights (site to unit, through all layers between) and shuffled ones."),
         ("families", "families", "Find units that are rotated, mirrored, scaled or hue-shifted copies of each other."),
         ("heads", "texts", "Find previous-token, duplicate-token and induction heads on random repeated tokens."),
-        ("attention", "texts", "Show attention patterns of heads on a text, raw and weighted by value norms."),
+        (
+            "attention", "texts",
+            "Show attention patterns of heads on a text, raw and weighted by value norms, or over an image.",
+        ),
     ),
     "Find what carries a behaviour": (
         ("ablate", "ablating", "Ablate units and show what changes, compared with random, equally active units."),

@@ -9,14 +9,14 @@ from circuits.localization.attention import (
 from circuits.localization.cells import Cell, GridPosition
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
-from circuits.localization.image_attention import (
+from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
+from circuits.localization.looks import (
     ImageAttention,
     Look,
     UnplacedPattern,
     image_attention,
     query_names,
 )
-from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
 from circuits.localization.patching import patch_grid
 from circuits.localization.paths import HeadEffect, HeadEffects, PathCell, head_effects, path_grid
 from circuits.localization.probing import contrastive_directions, linear_probes

@@ -246,7 +246,7 @@ def keeping_sites(
         ValueError: if no site is named and the model lacks the default ones.
     """
     if sites is None:
-        known = {s.name for s in model.sites}
+        known = {name for s in model.sites for name in (s.name, *s.aliases)}
         writers = [n for n in WRITERS if any(s.endswith(f".hook_{n}") for s in known)]
         if not writers:
             raise ValueError(

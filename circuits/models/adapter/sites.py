@@ -295,8 +295,7 @@ def _with_heads(
         transformer = str(error)
     else:
         transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
-        values = {t.name: t.notes[1] for t in traces}
-        known, more = stream_sites(stream, search, known, values, points)
+        known, more = stream_sites(stream, search, known, traces, points)
         made += more
     own = {site.name: (site, tap) for site, tap in made if site.name not in known}
     both = known | own

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits.hooks import Tap
+from circuits.hooks import Tap, Trace
 from circuits.models.adapter.attention import Batches
 from circuits.models.adapter.flow import Flow, Product, moves, short_name
 from circuits.models.adapter.head_sites import Head, Points, Rearranged, rearranged
@@ -131,6 +131,10 @@ class TracedStream:
         steps = [len(self.flow.between(affine.made, at.neurons)) for affine in at.inputs]
         return steps.index(min(steps))
 
+    def reads_stream(self, affine: Affine) -> bool:
+        """Whether a product is given the last stream itself, with no norm between."""
+        return self.same(affine.given) == self.same(self.last)
+
     def scales(self, start: Value, end: Value) -> bool:
         """Whether all that happens between two values is that they are multiplied by numbers."""
         ops = [self.flow.program.operations[i] for i in self.flow.between(start, end)]
@@ -198,12 +202,18 @@ class Search:
 
     def last_same(self, value: Value) -> Value:
         """The value at the end of the functions that change nothing, if nothing else takes it on the way."""
+        return self.chain(value)[-1]
+
+    def chain(self, value: Value) -> list[Value]:
+        """A value and what functions that change nothing make of it, as long as nothing else takes it on the way."""
+        found = [value]
         while len(takers := self.flow.taken_by.get(value, [])) == 1:
             op = self.flow.program.operations[takers[0]]
             if not self.keeps(op):
                 break
             value = op.outputs[0]
-        return value
+            found.append(value)
+        return found
 
     def names(self, start: Value, end: Value) -> list[str]:
         """The functions between two values."""
@@ -515,7 +525,9 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
         }
     if stream.unembed is not None:
         unembed = stream.unembed
-        found |= {"unembed.hook_in": unembed.given, "hook_unembed": unembed.made}
+        found["hook_unembed"] = unembed.made
+        if not stream.reads_stream(unembed):
+            found["unembed.hook_in"] = unembed.given
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -533,7 +545,7 @@ def stream_sites(
     stream: TracedStream,
     batches: Batches,
     found: Mapping[str, tuple[Site, Tap]],
-    values: Mapping[str, Value | None],
+    traces: Sequence[Trace],
     points: Points,
 ) -> tuple[dict[str, tuple[Site, Tap]], list[tuple[Site, Tap]]]:
     """The sites of modules with what bridges call them, and sites for what no module returns.
@@ -542,22 +554,26 @@ def stream_sites(
         stream: the residual stream.
         batches: which axes follow the batch.
         found: the sites of modules, by name.
-        values: the value of each.
+        traces: what modules returned.
         points: where functions are watched.
     """
     made = dict(found)
     more: list[tuple[Site, Tap]] = []
-    # The last module that returns a tensor is the one that encloses the others.
-    owners = {stream.same(v): name for name, v in values.items() if v is not None and name in found}
+    paths = {id(module): path for path, module in points.root.named_modules()}
+    returned: dict[Value, dict[str, str]] = {}
+    for t in traces:
+        if t.name in found and t.notes[1] is not None:
+            returned.setdefault(t.notes[1], {})[paths.get(id(t.tap.module), "")] = t.name
     names: dict[Value, list[str]] = {}
     for name, value in stream_values(stream).items():
         names.setdefault(stream.same(value), []).append(name)
     for value, own in names.items():
         kind = _kind(own)
-        if value in owners:
-            site, tap = made[owners[value]]
+        owner = _owner(stream, value, returned)
+        if owner is not None:
+            site, tap = made[owner]
             kind = site.kind if kind == "neuron" or site.kind == "logit" else kind
-            made[owners[value]] = replace(site, kind=kind, aliases=(*site.aliases, *own)), tap
+            made[owner] = replace(site, kind=kind, aliases=(*site.aliases, *own)), tap
             continue
         last = stream.search.last_same(value)
         address = stream.flow.address_of(last)
@@ -570,28 +586,53 @@ def stream_sites(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
         more.append((site, tap))
-    for n, at in enumerate(stream.layers):
-        if (own := _mlp_input(stream, batches, n, at, points)) is not None:
+    for name, affine in _shared_inputs(stream):
+        if (own := _input_site(stream, batches, name, affine, points)) is not None:
             more.append(own)
     return made, more
 
 
-def _mlp_input(
-    stream: TracedStream, batches: Batches, n: int, at: TracedLayer, points: Points
+def _owner(
+    stream: TracedStream, value: Value, returned: Mapping[Value, Mapping[str, str]]
+) -> str | None:
+    """The site of the innermost module that computes a value and returns it: whatever reads the value reads it there.
+
+    Not of a module that only passes it on, such as an identity on the way to attention.
+
+    Args:
+        stream: the residual stream.
+        value: the value.
+        returned: for each value the modules that returned it, with the names of their sites.
+    """
+    for same in reversed(stream.search.chain(value)):
+        op = stream.flow.operation(same)
+        for path, _ in reversed(op.running if op is not None else ()):
+            if path in returned.get(same, {}):
+                return returned[same][path]
+    return None
+
+
+def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Affine]]:
+    """The products that read what others read, too, with the name of the site of what they read alone."""
+    for n, at in enumerate(stream.layers):
+        if at.mlp_given is not None and not stream.reads_alone(at) and len(at.inputs) == 1:
+            yield f"blocks.{n}.mlp.hook_in", at.inputs[0]
+    if stream.unembed is not None and stream.reads_stream(stream.unembed):
+        yield "unembed.hook_in", stream.unembed
+
+
+def _input_site(
+    stream: TracedStream, batches: Batches, name: str, affine: Affine, points: Points
 ) -> tuple[Site, Tap] | None:
-    """What an MLP reads, where its first weights take it, if attention reads the same tensor."""
-    if at.mlp_given is None or stream.reads_alone(at) or len(at.inputs) != 1:
-        return None
-    i, shape = at.inputs[0].first, stream.flow.shape(at.mlp_given)
+    """The site of what a product reads, where it takes it; None if its axes are not batch, position and unit."""
+    i, shape = affine.first, stream.flow.shape(affine.given)
     op = stream.flow.program.operations[i]
-    if at.mlp_given not in op.args or len(shape) != 3 or batches.of(at.mlp_given, 0) != 1:
+    if affine.given not in op.args or len(shape) != 3 or batches.of(affine.given, 0) != 1:
         return None
-    place = op.args.index(at.mlp_given)
+    place = op.args.index(affine.given)
     address = stream.flow.address(i, len(op.running), part="argument", place=place)
     axes = ("batch", "position", "unit")
-    return Site(
-        f"blocks.{n}.mlp.hook_in", "neuron", axes, 2, shape[1:], (), "HookPoint"
-    ), points.tap(address)
+    return Site(name, "neuron", axes, 2, shape[1:], (), "HookPoint"), points.tap(address)
 
 
 def _kind(names: Sequence[str]) -> SiteKind:

@@ -177,7 +177,7 @@ def image_attention(
 
 
 def query_names(model: HookedModel, head: str | Unit) -> list[str]:
-    """What may be a query of a head: the tokens that hold no patch, then the patches row by row.
+    """What may be a query of a head: first the usual one, then the tokens that hold no patch and the patches by row.
 
     Raises:
         KeyError: if there is no such head.
@@ -186,7 +186,8 @@ def query_names(model: HookedModel, head: str | Unit) -> list[str]:
     site = model.site(pattern_head(model, head).site)
     found = _tokens(model, site)
     height, width = found.places.shape
-    return [*found.others.values(), *(f"{y},{x}" for y in range(height) for x in range(width))]
+    patches = (f"{y},{x}" for y in range(height) for x in range(width))
+    return list(dict.fromkeys([usual_query(found), *found.others.values(), *patches]))
 
 
 def usual_query(tokens: TokenMap) -> str:
