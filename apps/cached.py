@@ -35,7 +35,13 @@ from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
 from circuits.harvesting import find_stores
-from circuits.localization import AttentionPatterns, attention_patterns
+from circuits.localization import (
+    AttentionPatterns,
+    ImageAttention,
+    attention_patterns,
+    image_attention,
+    query_names,
+)
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
 from circuits.models.paths.receptive import ReceptiveField, receptive_field
@@ -458,6 +464,35 @@ def _attention(
 def attention_of(model: HookedModel, one: Examples, unit: Unit) -> AttentionPatterns:
     """A head's attention over one text, raw and weighted by values."""
     return _attention(model.intact_hash, one.identity(0), str(unit), model, one)
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
+def _looks(
+    model_hash: str,
+    key: str,
+    head: str,
+    queries: tuple[str, ...],
+    _model: HookedModel,
+    _one: Examples,
+) -> ImageAttention:
+    return image_attention(_model, _one.picture(0), [_model.unit(head)], queries)
+
+
+def looks_of(model: HookedModel, one: Examples, head: Unit, *queries: str) -> ImageAttention:
+    """Where a head looks in one image."""
+    return _looks(model.intact_hash, one.identity(0), str(head), queries, model, one)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def _queries(model_hash: str, head: str, _model: HookedModel) -> list[str]:
+    with suppress(ValueError):  # its tokens have no known place in the image
+        return query_names(_model, _model.unit(head))
+    return []
+
+
+def queries_of(model: HookedModel, head: Unit) -> list[str]:
+    """What may be a query of a head in an image; empty if its tokens have no known place there."""
+    return _queries(model.intact_hash, str(head), model)
 
 
 @st.cache_resource(show_spinner="Attributing…", max_entries=256)

@@ -1,5 +1,4 @@
 """Hook points inside a model's functions: tensors that no module returns can be read and changed as well.
-
 A `CallPoint` stands for one tensor of one call of a torch function: its output, one of its arguments, or the scores
 and the pattern that a fused attention kernel never shows. It is an identity module, so that the hooks of
 `circuits.hooks` work on it as on every other module. Calls are counted while a module of the model runs, its scope:

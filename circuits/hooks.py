@@ -281,24 +281,35 @@ class Trace:
         name: the name for its site.
         value: the tensor.
         given: the first tensor that the module was called with.
+        notes: what `trace` was told to note of `given` and of `value` when the module returned.
     """
 
     tap: Tap
     name: str
     value: Tensor
     given: Tensor | None = None
+    notes: tuple[Any, Any] = (None, None)
 
 
 def trace(
-    root: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]
+    root: nn.Module,
+    modules: Mapping[str, nn.Module],
+    forward: Callable[[], Any],
+    note: Callable[[Tensor], Any] = lambda _: None,
 ) -> list[Trace]:
     """Run `forward` once and list every tensor that `modules` return, in order of execution.
 
     A module called several times gives `name@0`, `name@1`, …; a nested output gives `name[0]`,
     `name[key]`, …. A name that is taken gets a `_` appended. Tensors that a later operation overwrites in
     place are marked on their taps.
+
+    Args:
+        root: the model.
+        modules: what to trace, by name.
+        forward: runs the model.
+        note: called with each tensor that a module is given or returns, at that moment; the result is kept.
     """
-    seen: list[tuple[str, Tap, Tensor, int, Tensor | None]] = []
+    seen: list[tuple[str, Tap, Tensor, int, Tensor | None, tuple[Any, Any]]] = []
     calls: Counter[str] = Counter()
 
     def visitor(name: str, module: nn.Module) -> Callable[..., None]:
@@ -307,7 +318,8 @@ def trace(
             given = next((v for _, v in _leaves((args, kwargs))), None)
             for path, value in _leaves(output):
                 tap = Tap(module, calls[name], path)
-                seen.append((name, tap, value, value._version, given))
+                notes = None if given is None else note(given), note(value)
+                seen.append((name, tap, value, value._version, given, notes))
             calls[name] += 1
 
         return visit
@@ -325,7 +337,7 @@ def trace(
     parts = Counter((name, tap.call) for name, tap, *_ in seen)
     traces: list[Trace] = []
     taken: set[str] = set()
-    for name, tap, value, version, given in seen:
+    for name, tap, value, version, given, notes in seen:
         label = name if calls[name] == 1 else f"{name}@{tap.call}"
         if parts[name, tap.call] > 1:
             label += "".join(f"[{_FORBIDDEN.sub('_', str(key))}]" for key in tap.path)
@@ -334,7 +346,7 @@ def trace(
         taken.add(label)
         # Autograd counts the in-place writes to a tensor's memory in `_version`, with gradients off too.
         overwritten = value._version != version
-        traces.append(Trace(replace(tap, overwritten=overwritten), label, value, given))
+        traces.append(Trace(replace(tap, overwritten=overwritten), label, value, given, notes))
     return traces
 
 

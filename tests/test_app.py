@@ -566,8 +566,16 @@ def test_no_page_is_long() -> None:
 
 # --- what others write ---------------------------------------------------------------------------
 
-AS_TEXT = {"text", "code", "json", "arrow_data_frame", "empty", "text_input", "vega_lite_chart"}
+AS_TEXT = {
+    "text", "code", "json", "arrow_data_frame", "empty", "text_input", "vega_lite_chart", "html",
+}  # fmt: skip
 """Elements whose contents are no Markdown; their labels and help texts are."""
+
+
+def tags(test: AppTest) -> set[str]:
+    """The tags in the HTML of a page."""
+    bodies = [e.proto.body for part in (test.main, test.sidebar) for e in part if e.type == "html"]
+    return {tag for body in bodies for tag in re.findall(r"<\s*/?\s*([^\s>/]*)", body)}
 
 
 def markdown(test: AppTest) -> set[str]:
@@ -608,6 +616,7 @@ def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch)
             assert not live(written.replace("**", "")), (view, written)
             assert "\u202e" not in written, (view, written)
             seen.add(read(written))
+        assert tags(test) <= {"style", "div", "span"}, (view, query)
         assert not [c.value for c in test.code if runs(c.value)], (view, query)
     for name in hostile.NAMES:
         assert re.search("[\u202e`\n]", name) or any(name in text for text in seen), name

@@ -371,7 +371,7 @@ def test_cards_are_shown_and_saved(capsys, tmp_path: Path, monkeypatch: pytest.M
         (["attribute", "shapes", "mixed3b", "--text", "a"], "takes images"),
         (["attribute", "shapes", "mixed3b", "--out", "a.npz"], "must end in .safetensors"),
         (["attribute", "shapes", "mixed3b", "--limit", "1", "--target", "class:0", "--save", "x"], "graph build"),
-        (["attribute", "shapes", "--direct"], "is not a TransformerLens bridge"),
+        (["attribute", "shapes", "--direct"], "has no residual stream"),
         (["saliency", "shapes", "--image", "/nowhere.png"], "does not exist"),
         (["saliency", "shapes", "--method", "magic"], "method 'magic' is not one of"),
         (["saliency", "shapes", "--option", "samples"], "NAME=VALUE"),

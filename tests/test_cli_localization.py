@@ -171,7 +171,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["patch", "induction", "--metric", "logit_difference"], "needs wrong answers to compare with"),
         (["patch", "shapes", "--task", "shapes"], "sites: model shapes has no default sites for by 'position'"),
         (["keep", "induction", "blocks.0.hook_resid_pre"], "is not among the sites at which units are replaced"),
-        (["lens", "shapes"], "model shapes is not a TransformerLens bridge: its residual stream"),
+        (["lens", "shapes"], "model shapes has no residual stream: no attention"),
         (["lens", "induction", "--tokens"], "--tokens needs a text (--text)"),
         (["heads", "shapes"], "model shapes takes images: heads are scored by what they attend to among tokens"),
         (["heads", "addition-by-hand"], "length 3: expected 6 (the shortest that repeats anything) to 3"),

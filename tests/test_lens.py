@@ -118,7 +118,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
     task = read_at(bridge)
     with pytest.raises(
         ValueError,
-        match="model Branches is not a TransformerLens bridge: its residual stream, heads and neurons are",
+        match="model Branches has no residual stream: no attention was found in it",
     ):
         lens_tokens(branches, "1 2")
     inside = task.with_metric(UnitActivation.named(bridge, "blocks.0.mlp.hook_post:3"))

@@ -578,7 +578,7 @@ def test_bad_input_is_one_clear_line(change: dict[str, Any], words: str) -> None
 
 def test_a_model_whose_stream_is_not_the_sum_of_its_senders_is_refused() -> None:
     images = HookedModel(torch.nn.Conv2d(3, 4, 1), ImageInput(3, 8, 8), "conv")
-    with pytest.raises(ValueError, match="conv is not a TransformerLens bridge"):
+    with pytest.raises(ValueError, match="conv has no residual stream"):
         senders(images)
     model, _ = gpt2_like()
     doubled = model.module.blocks[1].mlp.register_forward_hook(lambda *parts: parts[-1] * 2)  # type: ignore[union-attr, index]

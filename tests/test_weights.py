@@ -217,5 +217,5 @@ def test_head_circuits_of_the_hand_written_model() -> None:
 
 
 def test_image_models_have_no_heads(branches: HookedModel) -> None:
-    with pytest.raises(ValueError, match="is not a TransformerLens bridge"):
+    with pytest.raises(ValueError, match="has no residual stream"):
         qk_circuit(branches, "cat:1")

@@ -1,4 +1,4 @@
-"""Transformer units: tokens coloured by activation, attention patterns, what they add to logits."""
+"""Transformer units: tokens coloured by activation, where heads look, what they add to logits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from apps import cached
-from apps.address import guarded, part, plain
+from apps.address import guarded, line, part, plain
 from apps.showing import show
 from apps.subject import Look
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
-from circuits.figures import attention_figure
+from circuits.figures import attention_figure, image_attention_figure
+from circuits.localization import shown_pattern
 from circuits.models.adapter.inputs import TokenInput
 from circuits.store import Example
 from circuits.weights import direct_logits, ov_circuit
 
-_HEAD = re.compile(r"blocks\.[0-9]+\.attn\.hook_z")
 _NEURON = re.compile(r"blocks\.[0-9]+\.mlp\.hook_post")
 LISTED = 10
 
@@ -73,14 +73,23 @@ def _marked(
 @part
 def pattern_panel(look: Look, examples: Examples, example: int) -> None:
     """Where a head looks, on the example that excites it most."""
-    if not (_HEAD.fullmatch(look.unit.site) and isinstance(look.model.input, TokenInput)):
+    head = shown_pattern(look.model, look.unit)
+    if head is None:
         return
     st.subheader("Where it looks")
     last = len(examples) - 1
     at = int(st.number_input("Example", 0, last, example, key=f"pattern-{look.unit}"))
     one = examples.subset([at])
-    show(attention_figure(cached.attention_of(look.model, one, look.unit)), "pattern")
-    st.caption(f"{plain(examples.names[at])} of {plain(examples.data)}; each row adds up to 1.")
+    where = f"{plain(examples.names[at])} of {plain(examples.data)}"
+    if isinstance(look.model.input, TokenInput):
+        show(attention_figure(cached.attention_of(look.model, one, head)), "pattern")
+        st.caption(f"{where}; each row adds up to 1.")
+        return
+    names = cached.queries_of(look.model, head)
+    asked = [st.selectbox("Attention of", names, key=f"query-{look.unit}")] if names else []
+    found = cached.looks_of(look.model, one, head, *asked)
+    show(image_attention_figure(found), "pattern")
+    st.caption(f"{where}. Patches are named by row and column, from the top left.")
 
 
 @guarded
@@ -97,9 +106,13 @@ def logits_panel(look: Look) -> None:
         st.caption(
             f"Per unit of activation, directly (W_out W_U); over all tokens ± {values.std().item():.3g}."
         )
-    elif _HEAD.fullmatch(look.unit.site):
+    elif look.unit.site.endswith(".hook_z"):
         st.subheader("What it copies and changes")
-        ov = ov_circuit(look.model, look.unit, tokens=True).matrix
+        try:
+            ov = ov_circuit(look.model, look.unit, tokens=True).matrix
+        except ValueError as error:  # its weights are not known by head
+            st.caption(line(error))
+            return
         own = (ov.argmax(1) == torch.arange(len(ov))).float().mean().item()
         flat = ov.flatten().topk(min(LISTED, ov.numel()))
         rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import go_to, link, named, plain, python
+from apps.address import go_to, line, link, named, plain, python
 from apps.showing import show
 from apps.subject import Look
 from circuits.figures import kernels_figure
@@ -18,7 +18,12 @@ TOP = 5
 
 def weights_panel(look: Look) -> None:
     """The strongest weights in and out, each with the unit at its other end and the way there."""
-    built_from, builds = cached.connections_of(look.model, look.unit, look.record.hash, TOP)
+    try:
+        built_from, builds = cached.connections_of(look.model, look.unit, look.record.hash, TOP)
+    except ValueError as error:  # the rest of the page needs no weights
+        st.subheader("Built from")
+        st.caption(line(error))
+        return
     for title, connections, end in (
         ("Built from", built_from, "source"),
         ("Builds", builds, "target"),

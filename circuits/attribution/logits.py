@@ -90,7 +90,7 @@ def direct_logit_attribution(
     and `attributed` says so. Parts are computed in float64 from what the model computed in its own precision.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         examples: texts of equal length.
         target: a token's logit, at the last position unless it names another.
 

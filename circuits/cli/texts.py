@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from typer import Typer
@@ -15,6 +16,7 @@ from circuits.edits.recipes import edited
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
+from circuits.stimuli.images import read_image
 
 app = Typer()
 
@@ -54,11 +56,29 @@ def attention(
     text: Annotated[str, option(
         "The text in which the heads attend: words, or numbers of tokens if the model has no words."
     )] = "",
+    image: Annotated[Path | None, option("For a vision transformer: the image file in which the heads attend.")] = None,
+    query: Annotated[list[str] | None, option(
+        "With --image: whose attention to show: `class token`, `register 1`, the row and column of a patch (3,4) or a "
+        "token's number; may be repeated. By default the class token or, if there is none, the patch in the middle."
+    )] = None,
 ) -> None:  # fmt: skip
-    """Show attention patterns of heads on a text, raw and weighted by value norms."""
+    """Show attention patterns of heads on a text, raw and weighted by value norms, or over an image."""
+    named = heads.replace(",", " ").split()
+    if image is not None:
+        if text:
+            raise ValueError(f"--text {text!r} does not go with --image")
+        picture = read_image(image)
+        looks = localization.image_attention(model.load(), picture, named, query or ())
+        output.draw(lambda figures: figures.image_attention_figure(looks))
+        output.show(looks, looks.tables())
+        return
+    if query:
+        raise ValueError(f"--query {query[0]!r} goes with --image")
     if not text:
-        raise ValueError("--text is empty: expected the text in which heads attend")
-    found = localization.attention_patterns(model.load(), text, heads.replace(",", " ").split())
+        raise ValueError(
+            "--text is empty: expected the text in which heads attend (--image for a vision transformer)"
+        )
+    found = localization.attention_patterns(model.load(), text, named)
     output.draw(lambda figures: figures.attention_figure(found))
     output.show(found, found.tables())
 

@@ -31,8 +31,9 @@ class KnockOut(
 
     Attributes:
         units: heads, as units of `blocks.N.attn.hook_pattern`.
-        queries: the positions that attend, negative from the end; all if None.
-        keys: the positions that are no longer attended to, negative from the end; all if None.
+        queries: the positions that attend, negative from the end; all if None. With attention in windows, those of
+            each window.
+        keys: the positions that are no longer attended to, counted likewise; all if None.
         renormalise: whether the rest of each row is scaled up; it is then an error if nothing is left of a row.
         at: not used.
     """
@@ -91,10 +92,11 @@ class KnockOut(
         return self.queries is not None or self.keys is not None
 
     def new(self, site: Site, own: Tensor) -> Tensor:
-        queries = self._places("queries", own.shape[2])
-        keys = self._places("keys", own.shape[3])
+        # Windows, where there are some, come between heads and queries: each loses the same.
+        queries = self._places("queries", own.shape[-2])
+        keys = self._places("keys", own.shape[-1])
         made = own.clone()
-        rows = made[:, :, queries]
+        rows = made[..., queries, :]
         # The sum of a row is 1 after a softmax, but another edit of the pattern may have changed it: what there was is
         # given back.
         before = rows.sum(-1, keepdim=True)
@@ -106,7 +108,7 @@ class KnockOut(
             # Rows that lose nothing stay as they are, bit for bit: scaling them by 1 might round.
             rows = torch.where(gone, rows * (before / left.where(gone, left.new_ones(()))), rows)
         # Indexing with a tensor copied the rows, so that they have to be put back.
-        made[:, :, queries] = rows
+        made[..., queries, :] = rows
         return made
 
     def _places(self, name: str, length: int) -> Tensor:
@@ -122,7 +124,7 @@ class KnockOut(
 
     def _check_left(self, empty: Tensor, queries: Tensor) -> None:
         if empty.any():
-            _, head, query, _ = empty.nonzero()[0].tolist()
+            _, head, *_, query, _ = empty.nonzero()[0].tolist()
             # `empty` counts among the edited heads; the message names the head as it is numbered in the model.
             heads = range(empty.shape[1]) if self.units.indices is None else self.units.indices
             raise ValueError(

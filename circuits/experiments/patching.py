@@ -80,7 +80,7 @@ def patch_paths(
     """Measure the effect of each path by itself, with many patches in one pass.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         clean: clean tokens.
         corrupted: the corrupted tokens of each pair.
         paths: pairs of a sender (`token`, `position`, `0.3`, `mlp:0`) and a receiver (`1.0.q`, `mlp:1`, `logits`,

@@ -1,7 +1,7 @@
 """Results as figures (Vega-Lite, by Altair), for the app, for notebooks, and as PNG and SVG."""
 
 from circuits.figures.activations import histogram_figure, spectrum_figure
-from circuits.figures.attention import attention_figure
+from circuits.figures.attention import attention_figure, image_attention_figure
 from circuits.figures.attributions import (
     attribution_figure,
     saliency_figure,
@@ -50,6 +50,7 @@ __all__ = [
     "heads_figure",
     "heat_map_figure",
     "histogram_figure",
+    "image_attention_figure",
     "invariance_figure",
     "kernels_figure",
     "layers_figure",

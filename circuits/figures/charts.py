@@ -120,6 +120,10 @@ def largest(*arrays: np.ndarray) -> float:
 
 # --- names and numbers ---------------------------------------------------------------------------
 
+_HOOK_POINT = re.compile(
+    r"(?:(?P<stack>encoder|decoder)_)?blocks\.(?P<number>[0-9]+)\.(?:(?:(?P<kind>self|cross)_)?attn\.|mlp\.)?hook_"
+)
+
 
 def number(value: float) -> float | None:
     """A number as JSON has it: nothing for NaN and infinity."""
@@ -138,8 +142,14 @@ def short(site: str) -> str:
 
     >>> short("blocks.3.attn.hook_z:1"), short("blocks.0.hook_resid_pre"), short("mixed3b")
     ('3 z:1', '0 resid_pre', 'mixed3b')
+    >>> short("encoder_blocks.0.attn.hook_z:1"), short("decoder_blocks.2.cross_attn.hook_pattern")
+    ('encoder 0 z:1', 'decoder 2 cross pattern')
     """
-    return re.sub(r"^blocks\.([0-9]+)\.(?:attn\.|mlp\.)?hook_", r"\1 ", site)
+    found = _HOOK_POINT.match(site)
+    if found is None:
+        return site
+    stack, number, kind = found["stack"], found["number"], found["kind"]
+    return " ".join(filter(None, (stack, number, kind, site[found.end() :])))
 
 
 def printed(token: str) -> str:

@@ -1,9 +1,21 @@
 """Localizing a behaviour: which activations carry it, which suffice for it, and where it can be read off."""
 
-from circuits.localization.attention import AttentionPatterns, HeadPattern, attention_patterns
+from circuits.localization.attention import (
+    AttentionPatterns,
+    HeadPattern,
+    attention_patterns,
+    shown_pattern,
+)
 from circuits.localization.cells import Cell, GridPosition
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
+from circuits.localization.image_attention import (
+    ImageAttention,
+    Look,
+    UnplacedPattern,
+    image_attention,
+    query_names,
+)
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
 from circuits.localization.patching import patch_grid
 from circuits.localization.paths import HeadEffect, HeadEffects, PathCell, head_effects, path_grid
@@ -24,23 +36,29 @@ __all__ = [
     "HeadPattern",
     "HeadScore",
     "HeadScores",
+    "ImageAttention",
     "Lens",
     "LensTokens",
+    "Look",
     "PatchGrid",
     "PathCell",
     "Readout",
     "Readouts",
     "Sufficiency",
+    "UnplacedPattern",
     "attention_patterns",
     "contrastive_directions",
     "head_effects",
+    "image_attention",
     "keep_only",
     "lens_tokens",
     "linear_probes",
     "logit_lens",
     "patch_grid",
     "path_grid",
+    "query_names",
     "score_heads",
+    "shown_pattern",
     "steering_grid",
     "sufficiency",
 ]

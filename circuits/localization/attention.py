@@ -7,7 +7,7 @@ sink, such as the starting token, moves almost nothing, and disappears when it i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ SINK = 0.5
 after it, not counting the very next one."""
 
 _HEAD = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
+_ATTENTION = re.compile(r"blocks\.([0-9]+)\.attn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +110,23 @@ def attention_patterns(
 
     Raises:
         KeyError: if there is no such head.
-        ValueError: if the model takes images or exposes no attention patterns, no head is given, or the model cannot
-            take the text.
+        ValueError: if the model takes images or exposes no attention patterns, no head is given, its queries are other
+            tokens than its keys, or the model cannot take the text.
     """
     if not isinstance(model.input, TokenInput):
-        raise ValueError(f"model {model.name} takes images: expected a token model")
+        raise ValueError(
+            f"model {model.name} takes images: expected a token model (image_attention shows where its heads look)"
+        )
     if not heads:
         raise ValueError("heads are empty: expected at least one, for example 0.3")
     chosen = [pattern_head(model, head) for head in heads]
-    values = {u.site: model.site(u.site.replace("hook_pattern", "hook_v")) for u in chosen}
+    for site in (model.site(unit.site) for unit in chosen):
+        if site.position_axes != ("query", "key") or len(set(site.position_shape)) != 1:
+            raise ValueError(
+                f"site {site.name} of {model.name} has the shape {site.shape}: expected the same tokens as queries and "
+                "keys"
+            )
+    values = {u.site: values_of(model, model.site(u.site)) for u in chosen}
     tokens = encoded(model.input, text)[None]
     read = [*(model.site(u.site) for u in chosen), *values.values()]
     cache = model.run(tokens, read=read, until=model.last(read))
@@ -135,34 +144,63 @@ def attention_patterns(
 def pattern_head(model: HookedModel, head: str | Unit) -> Unit:
     """A head as a unit of its attention pattern.
 
+    Args:
+        model: a model that exposes attention patterns.
+        head: written `LAYER.HEAD`, or a unit of any of its sites, as is needed where a layer has several attentions
+            (`decoder_blocks.0.cross_attn.hook_z:3`).
+
     Raises:
         KeyError: if there is no such head.
         ValueError: if it is not a head, or the model exposes no attention patterns.
     """
     try:
-        sites = select_sites(model, "pattern")
+        known = {attention_of(s): s for s in select_sites(model, "pattern")}
     except KeyError:
         raise ValueError(f"model {model.name} shows no attention patterns") from None
-    known = {_layer(s): s for s in sites}
     match = _HEAD.fullmatch(head) if isinstance(head, str) else None
     if match is not None:
-        layer, index = int(match[1]), int(match[2])
+        own, index = f"blocks.{int(match[1])}.attn", int(match[2])
     else:
         unit = model.unit(head)
-        layer, index = _layer(model.site(unit.site)), unit.index
-        if model.site(unit.site).kind not in ("head", "pattern"):
+        site = model.site(unit.site)
+        own, index = attention_of(site), unit.index
+        if site.kind not in ("head", "pattern"):
             raise ValueError(
                 f"head {str(head)!r}: the units of {unit.site} are not heads, expected LAYER.HEAD"
             )
-    if layer not in known or index >= known[layer].n_units:
-        names = [f"{n}.{i}" for n, s in known.items() for i in range(s.n_units)]
-        raise unknown(f"head of {model.name}", str(head), names)
-    return known[layer].unit(index)
+    if own not in known or index >= known[own].n_units:
+        raise unknown(f"head of {model.name}", str(head), list(_heads(known)))
+    return known[own].unit(index)
 
 
-def _layer(site: Site) -> int:
-    match = re.search(r"blocks\.([0-9]+)\.", site.name)
-    return -1 if match is None else int(match[1])
+def shown_pattern(model: HookedModel, unit: Unit) -> Unit | None:
+    """The attention pattern of the head that a unit stands for; None if it is no head, or keys that heads share."""
+    site = model.site(unit.site)
+    if site.kind not in ("head", "pattern"):
+        return None
+    try:
+        found = pattern_head(model, unit)
+    except (KeyError, ValueError):
+        return None
+    return found if model.site(found.site).n_units == site.n_units else None
+
+
+def attention_of(site: Site) -> str:
+    """The name of the attention that a site of heads belongs to: `blocks.0.attn`."""
+    return site.name.rpartition(".hook_")[0]
+
+
+def values_of(model: HookedModel, pattern: Site) -> Site:
+    """The site of the values that an attention pattern weighs."""
+    return model.site(f"{attention_of(pattern)}.hook_v")
+
+
+def _heads(known: Mapping[str, Site]) -> Iterator[str]:
+    """The heads of some attentions, as short as they can be named."""
+    for name, site in known.items():
+        match = _ATTENTION.fullmatch(name)
+        for i in range(site.n_units):
+            yield f"{match[1]}.{i}" if match else f"{name}.hook_pattern:{i}"
 
 
 def _pattern(

@@ -322,9 +322,16 @@ def _patterns(model: HookedModel) -> tuple[list[Site], TokenInput]:
             f"model {model.name} takes images: heads are scored by what they attend to among tokens"
         )
     try:
-        return select_sites(model, "pattern"), model.input
+        found = select_sites(model, "pattern")
     except KeyError:
         raise ValueError(f"model {model.name} shows no attention patterns") from None
+    # Where queries are other positions than keys (a resampler's), no token is the one before another.
+    same = [s for s in found if len(set(s.position_shape)) == 1 and len(s.position_shape) == 2]
+    if not same:
+        raise ValueError(
+            f"model {model.name}: the queries of {found[0].name} are other positions than its keys"
+        )
+    return same, model.input
 
 
 def _attention(

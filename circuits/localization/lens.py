@@ -157,7 +157,7 @@ def logit_lens(
     """A task's metric if the model stopped at each depth, at the positions that the task counts.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         task: what is measured on.
         norm: whether the final normalisation is recomputed for each depth's stream or keeps the final stream's scale.
         middle: also measure between attention and MLP of each layer.
@@ -203,7 +203,7 @@ def lens_tokens(
     """The first choice for the next token at each depth and position of a text.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         text: a text, or tokens.
         norm: as in `logit_lens`.
         middle: as in `logit_lens`.
@@ -233,7 +233,7 @@ def lens_sites(model: HookedModel, middle: bool = False) -> list[Site]:
     """The residual stream at each depth of a transformer: before each layer, and after the last one.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         middle: also between attention and MLP.
 
     Raises:

@@ -97,7 +97,7 @@ def path_grid(
     """Patch each path, one at a time, from the other run of its pair, and measure a task.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         task: a task with counterparts.
         paths: pairs of a sender (`token`, `position`, `0.3`, `mlp:0`) and a receiver (`1.0.q`, `mlp:1`, `logits`);
             every direct path if None.
@@ -329,7 +329,7 @@ def head_effects(
     """Total, direct and indirect effects of replacing heads' outputs by those of the other run of each pair.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         task: a task with counterparts.
         heads: written `layer.head`; any other sender works too (`mlp:0`). Every head if None.
         direction: `noising` replaces outputs in the clean run, `denoising` in the corrupted run.

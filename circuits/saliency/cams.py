@@ -14,6 +14,7 @@ from circuits.attribution.passes import Passes
 from circuits.autograd import recording_gradients
 from circuits.checks import check_range
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.patches import is_map, token_places
 from circuits.progress import Progress
 from circuits.saliency.gradients import guided_gradient, noisy_copies
 from circuits.tasks.targets import Target, output_site
@@ -35,7 +36,7 @@ def last_map(model: HookedModel, target: Target) -> Site:
     if target.site != output_site(model).name:
         raise ValueError(f"target {target} is not an output: name the site to take the map at")
     # A map of one position (behind global pooling) says nothing about where.
-    maps = [s for s in model.sites if _is_map(s) and min(s.position_shape) > 1]
+    maps = [s for s in model.sites if is_map(s) and min(s.position_shape) > 1]
     if not maps:
         raise ValueError(f"model {model.name} has no site with a map of more than one position")
     behind = model.sites[model.sites.index(maps[-1]) + 1 :]
@@ -57,10 +58,6 @@ def last_map(model: HookedModel, target: Target) -> Site:
         ) from error
     stream = [s for s in tokens if s.shape == tokens[-1].shape]
     return _last_with_gradient(model, stream, places, inputs)
-
-
-def _is_map(site: Site) -> bool:
-    return site.position_axes == ("y", "x")
 
 
 def _may_hold(site: Site, patches: Site) -> bool:
@@ -90,58 +87,6 @@ def _last_with_gradient(
     )
 
 
-@recording_gradients()
-def token_places(model: HookedModel, site: Site, inputs: Tensor) -> Int[Tensor, "y x"]:
-    """Which token of a site holds which patch of the map before it; class tokens and registers hold none.
-
-    Measured where the tokens are first put together: there each depends on its own patch alone. With a weight w for
-    every token, the gradient of their weighted sum at a patch is that of its token times the token's weight, so that
-    the gradients for w = 1 and w = 1, 2, 3, … have the token's number as their quotient.
-
-    Args:
-        model: the model.
-        site: a site of tokens.
-        inputs: as the model takes them; one is looked at.
-
-    Raises:
-        ValueError: if there is no map before it, or no token for each of its patches.
-    """
-    order = model.sites.index(site)
-    patches = next((s for s in reversed(model.sites[:order]) if _is_map(s)), None)
-    if patches is None or site.position_axes != ("position",):
-        raise ValueError(
-            f"site {site.name} has the position axes {site.position_axes or 'none'}: expected a map (y, x), or tokens "
-            "behind a map of patches"
-        )
-    between = model.sites[model.sites.index(patches) + 1 : order + 1]
-    first = next(
-        s
-        for s in between
-        if s.position_axes + s.position_shape == ("position", *site.position_shape)
-    )
-    leaf = inputs[:1].detach().requires_grad_(True)
-    cache = model.run(leaf, read=[patches, first], until=first, grad=True)
-    tokens = first.activations(cache[first])[0]
-    drawn = torch.randn(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens)
-    each = drawn @ tokens
-    weights = torch.arange(1, len(each) + 1).to(each)
-    plain, counted = (
-        patches.activations(torch.autograd.grad(total, cache[patches], retain_graph=True)[0])[0]
-        for total in (each.sum(), each @ weights)
-    )
-    # Of a patch's channels the one with the largest gradient, where the quotient is most exact.
-    best = plain.abs().argmax(0, keepdim=True)
-    quotient = (counted.gather(0, best) / plain.gather(0, best))[0]
-    places = quotient.round()
-    exact = bool(((quotient - places).abs() < 0.05).all())  # False for NaN too
-    if not exact or len(set(places.tolist())) < len(places) or not places.min() >= 1:
-        raise ValueError(
-            f"site {site.name}: its {len(each)} tokens are not one for each of the {len(places)} patches of "
-            f"{patches.name}, and some more"
-        )
-    return (places.long() - 1).reshape(patches.positions_of(cache[patches]))
-
-
 Layout = Callable[[Tensor], Float[Tensor, "example channel y x"]]
 
 
@@ -153,7 +98,7 @@ def _layout(passes: Passes) -> Layout:
     """
     site = passes.site
     assert site is not None, "maps are taken at a site"
-    if _is_map(site):
+    if is_map(site):
         return lambda value: site.activations(value).unflatten(2, site.positions_of(value))
     places = token_places(passes.model, site, passes.inputs)
     return lambda value: site.activations(value)[:, :, places]
@@ -236,7 +181,7 @@ def _gradients(passes: Passes, layout: Layout) -> Tensor:
     site = passes.site
     assert site is not None, "maps are taken at a site"
     found = layout(passes.gradient(passes.points, torch.arange(len(passes)))[1])
-    if not _is_map(site) and not found.any():
+    if not is_map(site) and not found.any():
         raise ValueError(
             f"site {site.name}: no gradient leads from the target to the tokens of patches, since later layers read "
             "only others, such as the class token: name an earlier site, or none for the last one with a gradient"

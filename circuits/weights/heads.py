@@ -97,7 +97,7 @@ def qk_circuit(
     """W_Q R(offset) W_K^T of a head: what a query looks for in a key at that offset, and what biases add.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         head: a unit of `blocks.N.attn.hook_z`.
         tokens: whether rows and columns are tokens, W_E W_QK W_E^T, instead of residual dimensions.
         offset: the key's position minus the query's: 0 is its own, -1 the one before. One or several.
@@ -105,7 +105,7 @@ def qk_circuit(
             fixed; by default such models are refused, since their scores are no bilinear form.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge, the unit no head, an offset above 0 or outside the
+        ValueError: if the model has no residual stream, the unit no head, an offset above 0 or outside the
             context, or scores are no bilinear form.
     """
     transformer = Transformer(model)
@@ -144,12 +144,12 @@ def ov_circuit(model: HookedModel, head: str | Unit, tokens: bool = False) -> OV
     """W_OV of a head: what it writes for what it reads at a position that it attends to, and what biases add.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         head: a unit of `blocks.N.attn.hook_z`.
         tokens: whether rows are tokens and columns logits, W_E W_OV W_U, instead of residual dimensions.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge or the unit no head, or if what attention adds is not
+        ValueError: if the model has no residual stream or the unit no head, or if what attention adds is not
             the sum of its heads' outputs, normalised or scaled.
     """
     transformer = Transformer(model)
@@ -209,7 +209,7 @@ def head_composition(
     output is turned by a random rotation of the residual stream.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         source: the earlier head, a unit of `blocks.N.attn.hook_z`.
         target: the later head.
         offset: as in `qk_circuit`.
@@ -267,7 +267,7 @@ def neuron_directions(
     """The directions in the residual stream that a neuron reads and writes.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge or the unit no neuron, `blocks.N.mlp.hook_post:INDEX`.
+        ValueError: if the model has no residual stream or the unit no neuron, `blocks.N.mlp.hook_post:INDEX`.
     """
     transformer = Transformer(model)
     layer, index = transformer.neuron(neuron)
@@ -279,7 +279,7 @@ def direct_logits(model: HookedModel, neuron: str | Unit) -> Float[Tensor, " tok
     """The direct effect of a neuron on the logits, for one unit of its activation: W_out W_U.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge or the unit no neuron.
+        ValueError: if the model has no residual stream or the unit no neuron.
     """
     transformer = Transformer(model)
     layer, index = transformer.neuron(neuron)

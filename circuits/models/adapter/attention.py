@@ -113,6 +113,24 @@ class Batches:
         one, two = self.flow.shape(value)[axis], self.other.shapes[value][axis]
         return one // 3 if one % 3 == 0 and two * 3 == one * 2 else 0
 
+    def apart(self, value: Value, forward: bool) -> Value:
+        """The value with examples as an axis of their own, if a view joins them with positions before or after it."""
+        while self.flow.shape(value) and self.of(value, 0) > 1:
+            if forward:
+                takers = self.flow.taken_by.get(value, [])
+                op = self.flow.program.operations[takers[0]] if len(takers) == 1 else None
+                found = op.outputs[0] if op is not None else value
+            else:
+                op = self.flow.operation(value)
+                found = op.inputs[0] if op is not None and op.inputs else value
+            if op is None or short_name(op) not in _VIEWS:
+                break
+            value = found
+        return value
+
+
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "unsafe_view", "view_as", "reshape_as"}
+
 
 _DIVISIONS = {"div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__"}
 _MULTIPLICATIONS = {"mul", "multiply", "__mul__", "mul_", "__imul__", "__rmul__"}
@@ -546,8 +564,7 @@ class _Search:
         return self._placed(value, address, tuple(roles[a] for a in letters))
 
     def _placed(self, value: Value, address: Address, axes: Axes) -> Place:
-        shape = self.flow.shape(value)
-        return Place(value, address, axes, shape, _sizes(axes, shape))
+        return placed(value, address, axes, self.flow.shape(value))
 
     def _at(self, i: int, **part: object) -> Address:
         return self.flow.address(i, len(self.flow.program.operations[i].running), **part)
@@ -835,6 +852,11 @@ def _of_values(roles: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...
         for a, role in roles.items()
         if role != ("query",)
     }
+
+
+def placed(value: Value, address: Address, axes: Axes, shape: tuple[int, ...]) -> Place:
+    """A value at an address, with its axes and its shape as traced."""
+    return Place(value, address, axes, shape, _sizes(axes, shape))
 
 
 def _sizes(axes: Axes, shape: Sequence[int]) -> dict[str, int]:

@@ -28,8 +28,8 @@ PARTS = ("Q", "K", "V")
 """By which of its inputs a head reads what another wrote, in the order of composition scores."""
 
 
-def bridge_layers(model: Any) -> list[WeightLayer]:
-    """Virtual weights of a TransformerLens bridge, between units connected by the residual stream.
+def transformer_layers(model: Any) -> list[WeightLayer]:
+    """Virtual weights of a transformer, between units connected by the residual stream.
 
     Head to later head: the composition scores ||W_OV W_QK||, ||W_QK W_OV^T|| and ||W_OV W_OV||
     over the product of the factors' norms, in the order Q, K, V (Elhage et al. 2021, "Virtual weights"). W_QK is
@@ -71,7 +71,7 @@ def direction_layers(
     """Virtual weights from units that write directions, such as latents, to later neurons and to logits.
 
     Args:
-        model: a `HookedModel` around a bridge.
+        model: a `HookedModel` with a residual stream.
         source: the site of the units.
         directions: what each unit adds at the site `written`: unit x width of that site.
         written: a site of the residual stream, or the neurons or the output of an MLP.

@@ -126,6 +126,11 @@ _VIEWS = _LAYOUT - {
 """Those whose output may be a part of what they are given."""
 
 
+def moves(op: Operation) -> bool:
+    """Whether an operation moves or repeats numbers and does not change them."""
+    return short_name(op) in _LAYOUT
+
+
 @dataclass(frozen=True)
 class Flow:
     """A program as a graph.
@@ -309,6 +314,13 @@ class Flow:
         shape = self.shape(op.outputs[0])
         known = [held[v] for v in op.inputs if v in held]
         if short_name(op) in _LAYOUT:
+            # A cache that is still empty.
+            none = {
+                v: torch.zeros(self.shape(v), dtype=torch.long)
+                for v in op.inputs
+                if 0 in self.shape(v)
+            }
+            held = {**none, **held}
             try:
                 args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
                 made = op.function(*args, **kwargs)

@@ -7,22 +7,22 @@ found by gradients: those by which the head's queries change.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, groupby
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
 from circuits.hooks import Tap, intervene, observe, record
-from circuits.models.adapter.attention import Attention, Axes, Place
-from circuits.models.adapter.flow import Flow, short_name
+from circuits.models.adapter.attention import Attention, Axes, Batches, Place
+from circuits.models.adapter.flow import Flow, moves, short_name
 from circuits.models.adapter.program import Value
 from circuits.units import Site, SiteKind
 
@@ -179,7 +179,9 @@ def head_sites(heads: Sequence[Head], flow: Flow, points: Points) -> Iterator[tu
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
             projection = head.projections.get(letter)
             turned = (
-                letter != "v" and projection is not None and _turns(flow, projection.made, place)
+                letter != "v"
+                and projection is not None
+                and _turns(flow, projection.made, place.value)
             )
             if projection is None:
                 yield made(f"hook_{letter}", place, rearranged(place))
@@ -191,17 +193,88 @@ def head_sites(heads: Sequence[Head], flow: Flow, points: Points) -> Iterator[tu
             held = Place(projection.made, address, windows, shape)
             yield made(f"hook_{letter}", held, Picked(projection.features, projection.index))
             if turned:
-                yield made(f"hook_rot_{letter}", place, rearranged(place))
+                shown = _before_repeats(flow, projection, place)
+                yield made(f"hook_rot_{letter}", shown, rearranged(shown))
         if own.scores is not None:
             yield made("hook_attn_scores", own.scores, rearranged(own.scores))
         yield made("hook_pattern", own.pattern, rearranged(own.pattern))
         yield made("hook_z", own.z, rearranged(own.z))
 
 
-def _turns(flow: Flow, start: Value, place: Place) -> bool:
+def _before_repeats(flow: Flow, projection: Projection, place: Place) -> Place:
+    """Keys before they are repeated for the heads of a group; where they are multiplied, if that is not found."""
+    if place.heads == len(projection.index):
+        return place
+    op = None if place.value is None else flow.operation(place.value)
+    while op is not None and moves(op) and len(op.inputs) == 1:
+        found = _of_projection(flow, projection, op.inputs[0])
+        if found is not None:
+            return found
+        op = flow.operation(op.inputs[0])
+    return place
+
+
+def _of_projection(flow: Flow, projection: Projection, value: Value) -> Place | None:
+    """A value that is made of a projection number by number, with its axes; None if they are not told by that."""
+    address, moved = flow.address_of(value), flow.moved(projection.made, value)
+    if address is None or moved is None:
+        return None
+    made = torch.arange(math.prod(flow.shape(projection.made))).reshape(flow.shape(projection.made))
+    wanted = Picked(projection.features, projection.index).read(made)
+    names = ("batch", "position", "head", "d_head")
+    joined: Axes = (("batch",), ("position",), ("head", "d_head"))
+    sizes: dict[str, int] = {"head": len(projection.index), "d_head": projection.index.shape[1]}
+    orders: list[Axes] = [tuple((n,) for n in order) for order in itertools.permutations(names)]
+    for axes in [joined, *orders]:
+        if len(axes) == moved.ndim and wanted.ndim == 4:
+            place = Place(value, address, axes, tuple(moved.shape), sizes)
+            try:
+                if torch.equal(rearranged(place).read(moved), wanted):
+                    return place
+            except EinopsError:  # the sizes are others
+                continue
+    return None
+
+
+def normed_sites(
+    heads: Sequence[Head], flow: Flow, ends: Iterable[tuple[Value, Value]], points: Points
+) -> Iterator[tuple[Site, Tap]]:
+    """The sites of queries and keys after their normalisation, where a module normalises them (as in Qwen 3).
+
+    Args:
+        heads: the attentions.
+        flow: the operations of a pass.
+        ends: what each module was given and what it returned.
+        points: where functions are watched.
+    """
+    pairs = [(given, made) for given, made in ends if given != made]
+    for head in heads:
+        for letter, place in (("q", head.attention.query), ("k", head.attention.key)):
+            projection = head.projections.get(letter)
+            if projection is None or place.value is None:
+                continue
+            between = {
+                v
+                for i in flow.between(projection.made, place.value)
+                for v in (*flow.program.operations[i].inputs, *flow.program.operations[i].outputs)
+            }
+            given, made = next(
+                ((g, m) for g, m in pairs if g in between and m in between), (None, None)
+            )
+            # Where queries are turned first (Hunyuan), what is normalised is no site: it is not what is turned.
+            if given is None or made is None or _turns(flow, projection.made, given):
+                continue
+            shown = _of_projection(flow, projection, made)
+            if shown is not None:
+                layout = rearranged(shown)
+                site = _site(f"{head.name}.hook_{letter}_normed", layout, shown.shape, False, ())
+                yield site, points.tap(shown.address, layout)
+
+
+def _turns(flow: Flow, start: Value, end: Value | None) -> bool:
     """Whether queries or keys are turned by their positions between a projection and the product."""
-    assert place.value is not None, "an operand is a value"
-    for i in flow.between(start, place.value):
+    assert end is not None, "an operand is a value"
+    for i in flow.between(start, end):
         op = flow.program.operations[i]
         several = sum(v in flow.dependent for v in dict.fromkeys(op.inputs)) > 1
         if several and short_name(op) in ("add", "__add__", "__iadd__", "cat", "stack", "concat"):
@@ -284,7 +357,7 @@ class _Candidate:
     first: int
 
 
-def _candidate(flow: Flow, place: Place) -> _Candidate | None:
+def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
     """The product with weights that a factor comes from; None if there is none, or several."""
     assert place.value is not None, "an operand is a value"
 
@@ -301,7 +374,8 @@ def _candidate(flow: Flow, place: Place) -> _Candidate | None:
     given = [v for v in (product.left, product.right) if v in flow.dependent]
     if len(given) != 1:
         return None
-    return _Candidate(given[0], _with_bias(flow, flow.program.operations[i].outputs[0]), i)
+    made = batches.apart(_with_bias(flow, flow.program.operations[i].outputs[0]), forward=True)
+    return _Candidate(batches.apart(given[0], forward=False), made, i)
 
 
 def _with_bias(flow: Flow, value: Value) -> Value:
@@ -325,7 +399,7 @@ def find_projections(
     example: Tensor,
     flow: Flow,
     attentions: Sequence[Attention],
-    batches: Callable[[Value, int], int],
+    batches: Batches,
     points: Points,
     running: Callable[[nn.Module], Any],
 ) -> list[dict[str, Projection]]:
@@ -336,14 +410,14 @@ def find_projections(
         example: two examples.
         flow: the operations of a pass.
         attentions: where heads are.
-        batches: how many entries of an axis of a value belong to one example; 0 if none follow the batch.
+        batches: which axes follow the batch.
         points: where functions are watched.
         running: the context in which the model is called.
     """
     wanted: list[Wanted] = []
     for n, own in enumerate(attentions):
         for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
-            found = _candidate(flow, place)
+            found = _candidate(flow, batches, place)
             if found is not None and flow.address_of(found.made) is not None:
                 wanted.append((n, letter, place, found))
     made: list[dict[str, Projection]] = [{} for _ in attentions]
@@ -444,7 +518,7 @@ def _projection(
     place: Place,
     candidate: _Candidate,
     slope: Slope,
-    batches: Callable[[Value, int], int],
+    batches: Batches,
 ) -> Projection | None:
     """Which of the outputs of a product with weights each head of an operand has.
 
@@ -453,7 +527,7 @@ def _projection(
     """
     operand = rearranged(place).read(torch.zeros(place.shape)).shape
     rank = len(flow.shape(candidate.made))
-    batch = [(axis, m) for axis in range(rank) if (m := batches(candidate.made, axis))]
+    batch = [(axis, m) for axis in range(rank) if (m := batches.of(candidate.made, axis))]
     if len(batch) != 1:
         return None
     (batch_axis, m), others = batch[0], [a for a in range(rank) if a != batch[0][0]]
@@ -535,12 +609,29 @@ def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearrange
     return heads if len(heads.unique()) == heads.numel() else None
 
 
+def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
+    """Whether two values are made of one stream by norms and the like, with no product and no table between."""
+
+    def stop(i: int) -> bool:
+        op = flow.program.operations[i]
+        attends = short_name(op) in ("scaled_dot_product_attention", "embedding")
+        return attends or flow.product(i) is not None
+
+    def made_of(value: Value) -> set[Value]:
+        found = {value}
+        for i in flow.before(value, stop):
+            found.update(flow.program.operations[i].outputs)
+        return found
+
+    return not made_of(one).isdisjoint(made_of(other))
+
+
 def named(
     attentions: Sequence[Attention], projections: Sequence[Mapping[str, Projection]], flow: Flow
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        "q" in p and "k" in p and _source(flow, p["q"].given) != _source(flow, p["k"].given)
+        "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
     if not any(crossed):
@@ -567,9 +658,9 @@ def _in_blocks(
 ) -> list[Head]:
     """`blocks.N.attn`, and `blocks.N.attn.H` where each head of a block is an attention by itself."""
     taken = {own.declared for own in attentions}
-    numbers = (n for n in count() if f"blocks.{n}.attn" not in taken)
+    numbers = (n for n in itertools.count() if f"blocks.{n}.attn" not in taken)
     heads: list[Head] = []
-    for _, group in groupby(zip(attentions, projections, strict=True), _read_alone):
+    for _, group in itertools.groupby(zip(attentions, projections, strict=True), _read_alone):
         together = list(group)
         if together[0][0].declared:
             heads += [Head(own.declared, own, p) for own, p in together]
@@ -587,14 +678,3 @@ def _read_alone(found: tuple[Attention, Mapping[str, Projection]]) -> object:
     own, projections = found
     alone = own.n_heads <= 1 and not own.declared and "q" in projections
     return projections["q"].given if alone else own.last
-
-
-def _source(flow: Flow, value: Value) -> Value:
-    """The value that another is made of by functions of one tensor: the residual stream, for what a norm puts out."""
-    while (i := flow.made_by.get(value)) is not None and flow.product(i) is None:
-        inputs = flow.program.operations[i].inputs
-        given = [v for v in dict.fromkeys(inputs) if v in flow.dependent]
-        if len(given) != 1:
-            break
-        value = given[0]
-    return value

@@ -27,7 +27,7 @@ from circuits.models.adapter.calling import (
     check_weights_finite,
     naming_model,
 )
-from circuits.models.adapter.composition import bridge_layers
+from circuits.models.adapter.composition import transformer_layers
 from circuits.models.adapter.declaring import read_declarations
 from circuits.models.adapter.generating import Sampling, continue_texts
 from circuits.models.adapter.identity import (
@@ -133,6 +133,7 @@ class HookedModel:
         left_out: why each tensor that a module returns and that is no site is none, by the name that it would have; and
             why what looks like a pattern of attention is none, by the call that puts it out.
         program: the operations of a pass.
+        transformer: the norms and weights along its residual stream, if it has one and is no bridge; else why not.
         listed: whether the model returns a list with a record for each example, as detection models do: it has no
             logits then.
     """
@@ -174,6 +175,7 @@ class HookedModel:
         )
         self.program, self.listed = found.program, found.listed
         self.unplaced, self.left_out = found.unplaced, found.left_out
+        self.transformer = found.transformer
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))
@@ -253,6 +255,11 @@ class HookedModel:
             log.warning(
                 "model %s: its numbers differ from run to run or batch to batch: %s", self.name, why
             )
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether the model is a transformer whose residual stream is known (`circuits.models.adapter.transformer`)."""
+        return is_bridge(self.module) or not isinstance(self.transformer, str)
 
     # --- sites and units -----------------------------------------------------------------------
 
@@ -839,13 +846,9 @@ class HookedModel:
         return (*layers, *latent_layers(self, layers, self._by_name))
 
     def _find_own_layers(self) -> tuple[WeightLayer, ...]:
-        if is_bridge(self.module):
-            return tuple(bridge_layers(self))
         example = self.fitted(self.input.example(1))
-        if not example.is_floating_point():
-            raise ValueError(
-                f"model {self.name} takes tokens: weights between its sites are found only for a TransformerLens bridge"
-            )
+        if is_bridge(self.module) or not example.is_floating_point():
+            return tuple(transformer_layers(self))
         self._check_differentiable()
         with self.lock:
             return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
@@ -861,7 +864,7 @@ class HookedModel:
         model.
 
         Raises:
-            ValueError: if the model takes tokens and is not a TransformerLens bridge.
+            ValueError: if the model's tensors were made inside `torch.inference_mode()`.
         """
         with self.lock:
             if self._steady_matrices is not None:
@@ -904,9 +907,9 @@ class HookedModel:
             self._suspended = suspended
 
     def _find_matrices(self) -> tuple[WeightMatrix, ...]:
-        if not is_bridge(self.module):
-            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
         tokens = self.fitted(self.input.example(1))
+        if tokens.is_floating_point():
+            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
         found = matrices_of_sites(self.module, lambda: self.module(tokens), self.sites, self._taps)
         return tuple(found)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from circuits.models.adapter.attaching import Attached, autoencoders
 from circuits.models.adapter.composition import direction_layers
-from circuits.models.adapter.sites import is_bridge
 from circuits.models.adapter.topology import SiteLink, WeightLayer
 from circuits.units import Site
 
@@ -42,7 +41,7 @@ def latent_layers(
             found.append(_encoder_layer(name, attached, encoder.detach()))
         if attached.target.site.inner_axis is None:
             target = attached.target.site.name
-            if is_bridge(model.module):
+            if model.has_stream:
                 found += direction_layers(model, sites[name], decoder.detach(), sites[target])
             found += [
                 _through_decoder(layer, name, decoder.detach(), target)

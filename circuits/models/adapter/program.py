@@ -201,6 +201,8 @@ class Recorder(Watch):
         self._operations: list[Operation] = []
         self._sources: dict[Value, str] = {}
         self._shapes: dict[Value, tuple[int, ...]] = {}
+        self.constants: dict[Value, Tensor] = {}
+        """The tensors that no operation of the pass made, other than the input."""
         # Tensors are known by their `id`, which Python gives to another once one is freed: the reference tells. Weak,
         # so that the pass needs no more memory than without a recorder.
         self._values: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
@@ -269,6 +271,8 @@ class Recorder(Watch):
                 known = self._new(given)
                 name = self._names.get(id(given))
                 self._sources[known] = self._unnamed(given) if name is None else name
+                if name != "input":
+                    self.constants[known] = given
             return known
         if isinstance(given, Mapping):
             return {key: self._referred(item) for key, item in given.items()}

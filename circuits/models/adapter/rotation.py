@@ -163,7 +163,7 @@ def _not_bilinear(transformer: Transformer, sites: LayerSites) -> ValueError:
 
 
 def _tolerance(transformer: Transformer) -> float:
-    kinds = [p.dtype for p in transformer.bridge.parameters() if p.is_floating_point()]
+    kinds = [p.dtype for p in transformer.model.module.parameters() if p.is_floating_point()]
     return max([1e-3, *(4 * torch.finfo(kind).eps for kind in kinds)])
 
 

@@ -26,9 +26,12 @@ from circuits.models.adapter.head_sites import (
     head_sites,
     look_at,
     named,
+    normed_sites,
 )
+from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
+from circuits.models.adapter.streams import NoStreamError, TracedStream, find_stream, stream_sites
 from circuits.tensors import is_in_fewer_digits, is_transformed
 from circuits.units import Site, SiteKind, unknown
 
@@ -143,6 +146,7 @@ class TracedModel:
         program: the operations of one pass.
         listed: whether the model returns a list with an entry for each example.
         state: the buffers and attributes that every pass changes.
+        transformer: the norms and weights along its residual stream; why they are not known, if it has none.
     """
 
     sites: list[tuple[Site, Tap]]
@@ -151,6 +155,7 @@ class TracedModel:
     program: Program
     listed: bool = False
     state: tuple[str, ...] = ()
+    transformer: Parts | str = "no attention was found in it"
 
 
 def trace_model(
@@ -203,7 +208,7 @@ def trace_model(
         elif is_bridge(module):
             site, tap = _bridge_site(t, names)
         else:
-            value = first.value(t.value)
+            value = t.notes[1]
             own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
             if own is None:
                 unplaced[t.name] = shape = tuple(t.value.shape[1:])
@@ -222,7 +227,7 @@ def trace_model(
     for name in _not_by_example(module, names, examples, doubtful):
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
-    attention = Found((), {})
+    transformer: Parts | str = "no attention was found in it"
     if is_bridge(module):
         if declarations:
             raise ValueError(
@@ -232,7 +237,9 @@ def trace_model(
     else:
         attention = find_attention(first.program, second.program, declarations)
         left_out |= attention.refused
-        found = _with_heads(module, examples, first, second.program, attention, found)
+        found, transformer = _with_heads(
+            module, examples, first, second.program, attention, traces, found, final
+        )
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
@@ -245,7 +252,7 @@ def trace_model(
             )
         )
     return TracedModel(
-        list(found.values()), unplaced, left_out, second.program, final is None, state
+        list(found.values()), unplaced, left_out, second.program, final is None, state, transformer
     )
 
 
@@ -259,11 +266,13 @@ def _with_heads(
     recorder: Recorder,
     other: Program,
     attention: Found,
+    traces: Sequence[Trace],
     found: Mapping[str, tuple[Site, Tap]],
-) -> dict[str, tuple[Site, Tap]]:
-    """The sites of modules and those of attention, in order of execution."""
+    final: Tensor | None,
+) -> tuple[dict[str, tuple[Site, Tap]], Parts | str]:
+    """The sites of modules and those of attention and the residual stream, in order of execution."""
     if not attention.attentions:
-        return dict(found)
+        return dict(found), "no attention was found in it"
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
@@ -272,23 +281,45 @@ def _with_heads(
             if own.declared:
                 check_declared(module, example, own, points)
     projections = find_projections(
-        module, example, flow, attention.attentions, search.of, points, evaluating
+        module, example, flow, attention.attentions, search, points, evaluating
     )
     heads = named(attention.attentions, projections, flow)
-    taken = {*found, *(alias for site, _ in found.values() for alias in site.aliases)}
-    own = {site.name: (site, tap) for site, tap in head_sites(heads, flow, points)}
-    made = {
-        name: (replace(site, aliases=tuple(a for a in site.aliases if a not in taken)), tap)
-        for name, (site, tap) in own.items()
-        if name not in taken
-    }
-    both = {**found, **made}
+    ends = [t.notes for t in traces if None not in t.notes]
+    made = [*head_sites(heads, flow, points), *normed_sites(heads, flow, ends, points)]
+    transformer: Parts | str
+    known = dict(found)
+    try:
+        end = None if final is None else recorder.value(final)
+        stream = find_stream(flow, search, heads, end)
+    except NoStreamError as error:
+        transformer = str(error)
+    else:
+        transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
+        values = {t.name: t.notes[1] for t in traces}
+        known, more = stream_sites(stream, search, known, values, points)
+        made += more
+    own = {site.name: (site, tap) for site, tap in made if site.name not in known}
+    both = known | own
     with evaluating(module), torch.no_grad():
         seen = look_at(module, example, {name: tap for name, (_, tap) in both.items()})
-    for name in seen.overwritten.intersection(made):
-        site, tap = made[name]
+    for name in seen.overwritten.intersection(own):
+        site, tap = own[name]
         both[name] = site, replace(tap, overwritten=True)
-    return {name: both[name] for name in _in_order(seen.order, both)}
+    return _without_double_names(both, _in_order(seen.order, both)), transformer
+
+
+def _without_double_names(
+    found: Mapping[str, tuple[Site, Tap]], order: Sequence[str]
+) -> dict[str, tuple[Site, Tap]]:
+    """Sites in an order, without aliases that are a site's name or an earlier site's alias."""
+    names = set(order)
+    kept: dict[str, tuple[Site, Tap]] = {}
+    for name in order:
+        site, tap = found[name]
+        aliases = tuple(a for a in site.aliases if a not in names)
+        names |= set(aliases)
+        kept[name] = replace(site, aliases=aliases), tap
+    return kept
 
 
 def _in_order(seen: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -298,6 +329,16 @@ def _in_order(seen: Sequence[str], names: Iterable[str]) -> list[str]:
     for name in names:
         last = order.setdefault(name, last + 0.5)
     return sorted(order, key=order.__getitem__)
+
+
+def _norms(stream: TracedStream, traces: Sequence[Trace]) -> dict[tuple[Value, Value], nn.Module]:
+    """Modules by the value that each was given and the one that it returned."""
+    found: dict[tuple[Value, Value], nn.Module] = {}
+    for t in traces:
+        given, made = t.notes
+        if given is not None and made is not None and t.tap.call == 0:
+            found.setdefault((stream.same(given), stream.same(made)), t.tap.module)
+    return found
 
 
 def _no_site(value: Tensor, other: torch.Size | None) -> str:
@@ -402,13 +443,16 @@ def _traced(
             module,
             {name: m for name, (m, _) in names.items()},
             lambda: outputs.append(module(example)),
+            recorder.value,
         )
     if lists_examples(outputs[0]):
         return traces, None, recorder
     final = main_output(outputs[0])
     if not any(t.value is final for t in traces):
         path = () if final is outputs[0] else (_main_key(outputs[0]),)
-        traces.append(Trace(Tap(module, 0, path), "output", final))
+        traces.append(
+            Trace(Tap(module, 0, path), "output", final, notes=(None, recorder.value(final)))
+        )
     return traces, final, recorder
 
 

@@ -1,7 +1,7 @@
 """A transformer's layers: the sites of its residual stream, attention and MLPs, its norms, and its weights by head.
 
-This is the one place that knows under which names a TransformerLens bridge keeps them; whoever splits a logit, reads a
-head's weights or stops at a depth asks here.
+Whoever splits a logit, reads a head's weights or stops at a depth asks here. Where a model keeps its norms and weights
+is known to `circuits.models.adapter.parts`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from circuits.models.adapter.calling import check_weights_finite
 from circuits.models.adapter.norms import Norm, measure_norm
+from circuits.models.adapter.parts import BridgeParts, Matrices, NormName, Parts
 from circuits.models.adapter.sites import is_bridge
 from circuits.units import Site, Unit
 
 Letter = Literal["Q", "K", "V"]
 """What a head reads: queries, keys or values."""
 
+_WEIGHTS: dict[Letter, Matrices] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
+_BIASES: dict[Letter, Matrices] = {"Q": "b_Q", "K": "b_K", "V": "b_V"}
 _WORDS: dict[str, str] = {"Q": "queries", "K": "keys", "V": "values"}
 
 ROUNDING = 4.0
@@ -119,10 +122,11 @@ class Transformer:
     """A transformer's layers, with what can be asked about them; norms are measured once, with the weights in force.
 
     Args:
-        model: a `HookedModel` around a TransformerLens bridge.
+        model: a `HookedModel`.
 
     Attributes:
         layers: in order.
+        adds_positions: whether an embedding of positions that is no site is added to that of the tokens.
         parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
         embed: the site of the token embedding, if it is shown.
         position: the site of the position embedding, if one is added to the stream.
@@ -131,21 +135,16 @@ class Transformer:
         logits: the logits before the model caps or scales them.
 
     Raises:
-        ValueError: if the model is no bridge, does not show its residual stream, or has weights that are not finite.
+        ValueError: if the model has no residual stream, does not show it, or has weights that are not finite.
     """
 
     def __init__(self, model: Any) -> None:
-        if not is_bridge(model.module):
-            raise ValueError(
-                f"model {model.name} is not a TransformerLens bridge: its residual stream, heads and neurons are not "
-                "known"
-            )
         check_weights_finite(model.module, model.name)
-        self.model, self.bridge = model, model.module
+        self.model, self.parts = model, _parts(model)
         self._known: dict[str, Site] = {n: s for s in model.sites for n in (s.name, *s.aliases)}
-        self.parallel = bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
-        self._norms: dict[nn.Module, Norm] = {}
-        n = getattr(self.bridge.cfg, "n_layers", 0)
+        self.parallel, self.adds_positions = self.parts.parallel, self.parts.adds_positions
+        self._norms: dict[tuple[str, int], Norm | None] = {}
+        n = self.parts.n_layers
         if not n:
             raise ValueError(
                 f"model {model.name} has no layers that follow each other along one residual stream"
@@ -184,7 +183,7 @@ class Transformer:
             site("attn.hook_q"), site("attn.hook_k"), (turned[0], turned[1]) if turned[0] and turned[1] else None,
             site("attn.hook_pattern"), site("hook_attn_out"), site("hook_mlp_out"),
             site("mlp.out.hook_out", "mlp.hook_out", "hook_mlp_out"),
-            site("mlp.hook_post") if self._has_neurons(i) else None,
+            site("mlp.hook_post") if self.parts.neurons(i) is not None else None,
         )  # fmt: skip
 
     def streams(self, between: bool = False) -> tuple[str, ...]:
@@ -193,11 +192,6 @@ class Transformer:
         return tuple(
             name for pair in (*inside, (self.last, None)) for name in pair if name is not None
         )
-
-    def _has_neurons(self, layer: int) -> bool:
-        """Whether a layer has one MLP (not experts), whose neurons have weights."""
-        mlp = _children(self._block(layer)).get("mlp")
-        return mlp is not None and isinstance(getattr(mlp, "W_out", None), Tensor)
 
     # --- units -----------------------------------------------------------------------------------
 
@@ -233,11 +227,11 @@ class Transformer:
             ValueError: if it is no map of the form that `Norm` has.
         """
         if what == "final":
-            return self._measured(self.bridge, "ln_final") or self._none()
-        found = self._measured(self._block(layer), "ln2" if what == "mlp" else "ln1")
+            return self._measured("ln_final") or self._none()
+        found = self._measured("ln2" if what == "mlp" else "ln1", layer)
         if found is None and what == "mlp" and self.layers[layer].between is None:
             # In parallel layers one normalisation can serve attention and MLP (GPT-J).
-            found = self._measured(self._block(layer), "ln1")
+            found = self._measured("ln1", layer)
         return found or self._none()
 
     def qk_norm(self, letter: Letter, layer: int, head: int) -> Norm | None:
@@ -247,15 +241,15 @@ class Transformer:
             ValueError: if it is of no known form, or what it does to one head depends on the others.
         """
         heads, (weight, _) = self._heads(layer, letter), self.reads(letter, layer, head)
-        attention, size = self._block(layer).attn, weight.shape[1]
-        name = f"{letter.lower()}_norm"
-        module = _children(attention).get(name)
+        size = weight.shape[1]
+        name: NormName = "q_norm" if letter == "Q" else "k_norm"
+        module = self.parts.norm(name, layer)
         if module is None:
             return None
         # One for each head, one that all heads share, or one over all heads' numbers (OLMo 2).
         own = getattr(module, "weight", None)
         together = isinstance(own, Tensor) and own.numel() == heads * size != size
-        found = self._measured(attention, name, heads * size if together else size)
+        found = self._measured(name, layer, heads * size if together else size)
         assert found is not None, "there is such a module"
         if (together and found.centred) or bool(found.bias.any()):
             raise ValueError(
@@ -268,7 +262,7 @@ class Transformer:
 
     def normalises_qk(self, layer: int) -> bool:
         """Whether a layer normalises its queries and keys."""
-        return bool({"q_norm", "k_norm"} & set(_children(self._block(layer).attn)))
+        return any(self.parts.norm(name, layer) is not None for name in ("q_norm", "k_norm"))
 
     def normed_sites(self, layer: int) -> tuple[str, str] | None:
         """The sites of queries and keys behind their normalisation, if they have one before any rotation."""
@@ -279,19 +273,16 @@ class Transformer:
         after = turned is not None and order.index(turned[0]) < order.index(query)
         return None if after else (query, key)
 
-    def _block(self, layer: int) -> Any:
-        return self.bridge.blocks[layer]
-
-    def _measured(self, owner: nn.Module, name: str, width: int | None = None) -> Norm | None:
-        module = _children(owner).get(name)
-        if module is None:
-            return None
-        if module not in self._norms:
+    def _measured(self, name: NormName, layer: int = 0, width: int | None = None) -> Norm | None:
+        if (name, layer) not in self._norms:
+            module = self.parts.norm(name, layer)
             with self.model.lock:
-                self._norms[module] = measure_norm(
-                    module, width or self.width, f"{name} of {self.model.name}"
+                self._norms[name, layer] = (
+                    None
+                    if module is None
+                    else measure_norm(module, width or self.width, f"{name} of {self.model.name}")
                 )
-        return self._norms[module]
+        return self._norms[name, layer]
 
     def _none(self) -> Norm:
         return measure_norm(nn.Identity(), self.width, device=self.model.device)
@@ -311,10 +302,8 @@ class Transformer:
         Raises:
             ValueError: if the model has no such matrices (multi-head latent attention).
         """
-        weight, bias = (
-            self._of_attention(f"W_{letter}", layer),
-            self._of_attention(f"b_{letter}", layer),
-        )
+        weight = self.parts.attention(_WEIGHTS[letter], layer)
+        bias = self.parts.attention(_BIASES[letter], layer)
         if weight is None:
             raise ValueError(
                 f"layer {layer} of {self.model.name} has no matrix W_{letter}: its heads have no weights of their own "
@@ -327,7 +316,7 @@ class Transformer:
         ].detach().double().reshape(-1)
 
     def _heads(self, layer: int, letter: Letter) -> int:
-        weight = self._of_attention(f"W_{letter}", layer)
+        weight = self.parts.attention(_WEIGHTS[letter], layer)
         return 0 if weight is None else len(weight)
 
     def _shared(self, layer: int, letter: Letter, head: int) -> int:
@@ -343,23 +332,13 @@ class Transformer:
         Raises:
             ValueError: if the model has no such matrices.
         """
-        weight, bias = self._of_attention("W_O", layer), self._of_attention("b_O", layer)
+        weight, bias = self.parts.attention("W_O", layer), self.parts.attention("b_O", layer)
         if weight is None:
             raise ValueError(
                 f"layer {layer} of {self.model.name} has no matrix W_O: its heads write no parts of their own"
             )
         out = weight.detach().double()
         return out, out.new_zeros(out.shape[-1]) if bias is None else bias.detach().double()
-
-    def _of_attention(self, name: str, layer: int) -> Tensor | None:
-        try:
-            return getattr(self._block(layer).attn, name)
-        except (
-            AttributeError,
-            NotImplementedError,
-            ValueError,
-        ):  # each kind of attention refuses in its own way
-            return None
 
     def neuron_weights(
         self, layer: int
@@ -369,22 +348,21 @@ class Transformer:
         Raises:
             ValueError: if it has several (experts) or none.
         """
-        try:
-            mlp = self._block(layer).mlp
-            return mlp.W_in.detach(), mlp.W_out.detach()
-        except AttributeError:
+        found = self.parts.neurons(layer)
+        if found is None:
             raise ValueError(
                 f"layer {layer} of {self.model.name} has no single MLP (it has experts or none): its neurons have no "
                 "weights W_in and W_out"
-            ) from None
+            )
+        return found
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, " token"]]:
         """W_U and b_U, in the model's precision."""
-        return self.bridge.W_U.detach(), self.bridge.b_U.detach()
+        return self.parts.unembedding()
 
     def embedding(self) -> Float[Tensor, "token d_model"]:
         """W_E, in the model's precision."""
-        return self.bridge.W_E.detach()
+        return self.parts.embedding()
 
     # --- what is added to the stream ---------------------------------------------------------------
 
@@ -413,8 +391,8 @@ class Transformer:
             between = None  # both read the same stream
         before, after = before.double(), after.double()
         made = self._attention_output(layer, cache)
-        of_attention = self._behind(layer, "ln1_post")
-        of_mlp = self._behind(layer, "ln2_post")
+        of_attention = self._measured("ln1_post", layer.number)
+        of_mlp = self._measured("ln2_post", layer.number)
         mlp = None if layer.mlp is None else cache[layer.mlp].double()
         if between is not None:
             middle = cache[between].double()
@@ -426,7 +404,7 @@ class Transformer:
             )
         if made is None:
             return LayerWrites(None, None, None, False)
-        if "mlp" not in _children(self._block(layer.number)):
+        if not self.parts.has_mlp(layer.number):
             only = _fitted(made, after - before, of_attention, slack)
             return LayerWrites(None, only, None, only is not None)
         # Nothing shows what attention adds by itself: it is taken to be its output, which has to leave the MLP's.
@@ -446,9 +424,6 @@ class Transformer:
             return None
         return torch.einsum("bphd,hdm->bpm", cache[layer.heads].double(), out) + bias
 
-    def _behind(self, layer: LayerSites, name: str) -> Norm | None:
-        return self._measured(self._block(layer.number), name)
-
 
 def _fitted(made: Tensor | None, added: Tensor, norm: Norm | None, slack: float) -> Write | None:
     """What was done to an output before it was added to the stream; None if it was neither left nor scaled."""
@@ -462,6 +437,9 @@ def _fitted(made: Tensor | None, added: Tensor, norm: Norm | None, slack: float)
     return Write(norm, scale) if off <= max(slack, 1e-3 * float(added.norm())) else None
 
 
-def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """A module's parts by name. (Not `getattr`, which bridges pass on to the module that they wrap.)"""
-    return dict(module.named_children())
+def _parts(model: Any) -> Parts:
+    if is_bridge(model.module):
+        return BridgeParts(model.module)
+    if isinstance(model.transformer, str):
+        raise ValueError(f"model {model.name} has no residual stream: {model.transformer}")
+    return model.transformer

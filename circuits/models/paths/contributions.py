@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.norms import measure_norm
+from circuits.models.adapter.parts import Matrices
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
 
 _PARTS = ("q", "k", "v")
+_READS: Mapping[str, Matrices] = {"q": "W_Q", "k": "W_K", "v": "W_V"}
+_BIASES: Mapping[str, Matrices] = {"q": "b_Q", "k": "b_K", "v": "b_V"}
 
 
 def stream_change(
@@ -43,7 +46,7 @@ def stream_change(
             2022); heads on the way are not.
     """
     first = next(iter(live.values()))
-    total = first.new_zeros((*first.shape[:3], stream.model.module.cfg.d_model))  # type: ignore[union-attr, arg-type]
+    total = first.new_zeros((*first.shape[:3], stream.width))  # type: ignore[union-attr, arg-type]
     passed = stream.mlps_before(receiver)
     for sender in (Sender("token"), Sender("position")):
         _add_output(stream, total, sets, sender, live, other)
@@ -96,19 +99,18 @@ def _add_heads(
     heads = sorted({s for group in sets for s in group if s.kind == "head" and s.layer == layer})
     if not heads:
         return
-    site, post_norm = stream.heads_site(layer), stream.has(layer, "ln1_post")
-    out = stream.block(layer).attn.W_O.detach()
+    site, post_norm = stream.heads_site(layer), stream.norm("ln1_post", layer)
+    out = stream.matrix("W_O", layer)
     # Without a normalisation after attention, each head's change is added to the stream by itself.
-    moved = torch.zeros_like(total) if post_norm else total
+    moved = total if post_norm is None else torch.zeros_like(total)
     for head in heads:
         rows = _holding(sets, head)
         z = other[site][rows][..., head.head, :] - live[site][rows][..., head.head, :]
         moved[rows] += z @ out[head.head]
-    if (
-        post_norm
-    ):  # the sum of all heads is normalised before it is added to the stream, so heads interact
-        before, norm = live[stream.before_post_norm_site(layer)], stream.block(layer).ln1_post
-        total += norm(before + moved) - norm(before)
+    if post_norm is not None:
+        # The sum of all heads is normalised before it is added to the stream, so heads interact.
+        before = live[stream.before_post_norm_site(layer)]
+        total += post_norm(before + moved) - post_norm(before)
 
 
 def _add_recomputed(
@@ -126,10 +128,11 @@ def mlp_output(
     stream: Stream, layer: int, read: Float[Tensor, "*axes position d_model"]
 ) -> Float[Tensor, "*axes position d_model"]:
     """What an MLP adds to the stream for an input that is normalised already."""
-    block = stream.block(layer)
-    made = block.mlp(read.reshape(-1, *read.shape[-2:]))
+    mlp, after = stream.parts.mlp(layer), stream.norm("ln2_post", layer)
+    assert mlp is not None, "it is a receiver"
+    made = mlp(read.reshape(-1, *read.shape[-2:]))
     made = (made[0] if isinstance(made, tuple) else made).reshape(read.shape)
-    return block.ln2_post(made) if stream.has(layer, "ln2_post") else made
+    return made if after is None else after(made)
 
 
 def input_change(
@@ -154,19 +157,19 @@ def input_change(
     made = _held(norm, before, change) if hold_norm else norm(before + change) - norm(before)
     if receiver.kind not in _PARTS:
         return made
-    weight = getattr(stream.block(receiver.layer).attn, f"W_{receiver.kind.upper()}")
-    return made @ weight[receiver.head].detach()
+    return made @ stream.matrix(_READS[receiver.kind], receiver.layer)[receiver.head]
 
 
 def norm_of(stream: Stream, receiver: Receiver) -> Any:
     """The module that normalises what a receiver reads."""
     if receiver.kind == "logits":
-        return stream.model.module.ln_final
+        return stream.norm("ln_final") or nn.Identity()
     layer = receiver.layer
     # Parallel layers have one normalisation for attention and MLP (GPT-J), or one for each (GPT-NeoX).
-    second = receiver.kind == "mlp" and (stream.has(layer, "ln2") or not stream.parallel)
-    name = "ln2" if second else "ln1"
-    return getattr(stream.block(layer), name) if stream.has(layer, name) else nn.Identity()
+    own = stream.norm("ln2", layer) if receiver.kind == "mlp" else None
+    if receiver.kind == "mlp" and not stream.parallel:
+        return own or nn.Identity()
+    return own or stream.norm("ln1", layer) or nn.Identity()
 
 
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ def position_embedding(
         raise ValueError(
             f"positions: model {stream.model.name} adds no position embedding to its residual stream"
         )
-    table: Tensor = stream.model.module.W_pos.detach()  # type: ignore[operator, union-attr]
+    table = stream.parts.positions()
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= len(table):
         raise ValueError(
@@ -227,26 +230,29 @@ def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Ten
     """What each site must hold, computed from the sites before it."""
     embedded = [stream.output_site(s) for s in stream.senders if s.kind in ("token", "position")]
     here = torch.stack([cache[site] for site in embedded]).sum(0)
+    if stream.parts.adds_positions:  # which is no site, since it is the same for all examples
+        here = cache[stream.layers[0].before]
     if Sender("position") in stream.senders:
         ids = torch.arange(here.shape[1])[None]
         yield embedded[1], position_embedding(stream, ids).expand_as(here)
     for layer in range(stream.n_layers):
         yield stream.stream_site(Receiver("resid_pre", layer)), here
-        attention = stream.block(layer).attn
         for kind in _PARTS:
             receiver = Receiver(kind, layer)
-            read, letter = norm_of(stream, receiver)(here), kind.upper()
-            made = torch.einsum("bpm,hmd->bphd", read, getattr(attention, f"W_{letter}"))
-            bias = getattr(attention, f"b_{letter}", None)
+            read = norm_of(stream, receiver)(here)
+            made = torch.einsum("bpm,hmd->bphd", read, stream.matrix(_READS[kind], layer))
+            bias = stream.parts.attention(_BIASES[kind], layer)
             yield (
                 stream.input_site(receiver),
                 made if bias is None else made + bias.reshape(made.shape[2:]),
             )
-        written = torch.einsum("bphd,hdm->bpm", cache[stream.heads_site(layer)], attention.W_O)
+        written = torch.einsum(
+            "bphd,hdm->bpm", cache[stream.heads_site(layer)], stream.matrix("W_O", layer)
+        )
         if Sender("bias", layer) in stream.senders:
-            written = written + attention.b_O
-        if stream.has(layer, "ln1_post"):
-            written = stream.block(layer).ln1_post(written)
+            written = written + stream.matrix("b_O", layer)
+        post_norm = stream.norm("ln1_post", layer)
+        written = written if post_norm is None else post_norm(written)
         yield stream.attention_site(layer), written
         mlp = Receiver("mlp", layer)
         if mlp in stream.receivers:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.parts import Matrices, NormName, Parts
 from circuits.models.adapter.transformer import LayerSites, Transformer
 from circuits.units import unknown
 
@@ -85,11 +88,14 @@ class Stream:
     """A model's residual stream.
 
     Attributes:
-        model: a TransformerLens bridge.
+        model: a transformer.
         senders: in the order in which they write.
         receivers: in the order in which they read.
         parallel: whether attention and MLP of a layer read the same stream, as in GPT-J.
         layers: the sites of each layer.
+        parts: the norms and weights.
+        width: the number of its dimensions.
+        last: the site of the stream that is read out.
     """
 
     model: HookedModel
@@ -97,10 +103,13 @@ class Stream:
     receivers: tuple[Receiver, ...]
     parallel: bool
     layers: tuple[LayerSites, ...]
+    parts: Parts
+    width: int
+    last: str
 
     @classmethod
-    def from_bridge(cls, model: HookedModel) -> Stream:
-        """Find a bridge's residual stream from its sites.
+    def of(cls, model: HookedModel) -> Stream:
+        """Find a model's residual stream from its sites.
 
         Raises:
             ValueError: if a layer lacks a site that is needed.
@@ -112,10 +121,14 @@ class Stream:
         senders = [Sender("token"), *[Sender("position")] * (transformer.position is not None)]
         receivers: list[Receiver] = []
         for layer in range(len(transformer.layers)):
-            mlp = f"blocks.{layer}.mlp.hook_in" in known
+            mlp = transformer.parts.has_mlp(layer)
+            if mlp and f"blocks.{layer}.mlp.hook_in" not in known:
+                raise ValueError(
+                    f"model {model.name} has no site at which only the input of the MLP of layer {layer} can be changed"
+                )
             _require(model, known, layer, mlp, mlp and not parallel)
             heads = {p: model.site(f"blocks.{layer}.attn.hook_{p}").n_units for p in _PARTS}
-            bias = getattr(_block(model, layer).attn, "b_O", None) is not None
+            bias = transformer.parts.attention("b_O", layer) is not None
             senders += [Sender("head", layer, h) for h in range(heads["q"])]
             senders += [Sender("bias", layer)] * bias + [Sender("mlp", layer)] * mlp
             receivers.append(Receiver("resid_pre", layer))
@@ -124,18 +137,31 @@ class Stream:
             ]
             receivers += [Receiver("resid_mid", layer)] * (mlp and not parallel)
             receivers += [Receiver("mlp", layer)] * mlp + [Receiver("resid_post", layer)]
+        last = "ln_final.hook_in" if "ln_final.hook_in" in known else transformer.last
         return cls(
-            model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers
-        )
+            model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers,
+            transformer.parts, transformer.width, last,
+        )  # fmt: skip
 
     @property
     def n_layers(self) -> int:
         """The model's number of layers."""
         return len(self.layers)
 
-    def block(self, layer: int) -> Any:
-        """A block of the bridge."""
-        return _block(self.model, layer)
+    def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
+        """A norm of a layer; None if it has none."""
+        return self.parts.norm(name, layer)
+
+    def matrix(self, name: Matrices, layer: int) -> Tensor:
+        """A matrix of a layer's attention.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        found = self.parts.attention(name, layer)
+        if found is None:
+            raise ValueError(f"layer {layer} of {self.model.name} has no matrix {name}")
+        return found.detach()
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -215,7 +241,7 @@ class Stream:
         for sender in among:
             if sender.kind == "head":
                 found[self.heads_site(sender.layer)] = None
-                if self.has(sender.layer, "ln1_post"):
+                if self.norm("ln1_post", sender.layer) is not None:
                     found[self.before_post_norm_site(sender.layer)] = None
             elif sender.kind != "bias":
                 found[self.output_site(sender)] = None
@@ -242,7 +268,7 @@ class Stream:
     def stream_site(self, receiver: Receiver) -> str:
         """The site of the stream that a receiver reads, before its normalisation."""
         if receiver.kind == "logits":
-            return "ln_final.hook_in"
+            return self.last
         layer = self.layers[receiver.layer]
         if receiver.kind == "resid_post":
             return layer.after
@@ -267,18 +293,10 @@ class Stream:
         mlps = (s for s in self.senders if s.kind == "mlp" and self.reaches(s, receiver))
         return tuple(Receiver("mlp", s.layer) for s in mlps)
 
-    def has(self, layer: int, part: str) -> bool:
-        """Whether a layer has a part of that name. (Not `hasattr`, which bridges pass on to the module they wrap.)"""
-        return part in dict(self.block(layer).named_children())
-
 
 def _shown(site: str | None) -> str:
     assert site is not None, "required when the stream was found"
     return site
-
-
-def _block(model: HookedModel, layer: int) -> Any:
-    return model.module.blocks[layer]  # type: ignore[index]
 
 
 def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle: bool) -> None:

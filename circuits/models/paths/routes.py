@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.sites import is_bridge
 from circuits.models.paths.contributions import check_stream
 from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 
@@ -12,14 +11,10 @@ def stream_of(model: HookedModel) -> Stream:
     """The residual stream of a model, after a test that it is what paths assume.
 
     Raises:
-        ValueError: if the model is not a TransformerLens bridge, lacks a site, or its stream is not the sum of its
-            senders, with each receiver reading it through one normalisation.
+        ValueError: if the model has no residual stream, lacks a site, or its stream is not the sum of its senders,
+            with each receiver reading it through one normalisation.
     """
-    if not is_bridge(model.module):
-        raise ValueError(
-            f"model {model.name} is not a TransformerLens bridge: it has no residual stream to follow"
-        )
-    stream = Stream.from_bridge(model)
+    stream = Stream.of(model)
     with model.lock, model.outside():
         check_stream(stream)
     return stream
@@ -29,7 +24,7 @@ def senders(model: HookedModel, constants: bool = False) -> tuple[Sender, ...]:
     """What writes to a transformer's residual stream, in order.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         constants: also list the biases of attention, which are the same in every run.
 
     Raises:
@@ -43,7 +38,7 @@ def receivers(model: HookedModel, streams: bool = False) -> tuple[Receiver, ...]
     """What reads a transformer's residual stream, in order.
 
     Args:
-        model: a TransformerLens bridge.
+        model: a transformer.
         streams: also list the stream itself before, in the middle of and after each layer.
 
     Raises:

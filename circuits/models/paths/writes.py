@@ -65,6 +65,11 @@ def _entering(transformer: Transformer, at: Callable[[str], Tensor]) -> Iterator
             yield "embed", whole.double() - position.double()
             yield "pos_embed", position.double()
             return
+    if transformer.embed is not None and transformer.adds_positions:
+        token = at(transformer.embed).double()
+        yield "embed", token
+        yield "pos_embed", whole.double() - token
+        return
     yield "embed", whole.double()
 
 

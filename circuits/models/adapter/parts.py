@@ -1,0 +1,333 @@
+"""What a transformer is made of: its norms and weights by layer and head, whichever way the model keeps them.
+
+A TransformerLens bridge names them. In any other model they follow from the operations of a pass: weights are what
+queries, keys, values and outputs are multiplied with, and norms are what lies between the stream and what reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.models.adapter.flow import Flow, substituted
+from circuits.models.adapter.program import Value
+from circuits.models.adapter.streams import Affine, TracedLayer, TracedStream
+
+NormName = Literal["ln1", "ln2", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"]
+"""The norms before attention and the MLP, those after them, those of queries and keys, and the last."""
+
+Matrices = Literal["W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"]
+
+
+class Parts(Protocol):
+    """The norms and weights of a transformer."""
+
+    n_layers: int
+    parallel: bool
+    adds_positions: bool
+    """Whether an embedding of positions that is no site is added to that of the tokens."""
+
+    def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
+        """A norm; None if there is none."""
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has anything besides attention."""
+        ...
+
+    def attention(self, name: Matrices, layer: int) -> Tensor | None:
+        """W_Q, W_K, W_V (head x d_model x d_head), W_O (head x d_head x d_model), or a bias; None if there is none."""
+
+    def neurons(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, "neuron d_model"]] | None:
+        """W_in and W_out of a layer's MLP; None if it has none, or several."""
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        """A layer's MLP, without the norms before and after it; None if it has none."""
+
+    def unembedding(self) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, " token"]]:
+        """W_U and b_U."""
+        ...
+
+    def positions(self) -> Float[Tensor, "position d_model"]:
+        """The table of the embedding of positions, for models in which it is a site."""
+        ...
+
+    def embedding(self) -> Float[Tensor, "token d_model"]:
+        """W_E."""
+        ...
+
+
+class BridgeParts:
+    """The parts of a TransformerLens bridge.
+
+    Args:
+        bridge: the bridge.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        self.bridge = bridge
+        self.parallel = bool(getattr(bridge.cfg, "parallel_attn_mlp", False))
+        self.n_layers: int = getattr(bridge.cfg, "n_layers", 0)
+        self.adds_positions = False
+
+    def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
+        if name == "ln_final":
+            return _children(self.bridge).get(name)
+        block = self.bridge.blocks[layer]
+        owner = block.attn if name in ("q_norm", "k_norm") else block
+        return _children(owner).get(name)
+
+    def has_mlp(self, layer: int) -> bool:
+        return self.mlp(layer) is not None
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        return _children(self.bridge.blocks[layer]).get("mlp")
+
+    def positions(self) -> Tensor:
+        return self.bridge.W_pos.detach()
+
+    def attention(self, name: Matrices, layer: int) -> Tensor | None:
+        try:
+            return getattr(self.bridge.blocks[layer].attn, name)
+        except (
+            AttributeError,
+            NotImplementedError,
+            ValueError,
+        ):  # each kind of attention refuses in its own way
+            return None
+
+    def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        mlp = self.mlp(layer)
+        if mlp is None or not isinstance(getattr(mlp, "W_out", None), Tensor):
+            return None
+        return mlp.W_in.detach(), mlp.W_out.detach()  # type: ignore[union-attr, operator]
+
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        return self.bridge.W_U.detach(), self.bridge.b_U.detach()
+
+    def embedding(self) -> Tensor:
+        return self.bridge.W_E.detach()
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's parts by name. (Not `getattr`, which bridges pass on to the module that they wrap.)"""
+    return dict(module.named_children())
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """The values of a pass that do not depend on the input, computed from the model's tensors as they are now.
+
+    Attributes:
+        flow: the operations of the pass.
+        tensors: those that no operation made, by their values.
+    """
+
+    flow: Flow
+    tensors: Mapping[Value, Tensor]
+
+    def of(self, value: Value) -> Tensor:
+        """A value.
+
+        Raises:
+            LookupError: if it was made in a way that was not seen, or depends on the input.
+        """
+        if value in self.tensors:
+            return self.tensors[value].detach()
+        op = self.flow.operation(value)
+        if op is None:
+            raise LookupError(f"value {value.number} of the pass has no tensor")
+        held = {v: self.of(v) for v in op.inputs}
+        args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
+        made = op.function(*args, **kwargs)
+        return made if len(op.outputs) == 1 else made[op.outputs.index(value)]
+
+
+class Replayed(nn.Module):
+    """A part of a pass between two values, as a module: a norm that is written as a function.
+
+    Args:
+        constants: the values that do not depend on the input.
+        start: what it is given.
+        end: what it returns.
+    """
+
+    def __init__(self, constants: Constants, start: Value, end: Value) -> None:
+        super().__init__()
+        self._flow, self._ends = constants.flow, (start, end)
+        self._steps = constants.flow.between(start, end)
+        inside = {start} | {v for i in self._steps for v in self._operation(i).outputs}
+        needed = {v for i in self._steps for v in self._operation(i).inputs} - inside
+        self._names = {value: f"tensor{value.number}" for value in needed}
+        for value, name in self._names.items():
+            self.register_buffer(name, constants.of(value))
+
+    def _operation(self, i: int) -> Any:
+        return self._flow.program.operations[i]
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {value: getattr(self, name) for value, name in self._names.items()}
+        held[self._ends[0]] = x
+        for i in self._steps:
+            op = self._operation(i)
+            args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
+            made = op.function(*args, **kwargs)
+            held.update(zip(op.outputs, [made] if len(op.outputs) == 1 else made, strict=True))
+        return held[self._ends[1]]
+
+
+class TracedParts:
+    """The parts of a transformer whose stream was found among the operations of a pass.
+
+    Args:
+        stream: the stream.
+        tensors: those that no operation of the pass made, by their values.
+        norms: the modules of the model by what they were given and what they returned.
+    """
+
+    def __init__(
+        self,
+        stream: TracedStream,
+        tensors: Mapping[Value, Tensor],
+        norms: Mapping[tuple[Value, Value], nn.Module],
+    ) -> None:
+        self.stream, self.parallel = stream, stream.parallel
+        self.n_layers = len(stream.layers)
+        self.adds_positions = stream.position is not None
+        self._constants = Constants(stream.flow, tensors)
+        self._modules = norms
+
+    def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
+        ends = self._ends(name, layer)
+        if ends is None:
+            return None
+        start, end = (self.stream.same(v) for v in ends)
+        if start == end or self.stream.scales(start, end):
+            return None
+        module = self._modules.get((start, end))
+        return Replayed(self._constants, start, end) if module is None else module
+
+    def _ends(self, name: NormName, layer: int) -> tuple[Value, Value] | None:
+        at = self.stream.layers[layer]
+        mlp = at.mlp
+        if name == "ln_final":
+            unembed = self.stream.unembed
+            return None if unembed is None else (self.stream.last, unembed.given)
+        if name == "ln1":
+            return at.before, at.attention_given
+        if name == "ln1_post":
+            return at.output.made, at.attention
+        if name in ("q_norm", "k_norm"):
+            return self._of_heads(at, name)
+        if mlp is None or at.mlp_added is None:
+            return None
+        if name == "ln2":
+            read = at.between or at.before
+            return None if at.mlp_given is None else (read, at.mlp_given)
+        return mlp.made, at.mlp_added
+
+    def _of_heads(self, at: TracedLayer, name: NormName) -> tuple[Value, Value] | None:
+        """What the norm of queries or keys is given and returns: the only module between that is one."""
+        letter = name[0]
+        projection = at.head.projections.get(letter)
+        place = at.head.attention.query if letter == "q" else at.head.attention.key
+        if projection is None or place.value is None:
+            return None
+        values = {
+            v
+            for i in self.stream.flow.between(projection.made, place.value)
+            for v in (*self._op(i).inputs, *self._op(i).outputs)
+        }
+        inside = [
+            ends for ends in self._modules if set(ends) <= {self.stream.same(v) for v in values}
+        ]
+        return inside[0] if inside and inside[0][0] != inside[0][1] else None
+
+    def _op(self, i: int) -> Any:
+        return self.stream.flow.program.operations[i]
+
+    def has_mlp(self, layer: int) -> bool:
+        return self.stream.layers[layer].mlp_added is not None
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        at = self.stream.layers[layer]
+        if at.mlp is None or at.mlp_given is None:
+            return None
+        start, end = self.stream.same(at.mlp_given), self.stream.same(at.mlp.made)
+        module = self._modules.get((start, end))
+        return Replayed(self._constants, start, end) if module is None else module
+
+    def positions(self) -> Tensor:
+        raise ValueError("positions: what the model adds for positions is no site")
+
+    def _matrix(self, affine: Affine) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
+        """The weights and the bias of a product."""
+        product = self.stream.flow.product(affine.first)
+        assert product is not None, "it was found as one"
+        other = product.right if product.left == affine.given else product.left
+        letters, given = product.axes_of(other), product.axes_of(affine.given)
+        summed = [a for a in given if a in affine.summed]
+        free = [a for a in product.made_axes if a in letters and a not in summed]
+        weight = self._constants.of(other)
+        sizes = dict(zip(letters, weight.shape, strict=True))
+        rest = [a for a in letters if a not in (*summed, *free)]  # axes of length 1 (kernels)
+        order = [letters.index(a) for a in (*summed, *free, *rest)]
+        width = [int(torch.Size([sizes[a] for a in axes]).numel()) for axes in (summed, free)]
+        matrix = weight.permute(order).reshape(width)
+        bias = matrix.new_zeros(width[1])
+        for value in affine.biases:
+            own = self._constants.of(value)
+            bias = bias + (own.expand([sizes[a] for a in free]).flatten() if own.ndim else own)
+        return matrix, bias
+
+    def attention(self, name: Matrices, layer: int) -> Tensor | None:
+        at = self.stream.layers[layer]
+        if name in ("W_O", "b_O"):
+            matrix, bias = self._matrix(at.output)
+            if name == "b_O":
+                return bias if at.output.biases else None
+            return matrix[at.columns]
+        projection = at.head.projections.get(name[-1].lower())
+        if projection is None:
+            return None
+        affine = self.stream.affine(projection.first)
+        if affine is None:
+            return None
+        matrix, bias = self._matrix(affine)
+        index = projection.index.to(matrix.device)
+        if name.startswith("b"):
+            return bias[index] if affine.biases else None
+        return matrix[:, index].movedim(0, 1)
+
+    def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        at = self.stream.layers[layer]
+        if at.mlp is None or at.neurons is None or not at.inputs:
+            return None
+        out, _ = self._matrix(at.mlp)
+        matrices = [self._matrix(affine)[0] for affine in at.inputs]
+        # Where one product gates the other (SwiGLU), the one that goes through the activation function is the gate.
+        inner = matrices[0] if len(matrices) == 1 else matrices[self.stream.linear_input(layer)]
+        return (inner, out) if inner.shape[1] == len(out) else None
+
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        if self.stream.unembed is None:
+            raise ValueError("the model's output is not a product of its last stream with weights")
+        return self._matrix(self.stream.unembed)
+
+    def embedding(self) -> Tensor:
+        table = self.stream.table
+        if table is None:
+            raise ValueError("the model's tokens are not looked up in one table")
+        return self._constants.of(table)
+
+    @cached_property
+    def width(self) -> int:
+        """The number of dimensions of the stream."""
+        return self._matrix(self.stream.layers[0].output)[0].shape[1]

@@ -1,0 +1,605 @@
+"""The residual stream of a transformer that is no bridge, found among the operations of a pass.
+
+What a layer's heads put out is added to a tensor from which their queries come: that is the stream before the layer
+(Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). From the sum on, the next addition of
+something that is computed from it is the MLP's. Norms and scales on the way are left to be measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from circuits.hooks import Tap
+from circuits.models.adapter.attention import Batches
+from circuits.models.adapter.flow import Flow, Product, short_name
+from circuits.models.adapter.head_sites import Head, Points, Rearranged, rearranged
+from circuits.models.adapter.program import Operation, Value
+from circuits.units import Site, SiteKind
+
+_ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+_SCALES = {
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "mul_",
+    "__imul__",
+    "div",
+    "__truediv__",
+    "div_",
+    "__itruediv__",
+}
+_SAME = {
+    "dropout", "dropout1d", "dropout_", "feature_dropout", "alpha_dropout", "to", "contiguous", "view", "reshape",
+    "view_as", "reshape_as", "expand", "clone",
+}  # fmt: skip
+"""Functions that change nothing in evaluation mode, if the shape stays the same."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A product with weights and what is added to it: given @ weights + bias.
+
+    Attributes:
+        first: the number of the operation that multiplies.
+        given: the factor that depends on the input.
+        made: the result, with the bias.
+        biases: the values that are added.
+        summed: the letters of the product (`Flow.product`) that are summed over, then or in the next operation.
+    """
+
+    first: int
+    given: Value
+    made: Value
+    biases: tuple[Value, ...]
+    summed: str
+
+
+@dataclass(frozen=True, eq=False)
+class TracedLayer:
+    """The values of a layer; None where it has no such thing.
+
+    Attributes:
+        head: its attention.
+        output: the product of what heads read with the output weights.
+        columns: which of that product's inputs each head has: head x d_head.
+        before: the stream before the layer.
+        between: the stream between attention and MLP, where the MLP reads it.
+        after: the stream after the layer.
+        attention: what attention adds to the stream.
+        mlp_added: what the MLP adds to it.
+        mlp: the product with the MLP's output weights.
+        neurons: what that product is given.
+        inputs: the products that make neurons of what the MLP reads: one, or two where one gates the other.
+        mlp_given: what the MLP reads.
+    """
+
+    head: Head
+    output: Affine
+    columns: Tensor
+    before: Value
+    between: Value | None
+    after: Value
+    attention: Value
+    mlp_added: Value | None = None
+    mlp: Affine | None = None
+    neurons: Value | None = None
+    inputs: tuple[Affine, ...] = ()
+    mlp_given: Value | None = None
+
+    @property
+    def attention_given(self) -> Value:
+        """What queries, keys and values are made of."""
+        return self.head.projections["q"].given
+
+
+@dataclass(frozen=True, eq=False)
+class TracedStream:
+    """The residual stream of a model.
+
+    Attributes:
+        flow: the operations of a pass.
+        layers: in order.
+        embed: the embedding of tokens.
+        position: that of positions, which is added to it and does not depend on the tokens.
+        last: the stream after the last layer.
+        unembed: the product with the unembedding.
+        search: what found it.
+    """
+
+    flow: Flow
+    layers: tuple[TracedLayer, ...]
+    embed: Value | None
+    position: Value | None
+    last: Value
+    unembed: Affine | None
+    search: Search
+
+    def same(self, value: Value) -> Value:
+        """The value that this one is, before functions that change nothing."""
+        return self.search.same(value)
+
+    def affine(self, i: int) -> Affine | None:
+        """An operation as a product with weights."""
+        return self.search.affine(i)
+
+    def linear_input(self, layer: int) -> int:
+        """Which of the two products of a gated MLP is not the gate: its result reaches the neurons unchanged."""
+        at = self.layers[layer]
+        assert at.neurons is not None, "it has inputs"
+        steps = [len(self.flow.between(affine.made, at.neurons)) for affine in at.inputs]
+        return steps.index(min(steps))
+
+    def scales(self, start: Value, end: Value) -> bool:
+        """Whether all that happens between two values is that they are multiplied by numbers."""
+        ops = [self.flow.program.operations[i] for i in self.flow.between(start, end)]
+        return all(
+            self.search.keeps(op) or (short_name(op) in _SCALES and len(op.inputs) == 1)
+            for op in ops
+        )
+
+    def reads_alone(self, at: TracedLayer) -> bool:
+        """Whether nothing but the MLP reads what it is given, so that a change there changes the MLP alone."""
+        if at.mlp_given is None:
+            return False
+        waiting, firsts = [at.mlp_given], {affine.first for affine in at.inputs}
+        while waiting:
+            for i in self.flow.taken_by.get(waiting.pop(), ()):
+                op = self.flow.program.operations[i]
+                if self.search.keeps(op) or short_name(op) in ("view", "reshape"):
+                    waiting += op.outputs
+                elif i not in firsts:
+                    return False
+        return True
+
+    @property
+    def table(self) -> Value | None:
+        """The table of the embedding."""
+        op = None if self.embed is None else self.flow.operation(self.embed)
+        if op is None or short_name(op) not in ("embedding", "__getitem__"):
+            return None
+        rows = [v for v in op.inputs if v not in self.flow.dependent]
+        return rows[0] if len(rows) == 1 else None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a layer read the same stream, as in GPT-J."""
+        return any(at.between is None and at.mlp_added is not None for at in self.layers)
+
+
+class NoStreamError(Exception):
+    """Heads do not write to a stream that they read."""
+
+
+@dataclass(frozen=True)
+class Search:
+    flow: Flow
+    batches: Batches
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def same(self, value: Value) -> Value:
+        """The value that this one is, before functions that change nothing."""
+        while (op := self.flow.operation(value)) is not None and self.keeps(op):
+            value = op.inputs[0]
+        return value
+
+    def keeps(self, op: Operation) -> bool:
+        """Whether an operation returns what it is given."""
+        if not op.inputs or self.flow.shape(op.inputs[0]) != self.flow.shape(op.outputs[0]):
+            return False
+        if short_name(op) == "__getitem__":  # `x[:, -n:]` with all of x
+            index = op.args[1] if len(op.args) > 1 else None
+            return all(
+                isinstance(i, slice) for i in (index if isinstance(index, tuple) else (index,))
+            )
+        return short_name(op) in _SAME
+
+    def last_same(self, value: Value) -> Value:
+        """The value at the end of the functions that change nothing, if nothing else takes it on the way."""
+        while len(takers := self.flow.taken_by.get(value, [])) == 1:
+            op = self.flow.program.operations[takers[0]]
+            if not self.keeps(op):
+                break
+            value = op.outputs[0]
+        return value
+
+    def names(self, start: Value, end: Value) -> list[str]:
+        """The functions between two values."""
+        return [short_name(self.flow.program.operations[i]) for i in self.flow.between(start, end)]
+
+    def follow(self, start: Value, names: Sequence[str]) -> Value:
+        """The value that some functions make of another, one after the other; the other if they do not follow it."""
+        value, following, left = start, {start}, list(names)
+        for op in self.flow.program.operations[self.flow.made_by.get(start, -1) + 1 :]:
+            if left and not following.isdisjoint(op.inputs):
+                if short_name(op) != left.pop(0):
+                    return start
+                value = op.outputs[0]
+                following.update(op.outputs)
+        return start if left else value
+
+    def is_product(self, i: int) -> bool:
+        """Whether an operation multiplies two tensors along an axis, or is attention."""
+        op = self.flow.program.operations[i]
+        return self.flow.product(i) is not None or short_name(op) == "scaled_dot_product_attention"
+
+    def affine(self, i: int) -> Affine | None:
+        """An operation as a product with weights."""
+        product = self.flow.product(i)
+        op = self.flow.program.operations[i]
+        if product is None or not op.counted:
+            return None
+        given = [v for v in (product.left, product.right) if v in self.flow.dependent]
+        if len(given) != 1 or self.flow.program.operations[i].kwargs.get("groups", 1) != 1:
+            return None
+        biases = [v for v in op.inputs if v not in (product.left, product.right)]
+        made, shared = self._summed(op.outputs[0], product)
+        takers = self.flow.taken_by.get(made, [])
+        if len(takers) == 1:
+            then = self.flow.program.operations[takers[0]]
+            others = [v for v in then.inputs if v != made]
+            constant = others and not self.flow.dependent.intersection(others)
+            same = self.flow.shape(then.outputs[0]) == self.flow.shape(made)
+            if short_name(then) in _ADDS and constant and len(others) == 1 and same:
+                biases, made = [*biases, *others], then.outputs[0]
+        made = self.batches.apart(made, forward=True)
+        return Affine(i, given[0], made, tuple(biases), product.summed + shared)
+
+    def _summed(self, made: Value, product: Product) -> tuple[Value, str]:
+        """A product that is summed over an axis that both factors have, such as heads, and that axis's letter.
+
+        None is summed if it is no such product.
+        """
+        sizes = dict(zip(product.left_axes, self.flow.shape(product.left), strict=True))
+        other = dict(zip(product.right_axes, self.flow.shape(product.right), strict=True))
+        shared = [a for a in product.made_axes if sizes.get(a, 1) > 1 and other.get(a, 1) > 1]
+        takers = self.flow.taken_by.get(made, [])
+        if len(shared) != 1 or len(takers) != 1:
+            return made, ""
+        op = self.flow.program.operations[takers[0]]
+        dim, axis = op.argument(1, "dim"), product.made_axes.index(shared[0])
+        dims = [dim] if isinstance(dim, int) else list(dim or ())
+        if short_name(op) == "sum" and [d % len(product.made_axes) for d in dims] == [axis]:
+            return op.outputs[0], shared[0]
+        return made, ""
+
+    def affines_before(self, value: Value) -> list[Affine]:
+        """The nearest products that a value is made of; None of them if one is no product with weights."""
+        found = [i for i in self.flow.before(value, self.is_product) if self.is_product(i)]
+        made = [self.affine(i) for i in found]
+        return [a for a in made if a is not None] if None not in made else []
+
+    def affine_after(self, value: Value) -> Affine | None:
+        """The first product with weights that a value is given to; what lies between may be anything but a product."""
+        waiting, seen = [value], set()
+        while waiting:
+            for i in self.flow.taken_by.get(waiting.pop(0), ()):
+                if i in seen:
+                    continue
+                seen.add(i)
+                if self.is_product(i):
+                    return self.affine(i)
+                waiting += self.flow.program.operations[i].outputs
+        return None
+
+    def ancestors(self, value: Value) -> set[Value]:
+        """What a value is made of without any product between, with itself."""
+        found = {value}
+        for i in self.flow.before(value, self.is_product):
+            op = self.flow.program.operations[i]
+            found.update(op.outputs)
+            if not self.is_product(i):
+                found.update(v for v in op.inputs if v in self.flow.dependent)
+        return found
+
+    def added(self, value: Value, stop: int) -> Iterator[tuple[Value, Value, Value]]:
+        """The additions that a value goes into without any product before: what is added, to what, and the sum.
+
+        What is added is the value itself, or the value normalised or scaled. Not past the operation `stop`.
+        """
+        waiting, seen = [value], set()
+        while waiting:
+            here = waiting.pop(0)
+            for i in self.flow.taken_by.get(here, ()):
+                if i in seen or i >= stop or self.is_product(i):
+                    continue
+                seen.add(i)
+                op = self.flow.program.operations[i]
+                others = [
+                    v for v in dict.fromkeys(op.inputs) if v != here and v in self.flow.dependent
+                ]
+                if short_name(op) in _ADDS and len(others) == 1:
+                    yield here, others[0], op.outputs[0]
+                waiting += op.outputs
+
+    # --- layers --------------------------------------------------------------------------------
+
+    def layer(self, head: Head, stop: int) -> TracedLayer:
+        """The layer of an attention.
+
+        Raises:
+            NoStreamError: if its heads do not write to a stream that they read.
+        """
+        query = head.projections.get("q")
+        if query is None:
+            raise NoStreamError(f"what the queries of {head.name} are made of was not found")
+        assert head.attention.z.value is not None, "a product has a value"
+        output = self.affine_after(head.attention.z.value)
+        if output is None:
+            raise NoStreamError(f"what {head.name} reads is multiplied with no output weights")
+        columns = self._columns(head, output)
+        reads = {self.same(v) for v in self.ancestors(query.given)}
+        parallel: list[tuple[Value, Value]] = []
+        for what, to, total in self.added(output.made, stop):
+            if self.same(to) in reads:
+                first = parallel[0][0] if parallel else what
+                others = [other for _, other in parallel]
+                return self._with_mlp(head, output, columns, to, total, first, others, stop)
+            parallel.append((what, to))
+        raise NoStreamError(
+            f"what {head.name} puts out is added to nothing that its queries are made of"
+        )
+
+    def _columns(self, head: Head, output: Affine) -> Tensor:
+        """Which inputs of the output weights each head has: head x d_head."""
+        z, given = head.attention.z, output.given
+        assert z.value is not None, "a product has a value"
+        moved = self.flow.moved(z.value, given)
+        product = self.flow.product(output.first)
+        if moved is None or product is None:
+            raise NoStreamError(f"what {head.name} reads is mixed before the output weights")
+        # Where each number of z comes from, and which input of the weights each number of what they are given is.
+        letters = product.axes_of(given)
+        summed = [letters.index(a) for a in letters if a in output.summed]
+        rest = [n for n in range(len(letters)) if n not in summed]
+        rows = moved.permute(*rest, *summed).flatten(0, len(rest) - 1)[0].flatten()
+        heads = rearranged(z).read(torch.arange(moved.numel()).reshape(z.shape))
+        first = heads[(0,) * (heads.ndim - 2)]
+        place = {int(n): i for i, n in enumerate(rows)}
+        if set(place) != set(first.flatten().tolist()):
+            raise NoStreamError(
+                f"the inputs of the output weights of {head.name} are not its heads' numbers"
+            )
+        return torch.tensor([[place[int(n)] for n in own] for own in first])
+
+    def _with_mlp(
+        self,
+        head: Head,
+        output: Affine,
+        columns: Tensor,
+        before: Value,
+        total: Value,
+        attention: Value,
+        parallel: Sequence[Value],
+        stop: int,
+    ) -> TracedLayer:
+        """A layer with its MLP, which reads the stream before it (in parallel) or after attention."""
+        end = self.batches.apart(total, forward=True)
+        own = TracedLayer(head, output, columns, self.same(before), None, end, attention)
+        from_heads = self._following(output.made)
+        for added in (
+            parallel
+        ):  # the MLP's output was added to attention's before both were added to the stream
+            return self._mlp(own, added, total, None)
+        for what, to, after in self.added(total, stop):
+            if to in self._following(total):
+                middle = self.same(self.batches.apart(what, forward=False))
+                return self._mlp(own, to, after, middle)
+            if to not in from_heads and self.same(what) == self.same(total):
+                return self._mlp(own, to, after, None)
+        return own
+
+    def _following(self, value: Value) -> set[Value]:
+        found = {value}
+        for op in self.flow.program.operations[self.flow.made_by.get(value, -1) + 1 :]:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return found
+
+    def _mlp(
+        self, own: TracedLayer, added: Value, after: Value, between: Value | None
+    ) -> TracedLayer:
+        last = self.affines_before(added)
+        if len(last) != 1:  # experts, for example
+            return TracedLayer(
+                own.head, own.output, own.columns, own.before, between, after, own.attention, added
+            )
+        mlp, after = last[0], self.batches.apart(after, forward=True)
+        neurons = self.batches.apart(mlp.given, forward=False)
+        inputs = self.affines_before(neurons)
+        given = {self.batches.apart(a.given, forward=False) for a in inputs}
+        known = len(inputs) in (1, 2) and len(given) == 1
+        return TracedLayer(
+            own.head, own.output, own.columns, own.before, between, after, own.attention, added, mlp,
+            neurons if known else None, tuple(inputs) if known else (), given.pop() if known else None,
+        )  # fmt: skip
+
+
+def find_stream(
+    flow: Flow, batches: Batches, heads: Sequence[Head], final: Value | None
+) -> TracedStream:
+    """The residual stream that a model's heads write to and read from.
+
+    Args:
+        flow: the operations of a pass.
+        batches: which axes follow the batch.
+        heads: the model's attentions.
+        final: the model's output.
+
+    Raises:
+        NoStreamError: if there is none, or several (an encoder and a decoder).
+    """
+    if any(not head.name.startswith("blocks.") for head in heads):
+        raise NoStreamError("it has an encoder and a decoder")
+    search = Search(flow, batches)
+    ends = [head.attention.first for head in heads[1:]] + [len(flow.program.operations)]
+    layers = [search.layer(head, end) for head, end in zip(heads, ends, strict=True)]
+    layers = _joined(search, layers)
+    for one, then in itertools.pairwise(layers):
+        if search.same(one.after) != then.before:
+            raise NoStreamError(
+                f"the stream after {one.head.name} is not the one before {then.head.name}"
+            )
+    embed, position = _embeddings(search, layers[0].before)
+    found = search.affines_before(final) if final is not None else []
+    unembed = found[0] if len(found) == 1 else None
+    last = layers[-1].after
+    if unembed is not None and search.same(last) not in {
+        search.same(v) for v in search.ancestors(unembed.given)
+    }:
+        unembed = None
+    return TracedStream(
+        flow, tuple(layers), embed, position, search.last_same(last), unembed, search
+    )
+
+
+def _joined(search: Search, layers: Sequence[TracedLayer]) -> list[TracedLayer]:
+    """Layers that end with what the next one begins with, where the stream is normalised after each (as in BERT)."""
+    made = list(layers)
+    steps: list[str] = []
+    for n, (one, then) in enumerate(itertools.pairwise(layers)):
+        if search.same(one.after) != then.before and search.same(one.after) in {
+            search.same(v) for v in search.ancestors(then.before)
+        }:
+            made[n] = replace(one, after=then.before)
+            steps = search.names(one.after, then.before)
+    if steps:
+        made[-1] = replace(layers[-1], after=search.follow(layers[-1].after, steps))
+    return made
+
+
+def _embeddings(search: Search, first: Value) -> tuple[Value | None, Value | None]:
+    """The embedding of tokens and that of positions, whose sum enters the first layer."""
+    op = search.flow.operation(first)
+    found: list[Value] = []
+    constant: list[Value] = []
+    waiting = [first]
+    while waiting:
+        value = search.same(waiting.pop(0))
+        op = search.flow.operation(value)
+        if op is not None and short_name(op) in _ADDS:
+            waiting += [v for v in op.inputs if v in search.flow.dependent]
+            constant += [v for v in op.inputs if v not in search.flow.dependent]
+        else:
+            found.append(value)
+    embed = found[0] if len(found) == 1 else None
+    return embed, constant[0] if embed is not None and len(constant) == 1 else None
+
+
+def stream_values(stream: TracedStream) -> Mapping[str, Value]:
+    """The values of a stream that are sites, by the names that bridges have for them."""
+    found: dict[str, Value | None] = {"hook_embed": stream.embed}
+    for n, at in enumerate(stream.layers):
+        layer = f"blocks.{n}"
+        found |= {
+            f"{layer}.hook_resid_pre": at.before,
+            f"{layer}.hook_resid_mid": at.between,
+            f"{layer}.hook_resid_post": at.after,
+            f"{layer}.hook_attn_out": at.attention,
+            f"{layer}.attn.hook_out": at.output.made,
+            f"{layer}.hook_mlp_out": at.mlp_added,
+            f"{layer}.mlp.hook_out": at.mlp.made if at.mlp else None,
+            f"{layer}.mlp.hook_post": at.neurons,
+            f"{layer}.mlp.hook_in": at.mlp_given if stream.reads_alone(at) else None,
+        }
+    if stream.unembed is not None:
+        unembed = stream.unembed
+        found |= {"unembed.hook_in": unembed.given, "hook_unembed": unembed.made}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_STREAM = (
+    "hook_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
+
+
+def stream_sites(
+    stream: TracedStream,
+    batches: Batches,
+    found: Mapping[str, tuple[Site, Tap]],
+    values: Mapping[str, Value | None],
+    points: Points,
+) -> tuple[dict[str, tuple[Site, Tap]], list[tuple[Site, Tap]]]:
+    """The sites of modules with what bridges call them, and sites for what no module returns.
+
+    Args:
+        stream: the residual stream.
+        batches: which axes follow the batch.
+        found: the sites of modules, by name.
+        values: the value of each.
+        points: where functions are watched.
+    """
+    made = dict(found)
+    more: list[tuple[Site, Tap]] = []
+    # The last module that returns a tensor is the one that encloses the others.
+    owners = {stream.same(v): name for name, v in values.items() if v is not None and name in found}
+    names: dict[Value, list[str]] = {}
+    for name, value in stream_values(stream).items():
+        names.setdefault(stream.same(value), []).append(name)
+    for value, own in names.items():
+        kind = _kind(own)
+        if value in owners:
+            site, tap = made[owners[value]]
+            kind = site.kind if kind == "neuron" or site.kind == "logit" else kind
+            made[owners[value]] = replace(site, kind=kind, aliases=(*site.aliases, *own)), tap
+            continue
+        last = stream.search.last_same(value)
+        address = stream.flow.address_of(last)
+        layout = _stream_layout(batches, last)
+        if address is None or layout is None:
+            continue
+        tap = points.tap(address, layout if layout.held != layout.shown else None)
+        shape = tuple(layout.read(torch.zeros(stream.flow.shape(last))).shape[1:])
+        site = Site(
+            own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
+        )
+        more.append((site, tap))
+    for n, at in enumerate(stream.layers):
+        if (own := _mlp_input(stream, batches, n, at, points)) is not None:
+            more.append(own)
+    return made, more
+
+
+def _mlp_input(
+    stream: TracedStream, batches: Batches, n: int, at: TracedLayer, points: Points
+) -> tuple[Site, Tap] | None:
+    """What an MLP reads, where its first weights take it, if attention reads the same tensor."""
+    if at.mlp_given is None or stream.reads_alone(at) or len(at.inputs) != 1:
+        return None
+    i, shape = at.inputs[0].first, stream.flow.shape(at.mlp_given)
+    op = stream.flow.program.operations[i]
+    if at.mlp_given not in op.args or len(shape) != 3 or batches.of(at.mlp_given, 0) != 1:
+        return None
+    place = op.args.index(at.mlp_given)
+    address = stream.flow.address(i, len(op.running), part="argument", place=place)
+    axes = ("batch", "position", "unit")
+    return Site(
+        f"blocks.{n}.mlp.hook_in", "neuron", axes, 2, shape[1:], (), "HookPoint"
+    ), points.tap(address)
+
+
+def _kind(names: Sequence[str]) -> SiteKind:
+    if "hook_unembed" in names:
+        return "logit"
+    return "residual" if any(name.endswith(_STREAM) for name in names) else "neuron"
+
+
+def _stream_layout(batches: Batches, value: Value) -> Rearranged | None:
+    """The layout of batch x position x unit; None for tensors of other axes."""
+    if len(batches.flow.shape(value)) != 3:
+        return None
+    shown = "batch position unit"
+    for held in (shown, "position batch unit"):
+        if batches.of(value, held.split().index("batch")) == 1:
+            return Rearranged(held, shown, {})
+    return None
