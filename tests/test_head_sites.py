@@ -541,3 +541,38 @@ def test_what_is_written_part_by_part_depends_on_the_input() -> None:
             other.run(TOKENS, read=[name])[name], model.run(TOKENS, read=[name])[name]
         )
         assert torch.equal(other.logits(TOKENS, {Z: torch.clone}), model.logits(TOKENS))
+
+
+class Sinks(Block):
+    """Each head has a score of no key, which is dropped after the softmax."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.linspace(-1, 1, HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT).masked_fill(later, -torch.inf)
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(q), -1, q.shape[-2], -1)
+        joined = torch.cat([scores, sinks], -1)
+        joined = joined - joined.max(-1, keepdim=True).values
+        return joined.softmax(-1)[..., :-1] @ v
+
+
+def test_sinks_are_no_keys() -> None:
+    module = Texts()
+    module.layers = nn.ModuleList(Sinks() for _ in range(2))
+    model = HookedModel(module, TokenInput(N_VOCAB, 40))
+    names = [f"blocks.1.attn.hook_{x}" for x in ("q", "k", "v", "attn_scores", "pattern", "z")]
+    q, k, v, scores, pattern, z = model.run(TOKENS, read=names).values()
+    allowed = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    torch.testing.assert_close(scores, expected.masked_fill(~allowed, -torch.inf))
+    total = scores.exp().sum(-1) + torch.linspace(-1, 1, HEADS)[:, None].exp()
+    torch.testing.assert_close(pattern, scores.exp() / total[..., None])
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+    plain = model.logits(TOKENS)
+    for name in names:
+        assert torch.equal(model.logits(TOKENS, {name: torch.clone}), plain)
+        flipped = model.logits(TOKENS, {name: lambda t: t.flip(1 if t.shape[1] == HEADS else 2)})
+        assert (flipped - plain).abs().max() > 1e-4, name

@@ -327,6 +327,26 @@ class _Search:
         flat = len(own) == len(self.flow.shape(value)) and own[axis] == 1
         return shifted if flat else value
 
+    def _without_sinks(self, softmax: _Softmax) -> _Softmax:
+        """The softmax with its scores and pattern along keys alone, where the softmax also ran over learned sinks.
+
+        A sink is a score of no key, which takes a part of each query's attention and is dropped after the softmax.
+        """
+        joined = self._before_shift(softmax.scores, softmax.axis)
+        op = self.flow.operation(joined)
+        if op is None or short_name(op) not in ("cat", "concat", "concatenate"):
+            return softmax
+        given = [v for v in op.inputs if v in self.flow.dependent]
+        axis = _one_axis(op.argument(1, "dim", 0))
+        if len(given) != 1 or axis is None or axis % len(self.flow.shape(joined)) != softmax.axis:
+            return softmax
+        for i in self.flow.taken_by.get(softmax.pattern, ()):
+            taker = self.flow.program.operations[i]
+            same = self.flow.shape(taker.outputs[0]) == self.flow.shape(given[0])
+            if same and short_name(taker) in ("__getitem__", "narrow"):
+                return _Softmax(given[0], taker.outputs[0], softmax.axis, (i,))
+        return softmax
+
     # --- from the softmax to both products -----------------------------------------------------
 
     def attention(self, i: int) -> Attention | None:
@@ -336,6 +356,7 @@ class _Search:
             return self._fused(i, op)
         softmax = self._softmax(i)
         assert softmax is not None, "it is a candidate"
+        softmax = self._without_sinks(softmax)
         first = self._score_product(softmax)
         if first is None:
             return None
