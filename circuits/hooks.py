@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -34,6 +34,7 @@ def placed(change: Change) -> bool:
     return bool(getattr(change, "placed", False))
 
 
+@runtime_checkable
 class Layout(Protocol):
     """How a site's tensor lies in the tensor that a module returns."""
 

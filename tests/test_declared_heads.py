@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from circuits.models.adapter.declaring import read_declarations
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
@@ -94,7 +95,6 @@ def test_a_softmax_can_be_declared_too() -> None:
         ({"a": {"pattern": 3}}, "pattern of a is 3: expected a text"),
         ({"a": {"pattern": "mul"}}, "expected a call MODULE/FUNCTION@NUMBER"),
         ({"a": {"pattern": "mul@1", "keys": True}}, "keys of a is True: expected a whole number"),
-        ({"a": "mul@1"}, "a is 'mul@1': expected a table with pattern"),
         ({"a b": {"pattern": "mul@1"}}, "'a b' is no name of an attention"),
         ({"a": {"pattern": "mul@1", "keys": 4}}, "it has 4 axes, no axis 4"),
         ({"a": {"pattern": "mul@1[1]"}}, r"mul@1 puts out 1 tensors, no \[1\]"),
@@ -108,6 +108,11 @@ def test_a_wrong_declaration_is_refused_in_a_line(given: dict[str, Any], message
     with pytest.raises(ValueError, match=message) as error:
         HookedModel(case.make(), case.input, attention=given)
     assert "\n" not in str(error.value)
+
+
+def test_a_declaration_is_a_table() -> None:
+    with pytest.raises(ValueError, match="attention: a is 'mul@1': expected a table with pattern"):
+        read_declarations({"a": "mul@1"})
 
 
 def test_an_unknown_call_is_refused_with_those_like_it() -> None:

@@ -437,3 +437,142 @@ def test_nanogpt_with_an_mlp_is_one_attention_a_block() -> None:
     aliases = model.site(Z).aliases
     assert aliases == ("transformer.h.0.attn.hook_z",)
     assert model.site("transformer.h.0.attn.hook_z") is model.site(Z)
+
+
+# --- other forms of attention --------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Attention within windows that are an axis of their own, between heads and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(N_VOCAB, WIDTH), nn.Linear(WIDTH, N_VOCAB)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unflatten(3, (-1, 4))
+        z = (q @ k.mT).softmax(-1) @ v
+        return self.head(x + self.proj(z.flatten(2, 3).transpose(1, 2).flatten(2)))
+
+
+def test_windows_are_no_heads() -> None:
+    model = HookedModel(Windows(), TokenInput(N_VOCAB, 12))
+    assert model.site(Z).axes == ("batch", "window", "position", "head", "d_head")
+    assert model.site(Z).shape == (3, 4, 4, 4)
+    names = [f"blocks.0.attn.hook_{x}" for x in ("q", "k", "v", "pattern", "z")]
+    q, k, v, pattern, z = model.run(TOKENS, read=names).values()
+    assert q.shape == (2, 12, 4, 4), "the projection knows no windows"
+    q, k, v = (t.unflatten(1, (3, 4)) for t in (q, k, v))
+    expected = torch.einsum("bwqhd,bwkhd->bwhqk", q, k).softmax(-1)
+    torch.testing.assert_close(pattern, expected)
+    torch.testing.assert_close(z, torch.einsum("bwhqk,bwkhd->bwqhd", pattern, v))
+    assert torch.equal(model.logits(TOKENS, {Z: torch.clone}), model.logits(TOKENS))
+
+
+class OneHead(nn.Module):
+    """One head with projections of its own, as in a well-known lecture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(WIDTH, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(-2, -1) * 4**-0.5
+        return F.softmax(scores, dim=-1) @ self.value(x)
+
+
+class HeadsApart(nn.Module):
+    """Two layers of heads that are modules, joined by `cat`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(N_VOCAB, WIDTH), nn.Linear(WIDTH, N_VOCAB)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.heads = nn.ModuleList(OneHead() for _ in range(8))
+        self.proj = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for n in range(2):
+            read = self.norms[n](x)
+            z = torch.cat([self.heads[4 * n + h](read) for h in range(4)], -1)
+            x = x + self.proj[n](z)
+        return self.head(x)
+
+
+def test_heads_that_are_modules_of_their_own() -> None:
+    """They are several attentions of one block."""
+    model = HookedModel(HeadsApart(), TokenInput(N_VOCAB, 12))
+    found = [s for s in model.sites if s.name.endswith("hook_z")]
+    names = [f"blocks.{n}.attn.{h}.hook_z" for n in range(2) for h in range(4)]
+    assert [s.name for s in found] == names
+    assert found[5].aliases == ("heads.5.hook_z",)
+    assert found[5].shape == (12, 1, 4)
+    module: Any = model.module
+    ablated = model.logits(TOKENS, {names[5]: torch.zeros_like})
+    with torch.no_grad():
+        module.proj[1].weight[:, 4:8] = 0
+    torch.testing.assert_close(ablated, model.logits(TOKENS))
+
+
+class Parts(Block):
+    """Keys are written part by part into an empty tensor."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.new_empty(k.shape)
+        keys[..., :2].copy_(k[..., :2])
+        keys[..., 2:].copy_(k[..., 2:])
+        return F.scaled_dot_product_attention(q, keys, v, is_causal=True)
+
+
+def test_what_is_written_part_by_part_depends_on_the_input() -> None:
+    model = texts("sdpa", "sdpa")
+    layers: Any = model.module.layers
+    parts = Texts("sdpa", "sdpa")
+    parts.layers = nn.ModuleList(Parts() for _ in range(2))
+    parts.layers.load_state_dict(layers.state_dict())
+    other = HookedModel(parts, TokenInput(N_VOCAB, 40))
+    for name in (Z, "blocks.1.attn.hook_k", "blocks.1.attn.hook_pattern"):
+        assert torch.equal(
+            other.run(TOKENS, read=[name])[name], model.run(TOKENS, read=[name])[name]
+        )
+        assert torch.equal(other.logits(TOKENS, {Z: torch.clone}), model.logits(TOKENS))
+
+
+class Sinks(Block):
+    """Each head has a score of no key, which is dropped after the softmax."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.linspace(-1, 1, HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT).masked_fill(later, -torch.inf)
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(q), -1, q.shape[-2], -1)
+        joined = torch.cat([scores, sinks], -1)
+        joined = joined - joined.max(-1, keepdim=True).values
+        return joined.softmax(-1)[..., :-1] @ v
+
+
+def test_sinks_are_no_keys() -> None:
+    module = Texts()
+    module.layers = nn.ModuleList(Sinks() for _ in range(2))
+    model = HookedModel(module, TokenInput(N_VOCAB, 40))
+    names = [f"blocks.1.attn.hook_{x}" for x in ("q", "k", "v", "attn_scores", "pattern", "z")]
+    q, k, v, scores, pattern, z = model.run(TOKENS, read=names).values()
+    allowed = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    torch.testing.assert_close(scores, expected.masked_fill(~allowed, -torch.inf))
+    total = scores.exp().sum(-1) + torch.linspace(-1, 1, HEADS)[:, None].exp()
+    torch.testing.assert_close(pattern, scores.exp() / total[..., None])
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+    plain = model.logits(TOKENS)
+    for name in names:
+        assert torch.equal(model.logits(TOKENS, {name: torch.clone}), plain)
+        flipped = model.logits(TOKENS, {name: lambda t: t.flip(1 if t.shape[1] == HEADS else 2)})
+        assert (flipped - plain).abs().max() > 1e-4, name

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from circuits.call_points import Address
@@ -327,6 +327,26 @@ class _Search:
         flat = len(own) == len(self.flow.shape(value)) and own[axis] == 1
         return shifted if flat else value
 
+    def _without_sinks(self, softmax: _Softmax) -> _Softmax:
+        """The softmax with its scores and pattern along keys alone, where the softmax also ran over learned sinks.
+
+        A sink is a score of no key, which takes a part of each query's attention and is dropped after the softmax.
+        """
+        joined = self._before_shift(softmax.scores, softmax.axis)
+        op = self.flow.operation(joined)
+        if op is None or short_name(op) not in ("cat", "concat", "concatenate"):
+            return softmax
+        given = [v for v in op.inputs if v in self.flow.dependent]
+        axis = _one_axis(op.argument(1, "dim", 0))
+        if len(given) != 1 or axis is None or axis % len(self.flow.shape(joined)) != softmax.axis:
+            return softmax
+        for i in self.flow.taken_by.get(softmax.pattern, ()):
+            taker = self.flow.program.operations[i]
+            same = self.flow.shape(taker.outputs[0]) == self.flow.shape(given[0])
+            if same and short_name(taker) in ("__getitem__", "narrow"):
+                return _Softmax(given[0], taker.outputs[0], softmax.axis, (i,))
+        return softmax
+
     # --- from the softmax to both products -----------------------------------------------------
 
     def attention(self, i: int) -> Attention | None:
@@ -336,6 +356,7 @@ class _Search:
             return self._fused(i, op)
         softmax = self._softmax(i)
         assert softmax is not None, "it is a candidate"
+        softmax = self._without_sinks(softmax)
         first = self._score_product(softmax)
         if first is None:
             return None
@@ -436,7 +457,7 @@ class _Search:
         # Keys and values may have fewer heads (`enable_gqa`), which a letter cannot say: each has its own sizes.
         scores = Product(query, key, f"{lead}qd", f"{lead}kd", f"{lead}qk")
         values = Product(query, value, f"{lead}qk", f"{lead}ke", f"{lead}qe")
-        roles = self._roles(query, lead, "q", "k")
+        roles = self._roles(query, lead, "q", "k", self._windows(scores, query))
         where = op.running[-1] if op.running else ("", 0)
         inside = [self._at(i, part=part) for part in ("scores", "pattern")]
         shape = (*self.flow.shape(query)[:-1], self.flow.shape(key)[-2])
@@ -466,8 +487,9 @@ class _Search:
             if a in scores.made_axes and a not in scores.axes_of(key)
         ]
         query_letter = self._query_letter(free, scores, query)
+        windows = self._windows(scores, query) | self._windows(scores, key)
         of_scores = self._roles(
-            operations[first].outputs[0], scores.made_axes, query_letter, key_letter
+            operations[first].outputs[0], scores.made_axes, query_letter, key_letter, windows
         )
         inner = dict.fromkeys(scores.summed, ("d_head",))
         if len(inner) != 1:
@@ -500,8 +522,40 @@ class _Search:
             )
         return fits[0]
 
+    def _windows(self, product: Product, query: Value) -> set[str]:
+        """The letters of axes of queries (or keys) that run over parts of the text or image, not over features."""
+
+        def stop(i: int) -> bool:
+            return self.flow.product(i) is not None
+
+        ways = [i for i in self.flow.before(query, stop) if stop(i)]
+        projection = self.flow.product(ways[0]) if len(ways) == 1 else None
+        if projection is None:
+            return set()
+        made = self.flow.program.operations[ways[0]].outputs[0]
+        moved = self.flow.moved(made, query)
+        if moved is None:
+            return set()
+        given = projection.left if projection.left in self.flow.dependent else projection.right
+        shape = self.flow.shape(made)
+        features = [
+            moved // math.prod(shape[n + 1 :]) % shape[n]
+            for n, letter in enumerate(projection.made_axes)
+            if letter not in self._long_axes(projection, given)
+        ]
+        return {
+            letter
+            for n, letter in enumerate(product.axes_of(query))
+            if moved.shape[n] > 1 and all(bool((f == f.narrow(n, 0, 1)).all()) for f in features)
+        }
+
+    def _long_axes(self, product: Product, value: Value) -> set[str]:
+        """The letters of a factor's axes, without those that are broadcast."""
+        pairs = zip(product.axes_of(value), self.flow.shape(value), strict=True)
+        return {letter for letter, size in pairs if size > 1}
+
     def _roles(
-        self, value: Value, letters: str, query: str, key: str
+        self, value: Value, letters: str, query: str, key: str, windows: Container[str] = ()
     ) -> dict[str, tuple[str, ...]]:
         """What each axis of a product runs over, by its letter; the leading ones are the batch, windows and heads."""
         found: dict[str, tuple[str, ...]] = {query: ("query",), key: ("key",)}
@@ -510,12 +564,15 @@ class _Search:
         if len(batch) != 1:
             raise _UnclearError("it is not clear which of its axes is the batch")
         letter, m = batch[0]
-        heads = [(n, a) for n, a in lead if a != letter]
+        apart = [a for _, a in lead if a != letter and a in windows and m == 1]
+        heads = [(n, a) for n, a in lead if a != letter and a not in apart]
         if len(heads) > 1:  # axes of length 1 mean nothing
             heads = [(n, a) for n, a in heads if self.flow.shape(value)[n] > 1] or heads[:1]
         if len(heads) > 2:
             raise _UnclearError(f"{len(heads)} axes may be heads")
-        found |= {a: () for _, a in lead if a != letter}
+        if len(apart) > 1:
+            raise _UnclearError(f"{len(apart)} axes run over windows")
+        found |= {a: () for _, a in lead if a != letter} | dict.fromkeys(apart, ("window",))
         names = ["head"] if len(heads) == 1 else ["head0", "head1"]
         found |= {a: (name,) for (_, a), name in zip(heads, names, strict=False)}
         inner = ("window",) if heads else ("head",)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.call_points import Address
+from circuits.call_points import Address, writes_in_place
 from circuits.models.adapter.program import Operation, Program, Value
 
 
@@ -119,6 +119,12 @@ _LAYOUT = {
 }  # fmt: skip
 """Functions that move numbers and do not change them."""
 
+_VIEWS = _LAYOUT - {
+    "repeat_interleave", "repeat", "tile", "clone", "roll", "flip", "cat", "concat", "concatenate", "stack",
+    "index_select",
+}  # fmt: skip
+"""Those whose output may be a part of what they are given."""
+
 
 def moves(op: Operation) -> bool:
     """Whether an operation moves or repeats numbers and does not change them."""
@@ -156,6 +162,33 @@ class Flow:
         for op in self.program.operations:
             if short_name(op) not in _SHAPE_ONLY and not found.isdisjoint(op.inputs):
                 found.update(op.outputs)
+                if writes_in_place(op.name) and op.inputs:
+                    found.add(self._whole(op.inputs[0]))
+        return found
+
+    @cached_property
+    def _views(self) -> dict[Value, Value]:
+        """For each value that may be a part of another's memory, that other one."""
+        return {
+            made: op.inputs[0]
+            for op in self.program.operations
+            if short_name(op) in _VIEWS and op.inputs
+            for made in op.outputs
+        }
+
+    def _whole(self, value: Value) -> Value:
+        """The value of whose memory another is a part."""
+        while value in self._views:
+            value = self._views[value]
+        return value
+
+    @cached_property
+    def _writers(self) -> dict[Value, list[int]]:
+        """The operations that write into a part of each value."""
+        found: dict[Value, list[int]] = {}
+        for i, op in enumerate(self.program.operations):
+            if writes_in_place(op.name) and op.inputs and op.inputs[0] in self._views:
+                found.setdefault(self._whole(op.inputs[0]), []).append(i)
         return found
 
     @cached_property
@@ -234,14 +267,16 @@ class Flow:
         seen: set[int] = set()
         waiting = [value]
         while waiting:
-            i = self.made_by.get(waiting.pop(0))
-            if i is None or i in seen:
-                continue
-            seen.add(i)
-            yield i
-            if not stop(i):
-                inputs = self.program.operations[i].inputs
-                waiting += [v for v in dict.fromkeys(inputs) if v in self.dependent]
+            given = waiting.pop(0)
+            made = self.made_by.get(given)
+            for i in [*([] if made is None else [made]), *self._writers.get(given, [])]:
+                if i in seen:
+                    continue
+                seen.add(i)
+                yield i
+                if not stop(i):
+                    inputs = self.program.operations[i].inputs
+                    waiting += [v for v in dict.fromkeys(inputs) if v in self.dependent]
 
     def between(self, start: Value, end: Value) -> list[int]:
         """The operations on the ways from one value to another, in order."""

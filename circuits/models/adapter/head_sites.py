@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -635,13 +634,8 @@ def named(
         "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
-    taken = {own.declared for own in attentions}
     if not any(crossed):
-        numbers = (n for n in count() if f"blocks.{n}.attn" not in taken)
-        return [
-            Head(own.declared or f"blocks.{next(numbers)}.attn", own, p)
-            for own, p in zip(attentions, projections, strict=True)
-        ]
+        return _in_blocks(attentions, projections)
     first = crossed.index(True)
     read = projections[first]["k"].given
     below = {
@@ -657,3 +651,30 @@ def named(
             name, decoders = f"decoder_blocks.{decoders}.self_attn", decoders + 1
         heads.append(Head(own.declared or name, own, p))
     return heads
+
+
+def _in_blocks(
+    attentions: Sequence[Attention], projections: Sequence[Mapping[str, Projection]]
+) -> list[Head]:
+    """`blocks.N.attn`, and `blocks.N.attn.H` where each head of a block is an attention by itself."""
+    taken = {own.declared for own in attentions}
+    numbers = (n for n in itertools.count() if f"blocks.{n}.attn" not in taken)
+    heads: list[Head] = []
+    for _, group in itertools.groupby(zip(attentions, projections, strict=True), _read_alone):
+        together = list(group)
+        if together[0][0].declared:
+            heads += [Head(own.declared, own, p) for own, p in together]
+            continue
+        name = f"blocks.{next(numbers)}.attn"
+        heads += [
+            Head(f"{name}.{h}" if len(together) > 1 else name, own, p)
+            for h, (own, p) in enumerate(together)
+        ]
+    return heads
+
+
+def _read_alone(found: tuple[Attention, Mapping[str, Projection]]) -> object:
+    """What an attention of one head reads, if it was found; equal for those that are one block."""
+    own, projections = found
+    alone = own.n_heads <= 1 and not own.declared and "q" in projections
+    return projections["q"].given if alone else own.last
