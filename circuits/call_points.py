@@ -39,7 +39,8 @@ class Address:
         number: which of the calls of this function during that call of the scope, from 0.
         part: what of the call.
         place: the number of the argument, or of the output if there are several.
-        key: the name of the argument, if it was passed by name; or, in digits, its number in the list that was passed.
+        key: the name of the argument, if it was passed by name.
+        item: its number in the list that was passed, if it was passed in one.
     """
 
     scope: str
@@ -49,6 +50,7 @@ class Address:
     part: Part = "output"
     place: int = 0
     key: str = ""
+    item: int | None = None
 
 
 class CallPoint(nn.Module):
@@ -274,10 +276,10 @@ def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _replace_argument(args: list[Any], kwargs: dict[str, Any], point: CallPoint) -> None:
-    place, key = point.address.place, point.address.key
-    if key.isdecimal():
+    place, key, item = point.address.place, point.address.key, point.address.item
+    if item is not None:
         args[place] = holder = list(args[place])
-        holder[int(key)] = point(holder[int(key)])
+        holder[item] = point(holder[item])
     elif key:
         kwargs[key] = point(kwargs[key])
     else:

@@ -319,8 +319,10 @@ def trace(
             given = next((v for _, v in _leaves((args, kwargs))), None)
             for path, value in _leaves(output):
                 tap = Tap(module, calls[name], path)
+                # Read first: to a function mode this is a call that meets the tensor.
+                version = value._version
                 notes = None if given is None else note(given), note(value)
-                seen.append((name, tap, value, value._version, given, notes))
+                seen.append((name, tap, value, version, given, notes))
             calls[name] += 1
 
         return visit

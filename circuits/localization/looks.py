@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from circuits.checks import whole
 from circuits.localization.attention import pattern_head, values_of
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -234,8 +235,9 @@ def _token(model: HookedModel, tokens: TokenMap, query: str) -> int:
     by_name = {name: token for token, name in tokens.others.items()}
     if query in by_name:
         return by_name[query]
-    if query.isdecimal() and len(query) < 10 and int(query) < tokens.n:
-        return int(query)
+    number = whole(query)
+    if number is not None and 0 <= number < tokens.n:
+        return number
     match, (height, width) = _PATCH.fullmatch(query), tokens.places.shape
     if match is not None and int(match[1]) < height and int(match[2]) < width:
         return int(tokens.places[int(match[1]), int(match[2])])

@@ -612,7 +612,7 @@ class _Search:
             if given == value:
                 return self._placed(value, self._at(i, part="argument", place=place), axes)
             if isinstance(given, list | tuple) and value in given:
-                address = self._at(i, part="argument", place=place, key=str(given.index(value)))
+                address = self._at(i, part="argument", place=place, item=given.index(value))
                 return self._placed(value, address, axes)
         for key, given in op.kwargs.items():
             if given == value:

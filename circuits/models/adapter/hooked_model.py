@@ -850,8 +850,10 @@ class HookedModel:
         if is_bridge(self.module) or not example.is_floating_point():
             return tuple(transformer_layers(self))
         self._check_differentiable()
+        virtual = transformer_layers(self) if self.has_stream else []
         with self.lock:
-            return tuple(find_weight_layers(self.module, example, self.sites, self._taps))
+            own = find_weight_layers(self.module, example, self.sites, self._taps)
+        return (*own, *virtual)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ something that is computed from it is the MLP's. Norms and scales on the way are
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -365,7 +366,7 @@ class Search:
         summed = [letters.index(a) for a in letters if a in output.summed]
         rest = [n for n in range(len(letters)) if n not in summed]
         rows = moved.permute(*rest, *summed).flatten(0, len(rest) - 1)[0].flatten()
-        heads = rearranged(z).read(torch.arange(moved.numel()).reshape(z.shape))
+        heads = rearranged(z).read(torch.arange(math.prod(z.shape)).reshape(z.shape))
         first = heads[(0,) * (heads.ndim - 2)]
         place = {int(n): i for i, n in enumerate(rows)}
         if set(place) != set(first.flatten().tolist()):
