@@ -162,3 +162,157 @@ def test_a_model_without_a_stream_says_why() -> None:
         match=r"model alone has no residual stream: what blocks\.0\.attn puts out is added to",
     ):
         stream_of(model)
+
+
+class Written(nn.Module):
+    """A model of one layer of causal attention, written out, with what differs between the tests as methods."""
+
+    heads, groups, width = 4, 4, 16
+
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        d = self.width // self.heads
+        self.embed, self.unembed = nn.Embedding(N_VOCAB, self.width), nn.Linear(self.width, N_VOCAB)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({
+                "q": nn.Linear(self.width, self.width),
+                "k": nn.Linear(self.width, d * self.groups),
+                "v": nn.Linear(self.width, d * self.groups),
+                "o": nn.Linear(self.width, self.width),
+            })
+            for _ in range(layers)
+        )  # fmt: skip
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.width // self.heads)).transpose(1, 2)
+
+    def weighs(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[-2]
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.full((n, n), -1e9).triu(1)
+        return (self.weighs(scores) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            q, k, v = (self.split(layer[name](x)) for name in "qkv")  # type: ignore[index]
+            x = x + layer["o"](self.reads(q, k, v))  # type: ignore[index]
+        return self.unembed(x)
+
+
+def written(module: nn.Module) -> HookedModel:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return HookedModel(module, TokenInput(N_VOCAB, CONTEXT), "written")
+
+
+def test_heads_that_lie_before_examples_are_told_from_examples() -> None:
+    class HeadsFirst(Written):
+        def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            b, n = len(q), q.shape[2]
+            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+            mask = torch.full((n, n), -1e9).triu(1)
+            z = (torch.bmm(q, k.mT) / 2 + mask).softmax(-1) @ v
+            return z.unflatten(0, (self.heads, b)).permute(1, 2, 0, 3).flatten(2)
+
+    first = written(HeadsFirst())
+    same = written(Written())
+    tokens = same.input.example(3)
+    read = [f"blocks.0.attn.hook_{part}" for part in ("q", "k", "v", "pattern", "z")]
+    found, wanted = first.run(tokens, read=read), same.run(tokens, read=read)
+    for name in read:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_heads_that_share_keys_in_turn_have_the_weights_of_theirs() -> None:
+    class Tiled(Written):
+        groups = 2
+
+        def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return super().reads(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+
+    model = written(Tiled())
+    weight = model.module.layers[0]["v"].weight.detach().double()  # type: ignore[index, union-attr]
+    for head in range(4):
+        made = Transformer(model).reads("V", 0, head)[0]
+        torch.testing.assert_close(made, weight[4 * (head % 2) :][:4].T)
+
+
+def test_values_that_are_changed_before_they_are_weighed_have_no_weights_of_their_own() -> None:
+    class Scaled(Written):
+        def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return super().reads(q, k, v.relu() * 2.5)
+
+    transformer = Transformer(written(Scaled()))
+    for _ in range(2):  # what was refused once is refused again
+        with pytest.raises(ValueError, match=r"blocks\.0\.attn\.hook_z of written is off by"):
+            transformer.reads("V", 0, 1)
+
+
+def test_several_softmaxes_that_weigh_the_same_values_are_no_heads() -> None:
+    class Differential(Written):
+        def weighs(self, scores: Tensor) -> Tensor:
+            return scores.softmax(-1) - 0.3 * (scores * 2).softmax(-1)
+
+    model = written(Differential())
+    assert not [site for site in model.sites if site.kind == "head"]
+    assert any("several softmaxes" in why for why in model.left_out.values())
+
+
+def test_a_pattern_that_is_changed_after_its_softmax_is_what_weighs_the_values() -> None:
+    class Renormalised(Written):
+        def weighs(self, scores: Tensor) -> Tensor:
+            pattern = super().weighs(scores)
+            kept = pattern * (pattern >= pattern.topk(2, -1).values[..., -1:])
+            return kept / kept.sum(-1, keepdim=True)
+
+    model = written(Renormalised())
+    read = [f"blocks.0.attn.hook_{part}" for part in ("pattern", "v", "z")]
+    found = model.run(model.input.example(2), read=read)
+    pattern, v, z = (found[name] for name in read)
+    assert int((pattern[0, 0, -1] > 0).sum()) < 6  # of 12 keys
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
+
+
+def test_what_an_adapter_adds_is_part_of_queries_and_no_mlp() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+            self.down, self.up = nn.Linear(inner.in_features, 2), nn.Linear(2, inner.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + 2 * self.up(self.down(x))
+
+    queries, outputs = Written(2), Written(2)
+    queries.layers[0]["q"] = Adapted(queries.layers[0]["q"])  # type: ignore[index, operator]
+    outputs.layers[0]["o"] = Adapted(outputs.layers[0]["o"])  # type: ignore[index, operator]
+    model = written(queries)
+    tokens = model.input.example(2)
+    found = model.run(tokens, read=["layers.0.q", "blocks.0.attn.hook_q"])
+    assert torch.equal(found["layers.0.q"], found["blocks.0.attn.hook_q"].flatten(2))
+    with pytest.raises(ValueError, match="layer 0 of written has no matrix W_Q"):
+        Transformer(model).reads("Q", 0, 0)
+    adapted = written(outputs)
+    assert adapted.site("blocks.0.attn.hook_z").n_units == 4
+    with pytest.raises(ValueError, match="written has no residual stream: "):
+        Transformer(adapted)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in BY_HAND if n.startswith(("torch", "multi", "func", "gpt2"))]
+)
+def test_heads_and_parts_add_up_in_every_layout(name: str) -> None:
+    case: Case = BY_HAND[name]
+    model = HookedModel(case.make(case.implementations[0]), case.input, name)
+    transformer = Transformer(model)
+    tokens = model.input.example(2)
+    found = direct_logit_attribution(model, tokens, "token:3")
+    logits = model.logits(tokens)[:, -1, 3]
+    torch.testing.assert_close(found.values.sum(1), logits.float(), rtol=1e-4, atol=1e-5)
+    if "post-norm" not in name:  # else what a head adds is normalised with the stream
+        assert "blocks.1.attn.hook_z:2" in found.names
+        assert ov(transformer, 1, 2).left.shape == (16, 4)

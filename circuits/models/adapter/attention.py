@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from circuits.call_points import Address
 from circuits.models.adapter.declaring import CALL, Declared
-from circuits.models.adapter.flow import Flow, Product, short_name
+from circuits.models.adapter.flow import Flow, Product, moves, short_name
 from circuits.models.adapter.program import Operation, Program, Value
 from circuits.units import unknown
 
@@ -63,6 +63,7 @@ class Attention:
         last: that of the operation that multiplies the pattern and the values.
         fused: whether one call computes all of it.
         declared: the name that a person has given it; empty if it was found.
+        mixed: whether weights mix heads between the pattern and the values (talking heads).
     """
 
     module: tuple[str, int]
@@ -76,6 +77,7 @@ class Attention:
     last: int
     fused: bool
     declared: str = ""
+    mixed: bool = False
 
     @property
     def n_heads(self) -> int:
@@ -153,6 +155,10 @@ _KEPT = {
 """What a sum may go through before something is divided by it."""
 
 
+_KEEPS = {"dropout", "to", "contiguous", "type_as", "float", "half", "double", "clone", "detach"}
+"""What a pattern may go through and stay as it is."""
+
+
 class _UnclearError(Exception):
     """What looks like attention is not of the form that is known."""
 
@@ -188,6 +194,7 @@ def find_attention(
     found = {own.last: own for own in map(search.declared, declarations)}
     used = {i for own in found.values() for i in (own.first, own.last)}
     refused: dict[str, str] = {}
+    several: set[int] = set()
     within = {i for own in found.values() for i in search.within(own)}
     for i in search.candidates():
         if i in within:
@@ -197,9 +204,16 @@ def find_attention(
         except _UnclearError as error:
             refused[search.flow.called(i)] = f"{error}; {_LOOKED_FOR}"
             continue
-        if made is not None:
+        if made is not None and made.last in used:
+            several.add(made.last)
+        elif made is not None:
             found[made.last] = made
             used |= {made.first, made.last}
+    for last in several:
+        del found[last]
+        refused[search.flow.called(last)] = (
+            f"several softmaxes weigh the same values; {_LOOKED_FOR}"
+        )
     refused = search.without_softmax(used, refused)
     return Found(tuple(found[i] for i in sorted(found)), refused)
 
@@ -397,7 +411,14 @@ class _Search:
                 return True
             letter = product.made_axes[steps[softmax.axis]]
             weights = product.left if product.right in self.flow.dependent else product.right
-            return letter in product.axes_of(weights)
+            # What is mixed has an axis of queries besides; else it is no score but what scores are made of.
+            others = [
+                n
+                for n, a in enumerate(product.made_axes)
+                if a != letter and a not in product.axes_of(weights) and not self._batches(made, n)
+            ]
+            queries = any(self.flow.shape(made)[n] > 1 for n in others)
+            return letter in product.axes_of(weights) or not queries
 
         ways = self.flow.before(softmax.scores, stop)
         found = [
@@ -457,7 +478,7 @@ class _Search:
         # Keys and values may have fewer heads (`enable_gqa`), which a letter cannot say: each has its own sizes.
         scores = Product(query, key, f"{lead}qd", f"{lead}kd", f"{lead}qk")
         values = Product(query, value, f"{lead}qk", f"{lead}ke", f"{lead}qe")
-        roles = self._roles(query, lead, "q", "k", self._windows(scores, query))
+        roles = self._roles(query, lead, "q", "k", (self._windows(scores, query) or set()))
         where = op.running[-1] if op.running else ("", 0)
         inside = [self._at(i, part=part) for part in ("scores", "pattern")]
         shape = (*self.flow.shape(query)[:-1], self.flow.shape(key)[-2])
@@ -487,7 +508,7 @@ class _Search:
             if a in scores.made_axes and a not in scores.axes_of(key)
         ]
         query_letter = self._query_letter(free, scores, query)
-        windows = self._windows(scores, query) | self._windows(scores, key)
+        windows = self._shared_windows(scores, query, key)
         of_scores = self._roles(
             operations[first].outputs[0], scores.made_axes, query_letter, key_letter, windows
         )
@@ -502,7 +523,8 @@ class _Search:
             self._operand(first, scores, query, of_scores | inner | {query_letter: ("position",)}),
             self._operand(first, scores, key, of_scores | inner | {key_letter: ("position",)}),
             self._operand(last, values, value, _of_values(z_roles)),
-            self._taken(softmax, shown), self._given(softmax, shown), z, first, last, False,
+            self._taken(softmax, shown), self._weighing(softmax, shown, last, taken, z_roles), z, first, last, False,
+            mixed=self._mixes(softmax, taken),
         )  # fmt: skip
 
     def _query_letter(self, free: Sequence[str], product: Product, query: Value) -> str:
@@ -522,8 +544,19 @@ class _Search:
             )
         return fits[0]
 
-    def _windows(self, product: Product, query: Value) -> set[str]:
-        """The letters of axes of queries (or keys) that run over parts of the text or image, not over features."""
+    def _shared_windows(self, product: Product, query: Value, key: Value) -> set[str]:
+        """The letters of axes that run over parts of the text or image in queries and in keys.
+
+        Keys that are repeated for all heads do not differ along those, either, but queries do.
+        """
+        known = [w for v in (query, key) if (w := self._windows(product, v)) is not None]
+        return set.intersection(*known) if known else set()
+
+    def _windows(self, product: Product, query: Value) -> set[str] | None:
+        """The letters of axes of queries (or keys) that run over parts of the text or image, not over features.
+
+        None if what they are made of is not known.
+        """
 
         def stop(i: int) -> bool:
             return self.flow.product(i) is not None
@@ -531,11 +564,11 @@ class _Search:
         ways = [i for i in self.flow.before(query, stop) if stop(i)]
         projection = self.flow.product(ways[0]) if len(ways) == 1 else None
         if projection is None:
-            return set()
+            return None
         made = self.flow.program.operations[ways[0]].outputs[0]
         moved = self.flow.moved(made, query)
         if moved is None:
-            return set()
+            return None
         given = projection.left if projection.left in self.flow.dependent else projection.right
         shape = self.flow.shape(made)
         features = [
@@ -659,6 +692,27 @@ class _Search:
                 raise _UnclearError("its scores are written into part of another tensor")
             address = found
         return self._placed(softmax.scores, address, axes)
+
+    def _mixes(self, softmax: _Softmax, taken: Value) -> bool:
+        """Whether weights mix heads after the softmax."""
+        ways = self.flow.between(softmax.pattern, taken)
+        return any(self.flow.product(i) is not None for i in ways)
+
+    def _weighing(
+        self,
+        softmax: _Softmax,
+        axes: Axes,
+        last: int,
+        taken: Value,
+        roles: Mapping[str, tuple[str, ...]],
+    ) -> Place:
+        """The pattern: what the softmax gives, or what is made of it (renormalised, gated) before it weighs values."""
+        ways = [self.flow.program.operations[i] for i in self.flow.between(softmax.pattern, taken)]
+        kept = all(moves(op) or short_name(op) in _KEEPS for op in ways)
+        product = self.flow.product(last)
+        if kept or self._mixes(softmax, taken) or product is None:
+            return self._given(softmax, axes)
+        return self._operand(last, product, taken, roles)
 
     def _given(self, softmax: _Softmax, axes: Axes) -> Place:
         address = self.flow.address_of(softmax.pattern)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -83,15 +83,17 @@ class Projection:
     Attributes:
         given: the value that the weights are multiplied with.
         made: what they put out, biases included.
-        first: the number of the operation that multiplies.
-        index: which outputs each head has: head x d_head.
+        first: the number of the operation that multiplies; None if what is made is a sum of several products.
+        index: which outputs each group of heads has: group x d_head.
+        group: the group of each head; each head is one of its own, unless they share keys or values.
         features: the layout with the outputs last.
     """
 
     given: Value
     made: Value
-    first: int
+    first: int | None
     index: Tensor
+    group: tuple[int, ...]
     features: Rearranged
 
 
@@ -316,29 +318,98 @@ def look_at(module: nn.Module, example: Tensor, taps: Mapping[str, Tap]) -> Seen
     return Seen(list(seen), written)
 
 
-def check_declared(module: nn.Module, example: Tensor, own: Attention, points: Points) -> None:
-    """Compute what heads read again from the pattern and the values of a declared attention.
+def checked(
+    module: nn.Module, example: Tensor, attentions: Sequence[Attention], flow: Flow, points: Points
+) -> tuple[list[Attention], dict[str, str]]:
+    """Attentions of which the pattern and the values give what the heads read, and why the others do not.
+
+    Where an axis holds examples and heads (or windows), which of them comes first is found by changing one example.
+
+    Args:
+        module: the model.
+        example: two examples.
+        attentions: what was found.
+        flow: the operations of a pass.
+        points: where functions are watched.
 
     Raises:
-        ValueError: if it is not what they read, to 1e-5 of its largest number.
+        ValueError: if a person has declared one that does not.
     """
+    kept, refused = [], {}
+    for one in attentions:
+        own = _in_order_of_examples(module, example, one, points)
+        if own is None:
+            refused[flow.called(one.last)] = (
+                "an axis holds examples and heads in no order that is known"
+            )
+            continue
+        gap, size, most = (0.0, 1.0, CLOSE) if own.mixed else _gap(module, example, own, points)
+        if gap <= most * size:
+            kept.append(own)
+        elif own.declared:
+            raise ValueError(
+                f"attention: {own.declared} does not read its values by its pattern: pattern @ v differs from what its "
+                f"heads read by {gap:.2g}, where the largest number is {size:.2g}: expected {most:.2g} of that at most"
+            )
+        else:
+            refused[flow.called(own.last)] = (
+                f"pattern @ v differs from what its heads read by {gap:.2g}, where the largest number is {size:.2g}"
+            )
+    return kept, refused
+
+
+def _gap(
+    module: nn.Module, example: Tensor, own: Attention, points: Points
+) -> tuple[float, float, float]:
+    """How far pattern @ v is from what heads read, the largest number of that, and which share of it is rounding."""
     places = {"pattern": own.pattern, "v": own.value, "z": own.z}
-    taps = {
-        name: points.tap(place.address, rearranged(place))
-        for name, place in places.items()
-        if place is not None
-    }
+    taps = {name: points.tap(place.address, rearranged(place)) for name, place in places.items()}
     with record(module, taps) as found:
         module(example.clone())
-    pattern, v, z = (found[name].double() for name in ("pattern", "v", "z"))
-    v = v.repeat_interleave(pattern.shape[-3] // v.shape[-2], -2)
-    made = torch.einsum("...hqk,...khd->...qhd", pattern, v)
-    gap, size = float((made - z).abs().max()), float(z.abs().max())
-    if not gap <= CLOSE * size:
-        raise ValueError(
-            f"attention: {own.declared} does not read its values by its pattern: pattern @ v differs from what its "
-            f"heads read by {gap:.2g}, where the largest number is {size:.2g}: expected {CLOSE:g} of that at most"
-        )
+    pattern, v, z = (found[name].double() for name in places)
+    size, most = float(z.abs().max()), max(CLOSE, 4 * torch.finfo(found["z"].dtype).eps)
+    if pattern.shape[-1] != v.shape[-3]:  # a learned sink, which weighs no value
+        return 0.0, size, most
+    n = pattern.shape[-3] // v.shape[-2]
+    # Groups of heads share values: neighbours do, or every so-and-so-many-th.
+    shared = [v.repeat_interleave(n, -2)]
+    shared += [torch.cat([v] * n, -2)] if n > 1 else []
+    made = [torch.einsum("...hqk,...khd->...qhd", pattern, each) for each in shared]
+    return min(float((each - z).abs().max()) for each in made), size, most
+
+
+def _in_order_of_examples(
+    module: nn.Module, example: Tensor, own: Attention, points: Points
+) -> Attention | None:
+    """An attention in which an axis over examples and heads (or windows) has them in the order in which they lie.
+
+    None if they lie in neither order.
+    """
+    joined = next((n for n, axis in enumerate(own.z.axes) if len(axis) == 2), None)
+    if joined is None:
+        return own
+    other = example.clone()
+    other[1] = example[0]
+    tap = {"z": points.tap(own.z.address)}
+    found = []
+    for inputs in (example, other):
+        with record(module, tap) as seen:
+            module(inputs.clone())
+        found.append(seen["z"].movedim(joined, 0).flatten(1))
+    changed = (found[0] - found[1]).abs().amax(1) > 1e-6 * found[0].abs().max()
+    n = len(changed) // 2
+    if not changed[:n].any() and changed[n:].any():
+        return own
+    if not changed[::2].any() and changed[1::2].any():
+        places = {
+            name: replace(
+                place, axes=tuple(axis[::-1] if len(axis) == 2 else axis for axis in place.axes)
+            )
+            for name, place in vars(own).items()
+            if isinstance(place, Place)
+        }
+        return replace(own, **places)
+    return None
 
 
 CLOSE = 1e-5
@@ -354,28 +425,51 @@ class _Candidate:
 
     given: Value
     made: Value
-    first: int
+    first: int | None
 
 
 def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
-    """The product with weights that a factor comes from; None if there is none, or several."""
+    """The product with weights that a factor comes from, or the sum of several; None if there is none."""
     assert place.value is not None, "an operand is a value"
 
     def stop(i: int) -> bool:
         return flow.product(i) is not None
 
     found = [i for i in flow.before(place.value, stop) if stop(i)]
+    given = [_given(flow, i) for i in found]
     # Recorded operations that lie in a hook have no address.
-    if len(found) != 1 or not flow.program.operations[found[0]].counted:
+    if None in given or not all(flow.program.operations[i].counted for i in found):
         return None
-    i = found[0]
+    first = found[0] if len(found) == 1 else None
+    if first is not None:
+        made = _with_bias(flow, flow.program.operations[first].outputs[0])
+    else:
+        made = _sum_of(flow, place.value, found, stop)
+    read = given[found.index(min(found))] if found else None
+    if made is None or read is None:
+        return None
+    return _Candidate(batches.apart(read, forward=False), batches.apart(made, forward=True), first)
+
+
+def _given(flow: Flow, i: int) -> Value | None:
+    """What weights are multiplied with; None if the operation is no product with weights."""
     product = flow.product(i)
-    assert product is not None, "it was found as one"
-    given = [v for v in (product.left, product.right) if v in flow.dependent]
-    if len(given) != 1:
-        return None
-    made = batches.apart(_with_bias(flow, flow.program.operations[i].outputs[0]), forward=True)
-    return _Candidate(batches.apart(given[0], forward=False), made, i)
+    factors = () if product is None else (product.left, product.right)
+    found = [v for v in factors if v in flow.dependent]
+    return found[0] if len(found) == 1 else None
+
+
+def _sum_of(
+    flow: Flow, value: Value, products: Sequence[int], stop: Callable[[int], bool]
+) -> Value | None:
+    """The first sum of all of some products on the way to a value, as of weights and an adapter (LoRA)."""
+    for i in sorted(flow.before(value, stop)):
+        op = flow.program.operations[i]
+        if short_name(op) in ("add", "__add__", "__iadd__", "__radd__", "add_"):
+            inside = {j for j in flow.before(op.outputs[0], stop) if stop(j)}
+            if inside == set(products):
+                return op.outputs[0]
+    return None
 
 
 def _with_bias(flow: Flow, value: Value) -> Value:
@@ -544,12 +638,12 @@ def _projection(
     strength = torch.stack(
         [layout.read(slope(slice(None), h)).flatten(0, -2).amax(0) for h in range(operand[-2])]
     )
-    index = _owners(strength)
-    if index is None:  # each head depends on all outputs: they are normalised together
-        index = _by_place(flow, candidate, place, layout)
-    if index is None:
+    owned = _owners(strength)
+    if owned is None:  # each head depends on all outputs: they are normalised together
+        owned = _by_place(flow, candidate, place, layout)
+    if owned is None:
         return None
-    return Projection(candidate.given, candidate.made, candidate.first, index, layout)
+    return Projection(candidate.given, candidate.made, candidate.first, *owned, layout)
 
 
 def _features_last(
@@ -577,26 +671,36 @@ def _extent(value: Tensor, axis: int) -> tuple[int, ...]:
     return tuple(value.amax(other).nonzero().flatten().tolist())
 
 
-def _owners(strength: Tensor) -> Tensor | None:
-    """The outputs that each head has, given how strongly each head depends on each; groups of heads may share them.
+def _owners(strength: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
+    """The outputs that each group of heads has, and the group of each head, given how strongly heads depend on outputs.
 
     None if heads share some of them only.
     """
-    groups: list[Tensor] = []
-    for own in strength > 0:
-        if not any(torch.equal(own, other) for other in groups):
-            groups.append(own)
+    groups, of_head = _distinct(strength > 0)
     together = torch.stack(groups).sum(0)
     sizes = {int(own.sum()) for own in groups}
     everything = len(groups) == 1 < len(strength) and bool(groups[0].all())
     if bool((together > 1).any()) or len(sizes) != 1 or 0 in sizes or everything:
         # One group that has all outputs may also be one head of keys for all, which `_by_place` finds as well.
         return None
-    return torch.stack([own.nonzero().flatten() for own in groups]).cpu()
+    return torch.stack([own.nonzero().flatten() for own in groups]).cpu(), of_head
 
 
-def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearranged) -> Tensor | None:
-    """The outputs that each head has, by where their numbers go if those between do no more than scale them."""
+def _distinct(rows: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The rows that differ, in the order in which they first occur, and which of them each row is."""
+    groups: list[Tensor] = []
+    of_row = []
+    for own in rows:
+        same = [n for n, other in enumerate(groups) if torch.equal(own, other)]
+        of_row.append(same[0] if same else len(groups))
+        groups += [] if same else [own]
+    return groups, tuple(of_row)
+
+
+def _by_place(
+    flow: Flow, candidate: _Candidate, place: Place, layout: Rearranged
+) -> tuple[Tensor, tuple[int, ...]] | None:
+    """The same by where their numbers go, if those between do no more than scale them."""
     assert place.value is not None, "an operand is a value"
     moved = flow.moved(candidate.made, place.value)
     if moved is None:
@@ -605,8 +709,9 @@ def _by_place(flow: Flow, candidate: _Candidate, place: Place, layout: Rearrange
     features = layout.read(torch.zeros(shape)).shape
     number = layout.write(torch.zeros(shape), torch.arange(features[-1]).expand(features))
     heads = rearranged(place).read(number.flatten()[moved])
-    heads = heads[(0,) * (heads.ndim - 2)].sort(-1).values.unique(dim=0)
-    return heads if len(heads.unique()) == heads.numel() else None
+    groups, of_head = _distinct(heads[(0,) * (heads.ndim - 2)].sort(-1).values)
+    index = torch.stack(groups)
+    return (index, of_head) if len(index.unique()) == index.numel() else None
 
 
 def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
@@ -644,7 +749,11 @@ def named(
     heads, encoders, decoders = [], 0, 0
     for own, p, cross in zip(attentions, projections, crossed, strict=True):
         if cross:
-            name = f"decoder_blocks.{max(decoders - 1, 0)}.cross_attn"
+            numbers = (n for n in itertools.count(max(decoders - 1, 0)))
+            taken = {head.name for head in heads}
+            name = next(
+                name for n in numbers if (name := f"decoder_blocks.{n}.cross_attn") not in taken
+            )
         elif own.z.value in below:
             name, encoders = f"encoder_blocks.{encoders}.attn", encoders + 1
         else:

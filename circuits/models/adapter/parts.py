@@ -16,14 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuits.models.adapter.flow import Flow, substituted
+from circuits.models.adapter.flow import Flow, short_name, substituted
 from circuits.models.adapter.program import Value
 from circuits.models.adapter.streams import Affine, TracedLayer, TracedStream
 
 NormName = Literal["ln1", "ln2", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"]
 """The norms before attention and the MLP, those after them, those of queries and keys, and the last."""
 
+Letter = Literal["Q", "K", "V"]
+"""What a head reads: queries, keys or values."""
+
 Matrices = Literal["W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"]
+
+
+_WEIGHTS: dict[Letter, Matrices] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
+_LETTERS: dict[Letter, Literal["q", "k", "v"]] = {"Q": "q", "K": "k", "V": "v"}
 
 
 @runtime_checkable
@@ -44,6 +51,14 @@ class Parts(Protocol):
 
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
         """W_Q, W_K, W_V (head x d_model x d_head), W_O (head x d_head x d_model), or a bias; None if there is none."""
+
+    def group(self, letter: Letter, layer: int, head: int) -> int:
+        """The number of the matrix W_Q, W_K or W_V that a head has: groups of heads may share one."""
+        ...
+
+    def mixes(self, layer: int) -> bool:
+        """Whether weights mix a layer's heads after the softmax (talking heads)."""
+        ...
 
     def neurons(
         self, layer: int
@@ -105,6 +120,13 @@ class BridgeParts:
         ):  # each kind of attention refuses in its own way
             return None
 
+    def group(self, letter: Letter, layer: int, head: int) -> int:
+        own, heads = (self.attention(name, layer) for name in (_WEIGHTS[letter], "W_Q"))
+        return head if own is None or heads is None else head // (len(heads) // len(own))
+
+    def mixes(self, layer: int) -> bool:
+        return False
+
     def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
         mlp = self.mlp(layer)
         if mlp is None or not isinstance(getattr(mlp, "W_out", None), Tensor):
@@ -152,6 +174,13 @@ class Constants:
         return made if len(op.outputs) == 1 else made[op.outputs.index(value)]
 
 
+_ORDERS = {
+    "view", "reshape", "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "movedim", "moveaxis", "swapaxes",
+    "flatten", "unflatten",
+}  # fmt: skip
+"""Functions that move the axes of examples and positions."""
+
+
 class Replayed(nn.Module):
     """A part of a pass between two values, as a module: a norm that is written as a function.
 
@@ -174,11 +203,25 @@ class Replayed(nn.Module):
     def _operation(self, i: int) -> Any:
         return self._flow.program.operations[i]
 
+    def _keeps_vectors(self, op: Any) -> bool:
+        """Whether an operation only says otherwise where examples and positions are."""
+        if short_name(op) not in _ORDERS or len(op.inputs) != 1:
+            return False
+        shapes = self._flow.program.shapes
+        before, after = shapes[op.inputs[0]], shapes[op.outputs[0]]
+        return before[-1:] == after[-1:] and math.prod(before) == math.prod(after)
+
     def forward(self, x: Tensor) -> Tensor:
+        # Positions are the last axis but one, and what mixes them sees those of one example.
+        if x.ndim > 3:
+            return self(x.flatten(0, -3)).unflatten(0, x.shape[:-2])
         held = {value: getattr(self, name) for value, name in self._names.items()}
         held[self._ends[0]] = x
         for i in self._steps:
             op = self._operation(i)
+            if self._keeps_vectors(op):
+                held[op.outputs[0]] = held[op.inputs[0]]
+                continue
             args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
             made = op.function(*args, **kwargs)
             held.update(zip(op.outputs, [made] if len(op.outputs) == 1 else made, strict=True))
@@ -214,7 +257,14 @@ class TracedParts:
         if start == end or self.stream.scales(start, end):
             return None
         module = self._modules.get((start, end))
-        return Replayed(self._constants, start, end) if module is None else module
+        if module is not None:
+            return module
+        try:
+            return Replayed(self._constants, start, end)
+        except LookupError as error:
+            raise ValueError(
+                f"what lies between the stream and what reads it ({name} of layer {layer}) depends on more than that"
+            ) from error
 
     def _ends(self, name: NormName, layer: int) -> tuple[Value, Value] | None:
         at = self.stream.layers[layer]
@@ -312,7 +362,7 @@ class TracedParts:
                 return bias if at.output.biases else None
             return matrix[at.columns]
         projection = at.head.projections.get(name[-1].lower())
-        if projection is None:
+        if projection is None or projection.first is None:
             return None
         affine = self.stream.affine(projection.first)
         if affine is None:
@@ -322,6 +372,17 @@ class TracedParts:
         if name.startswith("b"):
             return bias[index] if affine.biases else None
         return matrix[:, index].movedim(0, 1)
+
+    def group(self, letter: Letter, layer: int, head: int) -> int:
+        own = self.stream.layers[layer].head
+        projection = own.projections.get(_LETTERS[letter])
+        if projection is None:
+            return head
+        # Keys and values that are broadcast over neighbouring heads have one entry for each group.
+        return projection.group[head // (own.attention.n_heads // len(projection.group))]
+
+    def mixes(self, layer: int) -> bool:
+        return self.stream.layers[layer].head.attention.mixed
 
     def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
         at = self.stream.layers[layer]

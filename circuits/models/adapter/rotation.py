@@ -136,21 +136,34 @@ def _check(
     query, key = torch.randn(2, _CHECKS, 1 + at, size, generator=generator)
     key[:, at - free] = 0
     small = 0.5  # small enough that a cap on scores does not show
-    measured = _scores(transformer, sites, query * small, key * small, at - free)[:, 0, at]
+    every = _scores(transformer, sites, query * small, key * small, at - free)[:, :, at]
     made = torch.stack(
         [
             torch.einsum("ba,ac,bc->b", query[:, at].double(), turn, key[:, at + offset].double())
             for offset, turn in zip(offsets, found, strict=True)
         ]
     )
-    given = torch.stack([measured[:, at + offset] for offset in offsets])
+    turned = float((found @ found.mT - torch.eye(size)).abs().max())
+    for measured in every.unbind(1):  # heads differ in what is done to their queries and keys
+        given = torch.stack([measured[:, at + offset] for offset in offsets])
+        _check_head(transformer, sites, far, made, given, turned)
+
+
+def _check_head(
+    transformer: Transformer,
+    sites: LayerSites,
+    far: int,
+    made: Float[Tensor, "offset example"],
+    given: Float[Tensor, "offset example"],
+    turned: float,
+) -> None:
+    """Raise ValueError unless the scores of a head are what was made of the rotations, times a positive number."""
     if not bool(given.isfinite().all()):
         raise ValueError(
             f"layer {sites.number} of {transformer.model.name} does not look as far back as offset {-far}"
         )
     scale = (made * given).sum() / made.square().sum()
     off = float((given - scale * made).abs().max() / given.abs().max().clamp_min(1e-30))
-    turned = float((found @ found.mT - torch.eye(size)).abs().max())
     if not max(off, turned) <= 10 * _tolerance(transformer) or not scale > 0:
         raise _not_bilinear(transformer, sites)
 

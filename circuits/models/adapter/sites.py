@@ -21,7 +21,7 @@ from circuits.models.adapter.declaring import Declared
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.head_sites import (
     Points,
-    check_declared,
+    checked,
     find_projections,
     head_sites,
     look_at,
@@ -238,7 +238,7 @@ def trace_model(
         attention = find_attention(first.program, second.program, declarations)
         left_out |= attention.refused
         found, transformer = _with_heads(
-            module, examples, first, second.program, attention, traces, found, final
+            module, examples, first, second.program, attention, traces, found, final, left_out
         )
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
@@ -269,21 +269,24 @@ def _with_heads(
     traces: Sequence[Trace],
     found: Mapping[str, tuple[Site, Tap]],
     final: Tensor | None,
+    left_out: dict[str, str],
 ) -> tuple[dict[str, tuple[Site, Tap]], Parts | str]:
-    """The sites of modules and those of attention and the residual stream, in order of execution."""
+    """The sites of modules and those of attention and the residual stream, in order of execution.
+
+    What turns out to be no attention goes to `left_out`.
+    """
     if not attention.attentions:
         return dict(found), "no attention was found in it"
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
     with evaluating(module), torch.no_grad():
-        for own in attention.attentions:
-            if own.declared:
-                check_declared(module, example, own, points)
-    projections = find_projections(
-        module, example, flow, attention.attentions, search, points, evaluating
-    )
-    heads = named(attention.attentions, projections, flow)
+        attentions, refused = checked(module, example, attention.attentions, flow, points)
+    left_out |= refused
+    if not attentions:
+        return dict(found), "no attention was found in it"
+    projections = find_projections(module, example, flow, attentions, search, points, evaluating)
+    heads = named(attentions, projections, flow)
     ends = [t.notes for t in traces if None not in t.notes]
     made = [*head_sites(heads, flow, points), *normed_sites(heads, flow, ends, points)]
     transformer: Parts | str

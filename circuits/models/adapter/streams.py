@@ -23,6 +23,7 @@ from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
 
 _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+_ORDERS = {"view", "reshape", "transpose", "permute", "movedim", "swapaxes", "squeeze", "unsqueeze"}
 _SCALES = {
     "mul",
     "__mul__",
@@ -140,7 +141,8 @@ class TracedStream:
         """Whether all that happens between two values is that they are multiplied by numbers."""
         ops = [self.flow.program.operations[i] for i in self.flow.between(start, end)]
         return all(
-            self.search.keeps(op) or (short_name(op) in _SCALES and len(op.inputs) == 1)
+            self.search.keeps(op)
+            or (short_name(op) in (*_SCALES, *_ORDERS) and len(op.inputs) == 1)
             for op in ops
         )
 
@@ -343,11 +345,16 @@ class Search:
         columns = self._columns(head, output)
         reads = {self.same(v) for v in self.ancestors(query.given)}
         parallel: list[tuple[Value, Value]] = []
+        from_heads = self._following(head.attention.z.value)
         for what, to, total in self.added(output.made, stop):
             if self.same(to) in reads:
                 first = parallel[0][0] if parallel else what
                 others = [other for _, other in parallel]
                 return self._with_mlp(head, output, columns, to, total, first, others, stop)
+            if to in from_heads and to not in self._following(output.made):
+                raise NoStreamError(
+                    f"what {head.name} reads goes to the stream in two ways (an adapter of its output weights)"
+                )
             parallel.append((what, to))
         raise NoStreamError(
             f"what {head.name} puts out is added to nothing that its queries are made of"
@@ -480,9 +487,12 @@ def _joined(search: Search, layers: Sequence[TracedLayer]) -> list[TracedLayer]:
     made = list(layers)
     steps: list[str] = []
     for n, (one, then) in enumerate(itertools.pairwise(layers)):
-        if search.same(one.after) != then.before and search.same(one.after) in {
-            search.same(v) for v in search.ancestors(then.before)
-        }:
+        between = search.flow.between(one.after, then.before)
+        if (
+            search.same(one.after) != then.before
+            and between
+            and not any(map(search.is_product, between))
+        ):
             made[n] = replace(one, after=then.before)
             steps = search.names(one.after, then.before)
     if steps:

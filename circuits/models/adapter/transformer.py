@@ -279,11 +279,22 @@ class Transformer:
             module = self.parts.norm(name, layer)
             with self.model.lock:
                 self._norms[name, layer] = (
-                    None
-                    if module is None
-                    else measure_norm(module, width or self.width, f"{name} of {self.model.name}")
+                    None if module is None else self._measure(module, name, width)
                 )
         return self._norms[name, layer]
+
+    def _measure(self, module: nn.Module, name: NormName, width: int | None) -> Norm:
+        try:
+            return measure_norm(module, width or self.width, f"{name} of {self.model.name}")
+        except (
+            RuntimeError,
+            TypeError,
+            IndexError,
+        ) as error:  # it does not take vectors one by one
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                f"{name} of {self.model.name} is no normalisation of vectors: {first}"
+            ) from error
 
     def _none(self) -> Norm:
         return measure_norm(nn.Identity(), self.width, device=self.model.device)
@@ -323,8 +334,7 @@ class Transformer:
 
     def _shared(self, layer: int, letter: Letter, head: int) -> int:
         """The number of the matrix that a head has, among those that groups of heads share."""
-        heads = self.model.site(self.layers[layer].heads).n_units
-        return head // (heads // self._heads(layer, letter))
+        return self.parts.group(letter, layer, head)
 
     def writes_of(
         self, layer: int
@@ -347,24 +357,29 @@ class Transformer:
         """Raise ValueError unless weights that were found by tracing give what the layer's heads read and write."""
         if layer in self._verified or isinstance(self.parts, BridgeParts):
             return
-        self._verified.add(layer)
         with self.model.lock, self.model.outside():
             for site, made, found in self._recomputed(layer):
                 off = float((made - found).abs().max() / found.abs().max().clamp_min(1e-30))
-                most = max(1e-5, 16 * torch.finfo(found.dtype).eps)
+                # In half precision the norm before and the result are rounded; sums are not.
+                most = max(1e-5, 4 * torch.finfo(found.dtype).eps)
                 if not off <= most:  # written so that NaN is refused, too
                     raise ValueError(
                         f"{site} of {self.model.name} is off by {off:.2g} of its size when it is recomputed from the "
                         f"weights that were found (at most {most:.2g}): they are not the weights of its heads"
                     )
+        self._verified.add(layer)
 
     def _recomputed(self, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For queries, keys, values and attention's output: the site, what weights make of it, and its tensor."""
+        """For queries, keys, values, what heads read and what attention puts out: the site, what weights make of it,
+        and its tensor.
+        """
         at, model = self.layers[layer], self.model
         parts = {
             name: self._site(f"blocks.{layer}.attn.hook_{name}") for name in ("q", "k", "v", "out")
         }
-        named = [name for name in (*parts.values(), at.before, at.heads) if name is not None]
+        named = [
+            name for name in (*parts.values(), at.before, at.heads, at.patterns) if name is not None
+        ]
         cache = model.run(model.input.example(2), read=named)
         norm = self.parts.norm("ln1", layer)
         with evaluating(model.module), torch.no_grad():
@@ -378,7 +393,16 @@ class Transformer:
                 continue
             made = torch.einsum("bpm,hmd->bphd", read.double(), weight.double())
             bias = self.parts.attention(_BIASES[letter], layer)
-            yield site, made if bias is None else made + bias.double(), cache[site]
+            made = made if bias is None else made + bias.double()
+            yield site, made, cache[site]
+            if letter == "V" and at.heads and at.patterns and not self.parts.mixes(layer):
+                groups = [self.parts.group("V", layer, h) for h in range(cache[at.heads].shape[-2])]
+                pattern = cache[at.patterns].double()
+                yield (
+                    at.heads,
+                    torch.einsum("bhqk,bkhd->bqhd", pattern, made[:, :, groups]),
+                    cache[at.heads],
+                )
         out, bias = self.parts.attention("W_O", layer), self.parts.attention("b_O", layer)
         if out is not None and at.heads is not None and (site := parts["out"]) is not None:
             made = torch.einsum("bphd,hdm->bpm", cache[at.heads].double(), out.double())

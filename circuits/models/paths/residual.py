@@ -305,6 +305,10 @@ def _shown(site: str | None) -> str:
 
 def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle: bool) -> None:
     """Raise ValueError if a layer lacks a site."""
+    if "hook_embed" not in known:
+        raise ValueError(
+            f"model {model.name} has no site hook_embed: no single embedding of its tokens enters the stream"
+        )
     needed = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "attn.hook_z"]
     needed += [f"attn.hook_{part}" for part in _PARTS]
     needed += ["hook_mlp_out"] * mlp + ["hook_resid_mid"] * middle

@@ -31,8 +31,9 @@ def stream_parts(transformer: Transformer, at: Callable[[str], Tensor]) -> Itera
     """What adds up to the last residual stream, in the order in which it is written.
 
     `embed` and `pos_embed` (one `embed` for all that enters the first layer, where the two do not add up to that),
-    heads as units of their site, `blocks.N.attn bias`, `blocks.N.mlp`. Where a layer's heads do not add up to what
-    attention adds, `blocks.N.attn` stands for all of them, and `blocks.N` for a layer that cannot be split at all.
+    heads as units of their site, `blocks.N.attn bias`, `blocks.N.mlp` (`blocks.N.rest` where a layer adds something
+    else as well, or changes the stream). Where a layer's heads do not add up to what attention adds, `blocks.N.attn`
+    stands for all of them, and `blocks.N` for a layer that cannot be split at all.
 
     Args:
         transformer: the model.
@@ -46,14 +47,20 @@ def stream_parts(transformer: Transformer, at: Callable[[str], Tensor]) -> Itera
         elif writes.between is not None:
             middle = at(writes.between).double()
             yield from _attention_parts(transformer, layer, writes, at, middle - before)
-            yield f"{layer.name}.mlp", after - middle
+            yield _rest(layer, writes), after - middle
         else:
             heads = list(_attention_parts(transformer, layer, writes, at, None))
             yield from heads
             yield (
-                f"{layer.name}.mlp",
+                _rest(layer, writes),
                 after - before - torch.stack([value for _, value in heads]).sum(0),
             )
+
+
+def _rest(layer: LayerSites, writes: LayerWrites) -> str:
+    """The name of what a layer adds besides its heads: the MLP's output, if it is that and is shown."""
+    other = layer.mlp is not None and writes.mlp is None
+    return f"{layer.name}.{'rest' if other else 'mlp'}"
 
 
 def _entering(transformer: Transformer, at: Callable[[str], Tensor]) -> Iterator[Part]:
