@@ -46,6 +46,11 @@ def transformer_layers(model: Any) -> list[WeightLayer]:
             layers.append(_composition_layer(transformer, i, j, source, target))
         if (source := posts[i]) and (target := posts[j]):
             layers.append(_neuron_layer(transformer, i, j, source, target))
+    try:
+        transformer.norm("final")
+        transformer.unembedding()
+    except ValueError:  # positions are pooled before the classes, for example
+        return layers
     return layers + [
         _neuron_layer(transformer, i, None, p, logits) for i, p in enumerate(posts) if p
     ]

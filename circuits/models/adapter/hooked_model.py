@@ -850,7 +850,7 @@ class HookedModel:
         if is_bridge(self.module) or not example.is_floating_point():
             return tuple(transformer_layers(self))
         self._check_differentiable()
-        virtual = transformer_layers(self) if self.has_stream else []
+        virtual = filter(_has_weights, transformer_layers(self)) if self.has_stream else ()
         with self.lock:
             own = find_weight_layers(self.module, example, self.sites, self._taps)
         return (*own, *virtual)
@@ -972,3 +972,12 @@ class HookedModel:
 
     def __repr__(self) -> str:
         return f"HookedModel({self.name}, {len(self.sites)} sites)"
+
+
+def _has_weights(layer: WeightLayer) -> bool:
+    """Whether a virtual layer's weights can be computed: an image model's norms may mix positions, or pool them."""
+    try:
+        layer.rows(torch.zeros(1, dtype=torch.int64))
+    except ValueError:
+        return False
+    return True

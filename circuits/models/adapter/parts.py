@@ -204,17 +204,32 @@ class Replayed(nn.Module):
         return self._flow.program.operations[i]
 
     def _keeps_vectors(self, op: Any) -> bool:
-        """Whether an operation only says otherwise where examples and positions are."""
-        if short_name(op) not in _ORDERS or len(op.inputs) != 1:
+        """Whether an operation only moves whole vectors, or picks some of them (the class token's)."""
+        if len(op.inputs) != 1:
             return False
         shapes = self._flow.program.shapes
         before, after = shapes[op.inputs[0]], shapes[op.outputs[0]]
+        if short_name(op) == "__getitem__":
+            index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+            whole = len(index) < len(before) and all(isinstance(i, int | slice) for i in index)
+            return whole and len(after) < len(before)
+        if short_name(op) not in _ORDERS:
+            return False
         return before[-1:] == after[-1:] and math.prod(before) == math.prod(after)
 
     def forward(self, x: Tensor) -> Tensor:
         # Positions are the last axis but one, and what mixes them sees those of one example.
         if x.ndim > 3:
             return self(x.flatten(0, -3)).unflatten(0, x.shape[:-2])
+        try:
+            return self._replay(x)
+        except (RuntimeError, TypeError, IndexError, LookupError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"what lies between the stream and what reads it does not take {tuple(x.shape)}: {first}"
+            ) from error
+
+    def _replay(self, x: Tensor) -> Tensor:
         held = {value: getattr(self, name) for value, name in self._names.items()}
         held[self._ends[0]] = x
         for i in self._steps:

@@ -359,6 +359,11 @@ class Transformer:
             return
         with self.model.lock, self.model.outside():
             for site, made, found in self._recomputed(layer):
+                if made.shape != found.shape:
+                    raise ValueError(
+                        f"{site} of {self.model.name} has the shape {tuple(found.shape)}, and {tuple(made.shape)} when "
+                        "it is recomputed from the stream: positions are merged on the way, so no weights make it alone"
+                    )
                 off = float((made - found).abs().max() / found.abs().max().clamp_min(1e-30))
                 # In half precision the norm before and the result are rounded; sums are not.
                 most = max(1e-5, 4 * torch.finfo(found.dtype).eps)
