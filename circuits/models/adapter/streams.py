@@ -471,7 +471,9 @@ def find_stream(
             )
     shapes = list(dict.fromkeys(flow.shape(v) for at in layers for v in (at.before, at.after)))
     if len(shapes) > 1:
-        raise NoStreamError(f"its stream changes its shape, from {shapes[0][1:]} to {shapes[1][1:]}")
+        raise NoStreamError(
+            f"its stream changes its shape, from {shapes[0][1:]} to {shapes[1][1:]}"
+        )
     embed, position = _embeddings(search, layers[0].before)
     found = search.affines_before(final) if final is not None else []
     unembed = found[0] if len(found) == 1 else None
