@@ -37,7 +37,8 @@ class Look:
         shares: the attention to each key, those of the query's window if there are windows; they sum to 1.
         names: what the keys are.
         patches: the attention to the token that holds each patch; NaN outside the query's window.
-        others: the attention to each token that holds no patch, by name.
+        others: the attention to each token that is known to be something else than a patch, by name.
+        on_patches: the attention to all patches together.
     """
 
     head: Unit
@@ -47,16 +48,17 @@ class Look:
     names: tuple[str, ...]
     patches: Float[Tensor, "y x"]
     others: Mapping[str, float]
+    on_patches: float
+
+    @property
+    def n_seen(self) -> int:
+        """How many keys the query may attend to: masks (of a shifted window) leave exactly zero at the others."""
+        return int((self.shares > 0).sum())
 
     @property
     def uniform(self) -> float:
-        """What each key would get if the head attended to all alike."""
-        return 1 / len(self.shares)
-
-    @property
-    def on_patches(self) -> float:
-        """The attention to all patches together."""
-        return float(self.shares.sum()) - sum(self.others.values())
+        """What each key would get if the head attended to all that it may attend to alike."""
+        return 1 / max(1, self.n_seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ class ImageAttention:
                 for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
             note = (
-                f"patches together: {look.on_patches:.4g}; if it attended to all {len(look.shares)} keys alike, each "
+                f"patches together: {look.on_patches:.4g}; if it attended to all {look.n_seen} keys alike, each "
                 f"would get {look.uniform:.4g}"
             )
             title = f"{look.head} of {self.model}: what the {look.query} attends to"
@@ -227,7 +229,8 @@ def _look(unit: Unit, raw: Tensor, keys: TokenMap, token: int) -> Look:
         (top, left), (bottom, right) = held.min(0).values.tolist(), held.max(0).values.tolist()
         at = (top, left, bottom + 1, right + 1)
     names = tuple(keys.name(t) for t in own)
-    return Look(unit, keys.name(token), at, shares, names, patches, others)
+    on_patches = float(shares[keys.places[where].unique() % length].sum())
+    return Look(unit, keys.name(token), at, shares, names, patches, others, on_patches)
 
 
 def _token(model: HookedModel, tokens: TokenMap, query: str) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
+from circuits.models.adapter.head_sites import Picked
 from circuits.models.adapter.sites import evaluating
 from circuits.models.adapter.topology import WeightLayer
 from circuits.units import Site
@@ -226,7 +227,7 @@ def matrices_of_sites(
         weight, bias = m.weight, m.bias
         assert isinstance(weight, nn.Parameter)
         reads, writes = (
-            [e for s in sites for e in _same(s, found.get(s.name), tensors)]
+            [e for s in sites for e in _same(s, found.get(s.name), tensors, taps[s.name])]
             for tensors in ([c.given for c in known.calls], [c.output for c in known.calls])
         )
         own, tied = _names_of(module, m, weight)
@@ -339,12 +340,26 @@ def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, t
     return names[0], tuple(names[1:])
 
 
-def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor]) -> list[MatrixEnd]:
-    """The columns (or rows) as units of a site, in a list, if the site's tensor equals one of those seen."""
+def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor], tap: Tap) -> list[MatrixEnd]:
+    """The columns (or rows) as units of a site, in a list, if the site's tensor equals one of those seen.
+
+    One of a projection that queries, keys and values share has rows of other sites, too.
+    """
     if value is None or site.kind == "pattern" or not site.units_last:
         return []
     flat = site.rows(value)
+    index = tap.layout.index.flatten() if isinstance(tap.layout, Picked) else None
     for tensor in seen:
         if tensor.shape == flat.shape and torch.equal(tensor, flat):
             return [MatrixEnd(site.name, site.row_units, torch.ones(site.width))]
+        if (
+            index is None
+            or tensor.shape[:-1] != flat.shape[:-1]
+            or tensor.shape[-1] <= int(index.max())
+        ):
+            continue
+        if torch.equal(tensor[..., index], flat):
+            owner = torch.full((tensor.shape[-1],), -1)
+            owner[index] = site.row_units
+            return [MatrixEnd(site.name, owner, torch.ones(len(owner)))]
     return []

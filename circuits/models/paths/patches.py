@@ -234,6 +234,10 @@ def _named(
     window = site.position_shape[-1] if len(site.position_shape) > 1 else None
     free = set(range(n)) - set(places.tolist())
     others = {} if window else _others(model, first, free, set(places.tolist()), inputs)
+    others = {
+        t: name if list(others.values()).count(name) == 1 else f"{name} {t}"
+        for t, name in others.items()
+    }
     return TokenMap(patches.name, places.reshape(patches.position_shape), others, n, window)
 
 
