@@ -492,8 +492,9 @@ def _python(name: str, weights: Weights) -> HookedModel:
     shape = getattr(module, "input_shape", None)
     if shape is None:
         raise ValueError(
-            f"model 'python:{name}' has no input_shape: set input_shape = (channels, height, width) on the module, "
-            "or return a HookedModel"
+            f"model 'python:{name}' has no input_shape: set input_shape = (channels, height, width) on a module that "
+            "takes images, or return circuits.HookedModel(module, circuits.TokenInput(n_vocab, n_ctx)) for one that "
+            "takes tokens"
         )
     return HookedModel(module, tuple(shape), f"python:{name}", attention=declared)
 
