@@ -130,7 +130,7 @@ def main() -> None:
                 "name": "heads",
                 "ours": statistics.median(text["z"]),
                 "peer": statistics.median(text["bridge"]),
-                "ratio": ratio(text, "bridge", "z"),
+                "of_the_bridge": ratio(text, "z", "bridge"),
                 "over_plain": {name: ratio(found, "z", "plain") for name, found in results.items()},
                 "n": rounds,
             }

@@ -36,7 +36,7 @@ def test_what_is_no_softmax_is_refused_and_said(name: str) -> None:
     assert set(WHAT_WEIGHS[name]) == model.left_out.keys()
     for why in model.left_out.values():
         assert "\n" not in why
-        assert "looked for was a softmax over keys" in why
+        assert "expected a softmax over keys" in why
         assert ("such as heads" in why) == (name == "over-heads")
     with pytest.raises(KeyError, match="no heads here"):
         model.site(WHAT_WEIGHS[name][0])

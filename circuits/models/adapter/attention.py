@@ -91,7 +91,7 @@ class Found:
 
     Attributes:
         attentions: in order of execution.
-        refused: why what looks like attention is none, by the call that puts out what may be its pattern.
+        refused: why a candidate for a pattern was rejected, by the call that puts it out.
     """
 
     attentions: tuple[Attention, ...]
@@ -164,7 +164,7 @@ class _UnclearError(Exception):
 
 
 _LOOKED_FOR = (
-    "no heads here: looked for was a softmax over keys between a product of queries and keys and one with values. If "
+    "no heads here: expected a softmax over keys between a product of queries and keys and one with values. If "
     "it weighs values all the same, say HookedModel(…, attention={'blocks.0.attn': {'pattern': CALL}})"
 )
 
@@ -291,7 +291,7 @@ class _Search:
         return found[0] if len(found) == 1 else None
 
     def _summed_axis(self, value: Value, top: Value) -> int | None:
-        """The axis along which a value is the sum of another, whatever it is kept from being zero by."""
+        """The axis along which a value is the sum of another, ignoring clamps and epsilons."""
         rank = len(self.flow.shape(top))
         while (op := self.flow.operation(value)) is not None:
             if op.inputs[:1] == (top,):

@@ -81,7 +81,7 @@ def _letters(
         lead = "abcdefg"[: n - 1]
         return Product(left, right, f"{lead}x", "yx"[2 - m :], f"{lead}{'y' * (m > 1)}")
     if name.startswith("conv"):
-        # Only what is done at each place by itself.
+        # Pointwise convolutions only.
         if any(size != 1 for size in shapes[right][2:]):
             return None
         lead = "pqr"[: n - 2]
@@ -299,7 +299,8 @@ class Flow:
     def moved(self, start: Value, end: Value) -> Tensor | None:
         """Where each number of a value comes from in an earlier one, as its place in the flattened earlier value.
 
-        What changes numbers one by one counts as leaving them where they are. None if numbers are mixed on the way.
+        What returns a tensor of the same shape counts as leaving numbers where they are, norms too. None if numbers are
+        mixed on the way by anything that changes the shape.
         """
         shape = self.shape(start)
         held = {start: torch.arange(math.prod(shape)).reshape(shape)}

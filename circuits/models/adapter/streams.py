@@ -341,7 +341,7 @@ class Search:
         assert head.attention.z.value is not None, "a product has a value"
         output = self.affine_after(head.attention.z.value)
         if output is None:
-            raise NoStreamError(f"what {head.name} reads is multiplied with no output weights")
+            raise NoStreamError(f"{head.name} has no output projection")
         columns = self._columns(head, output)
         reads = {self.same(v) for v in self.ancestors(query.given)}
         parallel: list[tuple[Value, Value]] = []
