@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from circuits.autograd import recording_gradients
 from circuits.call_points import Address, Scope
 from circuits.hooks import Tap, intervene, observe, record
+from circuits.models.adapter.affine import ADDS, Products
 from circuits.models.adapter.attention import Attention, Axes, Batches, Place
 from circuits.models.adapter.flow import Flow, moves, short_name
 from circuits.models.adapter.program import Value
@@ -431,61 +432,28 @@ class _Candidate:
 def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
     """The product with weights that a factor comes from, or the sum of several; None if there is none."""
     assert place.value is not None, "an operand is a value"
-
-    def stop(i: int) -> bool:
-        return flow.product(i) is not None
-
-    found = [i for i in flow.before(place.value, stop) if stop(i)]
-    given = [_given(flow, i) for i in found]
-    # Recorded operations that lie in a hook have no address.
-    if None in given or not all(flow.program.operations[i].counted for i in found):
+    products = Products(flow, batches)
+    found = products.affines_before(place.value)
+    if not found:
         return None
-    first = found[0] if len(found) == 1 else None
-    if first is not None:
-        made = _with_bias(flow, flow.program.operations[first].outputs[0])
-    else:
-        made = _sum_of(flow, place.value, found, stop)
-    read = given[found.index(min(found))] if found else None
-    if made is None or read is None:
-        return None
-    return _Candidate(batches.apart(read, forward=False), batches.apart(made, forward=True), first)
+    first = min(found, key=lambda affine: affine.first)
+    given = batches.apart(first.given, forward=False)
+    if len(found) == 1:
+        return _Candidate(given, first.made, first.first)
+    made = _sum_of(products, place.value, {affine.first for affine in found})
+    return None if made is None else _Candidate(given, batches.apart(made, forward=True), None)
 
 
-def _given(flow: Flow, i: int) -> Value | None:
-    """What weights are multiplied with; None if the operation is no product with weights."""
-    product = flow.product(i)
-    factors = () if product is None else (product.left, product.right)
-    found = [v for v in factors if v in flow.dependent]
-    return found[0] if len(found) == 1 else None
-
-
-def _sum_of(
-    flow: Flow, value: Value, products: Sequence[int], stop: Callable[[int], bool]
-) -> Value | None:
+def _sum_of(products: Products, value: Value, firsts: set[int]) -> Value | None:
     """The first sum of all of some products on the way to a value, as of weights and an adapter (LoRA)."""
+    flow, stop = products.flow, products.is_product
     for i in sorted(flow.before(value, stop)):
         op = flow.program.operations[i]
-        if short_name(op) in ("add", "__add__", "__iadd__", "__radd__", "add_"):
+        if short_name(op) in ADDS:
             inside = {j for j in flow.before(op.outputs[0], stop) if stop(j)}
-            if inside == set(products):
+            if inside == firsts:
                 return op.outputs[0]
     return None
-
-
-def _with_bias(flow: Flow, value: Value) -> Value:
-    """A product with the weights that are added to it next, if some are."""
-    takers = flow.taken_by.get(value, [])
-    if len(takers) == 1:
-        op = flow.program.operations[takers[0]]
-        others = [v for v in op.inputs if v != value]
-        if (
-            short_name(op) in ("add", "__add__", "__iadd__", "__radd__", "add_")
-            and len(others) == 1
-            and others[0] not in flow.dependent
-            and flow.shape(op.outputs[0]) == flow.shape(value)
-        ):
-            return op.outputs[0]
-    return value
 
 
 def find_projections(

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.models.adapter.affine import Affine
 from circuits.models.adapter.flow import Flow, short_name, substituted
 from circuits.models.adapter.program import Value
-from circuits.models.adapter.streams import Affine, TracedLayer, TracedStream
+from circuits.models.adapter.streams import TracedLayer, TracedStream
 
 NormName = Literal["ln1", "ln2", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"]
 """The norms before attention and the MLP, those after them, those of queries and keys, and the last."""
