@@ -126,6 +126,13 @@ _VIEWS = _LAYOUT - {
 """Those whose output may be a part of what they are given."""
 
 
+ORDERS = {
+    "view", "reshape", "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "movedim", "moveaxis", "swapaxes",
+    "flatten", "unflatten",
+}  # fmt: skip
+"""Functions that move the axes of examples and positions."""
+
+
 def moves(op: Operation) -> bool:
     """Whether an operation moves or repeats numbers and does not change them."""
     return short_name(op) in _LAYOUT

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.models.adapter.affine import Affine
-from circuits.models.adapter.flow import Flow, short_name, substituted
+from circuits.models.adapter.flow import ORDERS, Flow, short_name, substituted
 from circuits.models.adapter.program import Value
 from circuits.models.adapter.streams import TracedLayer, TracedStream
 
@@ -175,13 +174,6 @@ class Constants:
         return made if len(op.outputs) == 1 else made[op.outputs.index(value)]
 
 
-_ORDERS = {
-    "view", "reshape", "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "movedim", "moveaxis", "swapaxes",
-    "flatten", "unflatten",
-}  # fmt: skip
-"""Functions that move the axes of examples and positions."""
-
-
 class Replayed(nn.Module):
     """A part of a pass between two values, as a module: a norm that is written as a function.
 
@@ -214,7 +206,7 @@ class Replayed(nn.Module):
             index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
             whole = len(index) < len(before) and all(isinstance(i, int | slice) for i in index)
             return whole and len(after) < len(before)
-        if short_name(op) not in _ORDERS:
+        if short_name(op) not in ORDERS:
             return False
         return before[-1:] == after[-1:] and math.prod(before) == math.prod(after)
 
@@ -420,11 +412,6 @@ class TracedParts:
         if table is None:
             raise ValueError("the model's tokens are not looked up in one table")
         return self._constants.of(table)
-
-    @cached_property
-    def width(self) -> int:
-        """The number of dimensions of the stream."""
-        return self._matrix(self.stream.layers[0].output)[0].shape[1]
 
 
 def _bias(

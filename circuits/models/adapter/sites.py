@@ -179,12 +179,7 @@ def trace_model(
         ValueError: if the model cannot run on its example, no module returns a batch of floating-point numbers, or
             `axes` or `declarations` do not fit.
     """
-    names = _hook_points(module) if is_bridge(module) else _modules(module)
-    latents = hook_points(module)
-    # The modules inside an attached autoencoder are no sites of the model, except its two hook points.
-    inside = {f"{name}." for name in autoencoders(module)}
-    names = {n: m for n, m in names.items() if not n.startswith(tuple(inside))}
-    names |= {name: (spot, ()) for name, spot in latents.items()}
+    names = _named(module)
     size, other = TRACE_BATCHES
     (traces, final, first), state = _traced_with_state(module, names, examples(size))
     again, _, second = _traced(module, names, examples(other), first)
@@ -211,11 +206,8 @@ def trace_model(
             value = t.notes[1]
             own = asked.pop(t.name, None) or _site_axes(t, labels.get(value, ()) if value else ())
             if own is None:
-                unplaced[t.name] = shape = tuple(t.value.shape[1:])
-                left_out[t.name] = (
-                    f"it has the shape {shape} and nothing tells which axis holds its units: say so by "
-                    f"HookedModel(…, axes={{{t.name!r}: ('batch', …)}}), with 'unit' for that axis"
-                )
+                unplaced[t.name] = tuple(t.value.shape[1:])
+                left_out[t.name] = _unplaced(t)
                 continue
             site, tap = _module_site(t, own, t.value is final), t.tap
             if labels and labels.get(value or Value(-1), ("",))[0] == UNKNOWN:
@@ -243,16 +235,35 @@ def trace_model(
     if asked:
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
-        raise ValueError(
-            f"model {type(module).__name__} has no site: no module returns a batch of floating-point numbers"
-            + (
-                f' whose axes are known; say what they are: axes={{{next(iter(unplaced))!r}: ("batch", …)}}'
-                if unplaced
-                else ""
-            )
-        )
+        raise _without_sites(module, unplaced)
     return TracedModel(
         list(found.values()), unplaced, left_out, second.program, final is None, state, transformer
+    )
+
+
+def _named(module: nn.Module) -> Named:
+    """What may be sites, by name: hook points of a bridge, or modules, and those of attached autoencoders."""
+    names = _hook_points(module) if is_bridge(module) else _modules(module)
+    # The modules inside an attached autoencoder are no sites of the model, except its two hook points.
+    inside = tuple(f"{name}." for name in autoencoders(module))
+    kept = {n: m for n, m in names.items() if not n.startswith(inside)}
+    return kept | {name: (spot, ()) for name, spot in hook_points(module).items()}
+
+
+def _unplaced(t: Trace) -> str:
+    return (
+        f"it has the shape {tuple(t.value.shape[1:])} and nothing tells which axis holds its units: say so by "
+        f"HookedModel(…, axes={{{t.name!r}: ('batch', …)}}), with 'unit' for that axis"
+    )
+
+
+def _without_sites(module: nn.Module, unplaced: Mapping[str, object]) -> ValueError:
+    """The error for a model in which nothing can be a site."""
+    more = ""
+    if unplaced:
+        more = f' whose axes are known; say what they are: axes={{{next(iter(unplaced))!r}: ("batch", …)}}'
+    return ValueError(
+        f"model {type(module).__name__} has no site: no module returns a batch of floating-point numbers{more}"
     )
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 from circuits.hooks import Tap, Trace
 from circuits.models.adapter.affine import ADDS, Affine, Products
 from circuits.models.adapter.attention import Batches
-from circuits.models.adapter.flow import Flow, moves, short_name
+from circuits.models.adapter.flow import ORDERS, Flow, moves, short_name
 from circuits.models.adapter.head_sites import Head, Points, Rearranged, rearranged
 from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
 
-_ORDERS = {"view", "reshape", "transpose", "permute", "movedim", "swapaxes", "squeeze", "unsqueeze"}
 _SCALES = {
     "mul",
     "__mul__",
@@ -122,8 +121,7 @@ class TracedStream:
         """Whether all that happens between two values is that they are multiplied by numbers."""
         ops = [self.flow.program.operations[i] for i in self.flow.between(start, end)]
         return all(
-            self.search.keeps(op)
-            or (short_name(op) in (*_SCALES, *_ORDERS) and len(op.inputs) == 1)
+            self.search.keeps(op) or (short_name(op) in (*_SCALES, *ORDERS) and len(op.inputs) == 1)
             for op in ops
         )
 

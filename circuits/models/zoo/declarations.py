@@ -1,4 +1,4 @@
-"""Attention that a person declares in a file beside a model of their own: `NAME.attention.toml` beside `NAME.py`."""
+"""Attention that a person declares in a file next to a model of their own: `NAME.attention.toml` next to `NAME.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SUFFIX = ".attention.toml"
 
 
 def declared_attention(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """What the file beside `FILE.py` says of the attention of the model that its function makes; nothing without one.
+    """What the file next to `FILE.py` declares about the attention of the model that its function makes.
+
+    Empty if there is no such file.
 
     The file has a table for each function and each attention: `[make."blocks.0.attn"]` with
     `pattern = "layers.0/sigmoid@0"` (`circuits.models.adapter.declaring`).
