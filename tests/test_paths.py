@@ -14,7 +14,13 @@ from torch.nn import functional as F
 import circuits
 from circuits.cleanroom import addition, induction
 from circuits.examples import Examples
-from circuits.experiments.patched_runs import Options, at_positions, changes_of, positions_of
+from circuits.experiments.patched_runs import (
+    Options,
+    at_positions,
+    changes_of,
+    patches_of,
+    positions_of,
+)
 from circuits.experiments.patching import patch_paths
 from circuits.hooks import Change
 from circuits.localization import head_effects, path_grid
@@ -52,7 +58,7 @@ def path_changes(
     stream = stream_of(model)
     some = frozenset(stream.path(path) for path in group)
     other = {name: source[name] for name in stream.sender_sites({sender for sender, _ in some})}
-    return changes_of(stream, [some], other, Options())
+    return changes_of(stream, patches_of(stream, [some]), other, Options())
 
 
 def scrambled(module: torch.nn.Module) -> torch.nn.Module:

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import main_output
-from circuits.models.paths.contributions import input_change, position_embedding, stream_change
+from circuits.models.paths.contributions import (
+    input_change,
+    position_embedding,
+    stream_change,
+    written_change,
+)
 from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 from circuits.progress import Progress
 
@@ -110,7 +116,7 @@ class RunPair:
             some = [*sets[start : start + each]]
             # The last pass is filled up with empty sets: kernels round differently for other batch sizes.
             some += [frozenset()] * (each - len(some))
-            changes = changes_of(self.stream, some, cache, options)
+            changes = changes_of(self.stream, patches_of(self.stream, some), cache, options)
             logits = model.logits(tokens, _merged(self.stream.model, own_positions, changes))
             for i in range(min(each, len(sets) - start)):
                 place = slice(i * n, (i + 1) * n)
@@ -179,65 +185,98 @@ def _in_order(steps: Sequence[Change]) -> Change:
 
 # --- paths as changes of sites -----------------------------------------------------------------------
 
-
-@dataclass(frozen=True, eq=False)
-class _PatchedReceiver:
-    """A receiver, with the sets of a batch that patch a path into it.
-
-    Attributes:
-        receiver: the receiver.
-        index: the indices of those sets.
-        senders: the senders that each of those sets replaces.
-        written: the sites that all those senders write to.
-    """
-
-    receiver: Receiver
-    index: Tensor
-    senders: tuple[frozenset[Sender], ...]
-    written: tuple[str, ...]
+Patches = Mapping[Receiver, Float[Tensor, "set sender"]]
+"""What each receiver reads of each sender, in each set: 0 for what it writes in this run, 1 for the other run."""
 
 
-def _patched_receivers(stream: Stream, sets: Sequence[frozenset[Path]]) -> list[_PatchedReceiver]:
-    """The patched receivers in order of execution, each with its senders in every set."""
-    # A receiver such as resid_pre is the stream itself. Once a sender has been replaced there, everything that reads
-    # the stream later sees the replacement already; replacing it again would count it twice (`gone`).
-    by_receiver: dict[Receiver, dict[int, set[Sender]]] = {}
+def patches_of(stream: Stream, sets: Sequence[frozenset[Path]]) -> Patches:
+    """Sets of paths that are patched as one table for each receiver."""
+    places = {sender: i for i, sender in enumerate(stream.senders)}
+    found: dict[Receiver, Tensor] = {}
     for i, group in enumerate(sets):
         for sender, receiver in group:
-            if sender.kind == "bias":  # biases write the same in every run: nothing to patch
-                continue
-            by_receiver.setdefault(receiver, {}).setdefault(i, set()).add(sender)
-    gone: list[set[Sender]] = [set() for _ in sets]
-    found = []
+            table = found.setdefault(receiver, torch.zeros(len(sets), len(places)))
+            table[i, places[sender]] = 1
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _PatchedReceivers:
+    """Receivers at one site that are patched in the same sets of a batch.
+
+    Attributes:
+        receivers: the receivers.
+        index: the indices of those sets.
+        off: which senders are replaced, and how much.
+        senders: all senders that are replaced in some set.
+    """
+
+    receivers: tuple[Receiver, ...]
+    index: Int[Tensor, " set"]
+    off: Float[Tensor, "set sender receiver"]
+    senders: tuple[Sender, ...]
+
+
+def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceivers]:
+    """The patched receivers in order of execution, those of a site that are in the same sets together."""
+    # A receiver such as resid_pre is the stream itself. Once a sender has been replaced there, everything that reads
+    # the stream later sees the replacement already; replacing it again would count it twice (`present`).
+    n_sets = len(next(iter(patches.values()), ()))
+    # Biases write the same in every run: there is nothing to patch.
+    present = torch.tensor([s.kind != "bias" for s in stream.senders]).float().repeat(n_sets, 1)
+    together: dict[tuple[str, bytes], list[tuple[Receiver, Tensor]]] = {}
     for receiver in stream.receivers:
-        groups = {i: frozenset(g - gone[i]) for i, g in by_receiver.get(receiver, {}).items()}
-        groups = {i: group for i, group in groups.items() if group}
-        if groups:
-            written = stream.sender_sites(frozenset().union(*groups.values()))
-            index = torch.tensor(list(groups))
-            found.append(_PatchedReceiver(receiver, index, tuple(groups.values()), written))
+        if receiver not in patches:
+            continue
+        off = patches[receiver] * present
         if receiver.kind in STREAMS:
-            for i, group in groups.items():
-                gone[i] |= group
+            present = present * (1 - off)
+        which = (off.detach() != 0).any(1)
+        if which.any():
+            key = stream.input_site(receiver), which.numpy().tobytes()
+            together.setdefault(key, []).append((receiver, off))
+    found = []
+    for some in together.values():
+        off = torch.stack([off for _, off in some], -1)
+        index = (off.detach() != 0).flatten(1).any(1).nonzero()[:, 0]
+        used = (off.detach() != 0).any(2).any(0)
+        senders = tuple(s for s, there in zip(stream.senders, used.tolist(), strict=True) if there)
+        found.append(_PatchedReceivers(tuple(r for r, _ in some), index, off[index], senders))
     return found
 
 
 def changes_of(
     stream: Stream,
-    sets: Sequence[frozenset[Path]],
+    patches: Patches,
     other: Mapping[str, Tensor],
     options: Options,
+    known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Change]:
-    """Sets of paths as changes at sites, for a batch that stacks all examples once for each set."""
+    """Patched paths as changes at sites, for a batch that stacks all examples once for each set.
+
+    Args:
+        stream: the model's residual stream.
+        patches: what is patched.
+        other: the tensors of the senders' sites in the other run, of one set's examples (the same for all sets) or
+            of all sets'. Where every sender that reaches a receiver is replaced, the receiver reads to the bit what
+            it read in the other run, if that site is here too.
+        options: how paths are patched.
+        known: tensors of sites that lie before everything that the pass computes, of one set's examples.
+    """
+    groups = _patched_receivers(stream, patches)
+    run = _Pass(stream, len(next(iter(patches.values()), ())), other, options, known or {})
     looks: set[str] = set()
-    by_site: dict[str, list[_PatchedReceiver]] = {}
-    for one in _patched_receivers(stream, sets):
-        by_site.setdefault(stream.input_site(one.receiver), []).append(one)
-        looks |= {*one.written, *_sites_seen(stream, one.receiver, options)}
-    run = _Pass(stream, len(sets), other, options)
-    receiving = {site: run.receiving(those) for site, those in by_site.items()}
+    by_site: dict[str, list[_PatchedReceivers]] = {}
+    for one in groups:
+        by_site.setdefault(stream.input_site(one.receivers[0]), []).append(one)
+        looks |= {
+            *stream.sender_sites(one.senders),
+            *_sites_seen(stream, one.receivers[0], options),
+        }
+    receiving = {site: run.receiving(site, those) for site, those in by_site.items()}
     # Record after changing: if an earlier receiver of a set changed the site, later ones have to see that.
-    return _merged(stream.model, receiving, {site: run.record(site) for site in sorted(looks)})
+    recording = {site: run.record(site) for site in sorted(looks - run.known.keys())}
+    return _merged(stream.model, receiving, recording)
 
 
 def _sites_seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ...]:
@@ -256,57 +295,99 @@ class _Pass:
     """
 
     def __init__(
-        self, stream: Stream, n_sets: int, other: Mapping[str, Tensor], options: Options
+        self,
+        stream: Stream,
+        n_sets: int,
+        other: Mapping[str, Tensor],
+        options: Options,
+        known: Mapping[str, Tensor],
     ) -> None:
         self.stream, self.n_sets, self.other, self.options = stream, n_sets, other, options
-        self.live: dict[str, Tensor] = {}
+        self.known = {site: value[None] for site, value in known.items()}
+        self.live: dict[str, Tensor] = dict(self.known)
+        self._written: dict[str, Tensor] = {}
 
     def record(self, site: str) -> Change:
         """A change that changes nothing but records a site's tensor."""
 
         def look(value: Tensor) -> Tensor:
             theirs = self.other.get(site, value)
-            if theirs.shape != value.shape:
+            if theirs.shape[1:] != value.shape[1:] or len(value) not in (
+                len(theirs),
+                len(theirs) * self.n_sets,
+            ):
                 raise ValueError(
                     f"source: {site} has shape {tuple(theirs.shape)} there, expected {tuple(value.shape)}, that of the "
                     "same examples and positions"
                 )
-            self.live[site] = value
+            self.live[site] = value.unflatten(0, (self.n_sets, -1))
+            self._written.pop(site, None)  # of an earlier pass with the same changes
             return value
 
         return look
 
-    def receiving(self, those: Sequence[_PatchedReceiver]) -> Change:
+    def receiving(self, site: str, those: Sequence[_PatchedReceivers]) -> Change:
         """The change of what receivers read at a site."""
+        theirs = self.other.get(site)
 
         def change(value: Tensor) -> Tensor:
-            made = value.clone()
+            made = value.unflatten(0, (self.n_sets, -1)).clone()
             for one in those:
-                receiver, rows = one.receiver, self._by_set(made)
-                if receiver.kind in ("q", "k", "v"):
-                    rows = rows[..., receiver.head, :]
-                # Only the sets that patch this receiver: `index` numbers them along the stacked axis.
-                rows[one.index] += self._received(one)
-            return made
+                received, heads = self._received(one), [r.head for r in one.receivers]
+                if one.receivers[0].kind not in ("q", "k", "v"):
+                    made[one.index] += received
+                else:
+                    # Only the sets that patch these heads: `index` numbers them along the stacked axis.
+                    rows = made[one.index]
+                    rows[..., heads, :] += received
+                    made[one.index] = rows
+                if theirs is not None:
+                    self._replace(made, theirs, one)
+            return made.flatten(0, 1)
 
         return change
 
-    def _received(self, one: _PatchedReceiver) -> Tensor:
-        """The change of a receiver's input: set x example x position x …"""
-        stream, receiver = self.stream, one.receiver
-        names = (*one.written, *_sites_seen(stream, receiver, self.options))
-        live = {name: self._by_set(self.live[name])[one.index] for name in names}
-        other = {name: self._by_set(self.other[name])[one.index] for name in one.written}
-        through_mlps, where = self.options.through_mlps, self.options.where
-        change = stream_change(stream, one.senders, receiver, live, other, through_mlps)
-        if where is not None:
-            change = change * where.to(change)[..., None]
-        if receiver.kind in STREAMS:
-            return change
-        before = live[stream.stream_site(receiver)]
+    def _replace(self, made: Tensor, theirs: Tensor, one: _PatchedReceivers) -> None:
+        """Put in what was read in the other run where nothing of this run is read."""
+        for k, receiver in enumerate(one.receivers):
+            reaching = torch.tensor(
+                [s.kind != "bias" and self.stream.reaches(s, receiver) for s in self.stream.senders]
+            )
+            whole = one.index[(one.off[:, reaching, k] == 1).all(1)]
+            if len(whole):
+                put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
+                if receiver.kind in ("q", "k", "v"):
+                    made[whole, ..., receiver.head, :] = put[..., receiver.head, :]
+                else:
+                    made[whole] = put.expand_as(made[whole])
+
+    def _received(self, one: _PatchedReceivers) -> Tensor:
+        """The change of receivers' inputs: set x example x position x …"""
+        stream, first = self.stream, one.receivers[0]
+        live = {name: self._rows(value, one.index) for name, value in self.live.items()}
+        sites = dict.fromkeys(stream.output_site(s) for s in one.senders)
+        written = {name: self._rows(self._changed(name), one.index) for name in sites}
+        change = stream_change(stream, one.off, first, written, live, self.options.through_mlps)
+        if self.options.where is not None:
+            change = change * self.options.where.to(change)[:, None, :, None]
+        if first.kind in STREAMS:
+            return change[:, :, 0]
+        before = live[stream.stream_site(first)]
         # What is added is a difference of normalised inputs, so that a receiver whose sender is the same in both runs
         # gets exactly zero.
-        return input_change(stream, receiver, before, change, self.options.hold_norms)
+        return input_change(stream, one.receivers, before, change, self.options.hold_norms)
 
-    def _by_set(self, value: Tensor) -> Tensor:
-        return value.unflatten(0, (self.n_sets, -1))
+    def _changed(self, site: str) -> Tensor:
+        """What senders at a site write in the other run less what they write in this one."""
+        if site not in self._written:
+            live = self.live[site]
+            other = self.other[site].unflatten(0, (-1, live.shape[1]))
+            self._written[site] = written_change(self.stream, site, live, other)
+        return self._written[site]
+
+    @staticmethod
+    def _rows(value: Tensor, index: Tensor) -> Tensor:
+        """Some sets of a tensor; a tensor that is the same for all of them stays one."""
+        if len(value) == 1 or torch.equal(index, torch.arange(len(value))):
+            return value
+        return value[index]

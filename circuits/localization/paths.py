@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.examples import BATCH
 from circuits.experiments import Context, Variant
-from circuits.experiments.patched_runs import Options, changes_of
+from circuits.experiments.patched_runs import Options, changes_of, patches_of
 from circuits.experiments.running import MEMORY
 from circuits.experiments.statistics import Interval, percentiles, resampled
 from circuits.files import finite
@@ -144,7 +144,12 @@ class _PatchedPath:
         source = context.counterpart
         if self.others is not None:
             source = self.others.tensors(self.draw - 1, context.batch)
-        return changes_of(self.stream, [frozenset({self.cell.path})], source, self.cell.options)
+        return changes_of(
+            self.stream,
+            patches_of(self.stream, [frozenset({self.cell.path})]),
+            source,
+            self.cell.options,
+        )
 
 
 def _measured_paths(
@@ -171,7 +176,7 @@ def _measured_paths(
 
     def make(way: PatchDirection, cell: PathCell, draw: int) -> Variant:
         live = _PatchedPath(stream, cell, others[way] if draw else None, draw)
-        changed = changes_of(stream, [frozenset({cell.path})], {}, cell.options)
+        changed = changes_of(stream, patches_of(stream, [frozenset({cell.path})]), {}, cell.options)
         return Variant(
             "", live=live, sites=tuple(changed), reads=tuple(stream.sender_sites({cell.sender}))
         )

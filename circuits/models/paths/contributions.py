@@ -25,103 +25,109 @@ _READS: Mapping[str, Matrices] = {"q": "W_Q", "k": "W_K", "v": "W_V"}
 _BIASES: Mapping[str, Matrices] = {"q": "b_Q", "k": "b_K", "v": "b_V"}
 
 
-def stream_change(
-    stream: Stream,
-    sets: Sequence[frozenset[Sender]],
-    receiver: Receiver,
-    live: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-    through_mlps: bool = False,
-) -> Float[Tensor, "set example position d_model"]:
-    """The change of the stream that a receiver reads if some senders write what they wrote in another run.
+def written_change(
+    stream: Stream, site: str, live: Tensor, other: Tensor
+) -> Float[Tensor, "set example position sender d_model"]:
+    """How what senders add to the stream differs from what they added in another run, for all senders at a site.
 
     Args:
         stream: the model's residual stream.
-        sets: the senders that are replaced, for each set.
-        receiver: the receiver at which the paths end.
-        live: the tensors of sites in this run, set x example x … (of `Stream.sender_sites` and, with `through_mlps`,
-            of what the MLPs read).
-        other: the same sites in the other run, of the same shapes.
+        site: the site of an embedding, an MLP, or the heads of a layer.
+        live: its tensor in this run, with the sets of senders that are patched as a first axis (of length 1 if they
+            have all the same).
+        other: its tensor in the other run, with the same axes.
+    """
+    change = other - live
+    layer = stream.layer_of_heads(site)
+    if layer is None:
+        return change[..., None, :]
+    return torch.einsum("sephd,hdm->sephm", change, stream.matrix("W_O", layer))
+
+
+def stream_change(
+    stream: Stream,
+    off: Float[Tensor, "set sender receiver"],
+    receiver: Receiver,
+    written: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    through_mlps: bool = False,
+) -> Float[Tensor, "set example receiver position d_model"]:
+    """The change of the stream that receivers at one site read if some senders write what they wrote in another run.
+
+    Args:
+        stream: the model's residual stream.
+        off: for each set, sender and receiver: 0 if the receiver reads what the sender writes in this run, 1 if it
+            reads what the sender wrote in the other run. What lies between is a mixture of both.
+        receiver: one of the receivers.
+        written: `written_change` by site, for the sites of all senders that are replaced.
+        live: the tensors of sites in this run, set x example x …, of what is normalised after attention and, with
+            `through_mlps`, of what the MLPs read.
         through_mlps: MLPs on the way are recomputed on the changed stream, and their change is added (Wang et al.
             2022); heads on the way are not.
     """
-    first = next(iter(live.values()))
-    total = first.new_zeros((*first.shape[:3], stream.width))  # type: ignore[union-attr, arg-type]
+    any_of = next(iter({**written, **live}.values()))
+    n_sets = len(off)
+    total = off.new_zeros(
+        (n_sets, any_of.shape[1], off.shape[2], any_of.shape[2], stream.width)
+    ).to(any_of)
     passed = stream.mlps_before(receiver)
-    for sender in (Sender("token"), Sender("position")):
-        _add_output(stream, total, sets, sender, live, other)
+
+    def mixed(sender_site: str, index: slice) -> Tensor | None:
+        """The change that some senders make together; None if no set replaces any of them."""
+        weights = off[:, index].to(total)
+        if not weights.any():
+            return None
+        return torch.einsum("sepum,suk->sekpm", written[sender_site], weights)
+
+    def add(made: Tensor | None) -> None:
+        nonlocal total
+        total = total if made is None else total + made
+
+    for sender in stream.senders[:2]:
+        if sender.kind in ("token", "position"):
+            add(mixed(stream.output_site(sender), stream.index_of(sender)))
     for layer in range(stream.n_layers):
-        mlp = Receiver("mlp", layer)
+        heads = stream.heads_of(layer)
         if not stream.parallel:
-            _add_heads(stream, total, sets, layer, live, other)
+            add(_through_post_norm(stream, layer, mixed(stream.heads_site(layer), heads), live))
+        mlp = Receiver("mlp", layer)
         if mlp in passed:
+            own = stream.index_of(Sender("mlp", layer))
             if through_mlps:
                 # An MLP that is a sender itself is replaced instead: its output is the other run's.
-                kept = _holding(sets, Sender("mlp", layer), False)
-                _add_recomputed(stream, total, kept, mlp, live)
-            _add_output(stream, total, sets, Sender("mlp", layer), live, other)
+                kept = (off[:, own] == 0).to(total)[..., None, None]
+                add(_recomputed(stream, total, mlp, live) * kept)
+            add(mixed(stream.output_site(Sender("mlp", layer)), own))
         if (
             stream.parallel
-        ):  # attention and MLP read the same stream, so the MLP does not see these heads
-            _add_heads(stream, total, sets, layer, live, other)
+        ):  # attention and MLP read the same stream: the MLP does not see these heads
+            add(_through_post_norm(stream, layer, mixed(stream.heads_site(layer), heads), live))
     return total
 
 
-def _holding(sets: Sequence[frozenset[Sender]], sender: Sender, holding: bool = True) -> Tensor:
-    """Which sets contain a sender (with `holding`), or do not."""
-    return torch.tensor([(sender in group) == holding for group in sets])
+def _through_post_norm(
+    stream: Stream, layer: int, moved: Tensor | None, live: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The change of what a layer's attention adds, if its output is normalised before it is added."""
+    post_norm = stream.norm("ln1_post", layer)
+    if moved is None or post_norm is None:
+        return moved
+    # The sum of all heads is normalised before it is added to the stream, so heads interact.
+    return _norm_change(post_norm, live[stream.before_post_norm_site(layer)][:, :, None], moved)
 
 
-def _add_output(
-    stream: Stream,
-    total: Tensor,
-    sets: Sequence[frozenset[Sender]],
-    sender: Sender,
-    live: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-) -> None:
-    """Add the difference of an embedding's or MLP's output, for the sets that contain it."""
-    rows = _holding(sets, sender)
-    if rows.any():
-        site = stream.output_site(sender)
-        total[rows] += other[site][rows] - live[site][rows]
+def _norm_change(norm: Any, before: Tensor, change: Tensor) -> Tensor:
+    """The change of a normalisation's output; zero to the bit where nothing changes."""
+    # Both laid out in memory in the same way, which decides in what order numbers are summed.
+    after = (before + change).contiguous()
+    return norm(after) - norm(before.expand_as(after).contiguous())
 
 
-def _add_heads(
-    stream: Stream,
-    total: Tensor,
-    sets: Sequence[frozenset[Sender]],
-    layer: int,
-    live: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-) -> None:
-    """Add the differences of the outputs of a layer's heads, for the sets that contain them."""
-    heads = sorted({s for group in sets for s in group if s.kind == "head" and s.layer == layer})
-    if not heads:
-        return
-    site, post_norm = stream.heads_site(layer), stream.norm("ln1_post", layer)
-    out = stream.matrix("W_O", layer)
-    # Without a normalisation after attention, each head's change is added to the stream by itself.
-    moved = total if post_norm is None else torch.zeros_like(total)
-    for head in heads:
-        rows = _holding(sets, head)
-        z = other[site][rows][..., head.head, :] - live[site][rows][..., head.head, :]
-        moved[rows] += z @ out[head.head]
-    if post_norm is not None:
-        # The sum of all heads is normalised before it is added to the stream, so heads interact.
-        before = live[stream.before_post_norm_site(layer)]
-        total += post_norm(before + moved) - post_norm(before)
-
-
-def _add_recomputed(
-    stream: Stream, total: Tensor, rows: Tensor, mlp: Receiver, live: Mapping[str, Tensor]
-) -> None:
-    """Add the change of an MLP's output that the change of the stream so far causes."""
-    if not total[rows].any():
-        return
-    before, norm = live[stream.stream_site(mlp)][rows], norm_of(stream, mlp)
-    changed = mlp_output(stream, mlp.layer, norm(before + total[rows]))
-    total[rows] += changed - mlp_output(stream, mlp.layer, norm(before))
+def _recomputed(stream: Stream, total: Tensor, mlp: Receiver, live: Mapping[str, Tensor]) -> Tensor:
+    """The change of an MLP's output that the change of the stream so far causes."""
+    norm = norm_of(stream, mlp)
+    read = live[stream.stream_site(mlp)][:, :, None]
+    return _norm_change(lambda x: mlp_output(stream, mlp.layer, norm(x)), read, total)
 
 
 def mlp_output(
@@ -137,27 +143,30 @@ def mlp_output(
 
 def input_change(
     stream: Stream,
-    receiver: Receiver,
-    before: Float[Tensor, "*axes d_model"],
-    change: Float[Tensor, "*axes d_model"],
+    receivers: Sequence[Receiver],
+    before: Float[Tensor, "set example position d_model"],
+    change: Float[Tensor, "set example receiver position d_model"],
     hold_norm: bool = False,
-) -> Float[Tensor, "*axes inner"]:
-    """The change of a receiver's input (at `Stream.input_site`) that a change of the stream before it causes.
+) -> Float[Tensor, "set example position *inner"]:
+    """The change of receivers' inputs (at `Stream.input_site`) that changes of the stream before them cause.
 
     It is zero to the bit where the stream's change is zero.
 
     Args:
         stream: the model's residual stream.
-        receiver: any but the stream itself; of queries, keys and values only the given head's.
+        receivers: queries, keys or values of heads of one layer (`inner` is receiver x d_head), or one receiver of
+            another kind, except the stream itself (`inner` is d_model).
         before: the stream without the change.
-        change: what is added to the stream.
+        change: what is added to the stream, for each receiver.
         hold_norm: freeze the normalisation's scale instead of recomputing it.
     """
-    norm = norm_of(stream, receiver)
-    made = _held(norm, before, change) if hold_norm else norm(before + change) - norm(before)
-    if receiver.kind not in _PARTS:
-        return made
-    return made @ stream.matrix(_READS[receiver.kind], receiver.layer)[receiver.head]
+    first = receivers[0]
+    norm, before = norm_of(stream, first), before[:, :, None]
+    made = _held(norm, before, change) if hold_norm else _norm_change(norm, before, change)
+    if first.kind not in _PARTS:
+        return made[:, :, 0]
+    weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
+    return torch.einsum("sekpm,kmd->sepkd", made, weights)
 
 
 def norm_of(stream: Stream, receiver: Receiver) -> Any:
@@ -175,7 +184,9 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """The change of a normalisation's output if its scale is frozen: the bias cancels."""
     return (
-        measure_norm(norm, before.shape[-1], device=before.device).held(change, before).to(change)
+        measure_norm(norm, before.shape[-1], device=before.device)
+        .held(change, before.expand_as(change))
+        .to(change)
     )
 
 

@@ -235,6 +235,21 @@ class Stream:
 
     # --- sites -----------------------------------------------------------------------------------
 
+    def index_of(self, sender: Sender) -> slice:
+        """The place of a sender among the senders, as a slice."""
+        at = self.senders.index(sender)
+        return slice(at, at + 1)
+
+    def heads_of(self, layer: int) -> slice:
+        """The places of a layer's heads among the senders."""
+        first = self.senders.index(Sender("head", layer, 0))
+        n = sum(s.kind == "head" and s.layer == layer for s in self.senders)
+        return slice(first, first + n)
+
+    def layer_of_heads(self, site: str) -> int | None:
+        """The layer whose heads a site shows; None if it is another site."""
+        return next((i for i in range(self.n_layers) if self.heads_site(i) == site), None)
+
     def sender_sites(self, among: Iterable[Sender]) -> tuple[str, ...]:
         """The sites that show what some senders write."""
         found: dict[str, None] = {}
@@ -248,7 +263,9 @@ class Stream:
         return tuple(found)
 
     def output_site(self, sender: Sender) -> str:
-        """The site of what an embedding or MLP adds to the stream."""
+        """The site of what a sender writes; for heads that of their layer, before their output weights W_O."""
+        if sender.kind == "head":
+            return self.heads_site(sender.layer)
         if sender.kind == "mlp":
             return _shown(self.layers[sender.layer].mlp_added)
         return self._named("hook_embed" if sender.kind == "token" else "hook_pos_embed")
