@@ -117,7 +117,7 @@ class RunPair:
             # The last pass is filled up with empty sets: kernels round differently for other batch sizes.
             some += [frozenset()] * (each - len(some))
             changes = changes_of(self.stream, patches_of(self.stream, some), cache, options)
-            logits = model.logits(tokens, _merged(self.stream.model, own_positions, changes))
+            logits = model.logits(tokens, merged(self.stream.model, own_positions, changes))
             for i in range(min(each, len(sets) - start)):
                 place = slice(i * n, (i + 1) * n)
                 yield logits[place], base[place], source[place]
@@ -165,7 +165,7 @@ def at_positions(stream: Stream, ids: Tensor | None) -> dict[str, Change]:
     return {site: lambda value: written.to(value).expand_as(value)}
 
 
-def _merged(model: HookedModel, *parts: Mapping[str, Change]) -> dict[str, Change]:
+def merged(model: HookedModel, *parts: Mapping[str, Change]) -> dict[str, Change]:
     """Several sets of changes as one; at each site they are made in order."""
     found: dict[str, list[Change]] = {}
     for part in parts:
@@ -276,7 +276,7 @@ def changes_of(
     receiving = {site: run.receiving(site, those) for site, those in by_site.items()}
     # Record after changing: if an earlier receiver of a set changed the site, later ones have to see that.
     recording = {site: run.record(site) for site in sorted(looks - run.known.keys())}
-    return _merged(stream.model, receiving, recording)
+    return merged(stream.model, receiving, recording)
 
 
 def _sites_seen(stream: Stream, receiver: Receiver, options: Options) -> tuple[str, ...]:

@@ -68,6 +68,41 @@ class Norm:
         """The normalisation of x without its bias, with the factor held at that of other vectors."""
         return self.linear(x) * self.factor(at)
 
+    def pulled(
+        self,
+        gradient: Float[Tensor, "*axes d_model"],
+        at: Float[Tensor, "*#axes d_model"],
+        held: bool = False,
+    ) -> Float[Tensor, "*axes d_model"]:
+        """The gradient at what is normalised, from that at the output, in the precision of the gradient.
+
+        With z = x - centre(x), the factor f = (mean(z^2) + eps)^(-1/2) has the derivative -f^3 z / d_model, whatever
+        eps is; so g becomes the centred f gain g - f^3 z (z . gain g) / d_model.
+
+        Args:
+            gradient: at the output.
+            at: what was normalised.
+            held: leave out that the factor depends on x.
+        """
+        read = gradient * self.gain.to(gradient)
+        factor = self.factor(at).to(gradient)
+        if held or not self.divides:
+            return self._centre(factor * read)
+        z = self._centre(at.double()).to(gradient)
+        along = (read * z).sum(-1, keepdim=True) * (factor**3 / z.shape[-1])
+        return self._centre(torch.addcmul(factor * read, along, z, value=-1))
+
+    def pushed(
+        self, change: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
+    ) -> Float[Tensor, "*axes d_model"]:
+        """The first-order change of the output that a change of what is normalised makes (see `pulled`)."""
+        dz, factor = self._centre(change), self.factor(at).to(change)
+        if self.divides:
+            z = self._centre(at.double()).to(change)
+            along = (dz * z).sum(-1, keepdim=True) * (factor**3 / z.shape[-1])
+            return torch.addcmul(factor * dz, along, z, value=-1) * self.gain.to(change)
+        return factor * dz * self.gain.to(change)
+
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 

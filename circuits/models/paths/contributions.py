@@ -169,6 +169,34 @@ def input_change(
     return torch.einsum("sekpm,kmd->sepkd", made, weights)
 
 
+def input_gradient(
+    stream: Stream,
+    receivers: Sequence[Receiver],
+    before: Float[Tensor, "example position d_model"],
+    gradient: Float[Tensor, "example position *inner"],
+    hold_norm: bool = False,
+) -> Float[Tensor, "example receiver position d_model"]:
+    """The gradient at the stream that each of some receivers reads, from that at their inputs.
+
+    Args:
+        stream: the model's residual stream.
+        receivers: all receivers at one site.
+        before: the stream that they read.
+        gradient: the gradient at `Stream.input_site`.
+        hold_norm: freeze the normalisation's scale.
+    """
+    first = receivers[0]
+    if first.kind in _PARTS:
+        weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
+        given = torch.einsum("epkd,kmd->ekpm", gradient, weights)
+    else:
+        given = gradient[:, None]
+    norm = norm_of(stream, first)
+    if isinstance(norm, nn.Identity):
+        return given
+    return stream.measured(norm).pulled(given, before[:, None], hold_norm)
+
+
 def norm_of(stream: Stream, receiver: Receiver) -> Any:
     """The module that normalises what a receiver reads."""
     if receiver.kind == "logits":
@@ -184,9 +212,7 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
 def _held(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """The change of a normalisation's output if its scale is frozen: the bias cancels."""
     return (
-        measure_norm(norm, before.shape[-1], device=before.device)
-        .held(change, before.expand_as(change))
-        .to(change)
+        measure_norm(norm, before.shape[-1], device=before.device).held(change, before).to(change)
     )
 
 

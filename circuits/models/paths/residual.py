@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.norms import Norm, measure_norm
 from circuits.models.adapter.parts import Matrices, NormName, Parts
 from circuits.models.adapter.transformer import LayerSites, Transformer
 from circuits.units import unknown
@@ -106,6 +107,7 @@ class Stream:
     parts: Parts
     width: int
     last: str
+    _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: HookedModel) -> Stream:
@@ -151,6 +153,13 @@ class Stream:
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         """A norm of a layer; None if it has none."""
         return self.parts.norm(name, layer)
+
+    def measured(self, module: nn.Module) -> Norm:
+        """What a normalisation does; it is measured once."""
+        known = self._norms
+        if module not in known:
+            known[module] = measure_norm(module, self.width, device=self.model.device)
+        return known[module]
 
     def matrix(self, name: Matrices, layer: int) -> Tensor:
         """A matrix of a layer's attention.

@@ -1,0 +1,201 @@
+"""The graph of a computation: which parts of a model write, which read, and along which edges.
+
+An edge leads from a source, what a part puts out, to a target, what a part is given, along one direct path: through
+sums, concatenations, pooling and normalisations, but through no other part. To patch an edge is to give its target
+what the source put out in another run along this path, with everything else as it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.hooks import Change
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.units import unknown
+
+Edge = tuple[str, str]
+"""The names of a source and a target."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A part of a model.
+
+    Attributes:
+        name: the name of what it puts out.
+        inputs: the names of what it is given, by target; none for a part of the model's input.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+
+
+class EdgeGraph(ABC):
+    """The edges between parts of a model.
+
+    Attributes:
+        model: the model.
+        grain: what the parts are, in words.
+        sources: the names of what parts put out, in order of execution.
+        targets: the names of what parts are given, in order of execution.
+        ends: for each edge the numbers of its source and its target, sorted by target.
+        feeds: for each target the numbers of the sources that are computed from it; none for the model's output.
+        input_sites: the sites at which the model's input enters the graph; between the input of two runs, gradients are
+            integrated there.
+    """
+
+    model: HookedModel
+    grain: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    ends: Int[np.ndarray, "edge end"]
+    feeds: tuple[tuple[int, ...], ...]
+    input_sites: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    # --- names -----------------------------------------------------------------------------------
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge by its names."""
+        return tuple((self.sources[s], self.targets[t]) for s, t in self.ends.tolist())
+
+    @cached_property
+    def _places(self) -> dict[Edge, int]:
+        return {edge: i for i, edge in enumerate(self.edges)}
+
+    def index(self, edge: Edge | str) -> int:
+        """The number of an edge, given by its names or written `source -> target`.
+
+        Raises:
+            KeyError: if there is no such edge; the message offers the nearest names.
+        """
+        if isinstance(edge, str):
+            source, _, target = edge.partition("->")
+            edge = source.strip(), target.strip()
+        if edge not in self._places:
+            written = [f"{a} -> {b}" for a, b in self.edges]
+            raise unknown(f"edge of {self.model.name}", f"{edge[0]} -> {edge[1]}", written)
+        return self._places[edge]
+
+    def mask(self, edges: Sequence[Edge | str]) -> Bool[np.ndarray, " edge"]:
+        """Which edges are among some.
+
+        Raises:
+            KeyError: if there is no such edge.
+        """
+        found = np.zeros(len(self), bool)
+        found[[self.index(edge) for edge in edges]] = True
+        return found
+
+    # --- structure -------------------------------------------------------------------------------
+
+    @cached_property
+    def inputs(self) -> frozenset[int]:
+        """The numbers of the sources that are the model's input."""
+        computed = {source for sources in self.feeds for source in sources}
+        return frozenset(range(len(self.sources))) - computed
+
+    @cached_property
+    def edges_into(self) -> tuple[Int[np.ndarray, " edge"], ...]:
+        """For each target the numbers of its edges."""
+        return tuple(np.flatnonzero(self.ends[:, 1] == t) for t in range(len(self.targets)))
+
+    def connected(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """The edges among some that lie on a path of them from the model's input to its output."""
+        return kept & self._reached(kept) & self._reaching(kept)
+
+    def _reached(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """The edges whose source is the input, or computed from a target that a kept edge from such a source feeds."""
+        live = np.zeros(len(self.sources), bool)
+        live[list(self.inputs)] = True
+        for target, into in enumerate(
+            self.edges_into
+        ):  # sources of a target come before what it feeds
+            if live[self.ends[into[kept[into]], 0]].any():
+                live[list(self.feeds[target])] = True
+        return live[self.ends[:, 0]]
+
+    def _reaching(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """The edges whose target is the output, or feeds a source from which a kept edge leads to such a target."""
+        useful = np.zeros(len(self.sources), bool)
+        ok = np.zeros(len(self.targets), bool)
+        for target in reversed(range(len(self.targets))):
+            ok[target] = not self.feeds[target] or useful[list(self.feeds[target])].any()
+            if ok[target]:
+                into = self.edges_into[target]
+                useful[self.ends[into[kept[into]], 0]] = True
+        return ok[self.ends[:, 1]]
+
+    # --- what is computed ------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[str, ...]:
+        """The sites that patching and scoring need of both runs."""
+
+    @property
+    @abstractmethod
+    def slopes(self) -> tuple[str, ...]:
+        """The sites at which scoring needs the metric's gradient."""
+
+    @abstractmethod
+    def source_sites(self) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+        """Sites at which sources put out what they put out together, each with the numbers of these sources."""
+
+    @abstractmethod
+    def first_site(self, target: int) -> str:
+        """The first site of the model that patching an edge into a target changes."""
+
+    @abstractmethod
+    def changes(
+        self,
+        off: Float[Tensor, "set edge"],
+        other: Mapping[str, Tensor],
+        known: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Change]:
+        """Patched edges as changes at sites, for a batch that stacks all examples once for each set of edges.
+
+        Args:
+            off: for each set and edge 1 if it carries what it carried in the other run, 0 if it does not.
+            other: the tensors of `reads` in the other run, of one set's examples or of all sets'. A target all of
+                whose edges are patched is given to the bit what it was given there.
+            known: the tensors of sites that patching leaves as they are, of one set's examples: they are not read
+                from the pass.
+        """
+
+    @abstractmethod
+    def pulled(
+        self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
+    ) -> dict[str, Tensor]:
+        """The gradient at what each target reads, by site, from that at `slopes`.
+
+        Args:
+            cache: the tensors of `reads` in the run of the gradient.
+            gradients: the gradient at each of `slopes`.
+            linear: normalisations count with their scale held, as the rules of relevance have it.
+        """
+
+    @abstractmethod
+    def contracted(
+        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], pulled: Mapping[str, Tensor]
+    ) -> Float[Tensor, "example edge"]:
+        """The change that each edge carries times the gradient at its target, summed over positions and dimensions."""
+
+
+def as_off(
+    graph: EdgeGraph, kept: Sequence[Bool[np.ndarray, " edge"]]
+) -> Float[Tensor, "set edge"]:
+    """Circuits, as which edges each keeps, as what `EdgeGraph.changes` takes: the other edges are off."""
+    rows = np.stack([~np.asarray(circuit, bool) for circuit in kept])
+    return torch.from_numpy(rows).float()

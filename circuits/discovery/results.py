@@ -1,0 +1,125 @@
+"""Scores of edges, by example, with where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.discovery.graphs import Edge
+from circuits.experiments.outcomes import Record
+from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.files import finite
+from circuits.tables import Table, between
+
+Ranking = Literal["absolute", "signed"]
+"""By size, or with those first whose removal makes the metric worse."""
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores:
+    """What each edge is worth on each example.
+
+    A score is the change of the metric when the edge carries what it carries in the other run, or an estimate of it. An
+    edge that speaks for the answer has a negative score under a metric of which more is better.
+
+    Attributes:
+        method: how they were computed.
+        settings: with which settings.
+        edges: the names of each edge's source and target.
+        values: the scores, example x edge.
+        clean: the metric on each example, with no edge patched.
+        corrupted: the metric with every edge patched.
+        input_edges: the numbers of the edges that leave the model's input; what these carry adds up to the whole change
+            of the input.
+        metric: the metric's name.
+        unit: its unit.
+        better: 1 if more of it is better, -1 if less is.
+        clusters: a number for each example, shared by those that are not independent.
+        record: model, task, seed and versions.
+        notes: what is said of the scores as a whole.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    edges: tuple[Edge, ...]
+    values: Float[np.ndarray, "example edge"]
+    clean: Float[np.ndarray, " example"]
+    corrupted: Float[np.ndarray, " example"]
+    input_edges: tuple[int, ...]
+    metric: str
+    unit: str
+    better: int
+    clusters: tuple[int, ...]
+    record: Record
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def mean(self) -> Float[np.ndarray, " edge"]:
+        """The mean score of each edge over examples."""
+        return self.values.mean(0, dtype=np.float64)
+
+    def order(self, ranking: Ranking = "absolute") -> np.ndarray:
+        """The edges' numbers, the most important first; equals keep the order of the graph."""
+        mean = self.mean
+        if ranking == "absolute":
+            return np.argsort(-np.abs(mean), kind="stable")
+        if ranking == "signed":
+            # Importance: how much worse the metric gets. Where neither direction is better, more counts as better.
+            return np.argsort((self.better or 1) * mean, kind="stable")
+        raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
+
+    @property
+    def completeness(self) -> float:
+        """The completeness residual: how far the scores of the input's edges are from adding up to the whole effect.
+
+        |sum of scores - (m(0) - m(N))| / |m(0) - m(N)|; for exact integration along a path between the inputs it is
+        zero (Sundararajan et al. 2017). NaN if there is no effect.
+        """
+        whole = float((self.corrupted - self.clean).mean())
+        made = float(self.mean[list(self.input_edges)].sum())
+        return abs(made - whole) / abs(whole) if whole else float("nan")
+
+    def intervals(self, edges: np.ndarray) -> list[Interval]:
+        """The mean scores of some edges with 95 % intervals (bootstrap over clusters of examples)."""
+        values = self.values[:, edges].T
+        drawn = resampled(values, clusters=self.clusters, seed=self.record.seed)
+        return [
+            Interval(mean, *percentiles(drawn[:, i]))
+            for i, mean in enumerate(values.mean(1, dtype=np.float64).tolist())
+        ]
+
+    def to_dict(self, top: int | None = None) -> dict[str, Any]:
+        """As JSON has it, the most important edges first; None for what is not finite."""
+        order = self.order()[:top]
+        rows = [
+            {"source": self.edges[e][0], "target": self.edges[e][1], "score": i.value, "low": i.low, "high": i.high}
+            for e, i in zip(order.tolist(), self.intervals(order), strict=True)
+        ]  # fmt: skip
+        return finite({
+            "method": self.method, "settings": dict(self.settings), "metric": self.metric, "unit": self.unit,
+            "clean": float(self.clean.mean()), "corrupted": float(self.corrupted.mean()),
+            "completeness_residual": self.completeness, "n_edges": len(self.edges), "edges": rows,
+            "notes": list(self.notes), "record": asdict(self.record),
+        })  # fmt: skip
+
+    def tables(self, top: int) -> Iterator[Table | str]:
+        """The edges with the largest scores, and what is said of all."""
+        order = self.order()[:top]
+        rows = [
+            (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))
+            for e, i in zip(order.tolist(), self.intervals(order), strict=True)
+        ]
+        title = (
+            f"{self.method}: change of {self.metric} ({self.unit or 'its own unit'}) by removing an edge; "
+            f"{len(rows)} of {len(self.edges)} edges, {self.record.measured_on}, seed {self.record.seed}"
+        )
+        yield Table(("edge", "score", "95 % interval"), rows, title)
+        yield (
+            f"{self.metric}: {self.clean.mean():.4g} intact, {self.corrupted.mean():.4g} with every edge removed; "
+            f"completeness residual {self.completeness:.2g}"
+        )
+        yield from self.notes

@@ -1,0 +1,332 @@
+"""A task's batches with the two runs between which edges are patched, and passes with patched edges, many in one.
+
+The sets of edges that one pass patches are stacked along the batch, each with all examples in order. Nothing before
+the first patched target is computed again where the pass can start at the residual stream before it
+(`models.paths.restarting`). Numbers that are compared come from the same rows of passes of the same size, so that an
+edge without effect has the effect 0 to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.discovery.graphs import EdgeGraph
+from circuits.examples import BATCH
+from circuits.experiments.patched_runs import merged
+from circuits.experiments.running import MEMORY, check_model
+from circuits.hooks import Change
+from circuits.models.paths.restarting import Restart, nearest_restart
+from circuits.tasks.metrics import Custom
+from circuits.tasks.reading import Places, Reading
+from circuits.tasks.targets import output_site
+from circuits.tasks.task import Task, TaskBatch
+from circuits.units import Site
+
+Ablation = Literal["counterpart", "mean", "zero"]
+"""What an edge that is not in a circuit carries: what it carries on the counterpart; the mean over the task's examples
+and positions; nothing."""
+
+_PEAK_MEMORY = 24
+"""The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A batch of a task with its two runs.
+
+    Attributes:
+        part: the batch.
+        clean: the sites that the graph reads, on the clean examples.
+        other: the same in the run that patched edges carry.
+        intact: the output of the clean run.
+        corrupted: the output of the other run; None if edges carry means or nothing, which no run does.
+        edits: the changes of the clean run: none, unless the two runs were exchanged.
+        other_edits: those of the other run.
+    """
+
+    part: TaskBatch
+    clean: Mapping[str, Tensor]
+    other: Mapping[str, Tensor]
+    intact: Reading
+    corrupted: Reading | None
+    edits: Mapping[str, Change] = field(default_factory=dict)
+    other_edits: Mapping[str, Change] = field(default_factory=dict)
+
+    def exchanged(self) -> Pair:
+        """The same pair with the two runs exchanged.
+
+        Raises:
+            ValueError: if there is no run on counterparts.
+        """
+        if self.corrupted is None or self.part.counterparts is None:
+            raise ValueError("denoising needs a run on counterparts: means and zeros are no run")
+        part = replace(self.part, inputs=self.part.counterparts, counterparts=self.part.inputs)
+        return Pair(
+            part, self.other, self.clean, self.intact, self.intact, self.other_edits, self.edits
+        )
+
+
+class Runs:
+    """The runs of a task with patched edges.
+
+    Args:
+        graph: the edges.
+        task: what is measured.
+        ablation: what a patched edge carries.
+        shift: by how many positions the counterpart's position embedding is rolled.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+
+    Raises:
+        ValueError: if the model is edited, the task was made for another vocabulary, has no counterparts where they are
+            needed, or the metric reads the whole output.
+    """
+
+    def __init__(
+        self,
+        graph: EdgeGraph,
+        task: Task,
+        *,
+        ablation: Ablation = "counterpart",
+        shift: int = 0,
+        batch: int = BATCH,
+        memory: int = MEMORY,
+    ) -> None:
+        model = graph.model
+        if model.edited:
+            raise ValueError(f"model {model.name} is edited: look for circuits outside the edit")
+        if ablation not in ("counterpart", "mean", "zero"):
+            raise ValueError(f"ablation {ablation!r}: expected counterpart, mean or zero")
+        check_model(model, task)
+        if ablation == "counterpart" and task.counterparts is None:
+            raise ValueError(
+                f"task {task.name} has no counterparts: choose the ablation mean or zero, or a task with counterparts"
+            )
+        if isinstance(task.metric, Custom):
+            raise ValueError(
+                f"metric {task.metric.name} reads the whole output: expected one of the task's own metrics"
+            )
+        self.graph, self.task, self.model, self.metric = graph, task, model, task.metric
+        self.ablation, self.batch, self.memory = ablation, batch, memory
+        self.end: Site = output_site(model)
+        self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
+        self._order = {s.name: i for i, s in enumerate(model.sites)}
+        self._starts: dict[str, Restart | None] = {}
+        self._shift = shift
+        self._means = self._mean_run() if ablation == "mean" else None
+
+    # --- the two runs ----------------------------------------------------------------------------
+
+    def pairs(self) -> Iterator[Pair]:
+        """Every batch of the task with its two runs."""
+        for part in self.task.batches(self.batch):
+            clean, intact = self.read(part, part.inputs)
+            if self.ablation == "counterpart":
+                assert part.counterparts is not None, "checked before"
+                edits = self._rolled()
+                other, corrupted = self.read(part, part.counterparts, edits)
+                yield Pair(part, clean, other, intact, corrupted, {}, edits)
+            else:
+                yield Pair(part, clean, self._filled(clean), intact, None)
+
+    def read(
+        self,
+        part: TaskBatch,
+        inputs: Tensor,
+        edits: Mapping[str, Change] | None = None,
+    ) -> tuple[dict[str, Tensor], Reading]:
+        """The sites that the graph reads and the output, on some inputs."""
+        read = list(dict.fromkeys([*map(self.model.site, self.graph.reads), *self.ends]))
+        cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits)
+        tensors = {s.name: cache[s] for s in read}
+        return tensors, self.reading(part, tensors)
+
+    def _rolled(self) -> dict[str, Change]:
+        """The change of the counterpart's run that gives its tokens other positions."""
+        if not self._shift:
+            return {}
+        if "position" not in self.graph.sources:
+            raise ValueError(
+                f"shift {self._shift}: model {self.model.name} adds no position embedding to its residual stream"
+            )
+        site = self.graph.input_sites[self.graph.sources.index("position")]
+        return {site: lambda value: value.roll(self._shift, 1)}
+
+    def _mean_run(self) -> dict[str, Tensor]:
+        """The mean of each site over the task's examples and their positions."""
+        totals: dict[str, Tensor] = {}
+        count = 0.0
+        for part in self.task.batches(self.batch):
+            clean, _ = self.read(part, part.inputs)
+            mask = (
+                torch.ones(clean[self.graph.reads[0]].shape[:2]) if part.mask is None else part.mask
+            )
+            for name in self.graph.reads:
+                value = clean[name].double()
+                real = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)).to(value)
+                totals[name] = totals.get(name, 0) + (value * real).sum((0, 1))
+            count += float(mask.sum())
+        return {name: total / count for name, total in totals.items()}
+
+    def _filled(self, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What edges carry that are replaced by means or by nothing."""
+        # What targets read is left out: it would be given as it is where all edges of a target are off, and is no
+        # sum of means.
+        names = [n for n in self.graph.reads if n not in self.graph.slopes]
+        if self._means is None:
+            return {name: torch.zeros_like(clean[name]) for name in names}
+        return {name: self._means[name].to(clean[name]).expand_as(clean[name]) for name in names}
+
+    # --- readings --------------------------------------------------------------------------------
+
+    def reading(self, part: TaskBatch, tensors: Mapping[str, Tensor], times: int = 1) -> Reading:
+        """The output of a pass at the places of a batch, or of several sets stacked."""
+        rows = self.end.rows(tensors[self.end.name])
+        flat = rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2)
+        places = stacked(part.places(flat.shape[1]), times, len(part.inputs))
+        mask = None if part.mask is None else copies(part.mask, times)
+        return Reading(places, flat[places.row, places.position].double(), tensors, mask)
+
+    def value(
+        self, reading: Reading, intact: Reading, times: int = 1
+    ) -> Float[Tensor, "set example"]:
+        """The metric of each set and example.
+
+        Raises:
+            ValueError: if it is not a number.
+        """
+        same = intact if times == 1 else _repeated(intact, times)
+        made = self.metric.of(reading, same)
+        if not bool(torch.isfinite(made).all()):
+            bad = int((~torch.isfinite(made)).nonzero()[0])
+            raise ValueError(
+                f"metric {self.metric.name} is {float(made[bad])} on example {bad % (len(made) // times)} of a batch: "
+                "expected a number"
+            )
+        return made.unflatten(0, (times, -1))
+
+    def corrupted(self, pair: Pair) -> Float[Tensor, " example"]:
+        """The metric of each example with every edge patched."""
+        if pair.corrupted is not None:
+            return self.value(pair.corrupted, pair.intact)[0]
+        return self.patched(pair, torch.ones(1, len(self.graph)))[0]
+
+    # --- passes ----------------------------------------------------------------------------------
+
+    def patched(
+        self,
+        pair: Pair,
+        off: Float[Tensor, "set edge"],
+        alone: bool = False,
+        first: int | None = None,
+    ) -> Float[Tensor, "set example"]:
+        """The metric with sets of edges patched, all in one pass.
+
+        Args:
+            pair: the batch and its two runs.
+            off: for each set and edge 1 if it carries what it carried in the other run.
+            alone: no set patches an edge that another of its edges acts on: what sources put out is then that of the
+                clean run, to the bit.
+            first: a target before which nothing is patched; it decides where the pass starts. The first one that an
+                edge is patched into if None.
+        """
+        if first is None:
+            touched = (off.detach() != 0).any(0).numpy()
+            among = {int(t) for t in self.graph.ends[touched, 1]} or range(len(self.graph.targets))
+            first = min(among, key=self._depth)
+        begin = self.start(pair, first)
+        n = len(off)
+        known: dict[str, Tensor] = {}
+        if alone:
+            known = dict(pair.clean)
+        elif begin is not None:
+            stop = self._order[begin.site.name]
+            known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
+        changes = self.graph.changes(off, pair.other, known)
+        tensors = self._run(pair, n, begin, changes)
+        # What lies before the start is the clean run's.
+        before = [s.name for s in self.ends if s.name not in tensors]
+        whole = {name: copies(pair.clean[name], n) for name in before}
+        return self.value(self.reading(pair.part, whole | tensors, n), pair.intact, n)
+
+    def _run(
+        self, pair: Pair, n: int, begin: Restart | None, changes: Mapping[str, Change]
+    ) -> dict[str, Tensor]:
+        inputs, mask = pair.part.inputs, pair.part.mask
+        if begin is None:
+            inputs = copies(inputs, n)
+            mask = None if mask is None else copies(mask, n)
+            edits = merged(self.model, pair.edits, changes)
+            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits)
+            return {s.name: cache[s] for s in self.ends}
+        site, value = begin.site.name, pair.clean[begin.site.name]
+        own = changes.get(site)
+
+        def put(_: Tensor) -> Tensor:
+            whole = copies(value, n)
+            return whole if own is None else own(whole)
+
+        ends = [s for s in self.ends if self._order[s.name] >= self._order[site]]
+        cache = self.model.run(begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put})
+        return {s.name: cache[s] for s in ends}
+
+    def start(self, pair: Pair, target: int) -> Restart | None:
+        """Where a pass that patches edges into a target, and into later ones, may start; tested once a site."""
+        site = self.graph.first_site(target)
+        if site not in self._starts:
+            self._starts[site] = self._find_start(pair, site)
+        return self._starts[site]
+
+    def _find_start(self, pair: Pair, site: str) -> Restart | None:
+        part = pair.part
+        if part.mask is not None and self.model.padding != "right":
+            return None
+        rows = (0, 1) if part.mask is None else tuple(part.mask.sum(1).argsort()[:2].tolist())
+        stop = self._order[site]
+        changed = [self.model.site(s) for s in self.graph.slopes if self._order[s] >= stop]
+        ends = [s for s in self.ends if self._order[s.name] >= stop]
+        return nearest_restart(
+            self.model, self.model.site(site), ends, part.inputs, pair.clean, changed, rows
+        )
+
+    def _depth(self, target: int) -> int:
+        return self._order[self.model.site(self.graph.first_site(target)).name]
+
+    def sets_per_pass(self, pair: Pair) -> int:
+        """How many sets of edges fit into one pass."""
+        like = pair.clean[self.graph.reads[0]]
+        each = like.nbytes * _PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
+        return max(1, self.memory // max(1, each))
+
+
+def stacked(places: Places, times: int, n_rows: int) -> Places:
+    """The places of several copies of a batch, one after the other."""
+    if times == 1:
+        return places
+    copy = torch.arange(times).repeat_interleave(len(places.row))
+    return Places(
+        places.row.repeat(times) + copy * n_rows, places.position.repeat(times),
+        places.example.repeat(times) + copy * places.n_examples, places.wanted.repeat(times, 1),
+        places.against.repeat(times, 1), places.side.repeat(times), places.n_examples * times,
+    )  # fmt: skip
+
+
+def _repeated(reading: Reading, times: int) -> Reading:
+    """A reading as often as there are copies."""
+    rows = max(1, int(reading.places.row.max()) + 1)
+    tensors = {n: copies(t, times) for n, t in reading.tensors.items()}
+    mask = None if reading.mask is None else copies(reading.mask, times)
+    return Reading(
+        stacked(reading.places, times, rows), reading.logits.repeat(times, 1), tensors, mask
+    )
+
+
+def copies(value: Tensor, n: int) -> Tensor:
+    """A tensor n times along its first axis, one copy after the other."""
+    return value.repeat(n, *(1,) * (value.ndim - 1))

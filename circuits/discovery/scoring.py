@@ -1,0 +1,291 @@
+"""Scores of edges: exact patching, approximations by gradients, and baselines.
+
+A score is the change of the task's metric when one edge carries what it carries in the other run (noising), or an
+estimate of it. With d the change of what the source adds to the target's input, and m the metric:
+
+- `exact`: m(edge patched) - m(intact), one pass for many edges (path patching of a direct path, Goldowsky-Dill et al.
+  2023); `denoising` exchanges the two runs.
+- `eap`: d . dm/dx at the intact run, x what the target reads (Syed et al. 2023).
+- `clean-corrupted`: the mean of the gradients at both runs.
+- `eap-ig`: the mean gradient over inputs between the two (Hanna et al. 2024).
+- `eap-ig-activations`: the mean gradient over what the source puts out between the two runs, everything else as it is
+  (Marks et al. 2024).
+- `random`: a draw from the normal distribution, for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.autograd import recording_gradients
+from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.results import EdgeScores
+from circuits.discovery.runs import Ablation, Pair, Runs
+from circuits.examples import BATCH
+from circuits.experiments.outcomes import Record
+from circuits.experiments.patched_runs import Direction, merged
+from circuits.experiments.running import MEMORY
+from circuits.files import Keep, make_now
+from circuits.hooks import Change
+from circuits.progress import Progress
+from circuits.tasks.task import Task
+
+Method = Literal["exact", "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "random"]
+
+METHODS: tuple[str, ...] = get_args(Method)
+
+Rule = Literal["midpoint", "left", "right"]
+"""Where gradients are taken along the path between two runs: at the middles of steps, at their beginnings (counted from
+the corrupted run, as the authors of EAP-IG do), or at their ends."""
+
+STEPS = 6
+"""The number of steps of integrated gradients. Even, so that the midpoint rule never meets the middle of the path,
+where a gate of two equal inputs has its kink."""
+
+
+def points(steps: int, rule: Rule) -> list[float]:
+    """Where along the path from the corrupted run (0) to the intact one (1) gradients are taken.
+
+    >>> points(2, "midpoint"), points(2, "left"), points(2, "right")
+    ([0.25, 0.75], [0.0, 0.5], [0.5, 1.0])
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps} must be at least 1")
+    shifts = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
+    if rule not in shifts:
+        raise ValueError(f"rule {rule!r}: expected midpoint, left or right")
+    return [(k + shifts[rule]) / steps for k in range(steps)]
+
+
+@recording_gradients()
+def score_edges(
+    graph: EdgeGraph,
+    task: Task,
+    method: Method = "eap-ig",
+    *,
+    direction: Direction = "noising",
+    steps: int = STEPS,
+    rule: Rule = "midpoint",
+    ablation: Ablation = "counterpart",
+    shift: int = 0,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep = make_now,
+) -> EdgeScores:
+    """Score every edge of a graph by what it is worth to a task.
+
+    Args:
+        graph: the edges.
+        task: the behaviour.
+        method: how, see the module.
+        direction: of `exact`: `noising` patches one edge of the intact run, `denoising` one of the corrupted run, so
+            that it carries what it carries in the intact one.
+        steps: of `eap-ig` and `eap-ig-activations`: how many gradients are averaged.
+        rule: where they are taken.
+        ablation: what an edge carries that is removed.
+        shift: by how many positions the counterpart's position embedding is rolled.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: of `random`, and of intervals.
+        progress: called with the work done and the total, in examples.
+        keep: keeps the numbers of each batch, so that a run which is stopped goes on.
+
+    Raises:
+        ValueError: if the task has no counterparts and needs them, the metric's gradient at the intact run is zero by
+            definition (KL divergence) and the method takes it only there, or a score is not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if direction == "denoising" and method != "exact":
+        raise ValueError(f"direction denoising belongs to the method exact, not to {method}")
+    if method == "eap" and "intact" in task.metric.needs:
+        raise ValueError(
+            f"metric {task.metric.name} compares with the intact run, where its gradient is zero: expected the method "
+            "eap-ig or exact, or another metric"
+        )
+    runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory)
+    settings: dict[str, Any] = {"grain": graph.grain, "ablation": ablation}
+    settings |= {"shift": shift} if shift else {}
+    settings |= {"direction": direction} if method == "exact" else {}
+    if method in ("eap-ig", "eap-ig-activations"):
+        settings |= {"steps": steps, "rule": rule}
+    scorer = _scorer(method, runs, direction, points(steps, rule))
+    collected = _Collected(len(task))
+    for number, pair in enumerate(runs.pairs()):
+
+        def made(pair: Pair = pair) -> dict[str, Any]:
+            return collected.numbers(runs, pair, scorer(pair))
+
+        collected.add(pair.part.which, keep(f"batch {number}", made))
+        if progress is not None:
+            progress(collected.done, len(task))
+    values = collected.values
+    if method == "random":
+        values = np.random.default_rng(seed).standard_normal((len(task), len(graph)))
+    first = [i for i, (source, _) in enumerate(graph.ends.tolist()) if source in graph.inputs]
+    return EdgeScores(
+        method, settings, graph.edges, values, collected.clean, collected.corrupted, tuple(first),
+        task.metric.name, task.metric.unit, task.metric.better, task.clusters, Record.of(graph.model, task, seed),
+    )  # fmt: skip
+
+
+class _Collected:
+    """The numbers of a task's examples, in the task's order."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done = n, 0
+        self.values = np.zeros((0, 0))
+        self.clean, self.corrupted = np.zeros(n), np.zeros(n)
+
+    @staticmethod
+    def numbers(runs: Runs, pair: Pair, scores: Tensor) -> dict[str, Any]:
+        """A batch's numbers, as JSON has them."""
+        if not bool(torch.isfinite(scores).all()):
+            bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
+            raise ValueError(
+                f"the score of edge {' -> '.join(runs.graph.edges[bad[1]])} is not finite on example "
+                f"{runs.task.examples.names[pair.part.which[bad[0]]]!r}"
+            )
+        clean = runs.value(pair.intact, pair.intact)[0]
+        return {
+            "scores": scores.tolist(), "clean": clean.tolist(), "corrupted": runs.corrupted(pair).tolist(),
+        }  # fmt: skip
+
+    def add(self, which: Sequence[int], made: Mapping[str, Any]) -> None:
+        scores = np.array(made["scores"])
+        if not self.values.size:
+            self.values = np.zeros((self.n, scores.shape[1]))
+        rows = list(which)
+        self.values[rows], self.clean[rows] = scores, made["clean"]
+        self.corrupted[rows] = made["corrupted"]
+        self.done += len(rows)
+
+
+Scorer = Callable[[Pair], Float[Tensor, "example edge"]]
+
+
+def _scorer(method: str, runs: Runs, direction: Direction, alphas: Sequence[float]) -> Scorer:
+    if method == "exact":
+        return lambda pair: exact(runs, pair if direction == "noising" else pair.exchanged())
+    if method == "random":
+        return lambda pair: torch.zeros(len(pair.part), len(runs.graph))
+    if method == "eap-ig-activations":
+        return lambda pair: _by_activations(runs, pair, alphas)
+    taken = {"eap": [1.0], "clean-corrupted": [0.0, 1.0], "eap-ig": alphas}[method]
+    return lambda pair: _by_inputs(runs, pair, taken)
+
+
+# --- exact patching ----------------------------------------------------------------------------------
+
+
+def exact(
+    runs: Runs, pair: Pair, edges: Sequence[int] | None = None
+) -> Float[Tensor, "example edge"]:
+    """The change of the metric by patching each of some edges (all if None), one at a time, many in one pass."""
+    graph = runs.graph
+    chosen = np.arange(len(graph)) if edges is None else np.asarray(edges)
+    made = torch.zeros(len(pair.part), len(chosen), dtype=torch.float64)
+    groups: dict[str, list[int]] = {}
+    for place, edge in enumerate(chosen.tolist()):
+        begin = runs.start(pair, int(graph.ends[edge, 1]))
+        groups.setdefault("" if begin is None else begin.site.name, []).append(place)
+    for places in groups.values():
+        size = min(len(places), runs.sets_per_pass(pair))
+        base: Tensor | None = None
+        for start in range(0, len(places), size):
+            some = places[start : start + size]
+            off = torch.zeros(size, len(graph))
+            # The last pass is filled up with the sets of the first: passes of another size would round differently.
+            filled = [*some, *places[: size - len(some)]]
+            off[torch.arange(size), torch.from_numpy(chosen[filled])] = 1
+            if base is None:
+                first = int(graph.ends[chosen[places[0]], 1])
+                base = runs.patched(pair, torch.zeros_like(off), alone=True, first=first)
+            changed = runs.patched(
+                pair, off, alone=True, first=int(graph.ends[chosen[places[0]], 1])
+            )
+            made[:, some] = (changed - base)[: len(some)].T
+    return made
+
+
+# --- gradients ---------------------------------------------------------------------------------------
+
+
+def _by_inputs(runs: Runs, pair: Pair, alphas: Sequence[float]) -> Float[Tensor, "example edge"]:
+    """The mean gradient over inputs between the corrupted run (0) and the intact one (1), times what edges carry."""
+    graph, total = runs.graph, dict[str, Tensor]()
+    for alpha in alphas:
+        edits = {} if alpha == 1 else {s: _between(pair, s, alpha) for s in graph.input_sites}
+        cache, gradients = gradients_at(runs, pair, edits)
+        for site, value in graph.pulled(cache, gradients).items():
+            total[site] = total[site].add_(value) if site in total else value
+    mean = {site: value / len(alphas) for site, value in total.items()}
+    return graph.contracted(pair.clean, pair.other, mean)
+
+
+def _by_activations(
+    runs: Runs, pair: Pair, alphas: Sequence[float]
+) -> Float[Tensor, "example edge"]:
+    """The same, over what the sources of one site put out between the two runs, site by site."""
+    graph = runs.graph
+    made: Tensor | None = None
+    for sites, sources in graph.source_sites():
+        total = dict[str, Tensor]()
+        for alpha in alphas:
+            edits = {s: _between(pair, s, alpha) for s in sites}
+            cache, gradients = gradients_at(runs, pair, edits)
+            for site, value in graph.pulled(cache, gradients).items():
+                total[site] = total[site].add_(value) if site in total else value
+        mean = {site: value / len(alphas) for site, value in total.items()}
+        scores = graph.contracted(pair.clean, pair.other, mean)
+        own = torch.from_numpy(np.isin(graph.ends[:, 0], sources))
+        made = torch.zeros_like(scores) if made is None else made
+        made[:, own] = scores[:, own]
+    assert made is not None, "a graph has sources"
+    return made
+
+
+def _between(pair: Pair, site: str, alpha: float) -> Change:
+    """The change that puts in a mixture of the two runs: the other one's tensor at 0, the intact one's at 1."""
+    value = torch.lerp(pair.other[site], pair.clean[site], alpha)
+    return lambda _: value * 1
+
+
+def gradients_at(
+    runs: Runs, pair: Pair, edits: Mapping[str, Change]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The sites that the graph reads and the metric's gradient at `slopes`, in a run with some edits.
+
+    Gradients are taken at tensors of zeros that are added at the sites, so that it does not matter whether a site's
+    tensor is itself what the model goes on with, or a view of it.
+    """
+    graph, leaves = runs.graph, dict[str, Tensor]()
+
+    def leaf(site: str) -> Change:
+        def add(value: Tensor) -> Tensor:
+            leaves[site] = torch.zeros_like(value, requires_grad=True)
+            return value + leaves[site]
+
+        return add
+
+    read = list(dict.fromkeys([*map(runs.model.site, graph.reads), *runs.ends]))
+    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
+    cache = runs.model.run(
+        pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, grad=True
+    )
+    tensors = {s.name: cache[s] for s in read}
+    value = runs.metric.of(runs.reading(pair.part, tensors), pair.intact)
+    made = torch.autograd.grad(value.sum(), [leaves[s] for s in graph.slopes], allow_unused=True)
+    found = {
+        site: torch.zeros_like(leaves[site]) if grad is None else grad
+        for site, grad in zip(graph.slopes, made, strict=True)
+    }
+    return {name: value.detach() for name, value in tensors.items()}, found
