@@ -18,10 +18,11 @@ from torch import Tensor
 
 from circuits.discovery.graphs import EdgeGraph
 from circuits.examples import BATCH
+from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.patched_runs import merged
 from circuits.experiments.running import MEMORY, check_model
 from circuits.hooks import Change
-from circuits.models.paths.restarting import Restart, nearest_restart
+from circuits.models.paths.restarting import Restart, restart_at, restart_candidates
 from circuits.tasks.metrics import Custom
 from circuits.tasks.reading import Places, Reading
 from circuits.tasks.targets import output_site
@@ -117,6 +118,7 @@ class Runs:
         self.end: Site = output_site(model)
         self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
+        self._streams = PositionwiseStreams(model, self.end)
         self._starts: dict[str, Restart | None] = {}
         self._shift = shift
         self._means = self._mean_run() if ablation == "mean" else None
@@ -185,13 +187,22 @@ class Runs:
 
     # --- readings --------------------------------------------------------------------------------
 
-    def reading(self, part: TaskBatch, tensors: Mapping[str, Tensor], times: int = 1) -> Reading:
+    def reading(
+        self,
+        part: TaskBatch,
+        tensors: Mapping[str, Tensor],
+        times: int = 1,
+        cut: Narrowing | None = None,
+    ) -> Reading:
         """The output of a pass at the places of a batch, or of several sets stacked."""
         rows = self.end.rows(tensors[self.end.name])
         flat = rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2)
-        places = stacked(part.places(flat.shape[1]), times, len(part.inputs))
+        own = part.places(flat.shape[1] if cut is None else part.inputs.shape[1])
+        places = stacked(own, times, len(part.inputs))
+        position = places.position if cut is None else cut.slots.repeat(times)
         mask = None if part.mask is None else copies(part.mask, times)
-        return Reading(places, flat[places.row, places.position].double(), tensors, mask)
+        kept = {s.name: tensors[s.name] for s in self.ends if cut is None or s != self.end}
+        return Reading(places, flat[places.row, position].double(), kept, mask)
 
     def value(
         self, reading: Reading, intact: Reading, times: int = 1
@@ -223,24 +234,22 @@ class Runs:
         self,
         pair: Pair,
         off: Float[Tensor, "set edge"],
-        alone: bool = False,
-        first: int | None = None,
+        alone: str = "",
     ) -> Float[Tensor, "set example"]:
         """The metric with sets of edges patched, all in one pass.
 
         Args:
             pair: the batch and its two runs.
             off: for each set and edge 1 if it carries what it carried in the other run.
-            alone: no set patches an edge that another of its edges acts on: what sources put out is then that of the
-                clean run, to the bit.
-            first: a target before which nothing is patched; it decides where the pass starts. The first one that an
-                edge is patched into if None.
+            alone: the one site at which targets are given something else, for sets of edges into its targets: what
+                sources put out is then that of the clean run, to the bit.
         """
-        if first is None:
-            touched = (off.detach() != 0).any(0).numpy()
-            among = {int(t) for t in self.graph.ends[touched, 1]} or range(len(self.graph.targets))
-            first = min(among, key=self._depth)
-        begin = self.start(pair, first)
+        touched = (off.detach() != 0).any(0).numpy()
+        sites = {self.graph.first_site(int(t)) for t in {*self.graph.ends[touched, 1]}}
+        changed = (
+            [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
+        )
+        begin = self.start(pair, changed[0])
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
@@ -249,11 +258,26 @@ class Runs:
             stop = self._order[begin.site.name]
             known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
         changes = self.graph.changes(off, pair.other, known)
-        tensors = self._run(pair, n, begin, changes)
+        cut = self._cut(pair, changed[-1])
+        tensors = self._run(pair, n, begin, changes if cut is None else cut.added(changes))
         # What lies before the start is the clean run's.
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
-        return self.value(self.reading(pair.part, whole | tensors, n), pair.intact, n)
+        return self.value(self.reading(pair.part, whole | tensors, n, cut), pair.intact, n)
+
+    def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
+        """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
+        part, length = pair.part, pair.clean[self.end.name].shape[1]
+        tokens = self.end.axes == ("batch", "position", "unit") and part.inputs.shape[1] == length
+        if not tokens or length < 2 or len(self.ends) > 1:
+            return None
+        places = part.places(length)
+        if not worth_narrowing(places, len(part.inputs), length):
+            return None
+        whole = [i for i in range(len(part.inputs)) if part.mask is None or part.mask[i].all()][:2]
+        output = pair.clean[self.end.name]
+        site = self._streams.first(part.inputs[whole], output[whole], self._order[changed])
+        return None if site is None else Narrowing.at(site, places, len(part.inputs))
 
     def _run(
         self, pair: Pair, n: int, begin: Restart | None, changes: Mapping[str, Change]
@@ -276,27 +300,27 @@ class Runs:
         cache = self.model.run(begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put})
         return {s.name: cache[s] for s in ends}
 
-    def start(self, pair: Pair, target: int) -> Restart | None:
-        """Where a pass that patches edges into a target, and into later ones, may start; tested once a site."""
-        site = self.graph.first_site(target)
-        if site not in self._starts:
-            self._starts[site] = self._find_start(pair, site)
-        return self._starts[site]
-
-    def _find_start(self, pair: Pair, site: str) -> Restart | None:
-        part = pair.part
-        if part.mask is not None and self.model.padding != "right":
+    def start(self, pair: Pair, site: str) -> Restart | None:
+        """Where a pass that changes a site, and later ones, may start; tested once a site."""
+        # A pass that starts inside the model is not told the mask, so it fits padded texts only if the model needs
+        # none.
+        if pair.part.mask is not None and self.model.padding != "right":
             return None
-        rows = (0, 1) if part.mask is None else tuple(part.mask.sum(1).argsort()[:2].tolist())
-        stop = self._order[site]
+        for candidate in restart_candidates(self.model, self.model.site(site)):
+            if candidate.name not in self._starts:
+                self._starts[candidate.name] = self._tried(pair, candidate)
+            if (start := self._starts[candidate.name]) is not None:
+                return start
+        return None
+
+    def _tried(self, pair: Pair, candidate: Site) -> Restart | None:
+        """A start at a site, if everything that is read and changed after it depends on its tensor alone."""
+        mask, stop = pair.part.mask, self._order[candidate.name]
+        # Of padded texts the two shortest have the most padding, and would show it if the model needed the mask.
+        rows = (0, 1) if mask is None else tuple(mask.sum(1).argsort()[:2].tolist())
         changed = [self.model.site(s) for s in self.graph.slopes if self._order[s] >= stop]
         ends = [s for s in self.ends if self._order[s.name] >= stop]
-        return nearest_restart(
-            self.model, self.model.site(site), ends, part.inputs, pair.clean, changed, rows
-        )
-
-    def _depth(self, target: int) -> int:
-        return self._order[self.model.site(self.graph.first_site(target)).name]
+        return restart_at(self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows)
 
     def sets_per_pass(self, pair: Pair) -> int:
         """How many sets of edges fit into one pass."""

@@ -195,24 +195,17 @@ def exact(
     made = torch.zeros(len(pair.part), len(chosen), dtype=torch.float64)
     groups: dict[str, list[int]] = {}
     for place, edge in enumerate(chosen.tolist()):
-        begin = runs.start(pair, int(graph.ends[edge, 1]))
-        groups.setdefault("" if begin is None else begin.site.name, []).append(place)
-    for places in groups.values():
+        groups.setdefault(graph.first_site(int(graph.ends[edge, 1])), []).append(place)
+    for site, places in groups.items():
         size = min(len(places), runs.sets_per_pass(pair))
-        base: Tensor | None = None
+        base = runs.patched(pair, torch.zeros(size, len(graph)), alone=site)
         for start in range(0, len(places), size):
             some = places[start : start + size]
             off = torch.zeros(size, len(graph))
-            # The last pass is filled up with the sets of the first: passes of another size would round differently.
+            # The last pass is filled up with sets of others: passes of another size would round differently.
             filled = [*some, *places[: size - len(some)]]
             off[torch.arange(size), torch.from_numpy(chosen[filled])] = 1
-            if base is None:
-                first = int(graph.ends[chosen[places[0]], 1])
-                base = runs.patched(pair, torch.zeros_like(off), alone=True, first=first)
-            changed = runs.patched(
-                pair, off, alone=True, first=int(graph.ends[chosen[places[0]], 1])
-            )
-            made[:, some] = (changed - base)[: len(some)].T
+            made[:, some] = (runs.patched(pair, off, alone=site) - base)[: len(some)].T
     return made
 
 
