@@ -98,6 +98,17 @@ class EdgeGraph(ABC):
         found[[self.index(edge) for edge in edges]] = True
         return found
 
+    def kind(self, name: str) -> str:
+        """What a source or target is, and in which layer: random circuits have as many edges between any two kinds."""
+        return name.rpartition(":")[0] or name
+
+    @cached_property
+    def classes(self) -> Int[np.ndarray, " edge"]:
+        """A number for each edge, shared by those between sources of one kind and targets of one kind."""
+        kinds = [(self.kind(a), self.kind(b)) for a, b in self.edges]
+        known = {pair: i for i, pair in enumerate(dict.fromkeys(kinds))}
+        return np.array([known[pair] for pair in kinds])
+
     # --- structure -------------------------------------------------------------------------------
 
     @cached_property

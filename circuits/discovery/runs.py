@@ -119,6 +119,7 @@ class Runs:
         self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
         self._streams = PositionwiseStreams(model, self.end)
+        self._pairs: list[Pair] | None = None
         self._starts: dict[str, Restart | None] = {}
         self._shift = shift
         self._means = self._mean_run() if ablation == "mean" else None
@@ -126,7 +127,20 @@ class Runs:
     # --- the two runs ----------------------------------------------------------------------------
 
     def pairs(self) -> Iterator[Pair]:
-        """Every batch of the task with its two runs."""
+        """Every batch of the task with its two runs; they are kept where memory allows."""
+        if self._pairs is not None:
+            yield from self._pairs
+            return
+        kept, size = [], 0
+        for pair in self._made_pairs():
+            size += sum(v.nbytes for v in (*pair.clean.values(), *pair.other.values()))
+            kept.append(pair)
+            if size > self.memory:
+                kept.clear()
+            yield pair
+        self._pairs = kept if size <= self.memory else None
+
+    def _made_pairs(self) -> Iterator[Pair]:
         for part in self.task.batches(self.batch):
             clean, intact = self.read(part, part.inputs)
             if self.ablation == "counterpart":

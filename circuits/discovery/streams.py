@@ -62,6 +62,12 @@ class StreamGraph(EdgeGraph):
             if parts.group(letter, receiver.layer, h) == receiver.head  # type: ignore[arg-type]
         )
 
+    def kind(self, name: str) -> str:
+        layer, dot, rest = name.partition(".")
+        if not dot:
+            return name  # an MLP, the embeddings, the logits
+        return f"{rest.partition('.')[2] or 'head'} of layer {layer}"
+
     # --- sites -----------------------------------------------------------------------------------
 
     @property

@@ -1,0 +1,425 @@
+"""How good a circuit is: faithfulness by size, against random circuits, on examples that no search has seen.
+
+With m(C) the mean metric when only a circuit's edges carry what they carry in the clean run and all others what they
+carry in the other run, faithfulness is f(C) = (m(C) - m(0)) / (m(N) - m(0)): 0 for no edges, 1 for all (Marks et al.
+2024; Hanna et al. 2024). It is a ratio of means over examples, not a mean of ratios. By size it is measured on a
+logarithmic ladder, and CMD_log is the mean of |1 - f| over the logarithm of the size. MIB's CMD and CPR, which are
+linear in the size, give half of their weight to circuits of more than half of all edges; they are printed for
+comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.nulls import random_circuit
+from circuits.discovery.results import EdgeScores, Ranking
+from circuits.discovery.runs import Ablation, Runs
+from circuits.discovery.searching import importance, ranked, values_of
+from circuits.examples import BATCH
+from circuits.experiments.outcomes import Record
+from circuits.experiments.running import MEMORY
+from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
+from circuits.files import Keep, finite, make_now
+from circuits.progress import Progress
+from circuits.tables import Table, between, spread
+from circuits.tasks.task import Task
+
+Mask = Bool[np.ndarray, " edge"]
+
+FAITHFUL = 0.9
+"""The faithfulness at which a circuit counts as enough."""
+
+_EVERY = 100
+"""Graphs of at most this many edges are evaluated at every size."""
+
+_STEPS_PER_DECADE = 10
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def ladder(n_edges: int) -> tuple[int, ...]:
+    """The sizes at which circuits are evaluated: all of a small graph, else ten in each factor of ten.
+
+    >>> ladder(5), ladder(150)[-6:]
+    ((1, 2, 3, 4, 5), (63, 79, 100, 126, 150))
+    """
+    if n_edges <= _EVERY:
+        return tuple(range(1, n_edges + 1))
+    steps = range(int(np.ceil(np.log10(n_edges) * _STEPS_PER_DECADE)))
+    return tuple(sorted({*(round(10 ** (k / _STEPS_PER_DECADE)) for k in steps), n_edges}))
+
+
+def log_mean(
+    sizes: Sequence[int], values: Float[np.ndarray, "... size"]
+) -> Float[np.ndarray, "..."]:
+    """The mean of a curve over the logarithm of the size, by the trapezoidal rule."""
+    if len(sizes) < 2:
+        return values[..., 0]
+    at = np.log(sizes)
+    return np.trapezoid(values, at, axis=-1) / (at[-1] - at[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Faithfulness by size, for one ranking of all edges.
+
+    Attributes:
+        sizes: the numbers of edges that were asked for, the largest being all edges.
+        connected: of these, how many lie on a path from the model's input to its output and were kept.
+        values: the metric, size x example.
+    """
+
+    sizes: tuple[int, ...]
+    connected: tuple[int, ...]
+    values: Float[np.ndarray, "size example"]
+
+    def faithfulness(self, empty: float, full: float) -> Float[np.ndarray, " size"]:
+        """f at each size."""
+        return (self.values.mean(1) - empty) / (full - empty)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How good a circuit is, and the ranking that it comes from.
+
+    Attributes:
+        edges: the circuit's edges.
+        n_edges: the number of edges of the whole graph.
+        metric: what was measured.
+        unit: its unit.
+        better: 1 if more of it is better, -1 if less is.
+        empty: the metric of the circuit of no edges, on each example.
+        full: the metric of all edges: the model's own.
+        own: the metric of the circuit.
+        complement: the metric of all other edges.
+        random: the metric of random circuits of the same size, layer profile and kinds.
+        curve: the ranking's faithfulness by size; None for a circuit without a ranking.
+        random_curves: those of random rankings.
+        on_find: the circuit's faithfulness on the `find` half, where it was found; NaN if it was not measured.
+        ablation: what edges outside the circuit carry.
+        clusters: a number for each example, shared by those that are not independent.
+        record: model, task, seed and versions.
+    """
+
+    edges: tuple[Edge, ...]
+    n_edges: int
+    metric: str
+    unit: str
+    better: int
+    empty: Float[np.ndarray, " example"]
+    full: Float[np.ndarray, " example"]
+    own: Float[np.ndarray, " example"]
+    complement: Float[np.ndarray, " example"]
+    random: Float[np.ndarray, "circuit example"]
+    curve: Curve | None
+    random_curves: tuple[Curve, ...]
+    on_find: float
+    ablation: Ablation
+    clusters: tuple[int, ...]
+    record: Record
+
+    # --- faithfulness ----------------------------------------------------------------------------
+
+    @cached_property
+    def effect(self) -> Interval:
+        """The model's own effect, m(N) - m(0), with its interval."""
+        change = (self.full - self.empty)[None]
+        drawn = resampled(change, clusters=self.clusters, seed=self.record.seed)
+        return Interval(float(change.mean()), *percentiles(drawn[:, 0]))
+
+    @property
+    def defined(self) -> bool:
+        """Whether faithfulness means something: the model's own effect can be told from 0."""
+        return self.effect.low > 0 or self.effect.high < 0
+
+    def _ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
+        """A faithfulness with its interval: a ratio of means over the same resamples."""
+        if not self.defined:
+            return Interval(float("nan"), float("nan"), float("nan"))
+        rows = np.stack([values, self.empty, self.full])
+        own, empty, full = rows.mean(1)
+        drawn = resampled(rows, clusters=self.clusters, seed=self.record.seed).T
+        ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
+        return Interval(float((own - empty) / (full - empty)), *percentiles(ratios))
+
+    @cached_property
+    def faithfulness(self) -> Interval:
+        """f of the circuit."""
+        return self._ratio(self.own)
+
+    @cached_property
+    def complement_faithfulness(self) -> Interval:
+        """f of all other edges: near 0 if the circuit is complete."""
+        return self._ratio(self.complement)
+
+    @cached_property
+    def random_faithfulness(self) -> tuple[float, ...]:
+        """f of each random circuit."""
+        if not self.defined:
+            return ()
+        return tuple(self._of(row) for row in self.random)
+
+    def _of(self, values: Float[np.ndarray, " example"]) -> float:
+        return float((values.mean() - self.empty.mean()) / (self.full.mean() - self.empty.mean()))
+
+    @property
+    def p_value(self) -> float:
+        """(1 + k) / (1 + n) for k of n random circuits whose |1 - f| is at most the circuit's; NaN without any."""
+        found = self.random_faithfulness
+        off = abs(1 - self.faithfulness.value)
+        if not found:
+            return float("nan")
+        return (1 + sum(abs(1 - f) <= off for f in found)) / (1 + len(found))
+
+    @property
+    def errors(self) -> dict[float, float]:
+        """Quantiles over examples of m(C) - m(N), in the metric's unit."""
+        off = self.own - self.full
+        return {q: float(np.quantile(off, q)) for q in _QUANTILES}
+
+    # --- by size ---------------------------------------------------------------------------------
+
+    def _curve(self, curve: Curve) -> Float[np.ndarray, " size"]:
+        return curve.faithfulness(float(self.empty.mean()), float(self.full.mean()))
+
+    def by_size(self) -> list[tuple[int, int, float, tuple[float, ...]]]:
+        """For each size: the edges asked for, the connected ones, f, and f of the random rankings."""
+        if self.curve is None or not self.defined:
+            return []
+        own = self._curve(self.curve)
+        others = [self._curve(c) for c in self.random_curves]
+        return [
+            (size, self.curve.connected[i], float(own[i]), tuple(float(o[i]) for o in others))
+            for i, size in enumerate(self.curve.sizes)
+        ]
+
+    @property
+    def cmd_log(self) -> float:
+        """The mean of |1 - f| over the logarithm of the size: 0 at best; NaN without a curve."""
+        return self._cmd_log(self.curve)
+
+    @property
+    def random_cmd_log(self) -> tuple[float, ...]:
+        """CMD_log of the random rankings."""
+        return tuple(self._cmd_log(c) for c in self.random_curves)
+
+    def _cmd_log(self, curve: Curve | None) -> float:
+        if curve is None or not self.defined:
+            return float("nan")
+        return float(log_mean(curve.sizes, np.abs(1 - self._curve(curve))))
+
+    @property
+    def cmd(self) -> float:
+        """MIB's CMD: the area of |1 - f| over the share of edges (Mueller et al. 2025), 0 at best."""
+        return self._area(lambda f: np.abs(1 - f))
+
+    @property
+    def cpr(self) -> float:
+        """MIB's CPR: the area of f over the share of edges, with f capped at 1 (MIB itself sets no cap)."""
+        return self._area(lambda f: np.minimum(f, 1))
+
+    def _area(self, height: Any) -> float:
+        if self.curve is None or not self.defined:
+            return float("nan")
+        share = np.array([0, *self.curve.sizes]) / self.n_edges
+        f = np.array([0.0, *self._curve(self.curve)])
+        return float(np.trapezoid(height(f), share))
+
+    @property
+    def smallest(self) -> int | None:
+        """The smallest size, among those evaluated, from which f is at least 0.9; None if there is none."""
+        return next((size for size, _, f, _ in self.by_size() if f >= FAITHFUL), None)
+
+    # --- as a report -----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite({
+            "edges": [list(edge) for edge in self.edges], "n_edges": self.n_edges, "ablation": self.ablation,
+            "metric": self.metric, "unit": self.unit, "intact": float(self.full.mean()),
+            "all_edges_removed": float(self.empty.mean()), "circuit": float(self.own.mean()),
+            "effect": asdict(self.effect), "faithfulness": asdict(self.faithfulness),
+            "faithfulness_on_find": self.on_find, "complement": asdict(self.complement_faithfulness),
+            "random_circuits": list(self.random_faithfulness), "p_value": self.p_value,
+            "least_p": least_p(len(self.random)) if len(self.random) else None,
+            "error_quantiles": {str(q): v for q, v in self.errors.items()},
+            "cmd_log": self.cmd_log, "random_cmd_log": list(self.random_cmd_log), "cmd": self.cmd, "cpr": self.cpr,
+            "smallest_faithful": self.smallest,
+            "by_size": [
+                {"size": n, "connected": c, "faithfulness": f, "random": list(r)} for n, c, f, r in self.by_size()
+            ],
+            "record": asdict(self.record),
+        })  # fmt: skip
+
+    def tables(self, top: int = 20) -> Iterator[Table | str]:
+        """Faithfulness of the circuit and by size, with what random circuits reach."""
+        if not self.defined:
+            yield (
+                f"faithfulness is undefined: removing every edge moves {self.metric} by {self.effect.value:.3g} "
+                f"(95 % interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
+            )
+            return
+        f, c = self.faithfulness, self.complement_faithfulness
+        rows = [
+            ("circuit", len(self.edges), f.value, between(f.low, f.high), self.p_value),
+            ("circuit, on the find half", len(self.edges), self.on_find, "", ""),
+            (
+                "all other edges",
+                self.n_edges - len(self.edges),
+                c.value,
+                between(c.low, c.high),
+                "",
+            ),
+        ]
+        if self.random_faithfulness:
+            words = f"random circuits ({len(self.random_faithfulness)})"
+            mean = float(np.mean(self.random_faithfulness))
+            rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
+        title = (
+            f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
+            f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), seed {self.record.seed}"
+        )
+        yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+        quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
+        yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
+        if self.curve is None:
+            return
+        some = _spread_out(self.by_size(), top)
+        columns = ("edges", "connected", "f", "f of random rankings")
+        curve_rows = [(n, k, own, spread(others)) for n, k, own, others in some]
+        yield Table(columns, curve_rows, "faithfulness by size")
+        yield (
+            f"CMD_log {self.cmd_log:.3g} (random rankings {spread(self.random_cmd_log)}; 0 is best); MIB's CMD "
+            f"{self.cmd:.3g}, CPR {self.cpr:.3g} (capped at 1); smallest size with f >= {FAITHFUL}: "
+            f"{self.smallest or 'none'}"
+        )
+
+
+def _spread_out(rows: list[Any], n: int) -> list[Any]:
+    """At most n rows, the first and the last among them."""
+    if len(rows) <= n:
+        return rows
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
+
+
+def curve_of(
+    runs: Runs, order: np.ndarray, sizes: Sequence[int], progress: Progress | None = None, keep: Keep = make_now
+) -> Curve:  # fmt: skip
+    """The metric of the first edges of a ranking, by size; edges that lie on no path are left out.
+
+    Args:
+        runs: the task's runs.
+        order: the edges' numbers, the most important first.
+        sizes: how many edges to keep.
+        progress: see `values_of`.
+        keep: see `values_of`.
+    """
+    circuits = []
+    for size in sizes:
+        kept = np.zeros(len(runs.graph), bool)
+        kept[order[:size]] = True
+        circuits.append(runs.graph.connected(kept))
+    values = values_of(runs, circuits, progress, keep)
+    return Curve(tuple(sizes), tuple(int(c.sum()) for c in circuits), values)
+
+
+def evaluate(
+    graph: EdgeGraph,
+    task: Task,
+    circuit: Mask | Sequence[Edge | str],
+    *,
+    scores: EdgeScores | None = None,
+    ranking: Ranking = "absolute",
+    find: Task | None = None,
+    ablation: Ablation = "counterpart",
+    shift: int = 0,
+    n_random: int = 100,
+    n_curves: int = 10,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a circuit on a task.
+
+    Args:
+        graph: the model's edges.
+        task: the task's `test` half, or another task.
+        circuit: the edges that are kept.
+        scores: the scores that it comes from, for faithfulness by size.
+        ranking: how they rank edges.
+        find: the half on which it was found, to show by how much it is better there.
+        ablation: what the other edges carry.
+        shift: as in `score_edges`.
+        n_random: how many random circuits of the same size it is compared with.
+        n_curves: how many random rankings the curve is compared with.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: of random circuits and intervals.
+        progress: called with the work done and the total.
+
+    Raises:
+        KeyError: if the graph has no such edge.
+        ValueError: if the task does not fit, or shares examples with `find`.
+    """
+    kept = circuit if isinstance(circuit, np.ndarray) else graph.mask(circuit)
+    if find is not None:
+        check_apart(find, task)
+    rng = np.random.default_rng(seed)
+    full, none = np.ones(len(graph), bool), np.zeros(len(graph), bool)
+    fixed = [none, full, kept, ~kept]
+    randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
+    sizes = ladder(len(graph)) if scores is not None else ()
+    orders = [] if scores is None else [ranked(importance(scores.mean, scores.better, ranking))]
+    orders += [rng.permutation(len(graph)) for _ in range(n_curves)] * (scores is not None)
+    circuits = [*fixed, *randoms]
+    for order in orders:
+        for size in sizes:
+            some = np.zeros(len(graph), bool)
+            some[order[:size]] = True
+            circuits.append(graph.connected(some))
+    runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory)
+    values = values_of(runs, circuits, progress)
+    start = len(fixed) + n_random
+    curves = [
+        Curve(
+            sizes,
+            tuple(
+                int(c.sum())
+                for c in circuits[start + i * len(sizes) : start + (i + 1) * len(sizes)]
+            ),
+            values[start + i * len(sizes) : start + (i + 1) * len(sizes)],
+        )
+        for i in range(len(orders))
+    ]
+    on_find = float("nan")
+    if find is not None:
+        there = Runs(graph, find, ablation=ablation, shift=shift, batch=batch, memory=memory)
+        empty, whole, own = values_of(there, fixed[:3]).mean(1)
+        on_find = float((own - empty) / (whole - empty)) if whole != empty else float("nan")
+    metric = runs.metric
+    return Evaluation(
+        tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
+        values[0], values[1], values[2], values[3], values[len(fixed):start],
+        curves[0] if curves else None, tuple(curves[1:]), on_find, ablation, task.clusters,
+        Record.of(graph.model, task, seed),
+    )  # fmt: skip
+
+
+def check_apart(find: Task, test: Task) -> None:
+    """Raise ValueError if two tasks share an example."""
+    seen = {find.examples.identity(i) for i in range(len(find))}
+    both = [i for i in range(len(test)) if test.examples.identity(i) in seen]
+    if both:
+        raise ValueError(
+            f"example {test.examples.names[both[0]]!r} of the {test.half} task is also in the {find.half} task: a "
+            "circuit is not evaluated on what it was found on"
+        )

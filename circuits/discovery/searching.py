@@ -1,0 +1,234 @@
+"""Searches for circuits: which edges to keep, from scores or by trying.
+
+A search sees the `find` half of a task. Its result is a set of edges; the others carry what they carry in the other
+run.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from circuits.discovery.graphs import EdgeGraph, as_off
+from circuits.discovery.results import Ranking
+from circuits.discovery.runs import Pair, Runs
+from circuits.files import Keep, make_now
+from circuits.progress import Progress
+
+Search = Literal["top", "greedy", "refine", "acdc"]
+
+SEARCHES: tuple[str, ...] = get_args(Search)
+
+Mask = Bool[np.ndarray, " edge"]
+
+_DROPPED = 0.2
+"""The share of a circuit's edges that `refine` drops in a round."""
+
+_START = 3
+"""How many times as many edges as it is to end with `refine` starts from."""
+
+
+def importance(
+    mean: Float[np.ndarray, " edge"], better: int, ranking: Ranking
+) -> Float[np.ndarray, " edge"]:
+    """How important each edge is by its mean score: its size, or how much worse its removal makes the metric.
+
+    Raises:
+        ValueError: if the ranking is unknown.
+    """
+    if ranking == "absolute":
+        return np.abs(mean)
+    if ranking == "signed":
+        return -(better or 1) * mean
+    raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
+
+
+def ranked(worth: Float[np.ndarray, " edge"]) -> np.ndarray:
+    """The edges' numbers, the most important first; equals keep the order of the graph."""
+    return np.argsort(-worth, kind="stable")
+
+
+def top(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
+    """The n most important edges, without those that lie on no path from the model's input to its output."""
+    check_size(graph, n)
+    kept = np.zeros(len(graph), bool)
+    kept[ranked(worth)[:n]] = True
+    return graph.connected(kept)
+
+
+def greedy(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
+    """Grow a circuit backwards from the output, by the most important edge into what is in it (Hanna et al. 2024)."""
+    check_size(graph, n)
+    kept = np.zeros(len(graph), bool)
+    queue: list[tuple[float, int]] = []
+    targets_of: dict[int, list[int]] = {}
+    for target, sources in enumerate(graph.feeds):
+        for source in sources:
+            targets_of.setdefault(source, []).append(target)
+    seen: set[int] = set()
+
+    def enter(target: int) -> None:
+        if target not in seen:
+            seen.add(target)
+            for edge in graph.edges_into[target].tolist():
+                heapq.heappush(queue, (-float(worth[edge]), edge))
+
+    for target, sources in enumerate(graph.feeds):
+        if not sources:
+            enter(target)
+    while queue and kept.sum() < n:
+        _, edge = heapq.heappop(queue)
+        kept[edge] = True
+        for target in targets_of.get(int(graph.ends[edge, 0]), ()):
+            enter(target)
+    return graph.connected(kept)
+
+
+def check_size(graph: EdgeGraph, n: int) -> None:
+    """Raise ValueError unless a circuit may have n edges."""
+    if not 1 <= n <= len(graph):
+        raise ValueError(
+            f"size {n}: {graph.model.name} has {len(graph)} edges at this grain; expected 1 to {len(graph)}"
+        )
+
+
+# --- by trying ---------------------------------------------------------------------------------------
+
+
+def values_of(
+    runs: Runs, circuits: Sequence[Mask], progress: Progress | None = None, keep: Keep = make_now
+) -> Float[np.ndarray, "circuit example"]:
+    """The metric of each circuit on each example, in the task's order: edges outside a circuit are patched.
+
+    Args:
+        runs: the task's runs.
+        circuits: which edges each keeps.
+        progress: called with the work done and the total, in examples times circuits.
+        keep: keeps the numbers of each batch.
+    """
+    found = np.zeros((len(circuits), len(runs.task)))
+    done, total = 0, len(circuits) * len(runs.task)
+    for number, pair in enumerate(runs.pairs()):
+        told = None if progress is None else partial(_tell, progress, done, total)
+        made = keep(f"batch {number}", partial(_metrics, runs, pair, circuits, told))
+        found[:, list(pair.part.which)] = made
+        done += len(circuits) * len(pair.part)
+    return found
+
+
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _metrics(
+    runs: Runs, pair: Pair, circuits: Sequence[Mask], told: Callable[[int], None] | None
+) -> list[list[float]]:
+    """The metric of each circuit on each example of a batch, as JSON has it."""
+    size, rows = min(len(circuits), runs.sets_per_pass(pair)), list[list[float]]()
+    for start in range(0, len(circuits), size):
+        some = [*circuits[start : start + size]]
+        # The last pass is filled up: passes of another size would round differently.
+        off = as_off(runs.graph, [*some, *[circuits[0]] * (size - len(some))])
+        rows += runs.patched(pair, off)[: len(some)].tolist()
+        if told is not None:
+            told(len(rows) * len(pair.part))
+    return rows
+
+
+def removal_effects(
+    runs: Runs, circuit: Mask, progress: Progress | None = None
+) -> Float[np.ndarray, "edge example"]:
+    """The change of the metric when each edge of a circuit is taken out of it, in the order of the edges."""
+    without = []
+    for edge in np.flatnonzero(circuit).tolist():
+        fewer = circuit.copy()
+        fewer[edge] = False
+        without.append(fewer)
+    values = values_of(runs, [circuit, *without], progress)
+    return values[1:] - values[0]
+
+
+def refine(
+    runs: Runs,
+    worth: Float[np.ndarray, " edge"],
+    n: int,
+    ranking: Ranking = "absolute",
+    progress: Progress | None = None,
+) -> Mask:
+    """Start from the most important edges by approximate scores, and take out those whose exact effect is smallest.
+
+    In each round every edge of the circuit is taken out of it by itself; a fifth of them, those with the least effect,
+    are dropped, until n are left.
+
+    Args:
+        runs: the runs of the task's `find` half.
+        worth: how important each edge is, by approximate scores.
+        n: the number of edges to end with.
+        ranking: by the size of the effect, or by how much worse the metric gets.
+        progress: called with the number of edges dropped so far and the number to drop.
+    """
+    graph = runs.graph
+    circuit = greedy(graph, worth, min(len(graph), _START * n))
+    whole = int(circuit.sum()) - n
+    while (size := int(circuit.sum())) > n:
+        effects = removal_effects(runs, circuit).mean(1)
+        own = np.flatnonzero(circuit)
+        order = np.argsort(importance(effects, runs.metric.better, ranking), kind="stable")
+        circuit[own[order[: max(1, min(size - n, int(_DROPPED * size)))]]] = False
+        circuit = graph.connected(circuit)
+        if progress is not None:
+            progress(whole - max(0, int(circuit.sum()) - n), whole)
+    return circuit
+
+
+def acdc(
+    runs: Runs, threshold: float, progress: Progress | None = None, keep: Keep = make_now
+) -> Mask:
+    """Automatic circuit discovery (Conmy et al. 2023): go from the output to the input and drop what is not needed.
+
+    Each edge is taken out of what is left; it stays out if that makes the mean metric worse by less than the threshold
+    (moves it by less, for metrics of which neither more nor less is better).
+
+    Args:
+        runs: the runs of the task's `find` half.
+        threshold: in units of the metric.
+        progress: called with the number of edges tried and the total.
+        keep: keeps what was decided for each target, so that a search which is stopped goes on.
+
+    Raises:
+        ValueError: if the threshold is not above 0.
+    """
+    if not threshold > 0:
+        raise ValueError(
+            f"threshold {threshold} must be above 0, in {runs.metric.unit or 'the metric'}"
+        )
+    graph, kept, tried = runs.graph, np.ones(len(runs.graph), bool), 0
+    now = float(values_of(runs, [kept]).mean())
+    for target in reversed(range(len(graph.targets))):
+        made = keep(f"target {target}", partial(_decided, runs, kept, target, now, threshold))
+        kept = np.zeros(len(graph), bool)
+        kept[made["kept"]] = True
+        now = made["value"]
+        tried += len(graph.edges_into[target])
+        if progress is not None:
+            progress(tried, len(graph))
+    return graph.connected(kept)
+
+
+def _decided(runs: Runs, kept: Mask, target: int, now: float, threshold: float) -> dict[str, Any]:
+    """Which edges are left after those into a target were tried, and the metric then."""
+    circuit, better = kept.copy(), runs.metric.better
+    for edge in reversed(runs.graph.edges_into[target].tolist()):
+        circuit[edge] = False
+        value = float(values_of(runs, [circuit]).mean())
+        worse = -better * (value - now) if better else abs(value - now)
+        if worse < threshold:
+            now = value
+        else:
+            circuit[edge] = True
+    return {"kept": np.flatnonzero(circuit).tolist(), "value": now}
