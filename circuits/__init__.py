@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         autoencoders,
         cleanroom,
         concepts,
+        discovery,
         edits,
         effects,
         equivariance,

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 from streamlit.components import v2
 
-from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
+from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, WholeSite, site_of
 from circuits.graph.layout import PLACE, layered
 
 _HERE = Path(__file__).parent
@@ -124,6 +124,8 @@ def _node(
 def _label(node: Node) -> str:
     if isinstance(node, UnitGroup):
         return f"{node.name} ({len(node.units)})"
+    if isinstance(node, WholeSite):
+        return "all"
     return str(node).removeprefix(site_of(node))
 
 

@@ -74,6 +74,11 @@ _TABLE = {
         ("lens", "patching", "Show what a transformer would predict if it stopped at each depth (logit lens)."),
         ("probe", "patching", "Show where a label can be read off by linear probes, tested on held-out examples."),
     ),
+    "Find circuits": (
+        ("discover", "discovering", "Find the circuit of a task: score edges, search on one half of the examples, evaluate on the other."),
+        ("evaluate", "discovering", "Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."),
+        ("compare", "discovering", "Show which edges two circuits of a model share, and how many two of their sizes share by chance."),
+    ),
     "Edit, name and rebuild": (
         ("edit", "editing", "Write recipes of edits, measure them, and keep edits in a ledger with undo and redo."),
         ("generate", "texts", "Continue texts with the unedited model and, with --edit, with the edited model too."),

@@ -6,8 +6,8 @@ groups: where results are kept, the model, examples, the task, an autoencoder, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -468,6 +468,17 @@ class Output:
     def progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A progress bar; if JSON is printed, only a line a minute."""
         return progress_bar(what, quiet=self.json)
+
+    @contextmanager
+    def stages(self) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+        """A progress bar for each stage of some work, one after the other; yields what begins a stage by its name."""
+        with ExitStack() as stack:
+
+            def begin(what: str) -> Callable[[int, int], None]:
+                stack.close()
+                return stack.enter_context(self.progress(what))
+
+            yield begin
 
     def show(self, facts: Any, parts: Iterable[Table | str] = ()) -> None:
         """Print `facts` (a result, a list of results, JSON values) as JSON, or else the tables and lines in `parts`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,25 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import unknown
+from circuits.units import Unit, unknown
+
+PlacedNode = Unit | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A part of a model.
-
-    Attributes:
-        name: the name of what it puts out.
-        inputs: the names of what it is given, by target; none for a part of the model's input.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
 
 
 class EdgeGraph(ABC):
@@ -101,6 +90,16 @@ class EdgeGraph(ABC):
     def kind(self, name: str) -> str:
         """What a source or target is, and in which layer: random circuits have as many edges between any two kinds."""
         return name.rpartition(":")[0] or name
+
+    def node(self, name: str) -> PlacedNode:
+        """What a source is on the canvas: a unit, or a whole site."""
+        return Unit.parse(name)
+
+    def nodes_of(self, target: int) -> tuple[PlacedNode, ...]:
+        """What a target is on the canvas: the parts that it feeds, or the model's output."""
+        return tuple(self.node(self.sources[s]) for s in self.feeds[target]) or (
+            self.node(self.targets[target]),
+        )
 
     @cached_property
     def classes(self) -> Int[np.ndarray, " edge"]:

@@ -10,13 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import EdgeGraph, PlacedNode
 from circuits.experiments.patched_runs import Options, changes_of
+from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.contributions import input_gradient, written_change
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
 from circuits.models.paths.routes import stream_of
+from circuits.tasks.targets import output_site
+from circuits.units import Unit
 
 
 class StreamGraph(EdgeGraph):
@@ -67,6 +70,13 @@ class StreamGraph(EdgeGraph):
         if not dot:
             return name  # an MLP, the embeddings, the logits
         return f"{rest.partition('.')[2] or 'head'} of layer {layer}"
+
+    def node(self, name: str) -> PlacedNode:
+        if name == "logits":
+            return WholeSite(output_site(self.model).name)
+        sender = self.stream.sender(name)
+        site = self.stream.output_site(sender)
+        return Unit(site, sender.head) if sender.kind == "head" else WholeSite(site)
 
     # --- sites -----------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from circuits.figures.charts import (
     signed,
     titled,
 )
-from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, site_of
+from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, WholeSite, site_of
 from circuits.graph.layout import layered
 from circuits.stimuli.images import open_picture
 
@@ -252,6 +252,8 @@ def _label(node: Node) -> str:
     """A node's name without its site, which is written at the left of the row."""
     if isinstance(node, UnitGroup):
         return f"{node.name}\n({len(node.units)} units)"
+    if isinstance(node, WholeSite):
+        return "all"
     return str(node).removeprefix(site_of(node))
 
 

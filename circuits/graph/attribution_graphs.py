@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from circuits.checks import whole
-from circuits.graph.circuit import CircuitGraph, Node, UnitAt, parse_node, site_of, units_of
+from circuits.graph.circuit import (
+    CircuitGraph,
+    Node,
+    UnitAt,
+    WholeSite,
+    parse_node,
+    site_of,
+    units_of,
+)
 from circuits.graph.values import decoded, encoded
 from circuits.units import Unit
 
@@ -157,6 +165,10 @@ def to_attribution_graph(graph: CircuitGraph) -> dict[str, Any]:
 
 
 def _entry(node: Node, data: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, Any]:
+    if isinstance(node, WholeSite):
+        raise ValueError(
+            f"{node}: the attribution format has units at positions only, no whole sites"
+        )
     unit, site = units_of(node)[0], site_of(node)
     position = node.position if isinstance(node, UnitAt) else 0
     known = _LAYER.fullmatch(site)

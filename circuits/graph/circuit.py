@@ -58,10 +58,20 @@ class UnitGroup:
         return f"{{{self.name}}}{self.units[0].site}:{indices}"
 
 
+@dataclass(frozen=True, order=True)
+class WholeSite:
+    """All units of a site together, such as an MLP's output or the logits, written `site:*`."""
+
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.site}:*"
+
+
 ORDER = "order"
 """The attribute of a circuit that says in which order the model has its sites; edges alone may not say it."""
 
-Node = Unit | UnitAt | UnitGroup
+Node = Unit | UnitAt | UnitGroup | WholeSite
 """What a circuit's nodes are."""
 
 _GROUP = re.compile(r"\{(?P<name>[^{}]+)\}(?P<site>[^:]+):(?P<indices>[0-9,]+)")
@@ -79,7 +89,11 @@ def parse_node(text: str) -> Node:
     (Unit(site='mixed3b', index=379), 5)
     >>> str(parse_node("{curves}mixed3b:1,2"))
     '{curves}mixed3b:1,2'
+    >>> parse_node("blocks.0.hook_mlp_out:*")
+    WholeSite(site='blocks.0.hook_mlp_out')
     """
+    if text.endswith(":*") and len(text) > 2:
+        return WholeSite(text[:-2])
     if group := _GROUP.fullmatch(text):
         site = group["site"]
         units = tuple(Unit(site, int(i)) for i in group["indices"].split(","))
@@ -167,7 +181,7 @@ def _check_attributes(data: Mapping[str, Any], forms: _Forms, what: str) -> None
 
 
 class CircuitGraph(nx.MultiDiGraph):
-    """A circuit: nodes are `Unit`s (or `UnitAt`, `UnitGroup`), edges go from source to target.
+    """A circuit: nodes are `Unit`s (or `UnitAt`, `UnitGroup`, `WholeSite`), edges go from source to target.
 
     An edge's key says its kind, and the layer where there is one: `weight:conv2`. Its attributes are
     `kind`, `norm` (strength), `sum` (signed), and where known `kernel` (nested lists), `layer`,
@@ -291,6 +305,7 @@ class CircuitGraph(nx.MultiDiGraph):
         gone = [
             str(node) for unit, node in units.items() if unit.index >= n_units.get(unit.site, 0)
         ]
+        gone += [str(n) for n in self if isinstance(n, WholeSite) and n.site not in n_units]
         if gone:
             more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
             raise ValueError(
@@ -300,7 +315,9 @@ class CircuitGraph(nx.MultiDiGraph):
 
 
 def units_of(node: Node) -> tuple[Unit, ...]:
-    """The units that a node stands for."""
+    """The units that a node stands for; none for a whole site, whose number of units it does not say."""
+    if isinstance(node, WholeSite):
+        return ()
     if isinstance(node, UnitGroup):
         return node.units
     return (node.unit,) if isinstance(node, UnitAt) else (node,)

@@ -1,0 +1,180 @@
+"""`circuits discover`, `evaluate` and `compare`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Typer
+
+from circuits.cli import options
+from circuits.cli.signatures import Within, argument, command, option
+from circuits.discovery.building import edge_graph
+from circuits.discovery.comparing import compare_circuits
+from circuits.discovery.evaluating import evaluate as evaluated
+from circuits.discovery.found import discover as found_circuit
+from circuits.discovery.found import edges_of
+from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.results import Ranking
+from circuits.discovery.runs import Ablation
+from circuits.discovery.scoring import STEPS, Method, Rule
+from circuits.discovery.searching import Search
+from circuits.experiments.patched_runs import Direction
+from circuits.files import Keep, keeping, make_now
+from circuits.graph.saved import load_circuit, save_circuit
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tasks import Task
+from circuits.workspace import Workspace
+
+app = Typer()
+
+Sites = Annotated[str, option(
+    "Of a convolutional network: the sites between whose channels edges are wanted, in order, separated by commas; "
+    "SITE:INDEX for single channels."
+)]  # fmt: skip
+Ablating = Annotated[Ablation, option(
+    "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
+    "examples, or nothing."
+)]  # fmt: skip
+Shift = Annotated[int, option(
+    "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
+    check=Within(-1000, 1000),
+)]  # fmt: skip
+Random = Annotated[int, option(
+    "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
+)]  # fmt: skip
+
+
+@command(app)
+def discover(
+    model: options.Model,
+    task: options.PairsTask,
+    output: options.Output,
+    method: Annotated[Method, option(
+        "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
+        "clean-corrupted), or at random for comparison."
+    )] = "eap-ig",
+    search: Annotated[Search, option(
+        "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "
+        "many by exact effects (refine), or from all, dropping what is not needed (acdc)."
+    )] = "greedy",
+    size: Annotated[int | None, option(
+        "How many edges to keep. By default 50, or a quarter of a small model's.", check=Within(1)
+    )] = None,
+    threshold: Annotated[float | None, option(
+        "With --search acdc: how much worse the metric may get by dropping an edge.", check=Within(0)
+    )] = None,
+    ranking: Annotated[Ranking, option("Rank edges by the size of their scores, or by sign.")] = "absolute",
+    direction: Annotated[Direction, option(
+        "With --method exact: patch the clean run (noising) or the corrupted one (denoising)."
+    )] = "noising",
+    steps: Annotated[int, option("The number of steps of integrated gradients.", check=Within(1))] = STEPS,
+    rule: Annotated[Rule, option(
+        "Where in each step the gradient is taken; left is what the authors of EAP-IG do."
+    )] = "midpoint",
+    ablation: Ablating = "counterpart",
+    shift: Shift = 0,
+    sites: Sites = "",
+    check: Annotated[int | None, option(
+        "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
+    )] = None,
+    random: Random = 100,
+    save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
+    note: options.Note = "",
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
+) -> None:  # fmt: skip
+    """Find the circuit of a task: score edges, search on one half of the examples, evaluate on the other."""
+    place = model.place.writable() if save else model.place
+    loaded = model.load()
+    asked = task.compile(loaded, seed)
+    graph = _graph(loaded, sites)
+    settings: dict[str, Any] = {
+        "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
+        "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "n_random": random,
+    }  # fmt: skip
+    keep = (
+        _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
+        if save
+        else make_now
+    )
+    with output.stages() as stage:
+        found = found_circuit(graph, asked, method, seed=seed, stage=stage, keep=keep, **settings)
+    if save:
+        save_circuit(place.database, save, found.circuit, note)
+        model.register(loaded)
+    output.show(found, found.tables(top))
+
+
+def _graph(model: HookedModel, sites: str) -> EdgeGraph:
+    return edge_graph(model, [s.strip() for s in sites.split(",") if s.strip()])
+
+
+def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
+    """Keeps the numbers of each batch in the workspace, for this very work."""
+    said = json.dumps([model.hash, task.hash, task.seed, dict(settings)], sort_keys=True)
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    folder = place.model_folder(model.hash) / "discovery" / digest
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return keeping(folder)
+
+
+@command(app)
+def evaluate(
+    model: options.Model,
+    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
+    task: options.PairsTask,
+    output: options.Output,
+    version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
+    ablation: Ablating = "counterpart",
+    shift: Shift = 0,
+    sites: Sites = "",
+    random: Random = 100,
+    top: options.Top = options.TOP,
+    seed: options.Seed = 0,
+) -> None:  # fmt: skip
+    """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
+    loaded = model.load()
+    asked = task.compile(loaded, seed)
+    graph = _graph(loaded, sites)
+    edges = _saved(model.place, loaded, circuit, version)
+    with output.progress("evaluation") as progress:
+        made = evaluated(
+            graph,
+            asked.test,
+            edges,
+            ablation=ablation,
+            shift=shift,
+            n_random=random,
+            seed=seed,
+            progress=progress,
+        )
+    output.show(made, made.tables(top))
+
+
+@command(app)
+def compare(
+    model: options.Model,
+    first: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
+    second: Annotated[str, argument("The name of another one.")],
+    output: options.Output,
+    sites: Sites = "",
+    top: options.Top = options.TOP,
+) -> None:
+    """Show which edges two circuits of a model share, and how many two of their sizes share by chance."""
+    loaded = model.load()
+    graph = _graph(loaded, sites)
+    one, other = (_saved(model.place, loaded, name, None) for name in (first, second))
+    graph.mask([*one, *other])
+    made = compare_circuits(one, other, len(graph))
+    output.show(made, made.tables(top))
+
+
+def _saved(
+    place: Workspace, model: HookedModel, name: str, version: int | None
+) -> tuple[Edge, ...]:
+    """The edges of a saved circuit of a model."""
+    return edges_of(load_circuit(place.database, name, model.hash, version))

@@ -1,0 +1,224 @@
+"""Whether approximate scores agree with exact patching, on a sample of edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
+
+from circuits.discovery.results import EdgeScores
+from circuits.discovery.runs import Runs
+from circuits.discovery.scoring import exact
+from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.files import finite
+from circuits.progress import Progress
+
+SAMPLE = 60
+"""How many edges are patched exactly."""
+
+RESIDUAL = 0.05
+"""The completeness residual above which scores count as unreliable."""
+
+CORRELATION = 0.9
+"""The rank correlation with exact patching below which scores count as unreliable."""
+
+_DRAWS = 1000
+_TOP = 10
+_FLAT = 0.01
+"""A score below this share of the exact effect is that of a saturated path."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far scores agree with exact patching in one direction.
+
+    Attributes:
+        direction: `noising` or `denoising`; a denoising effect has the opposite sign of the score that it agrees with.
+        n: the number of edges in the sample whose exact effect can be told from 0.
+        spearman: the rank correlation among these, each weighted by how rarely its like was drawn.
+        signs: the share of these with the same sign.
+        overlap: the share of the ten largest by score that are among the ten largest by exact effect.
+        saturated: the share of these whose score is nearly 0 although the exact effect is not.
+    """
+
+    direction: str
+    n: int
+    spearman: Interval
+    signs: Interval
+    overlap: float
+    saturated: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check of approximate scores by exact patching has found.
+
+    Attributes:
+        sampled: the numbers of the edges that were patched.
+        noising: the agreement with patching the intact run.
+        denoising: the agreement with patching the corrupted run; None if the ablation has no corrupted run.
+        both: the rank correlation of the two exact effects with each other.
+        completeness: the completeness residual of the scores.
+        causes: why the scores are unreliable; empty if nothing speaks against them.
+    """
+
+    sampled: tuple[int, ...]
+    noising: Agreement
+    denoising: Agreement | None
+    both: float
+    completeness: float
+    causes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite(asdict(self))
+
+    def lines(self) -> Iterator[str]:
+        """What was found, in words."""
+        for found in (self.noising, self.denoising):
+            if found is None:
+                continue
+            r, s = found.spearman, found.signs
+            yield (
+                f"agreement with exact {found.direction} on {len(self.sampled)} edges ({found.n} above the noise): "
+                f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
+                f"{s.high:.0%}), {found.overlap:.0%} of the ten largest in common"
+            )
+        yield (
+            f"unreliable here: {'; '.join(self.causes)}"
+            if self.causes
+            else "nothing speaks against these scores"
+        )
+
+
+def check_scores(
+    runs: Runs, scores: EdgeScores, n: int = SAMPLE, seed: int = 0, progress: Progress | None = None
+) -> Checked:
+    """Compare scores with exact patching on a sample of edges, half drawn uniformly, half by the size of their score.
+
+    Args:
+        runs: the runs of the task that was scored.
+        scores: what is checked.
+        n: how many edges are patched exactly.
+        seed: of the sample and of intervals.
+        progress: called with the number of examples done and the total.
+    """
+    chosen, weights = _sample(np.abs(scores.mean), n, np.random.default_rng(seed))
+    effects: dict[str, list[np.ndarray]] = {"noising": [], "denoising": []}
+    done, order = 0, []
+    for pair in runs.pairs():
+        effects["noising"].append(exact(runs, pair, chosen.tolist()).numpy())
+        if pair.corrupted is not None:
+            effects["denoising"].append(exact(runs, pair.exchanged(), chosen.tolist()).numpy())
+        order += pair.part.which
+        done += len(pair.part)
+        if progress is not None:
+            progress(done, len(runs.task))
+    back = np.argsort(order)
+    clusters = scores.clusters
+    own = scores.mean[chosen]
+    found = {
+        way: _compared(way, own, np.concatenate(rows)[back], weights, clusters, seed)
+        for way, rows in effects.items()
+        if rows
+    }
+    both = float("nan")
+    if "denoising" in found:
+        noised, denoised = (np.concatenate(effects[w]).mean(0) for w in ("noising", "denoising"))
+        both = _spearman(noised, -denoised, weights)
+    return Checked(
+        tuple(chosen.tolist()), found["noising"], found.get("denoising"), both, scores.completeness,
+        tuple(_causes(scores, found, both)),
+    )  # fmt: skip
+
+
+def _sample(
+    sizes: Float[np.ndarray, " edge"], n: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " chosen"], Float[np.ndarray, " chosen"]]:
+    """Some edges, and for each one over its chance of being drawn."""
+    total = len(sizes)
+    if n >= total:
+        return np.arange(total), np.ones(total)
+    share = sizes / sizes.sum() if sizes.sum() else np.full(total, 1 / total)
+    uniform = rng.choice(total, n // 2, replace=False)
+    rest = n - len(uniform)
+    p = np.where(np.isin(np.arange(total), uniform), 0, share)
+    positive = int((p > 0).sum())
+    by_size = (
+        rng.choice(total, min(rest, positive), replace=False, p=p / p.sum()) if positive else []
+    )
+    chosen = np.sort(np.concatenate([uniform, by_size]).astype(int))
+    chance = 1 - (1 - n / 2 / total) * (1 - np.minimum(1, rest * share))
+    return chosen, 1 / np.maximum(chance[chosen], 1e-12)
+
+
+def _compared(
+    way: str,
+    own: Float[np.ndarray, " edge"],
+    effects: Float[np.ndarray, "example edge"],
+    weights: Float[np.ndarray, " edge"],
+    clusters: tuple[int, ...],
+    seed: int,
+) -> Agreement:
+    mean = effects.mean(0) if way == "noising" else -effects.mean(0)
+    clear = _clear(effects, clusters, seed)
+    if clear.sum() < 3:
+        none = Interval(float("nan"), float("nan"), float("nan"))
+        return Agreement(way, int(clear.sum()), none, none, float("nan"), float("nan"))
+    a, b, w = own[clear], mean[clear], weights[clear]
+    same = np.sign(a) == np.sign(b)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(0, len(a), len(a)) for _ in range(_DRAWS)]
+    ranks = np.array([_spearman(a[i], b[i], w[i]) for i in drawn])
+    signs = np.array([np.average(same[i], weights=w[i]) for i in drawn])
+    k = min(_TOP, len(own))
+    top = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (own, mean)]
+    return Agreement(
+        way, int(clear.sum()), Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
+        Interval(float(np.average(same, weights=w)), *percentiles(signs)), len(top[0] & top[1]) / k,
+        float((np.abs(a) < _FLAT * np.abs(b)).mean()),
+    )  # fmt: skip
+
+
+def _clear(
+    effects: Float[np.ndarray, "example edge"], clusters: tuple[int, ...], seed: int
+) -> Bool[np.ndarray, " edge"]:
+    """The edges whose exact effect can be told from 0: those whose 95 % interval does not hold it."""
+    drawn = resampled(effects.T, clusters=clusters, seed=seed)
+    if np.isnan(drawn).any():  # one example: any effect is clear
+        return effects.mean(0) != 0
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return (low > 0) | (high < 0)
+
+
+def _spearman(
+    a: Float[np.ndarray, " edge"],
+    b: Float[np.ndarray, " edge"],
+    weights: Float[np.ndarray, " edge"],
+) -> float:
+    """The weighted correlation of ranks."""
+    x, y = rankdata(a), rankdata(b)
+    x, y = x - np.average(x, weights=weights), y - np.average(y, weights=weights)
+    size = np.sqrt(np.average(x * x, weights=weights) * np.average(y * y, weights=weights))
+    return float(np.average(x * y, weights=weights) / size) if size else float("nan")
+
+
+def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Iterator[str]:
+    if scores.method != "exact" and not scores.completeness <= RESIDUAL:
+        yield f"the completeness residual is {scores.completeness:.2g} (expected at most {RESIDUAL})"
+    noising = found["noising"]
+    if noising.n < 3:
+        yield "fewer than 3 edges of the sample have an effect that can be told from 0"
+    elif noising.spearman.value < CORRELATION:
+        r = noising.spearman.value
+        yield f"the rank correlation with exact noising is {r:.2f} (expected at least {CORRELATION})"
+    if noising.saturated > 0.05:
+        yield f"{noising.saturated:.0%} of the edges are saturated: their score is nearly 0, their exact effect is not"
+    if both < CORRELATION:
+        yield (
+            f"noising and denoising disagree (rank correlation {both:.2f}): parts are redundant, or work only together"
+        )

@@ -1,0 +1,221 @@
+"""`discover`: from a task to a circuit, with the evidence for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from circuits.discovery.agreement import Checked, check_scores
+from circuits.discovery.evaluating import Evaluation, Mask, evaluate
+from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.results import EdgeScores, Ranking
+from circuits.discovery.runs import Ablation, Runs
+from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
+from circuits.discovery.searching import (
+    SEARCHES,
+    Search,
+    acdc,
+    check_size,
+    greedy,
+    importance,
+    refine,
+    top,
+)
+from circuits.examples import BATCH
+from circuits.experiments.patched_runs import Direction
+from circuits.experiments.running import MEMORY
+from circuits.files import Keep, make_now
+from circuits.graph.circuit import ORDER, CircuitGraph
+from circuits.progress import Progress
+from circuits.tables import Table
+from circuits.tasks.task import Task
+
+SIZE = 50
+"""The number of edges that a search keeps unless it is told otherwise; small graphs keep a quarter of theirs."""
+
+Stage = Callable[[str], Progress | None]
+"""Gives the progress of a stage of the work, by its name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Discovery:
+    """A circuit that was found, and how good it is.
+
+    Attributes:
+        circuit: the circuit.
+        scores: the scores of all edges.
+        checked: how far they agree with exact patching; None if they are exact, or baselines.
+        evaluation: how good the circuit is on the `test` half; None if it was not evaluated.
+    """
+
+    circuit: CircuitGraph
+    scores: EdgeScores
+    checked: Checked | None
+    evaluation: Evaluation | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "circuit": dict(self.circuit.graph["made"]), "scores": self.scores.to_dict(),
+            "agreement": None if self.checked is None else self.checked.to_dict(),
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+        }  # fmt: skip
+
+    def tables(self, top: int) -> Iterator[Table | str]:
+        """The strongest edges, how far scores can be trusted, and how good the circuit is."""
+        yield from self.scores.tables(top)
+        if self.checked is not None:
+            yield from self.checked.lines()
+        if self.evaluation is not None:
+            yield from self.evaluation.tables(top)
+
+
+def discover(
+    graph: EdgeGraph,
+    task: Task,
+    method: Method = "eap-ig",
+    *,
+    search: Search = "greedy",
+    size: int | None = None,
+    threshold: float | None = None,
+    ranking: Ranking = "absolute",
+    direction: Direction = "noising",
+    steps: int = STEPS,
+    rule: Rule = "midpoint",
+    ablation: Ablation = "counterpart",
+    shift: int = 0,
+    check: int | None = None,
+    n_random: int = 100,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    stage: Stage = lambda name: None,
+    keep: Keep = make_now,
+) -> Discovery:
+    """Find the circuit of a task: score edges and search on its `find` half, evaluate on its `test` half.
+
+    Args:
+        graph: the model's edges.
+        task: the whole task.
+        method: how edges are scored, see `score_edges`.
+        search: `top`: the most important edges; `greedy`: grown backwards from the output; `refine`: from three times
+            as many, dropping those with the smallest exact effect; `acdc`: from all, dropping what is not needed.
+        size: how many edges to keep; 50, or a quarter of a graph of fewer than 200, if None.
+        threshold: of `acdc`: how much worse the metric may get by an edge that is dropped.
+        ranking: by the size of scores, or by sign.
+        direction: of `exact`.
+        steps: of integrated gradients.
+        rule: of integrated gradients.
+        ablation: what edges outside the circuit carry.
+        shift: see `score_edges`.
+        check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
+        n_random: how many random circuits the circuit is compared with.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: of everything random.
+        stage: gives the progress of each stage.
+        keep: keeps the numbers of each batch of the scores.
+
+    Raises:
+        ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
+    """
+    if search not in SEARCHES:
+        raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
+    if (search == "acdc") != (threshold is not None):
+        raise ValueError("a threshold belongs to the search acdc, which needs one, and to no other")
+    if size is not None:
+        check_size(graph, size)
+    n = size or min(SIZE, max(1, len(graph) // 4))
+    find, test = task.find, task.test
+    settings: dict[str, Any] = {
+        "ablation": ablation,
+        "shift": shift,
+        "batch": batch,
+        "memory": memory,
+    }
+    scores = score_edges(
+        graph, find, method, direction=direction, steps=steps, rule=rule, seed=seed,
+        progress=stage("scores"), keep=keep, **settings,
+    )  # fmt: skip
+    runs = Runs(graph, find, **settings)
+    checked = None
+    if method not in ("exact", "random") and check != 0:
+        more = {} if check is None else {"n": check}
+        checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
+    worth = importance(scores.mean, scores.better, ranking)
+    if search == "acdc":
+        assert threshold is not None, "checked before"
+        kept = acdc(runs, threshold, stage("search"))
+    elif search == "refine":
+        kept = refine(runs, worth, n, ranking, stage("search"))
+    else:
+        kept = (top if search == "top" else greedy)(graph, worth, n)
+    if not kept.any():
+        raise ValueError(
+            f"search {search}: no path from the model's input to its output is left; expected a larger size or a "
+            "smaller threshold"
+        )
+    made = evaluate(
+        graph, test, kept, scores=scores, ranking=ranking, find=find, n_random=n_random, seed=seed,
+        progress=stage("evaluation"), **settings,
+    )  # fmt: skip
+    how = {"search": search, "ranking": ranking, "size": n} | (
+        {} if threshold is None else {"threshold": threshold}
+    )
+    return Discovery(circuit_graph(graph, kept, scores, task, how), scores, checked, made)
+
+
+def circuit_graph(
+    graph: EdgeGraph, kept: Mask, scores: EdgeScores, task: Task, how: dict[str, Any]
+) -> CircuitGraph:
+    """Some edges as a circuit that can be saved, drawn and exported.
+
+    Args:
+        graph: the model's edges.
+        kept: which of them.
+        scores: of all edges.
+        task: the task.
+        how: how they were chosen.
+    """
+    made = CircuitGraph()
+    model = graph.model
+    kind = "effect" if scores.method == "exact" else "attribution"
+    edges = np.flatnonzero(kept).tolist()
+    for edge in edges:
+        source, target = graph.ends[edge].tolist()
+        letter = graph.targets[target].rpartition(".")[2]
+        for node in graph.nodes_of(target):
+            made.connect(
+                graph.node(graph.sources[source]), node, kind, sum=float(scores.mean[edge]),
+                layer=letter if letter in ("q", "k", "v") else None, edge=" -> ".join(graph.edges[edge]),
+            )  # fmt: skip
+    made.graph |= {
+        "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
+        "made": {
+            "by": "discover", "grain": graph.grain, "task": task.name, "task_hash": task.hash,
+            "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
+            "seed": scores.record.seed, "edges": [list(graph.edges[e]) for e in edges],
+            "scores": [float(scores.mean[e]) for e in edges],
+        },
+    }  # fmt: skip
+    return made
+
+
+def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:
+    """The edges of a circuit that was found.
+
+    Raises:
+        ValueError: if it was made in another way.
+    """
+    made = circuit.graph.get("made", {})
+    edges = made.get("edges") if isinstance(made, dict) else None
+    if not isinstance(edges, list) or not all(
+        isinstance(e, list) and len(e) == 2 and all(isinstance(x, str) for x in e) for e in edges
+    ):
+        raise ValueError(
+            "the circuit does not say its edges: expected one that `circuits discover` saved"
+        )
+    return tuple((a, b) for a, b in edges)
