@@ -27,7 +27,7 @@ class Plain:
     n_layers: int
     n_heads: int
     n_groups: int
-    norm: Literal["ln", "rms"] = "ln"
+    norm: Literal["ln", "rms", ""] = "ln"
     rotary: Literal["", "adjacent", "half"] = ""
     rotary_dims: int = 0
     gated: bool = False
@@ -104,6 +104,8 @@ class Plain:
     # --- parts -----------------------------------------------------------------------------------
 
     def normed(self, x: Tensor, name: str) -> Tensor:
+        if not self.norm:
+            return x
         if self.norm == "ln":
             return F.layer_norm(x, x.shape[-1:], self.w[name], self.w[f"{name}.bias"], 1e-5)
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.w[name]
