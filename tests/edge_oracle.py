@@ -119,6 +119,43 @@ class TransformerEdges:
         return plain.unembedded(read("logits", "ln_final")), made
 
 
+class Frozen(Plain):
+    """The same values as those of a transformer, with the gradients of RelP (Jafari et al. 2025): its `eap` is RelP.
+
+    Propagation rules as gradients: the normaliser is a constant (LN-rule), so are attention patterns (AH-rule) and the
+    ratio act(x)/x of an activation (identity rule), and each factor of a product gets half of its gradient (half-rule).
+    """
+
+    @classmethod
+    def of(cls, plain: Plain) -> Frozen:
+        return cls(**vars(plain))
+
+    def normed(self, x: Tensor, name: str) -> Tensor:
+        if not self.norm:
+            return x
+        if self.norm == "ln":
+            x = x - x.mean(-1, keepdim=True)
+        made = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt().detach() * self.w[name]
+        return made + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else made
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        return super().pattern(scores).detach()
+
+    def hidden(self, inner: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is None:
+            return proportional(self.act, inner)
+        product = proportional(self.act, gate) * inner
+        return product / 2 + product.detach() / 2
+
+
+def proportional(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """act(x) as x times a constant: act(x)/x, and its limit act'(0) at 0, for activations with act(0) = 0."""
+    zero = torch.zeros((), dtype=x.dtype, requires_grad=True)
+    (limit,) = torch.autograd.grad(act(zero), zero)
+    ratio = torch.where(x == 0, limit, act(x) / x)
+    return x * ratio.detach()
+
+
 @dataclass
 class ConvolutionEdges:
     """Convolutions and linear layers in a row: senders are the channels between them, and those of the image.
@@ -126,9 +163,14 @@ class ConvolutionEdges:
     Channel k that layer `conv2` makes is its target `conv2:k`. What an activation behind it makes of that is the sender
     `act1:k` of the next layer. So each layer that has weights is named, and its senders are named by the module before
     it, leaving out `nn.Flatten` (`image` before the first).
+
+    Attributes:
+        module: the network.
+        frozen: give what activations do the gradient of RelP.
     """
 
     module: nn.Sequential
+    frozen: bool = False
 
     def layers(self) -> Iterator[tuple[str, str, nn.Module, list[nn.Module]]]:
         """Of each layer with weights: the name of its senders, its own, itself, and the modules until the next one."""
@@ -169,7 +211,7 @@ class ConvolutionEdges:
             for k in range(len(_weight(layer))):
                 value = channel(layer, k, list(see(f"{name}:{k}", reads).values()))
                 for module in behind:
-                    value = module(value)
+                    value = proportional(module, value) if self.frozen else module(value)
                 outputs.append(value)
             if following is not None:
                 reads = {f"{following[0]}:{k}": value for k, value in enumerate(outputs)}

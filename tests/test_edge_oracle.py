@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.routes import paths
 from tests.conftest import seeded
-from tests.edge_oracle import ConvolutionEdges, Oracle, TransformerEdges, alphas, last_logits
+from tests.edge_oracle import (
+    ConvolutionEdges,
+    Frozen,
+    Oracle,
+    TransformerEdges,
+    alphas,
+    last_logits,
+)  # fmt: skip
 from tests.plain_transformer import Plain
 from tests.test_paths import drawn, gpt2_like, llama_like
 
@@ -132,6 +140,40 @@ def test_gradients_are_derivatives_by_the_weights_of_edges(case: Case) -> None:
 
 def test_integrated_gradients_add_up(case: Case) -> None:
     check_sums(case[2], 12)
+
+
+def test_relevance_is_conserved(case: Case) -> None:
+    """Without biases, a frozen network is a linear one: outputs times gradients add up to the metric at every cut."""
+    _, plain, oracle = case
+    weights = {name: value for name, value in plain.w.items() if not name.endswith(".bias")}
+    ones = {
+        f"{name}.bias": torch.zeros_like(value) for name, value in weights.items() if "ln" in name
+    }
+    frozen = Frozen.of(replace(plain, w=weights | (ones if plain.norm == "ln" else {})))
+    network = TransformerEdges(frozen, oracle.network.edges)
+    found = Oracle(network, METRIC, oracle.clean, oracle.corrupted)
+    close(found.logits, Plain(**vars(frozen)).run(oracle.clean)[0])
+    gradients = found.gradients(found.starts["clean"])
+    for crossing in (
+        [edge for edge in network.edges if edge[0] in network.sites[0]],
+        [edge for edge in network.edges if edge[1] == "logits"],
+    ):
+        parts = [(found.live[s] * gradients[s, t]).flatten(1).sum(1) for s, t in crossing]
+        close(torch.stack(parts).sum(0), METRIC(found.logits))
+
+
+def test_frozen_networks_have_the_same_values(case: Case, images: Oracle) -> None:
+    _, plain, oracle = case
+    frozen = Oracle(
+        TransformerEdges(Frozen.of(plain), oracle.network.edges), METRIC, oracle.clean, oracle.corrupted
+    )  # fmt: skip
+    assert isinstance(images.network, ConvolutionEdges)
+    net = ConvolutionEdges(images.network.module, frozen=True)
+    both = Oracle(net, images.metric, images.clean, images.corrupted)
+    close(frozen.logits, oracle.logits)
+    close(both.logits, images.logits)
+    assert (frozen.eap() - oracle.eap()).abs().max() > 1e-3
+    close(both.eap(), images.eap())  # a ReLU is already proportional to what it is given
 
 
 def test_alphas_from_the_corrupted_end() -> None:

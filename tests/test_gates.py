@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import circuits
+from circuits.experiments.running import run
 from circuits.models.paths.routes import paths
-from tests.edge_oracle import ConvolutionEdges, Network, Oracle, TransformerEdges
+from tests.edge_oracle import ConvolutionEdges, Frozen, Network, Oracle, TransformerEdges
 from tests.gates import (
     DEAD,
     GATES,
+    N_PAIRS,
     Gate,
     Planted,
     Row,
@@ -49,6 +53,14 @@ def network_of(planted: Planted) -> Network:
     return TransformerEdges(plain, [(str(s), str(r)) for s, r in paths(planted.model)])
 
 
+def frozen_network_of(planted: Planted) -> Network:
+    network = network_of(planted)
+    if isinstance(network, ConvolutionEdges):
+        return ConvolutionEdges(network.module, frozen=True)
+    assert isinstance(network, TransformerEdges)
+    return TransformerEdges(Frozen.of(network.plain), network.edges)
+
+
 def oracle_of(planted: Planted) -> Oracle:
     network = network_of(planted)
     metric = last_difference if isinstance(network, TransformerEdges) else first_less_second
@@ -81,6 +93,15 @@ def test_networks_compute_their_gates(case: Case) -> None:
         logits = planted.model.logits(tokens)[:, -1]
         found = logits[:, 1] - logits[:, 0]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_tasks_measure_the_output_of_gates(case: Case) -> None:
+    planted, _ = case
+    gate, task = planted.gate, planted.task
+    for corrupted, values in ((False, gate.clean), (True, gate.corrupted)):
+        found = run(planted.model, [], task, measures=[task.metric], corrupted=corrupted)
+        wanted = np.full(N_PAIRS, gate.truth(*values))
+        np.testing.assert_allclose(found.of(task.metric.name), wanted, rtol=0, atol=1e-6)
 
 
 def test_tables_are_what_the_definitions_give(case: Case) -> None:
@@ -175,6 +196,24 @@ def test_an_odd_number_of_midpoints_meets_the_kink() -> None:
         found = oracle.ig_inputs(5, "midpoint")
         at = [list(oracle.network.edges).index(planted.wires[v]) for v in "ab"]
         torch.testing.assert_close(found[:, at], torch.full((2, 2), -0.4, dtype=torch.float64))
+
+
+def test_relp_sees_no_attention_and_no_saturation(case: Case) -> None:
+    """RelP is EAP where units are ReLUs. Of the sigmoid it takes sigmoid(x)/x, of attention nothing.
+
+    At the clean run m = sigmoid(10) is read as x sigmoid(10)/10 with x = 20 a - 10: a slope of 20 sigmoid(10)/10, which
+    is 1 + tanh(5), nearly twice the effect.
+    """
+    planted, oracle = case
+    network = frozen_network_of(planted)
+    found = Oracle(network, oracle.metric, planted.clean, planted.corrupted).eap()
+    wanted = planted.column("eap", network.edges).clone()
+    if planted.gate.name == "sigmoid":
+        alone = isinstance(network, TransformerEdges)
+        for wire in ("a",) if alone else ("a", "a>m"):
+            at = list(network.edges).index(planted.wires[wire])
+            wanted[:, at] = 0 if alone else -1 - math.tanh(5)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "backup", "xor"])
