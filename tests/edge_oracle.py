@@ -272,7 +272,7 @@ class Oracle:
         """The metric where edge e carries live + w_e (other - live): example.
 
         Args:
-            w: one weight an edge, or example x edge. A circuit is the run with 0 at its edges and 1 elsewhere.
+            w: one weight an edge, or example x edge.
             base: the run that is live; the other one is fixed.
         """
         other = self.other if base == "clean" else self.live
@@ -287,6 +287,11 @@ class Oracle:
             return found
 
         return self.metric(self.network.run(self.starts[base], see)[0])
+
+    def circuit(self, edges: Sequence[Edge]) -> Tensor:
+        """The metric where these edges alone are live and all others carry the corrupted run: example."""
+        left_out = [float(edge not in edges) for edge in self.network.edges]
+        return self.value(torch.tensor(left_out, dtype=torch.float64))
 
     def noising(self) -> Tensor:
         """Each edge alone replaced by the corrupted run: the change from the clean metric."""

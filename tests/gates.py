@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -87,6 +87,7 @@ class Gate:
         relation: what a and b are to each other; None if none of the four.
         both: noising and denoising of the wires `a` and `b` together; None if there is no b.
         m_adds: out * m in the clean run, and there with wire `a` replaced by the corrupted run; None if it has no part.
+        circuits: y where some wires alone are left and all others carry what they carry in the corrupted run.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Gate:
     relation: Relation | None = None
     both: tuple[float, float] | None = None
     m_adds: tuple[float, float] | None = None
+    circuits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -124,6 +126,7 @@ class Gate:
 # a score is (0 - 1) times the share of points below 1/2. Clean (1): 0. Ends (0 and 1): 1/2. Left (0 .2 .4 | .6 .8):
 # 3/5. Right (.2 .4 | .6 .8 1): 2/5. Midpoint: 3/6.
 # m itself goes from 0 to 1, and out * m from 0 to -1.
+# Circuits: either variable with m>out is enough; without m>out, which is -1 in the corrupted run, nothing is.
 OR = Gate(
     "or", (1, 1, 0), (0, 0, 0),
     {
@@ -134,6 +137,7 @@ OR = Gate(
     lambda a, b, c: max(a, b),
     into=(-1, -1, 0), bias=1, out=-1, constant=1,
     relation="redundant", both=(-1, 1), m_adds=(0, 0),
+    circuits={"a a>m m>out": 1, "b b>m m>out": 1, "a a>m b b>m": 0},
 )  # fmt: skip
 
 # AND: y = relu(a + b - 1), from (1, 1) to (0, 0), y from 1 to 0.
@@ -150,6 +154,7 @@ AND = Gate(
     lambda a, b, c: min(a, b),
     into=(1, 1, 0), bias=-1, out=1,
     relation="conjunctive", both=(-1, 1), m_adds=(1, 0),
+    circuits={"a a>m b b>m m>out": 1, "a a>m m>out": 0},
 )  # fmt: skip
 
 
@@ -163,6 +168,7 @@ def slope(x: float) -> float:
 # sigmoid(-10) - sigmoid(10) = -tanh(5) = -.99991, noising and denoising.
 # Gradient: slope(20 (alpha - 1/2)), the same at x and -x. Clean and both ends: x = 10 or -10, so -slope(10) = -.00091.
 # Left: x = -10, -6, -2, 2, 6. Right: x = -6, -2, 2, 6, 10, the same sum. Midpoint: x = +-5/3, +-5, +-25/3.
+# Circuits: y is sigmoid(10) = (1 + tanh(5)) / 2, or sigmoid(-10) = (1 - tanh(5)) / 2.
 ALL = math.tanh(5)
 FIVE = (slope(10) + 2 * slope(6) + 2 * slope(2)) / 5  # .860
 SIX = (slope(5 / 3) + slope(5) + slope(25 / 3)) / 3  # .939
@@ -175,17 +181,20 @@ SIGMOID = Gate(
     },
     lambda a, b, c: 1 / (1 + math.exp(-20 * (a - 0.5))),
     into=(20, 0, 0), bias=-10, out=1, act="sigmoid", used=1,
+    circuits={"a a>m m>out": (1 + ALL) / 2, "a a>m": (1 - ALL) / 2},
 )  # fmt: skip
 
 # a - b + c = relu(a - b + c + 2) - 2, from (1, 1, 1) to (0, 0, 0), y from 1 to 0. m is active for all a, b, c from 0
 # to 1, so that y is linear: a adds -1, b +1, c -1. With a and b at 0 together, y = c = 1 as before.
 # out * m goes from 3 to 2, and to 2 where a is 0.
+# Circuits: the sum of their variables. a alone already gives y = 1, and a and c give 2.
 SUM = Gate(
     "a-b+c", (1, 1, 1), (0, 0, 0),
     {"a a>m c c>m": linear(-1), "b b>m": linear(1), "m>out": linear(-1)},
     lambda a, b, c: a - b + c,
     into=(1, -1, 1), bias=2, out=1, constant=-2, used=3,
     relation="additive", both=(0, 0), m_adds=(3, 2),
+    circuits={"a a>m m>out": 1, "b b>m m>out": -1, "a a>m b b>m m>out": 0, "a a>m c c>m m>out": 2},
 )  # fmt: skip
 
 # 2a - b straight to the output, from (1, 1) to (0, 0), y from 1 to 0; b is the negative one, whose removal raises y.
@@ -195,6 +204,7 @@ NEGATIVE = Gate(
     lambda a, b, c: 2 * a - b,
     direct=(2, -1, 0),
     relation="additive", both=(-1, 1),
+    circuits={"a a>out p>out": 2, "b b>out p>out": -1, "a a>out b b>out p>out": 1},
 )  # fmt: skip
 
 # Backup: y = a + 2 relu(b - a - 1/2), from (1, 1) to (0, 0), y from 1 to 0. The same truth table as OR.
@@ -206,6 +216,7 @@ NEGATIVE = Gate(
 # Gradient: with a = b = alpha, m sees alpha - alpha - 1/2 < 0 throughout, so dy/da = 1 (all of it by a>out), dy/db = 0.
 # m>out: 0 in both runs, so 0 everywhere. But once a is removed m adds 1 where it added 0: that tells backup from OR,
 # in which m adds -relu(1 - 0 - 1) = 0 as before.
+# Circuits: either is enough; both without a>m are too much, y = 1 + 1, since m then sees (0, 1).
 BACKUP = Gate(
     "backup", (1, 1, 0), (0, 0, 0),
     {
@@ -218,6 +229,10 @@ BACKUP = Gate(
     lambda a, b, c: max(a, b),
     direct=(1, 0, 0), into=(-1, 1, 0), bias=-0.5, out=2,
     relation="backup", both=(-1, 1), m_adds=(0, 1),
+    circuits={
+        "a a>out p>out": 1, "b b>m m>out": 1, "a a>out p>out b b>m m>out": 2,
+        "a a>out p>out a>m b b>m m>out": 1,
+    },
 )  # fmt: skip
 
 # XOR: y = a + b - 4 relu(a + b - 3/2), from (1, 0) to the swapped (0, 1): y is 1 in both, the total effect is 0.
@@ -228,6 +243,8 @@ BACKUP = Gate(
 # a>m: m sees (0, 0), noising 0; in the corrupted run m sees (1, 1), denoising -2.
 # b>m: m sees (1, 1), noising -2; in the corrupted run m sees (0, 0), denoising 0. m>out: 0 in both runs.
 # Both together are the other run: 0 and 0. None of the four relations: each alone does harm in either direction.
+# Circuits: none at all gives y = 1 as well. With a alone going straight to the output y = 1 + 1, with b alone 0 + 0, as
+# m>out stays at 0. With b alone going to m, m sees (0, 0) and adds nothing.
 XOR = Gate(
     "xor", (1, 0, 0), (0, 1, 0),
     {
@@ -242,6 +259,7 @@ XOR = Gate(
     lambda a, b, c: abs(a - b),
     direct=(1, 1, 0), into=(1, 1, 0), bias=-1.5, out=-4,
     both=(0, 0), m_adds=(0, 0),
+    circuits={"": 1, "a a>out p>out": 2, "b b>out p>out": 0, "a a>out b b>out p>out": 1, "b b>m m>out": 1},
 )  # fmt: skip
 
 # Dead edge: y = relu(a + 1) - 1, from (1, 1) to (0, 0), y from 1 to 0. m is active and linear in a; b changes and does
@@ -252,6 +270,7 @@ DEAD_EDGE = Gate(
     lambda a, b, c: a,
     into=(1, 0, 0), bias=1, out=1, constant=-1,
     both=(-1, 1), m_adds=(2, 1),
+    circuits={"a a>m m>out": 1, "b b>m b>out": 0},
 )  # fmt: skip
 
 GATES = {g.name: g for g in (OR, AND, SIGMOID, SUM, NEGATIVE, BACKUP, XOR, DEAD_EDGE)}
@@ -283,6 +302,10 @@ class Planted:
     corrupted: Tensor
     task: Task
     wires: Mapping[str, Edge]
+
+    def circuit(self, wires: str) -> list[Edge]:
+        """The edges of some wires, separated by spaces; those that this network does not have are left out."""
+        return [self.wires[wire] for wire in wires.split() if wire in self.wires]
 
     @property
     def expected(self) -> dict[Edge, Row]:

@@ -142,6 +142,19 @@ def test_two_variables_together(case: Case) -> None:
         torch.testing.assert_close(found, torch.full_like(found, wanted), rtol=1e-9, atol=1e-9)
 
 
+def test_circuits(case: Case) -> None:
+    planted, oracle = case
+    assert planted.gate.circuits
+    for wires, y in planted.gate.circuits.items():
+        found = oracle.circuit(planted.circuit(wires))
+        torch.testing.assert_close(found, torch.full_like(found, y), rtol=1e-9, atol=1e-9)
+    assert torch.equal(oracle.circuit(oracle.network.edges), oracle.metric(oracle.logits))
+    torch.testing.assert_close(oracle.circuit([]), oracle.metric(oracle.other_logits))
+    # What the table names is all that is needed.
+    found = oracle.circuit(list(planted.expected))
+    torch.testing.assert_close(found, oracle.metric(oracle.logits), rtol=1e-12, atol=1e-12)
+
+
 def test_what_the_unit_adds_once_a_is_removed(case: Case) -> None:
     """In the backup it grows; in OR, which has the same truth table, noising and denoising, it does not."""
     planted, oracle = case
