@@ -27,7 +27,7 @@ class Plain:
     n_layers: int
     n_heads: int
     n_groups: int
-    norm: Literal["ln", "rms"] = "ln"
+    norm: Literal["ln", "rms", ""] = "ln"
     rotary: Literal["", "adjacent", "half"] = ""
     rotary_dims: int = 0
     gated: bool = False
@@ -104,6 +104,8 @@ class Plain:
     # --- parts -----------------------------------------------------------------------------------
 
     def normed(self, x: Tensor, name: str) -> Tensor:
+        if not self.norm:
+            return x
         if self.norm == "ln":
             return F.layer_norm(x, x.shape[-1:], self.w[name], self.w[f"{name}.bias"], 1e-5)
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.w[name]
@@ -126,12 +128,16 @@ class Plain:
         for h in range(self.n_heads):
             group = h * self.n_groups // self.n_heads
             scores = part(h, "q") @ part(group, "k").mT / math.sqrt(size)
-            later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-            z = scores.masked_fill(later, -math.inf).softmax(-1) @ part(group, "v")
+            z = self.pattern(scores) @ part(group, "v")
             found[f"{layer}.{h}"] = z @ self.w[f"{layer}.o"][:, h * size : (h + 1) * size].T
         if f"{layer}.o.bias" in self.w:
             found[f"bias:{layer}"] = self.w[f"{layer}.o.bias"].expand_as(found[f"{layer}.0"])
         return found
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        """How much each position attends to each one before it: batch x query x key."""
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -math.inf).softmax(-1)
 
     def turned(self, x: Tensor) -> Tensor:
         """Rotary embedding of queries or keys: batch x position x d_head."""
@@ -155,10 +161,11 @@ class Plain:
 
     def mlp(self, layer: int, read: Tensor) -> Tensor:
         inner = self.linear(read, f"{layer}.in")
-        hidden = (
-            self.act(self.linear(read, f"{layer}.gate")) * inner if self.gated else self.act(inner)
-        )
-        return self.linear(hidden, f"{layer}.out")
+        gate = self.linear(read, f"{layer}.gate") if self.gated else None
+        return self.linear(self.hidden(inner, gate), f"{layer}.out")
+
+    def hidden(self, inner: Tensor, gate: Tensor | None) -> Tensor:
+        return self.act(inner) if gate is None else self.act(gate) * inner
 
     def unembedded(self, read: Tensor) -> Tensor:
         return self.linear(read, "unembed")
