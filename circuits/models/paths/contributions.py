@@ -144,7 +144,7 @@ def mlp_output(
 def input_change(
     stream: Stream,
     receivers: Sequence[Receiver],
-    before: Float[Tensor, "set example position d_model"],
+    before: Float[Tensor, "#set example position d_model"],
     change: Float[Tensor, "set example receiver position d_model"],
     hold_norm: bool = False,
 ) -> Float[Tensor, "set example position *inner"]:
