@@ -93,3 +93,16 @@ class Products:
         found = [i for i in self.flow.before(value, self.is_product) if self.is_product(i)]
         made = [self.affine(i) for i in found]
         return [a for a in made if a is not None] if None not in made else []
+
+    def affine_after(self, value: Value) -> Affine | None:
+        """The first product with weights that a value is given to; what lies between may be anything but a product."""
+        waiting, seen = [value], set()
+        while waiting:
+            for i in self.flow.taken_by.get(waiting.pop(0), ()):
+                if i in seen:
+                    continue
+                seen.add(i)
+                if self.is_product(i):
+                    return self.affine(i)
+                waiting += self.flow.program.operations[i].outputs
+        return None
