@@ -255,15 +255,22 @@ def _places(z: Place) -> Tensor:
 
 
 def recomputed(
-    matrix: Callable[[Matrices], Tensor | None], group: Callable[[Letter, int], int], seen: Seen
+    where: str,
+    matrix: Callable[[Matrices], Tensor | None],
+    group: Callable[[Letter, int], int],
+    seen: Seen,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """For queries, keys, values, what heads read and what attention puts out: which it is, what weights make of it,
     and the tensor itself.
 
     Args:
+        where: what the attention is called in errors.
         matrix: gives the weights by name.
         group: the number of the matrix that a head has.
         seen: what a pass shows.
+
+    Raises:
+        ValueError: if values lie otherwise than their pattern, as where windows are made of them.
     """
     for letter, name in _NAMES.items():
         weight, bias = matrix(WEIGHTS[letter]), matrix(BIASES[letter])
@@ -275,6 +282,11 @@ def recomputed(
         if letter == "V" and {"z", "pattern"} <= seen.made.keys():
             z, pattern = seen.made["z"], seen.made["pattern"].double()
             own = made[..., [group("V", head) for head in range(z.shape[-2])], :]
+            if pattern.shape[:-3] != own.shape[:-3] or pattern.shape[-1] != own.shape[-3]:
+                raise ValueError(
+                    f"{where}: values of the shape {tuple(own.shape)} lie in other windows or positions than their "
+                    f"pattern, of the shape {tuple(pattern.shape)}: what heads read is not made by their weights alone"
+                )
             yield "z", torch.einsum("...hqk,...khd->...qhd", pattern, own), z
     out, bias = matrix("W_O"), matrix("b_O")
     if out is not None and {"z", "out"} <= seen.made.keys():

@@ -362,7 +362,8 @@ class Transformer:
         with self.model.lock, self.model.outside():
             seen, sites = self._seen(layer)
             matrix = partial(self.parts.attention, layer=layer)
-            for name, made, found in recomputed(matrix, partial(self._shared, layer), seen):
+            where, group = f"layer {layer} of {self.model.name}", partial(self._shared, layer)
+            for name, made, found in recomputed(where, matrix, group, seen):
                 check_same(f"{sites[name]} of {self.model.name}", "the stream", made, found)
         self._verified.add(layer)
 
