@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from circuits.attribution import direct_logit_attribution
+from circuits.edits.connections import ScaleWeights
+from circuits.edits.recipes import edited
 from circuits.models.adapter.head_weights import Matrices
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, ModelInput, TokenInput
 from circuits.models.adapter.lone_heads import lone_head
+from circuits.units import Units
 from circuits.weights import head_composition, ov_circuit, qk_circuit
 from tests import vision_families
 from tests.attention_models import CASES, Returning
@@ -291,6 +294,17 @@ def test_queries_and_keys_of_other_widths() -> None:
         "rows are the 16 dimensions that the projection of queries of decoder_blocks.0.cross_attn is given, columns "
         "the 8 that the one of keys is given: no single residual stream is known, so no normalisation is folded in"
     )
+
+
+def test_circuits_are_those_of_the_weights_in_force() -> None:
+    model = two_widths()
+    first, second = (f"decoder_blocks.0.cross_attn.hook_z:{head}" for head in (0, 1))
+    before = [ov_circuit(model, head).matrix for head in (first, second)]
+    cut = ScaleWeights(into=Units.parse("decoder_blocks.0.cross_attn.hook_v:1"), factor=-3.0)
+    with edited(model, [cut]):
+        close(ov_circuit(model, first).matrix, before[0])
+        close(ov_circuit(model, second).matrix, -3 * before[1])
+    close(ov_circuit(model, second).matrix, before[1])
 
 
 def test_windows_with_a_fused_projection() -> None:

@@ -111,9 +111,9 @@ def lone_head(model: Any, unit: str | Unit) -> LoneHead:
 def _verify(model: Any, weights: HeadWeights) -> None:
     """Raise ValueError unless the weights of an attention give what its heads read and write."""
     inputs = model.fitted(model.input.example(TRACE_BATCHES[0]))
+    where = f"{weights.head.name} of {model.name}"
     with model.lock, model.outside(), evaluating(model.module), torch.no_grad():
         seen = weights.seen(model.module, inputs)
-    where = f"{weights.head.name} of {model.name}"
-    for name, made, found in recomputed(where, weights.matrix, weights.group, seen):
-        what = f"{weights.head.name}.hook_{name} of {model.name}"
-        check_same(what, "what its projections are given", made, found)
+        for name, made, found in recomputed(where, weights.matrix, weights.group, seen):
+            what = f"{weights.head.name}.hook_{name} of {model.name}"
+            check_same(what, "what its projections are given", made, found)
