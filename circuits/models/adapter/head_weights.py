@@ -18,9 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
-from circuits.models.adapter.affine import Affine, Products
+from circuits.models.adapter.affine import Affine, Constants, Products
 from circuits.models.adapter.attention import Place
-from circuits.models.adapter.constants import Constants
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.head_sites import Head, Picked, Points, Projection, rearranged
 

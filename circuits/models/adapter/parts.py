@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuits.models.adapter.constants import Constants
+from circuits.models.adapter.affine import Constants
 from circuits.models.adapter.flow import ORDERS, short_name, substituted
 from circuits.models.adapter.head_weights import WEIGHTS, Letter, Matrices
 from circuits.models.adapter.program import Value

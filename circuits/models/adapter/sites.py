@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, entry, is_record, trace
-from circuits.models.adapter.affine import Products
+from circuits.models.adapter.affine import Constants, Products
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
-from circuits.models.adapter.constants import Constants
 from circuits.models.adapter.declaring import Declared
 from circuits.models.adapter.flow import Flow
 from circuits.models.adapter.head_sites import (
