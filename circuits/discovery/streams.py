@@ -15,7 +15,8 @@ from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.paths.contributions import input_gradient, written_change
+from circuits.models.adapter.norms import Tangent
+from circuits.models.paths.contributions import input_gradient, norm_of, tangent_of, written_change
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
@@ -95,6 +96,10 @@ class StreamGraph(EdgeGraph):
     def slopes(self) -> tuple[str, ...]:
         return tuple(self._at_site)
 
+    @property
+    def pull_reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.stream.stream_site(r) for r in self._receivers))
+
     @cached_property
     def _at_site(self) -> dict[str, list[int]]:
         """The targets of each site that can be changed, in order."""
@@ -136,11 +141,17 @@ class StreamGraph(EdgeGraph):
     def pulled(
         self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
     ) -> dict[str, Tensor]:
-        found = {}
+        found, tangents = dict[str, Tensor](), dict[tuple[str, int], Tangent | None]()
         for site, targets in self._at_site.items():
             receivers = [self._receivers[t] for t in targets]
-            before = cache[self.stream.stream_site(receivers[0])]
-            found[site] = input_gradient(self.stream, receivers, before, gradients[site], linear)
+            before = self.stream.stream_site(receivers[0])
+            # Queries, keys and values of a layer read the same stream through the same normalisation.
+            key = before, id(norm_of(self.stream, receivers[0]))
+            if key not in tangents:
+                tangents[key] = tangent_of(self.stream, receivers[0], cache[before])
+            found[site] = input_gradient(
+                self.stream, receivers, tangents[key], gradients[site], linear
+            )
         return found
 
     def contracted(
@@ -173,6 +184,6 @@ class StreamGraph(EdgeGraph):
             if layer is not None and norm is not None:
                 # All heads of the layer are normalised together: to first order each has a part of the change.
                 before = clean[stream.before_post_norm_site(layer)][:, None]
-                made = stream.measured(norm).pushed(made, before)
+                made = stream.measured(norm).tangent(before).pushed(made)
             parts.append(made)
         return torch.cat(parts, 1)
