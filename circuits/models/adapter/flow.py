@@ -105,7 +105,7 @@ def _einsum(op: Operation, shapes: Mapping[Value, tuple[int, ...]]) -> Product |
     return Product(left, right, parts[0], parts[1], made)
 
 
-_SHAPE_ONLY = {
+SHAPE_ONLY = {
     "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like",
     "empty_like", "rand_like", "randn_like",
 }  # fmt: skip
@@ -167,7 +167,7 @@ class Flow:
         """The values that depend on the model's input, other than by its shape."""
         found = {value for value, name in self.program.sources.items() if name == "input"}
         for op in self.program.operations:
-            if short_name(op) not in _SHAPE_ONLY and not found.isdisjoint(op.inputs):
+            if short_name(op) not in SHAPE_ONLY and not found.isdisjoint(op.inputs):
                 found.update(op.outputs)
                 if writes_in_place(op.name) and op.inputs:
                     found.add(self._whole(op.inputs[0]))
@@ -197,6 +197,19 @@ class Flow:
             if writes_in_place(op.name) and op.inputs and op.inputs[0] in self._views:
                 found.setdefault(self._whole(op.inputs[0]), []).append(i)
         return found
+
+    @cached_property
+    def _overwritten(self) -> set[Value]:
+        """The values into which, or into a part of which, an operation writes."""
+        return {
+            self._whole(op.inputs[0])
+            for op in self.program.operations
+            if writes_in_place(op.name) and op.inputs
+        }
+
+    def overwritten(self, value: Value) -> bool:
+        """Whether an operation writes into the memory of a value."""
+        return self._whole(value) in self._overwritten
 
     @cached_property
     def _numbers(self) -> dict[tuple[int, int], int]:
@@ -268,6 +281,21 @@ class Flow:
         if short_name(op) == "__setitem__" or not op.counted:
             return None
         return self.address(i, len(op.running), place=op.outputs.index(value))
+
+    def argument_address(self, i: int, value: Value) -> Address | None:
+        """The address of a value where an operation takes it; None if it is no argument of its own."""
+        op = self.program.operations[i]
+        depth = len(op.running)
+        for place, given in enumerate(op.args):
+            if given == value:
+                return self.address(i, depth, part="argument", place=place)
+            if isinstance(given, list | tuple) and value in given:
+                item = given.index(value)
+                return self.address(i, depth, part="argument", place=place, item=item)
+        for key, given in op.kwargs.items():
+            if given == value:
+                return self.address(i, depth, part="argument", key=key)
+        return None
 
     def before(self, value: Value, stop: Callable[[int], bool]) -> Iterator[int]:
         """The operations that lead to a value, nearest first; not past those at which `stop` is true."""
