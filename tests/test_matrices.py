@@ -107,6 +107,22 @@ class Stacked(nn.Module):
         return self.norms[4](x) @ self.embed.T
 
 
+class Dots(Person):
+    """A person's decoder whose equations leave the leading axes out."""
+
+    def weighed(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        pattern = self.softmax(torch.einsum("...qd,...kd->...qk", q, k) / q.shape[-1] ** 0.5)
+        return torch.einsum("...qk,...kd->...qd", pattern, v).transpose(1, 2)
+
+    def attention(self, x: Tensor, n: int) -> Tensor:
+        def projected(name: str) -> Tensor:
+            weight, shift = getattr(self, f"{name}{n}"), getattr(self, f"shift_{name}{n}")
+            return (torch.einsum("...m,hmd->...hd", x, weight) + shift).transpose(1, 2)
+
+        z = self.weighed(projected("query"), projected("key"), projected("value"), n)
+        return torch.einsum("...hd,hdm->...m", z, getattr(self, f"out{n}"))
+
+
 class Mixed(nn.Module):
     """Weights of their own for each group of numbers, an axis of which is the last but one of the parameter's."""
 
@@ -134,6 +150,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: TorchEncoder(True, False),
     "encoder-sequence": lambda: TorchEncoder(False, True, True),
     "person": Person,
+    "dots": Dots,
     "grouped": Grouped,
     "functions": OfFunctions,
     "crossing": lambda: Crossing(True, False),
@@ -196,7 +213,7 @@ _STACKED = (
 )
 HAND: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "multihead": _MULTIHEAD, "multihead-weights": _MULTIHEAD, "encoder": _ENCODER, "encoder-sequence": _ENCODER,
-    "person": _PERSON, "grouped": _PERSON, "functions": _PERSON, "crossing": _CROSSING,
+    "person": _PERSON, "dots": _PERSON, "grouped": _PERSON, "functions": _PERSON, "crossing": _CROSSING,
     "crossing-sequence": _CROSSING, "apart": _APART, "apart-sequence": _APART, "stacked": _STACKED,
 }  # fmt: skip
 """Where a person finds the weights and the biases of a head of the first layer."""
@@ -369,6 +386,7 @@ FORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor, Tensor], Tenso
     "bmm": ((WIDTH, 6), lambda x, w, b: torch.bmm(x, w.expand(len(x), -1, -1)), lambda w: w[:, 1]),
     "copied": ((6, WIDTH), lambda x, w, b: x @ w.to(x.dtype).clone().t().contiguous() + b, lambda w: w[1]),
     "einsum": ((WIDTH, 6), lambda x, w, b: torch.einsum("bpm,mn->bpn", x, w) + b, lambda w: w[:, 1]),
+    "dots": ((WIDTH, 6), lambda x, w, b: torch.einsum("...m,mn->...n", x, w) + b, lambda w: w[:, 1]),
     "flipped": ((WIDTH, 6), lambda x, w, b: x @ w.flip(1), lambda w: w[:, 4]),
     "every other": ((WIDTH, 12), lambda x, w, b: x @ w[:, ::2] + b, lambda w: w[:, 2]),
     "across": ((7, WIDTH + 1), lambda x, w, b: x @ w.flatten()[3:99].view(6, WIDTH).T, lambda w: w.flatten()[19:35]),

@@ -94,15 +94,35 @@ def _letters(
 
 
 def _einsum(op: Operation, shapes: Mapping[Value, tuple[int, ...]]) -> Product | None:
+    found = spelled_einsum(op, shapes)
+    if found is None or len(op.inputs) != 2:
+        return None
+    (left, right), made = found
+    return Product(*op.inputs, left, right, made)
+
+
+def spelled_einsum(
+    op: Operation, shapes: Mapping[Value, tuple[int, ...]]
+) -> tuple[list[str], str] | None:
+    """The letters of the axes that an einsum is given and makes, with letters in the place of `...`.
+
+    None if its equation has no arrow, or is none of one text.
+    """
     equation = op.args[0] if op.args else op.kwargs.get("equation")
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+    if not isinstance(equation, str) or "->" not in equation:
         return None
     given, _, made = equation.replace(" ", "").partition("->")
-    parts, values = given.split(","), op.inputs
-    if len(parts) != 2 or len(values) != 2:
+    parts = given.split(",")
+    if len(parts) != len(op.inputs):
         return None
-    left, right = values
-    return Product(left, right, parts[0], parts[1], made)
+    # As many axes as are left, counted from the last; letters that the equation has not.
+    free = "".join(a for a in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if a not in equation)
+    dots = [
+        free[len(free) - (len(shapes[value]) - len(part) + 3) :] if "..." in part else ""
+        for part, value in zip(parts, op.inputs, strict=True)
+    ]
+    letters = [part.replace("...", own) for part, own in zip(parts, dots, strict=True)]
+    return letters, made.replace("...", max(dots, key=len))
 
 
 SHAPE_ONLY = {
