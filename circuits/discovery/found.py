@@ -212,7 +212,7 @@ def circuit_graph(
     graph: EdgeGraph, kept: Mask, scores: EdgeScores, task: Task, how: dict[str, Any],
     again: Stability | None = None,
 ) -> CircuitGraph:  # fmt: skip
-    """Some edges as a circuit that can be saved, drawn and exported.
+    """Some edges as a circuit that can be saved, drawn and exported; an edge's sum is what it adds to the metric.
 
     Args:
         graph: the model's edges.
@@ -232,8 +232,8 @@ def circuit_graph(
         letter = graph.targets[target].rpartition(".")[2]
         for node in graph.nodes_of(target):
             made.connect(
-                graph.node(graph.sources[source]), node, kind, sum=float(scores.mean[edge]),
-                layer=letter if letter in ("q", "k", "v") else None, edge=" -> ".join(graph.edges[edge]), **more,
+                graph.node(graph.sources[source]), node, kind, sum=-float(scores.mean[edge]),
+                layer=letter if letter in ("q", "k", "v") else "", edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
