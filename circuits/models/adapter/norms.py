@@ -93,11 +93,14 @@ class Norm:
         return self._centre(torch.addcmul(factor * read, along, z, value=-1))
 
     def pushed(
-        self, change: Float[Tensor, "*axes d_model"], at: Float[Tensor, "*#axes d_model"]
+        self,
+        change: Float[Tensor, "*axes d_model"],
+        at: Float[Tensor, "*#axes d_model"],
+        held: bool = False,
     ) -> Float[Tensor, "*axes d_model"]:
         """The first-order change of the output that a change of what is normalised makes (see `pulled`)."""
         dz, factor = self._centre(change), self.factor(at).to(change)
-        if self.divides:
+        if self.divides and not held:
             z = self._centre(at.double()).to(change)
             along = (dz * z).sum(-1, keepdim=True) * (factor**3 / z.shape[-1])
             return torch.addcmul(factor * dz, along, z, value=-1) * self.gain.to(change)

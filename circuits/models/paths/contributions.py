@@ -165,8 +165,7 @@ def input_change(
     made = _held(norm, before, change) if hold_norm else _norm_change(norm, before, change)
     if first.kind not in _PARTS:
         return made[:, :, 0]
-    weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
-    return torch.einsum("sekpm,kmd->sepkd", made, weights)
+    return torch.einsum("sekpm,kmd->sepkd", made, read_matrices(stream, receivers))
 
 
 def input_gradient(
@@ -187,14 +186,21 @@ def input_gradient(
     """
     first = receivers[0]
     if first.kind in _PARTS:
-        weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
-        given = torch.einsum("epkd,kmd->ekpm", gradient, weights)
+        given = torch.einsum("epkd,kmd->ekpm", gradient, read_matrices(stream, receivers))
     else:
         given = gradient[:, None]
     norm = norm_of(stream, first)
     if isinstance(norm, nn.Identity):
         return given
     return stream.measured(norm).pulled(given, before[:, None], hold_norm)
+
+
+def read_matrices(
+    stream: Stream, receivers: Sequence[Receiver]
+) -> Float[Tensor, "receiver d_model d_head"]:
+    """What queries, keys or values of heads of one layer are multiplied with, after the normalisation."""
+    first = receivers[0]
+    return stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
 
 
 def norm_of(stream: Stream, receiver: Receiver) -> Any:
