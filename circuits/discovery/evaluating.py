@@ -57,14 +57,12 @@ def ladder(n_edges: int) -> tuple[int, ...]:
     return tuple(sorted({*(round(10 ** (k / _STEPS_PER_DECADE)) for k in steps), n_edges}))
 
 
-def log_mean(
-    sizes: Sequence[int], values: Float[np.ndarray, "... size"]
-) -> Float[np.ndarray, "..."]:
+def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
     """The mean of a curve over the logarithm of the size, by the trapezoidal rule."""
     if len(sizes) < 2:
-        return values[..., 0]
+        return float(values[0])
     at = np.log(sizes)
-    return np.trapezoid(values, at, axis=-1) / (at[-1] - at[0])
+    return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +212,7 @@ class Evaluation:
     def _cmd_log(self, curve: Curve | None) -> float:
         if curve is None or not self.defined:
             return float("nan")
-        return float(log_mean(curve.sizes, np.abs(1 - self._curve(curve))))
+        return log_mean(curve.sizes, np.abs(1 - self._curve(curve)))
 
     @property
     def cmd(self) -> float:

@@ -22,6 +22,7 @@ from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth
 from circuits.experiments.patched_runs import merged
 from circuits.experiments.running import MEMORY, check_model
 from circuits.hooks import Change
+from circuits.models.adapter.sites import main_output
 from circuits.models.paths.restarting import Restart, restart_at, restart_candidates
 from circuits.tasks.metrics import Custom
 from circuits.tasks.reading import Places, Reading
@@ -85,8 +86,8 @@ class Runs:
         memory: a rough limit for one pass, in bytes.
 
     Raises:
-        ValueError: if the model is edited, the task was made for another vocabulary, has no counterparts where they are
-            needed, or the metric reads the whole output.
+        ValueError: if the model is edited, or the task was made for another vocabulary or has no counterparts where
+            they are needed.
     """
 
     def __init__(
@@ -109,13 +110,10 @@ class Runs:
             raise ValueError(
                 f"task {task.name} has no counterparts: choose the ablation mean or zero, or a task with counterparts"
             )
-        if isinstance(task.metric, Custom):
-            raise ValueError(
-                f"metric {task.metric.name} reads the whole output: expected one of the task's own metrics"
-            )
         self.graph, self.task, self.model, self.metric = graph, task, model, task.metric
         self.ablation, self.batch, self.memory = ablation, batch, memory
         self.end: Site = output_site(model)
+        self.keep_output = isinstance(task.metric, Custom)
         self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
         self._streams = PositionwiseStreams(model, self.end)
@@ -161,7 +159,7 @@ class Runs:
         read = list(dict.fromkeys([*map(self.model.site, self.graph.reads), *self.ends]))
         cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits)
         tensors = {s.name: cache[s] for s in read}
-        return tensors, self.reading(part, tensors)
+        return tensors, self.reading(part, tensors, output=main_output(cache.output))
 
     def _rolled(self) -> dict[str, Change]:
         """The change of the counterpart's run that gives its tokens other positions."""
@@ -207,6 +205,7 @@ class Runs:
         tensors: Mapping[str, Tensor],
         times: int = 1,
         cut: Narrowing | None = None,
+        output: Tensor | None = None,
     ) -> Reading:
         """The output of a pass at the places of a batch, or of several sets stacked."""
         rows = self.end.rows(tensors[self.end.name])
@@ -216,7 +215,8 @@ class Runs:
         position = places.position if cut is None else cut.slots.repeat(times)
         mask = None if part.mask is None else copies(part.mask, times)
         kept = {s.name: tensors[s.name] for s in self.ends if cut is None or s != self.end}
-        return Reading(places, flat[places.row, position].double(), kept, mask)
+        whole = output if self.keep_output else None
+        return Reading(places, flat[places.row, position].double(), kept, mask, whole)
 
     def value(
         self, reading: Reading, intact: Reading, times: int = 1
@@ -273,17 +273,18 @@ class Runs:
             known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
         changes = self.graph.changes(off, pair.other, known)
         cut = self._cut(pair, changed[-1])
-        tensors = self._run(pair, n, begin, changes if cut is None else cut.added(changes))
+        tensors, output = self._run(pair, n, begin, changes if cut is None else cut.added(changes))
         # What lies before the start is the clean run's.
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
-        return self.value(self.reading(pair.part, whole | tensors, n, cut), pair.intact, n)
+        made = self.reading(pair.part, whole | tensors, n, cut, output)
+        return self.value(made, pair.intact, n)
 
     def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
         """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
         part, length = pair.part, pair.clean[self.end.name].shape[1]
         tokens = self.end.axes == ("batch", "position", "unit") and part.inputs.shape[1] == length
-        if not tokens or length < 2 or len(self.ends) > 1:
+        if not tokens or length < 2 or len(self.ends) > 1 or self.keep_output:
             return None
         places = part.places(length)
         if not worth_narrowing(places, len(part.inputs), length):
@@ -295,14 +296,14 @@ class Runs:
 
     def _run(
         self, pair: Pair, n: int, begin: Restart | None, changes: Mapping[str, Change]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         inputs, mask = pair.part.inputs, pair.part.mask
         if begin is None:
             inputs = copies(inputs, n)
             mask = None if mask is None else copies(mask, n)
             edits = merged(self.model, pair.edits, changes)
             cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits)
-            return {s.name: cache[s] for s in self.ends}
+            return {s.name: cache[s] for s in self.ends}, main_output(cache.output)
         site, value = begin.site.name, pair.clean[begin.site.name]
         own = changes.get(site)
 
@@ -312,7 +313,7 @@ class Runs:
 
         ends = [s for s in self.ends if self._order[s.name] >= self._order[site]]
         cache = self.model.run(begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put})
-        return {s.name: cache[s] for s in ends}
+        return {s.name: cache[s] for s in ends}, main_output(cache.output)
 
     def start(self, pair: Pair, site: str) -> Restart | None:
         """Where a pass that changes a site, and later ones, may start; tested once a site."""

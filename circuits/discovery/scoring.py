@@ -39,6 +39,7 @@ from circuits.experiments.patched_runs import Direction, merged
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now
 from circuits.hooks import Change
+from circuits.models.adapter.sites import main_output
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 
@@ -317,7 +318,8 @@ def gradients_at(
             pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, grad=True, reference=relevance
         )  # fmt: skip
     tensors = {s.name: cache[s] for s in read}
-    value = runs.metric.of(runs.reading(pair.part, tensors), pair.intact)
+    reading = runs.reading(pair.part, tensors, output=main_output(cache.output))
+    value = runs.metric.of(reading, pair.intact)
     made = torch.autograd.grad(value.sum(), [leaves[s] for s in graph.slopes], allow_unused=True)
     found = {
         site: torch.zeros_like(leaves[site]) if grad is None else grad

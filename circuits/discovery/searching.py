@@ -149,7 +149,7 @@ def _metrics(
 
 def removal_effects(
     runs: Runs, circuit: Mask, progress: Progress | None = None
-) -> Float[np.ndarray, "edge example"]:
+) -> Float[np.ndarray, "removed example"]:
     """The change of the metric when each edge of a circuit is taken out of it, in the order of the edges."""
     without = []
     for edge in np.flatnonzero(circuit).tolist():

@@ -3,6 +3,10 @@
 After Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; row vectors are on the left, as in
 TransformerLens. Normalisations are folded in with their linear part, gain * (x - centre(x)), as it is measured; their
 division by the norm is left out, which is one positive factor for each position.
+
+Heads of models in which no single residual stream is known (with an encoder and a decoder, or with a stream that
+changes its width or layout) have QK and OV circuits between what their projections are given and what attention's
+output projection returns, with no normalisation folded in.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 from circuits.models.adapter import composition
 from circuits.models.adapter.composition import HeadRead, head_read, head_write
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.lone_heads import LoneHead, lone_head
 from circuits.models.adapter.rotation import rotations
 from circuits.models.adapter.transformer import Transformer
 from circuits.units import Unit
@@ -31,18 +36,24 @@ class QKCircuit:
 
     The score of a query at x with a key at y is x matrix y^T + x . key_bias + query_bias . y + constant, where x and y
     are residual streams, each divided by its norm, up to the constant factor that the model multiplies scores by (one
-    over the square root of d_head). A part that does not depend on the key changes no pattern.
+    over the square root of d_head; one in T5). A part that does not depend on the key changes no pattern. What is added
+    to scores for positions alone (ALiBi, the relative positions of T5 and Swin) is no part of it.
+
+    Where no residual stream is known, x and y are what the projections of queries and keys are given, as they are, and
+    no normalisation is folded in: `spaces` says which it is.
 
     Attributes:
         head: the head.
         offsets: the key's position minus the query's, for each matrix. Rotary embeddings turn queries and keys by their
             positions, so that there is no W_QK without one; otherwise all are equal.
-        matrix: query x key: residual dimensions, or tokens.
+        matrix: query x key: residual dimensions, or tokens; else dimensions of what each projection is given, which are
+            as many for both unless queries and keys of cross-attention read tensors of different widths.
         query_bias: what the biases of queries look for in keys.
         key_bias: what queries look for, met by the biases of keys alone.
         constant: of the biases of both.
         held_norms: whether the model normalises queries and keys, of which only the gains are in here: scores are
             divided by the norms of query and key once more.
+        spaces: what rows and columns are, in a sentence.
     """
 
     head: Unit
@@ -52,6 +63,7 @@ class QKCircuit:
     key_bias: Float[Tensor, "offset query"]
     constant: Float[Tensor, " offset"]
     held_norms: bool
+    spaces: str
 
     def at(self, offset: int) -> Float[Tensor, "query key"]:
         """The matrix at an offset.
@@ -74,17 +86,20 @@ class OVCircuit:
     Attributes:
         head: the head.
         matrix: source x target: what it reads at a position that it attends to, and what it writes for that. Residual
-            dimensions; or tokens and logits.
+            dimensions; or tokens and logits. Where no residual stream is known, what the projection of values is given,
+            as it is, and what attention's output projection returns: no normalisation is folded in.
         bias: what it writes wherever it attends: by the biases of its values and of the normalisation before. The
             output bias of attention belongs to no head.
         held_norm: whether the output of all heads together is normalised before it is added to the stream, of which
             only the gain is in here.
+        spaces: what rows and columns are, in a sentence.
     """
 
     head: Unit
     matrix: Float[Tensor, "source target"]
     bias: Float[Tensor, " target"]
     held_norm: bool
+    spaces: str
 
 
 def qk_circuit(
@@ -98,16 +113,55 @@ def qk_circuit(
 
     Args:
         model: a transformer.
-        head: a unit of `blocks.N.attn.hook_z`.
+        head: a unit of `blocks.N.attn.hook_z`; of `decoder_blocks.N.cross_attn.hook_z` and the like in models with an
+            encoder and a decoder.
         tokens: whether rows and columns are tokens, W_E W_QK W_E^T, instead of residual dimensions.
-        offset: the key's position minus the query's: 0 is its own, -1 the one before. One or several.
+        offset: the key's position minus the query's: 0 is its own, -1 the one before. One or several. In images, and
+            where no residual stream is known, they make no difference: heads that turn queries and keys are refused.
         hold_norms: take normalised queries and keys (Qwen 3, Gemma 3) with their gains, as if their norms were held
-            fixed; by default such models are refused, since their scores are no bilinear form.
+            fixed; by default such models are refused, since their scores are no bilinear form. Where no residual
+            stream is known they are refused always.
 
     Raises:
-        ValueError: if the model has no residual stream, the unit no head, an offset above 0 or outside the
-            context, or scores are no bilinear form.
+        ValueError: if the unit is no head, its weights are not known or not those with which the model computes queries
+            and keys, an offset is above 0 or outside the context, scores are no bilinear form, or `tokens` is asked for
+            and no residual stream is known.
     """
+    if model.has_stream:
+        attends = _along_stream(model, head, tokens, offset, hold_norms)
+    else:
+        attends = _alone(_lone(model, head, tokens), _as_tuple(offset))
+    query, key, turns = attends.query, attends.key, attends.turns
+    turned = torch.einsum("ka,oba->obk", key.weight, turns)  # R W_K^T
+    bias = torch.einsum("a,oba->ob", key.bias, turns)
+    # One offset at a time: with tokens for rows and columns each is the square of the vocabulary in float64.
+    matrix = torch.stack([(query.weight @ turn).float() for turn in turned])
+    return QKCircuit(
+        model.unit(head), attends.offsets, matrix, (query.bias @ turned).float(),
+        (bias @ query.weight.T).float(), (bias @ query.bias).float(), attends.held_norms, attends.spaces,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Attends:
+    """What the scores of a head are made of: its queries and keys, turned at some offsets."""
+
+    query: HeadRead
+    key: HeadRead
+    offsets: tuple[int, ...]
+    turns: Tensor
+    held_norms: bool
+    spaces: str
+
+
+def _along_stream(
+    model: HookedModel,
+    head: str | Unit,
+    tokens: bool,
+    offset: int | Sequence[int],
+    hold_norms: bool,
+) -> _Attends:
+    """The queries and keys of a head of a residual stream."""
     transformer = Transformer(model)
     layer, index = transformer.head(head)
     offsets = _offsets(transformer, layer, offset, hold_norms)
@@ -115,14 +169,42 @@ def qk_circuit(
     query, key = (head_read(transformer, letter, layer, index) for letter in ("Q", "K"))
     if tokens:
         query, key = (_of_tokens(transformer, read) for read in (query, key))
-    turned = torch.einsum("ka,oba->obk", key.weight, turns)  # R W_K^T
-    bias = torch.einsum("a,oba->ob", key.bias, turns)
-    # One offset at a time: with tokens for rows and columns each is the square of the vocabulary in float64.
-    matrix = torch.stack([(query.weight @ turn).float() for turn in turned])
-    return QKCircuit(
-        model.unit(head), offsets, matrix, (query.bias @ turned).float(),
-        (bias @ query.weight.T).float(), (bias @ query.bias).float(), transformer.normalises_qk(layer),
-    )  # fmt: skip
+    spaces = f"rows and columns are {'tokens' if tokens else _STREAM}"
+    return _Attends(query, key, offsets, turns, transformer.normalises_qk(layer), spaces)
+
+
+def _alone(head: LoneHead, offsets: tuple[int, ...]) -> _Attends:
+    """The queries and keys of a head by its own weights; nothing turns them."""
+    query, key = head.read("Q"), head.read("K")
+    head.check_scores()
+    turns = torch.eye(query.weight.shape[1]).to(query.weight).expand(len(offsets), -1, -1)
+    rows, columns = len(query.weight), len(key.weight)
+    spaces = (
+        f"rows are the {rows} dimensions that the projection of queries of {head.name} is given, columns the {columns} "
+        f"that the one of keys is given: {_NO_STREAM}"
+    )
+    return _Attends(query, key, offsets, turns, False, spaces)
+
+
+_STREAM = "dimensions of the residual stream, with the normalisations on the way folded in"
+_NO_STREAM = "no single residual stream is known, so no normalisation is folded in"
+
+
+def _lone(model: HookedModel, head: str | Unit, tokens: bool) -> LoneHead:
+    """A head of a model without a residual stream, where tokens lead to no head."""
+    if tokens:
+        raise ValueError(
+            f"model {model.name} has no residual stream: {model.transformer}; tokens=True needs one, which leads from "
+            "the embedding to the head and on to the logits"
+        )
+    return lone_head(model, head)
+
+
+def _as_tuple(offset: int | Sequence[int]) -> tuple[int, ...]:
+    offsets = (offset,) if isinstance(offset, int) else tuple(offset)
+    if not offsets:
+        raise ValueError("offset is empty: expected at least one, 0 or below")
+    return offsets
 
 
 def _offsets(
@@ -134,10 +216,7 @@ def _offsets(
             f"layer {layer} of {transformer.model.name} normalises queries and keys, so its scores are no bilinear "
             "form: hold_norms=True takes them with their gains, as if their norms were fixed"
         )
-    offsets = (offset,) if isinstance(offset, int) else tuple(offset)
-    if not offsets:
-        raise ValueError("offset is empty: expected at least one, 0 or below")
-    return offsets
+    return _as_tuple(offset)
 
 
 def ov_circuit(model: HookedModel, head: str | Unit, tokens: bool = False) -> OVCircuit:
@@ -145,13 +224,28 @@ def ov_circuit(model: HookedModel, head: str | Unit, tokens: bool = False) -> OV
 
     Args:
         model: a transformer.
-        head: a unit of `blocks.N.attn.hook_z`.
+        head: as in `qk_circuit`.
         tokens: whether rows are tokens and columns logits, W_E W_OV W_U, instead of residual dimensions.
 
     Raises:
-        ValueError: if the model has no residual stream or the unit no head, or if what attention adds is not
-            the sum of its heads' outputs, normalised or scaled.
+        ValueError: if the unit is no head, its weights are not known or not those with which the model computes values
+            and outputs, what attention adds to the residual stream is not the sum of its heads' outputs, normalised or
+            scaled, or `tokens` is asked for and no residual stream is known.
     """
+    if not model.has_stream:
+        lone = _lone(model, head, tokens)
+        read, write = lone.read("V"), lone.write()
+        spaces = (
+            f"rows are the {len(read.weight)} dimensions that the projection of values of {lone.name} is given, "
+            f"columns the {write.shape[1]} that its output projection returns: {_NO_STREAM}"
+        )
+        return OVCircuit(
+            model.unit(head),
+            (read.weight @ write).float(),
+            (read.bias @ write).float(),
+            False,
+            spaces,
+        )
     transformer = Transformer(model)
     layer, index = transformer.head(head)
     read, write = head_read(transformer, "V", layer, index), head_write(transformer, layer, index)
@@ -160,8 +254,9 @@ def ov_circuit(model: HookedModel, head: str | Unit, tokens: bool = False) -> OV
         write = write @ composition.read_weights(transformer, None).double()
     after = transformer.writes[layer].attention
     held = after is not None and after.norm is not None
+    spaces = "rows are tokens, columns logits" if tokens else f"rows and columns are {_STREAM}"
     return OVCircuit(
-        model.unit(head), (read.weight @ write).float(), (read.bias @ write).float(), held
+        model.unit(head), (read.weight @ write).float(), (read.bias @ write).float(), held, spaces
     )
 
 

@@ -627,7 +627,6 @@ class _Search:
         self, i: int, product: Product, value: Value, roles: Mapping[str, tuple[str, ...]]
     ) -> Place:
         """A factor of a product, where it enters it."""
-        op = self.flow.program.operations[i]
         letters = product.axes_of(value)
         if product.left == product.right:
             raise _UnclearError("queries and keys are the same tensor")
@@ -641,16 +640,10 @@ class _Search:
         }
         if shared and sum(names[:1] != () and names[0].startswith("head") for names in axes) > 1:
             axes = tuple(() if n in shared else names for n, names in enumerate(axes))
-        for place, given in enumerate(op.args):
-            if given == value:
-                return self._placed(value, self._at(i, part="argument", place=place), axes)
-            if isinstance(given, list | tuple) and value in given:
-                address = self._at(i, part="argument", place=place, item=given.index(value))
-                return self._placed(value, address, axes)
-        for key, given in op.kwargs.items():
-            if given == value:
-                return self._placed(value, self._at(i, part="argument", key=key), axes)
-        raise _UnclearError("its factors are no arguments of their own")
+        address = self.flow.taken_at(i, value)
+        if address is None:
+            raise _UnclearError("its factors are no arguments of their own")
+        return self._placed(value, address, axes)
 
     def _roles_like(
         self,

@@ -163,14 +163,15 @@ def _written(transformer: Transformer, layer: int, made: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class HeadRead:
-    """What a head reads from the stream x as queries, keys or values: linear(x) @ weight + bias, in float64.
+    """What a head reads from x as queries, keys or values: linear(x) @ weight + bias, in float64.
 
     Attributes:
-        weight: acts on the stream itself: the normalisation before it is folded in.
+        weight: acts on the stream itself, with the normalisation before it folded in; where no stream is known, on what
+            the projection is given.
         bias: with what the normalisation's own bias adds. It is not divided by the norm of the stream.
     """
 
-    weight: Float[Tensor, "d_model d_head"]
+    weight: Float[Tensor, "d_in d_head"]
     bias: Float[Tensor, " d_head"]
 
 

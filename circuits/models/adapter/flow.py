@@ -269,6 +269,20 @@ class Flow:
             return None
         return self.address(i, len(op.running), place=op.outputs.index(value))
 
+    def taken_at(self, i: int, value: Value) -> Address | None:
+        """The address of a value where an operation takes it; None if it is no argument of its own."""
+        op = self.program.operations[i]
+        for place, given in enumerate(op.args):
+            if given == value:
+                return self.address(i, len(op.running), part="argument", place=place)
+            if isinstance(given, list | tuple) and value in given:
+                item = given.index(value)
+                return self.address(i, len(op.running), part="argument", place=place, item=item)
+        for key, given in op.kwargs.items():
+            if given == value:
+                return self.address(i, len(op.running), part="argument", key=key)
+        return None
+
     def before(self, value: Value, stop: Callable[[int], bool]) -> Iterator[int]:
         """The operations that lead to a value, nearest first; not past those at which `stop` is true."""
         seen: set[int] = set()

@@ -134,6 +134,7 @@ class HookedModel:
             why what looks like a pattern of attention is none, by the call that puts it out.
         program: the operations of a pass.
         transformer: the norms and weights along its residual stream, if it has one and is no bridge; else why not.
+        head_weights: the weights of the heads of each attention by its name, e.g. `blocks.0.attn`, if it is no bridge.
         listed: whether the model returns a list with a record for each example, as detection models do: it has no
             logits then.
     """
@@ -175,7 +176,7 @@ class HookedModel:
         )
         self.program, self.listed = found.program, found.listed
         self.unplaced, self.left_out = found.unplaced, found.left_out
-        self.transformer = found.transformer
+        self.transformer, self.head_weights = found.transformer, found.head_weights
         self._functions = {operation.name for operation in found.program.operations}
         self._operations = program_digest(found.program)
         self._unsteady = list(dict.fromkeys(unsteady(found.program)))

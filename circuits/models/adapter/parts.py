@@ -7,30 +7,20 @@ queries, keys, values and outputs are multiplied with, and norms are what lies b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuits.models.adapter.affine import Affine
-from circuits.models.adapter.flow import ORDERS, Flow, short_name, substituted
+from circuits.models.adapter.affine import Constants
+from circuits.models.adapter.flow import ORDERS, short_name, substituted
+from circuits.models.adapter.head_weights import WEIGHTS, Letter, Matrices
 from circuits.models.adapter.program import Value
 from circuits.models.adapter.streams import TracedLayer, TracedStream
 
 NormName = Literal["ln1", "ln2", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"]
 """The norms before attention and the MLP, those after them, those of queries and keys, and the last."""
-
-Letter = Literal["Q", "K", "V"]
-"""What a head reads: queries, keys or values."""
-
-Matrices = Literal["W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"]
-
-
-_WEIGHTS: dict[Letter, Matrices] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
-_LETTERS: dict[Letter, Literal["q", "k", "v"]] = {"Q": "q", "K": "k", "V": "v"}
 
 
 @runtime_checkable
@@ -121,7 +111,7 @@ class BridgeParts:
             return None
 
     def group(self, letter: Letter, layer: int, head: int) -> int:
-        own, heads = (self.attention(name, layer) for name in (_WEIGHTS[letter], "W_Q"))
+        own, heads = (self.attention(name, layer) for name in (WEIGHTS[letter], "W_Q"))
         return head if own is None or heads is None else head // (len(heads) // len(own))
 
     def mixes(self, layer: int) -> bool:
@@ -143,35 +133,6 @@ class BridgeParts:
 def _children(module: nn.Module) -> dict[str, nn.Module]:
     """A module's parts by name. (Not `getattr`, which bridges pass on to the module that they wrap.)"""
     return dict(module.named_children())
-
-
-@dataclass(frozen=True, eq=False)
-class Constants:
-    """The values of a pass that do not depend on the input, computed from the model's tensors as they are now.
-
-    Attributes:
-        flow: the operations of the pass.
-        tensors: those that no operation made, by their values.
-    """
-
-    flow: Flow
-    tensors: Mapping[Value, Tensor]
-
-    def of(self, value: Value) -> Tensor:
-        """A value.
-
-        Raises:
-            LookupError: if it was made in a way that was not seen, or depends on the input.
-        """
-        if value in self.tensors:
-            return self.tensors[value].detach()
-        op = self.flow.operation(value)
-        if op is None:
-            raise LookupError(f"value {value.number} of the pass has no tensor")
-        held = {v: self.of(v) for v in op.inputs}
-        args, kwargs = (substituted(given, held) for given in (op.args, op.kwargs))
-        made = op.function(*args, **kwargs)
-        return made if len(op.outputs) == 1 else made[op.outputs.index(value)]
 
 
 class Replayed(nn.Module):
@@ -241,20 +202,20 @@ class TracedParts:
 
     Args:
         stream: the stream.
-        tensors: those that no operation of the pass made, by their values.
+        constants: the values of the pass that do not depend on the input.
         norms: the modules of the model by what they were given and what they returned.
     """
 
     def __init__(
         self,
         stream: TracedStream,
-        tensors: Mapping[Value, Tensor],
+        constants: Constants,
         norms: Mapping[tuple[Value, Value], nn.Module],
     ) -> None:
         self.stream, self.parallel = stream, stream.parallel
         self.n_layers = len(stream.layers)
         self.adds_positions = stream.position is not None
-        self._constants = Constants(stream.flow, tensors)
+        self._constants = constants
         self._modules = norms
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
@@ -327,67 +288,11 @@ class TracedParts:
     def positions(self) -> Tensor:
         raise ValueError("positions: what the model adds for positions is no site")
 
-    def _matrix(self, affine: Affine) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
-        """The weights and the bias of a product.
-
-        Raises:
-            ValueError: if they were computed in a way that was not seen.
-        """
-        try:
-            return self._followed(affine)
-        except LookupError as error:
-            op = self._op(affine.first)
-            raise ValueError(
-                f"the weights of a product in {op.module or 'the model'} cannot be followed to the model's tensors: "
-                f"{error.args[0]}"
-            ) from error
-
-    def _followed(
-        self, affine: Affine
-    ) -> tuple[Float[Tensor, "given made"], Float[Tensor, " made"]]:
-        product = self.stream.flow.product(affine.first)
-        assert product is not None, "it was found as one"
-        other = product.right if product.left == affine.given else product.left
-        letters, given = product.axes_of(other), product.axes_of(affine.given)
-        summed = [a for a in given if a in affine.summed]
-        free = [a for a in product.made_axes if a in letters and a not in summed]
-        weight = self._constants.of(other)
-        sizes = dict(zip(letters, weight.shape, strict=True))
-        rest = [a for a in letters if a not in (*summed, *free)]  # axes of length 1 (kernels)
-        order = [letters.index(a) for a in (*summed, *free, *rest)]
-        width = [int(torch.Size([sizes[a] for a in axes]).numel()) for axes in (summed, free)]
-        matrix = weight.permute(order).reshape(width)
-        bias = matrix.new_zeros(width[1])
-        for value in affine.biases:
-            bias = bias + _bias(self._constants.of(value), product.made_axes, free, sizes)
-        return matrix, bias
-
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
-        at = self.stream.layers[layer]
-        if name in ("W_O", "b_O"):
-            matrix, bias = self._matrix(at.output)
-            if name == "b_O":
-                return bias if at.output.biases else None
-            return matrix[at.columns]
-        projection = at.head.projections.get(name[-1].lower())
-        if projection is None or projection.first is None:
-            return None
-        affine = self.stream.affine(projection.first)
-        if affine is None:
-            return None
-        matrix, bias = self._matrix(affine)
-        index = projection.index.to(matrix.device)
-        if name.startswith("b"):
-            return bias[index] if affine.biases else None
-        return matrix[:, index].movedim(0, 1)
+        return self.stream.layers[layer].weights.matrix(name)
 
     def group(self, letter: Letter, layer: int, head: int) -> int:
-        own = self.stream.layers[layer].head
-        projection = own.projections.get(_LETTERS[letter])
-        if projection is None:
-            return head
-        # Keys and values that are broadcast over neighbouring heads have one entry for each group.
-        return projection.group[head // (own.attention.n_heads // len(projection.group))]
+        return self.stream.layers[layer].weights.group(letter, head)
 
     def mixes(self, layer: int) -> bool:
         return self.stream.layers[layer].head.attention.mixed
@@ -396,8 +301,8 @@ class TracedParts:
         at = self.stream.layers[layer]
         if at.mlp is None or at.neurons is None or not at.inputs:
             return None
-        out, _ = self._matrix(at.mlp)
-        matrices = [self._matrix(affine)[0] for affine in at.inputs]
+        out, _ = self._constants.matrix(at.mlp)
+        matrices = [self._constants.matrix(affine)[0] for affine in at.inputs]
         # Where one product gates the other (SwiGLU), the one that goes through the activation function is the gate.
         inner = matrices[0] if len(matrices) == 1 else matrices[self.stream.linear_input(layer)]
         return (inner, out) if inner.shape[1] == len(out) else None
@@ -405,30 +310,10 @@ class TracedParts:
     def unembedding(self) -> tuple[Tensor, Tensor]:
         if self.stream.unembed is None:
             raise ValueError("the model's output is not a product of its last stream with weights")
-        return self._matrix(self.stream.unembed)
+        return self._constants.matrix(self.stream.unembed)
 
     def embedding(self) -> Tensor:
         table = self.stream.table
         if table is None:
             raise ValueError("the model's tokens are not looked up in one table")
         return self._constants.of(table)
-
-
-def _bias(
-    own: Tensor, made: str, free: Sequence[str], sizes: Mapping[str, int]
-) -> Float[Tensor, " made"]:
-    """What is added to a product, as one number for each of its outputs.
-
-    Args:
-        own: the tensor that is added.
-        made: the letters of the product's axes.
-        free: those of its outputs.
-        sizes: their lengths.
-    """
-    width = [sizes[a] for a in free]
-    if own.numel() == math.prod(width):
-        return own.flatten()
-    full = own.reshape((1,) * (len(made) - own.ndim) + own.shape)
-    for axis in reversed([n for n, letter in enumerate(made) if letter not in free]):
-        full = full.select(axis, 0)
-    return full.expand(width).flatten()

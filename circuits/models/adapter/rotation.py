@@ -3,18 +3,21 @@
 With rotary embeddings (Su et al. 2021, "RoFormer") a query q at position i and a key k at position j have the score
 q R_i (k R_j)^T = q R(j - i) k^T, so there is no W_QK without an offset. The rotations are read off where a bridge shows
 rotated queries and keys, else found from attention patterns: log p(i, j) - log p(i, 0) is the score of a key against
-that of a key of zeros. Either way they are checked against patterns on random queries and keys.
+that of a key of zeros. Either way they are checked against patterns on random queries and keys. In images positions
+follow each other in no order of which there are offsets: there nothing may turn queries and keys, which is checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.transformer import LayerSites, Transformer
 
 _CHECKS = 8
@@ -31,30 +34,103 @@ def rotations(
     Args:
         transformer: the model.
         layer: a layer.
-        offsets: none above 0, since no query sees a later key.
+        offsets: of texts, none above 0, since no query sees a later key. Of images they make no difference.
 
     Raises:
         ValueError: if an offset is above 0 or outside the model's context, or what attention computes from queries and
             keys is no bilinear form.
     """
-    n_ctx = transformer.model.input.n_ctx
-    for offset in offsets:
-        if not -n_ctx < offset <= 0:
+    sites, spec = transformer.layers[layer], transformer.model.input
+    for offset in offsets if isinstance(spec, TokenInput) else ():
+        if not -spec.n_ctx < offset <= 0:
             raise ValueError(
-                f"offset {offset} must be from {1 - n_ctx} to 0: the key's position minus the query's"
+                f"offset {offset} must be from {1 - spec.n_ctx} to 0: the key's position minus the query's"
             )
-    sites = transformer.layers[layer]
     if sites.queries is None or sites.keys is None or sites.patterns is None:
         raise ValueError(
             f"layer {layer} of {transformer.model.name} shows no queries, keys and patterns: its scores cannot be "
             "measured"
         )
+    if not isinstance(spec, TokenInput):
+        where = f"layer {layer} of {transformer.model.name}"
+        query, key = transformer.normed_sites(layer) or (sites.queries, sites.keys)
+        check_bilinear(transformer.model, where, query, key, sites.patterns)
+        size = torch.eye(_size(transformer, sites), dtype=torch.float64)
+        return size.expand(len(offsets), -1, -1).to(transformer.model.device)
     with transformer.model.lock:
         found = _shown(transformer, sites, offsets) if sites.rotated else None
         if found is None:
             found = _from_patterns(transformer, sites, offsets)
         _check(transformer, sites, offsets, found)
     return found.to(transformer.model.device)
+
+
+def check_bilinear(model: Any, where: str, query: str, key: str, pattern: str) -> None:
+    """Raise ValueError unless the scores of heads are q k^T times a positive number, whatever their positions.
+
+    Queries and keys are made random, equal for all heads. Of the logarithm of their pattern that of queries of zeros is
+    taken off: what is added for positions, and masks. A constant of each query changes no pattern.
+
+    Args:
+        model: a `HookedModel`.
+        where: what the attention is called in errors.
+        query: the site of its queries.
+        key: that of its keys.
+        pattern: that of its patterns.
+    """
+    scores, made = _random_scores(model, where, query, key, pattern)
+    if not made.any():
+        raise ValueError(
+            f"{where}: each query sees one key alone in the model's own example, so its scores cannot be measured"
+        )
+    for head in range(scores.shape[-3]):
+        measured, wanted = scores[..., head, :, :], made[..., head, :, :]
+        scale = (wanted * measured).sum() / wanted.square().sum().clamp_min(1e-30)
+        off = float((measured - scale * wanted).abs().max() / measured.abs().max().clamp_min(1e-30))
+        if not off <= _tolerance(model) or not scale > 0:
+            raise ValueError(
+                f"{where}: the scores of head {head} are not q . k times a constant (off by {off:.2g} of the largest): "
+                "queries and keys are normalised, or turned by their positions, so it has no QK circuit"
+            )
+
+
+def _random_scores(
+    model: Any, where: str, query: str, key: str, pattern: str
+) -> tuple[Float[Tensor, "*batch head query key"], Float[Tensor, "*batch head query key"]]:
+    """Scores of random queries and keys, and q k^T; both less their mean over the keys that a query sees."""
+    inputs = model.input.example(2)
+    generator = torch.Generator().manual_seed(0)
+    with model.lock:
+        cache = model.run(inputs, read=[query, key])
+        # Small enough that a cap on scores does not show; one head, for all of them.
+        shapes = [cache[site][..., :1, :].shape for site in (query, key)]
+        q, k = (torch.randn(shape, generator=generator) / 2 for shape in shapes)
+        given = []
+        for queries in (q, torch.zeros_like(q)):
+            edits = {query: partial(_for_all_heads, queries), key: partial(_for_all_heads, k)}
+            run = model.run(inputs, read=[pattern], edits=edits, until=pattern)
+            given.append(run[pattern].double().cpu())
+    made = torch.einsum("...qhd,...khd->...hqk", q.double(), k.double())
+    if made.shape[-2:] != given[0].shape[-2:]:
+        raise ValueError(
+            f"{where}: its patterns are of {given[0].shape[-2]} queries and {given[0].shape[-1]} keys, and its "
+            f"projections make {made.shape[-2]} and {made.shape[-1]}: positions are merged on the way, so it has no QK "
+            "circuit"
+        )
+    # What is as good as hidden by a mask has no logarithm to compare.
+    kept = (given[0] > 1e-12) & (given[1] > 1e-12)
+    scores = torch.where(kept, given[0].log() - given[1].log(), 0.0)
+    return _centred(scores, kept), _centred(made.expand_as(scores), kept)
+
+
+def _for_all_heads(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like).expand_as(like)
+
+
+def _centred(scores: Tensor, kept: Tensor) -> Tensor:
+    """Scores less their mean over the keys that are kept; zero at others."""
+    mean = (scores * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
+    return (scores - mean) * kept
 
 
 def _shown(
@@ -91,7 +167,7 @@ def _from_patterns(
             scale = float(scores[-1].diagonal().mean())
             # At its own position nothing is turned: the score is q . k times a constant, or it is no such form.
             off = float((scores[-1] - scale * torch.eye(size)).abs().max())
-            if not off <= _tolerance(transformer) * abs(scale):
+            if not off <= _tolerance(transformer.model) * abs(scale):
                 raise _not_bilinear(transformer, sites)
             return scores[:-1] / scale
         room //= 2  # the layer looks back over a window only
@@ -164,7 +240,7 @@ def _check_head(
         )
     scale = (made * given).sum() / made.square().sum()
     off = float((given - scale * made).abs().max() / given.abs().max().clamp_min(1e-30))
-    if not max(off, turned) <= 10 * _tolerance(transformer) or not scale > 0:
+    if not max(off, turned) <= 10 * _tolerance(transformer.model) or not scale > 0:
         raise _not_bilinear(transformer, sites)
 
 
@@ -175,8 +251,8 @@ def _not_bilinear(transformer: Transformer, sites: LayerSites) -> ValueError:
     )
 
 
-def _tolerance(transformer: Transformer) -> float:
-    kinds = [p.dtype for p in transformer.model.module.parameters() if p.is_floating_point()]
+def _tolerance(model: Any) -> float:
+    kinds = [p.dtype for p in model.module.parameters() if p.is_floating_point()]
     return max([1e-3, *(4 * torch.finfo(kind).eps for kind in kinds)])
 
 

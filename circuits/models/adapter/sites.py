@@ -6,13 +6,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, Trace, entry, is_record, trace
+from circuits.models.adapter.affine import Constants, Products
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
@@ -28,6 +29,7 @@ from circuits.models.adapter.head_sites import (
     named,
     normed_sites,
 )
+from circuits.models.adapter.head_weights import HeadWeights
 from circuits.models.adapter.parts import Parts, TracedParts
 from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
@@ -147,6 +149,7 @@ class TracedModel:
         listed: whether the model returns a list with an entry for each example.
         state: the buffers and attributes that every pass changes.
         transformer: the norms and weights along its residual stream; why they are not known, if it has none.
+        head_weights: the weights of the heads of each attention, by its name; none of a bridge's.
     """
 
     sites: list[tuple[Site, Tap]]
@@ -156,6 +159,7 @@ class TracedModel:
     listed: bool = False
     state: tuple[str, ...] = ()
     transformer: Parts | str = "no attention was found in it"
+    head_weights: Mapping[str, HeadWeights] = field(default_factory=dict)
 
 
 def trace_model(
@@ -220,6 +224,7 @@ def trace_model(
         del found[name]
         left_out[name] = "its first axis is as long as two of three batches by chance"
     transformer: Parts | str = "no attention was found in it"
+    head_weights: Mapping[str, HeadWeights] = {}
     if is_bridge(module):
         if declarations:
             raise ValueError(
@@ -229,7 +234,7 @@ def trace_model(
     else:
         attention = find_attention(first.program, second.program, declarations)
         left_out |= attention.refused
-        found, transformer = _with_heads(
+        found, transformer, head_weights = _with_heads(
             module, examples, first, second.program, attention, traces, found, final, left_out
         )
     if asked:
@@ -237,7 +242,14 @@ def trace_model(
     if not found:
         raise _without_sites(module, unplaced)
     return TracedModel(
-        list(found.values()), unplaced, left_out, second.program, final is None, state, transformer
+        list(found.values()),
+        unplaced,
+        left_out,
+        second.program,
+        final is None,
+        state,
+        transformer,
+        head_weights,
     )
 
 
@@ -281,13 +293,14 @@ def _with_heads(
     found: Mapping[str, tuple[Site, Tap]],
     final: Tensor | None,
     left_out: dict[str, str],
-) -> tuple[dict[str, tuple[Site, Tap]], Parts | str]:
-    """The sites of modules and those of attention and the residual stream, in order of execution.
+) -> tuple[dict[str, tuple[Site, Tap]], Parts | str, dict[str, HeadWeights]]:
+    """The sites of modules and those of attention and the residual stream, in order of execution; the parts of the
+    stream, or why there are none; the weights of heads.
 
     What turns out to be no attention goes to `left_out`.
     """
     if not attention.attentions:
-        return dict(found), "no attention was found in it"
+        return dict(found), "no attention was found in it", {}
     flow, points = Flow(recorder.program), Points(module)
     search = Batches(flow, other)
     example = examples(2)
@@ -295,20 +308,22 @@ def _with_heads(
         attentions, refused = checked(module, example, attention.attentions, flow, points)
     left_out |= refused
     if not attentions:
-        return dict(found), "no attention was found in it"
+        return dict(found), "no attention was found in it", {}
     projections = find_projections(module, example, flow, attentions, search, points, evaluating)
     heads = named(attentions, projections, flow)
+    constants = Constants(flow, recorder.constants)
+    weights = [HeadWeights(head, Products(flow, search), constants, points) for head in heads]
     ends = [t.notes for t in traces if None not in t.notes]
     made = [*head_sites(heads, flow, points), *normed_sites(heads, flow, ends, points)]
     transformer: Parts | str
     known = dict(found)
     try:
         end = None if final is None else recorder.value(final)
-        stream = find_stream(flow, search, heads, end)
+        stream = find_stream(flow, search, weights, end)
     except NoStreamError as error:
         transformer = str(error)
     else:
-        transformer = TracedParts(stream, recorder.constants, _norms(stream, traces))
+        transformer = TracedParts(stream, constants, _norms(stream, traces))
         known, more = stream_sites(stream, search, known, traces, points)
         made += more
     own = {site.name: (site, tap) for site, tap in made if site.name not in known}
@@ -318,7 +333,8 @@ def _with_heads(
     for name in seen.overwritten.intersection(own):
         site, tap = own[name]
         both[name] = site, replace(tap, overwritten=True)
-    return _without_double_names(both, _in_order(seen.order, both)), transformer
+    ordered = _without_double_names(both, _in_order(seen.order, both))
+    return ordered, transformer, {own.head.name: own for own in weights}
 
 
 def _without_double_names(

@@ -8,18 +8,17 @@ something that is computed from it is the MLP's. Norms and scales on the way are
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from circuits.hooks import Tap, Trace
 from circuits.models.adapter.affine import ADDS, Affine, Products
 from circuits.models.adapter.attention import Batches
 from circuits.models.adapter.flow import ORDERS, Flow, moves, short_name
-from circuits.models.adapter.head_sites import Head, Points, Rearranged, rearranged
+from circuits.models.adapter.head_sites import Head, Points, Rearranged
+from circuits.models.adapter.head_weights import HeadWeights
 from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
 
@@ -46,9 +45,8 @@ class TracedLayer:
     """The values of a layer; None where it has no such thing.
 
     Attributes:
-        head: its attention.
+        weights: those of its heads.
         output: the product of what heads read with the output weights.
-        columns: which of that product's inputs each head has: head x d_head.
         before: the stream before the layer.
         between: the stream between attention and MLP, where the MLP reads it.
         after: the stream after the layer.
@@ -61,9 +59,8 @@ class TracedLayer:
         mlp_given: what the MLP reads.
     """
 
-    head: Head
+    weights: HeadWeights
     output: Affine
-    columns: Tensor
     before: Value
     between: Value | None
     after: Value
@@ -74,6 +71,11 @@ class TracedLayer:
     neurons: Value | None = None
     inputs: tuple[Affine, ...] = ()
     mlp_given: Value | None = None
+
+    @property
+    def head(self) -> Head:
+        """Its attention."""
+        return self.weights.head
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,19 +213,6 @@ class Search(Products):
                 following.update(op.outputs)
         return start if left else value
 
-    def affine_after(self, value: Value) -> Affine | None:
-        """The first product with weights that a value is given to; what lies between may be anything but a product."""
-        waiting, seen = [value], set()
-        while waiting:
-            for i in self.flow.taken_by.get(waiting.pop(0), ()):
-                if i in seen:
-                    continue
-                seen.add(i)
-                if self.is_product(i):
-                    return self.affine(i)
-                waiting += self.flow.program.operations[i].outputs
-        return None
-
     def ancestors(self, value: Value) -> set[Value]:
         """What a value is made of without any product between, with itself."""
         found = {value}
@@ -256,29 +245,28 @@ class Search(Products):
 
     # --- layers --------------------------------------------------------------------------------
 
-    def layer(self, head: Head, stop: int) -> TracedLayer:
-        """The layer of an attention.
+    def layer(self, weights: HeadWeights, stop: int) -> TracedLayer:
+        """The layer of an attention, given the weights of its heads.
 
         Raises:
             NoStreamError: if its heads do not write to a stream that they read.
         """
+        head, output = weights.head, weights.output
         query = head.projections.get("q")
         if query is None:
             raise NoStreamError(f"what the queries of {head.name} are made of was not found")
         assert head.attention.z.value is not None, "a product has a value"
-        output = self.affine_after(head.attention.z.value)
-        if output is None:
-            raise NoStreamError(f"{head.name} has no output projection")
-        columns = self._columns(head, output)
+        if isinstance(output, str):
+            raise NoStreamError(output)
         reads = {self.same(v) for v in self.ancestors(query.given)}
         parallel: list[tuple[Value, Value]] = []
         from_heads = self._following(head.attention.z.value)
-        for what, to, total in self.added(output.made, stop):
+        for what, to, total in self.added(output.affine.made, stop):
             if self.same(to) in reads:
                 first = parallel[0][0] if parallel else what
                 others = [other for _, other in parallel]
-                return self._with_mlp(head, output, columns, to, total, first, others, stop)
-            if to in from_heads and to not in self._following(output.made):
+                return self._with_mlp(weights, output.affine, to, total, first, others, stop)
+            if to in from_heads and to not in self._following(output.affine.made):
                 raise NoStreamError(
                     f"what {head.name} reads goes to the stream in two ways (an adapter of its output weights)"
                 )
@@ -287,33 +275,10 @@ class Search(Products):
             f"what {head.name} puts out is added to nothing that its queries are made of"
         )
 
-    def _columns(self, head: Head, output: Affine) -> Tensor:
-        """Which inputs of the output weights each head has: head x d_head."""
-        z, given = head.attention.z, output.given
-        assert z.value is not None, "a product has a value"
-        moved = self.flow.moved(z.value, given)
-        product = self.flow.product(output.first)
-        if moved is None or product is None:
-            raise NoStreamError(f"what {head.name} reads is mixed before the output weights")
-        # Where each number of z comes from, and which input of the weights each number of what they are given is.
-        letters = product.axes_of(given)
-        summed = [letters.index(a) for a in letters if a in output.summed]
-        rest = [n for n in range(len(letters)) if n not in summed]
-        rows = moved.permute(*rest, *summed).flatten(0, len(rest) - 1)[0].flatten()
-        heads = rearranged(z).read(torch.arange(math.prod(z.shape)).reshape(z.shape))
-        first = heads[(0,) * (heads.ndim - 2)]
-        place = {int(n): i for i, n in enumerate(rows)}
-        if set(place) != set(first.flatten().tolist()):
-            raise NoStreamError(
-                f"the inputs of the output weights of {head.name} are not its heads' numbers"
-            )
-        return torch.tensor([[place[int(n)] for n in own] for own in first])
-
     def _with_mlp(
         self,
-        head: Head,
+        weights: HeadWeights,
         output: Affine,
-        columns: Tensor,
         before: Value,
         total: Value,
         attention: Value,
@@ -322,8 +287,8 @@ class Search(Products):
     ) -> TracedLayer:
         """A layer with its MLP, which reads the stream before it (in parallel) or after attention."""
         end = self.batches.apart(total, forward=True)
-        given = self._laid_out_as(before, head.projections["q"].given)
-        own = TracedLayer(head, output, columns, self.same(before), None, end, attention, given)
+        given = self._laid_out_as(before, weights.head.projections["q"].given)
+        own = TracedLayer(weights, output, self.same(before), None, end, attention, given)
         from_heads = self._following(output.made)
         if (
             parallel
@@ -372,24 +337,25 @@ class Search(Products):
 
 
 def find_stream(
-    flow: Flow, batches: Batches, heads: Sequence[Head], final: Value | None
+    flow: Flow, batches: Batches, weights: Sequence[HeadWeights], final: Value | None
 ) -> TracedStream:
     """The residual stream that a model's heads write to and read from.
 
     Args:
         flow: the operations of a pass.
         batches: which axes follow the batch.
-        heads: the model's attentions.
+        weights: those of the heads of each of the model's attentions.
         final: the model's output.
 
     Raises:
         NoStreamError: if there is none, or several (an encoder and a decoder).
     """
+    heads = [own.head for own in weights]
     if any(not head.name.startswith("blocks.") for head in heads):
         raise NoStreamError("it has an encoder and a decoder")
     search = Search(flow, batches)
     ends = [head.attention.first for head in heads[1:]] + [len(flow.program.operations)]
-    layers = [search.layer(head, end) for head, end in zip(heads, ends, strict=True)]
+    layers = [search.layer(own, end) for own, end in zip(weights, ends, strict=True)]
     layers = _joined(search, layers)
     for one, then in itertools.pairwise(layers):
         if search.same(one.after) != then.before:

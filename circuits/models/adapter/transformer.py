@@ -6,9 +6,9 @@ is known to `circuits.models.adapter.parts`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -16,17 +16,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.models.adapter.calling import check_weights_finite
+from circuits.models.adapter.head_weights import (
+    BIASES,
+    WEIGHTS,
+    WORDS,
+    Letter,
+    Seen,
+    check_same,
+    recomputed,
+)
 from circuits.models.adapter.norms import Norm, measure_norm
-from circuits.models.adapter.parts import BridgeParts, Matrices, NormName, Parts
+from circuits.models.adapter.parts import BridgeParts, NormName, Parts
 from circuits.models.adapter.sites import evaluating, is_bridge
 from circuits.units import Site, Unit
-
-Letter = Literal["Q", "K", "V"]
-"""What a head reads: queries, keys or values."""
-
-_WEIGHTS: dict[Letter, Matrices] = {"Q": "W_Q", "K": "W_K", "V": "W_V"}
-_BIASES: dict[Letter, Matrices] = {"Q": "b_Q", "K": "b_K", "V": "b_V"}
-_WORDS: dict[str, str] = {"Q": "queries", "K": "keys", "V": "values"}
 
 ROUNDING = 4.0
 """How many units of rounding of a stream what is added to it may be off."""
@@ -254,7 +256,7 @@ class Transformer:
         assert found is not None, "there is such a module"
         if (together and found.centred) or bool(found.bias.any()):
             raise ValueError(
-                f"layer {layer} of {self.model.name} normalises {_WORDS[letter]} with a bias or a mean over all heads: "
+                f"layer {layer} of {self.model.name} normalises {WORDS[letter]} with a bias or a mean over all heads: "
                 "they have no linear part of their own"
             )
         at = self._shared(layer, letter, head)
@@ -314,12 +316,12 @@ class Transformer:
         Raises:
             ValueError: if the model has no such matrices (multi-head latent attention).
         """
-        weight = self.parts.attention(_WEIGHTS[letter], layer)
-        bias = self.parts.attention(_BIASES[letter], layer)
+        weight = self.parts.attention(WEIGHTS[letter], layer)
+        bias = self.parts.attention(BIASES[letter], layer)
         if weight is None:
             raise ValueError(
                 f"layer {layer} of {self.model.name} has no matrix W_{letter}: its heads have no weights of their own "
-                f"for {_WORDS[letter]}"
+                f"for {WORDS[letter]}"
             )
         self._verify(layer)
         at = self._shared(layer, letter, head)
@@ -329,7 +331,7 @@ class Transformer:
         ].detach().double().reshape(-1)
 
     def _heads(self, layer: int, letter: Letter) -> int:
-        weight = self.parts.attention(_WEIGHTS[letter], layer)
+        weight = self.parts.attention(WEIGHTS[letter], layer)
         return 0 if weight is None else len(weight)
 
     def _shared(self, layer: int, letter: Letter, head: int) -> int:
@@ -358,60 +360,27 @@ class Transformer:
         if layer in self._verified or isinstance(self.parts, BridgeParts):
             return
         with self.model.lock, self.model.outside():
-            for site, made, found in self._recomputed(layer):
-                if made.shape != found.shape:
-                    raise ValueError(
-                        f"{site} of {self.model.name} has the shape {tuple(found.shape)}, and {tuple(made.shape)} when "
-                        "it is recomputed from the stream: positions are merged on the way, so no weights make it alone"
-                    )
-                off = float((made - found).abs().max() / found.abs().max().clamp_min(1e-30))
-                # In half precision the norm before and the result are rounded; sums are not.
-                most = max(1e-5, 4 * torch.finfo(found.dtype).eps)
-                if not off <= most:  # written so that NaN is refused, too
-                    raise ValueError(
-                        f"{site} of {self.model.name} is off by {off:.2g} of its size when it is recomputed from the "
-                        f"weights that were found (at most {most:.2g}): they are not the weights of its heads"
-                    )
+            seen, sites = self._seen(layer)
+            matrix = partial(self.parts.attention, layer=layer)
+            where, group = f"layer {layer} of {self.model.name}", partial(self._shared, layer)
+            for name, made, found in recomputed(where, matrix, group, seen):
+                check_same(f"{sites[name]} of {self.model.name}", "the stream", made, found)
         self._verified.add(layer)
 
-    def _recomputed(self, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For queries, keys, values, what heads read and what attention puts out: the site, what weights make of it,
-        and its tensor.
-        """
+    def _seen(self, layer: int) -> tuple[Seen, Mapping[str, str]]:
+        """What a layer's heads read from the stream and make of it, and the sites of the latter."""
         at, model = self.layers[layer], self.model
-        parts = {
-            name: self._site(f"blocks.{layer}.attn.hook_{name}") for name in ("q", "k", "v", "out")
-        }
-        named = [
-            name for name in (*parts.values(), at.before, at.heads, at.patterns) if name is not None
-        ]
-        cache = model.run(model.input.example(2), read=named)
+        shown = {name: self._site(f"blocks.{layer}.attn.hook_{name}") for name in ("q", "k", "v")}
+        shown |= {"out": self._site(f"blocks.{layer}.attn.hook_out"), "z": at.heads}
+        if not self.parts.mixes(layer):
+            shown["pattern"] = at.patterns
+        sites = {name: site for name, site in shown.items() if site is not None}
+        cache = model.run(model.input.example(2), read=[at.before, *sites.values()])
         norm = self.parts.norm("ln1", layer)
         with evaluating(model.module), torch.no_grad():
-            read = cache[at.before] if norm is None else norm(cache[at.before])
-        letters: tuple[Letter, ...] = ("Q", "K", "V")
-        for letter in letters:
-            name = letter.lower()
-            weight = self.parts.attention(_WEIGHTS[letter], layer)
-            site = parts[name]
-            if weight is None or site is None:
-                continue
-            made = torch.einsum("bpm,hmd->bphd", read.double(), weight.double())
-            bias = self.parts.attention(_BIASES[letter], layer)
-            made = made if bias is None else made + bias.double()
-            yield site, made, cache[site]
-            if letter == "V" and at.heads and at.patterns and not self.parts.mixes(layer):
-                groups = [self.parts.group("V", layer, h) for h in range(cache[at.heads].shape[-2])]
-                pattern = cache[at.patterns].double()
-                yield (
-                    at.heads,
-                    torch.einsum("bhqk,bkhd->bqhd", pattern, made[:, :, groups]),
-                    cache[at.heads],
-                )
-        out, bias = self.parts.attention("W_O", layer), self.parts.attention("b_O", layer)
-        if out is not None and at.heads is not None and (site := parts["out"]) is not None:
-            made = torch.einsum("bphd,hdm->bpm", cache[at.heads].double(), out.double())
-            yield site, made if bias is None else made + bias.double(), cache[site]
+            read: Tensor = cache[at.before] if norm is None else norm(cache[at.before])
+        made = {name: cache[site] for name, site in sites.items()}
+        return Seen(dict.fromkeys(WEIGHTS, read), made), sites
 
     def neuron_weights(
         self, layer: int

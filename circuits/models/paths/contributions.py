@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.models.adapter.head_weights import Matrices
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.norms import measure_norm
-from circuits.models.adapter.parts import Matrices
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
 
@@ -144,7 +144,7 @@ def mlp_output(
 def input_change(
     stream: Stream,
     receivers: Sequence[Receiver],
-    before: Float[Tensor, "set example position d_model"],
+    before: Float[Tensor, "#set example position d_model"],
     change: Float[Tensor, "set example receiver position d_model"],
     hold_norm: bool = False,
 ) -> Float[Tensor, "set example position *inner"]:

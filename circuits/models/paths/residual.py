@@ -15,9 +15,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from circuits.models.adapter.head_weights import Matrices
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.norms import Norm, measure_norm
-from circuits.models.adapter.parts import Matrices, NormName, Parts
+from circuits.models.adapter.parts import NormName, Parts
 from circuits.models.adapter.transformer import LayerSites, Transformer
 from circuits.units import unknown
 

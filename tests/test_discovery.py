@@ -1,0 +1,300 @@
+"""Scores of edges, circuits and their faithfulness, against definitions and hand-made truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from circuits.cleanroom import addition, induction
+from circuits.discovery import (
+    EdgeScores,
+    Runs,
+    acdc,
+    discover,
+    edge_graph,
+    edges_of,
+    evaluate,
+    greedy,
+    refine,
+    score_edges,
+    top,
+)
+from circuits.discovery.evaluating import ladder, log_mean
+from circuits.discovery.nulls import random_circuit
+from circuits.discovery.searching import importance, removal_effects, values_of
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+from circuits.tasks import Task
+from circuits.tasks.builtin import load_task
+from circuits.tasks.metrics import kl
+from tests.edge_oracle import Oracle, TransformerEdges, last_logits
+from tests.gates import GATES, Planted, as_transformer
+from tests.plain_transformer import Plain
+from tests.test_paths import drawn, gpt2_like, llama_like, pairs
+
+Case = tuple[HookedModel, Plain]
+
+LAST = torch.randn(20, generator=torch.Generator().manual_seed(4))
+"""The weight of each logit in the metric."""
+
+
+def weighed(logits: Tensor) -> Tensor:
+    return logits[:, -1] @ LAST.to(logits)
+
+
+@pytest.fixture(scope="module", params=[gpt2_like, llama_like])
+def case(request: pytest.FixtureRequest) -> tuple[HookedModel, Task, Oracle]:
+    model, plain = request.param()
+    clean, corrupted = drawn()
+    graph = edge_graph(model)
+    oracle = Oracle(TransformerEdges(plain, graph.edges), last_logits(LAST), clean, corrupted)
+    return model, pairs(model, clean, corrupted, weighed), oracle
+
+
+def close(scores: EdgeScores, wanted: Tensor) -> None:
+    found = torch.from_numpy(scores.values)
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+METHODS: list[tuple[str, dict[str, Any], str, tuple[Any, ...]]] = [
+    ("exact", {}, "noising", ()),
+    ("exact", {"direction": "denoising"}, "denoising", ()),
+    ("eap", {}, "eap", ()),
+    ("clean-corrupted", {}, "clean_corrupted", ()),
+    ("eap-ig", {"steps": 3, "rule": "left"}, "ig_inputs", (3, "left")),
+    ("eap-ig", {"steps": 3, "rule": "right"}, "ig_inputs", (3, "right")),
+    ("eap-ig", {"steps": 4}, "ig_inputs", (4, "midpoint")),
+    ("eap-ig-activations", {"steps": 3, "rule": "right"}, "ig_activations", (3, "right")),
+    ("eap-ig-activations", {"steps": 2}, "ig_activations", (2, "midpoint")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "given", "name", "args"), METHODS)
+def test_every_method_equals_its_definition_on_every_edge_and_example(
+    case: tuple[HookedModel, Task, Oracle], method: Any, given: Any, name: str, args: Any
+) -> None:
+    model, task, oracle = case
+    close(score_edges(edge_graph(model), task, method, **given), getattr(oracle, name)(*args))
+
+
+def test_a_circuit_of_no_edges_is_the_corrupted_run_and_of_all_edges_the_clean_run_to_the_bit(
+    case: tuple[HookedModel, Task, Oracle],
+) -> None:
+    model, task, oracle = case
+    graph = edge_graph(model)
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    off = torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))])
+    none, full = runs.patched(pair, off)
+    # In a batch of the same size, since other sizes round differently.
+    clean, corrupted = (
+        weighed(model.logits(tokens.repeat(2, 1))).double() for tokens in (pair.part.inputs, pair.part.counterparts)
+    )
+    assert torch.equal(none, corrupted[: len(none)])
+    assert torch.equal(full, clean[len(none) :])
+    some = np.random.default_rng(0).random((5, len(graph))) < 0.5
+    wanted = [
+        oracle.circuit([e for e, kept in zip(graph.edges, row, strict=True) if kept])
+        for row in some
+    ]
+    found = torch.from_numpy(values_of(runs, list(some)))
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_between_on_and_off_are_differentiable(
+    case: tuple[HookedModel, Task, Oracle],
+) -> None:
+    model, task, oracle = case
+    graph = edge_graph(model)
+    half = torch.full((1, len(graph)), 0.3)
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    wanted = oracle.value(torch.full((len(graph),), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(runs.patched(pair, half)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- gates -------------------------------------------------------------------------------------------
+
+COLUMNS: list[tuple[str, str, dict[str, Any]]] = [
+    ("noising", "exact", {}),
+    ("denoising", "exact", {"direction": "denoising"}),
+    ("eap", "eap", {}),
+    ("ends", "clean-corrupted", {}),
+    ("left", "eap-ig", {"steps": 5, "rule": "left"}),
+    ("right", "eap-ig", {"steps": 5, "rule": "right"}),
+    ("midpoint", "eap-ig", {"steps": 6}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(GATES))
+def planted(request: pytest.FixtureRequest) -> Planted:
+    return as_transformer(GATES[request.param])
+
+
+@pytest.mark.parametrize(("column", "method", "given"), COLUMNS)
+def test_gates_score_what_was_worked_out_by_hand_and_dead_edges_nothing(
+    planted: Planted, column: str, method: Any, given: Any
+) -> None:
+    graph = edge_graph(planted.model)
+    found = score_edges(graph, planted.task, method, **given)
+    wanted = planted.column(column, graph.edges)
+    torch.testing.assert_close(
+        torch.from_numpy(found.values), wanted.expand(len(planted.task), -1), rtol=1e-4, atol=1e-5
+    )
+    dead = [i for i, edge in enumerate(graph.edges) if edge not in planted.expected]
+    assert len(dead) >= 20
+    assert (found.values[:, dead] == 0).all()
+
+
+# --- hand-made circuits ------------------------------------------------------------------------------
+
+
+ADDITION = {tuple("mlp:0" if end == "mlp" else end for end in edge) for edge in addition.TRUE_EDGES}
+
+
+def effective(scores: EdgeScores) -> set[tuple[str, str]]:
+    return {scores.edges[i] for i in np.flatnonzero((scores.values != 0).any(0))}
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_exact_patching_finds_the_edges_that_were_made_and_no_other(direction: Any) -> None:
+    model = load_model("induction-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=3, seed=5)
+    assert len(graph) == 71
+    rolled = score_edges(graph, task, "exact", direction=direction, shift=1)
+    assert effective(rolled) == set(induction.TRUE_EDGES)
+    # With the positions of both runs alike, what positions carry has no effect.
+    plain = score_edges(graph, task, "exact", direction=direction)
+    assert effective(plain) == {e for e in induction.TRUE_EDGES if e[0] != "position"}
+    model = load_model("addition-by-hand")
+    graph = edge_graph(model)
+    assert len(graph) == 21
+    found = score_edges(graph, load_task(model, n=3, seed=5), "exact", direction=direction)
+    assert effective(found) == ADDITION
+
+
+@pytest.mark.parametrize("search", ["top", "greedy", "refine", "acdc"])
+def test_every_search_finds_the_addition_circuit(search: Any) -> None:
+    model = load_model("addition-by-hand")
+    graph = edge_graph(model)
+    given = {"threshold": 0.01} if search == "acdc" else {"size": 3}
+    found = discover(
+        graph, load_task(model, n=16, seed=1), "exact", search=search, n_random=9, **given
+    )
+    assert set(edges_of(found.circuit)) == ADDITION
+    assert found.evaluation is not None
+    assert found.evaluation.faithfulness.value == 1
+    assert found.evaluation.complement_faithfulness.value == 0
+    assert found.evaluation.smallest == 3
+    assert found.checked is None
+
+
+def test_evaluation_compares_with_random_circuits_and_shows_the_optimism() -> None:
+    model = load_model("induction-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=16, seed=1)
+    scores = score_edges(graph, task.find, "exact", shift=1)
+    circuit = top(graph, importance(scores.mean, scores.better, "absolute"), 7)
+    made = evaluate(
+        graph,
+        task.test,
+        circuit,
+        scores=scores,
+        find=task.find,
+        shift=1,
+        n_random=20,
+        n_curves=3,
+        seed=2,
+    )
+    assert set(made.edges) == set(induction.TRUE_EDGES)
+    assert made.faithfulness.value == pytest.approx(1, abs=1e-4)
+    assert made.on_find == pytest.approx(1, abs=1e-4)
+    assert len(made.random_faithfulness) == 20
+    # A random circuit with as many edges between any two kinds of parts may be the circuit itself.
+    assert made.p_value <= 0.5
+    assert made.smallest == 7
+    assert made.cmd_log < min(made.random_cmd_log)
+    said = made.to_dict()
+    assert said["by_size"][-1]["faithfulness"] == pytest.approx(1)
+    assert said["record"]["task"]["half"] == "test"
+
+
+# --- structure ---------------------------------------------------------------------------------------
+
+
+def test_only_edges_between_input_and_output_are_connected() -> None:
+    graph = edge_graph(load_model("induction-by-hand"))
+    kept = graph.mask(
+        [
+            ("token", "0.0.v"),
+            ("0.0", "1.0.k"),
+            ("1.0", "logits"),
+            ("0.1", "1.1.q"),
+            ("token", "1.2.v"),
+        ]
+    )
+    found = {graph.edges[i] for i in np.flatnonzero(graph.connected(kept))}
+    assert found == {("token", "0.0.v"), ("0.0", "1.0.k"), ("1.0", "logits")}
+    with pytest.raises(KeyError, match=r"unknown edge of induction-by-hand '1.0 -> 0.0.q'"):
+        graph.index("1.0 -> 0.0.q")
+
+
+def test_random_circuits_have_as_many_edges_of_each_class() -> None:
+    graph = edge_graph(load_model("induction-by-hand"))
+    circuit = graph.mask(list(induction.TRUE_EDGES))
+    for seed in range(5):
+        drawn_ = random_circuit(graph, circuit, np.random.default_rng(seed))
+        assert drawn_.sum() == circuit.sum()
+        for c in np.unique(graph.classes):
+            own = graph.classes == c
+            assert drawn_[own].sum() == circuit[own].sum()
+
+
+def test_greedy_grows_backwards_and_refine_ends_at_the_size_asked_for() -> None:
+    model = load_model("induction-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=12, seed=1).find
+    runs = Runs(graph, task, shift=1)
+    worth = np.abs(score_edges(graph, task, "exact", shift=1).mean)
+    for n in (3, 7, 12):
+        kept = greedy(graph, worth, n)
+        assert (graph.connected(kept) == kept).all()
+        assert kept.sum() <= n
+    assert refine(runs, worth, 7).sum() == 7
+    circuit = graph.mask(list(induction.TRUE_EDGES))
+    assert (np.abs(removal_effects(runs, circuit).mean(1)) > 0.01).all()
+
+
+def test_sizes_are_on_a_logarithmic_ladder_and_so_is_the_mean() -> None:
+    assert ladder(3) == (1, 2, 3)
+    assert ladder(1701)[-1] == 1701
+    assert len(ladder(100_000)) <= 52
+    sizes = ladder(1000)
+    assert log_mean(sizes, np.ones(len(sizes))) == pytest.approx(1)
+    # Half of the decades at 1, half at 0: half of the mean, where a linear mean would have .97.
+    curve = (np.array(sizes) > np.sqrt(1000)).astype(float)
+    assert log_mean(sizes, curve) == pytest.approx(0.5, abs=0.02)
+
+
+# --- saved, and refused ------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_in_one_line(case: tuple[HookedModel, Task, Oracle]) -> None:
+    model, task, _ = case
+    graph = edge_graph(model)
+    alone = Task("alone", task.examples, task.questions, task.metric)
+    for made, said in (
+        (lambda: score_edges(graph, alone), "has no counterparts"),
+        (lambda: score_edges(graph, task.with_metric(kl), "eap"), "its gradient is zero"),
+        (lambda: score_edges(graph, task, "eap", direction="denoising"), "belongs to the method exact"),
+        (lambda: score_edges(graph, task, steps=0), "steps 0 must be at least 1"),
+        (lambda: discover(graph, task, search="acdc"), "a threshold belongs to the search acdc"),
+        (lambda: discover(graph, task, size=10**6), "size 1000000"),
+        (lambda: acdc(Runs(graph, task), 0.0), "threshold 0.0 must be above 0"),
+        (lambda: evaluate(graph, task, graph.mask([]), find=task), "not evaluated on what it was found on"),
+        (lambda: edge_graph(load_model("shapes"), ()), "shapes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said) as caught:
+            made()
+        assert "\n" not in str(caught.value)
