@@ -190,6 +190,13 @@ GROWS = (Growth(("a", "b"), "m", 0.1, -0.6),)
         ((effects(-1, -2, -3), effects(1, 2, 3)), GROWS, True, "backup"),
         ((effects(-1, -2, -3), effects(1, 2, 3)), (Growth(("a", "b"), "m", -2, -2.2),), True, "additive"),
         ((effects(-0.2, -0.2, -1), effects(0.8, 0.7, 1)), (), False, "redundant"),
+        # A source that did nothing steps in, one that works the other way does not, nor where nothing was done.
+        ((effects(-1, 0, -1), effects(1, 0, 1)), GROWS, True, "backup"),
+        ((effects(1, 0, 1), effects(-1, 0, -1)), GROWS, True, None),
+        ((effects(0, 0, 0), effects(0, 0, 0)), GROWS, True, None),
+        # The last normalisation makes a little interaction.
+        ((effects(-1, 0, -1.05), effects(1, 0, 0.95)), GROWS, True, "backup"),
+        ((effects(-1, 0, -1.3), effects(1, 0, 0.7)), GROWS, True, None),
         # An effect that chance explains has no name, nor has half an interaction.
         ((effects(0, 0, -1, 1.5), effects(1, 1, 1, 1.5)), (), False, None),
         ((effects(-1, -2, -3, 0.5), effects(1, 2, 3)), (), False, None),

@@ -8,9 +8,9 @@ direction is synergistic if neither edge alone, nor the two alone added up, make
 - *conjunctive*: denoising is synergistic and noising is not. Both are needed (AND).
 - *additive*: no interaction in either direction.
 - *backup*: a source steps in once an edge is removed. OR and a backup have the same rows; what tells them apart is a
-  third pass: the direct effect of a source on the output grows. In a redundant pair this is a source that the other
-  edge leads to. Two edges into the output are always additive, up to a normalisation: there it is the source of the
-  other edge.
+  third pass: the direct effect of a source on the output grows, in the direction of ab. In a redundant pair this is a
+  source that the other edge leads to. Two edges into the output are always additive, up to a normalisation: there it is
+  the source of the other edge, which may have done nothing before.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class EdgePairs:
             )
             yield Table((*heads, "95 % interval", "relation"), rows, title)
         for pair in shown:
-            if pair.relation == "backup":
-                best = max(pair.growth, key=lambda g: g.amount)
+            best = stepping_in(pair.noising, pair.growth)
+            if pair.relation == "backup" and best is not None:
                 yield (
                     f"backup: without {' -> '.join(best.removed)} the direct effect of {best.source} goes from "
                     f"{best.before:.4g} to {best.after:.4g}"
@@ -445,17 +445,27 @@ def relation_of(
     alone = [max(abs(e.means[i]) for e in ways) for i in (0, 1)]
     over = max(abs(e.interval.value) for e in ways)
     largest = max(*alone, *(abs(e.means[2]) for e in ways))
+    best = stepping_in(noising, growth)
+    slack = max(noise, _SMALL * largest)
+    steps_in = best is not None and best.amount > slack
+    if into_output and steps_in and max(alone) > noise:
+        # Without a normalisation there is no interaction at all here.
+        return "backup" if all(_within(e.interval, slack) for e in ways) else None
     if min(alone) <= noise and over <= noise:
         return None
-    steps_in = any(g.amount > max(noise, _SMALL * largest) for g in growth)
-    slack = max(noise, _SMALL * min(alone))
-    if all(_within(e.interval, slack) for e in ways):
-        return "backup" if steps_in and into_output else "additive"
+    if all(_within(e.interval, max(noise, _SMALL * min(alone))) for e in ways):
+        return "additive"
     if over <= noise or noising.synergistic == denoising.synergistic:
         return None
     if denoising.synergistic:
         return "conjunctive"
     return "backup" if steps_in else "redundant"
+
+
+def stepping_in(noising: Effects, growth: Sequence[Growth]) -> Growth | None:
+    """The strongest growth in the direction of the joint effect."""
+    along = [g for g in growth if g.after * noising.means[2] > 0]
+    return max(along, key=lambda g: g.amount, default=None)
 
 
 def _within(found: Interval, slack: float) -> bool:
