@@ -13,7 +13,10 @@ from torch import Tensor
 
 from circuits.discovery import EdgePairs, edge_graph, pair_edges, score_edges, strongest
 from circuits.discovery.pairs import Effects, Growth, behind, relation_of, removed
+from circuits.examples import Examples
 from circuits.experiments.statistics import Interval
+from circuits.tasks import Question, Task
+from circuits.tasks.metrics import logit_difference
 from tests.edge_oracle import Oracle, TransformerEdges, last_logits
 from tests.gates import GATES, N_PAIRS, Gate, Planted, as_transformer
 from tests.test_paths import drawn, gpt2_like, llama_like
@@ -236,6 +239,26 @@ def test_results_as_json_and_tables() -> None:
     assert "2 of 3 pairs" in denoising.title
     assert ("token -> 0.0.v", "token -> 0.1.v", 0, 0, -1, -1, "-1 to -1", "backup") in noising.rows
     assert line == "backup: without token -> 0.0.v the direct effect of mlp:0 goes from 0 to -1"
+
+
+def test_texts_that_are_each_others_counterparts_are_told() -> None:
+    """Each direction then is the other one with its sign changed, so that no relation shows."""
+    planted = as_transformer(GATES["or"])
+    both = (
+        torch.cat([planted.clean, planted.corrupted]),
+        torch.cat([planted.corrupted, planted.clean]),
+    )
+    sides = (((1,), (0,)),) * N_PAIRS + (((0,), (1,)),) * N_PAIRS
+    asked = tuple(Question((4,), answers=(a,), against=(b,)) for a, b in sides)
+    source, other = (Examples.given(planted.model, tokens) for tokens in both)
+    task = Task("both ways", source, asked, logit_difference, counterparts=other)
+    edges = [planted.wires["a"], planted.wires["b"]]
+    found = pair_edges(edge_graph(planted.model), task, edges)
+    assert found.pairs[0].relation is None
+    (note,) = found.notes
+    assert note.endswith("redundant and conjunctive cannot be told apart")
+    assert [*found.tables(1)][-1] == note
+    assert not paired(planted, "a", "b").notes
 
 
 def test_stopped_runs_go_on_and_progress_is_told() -> None:

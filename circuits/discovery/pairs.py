@@ -52,6 +52,9 @@ largest effect."""
 _NOISE = 1e-5
 """Effects below this share of the metric's values are rounding."""
 
+_MIRRORED = 1e-3
+"""Effects that differ by less than this share of the largest are the same in both directions."""
+
 
 @dataclass(frozen=True, eq=False)
 class Effects:
@@ -73,6 +76,11 @@ class Effects:
     def means(self) -> tuple[float, float, float]:
         """The mean of each."""
         return float(self.first.mean()), float(self.second.mean()), float(self.both.mean())
+
+    @property
+    def over(self) -> Float[np.ndarray, " example"]:
+        """The interaction."""
+        return self.both - self.first - self.second
 
     @property
     def synergistic(self) -> bool:
@@ -154,6 +162,7 @@ class EdgePairs:
         metric: the metric's name.
         unit: its unit.
         record: model, task, seed and versions.
+        notes: what is said of the pairs as a whole.
     """
 
     pairs: tuple[EdgePair, ...]
@@ -163,6 +172,7 @@ class EdgePairs:
     metric: str
     unit: str
     record: Record
+    notes: tuple[str, ...] = ()
 
     def of(self, first: Edge, second: Edge) -> EdgePair:
         """The pair of two edges, in either order.
@@ -185,7 +195,8 @@ class EdgePairs:
         return finite({
             "settings": dict(self.settings), "metric": self.metric, "unit": self.unit,
             "clean": float(self.clean.mean()), "corrupted": float(self.corrupted.mean()),
-            "pairs": [pair.to_dict() for pair in self.order()], "record": asdict(self.record),
+            "pairs": [pair.to_dict() for pair in self.order()],
+            "notes": list(self.notes), "record": asdict(self.record),
         })  # fmt: skip
 
     def tables(self, top: int) -> Iterator[Table | str]:
@@ -213,6 +224,7 @@ class EdgePairs:
                     f"backup: without {' -> '.join(best.removed)} the direct effect of {best.source} goes from "
                     f"{best.before:.4g} to {best.after:.4g}"
                 )
+        yield from self.notes
 
 
 def strongest(scores: EdgeScores, n: int, ranking: Ranking = "absolute") -> tuple[Edge, ...]:
@@ -271,8 +283,21 @@ def pair_edges(
     settings = {"grain": graph.grain, "ablation": ablation} | ({"shift": shift} if shift else {})
     return EdgePairs(
         pairs, settings, clean, corrupted, task.metric.name, task.metric.unit,
-        Record.of(graph.model, task, seed),
+        Record.of(graph.model, task, seed), tuple(_notes(pairs)),
     )  # fmt: skip
+
+
+def _notes(pairs: Sequence[EdgePair]) -> Iterator[str]:
+    """What is to be said where the two directions are one: a task whose texts are each other's counterparts."""
+    ways = np.array([[p.noising.means, p.denoising.means] for p in pairs])
+    over = np.array([p.noising.over for p in pairs])
+    # Without interactions the directions always are one, on each example.
+    slack = _MIRRORED * np.abs(ways).max()
+    if np.abs(ways.sum(1)).max() <= slack < np.abs(over).max():
+        yield (
+            "noising and denoising have the same effects, with opposite signs, as where texts are each other's "
+            "counterparts: redundant and conjunctive cannot be told apart"
+        )
 
 
 def _checked(graph: EdgeGraph, edges: Sequence[Edge | str]) -> list[int]:
