@@ -6,6 +6,7 @@ from circuits.discovery.comparing import Comparison, compare_circuits
 from circuits.discovery.evaluating import Evaluation, evaluate
 from circuits.discovery.found import Discovery, discover, edges_of
 from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
@@ -18,6 +19,8 @@ __all__ = [
     "Discovery",
     "Edge",
     "EdgeGraph",
+    "EdgePair",
+    "EdgePairs",
     "EdgeScores",
     "Evaluation",
     "Runs",
@@ -30,7 +33,9 @@ __all__ = [
     "edges_of",
     "evaluate",
     "greedy",
+    "pair_edges",
     "refine",
     "score_edges",
+    "strongest",
     "top",
 ]

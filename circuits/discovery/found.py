@@ -11,7 +11,7 @@ import numpy as np
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
-from circuits.discovery.results import EdgeScores, Ranking
+from circuits.discovery.results import SIZES, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import (
@@ -133,6 +133,8 @@ def discover(
         raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
     if (search == "acdc") != (threshold is not None):
         raise ValueError("a threshold belongs to the search acdc, which needs one, and to no other")
+    if ranking == "signed" and method in SIZES:
+        raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
     n = size or min(SIZE, max(1, len(graph) // 4))
@@ -149,7 +151,7 @@ def discover(
     )  # fmt: skip
     runs = Runs(graph, find, **settings)
     checked = None
-    if method not in ("exact", "random") and check != 0:
+    if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
         checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
     choose = _chooser(graph, search, n, scores.better, ranking)

@@ -203,9 +203,50 @@ class EdgeGraph(ABC):
 
     @abstractmethod
     def contracted(
-        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], pulled: Mapping[str, Tensor]
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        pulled: Mapping[str, Tensor],
+        linear: bool = False,
     ) -> Float[Tensor, "example edge"]:
-        """The change that each edge carries times the gradient at its target, summed over positions and dimensions."""
+        """The change that each edge carries times the gradient at its target, summed over positions and dimensions.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            other: those in the run that patched edges carry.
+            pulled: what `pulled` returns.
+            linear: see `pulled`; of normalisations that sources pass before they are added up.
+        """
+
+    # --- baselines -------------------------------------------------------------------------------
+
+    def weight_norms(self) -> Float[np.ndarray, " edge"]:
+        """The norm of each edge's weight matrix, from what its source is made with to what its target is given.
+
+        Raises:
+            ValueError: if the weights of some part cannot be had.
+        """
+        raise _no_baseline(self, "weights")
+
+    def sizes(
+        self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
+    ) -> Float[Tensor, "example edge"]:
+        """How large what each source adds to what its target is given is: the root mean square over positions.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            counted: the positions that count; all if None.
+
+        Raises:
+            ValueError: if it is not known how to compute it.
+        """
+        raise _no_baseline(self, "activations")
+
+
+def _no_baseline(graph: EdgeGraph, method: str) -> ValueError:
+    return ValueError(
+        f"method {method}: not known for edges between {graph.grain} of {graph.model.name}; expected another method"
+    )
 
 
 def as_off(
