@@ -19,7 +19,8 @@ from torch import Tensor
 
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import unknown
+from circuits.models.paths.restarting import restart_candidates
+from circuits.units import Site, unknown
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
@@ -50,6 +51,7 @@ class EdgeGraph(ABC):
         feeds: for each target the numbers of the sources that are computed from it; none for the model's output.
         input_sites: the sites at which the model's input enters the graph; between the input of two runs, gradients are
             integrated there.
+        whole: whether the run with every edge patched is the other run.
     """
 
     model: HookedModel
@@ -59,6 +61,7 @@ class EdgeGraph(ABC):
     ends: Int[np.ndarray, "edge end"]
     feeds: tuple[tuple[int, ...], ...]
     input_sites: tuple[str, ...]
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -156,6 +159,10 @@ class EdgeGraph(ABC):
     @abstractmethod
     def first_site(self, target: int) -> str:
         """The first site of the model that patching an edge into a target changes."""
+
+    def starts(self, site: str) -> list[Site]:
+        """Sites at which a pass that changes a site, and later ones, might start, the nearest first."""
+        return restart_candidates(self.model, self.model.site(site))
 
     @abstractmethod
     def changes(

@@ -22,7 +22,7 @@ from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth
 from circuits.experiments.patched_runs import merged
 from circuits.experiments.running import MEMORY, check_model
 from circuits.hooks import Change
-from circuits.models.paths.restarting import Restart, restart_at, restart_candidates
+from circuits.models.paths.restarting import Restart, restart_at
 from circuits.tasks.metrics import Custom
 from circuits.tasks.reading import Places, Reading
 from circuits.tasks.targets import output_site
@@ -224,7 +224,7 @@ class Runs:
 
     def corrupted(self, pair: Pair) -> Float[Tensor, " example"]:
         """The metric of each example with every edge patched."""
-        if pair.corrupted is not None:
+        if pair.corrupted is not None and self.graph.whole:
             return self.value(pair.corrupted, pair.intact)[0]
         return self.patched(pair, torch.ones(1, len(self.graph)))[0]
 
@@ -306,7 +306,7 @@ class Runs:
         # none.
         if pair.part.mask is not None and self.model.padding != "right":
             return None
-        for candidate in restart_candidates(self.model, self.model.site(site)):
+        for candidate in self.graph.starts(site):
             if candidate.name not in self._starts:
                 self._starts[candidate.name] = self._tried(pair, candidate)
             if (start := self._starts[candidate.name]) is not None:

@@ -1,0 +1,332 @@
+"""Edges between channels against passes that are written out by hand, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from circuits.discovery.channels import ChannelGraph
+from circuits.discovery.runs import Runs
+from circuits.discovery.scoring import score_edges
+from circuits.experiments.patched_runs import Direction
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tasks.builtin import task_from_pairs
+from circuits.tasks.images import ImagePairs
+from circuits.tasks.metrics import UnitActivation
+from circuits.tasks.task import Task
+from tests.conftest import seeded
+
+Sources = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a target is given, from what sources put out, and what is made of it and other sources."""
+
+    target: str
+    given: Callable[[Sources], Tensor]
+    source: str = ""
+    put_out: Callable[[Tensor, Sources], Tensor] = lambda x, _: F.relu(x)
+
+
+class Plain(nn.Module):
+    """Convolutions with strides and padding, pooling, a flattened map and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2)
+        self.conv2, self.relu2 = nn.Conv2d(4, 5, 3, dilation=2, padding="same"), nn.ReLU()
+        self.fc1, self.relu3 = nn.Linear(5 * 4 * 4, 6), nn.Tanh()
+        self.fc2 = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu2(self.conv2(self.pool(self.relu1(self.conv1(x)))))
+        return self.fc2(self.relu3(self.fc1(x.view(x.shape[0], -1))))
+
+    def parts(self) -> list[Part]:
+        return [
+            Part("relu1", lambda s: self.conv1(s["input"]), "relu1"),
+            Part("relu2", lambda s: self.conv2(F.max_pool2d(s["relu1"], 2)), "relu2"),
+            Part(
+                "relu3",
+                lambda s: self.fc1(s["relu2"].flatten(1)),
+                "relu3",
+                lambda x, _: torch.tanh(x),
+            ),
+            Part("fc2", lambda s: self.fc2(s["relu3"])),
+        ]
+
+
+class Residual(nn.Module):
+    """Batch norm, shortcuts around one and two layers, all as functions; the mean over a map before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.bn0 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 6, 3, 2, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn0(self.conv0(x)), inplace=True)
+        b = F.relu(self.bn1(self.conv1(a)))
+        c = self.bn2(self.conv2(b))
+        c += a
+        c = F.relu(c, inplace=True)
+        d = self.bn3(self.conv3(c))
+        d = F.relu(d + F.pad(c[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+        return self.fc(F.adaptive_avg_pool2d(d, 1).flatten(1))
+
+    def parts(self) -> list[Part]:
+        def wide(x: Tensor) -> Tensor:
+            return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+
+        return [
+            Part("bn0", lambda s: self.bn0(self.conv0(s["input"])), "bn0"),
+            Part("bn1", lambda s: self.bn1(self.conv1(s["bn0"])), "bn1"),
+            Part("relu@2", lambda s: self.bn2(self.conv2(s["bn1"])) + s["bn0"], "relu@2"),
+            Part(
+                "relu@3", lambda s: self.bn3(self.conv3(s["relu@2"])) + wide(s["relu@2"]), "relu@3"
+            ),
+            Part("fc", lambda s: self.fc(s["relu@3"].mean((2, 3)))),
+        ]
+
+
+class Branched(nn.Module):
+    """Concatenated branches, pooling of two kinds, local response normalisation, and a sum after a layer's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.relu0 = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
+        self.lrn = nn.LocalResponseNorm(3, alpha=0.5)
+        self.narrow, self.relu_narrow = nn.Conv2d(6, 2, 1), nn.ReLU()
+        self.wide, self.relu_wide = nn.Conv2d(2, 3, 5, padding=2), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 1, 1)
+        self.pooled, self.relu_pooled = nn.Conv2d(6, 2, 1), nn.ReLU()
+        self.last = nn.Conv2d(5, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lrn(self.relu0(self.conv0(x)))
+        x = F.max_pool2d(x, 2)
+        wide = self.relu_wide(self.wide(self.relu_narrow(self.narrow(x))))
+        pooled = self.relu_pooled(self.pooled(self.pool(x)))
+        y = torch.cat([wide, pooled], 1)
+        return 0.5 * self.last(F.avg_pool2d(y, 2) - 1).mean((2, 3))
+
+    def parts(self) -> list[Part]:
+        def last(s: Sources) -> Tensor:
+            y = torch.cat([s["relu_wide"], s["relu_pooled"]], 1)
+            return 0.5 * self.last(F.avg_pool2d(y, 2) - 1).mean((2, 3))
+
+        return [
+            Part(
+                "relu0", lambda s: self.conv0(s["input"]), "lrn", lambda x, _: self.lrn(F.relu(x))
+            ),
+            Part("relu_narrow", lambda s: self.narrow(F.max_pool2d(s["lrn"], 2)), "relu_narrow"),
+            Part("relu_wide", lambda s: self.wide(s["relu_narrow"]), "relu_wide"),
+            Part(
+                "relu_pooled",
+                lambda s: self.pooled(self.pool(F.max_pool2d(s["lrn"], 2))),
+                "relu_pooled",
+            ),
+            Part("output", last),
+        ]
+
+
+class Grouped(nn.Module):
+    """Grouped and depthwise convolutions, a layer that another reads without a nonlinearity, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.relu0 = nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.ReLU6()
+        self.deep, self.relu1 = nn.Conv2d(6, 6, 3, 2, padding=1, groups=6), nn.ReLU6()
+        self.project = nn.Conv2d(6, 4, 1)
+        self.expand, self.act = nn.Conv2d(4, 6, 1, groups=2), nn.SiLU()
+        self.gate = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project(self.relu1(self.deep(self.relu0(self.conv0(x)))))
+        x = self.act(self.expand(x))
+        gate = torch.sigmoid(self.gate(x.mean((2, 3))))
+        return self.fc((x * gate[:, :, None, None]).mean((2, 3)))
+
+    def gated(self, x: Tensor, s: Sources) -> Tensor:
+        return s["act"] * x.sigmoid()[:, :, None, None]
+
+    def parts(self) -> list[Part]:
+        return [
+            Part("relu0", lambda s: self.conv0(s["input"]), "relu0", lambda x, _: F.relu6(x)),
+            Part("relu1", lambda s: self.deep(s["relu0"]), "relu1", lambda x, _: F.relu6(x)),
+            Part("project", lambda s: self.project(s["relu1"]), "project", lambda x, _: x),
+            Part("act", lambda s: self.expand(s["project"]), "act", lambda x, _: F.silu(x)),
+            Part("gate", lambda s: self.gate(s["act"].mean((2, 3))), "mul@0", self.gated),
+            Part("fc", lambda s: self.fc(s["mul@0"].mean((2, 3)))),
+        ]
+
+
+NETS: dict[str, tuple[type[nn.Module], tuple[int, int, int]]] = {
+    "plain": (Plain, (3, 16, 16)),
+    "residual": (Residual, (3, 8, 8)),
+    "branched": (Branched, (3, 12, 12)),
+    "grouped": (Grouped, (3, 8, 8)),
+}
+
+
+def net(name: str) -> HookedModel:
+    kind, shape = NETS[name]
+    return HookedModel(seeded(kind()).double(), shape, name)
+
+
+def task_of(model: HookedModel, n: int = 3) -> Task:
+    generator = torch.Generator().manual_seed(1)
+    shape = (n, *NETS[model.name][1])
+    clean, other = (torch.rand(shape, generator=generator) for _ in range(2))
+    pairs = ImagePairs("random", clean, other, tuple(f"image {i}" for i in range(n)), "another")
+    task = task_from_pairs(model, pairs)
+    return task.with_metric(UnitActivation.named(model, f"{model.sites[-1].name}:1"))
+
+
+@torch.no_grad()
+def by_hand(
+    parts: list[Part],
+    image: Tensor,
+    off: Mapping[tuple[str, str], float],
+    other: Sources | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What sources put out, and the model's output, in a pass with some edges off."""
+    found = {"input": image}
+    given = image
+    for part in parts:
+        given = part.given(found)
+        patched = given.clone()
+        for (source, target), share in off.items():
+            (a, i), (b, j) = source.rsplit(":", 1), target.rsplit(":", 1)
+            if b == part.target and share:
+                assert other is not None
+                instead = found[a].clone()
+                instead[:, int(i)] = other[a][:, int(i)]
+                change = part.given({**found, a: instead}) - given
+                patched[:, int(j)] += share * change[:, int(j)]
+        given = patched
+        if part.source:
+            found[part.source] = part.put_out(given, found)
+    return found, given
+
+
+def runs_by_hand(model: HookedModel, task: Task) -> tuple[list[Part], Tensor, Tensor]:
+    (batch,) = task.batches(99)
+    assert batch.counterparts is not None
+    module = model.module
+    assert isinstance(module, Plain | Residual | Branched | Grouped)
+    return module.parts(), batch.inputs.double(), batch.counterparts.double()
+
+
+# --- against passes by hand --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_edge_is_there_and_no_other(name: str) -> None:
+    model = net(name)
+    graph, (parts, image, _) = ChannelGraph(model), runs_by_hand(model, task_of(model))
+    # Any numbers, since channels that are silent on both images show no edges.
+    clean = {name: torch.randn_like(x) for name, x in by_hand(parts, image, {})[0].items()}
+    corrupted = {name: torch.randn_like(x) for name, x in clean.items()}
+    found = set()
+    for part in parts:
+        base = part.given(clean)
+        for source in clean:
+            for i in range(clean[source].shape[1]):
+                instead = clean[source].clone()
+                instead[:, i] = corrupted[source][:, i]
+                try:
+                    change = part.given({**clean, source: instead}) - base
+                except KeyError:  # computed later
+                    continue
+                moved = change.transpose(0, 1).flatten(1).abs().amax(1) > 0
+                found |= {
+                    (f"{source}:{i}", f"{part.target}:{j}") for j in moved.nonzero()[:, 0].tolist()
+                }
+    assert set(graph.edges) == found
+    assert len(graph.edges) == len(found)
+    assert graph.connected(np.ones(len(graph), bool)).all()
+    assert graph.complete.all()
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("name", NETS)
+def test_one_edge_is_patched_exactly(name: str, direction: Direction) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    scores = score_edges(graph, task, "exact", direction=direction)
+    parts, image, other = runs_by_hand(model, task)
+    if direction == "denoising":
+        image, other = other, image
+    corrupted = by_hand(parts, other, {})[0]
+    base = by_hand(parts, image, {})[1][:, 1]
+    for e, edge in enumerate(graph.edges):
+        made = by_hand(parts, image, {edge: 1.0}, corrupted)[1][:, 1]
+        expected = (made - base).numpy()
+        np.testing.assert_allclose(scores.values[:, e], expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_sets_of_edges_in_part_off(name: str) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    off = torch.rand(4, len(graph), generator=torch.Generator().manual_seed(2)).double()
+    off[0] = 0
+    off[1] = (off[1] > 0.5).double()
+    off[2, off[2] > 0.5] = 1
+    made = runs.patched(pair, off)
+    parts, image, other = runs_by_hand(model, task)
+    corrupted = by_hand(parts, other, {})[0]
+    for row, values in zip(off.tolist(), made, strict=True):
+        expected = by_hand(parts, image, dict(zip(graph.edges, row, strict=True)), corrupted)[1][
+            :, 1
+        ]
+        torch.testing.assert_close(values, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_none_off_is_the_clean_run_and_all_off_the_other_to_the_bit(name: str) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    twice = model.run(pair.part.inputs.repeat(2, 1, 1, 1)).output[:3, 1]
+    off = torch.stack([torch.zeros(len(graph)), torch.ones(len(graph))])
+    made = runs.patched(pair, off)
+    assert torch.equal(made[0], twice)
+    end = runs.end.name
+    assert torch.equal(made[1], pair.other[end][:, 1])
+    # With gradients, too.
+    made = runs.patched(pair, off.requires_grad_())
+    assert torch.equal(made[1].detach(), pair.other[end][:, 1])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_eap_is_the_derivative_by_off_at_none_off(name: str) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    scores = score_edges(graph, task, "eap")
+    parts, image, other = runs_by_hand(model, task)
+    corrupted = by_hand(parts, other, {})[0]
+    step = 1e-6
+    for e, edge in enumerate(graph.edges[:: 1 + len(graph) // 40]):
+        e *= 1 + len(graph) // 40
+        up, down = (
+            by_hand(parts, image, {edge: share}, corrupted)[1][:, 1] for share in (step, -step)
+        )
+        expected = ((up - down) / (2 * step)).numpy()
+        np.testing.assert_allclose(scores.values[:, e], expected, atol=1e-7, rtol=1e-5)
