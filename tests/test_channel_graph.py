@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from circuits.call_points import Address
 from circuits.discovery.channels import ChannelGraph
-from circuits.discovery.runs import Runs
-from circuits.discovery.scoring import score_edges
+from circuits.discovery.runs import Ablation, Pair, Runs
+from circuits.discovery.scoring import Method, exact, score_edges
 from circuits.experiments.patched_runs import Direction
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.models.zoo.loading import load_model
+from circuits.stimuli.images import read_image
 from circuits.tasks.builtin import task_from_pairs
 from circuits.tasks.images import ImagePairs
 from circuits.tasks.metrics import UnitActivation
 from circuits.tasks.task import Task
+from circuits.units import Unit, Units
 from tests.conftest import seeded
 
 Sources = Mapping[str, Tensor]
@@ -330,3 +337,225 @@ def test_eap_is_the_derivative_by_off_at_none_off(name: str) -> None:
         )
         expected = ((up - down) / (2 * step)).numpy()
         np.testing.assert_allclose(scores.values[:, e], expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_patched_is_differentiable_by_off(name: str) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    off = torch.zeros(1, len(graph), dtype=torch.float64, requires_grad=True)
+    value = _differentiable(runs, pair, off)
+    (slope,) = torch.autograd.grad(value.sum(), off)
+    expected = score_edges(graph, task, "eap").values.sum(0)
+    np.testing.assert_allclose(slope[0].numpy(), expected, atol=1e-10, rtol=1e-8)
+
+
+def _differentiable(runs: Runs, pair: Pair, off: Tensor) -> Tensor:
+    changes = runs.graph.changes(off, pair.other, {})
+    end = runs.end.name
+    inputs = pair.part.inputs.repeat(len(off), 1, 1, 1)
+    return runs.model.run(inputs, read=[end], edits=changes, grad=True)[end][:, 1]
+
+
+# --- scores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
+@pytest.mark.parametrize("name", NETS)
+def test_all_methods_are_exact_where_what_follows_is_linear(name: str, method: Method) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    last = [e for e, (_, target) in enumerate(graph.edges) if target == f"{model.sites[-1].name}:1"]
+    expected = score_edges(graph, task, "exact").values
+    made = score_edges(graph, task, method).values
+    assert last
+    np.testing.assert_allclose(made[:, last], expected[:, last], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped"])
+def test_integrated_gradients_add_up_to_the_whole_effect(name: str) -> None:
+    model = net(name)
+    scores = score_edges(ChannelGraph(model), task_of(model), "eap-ig", steps=400)
+    assert scores.input_edges
+    assert scores.completeness < 0.01
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+@pytest.mark.parametrize("name", NETS)
+def test_edges_that_carry_means_or_nothing(name: str, ablation: Ablation) -> None:
+    model = net(name)
+    graph, task = ChannelGraph(model), task_of(model)
+    runs = Runs(graph, task, ablation=ablation)
+    (pair,) = runs.pairs()
+    parts, image, _ = runs_by_hand(model, task)
+    clean = by_hand(parts, image, {})[0]
+    carried = {
+        s: torch.zeros_like(x) if ablation == "zero" else _mean(x).expand_as(x)
+        for s, x in clean.items()
+    }
+    off = torch.ones(2, len(graph))
+    off[0, ::3] = 0
+    for row, values in zip(off.tolist(), runs.patched(pair, off), strict=True):
+        edges = dict(zip(graph.edges, row, strict=True))
+        expected = by_hand(parts, image, edges, carried)[1][:, 1]
+        torch.testing.assert_close(values, expected, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(runs.corrupted(pair), runs.patched(pair, off)[1])
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean([a for a in range(x.ndim) if a != 1], keepdim=True)
+
+
+# --- which channels ----------------------------------------------------------------------------------
+
+
+def ends_of(graph: ChannelGraph) -> tuple[set[str], set[str]]:
+    """The sites of sources and of targets."""
+    sources, targets = (
+        {n.rpartition(":")[0] for n in some} for some in (graph.sources, graph.targets)
+    )
+    return sources, targets
+
+
+def test_sites_between_named_ones_belong_to_the_graph() -> None:
+    model = net("branched")
+    graph = ChannelGraph(model, ["relu0", "relu_wide:1"])
+    # What the normalisation puts out is read by layers; each of its channels mixes three.
+    assert ends_of(graph) == ({"lrn", "relu_narrow"}, {"relu_narrow", "relu_wide"})
+    assert len(graph) == 2 + 2 * 6
+    assert not graph.feeds[graph.targets.index("relu_wide:1")]
+    assert graph.input_sites == ("lrn",)
+    assert not graph.whole
+    whole = ChannelGraph(model, ["input", "relu0", "relu_wide:1"])
+    assert {whole.sources[s] for s in whole.feeds[whole.targets.index("relu0:2")]} == {
+        "lrn:1", "lrn:2", "lrn:3",
+    }  # fmt: skip
+
+
+def test_channels_are_called_by_the_site_that_was_named() -> None:
+    model = net("branched")
+    assert ("relu_narrow:1", "relu_wide:0") in ChannelGraph(model, ["lrn", "relu_wide"]).edges
+    named = ChannelGraph(model, [Units("narrow", (1,)), "wide"])
+    assert named.edges == tuple(("narrow:1", f"wide:{i}") for i in range(3))
+    # A pooled channel is that of the source.
+    pooled = ChannelGraph(model, ["pool:4", "relu_pooled:0"])
+    assert pooled.edges == (("pool:4", "relu_pooled:0"),)
+    assert not pooled.complete.any()
+
+
+def test_only_named_units_are_patched() -> None:
+    model = net("residual")
+    task = task_of(model)
+    graph = ChannelGraph(model, ["bn0:0,2", "bn1", "fc:1"])
+    assert {s for s, t in graph.edges if t == "relu@2:2"} == {
+        "bn0:2",
+        *(f"bn1:{i}" for i in range(4)),
+    }
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    parts, image, other = runs_by_hand(model, task)
+    corrupted = by_hand(parts, other, {})[0]
+    expected = by_hand(parts, image, dict.fromkeys(graph.edges, 1.0), corrupted)[1][:, 1]
+    torch.testing.assert_close(runs.corrupted(pair), expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        (["relu_wid"], "unknown site of branched 'relu_wid': did you mean relu_wide"),
+        (["relu0", "relu_wide:7"], "unit relu_wide:7 does not exist: relu_wide has units 0 to 2"),
+        (
+            ["last", "relu_wide"],
+            "site last of branched is neither what a nonlinearity is given nor",
+        ),
+        (["relu_wide", "relu_pooled"], "site relu_wide of branched: no path leads from it"),
+    ],
+)
+def test_sites_that_make_no_graph(sites: list[str], message: str) -> None:
+    with pytest.raises((KeyError, ValueError), match=message):
+        ChannelGraph(net("branched"), sites)
+
+
+def test_too_many_edges_are_refused_before_they_are_listed() -> None:
+    message = (
+        r"sites of residual have 90 edges between their channels, more than 40; most have relu@2 -> relu@3 with 24, "
+        r"relu@3 -> fc with 18, .*: with 2 units a layer all these sites would fit"
+    )
+    with pytest.raises(ValueError, match=message):
+        ChannelGraph(net("residual"), limit=40)
+
+
+def test_operations_that_are_not_followed_are_named() -> None:
+    class Turned(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv2(F.channel_shuffle(self.pool(self.relu1(self.conv1(x))), 2))
+            return self.fc2(self.relu3(self.fc1(self.relu2(x).flatten(1))))
+
+    model = HookedModel(seeded(Turned()), (3, 16, 16), "turned")
+    with pytest.raises(
+        ValueError, match="operation channel_shuffle@0 of model turned is not followed"
+    ):
+        ChannelGraph(model)
+
+
+def test_a_graph_needs_images() -> None:
+    tokens = HookedModel(seeded(nn.Embedding(5, 4)), TokenInput(5, 3), "words")
+    with pytest.raises(ValueError, match="model words takes tokens: a graph of channels needs"):
+        ChannelGraph(tokens)
+
+
+def test_a_sum_inside_a_function_is_shown_as_a_site() -> None:
+    model = net("residual")
+    graph = ChannelGraph(model)
+    shown, names = graph.model, [s.name for s in graph.model.sites]
+    assert {"add_@0", "add@0", "conv0/conv2d@0.input"} <= set(names) - {s.name for s in model.sites}
+    assert names.index("bn2") < names.index("add_@0") < names.index("conv3") < names.index("add@0")
+    x = model.input.example(2)
+    values = shown.run(x, read=["add_@0", "relu@2"])
+    torch.testing.assert_close(F.relu(values["add_@0"]), values["relu@2"])
+    halved = shown.run(x, read=["relu@2"], edits={"add_@0": lambda v: v / 2})["relu@2"]
+    torch.testing.assert_close(halved, values["relu@2"] / 2)
+    assert torch.equal(model.run(x).output, shown.run(x).output)
+    site, address = shown.site("add@0"), Address("", 0, "torch.Tensor.add", 0)
+    with pytest.raises(ValueError, match="site add@0 is one of residual already"):
+        shown.showing([(site, address, "")])
+
+
+# --- a real network ----------------------------------------------------------------------------------
+
+
+@pytest.mark.models
+def test_googlenets_edges_into_a_curve_detector_are_its_kernels(assets: Path) -> None:
+    model = load_model("googlenet")
+    size = model.input.example(1).shape[-2:]
+    paths = sorted((assets / "images" / "imagenet500").glob("*.jpg"))[:2]
+    images = torch.stack([_tensor(read_image(p).resize((size[1], size[0]))) for p in paths])
+    pairs = ImagePairs("photographs", images, images, ("a", "b"), "").with_counterparts("turned")
+    task = task_from_pairs(model, pairs)
+    task = task.with_metric(UnitActivation.named(model, "mixed3b:335"))
+    graph = ChannelGraph(model, ["mixed3a", "mixed3b:335"])
+    assert len(graph) == 32 + 32 * 256
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    into = graph.edges_into[graph.targets.index("mixed3b:335")]
+    made = exact(runs, pair, into.tolist())
+    name, layer = "mixed3b_5x5_bottleneck", model.module.get_submodule("mixed3b_5x5_pre_relu")
+    assert isinstance(layer, nn.Conv2d)
+    weight = layer.weight[15:16].detach()
+    change = pair.other[name] - pair.clean[name]
+    given = pair.clean["mixed3b_5x5_pre_relu"][:, 15]
+    place = given.flatten(1).argmax(1)
+    for column, edge in enumerate(into.tolist()):
+        source = Unit.parse(graph.edges[edge][0])
+        assert source.site == name
+        i = source.index
+        added = F.conv2d(change[:, i : i + 1], weight[:, i : i + 1], padding=2)[:, 0]
+        effect = (F.relu(given + added) - F.relu(given)).flatten(1)
+        expected = effect.gather(1, place[:, None])[:, 0].double()
+        torch.testing.assert_close(made[:, column], expected, rtol=1e-5, atol=2e-4)
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0) / 255

@@ -17,7 +17,7 @@ from circuits.models.adapter.topology import INPUT
 from circuits.models.paths.channels import ChannelFlow
 from circuits.units import Site, Units
 
-Masks = dict[Value, Bool[Tensor, " channel"]]
+Masks = dict[Value, Bool[Tensor, " _"]]
 """Some channels of some values."""
 
 

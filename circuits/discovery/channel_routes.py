@@ -16,7 +16,7 @@ from circuits.units import Units
 
 # --- which channels ----------------------------------------------------------------------------------
 
-Mask = Bool[Tensor, " channel"]
+Mask = Bool[Tensor, " _"]
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Kept:
 
     targets: dict[Value, Mask] = field(default_factory=dict)
     sources: dict[Value, Mask] = field(default_factory=dict)
-    tables: dict[Value, dict[Value, Bool[Tensor, "target source"]]] = field(default_factory=dict)
+    tables: dict[Value, dict[Value, Bool[Tensor, "_ _"]]] = field(default_factory=dict)
     complete: dict[Value, Mask] = field(default_factory=dict)
 
     @property

@@ -22,8 +22,9 @@ from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth
 from circuits.experiments.patched_runs import merged
 from circuits.experiments.running import MEMORY, check_model
 from circuits.hooks import Change
+from circuits.models.adapter.inputs import ImageInput
 from circuits.models.paths.restarting import Restart, restart_at
-from circuits.tasks.metrics import Custom
+from circuits.tasks.metrics import Custom, UnitActivation
 from circuits.tasks.reading import Places, Reading
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
@@ -115,8 +116,13 @@ class Runs:
             )
         self.graph, self.task, self.model, self.metric = graph, task, model, task.metric
         self.ablation, self.batch, self.memory = ablation, batch, memory
-        self.end: Site = output_site(model)
-        self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
+        metric_sites = [model.site(s) for s in self.metric.sites()]
+        # The activation of a unit of an image model needs nothing after it.
+        self._of_units = isinstance(self.metric, UnitActivation) and isinstance(
+            model.input, ImageInput
+        )
+        self.end: Site = model.last(metric_sites) if self._of_units else output_site(model)
+        self.ends = list(dict.fromkeys([self.end, *metric_sites]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
         self._streams = PositionwiseStreams(model, self.end)
         self._starts: dict[str, Restart | None] = {}
@@ -145,7 +151,8 @@ class Runs:
     ) -> tuple[dict[str, Tensor], Reading]:
         """The sites that the graph reads and the output, on some inputs."""
         read = list(dict.fromkeys([*map(self.model.site, self.graph.reads), *self.ends]))
-        cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits)
+        last = self.model.last(read)
+        cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits, until=last)
         tensors = {s.name: cache[s] for s in read}
         return tensors, self.reading(part, tensors)
 
@@ -164,6 +171,7 @@ class Runs:
         """The mean of each site over the task's examples and their positions."""
         totals: dict[str, Tensor] = {}
         count = 0.0
+        images = isinstance(self.model.input, ImageInput)
         for part in self.task.batches(self.batch):
             clean, _ = self.read(part, part.inputs)
             mask = (
@@ -171,9 +179,14 @@ class Runs:
             )
             for name in self.graph.reads:
                 value = clean[name].double()
-                real = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)).to(value)
-                totals[name] = totals.get(name, 0) + (value * real).sum((0, 1))
-            count += float(mask.sum())
+                if images:  # channels come before positions
+                    rest = tuple(range(2, value.ndim))
+                    added = value.mean(rest, keepdim=True).sum(0) if rest else value.sum(0)
+                else:
+                    real = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)).to(value)
+                    added = (value * real).sum((0, 1))
+                totals[name] = totals.get(name, 0) + added
+            count += len(part) if images else float(mask.sum())
         return {name: total / count for name, total in totals.items()}
 
     def _filled(self, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,6 +209,8 @@ class Runs:
     ) -> Reading:
         """The output of a pass at the places of a batch, or of several sets stacked."""
         rows = self.end.rows(tensors[self.end.name])
+        if self._of_units:  # no output is read
+            rows = rows.new_zeros(len(rows), 0)
         flat = rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2)
         own = part.places(flat.shape[1] if cut is None else part.inputs.shape[1])
         places = stacked(own, times, len(part.inputs))
@@ -287,7 +302,7 @@ class Runs:
             inputs = copies(inputs, n)
             mask = None if mask is None else copies(mask, n)
             edits = merged(self.model, pair.edits, changes)
-            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits)
+            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits, until=self._last)
             return {s.name: cache[s] for s in self.ends}
         site, value = begin.site.name, pair.clean[begin.site.name]
         own = changes.get(site)
@@ -297,8 +312,15 @@ class Runs:
             return whole if own is None else own(whole)
 
         ends = [s for s in self.ends if self._order[s.name] >= self._order[site]]
-        cache = self.model.run(begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put})
+        cache = self.model.run(
+            begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put}, until=self._last
+        )
         return {s.name: cache[s] for s in ends}
+
+    @property
+    def _last(self) -> Site:
+        """Where passes may end."""
+        return self.model.last(self.ends)
 
     def start(self, pair: Pair, site: str) -> Restart | None:
         """Where a pass that changes a site, and later ones, may start; tested once a site."""
