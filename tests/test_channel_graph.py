@@ -408,6 +408,22 @@ def _mean(x: Tensor) -> Tensor:
     return x.mean([a for a in range(x.ndim) if a != 1], keepdim=True)
 
 
+def test_a_pass_starts_with_what_a_changed_site_does_not_reach() -> None:
+    graph = ChannelGraph(net("branched"))
+    cut = graph.cut(["narrow"])
+    assert cut is not None
+    assert cut.given == ("narrow", "relu_pooled")
+    assert {"relu_narrow", "wide", "relu_wide", "output"} <= cut.reached
+    assert cut.reached.isdisjoint({"lrn", "pooled", "relu_pooled", "conv0"})
+    both = graph.cut(["narrow", "wide", "pooled"])
+    assert both is not None
+    assert both.given == ("narrow", "pooled")
+    # What a shortcut carries is put in, too.
+    inner = ChannelGraph(net("residual")).cut(["bn1"])
+    assert inner is not None
+    assert inner.given == ("bn1", "relu@0")
+
+
 # --- which channels ----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.discovery.channel_names import ChannelNames
 from circuits.discovery.channel_routes import ChannelRoute, chosen_channels
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import Cut, EdgeGraph
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -137,6 +137,8 @@ class ChannelGraph(EdgeGraph):
             dict.fromkeys(site for v in sorted(given, key=flow.order) for site in sources[v])
         )
         self._site_target = {site: v for v, site in self._target_site.items()}
+        self._held = {v: sites[0] for v, sites in flow.shown.items()} | self._source_site
+        self._cuts: dict[tuple[str, ...], Cut | None] = {}
         order = {s.name: i for i, s in enumerate(self.model.sites)}
         self._starts = {site: names.starts(site, order)[:1] for site in self.slopes}
 
@@ -149,9 +151,10 @@ class ChannelGraph(EdgeGraph):
     @cached_property
     def _reads(self) -> tuple[str, ...]:
         starts = (site for found in self._starts.values() for site in found)
-        return tuple(
-            dict.fromkeys([*self._source_site.values(), *self.input_sites, *self.slopes, *starts])
-        )
+        cuts = [self.cut([site]) for site in self.slopes]
+        given = (site for cut in cuts if cut is not None for site in cut.given)
+        sources = self._source_site.values()
+        return tuple(dict.fromkeys([*sources, *self.input_sites, *self.slopes, *starts, *given]))
 
     @property
     def slopes(self) -> tuple[str, ...]:
@@ -172,6 +175,32 @@ class ChannelGraph(EdgeGraph):
     def starts(self, site: str) -> list[Site]:
         before = [self.model.site(name) for name in self._starts[site]]
         return [*restart_candidates(self.model, self.model.site(site)), *before]
+
+    def cut(self, sites: Sequence[str]) -> Cut | None:
+        key = tuple(sites)
+        if key not in self._cuts:
+            self._cuts[key] = self._cut({self._site_target[site] for site in key})
+        return self._cuts[key]
+
+    def _cut(self, changed: set[Value]) -> Cut | None:
+        """The changed targets that no other reaches, and what they do not reach but is read with what they do."""
+        flow = self._flow.flow
+        reached, first, beside = set[Value](), list[Value](), dict[Value, None]()
+        for op in flow.program.operations:
+            if not reached.isdisjoint(op.inputs):
+                given = (v for v in op.inputs if v in flow.dependent and v not in reached)
+                beside.update(dict.fromkeys(given))
+                reached.update(op.outputs)
+            else:
+                first += (v for v in op.outputs if v in changed)
+                reached.update(v for v in op.outputs if v in changed)
+        if any(v in self._flow.image or v not in self._held for v in beside):
+            return None
+        given = [self._target_site[v] for v in first] + [self._held[v] for v in beside]
+        shown = self._target_site | self._source_site
+        names = {site for v, site in shown.items() if v in reached}
+        names.update(name for name, (v, _) in self._flow.places.items() if v in reached)
+        return Cut(tuple(given), frozenset(names))
 
     # --- what is computed ------------------------------------------------------------------------
 

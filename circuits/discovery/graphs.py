@@ -39,6 +39,19 @@ class Node:
     inputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a pass can start that changes some sites and depends on more than one tensor from before.
+
+    Attributes:
+        given: the sites whose tensors are put in; the first of them is one that is changed.
+        reached: the sites whose tensors depend on those that are changed.
+    """
+
+    given: tuple[str, ...]
+    reached: frozenset[str]
+
+
 class EdgeGraph(ABC):
     """The edges between parts of a model.
 
@@ -163,6 +176,10 @@ class EdgeGraph(ABC):
     def starts(self, site: str) -> list[Site]:
         """Sites at which a pass that changes a site, and later ones, might start, the nearest first."""
         return restart_candidates(self.model, self.model.site(site))
+
+    def cut(self, sites: Sequence[str]) -> Cut | None:
+        """Where a pass that changes some sites can start if what they reach is known; None if it is not."""
+        return None
 
     @abstractmethod
     def changes(

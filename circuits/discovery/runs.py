@@ -8,7 +8,7 @@ edge without effect has the effect 0 to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import Cut, EdgeGraph
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.patched_runs import merged
@@ -259,22 +259,25 @@ class Runs:
             alone: the one site at which targets are given something else, for sets of edges into its targets: what
                 sources put out is then that of the clean run, to the bit.
         """
-        touched = (off.detach() != 0).any(0).numpy()
+        touched = ((off.detach() != 0).any(0) | off.requires_grad).numpy()
         sites = {self.graph.first_site(int(t)) for t in {*self.graph.ends[touched, 1]}}
         changed = (
             [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
         )
-        begin = self.start(pair, changed[0])
+        begin, reached = self._begin(pair, changed)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
             known = dict(pair.clean)
+        elif reached is not None:
+            known = {name: v for name, v in pair.clean.items() if name not in reached}
         elif begin is not None:
             stop = self._order[begin.site.name]
             known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
         changes = self.graph.changes(off, pair.other, known)
         cut = self._cut(pair, changed[-1])
-        tensors = self._run(pair, n, begin, changes if cut is None else cut.added(changes))
+        edits = changes if cut is None else cut.added(changes)
+        tensors = self._run(pair, n, begin, edits, reached)
         # What lies before the start is the clean run's.
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
@@ -295,7 +298,12 @@ class Runs:
         return None if site is None else Narrowing.at(site, places, len(part.inputs))
 
     def _run(
-        self, pair: Pair, n: int, begin: Restart | None, changes: Mapping[str, Change]
+        self,
+        pair: Pair,
+        n: int,
+        begin: Restart | None,
+        changes: Mapping[str, Change],
+        reached: frozenset[str] | None = None,
     ) -> dict[str, Tensor]:
         inputs, mask = pair.part.inputs, pair.part.mask
         if begin is None:
@@ -304,23 +312,44 @@ class Runs:
             edits = merged(self.model, pair.edits, changes)
             cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits, until=self._last)
             return {s.name: cache[s] for s in self.ends}
-        site, value = begin.site.name, pair.clean[begin.site.name]
-        own = changes.get(site)
 
-        def put(_: Tensor) -> Tensor:
-            whole = copies(value, n)
-            return whole if own is None else own(whole)
+        def putting(site: str) -> Change:
+            value, own = pair.clean[site], changes.get(site)
 
-        ends = [s for s in self.ends if self._order[s.name] >= self._order[site]]
-        cache = self.model.run(
-            begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put}, until=self._last
-        )
+            def put(_: Tensor) -> Tensor:
+                whole = copies(value, n)
+                return whole if own is None else own(whole)
+
+            return put
+
+        edits = dict(changes) | {s: putting(s) for s in (begin.site.name, *begin.beside)}
+        ends = [s for s in self.ends if self._after(s, begin.site, reached)]
+        cache = self.model.run(begin.inputs(inputs), read=ends, edits=edits, until=self._last)
         return {s.name: cache[s] for s in ends}
+
+    def _after(self, site: Site, begin: Site, reached: frozenset[str] | None) -> bool:
+        """Whether a pass that starts somewhere computes a site."""
+        if reached is not None:
+            return site.name in reached
+        return self._order[site.name] >= self._order[begin.name]
 
     @property
     def _last(self) -> Site:
         """Where passes may end."""
         return self.model.last(self.ends)
+
+    def _begin(
+        self, pair: Pair, changed: Sequence[str]
+    ) -> tuple[Restart | None, frozenset[str] | None]:
+        """Where a pass that changes some sites starts, and which sites it computes if that is not all after it."""
+        cut = self.graph.cut(changed)
+        if cut is not None:
+            key = " ".join(cut.given)  # no site's name contains white space
+            if key not in self._starts:
+                self._starts[key] = self._tried(pair, self.model.site(cut.given[0]), cut)
+            if (start := self._starts[key]) is not None:
+                return start, cut.reached
+        return self.start(pair, changed[0]), None
 
     def start(self, pair: Pair, site: str) -> Restart | None:
         """Where a pass that changes a site, and later ones, may start; tested once a site."""
@@ -335,14 +364,20 @@ class Runs:
                 return start
         return None
 
-    def _tried(self, pair: Pair, candidate: Site) -> Restart | None:
-        """A start at a site, if everything that is read and changed after it depends on its tensor alone."""
-        mask, stop = pair.part.mask, self._order[candidate.name]
+    def _tried(self, pair: Pair, candidate: Site, cut: Cut | None = None) -> Restart | None:
+        """A start at a site, if everything that is read and changed after it depends on its tensor alone (or on those
+        of a cut).
+        """
+        mask, reached = pair.part.mask, None if cut is None else cut.reached
         # Of padded texts the two shortest have the most padding, and would show it if the model needed the mask.
         rows = (0, 1) if mask is None else tuple(mask.sum(1).argsort()[:2].tolist())
-        changed = [self.model.site(s) for s in self.graph.slopes if self._order[s] >= stop]
-        ends = [s for s in self.ends if self._order[s.name] >= stop]
-        return restart_at(self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows)
+        slopes = map(self.model.site, self.graph.slopes)
+        changed = [s for s in slopes if self._after(s, candidate, reached)]
+        ends = [s for s in self.ends if self._after(s, candidate, reached)]
+        beside = () if cut is None else cut.given[1:]
+        return restart_at(
+            self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows, beside
+        )
 
     def sets_per_pass(self, pair: Pair) -> int:
         """How many sets of edges fit into one pass."""
