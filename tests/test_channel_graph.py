@@ -180,6 +180,60 @@ class Grouped(nn.Module):
         ]
 
 
+class Dense(nn.Module):
+    """Each layer reads the concatenation of all before it, under a batch norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 2 * i) for i in range(3))
+        self.layers = nn.ModuleList(nn.Conv2d(4 + 2 * i, 2, 3, padding=1) for i in range(2))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = torch.cat([x, layer(F.relu(norm(x)))], 1)
+        return self.fc(F.relu(self.norms[2](x)).mean((2, 3)))
+
+
+class Inverted(nn.Module):
+    """Bottlenecks without nonlinearity that are added up, depthwise convolutions in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6(),
+                nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU6(),
+                nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Both(nn.Module):
+    """A shortcut to the end of a network that halves its map: padding that wraps around, interpolation, a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+        self.b, self.c = nn.Conv2d(4, 4, 3, 2, padding=1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(2 * x - 1))
+        up = F.interpolate(F.leaky_relu(self.b(a)), scale_factor=2, mode="bilinear")
+        return self.c(torch.cat([up, a[:, 1:3]], 1)).amax((2, 3))
+
+
 NETS: dict[str, tuple[type[nn.Module], tuple[int, int, int]]] = {
     "plain": (Plain, (3, 16, 16)),
     "residual": (Residual, (3, 8, 8)),
@@ -303,6 +357,24 @@ def test_sets_of_edges_in_part_off(name: str) -> None:
             :, 1
         ]
         torch.testing.assert_close(values, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [Dense, Inverted, Both, *(kind for kind, _ in NETS.values())])
+def test_the_edges_of_a_target_carry_all_that_it_is_given(kind: type[nn.Module]) -> None:
+    model = HookedModel(seeded(kind()).double(), NETS["plain"][1], "plain")
+    graph, task = ChannelGraph(model), task_of(model)
+    assert graph.connected(np.ones(len(graph), bool)).all()
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    almost = torch.full((1, len(graph)), 1 - 1e-12, dtype=torch.float64)
+    made = runs.patched(pair, almost)[0]
+    torch.testing.assert_close(made, pair.other[runs.end.name][:, 1], rtol=1e-8, atol=1e-9)
+    one = exact(runs, pair)
+    assert bool((one.abs().amax(0) > 0).any())
+    # A pass from the model's input, with every target's own change: nothing is known, nothing is put in.
+    changes = graph.changes(almost, pair.other)
+    whole = graph.model.run(pair.part.inputs, edits=changes, read=[runs.end])[runs.end][:, 1]
+    torch.testing.assert_close(whole, made, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -291,12 +291,12 @@ class ChannelRoute:
             out = self.out[some]
             shares = off[:, self.edges[some]].to(made)
             added = change[:, :, out] * _wide(shares[:, None], made.ndim)
-            return made.index_add(2, out, added)
+            return made.index_add(2, out.to(made.device), added)
         out, added = self._through_layer(self.path.layer, change, off, some)
         if not self.path.after:
-            return made.index_add(2, self.reach[out], added)
+            return made.index_add(2, self.reach[out].to(made.device), added)
         whole = added.new_zeros(*added.shape[:2], len(self.reach), *added.shape[3:])
-        whole = self.path.ended(whole.index_copy(2, out, added).flatten(0, 1))
+        whole = self.path.ended(whole.index_copy(2, out.to(made.device), added).flatten(0, 1))
         return made + whole.unflatten(0, added.shape[:2])
 
     def _change(self, live: Tensor, other: Tensor) -> Tensor:
@@ -314,7 +314,8 @@ class ChannelRoute:
         weight, groups = layer.weight.to(change), layer.groups
         shares = off[:, self.edges[some]].to(change)
         table = shares.new_zeros(len(off), weight.shape[0] * weight.shape[1])
-        table = table.index_copy(1, out * weight.shape[1] + into, shares)
+        place = out * weight.shape[1] + into
+        table = table.index_copy(1, place.to(table.device), shares)
         weights = weight * _wide(table.unflatten(1, weight.shape[:2]), weight.ndim + 1)
         given = change[:, :, ins]
         n_sets, per = len(off), len(outs) // groups
@@ -355,18 +356,19 @@ class ChannelRoute:
             products = (
                 (change * gradient).flatten(2).sum(2) if change.ndim > 2 else change * gradient
             )
-            made.index_add_(1, self.edges, products[:, self.out])
+            made.index_add_(1, self.edges.to(made.device), products[:, self.out])
             return
         every = torch.arange(len(self.edges))
         small, outs, ins, (row, column) = self._restricted(layer, every)
         small = replace(small, weight=small.weight.to(change))
         given = change[:, ins]
         slope = self._pulled(gradient, layer, change)[:, outs]
+        edges = self.edges.to(made.device)
         for one in range(
             len(change)
         ):  # a kernel's places are unfolded example by example, to save memory
             products = small.products(given[one : one + 1], slope[one : one + 1])
-            made[one].index_add_(0, self.edges, products[0][row, column])
+            made[one].index_add_(0, edges, products[0][row, column])
 
     def _pulled(self, gradient: Tensor, layer: Layer, change: Tensor) -> Tensor:
         """The gradient at the layer's output."""

@@ -32,11 +32,14 @@ class ChannelGraph(EdgeGraph):
     A source is a channel as later layers read it, after its nonlinearity; a target is a channel as it is given to its
     nonlinearity: what a convolution or linear layer, batch norm and the addition of a shortcut make of sources. Of the
     model's output the classes are targets. An edge is a path from a source to a target along which channels pass one
-    layer at most, through all offsets of its kernel, and through pooling, concatenation and shortcuts; no nonlinearity
-    other than the maximum of one channel's own pooling. Several such paths between the same two are one edge. Where an
-    operation mixes channels nonlinearly (local response normalisation), the source is a channel of what it puts out,
-    and each target whose channel it reads feeds it. What one layer puts out and another reads without a nonlinearity in
-    between is a target and a source.
+    layer at most, through all offsets of its kernel, and through pooling, concatenation and shortcuts. Several such
+    paths between the same two are one edge. What one layer puts out and another reads without a nonlinearity in between
+    is a target and a source.
+
+    Max pooling of one channel by itself is no end of a path: an edge carries the change of the pooled channel, which is
+    exact in patching, while integrated gradients no longer add up to the whole effect. Where an operation mixes
+    channels nonlinearly (local response normalisation), the source is a channel of what it puts out, and each target
+    whose channel it reads feeds it.
 
     Sites that lie between named ones, such as bottlenecks, belong to the graph with all channels that have an effect.
     Of the first named sites, channels are sources only. Sources that were not named or lie before those are not in the
@@ -210,7 +213,7 @@ class ChannelGraph(EdgeGraph):
         other: Mapping[str, Tensor],
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Change]:
-        off = off.to(self.model.device)
+        off = off.cpu()  # the numbers of edges are there, too
         touched = (off.detach() != 0).any(0)
         if off.requires_grad:
             touched = torch.ones_like(touched)
@@ -258,16 +261,16 @@ class ChannelGraph(EdgeGraph):
         """What targets are given, to the bit what they were given in the other run where all their edges are off."""
         start, stop = self._span[target]
         first, last = self.ends[start, 1], self.ends[stop - 1, 1]
-        row = torch.from_numpy(self.ends[start:stop, 1] - first).to(off.device)
+        row = torch.from_numpy(self.ends[start:stop, 1] - first)
         kept = off.new_zeros(len(off), int(last - first + 1))
         kept = kept.index_add(1, row, (off[:, start:stop] != 1).to(off)) != 0
-        whole = torch.zeros(len(off), made.shape[2], dtype=torch.bool, device=off.device)
+        whole = torch.zeros(len(off), made.shape[2], dtype=torch.bool)
         channel = [c for v, c in self._target_at[first : last + 1]]
-        complete = torch.from_numpy(self.complete[first : last + 1]).to(off.device)
+        complete = torch.from_numpy(self.complete[first : last + 1])
         whole[:, channel] = ~kept & complete
         if not bool(whole.any()):
             return made
-        wide = whole.reshape(len(off), 1, -1, *(1,) * (made.ndim - 3))
+        wide = whole.to(made.device).reshape(len(off), 1, -1, *(1,) * (made.ndim - 3))
         # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
         return torch.where(wide, other + (made - made.detach()), made)
 

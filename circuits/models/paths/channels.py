@@ -346,6 +346,8 @@ class ChannelFlow:
         name, own = short_name(op), self.n_channels(given)
         if name in _ONE_BY_ONE and own == n:
             return torch.eye(n, dtype=torch.bool)
+        if name in ("amax", "amin") and _over_positions(op, len(self.flow.shape(given))):
+            return torch.eye(n, dtype=torch.bool)
         if name == "local_response_norm":
             size = int(op.argument(1, "size"))
             apart = torch.arange(n)[:, None] - torch.arange(n)
@@ -485,12 +487,17 @@ def _max_pool(
     return _average(channels, op, given, value)
 
 
+def _over_positions(op: Operation, n: int) -> bool:
+    """Whether an operation reduces axes after that of the channels, of `n`, and no other."""
+    axes = op.argument(1, "dim")
+    listed = [axes] if isinstance(axes, int) else [] if axes is None else list(axes)
+    return bool(listed) and all(axis % n >= 2 for axis in listed)
+
+
 def _mean(
     channels: ChannelFlow, op: Operation, given: Sequence[Value], value: Value
 ) -> list[Step] | None:
-    n, axes = len(channels.flow.shape(given[0])), op.argument(1, "dim")
-    listed = [axes] if isinstance(axes, int) else [] if axes is None else list(axes)
-    if not listed or any(a % n < 2 for a in listed):
+    if not _over_positions(op, len(channels.flow.shape(given[0]))):
         return None
     return _average(channels, op, given, value)
 
