@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from circuits.call_points import Address
 from circuits.discovery.channels import ChannelGraph
@@ -234,6 +235,23 @@ class Both(nn.Module):
         return self.c(torch.cat([up, a[:, 1:3]], 1)).amax((2, 3))
 
 
+class Computed(nn.Module):
+    """Weights that are computed, an image that is normalised, constants and squeezed axes."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.b, self.drop, self.fc = nn.Conv2d(4, 5, 3), nn.Dropout(), nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a((x - self.mean) / 0.5))
+        x = self.drop(F.hardswish(self.b(x))) * torch.tensor(2.0)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1))
+
+
 NETS: dict[str, tuple[type[nn.Module], tuple[int, int, int]]] = {
     "plain": (Plain, (3, 16, 16)),
     "residual": (Residual, (3, 8, 8)),
@@ -359,7 +377,9 @@ def test_sets_of_edges_in_part_off(name: str) -> None:
         torch.testing.assert_close(values, expected, atol=1e-10, rtol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [Dense, Inverted, Both, *(kind for kind, _ in NETS.values())])
+@pytest.mark.parametrize(
+    "kind", [Dense, Inverted, Both, Computed, *(kind for kind, _ in NETS.values())]
+)
 def test_the_edges_of_a_target_carry_all_that_it_is_given(kind: type[nn.Module]) -> None:
     model = HookedModel(seeded(kind()).double(), NETS["plain"][1], "plain")
     graph, task = ChannelGraph(model), task_of(model)
@@ -586,6 +606,24 @@ def test_operations_that_are_not_followed_are_named() -> None:
         ValueError, match="operation channel_shuffle@0 of model turned is not followed"
     ):
         ChannelGraph(model)
+
+
+def test_a_layer_in_one_dimension_is_not_followed() -> None:
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv1d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x.flatten(2))).mean(2)
+
+    with pytest.raises(ValueError, match="operation a/conv1d@0 of model line is not followed"):
+        ChannelGraph(HookedModel(seeded(Line()), (3, 8, 8), "line"))
+
+
+def test_no_sites_are_not_all_sites() -> None:
+    with pytest.raises(ValueError, match="sites are an empty list: expected names of sites"):
+        ChannelGraph(net("plain"), [])
 
 
 def test_a_graph_needs_images() -> None:

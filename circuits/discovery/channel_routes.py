@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +38,7 @@ class Kept:
 
     @property
     def n_edges(self) -> int:
+        """The number of edges."""
         return sum(int(t.sum()) for tables in self.tables.values() for t in tables.values())
 
 
@@ -64,13 +66,13 @@ def chosen_channels(
         _fill_between(flow, kept)
     kept.targets = {v: kept.targets[v] for v in sorted(kept.targets, key=flow.order)}
     _connect(flow, kept)
-    n = kept.n_edges
-    if n > limit:
-        raise ValueError(_too_many(flow, names, kept, n, limit))
     _prune(flow, kept, wanted)
+    if kept.n_edges > limit:
+        raise ValueError(_too_many(flow, names, kept, limit))
     if asked is not None:
         _check_connected(flow, names, kept, asked)
     if not kept.tables:
+        flow.computed_from(flow.places[flow.output][0])  # names an operation that is not followed
         raise ValueError(f"model {flow.model.name} has no direct path between channels")
     return kept
 
@@ -190,7 +192,7 @@ def _check_connected(
             )
 
 
-def _too_many(flow: ChannelFlow, names: ChannelNames, kept: Kept, n: int, limit: int) -> str:
+def _too_many(flow: ChannelFlow, names: ChannelNames, kept: Kept, limit: int) -> str:
     """What to say where there are too many edges."""
     counts: dict[str, int] = {}
     for target, tables in kept.tables.items():
@@ -199,14 +201,13 @@ def _too_many(flow: ChannelFlow, names: ChannelNames, kept: Kept, n: int, limit:
             pair = f"{_site(names.source(source, c))} -> {_site(names.target(target, t))}"
             counts[pair] = counts.get(pair, 0) + int(table.sum())
     largest = sorted(counts, key=counts.__getitem__, reverse=True)[:3]
-    fits = 1
-    sizes = [t.any(1).sum() * t.any(0).sum() for ts in kept.tables.values() for t in ts.values()]
-    while len(sizes) * (fits + 1) ** 2 <= limit:
-        fits += 1
+    # A table of n sources and n targets has n * n edges at most.
+    fits = max(1, math.isqrt(limit // sum(map(len, kept.tables.values()))))
     listed = ", ".join(f"{pair} with {counts[pair]}" for pair in largest)
     return (
-        f"sites of {flow.model.name} have {n} edges between their channels, more than {limit}; most have {listed}. "
-        f"Name fewer sites, or units of them (SITE:1,2,5-9): with {fits} units a layer all these sites would fit"
+        f"sites of {flow.model.name} have {kept.n_edges} edges between their channels, more than {limit}; most have "
+        f"{listed}. Name fewer sites, or units of them (SITE:1,2,5-9): with {fits} units a layer all these sites would "
+        "fit"
     )
 
 

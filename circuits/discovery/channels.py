@@ -72,6 +72,8 @@ class ChannelGraph(EdgeGraph):
             raise ValueError(f"model {model.name} takes tokens: a graph of channels needs images")
         if model.edited:
             raise ValueError(f"model {model.name} is edited: build its graph outside the edit")
+        if sites is not None and not sites:
+            raise ValueError("sites are an empty list: expected names of sites, or None for all")
         self.grain = "channels"
         flow = ChannelFlow(model)
         names = ChannelNames(flow)

@@ -178,6 +178,8 @@ class ChannelFlow:
                 self.shown.setdefault(value, []).append(name)
         self._links: dict[Value, list[Step] | Layer | None] = {}
         self._alone: dict[Value, bool] = {}
+        self._paths: dict[Value, tuple[ChannelPath, ...]] = {}
+        self._origins: dict[Value, dict[Value, Tensor]] = {}
 
     @cached_property
     def image(self) -> frozenset[Value]:
@@ -266,14 +268,19 @@ class ChannelFlow:
 
     def paths(self, target: Value) -> tuple[ChannelPath, ...]:
         """The direct paths to a target."""
-        found = []
+        if target not in self._paths:
+            self._paths[target] = tuple(self._direct(target))
+        return self._paths[target]
+
+    def _direct(self, target: Value) -> Iterator[ChannelPath]:
+        found: list[ChannelPath] = []
         for end, after in self._back(target):
             links = self.links(end)
             if not isinstance(links, Layer) or (end in self.linear_parts and end != target):
                 found.append(ChannelPath(end, after, None, ()))
                 continue
             found += [ChannelPath(s, before, links, after) for s, before in self._back(links.given)]
-        return tuple(p for p in found if p.source in self.flow.dependent)
+        yield from (p for p in found if p.source in self.flow.dependent)
 
     @cached_property
     def targets(self) -> tuple[Value, ...]:
@@ -314,6 +321,11 @@ class ChannelFlow:
         Raises:
             ValueError: if an operation moves or mixes channels in a way that is not followed.
         """
+        if value not in self._origins:
+            self._origins[value] = self._traced(value)
+        return self._origins[value]
+
+    def _traced(self, value: Value) -> dict[Value, Tensor]:
         found: dict[Value, Tensor] = {}
         for source, index in self.carried(value):
             for target, table in self._through(source).items():
@@ -587,8 +599,11 @@ def _rearranged(
     if after == (before[0], math.prod(before[1:])) and short_name(op) in _FLATTENING:
         index = torch.arange(before[1]).repeat_interleave(math.prod(before[2:]))
         return [Step(given[0], index, lambda x: x.flatten(1))]
-    if len(before) == 2 and after == (*before, *(1,) * (len(after) - 2)):
-        return _whole(channels, given[0], lambda x: x.reshape(*x.shape, *(1,) * (len(after) - 2)))
+    if after[:2] == before[:2] and math.prod(after) == math.prod(before):  # positions alone move
+        if short_name(op) in ("view", "reshape"):
+            return _whole(channels, given[0], lambda x: x.reshape(*x.shape[:2], *after[2:]))
+        if short_name(op) in ("squeeze", "unsqueeze", "flatten", "__getitem__"):
+            return _whole(channels, given[0], _replayed(op, given[0]))
     if short_name(op) not in _SELECTING or len(after) != len(before) or after[0] != before[0]:
         return None
     lead = (1, -1, *(1,) * (len(before) - 2))
