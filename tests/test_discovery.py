@@ -296,7 +296,7 @@ def test_bad_input_is_refused_in_one_line(case: tuple[HookedModel, Task, Oracle]
         (lambda: discover(graph, task, size=10**6), "size 1000000"),
         (lambda: acdc(Runs(graph, task), 0.0), "threshold 0.0 must be above 0"),
         (lambda: evaluate(graph, task, graph.mask([]), find=task), "not evaluated on what it was found on"),
-        (lambda: edge_graph(load_model("shapes"), ()), "shapes"),
+        (lambda: edge_graph(model, ["hook_embed"]), "sites hook_embed: the edges of a transformer"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said) as caught:
             made()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,12 +20,26 @@ from torch import Tensor
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import Unit, unknown
+from circuits.models.paths.restarting import restart_candidates
+from circuits.units import Site, Unit, unknown
 
 PlacedNode = Unit | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a pass can start that changes some sites and depends on more than one tensor from before.
+
+    Attributes:
+        given: the sites whose tensors are put in; the first of them is one that is changed.
+        reached: the sites whose tensors depend on those that are changed.
+    """
+
+    given: tuple[str, ...]
+    reached: frozenset[str]
 
 
 class EdgeGraph(ABC):
@@ -39,6 +54,7 @@ class EdgeGraph(ABC):
         feeds: for each target the numbers of the sources that are computed from it; none for the model's output.
         input_sites: the sites at which the model's input enters the graph; between the input of two runs, gradients are
             integrated there.
+        whole: whether the run with every edge patched is the other run.
     """
 
     model: HookedModel
@@ -48,6 +64,7 @@ class EdgeGraph(ABC):
     ends: Int[np.ndarray, "edge end"]
     feeds: tuple[tuple[int, ...], ...]
     input_sites: tuple[str, ...]
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -171,6 +188,14 @@ class EdgeGraph(ABC):
     @abstractmethod
     def first_site(self, target: int) -> str:
         """The first site of the model that patching an edge into a target changes."""
+
+    def starts(self, site: str) -> list[Site]:
+        """Sites at which a pass that changes a site, and later ones, might start, the nearest first."""
+        return restart_candidates(self.model, self.model.site(site))
+
+    def cut(self, sites: Sequence[str]) -> Cut | None:
+        """Where a pass that changes some sites can start if what they reach is known; None if it is not."""
+        return None
 
     @abstractmethod
     def changes(
