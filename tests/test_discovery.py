@@ -92,7 +92,8 @@ def test_a_circuit_of_no_edges_is_the_corrupted_run_and_of_all_edges_the_clean_r
     none, full = runs.patched(pair, off)
     # In a batch of the same size, since other sizes round differently.
     clean, corrupted = (
-        weighed(model.logits(tokens.repeat(2, 1))).double() for tokens in (pair.part.inputs, pair.part.counterparts)
+        weighed(model.logits(tokens.repeat(2, 1))).double()
+        for tokens in (pair.part.inputs, pair.part.counterparts)
     )
     assert torch.equal(none, corrupted[: len(none)])
     assert torch.equal(full, clean[len(none) :])

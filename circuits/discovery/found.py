@@ -89,6 +89,7 @@ def discover(
     shift: int = 0,
     check: int | None = None,
     n_random: int = 100,
+    n_curves: int = 10,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -113,6 +114,7 @@ def discover(
         shift: see `score_edges`.
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
         n_random: how many random circuits the circuit is compared with.
+        n_curves: how many random rankings its curve is compared with.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -161,7 +163,8 @@ def discover(
             "smaller threshold"
         )
     made = evaluate(
-        graph, test, kept, scores=scores, ranking=ranking, find=find, n_random=n_random, seed=seed,
+        graph, test, kept, scores=scores, ranking=ranking, find=find, n_random=n_random,
+        n_curves=n_curves, seed=seed,
         progress=stage("evaluation"), **settings,
     )  # fmt: skip
     how = {"search": search, "ranking": ranking, "size": n} | (

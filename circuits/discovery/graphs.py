@@ -159,6 +159,11 @@ class EdgeGraph(ABC):
     def slopes(self) -> tuple[str, ...]:
         """The sites at which scoring needs the metric's gradient."""
 
+    @property
+    def pull_reads(self) -> tuple[str, ...]:
+        """The sites that `pulled` needs of the run of the gradient."""
+        return self.reads
+
     @abstractmethod
     def source_sites(self) -> Iterator[tuple[tuple[str, ...], list[int]]]:
         """Sites at which sources put out what they put out together, each with the numbers of these sources."""
@@ -191,7 +196,7 @@ class EdgeGraph(ABC):
         """The gradient at what each target reads, by site, from that at `slopes`.
 
         Args:
-            cache: the tensors of `reads` in the run of the gradient.
+            cache: the tensors of `pull_reads` in the run of the gradient.
             gradients: the gradient at each of `slopes`.
             linear: normalisations count with their scale held, as the rules of relevance have it.
         """

@@ -38,6 +38,10 @@ _PEAK_MEMORY = 24
 """The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
 
 
+_VECTORS = 4096
+"""How many vectors (examples times positions) a pass on a CPU has at most: more no longer fit into its caches."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """A batch of a task with its two runs.
@@ -338,10 +342,13 @@ class Runs:
         return restart_at(self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows)
 
     def sets_per_pass(self, pair: Pair) -> int:
-        """How many sets of edges fit into one pass."""
+        """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower."""
         like = pair.clean[self.graph.reads[0]]
         each = like.nbytes * _PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
-        return max(1, self.memory // max(1, each))
+        fitting = max(1, self.memory // max(1, each))
+        if like.device.type != "cpu":
+            return fitting
+        return min(fitting, max(1, _VECTORS // max(1, like.numel() // like.shape[-1])))
 
 
 def stacked(places: Places, times: int, n_rows: int) -> Places:

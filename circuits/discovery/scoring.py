@@ -58,6 +58,10 @@ STEPS = 6
 where a gate of two equal inputs has its kink."""
 
 
+_PASSES = 8
+"""The fewest passes in which the edges into the targets of a site are patched."""
+
+
 def points(steps: int, rule: Rule) -> list[float]:
     """Where along the path from the corrupted run (0) to the intact one (1) gradients are taken.
 
@@ -234,7 +238,8 @@ def exact(
     for place, edge in enumerate(chosen.tolist()):
         groups.setdefault(graph.first_site(int(graph.ends[edge, 1])), []).append(place)
     for site, places in groups.items():
-        size = min(len(places), runs.sets_per_pass(pair))
+        # The pass without patches costs as much as one with: at most an eighth of all.
+        size = min(-(-len(places) // _PASSES), runs.sets_per_pass(pair))
         base = runs.patched(pair, torch.zeros(size, len(graph)), alone=site)
         for start in range(0, len(places), size):
             some = places[start : start + size]
@@ -309,7 +314,7 @@ def gradients_at(
 
         return add
 
-    read = list(dict.fromkeys([*map(runs.model.site, graph.reads), *runs.ends]))
+    read = list(dict.fromkeys([*map(runs.model.site, graph.pull_reads), *runs.ends]))
     changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
     # One for all examples: it is not asked what biases are worth on each.
     rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()

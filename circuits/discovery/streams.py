@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits.discovery.graphs import EdgeGraph, PlacedNode
 from circuits.discovery.matrices import path_norms
@@ -16,10 +16,12 @@ from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.norms import Tangent
 from circuits.models.paths.contributions import (
     input_gradient,
     norm_of,
     read_matrices,
+    tangent_of,
     written_change,
 )
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
@@ -101,6 +103,10 @@ class StreamGraph(EdgeGraph):
     def slopes(self) -> tuple[str, ...]:
         return tuple(self._at_site)
 
+    @property
+    def pull_reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.stream.stream_site(r) for r in self._receivers))
+
     @cached_property
     def _at_site(self) -> dict[str, list[int]]:
         """The targets of each site that can be changed, in order."""
@@ -142,11 +148,17 @@ class StreamGraph(EdgeGraph):
     def pulled(
         self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
     ) -> dict[str, Tensor]:
-        found = {}
+        found, tangents = dict[str, Tensor](), dict[tuple[str, int], Tangent | None]()
         for site, targets in self._at_site.items():
             receivers = [self._receivers[t] for t in targets]
-            before = cache[self.stream.stream_site(receivers[0])]
-            found[site] = input_gradient(self.stream, receivers, before, gradients[site], linear)
+            before = self.stream.stream_site(receivers[0])
+            # Queries, keys and values of a layer read the same stream through the same normalisation.
+            key = before, id(norm_of(self.stream, receivers[0]))
+            if key not in tangents:
+                tangents[key] = tangent_of(self.stream, receivers[0], cache[before])
+            found[site] = input_gradient(
+                self.stream, receivers, tangents[key], gradients[site], linear
+            )
         return found
 
     def contracted(
@@ -196,16 +208,12 @@ class StreamGraph(EdgeGraph):
     ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
         """What sources add to what each target of a site is given, with the scale of the normalisation held."""
         receivers = [self._receivers[t] for t in targets]
-        norm = norm_of(self.stream, receivers[0])
-        if not isinstance(norm, nn.Identity):
-            before = clean[self.stream.stream_site(receivers[0])][:, None]
-            written = self.stream.measured(norm).pushed(written, before, held=True)
+        before = clean[self.stream.stream_site(receivers[0])]
+        tangent = tangent_of(self.stream, receivers[0], before)
+        read = written if tangent is None else tangent.pushed(written, held=True)
         for target, receiver in zip(targets, receivers, strict=True):
             heads = receiver.kind in ("q", "k", "v")
-            yield (
-                target,
-                written @ read_matrices(self.stream, [receiver])[0] if heads else written,
-            )
+            yield target, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
         self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], linear: bool = False
@@ -223,6 +231,6 @@ class StreamGraph(EdgeGraph):
             if layer is not None and norm is not None:
                 # All heads of the layer are normalised together: to first order each has a part of the change.
                 before = clean[stream.before_post_norm_site(layer)][:, None]
-                made = stream.measured(norm).pushed(made, before, linear)
+                made = stream.measured(norm).tangent(before).pushed(made, linear)
             parts.append(made)
         return torch.cat(parts, 1)

@@ -273,7 +273,8 @@ class ScaleWeights(
         super().apply(weights)
         for part in self.parts(weights.matrices):
             if self.bias and part.matrix.bias is not None:
-                weights.writable(part.matrix.bias)[part.rows] *= self.factor
+                bias = weights.writable(part.matrix.bias)
+                bias[part.matrix.bias_index(bias, part.rows)] *= self.factor
 
 
 Sign = Literal["positive", "negative"]
@@ -336,7 +337,9 @@ class KeepWeights(
 
 def _clear(matrix: WeightMatrix, parameter: Tensor, rows: Tensor) -> None:
     """Set whole rows to 0."""
-    matrix.view(parameter)[rows] = 0
+    # All inputs and not only those of `source`: what a unit read besides must not act on it.
+    every = torch.arange(matrix.shape[1])
+    matrix.put(parameter, rows, every, torch.zeros_like(matrix.block(parameter, rows, every)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +401,7 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
             part = self._only_part(self.parts(weights.matrices))
             assert part.matrix.bias is not None
             own = weights.writable(part.matrix.bias)
-            own[part.rows] = self.bias.to(own)
+            own[part.matrix.bias_index(own, part.rows)] = self.bias.to(own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -518,10 +521,7 @@ class Transplant(
         n = len(rows)
         gain = torch.ones(n) if self.gain is None else self.gain
         parameter = weights.writable(matrix.weight)
-        every = torch.arange(matrix.shape[1])
-        # All inputs and not only those of `source`: what the host's unit read besides must not act on the transplanted
-        # one.
-        matrix.put(parameter, rows, every, torch.zeros_like(matrix.block(parameter, rows, every)))
+        _clear(matrix, parameter, rows)
         shape = (n, *(1,) * (self.weights.ndim - 1))
         matrix.put(parameter, rows, part.columns, self.weights * gain.reshape(shape))
         # The unit becomes gain (w x + b) + offset: gain on weights and bias alike, else the threshold would move.
@@ -529,4 +529,4 @@ class Transplant(
             biases = torch.zeros(n) if self.biases is None else self.biases
             offset = torch.zeros(n) if self.offset is None else self.offset
             own = weights.writable(matrix.bias)
-            own[rows] = (gain * biases + offset).to(own)
+            own[matrix.bias_index(own, rows)] = (gain * biases + offset).to(own)

@@ -269,7 +269,10 @@ def transplant(
     weights = _donor_weights(
         there[0], parameters[theirs_in.weight].data, wanted, donors, here[0], hosts
     )
-    biases = None if theirs_in.bias is None else parameters[theirs_in.bias].data[there[0].rows]
+    biases = None
+    if theirs_in.bias is not None:
+        biases = parameters[theirs_in.bias].data
+        biases = biases[theirs_in.bias_index(biases, there[0].rows)]
     # The bias is added where the row's sum is, so that it takes the same factor as the row.
     biases = None if biases is None else biases.cpu() * between
     if ours_in.bias is None and biases is not None and bool(biases.any()):

@@ -71,8 +71,8 @@ class LowRank(
     def apply(self, weights: Weights) -> None:
         matrix = layer_named(weights.matrices, self.layer)
         parameter = weights.writable(matrix.weight)
-        view = matrix.view(parameter)
-        view += _outer_product(self.left, self.right, view.shape).to(view)
+        whole = matrix.whole(parameter)
+        matrix.fill(parameter, whole + _outer_product(self.left, self.right, whole.shape).to(whole))
 
 
 def _ordered_sum(terms: Tensor) -> Tensor:
@@ -161,10 +161,11 @@ class Associate(
     def _missing(self, weights: Weights) -> Tensor:
         matrix = layer_named(weights.matrices, self.layer)
         # now = W k + b, the layer's output for the key: over the kernel and all columns.
-        view = matrix.view(weights.value(matrix.weight)).double().cpu()
-        now = _ordered_sum((view * self.key.double()[None]).flatten(1).T)
+        whole = matrix.whole(weights.value(matrix.weight)).double().cpu()
+        now = _ordered_sum((whole * self.key.double()[None]).flatten(1).T)
         if matrix.bias is not None:
-            now = now + weights.value(matrix.bias).double().cpu()
+            bias = weights.value(matrix.bias)
+            now = now + bias[matrix.bias_index(bias, torch.arange(len(now)))].double().cpu()
         return self.value.double() - now
 
     def apply(self, weights: Weights) -> None:
@@ -178,9 +179,10 @@ class Associate(
             * reach[None]
             / _ordered_sum(reach.square().reshape(-1))
         )
-        view = matrix.view(weights.writable(matrix.weight))
+        parameter = weights.writable(matrix.weight)
         rows = missing.reshape(-1, *(1,) * direction.ndim)
-        view.copy_((view.double().cpu() + rows * direction[None]).to(view))
+        whole = matrix.whole(parameter)
+        matrix.fill(parameter, (whole.double().cpu() + rows * direction[None]).to(whole))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,13 +238,15 @@ class EraseWeights(
         matrix = layer_named(weights.matrices, self.layer)
         basis = self.basis.double()
         dual = basis if self.dual is None else self.dual.double()
-        view = matrix.view(weights.writable(matrix.weight))
+        parameter = weights.writable(matrix.weight)
+        whole = matrix.whole(parameter)
         # W x + b - U V^T (W x + b - m) = (I - U V^T) W x + b - U V^T (b - m): m touches the bias only.
-        view -= self._inside(view.double().cpu(), basis, dual).to(view)
+        matrix.fill(parameter, whole - self._inside(whole.double().cpu(), basis, dual).to(whole))
         if matrix.bias is not None:
             bias = weights.writable(matrix.bias)
+            at = matrix.bias_index(bias, torch.arange(matrix.shape[0]))
             mean = 0.0 if self.mean is None else self.mean.double()
-            bias -= self._inside(bias.double().cpu() - mean, basis, dual).to(bias)
+            bias[at] -= self._inside(bias[at].double().cpu() - mean, basis, dual).to(bias)
 
     @staticmethod
     def _inside(x: Tensor, basis: Tensor, dual: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
@@ -383,37 +384,31 @@ def commute(model: HookedModel, first: Edit, second: Edit) -> bool:
     assert isinstance(first, WeightEdit)
     assert isinstance(second, WeightEdit)
     touched = [_elements(model, edit) for edit in (first, second)]
-    for name in touched[0].keys() & touched[1].keys():
-        # A rectangle of rows and columns for each edit; two that do not overlap neither read nor write a common
-        # element. Taken as the hull of several parts it may be too large, which only refuses an order that would have
-        # been fine.
-        (rows, columns), (more_rows, more_columns) = touched[0][name], touched[1][name]
-        if rows & more_rows and columns & more_columns:
-            return False
-    return True
+    # Two edits without a common element of a parameter read and write nothing in common.
+    shared = touched[0].keys() & touched[1].keys()
+    return not any(bool((touched[0][name] & touched[1][name]).any()) for name in shared)
 
 
-def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, tuple[set[int], set[int]]]:
-    """The rows and columns of each parameter that an edit reads or writes."""
+def _elements(model: HookedModel, edit: WeightEdit) -> dict[str, Tensor]:
+    """Which elements of each parameter an edit reads or writes, as masks."""
     matrices = model.matrices
-    shapes = {m.weight: m.shape for m in matrices}
-    names = edit.parameters(matrices)
-    # Whole rows for those two: they clear what is not named. Edits of whole layers have no parts.
+    masks = {
+        name: torch.zeros(model.parameters[name].shape, dtype=torch.bool)
+        for name in edit.parameters(matrices)
+    }
     parts = getattr(edit, "parts", None)
-    if parts is None or edit.operator in ("keep_weights", "transplant"):
-        rows = {p.matrix.weight: set(p.rows.tolist()) for p in parts(matrices)} if parts else {}
-        return {
-            n: (rows.get(n, set(range(shapes[n][0]))), set(range(shapes[n][1])))
-            for n in names
-            if n in shapes
-            # Biases count as one element: two edits of the same bias never commute.
-        } | {n: ({0}, {0}) for n in names if n not in shapes}
-    found: dict[str, tuple[set[int], set[int]]] = {}
-    for part in parts(matrices):
-        rows, columns = found.setdefault(part.matrix.weight, (set(), set()))
-        rows.update(part.rows.tolist())
-        columns.update(part.columns.tolist())
-    return found | {n: ({0}, {0}) for n in names if n not in found}
+    weights = {p.matrix.weight for p in parts(matrices)} if parts else set()
+    for part in parts(matrices) if parts else ():
+        # Whole rows for those two: they clear what is not named.
+        cleared = edit.operator in ("keep_weights", "transplant")
+        columns = torch.arange(part.matrix.shape[1]) if cleared else part.columns
+        mask = masks[part.matrix.weight]
+        block = torch.ones_like(part.matrix.block(mask, part.rows, columns))
+        part.matrix.put(mask, part.rows, columns, block)
+    # Edits of whole layers have no parts; of biases, all count as one: two edits of the same bias never commute.
+    for name in masks.keys() - weights:
+        masks[name][...] = True
+    return masks
 
 
 def recipe_schema() -> dict[str, Any]:

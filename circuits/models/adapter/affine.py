@@ -1,18 +1,28 @@
-"""Products with weights in a pass (projections, output weights, the layers of an MLP), and those weights."""
+"""Products with weights in a pass: projections, output weights, the layers of an MLP; and where in the model's
+parameters the weights lie.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.call_points import Address
 from circuits.models.adapter.attention import Batches
-from circuits.models.adapter.flow import Flow, Product, short_name, substituted
-from circuits.models.adapter.program import Value
+from circuits.models.adapter.flow import (
+    SHAPE_ONLY,
+    Flow,
+    Product,
+    moves,
+    short_name,
+    substituted,
+)
+from circuits.models.adapter.program import Operation, Value
 
 ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 """Functions that add two tensors."""
@@ -28,6 +38,7 @@ class Affine:
         made: the result, with the bias.
         biases: the values that are added.
         summed: the letters of the product (`Flow.product`) that are summed over, then or in the next operation.
+        unbiased: the result before an operation that adds a bias to it; the same as `made` if none does.
     """
 
     first: int
@@ -35,6 +46,51 @@ class Affine:
     made: Value
     biases: tuple[Value, ...]
     summed: str
+    unbiased: Value
+
+
+def affine_of(flow: Flow, i: int) -> Affine | None:
+    """An operation as a product with weights; None if it is none."""
+    product = flow.product(i)
+    op = flow.program.operations[i]
+    if product is None or not op.counted:
+        return None
+    given = [v for v in (product.left, product.right) if v in flow.dependent]
+    if len(given) != 1 or op.kwargs.get("groups", 1) != 1:
+        return None
+    biases = [v for v in op.inputs if v not in (product.left, product.right)]
+    unbiased, shared = _summed(flow, op.outputs[0], product)
+    made = unbiased
+    takers = flow.taken_by.get(made, [])
+    if len(takers) == 1:
+        then = flow.program.operations[takers[0]]
+        others = [v for v in then.inputs if v != made]
+        constant = others and not flow.dependent.intersection(others)
+        same = flow.shape(then.outputs[0]) == flow.shape(made)
+        if short_name(then) in ADDS and constant and len(others) == 1 and same:
+            biases, made = [*biases, *others], then.outputs[0]
+    return Affine(i, given[0], made, tuple(biases), product.summed + shared, unbiased)
+
+
+def _summed(flow: Flow, made: Value, product: Product) -> tuple[Value, str]:
+    """A product after the sum over an axis that both its factors have, such as heads, and that axis's letter.
+
+    The product itself and no letter if no such sum follows.
+    """
+    sizes = dict(zip(product.left_axes, flow.shape(product.left), strict=True))
+    other = dict(zip(product.right_axes, flow.shape(product.right), strict=True))
+    shared = [a for a in product.made_axes if sizes.get(a, 1) > 1 and other.get(a, 1) > 1]
+    takers = flow.taken_by.get(made, [])
+    if len(shared) != 1 or len(takers) != 1:
+        return made, ""
+    op = flow.program.operations[takers[0]]
+    if short_name(op) != "sum":
+        return made, ""
+    dim, axis = op.argument(1, "dim"), product.made_axes.index(shared[0])
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    if [d % len(product.made_axes) for d in dims] == [axis]:
+        return op.outputs[0], shared[0]
+    return made, ""
 
 
 @dataclass(frozen=True)
@@ -55,44 +111,11 @@ class Products:
         return self.flow.product(i) is not None or short_name(op) == "scaled_dot_product_attention"
 
     def affine(self, i: int) -> Affine | None:
-        """An operation as a product with weights."""
-        product = self.flow.product(i)
-        op = self.flow.program.operations[i]
-        if product is None or not op.counted:
+        """An operation as a product with weights, its result with examples as an axis of their own."""
+        found = affine_of(self.flow, i)
+        if found is None:
             return None
-        given = [v for v in (product.left, product.right) if v in self.flow.dependent]
-        if len(given) != 1 or self.flow.program.operations[i].kwargs.get("groups", 1) != 1:
-            return None
-        biases = [v for v in op.inputs if v not in (product.left, product.right)]
-        made, shared = self._summed(op.outputs[0], product)
-        takers = self.flow.taken_by.get(made, [])
-        if len(takers) == 1:
-            then = self.flow.program.operations[takers[0]]
-            others = [v for v in then.inputs if v != made]
-            constant = others and not self.flow.dependent.intersection(others)
-            same = self.flow.shape(then.outputs[0]) == self.flow.shape(made)
-            if short_name(then) in ADDS and constant and len(others) == 1 and same:
-                biases, made = [*biases, *others], then.outputs[0]
-        made = self.batches.apart(made, forward=True)
-        return Affine(i, given[0], made, tuple(biases), product.summed + shared)
-
-    def _summed(self, made: Value, product: Product) -> tuple[Value, str]:
-        """A product after the sum over an axis that both its factors have, such as heads, and that axis's letter.
-
-        The product itself and no letter if no such sum follows.
-        """
-        sizes = dict(zip(product.left_axes, self.flow.shape(product.left), strict=True))
-        other = dict(zip(product.right_axes, self.flow.shape(product.right), strict=True))
-        shared = [a for a in product.made_axes if sizes.get(a, 1) > 1 and other.get(a, 1) > 1]
-        takers = self.flow.taken_by.get(made, [])
-        if len(shared) != 1 or len(takers) != 1:
-            return made, ""
-        op = self.flow.program.operations[takers[0]]
-        dim, axis = op.argument(1, "dim"), product.made_axes.index(shared[0])
-        dims = [dim] if isinstance(dim, int) else list(dim or ())
-        if short_name(op) == "sum" and [d % len(product.made_axes) for d in dims] == [axis]:
-            return op.outputs[0], shared[0]
-        return made, ""
+        return replace(found, made=self.batches.apart(found.made, forward=True))
 
     def affines_before(self, value: Value) -> list[Affine]:
         """The nearest products that a value is made of; an empty list if one of them has no weights."""
@@ -199,3 +222,362 @@ def _bias(
     for axis in reversed([n for n, letter in enumerate(made) if letter not in free]):
         full = full.select(axis, 0)
     return full.expand(width).flatten()
+
+
+# --- where weights lie in the model's parameters -----------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Where the numbers of a matrix lie in a parameter, as places in the flattened parameter.
+
+    The number of a row and a column is at the sum of both. For a group of rows that has columns of its own, columns are
+    counted inside the group.
+
+    Attributes:
+        rows: the place of each row's first number.
+        columns: what each column adds to it.
+        bias: the place of each row's bias in the parameter that holds the biases; None if there is none.
+    """
+
+    rows: Int[Tensor, " row"]
+    columns: Int[Tensor, " column"]
+    bias: Int[Tensor, " row"] | None = None
+
+    def same(self, other: Cells) -> bool:
+        """Whether the weights are the same numbers in the same order."""
+        return torch.equal(self.rows, other.rows) and torch.equal(self.columns, other.columns)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A tensor of a pass as a table.
+
+    Attributes:
+        address: where it is.
+        last: the axes that run along a line, outermost first; all others count the lines.
+        overwritten: whether a later operation changes it in place.
+    """
+
+    address: Address
+    last: tuple[int, ...]
+    overwritten: bool = False
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The tensor as line x number."""
+        lead = [axis for axis in range(tensor.ndim) if axis not in self.last]
+        width = math.prod(tensor.shape[axis] for axis in self.last)
+        return tensor.permute(*lead, *self.last).reshape(-1, width)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightProduct:
+    """A product of an activation with a parameter, or with a part of one.
+
+    Attributes:
+        first: the number of the operation that multiplies.
+        weight: the parameter's name.
+        bias: the name of the parameter that is added, or None.
+        cells: where the weights lie in them.
+        groups: how many groups of rows have columns of their own.
+        part: which part of the parameter it is, as an index, e.g. `[0:16]`; empty for all of it.
+        lines: where its tensors are in the pass: the `weights`, row by row as one line; what it `reads`, and what it
+            `writes` with the bias, a line for each example and position. Those are left out that no operation shows.
+    """
+
+    first: int
+    weight: str
+    bias: str | None
+    cells: Cells
+    groups: int
+    part: str
+    lines: Mapping[str, Lines]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of rows, and of columns of all groups."""
+        return len(self.cells.rows), len(self.cells.columns) * self.groups
+
+
+Parameters = Mapping[str, tuple[str, Tensor]]
+"""For each source of a pass that is a parameter its name in the state dict, and the parameter."""
+
+
+def weight_products(
+    flow: Flow, parameters: Parameters, among: Iterable[int]
+) -> list[WeightProduct]:
+    """The products of a pass with parameters that reach them unchanged.
+
+    Args:
+        flow: the operations of the pass.
+        parameters: the model's.
+        among: the numbers of the operations to look at.
+    """
+    found = (_weight_product(flow, i, parameters) for i in among)
+    return [product for product in found if product is not None]
+
+
+def other_uses(flow: Flow, parameters: Parameters, firsts: Container[int]) -> dict[str, list[str]]:
+    """The calls that take parameters, by the parameters' names, without the operations of some numbers."""
+    held = {v: parameters[s][0] for v, s in flow.program.sources.items() if s in parameters}
+    found: dict[str, list[str]] = {}
+    for i, op in enumerate(flow.program.operations):
+        taken = dict.fromkeys(held[v] for v in op.inputs if v in held)
+        if not taken or i in firsts or not op.counted or short_name(op) in SHAPE_ONLY:
+            continue
+        if _keeps(op):
+            held |= {made: held[op.inputs[0]] for made in op.outputs if op.inputs[0] in held}
+            continue
+        for name in taken:
+            found.setdefault(name, []).append(flow.called(i))
+    return found
+
+
+_SAME = {
+    "to", "type", "type_as", "float", "half", "double", "bfloat16", "detach", "data", "alias", "cpu", "cuda",
+    "contiguous", "clone",
+}  # fmt: skip
+"""Functions whose result holds the numbers of their first argument, where they were."""
+
+
+def _keeps(op: Operation) -> bool:
+    """Whether an operation moves the numbers of its first argument and takes no other tensor's."""
+    return short_name(op) in _SAME or (moves(op) and len(set(op.inputs)) == 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A parameter, and where in it (flattened) each number of a tensor of the pass lies."""
+
+    name: str
+    index: Tensor
+    shape: tuple[int, ...]
+
+
+def _in_parameter(flow: Flow, value: Value, parameters: Parameters) -> _Held | None:
+    """The parameter that a value is, or is a part of; None if it is none."""
+    shape, way = flow.shape(value), []
+    while (source := flow.program.sources.get(value)) is None:
+        op = flow.operation(value)
+        if op is None or not _keeps(op) or flow.overwritten(value):
+            return None
+        way.append((op, op.outputs.index(value)))
+        value = op.inputs[0]
+    if source not in parameters or flow.overwritten(value):
+        return None
+    name, parameter = parameters[source]
+    index = _places(parameter.shape, way[::-1])
+    if index is None or tuple(index.shape) != shape:
+        return None
+    return _Held(name, index, tuple(parameter.shape))
+
+
+def _places(shape: Sequence[int], way: Sequence[tuple[Operation, int]]) -> Tensor | None:
+    """Where the numbers that operations make of a tensor lie in it, flattened; None if they do not take it.
+
+    Args:
+        shape: the tensor's.
+        way: the operations, in order, each with the number of its output that is meant.
+    """
+    # A view says where its numbers are; only a copy in another order has to be made to see that.
+    empty = torch.empty(tuple(shape), device="meta")
+    made = _replayed(empty, way)
+    if made is None:
+        return None
+    if made is empty or made._base is empty:
+        index = torch.tensor(made.storage_offset())
+        for size, stride in zip(made.shape, made.stride(), strict=True):
+            index = index[..., None] + torch.arange(size) * stride
+        return index
+    return _replayed(torch.arange(math.prod(shape)).reshape(*shape), way)
+
+
+def _replayed(given: Tensor, way: Sequence[tuple[Operation, int]]) -> Tensor | None:
+    """What operations that keep numbers make of a tensor; None if they do not take it."""
+    for op, place in way:
+        if short_name(op) in _SAME:
+            continue
+        args, kwargs = (substituted(each, {op.inputs[0]: given}) for each in (op.args, op.kwargs))
+        try:
+            made = op.function(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError, LookupError):
+            return None
+        given = made[place] if isinstance(made, tuple | list) else made
+    return given
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """What the letters of a product with weights stand for.
+
+    Attributes:
+        groups: those that weights, activation and result have; each entry is a group.
+        free: those that weights and result have.
+        summed: those that are summed over.
+    """
+
+    groups: list[str]
+    free: list[str]
+    summed: list[str]
+
+    @property
+    def rows(self) -> list[str]:
+        """The letters of the rows."""
+        return [*self.groups, *self.free]
+
+
+def _roles(flow: Flow, affine: Affine, product: Product, letters: Sequence[str]) -> _Roles | None:
+    """What letters stand for, given those along which the weights differ; None if the product is no matrix."""
+    axes = (product.left_axes, product.right_axes, product.made_axes)
+    if any(len({*each}) < len(each) for each in axes):
+        return None
+    given = product.axes_of(affine.given)
+    long = {a for a, n in zip(given, flow.shape(affine.given), strict=True) if n > 1}
+    summed = [a for a in given if a in affine.summed and a in letters]
+    alone = {a for a in affine.summed if (a in long) != (a in letters)}
+    kept = [a for a in product.made_axes if a in letters and a not in summed]
+    found = _Roles([a for a in kept if a in long], [a for a in kept if a not in long], summed)
+    # A letter that only the weights have, and that is summed over, belongs to no row and no column.
+    return None if alone or {*found.rows, *summed} != {*letters} else found
+
+
+def _weight_product(flow: Flow, i: int, parameters: Parameters) -> WeightProduct | None:
+    """An operation as a product with a parameter."""
+    affine, product = affine_of(flow, i), flow.product(i)
+    if affine is None or product is None:
+        return None
+    operand = product.right if product.left == affine.given else product.left
+    found, address = _in_parameter(flow, operand, parameters), flow.argument_address(i, operand)
+    if found is None or address is None:
+        return None
+    index = found.index
+    axes = [axis for axis in range(index.ndim) if not _is_constant(index, axis)]
+    letters = {product.axes_of(operand)[axis]: axis for axis in axes}
+    roles = _roles(flow, affine, product, list(letters))
+    if roles is None:
+        return None
+    order = tuple(letters[a] for a in (*roles.rows, *roles.summed))
+    for axis in reversed([axis for axis in range(index.ndim) if axis not in axes]):
+        index = index.narrow(axis, 0, 1)
+    table = index.permute(*order, *(a for a in range(index.ndim) if a not in order))
+    cells = _cells(table.reshape(math.prod(index.shape[letters[a]] for a in roles.rows), -1))
+    if cells is None or not _distinct(index):
+        return None
+    bias, places, made = _with_bias(flow, affine, product, roles, parameters)
+    given = product.axes_of(affine.given)
+    sizes = dict(zip(given, flow.shape(affine.given), strict=True))
+    reads = _lines(
+        flow,
+        flow.argument_address(i, affine.given),
+        affine.given,
+        given,
+        [*roles.groups, *roles.summed],
+    )
+    writes = _lines(flow, flow.address_of(made), made, _made_axes(affine, product), roles.rows)
+    lines = {"weights": Lines(address, order), "reads": reads, "writes": writes}
+    return WeightProduct(
+        i, found.name, bias, replace(cells, bias=places), math.prod(sizes[a] for a in roles.groups),
+        _part(index, found.shape), {what: known for what, known in lines.items() if known is not None},
+    )  # fmt: skip
+
+
+def _made_axes(affine: Affine, product: Product) -> str:
+    """The letters of the result, after the sum that may follow."""
+    return "".join(a for a in product.made_axes if a not in affine.summed)
+
+
+def _lines(
+    flow: Flow, address: Address | None, value: Value, letters: str, last: Sequence[str]
+) -> Lines | None:
+    if address is None:
+        return None
+    return Lines(address, tuple(letters.index(a) for a in last), flow.overwritten(value))
+
+
+def _is_constant(index: Tensor, axis: int) -> bool:
+    """Whether an axis is of length 1, or repeats the same numbers of a parameter."""
+    if not index.numel():
+        return True
+    same = torch.equal(index.select(axis, 0), index.select(axis, -1))  # spares most a look at all
+    return same and bool((index == index.narrow(axis, 0, 1)).all())
+
+
+def _cells(table: Tensor) -> Cells | None:
+    """A table of places as a sum of one number for each row and one for each column; None if it is none."""
+    if not table.numel():
+        return None
+    rows, columns = table[:, 0], table[0] - table[0, 0]
+    return Cells(rows, columns) if torch.equal(table, rows[:, None] + columns) else None
+
+
+def _distinct(index: Tensor) -> bool:
+    """Whether no place occurs twice."""
+    first = int(index.min())
+    taken = torch.zeros(int(index.max()) - first + 1, dtype=torch.bool)
+    taken[index.flatten() - first] = True
+    return int(taken.sum()) == index.numel()
+
+
+def _with_bias(
+    flow: Flow, affine: Affine, product: Product, roles: _Roles, parameters: Parameters
+) -> tuple[str | None, Tensor | None, Value]:
+    """The parameter that is added to a product, where in it each row's number lies, and the result with it.
+
+    Where what is added later is no such parameter, the result is that before it.
+    """
+    op = flow.program.operations[affine.first]
+    own = [v for v in affine.biases if v in op.inputs]
+    added = [v for v in affine.biases if v not in own]
+    chosen, made = (own, affine.unbiased) if own else (added, affine.made)
+    if not chosen:
+        return None, None, affine.made
+    adds = op if own else flow.operation(affine.made)
+    scaled = adds is None or not {"alpha", "beta"}.isdisjoint(adds.kwargs)
+    found = None if scaled else _in_parameter(flow, chosen[0], parameters)
+    letters = _made_axes(affine, product)
+    if found is None:
+        return None, None, affine.unbiased
+    index = found.index
+    if own and short_name(op).startswith("conv"):
+        index = index.reshape(1, -1, *(1,) * (len(letters) - 2))
+    sizes = dict(zip(letters, flow.shape(affine.made), strict=True))
+    places = _bias_places(index, letters, roles.rows, sizes)
+    return (None, None, affine.unbiased) if places is None else (found.name, places, made)
+
+
+def _bias_places(
+    index: Tensor, letters: str, rows: Sequence[str], sizes: Mapping[str, int]
+) -> Tensor | None:
+    """The place of each row's bias, given those that are added; None if rows do not have one each."""
+    if index.ndim > len(letters):
+        return None
+    full = index.reshape((1,) * (len(letters) - index.ndim) + tuple(index.shape))
+    for axis, letter in enumerate(letters):
+        if letter in rows and full.shape[axis] != sizes[letter]:
+            return None
+        if letter not in rows:
+            if not _is_constant(full, axis):
+                return None
+            full = full.narrow(axis, 0, 1)
+    order = [letters.index(a) for a in rows]
+    places = full.permute(*order, *(a for a in range(full.ndim) if a not in order)).flatten()
+    return places if len(places.unique()) == len(places) else None
+
+
+def _part(index: Tensor, shape: Sequence[int]) -> str:
+    """Which part of a parameter some of its numbers are, as an index; empty for all of it."""
+    if index.numel() == math.prod(shape):
+        return ""
+    # The first and the last number of a box are its corners.
+    ends = torch.stack([index.min(), index.max()])
+    corners = torch.stack(torch.unravel_index(ends, tuple(shape)), 1).tolist()
+    sizes = [last - first + 1 for first, last in zip(*corners, strict=True)]
+    if min(sizes) < 1 or math.prod(sizes) < index.numel():
+        return f".flatten()[{int(ends[0])}:{int(ends[1]) + 1}]"
+    words = [
+        ":" if size == length else f"{first}" if size == 1 else f"{first}:{first + size}"
+        for first, size, length in zip(corners[0], sizes, shape, strict=True)
+    ]
+    while len(words) > 1 and words[-1] == ":":
+        words.pop()
+    return f"[{','.join(words)}]"

@@ -640,7 +640,7 @@ class _Search:
         }
         if shared and sum(names[:1] != () and names[0].startswith("head") for names in axes) > 1:
             axes = tuple(() if n in shared else names for n, names in enumerate(axes))
-        address = self.flow.taken_at(i, value)
+        address = self.flow.argument_address(i, value)
         if address is None:
             raise _UnclearError("its factors are no arguments of their own")
         return self._placed(value, address, axes)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from circuits.models.adapter.flow import spelled_einsum
 from circuits.models.adapter.program import Operation, Program, Value
 
 Labels = tuple[str, ...]
@@ -181,14 +182,14 @@ def _scaled_attention(op: Operation, program: Program, found: Found) -> list[Lab
 
 
 def _einsum(op: Operation, program: Program, found: Found) -> list[Labels | None]:
-    equation = op.args[0]
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+    spelled = spelled_einsum(op, program.shapes)
+    if spelled is None:
         return [None]
-    given, _, made = equation.replace(" ", "").partition("->")
+    given, made = spelled
     named: dict[str, str] = {}
     contracted: set[str] = set()
     weights = ""
-    for letters, value in zip(given.split(","), op.inputs, strict=False):
+    for letters, value in zip(given, op.inputs, strict=True):
         known = found[value]
         if set(known) == {UNKNOWN}:
             weights += letters

@@ -94,18 +94,38 @@ def _letters(
 
 
 def _einsum(op: Operation, shapes: Mapping[Value, tuple[int, ...]]) -> Product | None:
+    found = spelled_einsum(op, shapes)
+    if found is None or len(op.inputs) != 2:
+        return None
+    (left, right), made = found
+    return Product(*op.inputs, left, right, made)
+
+
+def spelled_einsum(
+    op: Operation, shapes: Mapping[Value, tuple[int, ...]]
+) -> tuple[list[str], str] | None:
+    """The letters of the axes that an einsum is given and makes, with letters in the place of `...`.
+
+    None if its equation has no arrow, or is none of one text.
+    """
     equation = op.args[0] if op.args else op.kwargs.get("equation")
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+    if not isinstance(equation, str) or "->" not in equation:
         return None
     given, _, made = equation.replace(" ", "").partition("->")
-    parts, values = given.split(","), op.inputs
-    if len(parts) != 2 or len(values) != 2:
+    parts = given.split(",")
+    if len(parts) != len(op.inputs):
         return None
-    left, right = values
-    return Product(left, right, parts[0], parts[1], made)
+    # As many axes as are left, counted from the last; letters that the equation has not.
+    free = "".join(a for a in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if a not in equation)
+    dots = [
+        free[len(free) - (len(shapes[value]) - len(part) + 3) :] if "..." in part else ""
+        for part, value in zip(parts, op.inputs, strict=True)
+    ]
+    letters = [part.replace("...", own) for part, own in zip(parts, dots, strict=True)]
+    return letters, made.replace("...", max(dots, key=len))
 
 
-_SHAPE_ONLY = {
+SHAPE_ONLY = {
     "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like",
     "empty_like", "rand_like", "randn_like",
 }  # fmt: skip
@@ -167,7 +187,7 @@ class Flow:
         """The values that depend on the model's input, other than by its shape."""
         found = {value for value, name in self.program.sources.items() if name == "input"}
         for op in self.program.operations:
-            if short_name(op) not in _SHAPE_ONLY and not found.isdisjoint(op.inputs):
+            if short_name(op) not in SHAPE_ONLY and not found.isdisjoint(op.inputs):
                 found.update(op.outputs)
                 if writes_in_place(op.name) and op.inputs:
                     found.add(self._whole(op.inputs[0]))
@@ -197,6 +217,19 @@ class Flow:
             if writes_in_place(op.name) and op.inputs and op.inputs[0] in self._views:
                 found.setdefault(self._whole(op.inputs[0]), []).append(i)
         return found
+
+    @cached_property
+    def _overwritten(self) -> set[Value]:
+        """The values into which, or into a part of which, an operation writes."""
+        return {
+            self._whole(op.inputs[0])
+            for op in self.program.operations
+            if writes_in_place(op.name) and op.inputs
+        }
+
+    def overwritten(self, value: Value) -> bool:
+        """Whether an operation writes into the memory of a value."""
+        return self._whole(value) in self._overwritten
 
     @cached_property
     def _numbers(self) -> dict[tuple[int, int], int]:
@@ -269,18 +302,19 @@ class Flow:
             return None
         return self.address(i, len(op.running), place=op.outputs.index(value))
 
-    def taken_at(self, i: int, value: Value) -> Address | None:
+    def argument_address(self, i: int, value: Value) -> Address | None:
         """The address of a value where an operation takes it; None if it is no argument of its own."""
         op = self.program.operations[i]
+        depth = len(op.running)
         for place, given in enumerate(op.args):
             if given == value:
-                return self.address(i, len(op.running), part="argument", place=place)
+                return self.address(i, depth, part="argument", place=place)
             if isinstance(given, list | tuple) and value in given:
                 item = given.index(value)
-                return self.address(i, len(op.running), part="argument", place=place, item=item)
+                return self.address(i, depth, part="argument", place=place, item=item)
         for key, given in op.kwargs.items():
             if given == value:
-                return self.address(i, len(op.running), part="argument", key=key)
+                return self.address(i, depth, part="argument", key=key)
         return None
 
     def before(self, value: Value, stop: Callable[[int], bool]) -> Iterator[int]:

@@ -176,7 +176,7 @@ class HeadWeights:
         affine = self._affine(projection)
         if affine is None:
             return {}
-        given = self._flow.taken_at(affine.first, affine.given)
+        given = self._flow.argument_address(affine.first, affine.given)
         made = self._flow.address_of(projection.made)
         assert given is not None, "a product takes its factors"
         assert made is not None, "it was read to find the heads"

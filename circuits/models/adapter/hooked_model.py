@@ -42,6 +42,7 @@ from circuits.models.adapter.matrices import (
     matrices_of_layers,
     matrices_of_sites,
     parameter_names,
+    with_products,
 )
 from circuits.models.adapter.normalisation import (
     NORMALISATIONS,
@@ -864,7 +865,7 @@ class HookedModel:
     @property
     def matrices(self) -> tuple[WeightMatrix, ...]:
         """The parameters that connect units, as matrices with the sites that they read and write, of the unedited
-        model.
+        model: those of layers, and those that functions multiply with.
 
         Raises:
             ValueError: if the model's tensors were made inside `torch.inference_mode()`.
@@ -910,11 +911,21 @@ class HookedModel:
             self._suspended = suspended
 
     def _find_matrices(self) -> tuple[WeightMatrix, ...]:
-        tokens = self.fitted(self.input.example(1))
-        if tokens.is_floating_point():
-            return tuple(matrices_of_layers(self.module, self._find_own_layers()))
-        found = matrices_of_sites(self.module, lambda: self.module(tokens), self.sites, self._taps)
-        return tuple(found)
+        example = self.fitted(self.input.example(1))
+        traced = example.is_floating_point()
+
+        def forward() -> object:
+            return self.module(example.clone())
+
+        if traced:
+            found = matrices_of_layers(self.module, self._find_own_layers())
+        else:
+            found = matrices_of_sites(self.module, forward, self.sites, self._taps)
+        if is_bridge(self.module):  # it calls a module for each of its weights
+            return tuple(found)
+        return tuple(
+            with_products(self.module, self.program, forward, self.sites, self._taps, found, traced)
+        )
 
     def n_units(self, site: str) -> int:
         """The number of units of a site; `input` stands for the model's input channels."""

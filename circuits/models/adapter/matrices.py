@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
-from circuits.models.adapter.head_sites import Picked
+from circuits.models.adapter.affine import Cells, WeightProduct, other_uses, weight_products
+from circuits.models.adapter.flow import Flow
+from circuits.models.adapter.head_sites import Picked, Points
+from circuits.models.adapter.program import Program, own_tensors
 from circuits.models.adapter.sites import evaluating
-from circuits.models.adapter.topology import WeightLayer
+from circuits.models.adapter.topology import LAYERS, WeightLayer
 from circuits.units import Site
 
 
@@ -49,10 +55,12 @@ class MatrixEnd:
 
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
-    """The weights of a convolution or linear layer, as rows (outputs) by columns (inputs).
+    """The weights of a convolution or linear layer, as rows (outputs) by columns (inputs); or a parameter, or a part of
+    one, that a function multiplies an activation with.
 
     Attributes:
-        name: the layer's name, e.g. `mixed3b_5x5` or `blocks.0.mlp.out`.
+        name: the layer's name, e.g. `mixed3b_5x5` or `blocks.0.mlp.out`; without a layer the parameter's, with the part
+            of it in brackets (`attn.in_proj_weight[0:16]`).
         weight: the parameter's name in the state dict.
         bias: the name of its bias, or None.
         shape: the number of rows, of columns (of all groups), and the lengths of the kernel's axes.
@@ -62,6 +70,8 @@ class WeightMatrix:
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
         calls: how often the layer runs in one pass; an edit changes all of them.
+        cells: where in the parameters the numbers lie, if rows and columns are not the first two axes of the weights,
+            or biases not those of the rows in order.
     """
 
     name: str
@@ -74,47 +84,86 @@ class WeightMatrix:
     writes: tuple[MatrixEnd, ...] = ()
     tied: tuple[str, ...] = ()
     calls: int = 1
+    cells: Cells | None = None
 
     def end(self, site: str, side: str) -> MatrixEnd | None:
         """The rows (`side` is `writes`) or columns (`reads`) as units of a site; None if they are not its units."""
         ends = self.reads if side == "reads" else self.writes
         return next((end for end in ends if end.site == site), None)
 
-    def view(self, parameter: Tensor) -> Float[Tensor, "row column *kernel"]:
-        """The parameter as row x column (of the row's group) x kernel; shares the parameter's memory."""
+    def whole(self, parameter: Tensor) -> Shaped[Tensor, "row column *kernel"]:
+        """The parameter as row x column (of the row's group) x kernel; it may share the parameter's memory."""
+        if self.cells is not None:
+            return _taken(parameter, self.cells.rows[:, None] + self.cells.columns)
         return parameter.transpose(0, 1) if self.transposed else parameter
+
+    def fill(self, parameter: Tensor, values: Shaped[Tensor, "row column *kernel"]) -> None:
+        """Write all weights in place, laid out as `whole` returns them."""
+        if self.cells is not None:
+            _put(parameter, self.cells.rows[:, None] + self.cells.columns, values.to(parameter))
+        else:
+            self.whole(parameter).copy_(values)
 
     def block(
         self, parameter: Tensor, rows: Tensor, columns: Tensor
-    ) -> Float[Tensor, "row column *kernel"]:
+    ) -> Shaped[Tensor, "row column *kernel"]:
         """Copy some rows and columns; zero where a grouped convolution has no weight."""
-        view = self.view(parameter)
-        if self.groups == 1:
-            return view[rows[:, None], columns[None, :]]
         local, there = self._grouped(rows, columns)
-        found = view[rows[:, None], local]
+        if self.cells is None:
+            found = self.whole(parameter)[rows[:, None], local]
+        else:
+            found = _taken(parameter, self._places(rows[:, None], local))
+        if self.groups == 1:
+            return found
         return found * there.reshape(*there.shape, *(1,) * (found.ndim - 2)).to(found)
 
     def put(self, parameter: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
         """Write some rows and columns in place; entries that a grouped convolution does not have are skipped."""
-        view, block = self.view(parameter), block.to(parameter)
-        if self.groups == 1:
-            view[rows[:, None], columns[None, :]] = block
-            return
+        block = block.to(parameter)
         local, there = self._grouped(rows, columns)
-        view[rows[:, None].expand_as(there)[there], local[there]] = block[there]
+        at: tuple[Tensor, Tensor] = rows[:, None], local
+        if self.groups != 1:
+            at, block = (rows[:, None].expand_as(there)[there], local[there]), block[there]
+        if self.cells is None:
+            self.whole(parameter)[at] = block
+        else:
+            _put(parameter, self._places(*at), block)
+
+    def bias_index(self, bias: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """The index of some rows' biases in the parameter that holds them, for reading and writing."""
+        own = None if self.cells is None else self.cells.bias
+        places = rows if own is None else own[rows]
+        return torch.unravel_index(places.to(bias.device), bias.shape)
+
+    def _places(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The places of weights in the flattened parameter; columns are counted inside their group."""
+        assert self.cells is not None
+        return self.cells.rows[rows] + self.cells.columns[columns]
 
     def there(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Which of these weights exist, row x column."""
-        if self.groups == 1:
-            return torch.ones(len(rows), len(columns), dtype=torch.bool)
         return self._grouped(rows, columns)[1]
 
     def _grouped(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """For each row and column, the column's place inside its group, and whether both are of one group."""
+        if self.groups == 1:
+            return columns[None, :], torch.ones(len(rows), len(columns), dtype=torch.bool)
         per_row, per_column = self.shape[0] // self.groups, self.shape[1] // self.groups
         there = rows[:, None] // per_row == columns[None, :] // per_column
         return (columns % per_column)[None, :].expand_as(there), there
+
+
+def _taken(parameter: Tensor, places: Tensor) -> Tensor:
+    """The numbers at some places of a flattened parameter."""
+    return parameter.flatten()[places.to(parameter.device)]
+
+
+def _put(parameter: Tensor, places: Tensor, values: Tensor) -> None:
+    """Write numbers to some places of a flattened parameter."""
+    flat = parameter.flatten()
+    flat[places.to(parameter.device)] = values
+    if not parameter.is_contiguous():  # else `flatten` gave its own memory
+        parameter.copy_(flat.view(parameter.shape))
 
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -221,13 +270,16 @@ def matrices_of_sites(
     names = parameter_names(module)
     by_parameter = {id(p): name for name, p in names.items()}
     linear = _linear_modules(module, by_parameter)
-    found = _random_pass(module, forward, linear, taps)
+    if not linear:
+        return []
+    with _noting(linear), _random_pass(module, forward, taps) as found:
+        pass
     made = []
     for m, known in linear.items():
         weight, bias = m.weight, m.bias
         assert isinstance(weight, nn.Parameter)
         reads, writes = (
-            [e for s in sites for e in _same(s, found.get(s.name), tensors, taps[s.name])]
+            _ends(sites, found, tensors, taps)
             for tensors in ([c.given for c in known.calls], [c.output for c in known.calls])
         )
         own, tied = _names_of(module, m, weight)
@@ -239,9 +291,14 @@ def matrices_of_sites(
                 tuple(reversed(reads)), tuple(writes), tied, len(known.calls),
             )
         )  # fmt: skip
+    return _in_order(made, names)
+
+
+def _in_order(matrices: Sequence[WeightMatrix], names: Iterable[str]) -> list[WeightMatrix]:
+    """Matrices in the order of their parameters, each without the sites inside another."""
     order = {name: i for i, name in enumerate(names)}
-    made.sort(key=lambda matrix: order[matrix.weight])
-    return [_without_foreign(matrix, [m.name for m in made]) for matrix in made]
+    found = sorted(matrices, key=lambda matrix: order[matrix.weight])
+    return [_without_foreign(matrix, [m.name for m in found]) for matrix in found]
 
 
 def _linear_modules(
@@ -260,13 +317,9 @@ def _linear_modules(
     return linear
 
 
-def _random_pass(
-    module: nn.Module,
-    forward: Callable[[], object],
-    linear: Mapping[nn.Module, _LinearModule],
-    taps: Mapping[str, Tap],
-) -> dict[str, Tensor]:
-    """Run once with random parameters, noting the calls of linear modules; return the tensors of all sites."""
+@contextmanager
+def _noting(linear: Mapping[nn.Module, _LinearModule]) -> Iterator[None]:
+    """Note the calls of linear modules inside the block."""
 
     def note(m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
@@ -274,17 +327,21 @@ def _random_pass(
 
     handles = [m.register_forward_hook(note) for m in linear]
     try:
-        with (
-            _random_weights(module),
-            evaluating(module),
-            torch.no_grad(),
-            record(module, taps) as found,
-        ):
-            forward()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found
+
+
+@contextmanager
+def _random_pass(
+    module: nn.Module, forward: Callable[[], object], taps: Mapping[str, Tap]
+) -> Iterator[dict[str, Tensor]]:
+    """Run once with random parameters, which stay so inside the block; yields the tensors of all taps."""
+    with _random_weights(module):
+        with evaluating(module), torch.no_grad(), record(module, taps) as found:
+            forward()
+        yield found
 
 
 def _without_foreign(matrix: WeightMatrix, names: Sequence[str]) -> WeightMatrix:
@@ -340,6 +397,26 @@ def _names_of(root: nn.Module, layer: nn.Module, weight: Tensor) -> tuple[str, t
     return names[0], tuple(names[1:])
 
 
+def _ends(
+    sites: Sequence[Site],
+    found: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    taps: Mapping[str, Tap],
+) -> list[MatrixEnd]:
+    """The sites that hold what a matrix was given, or what it has put out, in the order of the sites.
+
+    Args:
+        sites: the model's sites.
+        found: their tensors.
+        tensors: what the matrix was given, or has put out, in each of its calls: its columns or rows are the last axis.
+        taps: how to reach the sites.
+    """
+    lines = [torch.atleast_2d(tensor).flatten(0, -2) for tensor in tensors]
+    return [
+        end for site in sites for end in _same(site, found.get(site.name), lines, taps[site.name])
+    ]
+
+
 def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor], tap: Tap) -> list[MatrixEnd]:
     """The columns (or rows) as units of a site, in a list, if the site's tensor equals one of those seen.
 
@@ -347,19 +424,228 @@ def _same(site: Site, value: Tensor | None, seen: Sequence[Tensor], tap: Tap) ->
     """
     if value is None or site.kind == "pattern" or not site.units_last:
         return []
-    flat = site.rows(value)
+    flat = site.rows(value).flatten(0, -2)
     index = tap.layout.index.flatten() if isinstance(tap.layout, Picked) else None
     for tensor in seen:
         if tensor.shape == flat.shape and torch.equal(tensor, flat):
             return [MatrixEnd(site.name, site.row_units, torch.ones(site.width))]
-        if (
-            index is None
-            or tensor.shape[:-1] != flat.shape[:-1]
-            or tensor.shape[-1] <= int(index.max())
-        ):
+        if index is None or len(tensor) != len(flat) or tensor.shape[-1] <= int(index.max()):
             continue
         if torch.equal(tensor[..., index], flat):
             owner = torch.full((tensor.shape[-1],), -1)
             owner[index] = site.row_units
             return [MatrixEnd(site.name, owner, torch.ones(len(owner)))]
     return []
+
+
+# --- parameters that functions multiply with ---------------------------------------------------
+
+
+def with_products(
+    module: nn.Module,
+    program: Program,
+    forward: Callable[[], object],
+    sites: Sequence[Site],
+    taps: Mapping[str, Tap],
+    known: Sequence[WeightMatrix],
+    traced: bool,
+) -> list[WeightMatrix]:
+    """The known matrices, and those of other products with parameters, as in a person's own code.
+
+    A known one that functions multiply with as well gets the sites that they read and write.
+
+    Args:
+        module: the model.
+        program: the operations of a pass.
+        forward: runs the model once, on random inputs.
+        sites: the model's sites.
+        taps: how to reach them.
+        known: the matrices of layers.
+        traced: whether those were found by calls of functions and not of modules (`matrices_of_layers`): calls of
+            functions are counted already then, but the sites of heads are still to be found.
+    """
+    names = parameter_names(module)
+    by_parameter = {id(p): name for name, p in names.items()}
+    own = own_tensors(module).items()
+    parameters = {n: (by_parameter[id(t)], t) for n, t in own if id(t) in by_parameter}
+    flow = Flow(program)
+    heads = traced and any(site.kind == "head" for site in sites)
+    inside = _inside_layers(module, program, {m.weight for m in known if m.calls}, by_parameter)
+    among = [i for i in range(len(program.operations)) if heads or i not in inside]
+    products = weight_products(flow, parameters, among)
+    matrices, of = _matched(products, known, names)
+    new = {m.name for m in matrices[len(known) :]}
+    looked = [(p, m) for p in products if (m := of[p.first]).name in new or heads or not traced]
+    if not looked:
+        return list(known)
+    ends = _ends_of_products(module, forward, looked, names, sites, taps)
+    found: dict[str, list[_Ends]] = {m.name: [] for m in matrices}
+    for p, m in looked:
+        found[m.name].append(ends[p.first])
+    counts = Counter(m.name for m in of.values())
+    made = [_completed(m, found[m.name]) for m in matrices]
+    made = [
+        replace(m, calls=max(m.calls, counts[m.name]) if traced else m.calls + counts[m.name])
+        for m in made
+    ]
+    uses = other_uses(flow, parameters, inside | {p.first for p in products})
+    made = _tied(made, new, names, uses)
+    return made if traced or not new else _in_order(made, names)
+
+
+def _inside_layers(
+    module: nn.Module, program: Program, weights: set[str], by_parameter: Mapping[int, str]
+) -> set[int]:
+    """The operations that a layer with a known matrix calls to multiply with its own weight."""
+    modules = dict(module.named_modules())
+    own = {
+        path: by_parameter.get(id(m._parameters.get("weight")))
+        for path, m in modules.items()
+        if isinstance(m, LAYERS) or type(m).__name__ == "Conv1D"
+    }
+    return {i for i, op in enumerate(program.operations) if own.get(op.module) in weights}
+
+
+def _matched(
+    products: Sequence[WeightProduct],
+    known: Sequence[WeightMatrix],
+    names: Mapping[str, nn.Parameter],
+) -> tuple[list[WeightMatrix], dict[int, WeightMatrix]]:
+    """The known matrices followed by those of products that no known one stands for; and the matrix of each product, by
+    the number of its operation.
+    """
+    found, of = list(known), {}
+    for p in products:
+        own = (m for m in found if m.weight == p.weight and m.groups == p.groups)
+        same = next((m for m in own if (c := _cells_of(m)) and c.same(p.cells)), None)
+        if same is None:
+            same = _matrix_of(p, {m.name for m in found}, names)
+            found.append(same)
+        of[p.first] = same
+    return found, of
+
+
+def _cells_of(matrix: WeightMatrix) -> Cells | None:
+    """Where the numbers of a matrix lie in its parameter; None for kernels and groups of a layer."""
+    if matrix.cells is not None:
+        return matrix.cells
+    if matrix.groups != 1 or math.prod(matrix.shape[2:]) != 1:
+        return None
+    rows, columns = (torch.arange(n) for n in matrix.shape[:2])
+    if matrix.transposed:
+        return Cells(rows, columns * matrix.shape[0])
+    return Cells(rows * matrix.shape[1], columns)
+
+
+def _matrix_of(
+    product: WeightProduct, taken: Container[str], names: Mapping[str, nn.Parameter]
+) -> WeightMatrix:
+    """The matrix of a product, without sites, under a name that is free."""
+    weight, bias = product.weight, product.bias
+    plain = weight.removesuffix(".weight") + product.part
+    numbered = (f"{plain}@{n}" if n else plain for n in itertools.count())
+    name = next(name for name in numbered if name not in taken)
+    made = WeightMatrix(name, weight, bias, product.shape, product.groups, calls=0)
+    ordered = product.cells.bias is None or torch.equal(
+        product.cells.bias, torch.arange(product.shape[0])
+    )
+    flat = bias is None or names[bias].shape == (product.shape[0],)
+    if ordered and flat and not product.part and names[weight].ndim == 2:
+        for own in (made, replace(made, transposed=True)):
+            cells = _cells_of(own)
+            if cells is not None and cells.same(product.cells):
+                return own
+    return replace(made, cells=product.cells)
+
+
+_Ends = Mapping[str, Sequence[MatrixEnd]]
+"""The sites that a matrix `reads` and `writes`."""
+
+
+def _completed(matrix: WeightMatrix, products: Sequence[_Ends]) -> WeightMatrix:
+    """A matrix with the sites of its products that it is not known to read or write."""
+    reads, writes = (
+        _joined(
+            getattr(matrix, side),
+            [end for ends in products for end in ends[side] if matrix.end(end.site, side) is None],
+        )
+        for side in ("reads", "writes")
+    )
+    return replace(matrix, reads=reads, writes=writes)
+
+
+def _ends_of_products(
+    module: nn.Module,
+    forward: Callable[[], object],
+    products: Sequence[tuple[WeightProduct, WeightMatrix]],
+    names: Mapping[str, nn.Parameter],
+    sites: Sequence[Site],
+    taps: Mapping[str, Tap],
+) -> dict[int, _Ends]:
+    """The sites that products read and write, by the numbers of their operations, given each with its matrix."""
+    points = Points(module)
+    # No site can have such a name.
+    places = {f"{what} {p.first}": lines for p, _ in products for what, lines in p.lines.items()}
+    more = {
+        name: replace(points.tap(lines.address), overwritten=lines.overwritten)
+        for name, lines in places.items()
+    }
+    ends: dict[int, _Ends] = {}
+    with _random_pass(module, forward, {**taps, **more}) as found:
+        for p, matrix in products:
+            seen = {
+                what: lines.read(found[name])
+                for what, lines in p.lines.items()
+                if (name := f"{what} {p.first}") in found
+            }
+            # Which functions are called may depend on the numbers: another product may have taken this one's place.
+            own = matrix.whole(names[p.weight].detach()).reshape(1, -1)
+            same = "weights" in seen and torch.equal(seen["weights"][:1], own.to(seen["weights"]))
+            reads, writes = (
+                _ends(sites, found, [seen[side]] if same and side in seen else [], taps)
+                for side in ("reads", "writes")
+            )
+            ends[p.first] = {"reads": reads[::-1], "writes": writes}
+    return ends
+
+
+def _tied(
+    matrices: Sequence[WeightMatrix],
+    new: Container[str],
+    names: Mapping[str, nn.Parameter],
+    uses: Mapping[str, Sequence[str]],
+) -> list[WeightMatrix]:
+    """Matrices with what else an edit changes: matrices with weights in common, and other uses of new ones."""
+    made = []
+    for m in matrices:
+        others = [
+            o.name
+            for o in matrices
+            if o is not m and o.weight == m.weight and (o.name in new or m.name in new)
+            and _overlap(m, o, names[m.weight])
+        ]  # fmt: skip
+        others += uses.get(m.weight, []) if m.name in new else []
+        made.append(replace(m, tied=tuple(dict.fromkeys([*m.tied, *others]))))
+    return made
+
+
+def _overlap(one: WeightMatrix, other: WeightMatrix, parameter: Tensor) -> bool:
+    """Whether two matrices of a parameter have weights in common."""
+    (first, last), (start, end) = (_span(m, parameter.numel()) for m in (one, other))
+    if last < start or end < first:
+        return False
+    masks = []
+    for matrix in (one, other):
+        mask = torch.zeros(parameter.shape, dtype=torch.bool)
+        matrix.fill(mask, torch.ones_like(matrix.whole(mask)))
+        masks.append(mask)
+    return bool((masks[0] & masks[1]).any())
+
+
+def _span(matrix: WeightMatrix, n: int) -> tuple[int, int]:
+    """The first and the last place of a matrix in its flattened parameter of n numbers."""
+    cells = _cells_of(matrix)
+    if cells is None:
+        return 0, n - 1
+    both = cells.rows, cells.columns
+    return sum(int(c.min()) for c in both), sum(int(c.max()) for c in both)

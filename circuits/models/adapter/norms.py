@@ -8,6 +8,7 @@ families (Gemma stores the gain less one), so gain and bias are found by experim
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,46 +69,69 @@ class Norm:
         """The normalisation of x without its bias, with the factor held at that of other vectors."""
         return self.linear(x) * self.factor(at)
 
-    def pulled(
-        self,
-        gradient: Float[Tensor, "*axes d_model"],
-        at: Float[Tensor, "*#axes d_model"],
-        held: bool = False,
-    ) -> Float[Tensor, "*axes d_model"]:
-        """The gradient at what is normalised, from that at the output, in the precision of the gradient.
+    def tangent(self, at: Float[Tensor, "*axes d_model"]) -> Tangent:
+        """How the output changes with what is normalised, to first order, at some vectors."""
+        if not self.divides:
+            return Tangent(self, self.factor(at).to(at), None)
+        z, eps = self._centre(at), self._epsilon
+        factor = (
+            self.factor(at) if eps is None else (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+        )
+        return Tangent(self, factor.to(at), z)
 
-        With z = x - centre(x), the factor f = (mean(z^2) + eps)^(-1/2) has the derivative -f^3 z / d_model, whatever
-        eps is; so g becomes the centred f gain g - f^3 z (z . gain g) / d_model.
-
-        Args:
-            gradient: at the output.
-            at: what was normalised.
-            held: leave out that the factor depends on x.
-        """
-        read = gradient * self.gain.to(gradient)
-        factor = self.factor(at).to(gradient)
-        if held or not self.divides:
-            return self._centre(factor * read)
-        z = self._centre(at.double()).to(gradient)
-        along = (read * z).sum(-1, keepdim=True) * (factor**3 / z.shape[-1])
-        return self._centre(torch.addcmul(factor * read, along, z, value=-1))
-
-    def pushed(
-        self,
-        change: Float[Tensor, "*axes d_model"],
-        at: Float[Tensor, "*#axes d_model"],
-        held: bool = False,
-    ) -> Float[Tensor, "*axes d_model"]:
-        """The first-order change of the output that a change of what is normalised makes (see `pulled`)."""
-        dz, factor = self._centre(change), self.factor(at).to(change)
-        if self.divides and not held:
-            z = self._centre(at.double()).to(change)
-            along = (dz * z).sum(-1, keepdim=True) * (factor**3 / z.shape[-1])
-            return torch.addcmul(factor * dz, along, z, value=-1) * self.gain.to(change)
-        return factor * dz * self.gain.to(change)
+    @cached_property
+    def _epsilon(self) -> float | None:
+        """What is added to the mean square; None if the factor is not (mean(z^2) + eps)^(-1/2) at any size."""
+        rows = self._centre(_probe(self.gain.new_zeros(7, len(self.gain))))
+        rows = rows * torch.logspace(-4, 2, 7, dtype=rows.dtype, device=rows.device)[:, None]
+        squares, factors = rows.square().mean(-1), self.factor(rows)[:, 0]
+        eps = float(1 / factors[0] ** 2 - squares[0])
+        off = (factors * (squares + eps).sqrt() - 1).abs().max()
+        return eps if eps >= 0 and off < 1e-4 else None
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """A normalisation's derivative at some vectors x, in their precision.
+
+    With z = x - centre(x), the factor f = (mean(z^2) + eps)^(-1/2) has the derivative -f^3 z / d_model, whatever eps
+    is; so a change d, centred, becomes gain * (f d - f^3 z (z . d) / d_model).
+
+    Attributes:
+        norm: the normalisation.
+        factor: f.
+        z: x - centre(x); None if there is no factor.
+    """
+
+    norm: Norm
+    factor: Float[Tensor, "*axes 1"]
+    z: Float[Tensor, "*axes d_model"] | None
+
+    def pulled(
+        self, gradient: Float[Tensor, "*more d_model"], held: bool = False
+    ) -> Float[Tensor, "*more d_model"]:
+        """The gradient at what is normalised, from that at the output.
+
+        Args:
+            gradient: at the output; axes of the vectors may have length 1 where it has more.
+            held: leave out that the factor depends on x.
+        """
+        return self.norm._centre(self._symmetric(gradient * self.norm.gain.to(gradient), held))
+
+    def pushed(
+        self, change: Float[Tensor, "*more d_model"], held: bool = False
+    ) -> Float[Tensor, "*more d_model"]:
+        """The change of the output that a small change of what is normalised makes; see `pulled`."""
+        return self._symmetric(self.norm._centre(change), held) * self.norm.gain.to(change)
+
+    def _symmetric(self, d: Tensor, held: bool = False) -> Tensor:
+        if held or self.z is None:
+            return self.factor * d
+        along = (d * self.z).sum(-1, keepdim=True) * (self.factor**3 / self.z.shape[-1])
+        return torch.addcmul(self.factor * d, along, self.z, value=-1)
 
 
 def measure_norm(

@@ -104,9 +104,10 @@ class StoredWeight:
     transposed: bool = False
 
 
-_LAYERS = (
+LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+"""Modules with weights that channels are multiplied with."""
 _PASSES_ON = ("Pool", "Norm", "Dropout", "Identity", "Upsample", "Flatten", "Pad", "Permute")
 """Parts of the names of modules that pass on the units of the site before them."""
 
@@ -209,7 +210,7 @@ class _Calls(Watch):
         weight, transposed = self._parameters.get(_memory(layer.weight)), False
         if weight is None and layer.mirrored is not None:
             weight, transposed = self._parameters.get(_memory(layer.mirrored)), True
-        inside = isinstance(module, _LAYERS)
+        inside = isinstance(module, LAYERS)
         if inside and (weight is None or weight is module.weight):
             name = path
         elif weight is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from circuits.models.adapter.head_weights import Matrices
 from circuits.models.adapter.hooked_model import ActivationCache
-from circuits.models.adapter.norms import measure_norm
+from circuits.models.adapter.norms import Tangent, measure_norm
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.residual import Receiver, Sender, Stream
 
@@ -171,7 +171,7 @@ def input_change(
 def input_gradient(
     stream: Stream,
     receivers: Sequence[Receiver],
-    before: Float[Tensor, "example position d_model"],
+    tangent: Tangent | None,
     gradient: Float[Tensor, "example position *inner"],
     hold_norm: bool = False,
 ) -> Float[Tensor, "example receiver position d_model"]:
@@ -180,7 +180,7 @@ def input_gradient(
     Args:
         stream: the model's residual stream.
         receivers: all receivers at one site.
-        before: the stream that they read.
+        tangent: of the normalisation before them, at the stream that they read (`tangent_of`).
         gradient: the gradient at `Stream.input_site`.
         hold_norm: freeze the normalisation's scale.
     """
@@ -189,10 +189,15 @@ def input_gradient(
         given = torch.einsum("epkd,kmd->ekpm", gradient, read_matrices(stream, receivers))
     else:
         given = gradient[:, None]
-    norm = norm_of(stream, first)
-    if isinstance(norm, nn.Identity):
-        return given
-    return stream.measured(norm).pulled(given, before[:, None], hold_norm)
+    return given if tangent is None else tangent.pulled(given, hold_norm)
+
+
+def tangent_of(
+    stream: Stream, receiver: Receiver, before: Float[Tensor, "example position d_model"]
+) -> Tangent | None:
+    """The derivative of the normalisation before a receiver, with an axis for several; None if there is none."""
+    norm = norm_of(stream, receiver)
+    return None if isinstance(norm, nn.Identity) else stream.measured(norm).tangent(before[:, None])
 
 
 def read_matrices(
