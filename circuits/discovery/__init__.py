@@ -11,6 +11,7 @@ from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
 from circuits.discovery.searching import acdc, greedy, refine, top
+from circuits.discovery.stability import Stability
 
 __all__ = [
     "Checked",
@@ -23,6 +24,7 @@ __all__ = [
     "EdgeScores",
     "Evaluation",
     "Runs",
+    "Stability",
     "acdc",
     "check_scores",
     "compare_circuits",
