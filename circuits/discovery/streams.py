@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits.discovery.graphs import EdgeGraph, PlacedNode
 from circuits.discovery.matrices import path_norms
@@ -208,16 +208,12 @@ class StreamGraph(EdgeGraph):
     ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
         """What sources add to what each target of a site is given, with the scale of the normalisation held."""
         receivers = [self._receivers[t] for t in targets]
-        norm = norm_of(self.stream, receivers[0])
-        if not isinstance(norm, nn.Identity):
-            before = clean[self.stream.stream_site(receivers[0])][:, None]
-            written = self.stream.measured(norm).tangent(before).pushed(written, held=True)
+        before = clean[self.stream.stream_site(receivers[0])]
+        tangent = tangent_of(self.stream, receivers[0], before)
+        read = written if tangent is None else tangent.pushed(written, held=True)
         for target, receiver in zip(targets, receivers, strict=True):
             heads = receiver.kind in ("q", "k", "v")
-            yield (
-                target,
-                written @ read_matrices(self.stream, [receiver])[0] if heads else written,
-            )
+            yield target, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
         self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], linear: bool = False

@@ -124,7 +124,7 @@ class Tangent:
     def pushed(
         self, change: Float[Tensor, "*more d_model"], held: bool = False
     ) -> Float[Tensor, "*more d_model"]:
-        """The change of the output that a small change of what is normalised makes."""
+        """The change of the output that a small change of what is normalised makes; see `pulled`."""
         return self._symmetric(self.norm._centre(change), held) * self.norm.gain.to(change)
 
     def _symmetric(self, d: Tensor, held: bool = False) -> Tensor:
