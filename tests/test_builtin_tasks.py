@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from circuits.experiments import run
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.tasks import Item
-from circuits.tasks.builtin import load_task, names_of, tokenizer_of
+from circuits.tasks.builtin import load_task, names_of, tokenizer_of, with_counterparts
 from circuits.tasks.files import Header, write_items
 
 
@@ -77,3 +78,34 @@ def test_a_task_file_belongs_to_a_tokenizer(bridge: HookedModel, tmp_path: Path)
     write_items(path, Header("mine", tokenizer="50257 tokens, 0123456789ab"), items)
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         load_task(bridge, str(path))
+
+
+def test_image_pairs_compare_the_class_with_the_other_one() -> None:
+    model = load_model("shapes")
+    task = load_task(model, "shapes", n=4)
+    (batch,) = task.batches(4)
+    logits = model.logits(batch.inputs).double()
+    rows = torch.arange(4)
+    right, wrong = (
+        torch.tensor([getattr(q, n)[0][0] for q in task.questions]) for n in ("answers", "against")
+    )
+    made = run(model, (), task, measures=[task.metric])
+    wanted = logits[rows, right] - logits[rows, wrong]
+    np.testing.assert_allclose(made.of("logit_difference"), wanted.numpy(), rtol=1e-5)
+
+
+def test_images_get_counterparts_and_a_unit_can_be_the_metric() -> None:
+    model = load_model("shapes")
+    task = load_task(model, data="shapes", n=6, metric="mixed3b:200")
+    turned = with_counterparts(task, "turned")
+    assert turned.metric.name == "mixed3b:200"
+    (batch,) = turned.batches(6)
+    assert batch.counterparts is not None
+    torch.testing.assert_close(batch.counterparts, batch.inputs.rot90(2, (2, 3)), atol=0.05, rtol=0)
+    other = with_counterparts(load_task(model, "classes", data="shapes", n=6), "another")
+    assert all(q.answers != q.against for q in other.questions)
+    assert other.metric.name == "logit_difference"
+    with pytest.raises(ValueError, match="has counterparts of its own"):
+        with_counterparts(turned, "grey")
+    with pytest.raises(ValueError, match="is of images: model induction takes tokens"):
+        with_counterparts(load_task(load_model("induction"), n=2), "grey")

@@ -51,7 +51,7 @@ Random = Annotated[int, option(
 @command(app)
 def discover(
     model: options.Model,
-    task: options.PairsTask,
+    task: options.CounterpartTask,
     output: options.Output,
     method: Annotated[Method, option(
         "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
@@ -126,7 +126,7 @@ def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[st
 def evaluate(
     model: options.Model,
     circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
-    task: options.PairsTask,
+    task: options.CounterpartTask,
     output: options.Output,
     version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
     ablation: Ablating = "counterpart",

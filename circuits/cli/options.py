@@ -28,7 +28,8 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
 from circuits.tasks import Task
-from circuits.tasks.builtin import STATED, load_task
+from circuits.tasks.builtin import STATED, load_task, with_counterparts
+from circuits.tasks.images import Kind
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -371,7 +372,8 @@ class PairsTask:
         "--text (such as predicting the next token) or, without those, the model's default task."
     )] = ""  # fmt: skip
     metric: Annotated[str, option(
-        "The main metric, e.g. logit_difference. By default the task's own."
+        "The main metric, e.g. logit_difference, or a unit SITE:INDEX whose activation is measured. By default the "
+        "task's own."
     )] = ""  # fmt: skip
     data: Data = ""
     text: Text = ""
@@ -403,6 +405,20 @@ class PairsTask:
     def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
         """More that `load_task` takes."""
         return {"metric": self.metric}
+
+
+@dataclass(frozen=True)
+class CounterpartTask(PairsTask):
+    """A task, with counterparts made of images that have none."""
+
+    counterpart: Annotated[Kind | None, option(
+        "For the images of --data: what each one's counterpart is: an image of another class, or the image itself "
+        "blurred, in grey, turned by 180 degrees, or with its middle taken from the next image."
+    )] = None  # fmt: skip
+
+    def compile(self, model: HookedModel, seed: int) -> Task:
+        task = super().compile(model, seed)
+        return task if self.counterpart is None else with_counterparts(task, self.counterpart, seed)
 
 
 @dataclass(frozen=True)

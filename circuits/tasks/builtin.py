@@ -24,9 +24,9 @@ from circuits.tasks.compiling import compile_task
 from circuits.tasks.files import read_items
 from circuits.tasks.generated import Generated
 from circuits.tasks.generators import GENERATORS
-from circuits.tasks.images import IMAGE_PAIRS, ImagePairs
+from circuits.tasks.images import IMAGE_PAIRS, ImagePairs, Kind, pairs_of
 from circuits.tasks.items import Item
-from circuits.tasks.metrics import Metric, as_metric
+from circuits.tasks.metrics import METRICS, Metric, UnitActivation, as_metric
 from circuits.tasks.tables import read_table
 from circuits.tasks.targets import output_index
 from circuits.tasks.task import Question, Task, default_metric, of_examples
@@ -103,7 +103,7 @@ def load_task(
             be read are left out (see `Examples.skipped`).
         labels: the class of each example of the data; read from the examples' names if None and possible.
         texts: prompts to use instead of data.
-        metric: the name of the metric; the task's own if empty.
+        metric: the name of the metric, or a unit `SITE:INDEX` whose activation is measured; the task's own if empty.
         positions: the counted positions: `last`, `all`, or whole numbers separated by commas.
         answer: what the model should say to each example, a text or a class; several are separated by `|`.
         against: the wrong answers that these are compared with, in the same form.
@@ -113,7 +113,7 @@ def load_task(
         FileNotFoundError: if a file does not exist.
         ValueError: if the task does not fit the model, or an option does not fit the task.
     """
-    chosen = as_metric(metric) if metric else None
+    chosen = _metric(model, metric) if metric else None
     if answer or against or positions:
         if spec and spec not in STATED:
             raise ValueError(
@@ -138,6 +138,41 @@ def load_task(
     else:
         raise unknown("task", name, names_of(model))
     return task if chosen is None else task.with_metric(chosen)
+
+
+def _metric(model: HookedModel, name: str) -> Metric:
+    """A metric by its name, or the activation of the unit that is named."""
+    if name in METRICS or ":" not in name:
+        return as_metric(name)
+    return UnitActivation.named(model, name)
+
+
+def with_counterparts(task: Task, kind: Kind, seed: int = 0) -> Task:
+    """A task of images with a changed version of each image as its counterpart, or an image of another class.
+
+    Args:
+        task: a task of images without counterparts.
+        kind: what the counterparts are, see `circuits.tasks.images`.
+        seed: of the pairing with images of another class.
+
+    Raises:
+        ValueError: if the task is of tokens, has counterparts, or images have no classes to pair them by.
+    """
+    if not isinstance(task.model.input, ImageInput):
+        raise ValueError(f"counterpart {kind!r} is of images: model {task.model.name} takes tokens")
+    if task.counterparts is not None:
+        raise ValueError(
+            f"task {task.name} has counterparts of its own: leave out counterpart {kind!r}"
+        )
+    images = task.examples.images()
+    labels = task.examples.labels
+    if images is None or (kind == "another" and labels is None):
+        what = "three channels" if images is None else "classes (labels)"
+        raise ValueError(f"counterpart {kind!r} needs images with {what}")
+    pairs = pairs_of(images, labels or (), task.examples.names, seed, name=task.name, kind=kind)
+    # Against an image of another class the question is which of the two; else the task's own metric stays.
+    own = None if kind == "another" and not isinstance(task.metric, UnitActivation) else task.metric
+    return replace(task_from_pairs(task.model, pairs, own), seed=task.seed)
 
 
 def default_task_name(model: HookedModel) -> str:

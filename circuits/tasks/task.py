@@ -79,6 +79,7 @@ class TaskBatch:
     rows: Int[Tensor, " row"]
     _places: Places | None
     _labels: Tensor | None
+    _against: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.which)
@@ -102,8 +103,9 @@ class TaskBatch:
         row = torch.arange(n).repeat_interleave(n_positions)
         none = torch.zeros(len(row), 0, dtype=torch.int64)
         wanted = none if labels is None or not labels.shape[1] else labels
+        against = none if self._against is None or n_positions > 1 else self._against
         return Places(
-            row, torch.arange(n_positions).repeat(n), self.rows[row], wanted, none, none.new_zeros(0), len(self)
+            row, torch.arange(n_positions).repeat(n), self.rows[row], wanted, against, none.new_zeros(0), len(self)
         )  # fmt: skip
 
 
@@ -314,6 +316,9 @@ class Task:
             if self.counterparts is not None:
                 other = self.counterparts.batch(batch.which).inputs
             places, labels = self._places_of(batch.which, batch.mask)
+            against = None
+            if not isinstance(self.model.input, TokenInput):
+                against = _table([[a[0] for a in self.questions[i].against] for i in batch.which])
             yield TaskBatch(
                 batch.inputs,
                 batch.mask,
@@ -322,6 +327,7 @@ class Task:
                 torch.arange(len(batch)),
                 places,
                 labels,
+                against,
             )
 
     def _places_of(
