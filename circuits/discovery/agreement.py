@@ -26,6 +26,9 @@ RESIDUAL = 0.05
 CORRELATION = 0.9
 """The rank correlation with exact patching below which scores count as unreliable."""
 
+_FEWEST = 3
+"""With fewer edges above the noise than this there is no agreement to speak of."""
+
 _DRAWS = 1000
 _TOP = 10
 _FLAT = 0.01
@@ -81,6 +84,12 @@ class Checked:
         """What was found, in words."""
         for found in (self.noising, self.denoising):
             if found is None:
+                continue
+            if found.n < _FEWEST:
+                yield (
+                    f"agreement with exact {found.direction}: of {len(self.sampled)} edges {found.n} have an effect that "
+                    "can be told from 0"
+                )
                 continue
             r, s = found.spearman, found.signs
             yield (
@@ -166,7 +175,7 @@ def _compared(
 ) -> Agreement:
     mean = effects.mean(0) if way == "noising" else -effects.mean(0)
     clear = _clear(effects, clusters, seed)
-    if clear.sum() < 3:
+    if clear.sum() < _FEWEST:
         none = Interval(float("nan"), float("nan"), float("nan"))
         return Agreement(way, int(clear.sum()), none, none, float("nan"), float("nan"))
     a, b, w = own[clear], mean[clear], weights[clear]
@@ -211,8 +220,8 @@ def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Ite
     if scores.method != "exact" and not scores.completeness <= RESIDUAL:
         yield f"the completeness residual is {scores.completeness:.2g} (expected at most {RESIDUAL})"
     noising = found["noising"]
-    if noising.n < 3:
-        yield "fewer than 3 edges of the sample have an effect that can be told from 0"
+    if noising.n < _FEWEST:
+        yield f"fewer than {_FEWEST} edges of the sample have an effect that can be told from 0"
     elif noising.spearman.value < CORRELATION:
         r = noising.spearman.value
         yield f"the rank correlation with exact noising is {r:.2f} (expected at least {CORRELATION})"
