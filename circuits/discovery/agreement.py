@@ -87,6 +87,12 @@ class Checked:
                 continue
             if found.n < _FEWEST:
                 yield (
+                    f"agreement with exact {found.direction}: {found.n} of {len(self.sampled)} edges have an effect "
+                    "that can be told from 0"
+                )
+                continue
+            if found.n < _FEWEST:
+                yield (
                     f"agreement with exact {found.direction}: of {len(self.sampled)} edges {found.n} have an effect that "
                     "can be told from 0"
                 )
