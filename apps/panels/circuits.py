@@ -63,6 +63,23 @@ def _changes(
     action(label, changed, key, form=form)
 
 
+def legend_panel(record: ModelRecord, shown: CircuitGraph) -> None:
+    """What the canvas shows: weights, or edges that were found."""
+    counted = f"{len(shown)} nodes, {shown.number_of_edges():d} edges"
+    wide = "an edge is as wide as it is strong, relative to the strongest of its kind."
+    made = shown.graph.get("made", {})
+    if made.get("by") == "discover":
+        settings, metric = made.get("settings", {}), made.get("metric")
+        said = (
+            f"{counted} of weights {record.hash[:16]}, found on {made.get('task')} (find half): scores by "
+            f"{made.get('method')}, search {made.get('search')}, {settings.get('ablation')} ablation, seed "
+            f"{made.get('seed')}. Without a red edge {metric} is higher, without a blue one lower; {wide}"
+        )
+    else:
+        said = f"{counted} of weights {record.hash[:16]}: red excites, blue inhibits; {wide}"
+    st.caption(plain(said))
+
+
 def selection_panel(
     record: ModelRecord, model: HookedModel, store: GraphStore, shown: CircuitGraph, selected: str
 ) -> None:

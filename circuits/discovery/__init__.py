@@ -4,7 +4,7 @@ from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.building import edge_graph
 from circuits.discovery.comparing import Comparison, compare_circuits
 from circuits.discovery.evaluating import Evaluation, evaluate
-from circuits.discovery.found import Discovery, discover, edges_of
+from circuits.discovery.found import Discovery, discover, edges_of, strongest
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
@@ -30,5 +30,6 @@ __all__ = [
     "greedy",
     "refine",
     "score_edges",
+    "strongest",
     "top",
 ]
