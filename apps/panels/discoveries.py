@@ -50,12 +50,10 @@ def evaluation_panel(made: Evaluation) -> None:
     if not made.defined:
         st.warning(plain(made.undefined + "."))
         return
-    whole, *_ = (part for part in made.tables() if isinstance(part, Table))
-    said = [part for part in made.tables() if isinstance(part, str)]
-    _table(whole)
+    whole, *rest = made.tables()
+    _parts([whole])
     show(faithfulness_figure(made), "faithfulness")
-    for words in said:
-        st.caption(plain(words))
+    _parts(one for one in rest if isinstance(one, str))  # by size is what the figure shows
 
 
 def edges_panel(found: Discovery) -> None:
@@ -65,20 +63,16 @@ def edges_panel(found: Discovery) -> None:
 
 
 def _parts(parts: Iterable[Table | str]) -> None:
+    """Tables and lines of a result."""
     for one in parts:
-        if isinstance(one, Table):
-            _table(one)
-        else:
+        if isinstance(one, str):
             st.caption(plain(one))
-
-
-def _table(made: Table) -> None:
-    rows = [dict(zip(made.columns, row, strict=True)) for row in made.rows]
-    # Blanks in columns of numbers: there is none.
-    st.dataframe(
-        [{k: None if v == "" else v for k, v in row.items()} for row in rows], hide_index=True
-    )
-    st.caption(plain(made.title))
+            continue
+        # "" is no number, and a column of numbers stays one.
+        rows = [[None if value == "" else value for value in row] for row in one.rows]
+        made = [dict(zip(one.columns, row, strict=True)) for row in rows]
+        st.dataframe(made, hide_index=True, placeholder="")
+        st.caption(plain(one.title))
 
 
 # --- by size, and keeping ------------------------------------------------------------------------

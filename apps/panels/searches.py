@@ -8,7 +8,7 @@ from typing import cast, get_args
 import streamlit as st
 
 from apps import cached
-from apps.address import choose, choose_number, code, plain, python
+from apps.address import TROUBLE, action, choose, choose_number, code, plain, python
 from apps.cached import Finding
 from circuits.discovery import Discovery
 from circuits.discovery.found import SIZE
@@ -28,6 +28,9 @@ EXAMPLES = ("64", "16", "256")
 THRESHOLD = 0.01
 _SEEDS = 2**31 - 1
 
+_WANTED = "circuit to find"
+"""In a session: the task and the settings for which the work was started and has not ended."""
+
 
 def search_panel(model: HookedModel) -> tuple[Task, Finding]:
     """What the person wants: the task, and how its circuit is looked for.
@@ -44,7 +47,7 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
     with first[1]:
         n = int(choose("Examples", EXAMPLES, "n", sidebar=False))
     with first[2]:
-        method = cast(Method, _choice("Score edges by", "eap-ig", get_args(Method), "method"))
+        method = cast(Method, _choice("Method", "eap-ig", get_args(Method), "method"))
     with first[3]:
         search = cast(Search, _choice("Search", "greedy", get_args(Search), "search"))
     size, threshold = None, None
@@ -53,7 +56,7 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
             threshold = choose_number("Threshold", 1e-6, 1e6, THRESHOLD, "threshold")
         else:
             usual = min(SIZE, max(1, len(graph) // 4))
-            size = choose_number("Edges to keep", 1, len(graph), usual, "size")
+            size = choose_number("Size", 1, len(graph), usual, "size")
     with second[1]:
         ablation = cast(
             Ablation, _choice("Ablation", "counterpart", get_args(Ablation), "ablation")
@@ -99,27 +102,47 @@ def discovery_panel(model: HookedModel, task: Task, how: Finding) -> Discovery |
     Raises:
         ValueError: if a setting is out of range, or the task does not fit.
     """
-    found = cached.discovered(model, task, how)
-    if found is not None:
-        return found
+    found, wanted = cached.discovered(model, task, how), (task.hash, how)
+    if found is None and st.session_state.get(_WANTED) == wanted:
+        found = _find(model, task, how)
+    st.session_state.pop(_WANTED, None)  # after the work: a run that takes its place begins again
+
+    def begin() -> None:
+        st.session_state[_WANTED] = wanted
+
+    if found is None:
+        action("Find the circuit", begin, "find-run", primary=True)
+    return found
+
+
+def _find(model: HookedModel, task: Task, how: Finding) -> Discovery | None:
     place = st.empty()
-    if place.button("Find the circuit", type="primary", key="find-run"):
-        with place.container(horizontal=True, vertical_alignment="center"):
-            bar = st.progress(0.0, "Scores")
-            # A click starts the page again, and this run ends at its next step.
-            st.button("Cancel", key="find-cancel", on_click=_cancelled)
+    with place.container(horizontal=True, vertical_alignment="center"):
+        bar = st.progress(0.0, "Scores")
+        # A click starts the page again, and this run ends at its next step.
+        st.button("Cancel", key="find-cancel", on_click=_cancelled)
 
-        def stage(name: str) -> Progress:
-            words = name.capitalize()
-            bar.progress(0.0, words)
-            return lambda done, total: bar.progress(min(1.0, done / total) if total else 1.0, words)
+    def stage(name: str) -> Progress:
+        words = name.capitalize()
 
+        def progress(done: int, total: int) -> None:
+            bar.progress(min(1.0, done / total) if total else 1.0, plain(words))
+
+        progress(0, 1)
+        return progress
+
+    try:
         found = cached.discovered(model, task, how, stage)
+    except TROUBLE:
+        st.session_state.pop(_WANTED)
         place.empty()
+        raise
+    place.empty()
     return found
 
 
 def _cancelled() -> None:
+    st.session_state.pop(_WANTED, None)
     st.toast("Cancelled.")
 
 

@@ -47,7 +47,7 @@ def faithfulness_figure(made: Evaluation, title: str = "") -> Figure:
     layers = [levels.encode(y), _points(made, x, y)]
     if made.curve is not None:
         layers.insert(1, _lines(made, x, y))
-    drawn = alt.layer(*layers).resolve_scale(color="independent").properties(height=240)
+    drawn = alt.layer(*layers).resolve_scale(color="independent").properties(width=520, height=240)
     said = f"{made.metric.replace('_', ' ')}, {made.ablation} ablation, seed {made.record.seed}"
     return titled(drawn, title or f"{made.record.measured_on}; {said}")
 
