@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 
@@ -652,6 +653,49 @@ def test_what_cannot_be_found_is_said_in_one_line(built: Workspace, monkeypatch)
         "There is no method magic here: showing eap-ig.",
     } == {read(w) for w in odd.warning}  # fmt: skip
     assert odd.query_params["size"] == "26"
+
+
+def test_a_refusal_is_said_once_and_nothing_starts_again(
+    built: Workspace, finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    tried = []
+
+    def refuse(*_: Any, **__: Any) -> Discovery:
+        tried.append(1)
+        raise ValueError("the score of 0.1 -> logits is not finite")
+
+    monkeypatch.setattr("apps.cached.discover", refuse)
+    test = page(built, monkeypatch, "find", guard=True, **ASKED, size="15")
+    test.button(key="find-run").click().run()
+    assert not test.exception
+    assert [read(e) for e in test.error] == ["the score of 0.1 -> logits is not finite"]
+    test.run()
+    assert not test.error
+    assert test.button(key="find-run")
+    assert tried == [1]
+
+
+def test_a_stopped_run_goes_on_unless_it_was_cancelled(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    """A run of the page is stopped by a newer one, which the tab's answer may ask for as well as a person."""
+    stopped = []
+
+    def stop(*_: Any, **__: Any) -> Discovery:
+        stopped.append(1)
+        st.stop()
+
+    monkeypatch.setattr("apps.cached.discover", stop)
+    test = page(built, monkeypatch, "find", **ASKED, size="17")
+    test.button(key="find-run").click().run()
+    assert "find-run" not in [b.key for b in test.button]
+    test.button(key="find-cancel").click().run()
+    assert test.button(key="find-run")
+    assert stopped == [1]
+    test.button(key="find-run").click().run()
+    monkeypatch.setattr("apps.cached.discover", lambda *_, **__: found[1])
+    test.run()
+    assert "Edges by score" in text(test)
 
 
 def test_acdc_takes_a_threshold(

@@ -21,6 +21,7 @@ from circuits.discovery import (
     greedy,
     refine,
     score_edges,
+    strongest,
     top,
 )
 from circuits.discovery.evaluating import ladder, log_mean
@@ -92,7 +93,8 @@ def test_a_circuit_of_no_edges_is_the_corrupted_run_and_of_all_edges_the_clean_r
     none, full = runs.patched(pair, off)
     # In a batch of the same size, since other sizes round differently.
     clean, corrupted = (
-        weighed(model.logits(tokens.repeat(2, 1))).double() for tokens in (pair.part.inputs, pair.part.counterparts)
+        weighed(model.logits(tokens.repeat(2, 1))).double()
+        for tokens in (pair.part.inputs, pair.part.counterparts)
     )
     assert torch.equal(none, corrupted[: len(none)])
     assert torch.equal(full, clean[len(none) :])
@@ -190,6 +192,21 @@ def test_every_search_finds_the_addition_circuit(search: Any) -> None:
     assert found.evaluation.complement_faithfulness.value == 0
     assert found.evaluation.smallest == 3
     assert found.checked is None
+
+
+def test_the_strongest_edges_of_a_ranking_are_a_circuit_where_they_make_a_path() -> None:
+    model = load_model("addition-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=16, seed=1)
+    found = discover(graph, task, "exact", size=3, n_random=0)
+    made = strongest(graph, found, task, 3)
+    assert set(edges_of(made)) == ADDITION
+    assert made.graph["made"]["size"] == 3
+    assert (made.graph["made"]["search"], made.graph["made"]["task_hash"]) == ("top", task.hash)
+    assert len(edges_of(strongest(graph, found, task, 21))) == 21
+    with pytest.raises(ValueError, match=r"^size 1: the strongest edges make no path"):
+        strongest(graph, found, task, 1)
+    with pytest.raises(ValueError, match=r"size 22: addition-by-hand has 21 edges"):
+        strongest(graph, found, task, 22)
 
 
 def test_evaluation_compares_with_random_circuits_and_shows_the_optimism() -> None:
