@@ -9,6 +9,7 @@ from circuits.discovery.agreement import Agreement
 from circuits.discovery.evaluating import Curve, ladder
 from circuits.discovery.found import circuit_graph
 from circuits.discovery.searching import greedy
+from circuits.discovery.stability import Stability
 from circuits.experiments.outcomes import Record
 from circuits.experiments.statistics import Interval
 from circuits.tasks import Task
@@ -49,7 +50,7 @@ def evaluation(
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), "cross_entropy", "nats", -1,
         metric(np.array(0.0)) + noise, metric(np.array(1.0)), metric(np.array(0.8)), metric(np.array(0.1)),
-        metric(np.array([0.1, 0.2, 0.3])), curve(1.0) if curves else None,
+        metric(np.array([0.1, 0.2, 0.3])), {}, {}, curve(1.0) if curves else None,
         tuple(curve(k + 2.0) for k in range(curves)), 0.85, "counterpart", tuple(range(len(task))),
         Record.of(graph.model, task, 0),
     )  # fmt: skip
@@ -63,5 +64,7 @@ def discovery(graph: EdgeGraph, task: Task, size: int = 10) -> Discovery:
     noising = Agreement("noising", 12, Interval(0.95, 0.9, 1.0), Interval(1.0, 1.0, 1.0), 0.9, 0.0)
     return Discovery(
         circuit_graph(graph, kept, found, task, how), found,
-        Checked(tuple(range(20)), noising, None, 0.95, 0.01, ()), evaluation(graph, task.test, kept),
+        Checked(tuple(range(20)), noising, None, 0.95, 0.01, ()),
+        Stability({graph.edges[i]: 0.9 for i in np.flatnonzero(kept)}, 0.75, 0.6, 0.05, 100, len(task.find)),
+        evaluation(graph, task.test, kept),
     )  # fmt: skip

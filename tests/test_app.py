@@ -554,13 +554,13 @@ def test_a_circuit_is_found_and_shown_with_its_evidence(
     wanted = {"method": "eap", "search": "greedy", "size": 10, "ablation": "counterpart", "seed": 0}
     assert wanted.items() <= asked.items()
     made = found[1].evaluation
-    assert made is not None
     rows = next(d.value for d in test.dataframe if "p" in d.value).set_index("of")
     assert rows.loc["circuit", "f"] == pytest.approx(made.faithfulness.value)
     assert rows.loc["random circuits (3)", "f"] == pytest.approx(np.mean(made.random_faithfulness))
     edges = next(d.value for d in test.dataframe if "score" in d.value)
     order = found[1].scores.order()
     assert list(edges["edge"][:5]) == [" -> ".join(found[1].scores.edges[i]) for i in order[:5]]
+    assert "not stable: circuits of 100 bootstraps have a mean Jaccard index of 0.75" in text(test)
     assert "(find half)" in text(test)
     assert "(test half)" in text(test)
     again = page(built, monkeypatch, "find", **ASKED, size="10")
@@ -603,7 +603,6 @@ def test_the_strongest_edges_are_saved_and_opened(
     built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
 ) -> None:
     made = found[1].evaluation
-    assert made is not None
     test = page(built, monkeypatch, "find", **ASKED, size="11", edges="16")
     test.button(key="find-run").click().run()
     connected, f = next((c, f) for size, c, f, _ in made.by_size() if size == 16)
@@ -640,10 +639,14 @@ def test_the_strongest_edges_are_saved_and_opened(
 
 
 def test_what_cannot_be_found_is_said_in_one_line(built: Workspace, monkeypatch) -> None:
-    test = page(built, monkeypatch, "find", guard=True, model="cleanroom")
+    test = page(built, monkeypatch, "find", guard=True, model="cleanroom", sites="line, curv")
     assert [read(e) for e in test.error] == [
-        "model cleanroom has no residual stream: no attention was found in it"
+        "unknown site of cleanroom 'curv': did you mean curve, curve_pre_relu?"
     ]
+    test.text_input(key="find-sites").set_value("line, curve").run()
+    assert not test.error
+    assert test.query_params["sites"] == "line, curve"
+    assert "edges between channels" in text(test)
     odd = page(
         built, monkeypatch, "find", model="induction", n="16", size="9999", seed="x", method="magic"
     )

@@ -21,12 +21,14 @@ from circuits.discovery import (
     greedy,
     refine,
     score_edges,
-    strongest,
+    strongest_circuit,
     top,
 )
 from circuits.discovery.evaluating import ladder, log_mean
+from circuits.discovery.found import swapped
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import importance, removal_effects, values_of
+from circuits.discovery.stability import stability
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.tasks import Task
@@ -198,15 +200,15 @@ def test_the_strongest_edges_of_a_ranking_are_a_circuit_where_they_make_a_path()
     model = load_model("addition-by-hand")
     graph, task = edge_graph(model), load_task(model, n=16, seed=1)
     found = discover(graph, task, "exact", size=3, n_random=0)
-    made = strongest(graph, found, task, 3)
+    made = strongest_circuit(graph, found, task, 3)
     assert set(edges_of(made)) == ADDITION
     assert made.graph["made"]["size"] == 3
     assert (made.graph["made"]["search"], made.graph["made"]["task_hash"]) == ("top", task.hash)
-    assert len(edges_of(strongest(graph, found, task, 21))) == 21
+    assert len(edges_of(strongest_circuit(graph, found, task, 21))) == 21
     with pytest.raises(ValueError, match=r"^size 1: the strongest edges make no path"):
-        strongest(graph, found, task, 1)
+        strongest_circuit(graph, found, task, 1)
     with pytest.raises(ValueError, match=r"size 22: addition-by-hand has 21 edges"):
-        strongest(graph, found, task, 22)
+        strongest_circuit(graph, found, task, 22)
 
 
 def test_evaluation_compares_with_random_circuits_and_shows_the_optimism() -> None:
@@ -310,8 +312,51 @@ def test_bad_input_is_refused_in_one_line(case: tuple[HookedModel, Task, Oracle]
         (lambda: discover(graph, task, size=10**6), "size 1000000"),
         (lambda: acdc(Runs(graph, task), 0.0), "threshold 0.0 must be above 0"),
         (lambda: evaluate(graph, task, graph.mask([]), find=task), "not evaluated on what it was found on"),
-        (lambda: edge_graph(load_model("shapes"), ()), "shapes"),
+        (lambda: edge_graph(model, ["hook_embed"]), "sites hook_embed: the edges of a transformer"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said) as caught:
             made()
         assert "\n" not in str(caught.value)
+
+
+# --- stability ---------------------------------------------------------------------------------------
+
+
+def test_the_same_circuit_is_found_on_every_draw_of_a_hand_made_model_and_none_in_noise() -> None:
+    model = load_model("addition-by-hand")
+    graph = edge_graph(model)
+    found = discover(graph, load_task(model, n=16, seed=1), "exact", size=3, n_random=2, n_curves=1)
+    again = found.stability
+    assert again is not None
+    assert (again.jaccard, again.halves) == (1, 1)
+    assert set(again.shares.values()) == {1}
+    assert all(d["share"] == 1 for *_, d in found.circuit.edges(data=True))
+    # Two random sets of 3 edges of 21: 9 / 21 are in both on average, of 6 - 9 / 21 in either.
+    assert again.by_chance == pytest.approx(3 / 39)
+    noise = score_edges(graph, load_task(model, n=16, seed=1).find, "random")
+
+    def first(mean: np.ndarray) -> np.ndarray:
+        kept = np.zeros(len(graph), bool)
+        kept[np.argsort(-np.abs(mean))[:3]] = True
+        return kept
+
+    drawn_ = stability(noise, first(noise.mean), first, draws=200)
+    assert drawn_.halves < 0.3
+    assert drawn_.jaccard < 0.6
+
+
+def test_a_circuit_found_with_answers_swapped_at_random_stands_next_to_the_found_one() -> None:
+    planted = as_transformer(GATES["or"])
+    answered = Task(
+        "answered",
+        planted.task.examples,
+        planted.task.questions,
+        planted.task.metric,
+        planted.task.counterparts,
+    )
+    assert answered.compared
+    turned = swapped(answered, 0)
+    changed = [
+        a.answers == b.against for a, b in zip(answered.questions, turned.questions, strict=True)
+    ]
+    assert sum(changed) == len(answered) // 2

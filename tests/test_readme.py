@@ -20,12 +20,14 @@ SMALLER = {
     '["mixed3b:200"], step=15.0': '["mixed3b:200"], step=90.0',
     "permutations=99": "permutations=19",
     '"photos", 60': '"photos", 12',
+    "task = circuits.load_task(model, n=32)": "task = circuits.load_task(model, n=12)",
+    "size=20, n_random=20": "size=20, n_random=2, n_curves=1, check=4",
 }
 """Settings of the scripts on which it does not depend whether they run, and those with which they run here."""
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 10
+    assert len(SCRIPTS) == 11
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
@@ -45,6 +47,7 @@ def test_readme_has_the_settings_that_are_made_smaller() -> None:
         "weights",
         "pictures",
         "behaviours",
+        "circuits",
         "own-heads",
         "units",
         "edits",

@@ -10,7 +10,7 @@ from apps import cached
 from apps.address import action, open_page, part, plain
 from apps.cached import Finding
 from apps.showing import show
-from circuits.discovery import Discovery, Evaluation, strongest
+from circuits.discovery import Discovery, Evaluation, strongest_circuit
 from circuits.figures import faithfulness_figure
 from circuits.graph import CircuitGraph
 from circuits.graph.saved import save_circuit
@@ -27,21 +27,22 @@ _SAVED = "circuit to open"
 
 def trust_panel(found: Discovery) -> None:
     """Whether scores agree with exact patching, or why they may not be trusted."""
-    checked = found.checked
+    checked, at = found.checked, f" (find half, seed {found.scores.record.seed})."
     if checked is None:
-        exact = found.scores.method == "exact"
         st.caption(
             "Every edge was patched: there is no estimate to check."
-            if exact
-            else "Scores at random, for comparison: there is nothing to check."
+            if found.scores.method == "exact"
+            else "These scores estimate no effect: there is nothing to check them against."
         )
-        return
-    *lines, verdict = checked.lines()
-    if checked.causes:
-        st.warning(plain(verdict[:1].upper() + verdict[1:] + "."), icon="⚠️")
-    said = [*lines, f"completeness residual {checked.completeness:.2g}"]
-    said += [] if checked.causes else [verdict]
-    st.caption(plain("; ".join(said) + f" (find half, seed {found.scores.record.seed})."))
+    else:
+        *lines, verdict = checked.lines()
+        if checked.causes:
+            st.warning(plain(verdict[:1].upper() + verdict[1:] + "."), icon="⚠️")
+        else:
+            lines.append(verdict)
+        st.caption(plain("; ".join(lines) + at))
+    if found.stability is not None:
+        st.caption(plain("; ".join(found.stability.lines()) + at))
 
 
 def evaluation_panel(made: Evaluation) -> None:
@@ -88,14 +89,14 @@ def keep_panel(
     st.text_input("Name", key="find-name", max_chars=200)
     st.text_input("Why", key="find-note", max_chars=1000)
     with st.container(horizontal=True):
-        n = len(found.evaluation.edges) if found.evaluation else 0
+        n = len(found.evaluation.edges)
         _saves(f"Save the circuit of {n:d} edges, open it", record, lambda: found.circuit, "own")
         if size is not None:
             graph = cached.edges_of(model, how.sites)
             _saves(
                 f"Save the strongest {size:d}, open them",
                 record,
-                lambda: strongest(graph, found, task, size),
+                lambda: strongest_circuit(graph, found, task, size),
                 "size",
             )
     asked = st.session_state.pop(_SAVED, None)
@@ -105,11 +106,11 @@ def keep_panel(
 
 def _size(found: Discovery) -> int | None:
     """The size that the person chooses among those evaluated, which is in the URL, and what it reaches."""
-    rows = {row[0]: row for row in found.evaluation.by_size()} if found.evaluation else {}
+    rows = {row[0]: row for row in found.evaluation.by_size()}
     if not rows:
         return None
     sizes, asked = list(rows), st.query_params.get("edges", "")
-    own = len(found.evaluation.edges) if found.evaluation else 1
+    own = len(found.evaluation.edges)
     wanted = int(asked) if asked.isdecimal() and int(asked) in rows else None
     nearest = min(sizes, key=lambda size: abs(size - own))
     st.session_state["find-edges"] = nearest if wanted is None else wanted

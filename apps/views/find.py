@@ -23,8 +23,7 @@ def page() -> None:
     found = discovery_panel(model, task, how)
     if found is not None:
         trust_panel(found)
-        if found.evaluation is not None:
-            evaluation_panel(found.evaluation)
+        evaluation_panel(found.evaluation)
         edges_panel(found)
         keep_panel(record, model, task, how, found)
     same_panel(record, st.query_params["task"], int(st.query_params["n"]), how)

@@ -8,8 +8,9 @@ sum over the site, over what reaches the target without passing the site, and ov
 
 - A linear operation (convolution, fully connected, batch norm) is itself (epsilon rule, up to epsilon), or has
   its positive weights strengthened (gamma, z-plus), scaled back to its own value.
-- An activation function f(x) is x times f(x) / x, held fixed (f(0) counts as a bias). A divisor is fixed, and so is a
-  reciprocal that an activation is multiplied by: normalisations divide by a fixed size.
+- An activation function f(x) is x times f(x) / x, held fixed, f'(0) where both are zero (any other f(0) counts as a
+  bias). A divisor is fixed, and so is a reciprocal that an activation is multiplied by: normalisations divide by a
+  fixed size.
 - A function that is homogeneous of degree k, such as a variance, has its gradient divided by k (Euler's theorem); a log
   of summed exponentials is its tangent, whose value at zero counts as a bias.
 - A softmax is fixed (Ali et al. 2022 for transformers); a product of two activations gives half to each
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped
 from torch.overrides import TorchFunctionMode
 
-from circuits.models.adapter.normalisation import local_response_norm
+from circuits.models.adapter.normalisation import local_response_norm, response_scale
 from circuits.models.paths.tape import RECURRENT
 from circuits.tensors import at_least_single, is_transformed
 
@@ -250,13 +251,22 @@ def _layer_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _rms_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    out = func(*args, **kwargs)
-    return _scaled_by(args[0] if args else kwargs["input"], out)
+    given = _named(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    x, eps = given["input"], given.get("eps")
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    axes = tuple(range(-len(given["normalized_shape"]), 0))
+    # The factor itself, and not output / input: an entry that is zero has it too.
+    factor = (at_least_single(x.detach()).square().mean(axes, keepdim=True) + eps).rsqrt()
+    made = x * factor.to(x)
+    return made if given.get("weight") is None else made * given["weight"]
 
 
 def _response_norm(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
-    out = local_response_norm(*args, **kwargs)
-    return out if p.rule == "gradient" else _scaled_by(args[0] if args else kwargs["input"], out)
+    if p.rule == "gradient":
+        return local_response_norm(*args, **kwargs)
+    given = _named(("input", "size", "alpha", "beta", "k"), args, kwargs)
+    x = given.pop("input")
+    return x * response_scale(x.detach(), **given)
 
 
 def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
@@ -273,7 +283,24 @@ def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     at_zero, held = x.abs() < _smallest(x), out.detach()
     if _holds_any((held != 0) & at_zero):
         held = p.constant(held, held)
-    return torch.where(at_zero, held, _scaled_by(x, out))
+    made = torch.where(at_zero, held, _scaled_by(x, out))
+    # Where f(0) = 0, f(x) / x has the limit f'(0): zero keeps its value, and what would change it is passed on.
+    through = at_zero & (out.abs() < _smallest(out)) if out.shape == x.shape else None
+    if func in _OF_NUMBERS and through is not None and not is_transformed(x) and through.any():
+        made = torch.where(through, x * _slope(func, x, args, kwargs), made)
+    return made
+
+
+def _slope(func: Call, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+    """The derivative of a function of single numbers by one of its arguments; 0 where it is not finite."""
+    leaf = x.detach().requires_grad_(True)
+
+    def held(value: Any) -> Any:
+        return leaf if value is x else value.detach() if isinstance(value, Tensor) else value
+
+    with torch.enable_grad():
+        made = func(*map(held, args), **{k: held(v) for k, v in kwargs.items()})
+    return torch.autograd.grad(made.sum(), leaf)[0].nan_to_num(0, 0, 0)
 
 
 def _holds_any(found: Tensor) -> bool:
@@ -676,6 +703,8 @@ SINGLE_NUMBERS = (
     "digamma psi polygamma mvlgamma multigammaln round floor ceil trunc fix frac sign sgn remainder fmod __mod__"
 )
 """Functions of single numbers, by their names in torch: x times f(x) / x, held fixed."""
+
+_OF_NUMBERS = frozenset(_called(SINGLE_NUMBERS))
 
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),

@@ -55,7 +55,7 @@ def discover(
     output: options.FigureOutput,
     method: Annotated[Method, option(
         "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
-        "clean-corrupted), or at random for comparison."
+        "clean-corrupted, relp), or, for comparison, by sizes (weights, activations) or at random."
     )] = "eap-ig",
     search: Annotated[Search, option(
         "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "

@@ -4,12 +4,14 @@ from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.building import edge_graph
 from circuits.discovery.comparing import Comparison, compare_circuits
 from circuits.discovery.evaluating import Evaluation, evaluate
-from circuits.discovery.found import Discovery, discover, edges_of, strongest
+from circuits.discovery.found import Discovery, discover, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
 from circuits.discovery.searching import acdc, greedy, refine, top
+from circuits.discovery.stability import Stability
 
 __all__ = [
     "Checked",
@@ -17,9 +19,12 @@ __all__ = [
     "Discovery",
     "Edge",
     "EdgeGraph",
+    "EdgePair",
+    "EdgePairs",
     "EdgeScores",
     "Evaluation",
     "Runs",
+    "Stability",
     "acdc",
     "check_scores",
     "compare_circuits",
@@ -28,8 +33,10 @@ __all__ = [
     "edges_of",
     "evaluate",
     "greedy",
+    "pair_edges",
     "refine",
     "score_edges",
     "strongest",
+    "strongest_circuit",
     "top",
 ]

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 
 
 def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
     """The edges between the parts of a model.
 
     Args:
-        model: a transformer: its heads, with queries, keys and values apart, and its MLPs.
-        sites: not for transformers.
+        model: a transformer: its heads, with queries, keys and values apart, and its MLPs; or a convolutional network:
+            the channels of its layers.
+        sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
+            its channels or `SITE:INDEX` for some; all sites with channels if there are none.
 
     Raises:
-        ValueError: if the model's edges cannot be found, or there are too many.
+        KeyError: if there is no such site.
+        ValueError: if the model's edges cannot be found, there are too many, or sites are named of a transformer.
     """
+    if isinstance(model.input, ImageInput) and not model.has_stream:
+        return ChannelGraph(model, tuple(sites) or None)
     if sites:
         raise ValueError(
-            f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs"
+            f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
+            "convolutional networks"
         )
     return StreamGraph(model)

@@ -10,7 +10,7 @@ comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
 from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
-from circuits.files import Keep, finite, make_now
+from circuits.files import finite
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
@@ -99,6 +99,8 @@ class Evaluation:
         own: the metric of the circuit.
         complement: the metric of all other edges.
         random: the metric of random circuits of the same size, layer profile and kinds.
+        others: the metric of further circuits to compare with, by what they are.
+        other_sizes: their numbers of edges.
         curve: the ranking's faithfulness by size; None for a circuit without a ranking.
         random_curves: those of random rankings.
         on_find: the circuit's faithfulness on the `find` half, where it was found; NaN if it was not measured.
@@ -117,6 +119,8 @@ class Evaluation:
     own: Float[np.ndarray, " example"]
     complement: Float[np.ndarray, " example"]
     random: Float[np.ndarray, "circuit example"]
+    others: Mapping[str, Float[np.ndarray, " example"]]
+    other_sizes: Mapping[str, int]
     curve: Curve | None
     random_curves: tuple[Curve, ...]
     on_find: float
@@ -258,6 +262,10 @@ class Evaluation:
             "faithfulness_on_find": self.on_find, "complement": asdict(self.complement_faithfulness),
             "random_circuits": list(self.random_faithfulness), "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
+            "others": {
+                name: {"edges": self.other_sizes[name]} | asdict(self._ratio(values))
+                for name, values in self.others.items()
+            },
             "error_quantiles": {str(q): v for q, v in self.errors.items()},
             "cmd_log": self.cmd_log, "random_cmd_log": list(self.random_cmd_log), "cmd": self.cmd, "cpr": self.cpr,
             "smallest_faithful": self.smallest,
@@ -288,6 +296,9 @@ class Evaluation:
             words = f"random circuits ({len(self.random_faithfulness)})"
             mean = float(np.mean(self.random_faithfulness))
             rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
+        for name, values in self.others.items():
+            f = self._ratio(values)
+            rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
             f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), seed {self.record.seed}"
@@ -315,25 +326,32 @@ def _spread_out(rows: list[Any], n: int) -> list[Any]:
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
 
 
-def curve_of(
-    runs: Runs, order: np.ndarray, sizes: Sequence[int], progress: Progress | None = None, keep: Keep = make_now
-) -> Curve:  # fmt: skip
-    """The metric of the first edges of a ranking, by size; edges that lie on no path are left out.
-
-    Args:
-        runs: the task's runs.
-        order: the edges' numbers, the most important first.
-        sizes: how many edges to keep.
-        progress: see `values_of`.
-        keep: see `values_of`.
-    """
-    circuits = []
+def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> list[Mask]:
+    """The circuits of the first edges of a ranking, without those that lie on no path."""
+    found = []
     for size in sizes:
-        kept = np.zeros(len(runs.graph), bool)
+        kept = np.zeros(len(graph), bool)
         kept[order[:size]] = True
-        circuits.append(runs.graph.connected(kept))
-    values = values_of(runs, circuits, progress, keep)
-    return Curve(tuple(sizes), tuple(int(c.sum()) for c in circuits), values)
+        found.append(graph.connected(kept))
+    return found
+
+
+def _curves(
+    sizes: Sequence[int], circuits: Sequence[Mask], values: Float[np.ndarray, "circuit example"]
+) -> list[Curve]:
+    """Curves of as many rankings as there are circuits for all sizes."""
+    n = len(sizes)
+    return [
+        Curve(tuple(sizes), tuple(int(c.sum()) for c in circuits[at : at + n]), values[at : at + n])
+        for at in range(0, len(circuits) if n else 0, max(n, 1))
+    ]
+
+
+def _on_find(runs: Runs, kept: Mask) -> float:
+    """Faithfulness on the half on which a circuit was found; NaN if nothing changes there."""
+    none, full = np.zeros(len(kept), bool), np.ones(len(kept), bool)
+    empty, whole, own = values_of(runs, [none, full, kept]).mean(1)
+    return float((own - empty) / (whole - empty)) if whole != empty else float("nan")
 
 
 def evaluate(
@@ -344,6 +362,7 @@ def evaluate(
     scores: EdgeScores | None = None,
     ranking: Ranking = "absolute",
     find: Task | None = None,
+    others: Mapping[str, Mask] | None = None,
     ablation: Ablation = "counterpart",
     shift: int = 0,
     n_random: int = 100,
@@ -362,6 +381,7 @@ def evaluate(
         scores: the scores that it comes from, for faithfulness by size.
         ranking: how they rank edges.
         find: the half on which it was found, to show by how much it is better there.
+        others: further circuits to compare with, by what they are.
         ablation: what the other edges carry.
         shift: as in `score_edges`.
         n_random: how many random circuits of the same size it is compared with.
@@ -378,44 +398,31 @@ def evaluate(
     kept = circuit if isinstance(circuit, np.ndarray) else graph.mask(circuit)
     if find is not None:
         check_apart(find, task)
-    rng = np.random.default_rng(seed)
-    full, none = np.ones(len(graph), bool), np.zeros(len(graph), bool)
-    fixed = [none, full, kept, ~kept]
+    settings: dict[str, Any] = {
+        "ablation": ablation,
+        "shift": shift,
+        "batch": batch,
+        "memory": memory,
+    }
+    rng, more = np.random.default_rng(seed), dict(others or {})
+    fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
     randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
-    sizes = ladder(len(graph)) if scores is not None else ()
-    orders = [] if scores is None else [ranked(importance(scores.mean, scores.better, ranking))]
-    orders += [rng.permutation(len(graph)) for _ in range(n_curves)] * (scores is not None)
-    circuits = [*fixed, *randoms]
-    for order in orders:
-        for size in sizes:
-            some = np.zeros(len(graph), bool)
-            some[order[:size]] = True
-            circuits.append(graph.connected(some))
-    runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory)
-    values = values_of(runs, circuits, progress)
-    start = len(fixed) + n_random
-    curves = [
-        Curve(
-            sizes,
-            tuple(
-                int(c.sum())
-                for c in circuits[start + i * len(sizes) : start + (i + 1) * len(sizes)]
-            ),
-            values[start + i * len(sizes) : start + (i + 1) * len(sizes)],
-        )
-        for i in range(len(orders))
-    ]
-    on_find = float("nan")
-    if find is not None:
-        there = Runs(graph, find, ablation=ablation, shift=shift, batch=batch, memory=memory)
-        empty, whole, own = values_of(there, fixed[:3]).mean(1)
-        on_find = float((own - empty) / (whole - empty)) if whole != empty else float("nan")
-    metric = runs.metric
+    sizes, ranked_ = ladder(len(graph)) if scores is not None else (), list[Mask]()
+    if scores is not None:
+        own = ranked(importance(scores.mean, scores.better, ranking))
+        for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
+            ranked_ += _firsts(graph, order, sizes)
+    runs = Runs(graph, task, **settings)
+    values = values_of(runs, [*fixed, *more.values(), *randoms, *ranked_], progress)
+    first, last = len(fixed) + len(more), len(values) - len(ranked_)
+    curves = _curves(sizes, ranked_, values[last:])
+    on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
+    metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
-        values[0], values[1], values[2], values[3], values[len(fixed):start],
-        curves[0] if curves else None, tuple(curves[1:]), on_find, ablation, task.clusters,
-        Record.of(graph.model, task, seed),
+        values[0], values[1], values[2], values[3], values[first:last], dict(zip(more, several, strict=True)),
+        {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
+        ablation, task.clusters, Record.of(graph.model, task, seed),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
-from circuits.discovery.results import EdgeScores, Ranking
+from circuits.discovery.results import SIZES, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import (
@@ -24,6 +24,7 @@ from circuits.discovery.searching import (
     refine,
     top,
 )
+from circuits.discovery.stability import Choose, Stability, stability
 from circuits.examples import BATCH
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
@@ -48,20 +49,23 @@ class Discovery:
         circuit: the circuit.
         scores: the scores of all edges.
         checked: how far they agree with exact patching; None if they are exact, or baselines.
-        evaluation: how good the circuit is on the `test` half; None if it was not evaluated.
+        stability: how far the same circuit is found on other draws of the examples; None of searches that try edges.
+        evaluation: how good the circuit is on the `test` half.
     """
 
     circuit: CircuitGraph
     scores: EdgeScores
     checked: Checked | None
-    evaluation: Evaluation | None
+    stability: Stability | None
+    evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "circuit": dict(self.circuit.graph["made"]), "scores": self.scores.to_dict(),
             "agreement": None if self.checked is None else self.checked.to_dict(),
-            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+            "stability": None if self.stability is None else self.stability.to_dict(),
+            "evaluation": self.evaluation.to_dict(),
         }  # fmt: skip
 
     def tables(self, top: int) -> Iterator[Table | str]:
@@ -69,8 +73,9 @@ class Discovery:
         yield from self.scores.tables(top)
         if self.checked is not None:
             yield from self.checked.lines()
-        if self.evaluation is not None:
-            yield from self.evaluation.tables(top)
+        if self.stability is not None:
+            yield from self.stability.lines()
+        yield from self.evaluation.tables(top)
 
 
 def discover(
@@ -89,6 +94,7 @@ def discover(
     shift: int = 0,
     check: int | None = None,
     n_random: int = 100,
+    n_curves: int = 10,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -113,6 +119,7 @@ def discover(
         shift: see `score_edges`.
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
         n_random: how many random circuits the circuit is compared with.
+        n_curves: how many random rankings its curve is compared with.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -126,6 +133,8 @@ def discover(
         raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
     if (search == "acdc") != (threshold is not None):
         raise ValueError("a threshold belongs to the search acdc, which needs one, and to no other")
+    if ranking == "signed" and method in SIZES:
+        raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
     n = size or min(SIZE, max(1, len(graph) // 4))
@@ -142,36 +151,70 @@ def discover(
     )  # fmt: skip
     runs = Runs(graph, find, **settings)
     checked = None
-    if method not in ("exact", "random") and check != 0:
+    if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
         checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
-    worth = importance(scores.mean, scores.better, ranking)
-    if search == "acdc":
-        assert threshold is not None, "checked before"
-        kept = acdc(runs, threshold, stage("search"))
-    elif search == "refine":
-        kept = refine(runs, worth, n, ranking, stage("search"))
-    else:
-        kept = (top if search == "top" else greedy)(graph, worth, n)
+    choose = _chooser(graph, search, n, scores.better, ranking)
+    kept = _searched(runs, scores, search, n, threshold, ranking, choose, stage)
     if not kept.any():
         raise ValueError(
             f"search {search}: no path from the model's input to its output is left; expected a larger size or a "
             "smaller threshold"
         )
+    again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
+    others: dict[str, Mask] = {}
+    if method != "random" and find.compared:
+        null = score_edges(
+            graph, swapped(find, seed), method, direction=direction, steps=steps, rule=rule, seed=seed,
+            progress=stage("scores with answers swapped"), **settings,
+        )  # fmt: skip
+        others["found with answers swapped at random"] = choose(null.mean)
     made = evaluate(
-        graph, test, kept, scores=scores, ranking=ranking, find=find, n_random=n_random, seed=seed,
-        progress=stage("evaluation"), **settings,
+        graph, test, kept, scores=scores, ranking=ranking, find=find, others=others, n_random=n_random,
+        n_curves=n_curves, seed=seed, progress=stage("evaluation"), **settings,
     )  # fmt: skip
     how = {"search": search, "ranking": ranking, "size": n} | (
         {} if threshold is None else {"threshold": threshold}
     )
-    return Discovery(circuit_graph(graph, kept, scores, task, how), scores, checked, made)
+    circuit = circuit_graph(graph, kept, scores, task, how, again)
+    return Discovery(circuit, scores, checked, again, made)
+
+
+def _chooser(graph: EdgeGraph, search: Search, n: int, better: int, ranking: Ranking) -> Choose:
+    """The search that needs scores alone; `greedy` stands in for those that try edges."""
+    choose = top if search == "top" else greedy
+    return lambda mean: choose(graph, importance(mean, better, ranking), n)
+
+
+def _searched(
+    runs: Runs, scores: EdgeScores, search: Search, n: int, threshold: float | None, ranking: Ranking,
+    choose: Choose, stage: Stage,
+) -> Mask:  # fmt: skip
+    if search == "acdc":
+        assert threshold is not None, "checked before"
+        return acdc(runs, threshold, stage("search"))
+    if search == "refine":
+        worth = importance(scores.mean, scores.better, ranking)
+        return refine(runs, worth, n, ranking, stage("search"))
+    return choose(scores.mean)
+
+
+def swapped(task: Task, seed: int) -> Task:
+    """The task with right and wrong answers exchanged in half of its examples, drawn at random."""
+    rng = np.random.default_rng(seed)
+    which = set(rng.permutation(len(task))[: len(task) // 2].tolist())
+    asked = tuple(
+        replace(q, answers=q.against, against=q.answers) if i in which else q
+        for i, q in enumerate(task.questions)
+    )
+    return replace(task, questions=asked)
 
 
 def circuit_graph(
-    graph: EdgeGraph, kept: Mask, scores: EdgeScores, task: Task, how: dict[str, Any]
-) -> CircuitGraph:
-    """Some edges as a circuit that can be saved, drawn and exported.
+    graph: EdgeGraph, kept: Mask, scores: EdgeScores, task: Task, how: dict[str, Any],
+    again: Stability | None = None,
+) -> CircuitGraph:  # fmt: skip
+    """Some edges as a circuit that can be saved, drawn and exported; an edge's sum is what it adds to the metric.
 
     Args:
         graph: the model's edges.
@@ -179,6 +222,7 @@ def circuit_graph(
         scores: of all edges.
         task: the task.
         how: how they were chosen.
+        again: in which share of bootstraps each edge was found.
     """
     made = CircuitGraph()
     model = graph.model
@@ -186,11 +230,12 @@ def circuit_graph(
     edges = np.flatnonzero(kept).tolist()
     for edge in edges:
         source, target = graph.ends[edge].tolist()
+        more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
         letter = graph.targets[target].rpartition(".")[2]
         for node in graph.nodes_of(target):
             made.connect(
-                graph.node(graph.sources[source]), node, kind, sum=float(scores.mean[edge]),
-                layer=letter if letter in ("q", "k", "v") else None, edge=" -> ".join(graph.edges[edge]),
+                graph.node(graph.sources[source]), node, kind, sum=-float(scores.mean[edge]),
+                layer=letter if letter in ("q", "k", "v") else "", edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
@@ -221,7 +266,7 @@ def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:
     return tuple((a, b) for a, b in edges)
 
 
-def strongest(graph: EdgeGraph, found: Discovery, task: Task, n: int) -> CircuitGraph:
+def strongest_circuit(graph: EdgeGraph, found: Discovery, task: Task, n: int) -> CircuitGraph:
     """The circuit of the n most important edges, without those on no path from the model's input to its output.
 
     Args:

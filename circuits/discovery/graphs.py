@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,12 +20,26 @@ from torch import Tensor
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import Unit, unknown
+from circuits.models.paths.restarting import restart_candidates
+from circuits.units import Site, Unit, unknown
 
 PlacedNode = Unit | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a pass can start that changes some sites and depends on more than one tensor from before.
+
+    Attributes:
+        given: the sites whose tensors are put in; the first of them is one that is changed.
+        reached: the sites whose tensors depend on those that are changed.
+    """
+
+    given: tuple[str, ...]
+    reached: frozenset[str]
 
 
 class EdgeGraph(ABC):
@@ -39,6 +54,7 @@ class EdgeGraph(ABC):
         feeds: for each target the numbers of the sources that are computed from it; none for the model's output.
         input_sites: the sites at which the model's input enters the graph; between the input of two runs, gradients are
             integrated there.
+        whole: whether the run with every edge patched is the other run.
     """
 
     model: HookedModel
@@ -48,6 +64,7 @@ class EdgeGraph(ABC):
     ends: Int[np.ndarray, "edge end"]
     feeds: tuple[tuple[int, ...], ...]
     input_sites: tuple[str, ...]
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -172,6 +189,14 @@ class EdgeGraph(ABC):
     def first_site(self, target: int) -> str:
         """The first site of the model that patching an edge into a target changes."""
 
+    def starts(self, site: str) -> list[Site]:
+        """Sites at which a pass that changes a site, and later ones, might start, the nearest first."""
+        return restart_candidates(self.model, self.model.site(site))
+
+    def cut(self, sites: Sequence[str]) -> Cut | None:
+        """Where a pass that changes some sites can start if what they reach is known; None if it is not."""
+        return None
+
     @abstractmethod
     def changes(
         self,
@@ -203,9 +228,50 @@ class EdgeGraph(ABC):
 
     @abstractmethod
     def contracted(
-        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], pulled: Mapping[str, Tensor]
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        pulled: Mapping[str, Tensor],
+        linear: bool = False,
     ) -> Float[Tensor, "example edge"]:
-        """The change that each edge carries times the gradient at its target, summed over positions and dimensions."""
+        """The change that each edge carries times the gradient at its target, summed over positions and dimensions.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            other: those in the run that patched edges carry.
+            pulled: what `pulled` returns.
+            linear: see `pulled`; of normalisations that sources pass before they are added up.
+        """
+
+    # --- baselines -------------------------------------------------------------------------------
+
+    def weight_norms(self) -> Float[np.ndarray, " edge"]:
+        """The norm of each edge's weight matrix, from what its source is made with to what its target is given.
+
+        Raises:
+            ValueError: if the weights of some part cannot be had.
+        """
+        raise _no_baseline(self, "weights")
+
+    def sizes(
+        self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
+    ) -> Float[Tensor, "example edge"]:
+        """How large what each source adds to what its target is given is: the root mean square over positions.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            counted: the positions that count; all if None.
+
+        Raises:
+            ValueError: if it is not known how to compute it.
+        """
+        raise _no_baseline(self, "activations")
+
+
+def _no_baseline(graph: EdgeGraph, method: str) -> ValueError:
+    return ValueError(
+        f"method {method}: not known for edges between {graph.grain} of {graph.model.name}; expected another method"
+    )
 
 
 def as_off(

@@ -18,13 +18,21 @@ from circuits.tables import Table, between
 Ranking = Literal["absolute", "signed"]
 """By size, or with those first whose removal makes the metric worse."""
 
+SIZES = {
+    "weights": "norm of the path's weight matrix",
+    "activations": "root mean square of what the source adds to what the target is given",
+}
+"""Methods whose scores are sizes, by what they are the size of: they have no sign, and estimate no change of a metric.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class EdgeScores:
     """What each edge is worth on each example.
 
     A score is the change of the metric when the edge carries what it carries in the other run, or an estimate of it. An
-    edge that speaks for the answer has a negative score under a metric of which more is better.
+    edge that speaks for the answer has a negative score under a metric of which more is better. Those of `SIZES` are no
+    changes.
 
     Attributes:
         method: how they were computed.
@@ -69,6 +77,10 @@ class EdgeScores:
             return np.argsort(-np.abs(mean), kind="stable")
         if ranking == "signed":
             # Importance: how much worse the metric gets. Where neither direction is better, more counts as better.
+            if self.method in SIZES:
+                raise ValueError(
+                    f"ranking signed: scores by {self.method} have no sign; expected absolute"
+                )
             return np.argsort((self.better or 1) * mean, kind="stable")
         raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
 
@@ -77,8 +89,10 @@ class EdgeScores:
         """The completeness residual: how far the scores of the input's edges are from adding up to the whole effect.
 
         |sum of scores - (m(0) - m(N))| / |m(0) - m(N)|; for exact integration along a path between the inputs it is
-        zero (Sundararajan et al. 2017). NaN if there is no effect.
+        zero (Sundararajan et al. 2017). NaN if there is no effect, or scores are sizes.
         """
+        if self.method in SIZES:
+            return float("nan")
         whole = float((self.corrupted - self.clean).mean())
         made = float(self.mean[list(self.input_edges)].sum())
         return abs(made - whole) / abs(whole) if whole else float("nan")
@@ -113,13 +127,14 @@ class EdgeScores:
             (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))
             for e, i in zip(order.tolist(), self.intervals(order), strict=True)
         ]
+        change = f"change of {self.metric} ({self.unit or 'its own unit'}) by removing an edge"
         title = (
-            f"{self.method}: change of {self.metric} ({self.unit or 'its own unit'}) by removing an edge; "
-            f"{len(rows)} of {len(self.edges)} edges, {self.record.measured_on}, seed {self.record.seed}"
+            f"{self.method}: {SIZES.get(self.method, change)}; {len(rows)} of {len(self.edges)} edges, "
+            f"{self.record.measured_on}, seed {self.record.seed}"
         )
         yield Table(("edge", "score", "95 % interval"), rows, title)
         yield (
-            f"{self.metric}: {self.clean.mean():.4g} intact, {self.corrupted.mean():.4g} with every edge removed; "
-            f"completeness residual {self.completeness:.2g}"
+            f"{self.metric}: {self.clean.mean():.4g} intact, {self.corrupted.mean():.4g} with every edge removed"
+            + ("" if self.method in SIZES else f"; completeness residual {self.completeness:.2g}")
         )
         yield from self.notes

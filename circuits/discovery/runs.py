@@ -8,7 +8,7 @@ edge without effect has the effect 0 to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,15 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import Cut, EdgeGraph
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.patched_runs import merged
 from circuits.experiments.running import MEMORY, check_model
 from circuits.hooks import Change
+from circuits.models.adapter.hooked_model import ActivationCache
+from circuits.models.adapter.inputs import ImageInput
 from circuits.models.adapter.sites import main_output
-from circuits.models.paths.restarting import Restart, restart_at, restart_candidates
-from circuits.tasks.metrics import Custom
+from circuits.models.paths.restarting import Restart, restart_at
+from circuits.tasks.metrics import Custom, UnitActivation
 from circuits.tasks.reading import Places, Reading
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
@@ -116,9 +118,14 @@ class Runs:
             )
         self.graph, self.task, self.model, self.metric = graph, task, model, task.metric
         self.ablation, self.batch, self.memory = ablation, batch, memory
-        self.end: Site = output_site(model)
+        metric_sites = [model.site(s) for s in self.metric.sites()]
+        # The activation of a unit of an image model needs nothing after it.
+        self._of_units = isinstance(self.metric, UnitActivation) and isinstance(
+            model.input, ImageInput
+        )
         self.keep_output = isinstance(task.metric, Custom)
-        self.ends = list(dict.fromkeys([self.end, *(model.site(s) for s in self.metric.sites())]))
+        self.end: Site = model.last(metric_sites) if self._of_units else output_site(model)
+        self.ends = list(dict.fromkeys([self.end, *metric_sites]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
         self._streams = PositionwiseStreams(model, self.end)
         self._pairs: list[Pair] | None = None
@@ -161,9 +168,10 @@ class Runs:
     ) -> tuple[dict[str, Tensor], Reading]:
         """The sites that the graph reads and the output, on some inputs."""
         read = list(dict.fromkeys([*map(self.model.site, self.graph.reads), *self.ends]))
-        cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits)
+        last = None if self.keep_output else self.model.last(read)
+        cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits, until=last)
         tensors = {s.name: cache[s] for s in read}
-        return tensors, self.reading(part, tensors, output=main_output(cache.output))
+        return tensors, self.reading(part, tensors, output=_output(cache))
 
     def _rolled(self) -> dict[str, Change]:
         """The change of the counterpart's run that gives its tokens other positions."""
@@ -180,6 +188,7 @@ class Runs:
         """The mean of each site over the task's examples and their positions."""
         totals: dict[str, Tensor] = {}
         count = 0.0
+        images = isinstance(self.model.input, ImageInput)
         for part in self.task.batches(self.batch):
             clean, _ = self.read(part, part.inputs)
             mask = (
@@ -187,9 +196,14 @@ class Runs:
             )
             for name in self.graph.reads:
                 value = clean[name].double()
-                real = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)).to(value)
-                totals[name] = totals.get(name, 0) + (value * real).sum((0, 1))
-            count += float(mask.sum())
+                if images:  # channels come before positions
+                    rest = tuple(range(2, value.ndim))
+                    added = value.mean(rest, keepdim=True).sum(0) if rest else value.sum(0)
+                else:
+                    real = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)).to(value)
+                    added = (value * real).sum((0, 1))
+                totals[name] = totals.get(name, 0) + added
+            count += len(part) if images else float(mask.sum())
         return {name: total / count for name, total in totals.items()}
 
     def _filled(self, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,6 +227,8 @@ class Runs:
     ) -> Reading:
         """The output of a pass at the places of a batch, or of several sets stacked."""
         rows = self.end.rows(tensors[self.end.name])
+        if self._of_units:  # no output is read
+            rows = rows.new_zeros(len(rows), 0)
         flat = rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2)
         own = part.places(flat.shape[1] if cut is None else part.inputs.shape[1])
         places = stacked(own, times, len(part.inputs))
@@ -242,7 +258,7 @@ class Runs:
 
     def corrupted(self, pair: Pair) -> Float[Tensor, " example"]:
         """The metric of each example with every edge patched."""
-        if pair.corrupted is not None:
+        if pair.corrupted is not None and self.graph.whole:
             return self.value(pair.corrupted, pair.intact)[0]
         return self.patched(pair, torch.ones(1, len(self.graph)))[0]
 
@@ -262,22 +278,25 @@ class Runs:
             alone: the one site at which targets are given something else, for sets of edges into its targets: what
                 sources put out is then that of the clean run, to the bit.
         """
-        touched = (off.detach() != 0).any(0).numpy()
+        touched = ((off.detach() != 0).any(0) | off.requires_grad).numpy()
         sites = {self.graph.first_site(int(t)) for t in {*self.graph.ends[touched, 1]}}
         changed = (
             [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
         )
-        begin = self.start(pair, changed[0])
+        begin, reached = self._begin(pair, changed)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
             known = dict(pair.clean)
+        elif reached is not None:
+            known = {name: v for name, v in pair.clean.items() if name not in reached}
         elif begin is not None:
             stop = self._order[begin.site.name]
             known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
         changes = self.graph.changes(off, pair.other, known)
         cut = self._cut(pair, changed[-1])
-        tensors, output = self._run(pair, n, begin, changes if cut is None else cut.added(changes))
+        edits = changes if cut is None else cut.added(changes)
+        tensors, output = self._run(pair, n, begin, edits, reached)
         # What lies before the start is the clean run's.
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
@@ -299,25 +318,58 @@ class Runs:
         return None if site is None else Narrowing.at(site, places, len(part.inputs))
 
     def _run(
-        self, pair: Pair, n: int, begin: Restart | None, changes: Mapping[str, Change]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+        self,
+        pair: Pair,
+        n: int,
+        begin: Restart | None,
+        changes: Mapping[str, Change],
+        reached: frozenset[str] | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         inputs, mask = pair.part.inputs, pair.part.mask
         if begin is None:
             inputs = copies(inputs, n)
             mask = None if mask is None else copies(mask, n)
             edits = merged(self.model, pair.edits, changes)
-            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits)
-            return {s.name: cache[s] for s in self.ends}, main_output(cache.output)
-        site, value = begin.site.name, pair.clean[begin.site.name]
-        own = changes.get(site)
+            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits, until=self.last)
+            return {s.name: cache[s] for s in self.ends}, _output(cache)
 
-        def put(_: Tensor) -> Tensor:
-            whole = copies(value, n)
-            return whole if own is None else own(whole)
+        def putting(site: str) -> Change:
+            value, own = pair.clean[site], changes.get(site)
 
-        ends = [s for s in self.ends if self._order[s.name] >= self._order[site]]
-        cache = self.model.run(begin.inputs(inputs), read=ends, edits=dict(changes) | {site: put})
-        return {s.name: cache[s] for s in ends}, main_output(cache.output)
+            def put(_: Tensor) -> Tensor:
+                whole = copies(value, n)
+                return whole if own is None else own(whole)
+
+            return put
+
+        edits = dict(changes) | {s: putting(s) for s in (begin.site.name, *begin.beside)}
+        ends = [s for s in self.ends if self._after(s, begin.site, reached)]
+        cache = self.model.run(begin.inputs(inputs), read=ends, edits=edits, until=self.last)
+        return {s.name: cache[s] for s in ends}, _output(cache)
+
+    def _after(self, site: Site, begin: Site, reached: frozenset[str] | None) -> bool:
+        """Whether a pass that starts somewhere computes a site."""
+        if reached is not None:
+            return site.name in reached
+        return self._order[site.name] >= self._order[begin.name]
+
+    @property
+    def last(self) -> Site | None:
+        """Where passes may end; None if the whole output is needed."""
+        return None if self.keep_output else self.model.last(self.ends)
+
+    def _begin(
+        self, pair: Pair, changed: Sequence[str]
+    ) -> tuple[Restart | None, frozenset[str] | None]:
+        """Where a pass that changes some sites starts, and which sites it computes if that is not all after it."""
+        cut = self.graph.cut(changed)
+        if cut is not None:
+            key = " ".join(cut.given)  # no site's name contains white space
+            if key not in self._starts:
+                self._starts[key] = self._tried(pair, self.model.site(cut.given[0]), cut)
+            if (start := self._starts[key]) is not None:
+                return start, cut.reached
+        return self.start(pair, changed[0]), None
 
     def start(self, pair: Pair, site: str) -> Restart | None:
         """Where a pass that changes a site, and later ones, may start; tested once a site."""
@@ -325,21 +377,27 @@ class Runs:
         # none.
         if pair.part.mask is not None and self.model.padding != "right":
             return None
-        for candidate in restart_candidates(self.model, self.model.site(site)):
+        for candidate in self.graph.starts(site):
             if candidate.name not in self._starts:
                 self._starts[candidate.name] = self._tried(pair, candidate)
             if (start := self._starts[candidate.name]) is not None:
                 return start
         return None
 
-    def _tried(self, pair: Pair, candidate: Site) -> Restart | None:
-        """A start at a site, if everything that is read and changed after it depends on its tensor alone."""
-        mask, stop = pair.part.mask, self._order[candidate.name]
+    def _tried(self, pair: Pair, candidate: Site, cut: Cut | None = None) -> Restart | None:
+        """A start at a site, if everything that is read and changed after it depends on its tensor alone (or on those
+        of a cut).
+        """
+        mask, reached = pair.part.mask, None if cut is None else cut.reached
         # Of padded texts the two shortest have the most padding, and would show it if the model needed the mask.
         rows = (0, 1) if mask is None else tuple(mask.sum(1).argsort()[:2].tolist())
-        changed = [self.model.site(s) for s in self.graph.slopes if self._order[s] >= stop]
-        ends = [s for s in self.ends if self._order[s.name] >= stop]
-        return restart_at(self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows)
+        slopes = map(self.model.site, self.graph.slopes)
+        changed = [s for s in slopes if self._after(s, candidate, reached)]
+        ends = [s for s in self.ends if self._after(s, candidate, reached)]
+        beside = () if cut is None else cut.given[1:]
+        return restart_at(
+            self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows, beside
+        )
 
     def sets_per_pass(self, pair: Pair) -> int:
         """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower."""
@@ -371,6 +429,11 @@ def _repeated(reading: Reading, times: int) -> Reading:
     return Reading(
         stacked(reading.places, times, rows), reading.logits.repeat(times, 1), tensors, mask
     )
+
+
+def _output(cache: ActivationCache) -> Tensor | None:
+    """What the model returned; None if the pass ended before."""
+    return None if cache.output is None else main_output(cache.output)
 
 
 def copies(value: Tensor, n: int) -> Tensor:

@@ -10,12 +10,17 @@ estimate of it. With d the change of what the source adds to the target's input,
 - `eap-ig`: the mean gradient over inputs between the two (Hanna et al. 2024).
 - `eap-ig-activations`: the mean gradient over what the source puts out between the two runs, everything else as it is
   (Marks et al. 2024).
+- `relp`: `eap` with gradients by the rules of relevance (Jafari et al. 2025): scales of normalisations and attention
+  patterns are constants, an activation is x times the constant act(x)/x, each factor of a product gets half.
+- `weights`: the norm of the path's weight matrix; the same on every example.
+- `activations`: the root mean square, over positions, of what the source adds to what the target is given.
 - `random`: a draw from the normal distribution, for comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,9 +28,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.attribution.propagation import Propagation
 from circuits.autograd import recording_gradients
 from circuits.discovery.graphs import EdgeGraph
-from circuits.discovery.results import EdgeScores
+from circuits.discovery.results import SIZES, EdgeScores
 from circuits.discovery.runs import Ablation, Pair, Runs
 from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
@@ -37,7 +43,9 @@ from circuits.models.adapter.sites import main_output
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 
-Method = Literal["exact", "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "random"]
+Method = Literal[
+    "exact", "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "relp", "weights", "activations", "random"
+]  # fmt: skip
 
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -107,15 +115,11 @@ def score_edges(
         ValueError: if the task has no counterparts and needs them, the metric's gradient at the intact run is zero by
             definition (KL divergence) and the method takes it only there, or a score is not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    if direction == "denoising" and method != "exact":
-        raise ValueError(f"direction denoising belongs to the method exact, not to {method}")
-    if method == "eap" and "intact" in task.metric.needs:
-        raise ValueError(
-            f"metric {task.metric.name} compares with the intact run, where its gradient is zero: expected the method "
-            "eap-ig or exact, or another metric"
-        )
+    _check(method, direction, task)
+    notes: tuple[str, ...] = ()
+    if method in SIZES and ablation == "counterpart" and task.counterparts is None:
+        ablation = "zero"
+        notes = ("the task has no counterparts: edges that are removed carry nothing",)
     runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory)
     settings: dict[str, Any] = {"grain": graph.grain, "ablation": ablation}
     settings |= {"shift": shift} if shift else {}
@@ -139,7 +143,32 @@ def score_edges(
     return EdgeScores(
         method, settings, graph.edges, values, collected.clean, collected.corrupted, tuple(first),
         task.metric.name, task.metric.unit, task.metric.better, task.clusters, Record.of(graph.model, task, seed),
+        (*notes, *_held_patterns(method, graph, values)),
     )  # fmt: skip
+
+
+def _check(method: str, direction: Direction, task: Task) -> None:
+    """Raise ValueError unless there is such a method, and it fits the direction and the metric."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if direction == "denoising" and method != "exact":
+        raise ValueError(f"direction denoising belongs to the method exact, not to {method}")
+    if method in ("eap", "relp") and "intact" in task.metric.needs:
+        raise ValueError(
+            f"metric {task.metric.name} compares with the intact run, where its gradient is zero: expected the method "
+            "eap-ig or exact, or another metric"
+        )
+
+
+def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[str, ...]:
+    """What is to be said of `relp`: edges into queries and keys act through attention patterns alone."""
+    held = [i for i, (_, t) in enumerate(graph.edges) if t.rpartition(".")[2] in ("q", "k")]
+    if method != "relp" or not held or values[:, held].any():
+        return ()
+    return (
+        f"relp holds attention patterns constant: all {len(held)} edges into queries and keys score exactly 0, "
+        "whatever they are worth",
+    )
 
 
 class _Collected:
@@ -182,8 +211,15 @@ def _scorer(method: str, runs: Runs, direction: Direction, alphas: Sequence[floa
         return lambda pair: exact(runs, pair if direction == "noising" else pair.exchanged())
     if method == "random":
         return lambda pair: torch.zeros(len(pair.part), len(runs.graph))
+    if method == "weights":
+        norms = torch.from_numpy(runs.graph.weight_norms())
+        return lambda pair: norms.expand(len(pair.part), -1)
+    if method == "activations":
+        return lambda pair: runs.graph.sizes(pair.clean, pair.part.mask)
     if method == "eap-ig-activations":
         return lambda pair: _by_activations(runs, pair, alphas)
+    if method == "relp":
+        return lambda pair: _by_inputs(runs, pair, [1.0], relevance=True)
     taken = {"eap": [1.0], "clean-corrupted": [0.0, 1.0], "eap-ig": alphas}[method]
     return lambda pair: _by_inputs(runs, pair, taken)
 
@@ -218,16 +254,18 @@ def exact(
 # --- gradients ---------------------------------------------------------------------------------------
 
 
-def _by_inputs(runs: Runs, pair: Pair, alphas: Sequence[float]) -> Float[Tensor, "example edge"]:
+def _by_inputs(
+    runs: Runs, pair: Pair, alphas: Sequence[float], relevance: bool = False
+) -> Float[Tensor, "example edge"]:
     """The mean gradient over inputs between the corrupted run (0) and the intact one (1), times what edges carry."""
     graph, total = runs.graph, dict[str, Tensor]()
     for alpha in alphas:
         edits = {} if alpha == 1 else {s: _between(pair, s, alpha) for s in graph.input_sites}
-        cache, gradients = gradients_at(runs, pair, edits)
-        for site, value in graph.pulled(cache, gradients).items():
+        cache, gradients = gradients_at(runs, pair, edits, relevance)
+        for site, value in graph.pulled(cache, gradients, linear=relevance).items():
             total[site] = total[site].add_(value) if site in total else value
     mean = {site: value / len(alphas) for site, value in total.items()}
-    return graph.contracted(pair.clean, pair.other, mean)
+    return graph.contracted(pair.clean, pair.other, mean, linear=relevance)
 
 
 def _by_activations(
@@ -259,10 +297,11 @@ def _between(pair: Pair, site: str, alpha: float) -> Change:
 
 
 def gradients_at(
-    runs: Runs, pair: Pair, edits: Mapping[str, Change]
+    runs: Runs, pair: Pair, edits: Mapping[str, Change], relevance: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The sites that the graph reads and the metric's gradient at `slopes`, in a run with some edits.
 
+    With `relevance` the model's operations are replaced by linear ones (`attribution.propagation`); the metric is not.
     Gradients are taken at tensors of zeros that are added at the sites, so that it does not matter whether a site's
     tensor is itself what the model goes on with, or a view of it.
     """
@@ -277,9 +316,12 @@ def gradients_at(
 
     read = list(dict.fromkeys([*map(runs.model.site, graph.pull_reads), *runs.ends]))
     changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
-    cache = runs.model.run(
-        pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, grad=True
-    )
+    # One for all examples: it is not asked what biases are worth on each.
+    rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()
+    with rules:
+        cache = runs.model.run(
+            pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, grad=True, reference=relevance
+        )  # fmt: skip
     tensors = {s.name: cache[s] for s in read}
     reading = runs.reading(pair.part, tensors, output=main_output(cache.output))
     value = runs.metric.of(reading, pair.intact)

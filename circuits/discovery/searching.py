@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from circuits.discovery.graphs import EdgeGraph, as_off
 from circuits.discovery.results import Ranking
 from circuits.discovery.runs import Pair, Runs
+from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, make_now
 from circuits.progress import Progress
 
@@ -101,7 +102,11 @@ def check_size(graph: EdgeGraph, n: int) -> None:
 
 
 def values_of(
-    runs: Runs, circuits: Sequence[Mask], progress: Progress | None = None, keep: Keep = make_now
+    runs: Runs,
+    circuits: Sequence[Mask],
+    progress: Progress | None = None,
+    keep: Keep = make_now,
+    direction: Direction = "noising",
 ) -> Float[np.ndarray, "circuit example"]:
     """The metric of each circuit on each example, in the task's order: edges outside a circuit are patched.
 
@@ -110,12 +115,14 @@ def values_of(
         circuits: which edges each keeps.
         progress: called with the work done and the total, in examples times circuits.
         keep: keeps the numbers of each batch.
+        direction: with `denoising` the two runs are exchanged.
     """
     found = np.zeros((len(circuits), len(runs.task)))
     done, total = 0, len(circuits) * len(runs.task)
     for number, pair in enumerate(runs.pairs()):
         told = None if progress is None else partial(_tell, progress, done, total)
-        made = keep(f"batch {number}", partial(_metrics, runs, pair, circuits, told))
+        run = pair if direction == "noising" else pair.exchanged()
+        made = keep(f"batch {number}", partial(_metrics, runs, run, circuits, told))
         found[:, list(pair.part.which)] = made
         done += len(circuits) * len(pair.part)
     return found

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.graphs import EdgeGraph, PlacedNode
+from circuits.discovery.matrices import path_norms
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.norms import Tangent
-from circuits.models.paths.contributions import input_gradient, norm_of, tangent_of, written_change
+from circuits.models.paths.contributions import (
+    input_gradient,
+    norm_of,
+    read_matrices,
+    tangent_of,
+    written_change,
+)
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
@@ -155,9 +162,13 @@ class StreamGraph(EdgeGraph):
         return found
 
     def contracted(
-        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], pulled: Mapping[str, Tensor]
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        pulled: Mapping[str, Tensor],
+        linear: bool = False,
     ) -> Float[Tensor, "example edge"]:
-        change = self._written(clean, other)
+        change = self._written(clean, other, linear)
         n = len(change)
         made = change.new_zeros(n, len(self.sources), len(self.targets))
         for site, targets in self._at_site.items():
@@ -168,8 +179,44 @@ class StreamGraph(EdgeGraph):
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
 
+    # --- baselines -------------------------------------------------------------------------------
+
+    def weight_norms(self) -> Float[np.ndarray, " edge"]:
+        senders = [self.stream.senders[i] for i in self._sender]
+        ends = self.ends.tolist()
+        return path_norms(self.stream, [(senders[s], self._receivers[t]) for s, t in ends])
+
+    def sizes(
+        self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
+    ) -> Float[Tensor, "example edge"]:
+        nothing = {site: torch.zeros_like(value) for site, value in clean.items()}
+        written = self._written(clean, nothing, linear=True)
+        n = len(written)
+        made = written.new_zeros(n, len(self.sources), len(self.targets))
+        weights = written.new_ones(n, written.shape[2]) if counted is None else counted.to(written)
+        weights = weights / weights.sum(1, keepdim=True)
+        for targets in self._at_site.values():
+            reach = 1 + int(self.ends[self.edges_into[targets[0]], 0].max())
+            for target, given in self._given(clean, written[:, :reach], targets):
+                squares = torch.einsum("espd,ep->es", given.square(), weights)
+                made[:, :reach, target] = squares.sqrt()
+        source, target = torch.from_numpy(self.ends).T
+        return made[:, source, target]
+
+    def _given(
+        self, clean: Mapping[str, Tensor], written: Tensor, targets: Sequence[int]
+    ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
+        """What sources add to what each target of a site is given, with the scale of the normalisation held."""
+        receivers = [self._receivers[t] for t in targets]
+        before = clean[self.stream.stream_site(receivers[0])]
+        tangent = tangent_of(self.stream, receivers[0], before)
+        read = written if tangent is None else tangent.pushed(written, held=True)
+        for target, receiver in zip(targets, receivers, strict=True):
+            heads = receiver.kind in ("q", "k", "v")
+            yield target, read @ read_matrices(self.stream, [receiver])[0] if heads else read
+
     def _written(
-        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor]
+        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], linear: bool = False
     ) -> Float[Tensor, "example source position d_model"]:
         """What each source adds to the stream in the other run less what it adds in the clean one."""
         stream, parts = self.stream, []
@@ -184,6 +231,6 @@ class StreamGraph(EdgeGraph):
             if layer is not None and norm is not None:
                 # All heads of the layer are normalised together: to first order each has a part of the change.
                 before = clean[stream.before_post_norm_site(layer)][:, None]
-                made = stream.measured(norm).tangent(before).pushed(made)
+                made = stream.measured(norm).tangent(before).pushed(made, linear)
             parts.append(made)
         return torch.cat(parts, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from circuits.autograd import differentiable, recording_gradients
+from circuits.call_points import Address
 from circuits.hooks import Change, Look, Tap, intervene, observe, placed, record
 from circuits.models.adapter.attaching import (
     PREFIX,
@@ -30,6 +32,7 @@ from circuits.models.adapter.calling import (
 from circuits.models.adapter.composition import transformer_layers
 from circuits.models.adapter.declaring import read_declarations
 from circuits.models.adapter.generating import Sampling, continue_texts
+from circuits.models.adapter.head_sites import Points
 from circuits.models.adapter.identity import (
     model_digest,
     program_digest,
@@ -824,6 +827,32 @@ class HookedModel:
         return HookedModel(
             module, self.input, name, aliases, self.classes, self.unit_names, self._axes, attention
         )
+
+    def showing(self, points: Sequence[tuple[Site, Address, str]]) -> HookedModel:
+        """The same model, which shares its module and its lock, with further tensors of its pass as sites.
+
+        Args:
+            points: each site with the call where its tensor is, and the name of the site before which it is listed;
+                empty: after all.
+
+        Raises:
+            ValueError: if a name is taken, or the model is edited.
+        """
+        if self.edited:
+            raise ValueError(f"model {self.name} is edited: show more of it outside the edit")
+        made, within = copy.copy(self), Points(self.module)
+        made._by_name, made._taps = dict(self._by_name), dict(self._taps)
+        sites = list(self.sites)
+        for site, address, before in points:
+            if site.name in made._by_name or site.name in made._aliases:
+                raise ValueError(f"site {site.name} is one of {self.name} already")
+            names = [s.name for s in sites]
+            sites.insert(names.index(before) if before else len(names), site)
+            made._by_name[site.name] = site
+            # The model may overwrite any tensor inside a function later.
+            made._taps[site.name] = replace(within.tap(address), overwritten=True)
+        made.sites = tuple(sites)
+        return made
 
     # --- weights -------------------------------------------------------------------------------
 

@@ -112,6 +112,13 @@ def local_response_norm(
     return _LocalResponseNorm.apply(input, size, alpha, beta, k)
 
 
+def response_scale(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """What local response normalisation multiplies each number with."""
+    return _base_and_scale(x, size, alpha, beta, k)[1]
+
+
 class FastNormalisation(TorchFunctionMode):
     """While it is entered, in one thread, models compute local response normalisation the fast way.
 

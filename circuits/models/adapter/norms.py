@@ -121,9 +121,11 @@ class Tangent:
         """
         return self.norm._centre(self._symmetric(gradient * self.norm.gain.to(gradient), held))
 
-    def pushed(self, change: Float[Tensor, "*more d_model"]) -> Float[Tensor, "*more d_model"]:
-        """The change of the output that a small change of what is normalised makes."""
-        return self._symmetric(self.norm._centre(change)) * self.norm.gain.to(change)
+    def pushed(
+        self, change: Float[Tensor, "*more d_model"], held: bool = False
+    ) -> Float[Tensor, "*more d_model"]:
+        """The change of the output that a small change of what is normalised makes; see `pulled`."""
+        return self._symmetric(self.norm._centre(change), held) * self.norm.gain.to(change)
 
     def _symmetric(self, d: Tensor, held: bool = False) -> Tensor:
         if held or self.z is None:

@@ -165,8 +165,7 @@ def input_change(
     made = _held(norm, before, change) if hold_norm else _norm_change(norm, before, change)
     if first.kind not in _PARTS:
         return made[:, :, 0]
-    weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
-    return torch.einsum("sekpm,kmd->sepkd", made, weights)
+    return torch.einsum("sekpm,kmd->sepkd", made, read_matrices(stream, receivers))
 
 
 def input_gradient(
@@ -187,8 +186,7 @@ def input_gradient(
     """
     first = receivers[0]
     if first.kind in _PARTS:
-        weights = stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
-        given = torch.einsum("epkd,kmd->ekpm", gradient, weights)
+        given = torch.einsum("epkd,kmd->ekpm", gradient, read_matrices(stream, receivers))
     else:
         given = gradient[:, None]
     return given if tangent is None else tangent.pulled(given, hold_norm)
@@ -200,6 +198,14 @@ def tangent_of(
     """The derivative of the normalisation before a receiver, with an axis for several; None if there is none."""
     norm = norm_of(stream, receiver)
     return None if isinstance(norm, nn.Identity) else stream.measured(norm).tangent(before[:, None])
+
+
+def read_matrices(
+    stream: Stream, receivers: Sequence[Receiver]
+) -> Float[Tensor, "receiver d_model d_head"]:
+    """What queries, keys or values of heads of one layer are multiplied with, after the normalisation."""
+    first = receivers[0]
+    return stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
 
 
 def norm_of(stream: Stream, receiver: Receiver) -> Any:

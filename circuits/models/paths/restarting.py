@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.hooks import Change
 from circuits.models.adapter.attaching import PREFIX
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
@@ -44,10 +45,12 @@ class Restart:
         site: the site whose tensor is put in.
         small: an input that can stand in for any images; None: one of the batch's own inputs is used, since texts
             differ in length. Nothing that is read depends on it.
+        beside: further sites whose tensors are put in as they were: what follows depends on all of them together.
     """
 
     site: Site
     small: Tensor | None
+    beside: tuple[str, ...] = ()
 
     def inputs(self, own: Tensor) -> Tensor:
         """The input with which the model is run for a batch."""
@@ -62,6 +65,7 @@ def restart_at(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
+    beside: Sequence[str] = (),
 ) -> Restart | None:
     """Test whether a pass may be restarted at a site; None unless everything read depends on its tensor alone.
 
@@ -77,23 +81,26 @@ def restart_at(
         values: the tensors of the site and of the ends for these examples.
         changed: further sites that are to be changed; their tensors must have one row for each example.
         rows: the indices of two examples for the test; the same one twice if there is only one.
+        beside: further sites whose tensors are put in.
     """
     if len(values[site.name]) != len(inputs) or site.name.startswith(PREFIX):
         # The error of an autoencoder goes on around its latents, so they do not determine what comes after. And a
         # tensor without one row for each example (position embeddings) cannot be put in for a batch.
         return None
     two = [min(row, len(inputs) - 1) for row in rows]
-    value = values[site.name][two]
+    # `value * 1`: a copy, which operations in place may overwrite.
+    put: dict[str, Change] = {
+        name: lambda _, value=values[name][two]: value * 1 for name in (site.name, *beside)
+    }
     for other, stays in _others(model, inputs[:1]):
         try:
-            # `value * 1`: a copy, which operations in place may overwrite.
-            found = model.run(other, read=[*ends, *changed], edits={site.name: lambda _: value * 1})
+            found = model.run(other, read=[*ends, *changed], edits=put)
         except _FAILURES:  # a shape in the model follows the input's, and no longer fits
             continue
         # Position embeddings, say, have a single row whatever the batch: they cannot be changed for each example.
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
-            return Restart(site, other if stays else None)
+            return Restart(site, other if stays else None, tuple(beside))
     return None
 
 

@@ -1,0 +1,110 @@
+"""The weight matrices of a transformer's direct paths, from what makes a source's output to what its target is given.
+
+A path's matrix is W_out W_in, with the gains of normalisations folded in and their scales left out: W_out is what the
+source's last product multiplies with (a head's W_O, an MLP's output matrix, the table of an embedding), W_in what the
+target's first one does (W_Q, W_K, W_V, an MLP's input matrix, W_U).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.models.paths.contributions import norm_of, read_matrices
+from circuits.models.paths.residual import Path, Receiver, Sender, Stream
+
+
+def path_norms(stream: Stream, paths: Sequence[Path]) -> Float[np.ndarray, " path"]:
+    """The Frobenius norm of each path's matrix.
+
+    Args:
+        stream: a transformer's residual stream.
+        paths: some of its direct paths.
+
+    Raises:
+        ValueError: if the matrices of an MLP, an embedding or the logits cannot be had.
+    """
+    senders = list(dict.fromkeys(sender for sender, _ in paths))
+    parts = [_shortened(written_matrix(stream, sender)) for sender in senders]
+    rows = torch.cat(parts)
+    owner = torch.tensor([i for i, part in enumerate(parts) for _ in part], device=rows.device)
+    place = {sender: i for i, sender in enumerate(senders)}
+    squares = {}
+    for receiver in dict.fromkeys(receiver for _, receiver in paths):
+        made = (rows @ _shortened(read_matrix(stream, receiver).T).T).square().sum(1)
+        squares[receiver] = made.new_zeros(len(senders)).index_add_(0, owner, made)
+    found = [float(squares[receiver][place[sender]]) for sender, receiver in paths]
+    return np.sqrt(np.array(found))
+
+
+def _shortened(matrix: Float[Tensor, "row d_model"]) -> Float[Tensor, "at_most_d_model d_model"]:
+    """A matrix with the same products of columns, and so the same norm behind any other, of at most d_model rows."""
+    if len(matrix) <= matrix.shape[1]:
+        return matrix
+    return torch.linalg.qr(matrix, mode="r").R
+
+
+def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_model"]:
+    """What a sender's activations are multiplied with as they are added to the stream; float64.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    layer = sender.layer
+    if sender.kind == "head":
+        matrix = stream.matrix("W_O", layer)[sender.head].double()
+        return _folded(stream, stream.norm("ln1_post", layer), matrix)
+    if sender.kind == "mlp":
+        matrix = _neurons(stream, layer)[1].double()
+        return _folded(stream, stream.norm("ln2_post", layer), matrix)
+    if sender.kind == "position":
+        return stream.parts.positions().detach().double()
+    return _token_table(stream)
+
+
+def _token_table(stream: Stream) -> Float[Tensor, "token d_model"]:
+    """The table of the tokens' embedding, with the factor that some models (Gemma) multiply it with."""
+    table = stream.parts.embedding().detach().double()
+    tokens = stream.model.input.example(1)
+    site = stream.output_site(Sender("token"))
+    made = stream.model.run(tokens, read=[site])[site].double()
+    rows = table[tokens]
+    return table * (made.norm() / rows.norm()) if bool(rows.any()) else table
+
+
+def _folded(stream: Stream, norm: nn.Module | None, matrix: Tensor) -> Tensor:
+    return matrix if norm is None else stream.measured(norm).linear(matrix)
+
+
+def read_matrix(stream: Stream, receiver: Receiver) -> Float[Tensor, "d_model inner"]:
+    """What the stream is multiplied with as a receiver reads it, the gain of its normalisation included; float64.
+
+    Of a gated MLP it is the matrix of the product that does not pass the activation function.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    if receiver.kind == "logits":
+        matrix = stream.parts.unembedding()[0]
+    elif receiver.kind == "mlp":
+        matrix = _neurons(stream, receiver.layer)[0]
+    else:
+        matrix = read_matrices(stream, [receiver])[0]
+    norm = norm_of(stream, receiver)
+    read = matrix.detach().double()
+    return read if isinstance(norm, nn.Identity) else stream.measured(norm).adjoint(read.T).T
+
+
+def _neurons(stream: Stream, layer: int) -> tuple[Tensor, Tensor]:
+    """W_in and W_out of a layer's MLP."""
+    found = stream.parts.neurons(layer)
+    if found is None:
+        raise ValueError(
+            f"method weights: the MLP of layer {layer} of {stream.model.name} has no two matrices in a row; expected "
+            "the method activations"
+        )
+    return found

@@ -1,0 +1,127 @@
+"""Whether the same circuit is found again on other examples of the same task.
+
+Scores are kept by example, so that another draw of examples needs no second run of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from circuits.discovery.graphs import Edge
+from circuits.discovery.results import EdgeScores
+from circuits.files import finite
+
+DRAWS = 100
+"""How many bootstraps are searched."""
+
+STABLE = 0.8
+"""The mean Jaccard index of bootstraps from which a search counts as stable (a bar that Méloux et al. propose)."""
+
+Choose = Callable[[Float[np.ndarray, " edge"]], Bool[np.ndarray, " edge"]]
+"""A search: from the mean score of each edge to the edges that are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """How much circuits that were found on other draws of the examples have in common.
+
+    Attributes:
+        shares: for each edge of the circuit, the share of bootstraps in which it was found.
+        jaccard: the mean Jaccard index of two bootstraps: the share of the edges of either that are in both.
+        halves: the mean Jaccard index of circuits found on two halves of the examples without one in common.
+        by_chance: that of two random circuits of these sizes, about.
+        draws: how many bootstraps there were.
+        n_clusters: the number of independent examples that were drawn from.
+    """
+
+    shares: dict[Edge, float]
+    jaccard: float
+    halves: float
+    by_chance: float
+    draws: int
+    n_clusters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return finite({
+            "jaccard": self.jaccard, "halves": self.halves, "by_chance": self.by_chance, "draws": self.draws,
+            "n_clusters": self.n_clusters,
+            "shares": [{"edge": " -> ".join(e), "share": s} for e, s in self.shares.items()],
+        })  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """How stable the circuit is, in words."""
+        always = sum(share >= 0.95 for share in self.shares.values())
+        word = "stable" if self.jaccard >= STABLE else "not stable"
+        yield (
+            f"{word}: circuits of {self.draws} bootstraps have a mean Jaccard index of {self.jaccard:.2f}, of disjoint "
+            f"halves {self.halves:.2f} (by chance {self.by_chance:.2f}); {always} of {len(self.shares)} edges are in "
+            "95 % of them or more"
+        )
+
+
+def stability(
+    scores: EdgeScores,
+    circuit: Bool[np.ndarray, " edge"],
+    choose: Choose,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Stability:
+    """Search again on bootstraps of the examples, and on disjoint halves.
+
+    Examples of one template instance are drawn together, since they are not independent.
+
+    Args:
+        scores: the scores by example.
+        circuit: the edges that were found on all examples.
+        choose: the search.
+        draws: how many bootstraps.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there are fewer than two independent examples, or fewer than two draws.
+    """
+    _, clusters = np.unique(np.asarray(scores.clusters), return_inverse=True)
+    n = int(clusters.max()) + 1
+    if n < 2 or draws < 2:
+        raise ValueError(
+            f"stability needs at least 2 draws of at least 2 independent examples: got {draws} of {n}"
+        )
+    member = np.zeros((n, len(clusters)))
+    member[clusters, np.arange(len(clusters))] = 1
+    sums, counts = member @ scores.values, member.sum(1)
+    rng = np.random.default_rng(seed)
+
+    def found(times: Float[np.ndarray, " cluster"]) -> Bool[np.ndarray, " edge"]:
+        return choose((times @ sums) / (times @ counts))
+
+    drawn = np.stack(
+        [found(rng.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(draws)]
+    )
+    halves = []
+    for _ in range(max(1, draws // 10)):
+        first = np.zeros(n)
+        first[rng.permutation(n)[: n // 2]] = 1
+        halves.append(_jaccard(found(first), found(1 - first)))
+    both = drawn.astype(float) @ drawn.T
+    sizes = np.diag(both)
+    either = sizes[:, None] + sizes[None] - both
+    pairs = np.triu_indices(draws, 1)
+    mean = float((both[pairs] / np.maximum(either[pairs], 1)).mean())
+    size, total = float(sizes.mean()), drawn.shape[1]
+    twice = size * size / total
+    own = np.flatnonzero(circuit)
+    shares = drawn[:, own].mean(0).tolist()
+    return Stability(
+        {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
+        float(np.mean(halves)), twice / max(2 * size - twice, 1e-12), draws, n,
+    )  # fmt: skip
+
+
+def _jaccard(a: Bool[np.ndarray, " edge"], b: Bool[np.ndarray, " edge"]) -> float:
+    return float((a & b).sum() / max(1, (a | b).sum()))
