@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from shlex import quote
-from typing import Literal, ParamSpec
+from typing import Literal, ParamSpec, TypeVar
 
 import streamlit as st
 
@@ -28,8 +28,8 @@ AGAIN = "run again for what was recalled"
 """In a session whose page runs once more though nobody asked for it: what it has said has to be said again."""
 
 TITLES: Mapping[str, str] = {
-    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "circuit": "Circuit", "edits": "Edits",
-    "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
+    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "find": "Find circuits", "circuit": "Circuit",
+    "edits": "Edits", "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
 }  # fmt: skip
 """The pages by their path in the URL."""
 
@@ -108,17 +108,11 @@ def choose(
     sidebar: bool = True,
 ) -> str:
     """A select box whose choice is the URL's `parameter`; `show` says how options look."""
-    key, odd = f"choose-{parameter}", f"odd-{parameter}"
+    key = f"choose-{parameter}"
     wanted = st.query_params.get(parameter)
-    if wanted is not None and wanted not in options:
-        st.session_state[odd] = (
-            f"There is no {label.lower()} {code(wanted[:80])} here: showing {code(options[0])}."
-        )
-        wanted = None
-    elif AGAIN not in st.session_state:
-        st.session_state.pop(odd, None)
-    if odd in st.session_state:
-        st.warning(st.session_state[odd])
+    known = wanted is None or wanted in options
+    _say_if_odd(label, parameter, known, options[0])
+    wanted = wanted if known else None
     value = wanted or options[0]
     st.session_state[key] = value
     st.query_params[parameter] = value
@@ -128,6 +122,45 @@ def choose(
 
     with st.sidebar if sidebar else nullcontext():
         return st.selectbox(label, options, key=key, on_change=changed, format_func=show)
+
+
+N = TypeVar("N", int, float)
+
+
+def choose_number(label: str, low: N, high: N, default: N, parameter: str) -> N:
+    """A field for a number whose value is the URL's `parameter`; a whole number if the default is one."""
+    key = f"choose-{parameter}"
+    try:
+        value = type(default)(st.query_params.get(parameter, default))
+    except (ValueError, OverflowError):
+        value = None
+    known = value is not None and low <= value <= high
+    _say_if_odd(label, parameter, known, str(default))
+    shown = value if value is not None and known else default
+    st.session_state[key] = shown
+    st.query_params[parameter] = str(shown)
+
+    def changed() -> None:
+        st.query_params[parameter] = str(st.session_state[key])
+
+    step, form = (1, "%d") if isinstance(default, int) else (None, "%.4g")
+    return type(default)(
+        st.number_input(label, low, high, step=step, format=form, key=key, on_change=changed)
+    )
+
+
+def _say_if_odd(label: str, parameter: str, known: bool, shown: str) -> None:
+    """Say that the URL asks for what is not there, as long as the page shows something else instead."""
+    odd = f"odd-{parameter}"
+    if not known:
+        wanted = st.query_params[parameter]
+        st.session_state[odd] = (
+            f"There is no {label.lower()} {code(wanted[:80])} here: showing {code(shown)}."
+        )
+    elif AGAIN not in st.session_state:
+        st.session_state.pop(odd, None)
+    if odd in st.session_state:
+        st.warning(st.session_state[odd])
 
 
 def choose_model() -> tuple[ModelRecord, HookedModel] | None:

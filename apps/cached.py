@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,11 @@ from circuits.attribution.channels import ChannelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.concepts import Bottleneck, Intervention, intervene, train_bottleneck
 from circuits.concepts.bottleneck import Accuracy, InterventionReport
+from circuits.discovery import Discovery, EdgeGraph, discover, edge_graph
+from circuits.discovery.found import Stage
+from circuits.discovery.runs import Ablation
+from circuits.discovery.scoring import Method as ScoringMethod
+from circuits.discovery.searching import Search
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
@@ -68,6 +74,9 @@ TURN = 10.0
 
 KEPT = 512
 """Reports of edits that are kept."""
+
+FOUND = 16
+"""Circuits that were found that are kept, with the scores of all edges on all examples."""
 
 RANDOM = 19
 """Random edits that a page compares with, where an answer is wanted soon; the command line takes more."""
@@ -155,24 +164,27 @@ def tasks_of(model: HookedModel) -> list[str]:
 
 @st.cache_resource(show_spinner="Making the task…", max_entries=64)
 def _task(
-    model_hash: str, name: str, n: int, data_hash: str, _model: HookedModel, _store: ActivationStore | None
+    model_hash: str, name: str, n: int, seed: int, data_hash: str, _model: HookedModel,
+    _store: ActivationStore | None,
 ) -> Task:  # fmt: skip
     if name not in STATED:
-        return load_task(_model, name, n=n)
+        return load_task(_model, name, n=n, seed=seed)
     assert _store is not None, "these tasks need data"
     source = examples_of(_model, _store).source
     labels = labels_of(_model, _store) if name == "classes" else None
     return of_examples(Examples(_model, source, n, labels=labels, skip_bad=True).readable())
 
 
-def task_of(model: HookedModel, name: str, n: int, store: ActivationStore | None) -> Task:
-    """A task by name; of those that examples state by themselves, on what a store was made from.
+def task_of(
+    model: HookedModel, name: str, n: int, store: ActivationStore | None = None, seed: int = 0
+) -> Task:
+    """A task by name; of those that examples state by themselves, on what a store was made from (without a seed).
 
     Raises:
         ValueError, OSError: if it does not fit the model, or the examples are gone or have changed.
     """
     data_hash = "" if store is None else store.provenance.data_hash
-    return _task(model.intact_hash, name, n, data_hash, model, store)
+    return _task(model.intact_hash, name, n, seed, data_hash, model, store)
 
 
 def field_of(model: HookedModel, site: str) -> ReceptiveField:
@@ -280,6 +292,72 @@ def measured(
     if key not in kept and progress is not None:
         kept[key] = measure(model, recipe, task, n_random=RANDOM, progress=progress)
         while len(kept) > KEPT:
+            kept.popitem(last=False)
+    return kept.get(key)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How a circuit is looked for; see `circuits.discovery.discover`.
+
+    Attributes:
+        method: how edges are scored.
+        search: how they are chosen.
+        size: how many are kept.
+        threshold: of `acdc`.
+        ablation: what edges outside the circuit carry.
+        seed: of everything random.
+        sites: of a convolutional network: those between which edges are wanted.
+    """
+
+    method: ScoringMethod
+    search: Search
+    size: int | None
+    threshold: float | None
+    ablation: Ablation
+    seed: int
+    sites: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As `discover` takes them, without the method."""
+        own = {f: getattr(self, f) for f in ("search", "size", "threshold", "ablation", "seed")}
+        return {name: value for name, value in own.items() if value is not None}
+
+
+@st.cache_resource(show_spinner="Looking for the model's edges…", max_entries=16)
+def _edges(model_hash: str, sites: tuple[str, ...], _model: HookedModel) -> EdgeGraph:
+    return edge_graph(_model, sites)
+
+
+def edges_of(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
+    """The edges between the parts of a model.
+
+    Raises:
+        ValueError, KeyError: if they cannot be found, or there is no such site.
+    """
+    return _edges(model.intact_hash, tuple(sites), model)
+
+
+@st.cache_resource(show_spinner=False)
+def _discoveries() -> OrderedDict[tuple[object, ...], Discovery]:
+    return OrderedDict()
+
+
+def discovered(
+    model: HookedModel, task: Task, how: Finding, stage: Stage | None = None
+) -> Discovery | None:
+    """The circuit of a task with the evidence for it; without `stage` only if it is known already.
+
+    Raises:
+        ValueError: if a setting is out of range, or the task does not fit.
+    """
+    kept = _discoveries()
+    key = (model.intact_hash, task.hash, task.seed, how)
+    if key not in kept and stage is not None:
+        graph = edges_of(model, how.sites)
+        kept[key] = discover(graph, task, how.method, n_random=RANDOM, stage=stage, **how.settings)
+        while len(kept) > FOUND:
             kept.popitem(last=False)
     return kept.get(key)
 

@@ -141,6 +141,7 @@ def pages(place: Workspace) -> Iterator[tuple[str, dict[str, str]]]:
         yield "edits", {"model": model, "on": NAMES[0]}
         yield "yours", {**here, "text": NAMES[1]}
         yield "jobs", {**here, "do": "harvest"}
+        yield "find", {**here, "sites": NAMES[2], "task": NAMES[3], "size": NAMES[4]}
     yield "site", {"model": eyes, "site": "c", "as": "map"}
     yield "site", {"model": eyes, "site": "c", "as": "sheet"}
 
@@ -151,5 +152,6 @@ def asked() -> Iterator[tuple[str, dict[str, str]]]:
         ("unit", "model site unit data"), ("site", "model site as data"), ("compare", "unit other model other_model"),
         ("circuit", "unit"), ("circuit", "circuit version"), ("edits", "on watch from"), ("yours", "from text site"),
         ("concepts", "sae"), ("jobs", "model do site"), ("circuit", "circuit"),
+        ("find", "model task method search seed sites"),
     ):  # fmt: skip
         yield view, {name: NAMES[(i + len(view)) % 9] for i, name in enumerate(parameters.split())}

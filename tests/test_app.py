@@ -7,10 +7,13 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 
@@ -19,6 +22,7 @@ from apps.address import TITLES
 from apps.tab_storage import RECALLED
 from circuits.cli.main import run
 from circuits.concepts import name_unit, names_of
+from circuits.discovery import Discovery, EdgeGraph, edge_graph, edges_of
 from circuits.edits.activations import zero
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
@@ -27,15 +31,19 @@ from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
 from circuits.graph import CircuitGraph
 from circuits.graph.formats import to_node_link
+from circuits.graph.saved import load_circuit
 from circuits.harvesting import harvest
 from circuits.models.zoo.loading import load_model
 from circuits.stimuli.images import to_image
 from circuits.stimuli.sources import open_source
 from circuits.stimuli.texts import TextSource
+from circuits.tasks import Task
+from circuits.tasks.builtin import load_task
 from circuits.units import Unit
 from circuits.weights import build_graph
 from circuits.workspace import ModelRecord, Workspace
-from tests import hostile
+from tests import canned, hostile
+from tests.commands import given
 from tests.markdown import live
 
 pytestmark = pytest.mark.usefixtures("fewer_drawings")
@@ -502,6 +510,209 @@ def test_a_circuit_is_drawn_changed_and_compared(built: Workspace, monkeypatch) 
     assert "version 'x1' of a circuit is not a whole number" in read(odd.error[0])
 
 
+# --- circuits that are found ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[Task, Discovery]:
+    """A circuit of ten edges, with numbers made up."""
+    model = load_model("induction")
+    task = load_task(model, "repeats", n=16)
+    return task, canned.discovery(edge_graph(model), task)
+
+
+@pytest.fixture
+def finding(found: tuple[Task, Discovery], monkeypatch) -> list[dict[str, Any]]:
+    """Finding takes no time; with which settings it was asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def at_once(graph: EdgeGraph, task: Task, method: str, **settings: Any) -> Discovery:
+        assert task.hash == found[0].hash
+        asked.append({"method": method, **settings})
+        for stage in ("scores", "agreement", "search", "evaluation"):
+            settings["stage"](stage)(1, 2)
+        return found[1]
+
+    monkeypatch.setattr("apps.cached.discover", at_once)
+    return asked
+
+
+ASKED = {"model": "induction", "n": "16", "method": "eap"}
+"""With a size of its own in each test: what was found is kept for all."""
+
+
+def test_a_circuit_is_found_and_shown_with_its_evidence(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    test = page(built, monkeypatch, "find", **ASKED, size="10")
+    assert not test.exception
+    assert "Edges by score" not in text(test)
+    assert "106 edges between heads and MLPs" in text(test)
+    test.button(key="find-run").click().run()
+    assert not test.exception
+    (asked,) = finding
+    wanted = {"method": "eap", "search": "greedy", "size": 10, "ablation": "counterpart", "seed": 0}
+    assert wanted.items() <= asked.items()
+    made = found[1].evaluation
+    rows = next(d.value for d in test.dataframe if "p" in d.value).set_index("of")
+    assert rows.loc["circuit", "f"] == pytest.approx(made.faithfulness.value)
+    assert rows.loc["random circuits (3)", "f"] == pytest.approx(np.mean(made.random_faithfulness))
+    edges = next(d.value for d in test.dataframe if "score" in d.value)
+    order = found[1].scores.order()
+    assert list(edges["edge"][:5]) == [" -> ".join(found[1].scores.edges[i]) for i in order[:5]]
+    assert "not stable: circuits of 100 bootstraps have a mean Jaccard index of 0.75" in text(test)
+    assert "(find half)" in text(test)
+    assert "(test half)" in text(test)
+    again = page(built, monkeypatch, "find", **ASKED, size="10")
+    assert "Edges by score" in text(again), "it is kept"
+    assert len(finding) == 1
+    said = next(read(c) for c in test.caption if "The same:" in c.value)
+    asked["n_random"] = 19
+    told = given("discovering.found_circuit", *shlex.split(said.partition("circuits ")[2]))
+    assert {k: told[k] for k in asked if k != "stage"} == {
+        k: asked[k] for k in asked if k != "stage"
+    }
+    assert told["task"].hash == found[0].hash
+    monkeypatch.setattr(
+        "circuits.discovery.discover", lambda *_, **more: finding.append(more) or found[1]
+    )
+    exec(compile(test.code[0].value, "copied", "exec"), {})
+    assert finding[1].items() <= asked.items()
+
+
+def test_unreliable_scores_are_called_so(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    assert found[1].checked is not None
+    for causes, said in (
+        (("the scores [are](http://a.example) bad", "few"), ["Unreliable here: the scores"]),
+        ((), []),
+    ):
+        checked = replace(found[1].checked, causes=causes)
+        monkeypatch.setattr(
+            "apps.cached.discover", lambda *_, c=checked, **__: replace(found[1], checked=c)
+        )
+        test = page(built, monkeypatch, "find", **ASKED, size=str(12 + len(causes)))
+        test.button(key="find-run").click().run()
+        assert not test.exception
+        assert [read(w)[: len("Unreliable here: the scores")] for w in test.warning] == said
+        assert ("nothing speaks against these scores" in text(test)) == (not causes)
+
+
+def test_the_strongest_edges_are_saved_and_opened(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    made = found[1].evaluation
+    test = page(built, monkeypatch, "find", **ASKED, size="11", edges="16")
+    test.button(key="find-run").click().run()
+    connected, f = next((c, f) for size, c, f, _ in made.by_size() if size == 16)
+    assert test.select_slider(key="find-edges").value == 16
+    assert f"The 16 strongest edges, of which {connected} lie on a path" in text(test)
+    assert f"faithfulness {f:.3f}" in text(test)
+    test.select_slider(key="find-edges").set_value(25).run()
+    assert test.query_params["edges"] == "25"
+    test.select_slider(key="find-edges").set_value(16).run()
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "apps.panels.discoveries.open_page",
+        lambda page, **choices: opened.append({"page": page, **choices}),
+    )
+    for key, name, n in (("size", "sixteen", connected), ("own", "ten", len(made.edges))):
+        test.text_input(key="find-name").set_value(name)
+        test.button(key=f"find-save-{key}").click().run()
+        assert not test.exception
+        assert opened.pop() == {
+            "page": "circuit",
+            "model": "induction",
+            "circuit": name,
+            "version": 1,
+        }
+        saved = load_circuit(built.database, name, load_model("induction").hash)
+        assert len(edges_of(saved)) == n
+        drawn = page(built, monkeypatch, "circuit", model="induction", circuit=name)
+        assert not drawn.exception
+        assert "found on repeats (find half): scores by eap" in text(drawn)
+    test.text_input(key="find-name").set_value("")
+    test.button(key="find-save-own").click().run()
+    assert "name" in read(test.error[0])
+    assert not opened
+
+
+def test_what_cannot_be_found_is_said_in_one_line(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "find", guard=True, model="cleanroom", sites="line, curv")
+    assert [read(e) for e in test.error] == [
+        "unknown site of cleanroom 'curv': did you mean curve, curve_pre_relu?"
+    ]
+    test.text_input(key="find-sites").set_value("line, curve").run()
+    assert not test.error
+    assert test.query_params["sites"] == "line, curve"
+    assert "edges between channels" in text(test)
+    odd = page(
+        built, monkeypatch, "find", model="induction", n="16", size="9999", seed="x", method="magic"
+    )
+    assert not odd.exception
+    assert {
+        "There is no size 9999 here: showing 26.", "There is no seed x here: showing 0.",
+        "There is no method magic here: showing eap-ig.",
+    } == {read(w) for w in odd.warning}  # fmt: skip
+    assert odd.query_params["size"] == "26"
+
+
+def test_a_refusal_is_said_once_and_nothing_starts_again(
+    built: Workspace, finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    tried = []
+
+    def refuse(*_: Any, **__: Any) -> Discovery:
+        tried.append(1)
+        raise ValueError("the score of 0.1 -> logits is not finite")
+
+    monkeypatch.setattr("apps.cached.discover", refuse)
+    test = page(built, monkeypatch, "find", guard=True, **ASKED, size="15")
+    test.button(key="find-run").click().run()
+    assert not test.exception
+    assert [read(e) for e in test.error] == ["the score of 0.1 -> logits is not finite"]
+    test.run()
+    assert not test.error
+    assert test.button(key="find-run")
+    assert tried == [1]
+
+
+def test_a_stopped_run_goes_on_unless_it_was_cancelled(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    """A run of the page is stopped by a newer one, which the tab's answer may ask for as well as a person."""
+    stopped = []
+
+    def stop(*_: Any, **__: Any) -> Discovery:
+        stopped.append(1)
+        st.stop()
+
+    monkeypatch.setattr("apps.cached.discover", stop)
+    test = page(built, monkeypatch, "find", **ASKED, size="17")
+    test.button(key="find-run").click().run()
+    assert "find-run" not in [b.key for b in test.button]
+    test.button(key="find-cancel").click().run()
+    assert test.button(key="find-run")
+    assert stopped == [1]
+    test.button(key="find-run").click().run()
+    monkeypatch.setattr("apps.cached.discover", lambda *_, **__: found[1])
+    test.run()
+    assert "Edges by score" in text(test)
+
+
+def test_acdc_takes_a_threshold(
+    built: Workspace, finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    test = page(built, monkeypatch, "find", **{**ASKED, "search": "acdc", "threshold": "0.5"})
+    test.button(key="find-run").click().run()
+    assert finding[0]["threshold"] == 0.5
+    assert "size" not in finding[0]
+    test.number_input(key="choose-threshold").set_value(0.25).run()
+    assert test.query_params["threshold"] == "0.25"
+    assert test.button(key="find-run").label == "Find the circuit", "another one"
+
+
 def test_ones_own_text_and_what_is_responsible(built: Workspace, monkeypatch) -> None:
     test = page(
         built,
@@ -607,7 +818,7 @@ def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch)
     sources = [ast.parse(path.read_text()) for path in Path(apps.__file__).parent.rglob("*.py")]
     own = {n.value for tree in sources for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     seen = set()
-    shown = [*hostile.pages(place)][:11] + [*hostile.asked()][:5]  # `test_browser` sees all
+    shown = [*hostile.pages(place)][:12] + [*hostile.asked()][:5]  # `test_browser` sees all
     assert {view for view, _ in shown} == set(TITLES)
     for view, query in shown:
         test = page(place, monkeypatch, view, guard=True, **query)

@@ -469,6 +469,40 @@ def test_a_circuit_is_grown_saved_and_opened_again(server: str, page: Page) -> N
     expect(page.get_by_role("link", name="mine (version 1)")).to_be_visible()
 
 
+def test_a_circuit_is_found_and_opened_on_the_canvas(server: str, page: Page) -> None:
+    button = page.get_by_role("button", name="Find the circuit")
+    cancel = page.get_by_role("button", name="Cancel")
+    page.goto(f"{server}/find?model=induction&n=256&size=20")
+    button.click()
+    cancel.click()
+    expect(button).to_be_visible()
+    expect(cancel).to_have_count(0)
+    quiet(page)
+    expect(page.get_by_role("heading", name="Edges by score")).to_have_count(0)
+    pick(page, "Examples", "16")
+    assert "n=16" in page.url
+    button.click()
+    expect(page.get_by_role("heading", name="Edges by score")).to_be_visible()
+    expect(cancel).to_have_count(0)
+    quiet(page)
+    expect(button).to_have_count(0)
+    expect(page.locator(".st-key-faithfulness svg.marks")).to_be_visible()
+    shoot(page, "found-circuit")
+    connected = int(number(caption(page, "strongest edges, of which").inner_text(), "of which"))
+    page.get_by_label("Name", exact=True).fill("found here")
+    page.get_by_label("Name", exact=True).press("Enter")
+    quiet(page)
+    page.get_by_role("button", name="Save the strongest").click()
+    expect(page.get_by_role("heading", name="Circuit", exact=True)).to_be_visible()
+    said = caption(page, "found on repeats (find half)").inner_text()
+    assert f"{connected} edges" in said
+    assert "circuit=found+here" in page.url or "circuit=found%20here" in page.url
+    page.wait_for_function("document.querySelector('.circuit-canvas')?.cy?.edges().length > 0")
+    edges = "document.querySelector('.circuit-canvas').cy.edges().length"
+    assert page.evaluate(edges) == connected
+    quiet(page)
+
+
 def test_a_key_leads_to_the_search_which_finds_classes(server: str, page: Page) -> None:
     page.goto(f"{server}/unit?model=shapes&site=mixed3b&unit=200")
     expect(page.get_by_role("button", name="next →")).to_be_visible()  # the sidebar is drawn last

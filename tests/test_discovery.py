@@ -21,6 +21,7 @@ from circuits.discovery import (
     greedy,
     refine,
     score_edges,
+    strongest_circuit,
     top,
 )
 from circuits.discovery.evaluating import ladder, log_mean
@@ -193,6 +194,21 @@ def test_every_search_finds_the_addition_circuit(search: Any) -> None:
     assert found.evaluation.complement_faithfulness.value == 0
     assert found.evaluation.smallest == 3
     assert found.checked is None
+
+
+def test_the_strongest_edges_of_a_ranking_are_a_circuit_where_they_make_a_path() -> None:
+    model = load_model("addition-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=16, seed=1)
+    found = discover(graph, task, "exact", size=3, n_random=0)
+    made = strongest_circuit(graph, found, task, 3)
+    assert set(edges_of(made)) == ADDITION
+    assert made.graph["made"]["size"] == 3
+    assert (made.graph["made"]["search"], made.graph["made"]["task_hash"]) == ("top", task.hash)
+    assert len(edges_of(strongest_circuit(graph, found, task, 21))) == 21
+    with pytest.raises(ValueError, match=r"^size 1: the strongest edges make no path"):
+        strongest_circuit(graph, found, task, 1)
+    with pytest.raises(ValueError, match=r"size 22: addition-by-hand has 21 edges"):
+        strongest_circuit(graph, found, task, 22)
 
 
 def test_evaluation_compares_with_random_circuits_and_shows_the_optimism() -> None:

@@ -55,7 +55,7 @@ MARKDOWN: Mapping[str, tuple[int, ...]] = {
             "exception", "toast", "badge", "button", "form_submit_button", "download_button", "link_button",
             "checkbox", "toggle", "slider", "select_slider", "text_input", "text_area", "number_input", "selectbox",
             "multiselect", "file_uploader", "date_input", "color_picker", "expander", "popover", "spinner", "status",
-            "dialog", "chat_message", "action", "choose", "table", "feedback", "latex",
+            "dialog", "chat_message", "action", "choose", "choose_number", "table", "feedback", "latex",
         ),
         (0,),
     ),
@@ -74,7 +74,8 @@ PLAIN_OPTIONS = {"selectbox", "multiselect", "choose", "select_slider"}
 
 TAKEN = {
     "address.py choose label": "is checked at its calls",
-    "address.py choose st.session_state[odd]": "is made with code() in it",
+    "address.py choose_number label": "is checked at its calls",
+    "address.py _say_if_odd st.session_state[odd]": "is made with code() in it",
     "address.py action label": "is checked at its calls",
     "address.py action help": "is checked at its calls",
     "address.py action what": "what a click returns, which is checked where it is made",

@@ -13,6 +13,7 @@ from apps import cached, drawing
 from apps.address import TROUBLE, action, code, line, link, named, plain
 from apps.drawing import Drawing
 from apps.showing import show
+from circuits.discovery.results import SIZES
 from circuits.figures import circuit_figure, figure_bytes, matrix_figure
 from circuits.figures.saving import Format
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, circuit_diff
@@ -61,6 +62,24 @@ def _changes(
         drawing.change(record.hash, change(now.graph))
 
     action(label, changed, key, form=form)
+
+
+def legend_panel(record: ModelRecord, shown: CircuitGraph) -> None:
+    """What the canvas shows: weights, or edges that were found."""
+    counted = f"{len(shown)} nodes, {shown.number_of_edges():d} edges"
+    wide = "An edge is as wide as it is strong, relative to the strongest of its kind."
+    made = shown.graph.get("made", {})
+    if made.get("by") == "discover":
+        method, metric = made.get("method"), made.get("metric")
+        colours = f"Without a red edge {metric} is higher, without a blue one lower. "
+        said = (
+            f"{counted} of weights {record.hash[:16]}, found on {made.get('task')} (find half): scores by {method}, "
+            f"search {made.get('search')}, {made.get('settings', {}).get('ablation')} ablation, seed "
+            f"{made.get('seed')}. {'' if method in SIZES else colours}{wide}"
+        )
+    else:
+        said = f"{counted} of weights {record.hash[:16]}: red excites, blue inhibits. {wide}"
+    st.caption(plain(said))
 
 
 def selection_panel(

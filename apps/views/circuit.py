@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import streamlit as st
 
 from apps import cached, drawing, tab_storage
-from apps.address import TROUBLE, choose_model, line, name_of, part, plain, python
+from apps.address import TROUBLE, choose_model, line, name_of, part, python
 from apps.canvas import canvas
 from apps.drawing import Drawing
-from apps.panels.circuits import keep_panel, selection_panel, tools_panel
+from apps.panels.circuits import keep_panel, legend_panel, selection_panel, tools_panel
 from circuits.checks import whole
 from circuits.families import saved_families
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
@@ -105,10 +105,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     canvas(
         shown, pictures, names, selected, f"{now.origin} {len(shown)}", on_tap=select, on_move=move
     )
-    st.caption(
-        f"{len(shown)} nodes, {shown.number_of_edges():d} edges of weights {plain(record.hash[:16])}: red excites, "
-        "blue inhibits; an edge is as wide as it is strong, relative to the strongest of its kind."
-    )
+    legend_panel(record, shown)
     selection_panel(record, model, store, shown, st.session_state.get(key, ""))
     keep_panel(record, now, shown)
     start = now.graph.graph.get("made", {}).get("neighbourhood")

@@ -52,7 +52,7 @@ Random = Annotated[int, option(
 def discover(
     model: options.Model,
     task: options.CounterpartTask,
-    output: options.Output,
+    output: options.FigureOutput,
     method: Annotated[Method, option(
         "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
         "clean-corrupted, relp), or, for comparison, by sizes (weights, activations) or at random."
@@ -107,6 +107,7 @@ def discover(
         save_circuit(place.database, save, found.circuit, note)
         model.register(loaded)
     output.show(found, found.tables(top))
+    output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
 
 
 def _graph(model: HookedModel, sites: str) -> EdgeGraph:
@@ -127,7 +128,7 @@ def evaluate(
     model: options.Model,
     circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
     task: options.CounterpartTask,
-    output: options.Output,
+    output: options.FigureOutput,
     version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
@@ -153,6 +154,7 @@ def evaluate(
             progress=progress,
         )
     output.show(made, made.tables(top))
+    output.draw(lambda figures: figures.faithfulness_figure(made))
 
 
 @command(app)

@@ -4,7 +4,7 @@ from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.building import edge_graph
 from circuits.discovery.comparing import Comparison, compare_circuits
 from circuits.discovery.evaluating import Evaluation, evaluate
-from circuits.discovery.found import Discovery, discover, edges_of
+from circuits.discovery.found import Discovery, discover, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
 from circuits.discovery.results import EdgeScores
@@ -37,5 +37,6 @@ __all__ = [
     "refine",
     "score_edges",
     "strongest",
+    "strongest_circuit",
     "top",
 ]

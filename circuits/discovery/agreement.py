@@ -91,12 +91,6 @@ class Checked:
                     "that can be told from 0"
                 )
                 continue
-            if found.n < _FEWEST:
-                yield (
-                    f"agreement with exact {found.direction}: of {len(self.sampled)} edges {found.n} have an effect that "
-                    "can be told from 0"
-                )
-                continue
             r, s = found.spearman, found.signs
             yield (
                 f"agreement with exact {found.direction} on {len(self.sampled)} edges ({found.n} above the noise): "

@@ -142,6 +142,16 @@ class Evaluation:
         """Whether faithfulness means something: the model's own effect can be told from 0."""
         return self.effect.low > 0 or self.effect.high < 0
 
+    @property
+    def undefined(self) -> str:
+        """Why faithfulness means nothing, in words; empty if it is defined."""
+        if self.defined:
+            return ""
+        return (
+            f"faithfulness is undefined: removing every edge moves {self.metric} by {self.effect.value:.3g} (95 % "
+            f"interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
+        )
+
     def _ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
         """A faithfulness with its interval: a ratio of means over the same resamples."""
         if not self.defined:
@@ -268,10 +278,7 @@ class Evaluation:
     def tables(self, top: int = 20) -> Iterator[Table | str]:
         """Faithfulness of the circuit and by size, with what random circuits reach."""
         if not self.defined:
-            yield (
-                f"faithfulness is undefined: removing every edge moves {self.metric} by {self.effect.value:.3g} "
-                f"(95 % interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
-            )
+            yield self.undefined
             return
         f, c = self.faithfulness, self.complement_faithfulness
         rows = [

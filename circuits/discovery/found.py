@@ -264,3 +264,25 @@ def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:
             "the circuit does not say its edges: expected one that `circuits discover` saved"
         )
     return tuple((a, b) for a, b in edges)
+
+
+def strongest_circuit(graph: EdgeGraph, found: Discovery, task: Task, n: int) -> CircuitGraph:
+    """The circuit of the n most important edges, without those on no path from the model's input to its output.
+
+    Args:
+        graph: the model's edges.
+        found: what has scored them, with its ranking.
+        task: the task that they were scored on.
+        n: how many edges.
+
+    Raises:
+        ValueError: if there are not as many edges, or no path is left.
+    """
+    scores, ranking = found.scores, found.circuit.graph["made"]["ranking"]
+    kept = top(graph, importance(scores.mean, scores.better, ranking), n)
+    if not kept.any():
+        raise ValueError(
+            f"size {n}: the strongest edges make no path from the model's input to its output; expected a larger size"
+        )
+    how = {"search": "top", "ranking": ranking, "size": n}
+    return circuit_graph(graph, kept, scores, task, how)

@@ -8,6 +8,7 @@ from circuits.figures.attributions import (
     sanity_figure,
 )
 from circuits.figures.charts import Figure
+from circuits.figures.circuits import faithfulness_figure
 from circuits.figures.edits import ablation_figure, edit_figure
 from circuits.figures.graphs import circuit_figure
 from circuits.figures.localization import (
@@ -43,6 +44,7 @@ __all__ = [
     "check_figure_path",
     "circuit_figure",
     "edit_figure",
+    "faithfulness_figure",
     "families_figure",
     "family_figure",
     "figure_bytes",
