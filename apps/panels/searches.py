@@ -11,6 +11,7 @@ from apps import cached
 from apps.address import TROUBLE, action, choose, choose_number, code, plain, python
 from apps.cached import Finding
 from circuits.discovery import Discovery
+from circuits.discovery.building import parse_sites
 from circuits.discovery.found import SIZE
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method
@@ -91,7 +92,7 @@ def _sites() -> tuple[str, ...]:
         "Sites between whose channels edges are wanted", key="find-sites", on_change=changed, max_chars=400,
         placeholder="in the model's order, separated by commas; SITE:INDEX for single channels",
     )  # fmt: skip
-    return tuple(site.strip() for site in words.split(",") if site.strip())
+    return parse_sites(words)
 
 
 def discovery_panel(model: HookedModel, task: Task, how: Finding) -> Discovery | None:

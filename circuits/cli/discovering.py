@@ -12,7 +12,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.signatures import Within, argument, command, option
-from circuits.discovery.building import edge_graph
+from circuits.discovery.building import edge_graph, parse_sites
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.found import discover as found_circuit
@@ -33,7 +33,7 @@ app = Typer()
 
 Sites = Annotated[str, option(
     "Of a convolutional network: the sites between whose channels edges are wanted, in order, separated by commas; "
-    "SITE:INDEX for single channels."
+    "SITE:1,2,5-9 for some channels."
 )]  # fmt: skip
 Ablating = Annotated[Ablation, option(
     "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
@@ -111,7 +111,7 @@ def discover(
 
 
 def _graph(model: HookedModel, sites: str) -> EdgeGraph:
-    return edge_graph(model, [s.strip() for s in sites.split(",") if s.strip()])
+    return edge_graph(model, parse_sites(sites))
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from circuits.discovery.channels import ChannelGraph
@@ -9,6 +10,23 @@ from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+
+_MORE_UNITS = re.compile(r"[0-9]+(-[0-9]+)?")
+
+
+def parse_sites(text: str) -> tuple[str, ...]:
+    """The sites of a list separated by commas, each with the units that are named behind it.
+
+    >>> parse_sites("conv2d2, mixed3a:1,2,5-9,mixed3b:335")
+    ('conv2d2', 'mixed3a:1,2,5-9', 'mixed3b:335')
+    """
+    found: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        if found and ":" in found[-1] and _MORE_UNITS.fullmatch(part):
+            found[-1] += f",{part}"
+        elif part:
+            found.append(part)
+    return tuple(found)
 
 
 def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
