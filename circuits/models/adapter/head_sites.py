@@ -430,11 +430,15 @@ class _Candidate:
 
 
 def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
-    """The product with weights that a factor comes from, or the sum of several; None if there is none."""
+    """The product with weights that a factor comes from, or the sum of several; None if there is none.
+
+    There is none, either, if something is added on the way that is no product: values that are the stream itself are
+    not what an earlier layer added to it.
+    """
     assert place.value is not None, "an operand is a value"
     products = Products(flow, batches)
     found = products.affines_before(place.value)
-    if not found:
+    if not found or _adds_another(products, place.value):
         return None
     first = min(found, key=lambda affine: affine.first)
     given = batches.apart(first.given, forward=False)
@@ -442,6 +446,19 @@ def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
         return _Candidate(given, first.made, first.first)
     made = _sum_of(products, place.value, {affine.first for affine in found})
     return None if made is None else _Candidate(given, batches.apart(made, forward=True), None)
+
+
+def _adds_another(products: Products, value: Value) -> bool:
+    """Whether on the way from products to a value something is added that depends on the input and is of no product."""
+    flow, stop = products.flow, products.is_product
+    for i in flow.before(value, stop):
+        op = flow.program.operations[i]
+        if stop(i) or short_name(op) not in ADDS:
+            continue
+        for given in flow.dependent.intersection(op.inputs):
+            if not any(stop(j) for j in flow.before(given, stop)):
+                return True
+    return False
 
 
 def _sum_of(products: Products, value: Value, firsts: set[int]) -> Value | None:
