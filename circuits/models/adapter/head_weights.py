@@ -275,6 +275,11 @@ def recomputed(
         weight, bias = matrix(WEIGHTS[letter]), matrix(BIASES[letter])
         if weight is None or letter not in seen.read or name not in seen.made:
             continue
+        if seen.read[letter].shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{where}: the weights of {WORDS[letter]} take vectors of {weight.shape[1]} numbers, and what it reads "
+                f"has {seen.read[letter].shape[-1]}: its {WORDS[letter]} are made of another tensor"
+            )
         made = torch.einsum("...pm,hmd->...phd", seen.read[letter].double(), weight.double())
         made = made if bias is None else made + bias.double()
         yield name, made, seen.made[name]

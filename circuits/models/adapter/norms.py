@@ -157,7 +157,13 @@ def measure_norm(
     drawn = torch.randn(6, width, generator=generator, dtype=torch.float64).to(device)
     scales = torch.logspace(-1, 2, 6, dtype=torch.float64, device=device)[:, None]
     rows = drawn * scales + scales * drawn[:, :1]
-    more, less, twice, *made = _called(module, torch.cat([probe, -probe, 2 * probe, rows]))
+    returned = _called(module, torch.cat([probe, -probe, 2 * probe, rows]))
+    if returned.shape[-1] != width:
+        raise ValueError(
+            f"{name or type(module).__name__} returns {returned.shape[-1]} numbers for a vector of {width}: it is no "
+            "normalisation (where ones are joined to vectors, as for a bias, they are no part of the stream)"
+        )
+    more, less, twice, *made = returned
     # Everything but the bias changes its sign with x.
     bias = (more + less) / 2
     response = more - bias
