@@ -422,6 +422,31 @@ def test_scores_that_are_not_of_a_heads_own_weights_are_refused(
         qk_circuit(model, f"{unit}:1")
 
 
+class Rounded(TwoWidths):
+    """Queries are computed in half precision."""
+
+    def asked(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            q = x @ self.q.weight.T + self.q.bias
+        return self.heads(q.float())
+
+
+def test_rounding_is_told_from_other_weights() -> None:
+    model = two_widths(Rounded())
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    words = r"hook_q of two is off by 0\.00\d+ of .* rounds to half precision on the way, as under"
+    with pytest.raises(ValueError, match=words):
+        qk_circuit(model, f"{unit}:1")
+
+
+def test_offsets_make_no_difference_without_a_stream() -> None:
+    model = two_widths()
+    found = qk_circuit(model, "decoder_blocks.0.cross_attn.hook_z:1", offset=(5, 0, -100))
+    assert found.offsets == (5, 0, -100)
+    assert torch.equal(found.at(5), found.at(0))
+    assert torch.equal(found.at(-100), found.at(0))
+
+
 def test_queries_of_more_than_their_projection_are_shown_and_have_no_weights() -> None:
     model = two_widths(Beside())
     (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]

@@ -332,6 +332,29 @@ class Quartered(Written):
         self.layers[0]["q"] = nn.Sequential(Times(0.25), nn.Linear(16, 16))  # type: ignore[index, operator]
 
 
+class WithOnes(Written):
+    """Biases are a row of the weights of queries, keys and values, which are given ones beside the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "qkv":
+            self.layers[0][name] = Joined(nn.Linear(17, 16, bias=False))  # type: ignore[index, operator]
+
+
+class Joined(nn.Module):
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.cat([x, torch.ones_like(x[..., :1])], -1))
+
+
+def test_ones_that_are_joined_to_vectors_are_no_normalisation() -> None:
+    with pytest.raises(ValueError, match=r"ln1 of written returns 17 numbers for a vector of 16"):
+        ov_circuit(written(WithOnes()), "blocks.0.attn.hook_z:1")
+
+
 class Times(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -358,6 +381,22 @@ def test_heads_that_read_something_else_than_the_stream_are_refused(
     for circuit in (qk_circuit, ov_circuit):
         with pytest.raises(ValueError, match=f"layer 0 of written makes its {words}"):
             circuit(model, "blocks.0.attn.hook_z:1")
+
+
+def test_keys_through_a_narrow_layer_are_of_no_encoder() -> None:
+    """Their heads have circuits all the same, between what each projection is given."""
+    module = Written()
+    module.layers[0]["k"] = nn.Sequential(nn.Linear(16, 7), nn.Linear(7, 16))  # type: ignore[index, operator]
+    model = written(module)
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    with pytest.raises(
+        ValueError, match=r"the keys of \S+ are made of what its queries read by seve"
+    ):
+        stream_of(model)
+    layer: Any = module.layers[0]
+    found = qk_circuit(model, f"{unit}:1").matrix[0]
+    wanted = layer["q"].weight[4:8].T @ layer["k"][1].weight[4:8]
+    torch.testing.assert_close(found, wanted.detach())
 
 
 class AnotherKey(Written):

@@ -699,7 +699,7 @@ def _by_place(
     return (index, of_head) if len(index.unique()) == index.numel() else None
 
 
-def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
+def reads_one(flow: Flow, one: Value, other: Value) -> bool:
     """Whether two values are made of one stream by norms and the like, with no product and no table between."""
 
     def stop(i: int) -> bool:
@@ -721,7 +721,7 @@ def named(
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
+        "q" in p and "k" in p and not reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
     if not any(crossed):

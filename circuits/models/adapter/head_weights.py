@@ -316,7 +316,13 @@ def check_same(what: str, source: str, made: Tensor, found: Tensor) -> None:
     # In half precision the norm before and the result are rounded; sums are not.
     most = max(1e-5, 4 * torch.finfo(found.dtype).eps)
     if not off <= most:  # written so that NaN is refused, too
+        why = "they are not the weights of its heads"
+        if off <= 4 * torch.finfo(torch.bfloat16).eps:
+            why = (
+                "they are not quite the weights of its heads, or the model rounds to half precision on the way, as "
+                "under torch.autocast, which hides the difference"
+            )
         raise ValueError(
             f"{what} is off by {off:.2g} of its size when it is recomputed from the weights that were found "
-            f"(at most {most:.2g}): they are not the weights of its heads"
+            f"(at most {most:.2g}): {why}"
         )

@@ -197,7 +197,7 @@ def _probe(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
     return signs.expand_as(rows)
 
 
-def _called(module: Any, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+def _called(module: Any, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d_out"]:
     """A module's output, computed with its weights in float64 whatever the model's own precision."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     exact = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}
