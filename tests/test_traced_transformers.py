@@ -279,6 +279,31 @@ def test_values_without_weights_are_what_is_weighed() -> None:
         ov_circuit(model, "blocks.1.attn.hook_z:0")
 
 
+def test_values_that_are_what_queries_read_are_changed_alone() -> None:
+    """Without a stream they are what the layer before puts out, which is no projection of the next layer's."""
+
+    class InARow(Written):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            for layer in self.layers:
+                own: Any = layer
+                q, k, v = (self.split(x if n == "v" else own[n](x)) for n in "qkv")
+                x = own["o"](self.reads(q, k, v))
+            return self.unembed(x)
+
+    model = written(InARow(2))
+    tokens = model.input.example(2)
+    read = [f"blocks.1.attn.hook_{part}" for part in ("q", "k", "z")]
+    before = model.run(tokens, read=read)
+    with edited(model, [read_edit(model, "zero blocks.1.attn.hook_v:0")]):
+        after = model.run(tokens, read=read)
+    assert torch.equal(after[read[0]], before[read[0]])
+    assert torch.equal(after[read[1]], before[read[1]])
+    assert not after[read[2]][:, :, 0].any()
+    with pytest.raises(ValueError, match="has no matrix W_V"):
+        ov_circuit(model, "blocks.1.attn.hook_z:0")
+
+
 class Talking(Written):
     def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT / 2

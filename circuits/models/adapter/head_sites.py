@@ -473,6 +473,27 @@ def _sum_of(products: Products, value: Value, firsts: set[int]) -> Value | None:
     return None
 
 
+def _wanted(flow: Flow, batches: Batches, attentions: Sequence[Attention]) -> list[Wanted]:
+    """The products that may be projections of queries, keys and values, with the number of their attention."""
+    wanted: list[Wanted] = []
+    for n, own in enumerate(attentions):
+        places: dict[Letter, Place] = {"q": own.query, "k": own.key, "v": own.value}
+        candidates: dict[Letter, _Candidate] = {
+            letter: found
+            for letter, place in places.items()
+            if (found := _candidate(flow, batches, place)) is not None
+        }
+        # What others are made of is what attention reads, not what a projection of its own makes of that.
+        read = {v for c in candidates.values() for v in _made_of(flow, c.given)}
+        for letter in _LETTERS:
+            own_candidate = candidates.get(letter)
+            if own_candidate is None or own_candidate.made in read:
+                continue
+            if flow.address_of(own_candidate.made) is not None:
+                wanted.append((n, letter, places[letter], own_candidate))
+    return wanted
+
+
 def find_projections(
     module: nn.Module,
     example: Tensor,
@@ -493,12 +514,7 @@ def find_projections(
         points: where functions are watched.
         running: the context in which the model is called.
     """
-    wanted: list[Wanted] = []
-    for n, own in enumerate(attentions):
-        for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
-            found = _candidate(flow, batches, place)
-            if found is not None and flow.address_of(found.made) is not None:
-                wanted.append((n, letter, place, found))
+    wanted = _wanted(flow, batches, attentions)
     made: list[dict[str, Projection]] = [{} for _ in attentions]
     if not wanted:
         return made
@@ -701,19 +717,21 @@ def _by_place(
 
 def reads_one(flow: Flow, one: Value, other: Value) -> bool:
     """Whether two values are made of one stream by norms and the like, with no product and no table between."""
+    return not _made_of(flow, one).isdisjoint(_made_of(flow, other))
+
+
+def _made_of(flow: Flow, value: Value) -> set[Value]:
+    """What a value is made of by norms and the like, with itself: up to the nearest products and tables."""
 
     def stop(i: int) -> bool:
         op = flow.program.operations[i]
         attends = short_name(op) in ("scaled_dot_product_attention", "embedding")
         return attends or flow.product(i) is not None
 
-    def made_of(value: Value) -> set[Value]:
-        found = {value}
-        for i in flow.before(value, stop):
-            found.update(flow.program.operations[i].outputs)
-        return found
-
-    return not made_of(one).isdisjoint(made_of(other))
+    found = {value}
+    for i in flow.before(value, stop):
+        found.update(flow.program.operations[i].outputs)
+    return found
 
 
 def named(
