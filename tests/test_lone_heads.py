@@ -234,10 +234,16 @@ class TwoWidths(nn.Module):
     def turned(self, x: Tensor) -> Tensor:
         return x
 
+    def asked(self, x: Tensor) -> Tensor:
+        return self.heads(self.q(x))
+
+    def scored(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT / 2
+
     def forward(self, tokens: Tensor) -> Tensor:
         x, y = self.wide(tokens), self.narrow(tokens).flip(1)
-        q, k, v = self.turned(self.heads(self.q(x))), self.heads(self.k(y)), self.heads(self.v(y))
-        z = (q @ k.mT / 2).softmax(-1) @ v
+        q, k, v = self.turned(self.asked(x)), self.heads(self.k(y)), self.heads(self.v(y))
+        z = self.scored(q, k).softmax(-1) @ v
         return self.unembed(x + self.o(z.transpose(1, 2).flatten(2)))
 
 
@@ -361,6 +367,109 @@ def test_queries_that_are_turned_by_positions_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"the scores of head 0 are not q \. k .* turned by their"):
         qk_circuit(two_widths(Turned()), "decoder_blocks.0.cross_attn.hook_z:1")
+
+
+class Mixed(TwoWidths):
+    """Scores of a head are made of those of all heads, before the softmax (talking heads)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(4) + 0.5)
+
+    def scored(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.einsum("hg,bgqk->bhqk", self.mix, super().scored(q, k))
+
+
+class Biased(TwoWidths):
+    """Queries have a bias that is added when heads are apart, as the content bias of Transformer-XL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.content = nn.Parameter(torch.randn(4, 4))
+
+    def asked(self, x: Tensor) -> Tensor:
+        return super().asked(x) + self.content[:, None]
+
+
+class Beside(TwoWidths):
+    """Queries are what their projection makes and what it is given."""
+
+    def asked(self, x: Tensor) -> Tensor:
+        return self.heads(self.q(x) + x)
+
+
+class Opposed(TwoWidths):
+    """The scores of one head are multiplied by a negative number."""
+
+    def scored(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scored(q, k) * torch.tensor([1.0, -0.4, 1.0, 1.0])[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (Mixed, r"the scores of head 0 are not q \. k times a constant .*or heads are mixed"),
+        (Biased, r"head 0 scores keys even with queries of zeros: something is added to queries"),
+        (Opposed, r"the scores of head 1 are q \. k times -0\.2, which is not above 0"),
+    ],
+)
+def test_scores_that_are_not_of_a_heads_own_weights_are_refused(
+    made: type[TwoWidths], words: str
+) -> None:
+    model = two_widths(made())
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    with pytest.raises(ValueError, match=words):
+        qk_circuit(model, f"{unit}:1")
+
+
+class Rounded(TwoWidths):
+    """Queries are computed in half precision."""
+
+    def asked(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            q = x @ self.q.weight.T + self.q.bias
+        return self.heads(q.float())
+
+
+def test_rounding_is_told_from_other_weights() -> None:
+    model = two_widths(Rounded())
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    words = r"hook_q of two is off by 0\.00\d+ of .* rounds to half precision on the way, as under"
+    with pytest.raises(ValueError, match=words):
+        qk_circuit(model, f"{unit}:1")
+
+
+def test_offsets_make_no_difference_without_a_stream() -> None:
+    model = two_widths()
+    found = qk_circuit(model, "decoder_blocks.0.cross_attn.hook_z:1", offset=(5, 0, -100))
+    assert found.offsets == (5, 0, -100)
+    assert torch.equal(found.at(5), found.at(0))
+    assert torch.equal(found.at(-100), found.at(0))
+
+
+def test_queries_of_more_than_their_projection_are_shown_and_have_no_weights() -> None:
+    model = two_widths(Beside())
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    tokens = model.input.example(2)
+    module: Any = model.module
+    with torch.no_grad():
+        wanted = module.asked(module.wide(tokens)).transpose(1, 2)
+    site = unit.replace("hook_z", "hook_q")
+    close(model.run(tokens, read=[site])[site], wanted)
+    with pytest.raises(
+        ValueError, match=r"attn of two has no matrix W_Q: its heads have no weights"
+    ):
+        qk_circuit(model, f"{unit}:1")
+
+
+def test_scores_of_a_head_whose_queries_are_zero_are_zero() -> None:
+    model = two_widths()
+    module: Any = model.module
+    with torch.no_grad():
+        module.q.weight[4:8] = 0
+        module.q.bias[4:8] = 0
+    found = qk_circuit(model, "decoder_blocks.0.cross_attn.hook_z:1")
+    assert not found.matrix.any()
 
 
 def test_weights_that_are_not_those_of_the_heads_are_refused(

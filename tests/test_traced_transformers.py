@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from circuits.attribution.logits import direct_logit_attribution
+from circuits.edits.recipes import edited
+from circuits.edits.records import read_edit
 from circuits.experiments.patching import patch_paths
 from circuits.models.adapter.composition import composition_scores, ov, qk
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.transformer import Letter, Transformer
 from circuits.models.paths.routes import stream_of
+from circuits.weights import ov_circuit, qk_circuit
 from tests.attention_models import CASES, Case
 from tests.person_models import CONTEXT, N_VOCAB, NanoGPT
 from tests.transformer_families import bridged
@@ -250,6 +254,218 @@ def test_values_that_are_changed_before_they_are_weighed_have_no_weights_of_thei
     for _ in range(2):  # what was refused once is refused again
         with pytest.raises(ValueError, match=r"blocks\.0\.attn\.hook_z of written is off by"):
             transformer.reads("V", 0, 1)
+
+
+def test_values_without_weights_are_what_is_weighed() -> None:
+    """The stream itself, split into heads, and not what an earlier layer adds to it."""
+    module = Written(2)
+    for layer in module.layers:
+        layer["v"] = nn.Identity()  # type: ignore[index, operator]
+    model = written(module)
+    tokens = model.input.example(2)
+    read = [f"blocks.1.attn.hook_{part}" for part in ("pattern", "v", "z", "q")]
+    found = model.run(tokens, read=[*read, "blocks.1.hook_resid_pre"])
+    pattern, v, z, q = (found[name] for name in read)
+    assert torch.equal(v.flatten(2), found["blocks.1.hook_resid_pre"])
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
+    with edited(model, [read_edit(model, "zero blocks.1.attn.hook_v:0")]):
+        changed = model.run(tokens, read=read[2:])
+    assert torch.equal(changed[read[3]], q)
+    assert not changed[read[2]][:, :, 0].any()
+    assert torch.equal(changed[read[2]][:, :, 1:], z[:, :, 1:])
+    (output,) = [one for one in model.matrices if one.name == "layers.0.o"]
+    assert not [edge.site for edge in output.writes if edge.site.endswith("hook_v")]
+    with pytest.raises(ValueError, match="layer 1 of written has no matrix W_V"):
+        ov_circuit(model, "blocks.1.attn.hook_z:0")
+
+
+def test_values_that_are_what_queries_read_are_changed_alone() -> None:
+    """Without a stream they are what the layer before puts out, which is no projection of the next layer's."""
+
+    class InARow(Written):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            for layer in self.layers:
+                own: Any = layer
+                q, k, v = (self.split(x if n == "v" else own[n](x)) for n in "qkv")
+                x = own["o"](self.reads(q, k, v))
+            return self.unembed(x)
+
+    model = written(InARow(2))
+    tokens = model.input.example(2)
+    read = [f"blocks.1.attn.hook_{part}" for part in ("q", "k", "z")]
+    before = model.run(tokens, read=read)
+    with edited(model, [read_edit(model, "zero blocks.1.attn.hook_v:0")]):
+        after = model.run(tokens, read=read)
+    assert torch.equal(after[read[0]], before[read[0]])
+    assert torch.equal(after[read[1]], before[read[1]])
+    assert not after[read[2]][:, :, 0].any()
+    with pytest.raises(ValueError, match="has no matrix W_V"):
+        ov_circuit(model, "blocks.1.attn.hook_z:0")
+
+
+class Talking(Written):
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT / 2
+        mixed = scores + 0.3 * scores.flip(1) + torch.full(scores.shape[-2:], -1e9).triu(1)
+        return (mixed.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class ContentBias(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.content = nn.Parameter(torch.zeros(4, 4))
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().reads(q + self.content[:, None], k, v)
+
+
+class Negative(Written):
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().reads(q * -1, k, v)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (Talking, r"no bilinear form q R\(offset\) k\^T of a head's own queries and keys"),
+        (ContentBias, r"head 0 scores keys even with queries of zeros: something is added"),
+        (Negative, r"the scores of head 0 are q \. k times -0\.5, which is not above 0"),
+    ],
+)
+def test_scores_that_are_not_of_a_heads_own_weights_are_refused(
+    made: type[Written], words: str
+) -> None:
+    """Heads that are mixed before the softmax, Transformer-XL's content bias, and a negative factor."""
+    with pytest.raises(ValueError, match=f"layer 0 of written: .*{words}"):
+        qk_circuit(written(made()), "blocks.0.attn.hook_z:1")
+
+
+class OfAnotherWidth(Written):
+    """Values are made of what a narrow layer makes of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0]["v"] = nn.Sequential(nn.Linear(16, 7), nn.Linear(7, 16))  # type: ignore[index, operator]
+
+
+class Quartered(Written):
+    """Queries are made of a quarter of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0]["q"] = nn.Sequential(Times(0.25), nn.Linear(16, 16))  # type: ignore[index, operator]
+
+
+class WithOnes(Written):
+    """Biases are a row of the weights of queries, keys and values, which are given ones beside the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "qkv":
+            self.layers[0][name] = Joined(nn.Linear(17, 16, bias=False))  # type: ignore[index, operator]
+
+
+class Joined(nn.Module):
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.cat([x, torch.ones_like(x[..., :1])], -1))
+
+
+def test_ones_that_are_joined_to_vectors_are_no_normalisation() -> None:
+    with pytest.raises(ValueError, match=r"ln1 of written returns 17 numbers for a vector of 16"):
+        ov_circuit(written(WithOnes()), "blocks.0.attn.hook_z:1")
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (
+            OfAnotherWidth,
+            r"values of another tensor .* \(of the shape \(3, \d+, 7\), where that has",
+        ),
+        (Quartered, r"queries of another tensor than the stream before it \(scaled or changed\)"),
+    ],
+)
+def test_heads_that_read_something_else_than_the_stream_are_refused(
+    made: type[Written], words: str
+) -> None:
+    model = written(made())
+    for circuit in (qk_circuit, ov_circuit):
+        with pytest.raises(ValueError, match=f"layer 0 of written makes its {words}"):
+            circuit(model, "blocks.0.attn.hook_z:1")
+
+
+def test_keys_through_a_narrow_layer_are_of_no_encoder() -> None:
+    """Their heads have circuits all the same, between what each projection is given."""
+    module = Written()
+    module.layers[0]["k"] = nn.Sequential(nn.Linear(16, 7), nn.Linear(7, 16))  # type: ignore[index, operator]
+    model = written(module)
+    (unit,) = [site.name for site in model.sites if site.name.endswith("hook_z")]
+    with pytest.raises(
+        ValueError, match=r"the keys of \S+ are made of what its queries read by seve"
+    ):
+        stream_of(model)
+    layer: Any = module.layers[0]
+    found = qk_circuit(model, f"{unit}:1").matrix[0]
+    wanted = layer["q"].weight[4:8].T @ layer["k"][1].weight[4:8]
+    torch.testing.assert_close(found, wanted.detach())
+
+
+class AnotherKey(Written):
+    """A key of zeros, which is of no token (`add_zero_attn`)."""
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([x, torch.zeros_like(x[:, :, :1])], 2) for x in (k, v))
+        return ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Pooled(Written):
+    """Keys and values are means over all tokens but the first, and the first."""
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.stack([x[:, :, 0], x[:, :, 1:].mean(2)], 2) for x in (k, v))
+        return ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Latent(nn.Module):
+    """A number of queries that is learned reads tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.latent = nn.Embedding(N_VOCAB, 16), nn.Parameter(torch.zeros(5, 16))
+        self.inner, self.unembed = Written(), nn.Linear(16, N_VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, y, inner = self.embed(tokens), self.latent.expand(len(tokens), -1, -1), self.inner
+        layer: Any = inner.layers[0]
+        q, k, v = (
+            inner.split(layer[name](given)) for name, given in zip("qkv", (y, x, x), strict=True)
+        )
+        z = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.unembed(y + layer["o"](z))
+
+
+@pytest.mark.parametrize("made", [AnotherKey, Pooled, Latent])
+def test_keys_and_queries_that_are_not_one_for_each_token_are_refused(
+    made: type[nn.Module],
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"positions are merged|not one for each token|no residual"
+    ):
+        qk_circuit(written(made()), "blocks.0.attn.hook_z:1")
 
 
 def test_several_softmaxes_that_weigh_the_same_values_are_no_heads() -> None:

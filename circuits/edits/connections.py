@@ -85,9 +85,10 @@ def _why_nothing(
             continue
         sites = [end.site for m in matrices for end in getattr(m, side)]
         near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
+        known = f"layers {side[:-1]} {near}" if near else f"no layer is known that {side} any site"
         return (
             f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed), "
-            f"but layers {'write' if side == 'writes' else 'read'} {near}"
+            f"{'but' if near else 'and'} {known}"
         )
     return f"{text} directly"
 

@@ -124,8 +124,9 @@ def qk_circuit(
 
     Raises:
         ValueError: if the unit is no head, its weights are not known or not those with which the model computes queries
-            and keys, an offset is above 0 or outside the context, scores are no bilinear form, or `tokens` is asked for
-            and no residual stream is known.
+            and keys, an offset along a stream of tokens is above 0 or outside the context, scores are no bilinear form
+            of the head's own queries and keys or a negative multiple of it, or `tokens` is asked for and no residual
+            stream is known.
     """
     if model.has_stream:
         attends = _along_stream(model, head, tokens, offset, hold_norms)

@@ -430,11 +430,15 @@ class _Candidate:
 
 
 def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
-    """The product with weights that a factor comes from, or the sum of several; None if there is none."""
+    """The product with weights that a factor comes from, or the sum of several; None if there is none.
+
+    There is none, either, if something is added on the way that is no product: values that are the stream itself are
+    not what an earlier layer added to it.
+    """
     assert place.value is not None, "an operand is a value"
     products = Products(flow, batches)
     found = products.affines_before(place.value)
-    if not found:
+    if not found or _adds_another(products, place.value):
         return None
     first = min(found, key=lambda affine: affine.first)
     given = batches.apart(first.given, forward=False)
@@ -442,6 +446,19 @@ def _candidate(flow: Flow, batches: Batches, place: Place) -> _Candidate | None:
         return _Candidate(given, first.made, first.first)
     made = _sum_of(products, place.value, {affine.first for affine in found})
     return None if made is None else _Candidate(given, batches.apart(made, forward=True), None)
+
+
+def _adds_another(products: Products, value: Value) -> bool:
+    """Whether on the way from products to a value something is added that depends on the input and is of no product."""
+    flow, stop = products.flow, products.is_product
+    for i in flow.before(value, stop):
+        op = flow.program.operations[i]
+        if stop(i) or short_name(op) not in ADDS:
+            continue
+        for given in flow.dependent.intersection(op.inputs):
+            if not any(stop(j) for j in flow.before(given, stop)):
+                return True
+    return False
 
 
 def _sum_of(products: Products, value: Value, firsts: set[int]) -> Value | None:
@@ -454,6 +471,27 @@ def _sum_of(products: Products, value: Value, firsts: set[int]) -> Value | None:
             if inside == firsts:
                 return op.outputs[0]
     return None
+
+
+def _wanted(flow: Flow, batches: Batches, attentions: Sequence[Attention]) -> list[Wanted]:
+    """The products that may be projections of queries, keys and values, with the number of their attention."""
+    wanted: list[Wanted] = []
+    for n, own in enumerate(attentions):
+        places: dict[Letter, Place] = {"q": own.query, "k": own.key, "v": own.value}
+        candidates: dict[Letter, _Candidate] = {
+            letter: found
+            for letter, place in places.items()
+            if (found := _candidate(flow, batches, place)) is not None
+        }
+        # What others are made of is what attention reads, not what a projection of its own makes of that.
+        read = {v for c in candidates.values() for v in _made_of(flow, c.given)}
+        for letter in _LETTERS:
+            own_candidate = candidates.get(letter)
+            if own_candidate is None or own_candidate.made in read:
+                continue
+            if flow.address_of(own_candidate.made) is not None:
+                wanted.append((n, letter, places[letter], own_candidate))
+    return wanted
 
 
 def find_projections(
@@ -476,12 +514,7 @@ def find_projections(
         points: where functions are watched.
         running: the context in which the model is called.
     """
-    wanted: list[Wanted] = []
-    for n, own in enumerate(attentions):
-        for letter, place in zip(_LETTERS, (own.query, own.key, own.value), strict=True):
-            found = _candidate(flow, batches, place)
-            if found is not None and flow.address_of(found.made) is not None:
-                wanted.append((n, letter, place, found))
+    wanted = _wanted(flow, batches, attentions)
     made: list[dict[str, Projection]] = [{} for _ in attentions]
     if not wanted:
         return made
@@ -682,21 +715,23 @@ def _by_place(
     return (index, of_head) if len(index.unique()) == index.numel() else None
 
 
-def _reads_one(flow: Flow, one: Value, other: Value) -> bool:
+def reads_one(flow: Flow, one: Value, other: Value) -> bool:
     """Whether two values are made of one stream by norms and the like, with no product and no table between."""
+    return not _made_of(flow, one).isdisjoint(_made_of(flow, other))
+
+
+def _made_of(flow: Flow, value: Value) -> set[Value]:
+    """What a value is made of by norms and the like, with itself: up to the nearest products and tables."""
 
     def stop(i: int) -> bool:
         op = flow.program.operations[i]
         attends = short_name(op) in ("scaled_dot_product_attention", "embedding")
         return attends or flow.product(i) is not None
 
-    def made_of(value: Value) -> set[Value]:
-        found = {value}
-        for i in flow.before(value, stop):
-            found.update(flow.program.operations[i].outputs)
-        return found
-
-    return not made_of(one).isdisjoint(made_of(other))
+    found = {value}
+    for i in flow.before(value, stop):
+        found.update(flow.program.operations[i].outputs)
+    return found
 
 
 def named(
@@ -704,7 +739,7 @@ def named(
 ) -> list[Head]:
     """Attentions with their names: `blocks.N.attn`; in models with an encoder and a decoder those that bridges have."""
     crossed = [
-        "q" in p and "k" in p and not _reads_one(flow, p["q"].given, p["k"].given)
+        "q" in p and "k" in p and not reads_one(flow, p["q"].given, p["k"].given)
         for p in projections
     ]
     if not any(crossed):

@@ -275,6 +275,11 @@ def recomputed(
         weight, bias = matrix(WEIGHTS[letter]), matrix(BIASES[letter])
         if weight is None or letter not in seen.read or name not in seen.made:
             continue
+        if seen.read[letter].shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{where}: the weights of {WORDS[letter]} take vectors of {weight.shape[1]} numbers, and what it reads "
+                f"has {seen.read[letter].shape[-1]}: its {WORDS[letter]} are made of another tensor"
+            )
         made = torch.einsum("...pm,hmd->...phd", seen.read[letter].double(), weight.double())
         made = made if bias is None else made + bias.double()
         yield name, made, seen.made[name]
@@ -311,7 +316,13 @@ def check_same(what: str, source: str, made: Tensor, found: Tensor) -> None:
     # In half precision the norm before and the result are rounded; sums are not.
     most = max(1e-5, 4 * torch.finfo(found.dtype).eps)
     if not off <= most:  # written so that NaN is refused, too
+        why = "they are not the weights of its heads"
+        if off <= 4 * torch.finfo(torch.bfloat16).eps:
+            why = (
+                "they are not quite the weights of its heads, or the model rounds to half precision on the way, as "
+                "under torch.autocast, which hides the difference"
+            )
         raise ValueError(
             f"{what} is off by {off:.2g} of its size when it is recomputed from the weights that were found "
-            f"(at most {most:.2g}): they are not the weights of its heads"
+            f"(at most {most:.2g}): {why}"
         )

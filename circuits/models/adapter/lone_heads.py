@@ -83,7 +83,12 @@ class LoneHead:
     def check_scores(self) -> None:
         """Raise ValueError unless its scores are products of its queries and keys, but for what positions add."""
         query, key, pattern = (f"{self.name}.hook_{part}" for part in ("q", "k", "pattern"))
-        check_bilinear(self.model, f"{self.name} of {self.model.name}", query, key, pattern)
+        heads = range(self.weights.head.attention.n_heads)
+        of_query, of_key = (
+            [self.weights.group(letter, head) for head in heads] for letter in ("Q", "K")
+        )
+        where = f"{self.name} of {self.model.name}"
+        check_bilinear(self.model, where, query, key, pattern, (of_query, of_key))
 
 
 def lone_head(model: Any, unit: str | Unit) -> LoneHead:

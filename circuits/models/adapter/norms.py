@@ -157,7 +157,13 @@ def measure_norm(
     drawn = torch.randn(6, width, generator=generator, dtype=torch.float64).to(device)
     scales = torch.logspace(-1, 2, 6, dtype=torch.float64, device=device)[:, None]
     rows = drawn * scales + scales * drawn[:, :1]
-    more, less, twice, *made = _called(module, torch.cat([probe, -probe, 2 * probe, rows]))
+    returned = _called(module, torch.cat([probe, -probe, 2 * probe, rows]))
+    if returned.shape[-1] != width:
+        raise ValueError(
+            f"{name or type(module).__name__} returns {returned.shape[-1]} numbers for a vector of {width}: it is no "
+            "normalisation (where ones are joined to vectors, as for a bias, they are no part of the stream)"
+        )
+    more, less, twice, *made = returned
     # Everything but the bias changes its sign with x.
     bias = (more + less) / 2
     response = more - bias
@@ -191,7 +197,7 @@ def _probe(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
     return signs.expand_as(rows)
 
 
-def _called(module: Any, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+def _called(module: Any, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d_out"]:
     """A module's output, computed with its weights in float64 whatever the model's own precision."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     exact = {n: t.detach().double() for n, t in tensors.items() if t.is_floating_point()}

@@ -297,6 +297,16 @@ class TracedParts:
     def mixes(self, layer: int) -> bool:
         return self.stream.layers[layer].head.attention.mixed
 
+    def given(self, layer: int, module: nn.Module, inputs: Tensor) -> Mapping[Letter, Tensor]:
+        """What a layer's projections of queries, keys and values are given in a pass.
+
+        Args:
+            layer: the layer.
+            module: the model, in evaluation mode.
+            inputs: as many examples as the pass was traced with.
+        """
+        return self.stream.layers[layer].weights.seen(module, inputs).read
+
     def neurons(self, layer: int) -> tuple[Tensor, Tensor] | None:
         at = self.stream.layers[layer]
         if at.mlp is None or at.neurons is None or not at.inputs:

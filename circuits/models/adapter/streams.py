@@ -17,7 +17,7 @@ from circuits.hooks import Tap, Trace
 from circuits.models.adapter.affine import ADDS, Affine, Products
 from circuits.models.adapter.attention import Batches
 from circuits.models.adapter.flow import ORDERS, Flow, moves, short_name
-from circuits.models.adapter.head_sites import Head, Points, Rearranged
+from circuits.models.adapter.head_sites import Head, Points, Rearranged, reads_one
 from circuits.models.adapter.head_weights import HeadWeights
 from circuits.models.adapter.program import Operation, Value
 from circuits.units import Site, SiteKind
@@ -351,9 +351,16 @@ def find_stream(
         NoStreamError: if there is none, or several (an encoder and a decoder).
     """
     heads = [own.head for own in weights]
-    if any(not head.name.startswith("blocks.") for head in heads):
-        raise NoStreamError("it has an encoder and a decoder")
     search = Search(flow, batches)
+    apart = [head for head in heads if not head.name.startswith("blocks.")]
+    for head in apart:
+        if _keys_of_several_layers(search, head):
+            raise NoStreamError(
+                f"the keys of {head.name} are made of what its queries read by several layers in a row, which are not "
+                "followed"
+            )
+    if apart:
+        raise NoStreamError("it has an encoder and a decoder")
     ends = [head.attention.first for head in heads[1:]] + [len(flow.program.operations)]
     layers = [search.layer(own, end) for own, end in zip(weights, ends, strict=True)]
     layers = _joined(search, layers)
@@ -378,6 +385,17 @@ def find_stream(
     return TracedStream(
         flow, tuple(layers), embed, position, search.last_same(last), unembed, search
     )
+
+
+def _keys_of_several_layers(search: Search, head: Head) -> bool:
+    """Whether keys are made of what queries read by one product with weights after another (a narrow layer)."""
+    query, key = (head.projections.get(letter) for letter in ("q", "k"))
+    if query is None or key is None:
+        return False
+    value = key.given
+    while len(before := search.affines_before(value)) == 1:
+        value = before[0].given
+    return value != key.given and reads_one(search.flow, query.given, value)
 
 
 def _joined(search: Search, layers: Sequence[TracedLayer]) -> list[TracedLayer]:

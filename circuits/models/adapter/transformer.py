@@ -6,6 +6,7 @@ is known to `circuits.models.adapter.parts`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,8 +27,8 @@ from circuits.models.adapter.head_weights import (
     recomputed,
 )
 from circuits.models.adapter.norms import Norm, measure_norm
-from circuits.models.adapter.parts import BridgeParts, NormName, Parts
-from circuits.models.adapter.sites import evaluating, is_bridge
+from circuits.models.adapter.parts import BridgeParts, NormName, Parts, TracedParts
+from circuits.models.adapter.sites import TRACE_BATCHES, evaluating, is_bridge
 from circuits.units import Site, Unit
 
 ROUNDING = 4.0
@@ -363,9 +364,34 @@ class Transformer:
             seen, sites = self._seen(layer)
             matrix = partial(self.parts.attention, layer=layer)
             where, group = f"layer {layer} of {self.model.name}", partial(self._shared, layer)
-            for name, made, found in recomputed(where, matrix, group, seen):
-                check_same(f"{sites[name]} of {self.model.name}", "the stream", made, found)
+            try:
+                for name, made, found in recomputed(where, matrix, group, seen):
+                    check_same(f"{sites[name]} of {self.model.name}", "the stream", made, found)
+            except ValueError:
+                self._check_given(layer)  # which says why, if they are made of something else
+                raise
         self._verified.add(layer)
+
+    def _check_given(self, layer: int) -> None:
+        """Raise ValueError unless queries, keys and values are made of the stream before a layer, normalised."""
+        assert isinstance(self.parts, TracedParts), "bridges say what their weights are"
+        model, norm = self.model, self.parts.norm("ln1", layer)
+        inputs = model.fitted(model.input.example(TRACE_BATCHES[0]))
+        before = self.layers[layer].before
+        stream: Tensor = model.run(inputs, read=[before])[before]
+        with evaluating(model.module), torch.no_grad():
+            stream = stream if norm is None else norm(stream)
+            given = self.parts.given(layer, model.module, inputs)
+        for letter, value in given.items():
+            same = value.numel() == stream.numel() and value.shape[-1] == stream.shape[-1]
+            off = (value.reshape(stream.shape) - stream).abs().max() if same else math.inf
+            if not off <= 1e-2 * stream.abs().max():
+                shapes = f"of the shape {tuple(value.shape)}, where that has {tuple(stream.shape)}"
+                raise ValueError(
+                    f"layer {layer} of {model.name} makes its {WORDS[letter]} of another tensor than the stream before "
+                    f"it{'' if norm is None else ', normalised'} ({'scaled or changed' if same else shapes}): its "
+                    "weights act on no stream, so it has no circuits along one"
+                )
 
     def _seen(self, layer: int) -> tuple[Seen, Mapping[str, str]]:
         """What a layer's heads read from the stream and make of it, and the sites of the latter."""
