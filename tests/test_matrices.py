@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tests.person_models import (
     WIDTH,
     Grouped,
     Multihead,
+    NanoGPT,
     OfFunctions,
     Person,
     TorchEncoder,
@@ -694,6 +696,131 @@ def test_what_else_changes_is_named() -> None:
         torch.testing.assert_close(
             model.logits(model.input.example(3)), wanted, rtol=1e-6, atol=1e-6
         )
+
+
+class SharedBias(nn.Module):
+    """Two layers whose biases are the same numbers: of a parameter, of two linear layers, or a row of the weights."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.how, self.one, self.two = how, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.two.bias = self.one.bias
+        self.v, self.w = (nn.Parameter(torch.zeros(n, WIDTH)) for n in (WIDTH, WIDTH + 1))
+        self.b = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        if self.how == "linear":
+            return self.second(self.two(self.first(self.one(x)).relu()))
+        before, after = (self.w[-1], self.w[0]) if self.how == "row" else (self.b, self.b)
+        return self.second(self.first(x @ self.w[:-1] + before).relu() @ self.v + after)
+
+
+@pytest.mark.parametrize(
+    ("how", "layer", "others", "bias"),
+    [
+        ("function", "v", f"w[0:{WIDTH}]", lambda p: p["b"].data),
+        ("linear", "two", "one", lambda p: p["one.bias"].data),
+        ("row", "v", f"the weights of w[0:{WIDTH}]", lambda p: p["w"].data[0]),
+    ],
+)
+def test_biases_that_something_else_uses_are_changed_only_by_name(
+    how: str, layer: str, others: str, bias: Callable[[State], Tensor]
+) -> None:
+    model = wrapped(SharedBias(how))
+    x, text = model.input.example(3), "scale_weights into=second:1 factor=-2"
+    why = re.escape(f"layer {layer} shares its biases with {others}: name layer={layer} to change")
+    with pytest.raises(ValueError, match=f"^{why} all of them$"):
+        read_edit(model, f"{text} bias=true")
+    with edited(model, [read_edit(model, text)]):
+        seen = model.run(x, read=["first"])["first"]
+    assert torch.equal(seen, model.run(x, read=["first"])["first"])
+
+    def change(p: State) -> None:
+        bias(p)[1] *= -2
+        (p["two.weight"].data[1] if how == "linear" else p["v"].data[:, 1]).mul_(-2)
+
+    wanted = by_hand(model, change)
+    with edited(model, [read_edit(model, f"{text} bias=true layer={layer}")]):
+        torch.testing.assert_close(model.logits(x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_are_biases_elsewhere_are_changed_only_by_name() -> None:
+    model = wrapped(SharedBias("row"))
+    with pytest.raises(
+        ValueError, match=r"^layer w\[0:16\] shares its weights with the biases of v"
+    ):
+        read_edit(model, "scale_weights into=first:1")
+
+
+class Again(nn.Module):
+    """A linear layer whose weight and bias functions use once more, computed with."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.how, self.q, self.norm = how, nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        if how == "norm":
+            self.norm.bias = self.q.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        first = self.first(self.q(x))
+        if self.how == "masked":
+            return self.second(F.linear(x, self.q.weight * (torch.arange(WIDTH) % 2))) + first
+        return self.second(self.norm(first) * (self.how == "norm" or self.q.weight[3:].mean()))
+
+
+def test_a_layers_parameters_that_functions_use_are_changed_only_by_name() -> None:
+    for how, call in (("masked", "mul@0"), ("mean", "mean@0")):
+        model = wrapped(Again(how))
+        with pytest.raises(ValueError, match=f"^layer q shares its weights with {call}: name lay"):
+            read_edit(model, "scale_weights into=first:3")
+    (matrix,) = wrapped(Again("norm")).matrices
+    assert (matrix.tied, matrix.bias_tied) == ((), ("norm/layer_norm@0",))
+    (head,) = (m for m in wrapped(NanoGPT(False)).matrices if m.name == "lm_head")
+    assert head.tied == ("transformer.wte",)
+
+
+@pytest.mark.parametrize("form", ["alpha", "beta", "computed", "batched", "same"])
+def test_biases_that_are_computed_are_not_left_out(form: str) -> None:
+    def multiply(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if form == "computed":
+            return F.linear(x, w.T, b * 2)
+        if form == "batched":
+            return torch.baddbmm(b, x, w.expand(len(x), -1, -1), beta=0.5)
+        more = {"alpha": {"alpha": 2.0}, "beta": {"beta": 0.5}, "same": {"beta": 1, "alpha": 1.0}}
+        made = torch.addmm(b, x.flatten(0, 1), w, **more[form])
+        return made.unflatten(0, x.shape[:2])
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.made = nn.Embedding(N_VOCAB, WIDTH), nn.Identity()
+            self.w, self.b = nn.Parameter(torch.zeros(WIDTH, 8)), nn.Parameter(torch.zeros(8))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.made(multiply(self.tokens(tokens), self.w, self.b))
+
+    axes = {"made": ("batch", "pos", "unit")}
+    model = HookedModel(seeded(Adding()), TokenInput(N_VOCAB, CONTEXT), form, axes=axes)
+    text = "scale_weights into=made:1 factor=0 bias=true"
+    if form != "same":
+        with pytest.raises(ValueError, match="no layer writes made"):
+            read_edit(model, text)
+        return
+    with edited(model, [read_edit(model, text)]):
+        seen = model.run(model.input.example(3), read=["made"])["made"]
+    assert not seen[..., 1].any()
 
 
 class Choosing(nn.Module):
