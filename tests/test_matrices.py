@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from circuits.cli.main import run
 from circuits.database import Database
 from circuits.edits.associative import associate, second_moment
+from circuits.edits.layers import EraseWeights
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe, bake, commute, edited, save_baked
 from circuits.edits.records import parse_edit, read_edit
@@ -821,6 +822,60 @@ def test_biases_that_are_computed_are_not_left_out(form: str) -> None:
     with edited(model, [read_edit(model, text)]):
         seen = model.run(model.input.example(3), read=["made"])["made"]
     assert not seen[..., 1].any()
+
+
+class OneMemory(nn.Module):
+    """A parameter in the memory of another, turned or not, or part of which another tensor is."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.one = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+        data = self.one.data
+        taken = {"same": data, "turned": data.T, "part": data[3:5], "apart": data[:, ::2]}
+        self.unused = data  # no pass takes it, and it is not kept with the weights
+        self.two = taken[how] if how == "part" else nn.Parameter(taken[how])
+        if how == "apart":
+            self.one = nn.Parameter(self.one.data[:, 1::2])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        first = self.first(x @ self.one)
+        two = self.two.T if len(self.two) < WIDTH else self.two
+        return self.second(x @ two).sum(-1, keepdim=True) + first
+
+
+@pytest.mark.parametrize("how", ["same", "turned", "part"])
+def test_parameters_in_the_memory_of_others_are_refused(how: str) -> None:
+    model = wrapped(OneMemory(how))
+    named = {end.site: m.name for m in model.matrices for end in m.writes}
+    assert named["first"] == "one"
+    why = "^one of layer one lies in the same memory as two, and an edit would change only one of"
+    with pytest.raises(ValueError, match=why):
+        read_edit(model, "scale_weights into=first:1 layer=one")
+    erased = EraseWeights("one", torch.eye(WIDTH)[:, :1])
+    with pytest.raises(ValueError, match=why):
+        erased.checked(model)
+    if how != "part":
+        assert named["second"] == "two"
+        with pytest.raises(
+            ValueError, match="^two of layer two lies in the same memory as one, and"
+        ):
+            read_edit(model, "scale_weights into=second:1")
+
+
+def test_parameters_between_the_numbers_of_others_are_edited() -> None:
+    model = wrapped(OneMemory("apart"))
+    x, sites = model.input.example(3), ["first", "second"]
+    plain = model.run(x, read=sites)
+    with edited(model, [read_edit(model, "scale_weights into=first:1 factor=3")]):
+        seen = model.run(x, read=sites)
+    torch.testing.assert_close(seen["first"][..., 1], 3 * plain["first"][..., 1])
+    assert torch.equal(seen["second"], plain["second"])
 
 
 class Choosing(nn.Module):

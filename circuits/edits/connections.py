@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuits.edits.records import Edit, Substitutes
-from circuits.edits.weights import WeightEdit, Weights, layer_named
+from circuits.edits.weights import WeightEdit, Weights, check_alone, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import MatrixEnd, WeightMatrix
 from circuits.models.adapter.topology import INPUT
@@ -174,6 +174,7 @@ class ConnectionEdit(WeightEdit):
                     f"layer={part.matrix.name} to change all of them"
                 )
         own._check_parts(parts)
+        check_alone(own, model.matrices)
         return own
 
     def _check_parts(self, parts: list[Part]) -> None:

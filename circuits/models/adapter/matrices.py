@@ -76,6 +76,8 @@ class WeightMatrix:
         tied: other names of the same parameter, and what else uses its weights (layers, biases, calls of functions): an
             edit changes them too.
         bias_tied: what else uses its biases: an edit of them changes that too.
+        aliases: for its parameters, by their names, other tensors of the model in the same memory; an edit would change
+            one of them only, so that it is refused.
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
         calls: how often the layer runs in one pass; an edit changes all of them.
@@ -93,6 +95,7 @@ class WeightMatrix:
     writes: tuple[MatrixEnd, ...] = ()
     tied: tuple[str, ...] = ()
     bias_tied: tuple[str, ...] = ()
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     calls: int = 1
     cells: Cells | None = None
 
@@ -178,17 +181,79 @@ def _put(parameter: Tensor, places: Tensor, values: Tensor) -> None:
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """A model's parameters by their names in the state dict; a tied parameter has its first name."""
-    # Matched by memory, since a bridge's state dict has other names than its modules. An empty tensor has no memory;
-    # the shape tells a parameter from a view that begins at the same address.
-    own = {(p.data_ptr(), tuple(p.shape)): p for p in module.parameters() if p.numel()}
+    # Matched by memory where the state dict does not hold the parameter itself, since a bridge's has other names than
+    # its modules. An empty tensor has no memory; the shape tells a parameter from a view that begins at the same
+    # address.
+    own = {id(p): p for p in module.parameters() if p.numel()}
+    by_memory = {(p.data_ptr(), tuple(p.shape)): id(p) for p in own.values()}
     found: dict[str, nn.Parameter] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
-        parameter = own.pop((tensor.data_ptr(), tuple(tensor.shape)), None)
+        key = id(tensor)
+        if not isinstance(tensor, nn.Parameter):
+            key = by_memory.get((tensor.data_ptr(), tuple(tensor.shape)), key)
+        parameter = own.pop(key, None)
         if parameter is not None:
             found[name] = parameter
     return found
+
+
+def with_aliases(
+    module: nn.Module, program: Program, matrices: Sequence[WeightMatrix]
+) -> list[WeightMatrix]:
+    """Matrices with the other tensors that lie in the memory of their parameters: those that are kept with the weights,
+    or that the pass takes.
+    """
+    names = parameter_names(module)
+    kept = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    taken = {source.partition(" ")[0] for source in program.sources.values()}
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in own_tensors(module).items():
+        if id(tensor) not in kept and name not in taken:
+            continue
+        if tensor.numel() and tensor.layout == torch.strided:
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+
+    def found(name: str) -> list[str]:
+        own = names[name]
+        near = by_storage.get(own.untyped_storage().data_ptr(), [])
+        return [n for n, tensor in near if tensor is not own and _share_memory(own, tensor)]
+
+    made = []
+    for m in matrices:
+        others = {name: found(name) for name in (m.weight, m.bias) if name is not None}
+        made.append(replace(m, aliases={name: each for name, each in others.items() if each}))
+    return made
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have numbers in common."""
+    spans = [
+        (first := t.storage_offset() * t.element_size(), first + (_reach(t) + 1) * t.element_size())
+        for t in (one, other)
+    ]
+    (start, end), (first, last) = spans
+    if end <= first or last <= start:
+        return False
+    if one.element_size() != other.element_size():
+        return True
+    taken = torch.zeros(max(end, last) // one.element_size(), dtype=torch.bool)
+    taken[_offsets(one)] = True
+    return bool(taken[_offsets(other)].any())
+
+
+def _reach(tensor: Tensor) -> int:
+    """How far from a tensor's first number its last one lies in the storage."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Where in the storage each of a tensor's numbers lies."""
+    found = torch.tensor(tensor.storage_offset())
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        found = found[..., None] + torch.arange(n) * step
+    return found.flatten()
 
 
 def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list[WeightMatrix]:
