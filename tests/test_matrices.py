@@ -26,6 +26,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.matrices import WeightMatrix
 from circuits.models.zoo.weights_files import read_weights
+from circuits.weights.connections import incoming
 from tests.conftest import seeded
 from tests.person_models import (
     CONTEXT,
@@ -537,6 +538,7 @@ def test_a_ledger_undoes_to_the_bit(models: dict[str, HookedModel], tmp_path: Pa
 
 _FILE = """
 from circuits import HookedModel, TokenInput
+from circuits.weights.connections import incoming
 from tests.conftest import seeded
 from tests.person_models import Multihead, Person
 
@@ -863,9 +865,18 @@ def test_parameters_in_the_memory_of_others_are_refused(how: str) -> None:
     if how != "part":
         assert named["second"] == "two"
         with pytest.raises(
-            ValueError, match="^two of layer two lies in the same memory as one, and"
+            ValueError, match=r"^two of layer two lies in the same memory as one, a"
         ):
             read_edit(model, "scale_weights into=second:1")
+
+
+def test_the_matrix_is_named_where_no_layer_writes_a_unit(models: dict[str, HookedModel]) -> None:
+    for name, part in (("person", "query0"), ("multihead", "layers.0.mix.in_proj_weight")):
+        model = models[name]
+        unit = model.site(site_of(model, "hook_q")).unit(1)
+        written = f"the weights {part} of {model.name} write {unit}, and edits change them, but con"
+        with pytest.raises(ValueError, match=re.escape(written)):
+            incoming(model, unit)
 
 
 def test_parameters_between_the_numbers_of_others_are_edited() -> None:

@@ -89,8 +89,8 @@ def _why_nothing(
         sites = [end.site for m in matrices for end in getattr(m, side)]
         near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
         return (
-            f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed), "
-            f"but layers {'write' if side == 'writes' else 'read'} {near}"
+            f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed, "
+            f"nor biases that are), but layers {'write' if side == 'writes' else 'read'} {near}"
         )
     return f"{text} directly"
 
