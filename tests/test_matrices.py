@@ -870,6 +870,32 @@ def test_parameters_in_the_memory_of_others_are_refused(how: str) -> None:
             read_edit(model, "scale_weights into=second:1")
 
 
+class Sliced(nn.Module):
+    """Two parts of a parameter that read one site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.w = nn.Parameter(torch.zeros(WIDTH, 16))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        return self.first(x @ self.w[:, :8]) * self.second(x @ self.w[:, 8:])
+
+
+def test_all_parts_of_a_parameter_that_read_a_unit_are_changed() -> None:
+    model = wrapped(Sliced())
+    wanted = by_hand(model, lambda p: p["w"].data[3].mul_(-2))
+    with edited(model, [read_edit(model, "scale_weights source=tokens:3 factor=-2")]):
+        torch.testing.assert_close(
+            model.logits(model.input.example(3)), wanted, rtol=1e-6, atol=1e-6
+        )
+
+
 def test_the_matrix_is_named_where_no_layer_writes_a_unit(models: dict[str, HookedModel]) -> None:
     for name, part in (("person", "query0"), ("multihead", "layers.0.mix.in_proj_weight")):
         model = models[name]
