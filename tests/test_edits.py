@@ -393,6 +393,16 @@ def test_shared_weights_are_changed_once_and_only_by_name() -> None:
     assert torch.equal(cut[:, 1], -plain[:, 1])
 
 
+def test_shared_biases_are_changed_only_by_name() -> None:
+    module = seeded(Residual())
+    module.left.bias = module.right.bias  # type: ignore[union-attr]
+    model = HookedModel(module, (3, 5, 5), "tied")
+    with pytest.raises(ValueError, match="layer left shares its biases with right: name"):
+        read_edit(model, "scale_weights source=relu:1 factor=2 bias=true")
+    assert read_edit(model, "scale_weights source=relu:1 factor=2")
+    assert read_edit(model, "scale_weights source=relu:1 factor=2 bias=true layer=left")
+
+
 class Twice(nn.Module):
     """A layer that runs twice in one pass."""
 

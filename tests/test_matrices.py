@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from circuits.cli.main import run
 from circuits.database import Database
 from circuits.edits.associative import associate, second_moment
+from circuits.edits.layers import EraseWeights
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe, bake, commute, edited, save_baked
 from circuits.edits.records import parse_edit, read_edit
@@ -24,6 +26,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.adapter.matrices import WeightMatrix
 from circuits.models.zoo.weights_files import read_weights
+from circuits.weights.connections import incoming
 from tests.conftest import seeded
 from tests.person_models import (
     CONTEXT,
@@ -32,6 +35,7 @@ from tests.person_models import (
     WIDTH,
     Grouped,
     Multihead,
+    NanoGPT,
     OfFunctions,
     Person,
     TorchEncoder,
@@ -534,6 +538,7 @@ def test_a_ledger_undoes_to_the_bit(models: dict[str, HookedModel], tmp_path: Pa
 
 _FILE = """
 from circuits import HookedModel, TokenInput
+from circuits.weights.connections import incoming
 from tests.conftest import seeded
 from tests.person_models import Multihead, Person
 
@@ -694,6 +699,220 @@ def test_what_else_changes_is_named() -> None:
         torch.testing.assert_close(
             model.logits(model.input.example(3)), wanted, rtol=1e-6, atol=1e-6
         )
+
+
+class SharedBias(nn.Module):
+    """Two layers whose biases are the same numbers: of a parameter, of two linear layers, or a row of the weights."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.how, self.one, self.two = how, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.two.bias = self.one.bias
+        self.v, self.w = (nn.Parameter(torch.zeros(n, WIDTH)) for n in (WIDTH, WIDTH + 1))
+        self.b = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        if self.how == "linear":
+            return self.second(self.two(self.first(self.one(x)).relu()))
+        before, after = (self.w[-1], self.w[0]) if self.how == "row" else (self.b, self.b)
+        return self.second(self.first(x @ self.w[:-1] + before).relu() @ self.v + after)
+
+
+@pytest.mark.parametrize(
+    ("how", "layer", "others", "bias"),
+    [
+        ("function", "v", f"w[0:{WIDTH}]", lambda p: p["b"].data),
+        ("linear", "two", "one", lambda p: p["one.bias"].data),
+        ("row", "v", f"the weights of w[0:{WIDTH}]", lambda p: p["w"].data[0]),
+    ],
+)
+def test_biases_that_something_else_uses_are_changed_only_by_name(
+    how: str, layer: str, others: str, bias: Callable[[State], Tensor]
+) -> None:
+    model = wrapped(SharedBias(how))
+    x, text = model.input.example(3), "scale_weights into=second:1 factor=-2"
+    why = re.escape(f"layer {layer} shares its biases with {others}: name layer={layer} to change")
+    with pytest.raises(ValueError, match=f"^{why} all of them$"):
+        read_edit(model, f"{text} bias=true")
+    with edited(model, [read_edit(model, text)]):
+        seen = model.run(x, read=["first"])["first"]
+    assert torch.equal(seen, model.run(x, read=["first"])["first"])
+
+    def change(p: State) -> None:
+        bias(p)[1] *= -2
+        (p["two.weight"].data[1] if how == "linear" else p["v"].data[:, 1]).mul_(-2)
+
+    wanted = by_hand(model, change)
+    with edited(model, [read_edit(model, f"{text} bias=true layer={layer}")]):
+        torch.testing.assert_close(model.logits(x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_are_biases_elsewhere_are_changed_only_by_name() -> None:
+    model = wrapped(SharedBias("row"))
+    with pytest.raises(
+        ValueError, match=r"^layer w\[0:16\] shares its weights with the biases of v"
+    ):
+        read_edit(model, "scale_weights into=first:1")
+
+
+class Again(nn.Module):
+    """A linear layer whose weight and bias functions use once more, computed with."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.how, self.q, self.norm = how, nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        if how == "norm":
+            self.norm.bias = self.q.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        first = self.first(self.q(x))
+        if self.how == "masked":
+            return self.second(F.linear(x, self.q.weight * (torch.arange(WIDTH) % 2))) + first
+        return self.second(self.norm(first) * (self.how == "norm" or self.q.weight[3:].mean()))
+
+
+def test_a_layers_parameters_that_functions_use_are_changed_only_by_name() -> None:
+    for how, call in (("masked", "mul@0"), ("mean", "mean@0")):
+        model = wrapped(Again(how))
+        with pytest.raises(ValueError, match=f"^layer q shares its weights with {call}: name lay"):
+            read_edit(model, "scale_weights into=first:3")
+    (matrix,) = wrapped(Again("norm")).matrices
+    assert (matrix.tied, matrix.bias_tied) == ((), ("norm/layer_norm@0",))
+    (head,) = (m for m in wrapped(NanoGPT(False)).matrices if m.name == "lm_head")
+    assert head.tied == ("transformer.wte",)
+
+
+@pytest.mark.parametrize("form", ["alpha", "beta", "computed", "batched", "same"])
+def test_biases_that_are_computed_are_not_left_out(form: str) -> None:
+    def multiply(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if form == "computed":
+            return F.linear(x, w.T, b * 2)
+        if form == "batched":
+            return torch.baddbmm(b, x, w.expand(len(x), -1, -1), beta=0.5)
+        more = {"alpha": {"alpha": 2.0}, "beta": {"beta": 0.5}, "same": {"beta": 1, "alpha": 1.0}}
+        made = torch.addmm(b, x.flatten(0, 1), w, **more[form])
+        return made.unflatten(0, x.shape[:2])
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.made = nn.Embedding(N_VOCAB, WIDTH), nn.Identity()
+            self.w, self.b = nn.Parameter(torch.zeros(WIDTH, 8)), nn.Parameter(torch.zeros(8))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.made(multiply(self.tokens(tokens), self.w, self.b))
+
+    axes = {"made": ("batch", "pos", "unit")}
+    model = HookedModel(seeded(Adding()), TokenInput(N_VOCAB, CONTEXT), form, axes=axes)
+    text = "scale_weights into=made:1 factor=0 bias=true"
+    if form != "same":
+        with pytest.raises(ValueError, match="no layer writes made"):
+            read_edit(model, text)
+        return
+    with edited(model, [read_edit(model, text)]):
+        seen = model.run(model.input.example(3), read=["made"])["made"]
+    assert not seen[..., 1].any()
+
+
+class OneMemory(nn.Module):
+    """A parameter in the memory of another, turned or not, or part of which another tensor is."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.one = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+        data = self.one.data
+        taken = {"same": data, "turned": data.T, "part": data[3:5], "apart": data[:, ::2]}
+        self.unused = data  # no pass takes it, and it is not kept with the weights
+        self.two = taken[how] if how == "part" else nn.Parameter(taken[how])
+        if how == "apart":
+            self.one = nn.Parameter(self.one.data[:, 1::2])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        first = self.first(x @ self.one)
+        two = self.two.T if len(self.two) < WIDTH else self.two
+        return self.second(x @ two).sum(-1, keepdim=True) + first
+
+
+@pytest.mark.parametrize("how", ["same", "turned", "part"])
+def test_parameters_in_the_memory_of_others_are_refused(how: str) -> None:
+    model = wrapped(OneMemory(how))
+    named = {end.site: m.name for m in model.matrices for end in m.writes}
+    assert named["first"] == "one"
+    why = "^one of layer one lies in the same memory as two, and an edit would change only one of"
+    with pytest.raises(ValueError, match=why):
+        read_edit(model, "scale_weights into=first:1 layer=one")
+    erased = EraseWeights("one", torch.eye(WIDTH)[:, :1])
+    with pytest.raises(ValueError, match=why):
+        erased.checked(model)
+    if how != "part":
+        assert named["second"] == "two"
+        with pytest.raises(
+            ValueError, match=r"^two of layer two lies in the same memory as one, a"
+        ):
+            read_edit(model, "scale_weights into=second:1")
+
+
+class Sliced(nn.Module):
+    """Two parts of a parameter that read one site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.first, self.second = (
+            nn.Embedding(N_VOCAB, WIDTH),
+            nn.Identity(),
+            nn.Identity(),
+        )
+        self.w = nn.Parameter(torch.zeros(WIDTH, 16))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        return self.first(x @ self.w[:, :8]) * self.second(x @ self.w[:, 8:])
+
+
+def test_all_parts_of_a_parameter_that_read_a_unit_are_changed() -> None:
+    model = wrapped(Sliced())
+    wanted = by_hand(model, lambda p: p["w"].data[3].mul_(-2))
+    with edited(model, [read_edit(model, "scale_weights source=tokens:3 factor=-2")]):
+        torch.testing.assert_close(
+            model.logits(model.input.example(3)), wanted, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_the_matrix_is_named_where_no_layer_writes_a_unit(models: dict[str, HookedModel]) -> None:
+    for name, part in (("person", "query0"), ("multihead", "layers.0.mix.in_proj_weight")):
+        model = models[name]
+        unit = model.site(site_of(model, "hook_q")).unit(1)
+        written = f"the weights {part} of {model.name} write {unit}, and edits change them, but con"
+        with pytest.raises(ValueError, match=re.escape(written)):
+            incoming(model, unit)
+
+
+def test_parameters_between_the_numbers_of_others_are_edited() -> None:
+    model = wrapped(OneMemory("apart"))
+    x, sites = model.input.example(3), ["first", "second"]
+    plain = model.run(x, read=sites)
+    with edited(model, [read_edit(model, "scale_weights into=first:1 factor=3")]):
+        seen = model.run(x, read=sites)
+    torch.testing.assert_close(seen["first"][..., 1], 3 * plain["first"][..., 1])
+    assert torch.equal(seen["second"], plain["second"])
 
 
 class Choosing(nn.Module):

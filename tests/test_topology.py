@@ -309,6 +309,30 @@ def test_computed_weights_are_not_edited() -> None:
         layer_named(model.matrices, "layer")
 
 
+class Scaled(nn.Module):
+    """A product of a person's that scales what it multiplies and what it adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.head = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Linear(6, 2)
+        self.w, self.b = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.stem(x).mean((2, 3))
+        return self.head(self.out(torch.addmm(self.b, pooled, self.w, alpha=2.0, beta=0.5)))
+
+
+def test_scaled_products_have_scaled_weights_and_are_not_edited() -> None:
+    model = HookedModel(seeded(Scaled()), (2, 7, 8))
+    layer = next(layer for layer in model.weight_layers if layer.name == "addmm")
+    w, b = (model.parameters[name].detach() for name in "wb")
+    assert torch.equal(layer.rows(torch.arange(6)), 2 * w.T)
+    assert layer.bias is not None
+    assert torch.equal(layer.bias, b / 2)
+    with pytest.raises(ValueError, match="no layer writes out"):
+        read_edit(model, "scale_weights into=out:1 bias=true")
+
+
 def test_what_no_layer_writes_is_refused() -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:

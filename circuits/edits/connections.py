@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuits.edits.records import Edit, Substitutes
-from circuits.edits.weights import WeightEdit, Weights, layer_named
+from circuits.edits.weights import WeightEdit, Weights, check_alone, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import MatrixEnd, WeightMatrix
 from circuits.models.adapter.topology import INPUT
@@ -70,7 +70,10 @@ def parts_of(
         if units is not None:
             _check_covered(found, units, side, alone=side == "writes" and not layer)
     if into is None:  # a parameter that several layers share is changed once
-        found = list({part.matrix.weight: part for part in found}.values())
+        by_parameter = {
+            p.matrix.weight if p.matrix.cells is None else p.matrix.name: p for p in found
+        }
+        found = list(by_parameter.values())
     return found
 
 
@@ -87,8 +90,8 @@ def _why_nothing(
         near = ", ".join(dict.fromkeys(nearest(units.site, sites) or sites[:5]))
         known = f"layers {side[:-1]} {near}" if near else f"no layer is known that {side} any site"
         return (
-            f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed), "
-            f"{'but' if near else 'and'} {known}"
+            f"{text}: no layer {side} {units.site} (weights that are computed from other weights are not followed, "
+            f"nor biases that are), {'but' if near else 'and'} {known}"
         )
     return f"{text} directly"
 
@@ -157,18 +160,22 @@ class ConnectionEdit(WeightEdit):
         own = replace(self, **ends)
         parts = own.parts(model.matrices)
         for part in parts:
-            if part.matrix.tied and not own.layer:
-                shared = ", ".join(part.matrix.tied)
-                raise ValueError(
-                    f"layer {part.matrix.name} shares its weights with {shared}: name layer={part.matrix.name} to "
-                    "change all of them"
-                )
+            tied = {"weights": part.matrix.tied}
+            if self.changes_biases:
+                tied["biases"] = part.matrix.bias_tied
+            for what, others in tied.items():
+                if others and not own.layer:
+                    raise ValueError(
+                        f"layer {part.matrix.name} shares its {what} with {', '.join(others)}: name "
+                        f"layer={part.matrix.name} to change all of them"
+                    )
             if part.matrix.calls > 1 and not own.layer:
                 raise ValueError(
                     f"layer {part.matrix.name} runs {part.matrix.calls} times in a pass, with the same weights: name "
                     f"layer={part.matrix.name} to change all of them"
                 )
         own._check_parts(parts)
+        check_alone(own, model.matrices)
         return own
 
     def _check_parts(self, parts: list[Part]) -> None:
@@ -178,8 +185,15 @@ class ConnectionEdit(WeightEdit):
         """The weights that the edit changes."""
         return parts_of(matrices, self.into, self.source, self.layer)
 
+    @property
+    def changes_biases(self) -> bool:
+        """Whether it changes the biases of its rows, too."""
+        return False
+
     def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
-        return [part.matrix.weight for part in self.parts(matrices)]
+        parts = self.parts(matrices)
+        biases = [p.matrix.bias for p in parts if self.changes_biases and p.matrix.bias]
+        return [part.matrix.weight for part in parts] + biases
 
     def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
         name, units = self._twin_end()
@@ -266,9 +280,9 @@ class ScaleWeights(
         # Not 0 * block, which is NaN for an infinite weight.
         return torch.zeros_like(block) if self.factor == 0 else block * self.factor
 
-    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
-        biases = [p.matrix.bias for p in self.parts(matrices) if self.bias and p.matrix.bias]
-        return super().parameters(matrices) + biases
+    @property
+    def changes_biases(self) -> bool:
+        return self.bias
 
     def apply(self, weights: Weights) -> None:
         super().apply(weights)
@@ -390,11 +404,9 @@ class SetWeights(ConnectionEdit, operator="set_weights", about="Set the weights 
     def new(self, part: Part, block: Tensor) -> Tensor:
         return self._shaped(part)
 
-    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
-        more = [
-            p.matrix.bias for p in self.parts(matrices) if p.matrix.bias and self.bias is not None
-        ]
-        return super().parameters(matrices) + more
+    @property
+    def changes_biases(self) -> bool:
+        return self.bias is not None
 
     def apply(self, weights: Weights) -> None:
         super().apply(weights)
@@ -511,9 +523,9 @@ class Transplant(
             if name != "gain" and array is not None and part.matrix.bias is None:
                 raise ValueError(f"{name}: layer {part.matrix.name} has no bias")
 
-    def parameters(self, matrices: Sequence[WeightMatrix]) -> list[str]:
-        more = [p.matrix.bias for p in self.parts(matrices) if p.matrix.bias]
-        return super().parameters(matrices) + more
+    @property
+    def changes_biases(self) -> bool:
+        return True
 
     def apply(self, weights: Weights) -> None:
         part = self._only_part(self.parts(weights.matrices))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuits.edits.activations import check_projection, random_basis
 from circuits.edits.records import Edit, Substitutes, of_same_norm
-from circuits.edits.weights import WeightEdit, Weights, layer_named
+from circuits.edits.weights import WeightEdit, Weights, check_alone, layer_named
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.matrices import WeightMatrix
 
@@ -59,6 +59,7 @@ class LowRank(
                 f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} of edit 'low_rank' do not "
                 f"fit {self.layer}: expected {matrix.shape[0]} x rank and {inputs} x rank"
             )
+        check_alone(self, model.matrices)
         return self
 
     def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:
@@ -140,6 +141,7 @@ class Associate(
             raise ValueError(
                 "dual of edit 'associate' is orthogonal to key, so the edit cannot change the output: expected another"
             )
+        check_alone(self, model.matrices)
         return self
 
     def _reach(self) -> Tensor:
@@ -225,6 +227,7 @@ class EraseWeights(
             raise ValueError(
                 f"mean: layer {self.layer} has no bias that could hold it, so leave mean out"
             )
+        check_alone(self, model.matrices)
         return self
 
     def twin(self, model: HookedModel, substitutes: Substitutes) -> Edit | None:

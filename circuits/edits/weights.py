@@ -81,6 +81,20 @@ class WeightEdit(Edit):
         """Change the weights."""
 
 
+def check_alone(edit: WeightEdit, matrices: Sequence[WeightMatrix]) -> None:
+    """Raise ValueError if a parameter that an edit changes lies in the memory of another tensor."""
+    # In memory an edit changes one of the two; a baked file that is loaded changes both.
+    names = set(edit.parameters(matrices))
+    for m in matrices:
+        for name, others in m.aliases.items():
+            if name in names:
+                raise ValueError(
+                    f"{name} of layer {m.name} lies in the same memory as {', '.join(others)}, and an edit would "
+                    "change only one of them: expected a parameter with memory of its own (clone it, or use one "
+                    "nn.Parameter in both places)"
+                )
+
+
 def layer_named(matrices: Sequence[WeightMatrix], name: str) -> WeightMatrix:
     """The matrix of a layer.
 

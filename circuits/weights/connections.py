@@ -151,6 +151,12 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
 def not_written(model: HookedModel, unit: Unit) -> str:
     """Why a unit has no incoming weights: no layer is found that writes it, or none of what that reads. Else empty."""
     layers = [layer for layer in model.weight_layers if unit.index in written(layer, unit.site)]
+    ends = [(m.name, m.end(unit.site, "writes")) for m in model.matrices] if not layers else []
+    if names := [name for name, end in ends if end is not None and len(end.of((unit.index,)))]:
+        return (
+            f"the weights {', '.join(names)} of {model.name} write {unit}, and edits change them, but connections are "
+            "followed here only through convolutions and linear layers whose inputs and outputs are sites' units"
+        )
     if not layers:
         return (
             f"no convolution or linear layer of {model.name} is found that writes {unit}, only operations without "

@@ -197,11 +197,22 @@ class Constants:
         rest = [a for a in letters if a not in (*summed, *free)]  # axes of length 1 (kernels)
         order = [letters.index(a) for a in (*summed, *free, *rest)]
         width = [int(torch.Size([sizes[a] for a in axes]).numel()) for axes in (summed, free)]
-        matrix = weight.permute(order).reshape(width)
+        op = self.flow.program.operations[affine.first]
+        matrix = weight.permute(order).reshape(width) * _scale(op, "alpha")
         bias = matrix.new_zeros(width[1])
         for value in affine.biases:
-            bias = bias + _bias(self.of(value), product.made_axes, free, sizes)
+            own = _bias(self.of(value), product.made_axes, free, sizes)
+            adds = None if value in op.inputs else self.flow.operation(affine.made)
+            bias = bias + own * (_scale(op, "beta") if adds is None else _scale(adds, "alpha"))
         return matrix, bias
+
+
+def _scale(op: Operation, name: str) -> float:
+    """What a function multiplies by before it adds: `alpha` or `beta` of `torch.addmm`."""
+    found = op.kwargs.get(name, 1)
+    if not isinstance(found, int | float):
+        raise LookupError(f"{name} of {short_name(op)} is {found}")
+    return found
 
 
 def _bias(
@@ -281,6 +292,8 @@ class WeightProduct:
         cells: where the weights lie in them.
         groups: how many groups of rows have columns of their own.
         part: which part of the parameter it is, as an index, e.g. `[0:16]`; empty for all of it.
+        takes: the values of parameters that it takes, each with the number of the operation that is given it: the
+            weights first, then the bias if there is one.
         lines: where its tensors are in the pass: the `weights`, row by row as one line; what it `reads`, and what it
             `writes` with the bias, a line for each example and position. Those are left out that no operation shows.
     """
@@ -291,6 +304,7 @@ class WeightProduct:
     cells: Cells
     groups: int
     part: str
+    takes: tuple[tuple[int, Value], ...]
     lines: Mapping[str, Lines]
 
     @property
@@ -317,19 +331,50 @@ def weight_products(
     return [product for product in found if product is not None]
 
 
-def other_uses(flow: Flow, parameters: Parameters, firsts: Container[int]) -> dict[str, list[str]]:
-    """The calls that take parameters, by the parameters' names, without the operations of some numbers."""
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A call that takes a parameter, or a part of one.
+
+    Attributes:
+        called: what a person calls it.
+        module: the module that it runs in.
+        places: which numbers of the flattened parameter it takes; None for all, or if that is unknown.
+    """
+
+    called: str
+    module: str
+    places: Int[Tensor, " number"] | None
+
+
+def other_uses(
+    flow: Flow,
+    parameters: Parameters,
+    layers: Mapping[int, Container[str]],
+    taken: Container[tuple[int, Value]],
+) -> dict[str, list[Use]]:
+    """The calls that take parameters, by the parameters' names, other than as weights or biases of known matrices.
+
+    Args:
+        flow: the operations of the pass.
+        parameters: the model's.
+        layers: for operations of a layer the names of the parameters that are the layer's own.
+        taken: the values that products are known to take (`WeightProduct.takes`).
+    """
     held = {v: parameters[s][0] for v, s in flow.program.sources.items() if s in parameters}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Use]] = {}
     for i, op in enumerate(flow.program.operations):
-        taken = dict.fromkeys(held[v] for v in op.inputs if v in held)
-        if not taken or i in firsts or not op.counted or short_name(op) in SHAPE_ONLY:
+        if held.keys().isdisjoint(op.inputs) or not op.counted or short_name(op) in SHAPE_ONLY:
             continue
         if _keeps(op):
             held |= {made: held[op.inputs[0]] for made in op.outputs if op.inputs[0] in held}
             continue
-        for name in taken:
-            found.setdefault(name, []).append(flow.called(i))
+        for value in dict.fromkeys(op.inputs):
+            name = held.get(value)
+            if name is None or name in layers.get(i, ()) or (i, value) in taken:
+                continue
+            part = None if value in flow.program.sources else _in_parameter(flow, value, parameters)
+            places = None if part is None else part.index.flatten()
+            found.setdefault(name, []).append(Use(flow.called(i), op.module, places))
     return found
 
 
@@ -463,7 +508,7 @@ def _weight_product(flow: Flow, i: int, parameters: Parameters) -> WeightProduct
     cells = _cells(table.reshape(math.prod(index.shape[letters[a]] for a in roles.rows), -1))
     if cells is None or not _distinct(index):
         return None
-    bias, places, made = _with_bias(flow, affine, product, roles, parameters)
+    bias, made = _with_bias(flow, affine, product, roles, parameters)
     given = product.axes_of(affine.given)
     sizes = dict(zip(given, flow.shape(affine.given), strict=True))
     reads = _lines(
@@ -473,11 +518,16 @@ def _weight_product(flow: Flow, i: int, parameters: Parameters) -> WeightProduct
         given,
         [*roles.groups, *roles.summed],
     )
-    writes = _lines(flow, flow.address_of(made), made, _made_axes(affine, product), roles.rows)
+    writes = None
+    if made is not None:
+        axes_made = _made_axes(affine, product)
+        writes = _lines(flow, flow.address_of(made), made, axes_made, roles.rows)
     lines = {"weights": Lines(address, order), "reads": reads, "writes": writes}
     return WeightProduct(
-        i, found.name, bias, replace(cells, bias=places), math.prod(sizes[a] for a in roles.groups),
-        _part(index, found.shape), {what: known for what, known in lines.items() if known is not None},
+        i, found.name, bias and bias.name, replace(cells, bias=bias and bias.places),
+        math.prod(sizes[a] for a in roles.groups), _part(index, found.shape),
+        ((i, operand), *([bias.taken] if bias else [])),
+        {what: known for what, known in lines.items() if known is not None},
     )  # fmt: skip
 
 
@@ -518,31 +568,56 @@ def _distinct(index: Tensor) -> bool:
     return int(taken.sum()) == index.numel()
 
 
+@dataclass(frozen=True, eq=False)
+class _Bias:
+    """A parameter that is added to a product.
+
+    Attributes:
+        name: the parameter's.
+        places: where in it (flattened) each row's number lies.
+        taken: the number of the operation that adds it, and the value that this is given.
+    """
+
+    name: str
+    places: Tensor
+    taken: tuple[int, Value]
+
+
 def _with_bias(
     flow: Flow, affine: Affine, product: Product, roles: _Roles, parameters: Parameters
-) -> tuple[str | None, Tensor | None, Value]:
-    """The parameter that is added to a product, where in it each row's number lies, and the result with it.
+) -> tuple[_Bias | None, Value | None]:
+    """The parameter that is added to a product, and the result with it.
 
-    Where what is added later is no such parameter, the result is that before it.
+    Where what is added later is no such parameter, the result is that before it; where the operation that multiplies
+    adds it, or scales what it multiplies, there is no result of weights and a known bias alone, and it is None.
     """
     op = flow.program.operations[affine.first]
     own = [v for v in affine.biases if v in op.inputs]
     added = [v for v in affine.biases if v not in own]
     chosen, made = (own, affine.unbiased) if own else (added, affine.made)
     if not chosen:
-        return None, None, affine.made
-    adds = op if own else flow.operation(affine.made)
-    scaled = adds is None or not {"alpha", "beta"}.isdisjoint(adds.kwargs)
-    found = None if scaled else _in_parameter(flow, chosen[0], parameters)
+        return None, affine.made
+    without = None if own else affine.unbiased
+    adds = affine.first if own else flow.made_by.get(affine.made)
+    if adds is None or _scales(flow.program.operations[adds]):
+        return None, without
+    found = _in_parameter(flow, chosen[0], parameters)
     letters = _made_axes(affine, product)
     if found is None:
-        return None, None, affine.unbiased
+        return None, without
     index = found.index
     if own and short_name(op).startswith("conv"):
         index = index.reshape(1, -1, *(1,) * (len(letters) - 2))
     sizes = dict(zip(letters, flow.shape(affine.made), strict=True))
     places = _bias_places(index, letters, roles.rows, sizes)
-    return (None, None, affine.unbiased) if places is None else (found.name, places, made)
+    if places is None:
+        return None, without
+    return _Bias(found.name, places, (adds, chosen[0])), made
+
+
+def _scales(op: Operation) -> bool:
+    """Whether an operation multiplies what it adds by a number (`alpha` and `beta` of `torch.addmm`)."""
+    return any(op.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
 
 
 def _bias_places(

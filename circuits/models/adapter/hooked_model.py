@@ -45,6 +45,7 @@ from circuits.models.adapter.matrices import (
     matrices_of_layers,
     matrices_of_sites,
     parameter_names,
+    with_aliases,
     with_products,
 )
 from circuits.models.adapter.normalisation import (
@@ -950,11 +951,12 @@ class HookedModel:
             found = matrices_of_layers(self.module, self._find_own_layers())
         else:
             found = matrices_of_sites(self.module, forward, self.sites, self._taps)
-        if is_bridge(self.module):  # it calls a module for each of its weights
+        if is_bridge(self.module):
+            # It calls a module for each of its weights; some are parts of parameters that it does not use.
             return tuple(found)
-        return tuple(
-            with_products(self.module, self.program, forward, self.sites, self._taps, found, traced)
-        )
+        program = self.program
+        found = with_products(self.module, program, forward, self.sites, self._taps, found, traced)
+        return tuple(with_aliases(self.module, program, found))
 
     def n_units(self, site: str) -> int:
         """The number of units of a site; `input` stands for the model's input channels."""

@@ -15,10 +15,17 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from circuits.hooks import Tap, record
-from circuits.models.adapter.affine import Cells, WeightProduct, other_uses, weight_products
-from circuits.models.adapter.flow import Flow
+from circuits.models.adapter.affine import (
+    Cells,
+    Parameters,
+    Use,
+    WeightProduct,
+    other_uses,
+    weight_products,
+)
+from circuits.models.adapter.flow import Flow, short_name
 from circuits.models.adapter.head_sites import Picked, Points
-from circuits.models.adapter.program import Program, own_tensors
+from circuits.models.adapter.program import Program, Value, own_tensors
 from circuits.models.adapter.sites import evaluating
 from circuits.models.adapter.topology import LAYERS, WeightLayer
 from circuits.units import Site
@@ -66,7 +73,11 @@ class WeightMatrix:
         shape: the number of rows, of columns (of all groups), and the lengths of the kernel's axes.
         groups: groups of a convolution; a row has weights only in the columns of its group.
         transposed: whether the parameter is stored columns first.
-        tied: other names of the same parameter, and layers that share it: an edit changes them too.
+        tied: other names of the same parameter, and what else uses its weights (layers, biases, calls of functions): an
+            edit changes them too.
+        bias_tied: what else uses its biases: an edit of them changes that too.
+        aliases: for its parameters, by their names, other tensors of the model in the same memory; an edit would change
+            one of them only, so that it is refused.
         reads: sites whose units are its columns, nearest first.
         writes: sites whose units are its rows, nearest first.
         calls: how often the layer runs in one pass; an edit changes all of them.
@@ -83,6 +94,8 @@ class WeightMatrix:
     reads: tuple[MatrixEnd, ...] = ()
     writes: tuple[MatrixEnd, ...] = ()
     tied: tuple[str, ...] = ()
+    bias_tied: tuple[str, ...] = ()
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     calls: int = 1
     cells: Cells | None = None
 
@@ -168,17 +181,79 @@ def _put(parameter: Tensor, places: Tensor, values: Tensor) -> None:
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """A model's parameters by their names in the state dict; a tied parameter has its first name."""
-    # Matched by memory, since a bridge's state dict has other names than its modules. An empty tensor has no memory;
-    # the shape tells a parameter from a view that begins at the same address.
-    own = {(p.data_ptr(), tuple(p.shape)): p for p in module.parameters() if p.numel()}
+    # Matched by memory where the state dict does not hold the parameter itself, since a bridge's has other names than
+    # its modules. An empty tensor has no memory; the shape tells a parameter from a view that begins at the same
+    # address.
+    own = {id(p): p for p in module.parameters() if p.numel()}
+    by_memory = {(p.data_ptr(), tuple(p.shape)): id(p) for p in own.values()}
     found: dict[str, nn.Parameter] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
-        parameter = own.pop((tensor.data_ptr(), tuple(tensor.shape)), None)
+        key = id(tensor)
+        if not isinstance(tensor, nn.Parameter):
+            key = by_memory.get((tensor.data_ptr(), tuple(tensor.shape)), key)
+        parameter = own.pop(key, None)
         if parameter is not None:
             found[name] = parameter
     return found
+
+
+def with_aliases(
+    module: nn.Module, program: Program, matrices: Sequence[WeightMatrix]
+) -> list[WeightMatrix]:
+    """Matrices with the other tensors that lie in the memory of their parameters: those that are kept with the weights,
+    or that the pass takes.
+    """
+    names = parameter_names(module)
+    kept = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    taken = {source.partition(" ")[0] for source in program.sources.values()}
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in own_tensors(module).items():
+        if id(tensor) not in kept and name not in taken:
+            continue
+        if tensor.numel() and tensor.layout == torch.strided:
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+
+    def found(name: str) -> list[str]:
+        own = names[name]
+        near = by_storage.get(own.untyped_storage().data_ptr(), [])
+        return [n for n, tensor in near if tensor is not own and _share_memory(own, tensor)]
+
+    made = []
+    for m in matrices:
+        others = {name: found(name) for name in (m.weight, m.bias) if name is not None}
+        made.append(replace(m, aliases={name: each for name, each in others.items() if each}))
+    return made
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have numbers in common."""
+    spans = [
+        (first := t.storage_offset() * t.element_size(), first + (_reach(t) + 1) * t.element_size())
+        for t in (one, other)
+    ]
+    (start, end), (first, last) = spans
+    if end <= first or last <= start:
+        return False
+    if one.element_size() != other.element_size():
+        return True
+    taken = torch.zeros(max(end, last) // one.element_size(), dtype=torch.bool)
+    taken[_offsets(one)] = True
+    return bool(taken[_offsets(other)].any())
+
+
+def _reach(tensor: Tensor) -> int:
+    """How far from a tensor's first number its last one lies in the storage."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Where in the storage each of a tensor's numbers lies."""
+    found = torch.tensor(tensor.storage_offset())
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        found = found[..., None] + torch.arange(n) * step
+    return found.flatten()
 
 
 def matrices_of_layers(module: nn.Module, layers: Sequence[WeightLayer]) -> list[WeightMatrix]:
@@ -288,10 +363,10 @@ def matrices_of_sites(
                 own, by_parameter[id(weight)],
                 by_parameter.get(id(bias)) if isinstance(bias, nn.Parameter) else None,
                 tuple(weight.shape[::-1] if known.transposed else weight.shape), 1, known.transposed,
-                tuple(reversed(reads)), tuple(writes), tied, len(known.calls),
+                tuple(reversed(reads)), tuple(writes), tied, calls=len(known.calls),
             )
         )  # fmt: skip
-    return _in_order(made, names)
+    return _tied(_in_order(made, names), (), names, {})
 
 
 def _in_order(matrices: Sequence[WeightMatrix], names: Iterable[str]) -> list[WeightMatrix]:
@@ -476,9 +551,9 @@ def with_products(
     matrices, of = _matched(products, known, names)
     new = {m.name for m in matrices[len(known) :]}
     looked = [(p, m) for p in products if (m := of[p.first]).name in new or heads or not traced]
-    if not looked:
-        return list(known)
-    ends = _ends_of_products(module, forward, looked, names, sites, taps)
+    ends: Mapping[int, _Ends] = {}
+    if looked:
+        ends = _ends_of_products(module, forward, looked, names, sites, taps)
     found: dict[str, list[_Ends]] = {m.name: [] for m in matrices}
     for p, m in looked:
         found[m.name].append(ends[p.first])
@@ -488,22 +563,67 @@ def with_products(
         replace(m, calls=max(m.calls, counts[m.name]) if traced else m.calls + counts[m.name])
         for m in made
     ]
-    uses = other_uses(flow, parameters, inside | {p.first for p in products})
+    own_names = inside | _of_convolutions(program, parameters, known)
+    uses = other_uses(flow, parameters, own_names, _taken_by(products, of))
     made = _tied(made, new, names, uses)
     return made if traced or not new else _in_order(made, names)
 
 
 def _inside_layers(
     module: nn.Module, program: Program, weights: set[str], by_parameter: Mapping[int, str]
-) -> set[int]:
-    """The operations that a layer with a known matrix calls to multiply with its own weight."""
-    modules = dict(module.named_modules())
-    own = {
-        path: by_parameter.get(id(m._parameters.get("weight")))
-        for path, m in modules.items()
+) -> dict[int, set[str]]:
+    """The operations that a layer with a known matrix calls to multiply with its own weight, each with the names of
+    the layer's own weight and bias.
+    """
+    own: dict[str, list[str | None]] = {
+        path: [by_parameter.get(id(m._parameters.get(name))) for name in ("weight", "bias")]
+        for path, m in module.named_modules()
         if isinstance(m, LAYERS) or type(m).__name__ == "Conv1D"
     }
-    return {i for i, op in enumerate(program.operations) if own.get(op.module) in weights}
+    return {
+        i: {name for name in own[op.module] if name is not None}
+        for i, op in enumerate(program.operations)
+        if op.module in own and own[op.module][0] in weights
+    }
+
+
+def _of_convolutions(
+    program: Program, parameters: Parameters, known: Sequence[WeightMatrix]
+) -> dict[int, set[str]]:
+    """The calls of convolutions with the parameters of known matrices, as `_inside_layers` returns those of layers."""
+    biases = {m.weight: m.bias for m in known}
+    found = {}
+    for i, op in enumerate(program.operations):
+        given = op.argument(1, "weight") if short_name(op).startswith("conv") else None
+        source = program.sources.get(given) if isinstance(given, Value) else None
+        if source is None or source not in parameters:
+            continue
+        name = parameters[source][0]
+        if name in biases:
+            found[i] = {n for n in (name, biases[name]) if n is not None}
+    return found
+
+
+def _taken_by(
+    products: Sequence[WeightProduct], of: Mapping[int, WeightMatrix]
+) -> set[tuple[int, Value]]:
+    """The values that products take as weights and biases of their matrices; a bias may be that of another product with
+    the same weights.
+    """
+    found: set[tuple[int, Value]] = set()
+    for p in products:
+        weights, *bias = p.takes
+        found.add(weights)
+        m = of[p.first]
+        if bias and m.bias == p.bias and torch.equal(_bias_places(m), _bias_places(p)):
+            found.update(bias)
+    return found
+
+
+def _bias_places(owner: WeightMatrix | WeightProduct) -> Tensor:
+    """The place of each row's bias in the flattened parameter that holds them."""
+    own = None if owner.cells is None else owner.cells.bias
+    return torch.arange(owner.shape[0]) if own is None else own
 
 
 def _matched(
@@ -613,20 +733,94 @@ def _tied(
     matrices: Sequence[WeightMatrix],
     new: Container[str],
     names: Mapping[str, nn.Parameter],
-    uses: Mapping[str, Sequence[str]],
+    uses: Mapping[str, Sequence[Use]],
 ) -> list[WeightMatrix]:
-    """Matrices with what else an edit changes: matrices with weights in common, and other uses of new ones."""
-    made = []
-    for m in matrices:
-        others = [
-            o.name
-            for o in matrices
-            if o is not m and o.weight == m.weight and (o.name in new or m.name in new)
-            and _overlap(m, o, names[m.weight])
-        ]  # fmt: skip
-        others += uses.get(m.weight, []) if m.name in new else []
-        made.append(replace(m, tied=tuple(dict.fromkeys([*m.tied, *others]))))
-    return made
+    """Matrices with what else an edit of their weights or of their biases changes.
+
+    Args:
+        matrices: all of the model's.
+        new: the names of those that no layer holds; layers that share a parameter name each other already.
+        names: the parameters.
+        uses: other calls that take them.
+    """
+    return [
+        replace(
+            m,
+            tied=_weights_tied(m, matrices, new, names, uses.get(m.weight, ())),
+            bias_tied=_bias_tied(m, matrices, names, uses),
+        )
+        for m in matrices
+    ]
+
+
+def _weights_tied(
+    matrix: WeightMatrix,
+    matrices: Sequence[WeightMatrix],
+    new: Container[str],
+    names: Mapping[str, nn.Parameter],
+    uses: Sequence[Use],
+) -> tuple[str, ...]:
+    """What else an edit of a matrix's weights changes (see `_tied`)."""
+    parameter = names[matrix.weight]
+    others = [
+        o.name
+        for o in matrices
+        if o is not matrix and o.weight == matrix.weight and (o.name in new or matrix.name in new)
+        and _overlap(matrix, o, parameter)
+    ]  # fmt: skip
+    others += [
+        f"the biases of {o.name}"
+        for o in matrices
+        if o.bias == matrix.weight and _holds(matrix, parameter, _bias_places(o))
+    ]
+    others += [
+        use.called
+        for use in uses
+        # A layer that looks numbers up (an embedding) is named already.
+        if use.module not in matrix.tied and _holds(matrix, parameter, use.places)
+    ]
+    return tuple(dict.fromkeys([*matrix.tied, *others]))
+
+
+def _bias_tied(
+    matrix: WeightMatrix,
+    matrices: Sequence[WeightMatrix],
+    names: Mapping[str, nn.Parameter],
+    uses: Mapping[str, Sequence[Use]],
+) -> tuple[str, ...]:
+    """What else an edit of a matrix's biases changes (see `_tied`)."""
+    name = matrix.bias
+    if name is None:
+        return ()
+    own = _bias_places(matrix)
+    others = [
+        o.name
+        for o in matrices
+        if o is not matrix and o.bias == name and bool(torch.isin(own, _bias_places(o)).any())
+    ]
+    others += [
+        f"the weights of {o.name}"
+        for o in matrices
+        if o.weight == name and _holds(o, names[name], own)
+    ]
+    others += [
+        use.called
+        for use in uses.get(name, ())
+        if use.places is None or bool(torch.isin(own, use.places).any())
+    ]
+    return tuple(dict.fromkeys(others))
+
+
+def _holds(matrix: WeightMatrix, parameter: Tensor, places: Tensor | None) -> bool:
+    """Whether some places of a flattened parameter, all if None, hold a weight of a matrix."""
+    return places is None or bool(_mask(matrix, parameter).flatten()[places].any())
+
+
+def _mask(matrix: WeightMatrix, parameter: Tensor) -> Tensor:
+    """Which numbers of a parameter are weights of a matrix."""
+    mask = torch.zeros(parameter.shape, dtype=torch.bool)
+    matrix.fill(mask, torch.ones_like(matrix.whole(mask)))
+    return mask
 
 
 def _overlap(one: WeightMatrix, other: WeightMatrix, parameter: Tensor) -> bool:
@@ -634,12 +828,7 @@ def _overlap(one: WeightMatrix, other: WeightMatrix, parameter: Tensor) -> bool:
     (first, last), (start, end) = (_span(m, parameter.numel()) for m in (one, other))
     if last < start or end < first:
         return False
-    masks = []
-    for matrix in (one, other):
-        mask = torch.zeros(parameter.shape, dtype=torch.bool)
-        matrix.fill(mask, torch.ones_like(matrix.whole(mask)))
-        masks.append(mask)
-    return bool((masks[0] & masks[1]).any())
+    return bool((_mask(one, parameter) & _mask(other, parameter)).any())
 
 
 def _span(matrix: WeightMatrix, n: int) -> tuple[int, int]:

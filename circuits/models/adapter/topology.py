@@ -281,6 +281,10 @@ def _given_linear(values: Mapping[str, Any]) -> _Given | None:
 def _given_product(values: Mapping[str, Any]) -> _Given | None:
     """Rows times a matrix of weights, or such a matrix times columns."""
     left, right = values["input"], values["other"]
+    alpha, beta = values.get("alpha", 1), values.get("beta", 1)
+    if (alpha, beta) != (1, 1):  # no parameter holds what `torch.addmm` multiplies and adds then
+        own = _given_product({**values, "bias": values["bias"] * beta, "alpha": 1, "beta": 1})
+        return own and replace(own, weight=own.weight * alpha, mirrored=None, editable=False)
     if right.ndim == 2 and left.ndim > 1 and left.requires_grad:
         return _Given(left, right.mT, values.get("bias"), mirrored=right)
     if left.ndim == 2 and right.ndim > 1 and right.requires_grad:
