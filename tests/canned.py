@@ -9,7 +9,7 @@ from circuits.discovery.agreement import Agreement
 from circuits.discovery.evaluating import Curve, ladder
 from circuits.discovery.found import circuit_graph
 from circuits.discovery.searching import greedy
-from circuits.discovery.stability import Stability
+from circuits.discovery.stability import SearchStability
 from circuits.experiments.outcomes import Record
 from circuits.experiments.statistics import Interval
 from circuits.tasks import Task
@@ -65,6 +65,6 @@ def discovery(graph: EdgeGraph, task: Task, size: int = 10) -> Discovery:
     return Discovery(
         circuit_graph(graph, kept, found, task, how), found,
         Checked(tuple(range(20)), noising, None, 0.95, 0.01, ()),
-        Stability({graph.edges[i]: 0.9 for i in np.flatnonzero(kept)}, 0.75, 0.6, 0.05, 100, len(task.find)),
+        SearchStability({graph.edges[i]: 0.9 for i in np.flatnonzero(kept)}, 0.75, 0.6, 0.05, 100, len(task.find)),
         evaluation(graph, task.test, kept),
     )  # fmt: skip

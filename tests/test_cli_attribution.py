@@ -119,7 +119,7 @@ def test_curve_units_are_shown_compared_with_shuffled_weights(
     assert is_picture(figure)
     found = output(capsys, "tune", "shapes", "mixed3b:200,201", "--find")
     assert (len(found["units"]), found["in_shuffled_weights"]) == (2, 0)
-    assert found["largest_gap"] == 360
+    assert found["largest_gap"] == pytest.approx(360)
 
 
 def test_heat_maps_and_aspects_are_shown(capsys, workspace: Path, tmp_path: Path) -> None:

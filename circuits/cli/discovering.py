@@ -22,6 +22,7 @@ from circuits.discovery.results import Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule
 from circuits.discovery.searching import Search
+from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
 from circuits.graph.saved import load_circuit, save_circuit
@@ -81,7 +82,7 @@ def discover(
     check: Annotated[int | None, option(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
-    random: Random = 100,
+    random: Random = N_RANDOM,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
@@ -133,7 +134,7 @@ def evaluate(
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     sites: Sites = "",
-    random: Random = 100,
+    random: Random = N_RANDOM,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip

@@ -11,7 +11,7 @@ from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
 from circuits.discovery.searching import acdc, greedy, refine, top
-from circuits.discovery.stability import Stability
+from circuits.discovery.stability import SearchStability
 
 __all__ = [
     "Checked",
@@ -24,7 +24,7 @@ __all__ = [
     "EdgeScores",
     "Evaluation",
     "Runs",
-    "Stability",
+    "SearchStability",
     "acdc",
     "check_scores",
     "compare_circuits",

@@ -24,6 +24,7 @@ from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.searching import importance, ranked, values_of
 from circuits.examples import BATCH
+from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
 from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
@@ -48,8 +49,8 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def ladder(n_edges: int) -> tuple[int, ...]:
     """The sizes at which circuits are evaluated: all of a small graph, else ten in each factor of ten.
 
-    >>> ladder(5), ladder(150)[-6:]
-    ((1, 2, 3, 4, 5), (63, 79, 100, 126, 150))
+    >>> ladder(5), ladder(150)[-4:]
+    ((1, 2, 3, 4, 5), (79, 100, 126, 150))
     """
     if n_edges <= _EVERY:
         return tuple(range(1, n_edges + 1))
@@ -365,7 +366,7 @@ def evaluate(
     others: Mapping[str, Mask] | None = None,
     ablation: Ablation = "counterpart",
     shift: int = 0,
-    n_random: int = 100,
+    n_random: int = N_RANDOM,
     n_curves: int = 10,
     batch: int = BATCH,
     memory: int = MEMORY,

@@ -24,8 +24,9 @@ from circuits.discovery.searching import (
     refine,
     top,
 )
-from circuits.discovery.stability import Choose, Stability, stability
+from circuits.discovery.stability import Choose, SearchStability, stability
 from circuits.examples import BATCH
+from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now
@@ -56,7 +57,7 @@ class Discovery:
     circuit: CircuitGraph
     scores: EdgeScores
     checked: Checked | None
-    stability: Stability | None
+    stability: SearchStability | None
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def discover(
     ablation: Ablation = "counterpart",
     shift: int = 0,
     check: int | None = None,
-    n_random: int = 100,
+    n_random: int = N_RANDOM,
     n_curves: int = 10,
     batch: int = BATCH,
     memory: int = MEMORY,
@@ -212,7 +213,7 @@ def swapped(task: Task, seed: int) -> Task:
 
 def circuit_graph(
     graph: EdgeGraph, kept: Mask, scores: EdgeScores, task: Task, how: dict[str, Any],
-    again: Stability | None = None,
+    again: SearchStability | None = None,
 ) -> CircuitGraph:  # fmt: skip
     """Some edges as a circuit that can be saved, drawn and exported; an edge's sum is what it adds to the metric.
 

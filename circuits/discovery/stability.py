@@ -27,7 +27,7 @@ Choose = Callable[[Float[np.ndarray, " edge"]], Bool[np.ndarray, " edge"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Stability:
+class SearchStability:
     """How much circuits that were found on other draws of the examples have in common.
 
     Attributes:
@@ -71,7 +71,7 @@ def stability(
     choose: Choose,
     draws: int = DRAWS,
     seed: int = 0,
-) -> Stability:
+) -> SearchStability:
     """Search again on bootstraps of the examples, and on disjoint halves.
 
     Examples of one template instance are drawn together, since they are not independent.
@@ -117,7 +117,7 @@ def stability(
     twice = size * size / total
     own = np.flatnonzero(circuit)
     shares = drawn[:, own].mean(0).tolist()
-    return Stability(
+    return SearchStability(
         {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
         float(np.mean(halves)), twice / max(2 * size - twice, 1e-12), draws, n,
     )  # fmt: skip
