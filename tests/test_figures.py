@@ -446,7 +446,7 @@ def card() -> MethodCard:
     stage = Stage(1, "conv", 0.5, 0.4, 0.3)
     test = RandomizationTest("gradient", "cascading", (stage,), stage, 0.2, True, "h", {}, 0)
     curves = tuple(
-        Curve(kind, "mean", (0.0, 1.0), values, (0.5, 0.5), 1.0, 0.5, 0.1, 0.2)
+        Curve(kind, "zero", (0.0, 1.0), values, (0.5, 0.5), 1.0, 0.5, 0.1, 0.2)
         for kind, values in (("insertion", (0.0, 9.0)), ("deletion", (7.0, -1.0)))
     )
     verdicts: Mapping[str, str] = {
