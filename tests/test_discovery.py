@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from circuits.cleanroom import addition, induction
@@ -27,9 +28,11 @@ from circuits.discovery import (
 from circuits.discovery.evaluating import ladder, log_mean
 from circuits.discovery.found import swapped
 from circuits.discovery.nulls import random_circuit
-from circuits.discovery.searching import importance, removal_effects, values_of
+from circuits.discovery.searching import removal_effects, values_of
 from circuits.discovery.stability import stability
+from circuits.experiments.patching import patch_paths
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.loading import load_model
 from circuits.tasks import Task
 from circuits.tasks.builtin import load_task
@@ -215,7 +218,7 @@ def test_evaluation_compares_with_random_circuits_and_shows_the_optimism() -> No
     model = load_model("induction-by-hand")
     graph, task = edge_graph(model), load_task(model, n=16, seed=1)
     scores = score_edges(graph, task.find, "exact", shift=1)
-    circuit = top(graph, importance(scores.mean, scores.better, "absolute"), 7)
+    circuit = top(graph, scores.worth(), 7)
     made = evaluate(
         graph,
         task.test,
@@ -360,3 +363,38 @@ def test_a_circuit_found_with_answers_swapped_at_random_stands_next_to_the_found
         a.answers == b.against for a, b in zip(answered.questions, turned.questions, strict=True)
     ]
     assert sum(changed) == len(answered) // 2
+
+
+# --- transformers that people bring ------------------------------------------------------------------
+
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "parallel layers": ("GPTNeoXConfig", {"num_attention_heads": 2}),
+    "grouped keys": ("LlamaConfig", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "norms after attention": ("Gemma2Config", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(OWN))
+def test_edges_of_a_traced_model_are_patched_and_scored_as_by_definition(name: str) -> None:
+    kind, given = OWN[name]
+    shape = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**shape, max_position_embeddings=16, **given)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = HookedModel(module, TokenInput(20, 16), name)
+    graph, (clean, corrupted) = edge_graph(model), drawn()
+    task = pairs(model, clean, corrupted, weighed)
+    exact = score_edges(graph, task, "exact")
+    by_hand = patch_paths(model, clean, corrupted, metric=weighed).effects.T
+    torch.testing.assert_close(
+        torch.from_numpy(exact.values).float(), by_hand, rtol=1e-3, atol=1e-6
+    )
+    # EAP is the derivative by the share of an edge that is replaced.
+    eap, step = score_edges(graph, task, "eap").values, 3e-3
+    some = list(range(0, len(graph), 5))
+    off = torch.zeros(len(some) + 1, len(graph))
+    off[torch.arange(len(some)), some] = step
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    values = runs.patched(pair, off)
+    slopes = ((values[:-1] - values[-1:]) / step).T.numpy()
+    assert np.abs(slopes - eap[:, some]).max() <= 0.01 * np.abs(eap).max()

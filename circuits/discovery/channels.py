@@ -190,18 +190,18 @@ class ChannelGraph(EdgeGraph):
     def _cut(self, changed: set[Value]) -> Cut | None:
         """The changed targets that no other reaches, and what they do not reach but is read with what they do."""
         flow = self._flow.flow
-        reached, first, beside = set[Value](), list[Value](), dict[Value, None]()
+        reached, first, joined = set[Value](), list[Value](), dict[Value, None]()
         for op in flow.program.operations:
             if not reached.isdisjoint(op.inputs):
                 given = (v for v in op.inputs if v in flow.dependent and v not in reached)
-                beside.update(dict.fromkeys(given))
+                joined.update(dict.fromkeys(given))
                 reached.update(op.outputs)
             else:
                 first += (v for v in op.outputs if v in changed)
                 reached.update(v for v in op.outputs if v in changed)
-        if any(v in self._flow.image or v not in self._held for v in beside):
+        if any(v in self._flow.image or v not in self._held for v in joined):
             return None
-        given = [self._target_site[v] for v in first] + [self._held[v] for v in beside]
+        given = [self._target_site[v] for v in first] + [self._held[v] for v in joined]
         shown = self._target_site | self._source_site
         names = {site for v, site in shown.items() if v in reached}
         names.update(name for name, (v, _) in self._flow.places.items() if v in reached)

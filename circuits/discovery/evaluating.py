@@ -22,7 +22,7 @@ from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import importance, ranked, values_of
+from circuits.discovery.searching import values_of
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
@@ -408,15 +408,15 @@ def evaluate(
     rng, more = np.random.default_rng(seed), dict(others or {})
     fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
     randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
-    sizes, ranked_ = ladder(len(graph)) if scores is not None else (), list[Mask]()
+    sizes, rankings = ladder(len(graph)) if scores is not None else (), list[Mask]()
     if scores is not None:
-        own = ranked(importance(scores.mean, scores.better, ranking))
+        own = scores.order(ranking)
         for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
-            ranked_ += _firsts(graph, order, sizes)
+            rankings += _firsts(graph, order, sizes)
     runs = Runs(graph, task, **settings)
-    values = values_of(runs, [*fixed, *more.values(), *randoms, *ranked_], progress)
-    first, last = len(fixed) + len(more), len(values) - len(ranked_)
-    curves = _curves(sizes, ranked_, values[last:])
+    values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress)
+    first, last = len(fixed) + len(more), len(values) - len(rankings)
+    curves = _curves(sizes, rankings, values[last:])
     on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(

@@ -11,7 +11,7 @@ import numpy as np
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
-from circuits.discovery.results import SIZES, EdgeScores, Ranking
+from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import (
@@ -20,7 +20,6 @@ from circuits.discovery.searching import (
     acdc,
     check_size,
     greedy,
-    importance,
     refine,
     top,
 )
@@ -195,7 +194,7 @@ def _searched(
         assert threshold is not None, "checked before"
         return acdc(runs, threshold, stage("search"))
     if search == "refine":
-        worth = importance(scores.mean, scores.better, ranking)
+        worth = scores.worth(ranking)
         return refine(runs, worth, n, ranking, stage("search"))
     return choose(scores.mean)
 
@@ -280,7 +279,7 @@ def strongest_circuit(graph: EdgeGraph, found: Discovery, task: Task, n: int) ->
         ValueError: if there are not as many edges, or no path is left.
     """
     scores, ranking = found.scores, found.circuit.graph["made"]["ranking"]
-    kept = top(graph, importance(scores.mean, scores.better, ranking), n)
+    kept = top(graph, scores.worth(ranking), n)
     if not kept.any():
         raise ValueError(
             f"size {n}: the strongest edges make no path from the model's input to its output; expected a larger size"

@@ -301,7 +301,7 @@ def _notes(pairs: Sequence[EdgePair]) -> Iterator[str]:
 
 
 def _checked(graph: EdgeGraph, edges: Sequence[Edge | str]) -> list[int]:
-    """The numbers of the edges, of which there are at least two and no more than `LARGEST`."""
+    """The numbers of 2 to `LARGEST` edges."""
     chosen = [graph.index(edge) for edge in edges]
     if not 2 <= len(chosen) <= LARGEST:
         raise ValueError(f"{len(chosen)} edges: expected 2 to {LARGEST}, all of which are paired")
@@ -397,7 +397,7 @@ def _values(
     return found
 
 
-# --- what comes of it --------------------------------------------------------------------------------
+# --- relations --------------------------------------------------------------------------------
 
 
 class _Measured:

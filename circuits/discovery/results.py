@@ -26,6 +26,28 @@ SIZES = {
 """
 
 
+def importance(
+    mean: Float[np.ndarray, " edge"], better: int, ranking: Ranking
+) -> Float[np.ndarray, " edge"]:
+    """How important each edge is by its mean score: its size, or how much worse its removal makes the metric.
+
+    Where neither direction of the metric is better, more counts as better.
+
+    Raises:
+        ValueError: if the ranking is unknown.
+    """
+    if ranking == "absolute":
+        return np.abs(mean)
+    if ranking == "signed":
+        return -(better or 1) * mean
+    raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
+
+
+def ranked(worth: Float[np.ndarray, " edge"]) -> np.ndarray:
+    """The edges' numbers, the most important first; equals keep the order of the graph."""
+    return np.argsort(-worth, kind="stable")
+
+
 @dataclass(frozen=True, eq=False)
 class EdgeScores:
     """What each edge is worth on each example.
@@ -72,17 +94,19 @@ class EdgeScores:
 
     def order(self, ranking: Ranking = "absolute") -> np.ndarray:
         """The edges' numbers, the most important first; equals keep the order of the graph."""
-        mean = self.mean
-        if ranking == "absolute":
-            return np.argsort(-np.abs(mean), kind="stable")
-        if ranking == "signed":
-            # Importance: how much worse the metric gets. Where neither direction is better, more counts as better.
-            if self.method in SIZES:
-                raise ValueError(
-                    f"ranking signed: scores by {self.method} have no sign; expected absolute"
-                )
-            return np.argsort((self.better or 1) * mean, kind="stable")
-        raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
+        return ranked(self.worth(ranking))
+
+    def worth(self, ranking: Ranking = "absolute") -> Float[np.ndarray, " edge"]:
+        """How important each edge is.
+
+        Raises:
+            ValueError: if the ranking is unknown, or `signed` for scores that have no sign.
+        """
+        if ranking == "signed" and self.method in SIZES:
+            raise ValueError(
+                f"ranking signed: scores by {self.method} have no sign; expected absolute"
+            )
+        return importance(self.mean, self.better, ranking)
 
     @property
     def completeness(self) -> float:

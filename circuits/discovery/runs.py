@@ -20,7 +20,7 @@ from circuits.discovery.graphs import Cut, EdgeGraph
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.patched_runs import merged
-from circuits.experiments.running import MEMORY, check_model
+from circuits.experiments.running import MEMORY, PEAK_MEMORY, check_model
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.inputs import ImageInput
@@ -35,10 +35,6 @@ from circuits.units import Site
 Ablation = Literal["counterpart", "mean", "zero"]
 """What an edge that is not in a circuit carries: what it carries on the counterpart; the mean over the task's examples
 and positions; nothing."""
-
-_PEAK_MEMORY = 24
-"""The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
-
 
 _VECTORS = 4096
 """How many vectors (examples times positions) a pass on a CPU has at most: more no longer fit into its caches."""
@@ -342,7 +338,7 @@ class Runs:
 
             return put
 
-        edits = dict(changes) | {s: putting(s) for s in (begin.site.name, *begin.beside)}
+        edits = dict(changes) | {s: putting(s) for s in (begin.site.name, *begin.also)}
         ends = [s for s in self.ends if self._after(s, begin.site, reached)]
         cache = self.model.run(begin.inputs(inputs), read=ends, edits=edits, until=self.last)
         return {s.name: cache[s] for s in ends}, _output(cache)
@@ -394,15 +390,15 @@ class Runs:
         slopes = map(self.model.site, self.graph.slopes)
         changed = [s for s in slopes if self._after(s, candidate, reached)]
         ends = [s for s in self.ends if self._after(s, candidate, reached)]
-        beside = () if cut is None else cut.given[1:]
+        also = () if cut is None else cut.given[1:]
         return restart_at(
-            self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows, beside
+            self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows, also
         )
 
     def sets_per_pass(self, pair: Pair) -> int:
         """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower."""
         like = pair.clean[self.graph.reads[0]]
-        each = like.nbytes * _PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
+        each = like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
         fitting = max(1, self.memory // max(1, each))
         if like.device.type != "cpu":
             return fitting

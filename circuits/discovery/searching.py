@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from circuits.discovery.graphs import EdgeGraph, as_off
-from circuits.discovery.results import Ranking
+from circuits.discovery.results import Ranking, importance, ranked
 from circuits.discovery.runs import Pair, Runs
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, make_now
@@ -32,26 +32,6 @@ _DROPPED = 0.2
 
 _START = 3
 """How many times as many edges as it is to end with `refine` starts from."""
-
-
-def importance(
-    mean: Float[np.ndarray, " edge"], better: int, ranking: Ranking
-) -> Float[np.ndarray, " edge"]:
-    """How important each edge is by its mean score: its size, or how much worse its removal makes the metric.
-
-    Raises:
-        ValueError: if the ranking is unknown.
-    """
-    if ranking == "absolute":
-        return np.abs(mean)
-    if ranking == "signed":
-        return -(better or 1) * mean
-    raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
-
-
-def ranked(worth: Float[np.ndarray, " edge"]) -> np.ndarray:
-    """The edges' numbers, the most important first; equals keep the order of the graph."""
-    return np.argsort(-worth, kind="stable")
 
 
 def top(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:

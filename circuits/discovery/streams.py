@@ -27,7 +27,7 @@ from circuits.models.paths.contributions import (
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
-from circuits.units import Unit
+from circuits.units import Site, Unit
 
 
 class StreamGraph(EdgeGraph):
@@ -127,6 +127,14 @@ class StreamGraph(EdgeGraph):
 
     def first_site(self, target: int) -> str:
         return self.stream.input_site(self._receivers[target])
+
+    def starts(self, site: str) -> list[Site]:
+        receiver = self._receivers[self._at_site[site][0]]
+        layers = self.stream.layers
+        names = [layers[receiver.layer].before]
+        if receiver.kind == "logits":
+            names = [self.stream.stream_site(receiver), layers[-1].before]
+        return [self.model.site(name) for name in dict.fromkeys(names)]
 
     # --- what is computed ------------------------------------------------------------------------
 

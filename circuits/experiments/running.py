@@ -51,7 +51,7 @@ and the intact model's."""
 MEMORY = 2**28
 """A rough limit for the tensors of one pass, in bytes; larger passes are slower on a CPU."""
 
-_PEAK_MEMORY = 24
+PEAK_MEMORY = 24
 """The peak memory of a pass, estimated as a multiple of the tensor that it begins with."""
 
 _OUTPUT_COPIES = 2
@@ -403,7 +403,7 @@ class _Runner:
         # with.
         like = tensors[self.end.name if shared_pass.begin is None else shared_pass.begin.site.name]
         output = tensors[self.end.name]
-        each = like.nbytes * _PEAK_MEMORY + (
+        each = like.nbytes * PEAK_MEMORY + (
             output.nbytes * _OUTPUT_COPIES if shared_pass.narrow is None else 0
         )
         return max(1, self.memory // max(1, each))

@@ -45,12 +45,12 @@ class Restart:
         site: the site whose tensor is put in.
         small: an input that can stand in for any images; None: one of the batch's own inputs is used, since texts
             differ in length. Nothing that is read depends on it.
-        beside: further sites whose tensors are put in as they were: what follows depends on all of them together.
+        also: further sites whose tensors are put in as they were: what follows depends on all of them together.
     """
 
     site: Site
     small: Tensor | None
-    beside: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def inputs(self, own: Tensor) -> Tensor:
         """The input with which the model is run for a batch."""
@@ -65,7 +65,7 @@ def restart_at(
     values: Mapping[str, Tensor],
     changed: Sequence[Site] = (),
     rows: Sequence[int] = (0, 1),
-    beside: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Restart | None:
     """Test whether a pass may be restarted at a site; None unless everything read depends on its tensor alone.
 
@@ -81,7 +81,7 @@ def restart_at(
         values: the tensors of the site and of the ends for these examples.
         changed: further sites that are to be changed; their tensors must have one row for each example.
         rows: the indices of two examples for the test; the same one twice if there is only one.
-        beside: further sites whose tensors are put in.
+        also: further sites whose tensors are put in.
     """
     if len(values[site.name]) != len(inputs) or site.name.startswith(PREFIX):
         # The error of an autoencoder goes on around its latents, so they do not determine what comes after. And a
@@ -90,7 +90,7 @@ def restart_at(
     two = [min(row, len(inputs) - 1) for row in rows]
     # `value * 1`: a copy, which operations in place may overwrite.
     put: dict[str, Change] = {
-        name: lambda _, value=values[name][two]: value * 1 for name in (site.name, *beside)
+        name: lambda _, value=values[name][two]: value * 1 for name in (site.name, *also)
     }
     for other, stays in _others(model, inputs[:1]):
         try:
@@ -100,7 +100,7 @@ def restart_at(
         # Position embeddings, say, have a single row whatever the batch: they cannot be changed for each example.
         whole = all(len(found[place]) == len(two) for place in changed)
         if whole and all(_alike(found[end], values[end.name][two]) for end in ends):
-            return Restart(site, other if stays else None, tuple(beside))
+            return Restart(site, other if stays else None, tuple(also))
     return None
 
 
