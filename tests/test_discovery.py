@@ -313,6 +313,7 @@ def test_bad_input_is_refused_in_one_line(case: tuple[HookedModel, Task, Oracle]
         (lambda: score_edges(graph, task, steps=0), "steps 0 must be at least 1"),
         (lambda: discover(graph, task, search="acdc"), "a threshold belongs to the search acdc"),
         (lambda: discover(graph, task, size=10**6), "size 1000000"),
+        (lambda: Runs(graph, task, ablation="zero", shift=2), "does not go with the ablation zero"),
         (lambda: acdc(Runs(graph, task), 0.0), "threshold 0.0 must be above 0"),
         (lambda: evaluate(graph, task, graph.mask([]), find=task), "not evaluated on what it was found on"),
         (lambda: edge_graph(model, ["hook_embed"]), "sites hook_embed: the edges of a transformer"),

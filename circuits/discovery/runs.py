@@ -107,6 +107,10 @@ class Runs:
             raise ValueError(f"model {model.name} is edited: look for circuits outside the edit")
         if ablation not in ("counterpart", "mean", "zero"):
             raise ValueError(f"ablation {ablation!r}: expected counterpart, mean or zero")
+        if shift and ablation != "counterpart":
+            raise ValueError(
+                f"shift {shift} is of counterparts' positions: it does not go with the ablation {ablation}"
+            )
         check_model(model, task)
         if ablation == "counterpart" and task.counterparts is None:
             raise ValueError(
