@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
+from torch import nn
 
 from circuits import HookedModel
 from circuits.cli.main import run
@@ -22,6 +23,7 @@ from circuits.localization import (
     score_heads,
     shown_pattern,
 )
+from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 from circuits.units import Unit
@@ -237,3 +239,33 @@ def test_the_page_of_a_vision_transformers_head(made: Path, monkeypatch) -> None
 def test_the_page_of_all_heads(made: Path, monkeypatch) -> None:
     test = shown(made, monkeypatch, "site", model="vision", site="blocks.0.attn.hook_z")
     assert "2 units (head)" in text(test)
+
+
+class TwoPowers(nn.Module):
+    """A softmax that computes its exponential twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed = nn.Parameter(torch.randn(20, 16, generator=generator))
+        self.qkv = nn.Parameter(0.3 * torch.randn(3, 2, 16, 8, generator=generator))
+        self.out = nn.Parameter(0.3 * torch.randn(2, 8, 16, generator=generator))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed[tokens]
+        q, k, v = torch.einsum("bpd,chde->cbhpe", x, self.qkv)
+        scores = q @ k.transpose(-1, -2) / 8**0.5
+        pattern = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return (x + torch.einsum("bhpe,hed->bpd", pattern @ v, self.out)) @ self.embed.T
+
+
+def test_a_softmax_may_compute_its_exponential_twice() -> None:
+    model = HookedModel(TwoPowers().eval(), TokenInput(20, 12), "two powers")
+    scores, pattern = "blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"
+    tokens = torch.arange(12).reshape(2, 6)
+    found = model.run(tokens, read=[scores, pattern])
+    torch.testing.assert_close(found[pattern], found[scores].softmax(-1))
+    # Scores that are put in reach both exponentials.
+    drawn = torch.randn(found[scores].shape, generator=torch.Generator().manual_seed(1))
+    made = model.run(tokens, read=[pattern], edits={scores: lambda _: drawn})[pattern]
+    torch.testing.assert_close(made, drawn.softmax(-1))

@@ -290,11 +290,19 @@ class _Search:
         found = [p for v in same if v in self.flow.dependent and (p := self._power(v)) is not None]
         return found[0] if len(found) == 1 else None
 
+    def _same_power(self, one: Value, other: Value) -> bool:
+        """Whether two values are one, or the same exponential, computed twice."""
+        if one == other:
+            return True
+        ops = self.flow.operation(one), self.flow.operation(other)
+        names = {None if op is None else short_name(op) for op in ops}
+        return names <= {"exp", "exp2"} and len(names) == 1 and ops[0].inputs == ops[1].inputs  # type: ignore[union-attr]
+
     def _summed_axis(self, value: Value, top: Value) -> int | None:
         """The axis along which a value is the sum of another, ignoring clamps and epsilons."""
         rank = len(self.flow.shape(top))
         while (op := self.flow.operation(value)) is not None:
-            if op.inputs[:1] == (top,):
+            if op.inputs and self._same_power(op.inputs[0], top):
                 if short_name(op) == "einsum" and len(op.inputs) == 1:
                     given, _, made = str(op.args[0]).replace(" ", "").partition("->")
                     gone = [n for n, letter in enumerate(given) if letter not in made]
