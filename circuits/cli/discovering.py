@@ -83,6 +83,10 @@ def discover(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
     random: Random = N_RANDOM,
+    alternatives: Annotated[int, option(
+        "How many further circuits to look for that are as good and share as few edges as possible.",
+        check=Within(0, 20),
+    )] = 0,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
@@ -96,6 +100,7 @@ def discover(
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "n_random": random,
+        "alternatives": alternatives,
     }  # fmt: skip
     keep = (
         _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})

@@ -66,6 +66,29 @@ def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
 
+def ratio(
+    values: Float[np.ndarray, " example"],
+    empty: Float[np.ndarray, " example"],
+    full: Float[np.ndarray, " example"],
+    clusters: Sequence[int],
+    seed: int,
+) -> Interval:
+    """Faithfulness with its interval: a ratio of means, over the same resamples of clusters.
+
+    Args:
+        values: the metric of a circuit on each example.
+        empty: that of no edges.
+        full: that of all edges.
+        clusters: a number for each example, shared by those that are not independent.
+        seed: of the resamples.
+    """
+    rows = np.stack([values, empty, full])
+    own, none, whole = rows.mean(1)
+    drawn = resampled(rows, clusters=clusters, seed=seed).T
+    ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
+    return Interval(float((own - none) / (whole - none)), *percentiles(ratios))
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """Faithfulness by size, for one ranking of all edges.
@@ -154,14 +177,10 @@ class Evaluation:
         )
 
     def _ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
-        """A faithfulness with its interval: a ratio of means over the same resamples."""
+        """A faithfulness with its interval."""
         if not self.defined:
             return Interval(float("nan"), float("nan"), float("nan"))
-        rows = np.stack([values, self.empty, self.full])
-        own, empty, full = rows.mean(1)
-        drawn = resampled(rows, clusters=self.clusters, seed=self.record.seed).T
-        ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-        return Interval(float((own - empty) / (full - empty)), *percentiles(ratios))
+        return ratio(values, self.empty, self.full, self.clusters, self.record.seed)
 
     @cached_property
     def faithfulness(self) -> Interval:
