@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from circuits.tasks.task import Task
 SIZE = 50
 """The number of edges that a search keeps unless it is told otherwise; small graphs keep a quarter of theirs."""
 
+BY_WEIGHT = "by weight magnitude"
 SWAPPED = "found with answers swapped at random"
 
 Stage = Callable[[str], Progress | None]
@@ -57,6 +58,7 @@ class Discovery:
         stability: how far the same circuit is found on other draws of the examples; None of searches that try edges.
         evaluation: how good the circuit is on the `test` half.
         alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
+        notes: comparisons that could not be made, and why.
     """
 
     circuit: CircuitGraph
@@ -65,6 +67,7 @@ class Discovery:
     stability: SearchStability | None
     evaluation: Evaluation
     alternatives: Alternatives | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -74,6 +77,7 @@ class Discovery:
             "stability": None if self.stability is None else self.stability.to_dict(),
             "evaluation": self.evaluation.to_dict(),
             "alternatives": None if self.alternatives is None else self.alternatives.to_dict(),
+            "notes": list(self.notes),
         }  # fmt: skip
 
     def tables(self, top: int) -> Iterator[Table | str]:
@@ -86,6 +90,7 @@ class Discovery:
         yield from self.evaluation.tables(top)
         if self.alternatives is not None:
             yield from self.alternatives.tables()
+        yield from self.notes
 
 
 def discover(
@@ -106,6 +111,7 @@ def discover(
     n_random: int = N_RANDOM,
     n_curves: int = 10,
     alternatives: int = 0,
+    other: Mapping[str, Sequence[Edge]] | None = None,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -132,6 +138,7 @@ def discover(
         n_random: how many random circuits the circuit is compared with.
         n_curves: how many random rankings its curve is compared with.
         alternatives: how many further circuits are looked for that are as good and share little with it.
+        other: the edges of further circuits to compare with, such as another task's, by what they are.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -172,7 +179,12 @@ def discover(
         return pick(importance(mean, scores.better, ranking))
 
     again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
-    others: dict[str, Mask] = {}
+    others: dict[str, Mask] = {name: graph.mask(edges) for name, edges in (other or {}).items()}
+    notes: tuple[str, ...] = ()
+    try:
+        others[BY_WEIGHT] = pick(graph.weight_norms())
+    except ValueError as error:
+        notes = (f"not compared with a circuit {BY_WEIGHT}: {error}",)
     if method != "random" and find.compared:
         told = stage("scores with answers swapped")
         null = score_edges(graph, swapped(find, seed), method, progress=told, **scoring)
@@ -191,7 +203,7 @@ def discover(
         {} if threshold is None else {"threshold": threshold}
     )
     circuit = circuit_graph(graph, kept, scores, task, how, again)
-    return Discovery(circuit, scores, checked, again, made, further)
+    return Discovery(circuit, scores, checked, again, made, further, notes)
 
 
 def _check_choices(
