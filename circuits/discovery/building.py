@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.spans import Spans
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -29,7 +30,9 @@ def parse_sites(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
+def edge_graph(
+    model: HookedModel, sites: Sequence[str] = (), *, spans: str | Sequence[str] = ()
+) -> EdgeGraph:
     """The edges between the parts of a model.
 
     Args:
@@ -37,11 +40,17 @@ def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
             the channels of its layers.
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
+        spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
+            from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
 
     Raises:
         KeyError: if there is no such site.
-        ValueError: if the model's edges cannot be found, there are too many, or sites are named of a transformer.
+        ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or spans
+            of another model or not each position once.
     """
+    named = Spans.parse(spans if isinstance(spans, str) else ",".join(spans)) if spans else None
+    if isinstance(model.input, ImageInput) and named is not None:
+        raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
     if isinstance(model.input, ImageInput) and not model.has_stream:
         return ChannelGraph(model, tuple(sites) or None)
     if sites:
@@ -49,4 +58,4 @@ def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model)
+    return StreamGraph(model, named)

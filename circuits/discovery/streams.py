@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.graphs import EdgeGraph, PlacedNode
+from circuits.discovery.graphs import LIMIT, EdgeGraph, PlacedNode
 from circuits.discovery.matrices import path_norms
+from circuits.discovery.spans import Spans
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
@@ -27,7 +29,11 @@ from circuits.models.paths.contributions import (
 from circuits.models.paths.residual import STREAMS, Receiver, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
+from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site, Unit
+
+_SPAN = "spans of positions"
+"""Under which name the span of each position lies among the tensors of a run."""
 
 
 class StreamGraph(EdgeGraph):
@@ -37,25 +43,46 @@ class StreamGraph(EdgeGraph):
 
     Args:
         model: a transformer.
+        spans: what each target reads is patched by itself at the positions of each span: a query's edge at the
+            query's position, those of keys and values at the key's. None: at all positions together.
+        limit: the most edges.
 
     Raises:
-        ValueError: if the model's residual stream is not the sum of what its parts write.
+        ValueError: if the model's residual stream is not the sum of what its parts write, or there are more edges than
+            `limit`.
     """
 
-    def __init__(self, model: HookedModel) -> None:
-        self.model, self.grain = model, "heads and MLPs"
+    def __init__(
+        self, model: HookedModel, spans: Spans | None = None, *, limit: int = LIMIT
+    ) -> None:
+        self.model, self.spans = model, spans
+        self.grain = "heads and MLPs" + ("" if spans is None else f", at the spans {spans}")
         self.stream: Stream = stream_of(model)
         senders = [s for s in self.stream.senders if s.kind != "bias"]
         self._receivers = [r for r in self.stream.receivers if r.kind not in STREAMS]
-        self.sources, self.targets = tuple(map(str, senders)), tuple(map(str, self._receivers))
-        source = {s: i for i, s in enumerate(senders)}
-        target = {r: i for i, r in enumerate(self._receivers)}
-        self.ends = np.array([(source[s], target[r]) for s, r in self.stream.paths()])
-        self.feeds = tuple(self._fed(r) for r in self._receivers)
+        # The targets of a receiver lie one behind the other, one for each span.
+        self._n_spans = 1 if spans is None else len(spans)
+        ends = [""] if spans is None else [f"@{name}" for name in spans.names]
         # The place of each source among the stream's senders, biases included.
-        self._sender = np.array([self.stream.senders.index(s) for s in senders])
+        self._sender = np.flatnonzero([s.kind != "bias" for s in self.stream.senders])
+        reach = [self.stream.reaching(r).numpy()[self._sender] for r in self._receivers]
+        self._check(sum(int(r.sum()) for r in reach) * self._n_spans, limit)
+        self.sources = tuple(map(str, senders))
+        self.targets = tuple(f"{r}{end}" for r in self._receivers for end in ends)
+        target, source = np.nonzero(np.repeat(np.stack(reach), self._n_spans, 0))
+        self.ends = np.stack([source, target], 1)
+        self.feeds = tuple(self._fed(r) for r in self._receivers for _ in ends)
         self.input_sites = tuple(
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
+        )
+
+    def _check(self, n: int, limit: int) -> None:
+        """Raise ValueError if there are too many edges."""
+        if n <= limit:
+            return
+        raise ValueError(
+            f"{self.model.name} has {n} edges between {self.grain}, more than {limit}; expected at most "
+            f"{max(1, limit * self._n_spans // n)} spans"
         )
 
     def _fed(self, receiver: Receiver) -> tuple[int, ...]:
@@ -74,13 +101,19 @@ class StreamGraph(EdgeGraph):
         )
 
     def kind(self, name: str) -> str:
-        layer, dot, rest = name.partition(".")
+        part, at, span = name.partition("@")
+        layer, dot, rest = part.partition(".")
         if not dot:
             return name  # an MLP, the embeddings, the logits
-        return f"{rest.partition('.')[2] or 'head'} of layer {layer}"
+        return f"{rest.partition('.')[2] or 'head'}{at}{span} of layer {layer}"
+
+    def way(self, target: int) -> str:
+        part, at, span = self.targets[target].partition("@")
+        letter = part.rpartition(".")[2] if part.count(".") == 2 else ""
+        return f"{letter}{at}{span}"
 
     def node(self, name: str) -> PlacedNode:
-        if name == "logits":
+        if name.partition("@")[0] == "logits":
             return WholeSite(output_site(self.model).name)
         sender = self.stream.sender(name)
         site = self.stream.output_site(sender)
@@ -109,7 +142,7 @@ class StreamGraph(EdgeGraph):
 
     @cached_property
     def _at_site(self) -> dict[str, list[int]]:
-        """The targets of each site that can be changed, in order."""
+        """The receivers at each site that can be changed, in order."""
         found: dict[str, list[int]] = {}
         for i, receiver in enumerate(self._receivers):
             found.setdefault(self.stream.input_site(receiver), []).append(i)
@@ -126,7 +159,7 @@ class StreamGraph(EdgeGraph):
             yield (site,), sources
 
     def first_site(self, target: int) -> str:
-        return self.stream.input_site(self._receivers[target])
+        return self.stream.input_site(self._receivers[target // self._n_spans])
 
     def starts(self, site: str) -> list[Site]:
         receiver = self._receivers[self._at_site[site][0]]
@@ -146,19 +179,49 @@ class StreamGraph(EdgeGraph):
     ) -> dict[str, Change]:
         patches = {}
         anywhere = (off.detach() != 0).any(0).numpy()
-        for target, into in enumerate(self.edges_into):
-            if anywhere[into].any():
-                table = off.new_zeros(len(off), len(self.stream.senders))
-                columns = torch.from_numpy(self._sender[self.ends[into, 0]])
-                patches[self._receivers[target]] = table.index_copy(1, columns, off[:, into])
-        return changes_of(self.stream, patches, other, Options(), known)
+        shape = len(off), len(self.stream.senders), self._n_spans
+        for receiver, (edges, places) in zip(self._receivers, self._tables, strict=True):
+            if anywhere[edges].any():
+                table = off.new_zeros(len(off), shape[1] * shape[2])
+                table = table.index_copy(1, places, off[:, edges])
+                patches[receiver] = table if self.spans is None else table.reshape(shape)
+        options = Options() if self.spans is None else Options(span=other[_SPAN])
+        return changes_of(self.stream, patches, other, options, known)
+
+    @cached_property
+    def _tables(self) -> list[tuple[slice, Int[Tensor, " edge"]]]:
+        """For each receiver its edges, and their places in its table of senders and spans."""
+        n, found = self._n_spans, []
+        first = np.searchsorted(self.ends[:, 1], np.arange(len(self._receivers) + 1) * n)
+        for start, stop in pairwise(first.tolist()):
+            source, target = self.ends[start:stop].T
+            found.append(
+                (slice(start, stop), torch.from_numpy(self._sender[source] * n + target % n))
+            )
+        return found
+
+    def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
+        return {} if self.spans is None else {_SPAN: self.spans.index(task, part)}
+
+    def _inside(
+        self, tensors: Mapping[str, Tensor]
+    ) -> Float[Tensor, "example position span"] | None:
+        """Which positions are in which span; None if there are no spans."""
+        if self.spans is None:
+            return None
+        return torch.nn.functional.one_hot(tensors[_SPAN], self._n_spans).float()
+
+    def _targets(self, receivers: Sequence[int]) -> list[int]:
+        """The numbers of the targets of some receivers."""
+        n = self._n_spans
+        return [r * n + k for r in receivers for k in range(n)]
 
     def pulled(
         self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
     ) -> dict[str, Tensor]:
         found, tangents = dict[str, Tensor](), dict[tuple[str, int], Tangent | None]()
-        for site, targets in self._at_site.items():
-            receivers = [self._receivers[t] for t in targets]
+        for site, numbers in self._at_site.items():
+            receivers = [self._receivers[r] for r in numbers]
             before = self.stream.stream_site(receivers[0])
             # Queries, keys and values of a layer read the same stream through the same normalisation.
             key = before, id(norm_of(self.stream, receivers[0]))
@@ -176,13 +239,16 @@ class StreamGraph(EdgeGraph):
         pulled: Mapping[str, Tensor],
         linear: bool = False,
     ) -> Float[Tensor, "example edge"]:
-        change = self._written(clean, other, linear)
-        n = len(change)
-        made = change.new_zeros(n, len(self.sources), len(self.targets))
-        for site, targets in self._at_site.items():
+        change, inside = self._written(clean, other, linear), self._inside(clean)
+        made = change.new_zeros(len(change), len(self.sources), len(self.targets))
+        for site, receivers in self._at_site.items():
+            targets, gradient = self._targets(receivers), pulled[site]
+            if inside is not None:
+                own = inside.to(gradient).movedim(2, 1)[:, None, ..., None]
+                gradient = (gradient[:, :, None] * own).flatten(1, 2)
             # The sources that reach a site come first among all; it is the same for all targets of the site.
             reach = 1 + int(self.ends[self.edges_into[targets[0]], 0].max())
-            products = change[:, :reach].flatten(2) @ pulled[site].flatten(2).transpose(1, 2)
+            products = change[:, :reach].flatten(2) @ gradient.flatten(2).transpose(1, 2)
             made[:, :reach, targets] = products
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
@@ -190,38 +256,40 @@ class StreamGraph(EdgeGraph):
     # --- baselines -------------------------------------------------------------------------------
 
     def weight_norms(self) -> Float[np.ndarray, " edge"]:
-        senders = [self.stream.senders[i] for i in self._sender]
+        senders, n = [self.stream.senders[i] for i in self._sender], self._n_spans
         ends = self.ends.tolist()
-        return path_norms(self.stream, [(senders[s], self._receivers[t]) for s, t in ends])
+        return path_norms(self.stream, [(senders[s], self._receivers[t // n]) for s, t in ends])
 
     def sizes(
         self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
     ) -> Float[Tensor, "example edge"]:
         nothing = {site: torch.zeros_like(value) for site, value in clean.items()}
         written = self._written(clean, nothing, linear=True)
-        n = len(written)
-        made = written.new_zeros(n, len(self.sources), len(self.targets))
-        weights = written.new_ones(n, written.shape[2]) if counted is None else counted.to(written)
-        weights = weights / weights.sum(1, keepdim=True)
-        for targets in self._at_site.values():
-            reach = 1 + int(self.ends[self.edges_into[targets[0]], 0].max())
-            for target, given in self._given(clean, written[:, :reach], targets):
-                squares = torch.einsum("espd,ep->es", given.square(), weights)
-                made[:, :reach, target] = squares.sqrt()
+        n, inside = self._n_spans, self._inside(clean)
+        made = written.new_zeros(len(written), len(self.sources), len(self.targets))
+        weights = written.new_ones(len(written), written.shape[2], n)
+        weights = weights if counted is None else weights * counted.to(weights)[..., None]
+        weights = weights if inside is None else weights * inside.to(weights)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+        for receivers in self._at_site.values():
+            reach = 1 + int(self.ends[self.edges_into[receivers[0] * n], 0].max())
+            for receiver, given in self._given(clean, written[:, :reach], receivers):
+                squares = torch.einsum("espd,epk->esk", given.square(), weights)
+                made[:, :reach, self._targets([receiver])] = squares.sqrt()
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
 
     def _given(
-        self, clean: Mapping[str, Tensor], written: Tensor, targets: Sequence[int]
+        self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int]
     ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
-        """What sources add to what each target of a site is given, with the scale of the normalisation held."""
-        receivers = [self._receivers[t] for t in targets]
+        """What sources add to what each receiver of a site is given, with the scale of the normalisation held."""
+        receivers = [self._receivers[r] for r in numbers]
         before = clean[self.stream.stream_site(receivers[0])]
         tangent = tangent_of(self.stream, receivers[0], before)
         read = written if tangent is None else tangent.pushed(written, held=True)
-        for target, receiver in zip(targets, receivers, strict=True):
+        for number, receiver in zip(numbers, receivers, strict=True):
             heads = receiver.kind in ("q", "k", "v")
-            yield target, read @ read_matrices(self.stream, [receiver])[0] if heads else read
+            yield number, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
         self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], linear: bool = False

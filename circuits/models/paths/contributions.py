@@ -46,11 +46,12 @@ def written_change(
 
 def stream_change(
     stream: Stream,
-    off: Float[Tensor, "set sender receiver"],
+    off: Float[Tensor, "set sender receiver *span"],
     receiver: Receiver,
     written: Mapping[str, Tensor],
     live: Mapping[str, Tensor],
     through_mlps: bool = False,
+    span: Int[Tensor, "example position"] | None = None,
 ) -> Float[Tensor, "set example receiver position d_model"]:
     """The change of the stream that receivers at one site read if some senders write what they wrote in another run.
 
@@ -64,6 +65,7 @@ def stream_change(
             `through_mlps`, of what the MLPs read.
         through_mlps: MLPs on the way are recomputed on the changed stream, and their change is added (Wang et al.
             2022); heads on the way are not.
+        span: the span that each position is in, if `off` has spans.
     """
     any_of = next(iter({**written, **live}.values()))
     n_sets = len(off)
@@ -77,6 +79,8 @@ def stream_change(
         weights = off[:, index].to(total)
         if not weights.any():
             return None
+        if span is not None:
+            return torch.einsum("sepum,sukep->sekpm", written[sender_site], weights[..., span])
         return torch.einsum("sepum,suk->sekpm", written[sender_site], weights)
 
     def add(made: Tensor | None) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from circuits.models.adapter.head_weights import Matrices
@@ -109,6 +111,7 @@ class Stream:
     width: int
     last: str
     _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
+    _reaching: dict[Receiver, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: HookedModel) -> Stream:
@@ -221,6 +224,13 @@ class Stream:
     def reaches(self, sender: Sender, receiver: Receiver) -> bool:
         """Whether the receiver reads a stream that the sender has written to."""
         return self._writes_at(sender) < self._reads_at(receiver)
+
+    def reaching(self, receiver: Receiver) -> Bool[Tensor, " sender"]:
+        """Which senders the receiver reads; not those that write the same in every run."""
+        if receiver not in self._reaching:
+            found = [s.kind != "bias" and self.reaches(s, receiver) for s in self.senders]
+            self._reaching[receiver] = torch.tensor(found)
+        return self._reaching[receiver]
 
     def stream_after(self, sender: Sender) -> Receiver:
         """The first place of the stream after a sender: everything that reads the sender's output reads it there."""
