@@ -11,6 +11,7 @@ from circuits.discovery.spans import Spans
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.units import Units
 
 _MORE_UNITS = re.compile(r"[0-9]+(-[0-9]+)?")
 
@@ -31,7 +32,12 @@ def parse_sites(text: str) -> tuple[str, ...]:
 
 
 def edge_graph(
-    model: HookedModel, sites: Sequence[str] = (), *, spans: str | Sequence[str] = ()
+    model: HookedModel,
+    sites: Sequence[str] = (),
+    *,
+    spans: str | Sequence[str] = (),
+    neurons: str = "",
+    latents: Sequence[str | Units] = (),
 ) -> EdgeGraph:
     """The edges between the parts of a model.
 
@@ -42,20 +48,28 @@ def edge_graph(
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
         spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
             from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
+        neurons: of a transformer: the layers whose MLPs are split into neurons as sources, such as `3,5-7` or `all`.
+        latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
+            `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
+            of their site as one more source.
 
     Raises:
-        KeyError: if there is no such site.
-        ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or spans
-            of another model or not each position once.
+        KeyError: if there is no such site or autoencoder.
+        ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or
+            spans, neurons or latents of another model, or spans do not hold each position once.
     """
     named = Spans.parse(spans if isinstance(spans, str) else ",".join(spans)) if spans else None
     if isinstance(model.input, ImageInput) and named is not None:
         raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
+    units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]
     if isinstance(model.input, ImageInput) and not model.has_stream:
+        if neurons or units:
+            what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
+            raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
         return ChannelGraph(model, tuple(sites) or None)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model, named)
+    return StreamGraph(model, named, neurons=neurons, latents=units)

@@ -9,11 +9,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.discovery.graphs import LIMIT, EdgeGraph, PlacedNode
 from circuits.discovery.matrices import path_norms
 from circuits.discovery.spans import Spans
+from circuits.discovery.splitting import latents as latents_of
+from circuits.discovery.splitting import neurons as neurons_of
+from circuits.discovery.splitting import parse_layers
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
@@ -26,11 +29,12 @@ from circuits.models.paths.contributions import (
     tangent_of,
     written_change,
 )
-from circuits.models.paths.residual import STREAMS, Receiver, Stream
+from circuits.models.paths.parts import PartsChange, Split
+from circuits.models.paths.residual import STREAMS, Receiver, Sender, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
-from circuits.units import Site, Unit
+from circuits.units import Site, Unit, Units
 
 _SPAN = "spans of positions"
 """Under which name the span of each position lies among the tensors of a run."""
@@ -45,19 +49,30 @@ class StreamGraph(EdgeGraph):
         model: a transformer.
         spans: what each target reads is patched by itself at the positions of each span: a query's edge at the
             query's position, those of keys and values at the key's. None: at all positions together.
+        neurons: the layers of MLPs whose neurons are sources, such as `3,5-7` or `all`. What an MLP is given feeds all
+            of its neurons.
+        latents: latents of attached autoencoders (`sae/NAME`, all or some) that are sources, each with what is left of
+            their site's tensor as one more, in the place of the MLP or of the heads of the layer.
         limit: the most edges.
 
     Raises:
-        ValueError: if the model's residual stream is not the sum of what its parts write, or there are more edges than
-            `limit`.
+        KeyError: if there is no such autoencoder.
+        ValueError: if the model's residual stream is not the sum of what its parts write, neurons or latents do not add
+            up to what is written, or there are more edges than `limit`.
     """
 
     def __init__(
-        self, model: HookedModel, spans: Spans | None = None, *, limit: int = LIMIT
+        self,
+        model: HookedModel,
+        spans: Spans | None = None,
+        *,
+        neurons: str = "",
+        latents: Sequence[Units] = (),
+        limit: int = LIMIT,
     ) -> None:
         self.model, self.spans = model, spans
-        self.grain = "heads and MLPs" + ("" if spans is None else f", at the spans {spans}")
-        self.stream: Stream = stream_of(model)
+        self.stream: Stream = split_stream(stream_of(model), neurons, latents)
+        self.grain = _grain(self.stream, spans)
         senders = [s for s in self.stream.senders if s.kind != "bias"]
         self._receivers = [r for r in self.stream.receivers if r.kind not in STREAMS]
         # The targets of a receiver lie one behind the other, one for each span.
@@ -66,7 +81,7 @@ class StreamGraph(EdgeGraph):
         # The place of each source among the stream's senders, biases included.
         self._sender = np.flatnonzero([s.kind != "bias" for s in self.stream.senders])
         reach = [self.stream.reaching(r).numpy()[self._sender] for r in self._receivers]
-        self._check(sum(int(r.sum()) for r in reach) * self._n_spans, limit)
+        self._check([int(r.sum()) * self._n_spans for r in reach], limit)
         self.sources = tuple(map(str, senders))
         self.targets = tuple(f"{r}{end}" for r in self._receivers for end in ends)
         target, source = np.nonzero(np.repeat(np.stack(reach), self._n_spans, 0))
@@ -76,48 +91,77 @@ class StreamGraph(EdgeGraph):
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
         )
 
-    def _check(self, n: int, limit: int) -> None:
-        """Raise ValueError if there are too many edges."""
+    def _check(self, counts: Sequence[int], limit: int) -> None:
+        """Raise ValueError if there are too many edges, given how many lead to each receiver."""
+        n = sum(counts)
         if n <= limit:
             return
+        parts = sum(len(split.names) for split in self.stream.splits)
+        fits = f"at most {max(1, limit * self._n_spans // n)} spans"
+        if parts:
+            # Each part has an edge to every receiver behind it: at most as many as there are receivers.
+            share = int(parts * limit / n)
+            fits = f"about {share} neurons or latents in place of {parts}, or fewer spans"
         raise ValueError(
-            f"{self.model.name} has {n} edges between {self.grain}, more than {limit}; expected at most "
-            f"{max(1, limit * self._n_spans // n)} spans"
+            f"{self.model.name} has {n} edges between {self.grain}, more than {limit}; expected {fits}"
         )
 
     def _fed(self, receiver: Receiver) -> tuple[int, ...]:
         """The sources that are computed from what a receiver reads."""
         if receiver.kind == "logits":
             return ()
-        if receiver.kind == "mlp":
-            return (self.sources.index(f"mlp:{receiver.layer}"),)
-        parts = self.stream.parts
-        letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
-        heads = [n for n in self.sources if n.startswith(f"{receiver.layer}.")]
-        return tuple(
-            self.sources.index(name)
-            for h, name in enumerate(heads)
-            if parts.group(letter, receiver.layer, h) == receiver.head  # type: ignore[arg-type]
+        writers = self.stream.writers(
+            receiver.layer, "mlp" if receiver.kind == "mlp" else "attention"
         )
+        own = range(writers.columns.start, writers.columns.stop)
+        if writers.split is None and receiver.kind != "mlp":
+            letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
+            group = self.stream.parts.group
+            own = [
+                column for head, column in enumerate(own)
+                if group(letter, receiver.layer, head) == receiver.head  # type: ignore[arg-type]
+            ]  # fmt: skip
+        return tuple(np.searchsorted(self._sender, own).tolist())
 
     def kind(self, name: str) -> str:
-        part, at, span = name.partition("@")
-        layer, dot, rest = part.partition(".")
-        if not dot:
-            return name  # an MLP, the embeddings, the logits
-        return f"{rest.partition('.')[2] or 'head'}{at}{span} of layer {layer}"
+        return self._kinds[name]
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """What each source and target is, and in which layer."""
+        found = dict[str, str]()
+        for name, number in zip(self.sources, self._sender.tolist(), strict=True):
+            sender, kind = self.stream.senders[number], name
+            if sender.kind == "head":
+                kind = f"head of layer {sender.layer}"
+            elif sender.kind == "part":
+                kind = f"part of {sender.name}"
+            found[name] = kind
+        for i, name in enumerate(self.targets):
+            receiver, span = self._receivers[i // self._n_spans], name.partition("@")
+            heads = receiver.kind in ("q", "k", "v")
+            kind = f"{receiver.kind}{''.join(span[1:])} of layer {receiver.layer}"
+            found[name] = kind if heads else name
+        return found
 
     def way(self, target: int) -> str:
-        part, at, span = self.targets[target].partition("@")
-        letter = part.rpartition(".")[2] if part.count(".") == 2 else ""
-        return f"{letter}{at}{span}"
+        receiver, span = self._receivers[target // self._n_spans], self.targets[target]
+        letter = receiver.kind if receiver.kind in ("q", "k", "v") else ""
+        return letter + "".join(span.partition("@")[1:])
 
     def node(self, name: str) -> PlacedNode:
         if name.partition("@")[0] == "logits":
             return WholeSite(output_site(self.model).name)
-        sender = self.stream.sender(name)
+        sender = self.stream.senders[self._sender[self._source_of[name]]]
         site = self.stream.output_site(sender)
-        return Unit(site, sender.head) if sender.kind == "head" else WholeSite(site)
+        if sender.kind == "rest":
+            return WholeSite(f"{sender.name}.error")
+        return Unit(site, sender.head) if sender.kind in ("head", "part") else WholeSite(site)
+
+    @cached_property
+    def _source_of(self) -> dict[str, int]:
+        """The number of each source by its name."""
+        return {name: i for i, name in enumerate(self.sources)}
 
     # --- sites -----------------------------------------------------------------------------------
 
@@ -153,10 +197,14 @@ class StreamGraph(EdgeGraph):
         together: dict[str, list[int]] = {}
         for i, sender in enumerate(self._sender):
             if i not in self.inputs:
-                site = self.stream.output_site(self.stream.senders[sender])
-                together.setdefault(site, []).append(i)
+                together.setdefault(self._mixed_at(self.stream.senders[sender]), []).append(i)
         for site, sources in together.items():
             yield (site,), sources
+
+    def _mixed_at(self, sender: Sender) -> str:
+        """The site at which what a sender writes can be changed together with what others write there."""
+        site = self.stream.output_site(sender)
+        return next((s.whole or site for s in self.stream.splits if s.site == site), site)
 
     def first_site(self, target: int) -> str:
         return self.stream.input_site(self._receivers[target // self._n_spans])
@@ -239,7 +287,9 @@ class StreamGraph(EdgeGraph):
         pulled: Mapping[str, Tensor],
         linear: bool = False,
     ) -> Float[Tensor, "example edge"]:
-        change, inside = self._written(clean, other, linear), self._inside(clean)
+        moved, inside = self._moved(clean, other), self._inside(clean)
+        change = self._written(clean, other, moved, linear)
+        tangents = {split.site: self._after(split, clean) for split in self.stream.splits}
         made = change.new_zeros(len(change), len(self.sources), len(self.targets))
         for site, receivers in self._at_site.items():
             targets, gradient = self._targets(receivers), pulled[site]
@@ -248,10 +298,43 @@ class StreamGraph(EdgeGraph):
                 gradient = (gradient[:, :, None] * own).flatten(1, 2)
             # The sources that reach a site come first among all; it is the same for all targets of the site.
             reach = 1 + int(self.ends[self.edges_into[targets[0]], 0].max())
-            products = change[:, :reach].flatten(2) @ gradient.flatten(2).transpose(1, 2)
-            made[:, :reach, targets] = products
+            whole = self._whole[: int(np.searchsorted(self._whole, reach))]
+            products = change[:, : len(whole)].flatten(2) @ gradient.flatten(2).transpose(1, 2)
+            rows = whole[:, None] if self.stream.splits else slice(reach)
+            made[:, rows, targets] = products
+            for name, some in self._part_sources.items():
+                if some.start < reach:
+                    made[:, some, targets] = _products(
+                        moved[name], gradient, tangents[name], linear
+                    )
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
+
+    @cached_property
+    def _whole(self) -> Int[np.ndarray, " source"]:
+        """The numbers of the sources that are no parts."""
+        return np.flatnonzero([self.stream.senders[i].kind != "part" for i in self._sender])
+
+    @cached_property
+    def _part_sources(self) -> dict[str, slice]:
+        """The numbers of the sources that are parts, by the site of their activations."""
+        found = dict[str, slice]()
+        for split in self.stream.splits:
+            first = self._source_of[split.names[0]]
+            found[split.site] = slice(first, first + len(split.units))
+        return found
+
+    def _moved(
+        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor]
+    ) -> dict[str, PartsChange]:
+        """The changes of parts between two runs, by the site of their activations."""
+        return {split.site: split.change(clean, other) for split in self.stream.splits}
+
+    def _after(self, split: Split, clean: Mapping[str, Tensor]) -> Tangent | None:
+        """The derivative of the normalisation that parts go through, as `tangent_of` has it."""
+        if split.norm is None:
+            return None
+        return self.stream.measured(split.norm).tangent(clean[split.before][:, None])
 
     # --- baselines -------------------------------------------------------------------------------
 
@@ -264,8 +347,8 @@ class StreamGraph(EdgeGraph):
         self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
     ) -> Float[Tensor, "example edge"]:
         nothing = {site: torch.zeros_like(value) for site, value in clean.items()}
-        written = self._written(clean, nothing, linear=True)
-        n, inside = self._n_spans, self._inside(clean)
+        moved, n, inside = self._moved(clean, nothing), self._n_spans, self._inside(clean)
+        written = self._written(clean, nothing, moved, linear=True)
         made = written.new_zeros(len(written), len(self.sources), len(self.targets))
         weights = written.new_ones(len(written), written.shape[2], n)
         weights = weights if counted is None else weights * counted.to(weights)[..., None]
@@ -273,11 +356,44 @@ class StreamGraph(EdgeGraph):
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
         for receivers in self._at_site.values():
             reach = 1 + int(self.ends[self.edges_into[receivers[0] * n], 0].max())
-            for receiver, given in self._given(clean, written[:, :reach], receivers):
+            whole = self._whole[: int(np.searchsorted(self._whole, reach))]
+            for receiver, given in self._given(clean, written[:, : len(whole)], receivers):
                 squares = torch.einsum("espd,epk->esk", given.square(), weights)
-                made[:, :reach, self._targets([receiver])] = squares.sqrt()
+                made[:, whole[:, None], self._targets([receiver])] = squares.sqrt()
+                for split in self.stream.splits:
+                    own = self._part_sources[split.site]
+                    if own.start < reach:
+                        sizes = self._part_sizes(split, moved[split.site], clean, receiver, weights)
+                        made[:, own, self._targets([receiver])] = sizes
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
+
+    def _part_sizes(
+        self,
+        split: Split,
+        moved: PartsChange,
+        clean: Mapping[str, Tensor],
+        number: int,
+        weights: Tensor,
+    ) -> Float[Tensor, "example part span"]:
+        """How large what parts add to what a receiver is given is, with the scales of normalisations held.
+
+        Parts write along one direction each, so that a normalisation's scale is a factor at each position.
+        """
+        stream, receiver = self.stream, self._receivers[number]
+        read, scale = split.directions.double(), moved.activations.double()
+        passed = [
+            (split.norm, split.before),
+            (norm_of(stream, receiver), stream.stream_site(receiver)),
+        ]
+        for norm, site in passed:
+            if norm is not None and not isinstance(norm, nn.Identity):
+                measured = stream.measured(norm)
+                read, scale = measured.linear(read), scale * measured.factor(clean[site])
+        if receiver.kind in ("q", "k", "v"):
+            read = read @ read_matrices(stream, [receiver])[0].double()
+        squares = torch.einsum("epn,epk->enk", scale.square(), weights.double())
+        return (squares.sqrt() * read.norm(dim=1)[:, None]).to(weights)
 
     def _given(
         self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int]
@@ -292,13 +408,25 @@ class StreamGraph(EdgeGraph):
             yield number, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
-        self, clean: Mapping[str, Tensor], other: Mapping[str, Tensor], linear: bool = False
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        moved: Mapping[str, PartsChange],
+        linear: bool = False,
     ) -> Float[Tensor, "example source position d_model"]:
-        """What each source adds to the stream in the other run less what it adds in the clean one."""
+        """What each source that is no part adds to the stream in the other run less what it adds in the clean one."""
         stream, parts = self.stream, []
         for site in dict.fromkeys(
             stream.output_site(s) for s in stream.senders if s.kind != "bias"
         ):
+            if site in moved:
+                rest = moved[site].rest
+                split = next(s for s in stream.splits if s.site == site)
+                tangent = self._after(split, clean)
+                if rest is not None:
+                    own = rest[:, None]
+                    parts.append(own if tangent is None else tangent.pushed(own, linear))
+                continue
             made = written_change(stream, site, clean[site][None], other[site][None])[0].movedim(
                 2, 1
             )
@@ -310,3 +438,51 @@ class StreamGraph(EdgeGraph):
                 made = stream.measured(norm).tangent(before).pushed(made, linear)
             parts.append(made)
         return torch.cat(parts, 1)
+
+
+def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stream:
+    """A stream with neurons and latents as senders.
+
+    Raises:
+        KeyError: if there is no such autoencoder.
+        ValueError: if there are no such layers, parts do not add up, or two split the same.
+    """
+    splits = [neurons_of(stream, i) for i in parse_layers(neurons, stream)] if neurons else []
+    splits += [latents_of(stream, units) for units in latents]
+    known: dict[tuple[int, str], Split] = {}
+    for split in splits:
+        before = known.setdefault((split.layer, split.writing), split)
+        if before is not split:
+            what = "the MLP" if split.writing == "mlp" else "attention"
+            raise ValueError(
+                f"{before.name} and {split.name} both split {what} of layer {split.layer}: expected one of them"
+            )
+    return stream.split(splits) if splits else stream
+
+
+def _grain(stream: Stream, spans: Spans | None) -> str:
+    """What the parts are, in words."""
+    said = ["heads and MLPs"]
+    for split in stream.splits:
+        if split.whole:
+            n = stream.model.site(split.site).n_units
+            said.append(f"{len(split.units)} of {n} latents of {split.name}")
+    layers = [str(split.layer) for split in stream.splits if not split.whole]
+    if layers:
+        said.append(f"neurons of {'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)}")
+    return " and ".join(said) + ("" if spans is None else f" at spans {spans}")
+
+
+def _products(
+    moved: PartsChange,
+    gradient: Float[Tensor, "example target position d_model"],
+    tangent: Tangent | None,
+    linear: bool,
+) -> Float[Tensor, "example part target"]:
+    """The change of each part times the gradient at targets, summed over positions and dimensions."""
+    found = []
+    for own in gradient.unbind(1):
+        given = own if tangent is None else tangent.pulled(own[:, None], linear)[:, 0]
+        along = given @ moved.directions.to(given).T
+        found.append((along * moved.activations).sum(1))
+    return torch.stack(found, 2)

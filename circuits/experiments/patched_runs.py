@@ -24,6 +24,7 @@ from circuits.models.paths.contributions import (
     stream_change,
     written_change,
 )
+from circuits.models.paths.parts import PartsChange
 from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 from circuits.progress import Progress
 
@@ -310,7 +311,9 @@ class _Pass:
         self.stream, self.n_sets, self.other, self.options = stream, n_sets, other, options
         self.known = {site: value[None] for site, value in known.items()}
         self.live: dict[str, Tensor] = dict(self.known)
-        self._written: dict[str, Tensor] = {}
+        # At which site parts are told apart that are shown at several.
+        self._told_apart = {site: s.site for s in stream.splits for site in s.sites}
+        self._written: dict[str, Tensor | PartsChange] = {}
 
     def record(self, site: str) -> Change:
         """A change that changes nothing but records a site's tensor."""
@@ -326,7 +329,8 @@ class _Pass:
                     "same examples and positions"
                 )
             self.live[site] = value.unflatten(0, (self.n_sets, -1))
-            self._written.pop(site, None)  # of an earlier pass with the same changes
+            # Of an earlier pass with the same changes.
+            self._written.pop(self._told_apart.get(site, site), None)
             return value
 
         return look
@@ -376,7 +380,7 @@ class _Pass:
         stream, first = self.stream, one.receivers[0]
         live = {name: self._rows(value, one.index) for name, value in self.live.items()}
         sites = dict.fromkeys(stream.output_site(s) for s in one.senders)
-        written = {name: self._rows(self._changed(name), one.index) for name in sites}
+        written = {name: self._some(self._changed(name), one.index) for name in sites}
         options = self.options
         change = stream_change(
             stream, one.off, first, written, live, options.through_mlps, options.span
@@ -390,13 +394,27 @@ class _Pass:
         # gets exactly zero.
         return input_change(stream, one.receivers, before, change, self.options.hold_norms)
 
-    def _changed(self, site: str) -> Tensor:
+    def _changed(self, site: str) -> Tensor | PartsChange:
         """What senders at a site write in the other run less what they write in this one."""
         if site not in self._written:
-            live = self.live[site]
-            other = self.other[site].unflatten(0, (-1, live.shape[1]))
-            self._written[site] = written_change(self.stream, site, live, other)
+            split = next((s for s in self.stream.splits if s.site == site), None)
+            sites = (site,) if split is None else split.sites
+            live = {name: self.live[name] for name in sites}
+            n = live[site].shape[1]
+            other = {s: self.other[s].unflatten(0, (-1, n)) for s in sites if s in self.other}
+            if split is None:
+                made = written_change(self.stream, site, live[site], other[site])
+            else:
+                made = split.change(live, other)
+            self._written[site] = made
         return self._written[site]
+
+    def _some(self, value: Tensor | PartsChange, index: Tensor) -> Tensor | PartsChange:
+        """Some sets of a change."""
+        if isinstance(value, Tensor):
+            return self._rows(value, index)
+        rest = None if value.rest is None else self._rows(value.rest, index)
+        return PartsChange(self._rows(value.activations, index), value.directions, rest)
 
     @staticmethod
     def _rows(value: Tensor, index: Tensor) -> Tensor:
