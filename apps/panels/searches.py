@@ -12,10 +12,11 @@ from apps.address import TROUBLE, action, choose, choose_number, code, plain, py
 from apps.cached import Finding
 from circuits.discovery import Discovery
 from circuits.discovery.building import parse_sites
-from circuits.discovery.found import SIZE
+from circuits.discovery.found import usual_size
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method
 from circuits.discovery.searching import Search
+from circuits.experiments.patched_runs import Direction
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
@@ -28,6 +29,7 @@ EXAMPLES = ("64", "16", "256")
 
 THRESHOLD = 0.01
 _SEEDS = 2**31 - 1
+_MOST = 5
 
 _WANTED = "circuit to find"
 """In a session: the task and the settings for which the work was started and has not ended."""
@@ -56,14 +58,19 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
         if search == "acdc":
             threshold = choose_number("Threshold", 1e-6, 1e6, THRESHOLD, "threshold")
         else:
-            usual = min(SIZE, max(1, len(graph) // 4))
-            size = choose_number("Size", 1, len(graph), usual, "size")
+            size = choose_number("Size", 1, len(graph), usual_size(graph), "size")
     with second[1]:
         ablation = cast(
             Ablation, _choice("Ablation", "counterpart", get_args(Ablation), "ablation")
         )
     with second[2]:
         seed = choose_number("Seed", 0, _SEEDS, 0, "seed")
+    with second[3]:
+        further = choose_number("Alternatives", 0, _MOST, 0, "alternatives")
+    direction: Direction = "noising"
+    if method == "exact":
+        words = "Which run is patched"
+        direction = cast(Direction, _choice(words, "noising", get_args(Direction), "direction"))
     task = cached.task_of(model, name, n, seed=seed)
     about = task.about or task.name
     st.caption(
@@ -72,7 +79,7 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
             f"by {task.metric.name}. {len(graph)} edges between {graph.grain}."
         )
     )
-    return task, Finding(method, search, size, threshold, ablation, seed, sites)
+    return task, Finding(method, search, size, threshold, ablation, seed, sites, direction, further)
 
 
 def _choice(label: str, usual: str, options: tuple[str, ...], parameter: str) -> str:
