@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
-from circuits.discovery.streams import StreamGraph
+from circuits.discovery.streams import KeysValues, StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 
@@ -29,7 +29,9 @@ def parse_sites(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
+def edge_graph(
+    model: HookedModel, sites: Sequence[str] = (), kv: KeysValues = "group"
+) -> EdgeGraph:
     """The edges between the parts of a model.
 
     Args:
@@ -37,16 +39,19 @@ def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
             the channels of its layers.
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
+        kv: of a transformer: whether grouped keys and values are one target for their group, or one for each head.
 
     Raises:
         KeyError: if there is no such site.
         ValueError: if the model's edges cannot be found, there are too many, or sites are named of a transformer.
     """
     if isinstance(model.input, ImageInput) and not model.has_stream:
+        if kv != "group":
+            raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
         return ChannelGraph(model, tuple(sites) or None)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model)
+    return StreamGraph(model, kv)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.graphs import EdgeGraph, PlacedNode
+from circuits.discovery.grouped import SharedHeads
 from circuits.discovery.matrices import path_norms
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
@@ -29,41 +32,82 @@ from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
 from circuits.units import Site, Unit
 
+KeysValues = Literal["group", "head"]
+"""Whether keys and values that a group of heads shares are one target for the group, or one for each head."""
+
+BY_HEAD = "heads and MLPs, with keys and values by query head"
+"""The grain of a graph in which heads that share keys or values have targets of their own."""
+
 
 class StreamGraph(EdgeGraph):
     """The direct paths of a transformer, from what writes to the residual stream to what reads it.
 
-    Grouped keys and values (grouped-query attention) are one target for their group of heads.
-
     Args:
         model: a transformer.
+        kv: what grouped keys and values (grouped-query attention) are: one target for their group of heads, or one for
+            each query head, whose edges change the keys or values that this head alone reads (as MIB and the authors
+            of EAP-IG have it). Where no heads share any, both are the same graph.
 
     Raises:
-        ValueError: if the model's residual stream is not the sum of what its parts write.
+        ValueError: if the model's residual stream is not the sum of what its parts write, or keys and values are asked
+            for by head where weights mix the heads that share them.
     """
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, kv: KeysValues = "group") -> None:
+        if kv not in get_args(KeysValues):
+            raise ValueError(f"kv {kv!r}: expected group or head")
         self.model, self.grain = model, "heads and MLPs"
         self.stream: Stream = stream_of(model)
+        self._shared = self._sharing() if kv == "head" else {}
+        if self._shared:
+            self.grain = BY_HEAD
         senders = [s for s in self.stream.senders if s.kind != "bias"]
-        self._receivers = [r for r in self.stream.receivers if r.kind not in STREAMS]
-        self.sources, self.targets = tuple(map(str, senders)), tuple(map(str, self._receivers))
-        source = {s: i for i, s in enumerate(senders)}
-        target = {r: i for i, r in enumerate(self._receivers)}
-        self.ends = np.array([(source[s], target[r]) for s, r in self.stream.paths()])
-        self.feeds = tuple(self._fed(r) for r in self._receivers)
+        named = dict(self._named_receivers())
+        self._receivers = list(named.values())
+        self.sources, self.targets = tuple(map(str, senders)), tuple(named)
+        self.ends = np.array(
+            [
+                (i, j)
+                for j, receiver in enumerate(self._receivers)
+                for i, sender in enumerate(senders)
+                if self.stream.reaches(sender, receiver)
+            ]
+        )
+        self.feeds = tuple(self._fed(name, r) for name, r in named.items())
         # The place of each source among the stream's senders, biases included.
         self._sender = np.array([self.stream.senders.index(s) for s in senders])
         self.input_sites = tuple(
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
         )
 
-    def _fed(self, receiver: Receiver) -> tuple[int, ...]:
-        """The sources that are computed from what a receiver reads."""
+    def _sharing(self) -> dict[int, SharedHeads]:
+        """The layers with heads that share keys or values."""
+        found = {i: SharedHeads.of(self.stream, i) for i in range(self.stream.n_layers)}
+        return {layer: shared for layer, shared in found.items() if shared is not None}
+
+    def _named_receivers(self) -> Iterator[tuple[str, Receiver]]:
+        """The targets' names, each with what it reads the stream as: several have the keys of their group."""
+        for receiver in self.stream.receivers:
+            shared = self._shared.get(receiver.layer)
+            if receiver.kind in STREAMS:
+                continue
+            if shared is None or receiver.kind not in ("q", *shared.letters):
+                yield str(receiver), receiver
+            elif receiver.kind == "q":
+                yield str(receiver), receiver
+                for letter in shared.letters:
+                    group = shared.group(letter, receiver.head)
+                    own = Receiver(letter, receiver.layer, receiver.head)  # type: ignore[arg-type]
+                    yield str(own), replace(own, head=group)
+
+    def _fed(self, name: str, receiver: Receiver) -> tuple[int, ...]:
+        """The sources that are computed from what a target reads."""
         if receiver.kind == "logits":
             return ()
         if receiver.kind == "mlp":
             return (self.sources.index(f"mlp:{receiver.layer}"),)
+        if self._by_head(receiver):
+            return (self.sources.index(name.rpartition(".")[0]),)
         parts = self.stream.parts
         letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
         heads = [n for n in self.sources if n.startswith(f"{receiver.layer}.")]
@@ -72,6 +116,11 @@ class StreamGraph(EdgeGraph):
             for h, name in enumerate(heads)
             if parts.group(letter, receiver.layer, h) == receiver.head  # type: ignore[arg-type]
         )
+
+    def _by_head(self, receiver: Receiver) -> bool:
+        """Whether heads that share what a receiver computes have targets of their own."""
+        shared = self._shared.get(receiver.layer)
+        return shared is not None and receiver.kind in shared.letters
 
     def kind(self, name: str) -> str:
         layer, dot, rest = name.partition(".")
@@ -144,14 +193,62 @@ class StreamGraph(EdgeGraph):
         other: Mapping[str, Tensor],
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Change]:
-        patches = {}
+        patches: dict[Receiver, Tensor] = {}
         anywhere = (off.detach() != 0).any(0).numpy()
         for target, into in enumerate(self.edges_into):
             if anywhere[into].any():
                 table = off.new_zeros(len(off), len(self.stream.senders))
                 columns = torch.from_numpy(self._sender[self.ends[into, 0]])
-                patches[self._receivers[target]] = table.index_copy(1, columns, off[:, into])
+                receiver, given = self._receivers[target], off[:, into]
+                if self._by_head(receiver):
+                    given = given * self._own_rows(target, len(off))[:, None]
+                made = table.index_copy(1, columns, given)
+                patches[receiver] = patches[receiver] + made if receiver in patches else made
         return changes_of(self.stream, patches, other, Options(), known)
+
+    # --- keys and values by query head -----------------------------------------------------------
+
+    def _own_rows(self, target: int, n: int) -> Float[Tensor, " row"]:
+        """1 for the rows of a pass in which the keys or values of a target's head are those of its group."""
+        layer, head, _ = self.targets[target].split(".")
+        rows, own = self.rows(self.slopes), self._shared[int(layer)].row[int(head)]
+        return (torch.arange(n) % rows == own).float()
+
+    def rows(self, sites: Iterable[str]) -> int:
+        receivers = [self._receivers[self._at_site[site][0]] for site in sites]
+        if not any(map(self._by_head, receivers)):
+            return 1
+        return max(shared.rows for shared in self._shared.values())
+
+    def joined(self, sites: Iterable[str], n_sets: int) -> dict[str, Change]:
+        receivers = [self._receivers[self._at_site[site][0]] for site in sites]
+        layers = dict.fromkeys(r.layer for r in receivers if self._by_head(r))
+        rows = self.rows(self.slopes)
+        return {self.stream.heads_site(i): self._shared[i].joined(n_sets, rows) for i in layers}
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        return tuple(map(self.stream.heads_site, self._shared))
+
+    def separated(
+        self,
+        read: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        found = {}
+        for layer, shared in self._shared.items():
+            site = self.stream.heads_site(layer)
+            names = {x: self._input_site(x, layer) for x in shared.letters}
+            own = {letter: leaves[name] for letter, name in names.items()}
+            made = shared.separated(read[site], gradients[site], own)
+            found |= {names[letter]: slope for letter, slope in made.items()}
+        return found
+
+    def _input_site(self, letter: str, layer: int) -> str:
+        return self.stream.input_site(Receiver(letter, layer))  # type: ignore[arg-type]
+
+    # --- gradients -------------------------------------------------------------------------------
 
     def pulled(
         self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
