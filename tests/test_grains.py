@@ -246,7 +246,7 @@ def test_spans_that_do_not_fit_a_text_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"has 122 edges between .* more than 100; expected at most 1 spans"
     ):
-        StreamGraph(model, Spans.parse("0,1-"), limit=100)
+        StreamGraph(model, spans=Spans.parse("0,1-"), limit=100)
 
 
 # --- neurons and latents -------------------------------------------------------------------------

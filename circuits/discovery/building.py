@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.spans import Spans
-from circuits.discovery.streams import StreamGraph
+from circuits.discovery.streams import KeysValues, StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.units import Units
@@ -34,6 +34,7 @@ def parse_sites(text: str) -> tuple[str, ...]:
 def edge_graph(
     model: HookedModel,
     sites: Sequence[str] = (),
+    kv: KeysValues = "group",
     *,
     spans: str | Sequence[str] = (),
     neurons: str = "",
@@ -46,6 +47,7 @@ def edge_graph(
             the channels of its layers.
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
+        kv: of a transformer: whether grouped keys and values are one target for their group, or one for each head.
         spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
             from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
         neurons: of a transformer: the layers whose MLPs are split into neurons as sources, such as `3,5-7` or `all`.
@@ -66,10 +68,12 @@ def edge_graph(
         if neurons or units:
             what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
             raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
+        if kv != "group":
+            raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
         return ChannelGraph(model, tuple(sites) or None)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model, named, neurons=neurons, latents=units)
+    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units)

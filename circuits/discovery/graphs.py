@@ -8,7 +8,7 @@ what the source put out in another run along this path, with everything else as 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -223,6 +223,37 @@ class EdgeGraph(ABC):
         """Where a pass that changes some sites can start if what they reach is known; None if it is not."""
         return None
 
+    def rows(self, sites: Iterable[str]) -> int:
+        """How many rows of a pass each set of edges takes if it changes some sites.
+
+        More than one where targets that can be changed apart share a tensor; `joined` makes the rows alike again.
+        """
+        return 1
+
+    def joined(self, sites: Iterable[str], n_sets: int) -> dict[str, Change]:
+        """The changes that make the rows of each set alike again, in a pass that changes some sites."""
+        return {}
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Sites behind those of `slopes` at which targets share a tensor: `separated` needs the gradient there."""
+        return ()
+
+    def separated(
+        self,
+        read: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The gradients at sites of `slopes` at which targets share a tensor, with an entry for each target.
+
+        Args:
+            read: the tensors of `behind`, with their autograd history.
+            gradients: the gradients there.
+            leaves: what has been added at each of `slopes`.
+        """
+        return {}
+
     @abstractmethod
     def changes(
         self,
@@ -233,7 +264,8 @@ class EdgeGraph(ABC):
         """Patched edges as changes at sites, for a batch that stacks all examples once for each set of edges.
 
         Args:
-            off: for each set and edge 1 if it carries what it carried in the other run, 0 if it does not.
+            off: for each set and edge 1 if it carries what it carried in the other run, 0 if it does not; each set as
+                often as `rows` says.
             other: the tensors of `reads` in the other run, of one set's examples or of all sets'. A target all of
                 whose edges are patched is given to the bit what it was given there.
             known: the tensors of sites that patching leaves as they are, of one set's examples: they are not read

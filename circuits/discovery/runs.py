@@ -285,6 +285,9 @@ class Runs:
             [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
         )
         begin, reached = self._begin(pair, changed)
+        # Rows of a set are alike but between a change of its own and `joined`.
+        rows, joined = self.graph.rows(changed), self.graph.joined(changed, len(off))
+        off = off.repeat_interleave(rows, 0)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
@@ -295,7 +298,7 @@ class Runs:
             stop = self._order[begin.site.name]
             order = self._order  # what is no site was there before
             known = {n: v for n, v in pair.clean.items() if n not in order or order[n] < stop}
-        changes = self.graph.changes(off, pair.other, known)
+        changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
         cut = self._cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)
         tensors, output = self._run(pair, n, begin, edits, reached)
@@ -303,7 +306,7 @@ class Runs:
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
         made = self.reading(pair.part, whole | tensors, n, cut, output)
-        return self.value(made, pair.intact, n)
+        return self.value(made, pair.intact, n)[::rows]
 
     def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
         """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
@@ -404,11 +407,12 @@ class Runs:
     def sets_per_pass(self, pair: Pair) -> int:
         """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower."""
         like = pair.clean[self.graph.reads[0]]
-        each = like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
+        rows = self.graph.rows(self.graph.slopes)
+        each = rows * (like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes)
         fitting = max(1, self.memory // max(1, each))
         if like.device.type != "cpu":
             return fitting
-        return min(fitting, max(1, _VECTORS // max(1, like.numel() // like.shape[-1])))
+        return min(fitting, max(1, _VECTORS // max(1, rows * like.numel() // like.shape[-1])))
 
 
 def stacked(places: Places, times: int, n_rows: int) -> Places:

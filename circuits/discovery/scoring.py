@@ -315,8 +315,10 @@ def gradients_at(
 
         return add
 
-    read = list(dict.fromkeys([*map(runs.model.site, graph.pull_reads), *runs.ends]))
-    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
+    taken = [*graph.slopes, *graph.behind]
+    sites = (*graph.pull_reads, *graph.behind)
+    read = list(dict.fromkeys([*map(runs.model.site, sites), *runs.ends]))
+    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in taken})
     # One for all examples: it is not asked what biases are worth on each.
     rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()
     with rules:
@@ -326,9 +328,12 @@ def gradients_at(
     tensors = {s.name: cache[s] for s in read}
     reading = runs.reading(pair.part, tensors, output=main_output(cache.output))
     value = runs.metric.of(reading, pair.intact)
-    made = torch.autograd.grad(value.sum(), [leaves[s] for s in graph.slopes], allow_unused=True)
+    made = torch.autograd.grad(
+        value.sum(), [leaves[s] for s in taken], allow_unused=True, retain_graph=bool(graph.behind)
+    )
     found = {
         site: torch.zeros_like(leaves[site]) if grad is None else grad
-        for site, grad in zip(graph.slopes, made, strict=True)
+        for site, grad in zip(taken, made, strict=True)
     }
+    found |= graph.separated(tensors, found, leaves)
     return {name: value.detach() for name, value in tensors.items()}, found

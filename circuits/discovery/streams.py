@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from circuits.discovery.graphs import LIMIT, EdgeGraph, PlacedNode
+from circuits.discovery.grouped import SharedHeads
 from circuits.discovery.matrices import path_norms
 from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import latents as latents_of
@@ -39,14 +42,21 @@ from circuits.units import Site, Unit, Units
 _SPAN = "spans of positions"
 """Under which name the span of each position lies among the tensors of a run."""
 
+KeysValues = Literal["group", "head"]
+"""Whether keys and values that a group of heads shares are one target for the group, or one for each head."""
+
+BY_HEAD = "heads and MLPs, with keys and values by query head"
+"""The grain of a graph in which heads that share keys or values have targets of their own."""
+
 
 class StreamGraph(EdgeGraph):
     """The direct paths of a transformer, from what writes to the residual stream to what reads it.
 
-    Grouped keys and values (grouped-query attention) are one target for their group of heads.
-
     Args:
         model: a transformer.
+        kv: what grouped keys and values (grouped-query attention) are: one target for their group of heads, or one for
+            each query head, whose edges change the keys or values that this head alone reads (as MIB and the authors
+            of EAP-IG have it). Where no heads share any, both are the same graph.
         spans: what each target reads is patched by itself at the positions of each span: a query's edge at the
             query's position, those of keys and values at the key's. None: at all positions together.
         neurons: the layers of MLPs whose neurons are sources, such as `3,5-7` or `all`. What an MLP is given feeds all
@@ -57,24 +67,31 @@ class StreamGraph(EdgeGraph):
 
     Raises:
         KeyError: if there is no such autoencoder.
-        ValueError: if the model's residual stream is not the sum of what its parts write, neurons or latents do not add
-            up to what is written, or there are more edges than `limit`.
+        ValueError: if the model's residual stream is not the sum of what its parts write, keys and values are asked for
+            by head where weights mix the heads that share them, neurons or latents do not add up to what is written,
+            or there are more edges than `limit`.
     """
 
     def __init__(
         self,
         model: HookedModel,
-        spans: Spans | None = None,
+        kv: KeysValues = "group",
         *,
+        spans: Spans | None = None,
         neurons: str = "",
         latents: Sequence[Units] = (),
         limit: int = LIMIT,
     ) -> None:
+        if kv not in get_args(KeysValues):
+            raise ValueError(f"kv {kv!r}: expected group or head")
         self.model, self.spans = model, spans
-        self.stream: Stream = split_stream(stream_of(model), neurons, latents)
-        self.grain = _grain(self.stream, spans)
+        whole = stream_of(model)
+        self._shared = _sharing(whole) if kv == "head" else {}
+        self.stream: Stream = split_stream(whole, neurons, latents)
+        self.grain = _grain(self.stream, spans, BY_HEAD if self._shared else "heads and MLPs")
         senders = [s for s in self.stream.senders if s.kind != "bias"]
-        self._receivers = [r for r in self.stream.receivers if r.kind not in STREAMS]
+        named = dict(self._named_receivers())
+        self._receivers, self._names = list(named.values()), tuple(named)
         # The targets of a receiver lie one behind the other, one for each span.
         self._n_spans = 1 if spans is None else len(spans)
         ends = [""] if spans is None else [f"@{name}" for name in spans.names]
@@ -83,10 +100,10 @@ class StreamGraph(EdgeGraph):
         reach = [self.stream.reaching(r).numpy()[self._sender] for r in self._receivers]
         self._check([int(r.sum()) * self._n_spans for r in reach], limit)
         self.sources = tuple(map(str, senders))
-        self.targets = tuple(f"{r}{end}" for r in self._receivers for end in ends)
+        self.targets = tuple(f"{name}{end}" for name in named for end in ends)
         target, source = np.nonzero(np.repeat(np.stack(reach), self._n_spans, 0))
         self.ends = np.stack([source, target], 1)
-        self.feeds = tuple(self._fed(r) for r in self._receivers for _ in ends)
+        self.feeds = tuple(self._fed(name, r) for name, r in named.items() for _ in ends)
         self.input_sites = tuple(
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
         )
@@ -106,8 +123,28 @@ class StreamGraph(EdgeGraph):
             f"{self.model.name} has {n} edges between {self.grain}, more than {limit}; expected {fits}"
         )
 
-    def _fed(self, receiver: Receiver) -> tuple[int, ...]:
-        """The sources that are computed from what a receiver reads."""
+    def _named_receivers(self) -> Iterator[tuple[str, Receiver]]:
+        """The targets' names, each with what it reads the stream as: several have the keys of their group."""
+        for receiver in self.stream.receivers:
+            shared = self._shared.get(receiver.layer)
+            if receiver.kind in STREAMS:
+                continue
+            if shared is None or receiver.kind not in ("q", *shared.letters):
+                yield str(receiver), receiver
+            elif receiver.kind == "q":
+                yield str(receiver), receiver
+                for letter in shared.letters:
+                    group = shared.group(letter, receiver.head)
+                    own = Receiver(letter, receiver.layer, receiver.head)  # type: ignore[arg-type]
+                    yield str(own), replace(own, head=group)
+
+    def _by_head(self, receiver: Receiver) -> bool:
+        """Whether heads that share what a receiver computes have targets of their own."""
+        shared = self._shared.get(receiver.layer)
+        return shared is not None and receiver.kind in shared.letters
+
+    def _fed(self, name: str, receiver: Receiver) -> tuple[int, ...]:
+        """The sources that are computed from what a target reads."""
         if receiver.kind == "logits":
             return ()
         writers = self.stream.writers(
@@ -117,9 +154,10 @@ class StreamGraph(EdgeGraph):
         if writers.split is None and receiver.kind != "mlp":
             letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
             group = self.stream.parts.group
+            by_head, at = self._by_head(receiver), int(name.split(".")[1])
             own = [
                 column for head, column in enumerate(own)
-                if group(letter, receiver.layer, head) == receiver.head  # type: ignore[arg-type]
+                if (head == at if by_head else group(letter, receiver.layer, head) == receiver.head)  # type: ignore[arg-type]
             ]  # fmt: skip
         return tuple(np.searchsorted(self._sender, own).tolist())
 
@@ -225,14 +263,18 @@ class StreamGraph(EdgeGraph):
         other: Mapping[str, Tensor],
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Change]:
-        patches = {}
+        patches: dict[Receiver, Tensor] = {}
         anywhere = (off.detach() != 0).any(0).numpy()
         shape = len(off), len(self.stream.senders), self._n_spans
-        for receiver, (edges, places) in zip(self._receivers, self._tables, strict=True):
+        for number, (edges, places) in enumerate(self._tables):
             if anywhere[edges].any():
+                receiver, given = self._receivers[number], off[:, edges]
+                if self._by_head(receiver):
+                    given = given * self._own_rows(number, len(off))[:, None]
                 table = off.new_zeros(len(off), shape[1] * shape[2])
-                table = table.index_copy(1, places, off[:, edges])
-                patches[receiver] = table if self.spans is None else table.reshape(shape)
+                table = table.index_copy(1, places, given)
+                table = table if self.spans is None else table.reshape(shape)
+                patches[receiver] = patches[receiver] + table if receiver in patches else table
         options = Options() if self.spans is None else Options(span=other[_SPAN])
         return changes_of(self.stream, patches, other, options, known)
 
@@ -263,6 +305,50 @@ class StreamGraph(EdgeGraph):
         """The numbers of the targets of some receivers."""
         n = self._n_spans
         return [r * n + k for r in receivers for k in range(n)]
+
+    # --- keys and values by query head -----------------------------------------------------------
+
+    def _own_rows(self, number: int, n: int) -> Float[Tensor, " row"]:
+        """1 for the rows of a pass in which the keys or values of a receiver's head are those of its group."""
+        layer, head, _ = self._names[number].split(".")
+        rows, own = self.rows(self.slopes), self._shared[int(layer)].row[int(head)]
+        return (torch.arange(n) % rows == own).float()
+
+    def rows(self, sites: Iterable[str]) -> int:
+        receivers = [self._receivers[self._at_site[site][0]] for site in sites]
+        if not any(map(self._by_head, receivers)):
+            return 1
+        return max(shared.rows for shared in self._shared.values())
+
+    def joined(self, sites: Iterable[str], n_sets: int) -> dict[str, Change]:
+        receivers = [self._receivers[self._at_site[site][0]] for site in sites]
+        layers = dict.fromkeys(r.layer for r in receivers if self._by_head(r))
+        rows = self.rows(self.slopes)
+        return {self.stream.heads_site(i): self._shared[i].joined(n_sets, rows) for i in layers}
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        return tuple(map(self.stream.heads_site, self._shared))
+
+    def separated(
+        self,
+        read: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        found = {}
+        for layer, shared in self._shared.items():
+            site = self.stream.heads_site(layer)
+            names = {x: self._input_site(x, layer) for x in shared.letters}
+            own = {letter: leaves[name] for letter, name in names.items()}
+            made = shared.separated(read[site], gradients[site], own)
+            found |= {names[letter]: slope for letter, slope in made.items()}
+        return found
+
+    def _input_site(self, letter: str, layer: int) -> str:
+        return self.stream.input_site(Receiver(letter, layer))  # type: ignore[arg-type]
+
+    # --- gradients -------------------------------------------------------------------------------
 
     def pulled(
         self, cache: Mapping[str, Tensor], gradients: Mapping[str, Tensor], linear: bool = False
@@ -460,9 +546,15 @@ def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stre
     return stream.split(splits) if splits else stream
 
 
-def _grain(stream: Stream, spans: Spans | None) -> str:
+def _sharing(stream: Stream) -> dict[int, SharedHeads]:
+    """The layers with heads that share keys or values."""
+    found = {i: SharedHeads.of(stream, i) for i in range(stream.n_layers)}
+    return {layer: shared for layer, shared in found.items() if shared is not None}
+
+
+def _grain(stream: Stream, spans: Spans | None, heads: str) -> str:
     """What the parts are, in words."""
-    said = ["heads and MLPs"]
+    said = [heads]
     for split in stream.splits:
         if split.whole:
             n = stream.model.site(split.site).n_units

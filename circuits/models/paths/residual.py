@@ -317,6 +317,12 @@ class Stream:
         at = self.senders.index(sender)
         return slice(at, at + 1)
 
+    def heads_of(self, layer: int) -> slice:
+        """The places of a layer's heads among the senders."""
+        first = self.senders.index(Sender("head", layer, 0))
+        n = sum(s.kind == "head" and s.layer == layer for s in self.senders)
+        return slice(first, first + n)
+
     def writers(self, layer: int, writing: Writing) -> Writers:
         """The senders of attention or the MLP of a layer."""
         key = layer, writing
@@ -333,11 +339,9 @@ class Stream:
         if writing == "mlp":
             mlp = Sender("mlp", layer)
             return Writers(self.output_site(mlp), self.index_of(mlp))
-        first = self.senders.index(Sender("head", layer, 0))
-        n = sum(s.kind == "head" and s.layer == layer for s in self.senders)
         norm = self.norm("ln1_post", layer)
         before = "" if norm is None else self.before_post_norm_site(layer)
-        return Writers(self.heads_site(layer), slice(first, first + n), norm, before)
+        return Writers(self.heads_site(layer), self.heads_of(layer), norm, before)
 
     def layer_of_heads(self, site: str) -> int | None:
         """The layer whose heads a site shows; None if it is another site."""
