@@ -322,8 +322,8 @@ class ChannelGraph(EdgeGraph):
         return found
 
     def _tables(self) -> Iterator[tuple[CarriedMaps, str, list[int], list[int], np.ndarray]]:
-        """For each target and each source of it: what the source's channels add, the site where it is read, the channels
-        of target and source, and the number of the edge between any two of them, -1 where there is none.
+        """For each target and each source of it: what the source's channels add, and the site where it is read;
+        then the channels of both, and the number of the edge between any two of them, -1 where there is none.
         """
         for target, (start, stop) in self._span.items():
             ends = self.ends[start:stop]
