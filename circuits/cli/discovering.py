@@ -44,6 +44,9 @@ Shift = Annotated[int, option(
     "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
     check=Within(-1000, 1000),
 )]  # fmt: skip
+Other = Annotated[str, option(
+    "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
+)]  # fmt: skip
 Random = Annotated[int, option(
     "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
 )]  # fmt: skip
@@ -83,6 +86,11 @@ def discover(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
     random: Random = N_RANDOM,
+    other: Other = "",
+    alternatives: Annotated[int, option(
+        "How many further circuits to look for that are as good and share as few edges as possible.",
+        check=Within(0, 20),
+    )] = 0,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
@@ -96,6 +104,7 @@ def discover(
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "n_random": random,
+        "alternatives": alternatives, "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
         _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
@@ -135,6 +144,7 @@ def evaluate(
     shift: Shift = 0,
     sites: Sites = "",
     random: Random = N_RANDOM,
+    other: Other = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
@@ -143,6 +153,7 @@ def evaluate(
     asked = task.compile(loaded, seed)
     graph = _graph(loaded, sites)
     edges = _saved(model.place, loaded, circuit, version)
+    more = _others(model.place, loaded, other)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
@@ -150,6 +161,7 @@ def evaluate(
             edges,
             ablation=ablation,
             shift=shift,
+            others={name: graph.mask(edges) for name, edges in more.items()},
             n_random=random,
             seed=seed,
             progress=progress,
@@ -174,6 +186,12 @@ def compare(
     graph.mask([*one, *other])
     made = compare_circuits(one, other, len(graph))
     output.show(made, made.tables(top))
+
+
+def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:
+    """The edges of saved circuits, by name."""
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    return {name: _saved(place, model, name, None) for name in listed}
 
 
 def _saved(
