@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from circuits.discovery.channels import ChannelGraph
+from circuits.discovery.channels import LIMIT, ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
@@ -29,7 +29,7 @@ def parse_sites(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
+def edge_graph(model: HookedModel, sites: Sequence[str] = (), limit: int = LIMIT) -> EdgeGraph:
     """The edges between the parts of a model.
 
     Args:
@@ -37,13 +37,14 @@ def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
             the channels of its layers.
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
+        limit: of a convolutional network: the most edges.
 
     Raises:
         KeyError: if there is no such site.
         ValueError: if the model's edges cannot be found, there are too many, or sites are named of a transformer.
     """
     if isinstance(model.input, ImageInput) and not model.has_stream:
-        return ChannelGraph(model, tuple(sites) or None)
+        return ChannelGraph(model, tuple(sites) or None, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
