@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.discovery.comparing import chance_jaccard, jaccard, shared
-from circuits.discovery.evaluating import ratio
+from circuits.discovery.evaluating import faithfulness_of
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.runs import Runs
@@ -221,7 +221,7 @@ def _judged(
     none, whole, *own = values[: len(circuits)]
 
     def f(value: Float[np.ndarray, " example"]) -> Interval:
-        return ratio(value, none, whole, test.task.clusters, seed)
+        return faithfulness_of(value, none, whole, test.task.clusters, seed)
 
     rest = iter([f(value).value for value in values[len(circuits) :]])
     of = [tuple(next(rest) for _ in group) for group in (*joined, *random)]

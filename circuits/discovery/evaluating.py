@@ -69,7 +69,7 @@ def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
 
-def ratio(
+def faithfulness_of(
     values: Float[np.ndarray, " example"],
     empty: Float[np.ndarray, " example"],
     full: Float[np.ndarray, " example"],
@@ -182,21 +182,21 @@ class Evaluation:
             f"interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
         )
 
-    def _ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
+    def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
         """A faithfulness with its interval."""
         if not self.defined:
             return Interval(float("nan"), float("nan"), float("nan"))
-        return ratio(values, self.empty, self.full, self.clusters, self.record.seed)
+        return faithfulness_of(values, self.empty, self.full, self.clusters, self.record.seed)
 
     @cached_property
     def faithfulness(self) -> Interval:
         """f of the circuit."""
-        return self._ratio(self.own)
+        return self.ratio(self.own)
 
     @cached_property
     def complement_faithfulness(self) -> Interval:
         """f of all other edges: near 0 if the circuit is complete."""
-        return self._ratio(self.complement)
+        return self.ratio(self.complement)
 
     @cached_property
     def random_faithfulness(self) -> tuple[float, ...]:
@@ -284,7 +284,7 @@ class Evaluation:
             "random_circuits": list(self.random_faithfulness), "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
             "others": {
-                name: {"edges": self.other_sizes[name]} | asdict(self._ratio(values))
+                name: {"edges": self.other_sizes[name]} | asdict(self.ratio(values))
                 for name, values in self.others.items()
             },
             "error_quantiles": {str(q): v for q, v in self.errors.items()},
@@ -318,7 +318,7 @@ class Evaluation:
             mean = float(np.mean(self.random_faithfulness))
             rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
         for name, values in self.others.items():
-            f = self._ratio(values)
+            f = self.ratio(values)
             rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "

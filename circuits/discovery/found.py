@@ -14,6 +14,7 @@ from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
@@ -61,6 +62,7 @@ class Discovery:
         stability: how far the same circuit is found on other draws of the examples; None of searches that try edges.
         evaluation: how good the circuit is on the `test` half.
         alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
+        pairs: what the strongest edges do two at a time; None if it was not asked for.
         notes: comparisons that could not be made, and why.
     """
 
@@ -70,6 +72,7 @@ class Discovery:
     stability: SearchStability | None
     evaluation: Evaluation
     alternatives: Alternatives | None = None
+    pairs: EdgePairs | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class Discovery:
             "stability": None if self.stability is None else self.stability.to_dict(),
             "evaluation": self.evaluation.to_dict(),
             "alternatives": None if self.alternatives is None else self.alternatives.to_dict(),
-            "notes": list(self.notes),
+            "pairs": None if self.pairs is None else self.pairs.to_dict(), "notes": list(self.notes),
         }  # fmt: skip
 
     def tables(self, top: int) -> Iterator[Table | str]:
@@ -93,6 +96,8 @@ class Discovery:
         yield from self.evaluation.tables(top)
         if self.alternatives is not None:
             yield from self.alternatives.tables()
+        if self.pairs is not None:
+            yield from self.pairs.tables(top)
         yield from self.notes
 
 
@@ -114,6 +119,7 @@ def discover(
     check_on: CheckOn = "find",
     n_random: int = N_RANDOM,
     n_curves: int = 10,
+    pairs: int = 0,
     alternatives: int = 0,
     other: Mapping[str, Sequence[Edge]] | None = None,
     batch: int = BATCH,
@@ -142,6 +148,7 @@ def discover(
         check_on: the half of the examples on which they are patched.
         n_random: how many random circuits the circuit is compared with.
         n_curves: how many random rankings its curve is compared with.
+        pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
         alternatives: how many further circuits are looked for that are as good and share little with it.
         other: the edges of further circuits to compare with, such as another task's, by what they are.
         batch: examples per batch.
@@ -154,7 +161,7 @@ def discover(
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
     """
     _check_choices(graph, method, search, size, threshold, ranking)
-    n = size or min(SIZE, max(1, len(graph) // 4))
+    n = size or usual_size(graph)
     if check_on not in get_args(CheckOn):
         raise ValueError(f"check_on {check_on!r}: expected find or test")
     find, test = task.find, task.test
@@ -178,21 +185,15 @@ def discover(
         more = {} if check is None else {"n": check}
         other_runs = runs if check_on == "find" else Runs(graph, test, **settings)
         checked = check_scores(other_runs, scores, seed=seed, progress=stage("agreement"), **more)
-    pick = partial(
-        top if search == "top" else greedy, graph, n=n
-    )  # for searches that try edges, too
+    # Searches that try edges are not repeated for comparisons: greedy stands in for them.
+    pick = partial(top if search == "top" else greedy, graph, n=n)
     kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
 
     def choose(mean: Float[np.ndarray, " edge"]) -> Mask:
         return pick(importance(mean, scores.better, ranking))
 
     again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
-    others: dict[str, Mask] = {name: graph.mask(edges) for name, edges in (other or {}).items()}
-    notes: tuple[str, ...] = ()
-    try:
-        others[BY_WEIGHT] = pick(graph.weight_norms())
-    except ValueError as error:
-        notes = (f"not compared with a circuit {BY_WEIGHT}: {error}",)
+    others, notes = _nulls(graph, pick, other or {})
     if method != "random" and find.compared:
         told = stage("scores with answers swapped")
         null = score_edges(graph, swapped(find, seed), method, progress=told, **scoring)
@@ -207,11 +208,31 @@ def discover(
             runs, Runs(graph, test, **settings), kept, scores.worth(ranking), pick, alternatives, seed,
             stage("alternatives"),
         )  # fmt: skip
+    paired = None
+    if pairs:
+        edges = strongest(scores, pairs, ranking)
+        paired = pair_edges(graph, find, edges, seed=seed, progress=stage("pairs"), **settings)
     how = {"search": search, "ranking": ranking, "size": n} | (
         {} if threshold is None else {"threshold": threshold}
     )
     circuit = circuit_graph(graph, kept, scores, task, how, again)
-    return Discovery(circuit, scores, checked, again, made, further, notes)
+    return Discovery(circuit, scores, checked, again, made, further, paired, notes)
+
+
+def usual_size(graph: EdgeGraph) -> int:
+    """How many edges a circuit has unless it is told otherwise: 50, or a quarter of a small graph's."""
+    return min(SIZE, max(1, len(graph) // 4))
+
+
+def _nulls(
+    graph: EdgeGraph, pick: Choose, other: Mapping[str, Sequence[Edge]]
+) -> tuple[dict[str, Mask], tuple[str, ...]]:
+    """Circuits to compare with that need no run of the model, and why one could not be had."""
+    found = {name: graph.mask(edges) for name, edges in other.items()}
+    try:
+        return found | {BY_WEIGHT: pick(graph.weight_norms())}, ()
+    except ValueError as error:
+        return found, (f"not compared with a circuit {BY_WEIGHT}: {error}",)
 
 
 def _check_choices(

@@ -184,12 +184,13 @@ def input_gradient(
         gradient: the gradient at `Stream.input_site`.
         hold_norm: freeze the normalisation's scale.
     """
-    first = receivers[0]
-    if first.kind in _PARTS:
-        given = torch.einsum("epkd,kmd->ekpm", gradient, read_matrices(stream, receivers))
-    else:
+    if receivers[0].kind not in _PARTS:
         given = gradient[:, None]
-    return given if tangent is None else tangent.pulled(given, hold_norm)
+        return given if tangent is None else tangent.pulled(given, hold_norm)
+    matrices = read_matrices(stream, receivers)
+    if tangent is None:
+        return torch.einsum("epkd,kmd->ekpm", gradient, matrices)
+    return tangent.pulled_through(gradient, matrices, hold_norm)
 
 
 def tangent_of(
