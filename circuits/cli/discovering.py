@@ -139,10 +139,15 @@ def discover(
         found = found_circuit(graph, asked, method, seed=seed, stage=stage, keep=keep, **settings)
         null = None
         if shuffled:
+            own = {
+                "seed": seed,
+                "stage": lambda name: stage(f"{name}, shuffled weights"),
+                **settings,
+            }
             twin = randomized(loaded, seed)
             null = found_circuit(
-                _graph(twin, sites, most_edges), task.compile(twin, seed), method, seed=seed,
-                stage=lambda name: stage(f"{name}, shuffled weights"), **settings | {"alternatives": 0, "pairs": 0, "other": {}},
+                _graph(twin, sites, most_edges), task.compile(twin, seed), method,
+                **own | {"alternatives": 0, "pairs": 0, "other": {}},
             )  # fmt: skip
     if save:
         save_circuit(place.database, save, found.circuit, note)
