@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from circuits.discovery.channels import ChannelGraph
+from circuits.discovery.channels import LIMIT, ChannelGraph
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.streams import KeysValues, StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
@@ -30,7 +30,7 @@ def parse_sites(text: str) -> tuple[str, ...]:
 
 
 def edge_graph(
-    model: HookedModel, sites: Sequence[str] = (), kv: KeysValues = "group"
+    model: HookedModel, sites: Sequence[str] = (), kv: KeysValues = "group", limit: int = LIMIT
 ) -> EdgeGraph:
     """The edges between the parts of a model.
 
@@ -40,6 +40,7 @@ def edge_graph(
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
         kv: of a transformer: whether grouped keys and values are one target for their group, or one for each head.
+        limit: of a convolutional network: the most edges.
 
     Raises:
         KeyError: if there is no such site.
@@ -48,7 +49,7 @@ def edge_graph(
     if isinstance(model.input, ImageInput) and not model.has_stream:
         if kv != "group":
             raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
-        return ChannelGraph(model, tuple(sites) or None)
+        return ChannelGraph(model, tuple(sites) or None, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
