@@ -154,14 +154,15 @@ class Runs:
 
     def _made_pairs(self) -> Iterator[Pair]:
         for part in self.task.batches(self.batch):
+            placed = self.graph.placed(self.task, part)
             clean, intact = self.read(part, part.inputs)
             if self.ablation == "counterpart":
                 assert part.counterparts is not None, "checked before"
                 edits = self._rolled()
                 other, corrupted = self.read(part, part.counterparts, edits)
-                yield Pair(part, clean, other, intact, corrupted, {}, edits)
+                yield Pair(part, clean | placed, other | placed, intact, corrupted, {}, edits)
             else:
-                yield Pair(part, clean, self._filled(clean), intact, None)
+                yield Pair(part, clean | placed, self._filled(clean) | placed, intact, None)
 
     def read(
         self,
@@ -298,7 +299,8 @@ class Runs:
             known = {name: v for name, v in pair.clean.items() if name not in reached}
         elif begin is not None:
             stop = self._order[begin.site.name]
-            known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
+            order = self._order  # what is no site was there before
+            known = {n: v for n, v in pair.clean.items() if n not in order or order[n] < stop}
         changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
         cut = self._cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)

@@ -161,7 +161,8 @@ def _check(method: str, direction: Direction, task: Task) -> None:
 
 def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[str, ...]:
     """What is to be said of `relp`: edges into queries and keys act through attention patterns alone."""
-    held = [i for i, (_, t) in enumerate(graph.edges) if t.rpartition(".")[2] in ("q", "k")]
+    ways = [graph.way(t) for t in range(len(graph.targets))]
+    held = [i for i, t in enumerate(graph.ends[:, 1].tolist()) if ways[t].startswith(("q", "k"))]
     if method != "relp" or not held or values[:, held].any():
         return ()
     return (
