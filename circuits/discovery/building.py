@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from circuits.discovery.channels import ChannelGraph
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph
 from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import ALL, active_latents
 from circuits.discovery.streams import KeysValues, StreamGraph
@@ -42,6 +42,7 @@ def edge_graph(
     spans: str | Sequence[str] = (),
     neurons: str = "",
     latents: Sequence[str | Units] = (),
+    limit: int = LIMIT,
 ) -> EdgeGraph:
     """The edges between the parts of a model.
 
@@ -57,6 +58,7 @@ def edge_graph(
         latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
             `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
             of their site as one more source.
+        limit: the most edges.
 
     Raises:
         KeyError: if there is no such site or autoencoder.
@@ -73,13 +75,13 @@ def edge_graph(
             raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
         if kv != "group":
             raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
-        return ChannelGraph(model, tuple(sites) or None)
+        return ChannelGraph(model, tuple(sites) or None, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units)
+    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units, limit=limit)
 
 
 def chosen_latents(
