@@ -8,7 +8,7 @@ what the source put out in another run along this path, with everything else as 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,12 +21,16 @@ from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.restarting import restart_candidates
+from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site, Unit, unknown
 
 PlacedNode = Unit | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
+
+LIMIT = 2**18
+"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,23 @@ class EdgeGraph(ABC):
         """What a source is on the canvas: a unit, or a whole site."""
         return Unit.parse(name)
 
-    def nodes_of(self, target: int) -> tuple[PlacedNode, ...]:
-        """What a target is on the canvas: the parts that it feeds, or the model's output."""
-        return tuple(self.node(self.sources[s]) for s in self.feeds[target]) or (
+    def nodes_of(self, target: int, among: Collection[int] | None = None) -> tuple[PlacedNode, ...]:
+        """What a target is on the canvas: the parts that it feeds, or the model's output.
+
+        Args:
+            target: its number.
+            among: the sources that are there; if it feeds any of these, no others are named.
+        """
+        fed = self.feeds[target]
+        here = fed if among is None else [s for s in fed if s in among]
+        return tuple(self.node(self.sources[s]) for s in here or fed) or (
             self.node(self.targets[target]),
         )
+
+    def way(self, target: int) -> str:
+        """What tells a target's edges apart from others between the same nodes: `q`, `k` or `v` of a head; else ``."""
+        letter = self.targets[target].rpartition(".")[2]
+        return letter if letter in ("q", "k", "v") else ""
 
     @cached_property
     def classes(self) -> Int[np.ndarray, " edge"]:
@@ -165,6 +181,16 @@ class EdgeGraph(ABC):
         return ok[self.ends[:, 1]]
 
     # --- what is computed ------------------------------------------------------------------------
+
+    def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
+        """What the graph needs of a batch beside tensors of sites, by names that no site has.
+
+        It is found among the tensors of both runs.
+
+        Raises:
+            ValueError: if the batch does not have it.
+        """
+        return {}
 
     @property
     @abstractmethod
