@@ -163,7 +163,7 @@ def discover(
 
 
 def _graph(model: HookedModel, sites: str, most_edges: int = LIMIT) -> EdgeGraph:
-    return edge_graph(model, parse_sites(sites), most_edges)
+    return edge_graph(model, parse_sites(sites), limit=most_edges)
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:

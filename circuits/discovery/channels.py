@@ -14,7 +14,7 @@ from torch import Tensor
 from circuits.discovery.channel_names import ChannelNames
 from circuits.discovery.channel_routes import ChannelRoute, chosen_channels
 from circuits.discovery.channel_sizes import CarriedMaps
-from circuits.discovery.graphs import Cut, EdgeGraph
+from circuits.discovery.graphs import LIMIT, Cut, EdgeGraph
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -22,9 +22,6 @@ from circuits.models.adapter.program import Value
 from circuits.models.paths.channels import ChannelFlow
 from circuits.models.paths.restarting import restart_candidates
 from circuits.units import Site, Units
-
-LIMIT = 2**18
-"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example."""
 
 
 class ChannelGraph(EdgeGraph):

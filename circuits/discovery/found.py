@@ -308,14 +308,14 @@ def circuit_graph(
     model = graph.model
     kind = "effect" if scores.method == "exact" else "attribution"
     edges = np.flatnonzero(kept).tolist()
+    used = {*graph.ends[edges, 0].tolist()}
     for edge in edges:
         source, target = graph.ends[edge].tolist()
         more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
-        letter = graph.targets[target].rpartition(".")[2]
-        for node in graph.nodes_of(target):
+        for node in graph.nodes_of(target, used):
             made.connect(
                 graph.node(graph.sources[source]), node, kind, sum=-float(scores.mean[edge]),
-                layer=letter if letter in ("q", "k", "v") else "", edge=" -> ".join(graph.edges[edge]), **more,
+                layer=graph.way(target), edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],

@@ -154,14 +154,15 @@ class Runs:
 
     def _made_pairs(self) -> Iterator[Pair]:
         for part in self.task.batches(self.batch):
+            placed = self.graph.placed(self.task, part)
             clean, intact = self.read(part, part.inputs)
             if self.ablation == "counterpart":
                 assert part.counterparts is not None, "checked before"
                 edits = self._rolled()
                 other, corrupted = self.read(part, part.counterparts, edits)
-                yield Pair(part, clean, other, intact, corrupted, {}, edits)
+                yield Pair(part, clean | placed, other | placed, intact, corrupted, {}, edits)
             else:
-                yield Pair(part, clean, self._filled(clean), intact, None)
+                yield Pair(part, clean | placed, self._filled(clean) | placed, intact, None)
 
     def read(
         self,
@@ -287,6 +288,9 @@ class Runs:
             [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
         )
         begin, reached = self._begin(pair, changed)
+        # Rows of a set are alike but between a change of its own and `joined`.
+        rows, joined = self.graph.rows(changed), self.graph.joined(changed, len(off))
+        off = off.repeat_interleave(rows, 0)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
@@ -295,8 +299,9 @@ class Runs:
             known = {name: v for name, v in pair.clean.items() if name not in reached}
         elif begin is not None:
             stop = self._order[begin.site.name]
-            known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
-        changes = self.graph.changes(off, pair.other, known)
+            order = self._order  # what is no site was there before
+            known = {n: v for n, v in pair.clean.items() if n not in order or order[n] < stop}
+        changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
         cut = self._cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)
         tensors, output = self._run(pair, n, begin, edits, reached)
@@ -304,7 +309,7 @@ class Runs:
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
         made = self.reading(pair.part, whole | tensors, n, cut, output)
-        return self.value(made, pair.intact, n)
+        return self.value(made, pair.intact, n)[::rows]
 
     def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
         """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
@@ -410,18 +415,18 @@ class Runs:
             site: the first site that the sets change; any if empty.
         """
         like = pair.clean[self.graph.reads[0]]
+        rows = self.graph.rows(self.graph.slopes)
         maps = isinstance(self.model.input, ImageInput) and not self.model.has_stream
         if maps:  # they become smaller on the way
             start = self._order[site] if site else 0
             after = [v for name, v in pair.clean.items() if self._order[name] >= start]
             like = max(after, key=torch.Tensor.numel)
-        each = like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
+        each = rows * (like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes)
         fitting = max(1, self.memory // max(1, each))
         if like.device.type != "cpu":
             return fitting
-        worth = (
-            _NUMBERS // like.numel() if maps else _VECTORS // max(1, like.numel() // like.shape[-1])
-        )
+        vectors = rows * like.numel() // like.shape[-1]
+        worth = _NUMBERS // like.numel() if maps else _VECTORS // max(1, vectors)
         return min(fitting, max(1, worth))
 
 

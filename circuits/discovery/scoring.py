@@ -161,7 +161,8 @@ def _check(method: str, direction: Direction, task: Task) -> None:
 
 def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[str, ...]:
     """What is to be said of `relp`: edges into queries and keys act through attention patterns alone."""
-    held = [i for i, (_, t) in enumerate(graph.edges) if t.rpartition(".")[2] in ("q", "k")]
+    ways = [graph.way(t) for t in range(len(graph.targets))]
+    held = [i for i, t in enumerate(graph.ends[:, 1].tolist()) if ways[t].startswith(("q", "k"))]
     if method != "relp" or not held or values[:, held].any():
         return ()
     return (
@@ -313,10 +314,12 @@ def gradients_at(
 
         return add
 
-    read = list(dict.fromkeys([*map(runs.model.site, graph.pull_reads), *runs.ends]))
+    taken = [*graph.slopes, *graph.behind]
+    sites = (*graph.pull_reads, *graph.behind)
+    read = list(dict.fromkeys([*map(runs.model.site, sites), *runs.ends]))
     # What comes after all that is read, as after a unit whose activation is the metric, has no gradient.
     last = None if runs.keep_output else runs.model.last(read)
-    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
+    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in taken})
     # One for all examples: it is not asked what biases are worth on each.
     rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()
     with rules:
@@ -327,10 +330,13 @@ def gradients_at(
     tensors = {s.name: cache[s] for s in read}
     reading = runs.reading(pair.part, tensors, output=output_of(cache))
     value = runs.metric.of(reading, pair.intact)
-    made = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    made = torch.autograd.grad(
+        value.sum(), list(leaves.values()), allow_unused=True, retain_graph=bool(graph.behind)
+    )
     gradients = dict(zip(leaves, made, strict=True))
     found = {
         site: torch.zeros_like(pair.clean[site]) if gradients.get(site) is None else gradients[site]
-        for site in graph.slopes
+        for site in taken
     }
+    found |= graph.separated(tensors, found, leaves)
     return {name: value.detach() for name, value in tensors.items()}, found
