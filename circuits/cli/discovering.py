@@ -105,6 +105,10 @@ def discover(
         "--shuffled",
     )] = False,
     random: Random = N_RANDOM,
+    rankings: Annotated[int, option(
+        "How many random rankings of all edges to compare the curve by size with.", "--random-rankings",
+        check=Within(0),
+    )] = 10,
     other: Other = "",
     pairs: Annotated[int, option(
         "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
@@ -128,7 +132,8 @@ def discover(
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
-        "n_random": random, "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, loaded, other),
+        "n_random": random, "n_curves": rankings, "pairs": pairs, "alternatives": alternatives,
+        "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
         _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
