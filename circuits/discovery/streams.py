@@ -145,7 +145,7 @@ class StreamGraph(EdgeGraph):
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Change]:
         patches = {}
-        anywhere = (off.detach() != 0).any(0).numpy()
+        anywhere = ((off.detach() != 0).any(0) | off.requires_grad).numpy()
         for target, into in enumerate(self.edges_into):
             if anywhere[into].any():
                 table = off.new_zeros(len(off), len(self.stream.senders))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.hooks import Change
@@ -231,18 +231,32 @@ def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceive
         off = patches[receiver] * present
         if receiver.kind in STREAMS:
             present = present * (1 - off)
-        which = (off.detach() != 0).any(1)
+        which = _touched(stream, receiver, off).any(1)
         if which.any():
             key = stream.input_site(receiver), which.numpy().tobytes()
             together.setdefault(key, []).append((receiver, off))
     found = []
     for some in together.values():
         off = torch.stack([off for _, off in some], -1)
-        index = (off.detach() != 0).flatten(1).any(1).nonzero()[:, 0]
-        used = (off.detach() != 0).any(2).any(0)
+        touched = torch.stack([_touched(stream, receiver, own) for receiver, own in some], -1)
+        index = touched.flatten(1).any(1).nonzero()[:, 0]
+        used = touched.any(2).any(0)
         senders = tuple(s for s, there in zip(stream.senders, used.tolist(), strict=True) if there)
         found.append(_PatchedReceivers(tuple(r for r, _ in some), index, off[index], senders))
     return found
+
+
+def _touched(
+    stream: Stream, receiver: Receiver, off: Float[Tensor, "set sender"]
+) -> Bool[Tensor, "set sender"]:
+    """Which senders are replaced, or could be: where a gradient is asked for, it is also that at 0."""
+    replaced = off.detach() != 0
+    return replaced | _reaching(stream, receiver) if off.requires_grad else replaced
+
+
+def _reaching(stream: Stream, receiver: Receiver) -> Bool[Tensor, " sender"]:
+    """Which senders reach a receiver and differ between runs, as biases do not."""
+    return torch.tensor([s.kind != "bias" and stream.reaches(s, receiver) for s in stream.senders])
 
 
 def changes_of(
@@ -350,16 +364,16 @@ class _Pass:
     def _replace(self, made: Tensor, theirs: Tensor, one: _PatchedReceivers) -> None:
         """Put in what was read in the other run where nothing of this run is read."""
         for k, receiver in enumerate(one.receivers):
-            reaching = torch.tensor(
-                [s.kind != "bias" and self.stream.reaches(s, receiver) for s in self.stream.senders]
-            )
+            reaching = _reaching(self.stream, receiver)
             whole = one.index[(one.off[:, reaching, k] == 1).all(1)]
             if len(whole):
                 put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
-                if receiver.kind in ("q", "k", "v"):
-                    made[whole, ..., receiver.head, :] = put[..., receiver.head, :]
-                else:
-                    made[whole] = put.expand_as(made[whole])
+                heads = receiver.kind in ("q", "k", "v")
+                place = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
+                own = made[place]
+                # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
+                slope = own - own.detach() if own.requires_grad else 0
+                made[place] = (put[..., receiver.head, :] if heads else put.expand_as(own)) + slope
 
     def _received(self, one: _PatchedReceivers) -> Tensor:
         """The change of receivers' inputs: set x example x position x …"""
