@@ -12,7 +12,7 @@ from apps.address import TROUBLE, action, choose, choose_number, code, plain, py
 from apps.cached import Finding
 from circuits.discovery import Discovery
 from circuits.discovery.building import parse_sites
-from circuits.discovery.found import SIZE
+from circuits.discovery.found import usual_size
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method
 from circuits.discovery.searching import Search
@@ -56,8 +56,7 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
         if search == "acdc":
             threshold = choose_number("Threshold", 1e-6, 1e6, THRESHOLD, "threshold")
         else:
-            usual = min(SIZE, max(1, len(graph) // 4))
-            size = choose_number("Size", 1, len(graph), usual, "size")
+            size = choose_number("Size", 1, len(graph), usual_size(graph), "size")
     with second[1]:
         ablation = cast(
             Ablation, _choice("Ablation", "counterpart", get_args(Ablation), "ablation")

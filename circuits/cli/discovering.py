@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +15,17 @@ from circuits.cli import options
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.discovery.building import edge_graph, parse_sites
 from circuits.discovery.comparing import compare_circuits
+from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.found import discover as found_circuit
-from circuits.discovery.found import edges_of
+from circuits.discovery.found import edges_of, usual_size
 from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import Ranking
 from circuits.discovery.runs import Ablation
-from circuits.discovery.scoring import STEPS, Method, Rule
+from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import Search
+from circuits.discovery.series import compare_models
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
@@ -43,6 +47,9 @@ Ablating = Annotated[Ablation, option(
 Shift = Annotated[int, option(
     "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
     check=Within(-1000, 1000),
+)]  # fmt: skip
+Other = Annotated[str, option(
+    "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
 )]  # fmt: skip
 Random = Annotated[int, option(
     "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
@@ -83,6 +90,16 @@ def discover(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
     random: Random = N_RANDOM,
+    other: Other = "",
+    pairs: Annotated[int, option(
+        "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
+        "together; 0 for none.",
+        check=Within(0, LARGEST),
+    )] = 0,
+    alternatives: Annotated[int, option(
+        "How many further circuits to look for that are as good and share as few edges as possible.",
+        check=Within(0, 20),
+    )] = 0,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
@@ -96,6 +113,7 @@ def discover(
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "n_random": random,
+        "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
         _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
@@ -135,6 +153,7 @@ def evaluate(
     shift: Shift = 0,
     sites: Sites = "",
     random: Random = N_RANDOM,
+    other: Other = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
@@ -143,6 +162,7 @@ def evaluate(
     asked = task.compile(loaded, seed)
     graph = _graph(loaded, sites)
     edges = _saved(model.place, loaded, circuit, version)
+    more = _others(model.place, loaded, other)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
@@ -150,6 +170,7 @@ def evaluate(
             edges,
             ablation=ablation,
             shift=shift,
+            others={name: graph.mask(edges) for name, edges in more.items()},
             n_random=random,
             seed=seed,
             progress=progress,
@@ -161,19 +182,68 @@ def evaluate(
 @command(app)
 def compare(
     model: options.Model,
-    first: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
-    second: Annotated[str, argument("The name of another one.")],
-    output: options.Output,
+    task: options.CounterpartTask,
+    output: options.FigureOutput,
+    first: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
+    second: Annotated[str, argument("The name of another one.")] = "",
+    to_task: Annotated[str, option("Compare the scores on --task with those on this task.")] = "",
+    to_model: Annotated[list[str] | None, option(
+        "Compare the circuit of the task with that in this model, written MODEL or MODEL,WEIGHTS; may be repeated, "
+        "e.g. for checkpoints in their order."
+    )] = None,
+    method: Annotated[Method, option("How to score edges; see `circuits discover`.")] = "eap-ig",
+    size: Annotated[int | None, option(
+        "How many edges a circuit has. By default 50, or a quarter of a small model's.", check=Within(1)
+    )] = None,
+    ablation: Ablating = "counterpart",
+    shift: Shift = 0,
     sites: Sites = "",
     top: options.Top = options.TOP,
-) -> None:
-    """Show which edges two circuits of a model share, and how many two of their sizes share by chance."""
+    seed: options.Seed = 0,
+) -> None:  # fmt: skip
+    """Compare two saved circuits (by name), a circuit over tasks, or over models: what is shared, what changed."""
+    ways = [bool(first or second), bool(to_task), bool(to_model)]
+    if sum(ways) != 1 or bool(first) != bool(second):
+        raise ValueError(
+            "expected one of: the names of two saved circuits, --to-task, or --to-model (once or more)"
+        )
     loaded = model.load()
     graph = _graph(loaded, sites)
-    one, other = (_saved(model.place, loaded, name, None) for name in (first, second))
-    graph.mask([*one, *other])
-    made = compare_circuits(one, other, len(graph))
+    if first:
+        one, other = (_saved(model.place, loaded, name, None) for name in (first, second))
+        graph.mask([*one, *other])
+        made = compare_circuits(one, other, len(graph))
+        output.show(made, made.tables(top))
+        return
+    asked = task.compile(loaded, seed)
+    n = usual_size(graph) if size is None else size
+    scoring: dict[str, Any] = {"ablation": ablation, "shift": shift, "seed": seed}
+    if to_task:
+        other_task = replace(task, task=to_task).compile(loaded, seed)
+        if other_task.hash == asked.hash:
+            raise ValueError(f"--to-task {to_task!r} is the task itself: expected another one")
+        with output.stages() as stage:
+            own, theirs = (
+                score_edges(graph, t.find, method, progress=stage(t.name), **scoring) for t in (asked, other_task)
+            )  # fmt: skip
+        made = contrast(own, theirs, n, names=(asked.name, other_task.name), seed=seed)
+        output.show(made, made.tables(top))
+        return
+    graphs = {model.spec if model.weights is None else f"{model.spec},{model.weights}": graph}
+    for words in to_model or ():
+        spec, _, weights = words.partition(",")
+        member = replace(model, spec=spec, weights=weights or None).load()
+        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = _graph(member, sites)
+    with output.progress("models") as progress:
+        made = compare_models(graphs, asked, method, size=n, progress=progress, **scoring)
     output.show(made, made.tables(top))
+    output.draw(lambda figures: figures.series_figure(made))
+
+
+def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:
+    """The edges of saved circuits, by name."""
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    return {name: _saved(place, model, name, None) for name in listed}
 
 
 def _saved(

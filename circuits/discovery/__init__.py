@@ -1,8 +1,10 @@
 """Circuits found: edges between parts of a model, their scores, searches, and how good a circuit is."""
 
 from circuits.discovery.agreement import Checked, check_scores
+from circuits.discovery.alternatives import Alternatives, find_alternatives
 from circuits.discovery.building import edge_graph
 from circuits.discovery.comparing import Comparison, compare_circuits
+from circuits.discovery.contrasts import Contrast, contrast
 from circuits.discovery.evaluating import Evaluation, evaluate
 from circuits.discovery.found import Discovery, discover, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
@@ -11,11 +13,14 @@ from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
 from circuits.discovery.searching import acdc, greedy, refine, top
+from circuits.discovery.series import ModelSeries, compare_models
 from circuits.discovery.stability import SearchStability
 
 __all__ = [
+    "Alternatives",
     "Checked",
     "Comparison",
+    "Contrast",
     "Discovery",
     "Edge",
     "EdgeGraph",
@@ -23,15 +28,19 @@ __all__ = [
     "EdgePairs",
     "EdgeScores",
     "Evaluation",
+    "ModelSeries",
     "Runs",
     "SearchStability",
     "acdc",
     "check_scores",
     "compare_circuits",
+    "compare_models",
+    "contrast",
     "discover",
     "edge_graph",
     "edges_of",
     "evaluate",
+    "find_alternatives",
     "greedy",
     "pair_edges",
     "refine",

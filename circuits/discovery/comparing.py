@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
 
 from circuits.discovery.graphs import Edge
 from circuits.files import finite
 from circuits.tables import Table
+
+
+def jaccard(first: Collection[Edge], second: Collection[Edge]) -> float:
+    """The edges of both circuits, as a share of the edges of either; 0 if neither has any."""
+    a, b = set(first), set(second)
+    return len(a & b) / max(1, len(a | b))
+
+
+def shared(first: Bool[np.ndarray, " edge"], second: Bool[np.ndarray, " edge"]) -> float:
+    """The same, of circuits given by which edges they keep."""
+    return float((first & second).sum() / max(1, (first | second).sum()))
+
+
+def chance_jaccard(first: float, second: float, n_edges: int) -> float:
+    """About the Jaccard index of circuits of two sizes whose edges are drawn at random from a number of edges.
+
+    Of a and b edges among n, a b / n are drawn twice on average.
+    """
+    twice = first * second / max(1, n_edges)
+    return twice / max(1e-12, first + second - twice)
 
 
 @dataclass(frozen=True)
@@ -30,19 +53,13 @@ class Comparison:
     @property
     def jaccard(self) -> float:
         """The edges of both, as a share of the edges of either."""
-        return len(self.both) / max(
-            1, len(self.both) + len(self.only_first) + len(self.only_second)
-        )
+        return jaccard(self.both + self.only_first, self.both + self.only_second)
 
     @property
     def by_chance(self) -> float:
-        """The share that two circuits of these sizes have in common when edges are drawn at random, about.
-
-        Of a and b edges among n, a b / n are drawn twice on average.
-        """
+        """That of two circuits of these sizes whose edges are drawn at random."""
         a, b = len(self.both) + len(self.only_first), len(self.both) + len(self.only_second)
-        twice = a * b / max(1, self.n_edges)
-        return twice / max(1e-12, a + b - twice)
+        return chance_jaccard(a, b, self.n_edges)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -43,6 +43,9 @@ _EVERY = 100
 
 _STEPS_PER_DECADE = 10
 
+_DENSE = 1000
+"""Up to this size, the smallest faithful circuit is found among all sizes."""
+
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -64,6 +67,29 @@ def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
         return float(values[0])
     at = np.log(sizes)
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
+
+
+def faithfulness_of(
+    values: Float[np.ndarray, " example"],
+    empty: Float[np.ndarray, " example"],
+    full: Float[np.ndarray, " example"],
+    clusters: Sequence[int],
+    seed: int,
+) -> Interval:
+    """Faithfulness with its interval: a ratio of means, over the same resamples of clusters.
+
+    Args:
+        values: the metric of a circuit on each example.
+        empty: that of no edges.
+        full: that of all edges.
+        clusters: a number for each example, shared by those that are not independent.
+        seed: of the resamples.
+    """
+    rows = np.stack([values, empty, full])
+    own, none, whole = rows.mean(1)
+    drawn = resampled(rows, clusters=clusters, seed=seed).T
+    ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
+    return Interval(float((own - none) / (whole - none)), *percentiles(ratios))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +131,8 @@ class Evaluation:
         curve: the ranking's faithfulness by size; None for a circuit without a ranking.
         random_curves: those of random rankings.
         on_find: the circuit's faithfulness on the `find` half, where it was found; NaN if it was not measured.
+        smallest: the smallest size at which f is at least 0.9, among the sizes of the curve and, up to 1,000, all those
+            between it and the one before; None if there is none.
         ablation: what edges outside the circuit carry.
         clusters: a number for each example, shared by those that are not independent.
         record: model, task, seed and versions.
@@ -125,6 +153,7 @@ class Evaluation:
     curve: Curve | None
     random_curves: tuple[Curve, ...]
     on_find: float
+    smallest: int | None
     ablation: Ablation
     clusters: tuple[int, ...]
     record: Record
@@ -153,25 +182,21 @@ class Evaluation:
             f"interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
         )
 
-    def _ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
-        """A faithfulness with its interval: a ratio of means over the same resamples."""
+    def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
+        """A faithfulness with its interval."""
         if not self.defined:
             return Interval(float("nan"), float("nan"), float("nan"))
-        rows = np.stack([values, self.empty, self.full])
-        own, empty, full = rows.mean(1)
-        drawn = resampled(rows, clusters=self.clusters, seed=self.record.seed).T
-        ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-        return Interval(float((own - empty) / (full - empty)), *percentiles(ratios))
+        return faithfulness_of(values, self.empty, self.full, self.clusters, self.record.seed)
 
     @cached_property
     def faithfulness(self) -> Interval:
         """f of the circuit."""
-        return self._ratio(self.own)
+        return self.ratio(self.own)
 
     @cached_property
     def complement_faithfulness(self) -> Interval:
         """f of all other edges: near 0 if the circuit is complete."""
-        return self._ratio(self.complement)
+        return self.ratio(self.complement)
 
     @cached_property
     def random_faithfulness(self) -> tuple[float, ...]:
@@ -246,11 +271,6 @@ class Evaluation:
         f = np.array([0.0, *self._curve(self.curve)])
         return float(np.trapezoid(height(f), share))
 
-    @property
-    def smallest(self) -> int | None:
-        """The smallest size, among those evaluated, from which f is at least 0.9; None if there is none."""
-        return next((size for size, _, f, _ in self.by_size() if f >= FAITHFUL), None)
-
     # --- as a report -----------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -264,7 +284,7 @@ class Evaluation:
             "random_circuits": list(self.random_faithfulness), "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
             "others": {
-                name: {"edges": self.other_sizes[name]} | asdict(self._ratio(values))
+                name: {"edges": self.other_sizes[name]} | asdict(self.ratio(values))
                 for name, values in self.others.items()
             },
             "error_quantiles": {str(q): v for q, v in self.errors.items()},
@@ -298,7 +318,7 @@ class Evaluation:
             mean = float(np.mean(self.random_faithfulness))
             rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
         for name, values in self.others.items():
-            f = self._ratio(values)
+            f = self.ratio(values)
             rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
@@ -346,6 +366,30 @@ def _curves(
         Curve(tuple(sizes), tuple(int(c.sum()) for c in circuits[at : at + n]), values[at : at + n])
         for at in range(0, len(circuits) if n else 0, max(n, 1))
     ]
+
+
+def _smallest(
+    runs: Runs,
+    order: np.ndarray,
+    curve: Curve,
+    empty: Float[np.ndarray, " example"],
+    full: Float[np.ndarray, " example"],
+) -> int | None:
+    """The smallest size at which a ranking is faithful, by trying those that the curve leaves out before it."""
+    if full.mean() == empty.mean():
+        return None
+    enough = curve.faithfulness(float(empty.mean()), float(full.mean())) >= FAITHFUL
+    if not enough.any():
+        return None
+    first = int(enough.argmax())
+    sizes = range(curve.sizes[first - 1] + 1 if first else 1, curve.sizes[first])
+    if not sizes or curve.sizes[first] > _DENSE:
+        return curve.sizes[first]
+    values = values_of(runs, _firsts(runs.graph, order, sizes))
+    between = Curve(tuple(sizes), (), values).faithfulness(float(empty.mean()), float(full.mean()))
+    return next(
+        (n for n, f in zip(sizes, between, strict=True) if f >= FAITHFUL), curve.sizes[first]
+    )
 
 
 def _on_find(runs: Runs, kept: Mask) -> float:
@@ -417,13 +461,16 @@ def evaluate(
     values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress)
     first, last = len(fixed) + len(more), len(values) - len(rankings)
     curves = _curves(sizes, rankings, values[last:])
+    smallest = None
+    if scores is not None:
+        smallest = _smallest(runs, scores.order(ranking), curves[0], values[0], values[1])
     on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
         values[0], values[1], values[2], values[3], values[first:last], dict(zip(more, several, strict=True)),
         {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
-        ablation, task.clusters, Record.of(graph.model, task, seed),
+        smallest, ablation, task.clusters, Record.of(graph.model, task, seed),
     )  # fmt: skip
 
 

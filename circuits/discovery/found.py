@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from circuits.discovery.agreement import Checked, check_scores
+from circuits.discovery.alternatives import Alternatives, find_alternatives
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
@@ -37,6 +41,9 @@ from circuits.tasks.task import Task
 SIZE = 50
 """The number of edges that a search keeps unless it is told otherwise; small graphs keep a quarter of theirs."""
 
+BY_WEIGHT = "by weight magnitude"
+SWAPPED = "found with answers swapped at random"
+
 Stage = Callable[[str], Progress | None]
 """Gives the progress of a stage of the work, by its name."""
 
@@ -51,6 +58,9 @@ class Discovery:
         checked: how far they agree with exact patching; None if they are exact, or baselines.
         stability: how far the same circuit is found on other draws of the examples; None of searches that try edges.
         evaluation: how good the circuit is on the `test` half.
+        alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
+        pairs: what the strongest edges do two at a time; None if it was not asked for.
+        notes: comparisons that could not be made, and why.
     """
 
     circuit: CircuitGraph
@@ -58,6 +68,9 @@ class Discovery:
     checked: Checked | None
     stability: SearchStability | None
     evaluation: Evaluation
+    alternatives: Alternatives | None = None
+    pairs: EdgePairs | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -66,6 +79,8 @@ class Discovery:
             "agreement": None if self.checked is None else self.checked.to_dict(),
             "stability": None if self.stability is None else self.stability.to_dict(),
             "evaluation": self.evaluation.to_dict(),
+            "alternatives": None if self.alternatives is None else self.alternatives.to_dict(),
+            "pairs": None if self.pairs is None else self.pairs.to_dict(), "notes": list(self.notes),
         }  # fmt: skip
 
     def tables(self, top: int) -> Iterator[Table | str]:
@@ -76,6 +91,11 @@ class Discovery:
         if self.stability is not None:
             yield from self.stability.lines()
         yield from self.evaluation.tables(top)
+        if self.alternatives is not None:
+            yield from self.alternatives.tables()
+        if self.pairs is not None:
+            yield from self.pairs.tables(top)
+        yield from self.notes
 
 
 def discover(
@@ -95,6 +115,9 @@ def discover(
     check: int | None = None,
     n_random: int = N_RANDOM,
     n_curves: int = 10,
+    pairs: int = 0,
+    alternatives: int = 0,
+    other: Mapping[str, Sequence[Edge]] | None = None,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -120,6 +143,9 @@ def discover(
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
         n_random: how many random circuits the circuit is compared with.
         n_curves: how many random rankings its curve is compared with.
+        pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
+        alternatives: how many further circuits are looked for that are as good and share little with it.
+        other: the edges of further circuits to compare with, such as another task's, by what they are.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -129,6 +155,87 @@ def discover(
     Raises:
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
     """
+    _check_choices(graph, method, search, size, threshold, ranking)
+    n = size or usual_size(graph)
+    find, test = task.find, task.test
+    settings: dict[str, Any] = {
+        "ablation": ablation,
+        "shift": shift,
+        "batch": batch,
+        "memory": memory,
+    }
+    scoring: dict[str, Any] = {
+        "direction": direction,
+        "steps": steps,
+        "rule": rule,
+        "seed": seed,
+        **settings,
+    }
+    scores = score_edges(graph, find, method, progress=stage("scores"), keep=keep, **scoring)
+    runs = Runs(graph, find, **settings)
+    checked = None
+    if method not in ("exact", "random", *SIZES) and check != 0:
+        more = {} if check is None else {"n": check}
+        checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
+    # Searches that try edges are not repeated for comparisons: greedy stands in for them.
+    pick = partial(top if search == "top" else greedy, graph, n=n)
+    kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
+
+    def choose(mean: Float[np.ndarray, " edge"]) -> Mask:
+        return pick(importance(mean, scores.better, ranking))
+
+    again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
+    others, notes = _nulls(graph, pick, other or {})
+    if method != "random" and find.compared:
+        told = stage("scores with answers swapped")
+        null = score_edges(graph, swapped(find, seed), method, progress=told, **scoring)
+        others[SWAPPED] = choose(null.mean)
+    made = evaluate(
+        graph, test, kept, scores=scores, ranking=ranking, find=find, others=others, n_random=n_random,
+        n_curves=n_curves, seed=seed, progress=stage("evaluation"), **settings,
+    )  # fmt: skip
+    further = None
+    if alternatives and made.defined:
+        further = find_alternatives(
+            runs, Runs(graph, test, **settings), kept, scores.worth(ranking), pick, alternatives, seed,
+            stage("alternatives"),
+        )  # fmt: skip
+    paired = None
+    if pairs:
+        edges = strongest(scores, pairs, ranking)
+        paired = pair_edges(graph, find, edges, seed=seed, progress=stage("pairs"), **settings)
+    how = {"search": search, "ranking": ranking, "size": n} | (
+        {} if threshold is None else {"threshold": threshold}
+    )
+    circuit = circuit_graph(graph, kept, scores, task, how, again)
+    return Discovery(circuit, scores, checked, again, made, further, paired, notes)
+
+
+def usual_size(graph: EdgeGraph) -> int:
+    """How many edges a circuit has unless it is told otherwise: 50, or a quarter of a small graph's."""
+    return min(SIZE, max(1, len(graph) // 4))
+
+
+def _nulls(
+    graph: EdgeGraph, pick: Choose, other: Mapping[str, Sequence[Edge]]
+) -> tuple[dict[str, Mask], tuple[str, ...]]:
+    """Circuits to compare with that need no run of the model, and why one could not be had."""
+    found = {name: graph.mask(edges) for name, edges in other.items()}
+    try:
+        return found | {BY_WEIGHT: pick(graph.weight_norms())}, ()
+    except ValueError as error:
+        return found, (f"not compared with a circuit {BY_WEIGHT}: {error}",)
+
+
+def _check_choices(
+    graph: EdgeGraph,
+    method: Method,
+    search: Search,
+    size: int | None,
+    threshold: float | None,
+    ranking: Ranking,
+) -> None:
+    """Raise ValueError unless the choices of a search go together."""
     if search not in SEARCHES:
         raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
     if (search == "acdc") != (threshold is not None):
@@ -137,66 +244,31 @@ def discover(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
-    n = size or min(SIZE, max(1, len(graph) // 4))
-    find, test = task.find, task.test
-    settings: dict[str, Any] = {
-        "ablation": ablation,
-        "shift": shift,
-        "batch": batch,
-        "memory": memory,
-    }
-    scores = score_edges(
-        graph, find, method, direction=direction, steps=steps, rule=rule, seed=seed,
-        progress=stage("scores"), keep=keep, **settings,
-    )  # fmt: skip
-    runs = Runs(graph, find, **settings)
-    checked = None
-    if method not in ("exact", "random", *SIZES) and check != 0:
-        more = {} if check is None else {"n": check}
-        checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
-    choose = _chooser(graph, search, n, scores.better, ranking)
-    kept = _searched(runs, scores, search, n, threshold, ranking, choose, stage)
+
+
+def _searched(
+    runs: Runs, scores: EdgeScores, search: Search, n: int, threshold: float | None, ranking: Ranking,
+    pick: Choose, stage: Stage,
+) -> Mask:  # fmt: skip
+    """The edges that a search keeps.
+
+    Raises:
+        ValueError: if none of them lies on a path from the model's input to its output.
+    """
+    worth = scores.worth(ranking)
+    if search == "acdc":
+        assert threshold is not None, "checked before"
+        kept = acdc(runs, threshold, stage("search"))
+    elif search == "refine":
+        kept = refine(runs, worth, n, ranking, stage("search"))
+    else:
+        kept = pick(worth)
     if not kept.any():
         raise ValueError(
             f"search {search}: no path from the model's input to its output is left; expected a larger size or a "
             "smaller threshold"
         )
-    again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
-    others: dict[str, Mask] = {}
-    if method != "random" and find.compared:
-        null = score_edges(
-            graph, swapped(find, seed), method, direction=direction, steps=steps, rule=rule, seed=seed,
-            progress=stage("scores with answers swapped"), **settings,
-        )  # fmt: skip
-        others["found with answers swapped at random"] = choose(null.mean)
-    made = evaluate(
-        graph, test, kept, scores=scores, ranking=ranking, find=find, others=others, n_random=n_random,
-        n_curves=n_curves, seed=seed, progress=stage("evaluation"), **settings,
-    )  # fmt: skip
-    how = {"search": search, "ranking": ranking, "size": n} | (
-        {} if threshold is None else {"threshold": threshold}
-    )
-    circuit = circuit_graph(graph, kept, scores, task, how, again)
-    return Discovery(circuit, scores, checked, again, made)
-
-
-def _chooser(graph: EdgeGraph, search: Search, n: int, better: int, ranking: Ranking) -> Choose:
-    """The search that needs scores alone; `greedy` stands in for those that try edges."""
-    choose = top if search == "top" else greedy
-    return lambda mean: choose(graph, importance(mean, better, ranking), n)
-
-
-def _searched(
-    runs: Runs, scores: EdgeScores, search: Search, n: int, threshold: float | None, ranking: Ranking,
-    choose: Choose, stage: Stage,
-) -> Mask:  # fmt: skip
-    if search == "acdc":
-        assert threshold is not None, "checked before"
-        return acdc(runs, threshold, stage("search"))
-    if search == "refine":
-        worth = scores.worth(ranking)
-        return refine(runs, worth, n, ranking, stage("search"))
-    return choose(scores.mean)
+    return kept
 
 
 def swapped(task: Task, seed: int) -> Task:

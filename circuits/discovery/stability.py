@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.graphs import Edge
 from circuits.discovery.results import EdgeScores
 from circuits.files import finite
@@ -107,21 +108,16 @@ def stability(
     for _ in range(max(1, draws // 10)):
         first = np.zeros(n)
         first[rng.permutation(n)[: n // 2]] = 1
-        halves.append(_jaccard(found(first), found(1 - first)))
+        halves.append(shared(found(first), found(1 - first)))
     both = drawn.astype(float) @ drawn.T
     sizes = np.diag(both)
     either = sizes[:, None] + sizes[None] - both
     pairs = np.triu_indices(draws, 1)
     mean = float((both[pairs] / np.maximum(either[pairs], 1)).mean())
-    size, total = float(sizes.mean()), drawn.shape[1]
-    twice = size * size / total
+    size = float(sizes.mean())
     own = np.flatnonzero(circuit)
     shares = drawn[:, own].mean(0).tolist()
     return SearchStability(
         {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
-        float(np.mean(halves)), twice / max(2 * size - twice, 1e-12), draws, n,
+        float(np.mean(halves)), chance_jaccard(size, size, drawn.shape[1]), draws, n,
     )  # fmt: skip
-
-
-def _jaccard(a: Bool[np.ndarray, " edge"], b: Bool[np.ndarray, " edge"]) -> float:
-    return float((a & b).sum() / max(1, (a | b).sum()))

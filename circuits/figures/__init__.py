@@ -8,7 +8,7 @@ from circuits.figures.attributions import (
     sanity_figure,
 )
 from circuits.figures.charts import Figure
-from circuits.figures.circuits import faithfulness_figure
+from circuits.figures.circuits import faithfulness_figure, series_figure
 from circuits.figures.edits import ablation_figure, edit_figure
 from circuits.figures.graphs import circuit_figure
 from circuits.figures.localization import (
@@ -67,6 +67,7 @@ __all__ = [
     "saliency_figure",
     "sanity_figure",
     "save_figure",
+    "series_figure",
     "spectrum_figure",
     "sufficiency_figure",
     "tuning_figure",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 
 import altair as alt
 
-from circuits.discovery import Evaluation
+from circuits.discovery import Evaluation, ModelSeries
 from circuits.figures.charts import (
     BLUE,
     GREY,
@@ -50,6 +51,53 @@ def faithfulness_figure(made: Evaluation, title: str = "") -> Figure:
     drawn = alt.layer(*layers).resolve_scale(color="independent").properties(width=520, height=240)
     said = f"{made.metric.replace('_', ' ')}, {made.ablation} ablation, seed {made.record.seed}"
     return titled(drawn, title or f"{made.record.measured_on}; {said}")
+
+
+_OWN_CIRCUIT, _FIRST_CIRCUIT, _SHARED = (
+    "f of its own circuit",
+    "f of the first model's circuit",
+    "Jaccard with the first model's circuit",
+)
+
+
+def series_figure(made: ModelSeries, title: str = "") -> Figure:
+    """How the circuit of a task differs over models: faithfulness of two circuits, and what they share.
+
+    Args:
+        made: the models, in order.
+        title: above it.
+
+    Raises:
+        ValueError: if faithfulness is undefined in every model.
+    """
+    rows: list[Row] = [
+        {"model": m.name, "of": of, "value": value, "low": low, "high": high}
+        for m in made.members
+        for of, value, low, high in (
+            (_OWN_CIRCUIT, m.own.value, m.own.low, m.own.high),
+            (_FIRST_CIRCUIT, m.of_first.value, m.of_first.low, m.of_first.high),
+            (_SHARED, m.jaccard, None, None),
+        )
+        if isfinite(value)
+    ]
+    if not any(row["of"] == _OWN_CIRCUIT for row in rows):
+        raise ValueError("faithfulness is undefined in every model: no effect can be told from 0")
+    x = alt.X("model:N", title="model", sort=[m.name for m in made.members])
+    color = run_color((_OWN_CIRCUIT, _FIRST_CIRCUIT, _SHARED), (BLUE, ORANGE, GREY), of_lines=True)
+    base = alt.Chart(data(rows)).encode(x, color=color)
+    y = alt.Y("value:Q", title="share")
+    drawn = alt.layer(
+        base.mark_rule(strokeWidth=2, opacity=0.5).encode(alt.Y("low:Q"), y2="high:Q"),
+        base.mark_line(strokeWidth=2).encode(y),
+        base.mark_point(filled=True, size=50, opacity=1).encode(
+            y, tooltip=[alt.Tooltip("model:N"), alt.Tooltip("of:N"), alt.Tooltip("value:Q", format=".3g")]
+        ),
+    ).properties(width=520, height=240)  # fmt: skip
+    return titled(
+        drawn,
+        title
+        or f"{made.metric.replace('_', ' ')}, {made.size} edges by {made.method}, seed {made.seed}",
+    )
 
 
 def _lines(made: Evaluation, x: alt.X, y: alt.Y) -> Figure:

@@ -1,0 +1,238 @@
+"""What changed: the scores of the same edges on two tasks, or in two models.
+
+Scores are compared as shares of the whole effect, so that metrics of different size can stand next to each other. What
+chance does is known by exchanging the two: examples that both have (one task in two models) keep their place and swap
+sides, other examples are dealt out again. The largest difference of all edges in each such draw gives p-values that
+hold for all of them together (Westfall and Young 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import rankdata
+
+from circuits.discovery.comparing import chance_jaccard, shared
+from circuits.discovery.results import EdgeScores, ranked
+from circuits.experiments.statistics import Interval, percentiles, totals
+from circuits.files import finite
+from circuits.tables import Table, between
+
+DRAWS = 1000
+"""How many exchanges, and how many resamples for intervals."""
+
+SIGNIFICANT = 0.05
+
+_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one edge, or one part, is worth on either side.
+
+    Attributes:
+        name: the edge, or the part.
+        first: its score as a share of the first side's whole effect.
+        second: the same on the second side.
+        difference: second less first, with its interval.
+        p: the p-value, corrected for all edges (or parts).
+    """
+
+    name: str
+    first: float
+    second: float
+    difference: Interval
+    p: float
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """How the scores of edges differ between two tasks or two models.
+
+    Attributes:
+        first: what the first side is.
+        second: what the second side is.
+        paired: whether both sides have the same examples.
+        correlation: the rank correlation of the two sides' mean scores over all edges.
+        overlap: the Jaccard index of the strongest edges of either side, and of as many edges drawn at random.
+        size: how many strongest edges these are.
+        edges: every edge, the largest difference first.
+        parts: every part that writes, by the sum of the scores of its edges.
+        seed: of exchanges and resamples.
+    """
+
+    first: str
+    second: str
+    paired: bool
+    correlation: float
+    overlap: tuple[float, float]
+    size: int
+    edges: tuple[Change, ...]
+    parts: tuple[Change, ...]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return finite(asdict(self))
+
+    def tables(self, top: int) -> Iterator[Table | str]:
+        """How much the two sides have in common, and the parts and edges that differ most."""
+        yield (
+            f"{self.first} and {self.second}: rank correlation of all {len(self.edges)} scores "
+            f"{self.correlation:.2f}; of the {self.size} strongest edges of each, Jaccard {self.overlap[0]:.2f} (by "
+            f"chance {self.overlap[1]:.2f})"
+        )
+        how = "paired by example" if self.paired else "on different examples"
+        for kind, changes in (("part", self.parts), ("edge", self.edges)):
+            sure = sum(c.p <= SIGNIFICANT for c in changes)
+            rows = [
+                (c.name, c.first, c.second, c.difference.value, between(c.difference.low, c.difference.high), c.p)
+                for c in changes[:top]
+            ]  # fmt: skip
+            columns = (kind, self.first, self.second, "difference", "95 % interval", "p")
+            title = (
+                f"shares of the whole effect, {how}; {sure} of {len(changes)} {kind}s differ (p at most {SIGNIFICANT} "
+                f"for all together, {DRAWS} exchanges, seed {self.seed})"
+            )
+            yield Table(columns, rows, title)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One side's scores, and its whole effect, summed by cluster."""
+
+    sums: Float[np.ndarray, "cluster row"]
+    effect: Float[np.ndarray, " cluster"]
+
+    def shares(
+        self, times: Float[np.ndarray, "draw cluster"], more: _Side | None = None
+    ) -> Float[np.ndarray, "draw row"]:
+        """Scores as shares of the effect, of each cluster as often as a draw has it, the rest from another side."""
+        sums, effect = times @ self.sums, times @ self.effect
+        if more is not None:
+            sums, effect = sums + (1 - times) @ more.sums, effect + (1 - times) @ more.effect
+        return sums / effect[:, None]
+
+
+def contrast(
+    first: EdgeScores, second: EdgeScores, size: int, *, names: tuple[str, str] = ("first", "second"), seed: int = 0
+) -> Contrast:  # fmt: skip
+    """Compare the scores of the same edges on two tasks, or in two models.
+
+    Args:
+        first: scores by a method that estimates effects.
+        second: scores by the same method, of the same edges.
+        size: how many strongest edges count for the overlap.
+        names: what the two sides are called.
+        seed: of exchanges and resamples.
+
+    Raises:
+        ValueError: if the edges or methods differ, there are fewer than two independent examples on a side, or the
+            whole effect of a side cannot be told from 0.
+    """
+    if first.edges != second.edges:
+        raise ValueError(
+            f"{names[1]} has {len(second.edges)} edges that are not those of {names[0]} ({len(first.edges)}): expected "
+            "two models with the same parts"
+        )
+    if first.method != second.method:
+        raise ValueError(
+            f"scores by {second.method} are not compared with scores by {first.method}: expected one method"
+        )
+    # The same examples in two models are paired.
+    paired = first.record.task["task_hash"] == second.record.task["task_hash"]
+    sources = [source for source, _ in first.edges]
+    known = {source: i for i, source in enumerate(dict.fromkeys(sources))}
+    member = np.zeros((len(known), len(sources)))
+    member[[known[s] for s in sources], np.arange(len(sources))] = 1
+    one, other = _side(first, names[0]), _side(second, names[1])
+    edges = _changes([" -> ".join(e) for e in first.edges], one, other, paired, seed)
+    by_part = [_Side(side.sums @ member.T, side.effect) for side in (one, other)]
+    parts = _changes([*known], by_part[0], by_part[1], paired, seed)
+    strongest = []
+    for scores in (first, second):
+        mask = np.zeros(len(scores.edges), bool)
+        mask[ranked(scores.worth())[:size]] = True
+        strongest.append(mask)
+    return Contrast(
+        names[0], names[1], paired, rank_correlation(first.mean, second.mean),
+        (shared(*strongest), chance_jaccard(size, size, len(sources))), size, edges, parts, seed,
+    )  # fmt: skip
+
+
+def rank_correlation(a: Float[np.ndarray, " edge"], b: Float[np.ndarray, " edge"]) -> float:
+    """Spearman's rank correlation of the scores of all edges; NaN if one side's are all the same."""
+    x, y = (rankdata(side) for side in (a, b))
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
+
+
+def _side(scores: EdgeScores, name: str) -> _Side:
+    """Scores and the whole effect by cluster.
+
+    Raises:
+        ValueError: if the effect cannot be told from 0.
+    """
+    change = scores.corrupted - scores.clean
+    sums, counts = totals(np.concatenate([scores.values.T, change[None]]), None, scores.clusters)
+    n = len(counts)
+    if n < 2:
+        raise ValueError(
+            f"{name}: one independent example says nothing about chance; expected 2 or more"
+        )
+    drawn = np.random.default_rng(scores.record.seed).multinomial(n, np.full(n, 1 / n), DRAWS)
+    low, high = percentiles((drawn @ sums[-1]) / (drawn @ counts))
+    if low <= 0 <= high:
+        raise ValueError(
+            f"{name}: removing every edge moves {scores.metric} by {change.mean():.3g} (95 % interval "
+            f"{between(low, high)}), which cannot be told from 0, so no edge has a share of it"
+        )
+    return _Side(sums[:-1].T, sums[-1])
+
+
+def _changes(names: list[str], one: _Side, other: _Side, paired: bool, seed: int) -> tuple[Change, ...]:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    first, second = (side.shares(np.ones((1, len(side.effect))))[0] for side in (one, other))
+    difference = second - first
+    drawn = [
+        rng.multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
+        for n in (len(one.effect), len(other.effect))
+    ]
+    resampled = other.shares(drawn[0 if paired else 1]) - one.shares(drawn[0])
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    exchange = _swapped if paired else _dealt
+    # The largest difference of each draw, which holds for all rows together.
+    largest = np.concatenate([
+        np.abs(exchange(one, other, min(_AT_ONCE, DRAWS - start), rng)).max(1)
+        for start in range(0, DRAWS, _AT_ONCE)
+    ])  # fmt: skip
+    # Slightly less, so that the same difference summed in another order counts as reaching it.
+    reached = (largest[:, None] >= np.abs(difference) * (1 - 1e-9)).sum(0)
+    return tuple(
+        Change(
+            names[i], float(first[i]), float(second[i]),
+            Interval(float(difference[i]), float(low[i]), float(high[i])), float((1 + reached[i]) / (1 + DRAWS)),
+        )
+        for i in np.argsort(-np.abs(difference), kind="stable").tolist()
+    )  # fmt: skip
+
+
+def _swapped(
+    one: _Side, other: _Side, draws: int, rng: np.random.Generator
+) -> Float[np.ndarray, "draw row"]:
+    """Differences when the two sides of each cluster are exchanged at random."""
+    stays = rng.integers(0, 2, (draws, len(one.effect))).astype(float)
+    return other.shares(stays, one) - one.shares(stays, other)
+
+
+def _dealt(
+    one: _Side, other: _Side, draws: int, rng: np.random.Generator
+) -> Float[np.ndarray, "draw row"]:
+    """Differences when all clusters are dealt out to the two sides again."""
+    both = _Side(np.concatenate([one.sums, other.sums]), np.concatenate([one.effect, other.effect]))
+    n, n_one = len(both.effect), len(one.effect)
+    dealt = (np.argsort(rng.random((draws, n)), axis=1) < n_one).astype(float)
+    return both.shares(1 - dealt) - both.shares(dealt)
