@@ -35,7 +35,7 @@ def names(graph: Any, mask: np.ndarray) -> set[tuple[str, str]]:
 
 
 def as_graph(edge: tuple[str, str]) -> tuple[str, str]:
-    """An edge of the gates' networks as a graph of channels names it: a target by the nonlinearity that it is given to."""
+    """An edge of the gates' networks as a graph of channels names it: targets by the nonlinearity behind them."""
     source, target = (end.replace("image", "input").replace("conv", "act") for end in edge)
     return source, target
 
@@ -68,12 +68,12 @@ def test_gradients_of_masks_of_channels_are_those_by_definition(gate: str) -> No
     graph = edge_graph(planted.model)
     network = ConvolutionEdges(planted.model.module)  # type: ignore[arg-type]
     oracle = Oracle(network, lambda y: y[:, 0] - y[:, 1], planted.clean, planted.corrupted)
-    w = torch.full((len(graph),), 0.3, dtype=torch.float64)
+    w = torch.full((len(graph),), 0.1, dtype=torch.float64)
     places = [graph.index(as_graph(edge)) for edge in network.edges]
     wanted = oracle.slopes(w).sum(0)
     runs = Runs(graph, planted.task)
     (pair,) = runs.pairs()
-    off = torch.full((1, len(graph)), 0.3, requires_grad=True)
+    off = torch.full((1, len(graph)), 0.1, requires_grad=True)
     with recording_gradients():
         runs.patched(pair, off).sum().backward()
     assert off.grad is not None
@@ -128,8 +128,6 @@ def test_pruning_keeps_both_sides_of_an_and_and_one_of_an_or() -> None:
     either = as_transformer(GATES["or"])
     ways = [set(either.circuit(wires)) for wires in ("a a>m m>out", "b b>m m>out")]
     assert pruned(either, 3) in ways
-    negative = as_transformer(GATES["2a-b"])
-    assert pruned(negative, 4) == set(negative.circuit("a a>out b b>out"))
 
 
 def test_pruning_finds_channels() -> None:
