@@ -44,8 +44,10 @@ Sites = Annotated[str, option(
     "SITE:1,2,5-9 for some channels."
 )]  # fmt: skip
 Ablating = Annotated[Ablation, option(
-    "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
-    "examples, or nothing."
+    "What edges outside the circuit carry: what they carry on each example's counterpart, or on another example of its "
+    "length (resample); their mean over examples and positions, at each position of texts of one length "
+    "(mean-by-position), or that over the examples of one template and length (mean-by-template); constants that are "
+    "learned for the circuit on the find half (optimal); or nothing (zero)."
 )]  # fmt: skip
 Shift = Annotated[int, option(
     "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
@@ -74,7 +76,8 @@ def discover(
     )] = "eap-ig",
     search: Annotated[Search, option(
         "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "
-        "many by exact effects (refine), or from all, dropping what is not needed (acdc)."
+        "many by exact effects (refine), from all, dropping what is not needed (acdc), or by learning a mask over all "
+        "edges (pruning)."
     )] = "greedy",
     size: Annotated[int | None, option(
         "How many edges to keep. By default 50, or a quarter of a small model's.", check=Within(1)
@@ -202,6 +205,7 @@ def evaluate(
             graph,
             asked.test,
             edges,
+            find=asked.find if ablation == "optimal" else None,
             ablation=ablation,
             shift=shift,
             others={name: graph.mask(edges) for name, edges in more.items()},
