@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from typer import Typer
 
 from circuits.cli import options
@@ -18,16 +19,19 @@ from circuits.discovery.channels import LIMIT
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
+from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import CheckOn, edges_of, usual_size
 from circuits.discovery.found import discover as found_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
-from circuits.discovery.results import Ranking
+from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import Search
+from circuits.discovery.searching import Search, check_size
+from circuits.discovery.searching import top as top_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
+from circuits.discovery.streams import BY_HEAD, KeysValues
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
@@ -42,6 +46,10 @@ app = Typer()
 Sites = Annotated[str, option(
     "Of a convolutional network: the sites between whose channels edges are wanted, in order, separated by commas; "
     "SITE:1,2,5-9 for some channels."
+)]  # fmt: skip
+KV = Annotated[KeysValues, option(
+    "Of a transformer with grouped-query attention: edges into keys and values are their group's or each head's, "
+    "as in files of MIB and EAP-IG."
 )]  # fmt: skip
 Ablating = Annotated[Ablation, option(
     "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
@@ -93,6 +101,7 @@ def discover(
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     sites: Sites = "",
+    kv: KV = "group",
     check: Annotated[int | None, option(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
@@ -116,6 +125,9 @@ def discover(
         check=Within(0, 20),
     )] = 0,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
+    scores: Annotated[str, option(
+        "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do."
+    )] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -124,14 +136,16 @@ def discover(
     place = model.place.writable() if save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges)
+    graph = _graph(loaded, sites, most_edges, kv)
+    if scores:
+        check_writable(scores, graph)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
-        "n_random": random, "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, loaded, other),
+        "n_random": random, "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, graph, other),
     }  # fmt: skip
     keep = (
-        _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
+        _keep(place, loaded, asked, {"method": method, "sites": sites, "kv": kv, **settings})
         if save
         else make_now
     )
@@ -146,9 +160,11 @@ def discover(
             }
             twin = randomized(loaded, seed)
             null = found_circuit(
-                _graph(twin, sites, most_edges), task.compile(twin, seed), method,
+                _graph(twin, sites, most_edges, kv), task.compile(twin, seed), method,
                 **own | {"alternatives": 0, "pairs": 0, "other": {}},
             )  # fmt: skip
+    if scores:
+        write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
     if save:
         save_circuit(place.database, save, found.circuit, note)
         model.register(loaded)
@@ -157,8 +173,10 @@ def discover(
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
 
 
-def _graph(model: HookedModel, sites: str, most_edges: int = LIMIT) -> EdgeGraph:
-    return edge_graph(model, parse_sites(sites), limit=most_edges)
+def _graph(
+    model: HookedModel, sites: str, most_edges: int = LIMIT, kv: KeysValues = "group"
+) -> EdgeGraph:
+    return edge_graph(model, parse_sites(sites), kv, limit=most_edges)
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
@@ -173,15 +191,22 @@ def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[st
 @command(app)
 def evaluate(
     model: options.Model,
-    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
+    circuit: Annotated[str, argument(
+        "The name of a circuit that `circuits discover --save` kept, or a file of edges: .json, .pt of MIB and EAP-IG, "
+        ".pth or .pkl of ACDC."
+    )],
     task: options.CounterpartTask,
     output: options.FigureOutput,
     version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     sites: Sites = "",
+    kv: KV = "group",
     most_edges: MostEdges = LIMIT,
     random: Random = N_RANDOM,
+    size: Annotated[int | None, option(
+        "Of a file with scores: evaluate as many of its strongest edges instead of its circuit.", check=Within(1)
+    )] = None,
     other: Other = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -189,14 +214,15 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges)
-    edges = _saved(model.place, loaded, circuit, version)
-    more = _others(model.place, loaded, other)
+    graph = _graph(loaded, sites, most_edges, kv)
+    edges, scores = _named(model.place, graph, asked.test, circuit, version, size)
+    more = _others(model.place, graph, other)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
             asked.test,
             edges,
+            scores=scores,
             ablation=ablation,
             shift=shift,
             others={name: graph.mask(edges) for name, edges in more.items()},
@@ -227,6 +253,7 @@ def compare(
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     sites: Sites = "",
+    kv: KV = "group",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
@@ -237,9 +264,9 @@ def compare(
             "expected one of: the names of two saved circuits, --to-task, or --to-model (once or more)"
         )
     loaded = model.load()
-    graph = _graph(loaded, sites)
+    graph = _graph(loaded, sites, kv=kv)
     if first:
-        one, other = (_saved(model.place, loaded, name, None) for name in (first, second))
+        one, other = (_saved(model.place, graph, name, None) for name in (first, second))
         graph.mask([*one, *other])
         made = compare_circuits(one, other, len(graph))
         output.show(made, made.tables(top))
@@ -262,21 +289,61 @@ def compare(
     for words in to_model or ():
         spec, _, weights = words.partition(",")
         member = replace(model, spec=spec, weights=weights or None).load()
-        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = _graph(member, sites)
+        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = _graph(
+            member, sites, kv=kv
+        )
     with output.progress("models") as progress:
         made = compare_models(graphs, asked, method, size=n, progress=progress, **scoring)
     output.show(made, made.tables(top))
     output.draw(lambda figures: figures.series_figure(made))
 
 
-def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:
+def _named(
+    place: Workspace, graph: EdgeGraph, task: Task, name: str, version: int | None, size: int | None
+) -> tuple[Sequence[Edge] | np.ndarray, EdgeScores | None]:
+    """A saved circuit, or that of a file, with the file's scores if it has any."""
+    if Path(name).suffix not in SUFFIXES:
+        if size is not None:
+            raise ValueError(
+                f"--size {size} belongs to a file with scores; {name!r} is a saved circuit"
+            )
+        return _saved(place, graph, name, version), None
+    if version is not None:
+        raise ValueError(f"--version {version} belongs to saved circuits; {name!r} is a file")
+    found = read_edges(name, graph)
+    scores = None if found.scores is None else found.scored(graph, task)
+    if size is not None and scores is None:
+        raise ValueError(f"--size {size} belongs to a file with scores; {name!r} has none")
+    if size is not None and scores is not None:
+        check_size(graph, size)
+        return top_edges(graph, scores.worth(), size), scores
+    if not found.kept.any():
+        raise ValueError(
+            f"file {name!r} marks no edge as in_graph: expected a circuit, or scores with --size N for the N strongest"
+        )
+    return found.kept, scores
+
+
+def _others(place: Workspace, graph: EdgeGraph, names: str) -> dict[str, tuple[Edge, ...]]:
     """The edges of saved circuits, by name."""
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    return {name: _saved(place, model, name, None) for name in listed}
+    return {name: _saved(place, graph, name, None) for name in listed}
 
 
-def _saved(
-    place: Workspace, model: HookedModel, name: str, version: int | None
-) -> tuple[Edge, ...]:
-    """The edges of a saved circuit of a model."""
-    return edges_of(load_circuit(place.database, name, model.hash, version))
+def _saved(place: Workspace, graph: EdgeGraph, name: str, version: int | None) -> tuple[Edge, ...]:
+    """The edges of a saved circuit of a model.
+
+    Raises:
+        ValueError: if it has keys and values by query head and the graph has not, or the other way round.
+    """
+    circuit = load_circuit(place.database, name, graph.model.hash, version)
+    edges = edges_of(circuit)
+    by_head, here = (
+        BY_HEAD in str(grain) for grain in (circuit.graph["made"].get("grain"), graph.grain)
+    )
+    if by_head != here:
+        raise ValueError(
+            f"circuit {name!r} has keys and values by {'query head' if by_head else 'group'}: expected --kv "
+            f"{'head' if by_head else 'group'}"
+        )
+    return edges
