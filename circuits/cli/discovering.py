@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,8 @@ import numpy as np
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.grains import Grain
 from circuits.cli.signatures import Within, argument, command, option
-from circuits.discovery.building import edge_graph, parse_sites
-from circuits.discovery.channels import LIMIT
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
@@ -28,10 +27,10 @@ from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import Search, check_size
-from circuits.discovery.searching import top as top_edges
+from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
-from circuits.discovery.streams import BY_HEAD, KeysValues
+from circuits.discovery.streams import BY_HEAD
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
@@ -43,17 +42,11 @@ from circuits.workspace import Workspace
 
 app = Typer()
 
-Sites = Annotated[str, option(
-    "Of a convolutional network: the sites between whose channels edges are wanted, in order, separated by commas; "
-    "SITE:1,2,5-9 for some channels."
-)]  # fmt: skip
-KV = Annotated[KeysValues, option(
-    "Of a transformer with grouped-query attention: edges into keys and values are their group's or each head's, "
-    "as in files of MIB and EAP-IG."
-)]  # fmt: skip
 Ablating = Annotated[Ablation, option(
-    "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
-    "examples, or nothing."
+    "What edges outside the circuit carry: what they carry on each example's counterpart, or on another example of its "
+    "length (resample); their mean over examples and positions, at each position of texts of one length "
+    "(mean-by-position), or that over the examples of one template and length (mean-by-template); constants that are "
+    "learned for the circuit on the find half (optimal); or nothing (zero)."
 )]  # fmt: skip
 Shift = Annotated[int, option(
     "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
@@ -61,10 +54,6 @@ Shift = Annotated[int, option(
 )]  # fmt: skip
 Other = Annotated[str, option(
     "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
-)]  # fmt: skip
-MostEdges = Annotated[int, option(
-    "Of a convolutional network: the most edges that the graph may have. Each takes 8 bytes an example, and 32 in a "
-    "batch.", check=Within(1, 10**8)
 )]  # fmt: skip
 Random = Annotated[int, option(
     "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
@@ -75,6 +64,7 @@ Random = Annotated[int, option(
 def discover(
     model: options.Model,
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
     method: Annotated[Method, option(
         "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
@@ -82,7 +72,8 @@ def discover(
     )] = "eap-ig",
     search: Annotated[Search, option(
         "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "
-        "many by exact effects (refine), or from all, dropping what is not needed (acdc)."
+        "many by exact effects (refine), from all, dropping what is not needed (acdc), or by learning a mask over all "
+        "edges (pruning)."
     )] = "greedy",
     size: Annotated[int | None, option(
         "How many edges to keep. By default 50, or a quarter of a small model's.", check=Within(1)
@@ -100,20 +91,21 @@ def discover(
     )] = "midpoint",
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
-    kv: KV = "group",
     check: Annotated[int | None, option(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
     check_on: Annotated[CheckOn, option(
         "The half of the examples on which they are patched: that which was scored (find), or the other (test)."
     )] = "find",
-    most_edges: MostEdges = LIMIT,
     shuffled: Annotated[bool, option(
         "Also do the same in the model with shuffled weights (the numbers of each tensor permuted), and show both.",
         "--shuffled",
     )] = False,
     random: Random = N_RANDOM,
+    rankings: Annotated[int, option(
+        "How many random rankings of all edges to compare the curve by size with.", "--random-rankings",
+        check=Within(0),
+    )] = 10,
     other: Other = "",
     pairs: Annotated[int, option(
         "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
@@ -136,16 +128,17 @@ def discover(
     place = model.place.writable() if save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges, kv)
+    graph = grain.graph(loaded, asked)
     if scores:
         check_writable(scores, graph)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
-        "n_random": random, "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, graph, other),
+        "n_random": random, "n_curves": rankings, "pairs": pairs, "alternatives": alternatives,
+        "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
-        _keep(place, loaded, asked, {"method": method, "sites": sites, "kv": kv, **settings})
+        _keep(place, loaded, asked, {"method": method, **asdict(grain), **settings})
         if save
         else make_now
     )
@@ -160,7 +153,7 @@ def discover(
             }
             twin = randomized(loaded, seed)
             null = found_circuit(
-                _graph(twin, sites, most_edges, kv), task.compile(twin, seed), method,
+                grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
                 **own | {"alternatives": 0, "pairs": 0, "other": {}},
             )  # fmt: skip
     if scores:
@@ -171,12 +164,6 @@ def discover(
     shown = found if null is None else BesideShuffled(found, null)
     output.show(shown, shown.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
-
-
-def _graph(
-    model: HookedModel, sites: str, most_edges: int = LIMIT, kv: KeysValues = "group"
-) -> EdgeGraph:
-    return edge_graph(model, parse_sites(sites), kv, limit=most_edges)
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
@@ -196,13 +183,11 @@ def evaluate(
         ".pth or .pkl of ACDC."
     )],
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
     version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
-    kv: KV = "group",
-    most_edges: MostEdges = LIMIT,
     random: Random = N_RANDOM,
     size: Annotated[int | None, option(
         "Of a file with scores: evaluate as many of its strongest edges instead of its circuit.", check=Within(1)
@@ -214,15 +199,25 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges, kv)
-    edges, scores = _named(model.place, graph, asked.test, circuit, version, size)
-    more = _others(model.place, graph, other)
+    is_file = Path(circuit).suffix in SUFFIXES
+    edges = () if is_file else _saved(model.place, loaded, circuit, version)
+    more = _others(model.place, loaded, other)
+    graph = grain.graph(loaded, asked, sum(more.values(), edges))
+    _check_kv(model.place, graph, [*([] if is_file else [circuit]), *more])
+    if is_file and version is not None:
+        raise ValueError(f"--version {version} belongs to saved circuits; {circuit!r} is a file")
+    if size is not None and not is_file:
+        raise ValueError(
+            f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
+        )
+    kept, scores = _of_file(circuit, graph, asked.test, size) if is_file else (edges, None)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
             asked.test,
-            edges,
+            kept,
             scores=scores,
+            find=asked.find if ablation == "optimal" else None,
             ablation=ablation,
             shift=shift,
             others={name: graph.mask(edges) for name, edges in more.items()},
@@ -238,9 +233,10 @@ def evaluate(
 def compare(
     model: options.Model,
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
-    first: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
-    second: Annotated[str, argument("The name of another one.")] = "",
+    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
+    another: Annotated[str, argument("The name of another one.")] = "",
     to_task: Annotated[str, option("Compare the scores on --task with those on this task.")] = "",
     to_model: Annotated[list[str] | None, option(
         "Compare the circuit of the task with that in this model, written MODEL or MODEL,WEIGHTS; may be repeated, "
@@ -252,26 +248,26 @@ def compare(
     )] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
-    kv: KV = "group",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Compare two saved circuits (by name), a circuit over tasks, or over models: what is shared, what changed."""
-    ways = [bool(first or second), bool(to_task), bool(to_model)]
-    if sum(ways) != 1 or bool(first) != bool(second):
+    ways = [bool(circuit or another), bool(to_task), bool(to_model)]
+    if sum(ways) != 1 or bool(circuit) != bool(another):
         raise ValueError(
             "expected one of: the names of two saved circuits, --to-task, or --to-model (once or more)"
         )
     loaded = model.load()
-    graph = _graph(loaded, sites, kv=kv)
-    if first:
-        one, other = (_saved(model.place, graph, name, None) for name in (first, second))
+    if circuit:
+        one, other = (_saved(model.place, loaded, name, None) for name in (circuit, another))
+        graph = grain.graph(loaded)
+        _check_kv(model.place, graph, [circuit, another])
         graph.mask([*one, *other])
         made = compare_circuits(one, other, len(graph))
         output.show(made, made.tables(top))
         return
     asked = task.compile(loaded, seed)
+    graph = grain.graph(loaded, asked)
     n = usual_size(graph) if size is None else size
     scoring: dict[str, Any] = {"ablation": ablation, "shift": shift, "seed": seed}
     if to_task:
@@ -289,8 +285,8 @@ def compare(
     for words in to_model or ():
         spec, _, weights = words.partition(",")
         member = replace(model, spec=spec, weights=weights or None).load()
-        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = _graph(
-            member, sites, kv=kv
+        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = grain.graph(
+            member, asked
         )
     with output.progress("models") as progress:
         made = compare_models(graphs, asked, method, size=n, progress=progress, **scoring)
@@ -298,52 +294,42 @@ def compare(
     output.draw(lambda figures: figures.series_figure(made))
 
 
-def _named(
-    place: Workspace, graph: EdgeGraph, task: Task, name: str, version: int | None, size: int | None
-) -> tuple[Sequence[Edge] | np.ndarray, EdgeScores | None]:
-    """A saved circuit, or that of a file, with the file's scores if it has any."""
-    if Path(name).suffix not in SUFFIXES:
-        if size is not None:
-            raise ValueError(
-                f"--size {size} belongs to a file with scores; {name!r} is a saved circuit"
-            )
-        return _saved(place, graph, name, version), None
-    if version is not None:
-        raise ValueError(f"--version {version} belongs to saved circuits; {name!r} is a file")
-    found = read_edges(name, graph)
+def _of_file(
+    path: str, graph: EdgeGraph, task: Task, size: int | None
+) -> tuple[np.ndarray, EdgeScores | None]:
+    """Which edges a file's circuit has, or its strongest ones, and its scores if it has any."""
+    found = read_edges(path, graph)
     scores = None if found.scores is None else found.scored(graph, task)
-    if size is not None and scores is None:
-        raise ValueError(f"--size {size} belongs to a file with scores; {name!r} has none")
-    if size is not None and scores is not None:
+    if size is not None:
+        if scores is None:
+            raise ValueError(f"--size {size} belongs to a file with scores; {path!r} has none")
         check_size(graph, size)
-        return top_edges(graph, scores.worth(), size), scores
+        return strongest_edges(graph, scores.worth(), size), scores
     if not found.kept.any():
         raise ValueError(
-            f"file {name!r} marks no edge as in_graph: expected a circuit, or scores with --size N for the N strongest"
+            f"file {path!r} marks no edge as in_graph: expected a circuit, or scores with --size N for the N strongest"
         )
     return found.kept, scores
 
 
-def _others(place: Workspace, graph: EdgeGraph, names: str) -> dict[str, tuple[Edge, ...]]:
+def _check_kv(place: Workspace, graph: EdgeGraph, names: Sequence[str]) -> None:
+    """Raise ValueError if a saved circuit has keys and values by query head and the graph has not, or vice versa."""
+    for name in names:
+        made = load_circuit(place.database, name, graph.model.hash).graph.get("made", {})
+        by_head, here = (BY_HEAD in str(g) for g in (made.get("grain"), graph.grain))
+        if by_head != here:
+            kv = "head" if by_head else "group"
+            raise ValueError(f"circuit {name!r} has keys and values by {kv}: expected --kv {kv}")
+
+
+def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:
     """The edges of saved circuits, by name."""
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    return {name: _saved(place, graph, name, None) for name in listed}
+    return {name: _saved(place, model, name, None) for name in listed}
 
 
-def _saved(place: Workspace, graph: EdgeGraph, name: str, version: int | None) -> tuple[Edge, ...]:
-    """The edges of a saved circuit of a model.
-
-    Raises:
-        ValueError: if it has keys and values by query head and the graph has not, or the other way round.
-    """
-    circuit = load_circuit(place.database, name, graph.model.hash, version)
-    edges = edges_of(circuit)
-    by_head, here = (
-        BY_HEAD in str(grain) for grain in (circuit.graph["made"].get("grain"), graph.grain)
-    )
-    if by_head != here:
-        raise ValueError(
-            f"circuit {name!r} has keys and values by {'query head' if by_head else 'group'}: expected --kv "
-            f"{'head' if by_head else 'group'}"
-        )
-    return edges
+def _saved(
+    place: Workspace, model: HookedModel, name: str, version: int | None
+) -> tuple[Edge, ...]:
+    """The edges of a saved circuit of a model."""
+    return edges_of(load_circuit(place.database, name, model.hash, version))

@@ -158,6 +158,10 @@ class EdgeGraph(ABC):
         """The edges among some that lie on a path of them from the model's input to its output."""
         return kept & self._reached(kept) & self._reaching(kept)
 
+    def attachable(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """The edges that are not among some and would, each added alone, lie on a path of them from input to output."""
+        return ~kept & self._reached(kept) & self._reaching(kept)
+
     def _reached(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
         """The edges whose source is the input, or computed from a target that a kept edge from such a source feeds."""
         live = np.zeros(len(self.sources), bool)
