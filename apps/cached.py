@@ -36,6 +36,7 @@ from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
 from circuits.examples import Examples
+from circuits.experiments.patched_runs import Direction
 from circuits.factories import from_file
 from circuits.featurevis.sheets import find_sheets
 from circuits.graph.store import FILE as GRAPH
@@ -308,6 +309,8 @@ class Finding:
         ablation: what edges outside the circuit carry.
         seed: of everything random.
         sites: of a convolutional network: those between which edges are wanted.
+        direction: of `exact`.
+        alternatives: how many further circuits are looked for.
     """
 
     method: ScoringMethod
@@ -317,12 +320,16 @@ class Finding:
     ablation: Ablation
     seed: int
     sites: tuple[str, ...] = ()
+    direction: Direction = "noising"
+    alternatives: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:
         """As `discover` takes them, without the method."""
-        own = {f: getattr(self, f) for f in ("search", "size", "threshold", "ablation", "seed")}
-        return {name: value for name, value in own.items() if value is not None}
+        names = ("search", "size", "threshold", "ablation", "seed", "direction", "alternatives")
+        own = {name: getattr(self, name) for name in names}
+        usual = {"direction": "noising", "alternatives": 0}
+        return {n: v for n, v in own.items() if v is not None and (n, v) not in usual.items()}
 
 
 @st.cache_resource(show_spinner="Looking for the model's edges…", max_entries=16)

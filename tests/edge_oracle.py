@@ -93,6 +93,14 @@ class TransformerEdges:
             return {"token": token}
         return {"token": token, "position": w["pos"][: inputs.shape[1]].expand_as(token)}
 
+    def heads(self, layer: int, read: Callable[[str, str], Tensor]) -> dict[str, Tensor]:
+        """What the attention of a layer writes, by sender; what is called `bias…` is no sender."""
+        return self.plain.heads(layer, read)
+
+    def mlp(self, layer: int, read: Tensor) -> dict[str, Tensor]:
+        """The same of the MLP."""
+        return {f"mlp:{layer}": self.plain.mlp(layer, read)}
+
     def run(
         self, start: Values, see: See = as_it_is, replaced: Values | None = None
     ) -> tuple[Tensor, Values]:
@@ -108,12 +116,13 @@ class TransformerEdges:
             return {name: (replaced or {}).get(name, value) for name, value in new.items()}
 
         for layer in range(plain.n_layers):
-            heads = plain.heads(layer, read)
+            heads = self.heads(layer, read)
             bias = {name: heads.pop(name) for name in list(heads) if name.startswith("bias")}
             if not plain.parallel:
                 made |= written(heads)
                 biases |= bias
-            mlp = {f"mlp:{layer}": plain.mlp(layer, read(f"mlp:{layer}", f"{layer}.ln2"))}
+            mlp = self.mlp(layer, read(f"mlp:{layer}", f"{layer}.ln2"))
+            bias |= {name: mlp.pop(name) for name in list(mlp) if name.startswith("bias")}
             made |= written(heads | mlp)
             biases |= bias
         return plain.unembedded(read("logits", "ln_final")), made

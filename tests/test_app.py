@@ -22,10 +22,11 @@ from apps.address import TITLES
 from apps.tab_storage import RECALLED
 from circuits.cli.main import run
 from circuits.concepts import name_unit, names_of
-from circuits.discovery import Discovery, EdgeGraph, edge_graph, edges_of
+from circuits.discovery import Alternatives, Discovery, EdgeGraph, edge_graph, edges_of
 from circuits.edits.activations import zero
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
+from circuits.experiments.statistics import Interval
 from circuits.families import Family, Member, save_family
 from circuits.featurevis.pictures import read_facts
 from circuits.featurevis.render import visualize
@@ -578,6 +579,25 @@ def test_a_circuit_is_found_and_shown_with_its_evidence(
     )
     exec(compile(test.code[0].value, "copied", "exec"), {})
     assert finding[1].items() <= asked.items()
+
+
+def test_either_run_is_patched_and_other_circuits_are_shown(
+    built: Workspace, found: tuple[Task, Discovery], finding: list[dict[str, Any]], monkeypatch
+) -> None:
+    f, edges = Interval(0.9, 0.8, 1.0), (("token", "logits"),)
+    others = Alternatives((edges, edges), 106, 2, (1.0, 1.0), (f, f), edges, f, edges, f, (), 0)
+    made = replace(found[1], alternatives=others)
+    monkeypatch.setattr("apps.cached.discover", lambda *_, **more: finding.append(more) or made)
+    choices = {"method": "exact", "direction": "denoising", "alternatives": "2", "size": "17"}
+    test = page(built, monkeypatch, "find", **(ASKED | choices))
+    test.button(key="find-run").click().run()
+    assert not test.exception
+    assert finding[0]["direction"] == "denoising"
+    assert finding[0]["alternatives"] == 2
+    assert "Other circuits that do it" in text(test)
+    assert "alternatives, 1 of 2 that were asked for" in text(test)
+    said = next(read(c) for c in test.caption if "The same:" in c.value)
+    assert "--direction denoising --alternatives 2" in said
 
 
 def test_unreliable_scores_are_called_so(

@@ -57,6 +57,13 @@ def evaluation_panel(made: Evaluation) -> None:
     _parts(one for one in rest if isinstance(one, str))  # by size is what the figure shows
 
 
+def alternatives_panel(found: Discovery) -> None:
+    """Further circuits that are as good, if any were looked for."""
+    if found.alternatives is not None:
+        st.subheader("Other circuits that do it")
+        _parts(found.alternatives.tables())
+
+
 def edges_panel(found: Discovery) -> None:
     """The edges with the largest scores."""
     st.subheader("Edges by score")

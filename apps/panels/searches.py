@@ -16,6 +16,7 @@ from circuits.discovery.found import usual_size
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method
 from circuits.discovery.searching import Search
+from circuits.experiments.patched_runs import Direction
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.progress import Progress
@@ -28,6 +29,7 @@ EXAMPLES = ("64", "16", "256")
 
 THRESHOLD = 0.01
 _SEEDS = 2**31 - 1
+_MOST = 5
 
 _WANTED = "circuit to find"
 """In a session: the task and the settings for which the work was started and has not ended."""
@@ -63,6 +65,12 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
         )
     with second[2]:
         seed = choose_number("Seed", 0, _SEEDS, 0, "seed")
+    with second[3]:
+        further = choose_number("Alternatives", 0, _MOST, 0, "alternatives")
+    direction: Direction = "noising"
+    if method == "exact":
+        words = "Which run is patched"
+        direction = cast(Direction, _choice(words, "noising", get_args(Direction), "direction"))
     task = cached.task_of(model, name, n, seed=seed)
     about = task.about or task.name
     st.caption(
@@ -71,7 +79,7 @@ def search_panel(model: HookedModel) -> tuple[Task, Finding]:
             f"by {task.metric.name}. {len(graph)} edges between {graph.grain}."
         )
     )
-    return task, Finding(method, search, size, threshold, ablation, seed, sites)
+    return task, Finding(method, search, size, threshold, ablation, seed, sites, direction, further)
 
 
 def _choice(label: str, usual: str, options: tuple[str, ...], parameter: str) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import streamlit as st
 
 from apps.address import choose_model
-from apps.panels.discoveries import edges_panel, evaluation_panel, keep_panel, trust_panel
+from apps.panels.discoveries import (
+    alternatives_panel,
+    edges_panel,
+    evaluation_panel,
+    keep_panel,
+    trust_panel,
+)
 from apps.panels.searches import discovery_panel, same_panel, search_panel
 
 
@@ -24,6 +30,7 @@ def page() -> None:
     if found is not None:
         trust_panel(found)
         evaluation_panel(found.evaluation)
+        alternatives_panel(found)
         edges_panel(found)
         keep_panel(record, model, task, how, found)
     same_panel(record, st.query_params["task"], int(st.query_params["n"]), how)

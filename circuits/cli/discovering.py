@@ -14,11 +14,12 @@ from typer import Typer
 from circuits.cli import options
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.discovery.building import edge_graph, parse_sites
+from circuits.discovery.channels import LIMIT
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
+from circuits.discovery.found import CheckOn, edges_of, usual_size
 from circuits.discovery.found import discover as found_circuit
-from circuits.discovery.found import edges_of, usual_size
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import Ranking
@@ -26,11 +27,13 @@ from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import Search
 from circuits.discovery.series import compare_models
+from circuits.discovery.shuffled import BesideShuffled
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
 from circuits.graph.saved import load_circuit, save_circuit
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.paths.randomizing import randomized
 from circuits.tasks import Task
 from circuits.workspace import Workspace
 
@@ -52,6 +55,10 @@ Shift = Annotated[int, option(
 )]  # fmt: skip
 Other = Annotated[str, option(
     "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
+)]  # fmt: skip
+MostEdges = Annotated[int, option(
+    "Of a convolutional network: the most edges that the graph may have. Each takes 8 bytes an example, and 32 in a "
+    "batch.", check=Within(1, 10**8)
 )]  # fmt: skip
 Random = Annotated[int, option(
     "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
@@ -92,6 +99,14 @@ def discover(
     check: Annotated[int | None, option(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
+    check_on: Annotated[CheckOn, option(
+        "The half of the examples on which they are patched: that which was scored (find), or the other (test)."
+    )] = "find",
+    most_edges: MostEdges = LIMIT,
+    shuffled: Annotated[bool, option(
+        "Also do the same in the model with shuffled weights (the numbers of each tensor permuted), and show both.",
+        "--shuffled",
+    )] = False,
     random: Random = N_RANDOM,
     other: Other = "",
     pairs: Annotated[int, option(
@@ -112,11 +127,11 @@ def discover(
     place = model.place.writable() if save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites)
+    graph = _graph(loaded, sites, most_edges)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
-        "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "n_random": random,
-        "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, loaded, other),
+        "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
+        "n_random": random, "pairs": pairs, "alternatives": alternatives, "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
         _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
@@ -125,15 +140,28 @@ def discover(
     )
     with output.stages() as stage:
         found = found_circuit(graph, asked, method, seed=seed, stage=stage, keep=keep, **settings)
+        null = None
+        if shuffled:
+            own = {
+                "seed": seed,
+                "stage": lambda name: stage(f"{name}, shuffled weights"),
+                **settings,
+            }
+            twin = randomized(loaded, seed)
+            null = found_circuit(
+                _graph(twin, sites, most_edges), task.compile(twin, seed), method,
+                **own | {"alternatives": 0, "pairs": 0, "other": {}},
+            )  # fmt: skip
     if save:
         save_circuit(place.database, save, found.circuit, note)
         model.register(loaded)
-    output.show(found, found.tables(top))
+    shown = found if null is None else BesideShuffled(found, null)
+    output.show(shown, shown.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
 
 
-def _graph(model: HookedModel, sites: str) -> EdgeGraph:
-    return edge_graph(model, parse_sites(sites))
+def _graph(model: HookedModel, sites: str, most_edges: int = LIMIT) -> EdgeGraph:
+    return edge_graph(model, parse_sites(sites), limit=most_edges)
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
@@ -155,6 +183,7 @@ def evaluate(
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     sites: Sites = "",
+    most_edges: MostEdges = LIMIT,
     random: Random = N_RANDOM,
     other: Other = "",
     top: options.Top = options.TOP,
@@ -163,7 +192,7 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites)
+    graph = _graph(loaded, sites, most_edges)
     edges = _saved(model.place, loaded, circuit, version)
     more = _others(model.place, loaded, other)
     with output.progress("evaluation") as progress:

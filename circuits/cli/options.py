@@ -28,7 +28,8 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
 from circuits.tasks import Task
-from circuits.tasks.builtin import STATED, load_task, with_counterparts
+from circuits.tasks.builtin import STATED, load_task, named_metric, with_counterparts
+from circuits.tasks.contrasts import class_against_class, most_active
 from circuits.tasks.images import Kind
 from circuits.workspace import ModelRecord, Workspace
 
@@ -416,9 +417,62 @@ class CounterpartTask(PairsTask):
         "blurred, in grey, turned by 180 degrees, or with its middle taken from the next image."
     )] = None  # fmt: skip
 
+    labels: Labels = ""
+    first: Annotated[str, option(
+        "With --second: a class (or several, NAME|NAME; FIRST-LAST for outputs by number). Images of --data that are "
+        "of either are taken, each with one of the other as its counterpart; the metric is the logit of its own class "
+        "less that of the other."
+    )] = ""  # fmt: skip
+    second: Annotated[
+        str, option("With --first: the class or classes that it is compared with.")
+    ] = ""
+    most_active: Annotated[int | None, option(
+        "With --metric SITE:INDEX: of the images of --data (at most --limit), take as many as this, those on which the "
+        "unit is most active.", check=Within(1)
+    )] = None  # fmt: skip
+
     def compile(self, model: HookedModel, seed: int) -> Task:
+        if self.first or self.second:
+            return self._against(model, seed)
         task = super().compile(model, seed)
+        if self.most_active is not None:
+            task = most_active(task, self.most_active)
         return task if self.counterpart is None else with_counterparts(task, self.counterpart, seed)
+
+    def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
+        return super()._asked(model, source) | {"labels": known_labels(model, source, self.labels)}
+
+    def _against(self, model: HookedModel, seed: int) -> Task:
+        """The task of telling two classes apart."""
+        if not (self.first and self.second and self.data):
+            raise ValueError(
+                f"--first {self.first!r}, --second {self.second!r}: expected both classes, and --data with images of "
+                "them"
+            )
+        for name in ("task", "text", "counterpart", "most_active"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)!r} does not go with --first and --second"
+                )
+        source = open_source(self.data)
+        labels = known_labels(model, source, self.labels or "names") or []
+        task = class_against_class(
+            model, source, labels, self.first, self.second, n=self.limit, seed=seed
+        )
+        return task.with_metric(named_metric(model, self.metric)) if self.metric else task
+
+
+def known_labels(model: HookedModel, source: Source | None, labels: str) -> list[int] | None:
+    """The class of each image of a source; None if no labels were named.
+
+    Raises:
+        ValueError: if labels were named of texts, or of no data.
+    """
+    if labels and source is None:
+        raise ValueError(f"--labels {labels!r} goes with --data")
+    if labels and not isinstance(model.input, ImageInput):
+        raise ValueError(f"--labels {labels!r}: of texts the next token is what is right")
+    return labels_of(model, source, labels) if source and labels else None
 
 
 @dataclass(frozen=True)
@@ -448,12 +502,7 @@ class LabelledTask(AnsweredTask):
     labels: Labels = ""
 
     def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
-        if self.labels and source is None:
-            raise ValueError(f"--labels {self.labels!r} goes with --data")
-        if self.labels and not isinstance(model.input, ImageInput):
-            raise ValueError(f"--labels {self.labels!r}: of texts the next token is what is right")
-        known = labels_of(model, source, self.labels) if source and self.labels else None
-        return super()._asked(model, source) | {"labels": known}
+        return super()._asked(model, source) | {"labels": known_labels(model, source, self.labels)}
 
     @property
     def examples(self) -> LabelledDataset:

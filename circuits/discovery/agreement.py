@@ -67,6 +67,7 @@ class Checked:
         both: the rank correlation of the two exact effects with each other.
         completeness: the completeness residual of the scores.
         causes: why the scores are unreliable; empty if nothing speaks against them.
+        half: which half of the examples was patched.
     """
 
     sampled: tuple[int, ...]
@@ -75,6 +76,7 @@ class Checked:
     both: float
     completeness: float
     causes: tuple[str, ...]
+    half: str = "find"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
@@ -82,18 +84,20 @@ class Checked:
 
     def lines(self) -> Iterator[str]:
         """What was found, in words."""
+        where = ", other examples" if self.half == "test" else ""
         for found in (self.noising, self.denoising):
             if found is None:
                 continue
+            way = found.direction + where
             if found.n < _FEWEST:
                 yield (
-                    f"agreement with exact {found.direction}: {found.n} of {len(self.sampled)} edges have an effect "
+                    f"agreement with exact {way}: {found.n} of {len(self.sampled)} edges have an effect "
                     "that can be told from 0"
                 )
                 continue
             r, s = found.spearman, found.signs
             yield (
-                f"agreement with exact {found.direction} on {len(self.sampled)} edges ({found.n} above the noise): "
+                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise): "
                 f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
                 f"{s.high:.0%}), {found.overlap:.0%} of the ten largest in common"
             )
@@ -110,7 +114,7 @@ def check_scores(
     """Compare scores with exact patching on a sample of edges, half drawn uniformly, half by the size of their score.
 
     Args:
-        runs: the runs of the task that was scored.
+        runs: the runs of the task that was scored, or of its other half.
         scores: what is checked.
         n: how many edges are patched exactly.
         seed: of the sample and of intervals.
@@ -128,7 +132,7 @@ def check_scores(
         if progress is not None:
             progress(done, len(runs.task))
     back = np.argsort(order)
-    clusters = scores.clusters
+    clusters = runs.task.clusters
     own = scores.mean[chosen]
     found = {
         way: _compared(way, own, np.concatenate(rows)[back], weights, clusters, seed)
@@ -141,7 +145,7 @@ def check_scores(
         both = _spearman(noised, -denoised, weights)
     return Checked(
         tuple(chosen.tolist()), found["noising"], found.get("denoising"), both, scores.completeness,
-        tuple(_causes(scores, found, both)),
+        tuple(_causes(scores, found, both)), runs.task.half,
     )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 
 from circuits.discovery.channels import ChannelGraph
-from circuits.discovery.graphs import EdgeGraph
-from circuits.discovery.streams import StreamGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.spans import Spans
+from circuits.discovery.streams import KeysValues, StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.units import Units
 
 _MORE_UNITS = re.compile(r"[0-9]+(-[0-9]+)?")
 
@@ -29,7 +31,16 @@ def parse_sites(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
+def edge_graph(
+    model: HookedModel,
+    sites: Sequence[str] = (),
+    kv: KeysValues = "group",
+    *,
+    spans: str | Sequence[str] = (),
+    neurons: str = "",
+    latents: Sequence[str | Units] = (),
+    limit: int = LIMIT,
+) -> EdgeGraph:
     """The edges between the parts of a model.
 
     Args:
@@ -37,16 +48,34 @@ def edge_graph(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
             the channels of its layers.
         sites: of a convolutional network: the sites between whose channels edges are wanted, in order, each with all of
             its channels or `SITE:INDEX` for some; all sites with channels if there are none.
+        kv: of a transformer: whether grouped keys and values are one target for their group, or one for each head.
+        spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
+            from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
+        neurons: of a transformer: the layers whose MLPs are split into neurons as sources, such as `3,5-7` or `all`.
+        latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
+            `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
+            of their site as one more source.
+        limit: the most edges.
 
     Raises:
-        KeyError: if there is no such site.
-        ValueError: if the model's edges cannot be found, there are too many, or sites are named of a transformer.
+        KeyError: if there is no such site or autoencoder.
+        ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or
+            spans, neurons or latents of another model, or spans do not hold each position once.
     """
+    named = Spans.parse(spans if isinstance(spans, str) else ",".join(spans)) if spans else None
+    if isinstance(model.input, ImageInput) and named is not None:
+        raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
+    units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]
     if isinstance(model.input, ImageInput) and not model.has_stream:
-        return ChannelGraph(model, tuple(sites) or None)
+        if neurons or units:
+            what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
+            raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
+        if kv != "group":
+            raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
+        return ChannelGraph(model, tuple(sites) or None, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model)
+    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units, limit=limit)

@@ -8,12 +8,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.channel_names import ChannelNames
 from circuits.discovery.channel_routes import ChannelRoute, chosen_channels
-from circuits.discovery.graphs import Cut, EdgeGraph
+from circuits.discovery.channel_sizes import CarriedMaps
+from circuits.discovery.graphs import LIMIT, Cut, EdgeGraph
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -21,9 +22,6 @@ from circuits.models.adapter.program import Value
 from circuits.models.paths.channels import ChannelFlow
 from circuits.models.paths.restarting import restart_candidates
 from circuits.units import Site, Units
-
-LIMIT = 2**18
-"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example."""
 
 
 class ChannelGraph(EdgeGraph):
@@ -296,6 +294,54 @@ class ChannelGraph(EdgeGraph):
                 read = self._source_site[route.path.source]
                 route.add_products(made, clean[read], other[read], pulled[site])
         return made
+
+    @property
+    def pull_reads(self) -> tuple[str, ...]:
+        return ()  # gradients at targets are those at sites
+
+    # --- baselines -------------------------------------------------------------------------------
+
+    def weight_norms(self) -> Float[np.ndarray, " edge"]:
+        found = np.zeros(len(self))
+        for maps, _, targets, sources, edges in self._tables():
+            norms = maps.norms(targets)[:, sources].numpy()
+            found[edges[edges >= 0]] = norms[edges >= 0]
+        return found
+
+    def sizes(
+        self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
+    ) -> Float[Tensor, "example edge"]:
+        n = len(clean[self.input_sites[0]])
+        found = torch.zeros(n, len(self), dtype=torch.float64)
+        for maps, read, targets, sources, edges in self._tables():
+            sizes = maps.sizes(clean[read], sources)[:, targets].double()
+            found[:, edges[edges >= 0]] = sizes.cpu()[:, torch.from_numpy(edges >= 0)]
+        return found
+
+    def _tables(self) -> Iterator[tuple[CarriedMaps, str, list[int], list[int], np.ndarray]]:
+        """For each target and each source of it: what the source's channels add, and the site where it is read;
+        then the channels of both, and the number of the edge between any two of them, -1 where there is none.
+        """
+        for target, (start, stop) in self._span.items():
+            ends = self.ends[start:stop]
+            rows = np.unique(ends[:, 1])
+            targets = [self._target_at[t][1] for t in rows]
+            value_of = np.array([self._place_of[self._source_at[s][0]] for s in ends[:, 0]])
+            for source in dict.fromkeys(route.path.source for route in self._routes[target]):
+                own = value_of == self._place_of[source]
+                columns = np.unique(ends[own, 0])
+                edges = np.full((len(rows), len(columns)), -1)
+                at = np.searchsorted(rows, ends[own, 1]), np.searchsorted(columns, ends[own, 0])
+                edges[at] = start + np.flatnonzero(own)
+                paths = [p for p in self._flow.paths(target) if p.source == source]
+                maps = CarriedMaps.between(self._flow, paths)
+                sources = [self._source_at[s][1] for s in columns]
+                yield maps, self._source_site[source], targets, sources, edges
+
+    @cached_property
+    def _place_of(self) -> dict[Value, int]:
+        """A number for each source value."""
+        return {v: i for i, v in enumerate(self._kept.sources)}
 
 
 def _units(given: str | Units) -> Units:

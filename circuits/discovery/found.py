@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -44,6 +44,9 @@ SIZE = 50
 
 BY_WEIGHT = "by weight magnitude"
 SWAPPED = "found with answers swapped at random"
+
+CheckOn = Literal["find", "test"]
+"""On which half of the examples approximate scores are checked: that which was scored, or the other."""
 
 Stage = Callable[[str], Progress | None]
 """Gives the progress of a stage of the work, by its name."""
@@ -114,6 +117,7 @@ def discover(
     ablation: Ablation = "counterpart",
     shift: int = 0,
     check: int | None = None,
+    check_on: CheckOn = "find",
     n_random: int = N_RANDOM,
     n_curves: int = 10,
     pairs: int = 0,
@@ -144,6 +148,7 @@ def discover(
             `pruning` learns what they carry together with the mask, and the evaluation learns it for the circuit.
         shift: see `score_edges`.
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
+        check_on: the half of the examples on which they are patched.
         n_random: how many random circuits the circuit is compared with.
         n_curves: how many random rankings its curve is compared with.
         pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
@@ -162,6 +167,8 @@ def discover(
     if ablation == "optimal":
         _check_optimal(search, alternatives)
     n = size or usual_size(graph)
+    if check_on not in get_args(CheckOn):
+        raise ValueError(f"check_on {check_on!r}: expected find or test")
     find, test = task.find, task.test
     settings: dict[str, Any] = {
         "ablation": "mean" if ablation == "optimal" else ablation,
@@ -181,7 +188,8 @@ def discover(
     checked = None
     if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
-        checked = check_scores(runs, scores, seed=seed, progress=stage("agreement"), **more)
+        other_runs = runs if check_on == "find" else Runs(graph, test, **settings)
+        checked = check_scores(other_runs, scores, seed=seed, progress=stage("agreement"), **more)
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
     if search == "pruning":
@@ -331,14 +339,14 @@ def circuit_graph(
     model = graph.model
     kind = "effect" if scores.method == "exact" else "attribution"
     edges = np.flatnonzero(kept).tolist()
+    used = {*graph.ends[edges, 0].tolist()}
     for edge in edges:
         source, target = graph.ends[edge].tolist()
         more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
-        letter = graph.targets[target].rpartition(".")[2]
-        for node in graph.nodes_of(target):
+        for node in graph.nodes_of(target, used):
             made.connect(
                 graph.node(graph.sources[source]), node, kind, sum=-float(scores.mean[edge]),
-                layer=letter if letter in ("q", "k", "v") else "", edge=" -> ".join(graph.edges[edge]), **more,
+                layer=graph.way(target), edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],

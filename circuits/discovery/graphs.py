@@ -8,7 +8,7 @@ what the source put out in another run along this path, with everything else as 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,12 +21,16 @@ from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.restarting import restart_candidates
+from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site, Unit, unknown
 
 PlacedNode = Unit | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""
+
+LIMIT = 2**18
+"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,23 @@ class EdgeGraph(ABC):
         """What a source is on the canvas: a unit, or a whole site."""
         return Unit.parse(name)
 
-    def nodes_of(self, target: int) -> tuple[PlacedNode, ...]:
-        """What a target is on the canvas: the parts that it feeds, or the model's output."""
-        return tuple(self.node(self.sources[s]) for s in self.feeds[target]) or (
+    def nodes_of(self, target: int, among: Collection[int] | None = None) -> tuple[PlacedNode, ...]:
+        """What a target is on the canvas: the parts that it feeds, or the model's output.
+
+        Args:
+            target: its number.
+            among: the sources that are there; if it feeds any of these, no others are named.
+        """
+        fed = self.feeds[target]
+        here = fed if among is None else [s for s in fed if s in among]
+        return tuple(self.node(self.sources[s]) for s in here or fed) or (
             self.node(self.targets[target]),
         )
+
+    def way(self, target: int) -> str:
+        """What tells a target's edges apart from others between the same nodes: `q`, `k` or `v` of a head; else ``."""
+        letter = self.targets[target].rpartition(".")[2]
+        return letter if letter in ("q", "k", "v") else ""
 
     @cached_property
     def classes(self) -> Int[np.ndarray, " edge"]:
@@ -170,6 +186,16 @@ class EdgeGraph(ABC):
 
     # --- what is computed ------------------------------------------------------------------------
 
+    def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
+        """What the graph needs of a batch beside tensors of sites, by names that no site has.
+
+        It is found among the tensors of both runs.
+
+        Raises:
+            ValueError: if the batch does not have it.
+        """
+        return {}
+
     @property
     @abstractmethod
     def reads(self) -> tuple[str, ...]:
@@ -201,6 +227,37 @@ class EdgeGraph(ABC):
         """Where a pass that changes some sites can start if what they reach is known; None if it is not."""
         return None
 
+    def rows(self, sites: Iterable[str]) -> int:
+        """How many rows of a pass each set of edges takes if it changes some sites.
+
+        More than one where targets that can be changed apart share a tensor; `joined` makes the rows alike again.
+        """
+        return 1
+
+    def joined(self, sites: Iterable[str], n_sets: int) -> dict[str, Change]:
+        """The changes that make the rows of each set alike again, in a pass that changes some sites."""
+        return {}
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Sites behind those of `slopes` at which targets share a tensor: `separated` needs the gradient there."""
+        return ()
+
+    def separated(
+        self,
+        read: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The gradients at sites of `slopes` at which targets share a tensor, with an entry for each target.
+
+        Args:
+            read: the tensors of `behind`, with their autograd history.
+            gradients: the gradients there.
+            leaves: what has been added at each of `slopes`.
+        """
+        return {}
+
     @abstractmethod
     def changes(
         self,
@@ -211,7 +268,8 @@ class EdgeGraph(ABC):
         """Patched edges as changes at sites, for a batch that stacks all examples once for each set of edges.
 
         Args:
-            off: for each set and edge 1 if it carries what it carried in the other run, 0 if it does not.
+            off: for each set and edge 1 if it carries what it carried in the other run, 0 if it does not; each set as
+                often as `rows` says.
             other: the tensors of `reads` in the other run, of one set's examples or of all sets'. A target all of
                 whose edges are patched is given to the bit what it was given there.
             known: the tensors of sites that patching leaves as they are, of one set's examples: they are not read

@@ -55,6 +55,8 @@ def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_mod
         ValueError: if it cannot be had.
     """
     layer = sender.layer
+    if sender.name:
+        return _part_matrix(stream, sender)
     if sender.kind == "head":
         matrix = stream.matrix("W_O", layer)[sender.head].double()
         return _folded(stream, stream.norm("ln1_post", layer), matrix)
@@ -64,6 +66,18 @@ def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_mod
     if sender.kind == "position":
         return stream.parts.positions().detach().double()
     return _token_table(stream)
+
+
+def _part_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_model"]:
+    """What the activation of a part is multiplied with."""
+    split = next(s for s in stream.splits if s.name == sender.name)
+    if sender.kind == "rest":
+        raise ValueError(
+            f"method weights: {sender} of {stream.model.name} is what is left, not made with weights; expected the "
+            "method activations"
+        )
+    at = split.units.tolist().index(sender.head)
+    return _folded(stream, split.norm, split.directions[at : at + 1].double())
 
 
 def _token_table(stream: Stream) -> Float[Tensor, "token d_model"]:

@@ -39,6 +39,9 @@ _RUNS = ("counterpart", "resample")
 _VECTORS = 4096
 """How many vectors (examples times positions) a pass on a CPU has at most: more no longer fit into its caches."""
 
+_NUMBERS = 2**19
+"""How many numbers the largest map of a pass on a CPU has at most, for the same reason."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -176,14 +179,16 @@ class Runs:
 
     def _made_pairs(self) -> Iterator[Pair]:
         for part in self._source.batches(self.batch):
+            placed = self.graph.placed(self.task, part)
             clean, intact = self.read(part, part.inputs)
             if self.ablation in _RUNS:
                 assert part.counterparts is not None, "checked before"
                 edits = self._rolled()
                 other, corrupted = self.read(part, part.counterparts, edits)
-                yield Pair(part, clean, other, intact, corrupted, {}, edits)
+                yield Pair(part, clean | placed, other | placed, intact, corrupted, {}, edits)
             else:
-                yield Pair(part, clean, self._filled(part, clean), intact, None)
+                filled = self._filled(part, clean)
+                yield Pair(part, clean | placed, filled | placed, intact, None)
 
     def read(
         self,
@@ -196,7 +201,7 @@ class Runs:
         last = None if self.keep_output else self.model.last(read)
         cache = self.model.run(inputs, mask=part.mask, read=read, edits=edits, until=last)
         tensors = {s.name: cache[s] for s in read}
-        return tensors, self.reading(part, tensors, output=_output(cache))
+        return tensors, self.reading(part, tensors, output=output_of(cache))
 
     def _rolled(self) -> dict[str, Change]:
         """The change of the counterpart's run that gives its tokens other positions."""
@@ -325,6 +330,9 @@ class Runs:
             [alone] if alone else sorted(sites or self.graph.slopes, key=self._order.__getitem__)
         )
         begin, reached = self._begin(pair, changed)
+        # Rows of a set are alike but between a change of its own and `joined`.
+        rows, joined = self.graph.rows(changed), self.graph.joined(changed, len(off))
+        off = off.repeat_interleave(rows, 0)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
@@ -333,8 +341,9 @@ class Runs:
             known = {name: v for name, v in pair.clean.items() if name not in reached}
         elif begin is not None:
             stop = self._order[begin.site.name]
-            known = {name: v for name, v in pair.clean.items() if self._order[name] < stop}
-        changes = self.graph.changes(off, pair.other, known)
+            order = self._order  # what is no site was there before
+            known = {n: v for n, v in pair.clean.items() if n not in order or order[n] < stop}
+        changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
         cut = self._cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)
         grad = off.requires_grad or any(value.requires_grad for value in pair.other.values())
@@ -343,7 +352,7 @@ class Runs:
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
         made = self.reading(pair.part, whole | tensors, n, cut, output)
-        return self.value(made, pair.intact, n)
+        return self.value(made, pair.intact, n)[::rows]
 
     def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
         """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
@@ -376,7 +385,7 @@ class Runs:
             cache = self.model.run(
                 inputs, mask=mask, read=self.ends, edits=edits, until=self.last, grad=grad
             )
-            return {s.name: cache[s] for s in self.ends}, _output(cache)
+            return {s.name: cache[s] for s in self.ends}, output_of(cache)
 
         def putting(site: str) -> Change:
             value, own = pair.clean[site], changes.get(site)
@@ -392,7 +401,7 @@ class Runs:
         cache = self.model.run(
             begin.inputs(inputs), read=ends, edits=edits, until=self.last, grad=grad
         )
-        return {s.name: cache[s] for s in ends}, _output(cache)
+        return {s.name: cache[s] for s in ends}, output_of(cache)
 
     def _after(self, site: Site, begin: Site, reached: frozenset[str] | None) -> bool:
         """Whether a pass that starts somewhere computes a site."""
@@ -446,14 +455,27 @@ class Runs:
             self.model, candidate, ends, pair.part.inputs, pair.clean, changed, rows, also
         )
 
-    def sets_per_pass(self, pair: Pair) -> int:
-        """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower."""
+    def sets_per_pass(self, pair: Pair, site: str = "") -> int:
+        """How many sets of edges fit into one pass, and are worth it: on a CPU larger passes are slower.
+
+        Args:
+            pair: the batch and its two runs.
+            site: the first site that the sets change; any if empty.
+        """
         like = pair.clean[self.graph.reads[0]]
-        each = like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes
+        rows = self.graph.rows(self.graph.slopes)
+        maps = isinstance(self.model.input, ImageInput) and not self.model.has_stream
+        if maps:  # they become smaller on the way
+            start = self._order[site] if site else 0
+            after = [v for name, v in pair.clean.items() if self._order[name] >= start]
+            like = max(after, key=torch.Tensor.numel)
+        each = rows * (like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes)
         fitting = max(1, self.memory // max(1, each))
         if like.device.type != "cpu":
             return fitting
-        return min(fitting, max(1, _VECTORS // max(1, like.numel() // like.shape[-1])))
+        vectors = rows * like.numel() // like.shape[-1]
+        worth = _NUMBERS // like.numel() if maps else _VECTORS // max(1, vectors)
+        return min(fitting, max(1, worth))
 
 
 def spread_out(
@@ -485,7 +507,7 @@ def _repeated(reading: Reading, times: int) -> Reading:
     )
 
 
-def _output(cache: ActivationCache) -> Tensor | None:
+def output_of(cache: ActivationCache) -> Tensor | None:
     """What the model returned; None if the pass ended before."""
     return None if cache.output is None else main_output(cache.output)
 

@@ -32,14 +32,13 @@ from circuits.attribution.propagation import Propagation
 from circuits.autograd import recording_gradients
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.results import SIZES, EdgeScores
-from circuits.discovery.runs import Ablation, Pair, Runs
+from circuits.discovery.runs import Ablation, Pair, Runs, output_of
 from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.patched_runs import Direction, merged
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now
 from circuits.hooks import Change
-from circuits.models.adapter.sites import main_output
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 
@@ -167,7 +166,8 @@ def _check(method: str, direction: Direction, task: Task) -> None:
 
 def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[str, ...]:
     """What is to be said of `relp`: edges into queries and keys act through attention patterns alone."""
-    held = [i for i, (_, t) in enumerate(graph.edges) if t.rpartition(".")[2] in ("q", "k")]
+    ways = [graph.way(t) for t in range(len(graph.targets))]
+    held = [i for i, t in enumerate(graph.ends[:, 1].tolist()) if ways[t].startswith(("q", "k"))]
     if method != "relp" or not held or values[:, held].any():
         return ()
     return (
@@ -244,7 +244,7 @@ def exact(
         groups.setdefault(graph.first_site(int(graph.ends[edge, 1])), []).append(place)
     for site, places in groups.items():
         # The pass without patches costs as much as one with: at most an eighth of all.
-        size = min(-(-len(places) // _PASSES), runs.sets_per_pass(pair))
+        size = min(-(-len(places) // _PASSES), runs.sets_per_pass(pair, site))
         base = runs.patched(pair, torch.zeros(size, len(graph)), alone=site)
         for start in range(0, len(places), size):
             some = places[start : start + size]
@@ -319,20 +319,29 @@ def gradients_at(
 
         return add
 
-    read = list(dict.fromkeys([*map(runs.model.site, graph.pull_reads), *runs.ends]))
-    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in graph.slopes})
+    taken = [*graph.slopes, *graph.behind]
+    sites = (*graph.pull_reads, *graph.behind)
+    read = list(dict.fromkeys([*map(runs.model.site, sites), *runs.ends]))
+    # What comes after all that is read, as after a unit whose activation is the metric, has no gradient.
+    last = None if runs.keep_output else runs.model.last(read)
+    changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in taken})
     # One for all examples: it is not asked what biases are worth on each.
     rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()
     with rules:
         cache = runs.model.run(
-            pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, grad=True, reference=relevance
+            pair.part.inputs, mask=pair.part.mask, read=read, edits=changes, until=last, grad=True,
+            reference=relevance,
         )  # fmt: skip
     tensors = {s.name: cache[s] for s in read}
-    reading = runs.reading(pair.part, tensors, output=main_output(cache.output))
+    reading = runs.reading(pair.part, tensors, output=output_of(cache))
     value = runs.metric.of(reading, pair.intact)
-    made = torch.autograd.grad(value.sum(), [leaves[s] for s in graph.slopes], allow_unused=True)
+    made = torch.autograd.grad(
+        value.sum(), list(leaves.values()), allow_unused=True, retain_graph=bool(graph.behind)
+    )
+    gradients = dict(zip(leaves, made, strict=True))
     found = {
-        site: torch.zeros_like(leaves[site]) if grad is None else grad
-        for site, grad in zip(graph.slopes, made, strict=True)
+        site: torch.zeros_like(pair.clean[site]) if gradients.get(site) is None else gradients[site]
+        for site in taken
     }
+    found |= graph.separated(tensors, found, leaves)
     return {name: value.detach() for name, value in tensors.items()}, found

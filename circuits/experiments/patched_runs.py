@@ -24,6 +24,7 @@ from circuits.models.paths.contributions import (
     stream_change,
     written_change,
 )
+from circuits.models.paths.parts import PartsChange
 from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 from circuits.progress import Progress
 
@@ -45,11 +46,13 @@ class Options:
         through_mlps: MLPs between sender and receiver recompute.
         where: at which positions of which examples senders are replaced; everywhere if None.
         hold_norms: the normalisation before a receiver keeps its scale instead of being recomputed.
+        span: the span that each position is in, if receivers are patched span by span.
     """
 
     through_mlps: bool = False
     where: Tensor | None = None
     hold_norms: bool = False
+    span: Int[Tensor, "example position"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +188,9 @@ def _in_order(steps: Sequence[Change]) -> Change:
 
 # --- paths as changes of sites -----------------------------------------------------------------------
 
-Patches = Mapping[Receiver, Float[Tensor, "set sender"]]
-"""What each receiver reads of each sender, in each set: 0 for what it writes in this run, 1 for the other run."""
+Patches = Mapping[Receiver, Float[Tensor, "set sender *span"]]
+"""What each receiver reads of each sender, in each set: 0 for what it writes in this run, 1 for the other run. With a
+last axis it is so for the positions of each span (`Options.span`)."""
 
 
 def patches_of(stream: Stream, sets: Sequence[frozenset[Path]]) -> Patches:
@@ -213,7 +217,7 @@ class _PatchedReceivers:
 
     receivers: tuple[Receiver, ...]
     index: Int[Tensor, " set"]
-    off: Float[Tensor, "set sender receiver"]
+    off: Float[Tensor, "set sender receiver *span"]
     senders: tuple[Sender, ...]
 
 
@@ -228,7 +232,8 @@ def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceive
     for receiver in stream.receivers:
         if receiver not in patches:
             continue
-        off = patches[receiver] * present
+        off = patches[receiver]
+        off = off * (present if off.ndim == 2 else present[..., None])
         if receiver.kind in STREAMS:
             present = present * (1 - off)
         which = _touched(stream, receiver, off).any(1)
@@ -237,26 +242,21 @@ def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceive
             together.setdefault(key, []).append((receiver, off))
     found = []
     for some in together.values():
-        off = torch.stack([off for _, off in some], -1)
-        touched = torch.stack([_touched(stream, receiver, own) for receiver, own in some], -1)
-        index = touched.flatten(1).any(1).nonzero()[:, 0]
-        used = touched.any(2).any(0)
-        senders = tuple(s for s, there in zip(stream.senders, used.tolist(), strict=True) if there)
+        off = torch.stack([off for _, off in some], 2)
+        there = torch.stack([_touched(stream, receiver, own) for receiver, own in some]).any(0)
+        index = there.any(1).nonzero()[:, 0]
+        used = there.any(0)
+        senders = tuple(s for s, own in zip(stream.senders, used.tolist(), strict=True) if own)
         found.append(_PatchedReceivers(tuple(r for r, _ in some), index, off[index], senders))
     return found
 
 
 def _touched(
-    stream: Stream, receiver: Receiver, off: Float[Tensor, "set sender"]
+    stream: Stream, receiver: Receiver, off: Float[Tensor, "set sender *span"]
 ) -> Bool[Tensor, "set sender"]:
     """Which senders are replaced, or could be: where a gradient is asked for, it is also that at 0."""
-    replaced = off.detach() != 0
-    return replaced | _reaching(stream, receiver) if off.requires_grad else replaced
-
-
-def _reaching(stream: Stream, receiver: Receiver) -> Bool[Tensor, " sender"]:
-    """Which senders reach a receiver and differ between runs, as biases do not."""
-    return torch.tensor([s.kind != "bias" and stream.reaches(s, receiver) for s in stream.senders])
+    replaced = (off.detach() != 0).flatten(2).any(2) if off.ndim > 2 else off.detach() != 0
+    return replaced | stream.reaching(receiver) if off.requires_grad else replaced
 
 
 def changes_of(
@@ -319,7 +319,9 @@ class _Pass:
         self.stream, self.n_sets, self.other, self.options = stream, n_sets, other, options
         self.known = {site: value[None] for site, value in known.items()}
         self.live: dict[str, Tensor] = dict(self.known)
-        self._written: dict[str, Tensor] = {}
+        # At which site parts are told apart that are shown at several.
+        self._told_apart = {site: s.site for s in stream.splits for site in s.sites}
+        self._written: dict[str, Tensor | PartsChange] = {}
 
     def record(self, site: str) -> Change:
         """A change that changes nothing but records a site's tensor."""
@@ -335,7 +337,8 @@ class _Pass:
                     "same examples and positions"
                 )
             self.live[site] = value.unflatten(0, (self.n_sets, -1))
-            self._written.pop(site, None)  # of an earlier pass with the same changes
+            # Of an earlier pass with the same changes.
+            self._written.pop(self._told_apart.get(site, site), None)
             return value
 
         return look
@@ -363,25 +366,35 @@ class _Pass:
 
     def _replace(self, made: Tensor, theirs: Tensor, one: _PatchedReceivers) -> None:
         """Put in what was read in the other run where nothing of this run is read."""
+        span = self.options.span
         for k, receiver in enumerate(one.receivers):
-            reaching = _reaching(self.stream, receiver)
-            whole = one.index[(one.off[:, reaching, k] == 1).all(1)]
-            if len(whole):
-                put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
-                heads = receiver.kind in ("q", "k", "v")
-                place = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
-                own = made[place]
+            reaching = self.stream.reaching(receiver)
+            off = (one.off[:, reaching, k] == 1).all(1)
+            whole = one.index[off if span is None else off.any(1)]
+            if not len(whole):
+                continue
+            put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
+            heads = receiver.kind in ("q", "k", "v")
+            at = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
+            own = made[at]
+            put = put[..., receiver.head, :] if heads else put.expand_as(own)
+            if own.requires_grad:
                 # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
-                slope = own - own.detach() if own.requires_grad else 0
-                made[place] = (put[..., receiver.head, :] if heads else put.expand_as(own)) + slope
+                put = put + (own - own.detach())
+            if span is not None:
+                put = torch.where(off[off.any(1)][:, span][..., None].to(made.device), put, own)
+            made[at] = put
 
     def _received(self, one: _PatchedReceivers) -> Tensor:
         """The change of receivers' inputs: set x example x position x …"""
         stream, first = self.stream, one.receivers[0]
         live = {name: self._rows(value, one.index) for name, value in self.live.items()}
         sites = dict.fromkeys(stream.output_site(s) for s in one.senders)
-        written = {name: self._rows(self._changed(name), one.index) for name in sites}
-        change = stream_change(stream, one.off, first, written, live, self.options.through_mlps)
+        written = {name: self._some(self._changed(name), one.index) for name in sites}
+        options = self.options
+        change = stream_change(
+            stream, one.off, first, written, live, options.through_mlps, options.span
+        )
         if self.options.where is not None:
             change = change * self.options.where.to(change)[:, None, :, None]
         if first.kind in STREAMS:
@@ -391,13 +404,27 @@ class _Pass:
         # gets exactly zero.
         return input_change(stream, one.receivers, before, change, self.options.hold_norms)
 
-    def _changed(self, site: str) -> Tensor:
+    def _changed(self, site: str) -> Tensor | PartsChange:
         """What senders at a site write in the other run less what they write in this one."""
         if site not in self._written:
-            live = self.live[site]
-            other = self.other[site].unflatten(0, (-1, live.shape[1]))
-            self._written[site] = written_change(self.stream, site, live, other)
+            split = next((s for s in self.stream.splits if s.site == site), None)
+            sites = (site,) if split is None else split.sites
+            live = {name: self.live[name] for name in sites}
+            n = live[site].shape[1]
+            other = {s: self.other[s].unflatten(0, (-1, n)) for s in sites if s in self.other}
+            if split is None:
+                made = written_change(self.stream, site, live[site], other[site])
+            else:
+                made = split.change(live, other)
+            self._written[site] = made
         return self._written[site]
+
+    def _some(self, value: Tensor | PartsChange, index: Tensor) -> Tensor | PartsChange:
+        """Some sets of a change."""
+        if isinstance(value, Tensor):
+            return self._rows(value, index)
+        rest = None if value.rest is None else self._rows(value.rest, index)
+        return PartsChange(self._rows(value.activations, index), value.directions, rest)
 
     @staticmethod
     def _rows(value: Tensor, index: Tensor) -> Tensor:

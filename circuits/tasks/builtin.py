@@ -113,7 +113,7 @@ def load_task(
         FileNotFoundError: if a file does not exist.
         ValueError: if the task does not fit the model, or an option does not fit the task.
     """
-    chosen = _metric(model, metric) if metric else None
+    chosen = named_metric(model, metric) if metric else None
     if answer or against or positions:
         if spec and spec not in STATED:
             raise ValueError(
@@ -140,7 +140,7 @@ def load_task(
     return task if chosen is None else task.with_metric(chosen)
 
 
-def _metric(model: HookedModel, name: str) -> Metric:
+def named_metric(model: HookedModel, name: str) -> Metric:
     """A metric by its name, or the activation of the unit that is named."""
     if name in METRICS or ":" not in name:
         return as_metric(name)

@@ -394,6 +394,14 @@ class HookedModel:
         return ActivationCache({s.name: found[s.name] for s in sites}, self._aliases, output)
 
     def _inference_tensor(self) -> str | None:
+        # Names are asked for only if there is such a tensor: this is looked at before every pass with gradients.
+        own = (
+            t
+            for m in self.module.modules()
+            for t in (*m._parameters.values(), *m._buffers.values())
+        )
+        if not any(t is not None and t.is_inference() for t in own):
+            return None
         named = chain(self.module.named_parameters(), self.module.named_buffers())
         return next((name for name, tensor in named if tensor.is_inference()), None)
 

@@ -121,6 +121,33 @@ class Tangent:
         """
         return self.norm._centre(self._symmetric(gradient * self.norm.gain.to(gradient), held))
 
+    def pulled_through(
+        self,
+        gradient: Float[Tensor, "example position part inner"],
+        matrices: Float[Tensor, "part d_model inner"],
+        held: bool = False,
+    ) -> Float[Tensor, "example part position d_model"]:
+        """`pulled` of the gradients at products of what is normalised with several matrices.
+
+        The same as pulling `gradient @ matrices^T`, at less than half of the cost: z . d is taken where d has only
+        `inner` numbers.
+
+        Args:
+            gradient: at each product.
+            matrices: what the normalised vectors are multiplied with.
+            held: see `pulled`.
+        """
+        gain = self.norm.gain.to(matrices)
+        # Centring is its own transpose.
+        read = self.norm._centre((matrices * gain[:, None]).mT).mT
+        factor = self.factor[:, 0, :, None]  # of vectors with an axis of length 1 for the parts
+        made = torch.einsum("epkd,kmd->ekpm", gradient * factor, read)
+        if held or self.z is None:
+            return made
+        products = torch.einsum("epm,kmd->epkd", self.z[:, 0], read)
+        along = (products * gradient).sum(-1, keepdim=True) * (factor**3 / self.z.shape[-1])
+        return made.addcmul_(along.transpose(1, 2), self.z, value=-1)
+
     def pushed(
         self, change: Float[Tensor, "*more d_model"], held: bool = False
     ) -> Float[Tensor, "*more d_model"]:

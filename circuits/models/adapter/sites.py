@@ -59,7 +59,8 @@ def evaluating(module: nn.Module, settings: bool = False) -> Iterator[None]:
     parts = list(module.modules())
     training = [m for m in parts if m.training]
     # Torch lets nobody change the flag of a tensor that was made inside `torch.inference_mode()`.
-    trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    owned = (p for m in parts for p in m._parameters.values() if p is not None)
+    trainable = [p for p in owned if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False

@@ -18,7 +18,8 @@ from circuits.models.adapter.head_weights import Matrices
 from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.norms import Tangent, measure_norm
 from circuits.models.adapter.sites import evaluating
-from circuits.models.paths.residual import Receiver, Sender, Stream
+from circuits.models.paths.parts import PartsChange
+from circuits.models.paths.residual import Receiver, Sender, Stream, Writers
 
 _PARTS = ("q", "k", "v")
 _READS: Mapping[str, Matrices] = {"q": "W_Q", "k": "W_K", "v": "W_V"}
@@ -46,11 +47,12 @@ def written_change(
 
 def stream_change(
     stream: Stream,
-    off: Float[Tensor, "set sender receiver"],
+    off: Float[Tensor, "set sender receiver *span"],
     receiver: Receiver,
-    written: Mapping[str, Tensor],
+    written: Mapping[str, Tensor | PartsChange],
     live: Mapping[str, Tensor],
     through_mlps: bool = False,
+    span: Int[Tensor, "example position"] | None = None,
 ) -> Float[Tensor, "set example receiver position d_model"]:
     """The change of the stream that receivers at one site read if some senders write what they wrote in another run.
 
@@ -59,13 +61,14 @@ def stream_change(
         off: for each set, sender and receiver: 0 if the receiver reads what the sender writes in this run, 1 if it
             reads what the sender wrote in the other run. What lies between is a mixture of both.
         receiver: one of the receivers.
-        written: `written_change` by site, for the sites of all senders that are replaced.
+        written: `written_change`, or the change of parts, by site, for the sites of all senders that are replaced.
         live: the tensors of sites in this run, set x example x …, of what is normalised after attention and, with
             `through_mlps`, of what the MLPs read.
         through_mlps: MLPs on the way are recomputed on the changed stream, and their change is added (Wang et al.
             2022); heads on the way are not.
+        span: the span that each position is in, if `off` has spans.
     """
-    any_of = next(iter({**written, **live}.values()))
+    any_of = next(v for v in (*live.values(), *written.values()) if isinstance(v, Tensor))
     n_sets = len(off)
     total = off.new_zeros(
         (n_sets, any_of.shape[1], off.shape[2], any_of.shape[2], stream.width)
@@ -78,7 +81,15 @@ def stream_change(
         sloped = weights.requires_grad and sender_site in written
         if not sloped and not weights.any():
             return None
-        return torch.einsum("sepum,suk->sekpm", written[sender_site], weights)
+        change = written[sender_site]
+        if isinstance(change, PartsChange):
+            return change.mixed(weights, span)
+        if span is not None:
+            return torch.einsum("sepum,sukep->sekpm", change, weights[..., span])
+        return torch.einsum("sepum,suk->sekpm", change, weights)
+
+    def of(writers: Writers) -> Tensor | None:
+        return _through_post_norm(writers, mixed(writers.site, writers.columns), live)
 
     def add(made: Tensor | None) -> None:
         nonlocal total
@@ -88,33 +99,32 @@ def stream_change(
         if sender.kind in ("token", "position"):
             add(mixed(stream.output_site(sender), stream.index_of(sender)))
     for layer in range(stream.n_layers):
-        heads = stream.heads_of(layer)
+        attention = stream.writers(layer, "attention")
         if not stream.parallel:
-            add(_through_post_norm(stream, layer, mixed(stream.heads_site(layer), heads), live))
+            add(of(attention))
         mlp = Receiver("mlp", layer)
         if mlp in passed:
-            own = stream.index_of(Sender("mlp", layer))
+            own = stream.writers(layer, "mlp")
             if through_mlps:
                 # An MLP that is a sender itself is replaced instead: its output is the other run's.
-                kept = (off[:, own] == 0).to(total)[..., None, None]
+                kept = (off[:, own.columns] == 0).to(total)[..., None, None]
                 add(_recomputed(stream, total, mlp, live) * kept)
-            add(mixed(stream.output_site(Sender("mlp", layer)), own))
+            add(of(own))
         if (
             stream.parallel
         ):  # attention and MLP read the same stream: the MLP does not see these heads
-            add(_through_post_norm(stream, layer, mixed(stream.heads_site(layer), heads), live))
+            add(of(attention))
     return total
 
 
 def _through_post_norm(
-    stream: Stream, layer: int, moved: Tensor | None, live: Mapping[str, Tensor]
+    writers: Writers, moved: Tensor | None, live: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """The change of what a layer's attention adds, if its output is normalised before it is added."""
-    post_norm = stream.norm("ln1_post", layer)
-    if moved is None or post_norm is None:
+    """The change of what attention or an MLP adds, if its output is normalised before it is added."""
+    if moved is None or writers.norm is None:
         return moved
     # The sum of all heads is normalised before it is added to the stream, so heads interact.
-    return _norm_change(post_norm, live[stream.before_post_norm_site(layer)][:, :, None], moved)
+    return _norm_change(writers.norm, live[writers.before][:, :, None], moved)
 
 
 def _norm_change(norm: Any, before: Tensor, change: Tensor) -> Tensor:
@@ -185,12 +195,13 @@ def input_gradient(
         gradient: the gradient at `Stream.input_site`.
         hold_norm: freeze the normalisation's scale.
     """
-    first = receivers[0]
-    if first.kind in _PARTS:
-        given = torch.einsum("epkd,kmd->ekpm", gradient, read_matrices(stream, receivers))
-    else:
+    if receivers[0].kind not in _PARTS:
         given = gradient[:, None]
-    return given if tangent is None else tangent.pulled(given, hold_norm)
+        return given if tangent is None else tangent.pulled(given, hold_norm)
+    matrices = read_matrices(stream, receivers)
+    if tangent is None:
+        return torch.einsum("epkd,kmd->ekpm", gradient, matrices)
+    return tangent.pulled_through(gradient, matrices, hold_norm)
 
 
 def tangent_of(

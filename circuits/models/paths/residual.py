@@ -8,11 +8,15 @@ MLP and the logits, each after its normalisation. The names of layers' sites com
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from circuits.models.adapter.head_weights import Matrices
@@ -20,9 +24,10 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.norms import Norm, measure_norm
 from circuits.models.adapter.parts import NormName, Parts
 from circuits.models.adapter.transformer import LayerSites, Transformer
+from circuits.models.paths.parts import Split, Writing
 from circuits.units import unknown
 
-SenderKind = Literal["token", "position", "head", "mlp", "bias"]
+SenderKind = Literal["token", "position", "head", "mlp", "bias", "part", "rest"]
 ReceiverKind = Literal["q", "k", "v", "mlp", "logits", "resid_pre", "resid_mid", "resid_post"]
 
 STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
@@ -37,9 +42,10 @@ class Sender:
 
     Attributes:
         kind: `token` or `position` embedding, `head`, `mlp`, or `bias`: the output bias of an attention layer, which
-            is the same in every run.
-        layer: the layer of a head, MLP or bias.
-        head: the number of a head.
+            is the same in every run. Where attention or an MLP is split, each `part` of it, and the `rest`.
+        layer: the layer of a head, MLP, bias or part.
+        head: the number of a head or part.
+        name: what parts are called before their number.
 
     >>> str(Sender("head", 0, 3)), str(Sender("mlp", 1)), str(Sender("token"))
     ('0.3', 'mlp:1', 'token')
@@ -48,10 +54,13 @@ class Sender:
     kind: SenderKind
     layer: int = 0
     head: int = 0
+    name: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         if self.kind == "head":
             return f"{self.layer}.{self.head}"
+        if self.name:
+            return f"{self.name}:{self.head}" if self.kind == "part" else f"{self.name}.error"
         return self.kind if self.kind in ("token", "position") else f"{self.kind}:{self.layer}"
 
 
@@ -86,6 +95,25 @@ PathName = tuple[str | Sender, str | Receiver]
 
 
 @dataclass(frozen=True, eq=False)
+class Writers:
+    """The senders of attention or the MLP of a layer.
+
+    Attributes:
+        site: the site at which they are told apart.
+        columns: their places among the stream's senders.
+        norm: the normalisation that their sum goes through before it is added (Gemma 2); None if there is none.
+        before: the site of what this normalises.
+        split: the parts that they are; None if they are heads or an MLP.
+    """
+
+    site: str
+    columns: slice
+    norm: nn.Module | None = None
+    before: str = ""
+    split: Split | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Stream:
     """A model's residual stream.
 
@@ -98,6 +126,7 @@ class Stream:
         parts: the norms and weights.
         width: the number of its dimensions.
         last: the site of the stream that is read out.
+        splits: attention and MLPs whose parts are senders.
     """
 
     model: HookedModel
@@ -108,7 +137,10 @@ class Stream:
     parts: Parts
     width: int
     last: str
+    splits: tuple[Split, ...] = ()
     _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
+    _reaching: dict[Receiver, Tensor] = field(default_factory=dict, repr=False)
+    _writers: dict[tuple[int, Writing], Writers] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: HookedModel) -> Stream:
@@ -145,6 +177,21 @@ class Stream:
             model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers,
             transformer.parts, transformer.width, last,
         )  # fmt: skip
+
+    def split(self, splits: Sequence[Split]) -> Stream:
+        """The same stream with parts as senders, in the place of the heads of a layer or of an MLP."""
+        own = {(split.layer, split.writing): split for split in splits}
+        senders: dict[Sender, None] = {}
+        for sender in self.senders:
+            split = own.get((sender.layer, "mlp" if sender.kind == "mlp" else "attention"))
+            if split is None or sender.kind not in ("mlp", "head"):
+                senders[sender] = None
+                continue
+            at = split.layer, split.name
+            senders |= {Sender("part", at[0], i, at[1]): None for i in split.units.tolist()}
+            senders |= {Sender("rest", at[0], 0, at[1]): None} if split.whole else {}
+        new: dict[str, dict[Any, Any]] = {"_reaching": {}, "_writers": {}}
+        return replace(self, senders=tuple(senders), splits=tuple(splits), **new)  # type: ignore[arg-type]
 
     @property
     def n_layers(self) -> int:
@@ -222,6 +269,19 @@ class Stream:
         """Whether the receiver reads a stream that the sender has written to."""
         return self._writes_at(sender) < self._reads_at(receiver)
 
+    def reaching(self, receiver: Receiver) -> Bool[Tensor, " sender"]:
+        """Which senders the receiver reads; not those that write the same in every run."""
+        if receiver not in self._reaching:
+            self._reaching[receiver] = self._times < self._reads_at(receiver)
+        return self._reaching[receiver]
+
+    @cached_property
+    def _times(self) -> Tensor:
+        """When each sender writes; never, if it writes the same in every run."""
+        return torch.tensor(
+            [math.inf if s.kind == "bias" else self._writes_at(s) for s in self.senders]
+        )
+
     def stream_after(self, sender: Sender) -> Receiver:
         """The first place of the stream after a sender: everything that reads the sender's output reads it there."""
         return next(r for r in self.receivers if r.kind in STREAMS and self.reaches(sender, r))
@@ -234,7 +294,14 @@ class Stream:
         """
         if sender.kind in ("token", "position"):
             return 0
-        return 4 * sender.layer + (4 if sender.kind == "mlp" or self.parallel else 2)
+        split = self._split_of.get(sender.name)
+        late = sender.kind == "mlp" or (split is not None and split.writing == "mlp")
+        return 4 * sender.layer + (4 if late or self.parallel else 2)
+
+    @cached_property
+    def _split_of(self) -> Mapping[str, Split]:
+        """Attention and MLPs that are split, by the name of their parts."""
+        return {split.name: split for split in self.splits}
 
     def _reads_at(self, receiver: Receiver) -> int:
         """The time at which a receiver reads (see `_writes_at`)."""
@@ -256,6 +323,26 @@ class Stream:
         n = sum(s.kind == "head" and s.layer == layer for s in self.senders)
         return slice(first, first + n)
 
+    def writers(self, layer: int, writing: Writing) -> Writers:
+        """The senders of attention or the MLP of a layer."""
+        key = layer, writing
+        if key not in self._writers:
+            split = next((s for s in self.splits if (s.layer, s.writing) == key), None)
+            self._writers[key] = self._found(layer, writing, split)
+        return self._writers[key]
+
+    def _found(self, layer: int, writing: Writing, split: Split | None) -> Writers:
+        if split is not None:
+            first = next(i for i, s in enumerate(self.senders) if s.name == split.name)
+            columns = slice(first, first + len(split.names))
+            return Writers(split.site, columns, split.norm, split.before, split)
+        if writing == "mlp":
+            mlp = Sender("mlp", layer)
+            return Writers(self.output_site(mlp), self.index_of(mlp))
+        norm = self.norm("ln1_post", layer)
+        before = "" if norm is None else self.before_post_norm_site(layer)
+        return Writers(self.heads_site(layer), self.heads_of(layer), norm, before)
+
     def layer_of_heads(self, site: str) -> int | None:
         """The layer whose heads a site shows; None if it is another site."""
         return next((i for i in range(self.n_layers) if self.heads_site(i) == site), None)
@@ -264,7 +351,9 @@ class Stream:
         """The sites that show what some senders write."""
         found: dict[str, None] = {}
         for sender in among:
-            if sender.kind == "head":
+            if sender.name:
+                found |= dict.fromkeys(self._split_of[sender.name].sites)
+            elif sender.kind == "head":
                 found[self.heads_site(sender.layer)] = None
                 if self.norm("ln1_post", sender.layer) is not None:
                     found[self.before_post_norm_site(sender.layer)] = None
@@ -273,7 +362,11 @@ class Stream:
         return tuple(found)
 
     def output_site(self, sender: Sender) -> str:
-        """The site of what a sender writes; for heads that of their layer, before their output weights W_O."""
+        """The site of what a sender writes; for heads that of their layer, before their output weights W_O; for parts
+        that of their activations.
+        """
+        if sender.name:
+            return self._split_of[sender.name].site
         if sender.kind == "head":
             return self.heads_site(sender.layer)
         if sender.kind == "mlp":
@@ -321,8 +414,8 @@ class Stream:
 
     def mlps_before(self, receiver: Receiver) -> tuple[Receiver, ...]:
         """The MLPs that write before a receiver reads."""
-        mlps = (s for s in self.senders if s.kind == "mlp" and self.reaches(s, receiver))
-        return tuple(Receiver("mlp", s.layer) for s in mlps)
+        mlps = (r for r in self.receivers if r.kind == "mlp")
+        return tuple(r for r in mlps if self.reaches(Sender("mlp", r.layer), receiver))
 
 
 def _shown(site: str | None) -> str:
