@@ -179,7 +179,7 @@ class Runs:
 
     def _made_pairs(self) -> Iterator[Pair]:
         for part in self._source.batches(self.batch):
-            placed = self.graph.placed(self.task, part)
+            placed = self.graph.placed(self._source, part)
             clean, intact = self.read(part, part.inputs)
             if self.ablation in _RUNS:
                 assert part.counterparts is not None, "checked before"
@@ -187,8 +187,7 @@ class Runs:
                 other, corrupted = self.read(part, part.counterparts, edits)
                 yield Pair(part, clean | placed, other | placed, intact, corrupted, {}, edits)
             else:
-                filled = self._filled(part, clean)
-                yield Pair(part, clean | placed, filled | placed, intact, None)
+                yield Pair(part, clean | placed, self._filled(part, clean) | placed, intact, None)
 
     def read(
         self,

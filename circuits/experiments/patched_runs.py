@@ -243,9 +243,9 @@ def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceive
     found = []
     for some in together.values():
         off = torch.stack([off for _, off in some], 2)
-        there = torch.stack([_touched(stream, receiver, own) for receiver, own in some]).any(0)
-        index = there.any(1).nonzero()[:, 0]
-        used = there.any(0)
+        touched = torch.stack([_touched(stream, receiver, own) for receiver, own in some], -1)
+        index = touched.flatten(1).any(1).nonzero()[:, 0]
+        used = touched.any(2).any(0)
         senders = tuple(s for s, own in zip(stream.senders, used.tolist(), strict=True) if own)
         found.append(_PatchedReceivers(tuple(r for r, _ in some), index, off[index], senders))
     return found
@@ -255,7 +255,7 @@ def _touched(
     stream: Stream, receiver: Receiver, off: Float[Tensor, "set sender *span"]
 ) -> Bool[Tensor, "set sender"]:
     """Which senders are replaced, or could be: where a gradient is asked for, it is also that at 0."""
-    replaced = (off.detach() != 0).flatten(2).any(2) if off.ndim > 2 else off.detach() != 0
+    replaced = (off.detach() != 0).reshape(*off.shape[:2], -1).any(2)
     return replaced | stream.reaching(receiver) if off.requires_grad else replaced
 
 
