@@ -361,8 +361,8 @@ def circuit_graph(
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
             "task_hash": task.hash, "metric": scores.metric, "method": scores.method,
-            "settings": dict(scores.settings), **how, "seed": scores.record.seed, "edges": [list(graph.edges[e]) for e in edges],
-            "scores": [float(scores.mean[e]) for e in edges],
+            "settings": dict(scores.settings), **how, "seed": scores.record.seed,
+            "edges": [list(graph.edges[e]) for e in edges], "scores": [float(scores.mean[e]) for e in edges],
         },
     }  # fmt: skip
     return made
