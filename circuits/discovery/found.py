@@ -195,11 +195,7 @@ def discover(
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
     if search == "pruning":
-        smaller: dict[str, Any] = settings | {"batch": min(batch, PART)}
-        some = Runs(graph, find, seed=seed, **smaller)
-        kept = prune(
-            some, n, optimal=ablation == "optimal", seed=seed, progress=stage("search"), keep=keep
-        )
+        kept = _pruned(graph, find, n, ablation == "optimal", settings, seed, stage("search"), keep)
     else:
         kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
 
@@ -272,6 +268,16 @@ def _check_choices(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
+
+
+def _pruned(
+    graph: EdgeGraph, find: Task, n: int, optimal: bool, settings: dict[str, Any], seed: int, progress: Progress | None,
+    keep: Keep,
+) -> Mask:  # fmt: skip
+    """The circuit of the search `pruning`, whose steps take fewer examples than other passes."""
+    smaller = settings | {"batch": min(settings["batch"], PART)}
+    runs = Runs(graph, find, seed=seed, **smaller)
+    return prune(runs, n, optimal=optimal, seed=seed, progress=progress, keep=keep)
 
 
 def _check_optimal(search: Search, alternatives: int) -> None:
