@@ -60,7 +60,7 @@ def test_scores_are_checked_on_other_examples() -> None:
 def test_discover_finds_what_decides_between_two_classes(capsys: Any, tmp_path: Path) -> None:
     words = [
         "discover", "shapes", "--weights", "untrained", "--workspace", str(tmp_path), "--data", "shapes", "--labels",
-        "names", "--first", "curve 90°", "--second", "curve 270°", "--limit", "24", "--sites", "mixed3b,logits",
+        "names", "--class", "curve 90°", "--other-class", "curve 270°", "--limit", "24", "--sites", "mixed3b,logits",
         "--method", "eap", "--check", "0", "--random", "2", "--size", "20", "--shuffled", "--json",
     ]  # fmt: skip
     assert run(words) == 0
@@ -69,12 +69,12 @@ def test_discover_finds_what_decides_between_two_classes(capsys: Any, tmp_path: 
     assert said["scores"]["record"]["task"]["task"] == "curve 90° against curve 270°"
     assert said["shuffled"]["scores"]["record"]["model"].endswith("randomized (seed 0)")
     for extra, message in (
-        (["--most-active", "3"], "--most-active 3 does not go with --first and --second"),
+        (["--most-active", "3"], "--most-active 3 does not go with --class and --other-class"),
         (["--most-edges", "5"], "more than 5"),
     ):
         assert run([*words, *extra]) == 2
         assert message in capsys.readouterr().err
-    assert run(["discover", "shapes", "--first", "curve 90°"]) == 2
+    assert run(["discover", "shapes", "--class", "curve 90°"]) == 2
     assert "expected both classes, and --data with images of them" in capsys.readouterr().err
 
 

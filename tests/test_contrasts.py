@@ -83,7 +83,7 @@ def test_classes_are_named_or_numbered(model: HookedModel) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ("0", "0-2", "class 0 is both in --first '0' and in --second '0-2'"),
+        ("0", "0-2", "class 0 is both in '0' and in '0-2'"),
         ("0", "3-1", "classes 3-1: expected FIRST-LAST"),
         ("0", "2-9", "target 'class:9' is out of range: expected class:0 to 3"),
     ],

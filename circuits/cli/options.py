@@ -418,13 +418,13 @@ class CounterpartTask(PairsTask):
     )] = None  # fmt: skip
 
     labels: Labels = ""
-    first: Annotated[str, option(
-        "With --second: a class (or several, NAME|NAME; FIRST-LAST for outputs by number). Images of --data that are "
-        "of either are taken, each with one of the other as its counterpart; the metric is the logit of its own class "
-        "less that of the other."
+    one_class: Annotated[str, option(
+        "With --other-class: a class (or several, NAME|NAME; FIRST-LAST for outputs by number). Images of --data that "
+        "are of either are taken, each with one of the other as its counterpart; the metric is the logit of its own "
+        "class less that of the other.", "--class"
     )] = ""  # fmt: skip
-    second: Annotated[
-        str, option("With --first: the class or classes that it is compared with.")
+    other_class: Annotated[
+        str, option("With --class: the class or classes that it is compared with.")
     ] = ""
     most_active: Annotated[int | None, option(
         "With --metric SITE:INDEX: of the images of --data (at most --limit), take as many as this, those on which the "
@@ -432,7 +432,7 @@ class CounterpartTask(PairsTask):
     )] = None  # fmt: skip
 
     def compile(self, model: HookedModel, seed: int) -> Task:
-        if self.first or self.second:
+        if self.one_class or self.other_class:
             return self._against(model, seed)
         task = super().compile(model, seed)
         if self.most_active is not None:
@@ -444,20 +444,20 @@ class CounterpartTask(PairsTask):
 
     def _against(self, model: HookedModel, seed: int) -> Task:
         """The task of telling two classes apart."""
-        if not (self.first and self.second and self.data):
+        if not (self.one_class and self.other_class and self.data):
             raise ValueError(
-                f"--first {self.first!r}, --second {self.second!r}: expected both classes, and --data with images of "
-                "them"
+                f"--class {self.one_class!r}, --other-class {self.other_class!r}: expected both classes, and --data "
+                "with images of them"
             )
         for name in ("task", "text", "counterpart", "most_active"):
             if getattr(self, name):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)!r} does not go with --first and --second"
+                    f"--{name.replace('_', '-')} {getattr(self, name)!r} does not go with --class and --other-class"
                 )
         source = open_source(self.data)
         labels = known_labels(model, source, self.labels or "names") or []
         task = class_against_class(
-            model, source, labels, self.first, self.second, n=self.limit, seed=seed
+            model, source, labels, self.one_class, self.other_class, n=self.limit, seed=seed
         )
         return task.with_metric(named_metric(model, self.metric)) if self.metric else task
 

@@ -21,7 +21,7 @@ from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, make_now
 from circuits.progress import Progress
 
-Search = Literal["top", "greedy", "refine", "acdc"]
+Search = Literal["top", "greedy", "refine", "acdc", "pruning"]
 
 SEARCHES: tuple[str, ...] = get_args(Search)
 
@@ -93,19 +93,23 @@ def values_of(
     Args:
         runs: the task's runs.
         circuits: which edges each keeps.
-        progress: called with the work done and the total, in examples times circuits.
+        progress: called with the work done and the total, in examples times different circuits.
         keep: keeps the numbers of each batch.
         direction: with `denoising` the two runs are exchanged.
     """
-    found = np.zeros((len(circuits), len(runs.task)))
-    done, total = 0, len(circuits) * len(runs.task)
+    # Many circuits may be the same one: without connected edges all are empty.
+    numbers: dict[bytes, int] = {}
+    which = [numbers.setdefault(np.packbits(c).tobytes(), len(numbers)) for c in circuits]
+    different = [circuits[which.index(i)] for i in range(len(numbers))]
+    found = np.zeros((len(different), len(runs.task)))
+    done, total = 0, len(different) * len(runs.task)
     for number, pair in enumerate(runs.pairs()):
         told = None if progress is None else partial(_tell, progress, done, total)
         run = pair if direction == "noising" else pair.exchanged()
-        made = keep(f"batch {number}", partial(_metrics, runs, run, circuits, told))
+        made = keep(f"batch {number}", partial(_metrics, runs, run, different, told))
         found[:, list(pair.part.which)] = made
-        done += len(circuits) * len(pair.part)
-    return found
+        done += len(different) * len(pair.part)
+    return found[which]
 
 
 def _tell(progress: Progress, before: int, total: int, done: int) -> None:
