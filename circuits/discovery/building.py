@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import LIMIT, EdgeGraph
 from circuits.discovery.spans import Spans
+from circuits.discovery.splitting import ALL, active_latents
 from circuits.discovery.streams import KeysValues, StreamGraph
+from circuits.models.adapter.attaching import autoencoders
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.tasks.task import Task
 from circuits.units import Units
 
 _MORE_UNITS = re.compile(r"[0-9]+(-[0-9]+)?")
@@ -79,3 +82,32 @@ def edge_graph(
             "convolutional networks"
         )
     return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units, limit=limit)
+
+
+def chosen_latents(
+    model: HookedModel, text: str, task: Task | None, edges: Sequence[tuple[str, str]] = ()
+) -> tuple[Units, ...]:
+    """The latents that a text names: `active`, `all`, or a list such as `sae/NAME:1,2,5-9,sae/OTHER`.
+
+    Args:
+        model: the model, with autoencoders.
+        text: the text.
+        task: the task on which latents are active; without one all are taken for active.
+        edges: edges whose latents count as active however active they are.
+
+    Raises:
+        ValueError: if the model has no autoencoders, or no latent is active.
+    """
+    known = list(autoencoders(model.module))
+    if not known:
+        raise ValueError(
+            f"latents {text}: {model.name} has no autoencoders; expected a model with some, written MODEL+sae/NAME"
+        )
+    if text not in ("active", ALL):
+        listed = parse_sites(text)
+        return tuple(Units.parse(part) if ":" in part else Units(part, None) for part in listed)
+    if text == ALL or task is None:
+        return tuple(Units(name, None) for name in known)
+    named = [source.rpartition(":") for source, _ in edges]
+    also = {name: [int(i) for of, _, i in named if of == name] for name in known}
+    return active_latents(model, task, known, also)

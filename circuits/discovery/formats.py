@@ -100,7 +100,7 @@ class Layout:
     """
 
     def __init__(self, graph: EdgeGraph) -> None:
-        if not isinstance(graph, StreamGraph):
+        if not isinstance(graph, StreamGraph) or graph.spans is not None or graph.stream.splits:
             raise ValueError(
                 f"model {graph.model.name}: files of edges are of transformers' heads and MLPs; its edges lead between "
                 f"{graph.grain}"

@@ -34,8 +34,8 @@ _SCALES = {
     "__itruediv__",
 }
 _SAME = {
-    "dropout", "dropout1d", "dropout_", "feature_dropout", "alpha_dropout", "to", "contiguous", "view", "reshape",
-    "view_as", "reshape_as", "expand", "clone",
+    "dropout", "dropout1d", "dropout_", "feature_dropout", "alpha_dropout", "to", "float", "contiguous", "view",
+    "reshape", "view_as", "reshape_as", "expand", "clone",
 }  # fmt: skip
 """Functions that change nothing in evaluation mode, if the shape stays the same."""
 
