@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.grains import Grain
 from circuits.cli.signatures import Within, argument, command, option
-from circuits.discovery.building import edge_graph, parse_sites
-from circuits.discovery.channels import LIMIT
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.found import CheckOn, edges_of, usual_size
 from circuits.discovery.found import discover as found_circuit
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import Ranking
 from circuits.discovery.runs import Ablation
@@ -39,13 +38,11 @@ from circuits.workspace import Workspace
 
 app = Typer()
 
-Sites = Annotated[str, option(
-    "Of a convolutional network: the sites between whose channels edges are wanted, in order, separated by commas; "
-    "SITE:1,2,5-9 for some channels."
-)]  # fmt: skip
 Ablating = Annotated[Ablation, option(
-    "What edges outside the circuit carry: what they carry on each example's counterpart, their mean over the "
-    "examples, or nothing."
+    "What edges outside the circuit carry: what they carry on each example's counterpart, or on another example of its "
+    "length (resample); their mean over examples and positions, at each position of texts of one length "
+    "(mean-by-position), or that over the examples of one template and length (mean-by-template); constants that are "
+    "learned for the circuit on the find half (optimal); or nothing (zero)."
 )]  # fmt: skip
 Shift = Annotated[int, option(
     "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
@@ -53,10 +50,6 @@ Shift = Annotated[int, option(
 )]  # fmt: skip
 Other = Annotated[str, option(
     "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
-)]  # fmt: skip
-MostEdges = Annotated[int, option(
-    "Of a convolutional network: the most edges that the graph may have. Each takes 8 bytes an example, and 32 in a "
-    "batch.", check=Within(1, 10**8)
 )]  # fmt: skip
 Random = Annotated[int, option(
     "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
@@ -67,6 +60,7 @@ Random = Annotated[int, option(
 def discover(
     model: options.Model,
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
     method: Annotated[Method, option(
         "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
@@ -74,7 +68,8 @@ def discover(
     )] = "eap-ig",
     search: Annotated[Search, option(
         "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "
-        "many by exact effects (refine), or from all, dropping what is not needed (acdc)."
+        "many by exact effects (refine), from all, dropping what is not needed (acdc), or by learning a mask over all "
+        "edges (pruning)."
     )] = "greedy",
     size: Annotated[int | None, option(
         "How many edges to keep. By default 50, or a quarter of a small model's.", check=Within(1)
@@ -92,14 +87,12 @@ def discover(
     )] = "midpoint",
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
     check: Annotated[int | None, option(
         "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
     )] = None,
     check_on: Annotated[CheckOn, option(
         "The half of the examples on which they are patched: that which was scored (find), or the other (test)."
     )] = "find",
-    most_edges: MostEdges = LIMIT,
     shuffled: Annotated[bool, option(
         "Also do the same in the model with shuffled weights (the numbers of each tensor permuted), and show both.",
         "--shuffled",
@@ -128,7 +121,7 @@ def discover(
     place = model.place.writable() if save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges)
+    graph = grain.graph(loaded, asked)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
@@ -136,7 +129,7 @@ def discover(
         "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
-        _keep(place, loaded, asked, {"method": method, "sites": sites, **settings})
+        _keep(place, loaded, asked, {"method": method, **asdict(grain), **settings})
         if save
         else make_now
     )
@@ -151,7 +144,7 @@ def discover(
             }
             twin = randomized(loaded, seed)
             null = found_circuit(
-                _graph(twin, sites, most_edges), task.compile(twin, seed), method,
+                grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
                 **own | {"alternatives": 0, "pairs": 0, "other": {}},
             )  # fmt: skip
     if save:
@@ -160,10 +153,6 @@ def discover(
     shown = found if null is None else BesideShuffled(found, null)
     output.show(shown, shown.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
-
-
-def _graph(model: HookedModel, sites: str, most_edges: int = LIMIT) -> EdgeGraph:
-    return edge_graph(model, parse_sites(sites), limit=most_edges)
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
@@ -180,12 +169,11 @@ def evaluate(
     model: options.Model,
     circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
     version: Annotated[int | None, option("Which of its versions. By default the last.", check=Within(1))] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
-    most_edges: MostEdges = LIMIT,
     random: Random = N_RANDOM,
     other: Other = "",
     top: options.Top = options.TOP,
@@ -194,14 +182,15 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = _graph(loaded, sites, most_edges)
     edges = _saved(model.place, loaded, circuit, version)
     more = _others(model.place, loaded, other)
+    graph = grain.graph(loaded, asked, sum(more.values(), edges))
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
             asked.test,
             edges,
+            find=asked.find if ablation == "optimal" else None,
             ablation=ablation,
             shift=shift,
             others={name: graph.mask(edges) for name, edges in more.items()},
@@ -217,9 +206,10 @@ def evaluate(
 def compare(
     model: options.Model,
     task: options.CounterpartTask,
+    grain: Grain,
     output: options.FigureOutput,
-    first: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
-    second: Annotated[str, argument("The name of another one.")] = "",
+    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
+    another: Annotated[str, argument("The name of another one.")] = "",
     to_task: Annotated[str, option("Compare the scores on --task with those on this task.")] = "",
     to_model: Annotated[list[str] | None, option(
         "Compare the circuit of the task with that in this model, written MODEL or MODEL,WEIGHTS; may be repeated, "
@@ -231,25 +221,25 @@ def compare(
     )] = None,
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
-    sites: Sites = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Compare two saved circuits (by name), a circuit over tasks, or over models: what is shared, what changed."""
-    ways = [bool(first or second), bool(to_task), bool(to_model)]
-    if sum(ways) != 1 or bool(first) != bool(second):
+    ways = [bool(circuit or another), bool(to_task), bool(to_model)]
+    if sum(ways) != 1 or bool(circuit) != bool(another):
         raise ValueError(
             "expected one of: the names of two saved circuits, --to-task, or --to-model (once or more)"
         )
     loaded = model.load()
-    graph = _graph(loaded, sites)
-    if first:
-        one, other = (_saved(model.place, loaded, name, None) for name in (first, second))
+    if circuit:
+        one, other = (_saved(model.place, loaded, name, None) for name in (circuit, another))
+        graph = grain.graph(loaded)
         graph.mask([*one, *other])
         made = compare_circuits(one, other, len(graph))
         output.show(made, made.tables(top))
         return
     asked = task.compile(loaded, seed)
+    graph = grain.graph(loaded, asked)
     n = usual_size(graph) if size is None else size
     scoring: dict[str, Any] = {"ablation": ablation, "shift": shift, "seed": seed}
     if to_task:
@@ -267,7 +257,9 @@ def compare(
     for words in to_model or ():
         spec, _, weights = words.partition(",")
         member = replace(model, spec=spec, weights=weights or None).load()
-        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = _graph(member, sites)
+        graphs[words if words not in graphs else f"{words} ({len(graphs)})"] = grain.graph(
+            member, asked
+        )
     with output.progress("models") as progress:
         made = compare_models(graphs, asked, method, size=n, progress=progress, **scoring)
     output.show(made, made.tables(top))

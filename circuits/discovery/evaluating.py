@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.nulls import random_circuit
+from circuits.discovery.optimal import learn_constants
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.searching import values_of
@@ -327,6 +328,11 @@ class Evaluation:
         yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
         quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
         yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
+        if self.ablation == "optimal":
+            yield (
+                "removed edges carry constants that were learned for this circuit on the find half; they favour it "
+                "over the circuits that it is compared with, which carry the same"
+            )
         if self.curve is None:
             return
         some = _spread_out(self.by_size(), top)
@@ -427,7 +433,7 @@ def evaluate(
         ranking: how they rank edges.
         find: the half on which it was found, to show by how much it is better there.
         others: further circuits to compare with, by what they are.
-        ablation: what the other edges carry.
+        ablation: what the other edges carry; with `optimal` constants that are learned for the circuit on `find`.
         shift: as in `score_edges`.
         n_random: how many random circuits of the same size it is compared with.
         n_curves: how many random rankings the curve is compared with.
@@ -448,7 +454,15 @@ def evaluate(
         "shift": shift,
         "batch": batch,
         "memory": memory,
+        "seed": seed,
     }
+    if ablation == "optimal":
+        if find is None:
+            raise ValueError(
+                "ablation optimal: constants are learned on the find half and none was given; expected find=task.find"
+            )
+        learned = learn_constants(graph, find, kept, batch=batch, memory=memory)
+        settings["constants"] = learned
     rng, more = np.random.default_rng(seed), dict(others or {})
     fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
     randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]

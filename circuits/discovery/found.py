@@ -12,9 +12,11 @@ from jaxtyping import Float
 
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
+from circuits.discovery.building import edge_graph
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
+from circuits.discovery.pruning import PART, prune
 from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
@@ -34,6 +36,7 @@ from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now
 from circuits.graph.circuit import ORDER, CircuitGraph
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tables import Table
 from circuits.tasks.task import Task
@@ -135,14 +138,16 @@ def discover(
         task: the whole task.
         method: how edges are scored, see `score_edges`.
         search: `top`: the most important edges; `greedy`: grown backwards from the output; `refine`: from three times
-            as many, dropping those with the smallest exact effect; `acdc`: from all, dropping what is not needed.
+            as many, dropping those with the smallest exact effect; `acdc`: from all, dropping what is not needed;
+            `pruning`: a mask over all edges that is learned.
         size: how many edges to keep; 50, or a quarter of a graph of fewer than 200, if None.
         threshold: of `acdc`: how much worse the metric may get by an edge that is dropped.
         ranking: by the size of scores, or by sign.
         direction: of `exact`.
         steps: of integrated gradients.
         rule: of integrated gradients.
-        ablation: what edges outside the circuit carry.
+        ablation: what edges outside the circuit carry. With `optimal` edges are scored by means, the search
+            `pruning` learns what they carry together with the mask, and the evaluation learns it for the circuit.
         shift: see `score_edges`.
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
         check_on: the half of the examples on which they are patched.
@@ -161,12 +166,14 @@ def discover(
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
     """
     _check_choices(graph, method, search, size, threshold, ranking)
+    if ablation == "optimal":
+        _check_optimal(search, alternatives)
     n = size or usual_size(graph)
     if check_on not in get_args(CheckOn):
         raise ValueError(f"check_on {check_on!r}: expected find or test")
     find, test = task.find, task.test
     settings: dict[str, Any] = {
-        "ablation": ablation,
+        "ablation": "mean" if ablation == "optimal" else ablation,
         "shift": shift,
         "batch": batch,
         "memory": memory,
@@ -179,7 +186,7 @@ def discover(
         **settings,
     }
     scores = score_edges(graph, find, method, progress=stage("scores"), keep=keep, **scoring)
-    runs = Runs(graph, find, **settings)
+    runs = Runs(graph, find, seed=seed, **settings)
     checked = None
     if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
@@ -187,25 +194,38 @@ def discover(
         checked = check_scores(other_runs, scores, seed=seed, progress=stage("agreement"), **more)
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
-    kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
+    if search == "pruning":
+        smaller: dict[str, Any] = settings | {"batch": min(batch, PART)}
+        some = Runs(graph, find, seed=seed, **smaller)
+        kept = prune(
+            some, n, optimal=ablation == "optimal", seed=seed, progress=stage("search"), keep=keep
+        )
+    else:
+        kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
 
     def choose(mean: Float[np.ndarray, " edge"]) -> Mask:
         return pick(importance(mean, scores.better, ranking))
 
     again = stability(scores, kept, choose, seed=seed) if search in ("top", "greedy") else None
     others, notes = _nulls(graph, pick, other or {})
+    if ablation == "optimal":
+        notes = (
+            "edges were scored by mean ablation: optimal constants belong to a circuit",
+            *notes,
+        )
     if method != "random" and find.compared:
         told = stage("scores with answers swapped")
         null = score_edges(graph, swapped(find, seed), method, progress=told, **scoring)
         others[SWAPPED] = choose(null.mean)
+    evaluating: dict[str, Any] = settings | {"ablation": ablation}
     made = evaluate(
         graph, test, kept, scores=scores, ranking=ranking, find=find, others=others, n_random=n_random,
-        n_curves=n_curves, seed=seed, progress=stage("evaluation"), **settings,
+        n_curves=n_curves, seed=seed, progress=stage("evaluation"), **evaluating,
     )  # fmt: skip
     further = None
     if alternatives and made.defined:
         further = find_alternatives(
-            runs, Runs(graph, test, **settings), kept, scores.worth(ranking), pick, alternatives, seed,
+            runs, Runs(graph, test, seed=seed, **settings), kept, scores.worth(ranking), pick, alternatives, seed,
             stage("alternatives"),
         )  # fmt: skip
     paired = None
@@ -252,6 +272,19 @@ def _check_choices(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
+
+
+def _check_optimal(search: Search, alternatives: int) -> None:
+    """Raise ValueError if a search tries circuits one by one, for each of which constants would have to be learned."""
+    if search in ("refine", "acdc"):
+        raise ValueError(
+            f"ablation optimal: constants are learned for a circuit, and the search {search} tries many; expected the "
+            "search top, greedy or pruning"
+        )
+    if alternatives:
+        raise ValueError(
+            f"alternatives {alternatives}: other circuits have other constants; expected 0 with the ablation optimal"
+        )
 
 
 def _searched(
@@ -320,13 +353,29 @@ def circuit_graph(
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
-            "by": "discover", "grain": graph.grain, "task": task.name, "task_hash": task.hash,
-            "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
+            "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
+            "task_hash": task.hash, "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
             "seed": scores.record.seed, "edges": [list(graph.edges[e]) for e in edges],
             "scores": [float(scores.mean[e]) for e in edges],
         },
     }  # fmt: skip
     return made
+
+
+def graph_of(circuit: CircuitGraph, model: HookedModel) -> EdgeGraph:
+    """The graph in which a circuit was found.
+
+    Args:
+        circuit: the circuit.
+        model: its model, with the same autoencoders.
+
+    Raises:
+        ValueError, KeyError: if the circuit was made in another way, or the model lacks what it was found between.
+    """
+    edges_of(circuit)
+    graph = edge_graph(model, **circuit.graph["made"].get("graph", {}))
+    graph.mask(edges_of(circuit))
+    return graph
 
 
 def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:

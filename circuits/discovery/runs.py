@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.discovery.ablations import Ablation, AlignedMeans, resampled
 from circuits.discovery.graphs import Cut, EdgeGraph
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
@@ -32,9 +33,8 @@ from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site
 
-Ablation = Literal["counterpart", "mean", "zero"]
-"""What an edge that is not in a circuit carries: what it carries on the counterpart; the mean over the task's examples
-and positions; nothing."""
+_RUNS = ("counterpart", "resample")
+"""The ablations by which edges carry what they carry in another run."""
 
 _VECTORS = 4096
 """How many vectors (examples times positions) a pass on a CPU has at most: more no longer fit into its caches."""
@@ -89,10 +89,12 @@ class Runs:
         shift: by how many positions the counterpart's position embedding is rolled.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
+        seed: of the other examples that are drawn by the ablation `resample`.
+        constants: of the ablation `optimal`: what each site is given, as `discovery.optimal` learns it.
 
     Raises:
-        ValueError: if the model is edited, or the task was made for another vocabulary or has no counterparts where
-            they are needed.
+        ValueError: if the model is edited, the task was made for another vocabulary or has no counterparts where they
+            are needed, or its texts do not fit the ablation.
     """
 
     def __init__(
@@ -104,12 +106,16 @@ class Runs:
         shift: int = 0,
         batch: int = BATCH,
         memory: int = MEMORY,
+        seed: int = 0,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         model = graph.model
         if model.edited:
             raise ValueError(f"model {model.name} is edited: look for circuits outside the edit")
-        if ablation not in ("counterpart", "mean", "zero"):
-            raise ValueError(f"ablation {ablation!r}: expected counterpart, mean or zero")
+        if ablation not in get_args(Ablation):
+            raise ValueError(
+                f"ablation {ablation!r}: expected one of {', '.join(get_args(Ablation))}"
+            )
         if shift and ablation != "counterpart":
             raise ValueError(
                 f"shift {shift} is of counterparts' positions: it does not go with the ablation {ablation}"
@@ -117,7 +123,13 @@ class Runs:
         check_model(model, task)
         if ablation == "counterpart" and task.counterparts is None:
             raise ValueError(
-                f"task {task.name} has no counterparts: choose the ablation mean or zero, or a task with counterparts"
+                f"task {task.name} has no counterparts: choose the ablation resample, mean or zero, or a task with "
+                "counterparts"
+            )
+        if (ablation == "optimal") != (constants is not None):
+            raise ValueError(
+                f"ablation {ablation}: constants belong to the ablation optimal, which needs those that were learned "
+                "for a circuit, and to no other"
             )
         self.graph, self.task, self.model, self.metric = graph, task, model, task.metric
         self.ablation, self.batch, self.memory = ablation, batch, memory
@@ -134,7 +146,20 @@ class Runs:
         self._pairs: list[Pair] | None = None
         self._starts: dict[str, Restart | None] = {}
         self._shift = shift
-        self._means = self._mean_run() if ablation == "mean" else None
+        self._source = resampled(task, seed) if ablation == "resample" else task
+        self._constants = self._mean_run() if ablation == "mean" else constants
+        self._aligned = self._aligned_means() if ablation.startswith("mean-by-") else None
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """What each site is given, at all positions of all examples, by the ablations `mean` and `optimal`.
+
+        Raises:
+            ValueError: if the ablation is another.
+        """
+        if self._constants is None:
+            raise ValueError(f"ablation {self.ablation} has no constants: expected mean or optimal")
+        return self._constants
 
     # --- the two runs ----------------------------------------------------------------------------
 
@@ -153,16 +178,16 @@ class Runs:
         self._pairs = kept if size <= self.memory else None
 
     def _made_pairs(self) -> Iterator[Pair]:
-        for part in self.task.batches(self.batch):
-            placed = self.graph.placed(self.task, part)
+        for part in self._source.batches(self.batch):
+            placed = self.graph.placed(self._source, part)
             clean, intact = self.read(part, part.inputs)
-            if self.ablation == "counterpart":
+            if self.ablation in _RUNS:
                 assert part.counterparts is not None, "checked before"
                 edits = self._rolled()
                 other, corrupted = self.read(part, part.counterparts, edits)
                 yield Pair(part, clean | placed, other | placed, intact, corrupted, {}, edits)
             else:
-                yield Pair(part, clean | placed, self._filled(clean) | placed, intact, None)
+                yield Pair(part, clean | placed, self._filled(part, clean) | placed, intact, None)
 
     def read(
         self,
@@ -210,14 +235,28 @@ class Runs:
             count += len(part) if images else float(mask.sum())
         return {name: total / count for name, total in totals.items()}
 
-    def _filled(self, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What edges carry that are replaced by means or by nothing."""
+    def _aligned_means(self) -> AlignedMeans:
+        """The mean of each site over the task's examples, at each position."""
+        names = self._given
+        runs = ((part, self.read(part, part.inputs)[0]) for part in self.task.batches(self.batch))
+        read = ((part, {name: clean[name] for name in names}) for part, clean in runs)
+        return AlignedMeans.of(self.task, read, self.ablation == "mean-by-template")
+
+    @property
+    def _given(self) -> list[str]:
+        """The sites that are given something else where edges carry what they carry in no run."""
         # What targets read is left out: it would be given as it is where all edges of a target are off, and is no
         # sum of means.
-        names = [n for n in self.graph.reads if n not in self.graph.slopes]
-        if self._means is None:
+        return [n for n in self.graph.reads if n not in self.graph.slopes]
+
+    def _filled(self, part: TaskBatch, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What edges carry that are replaced by means, by constants or by nothing."""
+        names = self._given
+        if self._aligned is not None:
+            return self._aligned.filled(self.task, part, clean, names)
+        if self._constants is None:
             return {name: torch.zeros_like(clean[name]) for name in names}
-        return {name: self._means[name].to(clean[name]).expand_as(clean[name]) for name in names}
+        return spread_out(self._constants, clean, names)
 
     # --- readings --------------------------------------------------------------------------------
 
@@ -281,6 +320,8 @@ class Runs:
             off: for each set and edge 1 if it carries what it carried in the other run.
             alone: the one site at which targets are given something else, for sets of edges into its targets: what
                 sources put out is then that of the clean run, to the bit.
+
+        Gradients lead back to `off` and to what patched edges carry, where these require one.
         """
         touched = ((off.detach() != 0).any(0) | off.requires_grad).numpy()
         sites = {self.graph.first_site(int(t)) for t in {*self.graph.ends[touched, 1]}}
@@ -304,7 +345,8 @@ class Runs:
         changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
         cut = self._cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)
-        tensors, output = self._run(pair, n, begin, edits, reached)
+        grad = off.requires_grad or any(value.requires_grad for value in pair.other.values())
+        tensors, output = self._run(pair, n, begin, edits, reached, grad)
         # What lies before the start is the clean run's.
         before = [s.name for s in self.ends if s.name not in tensors]
         whole = {name: copies(pair.clean[name], n) for name in before}
@@ -332,13 +374,16 @@ class Runs:
         begin: Restart | None,
         changes: Mapping[str, Change],
         reached: frozenset[str] | None = None,
+        grad: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         inputs, mask = pair.part.inputs, pair.part.mask
         if begin is None:
             inputs = copies(inputs, n)
             mask = None if mask is None else copies(mask, n)
             edits = merged(self.model, pair.edits, changes)
-            cache = self.model.run(inputs, mask=mask, read=self.ends, edits=edits, until=self.last)
+            cache = self.model.run(
+                inputs, mask=mask, read=self.ends, edits=edits, until=self.last, grad=grad
+            )
             return {s.name: cache[s] for s in self.ends}, output_of(cache)
 
         def putting(site: str) -> Change:
@@ -352,7 +397,9 @@ class Runs:
 
         edits = dict(changes) | {s: putting(s) for s in (begin.site.name, *begin.also)}
         ends = [s for s in self.ends if self._after(s, begin.site, reached)]
-        cache = self.model.run(begin.inputs(inputs), read=ends, edits=edits, until=self.last)
+        cache = self.model.run(
+            begin.inputs(inputs), read=ends, edits=edits, until=self.last, grad=grad
+        )
         return {s.name: cache[s] for s in ends}, output_of(cache)
 
     def _after(self, site: Site, begin: Site, reached: frozenset[str] | None) -> bool:
@@ -428,6 +475,13 @@ class Runs:
         vectors = rows * like.numel() // like.shape[-1]
         worth = _NUMBERS // like.numel() if maps else _VECTORS // max(1, vectors)
         return min(fitting, max(1, worth))
+
+
+def spread_out(
+    constants: Mapping[str, Tensor], clean: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Constants at some sites, the same at all positions of all examples of a batch."""
+    return {name: constants[name].to(clean[name]).expand_as(clean[name]) for name in names}
 
 
 def stacked(places: Places, times: int, n_rows: int) -> Places:

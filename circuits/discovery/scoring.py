@@ -102,11 +102,11 @@ def score_edges(
             that it carries what it carries in the intact one.
         steps: of `eap-ig` and `eap-ig-activations`: how many gradients are averaged.
         rule: where they are taken.
-        ablation: what an edge carries that is removed.
+        ablation: what an edge carries that is removed; not `optimal`, whose constants belong to a circuit.
         shift: by how many positions the counterpart's position embedding is rolled.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
-        seed: of `random`, and of intervals.
+        seed: of `random`, of the examples that the ablation `resample` draws, and of intervals.
         progress: called with the work done and the total, in examples.
         keep: keeps the numbers of each batch, so that a run which is stopped goes on.
 
@@ -115,11 +115,16 @@ def score_edges(
             definition (KL divergence) and the method takes it only there, or a score is not finite.
     """
     _check(method, direction, task)
+    if ablation == "optimal":
+        raise ValueError(
+            "ablation optimal: its constants are learned for a circuit, not for single edges; expected another to "
+            "score edges by, such as mean"
+        )
     notes: tuple[str, ...] = ()
     if method in SIZES and ablation == "counterpart" and task.counterparts is None:
         ablation = "zero"
         notes = ("the task has no counterparts: edges that are removed carry nothing",)
-    runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory)
+    runs = Runs(graph, task, ablation=ablation, shift=shift, batch=batch, memory=memory, seed=seed)
     settings: dict[str, Any] = {"grain": graph.grain, "ablation": ablation}
     settings |= {"shift": shift} if shift else {}
     settings |= {"direction": direction} if method == "exact" else {}

@@ -21,7 +21,7 @@ from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, make_now
 from circuits.progress import Progress
 
-Search = Literal["top", "greedy", "refine", "acdc"]
+Search = Literal["top", "greedy", "refine", "acdc", "pruning"]
 
 SEARCHES: tuple[str, ...] = get_args(Search)
 

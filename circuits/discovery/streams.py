@@ -264,7 +264,7 @@ class StreamGraph(EdgeGraph):
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Change]:
         patches: dict[Receiver, Tensor] = {}
-        anywhere = (off.detach() != 0).any(0).numpy()
+        anywhere = ((off.detach() != 0).any(0) | off.requires_grad).numpy()
         shape = len(off), len(self.stream.senders), self._n_spans
         for number, (edges, places) in enumerate(self._tables):
             if anywhere[edges].any():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.hooks import Change
@@ -236,19 +236,27 @@ def _patched_receivers(stream: Stream, patches: Patches) -> list[_PatchedReceive
         off = off * (present if off.ndim == 2 else present[..., None])
         if receiver.kind in STREAMS:
             present = present * (1 - off)
-        which = (off.detach() != 0).flatten(1).any(1)
+        which = _touched(stream, receiver, off).any(1)
         if which.any():
             key = stream.input_site(receiver), which.numpy().tobytes()
             together.setdefault(key, []).append((receiver, off))
     found = []
     for some in together.values():
         off = torch.stack([off for _, off in some], 2)
-        there = (off.detach() != 0).flatten(2).any(2)
-        index = there.any(1).nonzero()[:, 0]
-        used = there.any(0)
+        touched = torch.stack([_touched(stream, receiver, own) for receiver, own in some], -1)
+        index = touched.flatten(1).any(1).nonzero()[:, 0]
+        used = touched.any(2).any(0)
         senders = tuple(s for s, own in zip(stream.senders, used.tolist(), strict=True) if own)
         found.append(_PatchedReceivers(tuple(r for r, _ in some), index, off[index], senders))
     return found
+
+
+def _touched(
+    stream: Stream, receiver: Receiver, off: Float[Tensor, "set sender *span"]
+) -> Bool[Tensor, "set sender"]:
+    """Which senders are replaced, or could be: where a gradient is asked for, it is also that at 0."""
+    replaced = (off.detach() != 0).reshape(*off.shape[:2], -1).any(2)
+    return replaced | stream.reaching(receiver) if off.requires_grad else replaced
 
 
 def changes_of(
@@ -368,12 +376,12 @@ class _Pass:
             put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
             heads = receiver.kind in ("q", "k", "v")
             at = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
-            put = put[..., receiver.head, :] if heads else put.expand_as(made[at])
+            own = made[at]
+            put = put[..., receiver.head, :] if heads else put.expand_as(own)
             if span is not None:
-                put = torch.where(
-                    off[off.any(1)][:, span][..., None].to(made.device), put, made[at]
-                )
-            made[at] = put
+                put = torch.where(off[off.any(1)][:, span][..., None].to(made.device), put, own)
+            # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
+            made[at] = put + (own - own.detach()) if own.requires_grad else put
 
     def _received(self, one: _PatchedReceivers) -> Tensor:
         """The change of receivers' inputs: set x example x position x …"""

@@ -85,9 +85,7 @@ def class_against_class(
         )
     groups = parse_classes(model, first), parse_classes(model, second)
     if both := set(groups[0]) & set(groups[1]):
-        raise ValueError(
-            f"class {min(both)} is both in {first!r} and in {second!r}"
-        )
+        raise ValueError(f"class {min(both)} is both in {first!r} and in {second!r}")
     random, chosen = Random(seed), list[list[int]]()
     for name, own in zip((first, second), groups, strict=True):
         there = [i for i, label in enumerate(labels) if label in own]

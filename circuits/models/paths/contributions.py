@@ -76,9 +76,10 @@ def stream_change(
     passed = stream.mlps_before(receiver)
 
     def mixed(sender_site: str, index: slice) -> Tensor | None:
-        """The change that some senders make together; None if no set replaces any of them."""
+        """The change that some senders make together; None if no set replaces any, and no gradient is asked for."""
         weights = off[:, index].to(total)
-        if not weights.any():
+        sloped = weights.requires_grad and sender_site in written
+        if not sloped and not weights.any():
             return None
         change = written[sender_site]
         if isinstance(change, PartsChange):
