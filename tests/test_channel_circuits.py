@@ -60,8 +60,9 @@ def test_scores_are_checked_on_other_examples() -> None:
 def test_discover_finds_what_decides_between_two_classes(capsys: Any, tmp_path: Path) -> None:
     words = [
         "discover", "shapes", "--weights", "untrained", "--workspace", str(tmp_path), "--data", "shapes", "--labels",
-        "names", "--class", "curve 90°", "--other-class", "curve 270°", "--limit", "24", "--sites", "mixed3b,logits",
-        "--method", "eap", "--check", "0", "--random", "2", "--size", "20", "--shuffled", "--json",
+        "names", "--class", "curve 90°", "--other-class", "curve 270°", "--limit", "12", "--sites",
+        "mixed3b:0-7,logits", "--method", "eap", "--check", "0", "--random", "2", "--random-rankings", "0", "--size",
+        "20", "--shuffled", "--json",
     ]  # fmt: skip
     assert run(words) == 0
     said = json.loads(capsys.readouterr().out)
