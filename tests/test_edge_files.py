@@ -329,6 +329,10 @@ def test_graphs_of_other_grains_are_refused(
         write_edges(tmp_path / "a.json", by_group, *nothing)
     with pytest.raises(ValueError, match=r"expected a name that ends in \.json or \.pt"):
         write_edges(tmp_path / "a.csv", llama, *values_of(llama))
+    with pytest.raises(
+        ValueError, match="files of edges are of whole heads and MLPs at all positions"
+    ):
+        Layout(edge_graph(gpt2.model, neurons="0"))
     with pytest.raises(ValueError, match="files of edges are of transformers' heads and MLPs"):
         Layout(ChannelGraph(own_net))
     assert [named(n) for n in ("token", "mlp:3", "2.10", "2.10.v")] == [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from typer import Typer
 
 from circuits.cli import options
@@ -17,16 +18,19 @@ from circuits.cli.signatures import Within, argument, command, option
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
+from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import CheckOn, edges_of, usual_size
 from circuits.discovery.found import discover as found_circuit
-from circuits.discovery.graphs import Edge
+from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
-from circuits.discovery.results import Ranking
+from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import Search
+from circuits.discovery.searching import Search, check_size
+from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
+from circuits.discovery.streams import BY_HEAD
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
@@ -113,6 +117,9 @@ def discover(
         check=Within(0, 20),
     )] = 0,
     save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
+    scores: Annotated[str, option(
+        "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do."
+    )] = "",
     note: options.Note = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -122,6 +129,8 @@ def discover(
     loaded = model.load()
     asked = task.compile(loaded, seed)
     graph = grain.graph(loaded, asked)
+    if scores:
+        check_writable(scores, graph)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
@@ -147,6 +156,8 @@ def discover(
                 grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
                 **own | {"alternatives": 0, "pairs": 0, "other": {}},
             )  # fmt: skip
+    if scores:
+        write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
     if save:
         save_circuit(place.database, save, found.circuit, note)
         model.register(loaded)
@@ -167,7 +178,10 @@ def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[st
 @command(app)
 def evaluate(
     model: options.Model,
-    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
+    circuit: Annotated[str, argument(
+        "The name of a circuit that `circuits discover --save` kept, or a file of edges: .json, .pt of MIB and EAP-IG, "
+        ".pth or .pkl of ACDC."
+    )],
     task: options.CounterpartTask,
     grain: Grain,
     output: options.FigureOutput,
@@ -175,6 +189,9 @@ def evaluate(
     ablation: Ablating = "counterpart",
     shift: Shift = 0,
     random: Random = N_RANDOM,
+    size: Annotated[int | None, option(
+        "Of a file with scores: evaluate as many of its strongest edges instead of its circuit.", check=Within(1)
+    )] = None,
     other: Other = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -182,14 +199,24 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    edges = _saved(model.place, loaded, circuit, version)
+    is_file = Path(circuit).suffix in SUFFIXES
+    edges = () if is_file else _saved(model.place, loaded, circuit, version)
     more = _others(model.place, loaded, other)
     graph = grain.graph(loaded, asked, sum(more.values(), edges))
+    _check_kv(model.place, graph, [*([] if is_file else [circuit]), *more])
+    if is_file and version is not None:
+        raise ValueError(f"--version {version} belongs to saved circuits; {circuit!r} is a file")
+    if size is not None and not is_file:
+        raise ValueError(
+            f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
+        )
+    kept, scores = _of_file(circuit, graph, asked.test, size) if is_file else (edges, None)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
             asked.test,
-            edges,
+            kept,
+            scores=scores,
             find=asked.find if ablation == "optimal" else None,
             ablation=ablation,
             shift=shift,
@@ -234,6 +261,7 @@ def compare(
     if circuit:
         one, other = (_saved(model.place, loaded, name, None) for name in (circuit, another))
         graph = grain.graph(loaded)
+        _check_kv(model.place, graph, [circuit, another])
         graph.mask([*one, *other])
         made = compare_circuits(one, other, len(graph))
         output.show(made, made.tables(top))
@@ -264,6 +292,34 @@ def compare(
         made = compare_models(graphs, asked, method, size=n, progress=progress, **scoring)
     output.show(made, made.tables(top))
     output.draw(lambda figures: figures.series_figure(made))
+
+
+def _of_file(
+    path: str, graph: EdgeGraph, task: Task, size: int | None
+) -> tuple[np.ndarray, EdgeScores | None]:
+    """Which edges a file's circuit has, or its strongest ones, and its scores if it has any."""
+    found = read_edges(path, graph)
+    scores = None if found.scores is None else found.scored(graph, task)
+    if size is not None:
+        if scores is None:
+            raise ValueError(f"--size {size} belongs to a file with scores; {path!r} has none")
+        check_size(graph, size)
+        return strongest_edges(graph, scores.worth(), size), scores
+    if not found.kept.any():
+        raise ValueError(
+            f"file {path!r} marks no edge as in_graph: expected a circuit, or scores with --size N for the N strongest"
+        )
+    return found.kept, scores
+
+
+def _check_kv(place: Workspace, graph: EdgeGraph, names: Sequence[str]) -> None:
+    """Raise ValueError if a saved circuit has keys and values by query head and the graph has not, or vice versa."""
+    for name in names:
+        made = load_circuit(place.database, name, graph.model.hash).graph.get("made", {})
+        by_head, here = (BY_HEAD in str(g) for g in (made.get("grain"), graph.grain))
+        if by_head != here:
+            kv = "head" if by_head else "group"
+            raise ValueError(f"circuit {name!r} has keys and values by {kv}: expected --kv {kv}")
 
 
 def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:

@@ -190,7 +190,7 @@ def discover(
     checked = None
     if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
-        other_runs = runs if check_on == "find" else Runs(graph, test, **settings)
+        other_runs = runs if check_on == "find" else Runs(graph, test, seed=seed, **settings)
         checked = check_scores(other_runs, scores, seed=seed, progress=stage("agreement"), **more)
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
