@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from circuits.discovery import EdgePairs, EdgeScores, Runs, pair_edges, score_edges
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.pairs import Effects
+from circuits.discovery.searching import values_of
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.metrics import UnitActivation
 from tests.conftest import seeded
@@ -342,3 +343,16 @@ def test_smaller_maps_have_more_sets_in_a_pass() -> None:
     (pair,) = runs.pairs()
     assert runs.sets_per_pass(pair) == 2**19 // (3 * 3 * 16 * 16)
     assert runs.sets_per_pass(pair, "relu3") > runs.sets_per_pass(pair, "relu2")
+
+
+def test_circuits_that_are_the_same_are_measured_once() -> None:
+    model = net("plain")
+    runs = Runs(ChannelGraph(model), task_of(model))
+    empty, full = np.zeros(len(runs.graph), bool), np.ones(len(runs.graph), bool)
+    told: list[tuple[int, int]] = []
+    found = values_of(
+        runs, [empty, full, empty, full, empty], lambda done, n: told.append((done, n))
+    )
+    assert {n for _, n in told} == {2 * 3}
+    np.testing.assert_array_equal(found, found[[0, 1, 0, 1, 0]])
+    assert (found[0] != found[1]).all()
