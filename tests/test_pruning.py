@@ -62,6 +62,27 @@ def test_gradients_of_masks_of_a_transformer_are_those_by_definition(
     assert (off.grad[0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("grain", [{"neurons": "all"}, {"spans": "0-2,3-"}, {"kv": "head"}])
+def test_gradients_of_masks_are_slopes_at_every_grain(grain: dict[str, Any]) -> None:
+    model, _ = llama_like()
+    clean, corrupted = drawn()
+    graph = edge_graph(model, **grain)
+    runs = Runs(graph, pairs(model, clean, corrupted, weighed))
+    (pair,) = runs.pairs()
+    rng = torch.Generator().manual_seed(3)
+    off = torch.rand(2, len(graph), generator=rng)
+    off[:, ::4] = 0
+    way = torch.randn(2, len(graph), generator=rng)
+    leaf = off.clone().requires_grad_()
+    with recording_gradients():
+        runs.patched(pair, leaf).sum().backward()
+    assert leaf.grad is not None
+    step = 1e-2
+    up, down = (runs.patched(pair, off + sign * step * way).sum(1) for sign in (1, -1))
+    found = (leaf.grad * way).sum(1).double()
+    torch.testing.assert_close(found, (up - down) / (2 * step), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("gate", ["or", "and", "2a-b"])
 def test_gradients_of_masks_of_channels_are_those_by_definition(gate: str) -> None:
     planted = as_convolutions(GATES[gate])
@@ -248,6 +269,19 @@ def test_constants_are_what_the_circuit_is_evaluated_with_and_no_worse_than_mean
     for sites, _ in graph.source_sites():
         for site in sites:
             assert torch.equal(pair.other[site], constants[site].float().expand_as(pair.clean[site]))  # fmt: skip
+
+
+@pytest.mark.parametrize("grain", [{"neurons": "all"}, {"spans": "0-2,3-"}, {"kv": "head"}])
+def test_constants_are_learned_at_every_grain(grain: dict[str, Any]) -> None:
+    model, _ = llama_like()
+    graph, task = edge_graph(model, **grain), pairs(model, *drawn(4), weighed)
+    kept = np.random.default_rng(2).random(len(graph)) < 0.5
+    constants = learn_constants(graph, task, kept, steps=10)
+    by_means = Runs(graph, task, ablation="mean")
+    optimal = Runs(graph, task, ablation="optimal", constants=constants)
+    full = np.ones(len(graph), bool)
+    before, after = (values_of(runs, [full, kept]) for runs in (by_means, optimal))
+    assert ((after[1] - after[0]) ** 2).mean() < 0.9 * ((before[1] - before[0]) ** 2).mean()
 
 
 def test_constants_of_a_hand_made_gate_are_those_worked_out_by_hand() -> None:

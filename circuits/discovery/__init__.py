@@ -9,6 +9,7 @@ from circuits.discovery.evaluating import Evaluation, evaluate
 from circuits.discovery.found import Discovery, discover, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
+from circuits.discovery.pruning import prune
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
@@ -43,6 +44,7 @@ __all__ = [
     "find_alternatives",
     "greedy",
     "pair_edges",
+    "prune",
     "refine",
     "score_edges",
     "strongest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import LIMIT, EdgeGraph
@@ -65,7 +66,27 @@ def edge_graph(
         ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or
             spans, neurons or latents of another model, or spans do not hold each position once.
     """
-    named = Spans.parse(spans if isinstance(spans, str) else ",".join(spans)) if spans else None
+    words = spans if isinstance(spans, str) else ",".join(spans)
+    graph = _built(model, sites, kv, words, neurons, latents, limit)
+    given: dict[str, Any] = {
+        "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons, "latents": [*map(str, latents)],
+        "limit": limit,
+    }  # fmt: skip
+    usual = {"kv": "group", "limit": LIMIT}
+    graph.choices = {k: v for k, v in given.items() if v and v != usual.get(k)}
+    return graph
+
+
+def _built(
+    model: HookedModel,
+    sites: Sequence[str],
+    kv: KeysValues,
+    spans: str,
+    neurons: str,
+    latents: Sequence[str | Units],
+    limit: int,
+) -> EdgeGraph:
+    named = Spans.parse(spans) if spans else None
     if isinstance(model.input, ImageInput) and named is not None:
         raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
     units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]

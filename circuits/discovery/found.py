@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
+from circuits.discovery.building import edge_graph
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
@@ -35,6 +36,7 @@ from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now
 from circuits.graph.circuit import ORDER, CircuitGraph
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tables import Table
 from circuits.tasks.task import Task
@@ -188,7 +190,7 @@ def discover(
     checked = None
     if method not in ("exact", "random", *SIZES) and check != 0:
         more = {} if check is None else {"n": check}
-        other_runs = runs if check_on == "find" else Runs(graph, test, **settings)
+        other_runs = runs if check_on == "find" else Runs(graph, test, seed=seed, **settings)
         checked = check_scores(other_runs, scores, seed=seed, progress=stage("agreement"), **more)
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
@@ -351,13 +353,29 @@ def circuit_graph(
     made.graph |= {
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
-            "by": "discover", "grain": graph.grain, "task": task.name, "task_hash": task.hash,
-            "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
+            "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
+            "task_hash": task.hash, "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
             "seed": scores.record.seed, "edges": [list(graph.edges[e]) for e in edges],
             "scores": [float(scores.mean[e]) for e in edges],
         },
     }  # fmt: skip
     return made
+
+
+def graph_of(circuit: CircuitGraph, model: HookedModel) -> EdgeGraph:
+    """The graph in which a circuit was found.
+
+    Args:
+        circuit: the circuit.
+        model: its model, with the same autoencoders.
+
+    Raises:
+        ValueError, KeyError: if the circuit was made in another way, or the model lacks what it was found between.
+    """
+    edges_of(circuit)
+    graph = edge_graph(model, **circuit.graph["made"].get("graph", {}))
+    graph.mask(edges_of(circuit))
+    return graph
 
 
 def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +61,7 @@ class EdgeGraph(ABC):
         input_sites: the sites at which the model's input enters the graph; between the input of two runs, gradients are
             integrated there.
         whole: whether the run with every edge patched is the other run.
+        choices: what `edge_graph` was asked for besides the model, as it takes it; it makes the same graph again.
     """
 
     model: HookedModel
@@ -69,6 +72,7 @@ class EdgeGraph(ABC):
     feeds: tuple[tuple[int, ...], ...]
     input_sites: tuple[str, ...]
     whole: bool = True
+    choices: Mapping[str, Any] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.ends)

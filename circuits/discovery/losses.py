@@ -59,8 +59,9 @@ class Distance:
             constants: what patched edges carry, in the place of what they carry in the pair's other run.
         """
         if constants is not None:
-            given = {name: value for name, value in pair.other.items() if name in constants}
-            pair = replace(pair, other=spread_out(constants, pair.clean, [*given]))
+            names = [name for name in pair.other if name in constants]
+            given = spread_out(constants, pair.clean, names)
+            pair = replace(pair, other={**pair.other, **given})
         apart = _apart(self.runs, pair, self.runs.patched(pair, off))
         return apart.mean() / self.whole
 

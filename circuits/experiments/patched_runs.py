@@ -378,10 +378,12 @@ class _Pass:
             at = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
             own = made[at]
             put = put[..., receiver.head, :] if heads else put.expand_as(own)
+            if own.requires_grad:
+                # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
+                put = put + (own - own.detach())
             if span is not None:
                 put = torch.where(off[off.any(1)][:, span][..., None].to(made.device), put, own)
-            # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
-            made[at] = put + (own - own.detach()) if own.requires_grad else put
+            made[at] = put
 
     def _received(self, one: _PatchedReceivers) -> Tensor:
         """The change of receivers' inputs: set x example x position x …"""

@@ -93,7 +93,8 @@ class PartsChange:
             span: the span that each position is in.
         """
         n = len(self.directions)
-        used = (weights.detach() != 0).transpose(0, 1).flatten(1).any(1)[:n].nonzero()[:, 0]
+        some = (weights.detach() != 0) | weights.requires_grad  # a gradient is also that at 0
+        used = some.transpose(0, 1).flatten(1).any(1)[:n].nonzero()[:, 0]
         activations, directions = self.activations[..., used], self.directions[used]
         made = []
         for weight in weights.unbind(2):
