@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from circuits.autoencoders import Autoencoder
+from circuits.autoencoders import FILE, About, Autoencoder, save_autoencoder
+from circuits.cli.main import run
 from circuits.discovery import EdgeScores, Runs, discover, edge_graph, edges_of, score_edges
 from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import active_latents
@@ -25,6 +27,7 @@ from circuits.models.zoo.loading import load_model
 from circuits.tasks import Task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.task import default_metric
+from tests.commands import output
 from tests.edge_oracle import Network, Oracle, See, TransformerEdges, Values, as_it_is, last_logits
 from tests.plain_transformer import Edge
 from tests.test_discovery import LAST, METHODS, OWN, weighed
@@ -522,3 +525,73 @@ def test_a_circuit_of_neurons_is_found() -> None:
     sources = {s for s, _ in edges_of(found.circuit) if s.startswith("mlp:0:")}
     assert {f"mlp:0:{str(n).rpartition(':')[2]}" for n in neurons} == sources
     assert len(sources) > 1
+
+
+def test_grains_go_together_with_keys_and_values_by_query_head() -> None:
+    model, _ = llama_like()
+    task = pairs(model, *drawn(), weighed)
+    whole = edge_graph(model, kv="head")
+    graph = edge_graph(model, kv="head", neurons="0", spans="0,1-3,4-")
+    for method in ("eap", "eap-ig"):
+        coarse, fine = score_edges(whole, task, method), score_edges(graph, task, method)
+        total = dict.fromkeys(whole.edges, 0.0)
+        for (source, target), score in zip(fine.edges, fine.mean, strict=True):
+            part = "mlp:0" if source.startswith("mlp:0:") else source
+            total[part, target.partition("@")[0]] += score
+        np.testing.assert_allclose(list(total.values()), coarse.mean, rtol=1e-4, atol=1e-6)
+    # The same edges of all spans and all neurons, patched at once.
+    chosen = {("mlp:0", "1.3.k"), ("0.1", "1.2.v"), ("token", "1.0.q")}
+    mask = torch.tensor([[edge in chosen for edge in whole.edges]]).float()
+    split = [
+        ("mlp:0" if s.startswith("mlp:0:") else s, t.partition("@")[0]) for s, t in graph.edges
+    ]
+    finer = torch.tensor([[edge in chosen for edge in split]]).float()
+    (one,), (other,) = (runs := Runs(whole, task)).pairs(), (fine_runs := Runs(graph, task)).pairs()
+    torch.testing.assert_close(
+        fine_runs.patched(other, finer), runs.patched(one, mask), rtol=1e-5, atol=1e-5
+    )
+    (pair,) = fine_runs.pairs()
+    torch.testing.assert_close(
+        fine_runs.patched(pair, torch.ones(1, len(graph)))[0],
+        fine_runs.corrupted(pair),
+        rtol=0,
+        atol=0,
+    )
+
+
+# --- on the command line -------------------------------------------------------------------------
+
+
+def test_finer_grains_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model("addition-by-hand")
+    width = model.site("blocks.0.hook_mlp_out").width
+    about = About("code", "blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out", model.name, model.hash)
+    eye = torch.eye(width)
+    folder = tmp_path / "saes" / "code"
+    folder.mkdir(parents=True)
+    zeros = torch.zeros(width)
+    save_autoencoder(Autoencoder(eye, zeros, eye, zeros, about=about), folder / FILE)
+    options = ["--workspace", str(tmp_path), "--random", "1"]
+    search = ["--method", "eap", "--check", "0", "--size", "20"]
+    for name, given, wanted in (
+        ("addition-by-hand", ["--neurons", "all"], "mlp:0:"),
+        ("addition-by-hand", ["--spans", "0,1-"], "@1-"),
+        ("addition-by-hand+sae/code", ["--latents", "active"], "sae/code"),
+    ):
+        found = output(capsys, "discover", name, *given, *search, "--save", "found", *options)
+        edges = [" -> ".join(edge) for edge in found["circuit"]["edges"]]
+        assert any(wanted in edge for edge in edges)
+        made = output(capsys, "evaluate", name, "found", *given, *options)
+        assert made["faithfulness"]["value"] == found["evaluation"]["faithfulness"]["value"]
+    for given, said in (
+        (["--latents", "active"], "latents active: addition-by-hand has no autoencoders"),
+        (["--neurons", "2"], "neurons '2': addition-by-hand has the layers 0 to 0"),
+        (["--spans", "0"], "nothing holds the positions behind '0'"),
+        (["--neurons", "all", "--most-edges", "20"], "more than 20; expected about"),
+    ):
+        assert run(["discover", "addition-by-hand", *given, "--workspace", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert said in " ".join(error.split())
+        assert "Traceback" not in error

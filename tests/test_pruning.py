@@ -72,6 +72,7 @@ def test_gradients_of_masks_are_slopes_at_every_grain(grain: dict[str, Any]) -> 
     rng = torch.Generator().manual_seed(3)
     off = torch.rand(2, len(graph), generator=rng)
     off[:, ::4] = 0
+    off[0, graph.edges_into[0]] = 1  # a target that is given to the bit what it was given in the other run
     way = torch.randn(2, len(graph), generator=rng)
     leaf = off.clone().requires_grad_()
     with recording_gradients():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,21 +19,21 @@ from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
-from circuits.discovery.found import CheckOn, edges_of, usual_size
+from circuits.discovery.found import CheckOn, edges_of, graph_of, parts_in, parts_of, usual_size
 from circuits.discovery.found import discover as found_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import Search, check_size
+from circuits.discovery.searching import Mask, Search, check_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
-from circuits.discovery.streams import BY_HEAD
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.files import Keep, keeping, make_now
+from circuits.graph.circuit import CircuitGraph
 from circuits.graph.saved import load_circuit, save_circuit
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
@@ -128,33 +128,33 @@ def discover(
     place = model.place.writable() if save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    graph = grain.graph(loaded, asked)
+    further = _others(model.place, loaded, other)
+    graph = grain.graph(loaded, asked, _all_edges(further))
+    masks = _masks(graph, further)
     if scores:
         check_writable(scores, graph)
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
         "n_random": random, "n_curves": rankings, "pairs": pairs, "alternatives": alternatives,
-        "other": _others(model.place, loaded, other),
     }  # fmt: skip
     keep = (
-        _keep(place, loaded, asked, {"method": method, **asdict(grain), **settings})
+        _keep(place, loaded, asked, {"method": method, "graph": dict(graph.choices), **settings})
         if save
         else make_now
     )
     with output.stages() as stage:
-        found = found_circuit(graph, asked, method, seed=seed, stage=stage, keep=keep, **settings)
+        found = found_circuit(
+            graph, asked, method, seed=seed, stage=stage, keep=keep, other=masks, **settings
+        )
         null = None
         if shuffled:
-            own = {
-                "seed": seed,
-                "stage": lambda name: stage(f"{name}, shuffled weights"),
-                **settings,
-            }
+            own: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
+            own["stage"] = lambda name: stage(f"{name}, shuffled weights")
             twin = randomized(loaded, seed)
             null = found_circuit(
                 grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
-                **own | {"alternatives": 0, "pairs": 0, "other": {}},
+                seed=seed, **own,
             )  # fmt: skip
     if scores:
         write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
@@ -199,18 +199,28 @@ def evaluate(
     """Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."""
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    is_file = Path(circuit).suffix in SUFFIXES
-    edges = () if is_file else _saved(model.place, loaded, circuit, version)
     more = _others(model.place, loaded, other)
-    graph = grain.graph(loaded, asked, sum(more.values(), edges))
-    _check_kv(model.place, graph, [*([] if is_file else [circuit]), *more])
-    if is_file and version is not None:
-        raise ValueError(f"--version {version} belongs to saved circuits; {circuit!r} is a file")
-    if size is not None and not is_file:
-        raise ValueError(
-            f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
-        )
-    kept, scores = _of_file(circuit, graph, asked.test, size) if is_file else (edges, None)
+    is_file = Path(circuit).suffix in SUFFIXES
+    if is_file:
+        if version is not None:
+            raise ValueError(
+                f"--version {version} belongs to saved circuits; {circuit!r} is a file"
+            )
+        graph = grain.graph(loaded, asked, _all_edges(more))
+        kept, scores = _of_file(circuit, graph, asked.test, size)
+    else:
+        if size is not None:
+            raise ValueError(
+                f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
+            )
+        if grain != Grain():
+            raise ValueError(
+                f"circuit {circuit!r} says between which parts it was found: options of parts belong to files"
+            )
+        saved = _saved(model.place, loaded, circuit, version)
+        graph = graph_of(saved, loaded)
+        kept, scores = graph.mask(edges_of(saved)), None
+    masks = _masks(graph, more)
     with output.progress("evaluation") as progress:
         made = evaluated(
             graph,
@@ -220,7 +230,7 @@ def evaluate(
             find=asked.find if ablation == "optimal" else None,
             ablation=ablation,
             shift=shift,
-            others={name: graph.mask(edges) for name, edges in more.items()},
+            others=masks,
             n_random=random,
             seed=seed,
             progress=progress,
@@ -259,11 +269,14 @@ def compare(
         )
     loaded = model.load()
     if circuit:
-        one, other = (_saved(model.place, loaded, name, None) for name in (circuit, another))
-        graph = grain.graph(loaded)
-        _check_kv(model.place, graph, [circuit, another])
-        graph.mask([*one, *other])
-        made = compare_circuits(one, other, len(graph))
+        if grain != Grain():
+            raise ValueError(
+                "saved circuits say between which parts they were found: leave out options of parts"
+            )
+        one, other = (_saved(model.place, loaded, name) for name in (circuit, another))
+        graph = graph_of(one, loaded)
+        _masks(graph, {another: other})
+        made = compare_circuits(edges_of(one), edges_of(other), len(graph))
         output.show(made, made.tables(top))
         return
     asked = task.compile(loaded, seed)
@@ -318,24 +331,41 @@ def _of_file(
     return found.kept, scores
 
 
-def _check_kv(place: Workspace, graph: EdgeGraph, names: Sequence[str]) -> None:
-    """Raise ValueError if a saved circuit has keys and values by query head and the graph has not, or vice versa."""
-    for name in names:
-        made = load_circuit(place.database, name, graph.model.hash).graph.get("made", {})
-        by_head, here = (BY_HEAD in str(g) for g in (made.get("grain"), graph.grain))
-        if by_head != here:
-            kv = "head" if by_head else "group"
-            raise ValueError(f"circuit {name!r} has keys and values by {kv}: expected --kv {kv}")
-
-
-def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, tuple[Edge, ...]]:
-    """The edges of saved circuits, by name."""
+def _others(place: Workspace, model: HookedModel, names: str) -> dict[str, CircuitGraph]:
+    """Saved circuits, by name."""
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    return {name: _saved(place, model, name, None) for name in listed}
+    return {name: _saved(place, model, name) for name in listed}
 
 
 def _saved(
-    place: Workspace, model: HookedModel, name: str, version: int | None
-) -> tuple[Edge, ...]:
-    """The edges of a saved circuit of a model."""
-    return edges_of(load_circuit(place.database, name, model.hash, version))
+    place: Workspace, model: HookedModel, name: str, version: int | None = None
+) -> CircuitGraph:
+    """A saved circuit of a model that says its edges."""
+    circuit = load_circuit(place.database, name, model.hash, version)
+    edges_of(circuit)
+    return circuit
+
+
+def _all_edges(circuits: Mapping[str, CircuitGraph]) -> tuple[Edge, ...]:
+    return tuple(edge for circuit in circuits.values() for edge in edges_of(circuit))
+
+
+def _masks(graph: EdgeGraph, circuits: Mapping[str, CircuitGraph]) -> dict[str, Mask]:
+    """Which edges of a graph each of some circuits has.
+
+    Raises:
+        ValueError: if one was found between other parts.
+    """
+    found = {}
+    for name, circuit in circuits.items():
+        if (own := parts_of(circuit)) != (here := parts_in(graph.choices)):
+            raise ValueError(
+                f"circuit {name!r} was found between other parts ({_said(own)}) than these ({_said(here)}): expected "
+                "circuits of the same parts"
+            )
+        found[name] = graph.mask(edges_of(circuit))
+    return found
+
+
+def _said(parts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parts.items()) or "the usual ones"

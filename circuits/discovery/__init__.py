@@ -15,6 +15,7 @@ from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import score_edges
 from circuits.discovery.searching import acdc, greedy, refine, top
 from circuits.discovery.series import ModelSeries, compare_models
+from circuits.discovery.splitting import active_latents
 from circuits.discovery.stability import SearchStability
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Runs",
     "SearchStability",
     "acdc",
+    "active_latents",
     "check_scores",
     "compare_circuits",
     "compare_models",

@@ -302,17 +302,15 @@ class Evaluation:
         if not self.defined:
             yield self.undefined
             return
-        f, c = self.faithfulness, self.complement_faithfulness
-        rows = [
-            ("circuit", len(self.edges), f.value, between(f.low, f.high), self.p_value),
-            ("circuit, on the find half", len(self.edges), self.on_find, "", ""),
-            (
-                "all other edges",
-                self.n_edges - len(self.edges),
-                c.value,
-                between(c.low, c.high),
-                "",
+        f, c, n = self.faithfulness, self.complement_faithfulness, len(self.edges)
+        rows: list[tuple[Any, ...]] = [
+            ("circuit", n, f.value, between(f.low, f.high), self.p_value),
+            *(
+                []
+                if np.isnan(self.on_find)
+                else [("circuit, on the find half", n, self.on_find, "", "")]
             ),
+            ("all other edges", self.n_edges - n, c.value, between(c.low, c.high), ""),
         ]
         if self.random_faithfulness:
             words = f"random circuits ({len(self.random_faithfulness)})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -124,7 +124,7 @@ def discover(
     n_curves: int = 10,
     pairs: int = 0,
     alternatives: int = 0,
-    other: Mapping[str, Sequence[Edge]] | None = None,
+    other: Mapping[str, Mask] | None = None,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -155,7 +155,7 @@ def discover(
         n_curves: how many random rankings its curve is compared with.
         pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
         alternatives: how many further circuits are looked for that are as good and share little with it.
-        other: the edges of further circuits to compare with, such as another task's, by what they are.
+        other: further circuits to compare with, such as another task's, by what they are.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -195,11 +195,7 @@ def discover(
     # Searches that try edges are not repeated for comparisons: greedy stands in for them.
     pick = partial(top if search == "top" else greedy, graph, n=n)
     if search == "pruning":
-        smaller: dict[str, Any] = settings | {"batch": min(batch, PART)}
-        some = Runs(graph, find, seed=seed, **smaller)
-        kept = prune(
-            some, n, optimal=ablation == "optimal", seed=seed, progress=stage("search"), keep=keep
-        )
+        kept = _pruned(graph, find, n, ablation == "optimal", settings, seed, stage("search"), keep)
     else:
         kept = _searched(runs, scores, search, n, threshold, ranking, pick, stage)
 
@@ -245,10 +241,10 @@ def usual_size(graph: EdgeGraph) -> int:
 
 
 def _nulls(
-    graph: EdgeGraph, pick: Choose, other: Mapping[str, Sequence[Edge]]
+    graph: EdgeGraph, pick: Choose, other: Mapping[str, Mask]
 ) -> tuple[dict[str, Mask], tuple[str, ...]]:
     """Circuits to compare with that need no run of the model, and why one could not be had."""
-    found = {name: graph.mask(edges) for name, edges in other.items()}
+    found = dict(other)
     try:
         return found | {BY_WEIGHT: pick(graph.weight_norms())}, ()
     except ValueError as error:
@@ -272,6 +268,16 @@ def _check_choices(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
+
+
+def _pruned(
+    graph: EdgeGraph, find: Task, n: int, optimal: bool, settings: dict[str, Any], seed: int, progress: Progress | None,
+    keep: Keep,
+) -> Mask:  # fmt: skip
+    """The circuit of the search `pruning`, whose steps take fewer examples than other passes."""
+    smaller = settings | {"batch": min(settings["batch"], PART)}
+    runs = Runs(graph, find, seed=seed, **smaller)
+    return prune(runs, n, optimal=optimal, seed=seed, progress=progress, keep=keep)
 
 
 def _check_optimal(search: Search, alternatives: int) -> None:
@@ -354,8 +360,9 @@ def circuit_graph(
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
-            "task_hash": task.hash, "metric": scores.metric, "method": scores.method, "settings": dict(scores.settings), **how,
-            "seed": scores.record.seed, "edges": [list(graph.edges[e]) for e in edges],
+            "task_hash": task.hash, "metric": scores.metric, "method": scores.method,
+            "settings": dict(scores.settings), **how, "seed": scores.record.seed,
+            "edges": [list(graph.edges[e]) for e in edges],
             "scores": [float(scores.mean[e]) for e in edges],
         },
     }  # fmt: skip
@@ -376,6 +383,16 @@ def graph_of(circuit: CircuitGraph, model: HookedModel) -> EdgeGraph:
     graph = edge_graph(model, **circuit.graph["made"].get("graph", {}))
     graph.mask(edges_of(circuit))
     return graph
+
+
+def parts_in(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What says between which parts the edges of a graph lead, whichever of them it has."""
+    return {name: value for name, value in choices.items() if name not in ("limit", "latents")}
+
+
+def parts_of(circuit: CircuitGraph) -> dict[str, Any]:
+    """`parts_in` of the graph in which a circuit was found."""
+    return parts_in(circuit.graph["made"].get("graph", {}))
 
 
 def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:

@@ -24,7 +24,7 @@ from circuits.experiments.running import MEMORY
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 
-STEPS = 50
+STEPS = 30
 """The number of steps in which constants are learned for a circuit."""
 
 RATE = 0.1
