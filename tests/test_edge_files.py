@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from circuits.cli.main import run
 from circuits.discovery import edge_graph, evaluate, score_edges
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.formats import Layout, named, read_edges, write_edges
@@ -329,9 +330,7 @@ def test_graphs_of_other_grains_are_refused(
         write_edges(tmp_path / "a.json", by_group, *nothing)
     with pytest.raises(ValueError, match=r"expected a name that ends in \.json or \.pt"):
         write_edges(tmp_path / "a.csv", llama, *values_of(llama))
-    with pytest.raises(
-        ValueError, match="files of edges are of whole heads and MLPs at all positions"
-    ):
+    with pytest.raises(ValueError, match="lead between heads and MLPs and neurons of layer 0"):
         Layout(edge_graph(gpt2.model, neurons="0"))
     with pytest.raises(ValueError, match="files of edges are of transformers' heads and MLPs"):
         Layout(ChannelGraph(own_net))
@@ -341,3 +340,32 @@ def test_graphs_of_other_grains_are_refused(
         "a2.h10",
         "a2.h10<v>",
     ]
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+
+def test_scores_are_written_by_discover_and_evaluated_by_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, few = str(tmp_path / "adding.json"), ["--limit", "8", "--random", "2", "--json"]
+    made = ["--method", "exact", "--size", "3", "--scores", path, "--random-rankings", "1"]
+    assert run(["discover", "addition-by-hand", *made, *few]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run(["evaluate", "addition-by-hand", path, *few]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["faithfulness"] == found["evaluation"]["faithfulness"]
+    # `input->a0.h0<v>` of the file stands for the edge of the position, too.
+    both = {*map(tuple, found["evaluation"]["edges"]), ("position", "0.0.v")}
+    assert set(map(tuple, again["edges"])) == both
+    assert again["by_size"][-1]["faithfulness"] == 1, "the file's scores are a ranking"
+    for asked, error in (
+        ([path, "--size", "1"], "make no path"),
+        ([path, "--version", "1"], "belongs to saved circuits"),
+        (["saved", "--size", "1"], "no circuit"),
+        ([str(tmp_path / "none.pt")], "does not exist"),
+    ):
+        assert run(["evaluate", "addition-by-hand", *asked, *few]) == 2
+        assert error in capsys.readouterr().err
+    assert run(["discover", "addition-by-hand", "--scores", "a.csv", *few]) == 2
+    assert "expected a name that ends in .json or .pt" in capsys.readouterr().err

@@ -41,6 +41,22 @@ def names(model: HookedModel) -> dict[str, str]:
     return {name: site.name for site in model.sites for name in (site.name, *site.aliases)}
 
 
+def test_the_stream_of_another_run_put_in_gives_that_runs_logits(
+    pair: tuple[HookedModel, HookedModel],
+) -> None:
+    """A change of the stream reaches all that reads it, skip connections too (Gemma 2's norms begin with a cast)."""
+    _, traced = pair
+    clean = traced.input.example(2)
+    other = clean.flip(0).roll(1, 1)
+    sites = [s for s in ("hook_embed", "blocks.0.hook_resid_post") if s in names(traced)]
+    there = traced.run(other, read=sites)
+    wanted = traced.logits(other)
+    assert not torch.allclose(traced.logits(clean), wanted)
+    for site in sites:
+        made = traced.logits(clean, {site: lambda _, site=site: there[site] * 1})
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+
+
 LAID_OUT = ("q_normed", "k_normed")
 """Where bridges show the layout of the module that they wrap, heads not split or before positions."""
 

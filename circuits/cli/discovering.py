@@ -317,7 +317,13 @@ def _of_file(
         if scores is None:
             raise ValueError(f"--size {size} belongs to a file with scores; {path!r} has none")
         check_size(graph, size)
-        return strongest_edges(graph, scores.worth(), size), scores
+        kept = strongest_edges(graph, scores.worth(), size)
+        if not kept.any():
+            raise ValueError(
+                f"--size {size}: the strongest edges of {path!r} make no path from the model's input to its output; "
+                "expected a larger size"
+            )
+        return kept, scores
     if not found.kept.any():
         raise ValueError(
             f"file {path!r} marks no edge as in_graph: expected a circuit, or scores with --size N for the N strongest"

@@ -106,11 +106,6 @@ class Layout:
                 f"{graph.grain}"
             )
         stream = graph.stream
-        if graph.spans is not None or stream.splits:
-            raise ValueError(
-                f"model {graph.model.name}: files of edges are of whole heads and MLPs at all positions, not of "
-                f"{graph.grain}"
-            )
         heads = [stream.heads_of(i) for i in range(stream.n_layers)]
         numbers = {h.stop - h.start for h in heads}
         if len(numbers) != 1:
