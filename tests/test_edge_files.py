@@ -362,7 +362,7 @@ def test_scores_are_written_by_discover_and_evaluated_by_evaluate(
     for asked, error in (
         ([path, "--size", "1"], "make no path"),
         ([path, "--version", "1"], "belongs to saved circuits"),
-        (["saved", "--size", "1"], "no circuit"),
+        (["saved", "--size", "1"], "belongs to a file with scores"),
         ([str(tmp_path / "none.pt")], "does not exist"),
     ):
         assert run(["evaluate", "addition-by-hand", *asked, *few]) == 2
