@@ -28,7 +28,7 @@ from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.concepts import Bottleneck, Intervention, intervene, train_bottleneck
 from circuits.concepts.bottleneck import Accuracy, InterventionReport
 from circuits.discovery import Discovery, EdgeGraph, discover, edge_graph
-from circuits.discovery.found import Stage
+from circuits.discovery.finding import Stage
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method as ScoringMethod
 from circuits.discovery.searching import Search

@@ -147,6 +147,11 @@ def make_now(name: str, make: Callable[[], Any]) -> Any:
     return make()
 
 
+def part_of(keep: Keep, work: str) -> Keep:
+    """Keeps the parts of one piece of several pieces of work."""
+    return lambda name, make: keep(f"{work} {name}", make)
+
+
 def keeping(folder: Path) -> Keep:
     """Keep parts in a folder, a file each; the folder must belong to this very work, with these settings."""
 

@@ -17,8 +17,10 @@ from circuits.cli.commands import ENTRIES
 from circuits.cli.main import run
 from circuits.cli.output import progress_bar, say, show_table, warn
 from circuits.cli.signatures import Within, argument, command, option
+from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.tables import Table
+from circuits.tasks import Task
 
 ODD = "mixed4a:100: [red]bold[/red] :smile: [/]"
 """What rich would make emoji and styles of."""
@@ -164,8 +166,14 @@ def test_examples_are_what_the_options_say() -> None:
 
 def test_a_task_is_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(options, "load_task", lambda *a, **k: seen.update(k, task=a[1]))
     model = load_model("induction")
+    task = options.load_task(model, "repeats", n=4)
+
+    def load_task(_: HookedModel, spec: str, **given: Any) -> Task:
+        seen.update(given, task=spec)
+        return task
+
+    monkeypatch.setattr(options, "load_task", load_task)
     options.PairsTask(task="repeats", metric="accuracy", limit=4).compile(model, 3)
     assert seen == {
         "task": "repeats", "n": 4, "seed": 3, "how": "spread", "data": "", "texts": (), "metric": "accuracy"

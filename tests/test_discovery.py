@@ -26,7 +26,7 @@ from circuits.discovery import (
     top,
 )
 from circuits.discovery.evaluating import ladder, log_mean
-from circuits.discovery.found import swapped
+from circuits.discovery.finding import swapped
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import removal_effects, values_of
 from circuits.discovery.stability import stability

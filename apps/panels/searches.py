@@ -12,7 +12,7 @@ from apps.address import TROUBLE, action, choose, choose_number, code, plain, py
 from apps.cached import Finding
 from circuits.discovery import Discovery
 from circuits.discovery.building import parse_sites
-from circuits.discovery.found import usual_size
+from circuits.discovery.finding import usual_size
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method
 from circuits.discovery.searching import Search

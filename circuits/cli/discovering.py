@@ -18,9 +18,10 @@ from circuits.cli.signatures import Within, argument, command, option
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
+from circuits.discovery.finding import CheckOn, usual_size
+from circuits.discovery.finding import discover as found_circuit
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
-from circuits.discovery.found import CheckOn, edges_of, graph_of, parts_in, parts_of, usual_size
-from circuits.discovery.found import discover as found_circuit
+from circuits.discovery.found import edges_of, graph_of, parts_in, parts_of
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import EdgeScores, Ranking
@@ -138,23 +139,22 @@ def discover(
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
         "n_random": random, "n_curves": rankings, "pairs": pairs, "alternatives": alternatives,
     }  # fmt: skip
-    keep = (
-        _keep(place, loaded, asked, {"method": method, "graph": dict(graph.choices), **settings})
-        if save
-        else make_now
-    )
+    keep = make_now
+    if save:
+        own = {"method": method, "graph": dict(graph.choices), "other": _all_edges(further)}
+        keep = _keep(place, loaded, asked, own | settings)
     with output.stages() as stage:
         found = found_circuit(
             graph, asked, method, seed=seed, stage=stage, keep=keep, other=masks, **settings
         )
         null = None
         if shuffled:
-            own: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
-            own["stage"] = lambda name: stage(f"{name}, shuffled weights")
+            less: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
+            less["stage"] = lambda name: stage(f"{name}, shuffled weights")
             twin = randomized(loaded, seed)
             null = found_circuit(
                 grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
-                seed=seed, **own,
+                seed=seed, **less,
             )  # fmt: skip
     if scores:
         write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))

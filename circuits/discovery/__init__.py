@@ -6,7 +6,8 @@ from circuits.discovery.building import edge_graph
 from circuits.discovery.comparing import Comparison, compare_circuits
 from circuits.discovery.contrasts import Contrast, contrast
 from circuits.discovery.evaluating import Evaluation, evaluate
-from circuits.discovery.found import Discovery, discover, edges_of, strongest_circuit
+from circuits.discovery.finding import discover
+from circuits.discovery.found import Discovery, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import prune

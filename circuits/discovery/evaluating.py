@@ -29,7 +29,7 @@ from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
 from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
-from circuits.files import finite
+from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
@@ -420,6 +420,7 @@ def evaluate(
     memory: int = MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Keep = make_now,
 ) -> Evaluation:
     """Evaluate a circuit on a task.
 
@@ -439,6 +440,7 @@ def evaluate(
         memory: a rough limit for one pass, in bytes.
         seed: of random circuits and intervals.
         progress: called with the work done and the total.
+        keep: keeps the numbers of each batch, so that work which is stopped goes on.
 
     Raises:
         KeyError: if the graph has no such edge.
@@ -470,7 +472,7 @@ def evaluate(
         for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
             rankings += _firsts(graph, order, sizes)
     runs = Runs(graph, task, **settings)
-    values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress)
+    values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress, keep)
     first, last = len(fixed) + len(more), len(values) - len(rankings)
     curves = _curves(sizes, rankings, values[last:])
     smallest = None

@@ -150,6 +150,7 @@ def refine(
     n: int,
     ranking: Ranking = "absolute",
     progress: Progress | None = None,
+    keep: Keep = make_now,
 ) -> Mask:
     """Start from the most important edges by approximate scores, and take out those whose exact effect is smallest.
 
@@ -162,12 +163,15 @@ def refine(
         n: the number of edges to end with.
         ranking: by the size of the effect, or by how much worse the metric gets.
         progress: called with the number of edges dropped so far and the number to drop.
+        keep: keeps the effects of each round, so that a search which is stopped goes on.
     """
     graph = runs.graph
     circuit = greedy(graph, worth, min(len(graph), _START * n))
-    whole = int(circuit.sum()) - n
+    whole, rounds = int(circuit.sum()) - n, 0
     while (size := int(circuit.sum())) > n:
-        effects = removal_effects(runs, circuit).mean(1)
+        tried = partial(removal_effects, runs, circuit)
+        made = keep(f"round {rounds}", lambda tried=tried: tried().mean(1).tolist())
+        effects, rounds = np.array(made), rounds + 1
         own = np.flatnonzero(circuit)
         order = np.argsort(importance(effects, runs.metric.better, ranking), kind="stable")
         circuit[own[order[: max(1, min(size - n, int(_DROPPED * size)))]]] = False

@@ -1,0 +1,329 @@
+"""`discover`: from a task to a circuit, with the evidence for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.discovery.agreement import Checked, check_scores
+from circuits.discovery.alternatives import Alternatives, find_alternatives
+from circuits.discovery.evaluating import Evaluation, Mask, evaluate
+from circuits.discovery.found import Discovery, circuit_graph
+from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
+from circuits.discovery.pruning import PART, prune
+from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
+from circuits.discovery.runs import Ablation, Runs
+from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
+from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
+from circuits.discovery.stability import Choose, SearchStability, stability
+from circuits.examples import BATCH
+from circuits.experiments import N_RANDOM
+from circuits.experiments.patched_runs import Direction
+from circuits.experiments.running import MEMORY
+from circuits.files import Keep, make_now, part_of
+from circuits.progress import Progress
+from circuits.tasks.task import Task
+
+SIZE = 50
+"""The number of edges that a search keeps unless it is told otherwise; small graphs keep a quarter of theirs."""
+
+BY_WEIGHT = "by weight magnitude"
+SWAPPED = "found with answers swapped at random"
+
+CheckOn = Literal["find", "test"]
+"""On which half of the examples approximate scores are checked: that which was scored, or the other."""
+
+Stage = Callable[[str], Progress | None]
+"""Gives the progress of a stage of the work, by its name."""
+
+
+def discover(
+    graph: EdgeGraph,
+    task: Task,
+    method: Method = "eap-ig",
+    *,
+    search: Search = "greedy",
+    size: int | None = None,
+    threshold: float | None = None,
+    ranking: Ranking = "absolute",
+    direction: Direction = "noising",
+    steps: int = STEPS,
+    rule: Rule = "midpoint",
+    ablation: Ablation = "counterpart",
+    shift: int = 0,
+    check: int | None = None,
+    check_on: CheckOn = "find",
+    n_random: int = N_RANDOM,
+    n_curves: int = 10,
+    pairs: int = 0,
+    alternatives: int = 0,
+    other: Mapping[str, Mask] | None = None,
+    batch: int = BATCH,
+    memory: int = MEMORY,
+    seed: int = 0,
+    stage: Stage = lambda name: None,
+    keep: Keep = make_now,
+) -> Discovery:
+    """Find the circuit of a task: score edges and search on its `find` half, evaluate on its `test` half.
+
+    Args:
+        graph: the model's edges.
+        task: the whole task.
+        method: how edges are scored, see `score_edges`.
+        search: `top`: the most important edges; `greedy`: grown backwards from the output; `refine`: from three times
+            as many, dropping those with the smallest exact effect; `acdc`: from all, dropping what is not needed;
+            `pruning`: a mask over all edges that is learned.
+        size: how many edges to keep; 50, or a quarter of a graph of fewer than 200, if None.
+        threshold: of `acdc`: how much worse the metric may get by an edge that is dropped.
+        ranking: by the size of scores, or by sign.
+        direction: of `exact`.
+        steps: of integrated gradients.
+        rule: of integrated gradients.
+        ablation: what edges outside the circuit carry. With `optimal` edges are scored by means, the search
+            `pruning` learns what they carry together with the mask, and the evaluation learns it for the circuit.
+        shift: see `score_edges`.
+        check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
+        check_on: the half of the examples on which they are patched.
+        n_random: how many random circuits the circuit is compared with.
+        n_curves: how many random rankings its curve is compared with.
+        pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
+        alternatives: how many further circuits are looked for that are as good and share little with it.
+        other: further circuits to compare with, such as another task's, by what they are.
+        batch: examples per batch.
+        memory: a rough limit for one pass, in bytes.
+        seed: of everything random.
+        stage: gives the progress of each stage.
+        keep: keeps the numbers of each batch and each step of a search, so that work which is stopped goes on.
+
+    Raises:
+        ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
+    """
+    _check_choices(graph, method, search, size, threshold, ranking)
+    if ablation == "optimal":
+        _check_optimal(search, alternatives)
+    if check_on not in get_args(CheckOn):
+        raise ValueError(f"check_on {check_on!r}: expected find or test")
+    work = _Finding(
+        graph, task.find, task.test, method, search, size or usual_size(graph), threshold, ranking,
+        {"direction": direction, "steps": steps, "rule": rule}, ablation,
+        {"shift": shift, "batch": batch, "memory": memory}, seed, stage, keep,
+    )  # fmt: skip
+    scores = work.scores
+    checked = work.checked(check, check_on)
+    kept = work.searched()
+    again = work.stability(kept)
+    others, notes = work.nulls(other or {})
+    made = work.evaluated(kept, others, n_random, n_curves)
+    further = work.alternatives(kept, alternatives) if alternatives and made.defined else None
+    paired = work.pairs(pairs) if pairs else None
+    how: dict[str, Any] = {"search": search, "ranking": ranking, "size": work.size}
+    how |= {} if threshold is None else {"threshold": threshold}
+    circuit = circuit_graph(graph, kept, scores, task, how, again)
+    return Discovery(circuit, scores, checked, again, made, further, paired, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Finding:
+    """The stages of `discover`, with its arguments.
+
+    Attributes:
+        find: the half of the task on which is searched.
+        test: the other half.
+        size: how many edges to keep.
+        scoring: more arguments of `score_edges`, of methods.
+        running: those of `Runs`, besides the ablation.
+    """
+
+    graph: EdgeGraph
+    find: Task
+    test: Task
+    method: Method
+    search: Search
+    size: int
+    threshold: float | None
+    ranking: Ranking
+    scoring: dict[str, Any]
+    ablation: Ablation
+    running: dict[str, Any]
+    seed: int
+    stage: Stage
+    keep: Keep
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How runs are made; optimal constants belong to a circuit, so that edges are scored by means."""
+        ablation = "mean" if self.ablation == "optimal" else self.ablation
+        return {"ablation": ablation, "seed": self.seed, **self.running}
+
+    @cached_property
+    def runs(self) -> Runs:
+        return Runs(self.graph, self.find, **self.settings)
+
+    @cached_property
+    def scores(self) -> EdgeScores:
+        return score_edges(
+            self.graph, self.find, self.method, progress=self.stage("scores"), keep=self.keep, **self.scoring,
+            **self.settings,
+        )  # fmt: skip
+
+    @property
+    def worth(self) -> Float[np.ndarray, " edge"]:
+        return self.scores.worth(self.ranking)
+
+    @property
+    def pick(self) -> Choose:
+        """From importance to edges. Searches that try edges are not repeated: greedy stands in for them."""
+        return partial(top if self.search == "top" else greedy, self.graph, n=self.size)
+
+    def chosen(self, mean: Float[np.ndarray, " edge"]) -> Mask:
+        """The edges that are kept by mean scores."""
+        return self.pick(importance(mean, self.scores.better, self.ranking))
+
+    def checked(self, n: int | None, on: CheckOn) -> Checked | None:
+        """How far approximate scores agree with exact patching; None of exact ones and baselines."""
+        if self.method in ("exact", "random", *SIZES) or n == 0:
+            return None
+        runs = self.runs if on == "find" else Runs(self.graph, self.test, **self.settings)
+        more = {} if n is None else {"n": n}
+        told = self.stage("agreement")
+        return check_scores(runs, self.scores, seed=self.seed, progress=told, **more)
+
+    def searched(self) -> Mask:
+        """The edges that the search keeps.
+
+        Raises:
+            ValueError: if none of them lies on a path from the model's input to its output.
+        """
+        keep = part_of(self.keep, "search")
+        if self.search == "acdc":
+            assert self.threshold is not None, "checked before"
+            kept = acdc(self.runs, self.threshold, self.stage("search"), keep)
+        elif self.search == "refine":
+            kept = refine(
+                self.runs, self.worth, self.size, self.ranking, self.stage("search"), keep
+            )
+        elif self.search == "pruning":
+            # Its steps take fewer examples than other passes.
+            smaller = self.settings | {"batch": min(self.running["batch"], PART)}
+            kept = prune(
+                Runs(self.graph, self.find, **smaller), self.size, optimal=self.ablation == "optimal", seed=self.seed,
+                progress=self.stage("search"), keep=keep,
+            )  # fmt: skip
+        else:
+            kept = self.pick(self.worth)
+        if not kept.any():
+            raise ValueError(
+                f"search {self.search}: no path from the model's input to its output is left; expected a larger size "
+                "or a smaller threshold"
+            )
+        return kept
+
+    def stability(self, kept: Mask) -> SearchStability | None:
+        """How far the same is found on other draws; None of searches that try edges."""
+        if self.search not in ("top", "greedy"):
+            return None
+        return stability(self.scores, kept, self.chosen, seed=self.seed)
+
+    def nulls(self, other: Mapping[str, Mask]) -> tuple[dict[str, Mask], tuple[str, ...]]:
+        """Circuits to compare with, and what is to be said of them."""
+        found, notes = dict(other), list[str]()
+        if self.ablation == "optimal":
+            notes.append(
+                "edges were scored by mean ablation: optimal constants belong to a circuit"
+            )
+        try:
+            found[BY_WEIGHT] = self.pick(self.graph.weight_norms())
+        except ValueError as error:
+            notes.append(f"not compared with a circuit {BY_WEIGHT}: {error}")
+        if self.method != "random" and self.find.compared:
+            told, keep = self.stage("scores with answers swapped"), part_of(self.keep, "swapped")
+            scores = score_edges(
+                self.graph, swapped(self.find, self.seed), self.method, progress=told, keep=keep, **self.scoring,
+                **self.settings,
+            )  # fmt: skip
+            found[SWAPPED] = self.chosen(scores.mean)
+        return found, tuple(notes)
+
+    def evaluated(
+        self, kept: Mask, others: Mapping[str, Mask], n_random: int, n_curves: int
+    ) -> Evaluation:
+        """How good the circuit is on the `test` half."""
+        settings: dict[str, Any] = self.settings | {"ablation": self.ablation}
+        return evaluate(
+            self.graph, self.test, kept, scores=self.scores, ranking=self.ranking, find=self.find, others=others,
+            n_random=n_random, n_curves=n_curves, progress=self.stage("evaluation"),
+            keep=part_of(self.keep, "evaluation"), **settings,
+        )  # fmt: skip
+
+    def alternatives(self, kept: Mask, n: int) -> Alternatives:
+        """Further circuits that are as good."""
+        test = Runs(self.graph, self.test, **self.settings)
+        told = self.stage("alternatives")
+        return find_alternatives(self.runs, test, kept, self.worth, self.pick, n, self.seed, told)
+
+    def pairs(self, n: int) -> EdgePairs:
+        """What the strongest edges do two at a time."""
+        edges = strongest(self.scores, n, self.ranking)
+        told = self.stage("pairs")
+        return pair_edges(
+            self.graph,
+            self.find,
+            edges,
+            progress=told,
+            keep=part_of(self.keep, "pairs"),
+            **self.settings,
+        )
+
+
+def usual_size(graph: EdgeGraph) -> int:
+    """How many edges a circuit has unless it is told otherwise: 50, or a quarter of a small graph's."""
+    return min(SIZE, max(1, len(graph) // 4))
+
+
+def _check_choices(
+    graph: EdgeGraph,
+    method: Method,
+    search: Search,
+    size: int | None,
+    threshold: float | None,
+    ranking: Ranking,
+) -> None:
+    """Raise ValueError unless the choices of a search go together."""
+    if search not in SEARCHES:
+        raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
+    if (search == "acdc") != (threshold is not None):
+        raise ValueError("a threshold belongs to the search acdc, which needs one, and to no other")
+    if ranking == "signed" and method in SIZES:
+        raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
+    if size is not None:
+        check_size(graph, size)
+
+
+def _check_optimal(search: Search, alternatives: int) -> None:
+    """Raise ValueError if a search tries circuits one by one, for each of which constants would have to be learned."""
+    if search in ("refine", "acdc"):
+        raise ValueError(
+            f"ablation optimal: constants are learned for a circuit, and the search {search} tries many; expected the "
+            "search top, greedy or pruning"
+        )
+    if alternatives:
+        raise ValueError(
+            f"alternatives {alternatives}: other circuits have other constants; expected 0 with the ablation optimal"
+        )
+
+
+def swapped(task: Task, seed: int) -> Task:
+    """The task with right and wrong answers exchanged in half of its examples, drawn at random."""
+    rng = np.random.default_rng(seed)
+    which = set(rng.permutation(len(task))[: len(task) // 2].tolist())
+    asked = tuple(
+        replace(q, answers=q.against, against=q.answers) if i in which else q
+        for i, q in enumerate(task.questions)
+    )
+    return replace(task, questions=asked)
